@@ -1,0 +1,83 @@
+"""A box: the axis-aligned part of a tensor that a shard, a chunk or a read covers. The only geometry there is.
+
+Offsets and sizes are in elements, one for each dimension, as in DCP's `ChunkStorageMetadata`.
+The functions over arrays do the same for many boxes at once: row i of an (n, ndim) array is box i.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A half-open box: in dimension d it covers [offsets[d], offsets[d] + sizes[d])."""
+
+    offsets: tuple[int, ...]
+    """Where it starts, in elements of the tensor."""
+    sizes: tuple[int, ...]
+    """How far it extends, in elements; 0 makes it empty."""
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.sizes):
+            raise ValueError(f"offsets {self.offsets} and sizes {self.sizes} differ in length")
+        if any(offset < 0 for offset in self.offsets) or any(size < 0 for size in self.sizes):
+            raise ValueError(f"a box cannot be negative: offsets {self.offsets}, sizes {self.sizes}")
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        """The box that covers a tensor of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def numel(self) -> int:
+        """Elements inside; 1 for a box of no dimensions (a scalar)."""
+        return math.prod(self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index: `tensor[box.slices]`."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it lies inside a tensor of this shape."""
+        return len(shape) == self.ndim and all(
+            o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+        )
+
+    def intersect(self, other: Box) -> Box | None:
+        """What both cover, or None where that is empty."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        stops = (
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(stop - offset for stop, offset in zip(stops, offsets, strict=True))
+        return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
+
+    def relative_to(self, origin: Box) -> Box:
+        """The same box, with offsets counted from those of `origin`."""
+        return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{s.start}:{s.stop}" for s in self.slices) + "]"
+
+
+def intersect_many(offsets: IntArray, sizes: IntArray, box: Box) -> tuple[IntArray, IntArray]:
+    """The intersection of each of n boxes with `box`.
+
+    Args and returns: (n, ndim) offsets and sizes. Where a box does not meet `box`, a size is 0 or less.
+    """
+    low = np.asarray(box.offsets, dtype=np.int64)
+    starts = np.maximum(offsets, low)
+    stops = np.minimum(offsets + sizes, low + np.asarray(box.sizes, dtype=np.int64))
+    return starts, stops - starts

@@ -1,0 +1,83 @@
+"""Byte ranges to requests: neighbours are joined, small gaps are read over, and no request grows without bound.
+
+Every gap that is read over is a byte fetched and thrown away, so gaps are closed from the smallest up, and only
+while their sum stays within `max_over_read` of the bytes wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .box import IntArray
+
+MAX_GAP_BYTES = 64 * 1024
+MAX_OVER_READ = 0.005
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i]."""
+
+    objects: IntArray
+    starts: IntArray
+    stops: IntArray
+    request_of_range: IntArray
+    """For each range that was coalesced, the request that reads it."""
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the requests fetch in all."""
+        return int((self.stops - self.starts).sum())
+
+
+def coalesce(
+    objects: IntArray,
+    starts: IntArray,
+    stops: IntArray,
+    *,
+    max_gap_bytes: int = MAX_GAP_BYTES,
+    max_over_read: float = MAX_OVER_READ,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+) -> Requests:
+    """Join n byte ranges into requests.
+
+    Args:
+        objects, starts, stops: (n,) columns; range i is [starts[i], stops[i]) of object objects[i].
+        max_gap_bytes: the largest gap between two ranges that one request may read over.
+        max_over_read: all gaps read over, as a fraction of the bytes of all ranges, at most.
+        max_request_bytes: a request is closed once it spans this; a range is never split.
+    """
+    n = len(objects)
+    if n == 0:
+        empty = np.empty(0, np.int64)
+        return Requests(empty, empty, empty, empty)
+    by_place = np.lexsort((stops, starts, objects))
+    obj, lo, hi = objects[by_place], starts[by_place], stops[by_place]
+
+    # The furthest byte that the ranges before reach in the same object: each object is laid beyond the one before.
+    same_object = obj[1:] == obj[:-1]
+    first_of_object = np.flatnonzero(np.concatenate(([True], ~same_object)))
+    extents = np.maximum.reduceat(hi, first_of_object)
+    base = (np.cumsum(extents) - extents)[np.concatenate(([0], np.cumsum(~same_object)))]
+    reach = np.maximum.accumulate(hi + base) - base
+    gaps = lo[1:] - reach[:-1]
+    joined = same_object & (gaps <= 0)
+    candidates = np.flatnonzero(same_object & (gaps > 0) & (gaps <= max_gap_bytes))
+    candidates = candidates[np.argsort(gaps[candidates], kind="stable")]
+    allowed = int(max_over_read * int((hi - lo).sum()))
+    joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True
+
+    runs = np.concatenate(([0], np.cumsum(~joined)))
+    run_start = lo[np.flatnonzero(np.concatenate(([True], ~joined)))][runs]
+    part = (lo - run_start) // max_request_bytes
+    opens = np.concatenate(([True], (runs[1:] != runs[:-1]) | (part[1:] != part[:-1])))
+    first = np.flatnonzero(opens)
+    request_of_range = np.empty(n, np.int64)
+    request_of_range[by_place] = np.cumsum(opens) - 1
+    return Requests(obj[first], lo[first], np.maximum.reduceat(hi, first), request_of_range)

@@ -1,0 +1,271 @@
+"""The index of a checkpoint: which chunks hold which box of which tensor, and where their bytes are.
+
+A tensor was saved as shards; a shard lies in the file as one or two **segments** (the heads and the tails of fp32
+values are segments of their own, so that either can be read alone); a segment is a run of encoded **chunks**, in the
+order of the tensor's grid. So a chunk needs no box of its own in the index: its place in the segment gives it.
+
+Everything that grows with the number of shards or chunks is a column, a numpy array. What the columns say is checked
+once, here, against the tensors and the sizes of the objects; whoever holds a CheckpointIndex can rely on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from .box import Box, IntArray
+from .errors import InvalidIndexError, MissingTensorError
+from .grid import Grid
+
+ITEMSIZES: Mapping[str, int] = MappingProxyType(
+    {
+        "bool": 1, "uint8": 1, "int8": 1,
+        "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8,
+        "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+        "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+        "complex32": 4, "complex64": 8, "complex128": 16,
+    }
+)  # fmt: skip
+"""Bytes an element, by torch's name of the dtype."""
+
+PAGE_BYTES = 16 * 1024
+"""A raw chunk has a checksum for each page of this many bytes, so that a part of it can be read and verified."""
+
+MAX_BYTES = 2**60
+"""No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
+
+
+class Kind(IntEnum):
+    """What an entry of the checkpoint is. Objects are stored as tensors of bytes."""
+
+    TENSOR = 0
+    JSON = 1
+    TORCH_SAVE = 2
+
+
+class Stream(IntEnum):
+    """Which part of its values a segment holds."""
+
+    WHOLE = 0
+    HEAD = 1
+    """The bfloat16 rounding of float32 values."""
+    TAIL = 2
+    """What the heads leave of them. Its segment is the row after that of its heads."""
+
+
+class Encoding(IntEnum):
+    """How a segment's chunks are encoded."""
+
+    RAW = 0
+    PLANES = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor, or one object stored as bytes."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    """torch's name of it, without the `torch.`"""
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEMSIZES:
+            raise InvalidIndexError(f"{self.name!r} has the unknown dtype {self.dtype!r}")
+        for n, part in zip(self.grid.shape, self.grid.parts, strict=True):
+            if not (0 <= n < 2**40 and part <= max(1, min(n, 2**20))):
+                raise InvalidIndexError(f"{self.name!r} has the impossible shape {self.grid.shape}")
+        if self.numel * self.itemsize > MAX_BYTES:
+            raise InvalidIndexError(f"{self.name!r} has the impossible shape {self.grid.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.grid.shape
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.grid.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Segments in columns, sorted by entry. Row i is segment i."""
+
+    entries: IntArray
+    """(n,) the entry's position in CheckpointIndex.entries."""
+    streams: npt.NDArray[np.uint8]
+    encodings: npt.NDArray[np.uint8]
+    objects: IntArray
+    """(n,) the object's position in CheckpointIndex.objects."""
+    starts: IntArray
+    """(n,) where the first chunk begins in the object, in bytes."""
+    offsets: IntArray
+    """The shards' offsets in their tensors, ndim values a segment, one after another."""
+    sizes: IntArray
+    """The shards' sizes, as `offsets`."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """All that a plan needs to know of a checkpoint. Raises InvalidIndexError if it contradicts itself."""
+
+    entries: tuple[Entry, ...]
+    objects: tuple[tuple[str, int], ...]
+    """Name and size in bytes of each data object."""
+    segments: Segments
+    lengths: npt.NDArray[np.uint32]
+    """Encoded bytes of each chunk, segment after segment."""
+    checksums: npt.NDArray[np.uint64]
+    """One for each chunk; of raw chunks, one for each page."""
+
+    first_chunk: IntArray = field(init=False, repr=False)
+    """(segments + 1,) where a segment's chunks begin in `lengths`."""
+    chunk_starts: IntArray = field(init=False, repr=False)
+    """(chunks,) where each chunk begins, in bytes, counted from the start of its segment."""
+    first_checksum: IntArray = field(init=False, repr=False)
+    """(chunks + 1,) where a chunk's checksums begin in `checksums`."""
+    _positions: dict[str, int] = field(init=False, repr=False)
+    _first_segment: IntArray = field(init=False, repr=False)
+    _first_extent: IntArray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assign = object.__setattr__
+        assign(self, "_positions", {entry.name: i for i, entry in enumerate(self.entries)})
+        if len(self._positions) != len(self.entries):
+            raise InvalidIndexError("two tensors of the checkpoint have the same name")
+        if any(not 0 <= nbytes <= MAX_BYTES for _, nbytes in self.objects):
+            raise InvalidIndexError("a data object has an impossible size")
+        self._check_references()
+        owners = self.segments.entries
+        assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
+        ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
+        assign(self, "_first_extent", np.concatenate(([0], np.cumsum(ndims))))
+        if len(self.segments.offsets) != ndims.sum() or len(self.segments.sizes) != ndims.sum():
+            raise InvalidIndexError("the shards' boxes and the tensors' dimensions differ in number")
+        counts = np.zeros(len(owners), np.int64)
+        for i in range(len(self.entries)):
+            counts[self._first_segment[i] : self._first_segment[i + 1]] = self._count_chunks(i)
+        assign(self, "first_chunk", np.concatenate(([0], np.cumsum(counts))))
+        self._locate_chunks(counts)
+
+    def _check_references(self) -> None:
+        segments = self.segments
+        n = len(segments)
+        columns = (segments.streams, segments.encodings, segments.objects, segments.starts)
+        if any(len(column) != n for column in columns):
+            raise InvalidIndexError("the columns of the segments differ in length")
+        if n == 0:
+            return
+        if segments.entries[0] < 0 or segments.entries[-1] >= len(self.entries):
+            raise InvalidIndexError("a segment belongs to no tensor")
+        if bool((segments.entries[1:] < segments.entries[:-1]).any()):
+            raise InvalidIndexError("the segments are not sorted by tensor")
+        if int(segments.objects.min()) < 0 or int(segments.objects.max()) >= len(self.objects):
+            raise InvalidIndexError("a segment lies in no data object")
+        if int(segments.streams.max()) > max(Stream) or int(segments.encodings.max()) > max(Encoding):
+            raise InvalidIndexError("a segment has an unknown stream or encoding")
+
+    def _count_chunks(self, position: int) -> IntArray:
+        """The number of chunks of each segment of an entry, after checking their boxes."""
+        entry = self.entries[position]
+        offsets, sizes = self.shard_boxes(position)
+        inside = (offsets >= 0) & (sizes > 0) & (sizes <= np.array(entry.shape) - offsets)
+        if not bool(inside.all()):
+            raise InvalidIndexError(f"a shard of {entry.name!r} lies outside its shape {entry.shape}")
+        rows = self.segments_of(position)
+        streams = self.segments.streams[rows]
+        heads = streams != Stream.WHOLE
+        if bool(heads.any()):
+            pairs = np.tile(np.array([Stream.HEAD, Stream.TAIL], np.uint8), len(streams) // 2)
+            if (
+                entry.dtype != "float32"
+                or not np.array_equal(streams, pairs)
+                or not np.array_equal(offsets[0::2], offsets[1::2])
+                or not np.array_equal(sizes[0::2], sizes[1::2])
+            ):
+                raise InvalidIndexError(f"the heads and tails of {entry.name!r} ({entry.dtype}) do not pair up")
+            sizes_once = sizes[0::2]
+        else:
+            sizes_once = sizes
+        covered = sum(math.prod(row) for row in sizes_once.tolist())
+        if covered != entry.numel:
+            raise InvalidIndexError(
+                f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}"
+            )
+        return entry.grid.chunk_counts(offsets, sizes)
+
+    def _locate_chunks(self, counts: IntArray) -> None:
+        """Where each chunk begins, and its checksums; checks that both are all there and inside the objects."""
+        assign = object.__setattr__
+        if int(self.first_chunk[-1]) != len(self.lengths):
+            raise InvalidIndexError(f"there are {int(self.first_chunk[-1])} chunks but {len(self.lengths)} lengths")
+        lengths = self.lengths.astype(np.int64)
+        ends = np.concatenate(([0], np.cumsum(lengths)))
+        before = ends[self.first_chunk]
+        assign(self, "chunk_starts", ends[:-1] - np.repeat(before[:-1], counts))
+        segment_bytes = before[1:] - before[:-1]
+        object_bytes = np.array([nbytes for _, nbytes in self.objects], np.int64)[self.segments.objects]
+        starts = self.segments.starts
+        if bool(((starts < 0) | (starts > object_bytes) | (segment_bytes > object_bytes - starts)).any()):
+            raise InvalidIndexError("a segment reaches beyond the end of its data object")
+        raw = np.repeat(self.segments.encodings == Encoding.RAW, counts)
+        pages = np.where(raw, -(-lengths // PAGE_BYTES), 1)
+        assign(self, "first_checksum", np.concatenate(([0], np.cumsum(pages))))
+        if int(self.first_checksum[-1]) != len(self.checksums):
+            raise InvalidIndexError(
+                f"the chunks need {int(self.first_checksum[-1])} checksums, there are {len(self.checksums)}"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._positions
+
+    def position(self, name: str) -> int:
+        """Where the entry of this name stands. Raises MissingTensorError."""
+        try:
+            return self._positions[name]
+        except KeyError:
+            raise MissingTensorError(f"the checkpoint has no {name!r}") from None
+
+    def entry(self, name: str) -> Entry:
+        """The entry of this name. Raises MissingTensorError."""
+        return self.entries[self.position(name)]
+
+    def segments_of(self, position: int) -> slice:
+        """The rows of `segments` that belong to an entry."""
+        return slice(int(self._first_segment[position]), int(self._first_segment[position + 1]))
+
+    def shard_boxes(self, position: int) -> tuple[IntArray, IntArray]:
+        """The (n, ndim) offsets and sizes of the segments of an entry."""
+        rows = self.segments_of(position)
+        extents = slice(int(self._first_extent[rows.start]), int(self._first_extent[rows.stop]))
+        shape = (rows.stop - rows.start, len(self.entries[position].shape))
+        return self.segments.offsets[extents].reshape(shape), self.segments.sizes[extents].reshape(shape)
+
+    def shards_of(self, position: int) -> list[Box]:
+        """The boxes that an entry was saved as, each once."""
+        offsets, sizes = self.shard_boxes(position)
+        rows = self.segments.streams[self.segments_of(position)] != Stream.TAIL
+        return [Box(tuple(o), tuple(s)) for o, s in zip(offsets[rows].tolist(), sizes[rows].tolist(), strict=True)]
+
+    def chunks_of(self, position: int) -> slice:
+        """The rows of `lengths` that belong to an entry."""
+        rows = self.segments_of(position)
+        return slice(int(self.first_chunk[rows.start]), int(self.first_chunk[rows.stop]))
+
+    def stored_bytes(self, position: int) -> int:
+        """Encoded bytes of an entry, in all its segments."""
+        return int(self.lengths[self.chunks_of(position)].sum(dtype=np.int64))

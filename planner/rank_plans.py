@@ -1,0 +1,63 @@
+"""What every rank of a layout reads of a checkpoint, from metadata alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .index import CheckpointIndex, Entry, Kind
+from .layout import Layout, LocalTensor
+from .read_plan import ReadPlan, Want, plan_reads
+
+
+@dataclass(frozen=True, slots=True)
+class RankTensor:
+    """One tensor of a rank: what it holds of it under a layout."""
+
+    entry: Entry
+    local: LocalTensor
+
+    @property
+    def wants(self) -> list[Want]:
+        """One for each box of the local tensor that has elements."""
+        return [Want(self.entry.name, box) for box in self.local.boxes]
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlans:
+    """The read plans of all ranks of a layout: `plans[rank]`."""
+
+    layout: Layout
+    plans: tuple[ReadPlan, ...]
+
+    def __getitem__(self, rank: int) -> ReadPlan:
+        return self.plans[rank]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[ReadPlan]:
+        return iter(self.plans)
+
+    def __str__(self) -> str:
+        lines = [f"{self.layout.mesh}: {len(self)} ranks"]
+        lines += [f"rank {rank}: {plan.report}" for rank, plan in enumerate(self.plans)]
+        return "\n".join(lines)
+
+
+def rank_tensors(index: CheckpointIndex, layout: Layout, rank: int) -> list[RankTensor]:
+    """What a rank holds of every tensor of a checkpoint. Raises LayoutError."""
+    return [
+        RankTensor(entry, layout.local(entry.name, entry.shape, rank))
+        for entry in index.entries
+        if entry.kind is Kind.TENSOR
+    ]
+
+
+def plan_ranks(index: CheckpointIndex, layout: Layout) -> RankPlans:
+    """Plan what every rank of a layout reads. Raises LayoutError, InvalidIndexError."""
+    plans = (
+        plan_reads(index, [want for tensor in rank_tensors(index, layout, rank) for want in tensor.wants])
+        for rank in range(layout.world_size)
+    )
+    return RankPlans(layout, tuple(plans))

@@ -1,0 +1,240 @@
+"""Index and wanted boxes to a plan: which chunks to read, which bytes of them, and where their values go.
+
+For each wanted box the plan names the chunks of the saved shards that it meets, found by arithmetic on the tensor's
+grid, and the byte ranges that hold them; the ranges of all boxes are then joined into requests. A chunk that is
+encoded is read whole; of a raw chunk, only the pages that hold the rows wanted. Planning touches nothing but the
+index: a plan is a value that another function executes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .box import Box, IntArray, intersect_many
+from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
+from .errors import InvalidIndexError, ShapeMismatchError
+from .index import PAGE_BYTES, CheckpointIndex, Encoding, Entry, Stream
+from .report import PlanReport
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A box of a tensor that a rank wants to read."""
+
+    name: str
+    box: Box
+    """In the global tensor."""
+    heads_only: bool = False
+    """Of float32 values saved with heads and tails: read them as bfloat16, from the heads alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReads:
+    """The chunks that one wanted box meets, in columns. Row i is chunk i.
+
+    A chunk has one byte range for each stream that is read: s = 1, or 2 where heads and tails are both read.
+    """
+
+    want: Want
+    entry: Entry
+    raw: npt.NDArray[np.bool_]
+    """(n,) whether the chunk's bytes are its values, row-major; else they are encoded planes."""
+    objects: IntArray
+    """(n, s) the object that holds the range."""
+    starts: IntArray
+    """(n, s) the first byte of the range in the object."""
+    stops: IntArray
+    """(n, s) the byte after its last."""
+    skipped: IntArray
+    """(n,) bytes of a raw chunk that lie before the range."""
+    checksums: IntArray
+    """(n, s) the first checksum of the range; the pages of a raw range have one each."""
+    chunk_offsets: IntArray
+    """(n, ndim) the chunk's box in the global tensor."""
+    chunk_sizes: IntArray
+    piece_offsets: IntArray
+    """(n, ndim) the part of the chunk's box that is wanted, in the global tensor."""
+    piece_sizes: IntArray
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element of what is read: 2 where only the heads of float32 values are."""
+        return 2 if self.heads_only else self.entry.itemsize
+
+    @property
+    def heads_only(self) -> bool:
+        return self.want.heads_only
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of the wanted box, decoded."""
+        return self.want.box.numel * self.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of the ranges."""
+        return int((self.stops - self.starts).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What one rank reads: the chunks of every wanted box, and the requests that fetch them."""
+
+    reads: tuple[ChunkReads, ...]
+    """One for each want, in its order."""
+    requests: Requests
+    """`request_of_range` follows the rows of `reads`, each row's ranges together."""
+    object_names: tuple[str, ...]
+
+    def requests_of(self) -> Iterator[IntArray]:
+        """For each of `reads`, the (n, s) requests that fetch its ranges."""
+        begin = 0
+        for read in self.reads:
+            count = read.objects.size
+            yield self.requests.request_of_range[begin : begin + count].reshape(read.objects.shape)
+            begin += count
+
+    @property
+    def report(self) -> PlanReport:
+        """The plan in numbers."""
+        return PlanReport(
+            bytes_needed=sum(read.bytes_needed for read in self.reads),
+            bytes_wanted=sum(read.bytes_read for read in self.reads),
+            bytes_fetched=self.requests.nbytes,
+            requests=len(self.requests),
+            chunks=sum(map(len, self.reads)),
+            objects=len(np.unique(self.requests.objects)),
+        )
+
+    def __repr__(self) -> str:
+        return f"ReadPlan({len(self.reads)} boxes: {self.report})"
+
+
+def plan_reads(
+    index: CheckpointIndex,
+    wants: Sequence[Want],
+    *,
+    max_gap_bytes: int = MAX_GAP_BYTES,
+    max_over_read: float = MAX_OVER_READ,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+) -> ReadPlan:
+    """Plan the reading of boxes of a checkpoint's tensors; the keywords are those of `coalesce`.
+
+    Raises:
+        MissingTensorError: the checkpoint has no tensor of a name.
+        ShapeMismatchError: a box does not fit in its tensor.
+        InvalidIndexError: the shards in the index do not cover a box exactly once.
+    """
+    reads = tuple(_plan_one(index, want) for want in wants)
+
+    def column(name: str) -> IntArray:
+        parts = [getattr(read, name).reshape(-1) for read in reads]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    requests = coalesce(
+        column("objects"),
+        column("starts"),
+        column("stops"),
+        max_gap_bytes=max_gap_bytes,
+        max_over_read=max_over_read,
+        max_request_bytes=max_request_bytes,
+    )
+    return ReadPlan(reads, requests, tuple(name for name, _ in index.objects))
+
+
+def _plan_one(index: CheckpointIndex, want: Want) -> ChunkReads:
+    position = index.position(want.name)
+    entry = index.entries[position]
+    if not want.box.fits(entry.shape):
+        raise ShapeMismatchError(f"{want.name!r} has shape {entry.shape}, {want.box} is not inside it")
+    rows = index.segments_of(position)
+    offsets, sizes = index.shard_boxes(position)
+    _, overlap = intersect_many(offsets, sizes, want.box)
+    met = (overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL)
+    touched = np.flatnonzero(met)
+
+    segments, ordinals, chunk_offsets, chunk_sizes = [], [], [], []
+    for i in touched.tolist():
+        shard = Box(tuple(offsets[i].tolist()), tuple(sizes[i].tolist()))
+        ordinal, chunk_offset, chunk_size = entry.grid.chunks(shard, within=want.box)
+        segments.append(np.full(len(ordinal), rows.start + i, np.int64))
+        ordinals.append(ordinal)
+        chunk_offsets.append(chunk_offset)
+        chunk_sizes.append(chunk_size)
+    ndim = len(entry.shape)
+    segment = np.concatenate(segments) if segments else np.empty(0, np.int64)
+    ordinal = np.concatenate(ordinals) if ordinals else np.empty(0, np.int64)
+    offset = np.concatenate(chunk_offsets) if chunk_offsets else np.empty((0, ndim), np.int64)
+    size = np.concatenate(chunk_sizes) if chunk_sizes else np.empty((0, ndim), np.int64)
+    return _locate(index, want, entry, segment, ordinal, offset, size)
+
+
+def _locate(
+    index: CheckpointIndex,
+    want: Want,
+    entry: Entry,
+    segment: IntArray,
+    ordinal: IntArray,
+    chunk_offsets: IntArray,
+    chunk_sizes: IntArray,
+) -> ChunkReads:
+    """Find the byte ranges of chunks that are given by their segment and their place in it."""
+    piece_offsets, piece_sizes = intersect_many(chunk_offsets, chunk_sizes, want.box)
+    covered = int(piece_sizes.prod(axis=1).sum()) if want.box.numel else 0
+    if covered != want.box.numel:
+        raise InvalidIndexError(
+            f"the shards of {want.name!r} cover {covered} of the {want.box.numel} elements of {want.box}"
+        )
+    split = len(segment) > 0 and index.segments.streams[segment[0]] == Stream.HEAD
+    wide = split and not want.heads_only
+    segments = np.stack([segment, segment + 1], axis=1) if wide else segment[:, None]
+    chunks = index.first_chunk[segments] + ordinal[:, None]
+    lengths = index.lengths[chunks].astype(np.int64)
+    starts = index.segments.starts[segments] + index.chunk_starts[chunks]
+    stops = starts + lengths
+    checksums = index.first_checksum[chunks]
+    raw = index.segments.encodings[segment] == Encoding.RAW
+    skipped = np.zeros(len(segment), np.int64)
+    if bool(raw.any()):
+        if split or not np.array_equal(lengths[raw, 0], chunk_sizes[raw].prod(axis=1) * entry.itemsize):
+            raise InvalidIndexError(f"a raw chunk of {want.name!r} has not the size of its box")
+        first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
+        skipped = np.where(raw, first * entry.itemsize // PAGE_BYTES * PAGE_BYTES, 0)
+        ends = -(-(last + 1) * entry.itemsize // PAGE_BYTES) * PAGE_BYTES
+        stops[:, 0] = np.where(raw, starts[:, 0] + np.minimum(ends, lengths[:, 0]), stops[:, 0])
+        starts[:, 0] += skipped
+        checksums[:, 0] += skipped // PAGE_BYTES
+    return ChunkReads(
+        Want(want.name, want.box, heads_only=want.heads_only and split),
+        entry,
+        raw,
+        index.segments.objects[segments],
+        starts,
+        stops,
+        skipped,
+        checksums,
+        chunk_offsets,
+        chunk_sizes,
+        piece_offsets,
+        piece_sizes,
+    )
+
+
+def _row_span(
+    chunk_offsets: IntArray, chunk_sizes: IntArray, piece_offsets: IntArray, piece_sizes: IntArray
+) -> tuple[IntArray, IntArray]:
+    """The first and the last element of each piece, counted in its row-major chunk."""
+    first = np.zeros(len(chunk_offsets), np.int64)
+    last = np.zeros_like(first)
+    for d in range(chunk_offsets.shape[1]):
+        low = piece_offsets[:, d] - chunk_offsets[:, d]
+        first = first * chunk_sizes[:, d] + low
+        last = last * chunk_sizes[:, d] + low + piece_sizes[:, d] - 1
+    return first, last

@@ -1,0 +1,164 @@
+"""A checkpoint that is open for reading: what `reshard.open` returns. Needs no process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..planner.box import Box
+from ..planner.errors import ShapeMismatchError
+from ..planner.index import Kind
+from ..planner.layout import Layout
+from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
+from ..planner.read_plan import Want
+from .errors import DestinationError
+from .manifest import Manifest, read_manifest
+from .objects import decode_object
+from .read import check_is_tensor, read_boxes
+from .store import Store, open_store
+from .tensors import torch_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a checkpoint says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: int
+    stored_bytes: int
+
+
+class Checkpoint:
+    """A checkpoint open for reading. It keeps the manifest in memory, and reads the rest as it is asked for."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._index = manifest.index
+        self._tensors: dict[str, TensorInfo] = {}
+        for position, entry in enumerate(self._index.entries):
+            if entry.kind is Kind.TENSOR:
+                chunks = self._index.chunks_of(position)
+                self._tensors[entry.name] = TensorInfo(
+                    entry.shape,
+                    torch_dtype(entry.dtype),
+                    chunks.stop - chunks.start,
+                    self._index.stored_bytes(position),
+                )
+
+    @property
+    def location(self) -> str:
+        """Where it is."""
+        return self._store.location
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """By what it was written, when, with which codec and from how many ranks."""
+        return MappingProxyType(self._manifest.info)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name."""
+        return MappingProxyType(self._tensors)
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The names of the values that are not tensors."""
+        return tuple(entry.name for entry in self._index.entries if entry.kind is not Kind.TENSOR)
+
+    def read(
+        self, name: str, box: Box | None = None, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Read a tensor, or a box of it, fetching only the chunks that the box meets.
+
+        Args:
+            name: the tensor's name.
+            box: the part to read; the whole tensor by default.
+            out: a tensor of the box's sizes to read into, in place, on any device and of any dtype that the stored
+                one can be cast to; a new one on the CPU by default.
+            dtype: of the new tensor; the stored one by default. float32 values are read as bfloat16 from a third of
+                their bytes, with the same result as a cast.
+
+        Raises:
+            MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the call does not fit the tensor.
+            CorruptCheckpointError, StoreError: the bytes are not to be had; `out` is as it was, unless the message
+                says otherwise.
+        """
+        check_is_tensor(self._manifest, name)
+        entry = self._index.entry(name)
+        wanted = Box.whole(entry.shape) if box is None else box
+        if not wanted.fits(entry.shape):
+            raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
+        if out is None:
+            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype))
+        elif tuple(out.shape) != wanted.sizes:
+            raise ShapeMismatchError(f"{name!r}: out has shape {tuple(out.shape)}, the box {wanted} has {wanted.sizes}")
+        elif dtype not in (None, out.dtype):
+            raise DestinationError(f"{name!r}: out has dtype {out.dtype}, and dtype={dtype} was asked for")
+        read_boxes(self._store, self._manifest, [Want(name, wanted)], [out])
+        return out
+
+    def read_object(self, name: str, *, allow_pickle: bool = False) -> Any:
+        """Read a value that is not a tensor.
+
+        Raises:
+            MissingTensorError: there is none of this name.
+            UnsafeObjectError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
+                is False.
+        """
+        entry = self._index.entry(name)
+        if entry.kind is Kind.TENSOR:
+            raise DestinationError(f"{name!r} is a tensor: read it with read()")
+        blob = torch.empty(entry.shape, dtype=torch.uint8)
+        read_boxes(self._store, self._manifest, [Want(name, Box.whole(entry.shape))], [blob])
+        return decode_object(name, entry.kind, bytes(blob.numpy()), allow_pickle=allow_pickle)
+
+    def plan(self, layout: Layout) -> RankPlans:
+        """What every rank of a layout would read, from the manifest alone. Raises LayoutError."""
+        return plan_ranks(self._index, layout)
+
+    def load_rank(self, layout: Layout, rank: int) -> dict[str, torch.Tensor]:
+        """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
+
+        Raises LayoutError, CorruptCheckpointError, StoreError.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        wants: list[Want] = []
+        views: list[torch.Tensor] = []
+        for held in rank_tensors(self._index, layout, rank):
+            local = torch.empty(held.local.shape, dtype=torch_dtype(held.entry.dtype))
+            tensors[held.entry.name] = local
+            for want, at in zip(held.wants, held.local.local_offsets, strict=True):
+                wants.append(want)
+                views.append(local[Box(at, want.box.sizes).slices])
+        read_boxes(self._store, self._manifest, wants, views, rank=rank)
+        return tensors
+
+    def __repr__(self) -> str:
+        stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
+        return (
+            f"Checkpoint({self.location!r}: {len(self._tensors)} tensors, {len(self.objects)} objects, "
+            f"{stored / 1e6:.1f} MB stored)"
+        )
+
+
+def open_checkpoint(
+    uri: str | os.PathLike[str] | Store, *, storage_options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Open a checkpoint for reading; fetches its manifest. Needs no process group.
+
+    Args:
+        uri: a path, a URI that fsspec opens, or a Store.
+        storage_options: passed to fsspec.
+
+    Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError, StoreError,
+    UnsupportedURIError.
+    """
+    store = open_store(uri, storage_options)
+    return Checkpoint(store, read_manifest(store))

@@ -1,0 +1,199 @@
+"""Values to encoded chunks and back: precision planes, each entropy-coded or stored as it is, by what pays.
+
+The bits of a float compress only in its exponent. So the bytes of a chunk are split into planes, one byte an element
+each: of bfloat16, the exponents and the sign-and-mantissa bits; of other types, their bytes by significance.
+
+float32 values are stored as two streams that can be read apart. The head is the bfloat16 rounding of the value (to
+nearest even, what `.to(torch.bfloat16)` gives). The tail is the 16-bit difference `bits(x) - (bits(head) << 16)`
+modulo 2**16, read back with its sign; elements that this does not give back (ties that round down, NaN payloads) are
+listed at the end of the tail with their bits.
+
+Pure: bytes in, bytes out; any thread may call. docs/FORMAT.md has the encoding byte by byte.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zstandard
+
+from ..planner.index import ITEMSIZES, Stream
+from .errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Bytes = npt.NDArray[np.uint8]
+
+_COMPONENT_SIZES = {"complex32": 2, "complex64": 4, "complex128": 8}
+_FLOAT_PREFIXES = ("float", "bfloat", "complex")
+_COMPRESSED = 1 << 31
+_SAMPLE_BYTES = 4096
+_PAYS_BELOW = 0.97
+"""A plane is compressed where its sample, and then the whole, shrinks below this part of its size."""
+
+
+class _Zstd(threading.local):
+    """Each thread's own compressors: zstandard's are not safe to share."""
+
+    def __init__(self) -> None:
+        # Settled by measurement: exponents have no repetitions worth finding, so that a search for matches only
+        # costs time. These parameters leave little but zstd's entropy coding.
+        entropy = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, chain_log=6, search_log=1, window_log=17
+        )
+        self.entropy = zstandard.ZstdCompressor(compression_params=entropy)
+        self.matches = zstandard.ZstdCompressor(level=1)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()
+
+
+def streams_of(dtype: str, codec: str) -> tuple[Stream, ...]:
+    """The streams that values of a dtype are stored in."""
+    return (Stream.HEAD, Stream.TAIL) if dtype == "float32" and codec == "zstd" else (Stream.WHOLE,)
+
+
+def encode(values: Bytes, dtype: str, stream: Stream) -> bytes:
+    """Encode one stream of a chunk's values: their bytes in memory order, little-endian."""
+    if stream is Stream.WHOLE:
+        if dtype == "bfloat16":
+            return _join_planes(_split_bfloat16(values.view(np.uint16)))
+        width = _COMPONENT_SIZES.get(dtype, ITEMSIZES[dtype])
+        by_byte = values.reshape(-1, width)
+        planes = [np.ascontiguousarray(by_byte[:, i]) for i in range(width)]
+        return _join_planes(planes, floats=dtype.startswith(_FLOAT_PREFIXES))
+    bits = values.view(np.uint32)
+    heads = _round_to_bfloat16(values)
+    if stream is Stream.HEAD:
+        return _join_planes(_split_bfloat16(heads))
+    high = heads.astype(np.uint32) << 16
+    tails = (bits - high).astype(np.uint16)
+    lost = np.flatnonzero(high + tails.view(np.int16).astype(np.uint32) != bits)
+    exceptions = np.stack([lost.astype(np.uint32), bits[lost]], axis=1).astype("<u4").tobytes()
+    by_byte = tails.view(np.uint8).reshape(-1, 2)
+    return _join_planes([np.ascontiguousarray(by_byte[:, i]) for i in range(2)]) + exceptions
+
+
+def decode(data: Buffer, dtype: str, numel: int) -> Bytes:
+    """The bytes of `numel` values from their one whole stream. Raises CorruptCheckpointError."""
+    if dtype == "bfloat16":
+        return decode_heads(data, numel)
+    itemsize = ITEMSIZES[dtype]
+    width = _COMPONENT_SIZES.get(dtype, itemsize)
+    n = numel * (itemsize // width)
+    planes, rest = _split_planes(data, width, n)
+    _check(len(rest) == 0, "bytes are left over after the last plane")
+    if width == 1:
+        return planes[0]
+    values = np.empty((n, width), np.uint8)
+    for i, plane in enumerate(planes):
+        values[:, i] = plane
+    return values.reshape(-1)
+
+
+def decode_heads(data: Buffer, numel: int) -> Bytes:
+    """The bytes of `numel` bfloat16 values from a stream of heads. Raises CorruptCheckpointError."""
+    (exponents, rest), left = _split_planes(data, 2, numel)
+    _check(len(left) == 0, "bytes are left over after the last plane")
+    bits = exponents.astype(np.uint16)
+    bits <<= 8
+    bits |= rest
+    low = bits << 15
+    bits >>= 1
+    bits |= low
+    return bits.view(np.uint8)
+
+
+def decode_heads_and_tails(heads: Buffer, tails: Buffer, numel: int) -> Bytes:
+    """The bytes of `numel` float32 values from their two streams. Raises CorruptCheckpointError."""
+    high = decode_heads(heads, numel).view(np.uint16).astype(np.uint32)
+    high <<= 16
+    planes, rest = _split_planes(tails, 2, numel)
+    by_byte = np.empty((numel, 2), np.uint8)
+    by_byte[:, 0], by_byte[:, 1] = planes
+    high += by_byte.view(np.int16).reshape(-1).astype(np.uint32)
+    _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
+    exceptions = np.frombuffer(rest, "<u4").reshape(-1, 2)
+    if len(exceptions):
+        _check(int(exceptions[:, 0].max()) < numel, "an exception lies outside the chunk")
+        high[exceptions[:, 0]] = exceptions[:, 1]
+    return high.view(np.uint8)
+
+
+def _round_to_bfloat16(values: Bytes) -> npt.NDArray[np.uint16]:
+    rounded = torch.from_numpy(values).view(torch.float32).to(torch.bfloat16)
+    bits: npt.NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
+    return bits
+
+
+def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
+    """Turned left by one bit, a value has its exponent in the high byte, mantissa and sign in the low one."""
+    turned = bits << 1
+    turned |= bits >> 15
+    by_byte = turned.view(np.uint8).reshape(-1, 2)
+    return [np.ascontiguousarray(by_byte[:, 1]), np.ascontiguousarray(by_byte[:, 0])]
+
+
+def _join_planes(planes: list[Bytes], *, floats: bool = True) -> bytes:
+    """Planes as a table of their lengths and what each came to, compressed where it pays."""
+    compressor = _zstd.entropy if floats else _zstd.matches
+    heads: list[int] = []
+    bodies: list[Buffer] = []
+    for plane in planes:
+        body: Buffer = plane.data
+        length = len(plane)
+        if _may_pay(plane, compressor):
+            compressed = compressor.compress(plane.data)
+            if len(compressed) < _PAYS_BELOW * length:
+                body, length = compressed, len(compressed) | _COMPRESSED
+        heads.append(length)
+        bodies.append(body)
+    return b"".join((struct.pack(f"<{len(planes)}I", *heads), *bodies))
+
+
+def _may_pay(plane: Bytes, compressor: zstandard.ZstdCompressor) -> bool:
+    """Whether a sample of the plane, taken from four places, compresses."""
+    if len(plane) <= _SAMPLE_BYTES:
+        return len(plane) > 0
+    piece = _SAMPLE_BYTES // 4
+    step = (len(plane) - piece) // 3
+    sample = np.concatenate([plane[i * step : i * step + piece] for i in range(4)])
+    return len(compressor.compress(sample.data)) < _PAYS_BELOW * _SAMPLE_BYTES
+
+
+def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memoryview]:
+    """The planes, `n` bytes each, and what follows them."""
+    view = memoryview(data)
+    at = 4 * count
+    _check(len(view) >= at, "the table of planes is cut short")
+    planes = []
+    for head in struct.unpack_from(f"<{count}I", view):
+        length = head & ~_COMPRESSED
+        body = view[at : at + length]
+        at += length
+        _check(len(body) == length, "a plane is cut short")
+        if head & _COMPRESSED:
+            body = _decompress(body, n)
+        _check(len(body) == n, f"a plane has {len(body)} bytes where {n} are due")
+        planes.append(np.frombuffer(body, np.uint8))
+    return planes, view[at:]
+
+
+def _decompress(body: memoryview, n: int) -> memoryview:
+    try:
+        _check(zstandard.frame_content_size(body) == n, f"a compressed plane does not hold {n} bytes")
+        return memoryview(_zstd.decompressor.decompress(body, max_output_size=n))
+    except zstandard.ZstdError as error:
+        raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise CorruptCheckpointError(message)

@@ -1,0 +1,341 @@
+"""StorageWriter and StorageReader of torch.distributed.checkpoint: DCP plans, reshard stores.
+
+DCP's planners decide what is written and read, and its collectives carry plans and results between ranks. Each rank's
+items become one data object; the coordinator makes the manifest of what all ranks wrote, and puts it last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.storage as dcp
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.futures import Future
+
+from ..planner.box import Box
+from ..planner.errors import CheckpointError
+from ..planner.index import Kind
+from ..planner.read_plan import Want
+from .errors import CheckpointExistsError, CommitError, CorruptCheckpointError, StoreError
+from .manifest import NAME, Manifest, encode_manifest, read_manifest
+from .objects import decode_object, torch_save
+from .ranks import rank_of
+from .read import read_boxes
+from .records import ObjectRecord, assemble_index
+from .reports import RankReport
+from .store import Store, open_store
+from .tensors import dtype_name, torch_dtype
+from .version import __version__
+from .writer import ShardToWrite, write_object
+
+logger = logging.getLogger("reshard")
+CODECS = ("zstd", "none")
+Target = str | os.PathLike[str] | Store
+
+
+class EncodedObject(io.BytesIO):
+    """An object as bytes, with the way to read them; what a SavePlanner of reshard resolves objects to."""
+
+    def __init__(self, kind: Kind, data: bytes) -> None:
+        super().__init__(data)
+        self.kind = kind
+
+
+class StorageWriter(dcp.StorageWriter):
+    """Writes a checkpoint in reshard's format, under any SavePlanner of DCP.
+
+    Args:
+        uri: a path or a URI that fsspec opens, or a Store.
+        codec: "zstd" compresses; "none" stores values as they are, so that parts of a chunk can be read.
+        storage_options: passed to fsspec.
+        overwrite: whether a checkpoint that is there may be replaced, as DCP's own writers do. It stays readable
+            until the new one is committed, and its data is removed after that.
+    """
+
+    def __init__(
+        self,
+        uri: Target,
+        *,
+        codec: str = "zstd",
+        storage_options: Mapping[str, Any] | None = None,
+        overwrite: bool = True,
+    ) -> None:
+        if codec not in CODECS:
+            raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
+        self.checkpoint_id: Target = uri
+        self._codec = codec
+        self._storage_options = storage_options
+        self._overwrite = overwrite
+        self._rank = 0
+        self._written: ObjectRecord | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self._written = None
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("use_collectives", True):
+            raise ValueError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
+        self._rank = kwargs.get("rank", rank_of(None))
+        if is_coordinator and not self._overwrite:
+            store = self._store()
+            if NAME in store.list():
+                raise CheckpointExistsError(
+                    f"there is a checkpoint at {store.location} already; pass overwrite=True to replace it"
+                )
+
+    def _store(self) -> Store:
+        """A store of this process: the writer itself can be sent to another."""
+        return open_store(self.checkpoint_id, self._storage_options)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
+        begin = time.perf_counter()
+        record = write_object(
+            self._store(), self._rank, [_shard_to_write(item, planner) for item in plan.items], self._codec
+        )
+        record.seconds["total"] = time.perf_counter() - begin
+        self._written = record
+        results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
+        if results:
+            results[0] = dcp.WriteResult(plan.items[0].index, record.nbytes, record)
+        future: Future[list[dcp.WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
+        records = [rank[0].storage_data if rank else ObjectRecord("") for rank in results]
+        index = assemble_index([record for record in records if record.nbytes], _empty_tensors(metadata, records))
+        paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        info = {
+            "writer": f"reshard {__version__}",
+            "torch": torch.__version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "codec": self._codec,
+            "ranks": len(results),
+        }
+        manifest = encode_manifest(index, paths, info)
+        _commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
+        reports = [_report(rank, record) for rank, record in enumerate(records)]
+        reports[self._rank]["bytes_written"] += len(manifest)
+        reports[self._rank]["requests"] += 1
+        metadata.storage_data = reports
+
+    def discard(self) -> None:
+        """Remove what this rank wrote, after a save that was not committed; as far as the store lets it."""
+        if self._written is not None and self._written.nbytes:
+            try:
+                self._store().delete([self._written.name])
+            except StoreError as error:
+                logger.warning("the data object %s of a failed save remains: %s", self._written.name, error)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return _can_open(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        checkpoint_id = self.checkpoint_id
+        return StorageMeta(checkpoint_id.location if isinstance(checkpoint_id, Store) else checkpoint_id)
+
+
+class StorageReader(dcp.StorageReader):
+    """Reads a checkpoint in reshard's format, under any LoadPlanner of DCP.
+
+    Args:
+        uri: a path or a URI that fsspec opens, or a Store.
+        storage_options: passed to fsspec.
+        allow_pickle: hand pickled objects to the planner even where torch.load(weights_only=True) refuses them.
+            The planner may run the code in them.
+    """
+
+    def __init__(
+        self, uri: Target, *, storage_options: Mapping[str, Any] | None = None, allow_pickle: bool = False
+    ) -> None:
+        self.checkpoint_id: Target = uri
+        self._storage_options = storage_options
+        self._allow_pickle = allow_pickle
+        self._manifest: Manifest | None = None
+        self._rank = 0
+        self.report: RankReport | None = None
+        """What the last load did on this rank."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self._manifest = None
+
+    def _open(self) -> tuple[Store, Manifest]:
+        store = open_store(self.checkpoint_id, self._storage_options)
+        if self._manifest is None:
+            self._manifest = read_manifest(store)
+        return store, self._manifest
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        _, manifest = self._open()
+        index = manifest.index
+        entries: dict[str, Any] = {}
+        for position, entry in enumerate(index.entries):
+            if entry.kind is not Kind.TENSOR:
+                entries[entry.name] = BytesStorageMetadata()
+                continue
+            chunks = [
+                ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+                for box in index.shards_of(position)
+            ]
+            properties = TensorProperties(dtype=torch_dtype(entry.dtype))
+            entries[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+        meta = StorageMeta(open_store(self.checkpoint_id, self._storage_options).location)
+        return Metadata(entries, planner_data=manifest.paths or None, storage_meta=meta)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._rank = kwargs.get("rank", rank_of(None))
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        store, manifest = self._open()
+        index = manifest.index
+        tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
+        objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
+        targets = [planner.resolve_tensor(item) for item in tensors]
+        blobs = [torch.empty(index.entry(item.storage_index.fqn).shape, dtype=torch.uint8) for item in objects]
+        wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors]
+        wants += [
+            Want(item.storage_index.fqn, Box.whole(tuple(blob.shape)))
+            for item, blob in zip(objects, blobs, strict=True)
+        ]
+        self.report = read_boxes(store, manifest, wants, [t.detach() for t in targets] + blobs, rank=self._rank)
+        for item, target in zip(tensors, targets, strict=True):
+            planner.commit_tensor(item, target)
+        for item, blob in zip(objects, blobs, strict=True):
+            name = item.storage_index.fqn
+            planner.load_bytes(item, self._for_planner(name, index.entry(name).kind, bytes(blob.numpy())))
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _for_planner(self, name: str, kind: Kind, data: bytes) -> io.BytesIO:
+        """An object as planners expect it, written by torch.save.
+
+        DCP's planner unpickles without an allow-list. What it gets here is written anew from a value that was read
+        with one, so that no byte of the checkpoint reaches the unpickler, unless pickle is allowed.
+        """
+        if self._allow_pickle and kind is Kind.TORCH_SAVE:
+            return io.BytesIO(data)
+        return io.BytesIO(torch_save(decode_object(name, kind, data)))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return _can_open(checkpoint_id)
+
+
+def _can_open(checkpoint_id: str | os.PathLike[str]) -> bool:
+    try:
+        open_store(checkpoint_id)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _read_box(item: ReadItem) -> Box:
+    origin = item.storage_index.offset or torch.Size([0] * len(item.lengths))
+    offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
+    return Box(offsets, tuple(item.lengths))
+
+
+def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
+    name = item.index.fqn
+    if item.type is WriteItemType.BYTE_IO:
+        data = planner.resolve_data(item)
+        assert isinstance(data, io.BytesIO)
+        kind = data.kind if isinstance(data, EncodedObject) else Kind.TORCH_SAVE
+        blob = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
+        return ShardToWrite(name, kind, (len(blob),), Box.whole((len(blob),)), lambda: blob)
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+    def load() -> torch.Tensor:
+        values = planner.resolve_data(item)
+        assert isinstance(values, torch.Tensor)
+        return values
+
+    return ShardToWrite(name, Kind.TENSOR, tuple(item.tensor_data.size), box, load)
+
+
+def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of the tensors that no rank wrote anything of. Raises CorruptCheckpointError."""
+    written = {shard.name for record in records for shard in record.shards}
+    empty = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if name in written:
+            continue
+        if not isinstance(entry, TensorStorageMetadata) or entry.size.numel():
+            raise CorruptCheckpointError(f"no rank wrote {name!r}; the checkpoint was not committed")
+        empty[name] = dtype_name(name, entry.properties.dtype), tuple(entry.size)
+    return empty
+
+
+def _commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool) -> None:
+    """Put the manifest, and only then remove what the checkpoint that it replaced was made of."""
+    replaced: set[str] = set()
+    if overwrite:
+        with contextlib.suppress(CheckpointError):  # there is none, or none that tells what it is made of
+            replaced = {name for name, _ in read_manifest(store).index.objects}
+    try:
+        store.put(NAME, manifest, overwrite=overwrite)
+    except StoreError as error:
+        raise CommitError(f"the manifest may or may not have been written: {error}") from error
+    try:
+        store.delete(replaced - objects)
+    except StoreError as error:
+        logger.warning("data objects of the checkpoint that was replaced remain in %s: %s", store.location, error)
+
+
+def _report(rank: int, record: ObjectRecord) -> dict[str, Any]:
+    """A RankReport as plain data: DCP pickles it."""
+    report = RankReport(
+        rank=rank,
+        bytes_needed=record.bytes_needed,
+        bytes_written=record.nbytes,
+        requests=1 if record.nbytes else 0,
+        chunks=record.chunks,
+        seconds=record.seconds,
+    )
+    return asdict(report)

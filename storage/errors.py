@@ -1,0 +1,77 @@
+"""The errors of storage. With those of planning they make one tree, by what the caller would do:
+
+CheckpointError
+├── StoreError               retry, or mend the store: it did not answer as it should
+│   ├── ObjectNotFoundError
+│   └── AccessDeniedError    mend the credentials or the permissions
+├── CheckpointNotFoundError  fix the call: there is no checkpoint at this place
+│   └── NotCommittedError    ... but the remains of a save that never finished
+├── CheckpointExistsError    fix the call: a checkpoint is there and overwriting was not asked for
+├── UnsupportedURIError      fix the call, or install what the protocol needs
+├── UnsupportedVersionError  upgrade: a newer reshard wrote it
+├── DtypeError               fix the call: the stored dtype cannot be cast to the one asked for
+├── DestinationError         fix the call: the destination cannot be written in place
+├── UnsafeObjectError        decide: reading the object would run pickled code
+├── CorruptCheckpointError   refuse: bytes are damaged, cut short or contradict themselves
+└── RankError                look there: something that is not of reshard failed on a rank
+"""
+
+from __future__ import annotations
+
+from ..planner.errors import CheckpointError
+
+
+class StoreError(CheckpointError):
+    """The store failed to read, write, list or delete."""
+
+
+class ObjectNotFoundError(StoreError):
+    """The store has no object of this name."""
+
+
+class AccessDeniedError(StoreError):
+    """The store refused the credentials, or they do not permit the operation."""
+
+
+class CommitError(StoreError):
+    """The store failed while the manifest was being put: the checkpoint may or may not stand."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no checkpoint at this place."""
+
+
+class NotCommittedError(CheckpointNotFoundError):
+    """A save began at this place, but never finished: there is data, but no manifest."""
+
+
+class CheckpointExistsError(CheckpointError):
+    """A checkpoint is there already, and the save was not told to overwrite it."""
+
+
+class UnsupportedURIError(CheckpointError):
+    """No filesystem is known, or installed, for the protocol of the URI."""
+
+
+class UnsupportedVersionError(CheckpointError):
+    """The checkpoint has a format version that this reshard cannot read."""
+
+
+class DtypeError(CheckpointError):
+    """A stored dtype cannot be cast to the dtype of the destination, or cannot be stored."""
+
+
+class DestinationError(CheckpointError):
+    """A destination tensor cannot be written in place."""
+
+
+class UnsafeObjectError(CheckpointError):
+    """An object is pickled in a way that torch.load(weights_only=True) refuses."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """Stored bytes are damaged, cut short, or contradict themselves."""
+
+
+class RankError(CheckpointError):
+    """An error that is not of reshard stopped a rank; `rank` names it, and the message says what it was."""

@@ -1,0 +1,148 @@
+"""A store on whatever fsspec opens: S3, GCS, memory, ... The only importer of fsspec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol, url_to_fs
+from typing_extensions import Buffer
+
+from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnsupportedURIError
+from .local_store import LocalStore
+from .store import ObjectWriter, Store, TranslatingWriter
+
+S3_CONNECTIONS = 64
+"""botocore's own default of 10 would let no more than ten requests run at once."""
+
+
+def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
+    """The store at a path or URI. Raises UnsupportedURIError."""
+    protocol, _ = split_protocol(uri)
+    if protocol in ("s3", "s3a"):
+        config = {"max_pool_connections": S3_CONNECTIONS, **storage_options.get("config_kwargs", {})}
+        storage_options = {**storage_options, "config_kwargs": config}
+    try:
+        filesystem, path = url_to_fs(uri, **storage_options)
+    except ImportError as error:
+        raise UnsupportedURIError(f"{uri!r} needs a package that is not installed: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UnsupportedURIError(f"cannot open {uri!r}: {error}") from error
+    if "file" in _protocols(filesystem) and type(filesystem) is fsspec.get_filesystem_class("file"):
+        return LocalStore(path)
+    return FsspecStore(filesystem, path)
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+class FsspecStore:
+    """The objects below a path of an fsspec filesystem."""
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._fs = filesystem
+        self._root = path.rstrip("/")
+
+    @property
+    def location(self) -> str:
+        return f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}"
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        with self._errors("read", name):
+            try:
+                data: bytes = self._fs.cat_file(self._path(name), start=start, end=stop)
+            except OSError as error:
+                if _is_beyond_the_end(error):
+                    return b""
+                raise
+            return data
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[ObjectWriter]:
+        with self._errors("write", name):
+            file = self._open_for_writing(self._path(name))
+        try:
+            yield TranslatingWriter(file, lambda: self._errors("write", name))
+        except BaseException:
+            if hasattr(file, "discard"):
+                file.discard()
+            raise
+        with self._errors("write", name):
+            file.close()
+
+    def _open_for_writing(self, path: str) -> Any:
+        try:
+            return self._fs.open(path, "wb")
+        except FileNotFoundError:  # a filesystem that has folders, and wants them made
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            return self._fs.open(path, "wb")
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        with self._errors("write", name):
+            try:
+                self._fs.pipe_file(self._path(name), data, mode="overwrite" if overwrite else "create")
+            except OSError as error:
+                if not overwrite and _is_a_failed_condition(error):
+                    raise CheckpointExistsError(f"{self._path(name)} exists") from error
+                raise
+
+    def list(self) -> Iterable[str]:
+        with self._errors("list", "."):
+            self._fs.invalidate_cache()
+            root = self._fs._strip_protocol(self._root)
+            return [path[len(root) :].lstrip("/") for path in self._fs.find(self._root)]
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            with self._errors("delete", name):
+                try:
+                    self._fs.rm_file(self._path(name))
+                except FileNotFoundError:
+                    continue
+
+    @contextmanager
+    def _errors(self, doing: str, name: str) -> Iterator[None]:
+        """Translate what the filesystem, or the client below it, raises."""
+        try:
+            yield
+        except (StoreError, CheckpointExistsError):
+            raise
+        except FileNotFoundError as error:
+            raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
+        except Exception as error:
+            if isinstance(error, PermissionError) or _is_about_credentials(error):
+                raise AccessDeniedError(
+                    f"{self.location} refused to {doing} {name!r}: {_describe(error)}; "
+                    "check the credentials in the environment or in storage_options"
+                ) from error
+            raise StoreError(f"cannot {doing} {name!r} in {self.location}: {_describe(error)}") from error
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _code(error: BaseException) -> str:
+    """The store's own word for an error, where the client keeps it."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _is_beyond_the_end(error: OSError) -> bool:
+    return _code(error) in ("InvalidRange", "416") or "Requested Range Not Satisfiable" in str(error)
+
+
+def _is_a_failed_condition(error: OSError) -> bool:
+    return isinstance(error, FileExistsError) or _code(error) in ("PreconditionFailed", "412")
+
+
+def _is_about_credentials(error: Exception) -> bool:
+    refused = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken")
+    return "Credential" in type(error).__name__ or _code(error) in refused

@@ -1,0 +1,139 @@
+"""`reshard.load`: every rank plans its own reads from the manifest; the only collective spreads errors and reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..planner.box import Box
+from ..planner.errors import MissingTensorError, ShapeMismatchError
+from ..planner.index import Kind
+from ..planner.read_plan import Want
+from .errors import DestinationError
+from .manifest import Manifest, read_manifest
+from .objects import decode_object
+from .ranks import on_all_ranks, rank_of
+from .read import check_is_tensor, read_boxes
+from .reports import RankReport, Report
+from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
+from .store import Store, open_store
+from .tensors import LocalShard, global_shape, local_shards
+
+
+def load(
+    state_dict: MutableMapping[str, Any],
+    uri: str | os.PathLike[str] | Store,
+    *,
+    strict: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    allow_pickle: bool = False,
+) -> Report:
+    """Load a checkpoint into a state dict, in place. Collective: every rank of the group calls it.
+
+    Each rank reads what its own tensors hold, whatever layout the checkpoint was saved under. Tensors are written in
+    place, and cast where their dtype differs; float32 values are read as bfloat16 at a third of the bytes. Other
+    values are replaced. What the state dict does not name is not read.
+
+    Args:
+        state_dict: the destination: plain tensors, DTensors or ShardedTensors, and values, in nested dicts and
+            lists. Stateful values are given their loaded state.
+        uri: a path, a URI that fsspec opens, or a Store.
+        strict: whether every name must be in the checkpoint; if not, missing ones are left and reported.
+        storage_options: passed to fsspec.
+        process_group: the ranks that load together; the default group where there is one, else this process alone.
+        allow_pickle: unpickle objects that torch.load(weights_only=True) refuses. That can run any code.
+
+    Raises, on every rank and naming the rank that failed:
+        CheckpointNotFoundError, NotCommittedError, UnsupportedVersionError: there is nothing to load.
+        MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the state dict does not fit. Nothing
+            was changed on that rank.
+        CorruptCheckpointError, StoreError: the bytes are not to be had. The tensor that the error names is as it
+            was, unless the message says otherwise; others may have been loaded.
+        UnsafeObjectError: an object needs `allow_pickle`.
+    """
+    states = stateful_to_state(state_dict)
+    loading = _Loading(states, strict=strict, allow_pickle=allow_pickle)
+    rank = rank_of(process_group)
+    reports = on_all_ranks(lambda: loading.run(open_store(uri, storage_options), rank), process_group)
+    for leaf, value in loading.objects:
+        leaf.replace(value)
+    state_to_stateful(state_dict, states)
+    return Report(rank, tuple(reports), loading.skipped)
+
+
+class _Loading:
+    """One rank's part of a load."""
+
+    def __init__(self, states: dict[str, Any], *, strict: bool, allow_pickle: bool) -> None:
+        self._states = states
+        self._strict = strict
+        self._allow_pickle = allow_pickle
+        self.objects: list[tuple[Leaf, Any]] = []
+        self.skipped: tuple[str, ...] = ()
+
+    def run(self, store: Store, rank: int) -> RankReport:
+        manifest = read_manifest(store)
+        leaves = self._present(flatten(self._states), manifest)
+        wants: list[Want] = []
+        destinations: list[torch.Tensor] = []
+        for leaf in leaves:
+            for box, tensor in _shards_to_load(leaf, manifest):
+                wants.append(Want(leaf.name, box))
+                destinations.append(tensor)
+        blobs = [
+            (leaf, torch.empty(manifest.index.entry(leaf.name).shape, dtype=torch.uint8))
+            for leaf in leaves
+            if manifest.index.entry(leaf.name).kind is not Kind.TENSOR
+        ]
+        for leaf, blob in blobs:
+            wants.append(Want(leaf.name, Box.whole(tuple(blob.shape))))
+            destinations.append(blob)
+        report = read_boxes(store, manifest, wants, destinations, rank=rank)
+        for leaf, blob in blobs:
+            kind = manifest.index.entry(leaf.name).kind
+            value = decode_object(leaf.name, kind, bytes(blob.numpy()), allow_pickle=self._allow_pickle)
+            self.objects.append((leaf, value))
+        return report
+
+    def _present(self, leaves: dict[str, Leaf], manifest: Manifest) -> list[Leaf]:
+        """The leaves that the checkpoint has. Raises MissingTensorError."""
+        missing = [name for name in leaves if name not in manifest.index]
+        if missing and self._strict:
+            raise MissingTensorError(_describe_missing(missing, manifest))
+        self.skipped = tuple(missing)
+        return [leaf for name, leaf in leaves.items() if name in manifest.index]
+
+
+def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
+    """What this rank holds of a leaf's tensor; nothing of an object. Raises where it does not fit the checkpoint."""
+    entry = manifest.index.entry(leaf.name)
+    if not isinstance(leaf.value, torch.Tensor):
+        if entry.kind is Kind.TENSOR:
+            raise DestinationError(
+                f"{leaf.name!r} is a tensor of shape {entry.shape} in the checkpoint, and {type(leaf.value).__name__} "
+                "in the state dict: give it a tensor to load into"
+            )
+        return []
+    check_is_tensor(manifest, leaf.name)
+    shape = global_shape(leaf.value)
+    if shape != entry.shape:
+        raise ShapeMismatchError(
+            f"{leaf.name!r} has shape {entry.shape} in the checkpoint and {shape} in the state dict"
+        )
+    return [(box, tensor) for box, tensor in local_shards(leaf.name, leaf.value) if box.numel]
+
+
+def _describe_missing(missing: list[str], manifest: Manifest) -> str:
+    """Which names are missing, and where they may be meant to be."""
+    names = [entry.name for entry in manifest.index.entries]
+    shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    message = f"the checkpoint has no {shown}"
+    similar = next((name for name in names if name.endswith(f".{missing[0]}")), None)
+    if similar is not None:
+        return f"{message}; it has {similar!r}: nest the state dict under {similar.removesuffix(missing[0])[:-1]!r}"
+    return f"{message}; it has {', '.join(map(repr, names[:5]))}" + (", ..." if len(names) > 5 else "")

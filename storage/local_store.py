@@ -1,0 +1,107 @@
+"""A store on a local disk: reads by pread, objects made durable by fsync, the commit by rename or link."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from typing_extensions import Buffer
+
+from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
+from .store import ObjectWriter, TranslatingWriter
+
+
+class LocalStore:
+    """A folder. It is made when the first object is written."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(os.path.abspath(root))
+
+    @property
+    def location(self) -> str:
+        return str(self._root)
+
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        with self._errors("read", name):
+            descriptor = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(descriptor, stop - start, start)
+                while data and len(data) < stop - start:  # one call moves at most 2 GiB
+                    more = os.pread(descriptor, stop - start - len(data), start + len(data))
+                    if not more:
+                        break
+                    data += more
+                return data
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[ObjectWriter]:
+        path = self._root / name
+        with self._errors("write", name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "xb")  # noqa: SIM115
+        with file:
+            yield TranslatingWriter(file, lambda: self._errors("write", name))
+            with self._errors("write", name):
+                file.flush()
+                os.fsync(file.fileno())
+                _sync_folder(path.parent)
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        path = self._root / name
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        with self._errors("write", name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if overwrite:
+                    os.replace(temporary, path)
+                else:
+                    os.link(temporary, path)
+            except FileExistsError:
+                raise CheckpointExistsError(f"{path} exists") from None
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+            _sync_folder(self._root.parent)
+
+    def list(self) -> Iterable[str]:
+        with self._errors("list", "."):
+            return [
+                (Path(folder) / file).relative_to(self._root).as_posix()
+                for folder, _, files in os.walk(self._root)
+                for file in files
+            ]
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            with self._errors("delete", name):
+                (self._root / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self, doing: str, name: str) -> Iterator[None]:
+        """Translate what the operating system raises."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
+        except PermissionError as error:
+            raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""The process group: who this rank is, and how what one rank met becomes known to all.
+
+Without a process group, one process is a world of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..planner.errors import CheckpointError
+from .errors import RankError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_of(process_group: dist.ProcessGroup | None) -> int:
+    """This process's rank in the group."""
+    return dist.get_rank(process_group) if is_distributed() else 0
+
+
+def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> list[T]:
+    """Run `task` on every rank and return what each rank's gave, in order.
+
+    If it fails anywhere, every rank raises the error of the lowest rank that failed, once all have come to an end.
+    """
+    outcome: tuple[T | None, CheckpointError | None]
+    cause: Exception | None = None
+    rank = rank_of(process_group)
+    try:
+        outcome = task(), None
+    except Exception as error:
+        cause = error
+        outcome = None, of_rank(rank, error)
+    outcomes: list[Any] = [outcome]
+    if is_distributed():
+        outcomes = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(outcomes, outcome, group=process_group)
+    for at, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise failure from (cause if at == rank else None)
+    return [value for value, _ in outcomes]
+
+
+def of_rank(rank: int, error: BaseException) -> CheckpointError:
+    """The error as reshard's, with the rank on which it happened."""
+    found = error if isinstance(error, CheckpointError) else RankError(f"{type(error).__name__}: {error}")
+    if is_distributed():
+        found.rank = rank
+    return found

@@ -1,0 +1,58 @@
+"""Boxes of a checkpoint into tensors: check, plan, carry out. What every way to load goes through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..planner.index import Kind
+from ..planner.read_plan import Want, plan_reads
+from .errors import DestinationError
+from .manifest import Manifest
+from .place import check_destination
+from .reader import execute
+from .reports import RankReport
+from .store import Store
+from .tensors import torch_dtype
+
+
+def check_is_tensor(manifest: Manifest, name: str) -> None:
+    """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
+    if manifest.index.entry(name).kind is not Kind.TENSOR:
+        raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
+
+
+def read_boxes(
+    store: Store, manifest: Manifest, wants: Sequence[Want], destinations: Sequence[torch.Tensor], *, rank: int = 0
+) -> RankReport:
+    """Read boxes into tensors of their sizes, in place.
+
+    All is checked before anything is read; for the errors of reading, see `reader.execute`.
+    Raises DtypeError, DestinationError, ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
+    """
+    begin = time.perf_counter()
+    index = manifest.index
+    for want, destination in zip(wants, destinations, strict=True):
+        check_destination(want.name, destination, torch_dtype(index.entry(want.name).dtype))
+    narrowed = [
+        Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
+        for want, destination in zip(wants, destinations, strict=True)
+    ]
+    plan = plan_reads(index, narrowed)
+    planned = time.perf_counter()
+    stats = execute(plan, index, store, destinations)
+    return RankReport(
+        rank=rank,
+        bytes_needed=sum(destination.nbytes for destination in destinations),
+        bytes_fetched=plan.requests.nbytes + manifest.nbytes,
+        requests=len(plan.requests) + 1,
+        chunks=plan.report.chunks,
+        seconds={
+            "plan": planned - begin,
+            "fetch": stats.fetch_s,
+            "decode": stats.decode_s,
+            "total": time.perf_counter() - begin,
+        },
+    )

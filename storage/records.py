@@ -1,0 +1,90 @@
+"""What a rank wrote, as plain data that travels to the rank that commits, and how the index is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..planner.box import Box
+from ..planner.grid import Grid
+from ..planner.index import ITEMSIZES, CheckpointIndex, Entry, Kind, Segments
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord:
+    """A segment as written."""
+
+    stream: int
+    encoding: int
+    start: int
+    lengths: bytes
+    """uint32 little-endian, one for each chunk."""
+    checksums: bytes
+    """uint64 little-endian, one for each chunk, or for each page of a raw chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A shard as written."""
+
+    name: str
+    kind: int
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    segments: tuple[SegmentRecord, ...]
+
+
+@dataclass(slots=True)
+class ObjectRecord:
+    """A data object as written, by one rank."""
+
+    name: str
+    nbytes: int = 0
+    shards: list[ShardRecord] = field(default_factory=list)
+    bytes_needed: int = 0
+    """Bytes of the values, before encoding."""
+    chunks: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by stage: "encode" is time spent waiting for it, "write" is time in the store's calls."""
+
+
+def assemble_index(
+    objects: Sequence[ObjectRecord], empty: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+) -> CheckpointIndex:
+    """The index of what was written.
+
+    Args:
+        objects: of all ranks.
+        empty: dtype and shape of tensors of no elements, of which nothing was written.
+    """
+    shards = sorted(
+        ((shard, at) for at, record in enumerate(objects) for shard in record.shards),
+        key=lambda item: (item[0].name, item[0].box.offsets),
+    )
+    kinds = {shard.name: (Kind(shard.kind), shard.dtype, shard.shape) for shard, _ in shards}
+    kinds |= {name: (Kind.TENSOR, dtype, shape) for name, (dtype, shape) in (empty or {}).items() if name not in kinds}
+    entries = tuple(
+        Entry(name, kind, dtype, Grid.choose(shape, ITEMSIZES[dtype]))
+        for name, (kind, dtype, shape) in sorted(kinds.items())
+    )
+    position = {entry.name: i for i, entry in enumerate(entries)}
+    rows = [(shard, segment, at) for shard, at in shards for segment in shard.segments]
+    segments = Segments(
+        entries=np.array([position[shard.name] for shard, _, _ in rows], np.int64),
+        streams=np.array([segment.stream for _, segment, _ in rows], np.uint8),
+        encodings=np.array([segment.encoding for _, segment, _ in rows], np.uint8),
+        objects=np.array([at for _, _, at in rows], np.int64),
+        starts=np.array([segment.start for _, segment, _ in rows], np.int64),
+        offsets=np.array([n for shard, _, _ in rows for n in shard.box.offsets], np.int64),
+        sizes=np.array([n for shard, _, _ in rows for n in shard.box.sizes], np.int64),
+    )
+    return CheckpointIndex(
+        entries,
+        tuple((record.name, record.nbytes) for record in objects),
+        segments,
+        np.frombuffer(b"".join(segment.lengths for _, segment, _ in rows), "<u4"),
+        np.frombuffer(b"".join(segment.checksums for _, segment, _ in rows), "<u8"),
+    )

@@ -1,0 +1,79 @@
+"""What a save or a load did, on each rank and over all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What one rank did; or, as `Report.total`, all ranks together."""
+
+    rank: int | None
+    """None in a total."""
+    bytes_needed: int = 0
+    """Bytes of the values: of the local tensors that were loaded, or of the shards that this rank saved."""
+    bytes_fetched: int = 0
+    """Bytes read from the store by a load, the manifest included."""
+    bytes_written: int = 0
+    """Bytes written to the store by a save; the manifest counts on the rank that commits."""
+    requests: int = 0
+    """Reads asked of the store by a load, or objects written by a save."""
+    chunks: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage. "total" is wall time; a stage that runs on several threads is the sum over them. A total
+    over ranks has the longest of each."""
+
+    @property
+    def amplification(self) -> float:
+        """Bytes moved over bytes needed."""
+        return (self.bytes_fetched + self.bytes_written) / self.bytes_needed if self.bytes_needed else 0.0
+
+    def __str__(self) -> str:
+        who = "all ranks" if self.rank is None else f"rank {self.rank}"
+        moved = f"{self.bytes_written / 1e6:.2f} MB written" if self.bytes_written else ""
+        moved = moved or f"{self.bytes_fetched / 1e6:.2f} MB fetched"
+        stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
+        return (
+            f"{who}: {self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "
+            f"{self.requests} requests, {self.chunks} chunks; {stages}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a collective call did."""
+
+    rank: int
+    """The rank that this report is on."""
+    ranks: tuple[RankReport, ...]
+    """All ranks, in order."""
+    skipped: tuple[str, ...] = ()
+    """Names that a load with strict=False did not find in the checkpoint, and left as they were."""
+
+    @property
+    def local(self) -> RankReport:
+        """What this rank did."""
+        return self.ranks[self.rank]
+
+    @property
+    def total(self) -> RankReport:
+        """All ranks together."""
+        return RankReport(
+            None,
+            sum(report.bytes_needed for report in self.ranks),
+            sum(report.bytes_fetched for report in self.ranks),
+            sum(report.bytes_written for report in self.ranks),
+            sum(report.requests for report in self.ranks),
+            sum(report.chunks for report in self.ranks),
+            _longest([report.seconds for report in self.ranks]),
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(str(report) for report in (self.total, *self.ranks))
+
+
+def _longest(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for seconds in stages for name in seconds)
+    return {name: max(seconds.get(name, 0.0) for seconds in stages) for name in names}

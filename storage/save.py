@@ -1,0 +1,93 @@
+"""`reshard.save`: DCP's planning and collectives, reshard's writer, reshard's errors."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from ..planner.errors import CheckpointError
+from .dcp import EncodedObject, StorageWriter
+from .errors import CommitError
+from .objects import encode_object
+from .ranks import is_distributed, of_rank, rank_of
+from .reports import RankReport, Report
+from .store import Store
+
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's default planner, but for objects: those that JSON can hold are not pickled."""
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return EncodedObject(*encode_object(object))
+        return super().transform_object(write_item, object)
+
+
+def save(
+    state_dict: Mapping[str, Any],
+    uri: str | os.PathLike[str] | Store,
+    *,
+    codec: str = "zstd",
+    storage_options: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
+
+    Tensors may be plain, DTensor or ShardedTensor, in nested dicts and lists; each rank writes its shards into one
+    object, and what several ranks hold alike is written once. The checkpoint exists once every rank has written and
+    the manifest is put; a save that fails leaves what was there.
+
+    Args:
+        state_dict: tensors and values by name. Stateful values are asked for their state.
+        uri: a path, a URI that fsspec opens, or a Store.
+        codec: "zstd" compresses; "none" stores values as they are, so that parts of a chunk can be read.
+        storage_options: passed to fsspec.
+        process_group: the ranks that save together; the default group where there is one, else this process alone.
+        overwrite: replace a checkpoint that is there.
+
+    Raises, on every rank and naming the rank that failed:
+        CheckpointExistsError: a checkpoint is there and `overwrite` is False.
+        UnsupportedURIError, StoreError: the place cannot be opened, or not be written.
+        CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
+        RankError: anything else.
+    """
+    begin = time.perf_counter()
+    writer = StorageWriter(uri, codec=codec, storage_options=storage_options, overwrite=overwrite)
+    try:
+        with warnings.catch_warnings():
+            # To save from one process is no mistake here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            metadata = dcp_save(
+                dict(state_dict),
+                storage_writer=writer,
+                planner=SavePlanner(),
+                process_group=process_group,
+                no_dist=not is_distributed(),
+            )
+    except CheckpointException as failed:
+        error = _first_failure(failed)
+        if not isinstance(error, CommitError):
+            writer.discard()
+        raise error from failed
+    ranks = tuple(RankReport(**report) for report in metadata.storage_data)
+    rank = rank_of(process_group)
+    own = ranks[rank].seconds
+    assert isinstance(own, dict)
+    own["total"] = time.perf_counter() - begin
+    return Report(rank, ranks)
+
+
+def _first_failure(failed: CheckpointException) -> CheckpointError:
+    """The error of the lowest rank that failed."""
+    rank = min(failed.failures)
+    return of_rank(rank, failed.failures[rank][0])

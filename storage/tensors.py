@@ -1,0 +1,99 @@
+"""torch tensors as the planner and numpy see them: dtype names, local shards and their boxes, bytes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
+
+from ..planner import layout
+from ..planner.box import Box
+from ..planner.errors import LayoutError
+from ..planner.index import ITEMSIZES
+from .errors import DtypeError
+
+LocalShard = tuple[Box, torch.Tensor]
+"""A box of the global tensor, and the local tensor that holds it."""
+
+
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """The planner's name of a dtype. Raises DtypeError for one that cannot be stored."""
+    short = str(dtype).removeprefix("torch.")
+    if short not in ITEMSIZES:
+        raise DtypeError(f"{name!r} has dtype {dtype}, which reshard cannot store")
+    return short
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a planner's name. Raises DtypeError where this torch has none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise DtypeError(f"this torch {torch.__version__} has no dtype {name}")
+    return dtype
+
+
+def global_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor, of which `tensor` may hold a shard."""
+    return tuple(tensor.size())
+
+
+def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
+    """What this rank holds of a plain tensor, DTensor or ShardedTensor, as views that can be written through.
+
+    Raises LayoutError for a DTensor whose placements are not of shards and replicas.
+    """
+    if isinstance(tensor, DTensor):
+        return _dtensor_shards(name, tensor)
+    if isinstance(tensor, ShardedTensor):
+        shards: list[LocalShard] = []
+        for shard in tensor.local_shards():
+            origin = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+            for box, local in local_shards(name, shard.tensor):
+                offsets = tuple(a + b for a, b in zip(origin.offsets, box.offsets, strict=True))
+                shards.append((Box(offsets, box.sizes), local))
+        return shards
+    return [(Box.whole(tuple(tensor.shape)), tensor.detach())]
+
+
+def _dtensor_shards(name: str, tensor: DTensor) -> list[LocalShard]:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    placements = [_placement(name, placement) for placement in tensor.placements]
+    held = layout.local_tensor(tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, placements)
+    local = tensor.to_local().detach()
+    if tuple(local.shape) != held.shape:
+        raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where its placements give {held.shape}")
+    return [(box, local[Box(at, box.sizes).slices]) for box, at in zip(held.boxes, held.local_offsets, strict=True)]
+
+
+def _placement(name: str, placement: Any) -> layout.Placement:
+    if isinstance(placement, TorchStridedShard):
+        return layout.StridedShard(placement.dim, int(placement.split_factor))
+    if isinstance(placement, TorchShard):
+        return layout.Shard(placement.dim)
+    if isinstance(placement, TorchReplicate):
+        return layout.REPLICATE
+    raise LayoutError(f"{name!r} has the placement {placement}, which is neither a shard nor a replica")
+
+
+def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The values of a tensor in row-major order, on the host, as bytes; a view where they lie so already."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    flat: npt.NDArray[np.uint8] = plain.reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def from_bytes(data: npt.NDArray[np.uint8], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over bytes that hold its values in row-major order; of a copy of them where they are read-only."""
+    if not data.flags.writeable:
+        data = data.copy()
+    return torch.from_numpy(data).view(dtype).reshape(tuple(shape))
