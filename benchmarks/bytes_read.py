@@ -1,0 +1,160 @@
+"""How many bytes each rank reads to load a checkpoint under another layout, beside DCP's own reader in the same run.
+
+    python -m benchmarks.bytes_read [--json FILE] [--plot FILE]
+
+An MLP of 8 layers, 1024 x 4096, bf16, is saved by real FSDP or TP ranks (gloo) with DCP's FsspecWriter and with reshard
+(codec "zstd" and "none"), and loaded by other ranks. Counted: every byte that was asked of the store, metadata and
+manifest included, over the bytes of the destination tensors, summed over the ranks. Bytes do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+import reshard
+from benchmarks.models import mlp, under
+from tests.ranks import RankPool
+
+CASES = [("fsdp", 8, "tp", 4), ("fsdp", 4, "tp", 8), ("fsdp", 4, "tp", 4), ("fsdp", 3, "tp", 5), ("tp", 4, "fsdp", 8)]
+
+
+class CountingReader(FsspecReader):
+    """DCP's own reader, with its reads counted where it asks the filesystem for them."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.bytes = 0
+        self.requests = 0
+        create_stream = self.fs.create_stream
+
+        @contextmanager
+        def counted(path: Any, mode: str) -> Generator[Any, None, None]:
+            with create_stream(path, mode) as stream:
+                yield _CountingStream(stream, self)
+
+        self.fs.create_stream = counted  # type: ignore[method-assign]
+
+
+class _CountingStream:
+    def __init__(self, stream: Any, counter: CountingReader) -> None:
+        self._stream = stream
+        self._counter = counter
+
+    def read(self, size: int = -1) -> Any:
+        data = self._stream.read(size)
+        self._counter.bytes += len(data)
+        self._counter.requests += 1
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._stream.readinto(buffer)
+        self._counter.bytes += count
+        self._counter.requests += 1
+        return count
+
+    def readline(self) -> Any:
+        data = self._stream.readline()
+        self._counter.bytes += len(data)
+        self._counter.requests += 1
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def save_rank(layout: str, folder: str) -> None:
+    state = under(layout, mlp(seed=0)).state_dict()
+    dcp.save(state, storage_writer=FsspecWriter(os.path.join(folder, "dcp"), sync_files=False))
+    for codec in ("zstd", "none"):
+        reshard.save(state, os.path.join(folder, codec), codec=codec)
+
+
+def load_rank(layout: str, folder: str) -> dict[str, tuple[int, int, int]]:
+    """(bytes needed, bytes read, requests) of this rank by reader."""
+    state = under(layout, mlp(seed=1)).state_dict()
+    needed = sum(tensor.to_local().nbytes for tensor in state.values())
+    reader = CountingReader(os.path.join(folder, "dcp"))
+    dcp.load(state, storage_reader=reader)
+    expected = {name: tensor.to_local().clone() for name, tensor in state.items()}
+    counts = {"dcp": (needed, reader.bytes, reader.requests)}
+    for codec in ("zstd", "none"):
+        state = under(layout, mlp(seed=1)).state_dict()
+        report = reshard.load(state, os.path.join(folder, codec)).local
+        assert report.bytes_needed == needed
+        assert all(tensor.to_local().equal(expected[name]) for name, tensor in state.items())
+        counts[codec] = report.bytes_needed, report.bytes_fetched, report.requests
+    return counts
+
+
+def run(cases: list[tuple[str, int, str, int]]) -> list[dict[str, Any]]:
+    """One row a case: bytes read over bytes needed, and requests of the rank that made most."""
+    pool = RankPool()
+    rows = []
+    for saved, save_ranks, loaded, load_ranks in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            pool.run(save_ranks, save_rank, saved, folder)
+            counts = pool.run(load_ranks, load_rank, loaded, folder)
+        row: dict[str, Any] = {"case": f"{saved} {save_ranks} → {loaded} {load_ranks}"}
+        row["needed_mb"] = sum(rank["dcp"][0] for rank in counts) / 1e6
+        for reader in counts[0]:
+            row[reader] = sum(rank[reader][1] for rank in counts) / sum(rank[reader][0] for rank in counts)
+            row[f"{reader}_requests"] = max(rank[reader][2] for rank in counts)
+        rows.append(row)
+        print(_line(row), flush=True)
+    pool.close()
+    return rows
+
+
+HEADER = (
+    "| saved → loaded | DCP FsspecReader | reshard zstd | reshard none | requests of a rank: DCP, zstd, none |\n"
+    "|---|---|---|---|---|"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    requests = ", ".join(str(row[f"{reader}_requests"]) for reader in ("dcp", "zstd", "none"))
+    return f"| {row['case']} | {row['dcp']:.2f} | {row['zstd']:.3f} | {row['none']:.3f} | {requests} |"
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Bars of bytes read over bytes needed."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    readers = {"dcp": "DCP FsspecReader", "none": "reshard, none", "zstd": "reshard, zstd"}
+    for at, (reader, label) in enumerate(readers.items()):
+        bars = axes.bar([i + (at - 1) * 0.27 for i in range(len(rows))], [row[reader] for row in rows], 0.25, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(rows)), [row["case"] for row in rows])
+    axes.set_ylabel("bytes read / bytes needed")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--plot", help="draw them into this PNG (needs matplotlib)")
+    arguments = parser.parse_args()
+    print(HEADER)
+    rows = run(CASES)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

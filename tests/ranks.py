@@ -1,0 +1,120 @@
+"""A pool of real ranks: processes that stay alive between tests, and join a new gloo group for each.
+
+Starting a process that imports torch takes seconds; here one process imports it, and the ranks are forked from that
+one. `pool.run(world_size, function, *args)` runs a module-level function on ranks 0 to world_size - 1.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOADED = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "reshard.storage.load",
+    "reshard.storage.save",
+]
+DEPRECATED = "FSDP.state_dict_type|`torch.distributed.fsdp.FullyShardedDataParallel`|.*FSDP.*deprecated"
+"""FSDP1 warns of its own end; it is what is tested."""
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not answer."""
+
+
+class RankPool:
+    """Processes that act as ranks. They are started as they are first needed."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+        """What each rank returned, in order. Raises RankFailed with the traceback of the first rank that failed."""
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        with tempfile.TemporaryDirectory() as folder:
+            meeting = os.path.join(folder, "store")
+            for rank in range(world_size):
+                self._workers[rank][1].send((rank, world_size, meeting, function, args))
+            return self._collect(world_size, timeout_s)
+
+    def _collect(self, world_size: int, timeout_s: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+        while waiting:
+            ready = wait(list(waiting), timeout=10 if failures else timeout_s)
+            if not ready:
+                silent = sorted(waiting.values())
+                self.close()
+                details = "".join(failures.values())
+                raise RankFailed(f"ranks {silent} did not answer in time\n{details}")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    ok, value = connection.recv()
+                except EOFError:
+                    ok, value = False, "the process died"
+                if ok:
+                    results[rank] = value
+                else:
+                    failures[rank] = f"rank {rank}:\n{value}"
+        if failures:
+            if any("the process died" in failure for failure in failures.values()):
+                self.close()
+            raise RankFailed("\n".join(failures[rank] for rank in sorted(failures)))
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all ranks."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers.clear()
+
+
+def _work(connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message=DEPRECATED, category=FutureWarning)
+    while True:
+        try:
+            rank, world_size, meeting, function, args = connection.recv()
+        except EOFError:
+            return
+        os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{meeting}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=60),
+            )
+            try:
+                answer = True, function(*args)
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = False, traceback.format_exc()
+        connection.send(answer)
