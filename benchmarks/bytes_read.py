@@ -132,7 +132,9 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     readers = {"dcp": "DCP FsspecReader", "none": "reshard, none", "zstd": "reshard, zstd"}
     for at, (reader, label) in enumerate(readers.items()):
-        bars = axes.bar([i + (at - 1) * 0.27 for i in range(len(rows))], [row[reader] for row in rows], 0.25, label=label)
+        bars = axes.bar(
+            [i + (at - 1) * 0.27 for i in range(len(rows))], [row[reader] for row in rows], 0.25, label=label
+        )
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows])

@@ -100,16 +100,39 @@ class LocalTensor:
 
 
 def local_tensor(
-    shape: Sequence[int],
-    mesh_sizes: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
+    shape: Sequence[int], mesh_sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> LocalTensor:
-    """What the rank at `coordinate` of a mesh holds of a tensor of this global shape. Raises LayoutError."""
+    """What the rank at `coordinate` of a mesh holds of a tensor of this global shape, as DTensor computes it.
+
+    Raises LayoutError.
+    """
     if not len(mesh_sizes) == len(coordinate) == len(placements):
         raise LayoutError(f"a mesh of {len(mesh_sizes)} dimensions needs as many placements, got {placements}")
-    held = {d: [(0, n)] for d, n in enumerate(shape)}
+    return _apply(shape, list(zip(mesh_sizes, coordinate, placements, strict=True)))
+
+
+def fsdp_local_tensor(
+    shape: Sequence[int], mesh_sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> LocalTensor:
+    """As `local_tensor`, for a tensor that FSDP has split after TP: a strided dimension is split last.
+
+    Both agree where TP's parts are even. Where they are not, DTensor computes from the placements what FSDP2 does not
+    hold: of 28 rows under FSDP 4 x TP 3, rank (3, 0) holds row 9, and DTensor says rows 9 and 19 (torch 2.13).
+    """
+    first: list[tuple[int, int, Placement]] = []
+    last: list[tuple[int, int, Placement]] = []
     for size, at, placement in zip(mesh_sizes, coordinate, placements, strict=True):
+        if isinstance(placement, StridedShard):
+            last.insert(0, (size, at, Shard(placement.dim)))
+        else:
+            first.append((size, at, placement))
+    return _apply(shape, first + last)
+
+
+def _apply(shape: Sequence[int], steps: Sequence[tuple[int, int, Placement]]) -> LocalTensor:
+    """Split a tensor by (mesh size, coordinate, placement), one after another."""
+    held = {d: [(0, n)] for d, n in enumerate(shape)}
+    for size, at, placement in steps:
         if isinstance(placement, Replicate):
             continue
         dim = placement.dim + len(shape) if placement.dim < 0 else placement.dim

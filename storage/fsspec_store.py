@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,8 +72,7 @@ class FsspecStore:
         try:
             yield TranslatingWriter(file, lambda: self._errors("write", name))
         except BaseException:
-            if hasattr(file, "discard"):
-                file.discard()
+            _abandon(file)
             raise
         with self._errors("write", name):
             file.close()
@@ -123,6 +123,14 @@ class FsspecStore:
                     "check the credentials in the environment or in storage_options"
                 ) from error
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {_describe(error)}") from error
+
+
+def _abandon(file: Any) -> None:
+    """Close a file without finishing its object; where the filesystem cannot, a part of it may remain."""
+    with contextlib.suppress(Exception):
+        file.discard()
+    with contextlib.suppress(AttributeError):
+        file.closed = True  # or its finaliser would try to upload what is left
 
 
 def _describe(error: BaseException) -> str:

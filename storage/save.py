@@ -6,13 +6,17 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from ..planner.errors import CheckpointError
 from .dcp import EncodedObject, StorageWriter
@@ -21,10 +25,38 @@ from .objects import encode_object
 from .ranks import is_distributed, of_rank, rank_of
 from .reports import RankReport, Report
 from .store import Store
+from .tensors import local_shards
 
 
 class SavePlanner(DefaultSavePlanner):
-    """DCP's default planner, but for objects: those that JSON can hold are not pickled."""
+    """DCP's default planner, but for two things.
+
+    Objects that JSON can hold are not pickled. And a DTensor is written as the boxes that this rank really holds,
+    which, for uneven FSDP over TP, are not those that DTensor computes (see `planner.layout.fsdp_local_tensor`).
+    """
+
+    def create_local_plan(self) -> SavePlan:
+        self._views: dict[MetadataIndex, torch.Tensor] = {}
+        plan = super().create_local_plan()
+        return replace(plan, items=[held for item in plan.items for held in self._as_held(item)])
+
+    def _as_held(self, item: WriteItem) -> list[WriteItem]:
+        tensor = self.state_dict[item.index.fqn]
+        if not isinstance(tensor, DTensor) or item.tensor_data is None:
+            return [item]
+        shards = local_shards(item.index.fqn, tensor)
+        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in shards]
+        if chunks == [item.tensor_data.chunk] or not (chunks or item.tensor_data.chunk.sizes.numel()):
+            return [item]
+        items = []
+        for chunk, (_, view) in zip(chunks, shards, strict=True):
+            index = MetadataIndex(item.index.fqn, chunk.offsets)
+            self._views[index] = view
+            items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
+        return items
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._views[index] if index in self._views else super().lookup_object(index)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         if write_item.type is WriteItemType.BYTE_IO:

@@ -68,9 +68,12 @@ def _dtensor_shards(name: str, tensor: DTensor) -> list[LocalShard]:
     if coordinate is None:
         return []
     placements = [_placement(name, placement) for placement in tensor.placements]
-    held = layout.local_tensor(tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, placements)
+    where = tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, placements
     local = tensor.to_local().detach()
-    if tuple(local.shape) != held.shape:
+    for held in (layout.fsdp_local_tensor(*where), layout.local_tensor(*where)):
+        if held.shape == tuple(local.shape):
+            break
+    else:
         raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where its placements give {held.shape}")
     return [(box, local[Box(at, box.sizes).slices]) for box, at in zip(held.boxes, held.local_offsets, strict=True)]
 

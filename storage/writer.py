@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..planner.box import Box
+from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
 from ..planner.index import ITEMSIZES, Encoding, Kind, Stream
 from .checksums import checksum, page_checksums
@@ -91,7 +92,7 @@ def write_object(store: Store, rank: int, shards: Iterable[ShardToWrite], codec:
     """Write shards into one new object of a store.
 
     The name is unique, so that nothing that exists is touched. Where there is nothing to write, no object is made.
-    Raises StoreError, DtypeError, and what `load` raises; what was begun is then removed.
+    Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was begun is then removed.
     """
     record = ObjectRecord(f"data/{rank:05d}-{uuid.uuid4().hex}{DATA_SUFFIX}")
     filled = [shard for shard in shards if shard.box.numel > 0]
@@ -134,6 +135,10 @@ def _encoded_chunks(
     try:
         for source in shards:
             values = source.load().detach()
+            if tuple(values.shape) != source.box.sizes:
+                raise ShapeMismatchError(
+                    f"{source.name!r} should hold {source.box} on this rank, but has shape {tuple(values.shape)}"
+                )
             dtype = dtype_name(source.name, values.dtype)
             _, offsets, sizes = Grid.choose(source.shape, values.itemsize).chunks(source.box)
             segments = [_Segment(stream) for stream in streams_of(dtype, codec)]

@@ -1,0 +1,56 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.planner.coalesce import Requests, coalesce
+
+ranges = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 200), st.integers(1, 30)), min_size=0, max_size=40)
+
+
+def joined(rows: list[tuple[int, int, int]], **bounds: float) -> Requests:
+    table = np.array(rows, np.int64).reshape(-1, 3)
+    return coalesce(table[:, 0], table[:, 1], table[:, 1] + table[:, 2], **bounds)  # type: ignore[arg-type]
+
+
+@given(ranges, st.integers(0, 50), st.floats(0, 2), st.integers(1, 100))
+def test_every_range_is_in_its_request_and_the_bounds_hold(
+    rows: list[tuple[int, int, int]], gap: int, over_read: float, most: int
+) -> None:
+    requests = joined(rows, max_gap_bytes=gap, max_over_read=over_read, max_request_bytes=most)
+    for (obj, start, size), at in zip(rows, requests.request_of_range.tolist(), strict=True):
+        assert requests.objects[at] == obj
+        assert requests.starts[at] <= start
+        assert start + size <= requests.stops[at]
+    wanted = {(obj, byte) for obj, start, size in rows for byte in range(start, start + size)}
+    fetched = [
+        (obj, byte)
+        for obj, start, stop in zip(
+            requests.objects.tolist(), requests.starts.tolist(), requests.stops.tolist(), strict=True
+        )
+        for byte in range(start, stop)
+    ]
+    thrown_away = len(set(fetched) - wanted)
+    assert thrown_away <= over_read * sum(size for _, _, size in rows)
+    assert all(
+        stop - start < most + 30 for start, stop in zip(requests.starts.tolist(), requests.stops.tolist(), strict=True)
+    )
+
+
+@given(ranges)
+def test_without_a_gap_nothing_is_read_twice_or_in_vain(rows: list[tuple[int, int, int]]) -> None:
+    requests = joined(rows, max_gap_bytes=0, max_over_read=0, max_request_bytes=10**6)
+    wanted = {(obj, byte) for obj, start, size in rows for byte in range(start, start + size)}
+    assert requests.nbytes == len(wanted)
+
+
+def test_small_gaps_are_closed_before_large_ones() -> None:
+    rows = [(0, 0, 100), (0, 105, 100), (0, 225, 100)]
+    assert len(joined(rows, max_gap_bytes=50, max_over_read=0.02, max_request_bytes=10**6)) == 2
+    assert len(joined(rows, max_gap_bytes=50, max_over_read=0.1, max_request_bytes=10**6)) == 1
+    assert len(joined(rows, max_gap_bytes=4, max_over_read=0.1, max_request_bytes=10**6)) == 3
+
+
+def test_large_numbers_do_not_overflow() -> None:
+    rows = [(i, 2**58, 8) for i in range(100)] + [(i, 2**58 + 8, 8) for i in range(100)]
+    requests = joined([(0, 0, 1), *rows[:3], *rows[100:103]], max_request_bytes=10**6)
+    assert len(requests) == 4

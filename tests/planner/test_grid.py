@@ -1,0 +1,98 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.planner.box import Box
+from reshard.planner.grid import FLOOR_BYTES, TARGET_BYTES, Grid
+from tests.planner.boxes import boxes_in, paint, shapes
+
+
+def as_boxes(offsets: np.ndarray, sizes: np.ndarray) -> list[Box]:
+    return [Box(tuple(o), tuple(s)) for o, s in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+
+
+@given(st.data(), shapes)
+def test_the_chunks_of_a_shard_tile_it(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    parts = tuple(data.draw(st.integers(1, n)) for n in shape)
+    grid = Grid(shape, parts)
+    shard = data.draw(boxes_in(shape))
+    ordinals, offsets, sizes = grid.chunks(shard)
+    assert ordinals.tolist() == list(range(len(ordinals)))
+    assert np.array_equal(paint(shape, as_boxes(offsets, sizes)), paint(shape, [shard]))
+    count = grid.chunk_counts(
+        np.array([shard.offsets], np.int64).reshape(1, -1), np.array([shard.sizes], np.int64).reshape(1, -1)
+    )
+    assert count.tolist() == [len(ordinals)]
+
+
+@given(st.data(), shapes)
+def test_the_chunks_that_meet_a_box_are_those_of_the_shard_that_do(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    shard, wanted = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
+    every = as_boxes(*grid.chunks(shard)[1:])
+    ordinals, offsets, sizes = grid.chunks(shard, within=wanted)
+    meeting = [i for i, chunk in enumerate(every) if chunk.intersect(wanted)]
+    assert sorted(ordinals.tolist()) == meeting
+    assert as_boxes(offsets, sizes) == [every[i] for i in ordinals.tolist()]
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8, 16])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (8192, 8192), (128256, 4096)])
+def test_tensor_parallel_ranks_fall_on_grid_lines(shape: tuple[int, int], dim: int, tp: int) -> None:
+    part = [n // tp if d == dim else n for d, n in enumerate(shape)]
+    offsets = [n if d == dim else 0 for d, n in enumerate(part)]
+    rank = Box(tuple(offsets), tuple(part))
+    _, _, sizes = Grid.choose(shape, 2).chunks(Box.whole(shape), within=rank)
+    assert sizes.prod(axis=1).sum() == rank.numel
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize"),
+    [
+        ((), 4),
+        ((1,), 8),
+        ((7,), 2),
+        ((10**7,), 4),
+        ((3, 5), 4),
+        ((0, 5), 4),
+        ((1, 2**22), 2),
+        ((1024, 4096), 2),
+        ((128256, 8192), 4),
+        ((64, 2048, 1408), 2),
+        ((512, 512, 3, 3), 4),
+    ],
+)
+def test_cells_are_of_a_good_size(shape: tuple[int, ...], itemsize: int) -> None:
+    grid = Grid.choose(shape, itemsize)
+    cell = math.prod(n / part for n, part in zip(shape, grid.parts, strict=True)) * itemsize
+    assert cell <= TARGET_BYTES
+    assert cell >= FLOOR_BYTES or all(part == 1 for part in grid.parts)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4096, 1024), 0), ((1024, 4096), 1), ((2048, 2048), 1)])
+def test_what_a_rank_needs_of_a_shard_is_one_run_of_chunks(shape: tuple[int, int], dim: int) -> None:
+    """Up projections are cut in rows, down projections in columns; each is saved by FSDP, in rows."""
+    grid = Grid.choose(shape, 2)
+    shard = Box((shape[0] // 4, 0), (shape[0] // 4, shape[1]))
+    part = [n // 8 if d == dim else n for d, n in enumerate(shape)]
+    for rank in range(8):
+        wanted = Box(tuple(rank * n if d == dim else 0 for d, n in enumerate(part)), tuple(part))
+        ordinals = np.sort(grid.chunks(shard, within=wanted)[0])
+        assert (np.diff(ordinals) == 1).all()
+
+
+def test_experts_are_outermost() -> None:
+    grid = Grid.choose((8, 4096, 2048), 2)
+    assert grid.order == (0, 1, 2)
+    assert Grid.choose((8, 2048, 4096), 2).order == (0, 2, 1)
+
+
+def test_an_impossible_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not make a grid"):
+        Grid((4, 4), (2,))
+    with pytest.raises(ValueError, match="do not make a grid"):
+        Grid((4,), (0,))

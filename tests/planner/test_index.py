@@ -1,0 +1,97 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reshard.planner.box import Box
+from reshard.planner.errors import InvalidIndexError
+from reshard.planner.grid import Grid
+from reshard.planner.index import CheckpointIndex, Entry, Kind, Segments
+from tests.planner.indexes import Saved, index_of
+
+
+def good() -> CheckpointIndex:
+    halves = [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
+    return index_of(
+        Saved("a", Grid((8, 8), (2, 2)), halves, "float32", raw=False), Saved("b", Grid((8, 8), (2, 1)), halves)
+    )
+
+
+def test_an_index_knows_its_tensors() -> None:
+    index = good()
+    assert "a" in index
+    assert "c" not in index
+    assert index.shards_of(0) == [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
+    assert index.stored_bytes(1) == 8 * 8 * 2
+    assert index.chunks_of(1).stop == len(index.lengths)
+
+
+def segments(**changes: Any) -> Callable[[CheckpointIndex], CheckpointIndex]:
+    return lambda index: dataclasses.replace(index, segments=dataclasses.replace(index.segments, **changes))
+
+
+def with_row(column: str, row: int, value: int) -> Callable[[CheckpointIndex], CheckpointIndex]:
+    def change(index: CheckpointIndex) -> CheckpointIndex:
+        changed = getattr(index.segments, column).copy()
+        changed[row] = value
+        return segments(**{column: changed})(index)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: dataclasses.replace(i, lengths=i.lengths[:-1]), "chunks but"),
+        (lambda i: dataclasses.replace(i, checksums=i.checksums[:-1]), "checksums"),
+        (lambda i: dataclasses.replace(i, objects=(("x", 10), ("y", 10))), "beyond the end"),
+        (lambda i: dataclasses.replace(i, objects=(("x", -1), ("y", 10))), "impossible size"),
+        (lambda i: dataclasses.replace(i, entries=(i.entries[0], i.entries[0])), "same name"),
+        (lambda i: dataclasses.replace(i, lengths=np.full_like(i.lengths, 2**32 - 1)), "beyond the end"),
+        (with_row("objects", 0, 7), "no data object"),
+        (with_row("objects", 0, -1), "no data object"),
+        (with_row("entries", 0, 1), "not sorted"),
+        (with_row("entries", -1, 9), "no tensor"),
+        (with_row("streams", 0, 2), "do not pair up"),
+        (with_row("streams", 0, 9), "unknown stream"),
+        (with_row("encodings", 0, 9), "unknown stream or encoding"),
+        (with_row("starts", 0, -5), "beyond the end"),
+        (with_row("starts", 0, 2**62), "beyond the end"),
+        (with_row("offsets", 0, -1), "outside its shape"),
+        (with_row("sizes", 0, 2**62), "outside its shape"),
+        (with_row("sizes", 0, 0), "outside its shape"),
+        (with_row("sizes", -1, 3), "hold 44 elements"),
+        (segments(offsets=np.zeros(3, np.int64)), "differ in number"),
+        (segments(streams=np.zeros(1, np.uint8)), "differ in length"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused(
+    change: Callable[[CheckpointIndex], CheckpointIndex], message: str
+) -> None:
+    with pytest.raises(InvalidIndexError, match=message):
+        change(good())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "parts"),
+    [
+        ("quint8", (4,), (1,)),
+        ("int8", (2**41,), (1,)),
+        ("int64", (2**39, 2**39), (1, 1)),
+        ("int8", (-4,), (1,)),
+        ("int8", (4,), (5,)),
+        ("int8", (2**30,), (2**25,)),
+    ],
+)
+def test_an_impossible_entry_is_refused(dtype: str, shape: tuple[int, ...], parts: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidIndexError, match="'t' has the"):
+        Entry("t", Kind.TENSOR, dtype, Grid(shape, parts))
+
+
+def test_an_index_of_nothing() -> None:
+    nothing = np.empty(0, np.int64)
+    columns = Segments(nothing, nothing.astype(np.uint8), nothing.astype(np.uint8), nothing, nothing, nothing, nothing)
+    index = CheckpointIndex((), (), columns, nothing.astype(np.uint32), nothing.astype(np.uint64))
+    assert len(index.segments) == 0

@@ -1,0 +1,151 @@
+import itertools
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
+
+from reshard.planner.box import Box
+from reshard.planner.errors import LayoutError
+from reshard.planner.layout import (
+    Layout,
+    Mesh,
+    Placement,
+    Replicate,
+    Shard,
+    StridedShard,
+    fsdp_local_tensor,
+    local_tensor,
+)
+from tests.planner.boxes import paint
+
+
+def torch_placement(placement: Placement) -> object:
+    if isinstance(placement, StridedShard):
+        return TorchStridedShard(placement.dim, split_factor=placement.split_factor)
+    return TorchShard(placement.dim) if isinstance(placement, Shard) else TorchReplicate()
+
+
+def placements(ndim: int) -> st.SearchStrategy[Placement]:
+    dims = st.integers(0, ndim - 1)
+    return st.one_of(st.just(Replicate()), st.builds(Shard, dims), st.builds(StridedShard, dims, st.integers(1, 4)))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]:
+    shape = tuple(draw(st.lists(st.integers(0, 13), min_size=1, max_size=3)))
+    mesh = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    return shape, mesh, tuple(draw(placements(len(shape))) for _ in mesh)
+
+
+@given(cases())
+def test_boxes_agree_with_dtensor(case: tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]) -> None:
+    """Shapes always; offsets wherever DTensor's single offset can describe the shard; and together, every element."""
+    shape, mesh, places = case
+    held: list[Box] = []
+    torch_places = [torch_placement(placement) for placement in places]
+    for coordinate in itertools.product(*map(range, mesh)):
+        local = local_tensor(shape, mesh, coordinate, places)
+        expected_shape, offset = _compute_local_shape_and_global_offset(
+            shape,
+            mesh,
+            list(coordinate),
+            torch_places,  # type: ignore[arg-type]
+        )
+        assert local.shape == tuple(expected_shape)
+        if local.boxes and 0 not in local.shape:
+            assert local.boxes[0].offsets == tuple(offset)
+        assert sum(box.numel for box in local.boxes) == Box.whole(local.shape).numel
+        replicas = [at for at, place in zip(coordinate, places, strict=True) if isinstance(place, Replicate)]
+        if not any(replicas):
+            held += local.boxes
+    if 0 not in shape:
+        assert (paint(shape, held) == 1).all()
+
+
+@pytest.mark.parametrize("n", range(1, 40))
+@pytest.mark.parametrize(("dp", "tp"), [(2, 2), (3, 2), (2, 4), (4, 3)])
+def test_fsdp_over_tp_splits_what_tp_has_split(n: int, dp: int, tp: int) -> None:
+    places = (StridedShard(0, tp), Shard(0))
+    held: list[Box] = []
+    for at_dp, at_tp in itertools.product(range(dp), range(tp)):
+        local = fsdp_local_tensor((n, 3), (dp, tp), (at_dp, at_tp), places)
+        rows = range(n)[slice(*chunk(n, tp, at_tp))]
+        start, stop = chunk(len(rows), dp, at_dp)
+        assert local.shape == (stop - start, 3)
+        assert local.boxes == ((Box((rows[start], 0), (stop - start, 3)),) if stop > start else ())
+        if n % (dp * tp) == 0:
+            assert local == local_tensor((n, 3), (dp, tp), (at_dp, at_tp), places)
+        held += local.boxes
+    assert (paint((n, 3), held) == 1).all()
+
+
+def chunk(n: int, parts: int, at: int) -> tuple[int, int]:
+    """The part that torch.chunk gives."""
+    size = -(-n // parts)
+    return min(at * size, n), min((at + 1) * size, n)
+
+
+def test_a_strided_split_of_uneven_parts_gives_several_boxes() -> None:
+    local = local_tensor((8,), (2,), (0,), (StridedShard(0, 2),))
+    assert local.shape == (4,)
+    assert local.boxes == (Box((0,), (2,)), Box((4,), (2,)))
+    assert local.local_offsets == ((0,), (2,))
+
+
+def test_words_are_placements() -> None:
+    layout = Layout({"dp": 2, "tp": 4}, {"layers.*.up": "colwise", "layers.*.down": "rowwise", "head": "replicate"})
+    assert layout.placements("layers.0.up.weight", 2) == (Replicate(), Shard(-2))
+    assert layout.placements("layers.0.up.bias", 1) == (Replicate(), Shard(0))
+    assert layout.placements("layers.11.down.weight", 2) == (Replicate(), Shard(-1))
+    assert layout.placements("layers.11.down.bias", 1) == (Replicate(), Replicate())
+    assert layout.placements("norm.weight", 1) == (Replicate(), Replicate())
+    assert layout.local("layers.0.down.weight", (8, 16), rank=5).boxes == (Box((0, 4), (8, 4)),)
+    assert layout.local("layers.0.up.weight", (8, 16), rank=6).boxes == (Box((4, 0), (2, 16)),)
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    layout = Layout(2, {"*.up": "colwise", "*": Shard(1)})
+    assert layout.placements("a.up.weight", 2) == (Shard(-2),)
+    assert layout.placements("a.upper.weight", 2) == (Shard(1),)
+
+
+def test_placements_by_mesh_dimension() -> None:
+    layout = Layout({"dp": 2, "tp": 2}, {"a": [Shard(0), Shard(1)], "b": {"dp": Shard(0)}, "c": Shard(-1)})
+    assert layout.placements("a", 2) == (Shard(0), Shard(1))
+    assert layout.placements("b", 2) == (Shard(0), Replicate())
+    assert layout.local("c", (4, 6), rank=1).boxes == (Box((0, 3), (4, 3)),)
+
+
+def test_a_layout_travels_between_processes() -> None:
+    layout = Layout({"tp": 2}, {"*.up": "colwise"})
+    assert pickle.loads(pickle.dumps(layout)) == layout  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "message"),
+    [
+        (2, {"a": "columnwise"}, "unknown tensor-parallel word 'columnwise'"),
+        ({"x": 2, "y": 2}, {"a": "colwise"}, "Name one of them 'tp'"),
+        ({"dp": 2, "tp": 2}, {"a": [Shard(0)]}, "1 placements for the 2"),
+        ({"dp": 2, "tp": 2}, {"a": {"pp": Shard(0)}}, "'pp'"),
+        ({}, {}, "a mesh needs"),
+        (0, {}, "1 rank or more"),
+    ],
+)
+def test_a_malformed_layout_is_refused(mesh: object, rules: dict[str, object], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        Layout(mesh, rules)  # type: ignore[arg-type]
+
+
+def test_a_layout_that_does_not_fit_names_the_tensor() -> None:
+    layout = Layout(2, {"a": Shard(2)})
+    with pytest.raises(LayoutError, match=r"'a.weight'.*Shard\(dim=2\).*\(4, 4\)"):
+        layout.local("a.weight", (4, 4), rank=0)
+    with pytest.raises(LayoutError, match="rank 2 is not in the mesh tp 2"):
+        layout.local("b", (4, 4), rank=2)
+    assert Mesh.of({"dp": 2, "tp": 3}).coordinate(4) == (1, 1)

@@ -1,0 +1,112 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.planner.box import Box
+from reshard.planner.errors import InvalidIndexError, MissingTensorError, ShapeMismatchError
+from reshard.planner.grid import Grid
+from reshard.planner.index import PAGE_BYTES
+from reshard.planner.layout import Layout
+from reshard.planner.rank_plans import plan_ranks
+from reshard.planner.read_plan import ChunkReads, Want, plan_reads
+from tests.planner.boxes import boxes_in, cuts_of, paint, shapes
+from tests.planner.indexes import Saved, index_of
+
+
+def pieces(read: ChunkReads) -> list[Box]:
+    return [
+        Box(tuple(o), tuple(s)) for o, s in zip(read.piece_offsets.tolist(), read.piece_sizes.tolist(), strict=True)
+    ]
+
+
+@given(st.data(), shapes, st.booleans(), st.sampled_from(["bfloat16", "float32"]))
+def test_the_pieces_tile_the_wanted_box_exactly_once(
+    data: st.DataObject, shape: tuple[int, ...], raw: bool, dtype: str
+) -> None:
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    index = index_of(Saved("t", grid, data.draw(cuts_of(shape)), dtype, raw))
+    wanted = data.draw(boxes_in(shape))
+    plan = plan_reads(index, [Want("t", wanted)])
+    (read,) = plan.reads
+    assert np.array_equal(paint(shape, pieces(read)), paint(shape, [wanted]))
+    (requests,) = plan.requests_of()
+    assert (plan.requests.starts[requests] <= read.starts).all()
+    assert (plan.requests.stops[requests] >= read.stops).all()
+    assert (plan.requests.objects[requests] == read.objects).all()
+    assert read.objects.shape[1] == (2 if dtype == "float32" and not raw else 1)
+
+
+@given(st.data(), shapes)
+def test_the_ranges_of_different_chunks_are_disjoint(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    index = index_of(Saved("t", grid, data.draw(cuts_of(shape)), "float32", raw=False))
+    (read,) = plan_reads(index, [Want("t", Box.whole(shape))]).reads
+    ranges = sorted(
+        zip(read.objects.ravel().tolist(), read.starts.ravel().tolist(), read.stops.ravel().tolist(), strict=True)
+    )
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(ranges))
+    assert sum(stop - start for _, start, stop in ranges) == int(index.lengths.sum())
+    assert sorted(read.checksums.ravel().tolist()) == list(range(len(index.checksums)))
+
+
+def test_heads_are_read_alone() -> None:
+    index = index_of(Saved("t", Grid((64, 64), (2, 2)), [Box.whole((64, 64))], "float32", raw=False))
+    (both,) = plan_reads(index, [Want("t", Box.whole((64, 64)))]).reads
+    (heads,) = plan_reads(index, [Want("t", Box.whole((64, 64)), heads_only=True)]).reads
+    assert np.array_equal(heads.starts, both.starts[:, :1])
+    assert heads.itemsize == 2
+    assert heads.bytes_needed * 2 == both.bytes_needed
+
+
+def test_heads_only_means_nothing_where_there_are_none() -> None:
+    index = index_of(Saved("t", Grid((8,), (1,)), [Box.whole((8,))], "float32", raw=True))
+    (read,) = plan_reads(index, [Want("t", Box.whole((8,)), heads_only=True)]).reads
+    assert not read.heads_only
+    assert read.itemsize == 4
+
+
+def test_of_a_raw_chunk_only_the_pages_of_the_wanted_rows_are_read() -> None:
+    shape = (1024, 256)  # 512 bytes a row: a page has 32 rows
+    index = index_of(Saved("t", Grid(shape, (1, 1)), [Box.whole(shape)], "bfloat16", raw=True))
+    (read,) = plan_reads(index, [Want("t", Box((100, 0), (50, 256)))]).reads
+    rows_before = 100 // 32 * 32
+    assert read.skipped.tolist() == [rows_before * 512]
+    assert (read.stops - read.starts).tolist() == [[2 * PAGE_BYTES]]
+    assert read.checksums.tolist() == [[rows_before // 32]]
+
+
+def test_a_rank_reads_neighbours_by_one_request() -> None:
+    grid = Grid.choose((4096, 1024), 2)
+    shards = [Box((i * 512, 0), (512, 1024)) for i in range(8)]
+    index = index_of(*(Saved(f"{i}.up", grid, shards) for i in range(4)))
+    plans = plan_ranks(index, Layout(4, {"*.up": "colwise"}))
+    assert len(plans) == 4
+    assert [plan.report.amplification for plan in plans] == [1.0] * 4
+    assert [plan.report.requests for plan in plans] == [2] * 4, "of two objects, the shards of all four tensors"
+    assert "4 ranks" in str(plans)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    index = index_of(Saved("t", Grid((8, 8), (2, 2)), [Box.whole((8, 8))]))
+    with pytest.raises(MissingTensorError, match="'u'"):
+        plan_reads(index, [Want("u", Box.whole((8, 8)))])
+    with pytest.raises(ShapeMismatchError, match=r"'t' has shape \(8, 8\)"):
+        plan_reads(index, [Want("t", Box((4, 0), (8, 8)))])
+
+
+def test_shards_that_overlap_are_found_where_they_are_read() -> None:
+    shards = [Box((0, 0), (4, 8)), Box((2, 0), (4, 8))]
+    index = index_of(Saved("t", Grid((8, 8), (1, 1)), shards))
+    with pytest.raises(InvalidIndexError, match="cover 32 of the 16 elements"):
+        plan_reads(index, [Want("t", Box((2, 0), (2, 8)))])
+
+
+def test_an_empty_plan() -> None:
+    index = index_of(Saved("t", Grid((0, 8), (1, 1)), []))
+    plan = plan_reads(index, [Want("t", Box.whole((0, 8)))])
+    assert len(plan.requests) == 0
+    assert plan.report.amplification == 0
+    assert len(plan_reads(index, []).requests) == 0

@@ -1,0 +1,102 @@
+import collections
+import datetime
+import math
+import random
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.planner.index import Kind
+from reshard.storage.errors import CorruptCheckpointError, UnsafeObjectError
+from reshard.storage.objects import decode_object, encode_object
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=12,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return (math.isnan(a) and math.isnan(b)) or struct.pack("d", a) == struct.pack("d", b)
+    if isinstance(a, complex):
+        return same(a.real, b.real) and same(a.imag, b.imag)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+    return bool(a == b)
+
+
+@given(values)
+def test_what_state_dicts_hold_comes_back_without_pickle(value: Any) -> None:
+    try:
+        kind, data = encode_object(value)
+    except UnicodeEncodeError:
+        return
+    if kind is Kind.JSON:
+        assert same(decode_object("x", kind, data), value)
+    else:
+        assert "\\ud" in ascii(value), "only lone surrogates are beyond UTF-8"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.random.default_rng(0).bit_generator.state,
+        np.random.RandomState(3).get_state(),
+        random.Random(3).getstate(),
+        {"lr": np.float64(0.1), "n": np.int64(3), "flag": np.bool_(True), "empty": np.zeros((0, 3), np.float32)},
+        {"$tuple": [1], "$x": {"$y": 2}},
+        float("-inf"),
+        10**40,
+    ],
+)
+def test_states_of_random_generators_and_numpy_values_need_no_pickle(value: Any) -> None:
+    kind, data = encode_object(value)
+    assert kind is Kind.JSON
+    assert same(decode_object("x", kind, data), value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        collections.OrderedDict(a=1),
+        torch.float32,
+        torch.Size((3, 4)),
+        (torch.arange(3), "x"),
+    ],
+)
+def test_what_torch_knows_is_read_with_weights_only(value: Any) -> None:
+    kind, data = encode_object(value)
+    assert kind is Kind.TORCH_SAVE
+    back = decode_object("x", kind, data)
+    assert type(back) is type(value)
+    assert str(back) == str(value)
+
+
+def test_pickle_that_needs_trust_names_the_way_out() -> None:
+    value = datetime.timedelta(days=3)
+    kind, data = encode_object(value)
+    with pytest.raises(UnsafeObjectError, match=r"'extra\.when'.*timedelta.*allow_pickle=True"):
+        decode_object("extra.when", kind, data)
+    assert decode_object("extra.when", kind, data, allow_pickle=True) == value
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"$who":1}', b'{"$array":["O",[1],""]}', b'{"$bytes":"?"}', b'{"$tuple":3}', b"\xff"]
+)
+def test_json_that_is_none_is_refused(data: bytes) -> None:
+    with pytest.raises(CorruptCheckpointError, match="'x'"):
+        decode_object("x", Kind.JSON, data)

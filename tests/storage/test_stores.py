@@ -1,0 +1,102 @@
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
+from reshard.storage.fsspec_store import FsspecStore
+from reshard.storage.local_store import LocalStore
+from reshard.storage.store import open_store
+from reshard.storage.testing import MemoryStore, RecordingStore, check_store
+
+
+def test_a_local_path_keeps_the_contract(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "not" / "there")
+    assert isinstance(store, LocalStore)
+    check_store(store)
+
+
+def test_a_file_uri_keeps_the_contract(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/x")
+    assert isinstance(store, LocalStore)
+    check_store(store)
+
+
+def test_fsspec_memory_keeps_the_contract() -> None:
+    store = open_store(f"memory://{uuid.uuid4().hex}/x")
+    assert isinstance(store, FsspecStore)
+    check_store(store)
+
+
+def test_s3_keeps_the_contract(s3: tuple[str, dict[str, Any]]) -> None:
+    uri, options = s3
+    store = open_store(uri, options)
+    assert store.location == uri
+    check_store(store)
+
+
+def test_the_stores_for_tests_keep_the_contract() -> None:
+    check_store(MemoryStore())
+    check_store(RecordingStore(MemoryStore()))
+
+
+def test_a_store_is_taken_as_it_is() -> None:
+    store = MemoryStore()
+    assert open_store(store) is store
+
+
+@pytest.mark.parametrize("uri", ["nosuchprotocol://x/y", "nosuch+protocol://x"])
+def test_an_unknown_protocol_is_refused(uri: str) -> None:
+    with pytest.raises(UnsupportedURIError, match="nosuch"):
+        open_store(uri)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.registry import known_implementations
+
+    monkeypatch.setitem(known_implementations, "abroad", {"class": "no_such_package.Files", "err": "install abroadfs"})
+    with pytest.raises(UnsupportedURIError, match="install abroadfs"):
+        open_store("abroad://x")
+
+
+def test_a_folder_in_the_way_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(StoreError, match="'x'"):
+        LocalStore(tmp_path).read("x", 0, 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="checks the refusal through another user's rights")
+def test_no_permission_is_access_denied(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    (tmp_path / "x").chmod(0)
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(AccessDeniedError, match="'x'"):
+            LocalStore(tmp_path).read("x", 0, 1)
+    finally:
+        os.seteuid(0)
+
+
+def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: tuple[str, dict[str, Any]]) -> None:
+    uri, options = s3
+    store = open_store(uri, options)
+
+    def write() -> None:
+        with store.create("data/x") as out:
+            out.write(b"half")
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError):
+        write()
+    with pytest.raises(ObjectNotFoundError):
+        store.read("data/x", 0, 1)
+
+
+def test_a_missing_bucket_is_an_error_of_the_store(s3: tuple[str, dict[str, Any]]) -> None:
+    _, options = s3
+    store = open_store("s3://no-such-bucket-anywhere/x", options)
+    with pytest.raises(StoreError):
+        store.put("manifest", b"x", overwrite=True)
