@@ -1,0 +1,171 @@
+import functools
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from reshard.planner.box import Box
+from reshard.planner.index import Kind
+from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage.errors import CorruptCheckpointError, StoreError
+from reshard.storage.manifest import NAME, Manifest, encode_manifest, read_manifest
+from reshard.storage.reader import CONCURRENT_REQUESTS, execute
+from reshard.storage.records import assemble_index
+from reshard.storage.store import Store
+from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
+from reshard.storage.writer import ShardToWrite, write_object
+
+
+def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple[MemoryStore, Manifest]:
+    """A checkpoint of tensors, each cut in rows over the ranks."""
+    store = MemoryStore()
+    records = []
+    for rank in range(ranks):
+        shards = []
+        for name, values in tensors.items():
+            rows = len(values) // ranks
+            box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
+            load = functools.partial(values.__getitem__, box.slices)
+            shards.append(ShardToWrite(name, Kind.TENSOR, tuple(values.shape), box, load))
+        records.append(write_object(store, rank, shards, codec))
+    store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    return store, read_manifest(store)
+
+
+def read(store: Store, manifest: Manifest, wants: list[Want], out: list[torch.Tensor], **options: int) -> None:
+    execute(plan_reads(manifest.index, wants), manifest.index, store, out, **options)
+
+
+TENSORS = {
+    "w": torch.randn(512, 256),
+    "h": torch.randn(512, 300).to(torch.bfloat16),
+    "i": torch.arange(4096 * 8).reshape(4096, 8),
+}
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize("budget_bytes", [1 << 30, 1 << 16, 1])
+def test_boxes_come_back_under_any_budget(codec: str, budget_bytes: int) -> None:
+    store, manifest = saved(codec, TENSORS)
+    for slices in ((slice(None), slice(None)), (slice(100, 400), slice(3, 8)), (slice(0, 1), slice(0, 1))):
+        expected = {name: values[slices] for name, values in TENSORS.items()}
+        boxes = {
+            name: Box(tuple(s.start or 0 for s in slices), tuple(values.shape)) for name, values in expected.items()
+        }
+        out = [torch.zeros_like(values) for values in expected.values()]
+        read(store, manifest, [Want(name, box) for name, box in boxes.items()], out, budget_bytes=budget_bytes)
+        assert all(a.equal(b) for a, b in zip(out, expected.values(), strict=True))
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3: bytes that were asked for and are not placed yet, however slowly placing goes."""
+    values = torch.randn(4096, 256).to(torch.bfloat16)
+    store, manifest = saved(codec, {f"t{i}": values for i in range(4)})
+    wants = [Want(f"t{i}", Box.whole((4096, 256))) for i in range(4)]
+    plan = plan_reads(manifest.index, wants, max_request_bytes=1 << 17)
+    budget = 1 << 19
+    largest = int((plan.requests.stops - plan.requests.starts).max())
+    assert plan.requests.nbytes > 4 * budget
+
+    from reshard.storage import reader
+
+    held: list[int] = []
+    admit = reader._Execution._admit
+
+    def watching(self: reader._Execution, nbytes: int) -> bool:
+        admitted = admit(self, nbytes)
+        held.append(self._held)
+        return admitted
+
+    monkeypatch.setattr(reader._Execution, "_admit", watching)
+    out = [torch.zeros_like(values) for _ in wants]
+    execute(plan, manifest.index, store, out, budget_bytes=budget)
+    assert all(tensor.equal(values) for tensor in out)
+    assert budget / 4 < max(held) <= budget + largest
+
+
+def test_requests_run_at_once() -> None:
+    store, manifest = saved("none", {"w": torch.randn(2048, 1024)})
+    plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
+    assert len(plan.requests) >= CONCURRENT_REQUESTS
+    together = threading.Barrier(CONCURRENT_REQUESTS)
+
+    def before(call: Call) -> None:
+        together.wait(timeout=20)
+
+    plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
+    assert len(plan.requests) == CONCURRENT_REQUESTS
+    execute(plan, manifest.index, RecordingStore(store, before), [torch.empty(2048, 1024)])
+
+
+def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
+    """Change the first data object; its name."""
+    name = next(name for name in store.content if name != NAME)
+    store.content[name] = change(store.content[name])
+    return name
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize(
+    ("change", "message", "harmed"),
+    [
+        (lambda data: data[:-1000], "the object was cut short", "i"),
+        (lambda data: data[:100], "the object was cut short", "whi"),
+        (lambda data: b"", "the object was cut short", "whi"),
+        (lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:], "does not match its checksum", "i"),
+    ],
+)
+def test_damage_is_named_and_leaves_the_tensor_as_it_was(
+    codec: str, change: Callable[[bytes], bytes], message: str, harmed: str
+) -> None:
+    store, manifest = saved(codec, TENSORS)
+    name = damaged(store, change)
+    for tensor, values in TENSORS.items():
+        out = torch.full_like(values, 7)
+        wants = [Want(tensor, Box.whole(tuple(values.shape)))]
+        if tensor in harmed:
+            with pytest.raises(CorruptCheckpointError, match=f"^'{tensor}': .*{message}") as caught:
+                read(store, manifest, wants, [out])
+            assert name in str(caught.value)
+            assert "overwritten" not in str(caught.value)
+            assert (out == 7).all()
+        else:
+            read(store, manifest, wants, [out])
+            assert out.equal(values)
+
+
+def test_a_missing_object_is_damage() -> None:
+    store, manifest = saved("zstd", TENSORS)
+    name = next(name for name in store.content if name != NAME)
+    del store.content[name]
+    with pytest.raises(CorruptCheckpointError, match=f"'w': object '{name}' is missing"):
+        read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
+
+
+def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
+    values = torch.randn(2048, 1024)
+    store, manifest = saved("none", {"w": values})
+    name = list(store.content)[1]
+    store.content[name] = store.content[name][:-1] + bytes([store.content[name][-1] ^ 1])
+    plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
+    with pytest.raises(CorruptCheckpointError, match="a part of the tensor was overwritten"):
+        execute(plan, manifest.index, store, [torch.zeros(2048, 1024)], budget_bytes=1 << 19)
+
+
+def test_an_error_of_the_store_arrives_with_tensor_object_and_range() -> None:
+    store, manifest = saved("zstd", TENSORS)
+    failed = RecordingStore(store, failing("read"))
+    with pytest.raises(StoreError, match=r"'w': bytes \[8, \d+\) of object 'data/0000\d-.*injected"):
+        read(failed, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
+
+
+def test_an_error_stops_what_has_not_begun() -> None:
+    store, manifest = saved("none", {"w": torch.randn(4096, 1024)})
+    plan = plan_reads(manifest.index, [Want("w", Box.whole((4096, 1024)))], max_request_bytes=1 << 16)
+    slowly, fails = slow("read", 0.01), failing("read", after=3)
+    failed = RecordingStore(store, lambda call: (slowly(call), fails(call))[0])
+    with pytest.raises(StoreError, match="injected"):
+        execute(plan, manifest.index, failed, [torch.empty(4096, 1024)])
+    assert len(failed.calls) < 4 * CONCURRENT_REQUESTS < len(plan.requests)
