@@ -23,8 +23,14 @@ PRELOADED = [
     "reshard.storage.load",
     "reshard.storage.save",
 ]
-DEPRECATED = "FSDP.state_dict_type|`torch.distributed.fsdp.FullyShardedDataParallel`|.*FSDP.*deprecated"
-"""FSDP1 warns of its own end; it is what is tested."""
+OF_TORCH = (
+    "FSDP",
+    ".*FullyShardedDataParallel",
+    "`_get_pg_default_device`",
+    "Multiple backends are",
+    "Please use DTensor",
+)
+"""How the warnings begin that torch's own FSDP1 gives when it is used as it is meant to be."""
 
 
 class RankFailed(AssertionError):
@@ -43,7 +49,7 @@ class RankPool:
         """What each rank returned, in order. Raises RankFailed with the traceback of the first rank that failed."""
         while len(self._workers) < world_size:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+            process = self._context.Process(target=_work, args=(theirs,))
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -96,7 +102,8 @@ def _work(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=DEPRECATED, category=FutureWarning)
+    for beginning in OF_TORCH:
+        warnings.filterwarnings("ignore", message=beginning)
     while True:
         try:
             rank, world_size, meeting, function, args = connection.recv()

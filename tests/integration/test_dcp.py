@@ -1,0 +1,336 @@
+"""reshard's writer and reader in the place of DCP's own, under everything that DCP offers."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import reshard
+from reshard.storage.manifest import NAME
+from reshard.storage.testing import MemoryStore
+from tests.integration.models import Mlp, build, local_values
+from tests.ranks import RankPool
+
+
+def full(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor whole, on every rank."""
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def convert_fsdp_to_tp(uri: str) -> None:
+    """The conversion test of PyTorch's own suite, with another writer and reader."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    fsdp = FullyShardedDataParallel(Mlp(8, 16), use_orig_params=True, device_id=torch.device("cpu"))
+    with FullyShardedDataParallel.state_dict_type(fsdp, StateDictType.SHARDED_STATE_DICT):
+        saved = fsdp.state_dict()
+    dcp.save(saved, storage_writer=reshard.StorageWriter(uri))
+    with FullyShardedDataParallel.summon_full_params(fsdp):
+        expected = {name: value.clone() for name, value in fsdp.named_parameters()}
+
+    torch.manual_seed(1)
+    tp = parallelize_module(
+        Mlp(8, 16), init_device_mesh("cpu", (world,)), {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
+    state = tp.state_dict()
+    before = full(state)
+    assert all(not before[name].equal(value) for name, value in expected.items())
+    dcp.load(state, storage_reader=reshard.StorageReader(uri))
+    tp.load_state_dict(state)
+    after = full(dict(tp.named_parameters()))
+    assert all(after[name].equal(value) for name, value in expected.items())
+
+
+def test_the_conversion_of_pytorchs_own_suite(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, convert_fsdp_to_tp, str(tmp_path / "x"))
+    ranks.run(4, convert_fsdp_to_tp, str(tmp_path / "x"))
+
+
+def save_by_dcp(layout: str, uri: str) -> None:
+    dcp.save({"model": build(layout, seed=0)}, storage_writer=reshard.StorageWriter(uri))
+
+
+def load_by_dcp(layout: str, uri: str) -> None:
+    expected = local_values(build(layout, seed=0))
+    state = build(layout, seed=1)
+    reader = reshard.StorageReader(uri)
+    dcp.load({"model": state}, storage_reader=reader)
+    after = local_values(state)
+    assert all(after[name].equal(value) for name, value in expected.items())
+    assert reader.report is not None
+    assert reader.report.bytes_fetched > 0
+    assert reader.report.rank == dist.get_rank()
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(("fsdp", 3), ("tp", 5)), (("tp", 2), ("fsdp", 4)), (("hsdp", 4), ("fsdp1", 2))]
+)
+def test_layouts_through_dcp(ranks: RankPool, tmp_path: Path, saved: tuple[str, int], loaded: tuple[str, int]) -> None:
+    uri = str(tmp_path)
+    ranks.run(saved[1], save_by_dcp, saved[0], uri)
+    ranks.run(loaded[1], load_by_dcp, loaded[0], uri)
+
+
+class App:
+    """A Stateful: a sharded model and its optimizer, through DCP's get_state_dict and set_state_dict."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = Mlp(6, 10)
+        fully_shard(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01 * (seed + 1), amsgrad=True)
+        self.step = 0
+
+    def train(self) -> None:
+        self.model(torch.randn(4, 6)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.step = state["step"]
+
+
+def save_app(uri: str, by_dcp: bool) -> dict[str, Any]:
+    app = App(seed=0)
+    for _ in range(3):
+        app.train()
+    if by_dcp:
+        dcp.save({"app": app}, storage_writer=reshard.StorageWriter(uri))
+    else:
+        reshard.save({"app": app}, uri)
+    return whole(app)
+
+
+def load_app(uri: str, by_dcp: bool, warm: bool) -> dict[str, Any]:
+    app = App(seed=1)
+    if warm:
+        app.train()
+    if by_dcp:
+        dcp.load({"app": app}, storage_reader=reshard.StorageReader(uri))
+    else:
+        reshard.load({"app": app}, uri)
+    return whole(app)
+
+
+def whole(app: App) -> dict[str, Any]:
+    model, optimizer = get_state_dict(app.model, app.optimizer)
+    moments = {
+        f"{name}.{key}": value.full_tensor() if isinstance(value, DTensor) else value
+        for name, values in cast(dict[str, Any], optimizer["state"]).items()
+        for key, value in values.items()
+    }
+    return {"step": app.step, "lr": cast(Any, optimizer["param_groups"])[0]["lr"], **full(model), **moments}
+
+
+@pytest.mark.parametrize("by_dcp", [True, False])
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_stateful_with_optimizer_on_another_world_size(
+    ranks: RankPool, tmp_path: Path, by_dcp: bool, warm: bool
+) -> None:
+    uri = str(tmp_path)
+    saved = ranks.run(3, save_app, uri, by_dcp)[0]
+    loaded = ranks.run(2, load_app, uri, by_dcp, warm)[0]
+    assert saved.keys() == loaded.keys()
+    assert saved["step"] == loaded["step"] == 3
+    for name, value in saved.items():
+        assert torch.equal(torch.as_tensor(loaded[name]), torch.as_tensor(value)), name
+
+
+def save_async(uri: str) -> None:
+    state: dict[str, Any] = {"model": build("fsdp", seed=0), "step": 5}
+    expected = local_values(state["model"])
+    kind = AsyncCheckpointerType.THREAD
+    response = dcp.async_save(state, storage_writer=reshard.StorageWriter(uri), async_checkpointer_type=kind)
+    for value in state["model"].values():
+        (value.to_local() if isinstance(value, DTensor) else value).zero_()
+    assert isinstance(response, Future)
+    response.result()
+    loaded: dict[str, Any] = {"model": build("fsdp", seed=1), "step": 0}
+    reshard.load(loaded, uri)
+    after = local_values(loaded["model"])
+    assert all(after[name].equal(value) for name, value in expected.items())
+    assert loaded["step"] == 5
+
+
+def test_async_save_keeps_the_values_of_its_moment(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_async, str(tmp_path))
+
+
+def save_async_in_a_process(uri: str) -> None:
+    state = {"w": torch.arange(1000.0), "step": 5}
+    kind = AsyncCheckpointerType.PROCESS
+    response = dcp.async_save(state, storage_writer=reshard.StorageWriter(uri), async_checkpointer_type=kind)
+    assert isinstance(response, Future)
+    response.result()
+    loaded: dict[str, Any] = {"w": torch.zeros(1000), "step": 0}
+    reshard.load(loaded, uri)
+    assert loaded["w"].equal(state["w"])
+
+
+def test_async_save_in_a_process(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_async_in_a_process, str(tmp_path))
+
+
+def step_by_step(folder: str) -> list[float]:
+    """Save with a cached plan, each step to a new place of the same writer."""
+    state = build("fsdp", seed=0)
+    writer = reshard.StorageWriter(f"{folder}/0")
+    for step in range(3):
+        for value in local_values(state):
+            tensor = state[value]
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(step)
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        dcp.save(state, checkpoint_id=f"{folder}/{step}", storage_writer=writer, planner=planner)
+    SavePlanner._cached_save_plan.clear()
+    SavePlanner._cached_all_plans.clear()
+    SavePlanner._cached_global_plan.clear()
+    SavePlanner._cached_metadata.clear()
+    SavePlanner._cached_final_save_plan.clear()
+    means = []
+    reader = reshard.StorageReader(f"{folder}/0")
+    for step in range(3):
+        dcp.load(state, checkpoint_id=f"{folder}/{step}", storage_reader=reader)
+        values = local_values(state)
+        assert all((value == step).all() for value in values.values())
+        means.append(float(values["scale"]))
+    return means
+
+
+def test_cached_plans_and_new_checkpoint_ids_on_used_writers(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, step_by_step, str(tmp_path)) == [[0.0, 1.0, 2.0]] * 2
+
+
+def save_balanced(uri: str) -> list[int]:
+    """Many replicas of the same size, as plain tensors and as replicated DTensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state: dict[str, Any] = {f"plain.{i}": torch.full((64, 64), float(i)) for i in range(16)}
+    state |= {f"dtensor.{i}": distribute_tensor(torch.full((64, 64), float(i)), mesh) for i in range(16)}
+    metadata = dcp.save(state, storage_writer=reshard.StorageWriter(uri, codec="none"))
+    return [rank["bytes_needed"] for rank in metadata.storage_data]
+
+
+def test_replicas_are_written_once_and_balanced(ranks: RankPool, tmp_path: Path) -> None:
+    shares = ranks.run(4, save_balanced, str(tmp_path))[0]
+    assert shares == [8 * 64 * 64 * 4] * 4
+
+
+def test_no_dist_partial_load_and_stateless_values() -> None:
+    store = MemoryStore()
+    state: dict[str, Any] = {"a": torch.arange(6.0), "n": {"step": 3, "names": ["x", "y"], "when": (1, None)}}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save(state, storage_writer=reshard.StorageWriter(store), no_dist=True)
+    more: dict[str, Any] = {"a": torch.zeros(6), "new": torch.ones(2), "n": {"step": 0, "names": [], "when": None}}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.load(
+            more,
+            storage_reader=reshard.StorageReader(store),
+            planner=DefaultLoadPlanner(allow_partial_load=True),
+            no_dist=True,
+        )
+    assert more["a"].equal(state["a"])
+    assert more["new"].equal(torch.ones(2))
+    assert more["n"] == state["n"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_reshard_saves_dcp_loads_and_the_other_way_round() -> None:
+    store = MemoryStore()
+    state: dict[str, Any] = {"t": torch.randn(3, 4), "o": {"lr": 0.1, "betas": (0.9, 0.95), "blob": b"\0\xff"}}
+    empty: dict[str, Any] = {"t": torch.zeros(3, 4), "o": {"lr": 0, "betas": None, "blob": b""}}
+    reshard.save(state, store)
+    dcp.load(empty, storage_reader=reshard.StorageReader(store))
+    assert empty["t"].equal(state["t"])
+    assert empty["o"] == state["o"]
+
+    dcp.save(state, storage_writer=reshard.StorageWriter(store))
+    empty = {"t": torch.zeros(3, 4), "o": {"lr": 0, "betas": None, "blob": b""}}
+    reshard.load(empty, store)
+    assert empty["t"].equal(state["t"])
+    assert empty["o"] == state["o"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_pickled_code_does_not_reach_dcps_unpickler() -> None:
+    store = MemoryStore()
+    state: dict[str, Any] = {"when": datetime.timedelta(days=1), "t": torch.zeros(2)}
+    dcp.save(state, storage_writer=reshard.StorageWriter(store))
+    loaded: dict[str, Any] = {"when": None, "t": torch.ones(2)}
+    with pytest.raises(CheckpointException, match=r"UnsafeObjectError: .*'when'.*allow_pickle=True"):
+        dcp.load(loaded, storage_reader=reshard.StorageReader(store))
+    assert loaded["when"] is None
+    dcp.load(loaded, storage_reader=reshard.StorageReader(store, allow_pickle=True))
+    assert loaded["when"] == state["when"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_overwrites_and_leaves_nothing_behind() -> None:
+    store = MemoryStore()
+    for value in (1.0, 2.0):
+        dcp.save({"t": torch.full((4,), value)}, storage_writer=reshard.StorageWriter(store))
+    assert reshard.open(store).read("t").equal(torch.full((4,), 2.0))
+    assert len(store.content) == 2
+    with pytest.raises(CheckpointException, match=r"CheckpointExistsError: .*overwrite=True"):
+        dcp.save({"t": torch.zeros(4)}, storage_writer=reshard.StorageWriter(store, overwrite=False))
+    assert reshard.open(store).read("t").equal(torch.full((4,), 2.0))
+
+
+def test_a_model_of_meta_tensors_is_materialised(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_by_dcp, "fsdp", str(tmp_path))
+    ranks.run(2, load_meta, str(tmp_path))
+
+
+def load_meta(uri: str) -> None:
+    """DCP itself gives meta tensors memory; reshard's reader fills it."""
+    with torch.device("meta"):
+        small: nn.Module = Mlp(3, 13)
+    fully_shard(small)
+    state = {"model": {f"small.{name}": value for name, value in small.state_dict().items()}}
+    dcp.load(state, storage_reader=reshard.StorageReader(uri))
+    expected = local_values(build("fsdp", seed=0))
+    after = local_values(state["model"])
+    assert all(value.equal(expected[name]) for name, value in after.items())
+
+
+def test_writers_and_readers_are_chosen_by_what_can_be_opened() -> None:
+    assert reshard.StorageWriter.validate_checkpoint_id("memory://x")
+    assert not reshard.StorageReader.validate_checkpoint_id("nosuch://x")
+    with pytest.raises(ValueError, match="codec must be one of"):
+        reshard.StorageWriter("memory://x", codec="lzma")
+
+
+def save_without_collectives(uri: str) -> None:
+    with pytest.raises(ValueError, match="use_collectives=True"):
+        dcp.save({"t": torch.zeros(1)}, storage_writer=reshard.StorageWriter(uri), use_collectives=False)
+
+
+def test_a_save_without_collectives_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_without_collectives, str(tmp_path))
+    assert not (tmp_path / NAME).exists()

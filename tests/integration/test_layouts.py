@@ -1,0 +1,98 @@
+"""The main job: saved under one layout, loaded under another, in both directions, by real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reshard
+from tests.integration.models import build, local_values
+from tests.ranks import RankPool
+
+Layout = tuple[str, int]
+PAIRS: list[tuple[Layout, Layout]] = [
+    (("fsdp", 4), ("tp", 2)),
+    (("fsdp", 3), ("tp", 5)),
+    (("fsdp", 8), ("fsdp_tp", 4)),
+    (("fsdp", 2), ("fsdp_tp", 6)),
+    (("fsdp1", 4), ("tp", 3)),
+    (("fsdp1", 2), ("fsdp", 5)),
+    (("hsdp", 4), ("tp", 4)),
+    (("hsdp", 6), ("fsdp_tp", 8)),
+    (("plain", 1), ("fsdp", 4)),
+    (("plain", 2), ("tp", 7)),
+]
+CASES = [case for a, b in PAIRS for case in ((a, b), (b, a))]
+
+
+def save_rank(layout: str, uri: str, codec: str, options: dict[str, Any] | None = None) -> reshard.Report:
+    return reshard.save({"model": build(layout, seed=0)}, uri, codec=codec, storage_options=options)
+
+
+def load_rank(layout: str, uri: str, options: dict[str, Any] | None = None) -> reshard.Report:
+    """Load into other values; what torch's own sharding gives for the saved ones is the oracle."""
+    expected = local_values(build(layout, seed=0))
+    state = build(layout, seed=1)
+    before = local_values(state)
+    assert any(not before[name].equal(value) for name, value in expected.items())
+    report = reshard.load({"model": state}, uri, storage_options=options)
+    after = local_values(state)
+    assert after.keys() == expected.keys()
+    for name, value in expected.items():
+        assert after[name].equal(value), name
+    assert report.local.bytes_needed == sum(value.nbytes for value in expected.values())
+    return report
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize(("saved", "loaded"), CASES, ids=lambda layout: f"{layout[0]}{layout[1]}")
+def test_saved_under_one_layout_loaded_under_another(
+    ranks: RankPool, tmp_path: Path, saved: Layout, loaded: Layout, codec: str
+) -> None:
+    uri = str(tmp_path / "step-1")
+    written = ranks.run(saved[1], save_rank, saved[0], uri, codec)
+    read = ranks.run(loaded[1], load_rank, loaded[0], uri)
+    assert [report.rank for report in read] == list(range(loaded[1]))
+    assert all(report.ranks[0].bytes_written == written[0].ranks[0].bytes_written for report in written)
+    assert all(report.total.bytes_fetched == read[0].total.bytes_fetched for report in read)
+
+
+def test_what_ranks_hold_alike_is_written_once_and_shared_out(ranks: RankPool, tmp_path: Path) -> None:
+    uri = str(tmp_path / "step-1")
+    report = ranks.run(4, save_rank, "plain", uri, "none")[0]
+    whole = sum(value.nbytes for value in local_values(build("plain", seed=0)).values())
+    assert report.total.bytes_needed == whole
+    shares = [rank.bytes_written for rank in report.ranks]
+    largest_tensor = 389 * 530 * 4
+    assert max(shares) <= max(largest_tensor, whole / 4) * 1.1
+    assert sum(share > 0 for share in shares) == 4
+
+
+def test_through_a_mocked_s3(ranks: RankPool, s3: tuple[str, dict[str, Any]]) -> None:
+    uri, options = s3
+    ranks.run(3, save_rank, "fsdp", uri, "zstd", options)
+    ranks.run(2, load_rank, "tp", uri, options)
+
+
+def load_tp_plan(uri: str) -> dict[str, Any]:
+    state = build("tp", seed=1)
+    reshard.load({"model": state}, uri)
+    return local_values(state)
+
+
+def test_a_rank_is_loaded_without_torch_distributed(ranks: RankPool, tmp_path: Path) -> None:
+    """A declared layout gives what torch's tensor parallelism holds, to a process that has no process group."""
+    uri = str(tmp_path / "step-1")
+    ranks.run(3, save_rank, "fsdp", uri, "zstd")
+    expected = ranks.run(4, load_tp_plan, uri)
+    checkpoint = reshard.open(uri)
+    layout = reshard.Layout({"tp": 4}, {"*.up": "colwise", "*.down": "rowwise"})
+    plans = checkpoint.plan(layout)
+    for rank in range(4):
+        tensors = checkpoint.load_rank(layout, rank)
+        assert tensors.keys() == {f"model.{name}" for name in expected[rank]}
+        for name, value in expected[rank].items():
+            assert tensors[f"model.{name}"].equal(value), name
+        assert plans[rank].report.bytes_needed == sum(value.nbytes for value in expected[rank].values())
