@@ -42,7 +42,7 @@ from ..planner.box import Box
 from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
-from .errors import CheckpointExistsError, CommitError, CorruptCheckpointError, StoreError
+from .errors import CheckpointExistsError, CommitError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from .manifest import NAME, Manifest, encode_manifest, read_manifest
 from .objects import decode_object, torch_save
 from .ranks import rank_of
@@ -105,11 +105,7 @@ class StorageWriter(dcp.StorageWriter):
             raise ValueError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
         self._rank = kwargs.get("rank", rank_of(None))
         if is_coordinator and not self._overwrite:
-            store = self._store()
-            if NAME in store.list():
-                raise CheckpointExistsError(
-                    f"there is a checkpoint at {store.location} already; pass overwrite=True to replace it"
-                )
+            _refuse_if_there(self._store())
 
     def _store(self) -> Store:
         """A store of this process: the writer itself can be sent to another."""
@@ -263,6 +259,15 @@ class StorageReader(dcp.StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return _can_open(checkpoint_id)
+
+
+def _refuse_if_there(store: Store) -> None:
+    """Raises CheckpointExistsError where the store has a checkpoint; the commit itself makes sure again."""
+    with contextlib.suppress(ObjectNotFoundError):
+        store.read(NAME, 0, 1)
+        raise CheckpointExistsError(
+            f"there is a checkpoint at {store.location} already; pass overwrite=True to replace it"
+        )
 
 
 def _can_open(checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -1,0 +1,279 @@
+"""What goes wrong is told once, clearly, by an error of reshard, on every rank; and changes nothing."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, distribute_tensor
+from torch.distributed.tensor import Shard as TorchShard
+
+import reshard
+from reshard import errors
+from reshard.storage.local_store import LocalStore
+from reshard.storage.manifest import NAME
+from reshard.storage.testing import MemoryStore, RecordingStore, failing
+from tests.ranks import RankPool
+
+SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}
+
+
+def saved() -> MemoryStore:
+    store = MemoryStore()
+    reshard.save(SAVED, store)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ({"v": torch.zeros(3)}, errors.MissingTensorError, r"no 'v'; it has 'c', 'step', 'w'"),
+        ({"w": torch.zeros(4, 3)}, errors.ShapeMismatchError, r"'w' has shape \(3, 4\) in the checkpoint and \(4, 3\)"),
+        (
+            {"w": torch.zeros(3, 4, dtype=torch.int64)},
+            errors.DtypeError,
+            r"'w' is stored as torch.float32.*\.int64",
+        ),
+        ({"c": torch.zeros(2)}, errors.DtypeError, r"'c' is stored as torch.complex64.*torch.float32"),
+        ({"w": None}, errors.DestinationError, r"'w' is a tensor of shape \(3, 4\) in the checkpoint, and NoneType"),
+        ({"step": torch.zeros(1)}, errors.DestinationError, "'step' is an object in the checkpoint"),
+        ({"w": torch.zeros(1, 4).expand(3, 4)}, errors.DestinationError, "'w' is expanded"),
+        ({"w": torch.zeros(3, 4, device="meta")}, errors.DestinationError, "'w' is on the meta device"),
+        ({"w": torch.zeros(3, 4).to_sparse()}, errors.DestinationError, "'w' has the layout torch.sparse_coo"),
+        ({"a.b": 1, "a": {"b": 2}}, errors.DestinationError, "have the name 'a.b'"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit(state: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = torch.zeros(3, 4)
+    with pytest.raises(error, match=message):
+        reshard.load({"x": {}, **state} | ({} if "w" in state else {"w": good}), saved())
+    assert (good == 0).all(), "nothing is changed before all is checked"
+
+
+def test_a_state_dict_that_should_be_nested_is_told_so() -> None:
+    store = MemoryStore()
+    reshard.save({"model": {"up.weight": torch.zeros(3)}}, store)
+    with pytest.raises(
+        errors.MissingTensorError, match=r"it has 'model\.up\.weight': nest the state dict under 'model'"
+    ):
+        reshard.load({"up.weight": torch.zeros(3)}, store)
+
+
+def damage(store: MemoryStore, change: Callable[[bytes], bytes], suffix: str) -> None:
+    name = next(name for name in store.content if name.endswith(suffix))
+    store.content[name] = change(store.content[name])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "error", "message"),
+    [
+        (".shard", lambda data: data[:-1], errors.CorruptCheckpointError, "cut short"),
+        (".shard", lambda data: data[:12] + b"\xff" + data[13:], errors.CorruptCheckpointError, "checksum"),
+        (NAME, lambda data: data[:-1], errors.CorruptCheckpointError, "has .* bytes where it should have"),
+        (NAME, lambda data: data[:40] + b"\xff" + data[41:], errors.CorruptCheckpointError, "checksum"),
+        (NAME, lambda data: b"", errors.CorruptCheckpointError, "not a manifest"),
+        (NAME, lambda data: b"PK\3\4" + data[4:], errors.CorruptCheckpointError, "not a manifest of reshard"),
+        (
+            NAME,
+            lambda data: data[:8] + b"\2" + data[9:],
+            errors.UnsupportedVersionError,
+            "version 2; .* reads version",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint(
+    suffix: str, change: Callable[[bytes], bytes], error: type[Exception], message: str
+) -> None:
+    store = saved()
+    damage(store, change, suffix)
+    state: dict[str, Any] = {"w": torch.full((3, 4), 7.0), "c": torch.zeros(2, dtype=torch.complex64), "step": 0}
+    with pytest.raises(error, match=message) as caught:
+        reshard.load(state, store)
+    for name in ("w", "c"):
+        if repr(name) in str(caught.value):
+            assert (state[name] == (7 if name == "w" else 0)).all()
+    assert state["step"] == 0
+
+
+def test_no_checkpoint_there(tmp_path: Path) -> None:
+    for open_or_load in (lambda uri: reshard.open(uri), lambda uri: reshard.load({"w": torch.zeros(1)}, uri)):
+        with pytest.raises(errors.CheckpointNotFoundError, match=f"there is no checkpoint at {tmp_path}/x"):
+            open_or_load(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_that_was_never_committed(tmp_path: Path) -> None:
+    reshard.save(SAVED, tmp_path)
+    (tmp_path / NAME).unlink()
+    with pytest.raises(errors.NotCommittedError, match="was never committed: it has 1 data objects"):
+        reshard.open(tmp_path)
+    reshard.save(SAVED, tmp_path)
+    assert reshard.open(tmp_path).read("w").equal(SAVED["w"])
+
+
+def test_a_checkpoint_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    reshard.save(SAVED, tmp_path)
+    with pytest.raises(errors.CheckpointExistsError, match="overwrite=True"):
+        reshard.save({"w": torch.zeros(1)}, tmp_path)
+    assert reshard.open(tmp_path).read("w").equal(SAVED["w"])
+    reshard.save({"w": torch.zeros(1)}, tmp_path, overwrite=True)
+    assert reshard.open(tmp_path).read("w").equal(torch.zeros(1))
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+def test_a_failed_overwrite_leaves_the_old_one(tmp_path: Path) -> None:
+    reshard.save(SAVED, tmp_path)
+    for method in ("create", "write"):
+        store = RecordingStore(LocalStore(tmp_path), failing(method))
+        with pytest.raises(errors.StoreError, match="injected"):
+            reshard.save({"w": torch.zeros(1)}, store, overwrite=True)
+    store = RecordingStore(LocalStore(tmp_path), failing("put"))
+    with pytest.raises(errors.CommitError, match="may or may not have been written"):
+        reshard.save({"w": torch.zeros(1)}, store, overwrite=True)
+    assert reshard.open(tmp_path).read("w").equal(SAVED["w"])
+
+
+@pytest.mark.parametrize("uri", ["nosuch://bucket/x", "s3a+x://y"])
+def test_an_unknown_protocol(uri: str) -> None:
+    for call in (
+        lambda: reshard.open(uri),
+        lambda: reshard.load({"w": torch.zeros(1)}, uri),
+        lambda: reshard.save({"w": torch.zeros(1)}, uri),
+    ):
+        with pytest.raises(errors.UnsupportedURIError, match="cannot open"):
+            call()
+
+
+def test_wrong_credentials(s3: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, options = s3
+    reshard.save(SAVED, uri, storage_options=options)
+    secret = "a-secret-that-must-not-be-told"
+    wrong = {**options, "key": "AKIAWRONG", "secret": secret}
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on it checks who asks
+    for call in (
+        lambda: reshard.open(uri, storage_options=wrong),
+        lambda: reshard.load({"w": torch.zeros(3, 4)}, uri, storage_options=wrong),
+        lambda: reshard.save(SAVED, uri, storage_options=wrong, overwrite=True),
+    ):
+        with pytest.raises(errors.AccessDeniedError, match="check the credentials") as caught:
+            call()
+        assert secret not in str(caught.value)
+
+
+def test_an_object_that_needs_pickle() -> None:
+    store = MemoryStore()
+    reshard.save({"when": datetime.timedelta(days=2)}, store)
+    state: dict[str, Any] = {"when": None}
+    with pytest.raises(errors.UnsafeObjectError, match=r"'when'.*allow_pickle=True"):
+        reshard.load(state, store)
+    assert state["when"] is None
+    reshard.load(state, store, allow_pickle=True)
+    assert state["when"] == datetime.timedelta(days=2)
+    assert reshard.open(store).read_object("when", allow_pickle=True) == state["when"]
+
+
+def store_on(rank: int, folder: str, method: str) -> reshard.Store:
+    """A local store that fails on one rank."""
+    local = LocalStore(folder)
+    return RecordingStore(local, failing(method)) if dist.get_rank() == rank else local
+
+
+def state_on_ranks(value: float) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {"w": distribute_tensor(torch.full((64, 8), value), mesh, [TorchShard(0)]), "step": int(value)}
+
+
+def save_and_fail(folder: str, rank: int, method: str) -> str:
+    with pytest.raises(errors.CheckpointError) as caught:
+        reshard.save(state_on_ranks(1), store_on(rank, folder, method))
+    return f"{type(caught.value).__name__} {caught.value.rank}: {caught.value}"
+
+
+@pytest.mark.parametrize("method", ["create", "write"])
+def test_a_rank_that_cannot_save_is_named_on_every_rank(ranks: RankPool, tmp_path: Path, method: str) -> None:
+    """(torch 2.13's own writer loses an exception that is raised in a writer thread, and reports success.)"""
+    told = ranks.run(4, save_and_fail, str(tmp_path), 2, method)
+    assert all(message.startswith("StoreError 2: rank 2: injected") for message in told), told
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    ranks.run(2, save_good, str(tmp_path))
+
+
+def save_good(folder: str) -> None:
+    reshard.save(state_on_ranks(1), folder)
+
+
+def test_a_commit_that_fails_is_named_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    told = ranks.run(3, save_and_fail, str(tmp_path), 0, "put")
+    assert all(message.startswith("CommitError 0: rank 0: the manifest may or may not") for message in told), told
+
+
+def load_and_fail(folder: str, rank: int) -> str:
+    state = state_on_ranks(5)
+    with pytest.raises(errors.CheckpointError) as caught:
+        reshard.load(state, store_on(rank, folder, "read"))
+    assert state["step"] == 5
+    return f"{type(caught.value).__name__} {caught.value.rank}: {caught.value}"
+
+
+def test_a_rank_that_cannot_load_is_named_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_good, str(tmp_path))
+    told = ranks.run(4, load_and_fail, str(tmp_path), 3)
+    assert all(message.startswith("StoreError 3: rank 3: ") for message in told), told
+
+
+def load_and_break(folder: str) -> str:
+    state = state_on_ranks(5)
+    if dist.get_rank() == 1:
+        state["w"] = Breaking()
+    with pytest.raises(errors.CheckpointError) as caught:
+        reshard.load(state, folder)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+class Breaking(dict[str, Any]):
+    def items(self) -> Any:
+        raise ZeroDivisionError("a bug of the caller")
+
+
+def test_an_error_that_is_not_of_reshard_reaches_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_good, str(tmp_path))
+    told = ranks.run(2, load_and_break, str(tmp_path))
+    assert told == ["RankError: rank 1: ZeroDivisionError: a bug of the caller"] * 2
+
+
+def load_by_dcp_and_fail(folder: str) -> str:
+    state = state_on_ranks(5)
+    reader = reshard.StorageReader(store_on(1, folder, "read"))
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load(state, storage_reader=reader)
+    return str(caught.value)
+
+
+def test_through_dcp_every_rank_is_told_too(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_good, str(tmp_path))
+    for told in ranks.run(3, load_by_dcp_and_fail, str(tmp_path)):
+        assert "RANK 1" in told
+        assert "injected: read" in told
+
+
+def partial_placement(folder: str) -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    from torch.distributed.tensor import DTensor
+
+    state = {"w": DTensor.from_local(torch.zeros(64, 8), mesh, [Partial()])}
+    with pytest.raises(errors.LayoutError) as caught:
+        reshard.load(state, folder)
+    return str(caught.value)
+
+
+def test_a_placement_that_is_no_shard_is_named(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_good, str(tmp_path))
+    assert all("'w' has the placement" in message for message in ranks.run(2, partial_placement, str(tmp_path)))

@@ -1,0 +1,104 @@
+"""A checkpoint open for reading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reshard
+from reshard import Box, Layout, Shard, errors
+from reshard.storage.testing import MemoryStore, RecordingStore
+
+
+@pytest.fixture
+def saved() -> tuple[RecordingStore, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    state = {
+        "layers.0.up.weight": torch.randn(2048, 512).to(torch.bfloat16),
+        "layers.0.down.weight": torch.randn(512, 2048).to(torch.bfloat16),
+        "norm": torch.randn(512),
+    }
+    store = MemoryStore()
+    reshard.save({**state, "step": 3, "config": {"lr": 0.1}}, store)
+    return RecordingStore(store), state
+
+
+def test_what_it_says_of_itself(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+    store, state = saved
+    checkpoint = reshard.open(store)
+    assert list(checkpoint.tensors) == sorted(state)
+    info = checkpoint.tensors["layers.0.up.weight"]
+    assert (info.shape, info.dtype, info.chunks) == ((2048, 512), torch.bfloat16, 32)
+    assert 0.6 < info.stored_bytes / (2048 * 512 * 2) < 0.8
+    assert checkpoint.objects == ("config.lr", "step")
+    assert checkpoint.read_object("step") == 3
+    assert checkpoint.info["codec"] == "zstd"
+    assert checkpoint.location == "memory"
+    assert "3 tensors, 2 objects" in repr(checkpoint)
+
+
+def test_a_box_fetches_the_chunks_that_it_meets(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+    store, state = saved
+    checkpoint = reshard.open(store)
+    name = "layers.0.down.weight"
+    box = Box((100, 512), (300, 256))
+    store.calls.clear()
+    assert checkpoint.read(name, box).equal(state[name][box.slices])
+    fetched = sum(call.stop - call.start for call in store.calls)
+    assert 0 < fetched <= checkpoint.tensors[name].stored_bytes / 4 * 1.1
+    assert len(store.calls) == 1
+
+    assert checkpoint.read(name, Box((0, 0), (0, 2048))).shape == (0, 2048)
+    out = torch.zeros(512, 2048, dtype=torch.float64)
+    assert checkpoint.read(name, out=out) is out
+    assert out.equal(state[name].double())
+    assert checkpoint.read("norm", dtype=torch.float16).equal(state["norm"].half())
+
+
+def test_calls_that_do_not_fit(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+    checkpoint = reshard.open(saved[0])
+    with pytest.raises(errors.MissingTensorError, match="'nothing'"):
+        checkpoint.read("nothing")
+    with pytest.raises(errors.ShapeMismatchError, match=r"'norm' has shape \(512,\), \[500:520\]"):
+        checkpoint.read("norm", Box((500,), (20,)))
+    with pytest.raises(errors.ShapeMismatchError, match=r"out has shape \(3,\)"):
+        checkpoint.read("norm", out=torch.zeros(3))
+    with pytest.raises(errors.DtypeError, match=r"torch\.int64"):
+        checkpoint.read("norm", dtype=torch.int64)
+    with pytest.raises(errors.DestinationError, match=r"out has dtype torch\.float32"):
+        checkpoint.read("norm", out=torch.zeros(512), dtype=torch.float16)
+    with pytest.raises(errors.DestinationError, match="'step' is an object"):
+        checkpoint.read("step")
+    with pytest.raises(errors.DestinationError, match="'norm' is a tensor"):
+        checkpoint.read_object("norm")
+    with pytest.raises(errors.LayoutError, match="'norm'"):
+        checkpoint.plan(Layout(2, {"norm": Shard(1)}))
+
+
+def test_a_plan_reads_nothing_and_a_rank_reads_its_plan(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+    store, state = saved
+    checkpoint = reshard.open(store)
+    layout = Layout({"dp": 2, "tp": 4}, {"*.up": "colwise", "*.down": "rowwise"})
+    store.calls.clear()
+    plans = checkpoint.plan(layout)
+    assert store.calls == []
+    assert len(plans) == 8
+    for rank in range(8):
+        tp = rank % 4
+        store.calls.clear()
+        tensors = checkpoint.load_rank(layout, rank)
+        assert tensors["layers.0.up.weight"].equal(state["layers.0.up.weight"][tp * 512 : (tp + 1) * 512])
+        assert tensors["layers.0.down.weight"].equal(state["layers.0.down.weight"][:, tp * 512 : (tp + 1) * 512])
+        assert tensors["norm"].equal(state["norm"])
+        assert sum(call.stop - call.start for call in store.calls) == plans[rank].report.bytes_fetched
+        assert len(store.calls) == plans[rank].report.requests
+    assert "dp 2 x tp 4: 8 ranks" in str(plans)
+    assert "MB needed" in repr(plans[0])
+
+
+def test_a_strided_layout_is_loaded_from_several_boxes() -> None:
+    store = MemoryStore()
+    values = torch.arange(8.0).reshape(8, 1)
+    reshard.save({"w": values}, store)
+    layout = Layout(2, {"w": reshard.StridedShard(0, split_factor=2)})
+    assert reshard.open(store).load_rank(layout, 1)["w"].flatten().tolist() == [2, 3, 6, 7]

@@ -1,0 +1,65 @@
+"""Who imports whom, and how large a file may be: docs/ARCHITECTURE.md, kept by a test."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [path for folder in ("planner", "storage", "reshard") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, module) of every import in a file; level 0 is absolute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "planner").glob("*.py")), ids=lambda path: path.name)
+def test_the_planner_is_pure(path: Path) -> None:
+    for level, module in imports(path):
+        top = module.partition(".")[0]
+        assert level == 1 or (level == 0 and (top == "numpy" or top in sys.stdlib_module_names)), module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "storage").glob("*.py")), ids=lambda path: path.name)
+def test_storage_imports_the_planner_and_not_the_face(path: Path) -> None:
+    for level, module in imports(path):
+        assert level < 2 or module.startswith("planner"), module
+        assert not (level == 0 and module.partition(".")[0] == "reshard"), module
+        if module.partition(".")[0] == "fsspec":
+            assert path.name == "fsspec_store.py"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_file_answers_one_question(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, reshard; dir(reshard); "
+        "print([m for m in ('torch', 'fsspec', 's3fs', 'gcsfs', 'zstandard') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_there() -> None:
+    import reshard
+
+    for name in reshard.__all__:
+        assert getattr(reshard, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        _ = reshard.nothing_of_this_name
+    tree = [error for error in vars(reshard.errors).values() if isinstance(error, type)]
+    assert len(tree) > 15
+    assert all(issubclass(error, reshard.errors.CheckpointError) for error in tree)
