@@ -13,62 +13,17 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 import reshard
+from benchmarks.dcp_peer import CountingReader
 from benchmarks.models import mlp, under
 from tests.ranks import RankPool
 
 CASES = [("fsdp", 8, "tp", 4), ("fsdp", 4, "tp", 8), ("fsdp", 4, "tp", 4), ("fsdp", 3, "tp", 5), ("tp", 4, "fsdp", 8)]
-
-
-class CountingReader(FsspecReader):
-    """DCP's own reader, with its reads counted where it asks the filesystem for them."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.bytes = 0
-        self.requests = 0
-        create_stream = self.fs.create_stream
-
-        @contextmanager
-        def counted(path: Any, mode: str) -> Generator[Any, None, None]:
-            with create_stream(path, mode) as stream:
-                yield _CountingStream(stream, self)
-
-        self.fs.create_stream = counted  # type: ignore[method-assign]
-
-
-class _CountingStream:
-    def __init__(self, stream: Any, counter: CountingReader) -> None:
-        self._stream = stream
-        self._counter = counter
-
-    def read(self, size: int = -1) -> Any:
-        data = self._stream.read(size)
-        self._counter.bytes += len(data)
-        self._counter.requests += 1
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._stream.readinto(buffer)
-        self._counter.bytes += count
-        self._counter.requests += 1
-        return count
-
-    def readline(self) -> Any:
-        data = self._stream.readline()
-        self._counter.bytes += len(data)
-        self._counter.requests += 1
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def save_rank(layout: str, folder: str) -> None:

@@ -65,6 +65,11 @@ class Grid:
         return cls(shape, tuple(parts))
 
     @property
+    def cell_numel(self) -> int:
+        """Elements in the largest cell."""
+        return math.prod(-(-n // part) for n, part in zip(self.shape, self.parts, strict=True))
+
+    @property
     def order(self) -> tuple[int, ...]:
         """The dimensions from the outermost to the innermost in the file."""
         dims = list(range(len(self.shape)))

@@ -40,6 +40,8 @@ PAGE_BYTES = 16 * 1024
 MAX_BYTES = 2**60
 """No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
 
+MAX_DIMENSIONS = 32
+
 
 class Kind(IntEnum):
     """What an entry of the checkpoint is. Objects are stored as tensors of bytes."""
@@ -79,11 +81,16 @@ class Entry:
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZES:
             raise InvalidIndexError(f"{self.name!r} has the unknown dtype {self.dtype!r}")
-        for n, part in zip(self.grid.shape, self.grid.parts, strict=True):
-            if not (0 <= n < 2**40 and part <= max(1, min(n, 2**20))):
-                raise InvalidIndexError(f"{self.name!r} has the impossible shape {self.grid.shape}")
-        if self.numel * self.itemsize > MAX_BYTES:
-            raise InvalidIndexError(f"{self.name!r} has the impossible shape {self.grid.shape}")
+        possible = all(
+            0 <= n < 2**38 and part <= max(1, min(n, 2**24))
+            for n, part in zip(self.grid.shape, self.grid.parts, strict=True)
+        )
+        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or self.numel * self.itemsize > MAX_BYTES:
+            raise InvalidIndexError(
+                f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
+            )
+        if self.kind is not Kind.TENSOR and (self.dtype != "uint8" or len(self.grid.shape) != 1):
+            raise InvalidIndexError(f"{self.name!r} is an object, and no row of bytes: {self.dtype} {self.grid.shape}")
 
     @property
     def shape(self) -> tuple[int, ...]:

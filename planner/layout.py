@@ -245,7 +245,7 @@ class Layout:
     def placements(self, name: str, ndim: int) -> tuple[Placement, ...]:
         """One placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""
         for pattern, rule in self.rules:
-            if _matches(pattern, name):
+            if matches(pattern, name):
                 return self._placements(pattern, rule, ndim)
         return (REPLICATE,) * len(self.mesh.sizes)
 
@@ -289,7 +289,7 @@ def _placement(pattern: str, rule: str | Placement, ndim: int) -> Placement:
     return weight if ndim >= 2 else bias
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches a tensor's name, or that of a module that holds it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .index import CheckpointIndex, Entry, Kind
-from .layout import Layout, LocalTensor
+from .layout import Layout, LocalTensor, matches
 from .read_plan import ReadPlan, Want, plan_reads
 
 
@@ -45,19 +45,22 @@ class RankPlans:
         return "\n".join(lines)
 
 
-def rank_tensors(index: CheckpointIndex, layout: Layout, rank: int) -> list[RankTensor]:
-    """What a rank holds of every tensor of a checkpoint. Raises LayoutError."""
+def rank_tensors(index: CheckpointIndex, layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
+    """What a rank holds of every tensor whose name matches a pattern. Raises LayoutError."""
     return [
         RankTensor(entry, layout.local(entry.name, entry.shape, rank))
         for entry in index.entries
-        if entry.kind is Kind.TENSOR
+        if entry.kind is Kind.TENSOR and matches(names, entry.name)
     ]
 
 
-def plan_ranks(index: CheckpointIndex, layout: Layout) -> RankPlans:
-    """Plan what every rank of a layout reads. Raises LayoutError, InvalidIndexError."""
+def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*") -> RankPlans:
+    """Plan what every rank of a layout reads of the tensors whose names match a pattern.
+
+    Raises LayoutError, InvalidIndexError.
+    """
     plans = (
-        plan_reads(index, [want for tensor in rank_tensors(index, layout, rank) for want in tensor.wants])
+        plan_reads(index, [want for tensor in rank_tensors(index, layout, rank, names) for want in tensor.wants])
         for rank in range(layout.world_size)
     )
     return RankPlans(layout, tuple(plans))

@@ -119,19 +119,23 @@ class Checkpoint:
         read_boxes(self._store, self._manifest, [Want(name, Box.whole(entry.shape))], [blob])
         return decode_object(name, entry.kind, bytes(blob.numpy()), allow_pickle=allow_pickle)
 
-    def plan(self, layout: Layout) -> RankPlans:
-        """What every rank of a layout would read, from the manifest alone. Raises LayoutError."""
-        return plan_ranks(self._index, layout)
+    def plan(self, layout: Layout, *, names: str = "*") -> RankPlans:
+        """What every rank of a layout would read, from the manifest alone.
 
-    def load_rank(self, layout: Layout, rank: int) -> dict[str, torch.Tensor]:
+        `names` is a pattern as in a layout: "model" stands for all below it. Raises LayoutError.
+        """
+        return plan_ranks(self._index, layout, names)
+
+    def load_rank(self, layout: Layout, rank: int, *, names: str = "*") -> dict[str, torch.Tensor]:
         """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
 
+        `names` is a pattern as in a layout: "model" leaves out the optimizer beside it.
         Raises LayoutError, CorruptCheckpointError, StoreError.
         """
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []
-        for held in rank_tensors(self._index, layout, rank):
+        for held in rank_tensors(self._index, layout, rank, names):
             local = torch.empty(held.local.shape, dtype=torch_dtype(held.entry.dtype))
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):

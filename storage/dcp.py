@@ -6,7 +6,6 @@ items become one data object; the coordinator makes the manifest of what all ran
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import io
 import logging
@@ -42,8 +41,9 @@ from ..planner.box import Box
 from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
-from .errors import CheckpointExistsError, CommitError, CorruptCheckpointError, ObjectNotFoundError, StoreError
-from .manifest import NAME, Manifest, encode_manifest, read_manifest
+from .commit import commit, refuse_if_there
+from .errors import CorruptCheckpointError, StoreError
+from .manifest import Manifest, encode_manifest, read_manifest
 from .objects import decode_object, torch_save
 from .ranks import rank_of
 from .read import read_boxes
@@ -105,7 +105,7 @@ class StorageWriter(dcp.StorageWriter):
             raise ValueError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
         self._rank = kwargs.get("rank", rank_of(None))
         if is_coordinator and not self._overwrite:
-            _refuse_if_there(self._store())
+            refuse_if_there(self._store())
 
     def _store(self) -> Store:
         """A store of this process: the writer itself can be sent to another."""
@@ -143,7 +143,7 @@ class StorageWriter(dcp.StorageWriter):
             "ranks": len(results),
         }
         manifest = encode_manifest(index, paths, info)
-        _commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
+        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
         reports = [_report(rank, record) for rank, record in enumerate(records)]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1
@@ -261,15 +261,6 @@ class StorageReader(dcp.StorageReader):
         return _can_open(checkpoint_id)
 
 
-def _refuse_if_there(store: Store) -> None:
-    """Raises CheckpointExistsError where the store has a checkpoint; the commit itself makes sure again."""
-    with contextlib.suppress(ObjectNotFoundError):
-        store.read(NAME, 0, 1)
-        raise CheckpointExistsError(
-            f"there is a checkpoint at {store.location} already; pass overwrite=True to replace it"
-        )
-
-
 def _can_open(checkpoint_id: str | os.PathLike[str]) -> bool:
     try:
         open_store(checkpoint_id)
@@ -315,22 +306,6 @@ def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str,
             raise CorruptCheckpointError(f"no rank wrote {name!r}; the checkpoint was not committed")
         empty[name] = dtype_name(name, entry.properties.dtype), tuple(entry.size)
     return empty
-
-
-def _commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool) -> None:
-    """Put the manifest, and only then remove what the checkpoint that it replaced was made of."""
-    replaced: set[str] = set()
-    if overwrite:
-        with contextlib.suppress(CheckpointError):  # there is none, or none that tells what it is made of
-            replaced = {name for name, _ in read_manifest(store).index.objects}
-    try:
-        store.put(NAME, manifest, overwrite=overwrite)
-    except StoreError as error:
-        raise CommitError(f"the manifest may or may not have been written: {error}") from error
-    try:
-        store.delete(replaced - objects)
-    except StoreError as error:
-        logger.warning("data objects of the checkpoint that was replaced remain in %s: %s", store.location, error)
 
 
 def _report(rank: int, record: ObjectRecord) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -64,7 +65,7 @@ class LocalStore:
                 if overwrite:
                     os.replace(temporary, path)
                 else:
-                    os.link(temporary, path)
+                    _create(temporary, path)
             except FileExistsError:
                 raise CheckpointExistsError(f"{path} exists") from None
             finally:
@@ -96,6 +97,19 @@ class LocalStore:
             raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error
         except OSError as error:
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
+
+
+def _create(temporary: Path, path: Path) -> None:
+    """Give a file its name, atomically. Raises FileExistsError where the name is taken."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A filesystem without hard links: the check and the renaming are two steps.
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        os.replace(temporary, path)
 
 
 def _sync_folder(path: Path) -> None:

@@ -36,6 +36,8 @@ MAGIC = b"RESHARD\n"
 VERSION = 1
 FIRST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
+MAX_CHUNK_BYTES = 16 * 1024 * 1024
+"""Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
 
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<Q")
@@ -129,7 +131,10 @@ def _parse(data: bytes) -> Manifest:
     entries = []
     paths = {}
     for name, kind, dtype, shape, parts, path in header["entries"]:
-        entries.append(Entry(str(name), Kind(kind), dtype, Grid(_integers(shape), _integers(parts))))
+        entry = Entry(str(name), Kind(kind), dtype, Grid(_integers(shape), _integers(parts)))
+        if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
+            raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
+        entries.append(entry)
         if path is not None:
             paths[str(name)] = tuple(path)
     objects = tuple((_object_name(name), int(nbytes)) for name, nbytes in header["objects"])

@@ -96,6 +96,16 @@ def test_a_plan_reads_nothing_and_a_rank_reads_its_plan(saved: tuple[RecordingSt
     assert "MB needed" in repr(plans[0])
 
 
+def test_names_leave_out_what_an_engine_does_not_need() -> None:
+    store = MemoryStore()
+    reshard.save({"model": {"w": torch.ones(4, 4)}, "optimizer": {"w": torch.zeros(4, 4)}}, store)
+    checkpoint = reshard.open(store)
+    layout = Layout(2, {"model.w": "rowwise"})
+    assert list(checkpoint.load_rank(layout, 0, names="model")) == ["model.w"]
+    assert [read.want.name for read in checkpoint.plan(layout, names="model")[1].reads] == ["model.w"]
+    assert list(checkpoint.load_rank(layout, 0)) == ["model.w", "optimizer.w"]
+
+
 def test_a_strided_layout_is_loaded_from_several_boxes() -> None:
     store = MemoryStore()
     values = torch.arange(8.0).reshape(8, 1)

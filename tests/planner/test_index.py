@@ -78,8 +78,9 @@ def test_an_index_that_contradicts_itself_is_refused(
     ("dtype", "shape", "parts"),
     [
         ("quint8", (4,), (1,)),
-        ("int8", (2**41,), (1,)),
-        ("int64", (2**39, 2**39), (1, 1)),
+        ("int8", (2**38,), (1,)),
+        ("int64", (2**37, 2**37), (1, 1)),
+        ("int8", (1,) * 33, (1,) * 33),
         ("int8", (-4,), (1,)),
         ("int8", (4,), (5,)),
         ("int8", (2**30,), (2**25,)),
@@ -88,6 +89,12 @@ def test_an_index_that_contradicts_itself_is_refused(
 def test_an_impossible_entry_is_refused(dtype: str, shape: tuple[int, ...], parts: tuple[int, ...]) -> None:
     with pytest.raises(InvalidIndexError, match="'t' has the"):
         Entry("t", Kind.TENSOR, dtype, Grid(shape, parts))
+
+
+def test_an_object_is_a_row_of_bytes() -> None:
+    for dtype, shape in (("int64", (4,)), ("uint8", (2, 2))):
+        with pytest.raises(InvalidIndexError, match="'t' is an object, and no row of bytes"):
+            Entry("t", Kind.JSON, dtype, Grid(shape, (1,) * len(shape)))
 
 
 def test_an_index_of_nothing() -> None:

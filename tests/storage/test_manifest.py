@@ -85,6 +85,7 @@ def test_a_newer_version_says_so() -> None:
         {"entries": [["a", 0, "float32", [8, 8.5], [2, 2], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
         {"entries": [["a", 9, "float32", [8, 8], [2, 2], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
         {"entries": [["a", 0, "float32", [8, 8], [2**40, 2], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
+        {"entries": [["a", 0, "float32", [2**20, 2**10], [1, 1], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
         {"columns": {}},
         {"columns": {"entries": -1}},
         {"columns": {"lengths": 10**12}},

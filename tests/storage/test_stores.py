@@ -1,3 +1,4 @@
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -16,6 +17,14 @@ def test_a_local_path_keeps_the_contract(tmp_path: Path) -> None:
     store = open_store(tmp_path / "not" / "there")
     assert isinstance(store, LocalStore)
     check_store(store)
+
+
+def test_a_disk_without_hard_links_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    check_store(LocalStore(tmp_path / "x"))
 
 
 def test_a_file_uri_keeps_the_contract(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+# make test    the whole suite        make check   linters and type checkers
+# make demo    the main job, on real input: trains, saves, serves under TP, resumes   (URI=s3://... saves there)
+# make bench   the benchmarks: tables, JSON and pictures in build/benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+URI ?=
+BIN := $(VENV)/bin
+
+.PHONY: test check demo bench env
+.DELETE_ON_ERROR:
+
+env: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest --durations=5
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+demo: env
+	$(BIN)/python -m examples.demo $(if $(URI),--uri $(URI))
+
+bench: env
+	mkdir -p build/benchmarks
+	$(BIN)/python -m benchmarks.bytes_read --json build/benchmarks/bytes_read.json --plot build/benchmarks/bytes_read.png

@@ -1,0 +1,38 @@
+"""The commit: the manifest put into the store, the only moment at which a checkpoint comes into being."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from ..planner.errors import CheckpointError
+from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError
+from .manifest import NAME, read_manifest
+from .store import Store
+
+logger = logging.getLogger("reshard")
+
+
+def refuse_if_there(store: Store) -> None:
+    """Raises CheckpointExistsError where the store has a checkpoint; the commit itself makes sure again."""
+    with contextlib.suppress(ObjectNotFoundError):
+        store.read(NAME, 0, 1)
+        raise CheckpointExistsError(
+            f"there is a checkpoint at {store.location} already; pass overwrite=True to replace it"
+        )
+
+
+def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool) -> None:
+    """Put the manifest, and only then remove what the checkpoint that it replaced was made of."""
+    replaced: set[str] = set()
+    if overwrite:
+        with contextlib.suppress(CheckpointError):  # there is none, or none that tells what it is made of
+            replaced = {name for name, _ in read_manifest(store).index.objects}
+    try:
+        store.put(NAME, manifest, overwrite=overwrite)
+    except StoreError as error:
+        raise CommitError(f"the manifest may or may not have been written: {error}") from error
+    try:
+        store.delete(replaced - objects)
+    except StoreError as error:
+        logger.warning("data objects of the checkpoint that was replaced remain in %s: %s", store.location, error)

@@ -1,0 +1,28 @@
+"""The demo, as a user runs it, with fewer steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import reshard
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_train_save_serve_and_resume(tmp_path: Path) -> None:
+    uri = str(tmp_path / "checkpoint")
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo", f"--uri={uri}", "--steps=10"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("1. Train", "2. Load", "3. Resume", "logits: agree", "losses of the next 5 steps: agree"):
+        assert line in done.stdout
+    assert reshard.open(uri).read_object("step") == 10
