@@ -52,20 +52,19 @@ def load_rank(layout: str, folder: str) -> dict[str, tuple[int, int, int]]:
 
 def run(cases: list[tuple[str, int, str, int]]) -> list[dict[str, Any]]:
     """One row a case: bytes read over bytes needed, and requests of the rank that made most."""
-    pool = RankPool()
     rows = []
-    for saved, save_ranks, loaded, load_ranks in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            pool.run(save_ranks, save_rank, saved, folder)
-            counts = pool.run(load_ranks, load_rank, loaded, folder)
-        row: dict[str, Any] = {"case": f"{saved} {save_ranks} → {loaded} {load_ranks}"}
-        row["needed_mb"] = sum(rank["dcp"][0] for rank in counts) / 1e6
-        for reader in counts[0]:
-            row[reader] = sum(rank[reader][1] for rank in counts) / sum(rank[reader][0] for rank in counts)
-            row[f"{reader}_requests"] = max(rank[reader][2] for rank in counts)
-        rows.append(row)
-        print(_line(row), flush=True)
-    pool.close()
+    with RankPool() as pool:
+        for saved, save_ranks, loaded, load_ranks in cases:
+            with tempfile.TemporaryDirectory() as folder:
+                pool.run(save_ranks, save_rank, saved, folder)
+                counts = pool.run(load_ranks, load_rank, loaded, folder)
+            row: dict[str, Any] = {"case": f"{saved} {save_ranks} → {loaded} {load_ranks}"}
+            row["needed_mb"] = sum(rank["dcp"][0] for rank in counts) / 1e6
+            for reader in counts[0]:
+                row[reader] = sum(rank[reader][1] for rank in counts) / sum(rank[reader][0] for rank in counts)
+                row[f"{reader}_requests"] = max(rank[reader][2] for rank in counts)
+            rows.append(row)
+            print(_line(row), flush=True)
     return rows
 
 

@@ -18,9 +18,8 @@ os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Real ranks: `ranks.run(world_size, function, *args)`."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+    with RankPool() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

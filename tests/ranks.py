@@ -1,7 +1,8 @@
 """A pool of real ranks: processes that stay alive between tests, and join a new gloo group for each.
 
 Starting a process that imports torch takes seconds; here one process imports it, and the ranks are forked from that
-one. `pool.run(world_size, function, *args)` runs a module-level function on ranks 0 to world_size - 1.
+one. `with RankPool() as pool: pool.run(world_size, function, *args)` runs a module-level function on ranks 0 to
+world_size - 1.
 """
 
 from __future__ import annotations
@@ -86,6 +87,12 @@ class RankPool:
                 self.close()
             raise RankFailed("\n".join(failures[rank] for rank in sorted(failures)))
         return [results[rank] for rank in range(world_size)]
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End all ranks."""
