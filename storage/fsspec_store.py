@@ -15,16 +15,19 @@ from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundErro
 from .local_store import LocalStore
 from .store import ObjectWriter, Store, TranslatingWriter
 
-S3_CONNECTIONS = 64
-"""botocore's own default of 10 would let no more than ten requests run at once."""
+S3_CONFIG = {"max_pool_connections": 64, "response_checksum_validation": "when_required"}
+"""botocore's default of 10 connections would let no more than ten requests run at once. What is read has checksums of
+its own, and some servers answer a range with the checksum of the whole object."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
     """The store at a path or URI. Raises UnsupportedURIError."""
     protocol, _ = split_protocol(uri)
     if protocol in ("s3", "s3a"):
-        config = {"max_pool_connections": S3_CONNECTIONS, **storage_options.get("config_kwargs", {})}
-        storage_options = {**storage_options, "config_kwargs": config}
+        storage_options = {
+            **storage_options,
+            "config_kwargs": {**S3_CONFIG, **storage_options.get("config_kwargs", {})},
+        }
     try:
         filesystem, path = url_to_fs(uri, **storage_options)
     except ImportError as error:
@@ -59,7 +62,7 @@ class FsspecStore:
         with self._errors("read", name):
             try:
                 data: bytes = self._fs.cat_file(self._path(name), start=start, end=stop)
-            except OSError as error:
+            except Exception as error:
                 if _is_beyond_the_end(error):
                     return b""
                 raise
@@ -85,19 +88,32 @@ class FsspecStore:
             return self._fs.open(path, "wb")
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        if not overwrite and self._is_there(name):  # some stores take a condition for granted, and overwrite
+            raise CheckpointExistsError(f"{self._path(name)} exists")
         with self._errors("write", name):
             try:
                 self._fs.pipe_file(self._path(name), data, mode="overwrite" if overwrite else "create")
-            except OSError as error:
+            except Exception as error:
                 if not overwrite and _is_a_failed_condition(error):
                     raise CheckpointExistsError(f"{self._path(name)} exists") from error
                 raise
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            self.read(name, 0, 1)
+        except ObjectNotFoundError:
+            return False
+        return True
 
     def list(self) -> Iterable[str]:
         with self._errors("list", "."):
             self._fs.invalidate_cache()
             root = self._fs._strip_protocol(self._root)
-            return [path[len(root) :].lstrip("/") for path in self._fs.find(self._root)]
+            try:
+                found = self._fs.find(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+            return [path[len(root) :].lstrip("/") for path, info in found.items() if info["type"] == "file"]
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -138,16 +154,18 @@ def _describe(error: BaseException) -> str:
 
 
 def _code(error: BaseException) -> str:
-    """The store's own word for an error, where the client keeps it."""
+    """The store's own word for an error: of S3's clients in a response, of gcsfs as a number."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "code", ""))
 
 
-def _is_beyond_the_end(error: OSError) -> bool:
+def _is_beyond_the_end(error: Exception) -> bool:
     return _code(error) in ("InvalidRange", "416") or "Requested Range Not Satisfiable" in str(error)
 
 
-def _is_a_failed_condition(error: OSError) -> bool:
+def _is_a_failed_condition(error: Exception) -> bool:
     return isinstance(error, FileExistsError) or _code(error) in ("PreconditionFailed", "412")
 
 

@@ -1,18 +1,24 @@
-"""What tests share: a pool of ranks, and a mocked S3, each started once."""
+"""What tests share: a pool of ranks, and object stores, each started once, when it is first asked for."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
+from tests import servers
 from tests.ranks import RankPool
 
 os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask an API that the GCS server here does not have
+
+STORES = ["local", "memory", "moto", "seaweedfs", "gcs", "rclone"]
+Place = tuple[str, dict[str, Any]]
+"""A URI, and its storage_options."""
 
 
 @pytest.fixture(scope="session")
@@ -23,25 +29,41 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The endpoint of a mocked S3 on loopback."""
-    from moto.server import ThreadedMotoServer
+def moto() -> Iterator[servers.Server]:
+    with servers.moto() as server:
+        yield server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    with servers.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    with servers.fake_gcs(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    with servers.rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
 
 
 @pytest.fixture
-def s3(s3_server: str) -> tuple[str, dict[str, Any]]:
-    """An empty place on the mocked S3: its URI, and storage_options."""
-    options: dict[str, Any] = {
-        "key": "testing",
-        "secret": "testing",
-        "client_kwargs": {"endpoint_url": s3_server},
-    }
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    fsspec.filesystem("s3", **options).mkdir(bucket)
-    return f"s3://{bucket}/run/step-1", options
+def s3(moto: servers.Server) -> Place:
+    """An empty place on the mocked S3."""
+    return moto.place(uuid.uuid4().hex), moto.options
+
+
+@pytest.fixture
+def place(store_name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty place on the store that the test is parametrised with."""
+    if store_name == "local":
+        return str(tmp_path / "checkpoint"), {}
+    if store_name == "memory":
+        return f"memory://{uuid.uuid4().hex}/checkpoint", {}
+    server: servers.Server = request.getfixturevalue(store_name)
+    return server.place(f"{uuid.uuid4().hex}/checkpoint"), server.options

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import reshard
+from tests.conftest import STORES, Place
 from tests.integration.models import build, local_values
-from tests.ranks import RankPool
+from tests.ranks import RankFailed, RankPool
 
 Layout = tuple[str, int]
 PAIRS: list[tuple[Layout, Layout]] = [
@@ -70,10 +71,13 @@ def test_what_ranks_hold_alike_is_written_once_and_shared_out(ranks: RankPool, t
     assert sum(share > 0 for share in shares) == 4
 
 
-def test_through_a_mocked_s3(ranks: RankPool, s3: tuple[str, dict[str, Any]]) -> None:
-    uri, options = s3
+@pytest.mark.parametrize("store_name", [name for name in STORES if name != "memory"])  # which no two ranks share
+def test_through_a_store(ranks: RankPool, place: Place) -> None:
+    uri, options = place
     ranks.run(3, save_rank, "fsdp", uri, "zstd", options)
     ranks.run(2, load_rank, "tp", uri, options)
+    with pytest.raises(RankFailed, match="CheckpointExistsError: rank 0"):
+        ranks.run(2, save_rank, "fsdp", uri, "zstd", options)
 
 
 def load_tp_plan(uri: str) -> dict[str, Any]:

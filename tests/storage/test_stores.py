@@ -1,8 +1,6 @@
 import errno
 import os
-import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,11 +9,15 @@ from reshard.storage.fsspec_store import FsspecStore
 from reshard.storage.local_store import LocalStore
 from reshard.storage.store import open_store
 from reshard.storage.testing import MemoryStore, RecordingStore, check_store
+from tests.conftest import STORES, Place
 
 
-def test_a_local_path_keeps_the_contract(tmp_path: Path) -> None:
-    store = open_store(tmp_path / "not" / "there")
-    assert isinstance(store, LocalStore)
+@pytest.mark.parametrize("store_name", STORES)
+def test_a_store_keeps_the_contract(place: Place) -> None:
+    uri, options = place
+    store = open_store(uri, options)
+    assert store.location == uri
+    assert isinstance(store, FsspecStore if "://" in uri else LocalStore)
     check_store(store)
 
 
@@ -30,19 +32,6 @@ def test_a_disk_without_hard_links_keeps_the_contract(tmp_path: Path, monkeypatc
 def test_a_file_uri_keeps_the_contract(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/x")
     assert isinstance(store, LocalStore)
-    check_store(store)
-
-
-def test_fsspec_memory_keeps_the_contract() -> None:
-    store = open_store(f"memory://{uuid.uuid4().hex}/x")
-    assert isinstance(store, FsspecStore)
-    check_store(store)
-
-
-def test_s3_keeps_the_contract(s3: tuple[str, dict[str, Any]]) -> None:
-    uri, options = s3
-    store = open_store(uri, options)
-    assert store.location == uri
     check_store(store)
 
 
@@ -89,7 +78,7 @@ def test_no_permission_is_access_denied(tmp_path: Path) -> None:
         os.seteuid(0)
 
 
-def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: tuple[str, dict[str, Any]]) -> None:
+def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: Place) -> None:
     uri, options = s3
     store = open_store(uri, options)
 
@@ -104,7 +93,7 @@ def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: tuple[str, dict[str
         store.read("data/x", 0, 1)
 
 
-def test_a_missing_bucket_is_an_error_of_the_store(s3: tuple[str, dict[str, Any]]) -> None:
+def test_a_missing_bucket_is_an_error_of_the_store(s3: Place) -> None:
     _, options = s3
     store = open_store("s3://no-such-bucket-anywhere/x", options)
     with pytest.raises(StoreError):

