@@ -7,7 +7,7 @@ The functions over arrays do the same for many boxes at once: row i of an (n, nd
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,15 @@ class Box:
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{s.start}:{s.stop}" for s in self.slices) + "]"
+
+
+def columns_equal(a: object, b: object) -> bool:
+    """Whether two values of one dataclass have the same fields, arrays compared by their elements."""
+    if type(a) is not type(b):
+        return False
+    names = [field.name for field in fields(a)]  # type: ignore[arg-type]
+    pairs = ((getattr(a, name), getattr(b, name)) for name in names)
+    return all(np.array_equal(x, y) if isinstance(x, np.ndarray) else bool(x == y) for x, y in pairs)
 
 
 def intersect_many(offsets: IntArray, sizes: IntArray, box: Box) -> tuple[IntArray, IntArray]:

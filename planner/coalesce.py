@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .box import IntArray
+from .box import IntArray, columns_equal
 
 MAX_GAP_BYTES = 64 * 1024
 MAX_OVER_READ = 0.005
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Requests:
     """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i]."""
 
@@ -29,6 +29,9 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self.objects)
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def nbytes(self) -> int:

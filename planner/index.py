@@ -19,7 +19,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray
+from .box import Box, IntArray, columns_equal
 from .errors import InvalidIndexError, MissingTensorError
 from .grid import Grid
 
@@ -34,8 +34,9 @@ ITEMSIZES: Mapping[str, int] = MappingProxyType(
 )  # fmt: skip
 """Bytes an element, by torch's name of the dtype."""
 
-PAGE_BYTES = 16 * 1024
-"""A raw chunk has a checksum for each page of this many bytes, so that a part of it can be read and verified."""
+MIN_PAGE_BYTES = 16 * 1024
+"""A raw chunk has a checksum for each page, so that a part of it can be read and verified: a page is the 16th of the
+largest chunk of its tensor, rounded up to a power of two, and no smaller than this."""
 
 MAX_BYTES = 2**60
 """No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
@@ -104,8 +105,14 @@ class Entry:
     def numel(self) -> int:
         return math.prod(self.grid.shape)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the entry's raw chunks."""
+        sixteenth = -(-self.grid.cell_numel * self.itemsize // 16)
+        return max(MIN_PAGE_BYTES, 1 << (sixteenth - 1).bit_length())
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Segments:
     """Segments in columns, sorted by entry. Row i is segment i."""
 
@@ -124,6 +131,9 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +174,22 @@ class CheckpointIndex:
         if len(self.segments.offsets) != ndims.sum() or len(self.segments.sizes) != ndims.sum():
             raise InvalidIndexError("the shards' boxes and the tensors' dimensions differ in number")
         counts = np.zeros(len(owners), np.int64)
-        for i in range(len(self.entries)):
-            counts[self._first_segment[i] : self._first_segment[i + 1]] = self._count_chunks(i)
+        pages = np.zeros(len(owners), np.int64)
+        total = 0
+        for i, entry in enumerate(self.entries):
+            rows = self.segments_of(i)
+            counts[rows] = self._count_chunks(i)
+            pages[rows] = entry.page_bytes
+            total += int(counts[rows].sum())
+            if total > len(self.lengths):
+                break
+        if total != len(self.lengths):
+            raise InvalidIndexError(
+                f"the shards have {total} chunks or more, but there are {len(self.lengths)} lengths"
+            )
         assign(self, "first_chunk", np.concatenate(([0], np.cumsum(counts))))
-        self._locate_chunks(counts)
+        self._check_lengths()
+        self._locate_chunks(counts, pages)
 
     def _check_references(self) -> None:
         segments = self.segments
@@ -213,13 +235,22 @@ class CheckpointIndex:
             raise InvalidIndexError(
                 f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}"
             )
+        step = 2 if bool(heads.any()) else 1
+        if not _tile(entry.shape, offsets[::step], sizes[::step]):
+            raise InvalidIndexError(f"the shards of {entry.name!r} overlap")
         return entry.grid.chunk_counts(offsets, sizes)
 
-    def _locate_chunks(self, counts: IntArray) -> None:
+    def _check_lengths(self) -> None:
+        """No chunk takes more bytes than its values and what an encoding may add to them."""
+        for i, entry in enumerate(self.entries):
+            lengths = self.lengths[self.chunks_of(i)]
+            most = entry.grid.cell_numel * (entry.itemsize + 8) + 64
+            if len(lengths) and not (int(lengths.min()) >= 1 and int(lengths.max()) <= most):
+                raise InvalidIndexError(f"a chunk of {entry.name!r} has an impossible length")
+
+    def _locate_chunks(self, counts: IntArray, pages: IntArray) -> None:
         """Where each chunk begins, and its checksums; checks that both are all there and inside the objects."""
         assign = object.__setattr__
-        if int(self.first_chunk[-1]) != len(self.lengths):
-            raise InvalidIndexError(f"there are {int(self.first_chunk[-1])} chunks but {len(self.lengths)} lengths")
         lengths = self.lengths.astype(np.int64)
         ends = np.concatenate(([0], np.cumsum(lengths)))
         before = ends[self.first_chunk]
@@ -230,8 +261,8 @@ class CheckpointIndex:
         if bool(((starts < 0) | (starts > object_bytes) | (segment_bytes > object_bytes - starts)).any()):
             raise InvalidIndexError("a segment reaches beyond the end of its data object")
         raw = np.repeat(self.segments.encodings == Encoding.RAW, counts)
-        pages = np.where(raw, -(-lengths // PAGE_BYTES), 1)
-        assign(self, "first_checksum", np.concatenate(([0], np.cumsum(pages))))
+        checksums = np.where(raw, -(-lengths // np.repeat(pages, counts)), 1)
+        assign(self, "first_checksum", np.concatenate(([0], np.cumsum(checksums))))
         if int(self.first_checksum[-1]) != len(self.checksums):
             raise InvalidIndexError(
                 f"the chunks need {int(self.first_checksum[-1])} checksums, there are {len(self.checksums)}"
@@ -273,6 +304,34 @@ class CheckpointIndex:
         rows = self.segments_of(position)
         return slice(int(self.first_chunk[rows.start]), int(self.first_chunk[rows.stop]))
 
+    def chunk_count(self, position: int) -> int:
+        """The number of chunks of an entry; the head and the tail of one count once."""
+        rows = self.segments_of(position)
+        counts = np.diff(self.first_chunk[rows.start : rows.stop + 1])
+        return int(counts[self.segments.streams[rows] != Stream.TAIL].sum())
+
     def stored_bytes(self, position: int) -> int:
         """Encoded bytes of an entry, in all its segments."""
         return int(self.lengths[self.chunks_of(position)].sum(dtype=np.int64))
+
+
+def _tile(shape: tuple[int, ...], offsets: IntArray, sizes: IntArray) -> bool:
+    """Whether boxes inside a shape, of its volume together, tile it: whether no two of them overlap.
+
+    Almost always they are all cells of a grid, which is quickly seen; if not, all pairs are looked at.
+    """
+    if len(offsets) < 2:
+        return True
+    starts = [np.unique(offsets[:, d]) for d in range(len(shape))]
+    if math.prod(map(len, starts)) == len(offsets):
+        cells = [np.searchsorted(starts[d], offsets[:, d]) for d in range(len(shape))]
+        ends = [np.append(starts[d][1:], n) for d, n in enumerate(shape)]
+        fit = all(np.array_equal(offsets[:, d] + sizes[:, d], ends[d][cells[d]]) for d in range(len(shape)))
+        if fit and len(np.unique(np.ravel_multi_index(cells, [len(start) for start in starts]))) == len(offsets):
+            return True
+    stops = offsets + sizes
+    for i in range(len(offsets) - 1):
+        meets = (offsets[i + 1 :] < stops[i]) & (stops[i + 1 :] > offsets[i])
+        if bool(meets.all(axis=1).any()):
+            return False
+    return True

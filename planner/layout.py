@@ -111,14 +111,22 @@ def local_tensor(
     return _apply(shape, list(zip(mesh_sizes, coordinate, placements, strict=True)))
 
 
-def fsdp_local_tensor(
+def held_tensor(
     shape: Sequence[int], mesh_sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> LocalTensor:
-    """As `local_tensor`, for a tensor that FSDP has split after TP: a strided dimension is split last.
+    """What a rank really holds of a DTensor: `local_tensor`, but for what FSDP has split after TP.
 
-    Both agree where TP's parts are even. Where they are not, DTensor computes from the placements what FSDP2 does not
-    hold: of 28 rows under FSDP 4 x TP 3, rank (3, 0) holds row 9, and DTensor says rows 9 and 19 (torch 2.13).
+    FSDP2 states such a split as a strided shard, whose factor is the size of the mesh dimensions after it that shard
+    the same dimension of the tensor; what it does is to split TP's part. Both are the same where TP's parts are even.
+    Where they are not, the placements give what no rank holds: of 28 rows under FSDP 4 x TP 3, rank (3, 0) holds row
+    9, and DTensor computes rows 9 and 19 (torch 2.13). Raises LayoutError.
     """
+    if not all(
+        placement.split_factor == _shards_after(at, placement.dim, mesh_sizes, placements)
+        for at, placement in enumerate(placements)
+        if isinstance(placement, StridedShard)
+    ):
+        return local_tensor(shape, mesh_sizes, coordinate, placements)
     first: list[tuple[int, int, Placement]] = []
     last: list[tuple[int, int, Placement]] = []
     for size, at, placement in zip(mesh_sizes, coordinate, placements, strict=True):
@@ -127,6 +135,15 @@ def fsdp_local_tensor(
         else:
             first.append((size, at, placement))
     return _apply(shape, first + last)
+
+
+def _shards_after(at: int, dim: int, mesh_sizes: Sequence[int], placements: Sequence[Placement]) -> int:
+    """Into how many parts the mesh dimensions after `at` split a dimension of the tensor."""
+    return math.prod(
+        size
+        for size, placement in zip(mesh_sizes[at + 1 :], placements[at + 1 :], strict=True)
+        if not isinstance(placement, Replicate) and placement.dim == dim
+    )
 
 
 def _apply(shape: Sequence[int], steps: Sequence[tuple[int, int, Placement]]) -> LocalTensor:
@@ -201,6 +218,7 @@ TP_WORDS: Mapping[str, tuple[Placement, Placement]] = MappingProxyType(
         "rowwise_rep": _ROWWISE,
         "local_rowwise": _ROWWISE,
         "embedding_rowwise": _COLWISE,
+        "embedding_colwise": (Shard(-1), Shard(0)),
         "replicate": _REPLICATE,
         "replicated": _REPLICATE,
         "sequence_parallel": _REPLICATE,
@@ -208,6 +226,7 @@ TP_WORDS: Mapping[str, tuple[Placement, Placement]] = MappingProxyType(
 )
 """The placements of a weight of two dimensions or more, and of a bias, by the words of tensor-parallel plans: those
 of torch.distributed.tensor.parallel's ColwiseParallel and RowwiseParallel for Linear, and of Hugging Face's tp_plan.
+Of an Embedding the same classes of torch split the other dimension: there, say "embedding_colwise" and so on.
 Counted from the last dimension, so that they serve stacked experts too.
 """
 

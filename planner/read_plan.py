@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray, intersect_many
+from .box import Box, IntArray, columns_equal, intersect_many
 from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
 from .errors import InvalidIndexError, ShapeMismatchError
-from .index import PAGE_BYTES, CheckpointIndex, Encoding, Entry, Stream
+from .index import CheckpointIndex, Encoding, Entry, Stream
 from .report import PlanReport
 
 
@@ -32,7 +32,7 @@ class Want:
     """Of float32 values saved with heads and tails: read them as bfloat16, from the heads alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ChunkReads:
     """The chunks that one wanted box meets, in columns. Row i is chunk i.
 
@@ -62,6 +62,9 @@ class ChunkReads:
 
     def __len__(self) -> int:
         return len(self.raw)
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def itemsize(self) -> int:
@@ -206,11 +209,12 @@ def _locate(
         if split or not np.array_equal(lengths[raw, 0], chunk_sizes[raw].prod(axis=1) * entry.itemsize):
             raise InvalidIndexError(f"a raw chunk of {want.name!r} has not the size of its box")
         first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
-        skipped = np.where(raw, first * entry.itemsize // PAGE_BYTES * PAGE_BYTES, 0)
-        ends = -(-(last + 1) * entry.itemsize // PAGE_BYTES) * PAGE_BYTES
+        page = entry.page_bytes
+        skipped = np.where(raw, first * entry.itemsize // page * page, 0)
+        ends = -(-(last + 1) * entry.itemsize // page) * page
         stops[:, 0] = np.where(raw, starts[:, 0] + np.minimum(ends, lengths[:, 0]), stops[:, 0])
         starts[:, 0] += skipped
-        checksums[:, 0] += skipped // PAGE_BYTES
+        checksums[:, 0] += skipped // page
     return ChunkReads(
         Want(want.name, want.box, heads_only=want.heads_only and split),
         entry,

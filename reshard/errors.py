@@ -6,6 +6,7 @@ from .planner.errors import LayoutError as LayoutError
 from .planner.errors import MissingTensorError as MissingTensorError
 from .planner.errors import ShapeMismatchError as ShapeMismatchError
 from .storage.errors import AccessDeniedError as AccessDeniedError
+from .storage.errors import ArgumentError as ArgumentError
 from .storage.errors import CheckpointExistsError as CheckpointExistsError
 from .storage.errors import CheckpointNotFoundError as CheckpointNotFoundError
 from .storage.errors import CommitError as CommitError
@@ -18,4 +19,5 @@ from .storage.errors import RankError as RankError
 from .storage.errors import StoreError as StoreError
 from .storage.errors import UnsafeObjectError as UnsafeObjectError
 from .storage.errors import UnsupportedURIError as UnsupportedURIError
+from .storage.errors import UnsupportedValueError as UnsupportedValueError
 from .storage.errors import UnsupportedVersionError as UnsupportedVersionError

@@ -22,6 +22,7 @@ from .objects import decode_object
 from .read import check_is_tensor, read_boxes
 from .store import Store, open_store
 from .tensors import torch_dtype
+from .verify import Damage, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,9 @@ class Checkpoint:
         self._tensors: dict[str, TensorInfo] = {}
         for position, entry in enumerate(self._index.entries):
             if entry.kind is Kind.TENSOR:
-                chunks = self._index.chunks_of(position)
-                self._tensors[entry.name] = TensorInfo(
-                    entry.shape,
-                    torch_dtype(entry.dtype),
-                    chunks.stop - chunks.start,
-                    self._index.stored_bytes(position),
-                )
+                chunks = self._index.chunk_count(position)
+                stored = self._index.stored_bytes(position)
+                self._tensors[entry.name] = TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
 
     @property
     def location(self) -> str:
@@ -143,6 +140,13 @@ class Checkpoint:
                 views.append(local[Box(at, want.box.sizes).slices])
         read_boxes(self._store, self._manifest, wants, views, rank=rank)
         return tensors
+
+    def verify(self) -> list[Damage]:
+        """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
+
+        Raises StoreError where the store fails otherwise than by not having an object.
+        """
+        return verify(self._store, self._index)
 
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())

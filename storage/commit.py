@@ -6,7 +6,7 @@ import contextlib
 import logging
 
 from ..planner.errors import CheckpointError
-from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError
+from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError
 from .manifest import NAME, read_manifest
 from .store import Store
 
@@ -23,16 +23,35 @@ def refuse_if_there(store: Store) -> None:
 
 
 def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool) -> None:
-    """Put the manifest, and only then remove what the checkpoint that it replaced was made of."""
+    """Put the manifest, and only then remove what the checkpoint that it replaced was made of.
+
+    A put whose answer was lost is recognised by what the store then has: no two manifests are alike.
+
+    Raises:
+        CheckpointExistsError: another save has committed. This one has not, for certain.
+        CommitError: the put failed, and the store does not have the manifest now; it may still come.
+    """
     replaced: set[str] = set()
     if overwrite:
         with contextlib.suppress(CheckpointError):  # there is none, or none that tells what it is made of
             replaced = {name for name, _ in read_manifest(store).index.objects}
     try:
         store.put(NAME, manifest, overwrite=overwrite)
-    except StoreError as error:
-        raise CommitError(f"the manifest may or may not have been written: {error}") from error
+    except Exception as error:
+        found = _read_back(store, len(manifest))
+        if found != manifest:
+            if isinstance(error, CheckpointExistsError) and found is not None:
+                raise
+            raise CommitError(f"the manifest may or may not have been written: {error}") from error
     try:
         store.delete(replaced - objects)
-    except StoreError as error:
+    except Exception as error:
         logger.warning("data objects of the checkpoint that was replaced remain in %s: %s", store.location, error)
+
+
+def _read_back(store: Store, nbytes: int) -> bytes | None:
+    """The manifest that is there, as far as `nbytes` and one more; None where it cannot be read."""
+    try:
+        return bytes(store.read(NAME, 0, nbytes + 1))
+    except Exception:
+        return None

@@ -42,15 +42,15 @@ from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .commit import commit, refuse_if_there
-from .errors import CorruptCheckpointError, StoreError
+from .errors import ArgumentError, CorruptCheckpointError, StoreError
 from .manifest import Manifest, encode_manifest, read_manifest
 from .objects import decode_object, torch_save
-from .ranks import rank_of
+from .ranks import raises_portable, rank_of
 from .read import read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .store import Store, open_store
-from .tensors import dtype_name, torch_dtype
+from .tensors import dtype_name, refuse_misplaced, torch_dtype
 from .version import __version__
 from .writer import ShardToWrite, write_object
 
@@ -87,7 +87,7 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: bool = True,
     ) -> None:
         if codec not in CODECS:
-            raise ValueError(f"codec must be one of {CODECS}, got {codec!r}")
+            raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
         self.checkpoint_id: Target = uri
         self._codec = codec
         self._storage_options = storage_options
@@ -100,9 +100,10 @@ class StorageWriter(dcp.StorageWriter):
             self.checkpoint_id = checkpoint_id
         self._written = None
 
+    @raises_portable
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
-            raise ValueError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
+            raise ArgumentError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
         self._rank = kwargs.get("rank", rank_of(None))
         if is_coordinator and not self._overwrite:
             refuse_if_there(self._store())
@@ -117,6 +118,7 @@ class StorageWriter(dcp.StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return plans
 
+    @raises_portable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         begin = time.perf_counter()
         record = write_object(
@@ -131,6 +133,7 @@ class StorageWriter(dcp.StorageWriter):
         future.set_result(results)
         return future
 
+    @raises_portable
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
         records = [rank[0].storage_data if rank else ObjectRecord("") for rank in results]
         index = assemble_index([record for record in records if record.nbytes], _empty_tensors(metadata, records))
@@ -143,11 +146,11 @@ class StorageWriter(dcp.StorageWriter):
             "ranks": len(results),
         }
         manifest = encode_manifest(index, paths, info)
-        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
         reports = [_report(rank, record) for rank, record in enumerate(records)]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1
         metadata.storage_data = reports
+        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
 
     def discard(self) -> None:
         """Remove what this rank wrote, after a save that was not committed; as far as the store lets it."""
@@ -198,6 +201,7 @@ class StorageReader(dcp.StorageReader):
             self._manifest = read_manifest(store)
         return store, self._manifest
 
+    @raises_portable
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         _, manifest = self._open()
         index = manifest.index
@@ -224,7 +228,9 @@ class StorageReader(dcp.StorageReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
+    @raises_portable
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        refuse_misplaced(getattr(planner, "state_dict", {}))
         store, manifest = self._open()
         index = manifest.index
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]

@@ -3,7 +3,8 @@
 CheckpointError
 ├── StoreError               retry, or mend the store: it did not answer as it should
 │   ├── ObjectNotFoundError
-│   └── AccessDeniedError    mend the credentials or the permissions
+│   ├── AccessDeniedError    mend the credentials or the permissions
+│   └── CommitError          look: the manifest may or may not have been written
 ├── CheckpointNotFoundError  fix the call: there is no checkpoint at this place
 │   └── NotCommittedError    ... but the remains of a save that never finished
 ├── CheckpointExistsError    fix the call: a checkpoint is there and overwriting was not asked for
@@ -11,6 +12,8 @@ CheckpointError
 ├── UnsupportedVersionError  upgrade: a newer reshard wrote it
 ├── DtypeError               fix the call: the stored dtype cannot be cast to the one asked for
 ├── DestinationError         fix the call: the destination cannot be written in place
+├── UnsupportedValueError    fix the call: a value of the state dict cannot be stored
+├── ArgumentError            fix the call: an argument is none of those that there are
 ├── UnsafeObjectError        decide: reading the object would run pickled code
 ├── CorruptCheckpointError   refuse: bytes are damaged, cut short or contradict themselves
 └── RankError                look there: something that is not of reshard failed on a rank
@@ -19,6 +22,12 @@ CheckpointError
 from __future__ import annotations
 
 from ..planner.errors import CheckpointError
+
+
+def nearest(error: CheckpointError) -> type[CheckpointError]:
+    """The class of reshard that an error is, or that somebody's own subclass derives from."""
+    ours = (__name__, CheckpointError.__module__)
+    return next(kind for kind in type(error).__mro__ if kind.__module__ in ours)
 
 
 class StoreError(CheckpointError):
@@ -63,6 +72,14 @@ class DtypeError(CheckpointError):
 
 class DestinationError(CheckpointError):
     """A destination tensor cannot be written in place."""
+
+
+class UnsupportedValueError(CheckpointError):
+    """A value that is no tensor cannot be stored, not even by pickle."""
+
+
+class ArgumentError(CheckpointError, ValueError):
+    """An argument of a call is none of those that there are."""
 
 
 class UnsafeObjectError(CheckpointError):

@@ -18,6 +18,8 @@ from .store import ObjectWriter, Store, TranslatingWriter
 S3_CONFIG = {"max_pool_connections": 64, "response_checksum_validation": "when_required"}
 """botocore's default of 10 connections would let no more than ten requests run at once. What is read has checksums of
 its own, and some servers answer a range with the checksum of the whole object."""
+OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
+S3_LARGEST_PUT = 5 * 1024**3
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
@@ -83,8 +85,8 @@ class FsspecStore:
     def _open_for_writing(self, path: str) -> Any:
         try:
             return self._fs.open(path, "wb")
-        except FileNotFoundError:  # a filesystem that has folders, and wants them made
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        except FileNotFoundError:
+            self._make_folder(path)
             return self._fs.open(path, "wb")
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
@@ -92,11 +94,26 @@ class FsspecStore:
             raise CheckpointExistsError(f"{self._path(name)} exists")
         with self._errors("write", name):
             try:
-                self._fs.pipe_file(self._path(name), data, mode="overwrite" if overwrite else "create")
+                self._put(self._path(name), data, "overwrite" if overwrite else "create")
             except Exception as error:
                 if not overwrite and _is_a_failed_condition(error):
                     raise CheckpointExistsError(f"{self._path(name)} exists") from error
                 raise
+
+    def _put(self, path: str, data: bytes, mode: str) -> None:
+        # By one request: the condition of a multipart upload is ignored by some servers.
+        options = {"chunksize": S3_LARGEST_PUT} if "s3" in _protocols(self._fs) else {}
+        try:
+            self._fs.pipe_file(path, data, mode=mode, **options)
+        except FileNotFoundError:
+            self._make_folder(path)
+            self._fs.pipe_file(path, data, mode=mode, **options)
+
+    def _make_folder(self, path: str) -> None:
+        """For a filesystem that has folders, and wants them made. Raises FileNotFoundError for one that has buckets."""
+        if OBJECT_STORES.intersection(_protocols(self._fs)):
+            raise FileNotFoundError(path)  # to make a bucket is not ours
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def _is_there(self, name: str) -> bool:
         try:
@@ -105,12 +122,12 @@ class FsspecStore:
             return False
         return True
 
-    def list(self) -> Iterable[str]:
-        with self._errors("list", "."):
+    def list(self, folder: str = "") -> Iterable[str]:
+        with self._errors("list", folder):
             self._fs.invalidate_cache()
             root = self._fs._strip_protocol(self._root)
             try:
-                found = self._fs.find(self._root, detail=True)
+                found = self._fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True)
             except FileNotFoundError:
                 return []
             return [path[len(root) :].lstrip("/") for path, info in found.items() if info["type"] == "file"]
@@ -131,6 +148,10 @@ class FsspecStore:
         except (StoreError, CheckpointExistsError):
             raise
         except FileNotFoundError as error:
+            if doing == "write":
+                raise StoreError(
+                    f"cannot write {name!r} in {self.location}: there is no such bucket or folder"
+                ) from error
             raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
         except Exception as error:
             if isinstance(error, PermissionError) or _is_about_credentials(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -22,6 +23,8 @@ from .reports import RankReport, Report
 from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
 from .store import Store, open_store
 from .tensors import LocalShard, global_shape, local_shards
+
+logger = logging.getLogger("reshard")
 
 
 def load(
@@ -56,29 +59,40 @@ def load(
             was, unless the message says otherwise; others may have been loaded.
         UnsafeObjectError: an object needs `allow_pickle`.
     """
-    states = stateful_to_state(state_dict)
-    loading = _Loading(states, strict=strict, allow_pickle=allow_pickle)
+    loading = _Loading(state_dict, strict=strict, allow_pickle=allow_pickle)
     rank = rank_of(process_group)
     reports = on_all_ranks(lambda: loading.run(open_store(uri, storage_options), rank), process_group)
     for leaf, value in loading.objects:
         leaf.replace(value)
-    state_to_stateful(state_dict, states)
-    return Report(rank, tuple(reports), loading.skipped)
+    state_to_stateful(state_dict, loading.states)
+    if loading.unread and rank == 0:
+        shown = ", ".join(loading.unread[:3]) + (", ..." if len(loading.unread) > 3 else "")
+        logger.warning("%d names of the checkpoint were not in the state dict: %s", len(loading.unread), shown)
+    return Report(rank, tuple(reports), loading.skipped, loading.unread)
 
 
 class _Loading:
     """One rank's part of a load."""
 
-    def __init__(self, states: dict[str, Any], *, strict: bool, allow_pickle: bool) -> None:
-        self._states = states
+    def __init__(self, state_dict: Mapping[str, Any], *, strict: bool, allow_pickle: bool) -> None:
+        self._state_dict = state_dict
+        self.states: dict[str, Any] = {}
         self._strict = strict
         self._allow_pickle = allow_pickle
         self.objects: list[tuple[Leaf, Any]] = []
         self.skipped: tuple[str, ...] = ()
+        self.unread: tuple[str, ...] = ()
 
     def run(self, store: Store, rank: int) -> RankReport:
+        self.states = stateful_to_state(self._state_dict)
         manifest = read_manifest(store)
-        leaves = self._present(flatten(self._states), manifest)
+        named = flatten(self.states)
+        leaves = self._present(named, manifest)
+        self.unread = tuple(
+            entry.name
+            for entry in manifest.index.entries
+            if entry.name not in named and entry.name.startswith(tuple(f"{key}." for key in self.states))
+        )
         wants: list[Want] = []
         destinations: list[torch.Tensor] = []
         for leaf in leaves:

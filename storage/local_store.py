@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import uuid
@@ -29,13 +30,11 @@ class LocalStore:
         with self._errors("read", name):
             descriptor = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                data = os.pread(descriptor, stop - start, start)
-                while data and len(data) < stop - start:  # one call moves at most 2 GiB
-                    more = os.pread(descriptor, stop - start - len(data), start + len(data))
-                    if not more:
-                        break
-                    data += more
-                return data
+                data = memoryview(bytearray(max(0, min(stop, os.fstat(descriptor).st_size) - start)))
+                done = 0
+                while done < len(data) and (moved := os.preadv(descriptor, [data[done:]], start + done)):
+                    done += moved
+                return data[:done]
             finally:
                 os.close(descriptor)
 
@@ -45,12 +44,16 @@ class LocalStore:
         with self._errors("write", name):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "xb")  # noqa: SIM115
-        with file:
+        try:
             yield TranslatingWriter(file, lambda: self._errors("write", name))
             with self._errors("write", name):
                 file.flush()
                 os.fsync(file.fileno())
+                file.close()
                 _sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # what it could not flush was told before
+                file.close()
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         path = self._root / name
@@ -73,11 +76,11 @@ class LocalStore:
             _sync_folder(path.parent)
             _sync_folder(self._root.parent)
 
-    def list(self) -> Iterable[str]:
-        with self._errors("list", "."):
+    def list(self, folder: str = "") -> Iterable[str]:
+        with self._errors("list", folder):
             return [
-                (Path(folder) / file).relative_to(self._root).as_posix()
-                for folder, _, files in os.walk(self._root)
+                (Path(parent) / file).relative_to(self._root).as_posix()
+                for parent, _, files in os.walk(self._root / folder)
                 for file in files
             ]
 

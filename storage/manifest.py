@@ -10,8 +10,10 @@ docs/FORMAT.md has it byte by byte.
 from __future__ import annotations
 
 import json
+import re
 import struct
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,15 +32,22 @@ from .errors import (
 from .store import Store
 
 NAME = "manifest.reshard"
+DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
-"""How the names of data objects end."""
 MAGIC = b"RESHARD\n"
 VERSION = 1
+READ_BYTES = 64 * 1024 * 1024
+"""How much of a large manifest each further request asks for."""
 FIRST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
 """Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
 
+MAX_BYTES = 2**36
+
+_DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises where a header is not what it should be."""
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _COLUMNS = (
@@ -66,6 +75,8 @@ class Manifest:
     """By what it was written, and when."""
     nbytes: int
     """Size of the manifest in the store."""
+    requests: int = 1
+    """Reads that it took."""
 
 
 def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ...]], info: dict[str, Any]) -> bytes:
@@ -99,7 +110,15 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         raise CorruptCheckpointError(f"the manifest {where} does not match its checksum")
     try:
         return _parse(data)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidIndexError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        InvalidIndexError,
+    ) as error:
         raise CorruptCheckpointError(f"the manifest {where} contradicts itself: {error}") from error
 
 
@@ -112,6 +131,8 @@ def _total(data: bytes, where: str) -> int:
         raise UnsupportedVersionError(
             f"the manifest {where} has format version {version}; this reshard reads version {VERSION}"
         )
+    if total > MAX_BYTES:
+        raise CorruptCheckpointError(f"the manifest {where} claims to have {total} bytes")
     return int(total)
 
 
@@ -121,7 +142,7 @@ def _parse(data: bytes) -> Manifest:
     header = json.loads(bytes(data[_PREFIX.size : at]))
     columns = {}
     for name, dtype in _COLUMNS:
-        count = int(header["columns"][name])
+        (count,) = _integers([header["columns"][name]])
         if count < 0:
             raise ValueError(f"column {name} has {count} rows")
         columns[name] = np.frombuffer(data, dtype, count, at)
@@ -137,7 +158,7 @@ def _parse(data: bytes) -> Manifest:
         entries.append(entry)
         if path is not None:
             paths[str(name)] = tuple(path)
-    objects = tuple((_object_name(name), int(nbytes)) for name, nbytes in header["objects"])
+    objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
     segments = Segments(**{name: columns[name] for name in _IN_SEGMENTS})
     index = CheckpointIndex(tuple(entries), objects, segments, columns["lengths"], columns["checksums"])
     return Manifest(index, paths, dict(header["info"]), len(data))
@@ -150,10 +171,9 @@ def _integers(values: list[Any]) -> tuple[int, ...]:
 
 
 def _object_name(name: str) -> str:
-    """A name that cannot lead out of the checkpoint's folder."""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
-        raise ValueError(f"the object name {name!r} leads out of the checkpoint")
+    """A name that can only be that of a data object, inside the checkpoint's folder."""
+    if not _DATA_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a data object")
     return name
 
 
@@ -168,15 +188,19 @@ def read_manifest(store: Store) -> Manifest:
     except ObjectNotFoundError:
         raise _not_found(store) from None
     total = _total(data, where)
+    requests = 1
     if len(data) < total and len(data) == FIRST_READ_BYTES:
-        data += bytes(store.read(NAME, len(data), total))
+        rest = [(at, min(at + READ_BYTES, total)) for at in range(len(data), total, READ_BYTES)]
+        with ThreadPoolExecutor(min(8, len(rest)), "reshard-manifest") as pool:
+            data += b"".join(bytes(part) for part in pool.map(lambda part: store.read(NAME, *part), rest))
+        requests += len(rest)
     if len(data) != total:
         raise CorruptCheckpointError(f"the manifest {where} has {len(data)} bytes where it should have {total}")
-    return decode_manifest(data, where)
+    return replace(decode_manifest(data, where), requests=requests)
 
 
 def _not_found(store: Store) -> CheckpointNotFoundError:
-    remains = sum(1 for name in store.list() if name.endswith(DATA_SUFFIX))
+    remains = sum(1 for name in store.list(DATA_FOLDER) if _DATA_NAME.fullmatch(name))
     if remains:
         return NotCommittedError(
             f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 
 from ..planner.index import Kind
 from .errors import CorruptCheckpointError, UnsafeObjectError
+
+_REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build")
 
 
 class _NotJson(TypeError):
@@ -39,21 +41,17 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
         UnsafeObjectError: it is pickled in a way that weights_only=True refuses, and `allow_pickle` is False.
         CorruptCheckpointError: the bytes are no such encoding.
     """
-    if kind is Kind.JSON:
-        try:
-            return _from_json(json.loads(data))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(f"object {name!r} is not what its encoding should be: {error}") from error
     try:
+        if kind is Kind.JSON:
+            return _from_json(json.loads(data))
         return torch.load(io.BytesIO(data), weights_only=not allow_pickle, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if allow_pickle:
-            raise CorruptCheckpointError(f"object {name!r} cannot be unpickled: {error}") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:
+        refused = None if kind is Kind.JSON or allow_pickle else _refusal(str(error))
+        if refused is None:
+            raise CorruptCheckpointError(f"object {name!r} is not what its encoding should be: {error!r}") from error
         raise UnsafeObjectError(
             f"object {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
-            f"{_unsupported(str(error)) or reason}. If you trust whoever wrote this checkpoint, load it with "
-            "allow_pickle=True"
+            f"{refused}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
         ) from error
 
 
@@ -64,10 +62,10 @@ def torch_save(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _unsupported(message: str) -> str | None:
-    """The line of torch's long message that names what it refused."""
+def _refusal(message: str) -> str | None:
+    """The line of torch's long message that names the class or function that it refused; None where it did not."""
     lines = (line.strip() for line in message.splitlines())
-    return next((line for line in lines if line.startswith(("WeightsUnpickler error", "Unsupported"))), None)
+    return next((line for line in lines if _REFUSED.search(line)), None)
 
 
 def _to_json(value: Any) -> Any:

@@ -22,7 +22,8 @@ def check_destination(name: str, tensor: torch.Tensor, stored: torch.dtype) -> N
         DtypeError: torch does not cast the stored dtype to the tensor's (`torch.can_cast`).
         DestinationError: the tensor is on the meta device, is not strided, or has elements that share memory.
     """
-    if not torch.can_cast(stored, tensor.dtype):
+    packed = any("_x2" in str(dtype) for dtype in (stored, tensor.dtype))  # two values an element: torch has no cast
+    if stored != tensor.dtype and (packed or not torch.can_cast(stored, tensor.dtype)):
         raise DtypeError(f"{name!r} is stored as {stored}, which cannot be cast to the destination's {tensor.dtype}")
     if tensor.device.type == "meta":
         raise DestinationError(f"{name!r} is on the meta device: give it memory first (to_empty) to load into it")

@@ -5,14 +5,16 @@ Without a process group, one process is a world of one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
 from ..planner.errors import CheckpointError
-from .errors import RankError
+from .errors import RankError, nearest
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -45,13 +47,41 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
         dist.all_gather_object(outcomes, outcome, group=process_group)
     for at, (_, failure) in enumerate(outcomes):
         if failure is not None:
-            raise failure from (cause if at == rank else None)
+            raise failure from (cause if at == rank and cause is not failure else None)
     return [value for value, _ in outcomes]
 
 
 def of_rank(rank: int, error: BaseException) -> CheckpointError:
-    """The error as reshard's, with the rank on which it happened."""
-    found = error if isinstance(error, CheckpointError) else RankError(f"{type(error).__name__}: {error}")
+    """The error as one of reshard's own, with the rank on which it happened."""
+    found = portable(error)
     if is_distributed():
         found.rank = rank
     return found
+
+
+def portable(error: BaseException) -> CheckpointError:
+    """The error as one of reshard's own classes, which every rank can pickle and unpickle.
+
+    A subclass of somebody's becomes the class of reshard that it derives from; anything else becomes a RankError.
+    """
+    if isinstance(error, CheckpointError) and type(error) is nearest(error):
+        return error
+    if isinstance(error, CheckpointError):
+        return nearest(error)(str(error))
+    return RankError(f"{type(error).__name__}: {error}")
+
+
+def raises_portable(method: Callable[P, T]) -> Callable[P, T]:
+    """Make what a method raises fit to travel between ranks: DCP pickles it."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            found = portable(error)
+            if found is error:
+                raise
+            raise found from error
+
+    return wrapped

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
 from .errors import DestinationError
@@ -36,6 +37,10 @@ def read_boxes(
     index = manifest.index
     for want, destination in zip(wants, destinations, strict=True):
         check_destination(want.name, destination, torch_dtype(index.entry(want.name).dtype))
+        if tuple(destination.shape) != want.box.sizes:
+            raise ShapeMismatchError(
+                f"{want.name!r}: the destination of {want.box} has shape {tuple(destination.shape)}"
+            )
     narrowed = [
         Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
         for want, destination in zip(wants, destinations, strict=True)
@@ -47,7 +52,7 @@ def read_boxes(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),
         bytes_fetched=plan.requests.nbytes + manifest.nbytes,
-        requests=len(plan.requests) + 1,
+        requests=len(plan.requests) + manifest.requests,
         chunks=plan.report.chunks,
         seconds={
             "plan": planned - begin,

@@ -12,18 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..planner.box import Box
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
-from .checksums import checksum, page_checksums
+from .arranged import DAMAGED, Chunk, Request, Tensor, arrange
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
-from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
+from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
 from .place import Destination
 from .store import Store
 from .tensors import torch_dtype
@@ -42,61 +41,6 @@ class ReadStats:
 
     fetch_s: float = 0.0
     decode_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Request:
-    object: int
-    start: int
-    stop: int
-    ranges: list[_Range] = field(default_factory=list)
-    unplaced: int = 0
-    """Ranges that are not in their destination yet; until there are none, the request's bytes are held."""
-
-
-@dataclass(slots=True)
-class _Range:
-    """One byte range of one chunk."""
-
-    chunk: _Chunk
-    request: _Request
-    start: int
-    stop: int
-    first_checksum: int
-    data: memoryview | None = None
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """One chunk to place, from one range, or from two: heads and tails."""
-
-    tensor: _Tensor
-    read: ChunkReads
-    row: int
-    destination: Destination
-    ranges: list[_Range] = field(default_factory=list)
-    submitted: bool = False
-
-    @property
-    def box(self) -> Box:
-        return _box(self.read.chunk_offsets, self.read.chunk_sizes, self.row)
-
-    @property
-    def is_here(self) -> bool:
-        return all(part.data is not None for part in self.ranges)
-
-
-@dataclass(slots=True)
-class _Tensor:
-    """All chunks of one name: what is written together, or not at all."""
-
-    name: str
-    chunks: list[_Chunk] = field(default_factory=list)
-    missing: int = 0
-    """Ranges that have not arrived."""
-    piecemeal: bool = False
-    """It does not fit the budget: chunks are placed as they arrive."""
-    touched: bool = False
 
 
 def execute(
@@ -138,7 +82,7 @@ class _Execution:
         self._index = index
         self._store = store
         self._budget = budget_bytes
-        self._tensors, self._requests = _arrange(plan, destinations)
+        self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
         self._lock = threading.Condition()
         self._held = 0
         self._running = 0
@@ -193,7 +137,7 @@ class _Execution:
                 self._running -= 1
                 self._lock.notify_all()
 
-    def _fetch(self, request: _Request) -> None:
+    def _fetch(self, request: Request) -> None:
         begin = time.perf_counter()
         name = self._index.objects[request.object][0]
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
@@ -203,12 +147,13 @@ class _Execution:
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
-            raise type(error)(f"{tensor.name!r}: {where}: {error}") from error
+            raise nearest(error)(self._told(tensor, f"{where}: {error}")) from error
         if len(data) != request.stop - request.start:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
         for part in request.ranges:
             view = data[part.start - request.start : part.stop - request.start]
-            self._verify(part, view, name)
+            if not part.is_intact(view, self._index):
+                raise self._damage(part.chunk.tensor, f"{part} of object {name!r} in {self._store.location}: {DAMAGED}")
             part.data = view
         with self._lock:
             self.stats.fetch_s += time.perf_counter() - begin
@@ -220,24 +165,16 @@ class _Execution:
                 elif chunk.tensor.piecemeal:
                     self._place_later([chunk])
 
-    def _verify(self, part: _Range, data: memoryview, name: str) -> None:
-        chunk = part.chunk
-        found = page_checksums(data) if chunk.read.raw[chunk.row] else [checksum(data)]
-        expected = self._index.checksums[part.first_checksum : part.first_checksum + len(found)].tolist()
-        if found != expected:
-            raise self._damage(
-                chunk.tensor,
-                f"chunk {chunk.box} does not match its checksum: bytes [{part.start}, {part.stop}) of object {name!r} "
-                f"in {self._store.location} are damaged",
-            )
+    def _damage(self, tensor: Tensor, message: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(self._told(tensor, message))
 
-    def _damage(self, tensor: _Tensor, message: str) -> CorruptCheckpointError:
-        state = "; a part of the tensor was overwritten" if tensor.touched else ""
-        return CorruptCheckpointError(f"{tensor.name!r}: {message}{state}")
+    def _told(self, tensor: Tensor, message: str) -> str:
+        touched = tensor.touched or tensor.piecemeal
+        return f"{tensor.name!r}: {message}" + ("; a part of the tensor was overwritten" if touched else "")
 
-    def _place_later(self, chunks: list[_Chunk]) -> None:
+    def _place_later(self, chunks: list[Chunk]) -> None:
         """Hand the chunks that are here to the placing threads, in batches. Holds the lock."""
-        batch: list[_Chunk] = []
+        batch: list[Chunk] = []
         batch_bytes = 0
         for chunk in chunks:
             if chunk.submitted or not chunk.is_here:
@@ -251,14 +188,14 @@ class _Execution:
         if batch:
             self._submit(self._placing, self._place, batch)
 
-    def _place(self, chunks: list[_Chunk]) -> None:
+    def _place(self, chunks: list[Chunk]) -> None:
         begin = time.perf_counter()
         for chunk in chunks:
+            chunk.tensor.touched = True
             try:
                 _place_chunk(chunk)
             except CorruptCheckpointError as error:
                 raise self._damage(chunk.tensor, f"chunk {chunk.box} cannot be decoded: {error}") from error
-            chunk.tensor.touched = True
         with self._lock:
             self.stats.decode_s += time.perf_counter() - begin
             for chunk in chunks:
@@ -269,16 +206,16 @@ class _Execution:
                         self._held -= part.request.stop - part.request.start
 
 
-def _place_chunk(chunk: _Chunk) -> None:
-    read, box = chunk.read, chunk.box
-    piece = _box(read.piece_offsets, read.piece_sizes, chunk.row)
+def _place_chunk(chunk: Chunk) -> None:
+    read, box, piece = chunk.read, chunk.box, chunk.piece
     data = [part.data for part in chunk.ranges]
+    assert chunk.destination is not None
     chunk.destination.write(
         piece.relative_to(read.want.box), _decoded(chunk, data, box.numel), box.sizes, piece.relative_to(box)
     )
 
 
-def _decoded(chunk: _Chunk, data: list[memoryview | None], numel: int) -> Bytes:
+def _decoded(chunk: Chunk, data: list[memoryview | None], numel: int) -> Bytes:
     """The bytes of a chunk's values; of a raw chunk that was read in part, only that part is set."""
     read = chunk.read
     first = data[0]
@@ -299,33 +236,5 @@ def _decoded(chunk: _Chunk, data: list[memoryview | None], numel: int) -> Bytes:
     return decode_heads(first, numel) if read.heads_only else decode(first, read.entry.dtype, numel)
 
 
-def _box(offsets: Any, sizes: Any, row: int) -> Box:
-    return Box(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
-
-
-def _arrange(plan: ReadPlan, destinations: Sequence[torch.Tensor]) -> tuple[list[_Tensor], list[_Request]]:
-    """The plan as objects that refer to each other; the requests in the order in which tensors are completed."""
-    requests = [
-        _Request(*columns)
-        for columns in zip(
-            plan.requests.objects.tolist(), plan.requests.starts.tolist(), plan.requests.stops.tolist(), strict=True
-        )
-    ]
-    tensors: dict[str, _Tensor] = {}
-    ordered: dict[int, _Request] = {}
-    for read, request_of, tensor in zip(plan.reads, plan.requests_of(), destinations, strict=True):
-        dtype = torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype)
-        destination = Destination(tensor, dtype)
-        group = tensors.setdefault(read.want.name, _Tensor(read.want.name))
-        rows = zip(request_of.tolist(), read.starts.tolist(), read.stops.tolist(), read.checksums.tolist(), strict=True)
-        for row, columns in enumerate(rows):
-            chunk = _Chunk(group, read, row, destination)
-            group.chunks.append(chunk)
-            for at, start, stop, first_checksum in zip(*columns, strict=True):
-                request = ordered.setdefault(at, requests[at])
-                part = _Range(chunk, request, start, stop, first_checksum)
-                chunk.ranges.append(part)
-                request.ranges.append(part)
-                request.unplaced += 1
-                group.missing += 1
-    return list(tensors.values()), list(ordered.values())
+def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:
+    return Destination(tensor, torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype))

@@ -51,6 +51,9 @@ class Report:
     """All ranks, in order."""
     skipped: tuple[str, ...] = ()
     """Names that a load with strict=False did not find in the checkpoint, and left as they were."""
+    unread: tuple[str, ...] = ()
+    """Names that the checkpoint has below a key of the state dict, but the state dict itself has not: what a fresh
+    optimizer, say, has no place for yet."""
 
     @property
     def local(self) -> RankReport:

@@ -20,10 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from ..planner.errors import CheckpointError
 from .dcp import EncodedObject, StorageWriter
-from .errors import CommitError
+from .errors import CommitError, UnsupportedValueError
 from .objects import encode_object
-from .ranks import is_distributed, of_rank, rank_of
+from .ranks import is_distributed, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
+from .state_dict import stateful_to_state
 from .store import Store
 from .tensors import local_shards
 
@@ -32,7 +33,7 @@ class SavePlanner(DefaultSavePlanner):
     """DCP's default planner, but for two things.
 
     Objects that JSON can hold are not pickled. And a DTensor is written as the boxes that this rank really holds,
-    which, for uneven FSDP over TP, are not those that DTensor computes (see `planner.layout.fsdp_local_tensor`).
+    which, for uneven FSDP over TP, are not those that DTensor computes (see `planner.layout.held_tensor`).
     """
 
     def create_local_plan(self) -> SavePlan:
@@ -60,7 +61,12 @@ class SavePlanner(DefaultSavePlanner):
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         if write_item.type is WriteItemType.BYTE_IO:
-            return EncodedObject(*encode_object(object))
+            try:
+                return EncodedObject(*encode_object(object))
+            except Exception as error:
+                raise UnsupportedValueError(
+                    f"{write_item.index.fqn!r}, of {type(object)}, cannot be stored: {error}"
+                ) from error
         return super().transform_object(write_item, object)
 
 
@@ -91,16 +97,21 @@ def save(
         CheckpointExistsError: a checkpoint is there and `overwrite` is False.
         UnsupportedURIError, StoreError: the place cannot be opened, or not be written.
         CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
+        UnsupportedValueError, DtypeError, LayoutError: the state dict holds what cannot be stored.
+        ArgumentError: there is no such codec.
         RankError: anything else.
     """
     begin = time.perf_counter()
+    states: dict[str, Any] = {}
+    # Asked for here, so that a state that cannot be had stops every rank.
+    on_all_ranks(lambda: states.update(stateful_to_state(state_dict)), process_group)
     writer = StorageWriter(uri, codec=codec, storage_options=storage_options, overwrite=overwrite)
     try:
         with warnings.catch_warnings():
             # To save from one process is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             metadata = dcp_save(
-                dict(state_dict),
+                states,
                 storage_writer=writer,
                 planner=SavePlanner(),
                 process_group=process_group,

@@ -14,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
+from .errors import ArgumentError
+
 
 class ObjectWriter(Protocol):
     """One object being written."""
@@ -45,8 +47,8 @@ class Store(Protocol):
         Raises CheckpointExistsError where an object of this name is there and `overwrite` is False.
         """
 
-    def list(self) -> Iterable[str]:
-        """The names of all objects below the root; none where there is no root."""
+    def list(self, folder: str = "") -> Iterable[str]:
+        """The names of all objects below the root, or below a folder of it; none where there is no such place."""
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; those that are not there are passed over."""
@@ -65,9 +67,13 @@ class TranslatingWriter:
 
 
 def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:
-    """The store at a path or URI, or `target` itself where it is one. Raises UnsupportedURIError."""
+    """The store at a path or URI, or `target` itself where it is one. Raises UnsupportedURIError, ArgumentError."""
     if isinstance(target, Store):
         return target
     from .fsspec_store import open_fsspec
 
-    return open_fsspec(os.fspath(target), dict(storage_options or {}))
+    try:
+        uri = os.fspath(target)
+    except TypeError:
+        raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}") from None
+    return open_fsspec(uri, dict(storage_options or {}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,14 +68,33 @@ def _dtensor_shards(name: str, tensor: DTensor) -> list[LocalShard]:
     if coordinate is None:
         return []
     placements = [_placement(name, placement) for placement in tensor.placements]
-    where = tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, placements
+    held = layout.held_tensor(tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, placements)
     local = tensor.to_local().detach()
-    for held in (layout.fsdp_local_tensor(*where), layout.local_tensor(*where)):
-        if held.shape == tuple(local.shape):
-            break
-    else:
+    if held.shape != tuple(local.shape):
         raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where its placements give {held.shape}")
     return [(box, local[Box(at, box.sizes).slices]) for box, at in zip(held.boxes, held.local_offsets, strict=True)]
+
+
+def refuse_misplaced(state: Mapping[str, Any]) -> None:
+    """Raises LayoutError for a DTensor of which DCP's own planner would read or write boxes that it does not hold."""
+    for name, tensor in state.items():
+        if not isinstance(tensor, DTensor):
+            continue
+        held = [box for box, _ in local_shards(name, tensor) if box.numel]
+        planned = [
+            box
+            for chunk in (tensor.__create_chunk_list__() if tensor.device_mesh.get_coordinate() is not None else ())
+            if (box := Box(tuple(chunk.offsets), tuple(chunk.sizes))).numel
+        ]
+        if held != planned:
+            raise LayoutError(
+                f"{name!r} is split unevenly by FSDP over TP: this rank holds {_listed(held)}, and DCP's planner "
+                f"takes it to hold {_listed(planned)}. Use reshard.load and reshard.save, which do not ask that planner"
+            )
+
+
+def _listed(boxes: list[Box]) -> str:
+    return ", ".join(map(str, boxes)) or "nothing"
 
 
 def _placement(name: str, placement: Any) -> layout.Placement:

@@ -44,8 +44,9 @@ class MemoryStore:
             raise CheckpointExistsError(f"{name} exists")
         self.content[name] = data
 
-    def list(self) -> Iterable[str]:
-        return list(self.content)
+    def list(self, folder: str = "") -> Iterable[str]:
+        below = f"{folder.rstrip('/')}/" if folder else ""
+        return [name for name in self.content if name.startswith(below)]
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -110,9 +111,9 @@ class RecordingStore:
         self._note(Call("put", name, 0, len(data)))
         self._store.put(name, data, overwrite=overwrite)
 
-    def list(self) -> Iterable[str]:
-        self._note(Call("list", ""))
-        return self._store.list()
+    def list(self, folder: str = "") -> Iterable[str]:
+        self._note(Call("list", folder))
+        return self._store.list(folder)
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)
@@ -186,6 +187,8 @@ def check_store(store: Store) -> None:
     store.put("manifest", b"three", overwrite=True)
     assert bytes(store.read("manifest", 0, 10)) == b"three"
     assert set(store.list()) == {"data/a.shard", "manifest"}
+    assert list(store.list("data")) == ["data/a.shard"]
+    assert list(store.list("nothing")) == []
 
     results: list[bool] = []
     threads = [

@@ -21,11 +21,11 @@ import torch
 from ..planner.box import Box
 from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
-from ..planner.index import ITEMSIZES, Encoding, Kind, Stream
+from ..planner.index import ITEMSIZES, Encoding, Entry, Kind, Stream
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
 from .errors import StoreError
-from .manifest import DATA_SUFFIX
+from .manifest import DATA_FOLDER, DATA_SUFFIX
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .store import Store
 from .tensors import as_bytes, dtype_name
@@ -94,7 +94,7 @@ def write_object(store: Store, rank: int, shards: Iterable[ShardToWrite], codec:
     The name is unique, so that nothing that exists is touched. Where there is nothing to write, no object is made.
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was begun is then removed.
     """
-    record = ObjectRecord(f"data/{rank:05d}-{uuid.uuid4().hex}{DATA_SUFFIX}")
+    record = ObjectRecord(f"{DATA_FOLDER}/{rank:05d}-{uuid.uuid4().hex}{DATA_SUFFIX}")
     filled = [shard for shard in shards if shard.box.numel > 0]
     if not filled:
         return record
@@ -140,7 +140,8 @@ def _encoded_chunks(
                     f"{source.name!r} should hold {source.box} on this rank, but has shape {tuple(values.shape)}"
                 )
             dtype = dtype_name(source.name, values.dtype)
-            _, offsets, sizes = Grid.choose(source.shape, values.itemsize).chunks(source.box)
+            entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
+            _, offsets, sizes = entry.grid.chunks(source.box)
             segments = [_Segment(stream) for stream in streams_of(dtype, codec)]
             begun.append(_Shard(source, dtype, segments, len(offsets)))
             for segment in segments:
@@ -151,7 +152,7 @@ def _encoded_chunks(
                         freed, ready, future = waiting.popleft()
                         yield ready, *future.result()
                         held -= freed
-                    future = pool.submit(_encode_chunk, values[box.slices], dtype, segment.stream, codec)
+                    future = pool.submit(_encode_chunk, values[box.slices], entry, segment.stream, codec)
                     waiting.append((nbytes, segment, future))
                     held += nbytes
         while waiting:
@@ -162,9 +163,9 @@ def _encoded_chunks(
             future.cancel()
 
 
-def _encode_chunk(values: torch.Tensor, dtype: str, stream: Stream, codec: str) -> Encoded:
+def _encode_chunk(values: torch.Tensor, entry: Entry, stream: Stream, codec: str) -> Encoded:
     plain = as_bytes(values)
     if codec == "none":
-        return plain.tobytes(), page_checksums(plain.data)
-    encoded = encode(plain, dtype, stream)
+        return plain.tobytes(), page_checksums(plain.data, entry.page_bytes)
+    encoded = encode(plain, entry.dtype, stream)
     return encoded, [checksum(encoded)]

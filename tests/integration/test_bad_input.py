@@ -20,7 +20,7 @@ import reshard
 from reshard import errors
 from reshard.storage.local_store import LocalStore
 from reshard.storage.manifest import NAME
-from reshard.storage.testing import MemoryStore, RecordingStore, failing
+from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
 from tests.ranks import RankPool
 
 SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}
@@ -97,9 +97,9 @@ def test_a_damaged_checkpoint(
     state: dict[str, Any] = {"w": torch.full((3, 4), 7.0), "c": torch.zeros(2, dtype=torch.complex64), "step": 0}
     with pytest.raises(error, match=message) as caught:
         reshard.load(state, store)
-    for name in ("w", "c"):
-        if repr(name) in str(caught.value):
-            assert (state[name] == (7 if name == "w" else 0)).all()
+    for name, before in (("w", 7), ("c", 0)):
+        if suffix == NAME or repr(name) in str(caught.value):
+            assert (state[name] == before).all()
     assert state["step"] == 0
 
 
@@ -139,6 +139,72 @@ def test_a_failed_overwrite_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(errors.CommitError, match="may or may not have been written"):
         reshard.save({"w": torch.zeros(1)}, store, overwrite=True)
     assert reshard.open(tmp_path).read("w").equal(SAVED["w"])
+
+
+class LosingItsAnswer(MemoryStore):
+    """A store that takes the manifest and says that it did not; a client that tries again is told that it is there."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        super().put(name, data, overwrite=overwrite)
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [errors.StoreError("timeout"), errors.CheckpointExistsError("412"), OSError("reset")])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_commit_whose_answer_is_lost_is_recognised(error: Exception, overwrite: bool) -> None:
+    store = LosingItsAnswer(error)
+    reshard.save(SAVED, store, overwrite=overwrite)
+    assert reshard.open(store).read("w").equal(SAVED["w"])
+
+
+def test_another_save_that_committed_first_wins() -> None:
+    store = MemoryStore()
+
+    def before(call: Call) -> None:
+        if call.method == "put":
+            reshard.save({"other": torch.ones(2)}, store)
+
+    with pytest.raises(errors.CheckpointExistsError):
+        reshard.save(SAVED, RecordingStore(store, before))
+    assert list(reshard.open(store).tensors) == ["other"]
+    assert len(store.content) == 2, "what the loser wrote is removed"
+
+
+@pytest.mark.parametrize("error", [errors.StoreError("no"), OSError("no")])
+def test_old_data_that_cannot_be_removed_does_not_undo_the_commit(error: Exception) -> None:
+    store = MemoryStore()
+    reshard.save({"w": torch.zeros(1)}, store)
+    reshard.save(SAVED, RecordingStore(store, failing("delete", error=error)), overwrite=True)
+    assert reshard.open(store).read("w").equal(SAVED["w"])
+    assert len(store.content) == 3
+
+
+def test_values_and_arguments_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnsupportedValueError, match=r"'hooks\.f', of .*function.*lambda"):
+        reshard.save({"hooks": {"f": lambda: 0}}, tmp_path)
+    with pytest.raises(errors.ArgumentError, match="codec must be one of"):
+        reshard.save(SAVED, tmp_path, codec="lzma")
+    with pytest.raises(errors.ArgumentError, match="expected a path, a URI or a Store, got 3"):
+        reshard.open(3)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_checkpoints_is_not_taken_for_remains(tmp_path: Path) -> None:
+    reshard.save(SAVED, tmp_path / "step-1")
+    with pytest.raises(errors.CheckpointNotFoundError, match="there is no checkpoint at"):
+        reshard.open(tmp_path)
+
+
+def test_what_a_fresh_optimizer_has_no_place_for_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    reshard.save({"optimizer": {"state": {"0": torch.ones(3)}, "lr": 0.1}, "other": 1}, store)
+    report = reshard.load({"optimizer": {"lr": 0}}, store)
+    assert report.unread == ("optimizer.state.0",)
+    assert "1 names of the checkpoint were not in the state dict: optimizer.state.0" in caplog.text
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "s3a+x://y"])
@@ -247,6 +313,56 @@ def test_an_error_that_is_not_of_reshard_reaches_every_rank(ranks: RankPool, tmp
     ranks.run(2, save_good, str(tmp_path))
     told = ranks.run(2, load_and_break, str(tmp_path))
     assert told == ["RankError: rank 1: ZeroDivisionError: a bug of the caller"] * 2
+
+
+class Stubborn:
+    """A Stateful that fails on one rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            raise RuntimeError("no state to be had")
+        return {"t": torch.zeros(2)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("never reached")
+
+
+class ForeignError(errors.StoreError):
+    """Somebody's own: it cannot be unpickled."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+
+
+class ForeignStore(MemoryStore):
+    def read(self, name: str, start: int, stop: int) -> Any:
+        raise ForeignError(7, "not today")
+
+    def create(self, name: str) -> Any:
+        raise ForeignError(7, "not today")
+
+
+def fail_in_foreign_ways(folder: str) -> list[str]:
+    told = []
+    local = LocalStore(folder)
+    calls: tuple[Callable[[], reshard.Report], ...] = (
+        lambda: reshard.load({"app": Stubborn()}, folder, strict=False),
+        lambda: reshard.save({"app": Stubborn()}, folder),
+        lambda: reshard.load(state_on_ranks(5), ForeignStore() if dist.get_rank() == 1 else local),
+        lambda: reshard.save(state_on_ranks(5), ForeignStore() if dist.get_rank() == 1 else local, overwrite=True),
+    )
+    for call in calls:
+        with pytest.raises(errors.CheckpointError) as caught:
+            call()
+        told.append(f"{type(caught.value).__name__}: {caught.value}")
+    return told
+
+
+def test_states_and_errors_of_others_reach_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_good, str(tmp_path))
+    for told in ranks.run(3, fail_in_foreign_ways, str(tmp_path), timeout_s=30):
+        assert told[:2] == ["RankError: rank 1: RuntimeError: no state to be had"] * 2
+        assert told[2:] == ["StoreError: rank 1: not today (7)"] * 2
 
 
 def load_by_dcp_and_fail(folder: str) -> str:

@@ -96,6 +96,24 @@ def test_a_plan_reads_nothing_and_a_rank_reads_its_plan(saved: tuple[RecordingSt
     assert "MB needed" in repr(plans[0])
 
 
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_verifying_lists_all_that_is_damaged(codec: str) -> None:
+    store = MemoryStore()
+    state = {"a": torch.randn(512, 512), "b": torch.randn(512, 512), "step": 3}
+    reshard.save(state, store, codec=codec)
+    checkpoint = reshard.open(store)
+    assert checkpoint.verify() == []
+    name = next(name for name in store.content if name.startswith("data/"))
+    whole = store.content[name]
+    store.content[name] = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:-200]
+    damages = checkpoint.verify()
+    assert {damage.tensor for damage in damages} == {"a", "b", "step"}
+    assert [damage.reason for damage in damages if damage.tensor == "a"] == ["it does not match its checksum"]
+    assert all("cut short" in damage.reason for damage in damages if damage.tensor != "a")
+    del store.content[name]
+    assert {damage.reason for damage in checkpoint.verify()} == {"the object is missing"}
+
+
 def test_names_leave_out_what_an_engine_does_not_need() -> None:
     store = MemoryStore()
     reshard.save({"model": {"w": torch.ones(4, 4)}, "optimizer": {"w": torch.zeros(4, 4)}}, store)

@@ -93,6 +93,21 @@ def test_layouts_through_dcp(ranks: RankPool, tmp_path: Path, saved: tuple[str, 
     ranks.run(loaded[1], load_by_dcp, loaded[0], uri)
 
 
+def refuse_by_dcp(uri: str) -> None:
+    with pytest.raises(CheckpointException, match=r"split unevenly by FSDP over TP.*Use reshard\.load"):
+        dcp.load({"model": build("fsdp_tp", seed=1)}, storage_reader=reshard.StorageReader(uri))
+    with pytest.raises(CheckpointException):
+        dcp.save({"model": build("fsdp_tp", seed=1)}, storage_writer=reshard.StorageWriter(f"{uri}-2"))
+
+
+def test_what_dcps_planner_would_misplace_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    """Of 13 rows under FSDP 3 x TP 2, it takes ranks to hold rows that they do not."""
+    ranks.run(2, save_by_dcp, "fsdp", str(tmp_path / "x"))
+    ranks.run(6, refuse_by_dcp, str(tmp_path / "x"))
+    assert not (tmp_path / "x-2" / NAME).exists()
+    ranks.run(4, load_by_dcp, "fsdp_tp", str(tmp_path / "x"))
+
+
 class App:
     """A Stateful: a sharded model and its optimizer, through DCP's get_state_dict and set_state_dict."""
 
@@ -327,7 +342,7 @@ def test_writers_and_readers_are_chosen_by_what_can_be_opened() -> None:
 
 
 def save_without_collectives(uri: str) -> None:
-    with pytest.raises(ValueError, match="use_collectives=True"):
+    with pytest.raises(reshard.errors.ArgumentError, match="use_collectives=True"):
         dcp.save({"t": torch.zeros(1)}, storage_writer=reshard.StorageWriter(uri), use_collectives=False)
 
 

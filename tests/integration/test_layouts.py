@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
 from tests.conftest import STORES, Place
@@ -78,6 +83,25 @@ def test_through_a_store(ranks: RankPool, place: Place) -> None:
     ranks.run(2, load_rank, "tp", uri, options)
     with pytest.raises(RankFailed, match="CheckpointExistsError: rank 0"):
         ranks.run(2, save_rank, "fsdp", uri, "zstd", options)
+
+
+def strided(uri: str) -> None:
+    """A strided shard that torch makes itself, of a view: nothing of FSDP."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.arange(8.0)
+    tensor = distribute_tensor(whole.reshape(2, 4), mesh, [TorchShard(1)]).view(8)
+    assert isinstance(tensor, DTensor)
+    assert type(tensor.placements[0]).__name__ == "_StridedShard"
+    assert tensor.full_tensor().equal(whole)
+    reshard.save({"w": tensor}, uri)
+    assert reshard.open(uri).read("w").equal(whole)
+    tensor.to_local().zero_()
+    reshard.load({"w": tensor}, uri)
+    assert tensor.full_tensor().equal(whole)
+
+
+def test_a_strided_shard_that_is_not_of_fsdp(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, strided, str(tmp_path))
 
 
 def load_tp_plan(uri: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from reshard.planner.box import Box
 from reshard.planner.grid import Grid
-from reshard.planner.index import PAGE_BYTES, CheckpointIndex, Encoding, Entry, Kind, Segments, Stream
+from reshard.planner.index import CheckpointIndex, Encoding, Entry, Kind, Segments, Stream
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
                 for size in entry.grid.chunks(shard)[2].prod(axis=1).tolist():
                     nbytes = size * entry.itemsize if saved.raw else 2 + size * entry.itemsize // 3
                     lengths.append(nbytes)
-                    checksums += -(-nbytes // PAGE_BYTES) if saved.raw else 1
+                    checksums += -(-nbytes // entry.page_bytes) if saved.raw else 1
                     objects[number] += nbytes
     columns = list(zip(*rows, strict=True)) or [()] * 6
     return CheckpointIndex(

@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reshard.planner.box import Box
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex, Entry, Kind, Segments
+from tests.planner.boxes import cuts_of, shapes
 from tests.planner.indexes import Saved, index_of
 
 
@@ -44,12 +47,12 @@ def with_row(column: str, row: int, value: int) -> Callable[[CheckpointIndex], C
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i: dataclasses.replace(i, lengths=i.lengths[:-1]), "chunks but"),
+        (lambda i: dataclasses.replace(i, lengths=i.lengths[:-1]), "chunks or more"),
         (lambda i: dataclasses.replace(i, checksums=i.checksums[:-1]), "checksums"),
         (lambda i: dataclasses.replace(i, objects=(("x", 10), ("y", 10))), "beyond the end"),
         (lambda i: dataclasses.replace(i, objects=(("x", -1), ("y", 10))), "impossible size"),
         (lambda i: dataclasses.replace(i, entries=(i.entries[0], i.entries[0])), "same name"),
-        (lambda i: dataclasses.replace(i, lengths=np.full_like(i.lengths, 2**32 - 1)), "beyond the end"),
+        (lambda i: dataclasses.replace(i, lengths=np.full_like(i.lengths, 2**32 - 1)), "impossible length"),
         (with_row("objects", 0, 7), "no data object"),
         (with_row("objects", 0, -1), "no data object"),
         (with_row("entries", 0, 1), "not sorted"),
@@ -63,6 +66,9 @@ def with_row(column: str, row: int, value: int) -> Callable[[CheckpointIndex], C
         (with_row("sizes", 0, 2**62), "outside its shape"),
         (with_row("sizes", 0, 0), "outside its shape"),
         (with_row("sizes", -1, 3), "hold 44 elements"),
+        (with_row("offsets", -2, 2), "overlap"),
+        (lambda i: dataclasses.replace(i, lengths=np.zeros_like(i.lengths)), "impossible length"),
+        (lambda i: dataclasses.replace(i, lengths=i.lengths * 10_000), "impossible length"),
         (segments(offsets=np.zeros(3, np.int64)), "differ in number"),
         (segments(streams=np.zeros(1, np.uint8)), "differ in length"),
     ],
@@ -95,6 +101,18 @@ def test_an_object_is_a_row_of_bytes() -> None:
     for dtype, shape in (("int64", (4,)), ("uint8", (2, 2))):
         with pytest.raises(InvalidIndexError, match="'t' is an object, and no row of bytes"):
             Entry("t", Kind.JSON, dtype, Grid(shape, (1,) * len(shape)))
+
+
+@given(st.data(), shapes)
+def test_any_tiling_is_accepted_and_any_overlap_is_not(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    boxes = data.draw(cuts_of(shape))
+    index_of(Saved("t", Grid(shape, (1,) * len(shape)), boxes))
+    twins = [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes) if i != j and a.sizes == b.sizes]
+    if twins:
+        i, j = data.draw(st.sampled_from(twins))
+        boxes[i] = boxes[j]
+        with pytest.raises(InvalidIndexError, match="overlap"):
+            index_of(Saved("t", Grid(shape, (1,) * len(shape)), boxes))
 
 
 def test_an_index_of_nothing() -> None:

@@ -18,7 +18,7 @@ from reshard.planner.layout import (
     Replicate,
     Shard,
     StridedShard,
-    fsdp_local_tensor,
+    held_tensor,
     local_tensor,
 )
 from tests.planner.boxes import paint
@@ -73,7 +73,7 @@ def test_fsdp_over_tp_splits_what_tp_has_split(n: int, dp: int, tp: int) -> None
     places = (StridedShard(0, tp), Shard(0))
     held: list[Box] = []
     for at_dp, at_tp in itertools.product(range(dp), range(tp)):
-        local = fsdp_local_tensor((n, 3), (dp, tp), (at_dp, at_tp), places)
+        local = held_tensor((n, 3), (dp, tp), (at_dp, at_tp), places)
         rows = range(n)[slice(*chunk(n, tp, at_tp))]
         start, stop = chunk(len(rows), dp, at_dp)
         assert local.shape == (stop - start, 3)

@@ -79,6 +79,10 @@ def test_a_newer_version_says_so() -> None:
         {"objects": [["../../etc/passwd", 1000], ["y", 1000]]},
         {"objects": [["/etc/passwd", 1000], ["y", 1000]]},
         {"objects": [["data/./x", 1000], ["y", 1000]]},
+        {"objects": [["manifest.reshard", 1000], ["data/y.shard", 1000]]},
+        {"objects": [["data/x.shard", float("inf")], ["data/y.shard", 1000]]},
+        {"columns": {"lengths": float("inf")}},
+        {"columns": {"lengths": 1e33}},
         {"objects": []},
         {"entries": []},
         {"entries": 3},
@@ -102,6 +106,26 @@ def test_a_manifest_that_lies_is_refused(change: dict[str, object]) -> None:
         changed["columns"] = {}
     with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
         decode_manifest(resealed(json.dumps(changed).encode()), "here")
+
+
+@pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37])
+def test_a_manifest_that_claims_to_be_huge_is_refused(total: int) -> None:
+    store = MemoryStore()
+    store.content[NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 1, 100, total) + b"x" * FIRST_READ_BYTES
+    with pytest.raises(CorruptCheckpointError, match=f"claims to have {total} bytes"):
+        read_manifest(store)
+
+
+def test_more_chunks_than_integers_can_count_are_refused() -> None:
+    entries = [[f"{i}", 0, "uint8", [2**24, 2**24, 2**12], [2**24, 2**24, 2**12], None] for i in range(16)]
+    columns = dict.fromkeys(header()["columns"], 0)  # type: ignore[call-overload]
+    columns |= {"entries": 16, "objects": 16, "starts": 16, "offsets": 48, "sizes": 48, "streams": 16, "encodings": 16}
+    text = json.dumps({"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "columns": columns}).encode()
+    body = text + b"".join(struct.pack("<q", i) for i in range(16)) + bytes(8 * (16 + 16 + 48))
+    body += struct.pack("<3q", 2**24, 2**24, 2**12) * 16 + bytes(32)
+    data = struct.pack("<8sIIQ", b"RESHARD\n", 1, len(text), 24 + len(body) + 8) + body
+    with pytest.raises(CorruptCheckpointError, match="chunks or more, but there are 0"):
+        decode_manifest(data + struct.pack("<Q", checksum(data)), "here")
 
 
 def test_a_header_that_is_no_json_is_refused() -> None:

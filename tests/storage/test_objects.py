@@ -95,8 +95,36 @@ def test_pickle_that_needs_trust_names_the_way_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b'{"$who":1}', b'{"$array":["O",[1],""]}', b'{"$bytes":"?"}', b'{"$tuple":3}', b"\xff"]
+    "data",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"$who":1}',
+        b'{"$array":["O",[1],""]}',
+        b'{"$scalar":["<f4",[0],""]}',
+        b'{"$bytes":"?"}',
+        b'{"$tuple":3}',
+        b'{"$complex":[1]}',
+        b'{"$float":1' + b"0" * 400 + b"}",
+    ],
 )
 def test_json_that_is_none_is_refused(data: bytes) -> None:
     with pytest.raises(CorruptCheckpointError, match="'x'"):
         decode_object("x", Kind.JSON, data)
+
+
+def test_a_damaged_torch_file_is_damage_and_no_advice_to_trust_it() -> None:
+    _, data = encode_object(collections.OrderedDict(a=torch.arange(100), b="text"))
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 20)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        try:
+            decode_object("x", Kind.TORCH_SAVE, bytes(damaged[: rng.randint(1, len(damaged))]))
+        except (CorruptCheckpointError, UnsafeObjectError):
+            continue
+    with pytest.raises(CorruptCheckpointError, match="'x' is not what its encoding should be"):
+        decode_object("x", Kind.TORCH_SAVE, b"garbage")

@@ -1,5 +1,7 @@
 import errno
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,22 @@ def test_a_folder_in_the_way_is_a_store_error(tmp_path: Path) -> None:
         LocalStore(tmp_path).read("x", 0, 1)
 
 
+def test_a_full_disk_is_a_store_error(tmp_path: Path) -> None:
+    """Here: a file that may not grow further, which the system tells at the flush."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with (
+            pytest.raises(StoreError, match=r"cannot write 'data/x.shard'"),
+            LocalStore(tmp_path).create("data/x.shard") as out,
+        ):
+            out.write(b"x" * 4000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="checks the refusal through another user's rights")
 def test_no_permission_is_access_denied(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x")
@@ -96,5 +114,5 @@ def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: Place) -> None:
 def test_a_missing_bucket_is_an_error_of_the_store(s3: Place) -> None:
     _, options = s3
     store = open_store("s3://no-such-bucket-anywhere/x", options)
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match="bucket or folder"):
         store.put("manifest", b"x", overwrite=True)

@@ -1,0 +1,67 @@
+"""Every byte of a checkpoint against its checksums, without decoding or placing any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ..planner.box import Box
+from ..planner.index import CheckpointIndex
+from ..planner.read_plan import Want, plan_reads
+from .arranged import Range, Request, arrange
+from .errors import ObjectNotFoundError
+from .reader import CONCURRENT_REQUESTS
+from .store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A chunk that cannot be read as it was written."""
+
+    tensor: str
+    box: Box
+    """The chunk's, in the tensor."""
+    object: str
+    start: int
+    stop: int
+    """Where its bytes are, or should be: [start, stop) of the object."""
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"bytes [{self.start}, {self.stop}) of object {self.object!r}"
+        return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
+
+
+def verify(store: Store, index: CheckpointIndex) -> list[Damage]:
+    """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
+
+    Raises StoreError where the store fails otherwise than by not having an object.
+    """
+    plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
+    _, requests = arrange(plan)
+
+    def check(request: Request) -> list[Damage]:
+        name = index.objects[request.object][0]
+        return [
+            Damage(part.chunk.tensor.name, part.chunk.box, name, part.start, part.stop, reason)
+            for part, reason in _damages(store, index, name, request)
+        ]
+
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS, "reshard-verify") as pool:
+        return [damage for damages in pool.map(check, requests) for damage in damages]
+
+
+def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[Range, str]]:
+    try:
+        data = memoryview(store.read(name, request.start, request.stop))
+    except ObjectNotFoundError:
+        return [(part, "the object is missing") for part in request.ranges]
+    damages = []
+    for part in request.ranges:
+        view = data[part.start - request.start : part.stop - request.start]
+        if len(view) < part.stop - part.start:
+            damages.append((part, "the object is cut short"))
+        elif not part.is_intact(view, index):
+            damages.append((part, "it does not match its checksum"))
+    return damages
