@@ -27,6 +27,14 @@ class Request:
     unplaced: int = 0
     """Ranges that are not in their destination yet; until there are none, the request's bytes are held."""
 
+    def damages(self, data: memoryview, index: CheckpointIndex) -> list[Range]:
+        """The ranges whose bytes in `data`, the request's, do not match their checksums or are not there."""
+        return [
+            part
+            for part in self.ranges
+            if not part.is_intact(data[part.start - self.start : part.stop - self.start], index)
+        ]
+
 
 @dataclass(slots=True)
 class Range:
@@ -40,7 +48,9 @@ class Range:
     data: memoryview | None = None
 
     def is_intact(self, data: memoryview, index: CheckpointIndex) -> bool:
-        """Whether bytes that were read for this range match its checksums."""
+        """Whether what was read for this range is all there, and matches its checksums."""
+        if len(data) != self.stop - self.start:
+            return False
         read = self.chunk.read
         found = page_checksums(data, read.entry.page_bytes) if read.raw[self.chunk.row] else [checksum(data)]
         expected: list[int] = index.checksums[self.first_checksum : self.first_checksum + len(found)].tolist()

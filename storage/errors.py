@@ -1,7 +1,8 @@
 """The errors of storage. With those of planning they make one tree, by what the caller would do:
 
 CheckpointError
-├── StoreError               retry, or mend the store: it did not answer as it should
+├── StoreError               mend the store: it did not answer as it should
+│   ├── UnavailableError     retry: it was slow, overloaded or out of reach, and stayed so
 │   ├── ObjectNotFoundError
 │   ├── AccessDeniedError    mend the credentials or the permissions
 │   └── CommitError          look: the manifest may or may not have been written
@@ -32,6 +33,10 @@ def nearest(error: CheckpointError) -> type[CheckpointError]:
 
 class StoreError(CheckpointError):
     """The store failed to read, write, list or delete."""
+
+
+class UnavailableError(StoreError):
+    """The store timed out, broke the connection or asked to slow down: it may pass if it is tried again."""
 
 
 class ObjectNotFoundError(StoreError):

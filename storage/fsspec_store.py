@@ -8,14 +8,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
 from fsspec.core import split_protocol, url_to_fs
 from typing_extensions import Buffer
 
-from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnsupportedURIError
+from ..planner.errors import CheckpointError
+from .errors import CheckpointExistsError, ObjectNotFoundError, UnsupportedURIError
 from .local_store import LocalStore
+from .retrying_store import RetryingStore
 from .store import ObjectWriter, Store, TranslatingWriter
+from .translate import is_beyond_the_end, translated
 
-S3_CONFIG = {"max_pool_connections": 64, "response_checksum_validation": "when_required"}
+REQUEST_DEADLINE_S = 60.0
+"""A request that has not been answered in full by then has failed; it may be tried again."""
+S3_CONFIG = {
+    "max_pool_connections": 64,
+    "response_checksum_validation": "when_required",
+    "connect_timeout": 10,
+    "read_timeout": 20,
+}
 """botocore's default of 10 connections would let no more than ten requests run at once. What is read has checksums of
 its own, and some servers answer a range with the checksum of the whole object."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
@@ -38,7 +49,7 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
         raise UnsupportedURIError(f"cannot open {uri!r}: {error}") from error
     if "file" in _protocols(filesystem) and type(filesystem) is fsspec.get_filesystem_class("file"):
         return LocalStore(path)
-    return FsspecStore(filesystem, path)
+    return RetryingStore(FsspecStore(filesystem, path))
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:
@@ -57,15 +68,22 @@ class FsspecStore:
     def location(self) -> str:
         return f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}"
 
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """A call of the filesystem, with a deadline where it is asynchronous."""
+        if not self._fs.async_impl:
+            return getattr(self._fs, method)(*arguments, **options)
+        coroutine = getattr(self._fs, f"_{method}")
+        return sync(self._fs.loop, coroutine, *arguments, timeout=REQUEST_DEADLINE_S, **options)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
             try:
-                data: bytes = self._fs.cat_file(self._path(name), start=start, end=stop)
+                data: bytes = self._call("cat_file", self._path(name), start=start, end=stop)
             except Exception as error:
-                if _is_beyond_the_end(error):
+                if is_beyond_the_end(error):
                     return b""
                 raise
             return data
@@ -93,21 +111,16 @@ class FsspecStore:
         if not overwrite and self._is_there(name):  # some stores take a condition for granted, and overwrite
             raise CheckpointExistsError(f"{self._path(name)} exists")
         with self._errors("write", name):
-            try:
-                self._put(self._path(name), data, "overwrite" if overwrite else "create")
-            except Exception as error:
-                if not overwrite and _is_a_failed_condition(error):
-                    raise CheckpointExistsError(f"{self._path(name)} exists") from error
-                raise
+            self._put(self._path(name), data, "overwrite" if overwrite else "create")
 
     def _put(self, path: str, data: bytes, mode: str) -> None:
         # By one request: the condition of a multipart upload is ignored by some servers.
         options = {"chunksize": S3_LARGEST_PUT} if "s3" in _protocols(self._fs) else {}
         try:
-            self._fs.pipe_file(path, data, mode=mode, **options)
+            self._call("pipe_file", path, data, mode=mode, **options)
         except FileNotFoundError:
             self._make_folder(path)
-            self._fs.pipe_file(path, data, mode=mode, **options)
+            self._call("pipe_file", path, data, mode=mode, **options)
 
     def _make_folder(self, path: str) -> None:
         """For a filesystem that has folders, and wants them made. Raises FileNotFoundError for one that has buckets."""
@@ -127,7 +140,7 @@ class FsspecStore:
             self._fs.invalidate_cache()
             root = self._fs._strip_protocol(self._root)
             try:
-                found = self._fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True)
+                found = self._call("find", f"{self._root}/{folder}".rstrip("/"), detail=True)
             except FileNotFoundError:
                 return []
             return [path[len(root) :].lstrip("/") for path, info in found.items() if info["type"] == "file"]
@@ -136,7 +149,7 @@ class FsspecStore:
         for name in names:
             with self._errors("delete", name):
                 try:
-                    self._fs.rm_file(self._path(name))
+                    self._call("rm_file", self._path(name))
                 except FileNotFoundError:
                     continue
 
@@ -145,21 +158,10 @@ class FsspecStore:
         """Translate what the filesystem, or the client below it, raises."""
         try:
             yield
-        except (StoreError, CheckpointExistsError):
+        except CheckpointError:
             raise
-        except FileNotFoundError as error:
-            if doing == "write":
-                raise StoreError(
-                    f"cannot write {name!r} in {self.location}: there is no such bucket or folder"
-                ) from error
-            raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
         except Exception as error:
-            if isinstance(error, PermissionError) or _is_about_credentials(error):
-                raise AccessDeniedError(
-                    f"{self.location} refused to {doing} {name!r}: {_describe(error)}; "
-                    "check the credentials in the environment or in storage_options"
-                ) from error
-            raise StoreError(f"cannot {doing} {name!r} in {self.location}: {_describe(error)}") from error
+            raise translated(error, doing, name, self.location) from error
 
 
 def _abandon(file: Any) -> None:
@@ -168,28 +170,3 @@ def _abandon(file: Any) -> None:
         file.discard()
     with contextlib.suppress(AttributeError):
         file.closed = True  # or its finaliser would try to upload what is left
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _code(error: BaseException) -> str:
-    """The store's own word for an error: of S3's clients in a response, of gcsfs as a number."""
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
-    if isinstance(response, dict):
-        return str(response.get("Error", {}).get("Code", ""))
-    return str(getattr(error, "code", ""))
-
-
-def _is_beyond_the_end(error: Exception) -> bool:
-    return _code(error) in ("InvalidRange", "416") or "Requested Range Not Satisfiable" in str(error)
-
-
-def _is_a_failed_condition(error: Exception) -> bool:
-    return isinstance(error, FileExistsError) or _code(error) in ("PreconditionFailed", "412")
-
-
-def _is_about_credentials(error: Exception) -> bool:
-    refused = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken")
-    return "Credential" in type(error).__name__ or _code(error) in refused

@@ -20,7 +20,7 @@ import torch
 
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
-from .arranged import DAMAGED, Chunk, Request, Tensor, arrange
+from .arranged import DAMAGED, Chunk, Range, Request, Tensor, arrange
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
 from .place import Destination
@@ -143,18 +143,18 @@ class _Execution:
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
         tensor = request.ranges[0].chunk.tensor
         try:
-            data = memoryview(self._store.read(name, request.start, request.stop))
+            data, damages = self._read(name, request)
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
             raise nearest(error)(self._told(tensor, f"{where}: {error}")) from error
         if len(data) != request.stop - request.start:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
+        if damages:
+            where = f"{damages[0]} of object {name!r} in {self._store.location}"
+            raise self._damage(damages[0].chunk.tensor, f"{where}: {DAMAGED}")
         for part in request.ranges:
-            view = data[part.start - request.start : part.stop - request.start]
-            if not part.is_intact(view, self._index):
-                raise self._damage(part.chunk.tensor, f"{part} of object {name!r} in {self._store.location}: {DAMAGED}")
-            part.data = view
+            part.data = data[part.start - request.start : part.stop - request.start]
         with self._lock:
             self.stats.fetch_s += time.perf_counter() - begin
             for part in request.ranges:
@@ -164,6 +164,15 @@ class _Execution:
                     self._place_later(chunk.tensor.chunks)
                 elif chunk.tensor.piecemeal:
                     self._place_later([chunk])
+
+    def _read(self, name: str, request: Request) -> tuple[memoryview, list[Range]]:
+        """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
+        for _ in range(2):
+            data = memoryview(self._store.read(name, request.start, request.stop))
+            damages = request.damages(data, self._index)
+            if not damages:
+                break
+        return data, damages
 
     def _damage(self, tensor: Tensor, message: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(self._told(tensor, message))

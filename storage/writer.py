@@ -11,7 +11,7 @@ import contextlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -27,6 +27,7 @@ from .codec import encode, streams_of
 from .errors import StoreError
 from .manifest import DATA_FOLDER, DATA_SUFFIX
 from .records import ObjectRecord, SegmentRecord, ShardRecord
+from .retrying_store import retried
 from .store import Store
 from .tensors import as_bytes, dtype_name
 from .threads import default_threads
@@ -88,12 +89,17 @@ class _Shard:
         return ShardRecord(source.name, int(source.kind), self.dtype, source.shape, source.box, segments)
 
 
-def write_object(store: Store, rank: int, shards: Iterable[ShardToWrite], codec: str) -> ObjectRecord:
+def write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec: str) -> ObjectRecord:
     """Write shards into one new object of a store.
 
     The name is unique, so that nothing that exists is touched. Where there is nothing to write, no object is made.
+    Where the store fails in a way that may pass, another object is begun.
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was begun is then removed.
     """
+    return retried(lambda: _write_object(store, rank, shards, codec))
+
+
+def _write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec: str) -> ObjectRecord:
     record = ObjectRecord(f"{DATA_FOLDER}/{rank:05d}-{uuid.uuid4().hex}{DATA_SUFFIX}")
     filled = [shard for shard in shards if shard.box.numel > 0]
     if not filled:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
-from reshard.storage.fsspec_store import FsspecStore
 from reshard.storage.local_store import LocalStore
+from reshard.storage.retrying_store import RetryingStore
 from reshard.storage.store import open_store
 from reshard.storage.testing import MemoryStore, RecordingStore, check_store
 from tests.conftest import STORES, Place
@@ -19,7 +19,7 @@ def test_a_store_keeps_the_contract(place: Place) -> None:
     uri, options = place
     store = open_store(uri, options)
     assert store.location == uri
-    assert isinstance(store, FsspecStore if "://" in uri else LocalStore)
+    assert isinstance(store, RetryingStore if "://" in uri else LocalStore)
     check_store(store)
 
 

@@ -1,0 +1,95 @@
+"""What the clients of stores raise, as errors of reshard: the one place that knows their words.
+
+s3fs hides botocore's answer behind an OSError, whose cause still has it; gcsfs has an error with a number; aiohttp and
+botocore have classes of their own for what goes wrong on the way. Told apart: not there, not permitted, refused by a
+condition, beyond the end, and what may pass if it is tried again.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from ..planner.errors import CheckpointError
+from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnavailableError
+
+_REFUSED = frozenset(
+    ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "401", "403")
+)
+_CONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
+_BEYOND_THE_END = frozenset(("InvalidRange", "416"))
+_TRANSIENT = frozenset(
+    [
+        "InternalError",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "408",
+        "429",
+        "500",
+        "502",
+        "503",
+        "504",
+    ]
+)
+_TRANSIENT_CLASSES = frozenset(
+    [
+        "ClientConnectionError",
+        "ClientPayloadError",
+        "ClientOSError",
+        "ConnectionError",
+        "HTTPClientError",
+        "IncompleteRead",
+        "IncompleteReadError",
+        "ReadTimeout",
+        "ResponseStreamingError",
+        "ServerDisconnectedError",
+    ]
+)
+"""Of aiohttp, botocore, urllib3 and requests, whose packages need not be here."""
+_TRANSIENT_ERRNO = frozenset(
+    (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
+)
+
+
+def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
+    """The error of reshard for what a client raised while `doing` ("read", "write", ...) an object of a store."""
+    where = f"{name!r} in {location}"
+    if isinstance(error, FileNotFoundError):
+        if doing == "write":
+            return StoreError(f"cannot write {where}: there is no such bucket or folder")
+        return ObjectNotFoundError(f"{location} has no object {name!r}")
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, PermissionError) or "Credential" in type(error).__name__ or _code(error) in _REFUSED:
+        return AccessDeniedError(
+            f"{location} refused to {doing} {name!r}: {reason}; "
+            "check the credentials in the environment or in storage_options"
+        )
+    if doing == "write" and (isinstance(error, FileExistsError) or _code(error) in _CONDITION_FAILED):
+        return CheckpointExistsError(f"{name!r} exists in {location}")
+    if _is_transient(error):
+        return UnavailableError(f"cannot {doing} {where} now: {reason}")
+    return StoreError(f"cannot {doing} {where}: {reason}")
+
+
+def is_beyond_the_end(error: Exception) -> bool:
+    """Whether a store refused a range that begins at or after the end of the object."""
+    return _code(error) in _BEYOND_THE_END or "Requested Range Not Satisfiable" in str(error)
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, (TimeoutError, ConnectionError)) or _code(error) in _TRANSIENT:
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
+        return True
+    causes = (error, error.__cause__, error.__context__)
+    return any(kind.__name__ in _TRANSIENT_CLASSES for cause in causes for kind in type(cause).__mro__)
+
+
+def _code(error: BaseException) -> str:
+    """The store's own word for an error: of S3's clients in a response, of gcsfs as a number."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "code", ""))

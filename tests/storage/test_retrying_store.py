@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+import reshard
+from reshard.storage import retrying_store
+from reshard.storage.errors import AccessDeniedError, StoreError, UnavailableError
+from reshard.storage.retrying_store import RetryingStore
+from reshard.storage.testing import Call, MemoryStore, RecordingStore, check_store, failing
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying_store, "FIRST_WAIT_S", 0.001)
+
+
+class Flaky:
+    """A hook that fails each call of some methods a number of times before it lets it pass."""
+
+    def __init__(self, times: int, *methods: str) -> None:
+        self._times = times
+        self._methods = methods
+        self._seen: dict[Call, int] = {}
+        self.failed = 0
+
+    def __call__(self, call: Call) -> None:
+        self._seen[call] = self._seen.get(call, 0) + 1
+        if call.method in self._methods and self._seen[call] <= self._times:
+            self.failed += 1
+            raise UnavailableError("injected: slow down")
+
+
+def test_transient_failures_are_tried_again() -> None:
+    flaky = Flaky(3, "read", "put", "list", "delete")
+    check_store(RetryingStore(RecordingStore(MemoryStore(), flaky)))
+    assert flaky.failed > 10
+
+
+def test_a_save_and_a_load_pass_through_them() -> None:
+    memory = MemoryStore()
+    flaky = Flaky(2, "read", "put", "list", "delete")
+    store = RetryingStore(RecordingStore(memory, flaky))
+    values = torch.randn(300, 300)
+    reshard.save({"w": values}, store)
+    loaded = torch.zeros(300, 300)
+    reshard.load({"w": loaded}, store)
+    assert loaded.equal(values)
+    assert flaky.failed >= 4
+
+
+def test_an_object_that_broke_off_is_begun_again_under_another_name() -> None:
+    memory = MemoryStore()
+    broken: list[str] = []
+
+    def before(call: Call) -> None:
+        if call.method == "write" and len(broken) < 2 and call.name not in broken:
+            broken.append(call.name)
+            raise UnavailableError("injected: reset")
+
+    reshard.save({"w": torch.ones(10)}, RecordingStore(memory, before))
+    assert len(broken) == 2
+    assert not set(broken) & set(memory.content)
+    assert reshard.open(memory).read("w").equal(torch.ones(10))
+
+
+def test_what_does_not_pass_is_given_up_at_the_deadline() -> None:
+    store = RecordingStore(MemoryStore(), failing("read", error=UnavailableError("injected: down")))
+    with pytest.raises(UnavailableError, match="injected: down"):
+        RetryingStore(store, retry_for_s=0.05).read("x", 0, 1)
+    assert 3 < len(store.calls) < 30
+
+
+@pytest.mark.parametrize("error", [StoreError("no"), AccessDeniedError("no")])
+def test_what_will_not_pass_is_not_tried_again(error: StoreError) -> None:
+    store = RecordingStore(MemoryStore(), failing("read", error=error))
+    with pytest.raises(type(error)):
+        RetryingStore(store).read("x", 0, 1)
+    assert len(store.calls) == 1
+
+
+def test_damage_on_the_way_is_read_again() -> None:
+    memory = MemoryStore()
+    values = torch.randn(300, 300)
+    reshard.save({"w": values}, memory)
+    whole = dict(memory.content)
+    name = next(name for name in whole if name.startswith("data/"))
+
+    def before(call: Call) -> None:
+        if call.method == "read" and call.name == name:
+            damaged = [other for other in store.calls if other.name == name]
+            memory.content[name] = whole[name][:-9] if len(damaged) == 1 else whole[name]
+
+    store = RecordingStore(memory, before)
+    loaded = torch.zeros(300, 300)
+    reshard.load({"w": loaded}, store)
+    assert loaded.equal(values)
