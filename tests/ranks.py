@@ -12,7 +12,7 @@ import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -76,7 +76,7 @@ class RankPool:
                 rank = waiting.pop(connection)
                 try:
                     ok, value = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, value = False, "the process died"
                 if ok:
                     results[rank] = value
@@ -87,6 +87,11 @@ class RankPool:
                 self.close()
             raise RankFailed("\n".join(failures[rank] for rank in sorted(failures)))
         return [results[rank] for rank in range(world_size)]
+
+    def kill(self, ranks: Sequence[int]) -> None:
+        """Kill ranks, whatever they are at (SIGKILL)."""
+        for rank in ranks:
+            self._workers[rank][0].kill()
 
     def __enter__(self) -> RankPool:
         return self
