@@ -26,9 +26,9 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 
 
-def retried(call: Callable[[], T], *, retry_for_s: float = RETRY_FOR_S) -> T:
+def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
     """Call until it does not raise UnavailableError, waiting twice as long each time, with jitter."""
-    deadline = time.monotonic() + retry_for_s
+    deadline = time.monotonic() + (RETRY_FOR_S if retry_for_s is None else retry_for_s)
     wait = FIRST_WAIT_S
     while True:
         try:
@@ -42,9 +42,9 @@ def retried(call: Callable[[], T], *, retry_for_s: float = RETRY_FOR_S) -> T:
 
 
 class RetryingStore:
-    """Another store, with its transient failures tried again for `retry_for_s` seconds a call."""
+    """Another store, with its transient failures tried again for `retry_for_s` seconds a call (120 by default)."""
 
-    def __init__(self, store: Store, *, retry_for_s: float = RETRY_FOR_S) -> None:
+    def __init__(self, store: Store, *, retry_for_s: float | None = None) -> None:
         self._store = store
         self._retry_for_s = retry_for_s
 

@@ -1,0 +1,76 @@
+"""What happens on the way between a real client and a real server: tried again where it may pass, told where not."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import pytest
+import torch
+
+import reshard
+from reshard.storage import fsspec_store, retrying_store
+from tests import servers
+from tests.proxy import Faults, proxied
+
+# Connections that are broken on purpose are left to the collector, by the proxy and by the client.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+
+def state(value: float) -> dict[str, Any]:
+    return {f"layers.{i}.w": torch.full((100, 50), value + i) for i in range(40)}
+
+
+def through(server: servers.Server, endpoint: str) -> dict[str, Any]:
+    """storage_options that lead through another endpoint; each a client of its own, with new connections."""
+    return {**server.options, "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
+
+
+@pytest.mark.parametrize(
+    ("faults", "met"),
+    [
+        (Faults(reset=0.04), "reset"),
+        (Faults(truncate=0.04), "truncate"),
+        (Faults(slow_down=0.4), "slow_down"),
+        (Faults(reset=0.02, truncate=0.02, slow_down=0.2, latency_s=0.002), "reset"),
+    ],
+    ids=["resets", "truncated bodies", "slow-downs", "all"],
+)
+def test_faults_that_pass_are_passed(seaweedfs: servers.Server, faults: Faults, met: str) -> None:
+    uri = seaweedfs.place(uuid.uuid4().hex)
+    saved = state(1)
+    with proxied(seaweedfs.endpoint, faults) as (endpoint, proxy):
+        options = through(seaweedfs, endpoint)
+        reshard.save(saved, uri, codec="none", storage_options=options)
+        for _ in range(3):
+            loaded = state(0)
+            reshard.load(loaded, uri, storage_options=through(seaweedfs, endpoint))
+            assert all(loaded[name].equal(value) for name, value in saved.items())
+        assert reshard.open(uri, storage_options=options).verify() == []
+    assert proxy.counts[met] > 0
+    loaded = state(0)
+    reshard.load(loaded, uri, storage_options=seaweedfs.options)
+    assert all(loaded[name].equal(value) for name, value in saved.items())
+
+
+def test_a_server_that_stops_answering_is_given_up_in_time(
+    seaweedfs: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsspec_store, "REQUEST_DEADLINE_S", 1.0)
+    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 3.0)
+    uri = seaweedfs.place(uuid.uuid4().hex)
+    reshard.save(state(1), uri, storage_options=seaweedfs.options)
+    with proxied(seaweedfs.endpoint, Faults(hang=1)) as (endpoint, _):
+        begin = time.monotonic()
+        with pytest.raises(reshard.errors.UnavailableError, match=r"cannot read 'manifest\.reshard'.* now"):
+            reshard.load(state(0), uri, storage_options=through(seaweedfs, endpoint))
+        assert time.monotonic() - begin < 10
+
+
+def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.5)
+    (port,) = servers.free_ports(1)
+    options = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
+    with pytest.raises(reshard.errors.UnavailableError, match="Could not connect"):
+        reshard.open("s3://bucket/x", storage_options=options)
