@@ -1,13 +1,15 @@
 # make test    the whole suite        make check   linters and type checkers
 # make demo    the main job, on real input: trains, saves, serves under TP, resumes   (URI=s3://... saves there)
+# make torture kills, damages and faults, as many as you like   (ARGS='--kills 500 --seed 1')
 # make bench   the benchmarks: tables, JSON and pictures in build/benchmarks
 
 PYTHON ?= python3
 VENV ?= .venv
 URI ?=
+ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: test check demo bench env
+.PHONY: test check demo torture bench env
 .DELETE_ON_ERROR:
 
 env: $(VENV)/installed
@@ -28,6 +30,9 @@ check: env
 
 demo: env
 	$(BIN)/python -m examples.demo $(if $(URI),--uri $(URI))
+
+torture: env
+	$(BIN)/python -m tests.torture $(ARGS)
 
 bench: env
 	mkdir -p build/benchmarks

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
 
 import pytest
-import torch
 
 import reshard
 from reshard.storage import fsspec_store, retrying_store
 from tests import servers
 from tests.proxy import Faults, proxied
+from tests.torture.faults import rounds, state, through
 
 # Connections that are broken on purpose are left to the collector, by the proxy and by the client.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-
-
-def state(value: float) -> dict[str, Any]:
-    return {f"layers.{i}.w": torch.full((100, 50), value + i) for i in range(40)}
-
-
-def through(server: servers.Server, endpoint: str) -> dict[str, Any]:
-    """storage_options that lead through another endpoint; each a client of its own, with new connections."""
-    return {**server.options, "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
 
 
 @pytest.mark.parametrize(
@@ -38,20 +28,7 @@ def through(server: servers.Server, endpoint: str) -> dict[str, Any]:
     ids=["resets", "truncated bodies", "slow-downs", "all"],
 )
 def test_faults_that_pass_are_passed(seaweedfs: servers.Server, faults: Faults, met: str) -> None:
-    uri = seaweedfs.place(uuid.uuid4().hex)
-    saved = state(1)
-    with proxied(seaweedfs.endpoint, faults) as (endpoint, proxy):
-        options = through(seaweedfs, endpoint)
-        reshard.save(saved, uri, codec="none", storage_options=options)
-        for _ in range(3):
-            loaded = state(0)
-            reshard.load(loaded, uri, storage_options=through(seaweedfs, endpoint))
-            assert all(loaded[name].equal(value) for name, value in saved.items())
-        assert reshard.open(uri, storage_options=options).verify() == []
-    assert proxy.counts[met] > 0
-    loaded = state(0)
-    reshard.load(loaded, uri, storage_options=seaweedfs.options)
-    assert all(loaded[name].equal(value) for name, value in saved.items())
+    assert rounds(3, seaweedfs, faults)[met] > 0
 
 
 def test_a_server_that_stops_answering_is_given_up_in_time(

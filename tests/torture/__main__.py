@@ -1,0 +1,51 @@
+"""Torture reshard for as long as you like, and count what it survived.
+
+python -m tests.torture [--kills N] [--damages N] [--faults N] [--seed S]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from tests.proxy import Faults
+from tests.ranks import RankPool
+from tests.servers import seaweedfs
+from tests.torture import damage, faults, kills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
+    parser.add_argument("--damages", type=int, default=20_000, help="damages to do (default: %(default)s)")
+    parser.add_argument(
+        "--faults", type=int, default=20, help="rounds through a bad network (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")
+    arguments = parser.parse_args()
+    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+    warnings.simplefilter("ignore", ResourceWarning)  # of connections that are broken on purpose
+    seed = arguments.seed
+    print(f"seed {seed}", flush=True)
+    show("damages by accident", damage.accidents(arguments.damages * 3 // 4, seed))
+    show("manifests that lie", damage.lies(arguments.damages // 4, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        with seaweedfs(Path(folder)) as server:
+            mixed = Faults(reset=0.02, truncate=0.02, slow_down=0.2, latency_s=0.002, seed=seed)
+            show("faults of the network", faults.rounds(arguments.faults, server, mixed))
+        with RankPool() as pool:
+            show("saves killed", kills.rounds(arguments.kills, seed, Path(folder, "killed"), pool))
+
+
+def show(what: str, ended: collections.Counter[str]) -> None:
+    details = ", ".join(f"{count} {how}" for how, count in ended.most_common())
+    print(f"{what}: {ended.total()} ({details})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
