@@ -48,6 +48,8 @@ class Proxy:
         self._faults = faults
         self._rng = random.Random(faults.seed)
         self.counts: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None] | None] = set()
+        """Of the connections: the loop itself would let the collector have them."""
 
     async def serve(self) -> asyncio.Server:
         return await asyncio.start_server(self._connection, "127.0.0.1", 0)
@@ -60,6 +62,7 @@ class Proxy:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         kind = self._draw("slow_down", "hang")
+        self._tasks.add(asyncio.current_task())
         try:
             if kind == "hang":
                 await asyncio.sleep(HANGS_S)
@@ -70,9 +73,10 @@ class Proxy:
                 await writer.drain()
             else:
                 await self._pass_on(reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            self._tasks.discard(asyncio.current_task())
             with contextlib.suppress(OSError):
                 writer.close()
 

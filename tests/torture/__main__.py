@@ -23,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
     parser.add_argument("--damages", type=int, default=20_000, help="damages to do (default: %(default)s)")
-    parser.add_argument(
-        "--faults", type=int, default=20, help="rounds through a bad network (default: %(default)s)"
-    )
+    parser.add_argument("--faults", type=int, default=20, help="rounds through a bad network (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")
     arguments = parser.parse_args()
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
