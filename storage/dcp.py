@@ -42,7 +42,7 @@ from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .commit import commit, refuse_if_there
-from .errors import ArgumentError, CorruptCheckpointError, StoreError
+from .errors import ArgumentError, CorruptCheckpointError
 from .manifest import Manifest, encode_manifest, read_manifest
 from .objects import decode_object, torch_save
 from .ranks import raises_portable, rank_of
@@ -157,7 +157,7 @@ class StorageWriter(dcp.StorageWriter):
         if self._written is not None and self._written.nbytes:
             try:
                 self._store().delete([self._written.name])
-            except StoreError as error:
+            except Exception as error:
                 logger.warning("the data object %s of a failed save remains: %s", self._written.name, error)
 
     @classmethod

@@ -24,7 +24,6 @@ from ..planner.grid import Grid
 from ..planner.index import ITEMSIZES, Encoding, Entry, Kind, Stream
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
-from .errors import StoreError
 from .manifest import DATA_FOLDER, DATA_SUFFIX
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .retrying_store import retried
@@ -121,7 +120,7 @@ def _write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec
                 write_s += clock - encoded_at
         write_s += time.perf_counter() - clock
     except BaseException:
-        with contextlib.suppress(StoreError):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to tell
             store.delete([record.name])
         raise
     encoding = Encoding.RAW if codec == "none" else Encoding.PLANES
