@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,9 @@ S3_CONFIG = {
 its own, and some servers answer a range with the checksum of the whole object."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
 S3_LARGEST_PUT = 5 * 1024**3
+logger = logging.getLogger("reshard")
+_probed: set[tuple[str, str]] = set()
+"""The buckets that were asked whether they heed conditions."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
@@ -108,8 +113,10 @@ class FsspecStore:
             return self._fs.open(path, "wb")
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
-        if not overwrite and self._is_there(name):  # some stores take a condition for granted, and overwrite
-            raise CheckpointExistsError(f"{self._path(name)} exists")
+        if not overwrite:
+            if self._is_there(name):  # some stores take a condition for granted, and overwrite
+                raise CheckpointExistsError(f"{self._path(name)} exists")
+            self._probe_conditions()
         with self._errors("write", name):
             self._put(self._path(name), data, "overwrite" if overwrite else "create")
 
@@ -127,6 +134,30 @@ class FsspecStore:
         if OBJECT_STORES.intersection(_protocols(self._fs)):
             raise FileNotFoundError(path)  # to make a bucket is not ours
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def _probe_conditions(self) -> None:
+        """Find out, once a bucket and process, whether the store heeds conditions; say so in the log if it does not."""
+        bucket = (self._fs._fs_token, self._root.partition("/")[0])
+        if bucket in _probed or not OBJECT_STORES.intersection(_protocols(self._fs)):
+            return
+        _probed.add(bucket)
+        path = self._path(f"data/probe-{uuid.uuid4().hex}")
+        with self._errors("write", path):
+            try:
+                for _ in range(2):
+                    self._call("pipe_file", path, b"reshard", mode="create")
+            except Exception as error:
+                if not isinstance(translated(error, "write", path, self.location), CheckpointExistsError):
+                    raise
+            else:
+                logger.warning(
+                    "%s ignores conditional writes: of two saves to one place at the same time, the later wins, and "
+                    "neither is told",
+                    self.location,
+                )
+            finally:
+                with contextlib.suppress(Exception):
+                    self._call("rm_file", path)
 
     def _is_there(self, name: str) -> bool:
         try:

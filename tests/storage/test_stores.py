@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from reshard.storage import fsspec_store
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.local_store import LocalStore
 from reshard.storage.retrying_store import RetryingStore
@@ -94,6 +95,19 @@ def test_no_permission_is_access_denied(tmp_path: Path) -> None:
             LocalStore(tmp_path).read("x", 0, 1)
     finally:
         os.seteuid(0)
+
+
+@pytest.mark.parametrize("store_name", ["moto", "seaweedfs", "gcs", "rclone"])
+def test_a_store_that_ignores_conditions_is_found_out_once(
+    place: Place, store_name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsspec_store, "_probed", set())
+    store = open_store(*place)
+    for name in ("a", "b"):
+        store.put(name, b"x", overwrite=False)
+    told = [record.message for record in caplog.records if "ignores conditional writes" in record.message]
+    assert len(told) == (1 if store_name == "rclone" else 0)
+    assert set(store.list()) == {"a", "b"}
 
 
 def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: Place) -> None:
