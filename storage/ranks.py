@@ -5,8 +5,9 @@ Without a process group, one process is a world of one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
@@ -44,11 +45,21 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
     outcomes: list[Any] = [outcome]
     if is_distributed():
         outcomes = [None] * dist.get_world_size(process_group)
-        dist.all_gather_object(outcomes, outcome, group=process_group)
+        with lost_ranks_told():
+            dist.all_gather_object(outcomes, outcome, group=process_group)
     for at, (_, failure) in enumerate(outcomes):
         if failure is not None:
             raise failure from (cause if at == rank and cause is not failure else None)
     return [value for value, _ in outcomes]
+
+
+@contextlib.contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """Make a RankError of what a process group raises when a rank has died, or has not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"the process group broke, as it does when a rank dies: {error}") from error
 
 
 def of_rank(rank: int, error: BaseException) -> CheckpointError:

@@ -22,7 +22,7 @@ from ..planner.errors import CheckpointError
 from .dcp import EncodedObject, StorageWriter
 from .errors import CommitError, UnsupportedValueError
 from .objects import encode_object
-from .ranks import is_distributed, of_rank, on_all_ranks, rank_of
+from .ranks import is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .state_dict import stateful_to_state
 from .store import Store
@@ -107,7 +107,7 @@ def save(
     on_all_ranks(lambda: states.update(stateful_to_state(state_dict)), process_group)
     writer = StorageWriter(uri, codec=codec, storage_options=storage_options, overwrite=overwrite)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), lost_ranks_told():
             # To save from one process is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             metadata = dcp_save(

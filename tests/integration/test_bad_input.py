@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from reshard import errors
 from reshard.storage.local_store import LocalStore
 from reshard.storage.manifest import NAME
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
-from tests.ranks import RankPool
+from tests.ranks import RankFailed, RankPool
 
 SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}
 
@@ -363,6 +365,29 @@ def test_states_and_errors_of_others_reach_every_rank(ranks: RankPool, tmp_path:
     for told in ranks.run(3, fail_in_foreign_ways, str(tmp_path), timeout_s=30):
         assert told[:2] == ["RankError: rank 1: RuntimeError: no state to be had"] * 2
         assert told[2:] == ["StoreError: rank 1: not today (7)"] * 2
+
+
+def lose_a_rank(folder: str, saving: bool) -> str:
+    def die(call: Call) -> None:
+        if dist.get_rank() == 1 and call.method == ("write" if saving else "read"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store = RecordingStore(LocalStore(folder), die)
+    state = state_on_ranks(5)
+    with pytest.raises(errors.RankError) as caught:
+        _ = reshard.save(state, store, overwrite=True) if saving else reshard.load(state, store)
+    raise AssertionError(f"told: {caught.value}")
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_a_rank_that_dies_is_told_on_the_others(tmp_path: Path, saving: bool) -> None:
+    with RankPool() as pool:
+        pool.run(2, save_good, str(tmp_path))
+        with pytest.raises(RankFailed) as failed:
+            pool.run(3, lose_a_rank, str(tmp_path), saving, timeout_s=30)
+    assert "did not answer" not in str(failed.value)
+    assert str(failed.value).count("told: the process group broke, as it does when a rank dies") == 2
+    assert reshard.open(tmp_path).verify() == []
 
 
 def load_by_dcp_and_fail(folder: str) -> str:

@@ -83,13 +83,15 @@ def rounds(count: int, seed: int, folder: Path, pool: RankPool) -> collections.C
         timer = threading.Timer(rng.uniform(0.02, 0.25), pool.kill, [rng.sample(range(RANKS), rng.randint(1, RANKS))])
         if by_clock:
             timer.start()
+        failure = ""
         try:
             pool.run(RANKS, save_and_die, str(folder), new, kills, timeout_s=60)
-            finished = True
-        except RankFailed:
-            finished = False
+        except RankFailed as failed:
+            failure = str(failed)
         finally:
             timer.cancel()
+        assert "did not answer" not in failure, "a rank that lives waits for one that is dead"
+        finished = not failure
         found = what_is_there(folder)
         assert found == new if finished else found in (old, new), f"round {number}: {found} after saving {new}"
         if 0 in kills and kills[0][0] in ("put", "delete"):
