@@ -56,8 +56,12 @@ class RankPool:
             self._workers.append((process, ours))
         with tempfile.TemporaryDirectory() as folder:
             meeting = os.path.join(folder, "store")
-            for rank in range(world_size):
-                self._workers[rank][1].send((rank, world_size, meeting, function, args))
+            try:
+                for rank in range(world_size):
+                    self._workers[rank][1].send((rank, world_size, meeting, function, args))
+            except (BrokenPipeError, ConnectionResetError) as error:
+                self.close()
+                raise RankFailed(f"rank {rank}:\nthe process died before it began") from error
             return self._collect(world_size, timeout_s)
 
     def _collect(self, world_size: int, timeout_s: float) -> list[Any]:
@@ -90,8 +94,8 @@ class RankPool:
 
     def kill(self, ranks: Sequence[int]) -> None:
         """Kill ranks, whatever they are at (SIGKILL)."""
-        for rank in ranks:
-            self._workers[rank][0].kill()
+        for process, _ in [worker for rank, worker in enumerate(self._workers) if rank in ranks]:
+            process.kill()
 
     def __enter__(self) -> RankPool:
         return self

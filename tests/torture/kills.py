@@ -98,6 +98,7 @@ def rounds(count: int, seed: int, folder: Path, pool: RankPool) -> collections.C
             assert found == (old if kills[0][0] == "put" else new)
         ended["finished" if finished else "new" if found == new else "old"] += 1
         old = found
+    pool.close()  # the clock may have killed a rank that had finished
     pool.run(RANKS, save_and_die, str(folder), 0.0, {})
     assert what_is_there(folder) == 0.0
     return ended
