@@ -61,7 +61,7 @@ class RankPool:
                     self._workers[rank][1].send((rank, world_size, meeting, function, args))
             except (BrokenPipeError, ConnectionResetError) as error:
                 self.close()
-                raise RankFailed(f"rank {rank}:\nthe process died before it began") from error
+                raise RankFailed("a process died before it began") from error
             return self._collect(world_size, timeout_s)
 
     def _collect(self, world_size: int, timeout_s: float) -> list[Any]:
