@@ -99,7 +99,8 @@ def write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec:
 
 
 def _write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec: str) -> ObjectRecord:
-    record = ObjectRecord(f"{DATA_FOLDER}/{rank:05d}-{uuid.uuid4().hex}{DATA_SUFFIX}")
+    # What differs comes first: stores spread their load by the beginning of a key.
+    record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{rank:05d}{DATA_SUFFIX}")
     filled = [shard for shard in shards if shard.box.numel > 0]
     if not filled:
         return record

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
 import pytest
 import torch
 
 import reshard
 from reshard import Box, Layout, Shard, errors
 from reshard.storage.testing import MemoryStore, RecordingStore
+from tests.conftest import Place
 
 
 @pytest.fixture
@@ -94,6 +100,21 @@ def test_a_plan_reads_nothing_and_a_rank_reads_its_plan(saved: tuple[RecordingSt
         assert len(store.calls) == plans[rank].report.requests
     assert "dp 2 x tp 4: 8 ranks" in str(plans)
     assert "MB needed" in repr(plans[0])
+
+
+def test_a_copy_is_the_same_checkpoint(tmp_path: Path, s3: Place) -> None:
+    state: dict[str, Any] = {"w": torch.randn(300, 300), "step": 3}
+    reshard.save(state, tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    uri, options = s3
+    filesystem = fsspec.filesystem("s3", **options)
+    filesystem.put(f"{tmp_path / 'there'}/", f"{uri}/", recursive=True)
+    for place, storage_options in ((tmp_path / "there", None), (uri, options)):
+        checkpoint = reshard.open(place, storage_options=storage_options)
+        assert checkpoint.read("w").equal(state["w"])
+        assert checkpoint.read_object("step") == 3
+        assert checkpoint.verify() == []
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])

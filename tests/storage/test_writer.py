@@ -1,3 +1,4 @@
+import re
 import threading
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_rank_writes_one_object_that_the_index_describes() -> None:
     shards = [shard("a", torch.randn(64, 64)), shard("b", torch.arange(10)), shard("none", torch.empty(0, 3))]
     record = write_object(store, 3, shards, "zstd")
     assert list(store.content) == [record.name]
-    assert record.name.startswith("data/00003-")
+    assert re.fullmatch(r"data/[0-9a-f]{32}-00003\.shard", record.name)
     assert record.nbytes == len(store.content[record.name])
     assert record.bytes_needed == 64 * 64 * 4 + 80
     index = assemble_index([record], {"none": ("float32", (0, 3))})
