@@ -74,7 +74,8 @@ class Report:
         )
 
     def __str__(self) -> str:
-        return "\n".join(str(report) for report in (self.total, *self.ranks))
+        shown = self.ranks if len(self.ranks) <= 8 else (self.local,)
+        return "\n".join(str(report) for report in (self.total, *shown))
 
 
 def _longest(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:

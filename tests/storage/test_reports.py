@@ -1,0 +1,22 @@
+from reshard.storage.reports import RankReport, Report
+
+
+def rank(number: int) -> RankReport:
+    seconds = {"fetch": float(number), "total": 2.0}
+    return RankReport(number, bytes_needed=100, bytes_fetched=60, requests=2, chunks=3, seconds=seconds)
+
+
+def test_a_total_adds_up_and_takes_the_longest() -> None:
+    report = Report(1, tuple(rank(number) for number in range(3)))
+    assert report.local is report.ranks[1]
+    total = report.total
+    assert (total.rank, total.bytes_needed, total.bytes_fetched, total.requests, total.chunks) == (None, 300, 180, 6, 9)
+    assert total.seconds == {"fetch": 2.0, "total": 2.0}
+    assert total.amplification == 0.6
+    assert RankReport(0).amplification == 0
+
+
+def test_a_report_of_many_ranks_shows_all_together_and_this_one() -> None:
+    assert str(Report(0, tuple(map(rank, range(8))))).count("\n") == 8
+    lines = str(Report(7, tuple(map(rank, range(1024))))).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["all ranks", "rank 7"]
