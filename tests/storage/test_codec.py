@@ -74,7 +74,7 @@ def test_heads_are_the_bfloat16_rounding() -> None:
 
 
 def test_weights_compress_to_their_entropy() -> None:
-    """Of N(0, 0.02²): bf16 to 0.663 of raw (the entropy is 0.659), fp32 to 0.833, of which the heads are 1.33 bytes each."""
+    """N(0, 0.02²): bf16 to 0.663 of raw (its entropy is 0.659), fp32 to 0.833, of it the heads 1.33 bytes each."""
     weights = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0)) * 0.02
     as_bf16 = weights.to(torch.bfloat16).view(torch.uint8).numpy()
     as_fp32 = weights.view(torch.uint8).numpy()
