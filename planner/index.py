@@ -10,6 +10,7 @@ once, here, against the tensors and the sizes of the objects; whoever holds a Ch
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -276,7 +277,12 @@ class CheckpointIndex:
         try:
             return self._positions[name]
         except KeyError:
-            raise MissingTensorError(f"the checkpoint has no {name!r}") from None
+            raise MissingTensorError(f"the checkpoint has no {name!r}{self._nearest(name)}") from None
+
+    def _nearest(self, name: str) -> str:
+        """The names most like one that is not there, as the end of a message."""
+        near = difflib.get_close_matches(name, self._positions, n=3)
+        return f"; nearest are {', '.join(map(repr, near))}" if near else ""
 
     def entry(self, name: str) -> Entry:
         """The entry of this name. Raises MissingTensorError."""

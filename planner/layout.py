@@ -70,6 +70,8 @@ class Mesh:
             return mesh
         if isinstance(mesh, int):
             return cls(("tp",), (mesh,))
+        if not isinstance(mesh, Mapping):
+            raise LayoutError(f'a mesh is a size, or sizes by name as in {{"dp": 2, "tp": 4}}, got {mesh!r}')
         return cls(tuple(mesh), tuple(mesh.values()))
 
     @property
@@ -282,12 +284,12 @@ class Layout:
                 raise LayoutError(
                     f"{pattern!r}: {len(rule)} placements for the {len(self.mesh.sizes)} of mesh {self.mesh}"
                 )
-            return tuple(rule)
+            return tuple(_placement(pattern, placement, ndim) for placement in rule)
         by_name = rule if isinstance(rule, Mapping) else {self._tp_dimension(pattern): _placement(pattern, rule, ndim)}
         unknown = set(by_name) - set(self.mesh.names)
         if unknown:
             raise LayoutError(f"{pattern!r} places {sorted(unknown)}, which the mesh {self.mesh} does not have")
-        return tuple(by_name.get(name, REPLICATE) for name in self.mesh.names)
+        return tuple(_placement(pattern, by_name.get(name, REPLICATE), ndim) for name in self.mesh.names)
 
     def _tp_dimension(self, pattern: str) -> str:
         if len(self.mesh.names) == 1:
@@ -298,8 +300,12 @@ class Layout:
 
 
 def _placement(pattern: str, rule: str | Placement, ndim: int) -> Placement:
-    if not isinstance(rule, str):
+    if isinstance(rule, Shard | StridedShard | Replicate):
         return rule
+    if not isinstance(rule, str):
+        raise LayoutError(
+            f"{pattern!r}: expected a tensor-parallel word or reshard's Shard, StridedShard or Replicate, got {rule!r}"
+        )
     if rule not in TP_WORDS:
         raise LayoutError(f"{pattern!r}: unknown tensor-parallel word {rule!r}; known are {', '.join(TP_WORDS)}")
     weight, bias = TP_WORDS[rule]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .errors import LayoutError, MissingTensorError
 from .index import CheckpointIndex, Entry, Kind
 from .layout import Layout, LocalTensor, matches
 from .read_plan import ReadPlan, Want, plan_reads
@@ -46,12 +47,17 @@ class RankPlans:
 
 
 def rank_tensors(index: CheckpointIndex, layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
-    """What a rank holds of every tensor whose name matches a pattern. Raises LayoutError."""
-    return [
-        RankTensor(entry, layout.local(entry.name, entry.shape, rank))
-        for entry in index.entries
-        if entry.kind is Kind.TENSOR and matches(names, entry.name)
-    ]
+    """What a rank holds of every tensor whose name matches a pattern.
+
+    Raises MissingTensorError where none does, LayoutError where none matches a rule of the layout, or one does not fit.
+    """
+    entries = [entry for entry in index.entries if entry.kind is Kind.TENSOR and matches(names, entry.name)]
+    if not entries and names != "*":
+        raise MissingTensorError(f"the checkpoint has no tensor whose name matches {names!r}")
+    patterns = [pattern for pattern, _ in layout.rules]
+    if entries and patterns and not any(matches(pattern, entry.name) for entry in entries for pattern in patterns):
+        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {entries[0].name!r}, ...")
+    return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in entries]
 
 
 def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*") -> RankPlans:

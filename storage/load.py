@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
@@ -147,7 +148,11 @@ def _describe_missing(missing: list[str], manifest: Manifest) -> str:
     names = [entry.name for entry in manifest.index.entries]
     shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     message = f"the checkpoint has no {shown}"
-    similar = next((name for name in names if name.endswith(f".{missing[0]}")), None)
-    if similar is not None:
-        return f"{message}; it has {similar!r}: nest the state dict under {similar.removesuffix(missing[0])[:-1]!r}"
-    return f"{message}; it has {', '.join(map(repr, names[:5]))}" + (", ..." if len(names) > 5 else "")
+    for name in names:
+        if name.endswith(f".{missing[0]}"):
+            return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(missing[0])[:-1]!r}"
+        if missing[0].endswith(f".{name}"):
+            return f"{message}; it has {name!r}: the state dict is nested too deeply"
+    near = difflib.get_close_matches(missing[0], names, n=5) or names[:5]
+    found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
+    return f"{message}; {found if names else 'it is empty'}; strict=False leaves out what is missing"

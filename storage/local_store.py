@@ -95,6 +95,8 @@ class LocalStore:
         try:
             yield
         except FileNotFoundError as error:
+            if doing == "write":
+                raise StoreError(f"cannot write {name!r}: {self.location} cannot be made: {error}") from error
             raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
         except PermissionError as error:
             raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error

@@ -51,7 +51,7 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
             raise CorruptCheckpointError(f"object {name!r} is not what its encoding should be: {error!r}") from error
         raise UnsafeObjectError(
             f"object {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
-            f"{refused}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
+            f"{refused.rstrip(' ./')}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
         ) from error
 
 

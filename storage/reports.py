@@ -43,7 +43,11 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a collective call did."""
+    """What a collective call did: `local` is this rank's part, `ranks` are all, `total` is their sum.
+
+    Amplification, printed as "x", is bytes moved over bytes needed: below 1 where compression saves more than the grid
+    and the manifest cost. Seconds of a stage are summed over a rank's threads, so that they can exceed "total".
+    """
 
     rank: int
     """The rank that this report is on."""

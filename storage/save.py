@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from ..planner.errors import CheckpointError
 from .dcp import EncodedObject, StorageWriter
-from .errors import CommitError, UnsupportedValueError
+from .errors import ArgumentError, CommitError, UnsupportedValueError
 from .objects import encode_object
 from .ranks import is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
-from .state_dict import stateful_to_state
+from .state_dict import check_storable, stateful_to_state
 from .store import Store
 from .tensors import local_shards
 
@@ -98,13 +98,21 @@ def save(
         UnsupportedURIError, StoreError: the place cannot be opened, or not be written.
         CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
         UnsupportedValueError, DtypeError, LayoutError: the state dict holds what cannot be stored.
-        ArgumentError: there is no such codec.
+        ArgumentError: there is no such codec, `state_dict` is none, or the ranks were given different places.
         RankError: anything else.
     """
     begin = time.perf_counter()
     states: dict[str, Any] = {}
-    # Asked for here, so that a state that cannot be had stops every rank.
-    on_all_ranks(lambda: states.update(stateful_to_state(state_dict)), process_group)
+
+    def prepare() -> str | None:
+        states.update(stateful_to_state(state_dict))
+        check_storable(states)
+        return None if isinstance(uri, Store) else str(uri)
+
+    # On all ranks together, so that a state that cannot be had or stored stops every one of them.
+    places = set(on_all_ranks(prepare, process_group)) - {None}
+    if len(places) > 1:
+        raise ArgumentError(f"the ranks of one save were given different places: {', '.join(sorted(map(str, places)))}")
     writer = StorageWriter(uri, codec=codec, storage_options=storage_options, overwrite=overwrite)
     try:
         with warnings.catch_warnings(), lost_ranks_told():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from .errors import DestinationError
+from .errors import ArgumentError, DestinationError, UnsupportedValueError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,9 @@ def _is_walked(values: list[Any]) -> bool:
 
 
 def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A shallow copy, in which every Stateful value is replaced by its state dict."""
+    """A shallow copy, in which every Stateful value is replaced by its state dict. Raises ArgumentError."""
+    if not isinstance(state_dict, Mapping):
+        raise ArgumentError(f"expected a state dict, a mapping of names to values, got {type(state_dict).__name__}")
     return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
 
 
@@ -71,3 +73,14 @@ def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str,
             state_dict[key].load_state_dict(state)
         elif state_dict[key] is not state:
             state_dict[key] = state
+
+
+def check_storable(states: Mapping[str, Any]) -> None:
+    """Raises DestinationError for two values of one name, UnsupportedValueError for a tensor without dense memory."""
+    for name, leaf in flatten(states).items():
+        tensor = leaf.value
+        if isinstance(tensor, torch.Tensor) and (tensor.layout is not torch.strided or tensor.device.type == "meta"):
+            raise UnsupportedValueError(
+                f"{name!r} cannot be stored: it is on device {tensor.device}, of layout {tensor.layout}; only dense "
+                "tensors with memory are"
+            )

@@ -195,6 +195,59 @@ def test_values_and_arguments_that_cannot_be(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Model(torch.nn.Linear):
+    """What people pass in place of its state dict."""
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ([1], errors.ArgumentError, "expected a state dict, a mapping of names to values, got list"),
+        (Model(2, 2), errors.ArgumentError, "got Model"),
+        (
+            {"m": {"s": torch.eye(3).to_sparse()}},
+            errors.UnsupportedValueError,
+            r"'m\.s' cannot be stored: .*sparse_coo",
+        ),
+        ({"m": torch.zeros(2, device="meta")}, errors.UnsupportedValueError, "'m' cannot be stored: .*meta"),
+        ({"a.b": 1, "a": {"b": 2}}, errors.DestinationError, r"have the name 'a\.b'"),
+    ],
+)
+def test_what_is_no_state_dict_or_cannot_be_stored(state: Any, error: type[Exception], message: str) -> None:
+    store = MemoryStore()
+    with pytest.raises(error, match=message):
+        reshard.save(state, store)
+    assert store.content == {}
+
+
+def test_names_that_are_nearly_there_are_shown() -> None:
+    store = MemoryStore()
+    reshard.save({"model": {"fc1.weight": torch.zeros(2)}, "hp": {"lr": 1}}, store)
+    with pytest.raises(errors.MissingTensorError, match=r"nearest are 'model\.fc1\.weight'"):
+        reshard.open(store).read("model.fc1.weigth")
+    with pytest.raises(errors.MissingTensorError, match=r"it has 'model\.fc1\.weight', \.\.\.; strict=False"):
+        reshard.load({"model": {"fc9.weight": torch.zeros(2)}}, store)
+    with pytest.raises(errors.MissingTensorError, match="nested too deeply"):
+        reshard.load({"state": {"model": {"fc1.weight": torch.zeros(2)}}}, store)
+
+
+def test_a_place_that_cannot_be_made() -> None:
+    with pytest.raises(errors.StoreError, match=r"cannot write .* cannot be made|no permission to write"):
+        reshard.save(SAVED, "/proc/no-such-place/x")
+
+
+def save_to_different_places(folder: str) -> str:
+    with pytest.raises(errors.ArgumentError) as caught:
+        reshard.save(state_on_ranks(1), f"{folder}/{dist.get_rank()}")
+    return str(caught.value)
+
+
+def test_ranks_that_save_to_different_places_are_told(ranks: RankPool, tmp_path: Path) -> None:
+    told = ranks.run(2, save_to_different_places, str(tmp_path))
+    assert all("were given different places" in message for message in told)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_checkpoints_is_not_taken_for_remains(tmp_path: Path) -> None:
     reshard.save(SAVED, tmp_path / "step-1")
     with pytest.raises(errors.CheckpointNotFoundError, match="there is no checkpoint at"):

@@ -142,6 +142,10 @@ def test_names_leave_out_what_an_engine_does_not_need() -> None:
     layout = Layout(2, {"model.w": "rowwise"})
     assert list(checkpoint.load_rank(layout, 0, names="model")) == ["model.w"]
     assert [read.want.name for read in checkpoint.plan(layout, names="model")[1].reads] == ["model.w"]
+    with pytest.raises(errors.MissingTensorError, match="matches 'modle'"):
+        checkpoint.plan(layout, names="modle")
+    with pytest.raises(errors.LayoutError, match="no pattern of the layout"):
+        checkpoint.load_rank(Layout(2, {"*.fcx": "colwise"}), 0)
     assert list(checkpoint.load_rank(layout, 0)) == ["model.w", "optimizer.w"]
 
 
