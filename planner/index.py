@@ -228,15 +228,12 @@ class CheckpointIndex:
                 or not np.array_equal(sizes[0::2], sizes[1::2])
             ):
                 raise InvalidIndexError(f"the heads and tails of {entry.name!r} ({entry.dtype}) do not pair up")
-            sizes_once = sizes[0::2]
-        else:
-            sizes_once = sizes
-        covered = sum(math.prod(row) for row in sizes_once.tolist())
+        step = 2 if bool(heads.any()) else 1
+        covered = sum(math.prod(row) for row in sizes[::step].tolist())
         if covered != entry.numel:
             raise InvalidIndexError(
                 f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}"
             )
-        step = 2 if bool(heads.any()) else 1
         if not _tile(entry.shape, offsets[::step], sizes[::step]):
             raise InvalidIndexError(f"the shards of {entry.name!r} overlap")
         return entry.grid.chunk_counts(offsets, sizes)
@@ -277,12 +274,12 @@ class CheckpointIndex:
         try:
             return self._positions[name]
         except KeyError:
-            raise MissingTensorError(f"the checkpoint has no {name!r}{self._nearest(name)}") from None
+            near = ", ".join(map(repr, self.nearest(name, 3)))
+            raise MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}")) from None
 
-    def _nearest(self, name: str) -> str:
-        """The names most like one that is not there, as the end of a message."""
-        near = difflib.get_close_matches(name, self._positions, n=3)
-        return f"; nearest are {', '.join(map(repr, near))}" if near else ""
+    def nearest(self, name: str, count: int) -> list[str]:
+        """The names most like one that is not there."""
+        return difflib.get_close_matches(name, self._positions, n=count)
 
     def entry(self, name: str) -> Entry:
         """The entry of this name. Raises MissingTensorError."""

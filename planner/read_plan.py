@@ -94,7 +94,6 @@ class ReadPlan:
     """One for each want, in its order."""
     requests: Requests
     """`request_of_range` follows the rows of `reads`, each row's ranges together."""
-    object_names: tuple[str, ...]
 
     def requests_of(self) -> Iterator[IntArray]:
         """For each of `reads`, the (n, s) requests that fetch its ranges."""
@@ -149,7 +148,7 @@ def plan_reads(
         max_over_read=max_over_read,
         max_request_bytes=max_request_bytes,
     )
-    return ReadPlan(reads, requests, tuple(name for name, _ in index.objects))
+    return ReadPlan(reads, requests)
 
 
 def _plan_one(index: CheckpointIndex, want: Want) -> ChunkReads:

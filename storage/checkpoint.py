@@ -18,8 +18,7 @@ from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
 from .errors import DestinationError
 from .manifest import Manifest, read_manifest
-from .objects import decode_object
-from .read import check_is_tensor, read_boxes
+from .read import Blob, check_is_tensor, read_boxes
 from .store import Store, open_store
 from .tensors import torch_dtype
 from .verify import Damage, verify
@@ -109,12 +108,11 @@ class Checkpoint:
             UnsafeObjectError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
                 is False.
         """
-        entry = self._index.entry(name)
-        if entry.kind is Kind.TENSOR:
+        if self._index.entry(name).kind is Kind.TENSOR:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
-        blob = torch.empty(entry.shape, dtype=torch.uint8)
-        read_boxes(self._store, self._manifest, [Want(name, Box.whole(entry.shape))], [blob])
-        return decode_object(name, entry.kind, bytes(blob.numpy()), allow_pickle=allow_pickle)
+        blob = Blob(self._manifest, name)
+        read_boxes(self._store, self._manifest, [blob.want], [blob.tensor])
+        return blob.value(allow_pickle=allow_pickle)
 
     def plan(self, layout: Layout, *, names: str = "*") -> RankPlans:
         """What every rank of a layout would read, from the manifest alone.

@@ -44,9 +44,9 @@ from ..planner.read_plan import Want
 from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError
 from .manifest import Manifest, encode_manifest, read_manifest
-from .objects import decode_object, torch_save
+from .objects import torch_save
 from .ranks import raises_portable, rank_of
-from .read import read_boxes
+from .read import Blob, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .store import Store, open_store
@@ -203,7 +203,7 @@ class StorageReader(dcp.StorageReader):
 
     @raises_portable
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        _, manifest = self._open()
+        store, manifest = self._open()
         index = manifest.index
         entries: dict[str, Any] = {}
         for position, entry in enumerate(index.entries):
@@ -216,8 +216,7 @@ class StorageReader(dcp.StorageReader):
             ]
             properties = TensorProperties(dtype=torch_dtype(entry.dtype))
             entries[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-        meta = StorageMeta(open_store(self.checkpoint_id, self._storage_options).location)
-        return Metadata(entries, planner_data=manifest.paths or None, storage_meta=meta)
+        return Metadata(entries, planner_data=manifest.paths or None, storage_meta=StorageMeta(store.location))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._rank = kwargs.get("rank", rank_of(None))
@@ -232,35 +231,30 @@ class StorageReader(dcp.StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         refuse_misplaced(getattr(planner, "state_dict", {}))
         store, manifest = self._open()
-        index = manifest.index
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         targets = [planner.resolve_tensor(item) for item in tensors]
-        blobs = [torch.empty(index.entry(item.storage_index.fqn).shape, dtype=torch.uint8) for item in objects]
-        wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors]
-        wants += [
-            Want(item.storage_index.fqn, Box.whole(tuple(blob.shape)))
-            for item, blob in zip(objects, blobs, strict=True)
-        ]
-        self.report = read_boxes(store, manifest, wants, [t.detach() for t in targets] + blobs, rank=self._rank)
+        blobs = [Blob(manifest, item.storage_index.fqn) for item in objects]
+        wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors] + [blob.want for blob in blobs]
+        destinations = [target.detach() for target in targets] + [blob.tensor for blob in blobs]
+        self.report = read_boxes(store, manifest, wants, destinations, rank=self._rank)
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item, blob in zip(objects, blobs, strict=True):
-            name = item.storage_index.fqn
-            planner.load_bytes(item, self._for_planner(name, index.entry(name).kind, bytes(blob.numpy())))
+            planner.load_bytes(item, self._for_planner(blob))
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def _for_planner(self, name: str, kind: Kind, data: bytes) -> io.BytesIO:
+    def _for_planner(self, blob: Blob) -> io.BytesIO:
         """An object as planners expect it, written by torch.save.
 
         DCP's planner unpickles without an allow-list. What it gets here is written anew from a value that was read
         with one, so that no byte of the checkpoint reaches the unpickler, unless pickle is allowed.
         """
-        if self._allow_pickle and kind is Kind.TORCH_SAVE:
-            return io.BytesIO(data)
-        return io.BytesIO(torch_save(decode_object(name, kind, data)))
+        if self._allow_pickle and blob.kind is Kind.TORCH_SAVE:
+            return io.BytesIO(blob.data)
+        return io.BytesIO(torch_save(blob.value()))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
@@ -11,19 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..planner.box import Box
 from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .errors import DestinationError
 from .manifest import Manifest, read_manifest
-from .objects import decode_object
 from .ranks import on_all_ranks, rank_of
-from .read import check_is_tensor, read_boxes
+from .read import Blob, check_is_tensor, read_boxes
 from .reports import RankReport, Report
 from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
 from .store import Store, open_store
-from .tensors import LocalShard, global_shape, local_shards
+from .tensors import LocalShard, local_shards
 
 logger = logging.getLogger("reshard")
 
@@ -100,19 +97,14 @@ class _Loading:
             for box, tensor in _shards_to_load(leaf, manifest):
                 wants.append(Want(leaf.name, box))
                 destinations.append(tensor)
-        blobs = [
-            (leaf, torch.empty(manifest.index.entry(leaf.name).shape, dtype=torch.uint8))
-            for leaf in leaves
-            if manifest.index.entry(leaf.name).kind is not Kind.TENSOR
-        ]
-        for leaf, blob in blobs:
-            wants.append(Want(leaf.name, Box.whole(tuple(blob.shape))))
-            destinations.append(blob)
+        objects = [leaf for leaf in leaves if manifest.index.entry(leaf.name).kind is not Kind.TENSOR]
+        blobs = [Blob(manifest, leaf.name) for leaf in objects]
+        wants += [blob.want for blob in blobs]
+        destinations += [blob.tensor for blob in blobs]
         report = read_boxes(store, manifest, wants, destinations, rank=rank)
-        for leaf, blob in blobs:
-            kind = manifest.index.entry(leaf.name).kind
-            value = decode_object(leaf.name, kind, bytes(blob.numpy()), allow_pickle=self._allow_pickle)
-            self.objects.append((leaf, value))
+        self.objects = [
+            (leaf, blob.value(allow_pickle=self._allow_pickle)) for leaf, blob in zip(objects, blobs, strict=True)
+        ]
         return report
 
     def _present(self, leaves: dict[str, Leaf], manifest: Manifest) -> list[Leaf]:
@@ -135,7 +127,7 @@ def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
             )
         return []
     check_is_tensor(manifest, leaf.name)
-    shape = global_shape(leaf.value)
+    shape = tuple(leaf.value.size())
     if shape != entry.shape:
         raise ShapeMismatchError(
             f"{leaf.name!r} has shape {entry.shape} in the checkpoint and {shape} in the state dict"
@@ -153,6 +145,6 @@ def _describe_missing(missing: list[str], manifest: Manifest) -> str:
             return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(missing[0])[:-1]!r}"
         if missing[0].endswith(f".{name}"):
             return f"{message}; it has {name!r}: the state dict is nested too deeply"
-    near = difflib.get_close_matches(missing[0], names, n=5) or names[:5]
+    near = manifest.index.nearest(missing[0], 5) or names[:5]
     found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
     return f"{message}; {found if names else 'it is empty'}; strict=False leaves out what is missing"

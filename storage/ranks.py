@@ -75,10 +75,8 @@ def portable(error: BaseException) -> CheckpointError:
 
     A subclass of somebody's becomes the class of reshard that it derives from; anything else becomes a RankError.
     """
-    if isinstance(error, CheckpointError) and type(error) is nearest(error):
-        return error
     if isinstance(error, CheckpointError):
-        return nearest(error)(str(error))
+        return error if type(error) is nearest(error) else nearest(error)(str(error))
     return RankError(f"{type(error).__name__}: {error}")
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from ..planner.box import Box
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
 from .errors import DestinationError
 from .manifest import Manifest
+from .objects import decode_object
 from .place import check_destination
 from .reader import execute
 from .reports import RankReport
@@ -23,6 +26,28 @@ def check_is_tensor(manifest: Manifest, name: str) -> None:
     """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
     if manifest.index.entry(name).kind is not Kind.TENSOR:
         raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
+
+
+class Blob:
+    """An object of a checkpoint: the tensor of bytes that it is read into, and what they mean.
+
+    Raises MissingTensorError where the checkpoint has none of this name.
+    """
+
+    def __init__(self, manifest: Manifest, name: str) -> None:
+        entry = manifest.index.entry(name)
+        self.name = name
+        self.kind = entry.kind
+        self.want = Want(name, Box.whole(entry.shape))
+        self.tensor = torch.empty(entry.shape, dtype=torch.uint8)
+
+    @property
+    def data(self) -> bytes:
+        return bytes(self.tensor.numpy())
+
+    def value(self, *, allow_pickle: bool = False) -> Any:
+        """The object. Raises UnsafeObjectError, CorruptCheckpointError."""
+        return decode_object(self.name, self.kind, self.data, allow_pickle=allow_pickle)
 
 
 def read_boxes(

@@ -130,12 +130,11 @@ def save(
         if not isinstance(error, CommitError):
             writer.discard()
         raise error from failed
-    ranks = tuple(RankReport(**report) for report in metadata.storage_data)
+    ranks = [RankReport(**report) for report in metadata.storage_data]
     rank = rank_of(process_group)
-    own = ranks[rank].seconds
-    assert isinstance(own, dict)
-    own["total"] = time.perf_counter() - begin
-    return Report(rank, ranks)
+    seconds = {**ranks[rank].seconds, "total": time.perf_counter() - begin}
+    ranks[rank] = replace(ranks[rank], seconds=seconds)
+    return Report(rank, tuple(ranks))
 
 
 def _first_failure(failed: CheckpointException) -> CheckpointError:

@@ -40,11 +40,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def global_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the whole tensor, of which `tensor` may hold a shard."""
-    return tuple(tensor.size())
-
-
 def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
     """What this rank holds of a plain tensor, DTensor or ShardedTensor, as views that can be written through.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..planner.box import Box
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import Want, plan_reads
-from .arranged import Range, Request, arrange
+from .arranged import DAMAGED, Range, Request, arrange
 from .errors import ObjectNotFoundError
 from .reader import CONCURRENT_REQUESTS
 from .store import Store
@@ -57,11 +57,7 @@ def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) 
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
         return [(part, "the object is missing") for part in request.ranges]
-    damages = []
-    for part in request.ranges:
-        view = data[part.start - request.start : part.stop - request.start]
-        if len(view) < part.stop - part.start:
-            damages.append((part, "the object is cut short"))
-        elif not part.is_intact(view, index):
-            damages.append((part, "it does not match its checksum"))
-    return damages
+    return [
+        (part, "the object is cut short" if part.stop - request.start > len(data) else DAMAGED)
+        for part in request.damages(data, index)
+    ]
