@@ -93,6 +93,26 @@ class Grid:
         counts: IntArray = self.cells(offsets, sizes)[1].prod(axis=1, dtype=np.int64)
         return counts
 
+    def split(self, shard: Box, most: int) -> list[Box]:
+        """A shard as boxes of at most `most` elements, cut between chunks; one chunk may have more.
+
+        The chunks of the boxes, one box after another, are those of the shard in file order.
+        """
+        if shard.numel <= most:
+            return [shard]
+        bounds = np.array([shard.offsets], np.int64), np.array([shard.sizes], np.int64)
+        first, count = (column[0].tolist() for column in self.cells(*bounds))
+        dim = next((d for d in self.order if count[d] > 1), None)
+        if dim is None:
+            return [shard]
+        middle = (first[dim] + count[dim] // 2) * self.shape[dim] // self.parts[dim]
+        offsets, sizes = list(shard.offsets), list(shard.sizes)
+        sizes[dim] = middle - offsets[dim]
+        low = Box(shard.offsets, tuple(sizes))
+        offsets[dim], sizes[dim] = middle, shard.sizes[dim] - sizes[dim]
+        high = Box(tuple(offsets), tuple(sizes))
+        return self.split(low, most) + self.split(high, most)
+
     def chunks(self, shard: Box, within: Box | None = None) -> tuple[IntArray, IntArray, IntArray]:
         """The chunks of a shard, in file order; only those that meet `within`, where it is given.
 

@@ -1,13 +1,16 @@
-"""A read plan as objects that refer to each other: requests, their byte ranges, chunks, tensors.
+"""A read plan as what is carried out, or verified, one piece at a time: requests, batches of chunks, tensors.
 
-The plan itself is columns; this is what is carried out, or verified, one piece at a time.
+The plan itself is columns. A batch is a run of its rows, some MiB of values, so that objects and tasks cost little
+beside the bytes that they stand for; what is done to each chunk is a loop over a batch's columns.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
 
 from ..planner.box import Box
 from ..planner.index import CheckpointIndex
@@ -16,90 +19,97 @@ from .checksums import checksum, page_checksums
 from .place import Destination
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
+BATCH_BYTES = 2 * 1024 * 1024
+"""Decoded bytes that one batch holds, or a little more."""
 
 
 @dataclass(slots=True)
 class Request:
+    """One byte range of one object, and the batches that it holds bytes of."""
+
     object: int
     start: int
     stop: int
-    ranges: list[Range] = field(default_factory=list)
+    parts: list[tuple[Batch, int]] = field(default_factory=list)
+    """Batches, each with which of its streams the request holds."""
     unplaced: int = 0
-    """Ranges that are not in their destination yet; until there are none, the request's bytes are held."""
-
-    def damages(self, data: memoryview, index: CheckpointIndex) -> list[Range]:
-        """The ranges whose bytes in `data`, the request's, do not match their checksums or are not there."""
-        return [
-            part
-            for part in self.ranges
-            if not part.is_intact(data[part.start - self.start : part.stop - self.start], index)
-        ]
-
-
-@dataclass(slots=True)
-class Range:
-    """One byte range of one chunk."""
-
-    chunk: Chunk
-    request: Request
-    start: int
-    stop: int
-    first_checksum: int
+    """Parts that are not in their destination yet; until there are none, the request's bytes are held."""
     data: memoryview | None = None
+    """Its bytes, once they are here and verified."""
 
-    def is_intact(self, data: memoryview, index: CheckpointIndex) -> bool:
-        """Whether what was read for this range is all there, and matches its checksums."""
-        if len(data) != self.stop - self.start:
-            return False
-        read = self.chunk.read
-        found = page_checksums(data, read.entry.page_bytes) if read.raw[self.chunk.row] else [checksum(data)]
-        expected: list[int] = index.checksums[self.first_checksum : self.first_checksum + len(found)].tolist()
-        return found == expected
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
 
-    def __str__(self) -> str:
-        return f"chunk {self.chunk.box}, bytes [{self.start}, {self.stop})"
+    def damages(self, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
+        """The chunks whose bytes in `data`, the request's, do not match their checksums or are not there."""
+        return [damage for batch, stream in self.parts for damage in batch.damages(stream, self.start, data, index)]
 
 
 @dataclass(slots=True)
-class Chunk:
-    """One chunk to place, from one range, or from two: heads and tails."""
+class Batch:
+    """Consecutive chunks of one read, whose bytes lie in one request; in two, where heads and tails are both read."""
 
     tensor: Tensor
     read: ChunkReads
-    row: int
+    rows: slice
     destination: Destination | None
-    ranges: list[Range] = field(default_factory=list)
+    requests: list[Request]
     submitted: bool = False
 
     @property
-    def box(self) -> Box:
-        return _box(self.read.chunk_offsets, self.read.chunk_sizes, self.row)
-
-    @property
-    def piece(self) -> Box:
-        """The part of it that is wanted, in the global tensor."""
-        return _box(self.read.piece_offsets, self.read.piece_sizes, self.row)
-
-    @property
     def is_here(self) -> bool:
-        return all(part.data is not None for part in self.ranges)
+        return all(request.data is not None for request in self.requests)
+
+    def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
+        """The chunks whose bytes of a stream do not match. `data` begins at byte `start` of the object."""
+        read, rows = self.read, self.rows
+        begins, ends = read.starts[rows, stream].tolist(), read.stops[rows, stream].tolist()
+        firsts, raw = read.checksums[rows, stream], read.raw[rows].tolist()
+        expected = index.checksums[firsts].tolist()
+        damaged = []
+        for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            view = data[begin - start : end - start]
+            if raw[i]:
+                found = page_checksums(view, read.entry.page_bytes)
+                first = int(firsts[i])
+                intact = found == index.checksums[first : first + len(found)].tolist()
+            else:
+                intact = checksum(view) == expected[i]
+            if not intact or len(view) != end - begin:
+                damaged.append(ByteRange(self.tensor, self.chunk_box(i), begin, end))
+        return damaged
+
+    def chunk_box(self, i: int) -> Box:
+        """The box of the batch's chunk i, in the global tensor."""
+        row = self.rows.start + i
+        return Box(tuple(self.read.chunk_offsets[row].tolist()), tuple(self.read.chunk_sizes[row].tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """The bytes of one stream of one chunk."""
+
+    tensor: Tensor
+    box: Box
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"chunk {self.box}, bytes [{self.start}, {self.stop})"
 
 
 @dataclass(slots=True)
 class Tensor:
-    """All chunks of one name: what is written together, or not at all."""
+    """All batches of one name: what is written together, or not at all."""
 
     name: str
-    chunks: list[Chunk] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     missing: int = 0
-    """Ranges that have not arrived."""
+    """Parts of requests that have not arrived."""
     piecemeal: bool = False
     """It does not fit the budget: chunks are placed as they arrive."""
     touched: bool = False
-
-
-def _box(offsets: Any, sizes: Any, row: int) -> Box:
-    return Box(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
 
 
 def arrange(
@@ -110,25 +120,23 @@ def arrange(
     `destinations` has one for each of `plan.reads`; without, the plan can be verified, but not placed.
     """
     destinations = [None] * len(plan.reads) if destinations is None else destinations
-    requests = [
-        Request(*columns)
-        for columns in zip(
-            plan.requests.objects.tolist(), plan.requests.starts.tolist(), plan.requests.stops.tolist(), strict=True
-        )
-    ]
+    columns = (plan.requests.objects, plan.requests.starts, plan.requests.stops)
+    requests = [Request(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     tensors: dict[str, Tensor] = {}
     ordered: dict[int, Request] = {}
     for read, request_of, destination in zip(plan.reads, plan.requests_of(), destinations, strict=True):
-        group = tensors.setdefault(read.want.name, Tensor(read.want.name))
-        rows = zip(request_of.tolist(), read.starts.tolist(), read.stops.tolist(), read.checksums.tolist(), strict=True)
-        for row, columns in enumerate(rows):
-            chunk = Chunk(group, read, row, destination)
-            group.chunks.append(chunk)
-            for at, start, stop, first_checksum in zip(*columns, strict=True):
-                request = ordered.setdefault(at, requests[at])
-                part = Range(chunk, request, start, stop, first_checksum)
-                chunk.ranges.append(part)
-                request.ranges.append(part)
+        tensor = tensors.setdefault(read.want.name, Tensor(read.want.name))
+        if len(read) == 0:
+            continue
+        values = np.cumsum(read.chunk_sizes.prod(axis=1) * read.itemsize)
+        opens = (request_of[1:] != request_of[:-1]).any(axis=1) | (np.diff(values // BATCH_BYTES) > 0)
+        begins = [0, *(np.flatnonzero(opens) + 1).tolist(), len(read)]
+        for begin, end in itertools.pairwise(begins):
+            held = [ordered.setdefault(at, requests[at]) for at in request_of[begin].tolist()]
+            batch = Batch(tensor, read, slice(begin, end), destination, held)
+            tensor.batches.append(batch)
+            for stream, request in enumerate(held):
+                request.parts.append((batch, stream))
                 request.unplaced += 1
-                group.missing += 1
+                tensor.missing += 1
     return list(tensors.values()), list(ordered.values())

@@ -45,14 +45,14 @@ from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError
 from .manifest import Manifest, encode_manifest, read_manifest
 from .objects import torch_save
-from .ranks import raises_portable, rank_of
+from .ranks import Alarm, raises_portable, rank_of
 from .read import Blob, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .store import Store, open_store
 from .tensors import dtype_name, refuse_misplaced, torch_dtype
 from .version import __version__
-from .writer import ShardToWrite, write_object
+from .writer import ShardToWrite, write_objects
 
 logger = logging.getLogger("reshard")
 CODECS = ("zstd", "none")
@@ -93,12 +93,14 @@ class StorageWriter(dcp.StorageWriter):
         self._storage_options = storage_options
         self._overwrite = overwrite
         self._rank = 0
-        self._written: ObjectRecord | None = None
+        self._written: list[ObjectRecord] = []
+        self.alarm = Alarm(alone=True)
+        """What `reshard.save` gives, so that ranks stop when another has failed."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
-        self._written = None
+        self._written = []
 
     @raises_portable
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -121,22 +123,23 @@ class StorageWriter(dcp.StorageWriter):
     @raises_portable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         begin = time.perf_counter()
-        record = write_object(
-            self._store(), self._rank, [_shard_to_write(item, planner) for item in plan.items], self._codec
-        )
-        record.seconds["total"] = time.perf_counter() - begin
-        self._written = record
+        shards = [_shard_to_write(item, planner) for item in plan.items]
+        with self.alarm:
+            self._written = write_objects(self._store(), self._rank, shards, self._codec, interrupt=self.alarm.check)
         results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
         if results:
-            results[0] = dcp.WriteResult(plan.items[0].index, record.nbytes, record)
+            written = sum(record.nbytes for record in self._written)
+            records = self._written, time.perf_counter() - begin
+            results[0] = dcp.WriteResult(plan.items[0].index, written, records)
         future: Future[list[dcp.WriteResult]] = Future()
         future.set_result(results)
         return future
 
     @raises_portable
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
-        records = [rank[0].storage_data if rank else ObjectRecord("") for rank in results]
-        index = assemble_index([record for record in records if record.nbytes], _empty_tensors(metadata, records))
+        by_rank = [rank[0].storage_data if rank else ([], 0.0) for rank in results]
+        records = [record for records, _ in by_rank for record in records]
+        index = assemble_index(records, _empty_tensors(metadata, records))
         paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
         info = {
             "writer": f"reshard {__version__}",
@@ -146,7 +149,7 @@ class StorageWriter(dcp.StorageWriter):
             "ranks": len(results),
         }
         manifest = encode_manifest(index, paths, info)
-        reports = [_report(rank, record) for rank, record in enumerate(records)]
+        reports = [_report(rank, *written) for rank, written in enumerate(by_rank)]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1
         metadata.storage_data = reports
@@ -154,11 +157,12 @@ class StorageWriter(dcp.StorageWriter):
 
     def discard(self) -> None:
         """Remove what this rank wrote, after a save that was not committed; as far as the store lets it."""
-        if self._written is not None and self._written.nbytes:
+        names = [record.name for record in self._written]
+        if names:
             try:
-                self._store().delete([self._written.name])
+                self._store().delete(names)
             except Exception as error:
-                logger.warning("the data object %s of a failed save remains: %s", self._written.name, error)
+                logger.warning("data objects of a failed save remain, %s: %s", ", ".join(names), error)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -282,7 +286,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
         assert isinstance(data, io.BytesIO)
         kind = data.kind if isinstance(data, EncodedObject) else Kind.TORCH_SAVE
         blob = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
-        return ShardToWrite(name, kind, (len(blob),), Box.whole((len(blob),)), lambda: blob)
+        return ShardToWrite(name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda: blob)
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
@@ -292,7 +296,8 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
         assert isinstance(values, torch.Tensor)
         return values
 
-    return ShardToWrite(name, Kind.TENSOR, tuple(item.tensor_data.size), box, load)
+    dtype = item.tensor_data.properties.dtype
+    return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
 
 
 def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -308,14 +313,15 @@ def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str,
     return empty
 
 
-def _report(rank: int, record: ObjectRecord) -> dict[str, Any]:
+def _report(rank: int, records: list[ObjectRecord], seconds: float) -> dict[str, Any]:
     """A RankReport as plain data: DCP pickles it."""
+    stages = {stage: sum(record.seconds[stage] for record in records) for stage in ("encode", "write")}
     report = RankReport(
         rank=rank,
-        bytes_needed=record.bytes_needed,
-        bytes_written=record.nbytes,
-        requests=1 if record.nbytes else 0,
-        chunks=record.chunks,
-        seconds=record.seconds,
+        bytes_needed=sum(record.bytes_needed for record in records),
+        bytes_written=sum(record.nbytes for record in records),
+        requests=len(records),
+        chunks=sum(record.chunks for record in records),
+        seconds={**stages, "total": seconds},
     )
     return asdict(report)

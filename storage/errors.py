@@ -18,6 +18,7 @@ CheckpointError
 ├── UnsafeObjectError        decide: reading the object would run pickled code
 ├── CorruptCheckpointError   refuse: bytes are damaged, cut short or contradict themselves
 └── RankError                look there: something that is not of reshard failed on a rank
+    └── StoppedError         (between ranks only: what is raised is the error of the rank that failed)
 """
 
 from __future__ import annotations
@@ -97,3 +98,7 @@ class CorruptCheckpointError(CheckpointError):
 
 class RankError(CheckpointError):
     """An error that is not of reshard stopped a rank; `rank` names it, and the message says what it was."""
+
+
+class StoppedError(RankError):
+    """This rank stopped because another had failed."""

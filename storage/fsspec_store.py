@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import uuid
@@ -18,11 +19,13 @@ from ..planner.errors import CheckpointError
 from .errors import CheckpointExistsError, ObjectNotFoundError, UnsupportedURIError
 from .local_store import LocalStore
 from .retrying_store import RetryingStore
-from .store import ObjectWriter, Store, TranslatingWriter
+from .store import AsyncReads, ObjectWriter, Parts, Store
 from .translate import is_beyond_the_end, translated
 
 REQUEST_DEADLINE_S = 60.0
 """A request that has not been answered in full by then has failed; it may be tried again."""
+SLOWEST_BYTES_PER_S = 1_000_000
+"""What is large is given more time than that, at this rate."""
 S3_CONFIG = {
     "max_pool_connections": 64,
     "response_checksum_validation": "when_required",
@@ -62,6 +65,11 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
+def deadline_s(nbytes: int) -> float:
+    """How long a request that moves so many bytes may take."""
+    return REQUEST_DEADLINE_S + nbytes / SLOWEST_BYTES_PER_S
+
+
 class FsspecStore:
     """The objects below a path of an fsspec filesystem."""
 
@@ -69,16 +77,23 @@ class FsspecStore:
         self._fs = filesystem
         self._root = path.rstrip("/")
 
+    concurrent_reads = 32
+    holds_objects = True
+
     @property
     def location(self) -> str:
         return f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}"
 
-    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """A call of the filesystem, with a deadline where it is asynchronous."""
+    @property
+    def async_reads(self) -> AsyncReads | None:
+        return _AsyncReads(self) if self._fs.async_impl else None
+
+    def _call(self, method: str, *arguments: Any, nbytes: int = 0, **options: Any) -> Any:
+        """A call of the filesystem that moves so many bytes, with a deadline where it is asynchronous."""
         if not self._fs.async_impl:
             return getattr(self._fs, method)(*arguments, **options)
         coroutine = getattr(self._fs, f"_{method}")
-        return sync(self._fs.loop, coroutine, *arguments, timeout=REQUEST_DEADLINE_S, **options)
+        return sync(self._fs.loop, coroutine, *arguments, timeout=deadline_s(nbytes), **options)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -86,7 +101,7 @@ class FsspecStore:
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
             try:
-                data: bytes = self._call("cat_file", self._path(name), start=start, end=stop)
+                data: bytes = self._call("cat_file", self._path(name), nbytes=stop - start, start=start, end=stop)
             except Exception as error:
                 if is_beyond_the_end(error):
                     return b""
@@ -95,22 +110,10 @@ class FsspecStore:
 
     @contextmanager
     def create(self, name: str) -> Iterator[ObjectWriter]:
+        parts = Parts()
+        yield parts
         with self._errors("write", name):
-            file = self._open_for_writing(self._path(name))
-        try:
-            yield TranslatingWriter(file, lambda: self._errors("write", name))
-        except BaseException:
-            _abandon(file)
-            raise
-        with self._errors("write", name):
-            file.close()
-
-    def _open_for_writing(self, path: str) -> Any:
-        try:
-            return self._fs.open(path, "wb")
-        except FileNotFoundError:
-            self._make_folder(path)
-            return self._fs.open(path, "wb")
+            self._put(self._path(name), parts.join(), "overwrite")
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if not overwrite:
@@ -122,7 +125,9 @@ class FsspecStore:
 
     def _put(self, path: str, data: bytes, mode: str) -> None:
         # By one request: the condition of a multipart upload is ignored by some servers.
-        options = {"chunksize": S3_LARGEST_PUT} if "s3" in _protocols(self._fs) else {}
+        options: dict[str, Any] = {"nbytes": len(data)}
+        if "s3" in _protocols(self._fs):
+            options["chunksize"] = S3_LARGEST_PUT
         try:
             self._call("pipe_file", path, data, mode=mode, **options)
         except FileNotFoundError:
@@ -195,9 +200,21 @@ class FsspecStore:
             raise translated(error, doing, name, self.location) from error
 
 
-def _abandon(file: Any) -> None:
-    """Close a file without finishing its object; where the filesystem cannot, a part of it may remain."""
-    with contextlib.suppress(Exception):
-        file.discard()
-    with contextlib.suppress(AttributeError):
-        file.closed = True  # or its finaliser would try to upload what is left
+class _AsyncReads:
+    """Reads on the event loop of an asynchronous filesystem."""
+
+    def __init__(self, store: FsspecStore) -> None:
+        self._store = store
+        self.loop: asyncio.AbstractEventLoop = store._fs.loop
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        store = self._store
+        with store._errors("read", name):
+            try:
+                reading = store._fs._cat_file(store._path(name), start=start, end=stop)
+                data: bytes = await asyncio.wait_for(reading, deadline_s(stop - start))
+            except Exception as error:
+                if is_beyond_the_end(error):
+                    return b""
+                raise
+            return data

@@ -15,7 +15,7 @@ from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .errors import DestinationError
 from .manifest import Manifest, read_manifest
-from .ranks import on_all_ranks, rank_of
+from .ranks import Alarm, on_all_ranks, rank_of
 from .read import Blob, check_is_tensor, read_boxes
 from .reports import RankReport, Report
 from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
@@ -59,7 +59,16 @@ def load(
     """
     loading = _Loading(state_dict, strict=strict, allow_pickle=allow_pickle)
     rank = rank_of(process_group)
-    reports = on_all_ranks(lambda: loading.run(open_store(uri, storage_options), rank), process_group)
+    alarm = Alarm(process_group)
+
+    def task() -> RankReport:
+        with alarm:
+            return loading.run(open_store(uri, storage_options), rank, alarm)
+
+    try:
+        reports = on_all_ranks(task, process_group)
+    finally:
+        alarm.close()
     for leaf, value in loading.objects:
         leaf.replace(value)
     state_to_stateful(state_dict, loading.states)
@@ -81,7 +90,7 @@ class _Loading:
         self.skipped: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
 
-    def run(self, store: Store, rank: int) -> RankReport:
+    def run(self, store: Store, rank: int, alarm: Alarm) -> RankReport:
         self.states = stateful_to_state(self._state_dict)
         manifest = read_manifest(store)
         named = flatten(self.states)
@@ -101,7 +110,7 @@ class _Loading:
         blobs = [Blob(manifest, leaf.name) for leaf in objects]
         wants += [blob.want for blob in blobs]
         destinations += [blob.tensor for blob in blobs]
-        report = read_boxes(store, manifest, wants, destinations, rank=rank)
+        report = read_boxes(store, manifest, wants, destinations, rank=rank, interrupt=alarm.check)
         self.objects = [
             (leaf, blob.value(allow_pickle=self._allow_pickle)) for leaf, blob in zip(objects, blobs, strict=True)
         ]

@@ -6,14 +6,16 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from typing_extensions import Buffer
 
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
-from .store import ObjectWriter, TranslatingWriter
+from .store import ObjectWriter
 
 
 class LocalStore:
@@ -21,6 +23,11 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
+
+    concurrent_reads = 4
+    """The kernel reads ahead in each; more would only take turns at the interpreter."""
+    async_reads = None
+    holds_objects = False
 
     @property
     def location(self) -> str:
@@ -30,7 +37,7 @@ class LocalStore:
         with self._errors("read", name):
             descriptor = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                data = memoryview(bytearray(max(0, min(stop, os.fstat(descriptor).st_size) - start)))
+                data = np.empty(max(0, min(stop, os.fstat(descriptor).st_size) - start), np.uint8).data
                 done = 0
                 while done < len(data) and (moved := os.preadv(descriptor, [data[done:]], start + done)):
                     done += moved
@@ -45,7 +52,7 @@ class LocalStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "xb")  # noqa: SIM115
         try:
-            yield TranslatingWriter(file, lambda: self._errors("write", name))
+            yield _File(file, lambda: self._errors("write", name))
             with self._errors("write", name):
                 file.flush()
                 os.fsync(file.fileno())
@@ -102,6 +109,18 @@ class LocalStore:
             raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error
         except OSError as error:
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
+
+
+class _File:
+    """A file being written, whose errors are translated."""
+
+    def __init__(self, file: BinaryIO, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self._file = file
+        self._errors = errors
+
+    def write(self, data: Buffer, /) -> None:
+        with self._errors():
+            self._file.write(data)
 
 
 def _create(temporary: Path, path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ..planner.box import Box
 from .codec import Bytes
 from .errors import DestinationError, DtypeError
 from .tensors import from_bytes
 
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+Slices = tuple[slice, ...]
 
 
 def check_destination(name: str, tensor: torch.Tensor, stored: torch.dtype) -> None:
@@ -45,7 +45,7 @@ class Destination:
             # numpy copies without torch's thread pool, which the threads that call here would contend for.
             self._array = self._tensor.view(_UNSIGNED[stored.itemsize]).numpy()
 
-    def write(self, at: Box, values: Bytes, chunk_shape: tuple[int, ...], part: Box) -> None:
+    def write(self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices) -> None:
         """Write a part of a chunk.
 
         Args:
@@ -54,7 +54,6 @@ class Destination:
             part: the part of the chunk, of the sizes of `at`.
         """
         if self._array is None:
-            chunk = from_bytes(values, self._stored, chunk_shape)
-            self._tensor[at.slices].copy_(chunk[part.slices])
+            self._tensor[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
         else:
-            self._array[at.slices] = values.view(self._array.dtype).reshape(chunk_shape)[part.slices]
+            self._array[at] = values.view(self._array.dtype).reshape(chunk_shape)[part]

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ..planner.errors import CheckpointError
-from .errors import RankError, nearest
+from .errors import RankError, StoppedError, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+ALARM_S = 0.5
+"""How often a rank asks whether another has failed."""
+Interrupt = Callable[[], None]
+"""What long work calls now and then, and stops where it raises."""
+
+
+def never() -> None:
+    """An Interrupt that never stops anything."""
 
 
 def is_distributed() -> bool:
@@ -27,6 +39,51 @@ def is_distributed() -> bool:
 def rank_of(process_group: dist.ProcessGroup | None) -> int:
     """This process's rank in the group."""
     return dist.get_rank(process_group) if is_distributed() else 0
+
+
+class Alarm:
+    """Sounded by a rank that fails, so that the others stop soon: as a key in the process group's own store.
+
+    `with alarm:` sounds it where its block raises; `check` raises StoppedError where another rank has. It says nothing
+    of what happened, which travels by the collective that follows. All ranks make their alarms in the same order.
+    """
+
+    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+        self._store: distributed_c10d.Store | None = None
+        self._sounded = False
+        self._checked = 0.0
+        if not alone and is_distributed() and dist.get_world_size(process_group) > 1:
+            group = process_group or dist.group.WORLD
+            assert group is not None
+            count = self._made[group] = self._made.get(group, 0) + 1
+            self._key = f"reshard/alarm/{group.group_name}/{count}"
+            self._store = distributed_c10d._get_default_store()
+
+    def check(self) -> None:
+        """Raises StoppedError where another rank has failed."""
+        now = time.monotonic()
+        if self._store is None or now - self._checked < ALARM_S:
+            return
+        self._checked = now
+        if self._store.check([self._key]):
+            raise StoppedError("another rank has failed")
+
+    def __enter__(self) -> Alarm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and not isinstance(error, StoppedError) and self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the group is broken: they will know
+                self._store.set(self._key, "failed")
+                self._sounded = True
+
+    def close(self) -> None:
+        """Take it back, once all ranks know."""
+        if self._sounded and self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.delete_key(self._key)
 
 
 def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> list[T]:
@@ -47,10 +104,18 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
         outcomes = [None] * dist.get_world_size(process_group)
         with lost_ranks_told():
             dist.all_gather_object(outcomes, outcome, group=process_group)
-    for at, (_, failure) in enumerate(outcomes):
-        if failure is not None:
-            raise failure from (cause if at == rank and cause is not failure else None)
+    failures = {at: failure for at, (_, failure) in enumerate(outcomes) if failure is not None}
+    if failures:
+        at, failure = first_failure(failures)
+        raise failure from (cause if at == rank and cause is not failure else None)
     return [value for value, _ in outcomes]
+
+
+def first_failure(failures: Mapping[int, E]) -> tuple[int, E]:
+    """The lowest rank that failed by itself, and its error."""
+    itself = [rank for rank, error in failures.items() if not isinstance(error, StoppedError)]
+    rank = min(itself or failures)
+    return rank, failures[rank]
 
 
 @contextlib.contextmanager

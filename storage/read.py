@@ -16,6 +16,7 @@ from .errors import DestinationError
 from .manifest import Manifest
 from .objects import decode_object
 from .place import check_destination
+from .ranks import Interrupt, never
 from .reader import execute
 from .reports import RankReport
 from .store import Store
@@ -51,7 +52,13 @@ class Blob:
 
 
 def read_boxes(
-    store: Store, manifest: Manifest, wants: Sequence[Want], destinations: Sequence[torch.Tensor], *, rank: int = 0
+    store: Store,
+    manifest: Manifest,
+    wants: Sequence[Want],
+    destinations: Sequence[torch.Tensor],
+    *,
+    rank: int = 0,
+    interrupt: Interrupt = never,
 ) -> RankReport:
     """Read boxes into tensors of their sizes, in place.
 
@@ -72,7 +79,7 @@ def read_boxes(
     ]
     plan = plan_reads(index, narrowed)
     planned = time.perf_counter()
-    stats = execute(plan, index, store, destinations)
+    stats = execute(plan, index, store, destinations, interrupt=interrupt)
     return RankReport(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),

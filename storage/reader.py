@@ -1,9 +1,9 @@
 """A read plan carried out: fetch, verify, decode, place, each overlapping the others.
 
-Requests run on a pool of threads; every byte range is verified against its checksums as it arrives; decoding and
-placing run on another pool, straight into the destination tensors. A tensor is written only once all its bytes have
-arrived and been verified, so that damage leaves it as it was; what waits for that is held within a budget. A tensor
-that is larger than the budget is written as its chunks arrive.
+Many requests are under way at once; what arrives is verified against its checksums, decoded and placed, straight into
+the destination tensors, by a pool of as many threads as this rank has cores. A tensor is written only once all its
+bytes have arrived and been verified, so that damage leaves it as it was; what waits for that is held within a budget.
+A tensor that is larger than the budget is written as its chunks arrive.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
+from typing_extensions import Buffer
 
+from ..planner.box import IntArray
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
-from .arranged import DAMAGED, Chunk, Range, Request, Tensor, arrange
+from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
+from .fetch import Fetcher
 from .place import Destination
+from .ranks import Interrupt, never
+from .resources import default_budget, default_threads
 from .store import Store
 from .tensors import torch_dtype
-from .threads import default_threads
 
-BUDGET_BYTES = 512 * 1024 * 1024
-"""Fetched bytes that may be held before they are placed."""
-CONCURRENT_REQUESTS = 16
-_BATCH_BYTES = 4 * 1024 * 1024
-"""Decoded bytes that one task places: enough to make the cost of a task small."""
+_HEED_S = 0.5
+"""How often a read that waits asks whether it is still wanted."""
 
 
 @dataclass(slots=True)
 class ReadStats:
-    """What reading took. Seconds are summed over the threads."""
+    """What reading took. Seconds are summed over the requests, and over the threads."""
 
     fetch_s: float = 0.0
     decode_s: float = 0.0
@@ -49,20 +50,24 @@ def execute(
     store: Store,
     destinations: Sequence[torch.Tensor],
     *,
-    budget_bytes: int = BUDGET_BYTES,
+    budget_bytes: int | None = None,
+    interrupt: Interrupt = never,
 ) -> ReadStats:
     """Carry out a plan: fill each destination with the box that was wanted in its place.
 
     Args:
         destinations: one tensor for each of `plan.reads`, of its box's sizes, on any device, of a dtype that the
             stored one can be cast to. Written in place.
+        budget_bytes: of what was fetched and is not placed yet; `default_budget()` by default.
+        interrupt: called now and then; what it raises stops the reading.
 
     Raises:
         CorruptCheckpointError: bytes are damaged or missing. The tensor that it names is as it was, unless the
             message says that a part of it was overwritten.
         StoreError: the store failed.
     """
-    execution = _Execution(plan, index, store, destinations, budget_bytes)
+    budget = default_budget() if budget_bytes is None else budget_bytes
+    execution = _Execution(plan, index, store, destinations, budget, interrupt)
     execution.run()
     return execution.stats
 
@@ -77,101 +82,122 @@ class _Execution:
         store: Store,
         destinations: Sequence[torch.Tensor],
         budget_bytes: int,
+        interrupt: Interrupt,
     ) -> None:
         self.stats = ReadStats()
         self._index = index
         self._store = store
         self._budget = budget_bytes
+        self._interrupt = interrupt
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
         self._lock = threading.Condition()
         self._held = 0
-        self._running = 0
+        self._fetching = 0
+        self._working = 0
         self._error: BaseException | None = None
 
     def run(self) -> None:
         with (
-            ThreadPoolExecutor(CONCURRENT_REQUESTS, "reshard-fetch") as fetching,
-            ThreadPoolExecutor(default_threads(), "reshard-decode") as self._placing,
+            ThreadPoolExecutor(default_threads(), "reshard-place") as self._pool,
+            Fetcher(self._store) as fetcher,
         ):
-            for request in self._requests:
-                if not self._admit(request.stop - request.start):
-                    break
+            try:
+                for request in self._requests:
+                    self._admit(request)
+                    if self._error is not None:
+                        break
+                    name = self._index.objects[request.object][0]
+                    done = partial(self._fetched, request, time.perf_counter())
+                    fetcher.start(name, request.start, request.stop, done)
                 with self._lock:
-                    self._submit(fetching, self._fetch, request)
-            with self._lock:
-                self._lock.wait_for(lambda: self._running == 0)
+                    self._wait_until(lambda: self._fetching == 0 and self._working == 0)
+            except BaseException as error:
+                self._fail(error)
         if self._error is not None:
             raise self._error
 
-    def _admit(self, nbytes: int) -> bool:
-        """Wait until the budget has room; False once something has failed."""
+    def _admit(self, request: Request) -> None:
+        """Wait until the store takes another request, and the budget has room for it."""
         with self._lock:
-            while self._error is None and self._held and self._held + nbytes > self._budget:
-                if self._running == 0:
+            self._wait_until(lambda: self._fetching < self._store.concurrent_reads)
+            while self._error is None and self._held and self._held + request.nbytes > self._budget:
+                if self._fetching == 0 and self._working == 0:
                     self._place_what_is_here()
-                    if self._running == 0:
-                        break  # nothing can make room: one oversize chunk passes alone
-                self._lock.wait()
-            self._held += nbytes
-            return self._error is None
+                    if self._working == 0:
+                        break  # nothing can make room: one oversize request passes alone
+                self._lock.wait(_HEED_S)
+                self._interrupt()
+            self._fetching += 1
+            self._held += request.nbytes
 
-    def _place_what_is_here(self) -> None:
-        for tensor in self._tensors:
-            if tensor.missing and any(chunk.is_here for chunk in tensor.chunks):
-                tensor.piecemeal = True
-                self._place_later(tensor.chunks)
+    def _wait_until(self, ended: Callable[[], bool]) -> None:
+        """Wait for a condition, or for an error. Holds the lock."""
+        while self._error is None and not ended():
+            self._lock.wait(_HEED_S)
+            self._interrupt()
 
-    def _submit(self, pool: ThreadPoolExecutor, task: Callable[[Any], None], argument: Any) -> None:
-        self._running += 1
-        pool.submit(self._guarded, task, argument)
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._lock.notify_all()
 
-    def _guarded(self, task: Callable[[Any], None], argument: Any) -> None:
+    def _fetched(self, request: Request, begun: float, future: Future[Buffer]) -> None:
+        """Hand what was read to the pool. Called by the thread that read it."""
+        with self._lock:
+            self.stats.fetch_s += time.perf_counter() - begun
+            self._fetching -= 1
+            if self._error is None:
+                self._submit(partial(self._arrive, request, future))
+            self._lock.notify_all()
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        """Have the pool do something. Holds the lock."""
+        self._working += 1
+        self._pool.submit(self._guarded, task)
+
+    def _guarded(self, task: Callable[[], None]) -> None:
+        begin = time.perf_counter()
         try:
             if self._error is None:
-                task(argument)
+                task()
         except BaseException as error:
-            with self._lock:
-                self._error = self._error or error
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._lock.notify_all()
+            self._fail(error)
+        with self._lock:
+            self.stats.decode_s += time.perf_counter() - begin
+            self._working -= 1
+            self._lock.notify_all()
 
-    def _fetch(self, request: Request) -> None:
-        begin = time.perf_counter()
+    def _arrive(self, request: Request, future: Future[Buffer]) -> None:
+        """Verify what was read for a request, and place what is complete by it."""
         name = self._index.objects[request.object][0]
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
-        tensor = request.ranges[0].chunk.tensor
+        tensor = request.parts[0][0].tensor
         try:
-            data, damages = self._read(name, request)
+            data, damages = self._verified(request, memoryview(future.result()), name)
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
             raise nearest(error)(self._told(tensor, f"{where}: {error}")) from error
-        if len(data) != request.stop - request.start:
+        if len(data) != request.nbytes:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
         if damages:
             where = f"{damages[0]} of object {name!r} in {self._store.location}"
-            raise self._damage(damages[0].chunk.tensor, f"{where}: {DAMAGED}")
-        for part in request.ranges:
-            part.data = data[part.start - request.start : part.stop - request.start]
+            raise self._damage(damages[0].tensor, f"{where}: {DAMAGED}")
         with self._lock:
-            self.stats.fetch_s += time.perf_counter() - begin
-            for part in request.ranges:
-                chunk = part.chunk
-                chunk.tensor.missing -= 1
-                if chunk.tensor.missing == 0:
-                    self._place_later(chunk.tensor.chunks)
-                elif chunk.tensor.piecemeal:
-                    self._place_later([chunk])
+            request.data = data
+            for batch, _ in request.parts:
+                batch.tensor.missing -= 1
+                if batch.tensor.missing == 0:
+                    self._place_later(batch.tensor.batches)
+                elif batch.tensor.piecemeal:
+                    self._place_later([batch])
 
-    def _read(self, name: str, request: Request) -> tuple[memoryview, list[Range]]:
+    def _verified(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ByteRange]]:
         """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
-        for _ in range(2):
+        damages = request.damages(data, self._index)
+        if damages:
             data = memoryview(self._store.read(name, request.start, request.stop))
             damages = request.damages(data, self._index)
-            if not damages:
-                break
         return data, damages
 
     def _damage(self, tensor: Tensor, message: str) -> CorruptCheckpointError:
@@ -181,68 +207,76 @@ class _Execution:
         touched = tensor.touched or tensor.piecemeal
         return f"{tensor.name!r}: {message}" + ("; a part of the tensor was overwritten" if touched else "")
 
-    def _place_later(self, chunks: list[Chunk]) -> None:
-        """Hand the chunks that are here to the placing threads, in batches. Holds the lock."""
-        batch: list[Chunk] = []
-        batch_bytes = 0
-        for chunk in chunks:
-            if chunk.submitted or not chunk.is_here:
-                continue
-            chunk.submitted = True
-            batch.append(chunk)
-            batch_bytes += chunk.box.numel * chunk.read.itemsize
-            if batch_bytes >= _BATCH_BYTES:
-                self._submit(self._placing, self._place, batch)
-                batch, batch_bytes = [], 0
-        if batch:
-            self._submit(self._placing, self._place, batch)
+    def _place_what_is_here(self) -> None:
+        """Make room: write what is complete of tensors that are not. Holds the lock."""
+        for tensor in self._tensors:
+            if tensor.missing and any(batch.is_here for batch in tensor.batches):
+                tensor.piecemeal = True
+                self._place_later(tensor.batches)
 
-    def _place(self, chunks: list[Chunk]) -> None:
-        begin = time.perf_counter()
-        for chunk in chunks:
-            chunk.tensor.touched = True
-            try:
-                _place_chunk(chunk)
-            except CorruptCheckpointError as error:
-                raise self._damage(chunk.tensor, f"chunk {chunk.box} cannot be decoded: {error}") from error
+    def _place_later(self, batches: list[Batch]) -> None:
+        """Have the pool place those batches that are here. Holds the lock."""
+        for batch in batches:
+            if batch.is_here and not batch.submitted:
+                batch.submitted = True
+                self._submit(partial(self._place, batch))
+
+    def _place(self, batch: Batch) -> None:
+        batch.tensor.touched = True
+        _place_batch(batch, self._damage)
         with self._lock:
-            self.stats.decode_s += time.perf_counter() - begin
-            for chunk in chunks:
-                for part in chunk.ranges:
-                    part.data = None
-                    part.request.unplaced -= 1
-                    if part.request.unplaced == 0:
-                        self._held -= part.request.stop - part.request.start
+            for request in batch.requests:
+                request.unplaced -= 1
+                if request.unplaced == 0:
+                    request.data = None
+                    self._held -= request.nbytes
 
 
-def _place_chunk(chunk: Chunk) -> None:
-    read, box, piece = chunk.read, chunk.box, chunk.piece
-    data = [part.data for part in chunk.ranges]
-    assert chunk.destination is not None
-    chunk.destination.write(
-        piece.relative_to(read.want.box), _decoded(chunk, data, box.numel), box.sizes, piece.relative_to(box)
-    )
+def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
+    """Decode the batch's chunks and write them where they belong."""
+    read, rows, destination = batch.read, batch.rows, batch.destination
+    assert destination is not None
+    origin = np.asarray(read.want.box.offsets, np.int64)
+    places = _slices(read.piece_offsets[rows] - origin, read.piece_sizes[rows])
+    parts = _slices(read.piece_offsets[rows] - read.chunk_offsets[rows], read.piece_sizes[rows])
+    shapes = list(map(tuple, read.chunk_sizes[rows].tolist()))
+    counts = read.chunk_sizes[rows].prod(axis=1).tolist()
+    raw, skipped = read.raw[rows].tolist(), read.skipped[rows].tolist()
+    streams = []
+    for stream, request in enumerate(batch.requests):
+        assert request.data is not None
+        ends = (read.stops[rows, stream] - request.start).tolist()
+        begins = (read.starts[rows, stream] - request.start).tolist()
+        streams.append([request.data[begin:end] for begin, end in zip(begins, ends, strict=True)])
+    for i, data in enumerate(zip(*streams, strict=True)):
+        try:
+            values = _raw(data[0], counts[i] * read.itemsize, skipped[i]) if raw[i] else _decoded(read, data, counts[i])
+        except CorruptCheckpointError as error:
+            raise damage(batch.tensor, f"chunk {batch.chunk_box(i)} cannot be decoded: {error}") from error
+        destination.write(places[i], values, shapes[i], parts[i])
 
 
-def _decoded(chunk: Chunk, data: list[memoryview | None], numel: int) -> Bytes:
-    """The bytes of a chunk's values; of a raw chunk that was read in part, only that part is set."""
-    read = chunk.read
-    first = data[0]
-    assert first is not None
-    if read.raw[chunk.row]:
-        values = np.frombuffer(first, np.uint8)
-        nbytes = numel * read.itemsize
-        if len(values) == nbytes:
-            return values
-        whole = np.empty(nbytes, np.uint8)
-        skipped = int(read.skipped[chunk.row])
-        whole[skipped : skipped + len(values)] = values
-        return whole
+def _slices(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
+    """Boxes as indexes: (n, ndim) offsets and sizes to n tuples of slices."""
+    stops = (offsets + sizes).tolist()
+    return [tuple(map(slice, begin, end)) for begin, end in zip(offsets.tolist(), stops, strict=True)]
+
+
+def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
+    """The bytes of a raw chunk's values; where it was read in part, only that part is set."""
+    values = np.frombuffer(data, np.uint8)
+    if len(values) == nbytes:
+        return values
+    whole = np.empty(nbytes, np.uint8)
+    whole[skipped : skipped + len(values)] = values
+    return whole
+
+
+def _decoded(read: ChunkReads, data: tuple[memoryview, ...], numel: int) -> Bytes:
+    """The bytes of an encoded chunk's values, from its one stream or two."""
     if len(data) == 2:
-        second = data[1]
-        assert second is not None
-        return decode_heads_and_tails(first, second, numel)
-    return decode_heads(first, numel) if read.heads_only else decode(first, read.entry.dtype, numel)
+        return decode_heads_and_tails(data[0], data[1], numel)
+    return decode_heads(data[0], numel) if read.heads_only else decode(data[0], read.entry.dtype, numel)
 
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:

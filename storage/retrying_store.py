@@ -7,6 +7,7 @@ tried again; the commit looks at what is there.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from .errors import UnavailableError
-from .store import ObjectWriter, Store
+from .store import AsyncReads, ObjectWriter, Store
 
 T = TypeVar("T")
 
@@ -27,18 +28,47 @@ LONGEST_WAIT_S = 10.0
 
 
 def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
-    """Call until it does not raise UnavailableError, waiting twice as long each time, with jitter."""
-    deadline = time.monotonic() + (RETRY_FOR_S if retry_for_s is None else retry_for_s)
-    wait = FIRST_WAIT_S
+    """Call until it does not raise UnavailableError, for so many seconds (RETRY_FOR_S by default)."""
+    pauses = _Pauses(retry_for_s)
     while True:
         try:
             return call()
         except UnavailableError:
-            pause = wait * random.uniform(0.5, 1)
-            if time.monotonic() + pause > deadline:
+            if (pause := pauses.next()) is None:
                 raise
         time.sleep(pause)
-        wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+class _Pauses:
+    """How long to wait before each further try: twice as long each time, with jitter; None once it is given up."""
+
+    def __init__(self, retry_for_s: float | None) -> None:
+        self._deadline = time.monotonic() + (RETRY_FOR_S if retry_for_s is None else retry_for_s)
+        self._wait = FIRST_WAIT_S
+
+    def next(self) -> float | None:
+        pause = self._wait * random.uniform(0.5, 1)
+        self._wait = min(2 * self._wait, LONGEST_WAIT_S)
+        return pause if time.monotonic() + pause <= self._deadline else None
+
+
+class _RetryingReads:
+    """Asynchronous reads, whose transient failures are tried again."""
+
+    def __init__(self, reads: AsyncReads, retry_for_s: float | None) -> None:
+        self._reads = reads
+        self._retry_for_s = retry_for_s
+        self.loop = reads.loop
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        pauses = _Pauses(self._retry_for_s)
+        while True:
+            try:
+                return await self._reads.read(name, start, stop)
+            except UnavailableError:
+                if (pause := pauses.next()) is None:
+                    raise
+            await asyncio.sleep(pause)
 
 
 class RetryingStore:
@@ -51,6 +81,19 @@ class RetryingStore:
     @property
     def location(self) -> str:
         return self._store.location
+
+    @property
+    def concurrent_reads(self) -> int:
+        return self._store.concurrent_reads
+
+    @property
+    def async_reads(self) -> AsyncReads | None:
+        reads = self._store.async_reads
+        return None if reads is None else _RetryingReads(reads, self._retry_for_s)
+
+    @property
+    def holds_objects(self) -> bool:
+        return self._store.holds_objects
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         return self._retried(lambda: self._store.read(name, start, stop))

@@ -22,7 +22,7 @@ from ..planner.errors import CheckpointError
 from .dcp import EncodedObject, StorageWriter
 from .errors import ArgumentError, CommitError, UnsupportedValueError
 from .objects import encode_object
-from .ranks import is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
+from .ranks import Alarm, first_failure, is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .state_dict import check_storable, stateful_to_state
 from .store import Store
@@ -114,6 +114,7 @@ def save(
     if len(places) > 1:
         raise ArgumentError(f"the ranks of one save were given different places: {', '.join(sorted(map(str, places)))}")
     writer = StorageWriter(uri, codec=codec, storage_options=storage_options, overwrite=overwrite)
+    writer.alarm = Alarm(process_group)
     try:
         with warnings.catch_warnings(), lost_ranks_told():
             # To save from one process is no mistake here.
@@ -130,6 +131,8 @@ def save(
         if not isinstance(error, CommitError):
             writer.discard()
         raise error from failed
+    finally:
+        writer.alarm.close()
     ranks = [RankReport(**report) for report in metadata.storage_data]
     rank = rank_of(process_group)
     seconds = {**ranks[rank].seconds, "total": time.perf_counter() - begin}
@@ -139,5 +142,4 @@ def save(
 
 def _first_failure(failed: CheckpointException) -> CheckpointError:
     """The error of the lowest rank that failed."""
-    rank = min(failed.failures)
-    return of_rank(rank, failed.failures[rank][0])
+    return of_rank(*first_failure({rank: error for rank, (error, _) in failed.failures.items()}))

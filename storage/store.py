@@ -7,14 +7,26 @@ subclasses for whatever goes wrong below them.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
 from .errors import ArgumentError
+
+
+class AsyncReads(Protocol):
+    """The reads of a store that needs no thread for each."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where they run, in a thread of its own."""
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        """As Store.read."""
 
 
 class ObjectWriter(Protocol):
@@ -31,6 +43,18 @@ class Store(Protocol):
     @property
     def location(self) -> str:
         """The root, as errors should name it. Holds no secret."""
+
+    @property
+    def concurrent_reads(self) -> int:
+        """How many reads at once serve it best."""
+
+    @property
+    def async_reads(self) -> AsyncReads | None:
+        """Reads that need no thread, where it has them."""
+
+    @property
+    def holds_objects(self) -> bool:
+        """Whether an object is held in memory until all of it is there: then several small ones are better."""
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         """Bytes [start, stop) of an object, 0 <= start < stop; fewer where the object ends before.
@@ -54,16 +78,18 @@ class Store(Protocol):
         """Remove objects; those that are not there are passed over."""
 
 
-class TranslatingWriter:
-    """An ObjectWriter over an open file, whose errors it translates."""
+class Parts:
+    """An ObjectWriter that holds what it is given."""
 
-    def __init__(self, file: ObjectWriter, errors: Callable[[], AbstractContextManager[None]]) -> None:
-        self._file = file
-        self._errors = errors
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
 
     def write(self, data: Buffer, /) -> None:
-        with self._errors():
-            self._file.write(data)
+        self._parts.append(bytes(data))
+
+    def join(self) -> bytes:
+        """All of it."""
+        return b"".join(self._parts)
 
 
 def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:

@@ -23,6 +23,10 @@ class MemoryStore:
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
 
+    concurrent_reads = 16
+    async_reads = None
+    holds_objects = False
+
     @property
     def location(self) -> str:
         return "memory"
@@ -85,9 +89,19 @@ class RecordingStore:
         self._lock = threading.Lock()
         self.calls: list[Call] = []
 
+    async_reads = None
+
     @property
     def location(self) -> str:
         return self._store.location
+
+    @property
+    def concurrent_reads(self) -> int:
+        return self._store.concurrent_reads
+
+    @property
+    def holds_objects(self) -> bool:
+        return self._store.holds_objects
 
     def _note(self, call: Call) -> None:
         with self._lock:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from ..planner.box import Box
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import Want, plan_reads
-from .arranged import DAMAGED, Range, Request, arrange
+from .arranged import DAMAGED, ByteRange, Request, arrange
 from .errors import ObjectNotFoundError
-from .reader import CONCURRENT_REQUESTS
 from .store import Store
 
 
@@ -44,19 +43,19 @@ def verify(store: Store, index: CheckpointIndex) -> list[Damage]:
     def check(request: Request) -> list[Damage]:
         name = index.objects[request.object][0]
         return [
-            Damage(part.chunk.tensor.name, part.chunk.box, name, part.start, part.stop, reason)
+            Damage(part.tensor.name, part.box, name, part.start, part.stop, reason)
             for part, reason in _damages(store, index, name, request)
         ]
 
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS, "reshard-verify") as pool:
+    with ThreadPoolExecutor(store.concurrent_reads, "reshard-verify") as pool:
         return [damage for damages in pool.map(check, requests) for damage in damages]
 
 
-def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[Range, str]]:
+def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ByteRange, str]]:
     try:
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
-        return [(part, "the object is missing") for part in request.ranges]
+        return [(part, "the object is missing") for part in request.damages(memoryview(b""), index)]
     return [
         (part, "the object is cut short" if part.stop - request.start > len(data) else DAMAGED)
         for part in request.damages(data, index)

@@ -1,19 +1,22 @@
 """Shards to data objects: cut into chunks, encode on all cores, write in order, hold little.
 
-One rank writes one object. Its chunks are encoded by a pool of threads that runs at most a window ahead of the
-writing, so that a slow store slows the encoding down, and neither the size of a tensor nor that of a shard adds to
-what is held. What was written comes back as a record, from which the manifest is made.
+One rank writes one object, as a stream, where the store takes one; several at once where it holds each in memory until
+all of it is there. Chunks are encoded by a pool of threads that runs at most a window ahead of the writing, so that a
+slow store slows the encoding down, and neither the size of a tensor nor that of a shard adds to what is held. What was
+written comes back as records, from which the manifest is made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,19 +24,31 @@ import torch
 from ..planner.box import Box
 from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
-from ..planner.index import ITEMSIZES, Encoding, Entry, Kind, Stream
+from ..planner.index import Encoding, Entry, Kind, Stream
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
+from .errors import StoreError
 from .manifest import DATA_FOLDER, DATA_SUFFIX
+from .ranks import Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
+from .resources import default_budget, default_threads
 from .retrying_store import retried
 from .store import Store
 from .tensors import as_bytes, dtype_name
-from .threads import default_threads
 
 OBJECT_MAGIC = b"RESHARDD"
+CONCURRENT_OBJECTS = 8
+"""Objects that are written at once to a store that holds each in memory."""
+LEAST_OBJECT_BYTES = 8 * 1024 * 1024
+"""Where there are several, none is made smaller for that."""
+PIECE_BYTES = 64 * 1024 * 1024
+"""Values that are taken from a device at once."""
 WINDOW_BYTES = 64 * 1024 * 1024
-"""Values that may be waiting, encoded or being encoded, for the object to take them."""
+"""Values that may be waiting, encoded or being encoded, for an object to take them."""
+HEED_S = 0.5
+"""How often a save that waits asks whether it is still wanted."""
+LET_END_S = 5.0
+"""How long a save that has failed waits for what is under way, to remove it."""
 
 Encoded = tuple[bytes, list[int]]
 """A chunk's bytes, and its checksums."""
@@ -45,12 +60,31 @@ class ShardToWrite:
 
     name: str
     kind: Kind
+    dtype: torch.dtype
     shape: tuple[int, ...]
     """Of the global tensor."""
     box: Box
     """The part of it that the shard is."""
     load: Callable[[], torch.Tensor]
-    """Gives the shard's values, of shape `box.sizes`, on any device; called once, when its turn comes."""
+    """Gives the shard's values, of shape `box.sizes`, on any device; called when its turn comes."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.dtype.itemsize
+
+    def pieces(self, most_bytes: int) -> list[ShardToWrite]:
+        """The shard as several that have at most so many bytes, as far as the grid lets it be cut."""
+        grid = Grid.choose(self.shape, self.dtype.itemsize)
+        boxes = grid.split(self.box, max(1, most_bytes // self.dtype.itemsize))
+        return [replace(self, box=box, load=partial(self._part, box)) for box in boxes]
+
+    def _part(self, box: Box) -> torch.Tensor:
+        values = self.load()
+        if tuple(values.shape) != self.box.sizes:
+            raise ShapeMismatchError(
+                f"{self.name!r} should hold {self.box} on this rank, but has shape {tuple(values.shape)}"
+            )
+        return values[box.relative_to(self.box).slices]
 
 
 @dataclass(slots=True)
@@ -88,85 +122,160 @@ class _Shard:
         return ShardRecord(source.name, int(source.kind), self.dtype, source.shape, source.box, segments)
 
 
-def write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec: str) -> ObjectRecord:
-    """Write shards into one new object of a store.
+def write_objects(
+    store: Store,
+    rank: int,
+    shards: Sequence[ShardToWrite],
+    codec: str,
+    *,
+    budget_bytes: int | None = None,
+    interrupt: Interrupt = never,
+) -> list[ObjectRecord]:
+    """Write shards into new objects of a store: none where there is nothing to write.
 
-    The name is unique, so that nothing that exists is touched. Where there is nothing to write, no object is made.
-    Where the store fails in a way that may pass, another object is begun.
-    Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was begun is then removed.
+    Their names are unique, so that nothing that exists is touched. Where the store fails in a way that may pass, the
+    object that it failed at is begun anew, under another name.
+
+    Args:
+        budget_bytes: of values that may be held; `default_budget()` by default.
+        interrupt: called now and then; what it raises stops the writing.
+
+    Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
     """
-    return retried(lambda: _write_object(store, rank, shards, codec))
-
-
-def _write_object(store: Store, rank: int, shards: Sequence[ShardToWrite], codec: str) -> ObjectRecord:
-    # What differs comes first: stores spread their load by the beginning of a key.
-    record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{rank:05d}{DATA_SUFFIX}")
     filled = [shard for shard in shards if shard.box.numel > 0]
-    if not filled:
-        return record
-    begun: list[_Shard] = []
-    encode_s = write_s = 0.0
-    try:
-        with store.create(record.name) as out, ThreadPoolExecutor(default_threads(), "reshard-encode") as pool:
-            out.write(OBJECT_MAGIC)
-            record.nbytes = len(OBJECT_MAGIC)
-            clock = time.perf_counter()
-            for segment, data, checksums in _encoded_chunks(filled, codec, pool, begun):
-                encoded_at = time.perf_counter()
-                out.write(data)
-                segment.add(record.nbytes, len(data), checksums)
-                record.nbytes += len(data)
-                encode_s += encoded_at - clock
+    groups = _groups(filled, default_budget() if budget_bytes is None else budget_bytes, several=store.holds_objects)
+    stopped = threading.Event()
+    with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
+        writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
+        writer = _ObjectWriter(store, rank, codec, encoding, stopped)
+        futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
+        try:
+            pending = set(futures)
+            while pending:
+                _, pending = wait(pending, HEED_S, FIRST_EXCEPTION)
+                interrupt()
+                if any(future.done() and future.exception() for future in futures):
+                    break
+            return [future.result() for future in futures]
+        except BaseException:
+            stopped.set()
+            writing.shutdown(wait=False, cancel_futures=True)
+            ended, _ = wait(futures, LET_END_S)
+            written = [f.result().name for f in ended if not f.cancelled() and f.exception() is None]
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                store.delete(written)
+            raise
+        finally:
+            writing.shutdown(wait=False)
+
+
+def _groups(shards: Sequence[ShardToWrite], budget_bytes: int, *, several: bool) -> list[list[ShardToWrite]]:
+    """What each object is to hold: all, or, where `several` are better, as much as makes many, and not too small."""
+    if not several:
+        return [[piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4))]][
+            : len(shards)
+        ]
+    total = sum(shard.nbytes for shard in shards)
+    most = min(max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES), budget_bytes // (2 * CONCURRENT_OBJECTS))
+    groups: list[list[ShardToWrite]] = []
+    room = 0
+    for piece in (piece for shard in shards for piece in shard.pieces(most)):
+        if not groups or piece.nbytes > room:
+            groups.append([])
+            room = most
+        groups[-1].append(piece)
+        room -= piece.nbytes
+    return groups
+
+
+class _ObjectWriter:
+    """Writes objects, several at once, with one pool of threads that encodes."""
+
+    def __init__(
+        self, store: Store, rank: int, codec: str, encoding: ThreadPoolExecutor, stopped: threading.Event
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._codec = codec
+        self._encoding = encoding
+        self._stopped = stopped
+        """Set where nobody waits for the objects any more."""
+
+    def write(self, shards: Sequence[ShardToWrite]) -> ObjectRecord:
+        """One object of these shards. What was begun is removed where that fails."""
+        # What differs comes first: stores spread their load by the beginning of a key.
+        record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._rank:05d}{DATA_SUFFIX}")
+        begun: list[_Shard] = []
+        encode_s = write_s = 0.0
+        try:
+            with self._store.create(record.name) as out:
+                out.write(OBJECT_MAGIC)
+                record.nbytes = len(OBJECT_MAGIC)
                 clock = time.perf_counter()
-                write_s += clock - encoded_at
-        write_s += time.perf_counter() - clock
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
-            store.delete([record.name])
-        raise
-    encoding = Encoding.RAW if codec == "none" else Encoding.PLANES
-    record.shards = [shard.record(encoding) for shard in begun]
-    record.bytes_needed = sum(shard.source.box.numel * ITEMSIZES[shard.dtype] for shard in begun)
-    record.chunks = sum(shard.chunks for shard in begun)
-    record.seconds = {"encode": encode_s, "write": write_s}
-    return record
+                for segment, data, checksums in self._chunks(shards, begun):
+                    encoded_at = time.perf_counter()
+                    out.write(data)
+                    segment.add(record.nbytes, len(data), checksums)
+                    record.nbytes += len(data)
+                    encode_s += encoded_at - clock
+                    clock = time.perf_counter()
+                    write_s += clock - encoded_at
+            write_s += time.perf_counter() - clock
+            self._check_wanted()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self._store.delete([record.name])
+            raise
+        encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
+        record.shards = [shard.record(encoding) for shard in begun]
+        record.bytes_needed = sum(shard.source.nbytes for shard in begun)
+        record.chunks = sum(shard.chunks for shard in begun)
+        record.seconds = {"encode": encode_s, "write": write_s}
+        return record
 
+    def _check_wanted(self) -> None:
+        if self._stopped.is_set():
+            raise StoreError("the save was stopped")
 
-def _encoded_chunks(
-    shards: list[ShardToWrite], codec: str, pool: ThreadPoolExecutor, begun: list[_Shard]
-) -> Iterator[tuple[_Segment, bytes, list[int]]]:
-    """The encoded chunks of all shards, in the order of the file; the pool works at most a window ahead."""
-    waiting: deque[tuple[int, _Segment, Future[Encoded]]] = deque()
-    held = 0
-    try:
-        for source in shards:
-            values = source.load().detach()
-            if tuple(values.shape) != source.box.sizes:
-                raise ShapeMismatchError(
-                    f"{source.name!r} should hold {source.box} on this rank, but has shape {tuple(values.shape)}"
-                )
-            dtype = dtype_name(source.name, values.dtype)
-            entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
-            _, offsets, sizes = entry.grid.chunks(source.box)
-            segments = [_Segment(stream) for stream in streams_of(dtype, codec)]
-            begun.append(_Shard(source, dtype, segments, len(offsets)))
-            for segment in segments:
-                for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-                    box = Box(tuple(offset), tuple(size)).relative_to(source.box)
+    def _chunks(
+        self, shards: Sequence[ShardToWrite], begun: list[_Shard]
+    ) -> Iterator[tuple[_Segment, bytes, list[int]]]:
+        """The encoded chunks of all shards, in the order of the file; the pool works at most a window ahead."""
+        waiting: deque[tuple[int, _Segment, Future[Encoded]]] = deque()
+        held = 0
+        try:
+            for source in shards:
+                values = source.load().detach().cpu()
+                if tuple(values.shape) != source.box.sizes or values.dtype != source.dtype:
+                    raise ShapeMismatchError(
+                        f"{source.name!r} should hold {source.box} of {source.dtype} on this rank, but has shape "
+                        f"{tuple(values.shape)}, {values.dtype}"
+                    )
+                dtype = dtype_name(source.name, values.dtype)
+                entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
+                _, offsets, sizes = entry.grid.chunks(source.box)
+                segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
+                begun.append(_Shard(source, dtype, segments, len(offsets)))
+                boxes = [
+                    Box(tuple(offset), tuple(size)).relative_to(source.box)
+                    for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)
+                ]
+                for segment, box in ((segment, box) for segment in segments for box in boxes):
+                    self._check_wanted()
                     nbytes = box.numel * values.itemsize
                     while waiting and held + nbytes > WINDOW_BYTES:
                         freed, ready, future = waiting.popleft()
                         yield ready, *future.result()
                         held -= freed
-                    future = pool.submit(_encode_chunk, values[box.slices], entry, segment.stream, codec)
-                    waiting.append((nbytes, segment, future))
+                    encode = partial(_encode_chunk, values[box.slices], entry, segment.stream, self._codec)
+                    waiting.append((nbytes, segment, self._encoding.submit(encode)))
                     held += nbytes
-        while waiting:
-            _, ready, future = waiting.popleft()
-            yield ready, *future.result()
-    finally:
-        for _, _, future in waiting:
-            future.cancel()
+            while waiting:
+                _, ready, future = waiting.popleft()
+                yield ready, *future.result()
+        finally:
+            for _, _, future in waiting:
+                future.cancel()
 
 
 def _encode_chunk(values: torch.Tensor, entry: Entry, stream: Stream, codec: str) -> Encoded:

@@ -8,13 +8,14 @@ import torch
 from reshard.planner.box import Box
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage.arranged import Request
 from reshard.storage.errors import CorruptCheckpointError, StoreError
 from reshard.storage.manifest import NAME, Manifest, encode_manifest, read_manifest
-from reshard.storage.reader import CONCURRENT_REQUESTS, execute
+from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
 from reshard.storage.store import Store
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
-from reshard.storage.writer import ShardToWrite, write_object
+from reshard.storage.writer import ShardToWrite, write_objects
 
 
 def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple[MemoryStore, Manifest]:
@@ -27,14 +28,14 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
             rows = len(values) // ranks
             box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
             load = functools.partial(values.__getitem__, box.slices)
-            shards.append(ShardToWrite(name, Kind.TENSOR, tuple(values.shape), box, load))
-        records.append(write_object(store, rank, shards, codec))
+            shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
+        records += write_objects(store, rank, shards, codec)
     store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
     return store, read_manifest(store)
 
 
-def read(store: Store, manifest: Manifest, wants: list[Want], out: list[torch.Tensor], **options: int) -> None:
-    execute(plan_reads(manifest.index, wants), manifest.index, store, out, **options)
+def read(store: Store, manifest: Manifest, wants: list[Want], out: list[torch.Tensor], budget: int = 1 << 30) -> None:
+    execute(plan_reads(manifest.index, wants), manifest.index, store, out, budget_bytes=budget)
 
 
 TENSORS = {
@@ -54,7 +55,7 @@ def test_boxes_come_back_under_any_budget(codec: str, budget_bytes: int) -> None
             name: Box(tuple(s.start or 0 for s in slices), tuple(values.shape)) for name, values in expected.items()
         }
         out = [torch.zeros_like(values) for values in expected.values()]
-        read(store, manifest, [Want(name, box) for name, box in boxes.items()], out, budget_bytes=budget_bytes)
+        read(store, manifest, [Want(name, box) for name, box in boxes.items()], out, budget_bytes)
         assert all(a.equal(b) for a, b in zip(out, expected.values(), strict=True))
 
 
@@ -74,10 +75,9 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
     held: list[int] = []
     admit = reader._Execution._admit
 
-    def watching(self: reader._Execution, nbytes: int) -> bool:
-        admitted = admit(self, nbytes)
+    def watching(self: reader._Execution, request: Request) -> None:
+        admit(self, request)
         held.append(self._held)
-        return admitted
 
     monkeypatch.setattr(reader._Execution, "_admit", watching)
     out = [torch.zeros_like(values) for _ in wants]
@@ -88,15 +88,14 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
 
 def test_requests_run_at_once() -> None:
     store, manifest = saved("none", {"w": torch.randn(2048, 1024)})
-    plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
-    assert len(plan.requests) >= CONCURRENT_REQUESTS
-    together = threading.Barrier(CONCURRENT_REQUESTS)
+    at_once = store.concurrent_reads
+    together = threading.Barrier(at_once)
 
     def before(call: Call) -> None:
         together.wait(timeout=20)
 
     plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
-    assert len(plan.requests) == CONCURRENT_REQUESTS
+    assert len(plan.requests) == at_once
     execute(plan, manifest.index, RecordingStore(store, before), [torch.empty(2048, 1024)])
 
 
@@ -168,4 +167,4 @@ def test_an_error_stops_what_has_not_begun() -> None:
     failed = RecordingStore(store, lambda call: (slowly(call), fails(call))[0])
     with pytest.raises(StoreError, match="injected"):
         execute(plan, manifest.index, failed, [torch.empty(4096, 1024)])
-    assert len(failed.calls) < 4 * CONCURRENT_REQUESTS < len(plan.requests)
+    assert len(failed.calls) < 4 * store.concurrent_reads < len(plan.requests)

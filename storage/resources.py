@@ -1,0 +1,42 @@
+"""What a rank may use of its machine: cores and memory, shared with the other ranks on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+MOST_BUDGET_BYTES = 2 * 1024**3
+LEAST_BUDGET_BYTES = 64 * 1024**2
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, as torchrun tells them."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def default_threads() -> int:
+    """Threads for encoding and decoding on this rank: the cores, shared by the ranks of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks())
+
+
+def default_budget() -> int:
+    """Bytes that a save or a load may hold on this rank.
+
+    The smaller of 2 GiB and a tenth of the memory that is available, shared by the ranks of this machine; 64 MiB at
+    least.
+    """
+    return max(LEAST_BUDGET_BYTES, min(MOST_BUDGET_BYTES, _available() // 10) // local_ranks())
+
+
+def _available() -> int:
+    """Bytes of memory that this process could take, by the machine and by its control group."""
+    found = [MOST_BUDGET_BYTES * 10]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        line = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+        found.append(int(line.split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return max(0, min(found))
