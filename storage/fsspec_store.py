@@ -1,11 +1,8 @@
-"""A store on whatever fsspec opens: S3, GCS, memory, ... The only importer of fsspec."""
+"""Which store a path or URI is, and the store on whatever fsspec opens: S3, GCS, ... The only importer of fsspec."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,16 +13,14 @@ from fsspec.core import split_protocol, url_to_fs
 from typing_extensions import Buffer
 
 from ..planner.errors import CheckpointError
-from .errors import CheckpointExistsError, ObjectNotFoundError, UnsupportedURIError
+from .conditions import put_new, refuse_to_replace
+from .errors import UnsupportedURIError
 from .local_store import LocalStore
-from .retrying_store import RetryingStore
+from .obstore_store import open_s3
+from .retrying_store import RetryingStore, deadline_s
 from .store import AsyncReads, ObjectWriter, Parts, Store
 from .translate import is_beyond_the_end, translated
 
-REQUEST_DEADLINE_S = 60.0
-"""A request that has not been answered in full by then has failed; it may be tried again."""
-SLOWEST_BYTES_PER_S = 1_000_000
-"""What is large is given more time than that, at this rate."""
 S3_CONFIG = {
     "max_pool_connections": 64,
     "response_checksum_validation": "when_required",
@@ -36,15 +31,15 @@ S3_CONFIG = {
 its own, and some servers answer a range with the checksum of the whole object."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
 S3_LARGEST_PUT = 5 * 1024**3
-logger = logging.getLogger("reshard")
-_probed: set[tuple[str, str]] = set()
-"""The buckets that were asked whether they heed conditions."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
     """The store at a path or URI. Raises UnsupportedURIError."""
-    protocol, _ = split_protocol(uri)
+    protocol, path = split_protocol(uri)
     if protocol in ("s3", "s3a"):
+        store = open_s3(path, storage_options)
+        if store is not None:
+            return RetryingStore(store)
         storage_options = {
             **storage_options,
             "config_kwargs": {**S3_CONFIG, **storage_options.get("config_kwargs", {})},
@@ -63,11 +58,6 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def deadline_s(nbytes: int) -> float:
-    """How long a request that moves so many bytes may take."""
-    return REQUEST_DEADLINE_S + nbytes / SLOWEST_BYTES_PER_S
 
 
 class FsspecStore:
@@ -112,64 +102,36 @@ class FsspecStore:
     def create(self, name: str) -> Iterator[ObjectWriter]:
         parts = Parts()
         yield parts
-        with self._errors("write", name):
-            self._put(self._path(name), parts.join(), "overwrite")
+        self._put(name, parts.join(), "overwrite")
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
-        if not overwrite:
-            if self._is_there(name):  # some stores take a condition for granted, and overwrite
-                raise CheckpointExistsError(f"{self._path(name)} exists")
-            self._probe_conditions()
-        with self._errors("write", name):
-            self._put(self._path(name), data, "overwrite" if overwrite else "create")
+        if overwrite:
+            self._put(name, data, "overwrite")
+        elif OBJECT_STORES.intersection(_protocols(self._fs)):
+            bucket = (self._fs._fs_token, self._root.partition("/")[0])
+            put_new(self, bucket, lambda name, data: self._put(name, data, "create"), name, data)
+        else:
+            refuse_to_replace(self, name)
+            self._put(name, data, "create")
 
-    def _put(self, path: str, data: bytes, mode: str) -> None:
+    def _put(self, name: str, data: bytes, mode: str) -> None:
+        path = self._path(name)
         # By one request: the condition of a multipart upload is ignored by some servers.
         options: dict[str, Any] = {"nbytes": len(data)}
         if "s3" in _protocols(self._fs):
             options["chunksize"] = S3_LARGEST_PUT
-        try:
-            self._call("pipe_file", path, data, mode=mode, **options)
-        except FileNotFoundError:
-            self._make_folder(path)
-            self._call("pipe_file", path, data, mode=mode, **options)
+        with self._errors("write", name):
+            try:
+                self._call("pipe_file", path, data, mode=mode, **options)
+            except FileNotFoundError:
+                self._make_folder(path)
+                self._call("pipe_file", path, data, mode=mode, **options)
 
     def _make_folder(self, path: str) -> None:
         """For a filesystem that has folders, and wants them made. Raises FileNotFoundError for one that has buckets."""
         if OBJECT_STORES.intersection(_protocols(self._fs)):
             raise FileNotFoundError(path)  # to make a bucket is not ours
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-
-    def _probe_conditions(self) -> None:
-        """Find out, once a bucket and process, whether the store heeds conditions; say so in the log if it does not."""
-        bucket = (self._fs._fs_token, self._root.partition("/")[0])
-        if bucket in _probed or not OBJECT_STORES.intersection(_protocols(self._fs)):
-            return
-        _probed.add(bucket)
-        path = self._path(f"data/probe-{uuid.uuid4().hex}")
-        with self._errors("write", path):
-            try:
-                for _ in range(2):
-                    self._call("pipe_file", path, b"reshard", mode="create")
-            except Exception as error:
-                if not isinstance(translated(error, "write", path, self.location), CheckpointExistsError):
-                    raise
-            else:
-                logger.warning(
-                    "%s ignores conditional writes: of two saves to one place at the same time, the later wins, and "
-                    "neither is told",
-                    self.location,
-                )
-            finally:
-                with contextlib.suppress(Exception):
-                    self._call("rm_file", path)
-
-    def _is_there(self, name: str) -> bool:
-        try:
-            self.read(name, 0, 1)
-        except ObjectNotFoundError:
-            return False
-        return True
 
     def list(self, folder: str = "") -> Iterable[str]:
         with self._errors("list", folder):

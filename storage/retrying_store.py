@@ -1,7 +1,7 @@
 """A store whose transient failures are tried again: slow-downs, resets, time-outs.
 
 What is tried again is whole: a range, the manifest, a listing, a removal. An object that is being written cannot be;
-its writer begins another one (`writer.write_object`). A conditional put whose first answer was lost fails when it is
+its writer begins another one (`writer.write_objects`). A conditional put whose first answer was lost fails when it is
 tried again; the commit looks at what is there.
 """
 
@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 RETRY_FOR_S = 120.0
 """A call that has failed for so long is given up."""
+REQUEST_DEADLINE_S = 60.0
+"""A request that has not been answered in full by then has failed; it may be tried again."""
+SLOWEST_BYTES_PER_S = 1_000_000
+"""What is large is given more time than that, at this rate."""
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 
@@ -37,6 +41,11 @@ def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
             if (pause := pauses.next()) is None:
                 raise
         time.sleep(pause)
+
+
+def deadline_s(nbytes: int) -> float:
+    """How long a request that moves so many bytes may take."""
+    return REQUEST_DEADLINE_S + nbytes / SLOWEST_BYTES_PER_S
 
 
 class _Pauses:

@@ -1,13 +1,14 @@
 """What the clients of stores raise, as errors of reshard: the one place that knows their words.
 
-s3fs hides botocore's answer behind an OSError, whose cause still has it; gcsfs has an error with a number; aiohttp and
-botocore have classes of their own for what goes wrong on the way. Told apart: not there, not permitted, refused by a
-condition, beyond the end, and what may pass if it is tried again.
+s3fs hides botocore's answer behind an OSError, whose cause still has it; gcsfs has an error with a number; obstore has
+the store's answer in its message; aiohttp and botocore have classes of their own for what goes wrong on the way. Told
+apart: not there, not permitted, refused by a condition, beyond the end, and what may pass if it is tried again.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 
 from ..planner.errors import CheckpointError
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnavailableError
@@ -15,6 +16,8 @@ from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundErro
 _REFUSED = frozenset(
     ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "401", "403")
 )
+_DENIED = frozenset(("PermissionDeniedError", "UnauthenticatedError"))
+"""Classes of obstore."""
 _CONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
 _BEYOND_THE_END = frozenset(("InvalidRange", "416"))
 _TRANSIENT = frozenset(
@@ -51,6 +54,10 @@ _TRANSIENT_CLASSES = frozenset(
 _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
+_XML_CODE = re.compile(r"<Code>(\w+)</Code>")
+_XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
+_STATUS = re.compile(r"status code: (\d{3})")
 
 
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
@@ -60,8 +67,9 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         if doing == "write":
             return StoreError(f"cannot write {where}: there is no such bucket or folder")
         return ObjectNotFoundError(f"{location} has no object {name!r}")
-    reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, PermissionError) or "Credential" in type(error).__name__ or _code(error) in _REFUSED:
+    kind = type(error).__name__
+    reason = f"{kind}: {_words(error)}"
+    if isinstance(error, PermissionError) or "Credential" in kind or kind in _DENIED or _code(error) in _REFUSED:
         return AccessDeniedError(
             f"{location} refused to {doing} {name!r}: {reason}; "
             "check the credentials in the environment or in storage_options"
@@ -83,12 +91,33 @@ def _is_transient(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True
+    if _is_of_obstore(error) and "HTTP error: " in str(error):
+        return True
     causes = (error, error.__cause__, error.__context__)
     return any(kind.__name__ in _TRANSIENT_CLASSES for cause in causes for kind in type(cause).__mro__)
 
 
+def _is_of_obstore(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "obstore"
+
+
+def _words(error: BaseException) -> str:
+    """What an error says; of obstore's, which show all that was sent and answered, the store's code and message."""
+    text = str(error)
+    if not _is_of_obstore(error):
+        return text
+    code, message = _XML_CODE.search(text), _XML_MESSAGE.search(text)
+    if code:
+        return f"{code[1]}: {message[1]}" if message else code[1]
+    source = _SYSTEM_MESSAGE.search(text)
+    return text.partition("\n")[0] + (f" ({source[1]})" if source else "")
+
+
 def _code(error: BaseException) -> str:
     """The store's own word for an error: of S3's clients in a response, of gcsfs as a number."""
+    if _is_of_obstore(error):
+        found = _XML_CODE.search(str(error)) or _STATUS.search(str(error))
+        return found[1] if found else ""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))

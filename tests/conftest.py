@@ -12,11 +12,22 @@ import pytest
 
 from tests import servers
 from tests.ranks import RankPool
+from tests.torture.faults import by_client
 
 os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask an API that the GCS server here does not have
 
-STORES = ["local", "memory", "moto", "seaweedfs", "gcs", "rclone"]
+STORES = [
+    "local",
+    "memory",
+    "moto",
+    "moto by s3fs",
+    "seaweedfs",
+    "seaweedfs by s3fs",
+    "gcs",
+    "rclone",
+    "rclone by s3fs",
+]
 Place = tuple[str, dict[str, Any]]
 """A URI, and its storage_options."""
 
@@ -65,5 +76,7 @@ def place(store_name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Pl
         return str(tmp_path / "checkpoint"), {}
     if store_name == "memory":
         return f"memory://{uuid.uuid4().hex}/checkpoint", {}
-    server: servers.Server = request.getfixturevalue(store_name)
-    return server.place(f"{uuid.uuid4().hex}/checkpoint"), server.options
+    server_name, _, client = store_name.partition(" by ")
+    server: servers.Server = request.getfixturevalue(server_name)
+    options = by_client(client, server.options)
+    return server.place(f"{uuid.uuid4().hex}/checkpoint"), options

@@ -2,11 +2,12 @@ import errno
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from reshard.storage import fsspec_store
+from reshard.storage import conditions
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.local_store import LocalStore
 from reshard.storage.retrying_store import RetryingStore
@@ -46,6 +47,22 @@ def test_the_stores_for_tests_keep_the_contract() -> None:
 def test_a_store_is_taken_as_it_is() -> None:
     store = MemoryStore()
     assert open_store(store) is store
+
+
+def test_obstore_takes_s3_where_it_understands_all_options(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, options = s3
+
+    def client(**more: object) -> str:
+        store = open_store(uri, {**options, **more})
+        assert isinstance(store, RetryingStore)
+        return type(store._store).__name__
+
+    assert client() == client(anon=True) == "ObstoreStore"
+    assert client(config_kwargs={"max_pool_connections": 3}) == client(requester_pays=True) == "FsspecStore"
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert client() == "ObstoreStore", "a server of one's own has no regions"
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    assert client() == "FsspecStore"
 
 
 @pytest.mark.parametrize("uri", ["nosuchprotocol://x/y", "nosuch+protocol://x"])
@@ -97,16 +114,16 @@ def test_no_permission_is_access_denied(tmp_path: Path) -> None:
         os.seteuid(0)
 
 
-@pytest.mark.parametrize("store_name", ["moto", "seaweedfs", "gcs", "rclone"])
+@pytest.mark.parametrize("store_name", [name for name in STORES if name not in ("local", "memory")])
 def test_a_store_that_ignores_conditions_is_found_out_once(
     place: Place, store_name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fsspec_store, "_probed", set())
+    monkeypatch.setattr(conditions, "_probed", set())
     store = open_store(*place)
     for name in ("a", "b"):
         store.put(name, b"x", overwrite=False)
     told = [record.message for record in caplog.records if "ignores conditional writes" in record.message]
-    assert len(told) == (1 if store_name == "rclone" else 0)
+    assert len(told) == (1 if "rclone" in store_name else 0)
     assert set(store.list()) == {"a", "b"}
 
 

@@ -35,7 +35,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with seaweedfs(Path(folder)) as server:
             mixed = Faults(reset=0.02, truncate=0.02, slow_down=0.2, latency_s=0.002, seed=seed)
-            show("faults of the network", faults.rounds(arguments.faults, server, mixed))
+            for client in faults.CLIENTS:
+                show(f"faults of the network, by {client}", faults.rounds(arguments.faults, server, mixed, client))
         with RankPool() as pool:
             show("saves killed", kills.rounds(arguments.kills, seed, Path(folder, "killed"), pool))
 
