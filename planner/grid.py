@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .box import Box, IntArray
+from .box import Box, IntArray, intersect_many
 
 MAX_PARTS = 16
 """Cells of a dimension before refinement: the edges serve TP 2, 4, 8 and 16."""
@@ -24,6 +24,17 @@ FLOOR_BYTES = 64 * 1024
 """A cell smaller than this is merged with a neighbour: a chunk costs 12 bytes of manifest and one decoding."""
 TARGET_BYTES = 1024 * 1024
 """A cell larger than this is cut further: a chunk is what has to be read for any part of it."""
+
+
+def cells(shapes: IntArray, parts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
+    """The first cell that each box meets in each dimension, and how many it meets: none, where its extent is empty.
+
+    Args and returns: (n, ndim) arrays; shapes and parts may also be (ndim,), those of one tensor.
+    """
+    extent = np.maximum(shapes, 1)
+    first = ((offsets + 1) * parts - 1) // extent
+    last = ((offsets + sizes) * parts - 1) // extent
+    return first, np.where(sizes > 0, last - first + 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +89,8 @@ class Grid:
         return tuple(dims)
 
     def cells(self, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
-        """The first cell that each box meets in each dimension, and how many it meets.
-
-        Args and returns: (n, ndim) arrays. An empty extent meets no cell.
-        """
-        extent = np.maximum(np.asarray(self.shape, dtype=np.int64), 1)
-        parts = np.asarray(self.parts, dtype=np.int64)
-        first = ((offsets + 1) * parts - 1) // extent
-        last = ((offsets + sizes) * parts - 1) // extent
-        return first, np.where(sizes > 0, last - first + 1, 0)
-
-    def chunk_counts(self, offsets: IntArray, sizes: IntArray) -> IntArray:
-        """How many chunks each of n shards has: (n, ndim) boxes to (n,) counts."""
-        counts: IntArray = self.cells(offsets, sizes)[1].prod(axis=1, dtype=np.int64)
-        return counts
+        """`cells` of this grid."""
+        return cells(np.array(self.shape, np.int64), np.array(self.parts, np.int64), offsets, sizes)
 
     def split(self, shard: Box, most: int) -> list[Box]:
         """A shard as boxes of at most `most` elements, cut between chunks; one chunk may have more.
@@ -118,24 +117,38 @@ class Grid:
 
         Returns: (n,) ordinals among the shard's chunks, (n, ndim) offsets in the tensor, (n, ndim) sizes.
         """
-        ndim = len(self.shape)
-        wanted = shard if within is None else shard.intersect(within)
-        if wanted is None or wanted.numel == 0:
-            return np.empty(0, np.int64), np.empty((0, ndim), np.int64), np.empty((0, ndim), np.int64)
-        boxes = (
-            np.array([shard.offsets, wanted.offsets], np.int64),
-            np.array([shard.sizes, wanted.sizes], np.int64),
-        )
-        first, count = self.cells(*boxes)
-        cells = [first[1, d] + np.arange(count[1, d]) for d in self.order]
-        mesh = np.meshgrid(*cells, indexing="ij")
-        ordinals = np.zeros(math.prod(count[1].tolist()), np.int64)
-        offsets = np.empty((len(ordinals), ndim), np.int64)
-        sizes = np.empty_like(offsets)
-        for d, along in zip(self.order, mesh, strict=True):
-            cell = along.reshape(-1)
-            ordinals = ordinals * count[0, d] + (cell - first[0, d])
-            start, stop = shard.offsets[d], shard.offsets[d] + shard.sizes[d]
-            offsets[:, d] = np.maximum(cell * self.shape[d] // self.parts[d], start)
-            sizes[:, d] = np.minimum((cell + 1) * self.shape[d] // self.parts[d], stop) - offsets[:, d]
-        return ordinals, offsets, sizes
+        offsets, sizes = np.array([shard.offsets], np.int64), np.array([shard.sizes], np.int64)
+        return self.chunks_of_many(offsets, sizes, within or Box.whole(self.shape))[1:]
+
+    def chunks_of_many(
+        self, offsets: IntArray, sizes: IntArray, within: Box
+    ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """The chunks of m shards that meet a box: shard after shard, each in file order.
+
+        Args:
+            offsets, sizes: (m, ndim) the shards.
+
+        Returns: (n,) the shard of each chunk, (n,) its ordinal among that shard's chunks, (n, ndim) its offsets in
+        the tensor, (n, ndim) its sizes.
+        """
+        meeting_offsets, meeting_sizes = intersect_many(offsets, sizes, within)
+        meeting_sizes = np.where((meeting_sizes > 0).all(axis=1, keepdims=True), meeting_sizes, 0)
+        first, count = self.cells(offsets, sizes)
+        first_met, count_met = self.cells(meeting_offsets, meeting_sizes)
+        chunks = count_met.prod(axis=1, dtype=np.int64)
+        shards = np.repeat(np.arange(len(chunks)), chunks)
+        # A chunk's number among those of its shard that meet the box, taken apart into its cell in each dimension.
+        left = np.arange(len(shards)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        cells = np.empty((len(shards), len(self.shape)), np.int64)
+        for d in reversed(self.order):
+            met = count_met[shards, d]
+            cells[:, d] = left % met
+            left //= met
+        cells += first_met[shards]
+        ordinals = np.zeros(len(shards), np.int64)
+        for d in self.order:
+            ordinals = ordinals * count[shards, d] + cells[:, d] - first[shards, d]
+        shape, parts = np.array(self.shape, np.int64), np.array(self.parts, np.int64)
+        starts = np.maximum(cells * shape // parts, offsets[shards])
+        stops = np.minimum((cells + 1) * shape // parts, (offsets + sizes)[shards])
+        return shards, ordinals, starts, stops - starts

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal
+from .checks import check_references, count_chunks
 from .errors import InvalidIndexError, MissingTensorError
 from .grid import Grid
 
@@ -167,84 +168,33 @@ class CheckpointIndex:
             raise InvalidIndexError("two tensors of the checkpoint have the same name")
         if any(not 0 <= nbytes <= MAX_BYTES for _, nbytes in self.objects):
             raise InvalidIndexError("a data object has an impossible size")
-        self._check_references()
+        check_references(self.segments, len(self.entries), len(self.objects), len(Encoding))
         owners = self.segments.entries
         assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
         ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
         assign(self, "_first_extent", np.concatenate(([0], np.cumsum(ndims))))
         if len(self.segments.offsets) != ndims.sum() or len(self.segments.sizes) != ndims.sum():
             raise InvalidIndexError("the shards' boxes and the tensors' dimensions differ in number")
-        counts = np.zeros(len(owners), np.int64)
-        pages = np.zeros(len(owners), np.int64)
-        total = 0
-        for i, entry in enumerate(self.entries):
-            rows = self.segments_of(i)
-            counts[rows] = self._count_chunks(i)
-            pages[rows] = entry.page_bytes
-            total += int(counts[rows].sum())
-            if total > len(self.lengths):
-                break
+        counts = count_chunks(self.entries, self.segments, self._first_extent)
+        most = int(counts.max(initial=0))
+        total = int(counts.sum()) if most <= len(self.lengths) else most
         if total != len(self.lengths):
             raise InvalidIndexError(
                 f"the shards have {total} chunks or more, but there are {len(self.lengths)} lengths"
             )
         assign(self, "first_chunk", np.concatenate(([0], np.cumsum(counts))))
-        self._check_lengths()
-        self._locate_chunks(counts, pages)
+        self._check_lengths(counts)
+        self._locate_chunks(counts, np.array([entry.page_bytes for entry in self.entries], np.int64)[owners])
 
-    def _check_references(self) -> None:
-        segments = self.segments
-        n = len(segments)
-        columns = (segments.streams, segments.encodings, segments.objects, segments.starts)
-        if any(len(column) != n for column in columns):
-            raise InvalidIndexError("the columns of the segments differ in length")
-        if n == 0:
-            return
-        if segments.entries[0] < 0 or segments.entries[-1] >= len(self.entries):
-            raise InvalidIndexError("a segment belongs to no tensor")
-        if bool((segments.entries[1:] < segments.entries[:-1]).any()):
-            raise InvalidIndexError("the segments are not sorted by tensor")
-        if int(segments.objects.min()) < 0 or int(segments.objects.max()) >= len(self.objects):
-            raise InvalidIndexError("a segment lies in no data object")
-        if int(segments.streams.max()) > max(Stream) or int(segments.encodings.max()) > max(Encoding):
-            raise InvalidIndexError("a segment has an unknown stream or encoding")
-
-    def _count_chunks(self, position: int) -> IntArray:
-        """The number of chunks of each segment of an entry, after checking their boxes."""
-        entry = self.entries[position]
-        offsets, sizes = self.shard_boxes(position)
-        inside = (offsets >= 0) & (sizes > 0) & (sizes <= np.array(entry.shape) - offsets)
-        if not bool(inside.all()):
-            raise InvalidIndexError(f"a shard of {entry.name!r} lies outside its shape {entry.shape}")
-        rows = self.segments_of(position)
-        streams = self.segments.streams[rows]
-        heads = streams != Stream.WHOLE
-        if bool(heads.any()):
-            pairs = np.tile(np.array([Stream.HEAD, Stream.TAIL], np.uint8), len(streams) // 2)
-            if (
-                entry.dtype != "float32"
-                or not np.array_equal(streams, pairs)
-                or not np.array_equal(offsets[0::2], offsets[1::2])
-                or not np.array_equal(sizes[0::2], sizes[1::2])
-            ):
-                raise InvalidIndexError(f"the heads and tails of {entry.name!r} ({entry.dtype}) do not pair up")
-        step = 2 if bool(heads.any()) else 1
-        covered = sum(math.prod(row) for row in sizes[::step].tolist())
-        if covered != entry.numel:
-            raise InvalidIndexError(
-                f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}"
-            )
-        if not _tile(entry.shape, offsets[::step], sizes[::step]):
-            raise InvalidIndexError(f"the shards of {entry.name!r} overlap")
-        return entry.grid.chunk_counts(offsets, sizes)
-
-    def _check_lengths(self) -> None:
+    def _check_lengths(self, counts: IntArray) -> None:
         """No chunk takes more bytes than its values and what an encoding may add to them."""
-        for i, entry in enumerate(self.entries):
-            lengths = self.lengths[self.chunks_of(i)]
-            most = entry.grid.cell_numel * (entry.itemsize + 8) + 64
-            if len(lengths) and not (int(lengths.min()) >= 1 and int(lengths.max()) <= most):
-                raise InvalidIndexError(f"a chunk of {entry.name!r} has an impossible length")
+        largest = [entry.grid.cell_numel * (entry.itemsize + 8) + 64 for entry in self.entries]
+        most = np.repeat(np.array(largest, np.int64)[self.segments.entries], counts)
+        wrong = (self.lengths < 1) | (self.lengths > most)
+        if bool(wrong.any()):
+            segment = int(np.searchsorted(self.first_chunk, np.argmax(wrong), side="right")) - 1
+            name = self.entries[int(self.segments.entries[segment])].name
+            raise InvalidIndexError(f"a chunk of {name!r} has an impossible length")
 
     def _locate_chunks(self, counts: IntArray, pages: IntArray) -> None:
         """Where each chunk begins, and its checksums; checks that both are all there and inside the objects."""
@@ -316,25 +266,3 @@ class CheckpointIndex:
     def stored_bytes(self, position: int) -> int:
         """Encoded bytes of an entry, in all its segments."""
         return int(self.lengths[self.chunks_of(position)].sum(dtype=np.int64))
-
-
-def _tile(shape: tuple[int, ...], offsets: IntArray, sizes: IntArray) -> bool:
-    """Whether boxes inside a shape, of its volume together, tile it: whether no two of them overlap.
-
-    Almost always they are all cells of a grid, which is quickly seen; if not, all pairs are looked at.
-    """
-    if len(offsets) < 2:
-        return True
-    starts = [np.unique(offsets[:, d]) for d in range(len(shape))]
-    if math.prod(map(len, starts)) == len(offsets):
-        cells = [np.searchsorted(starts[d], offsets[:, d]) for d in range(len(shape))]
-        ends = [np.append(starts[d][1:], n) for d, n in enumerate(shape)]
-        fit = all(np.array_equal(offsets[:, d] + sizes[:, d], ends[d][cells[d]]) for d in range(len(shape)))
-        if fit and len(np.unique(np.ravel_multi_index(cells, [len(start) for start in starts]))) == len(offsets):
-            return True
-    stops = offsets + sizes
-    for i in range(len(offsets) - 1):
-        meets = (offsets[i + 1 :] < stops[i]) & (stops[i + 1 :] > offsets[i])
-        if bool(meets.all(axis=1).any()):
-            return False
-    return True

@@ -161,21 +161,8 @@ def _plan_one(index: CheckpointIndex, want: Want) -> ChunkReads:
     _, overlap = intersect_many(offsets, sizes, want.box)
     met = (overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL)
     touched = np.flatnonzero(met)
-
-    segments, ordinals, chunk_offsets, chunk_sizes = [], [], [], []
-    for i in touched.tolist():
-        shard = Box(tuple(offsets[i].tolist()), tuple(sizes[i].tolist()))
-        ordinal, chunk_offset, chunk_size = entry.grid.chunks(shard, within=want.box)
-        segments.append(np.full(len(ordinal), rows.start + i, np.int64))
-        ordinals.append(ordinal)
-        chunk_offsets.append(chunk_offset)
-        chunk_sizes.append(chunk_size)
-    ndim = len(entry.shape)
-    segment = np.concatenate(segments) if segments else np.empty(0, np.int64)
-    ordinal = np.concatenate(ordinals) if ordinals else np.empty(0, np.int64)
-    offset = np.concatenate(chunk_offsets) if chunk_offsets else np.empty((0, ndim), np.int64)
-    size = np.concatenate(chunk_sizes) if chunk_sizes else np.empty((0, ndim), np.int64)
-    return _locate(index, want, entry, segment, ordinal, offset, size)
+    shards, ordinals, chunk_offsets, chunk_sizes = entry.grid.chunks_of_many(offsets[touched], sizes[touched], want.box)
+    return _locate(index, want, entry, rows.start + touched[shards], ordinals, chunk_offsets, chunk_sizes)
 
 
 def _locate(

@@ -67,11 +67,12 @@ class Batch:
         begins, ends = read.starts[rows, stream].tolist(), read.stops[rows, stream].tolist()
         firsts, raw = read.checksums[rows, stream], read.raw[rows].tolist()
         expected = index.checksums[firsts].tolist()
+        page_bytes = read.entry.page_bytes
         damaged = []
         for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             view = data[begin - start : end - start]
             if raw[i]:
-                found = page_checksums(view, read.entry.page_bytes)
+                found = page_checksums(view, page_bytes)
                 first = int(firsts[i])
                 intact = found == index.checksums[first : first + len(found)].tolist()
             else:

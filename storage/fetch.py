@@ -1,16 +1,25 @@
-"""Many byte ranges of a store at once: by its own event loop where it has one, else by a pool of threads."""
+"""Many byte ranges of a store at once: by its own event loop where it has one, else by a pool of threads.
+
+Where the store reads into memory that is given, that memory is used again: fresh pages cost more than filling them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import Buffer
 
-from .store import Store
+from .store import ReadInto, Store
+
+Array = npt.NDArray[np.uint8]
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
@@ -22,18 +31,28 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         if store.async_reads is None:
             self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
         self._running: set[Future[Buffer]] = set()
+        self._memory = _Memory()
 
     def start(self, name: str, start: int, stop: int, done: Callable[[Future[Buffer]], None]) -> None:
         """Begin to read bytes [start, stop) of an object, and call `done` when they are here, from any thread."""
         reads = self._store.async_reads
-        if reads is None:
-            assert self._pool is not None
-            future = self._pool.submit(self._store.read, name, start, stop)
-        else:
+        if reads is not None:
             future = asyncio.run_coroutine_threadsafe(reads.read(name, start, stop), reads.loop)
+        else:
+            assert self._pool is not None
+            future = self._pool.submit(self._read, name, start, stop)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
+
+    def _read(self, name: str, start: int, stop: int) -> Buffer:
+        if self._store.read_into is None:
+            return self._store.read(name, start, stop)
+        return self._memory.filled(self._store.read_into, name, start, stop)
+
+    def release(self, data: memoryview) -> None:
+        """Give back what a read gave: nothing refers to it any more."""
+        self._memory.give(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -42,3 +61,28 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             future.cancel()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Memory:
+    """Memory that is used again, in sizes of powers of two."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: defaultdict[int, list[Array]] = defaultdict(list)
+
+    def filled(self, read_into: ReadInto, name: str, start: int, stop: int) -> memoryview:
+        """What `read_into` gives of [start, stop)."""
+        nbytes = stop - start
+        size = 1 << (nbytes - 1).bit_length()
+        with self._lock:
+            free = self._free[size]
+            array = free.pop() if free else np.empty(size, np.uint8)
+        data = array.data
+        return data[: read_into(name, start, data[:nbytes])]
+
+    def give(self, data: memoryview) -> None:
+        """Take back what `filled` gave; anything else is left alone."""
+        array = data.obj
+        if isinstance(array, np.ndarray):
+            with self._lock:
+                self._free[array.nbytes].append(array)

@@ -68,6 +68,7 @@ class FsspecStore:
         self._root = path.rstrip("/")
 
     concurrent_reads = 32
+    read_into = None
     holds_objects = True
 
     @property

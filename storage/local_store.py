@@ -35,13 +35,18 @@ class LocalStore:
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
-            descriptor = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            size = os.stat(self._root / name).st_size
+        data = np.empty(max(0, min(stop, size) - start), np.uint8).data
+        return data[: self.read_into(name, start, data)]
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        with self._errors("read", name):
+            descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                data = np.empty(max(0, min(stop, os.fstat(descriptor).st_size) - start), np.uint8).data
                 done = 0
-                while done < len(data) and (moved := os.preadv(descriptor, [data[done:]], start + done)):
+                while done < len(buffer) and (moved := os.preadv(descriptor, [buffer[done:]], start + done)):
                     done += moved
-                return data[:done]
+                return done
             finally:
                 os.close(descriptor)
 

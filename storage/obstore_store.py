@@ -119,6 +119,7 @@ class ObstoreStore:
     concurrent_reads = 32
     async_reads = None
     """The client does not need the interpreter while it waits, so that a thread a request costs nothing."""
+    read_into = None
     holds_objects = True
 
     def __init__(self, reading: S3Store, writing: S3Store, bucket: str, folder: str, endpoint: str) -> None:

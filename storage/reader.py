@@ -99,7 +99,7 @@ class _Execution:
     def run(self) -> None:
         with (
             ThreadPoolExecutor(default_threads(), "reshard-place") as self._pool,
-            Fetcher(self._store) as fetcher,
+            Fetcher(self._store) as self._fetcher,
         ):
             try:
                 for request in self._requests:
@@ -108,7 +108,7 @@ class _Execution:
                         break
                     name = self._index.objects[request.object][0]
                     done = partial(self._fetched, request, time.perf_counter())
-                    fetcher.start(name, request.start, request.stop, done)
+                    self._fetcher.start(name, request.start, request.stop, done)
                 with self._lock:
                     self._wait_until(lambda: self._fetching == 0 and self._working == 0)
             except BaseException as error:
@@ -228,6 +228,8 @@ class _Execution:
             for request in batch.requests:
                 request.unplaced -= 1
                 if request.unplaced == 0:
+                    assert request.data is not None
+                    self._fetcher.release(request.data)
                     request.data = None
                     self._held -= request.nbytes
 

@@ -100,6 +100,8 @@ class RetryingStore:
         reads = self._store.async_reads
         return None if reads is None else _RetryingReads(reads, self._retry_for_s)
 
+    read_into = None
+
     @property
     def holds_objects(self) -> bool:
         return self._store.holds_objects

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
 from .errors import ArgumentError
+
+ReadInto = Callable[[str, int, memoryview], int]
+"""Reads an object from a byte on into a buffer, and tells how many bytes were there. Raises as Store.read."""
 
 
 class AsyncReads(Protocol):
@@ -51,6 +54,10 @@ class Store(Protocol):
     @property
     def async_reads(self) -> AsyncReads | None:
         """Reads that need no thread, where it has them."""
+
+    @property
+    def read_into(self) -> ReadInto | None:
+        """A read into memory that is given, where it has one."""
 
     @property
     def holds_objects(self) -> bool:

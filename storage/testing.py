@@ -25,6 +25,7 @@ class MemoryStore:
 
     concurrent_reads = 16
     async_reads = None
+    read_into = None
     holds_objects = False
 
     @property
@@ -90,6 +91,7 @@ class RecordingStore:
         self.calls: list[Call] = []
 
     async_reads = None
+    read_into = None
 
     @property
     def location(self) -> str:

@@ -43,14 +43,14 @@ LEAST_OBJECT_BYTES = 8 * 1024 * 1024
 """Where there are several, none is made smaller for that."""
 PIECE_BYTES = 64 * 1024 * 1024
 """Values that are taken from a device at once."""
-WINDOW_BYTES = 64 * 1024 * 1024
+WINDOW_BYTES = 16 * 1024 * 1024
 """Values that may be waiting, encoded or being encoded, for an object to take them."""
 HEED_S = 0.5
 """How often a save that waits asks whether it is still wanted."""
 LET_END_S = 5.0
 """How long a save that has failed waits for what is under way, to remove it."""
 
-Encoded = tuple[bytes, list[int]]
+Encoded = tuple[memoryview, list[int]]
 """A chunk's bytes, and its checksums."""
 
 
@@ -239,7 +239,7 @@ class _ObjectWriter:
 
     def _chunks(
         self, shards: Sequence[ShardToWrite], begun: list[_Shard]
-    ) -> Iterator[tuple[_Segment, bytes, list[int]]]:
+    ) -> Iterator[tuple[_Segment, memoryview, list[int]]]:
         """The encoded chunks of all shards, in the order of the file; the pool works at most a window ahead."""
         waiting: deque[tuple[int, _Segment, Future[Encoded]]] = deque()
         held = 0
@@ -281,6 +281,6 @@ class _ObjectWriter:
 def _encode_chunk(values: torch.Tensor, entry: Entry, stream: Stream, codec: str) -> Encoded:
     plain = as_bytes(values)
     if codec == "none":
-        return plain.tobytes(), page_checksums(plain.data, entry.page_bytes)
+        return plain.data, page_checksums(plain.data, entry.page_bytes)
     encoded = encode(plain, entry.dtype, stream)
-    return encoded, [checksum(encoded)]
+    return memoryview(encoded), [checksum(encoded)]

@@ -22,10 +22,19 @@ def test_the_chunks_of_a_shard_tile_it(data: st.DataObject, shape: tuple[int, ..
     ordinals, offsets, sizes = grid.chunks(shard)
     assert ordinals.tolist() == list(range(len(ordinals)))
     assert np.array_equal(paint(shape, as_boxes(offsets, sizes)), paint(shape, [shard]))
-    count = grid.chunk_counts(
-        np.array([shard.offsets], np.int64).reshape(1, -1), np.array([shard.sizes], np.int64).reshape(1, -1)
-    )
-    assert count.tolist() == [len(ordinals)]
+    boxes = np.array([shard.offsets], np.int64).reshape(1, -1), np.array([shard.sizes], np.int64).reshape(1, -1)
+    assert grid.cells(*boxes)[1].prod() == len(ordinals)
+
+
+@given(st.data(), shapes)
+def test_a_split_shard_has_the_same_chunks_in_the_same_order(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    shard = data.draw(boxes_in(shape))
+    most = data.draw(st.integers(1, 40))
+    boxes = grid.split(shard, most)
+    chunks = [chunk for box in boxes for chunk in as_boxes(*grid.chunks(box)[1:])]
+    assert chunks == as_boxes(*grid.chunks(shard)[1:])
+    assert all(box.numel <= most or len(grid.chunks(box)[0]) == 1 for box in boxes)
 
 
 @given(st.data(), shapes)

@@ -1,0 +1,158 @@
+"""What the columns of an index must satisfy: every reference leads somewhere, every tensor is tiled by its shards.
+
+Done over all segments at once, for an index may have millions; only tensors that were cut along more than one
+dimension are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .box import IntArray
+from .errors import InvalidIndexError
+from .grid import cells
+
+if TYPE_CHECKING:
+    from .index import Entry, Segments
+
+HEAD, TAIL = 1, 2
+
+
+def check_references(segments: Segments, entries: int, objects: int, encodings: int) -> None:
+    """Raises InvalidIndexError where a segment belongs to nothing, or the columns do not fit each other."""
+    n = len(segments)
+    columns = (segments.streams, segments.encodings, segments.objects, segments.starts)
+    if any(len(column) != n for column in columns):
+        raise InvalidIndexError("the columns of the segments differ in length")
+    if n == 0:
+        return
+    if segments.entries[0] < 0 or segments.entries[-1] >= entries:
+        raise InvalidIndexError("a segment belongs to no tensor")
+    if bool((segments.entries[1:] < segments.entries[:-1]).any()):
+        raise InvalidIndexError("the segments are not sorted by tensor")
+    if int(segments.objects.min()) < 0 or int(segments.objects.max()) >= objects:
+        raise InvalidIndexError("a segment lies in no data object")
+    if int(segments.streams.max()) > TAIL or int(segments.encodings.max()) >= encodings:
+        raise InvalidIndexError("a segment has an unknown stream or encoding")
+
+
+def count_chunks(entries: Sequence[Entry], segments: Segments, first_extent: IntArray) -> IntArray:
+    """The number of chunks of each segment, after checking the shards' boxes.
+
+    Raises InvalidIndexError where a shard lies outside its tensor, heads and tails do not pair up, or the shards of
+    a tensor do not tile it.
+    """
+    counts = np.zeros(len(segments), np.int64)
+    _check_streams(entries, segments)
+    ndims = np.array([len(entry.shape) for entry in entries], np.int64)
+    empty = np.ones(len(entries), bool)
+    empty[segments.entries] = False
+    for at in np.flatnonzero(empty).tolist():
+        if entries[at].numel:
+            raise _not_covered(entries[at], 0)
+    for ndim in np.unique(ndims[segments.entries]).tolist():
+        rows = np.flatnonzero(ndims[segments.entries] == ndim)
+        extents = first_extent[rows][:, None] + np.arange(ndim)
+        offsets, sizes = segments.offsets[extents], segments.sizes[extents]
+        places = np.flatnonzero(ndims == ndim)
+        place = np.searchsorted(places, segments.entries[rows])
+        grids = [entries[at].grid for at in places.tolist()]
+        shapes = np.array([grid.shape for grid in grids], np.int64).reshape(len(places), ndim)[place]
+        parts = np.array([grid.parts for grid in grids], np.int64).reshape(len(places), ndim)[place]
+        inside = ((offsets >= 0) & (sizes > 0) & (sizes <= shapes - offsets)).all(axis=1)
+        if not bool(inside.all()):
+            entry = entries[int(segments.entries[rows[np.argmin(inside)]])]
+            raise InvalidIndexError(f"a shard of {entry.name!r} lies outside its shape {entry.shape}")
+        _check_pairs(entries, segments, rows, offsets, sizes)
+        _check_tiling(entries, segments, rows, offsets, sizes, shapes)
+        counts[rows] = cells(shapes, parts, offsets, sizes)[1].prod(axis=1, dtype=np.int64)
+    return counts
+
+
+def _check_streams(entries: Sequence[Entry], segments: Segments) -> None:
+    """Heads and tails are of float32 values, and of all of them or none; a tail follows each head."""
+    split = segments.streams > 0
+    if not bool(split.any()):
+        return
+    heads, tails = np.flatnonzero(segments.streams == HEAD), np.flatnonzero(segments.streams == TAIL)
+    owners = np.unique(segments.entries[split])
+    paired = len(heads) == len(tails) and np.array_equal(heads + 1, tails)
+    alone = not bool(np.isin(segments.entries[~split], owners).any())
+    for at in owners.tolist():
+        if not paired or not alone or entries[at].dtype != "float32":
+            raise _unpaired(entries[at])
+
+
+def _check_pairs(
+    entries: Sequence[Entry], segments: Segments, rows: IntArray, offsets: IntArray, sizes: IntArray
+) -> None:
+    tails = np.flatnonzero(segments.streams[rows] == TAIL)
+    same = segments.entries[rows[tails]] == segments.entries[rows[tails - 1]]
+    same &= (offsets[tails] == offsets[tails - 1]).all(axis=1) & (sizes[tails] == sizes[tails - 1]).all(axis=1)
+    if not bool(same.all()):
+        raise _unpaired(entries[int(segments.entries[rows[tails[np.argmin(same)]]])])
+
+
+def _unpaired(entry: Entry) -> InvalidIndexError:
+    return InvalidIndexError(f"the heads and tails of {entry.name!r} ({entry.dtype}) do not pair up")
+
+
+def _check_tiling(
+    entries: Sequence[Entry],
+    segments: Segments,
+    rows: IntArray,
+    offsets: IntArray,
+    sizes: IntArray,
+    shapes: IntArray,
+) -> None:
+    once = segments.streams[rows] != TAIL
+    owners, offsets, sizes, shapes = segments.entries[rows][once], offsets[once], sizes[once], shapes[once]
+    first = np.flatnonzero(np.concatenate(([True], owners[1:] != owners[:-1])))
+    volumes = sizes.prod(axis=1, dtype=np.int64)
+    # Each volume is below 2**60, but their sum may not be: it is first taken as a float.
+    rough = np.add.reduceat(volumes.astype(np.float64), first)
+    exact = np.add.reduceat(volumes, first)
+    for i, at in enumerate(owners[first].tolist()):
+        numel = entries[at].numel
+        if rough[i] > 2 * numel + 1 or exact[i] != numel:
+            raise _not_covered(entries[at], int(rough[i]))
+    # Of those cut along one dimension, each shard begins where the one before it ends.
+    begins = np.where(sizes[:-1] == shapes[:-1], offsets[:-1], offsets[:-1] + sizes[:-1])
+    abut = (offsets[1:] == begins).all(axis=1) & ((sizes[:-1] != shapes[:-1]).sum(axis=1) == 1)
+    abut |= owners[1:] != owners[:-1]
+    unclear = np.unique(owners[1:][~abut])
+    for at in unclear.tolist():
+        mine = owners == at
+        if not _tile(entries[at].shape, offsets[mine], sizes[mine]):
+            raise InvalidIndexError(f"the shards of {entries[at].name!r} overlap")
+
+
+def _not_covered(entry: Entry, covered: int) -> InvalidIndexError:
+    return InvalidIndexError(
+        f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}"
+    )
+
+
+def _tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> bool:
+    """Whether boxes inside a shape, of its volume together, tile it: whether no two of them overlap.
+
+    Almost always they are all cells of a grid, which is quickly seen; if not, all pairs are looked at.
+    """
+    starts = [np.unique(offsets[:, d]) for d in range(len(shape))]
+    if math.prod(map(len, starts)) == len(offsets):
+        places = [np.searchsorted(starts[d], offsets[:, d]) for d in range(len(shape))]
+        ends = [np.append(starts[d][1:], n) for d, n in enumerate(shape)]
+        fit = all(np.array_equal(offsets[:, d] + sizes[:, d], ends[d][places[d]]) for d in range(len(shape)))
+        if fit and len(np.unique(np.ravel_multi_index(places, [len(start) for start in starts]))) == len(offsets):
+            return True
+    stops = offsets + sizes
+    for i in range(len(offsets) - 1):
+        meets = (offsets[i + 1 :] < stops[i]) & (stops[i + 1 :] > offsets[i])
+        if bool(meets.all(axis=1).any()):
+            return False
+    return True
