@@ -129,7 +129,9 @@ def test_verifying_lists_all_that_is_damaged(codec: str) -> None:
     store.content[name] = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:-200]
     damages = checkpoint.verify()
     assert {damage.tensor for damage in damages} == {"a", "b", "step"}
-    assert [damage.reason for damage in damages if damage.tensor == "a"] == ["does not match its checksum: the bytes are damaged"]
+    assert [damage.reason for damage in damages if damage.tensor == "a"] == [
+        "does not match its checksum: the bytes are damaged"
+    ]
     assert all("cut short" in damage.reason for damage in damages if damage.tensor != "a")
     del store.content[name]
     assert {damage.reason for damage in checkpoint.verify()} == {"the object is missing"}
