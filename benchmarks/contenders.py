@@ -82,7 +82,9 @@ class S3Connector:
         """To the endpoint: its DCP classes have no argument for one, its client has."""
         from s3torchconnector._s3client import S3Client
 
-        filesystem._client = S3Client(REGION, endpoint=options["client_kwargs"]["endpoint_url"], s3client_config=self._config())
+        filesystem._client = S3Client(
+            REGION, endpoint=options["client_kwargs"]["endpoint_url"], s3client_config=self._config()
+        )
 
 
 class TensorStore:

