@@ -10,6 +10,7 @@ compared with what was compressed. GB/s are of decompressed bytes.
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
@@ -102,9 +103,7 @@ def zipnn(dtype: str, threads: int) -> Coder | None:
     """ZipNN has floats of these types."""
     if dtype not in ("bfloat16", "float16", "float32", "float8_e4m3fn") or not installed("zipnn"):
         return None
-    from zipnn import ZipNN
-
-    coder = ZipNN(input_format="byte", bytearray_dtype=dtype, threads=threads)
+    coder = importlib.import_module("zipnn").ZipNN(input_format="byte", bytearray_dtype=dtype, threads=threads)
     return Coder(
         coder.compress,
         lambda stored, nbytes: coder.decompress(stored),
@@ -119,8 +118,7 @@ def blosc2(shuffle: str) -> Callable[[str, int], Coder | None]:
     def coder(dtype: str, threads: int) -> Coder | None:
         if not installed("blosc2"):
             return None
-        import blosc2
-
+        blosc2 = importlib.import_module("blosc2")
         blosc2.set_releasegil(True)
         settings = {
             "codec": blosc2.Codec.ZSTD,
@@ -205,23 +203,29 @@ def run(nbytes: int, names: list[str], repeat: int) -> list[Row]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Ratio against speed, on one thread; a column of plots for compressing, one for decompressing."""
+    """A plot for each sample: ratio against speed on one thread; circles compress, triangles decompress."""
     kinds = list(dict.fromkeys((row["values"], row["dtype"]) for row in rows))
-    figure.set_size_inches(9, 2.2 * len(kinds))
-    plots = figure.subplots(len(kinds), 2, squeeze=False)
+    across = 4
+    down = -(-len(kinds) // across)
+    figure.set_size_inches(12, 2.6 * down + 0.6)
+    plots = figure.subplots(down, across, squeeze=False).flat
     colors = {name: f"C{at}" for at, name in enumerate(CODECS)}
-    for down, kind in enumerate(kinds):
-        for across, stage in enumerate(("compress", "decompress")):
-            axes = plots[down][across]
-            for row in rows:
-                if (row["values"], row["dtype"]) == kind:
-                    label = row["codec"] if down == 0 and across == 0 else None
-                    axes.scatter(row[f"{stage}_1"], row["ratio"], color=colors[row["codec"]], label=label)
-            axes.set_xscale("log")
-            axes.set_title(f"{kind[0]}, {kind[1]}: {stage}, GB/s on one thread", fontsize=8)
-            axes.set_ylabel("stored / raw", fontsize=8)
-            axes.tick_params(which="both", labelsize=7)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    for kind, axes in zip(kinds, plots, strict=False):
+        for row in rows:
+            if (row["values"], row["dtype"]) == kind and row["codec"] != "reshard none":
+                label = row["codec"] if kind == kinds[0] else None
+                color = colors[row["codec"]]
+                axes.scatter(row["compress_1"], row["ratio"], color=color, marker="o", label=label)
+                axes.scatter(row["decompress_1"], row["ratio"], color=color, marker="^")
+        axes.set_title(", ".join(kind), fontsize=9)
+        axes.set_xlim(0)
+        axes.tick_params(labelsize=8)
+        axes.ticklabel_format(useOffset=False)
+    for axes in list(plots):  # those that are left
+        axes.remove()
+    figure.supxlabel("GB/s on one thread: ● compress, ▲ decompress", fontsize=9)
+    figure.supylabel("stored / raw", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=6, fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ NAMES = ("local", "s3", "slow-s3")
 SLOW = Link(round_trip_s=0.020, bytes_per_s=200e6)
 """Of "slow-s3"; in each direction, shared by all connections."""
 REGION = "us-east-1"
+RANGES = 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def credentials() -> None:
 
 
 def link_in_words(place: Place, nbytes: int = 100_000_000) -> str:
-    """Measure a place's link by bare GETs on one connection: a small one, and one of `nbytes`."""
+    """Measure a place's link by bare GETs: a small one, one of `nbytes`, and that one cut into ranges, all at once."""
     assert place.server is not None
     uri = place.make()
     key = uri.removeprefix("s3://")
@@ -110,29 +112,38 @@ def link_in_words(place: Place, nbytes: int = 100_000_000) -> str:
     direct.pipe_file(f"{key}/large", bytes(nbytes))
     try:
         signed = fsspec.filesystem("s3", **place.options())
-        connection = http.client.HTTPConnection(urlsplit(place.endpoint).netloc)
-        _get(connection, signed.sign(f"{key}/small"))  # opens the connection
-        small_s = min(_get(connection, signed.sign(f"{key}/small"))[1] for _ in range(3))
-        received, large_s = _get(connection, signed.sign(f"{key}/large"))
-        connection.close()
-        assert received == nbytes
+        small, large = signed.sign(f"{key}/small"), signed.sign(f"{key}/large")
+        with contextlib.closing(http.client.HTTPConnection(urlsplit(place.endpoint).netloc)) as connection:
+            _get(connection, small)  # opens the connection
+            small_s = min(_get(connection, small) for _ in range(3))
+            large_s = _get(connection, large)
+        part = nbytes // RANGES
+        with ThreadPoolExecutor(RANGES) as pool:
+            begin = time.perf_counter()
+            list(pool.map(lambda at: _get_range(place.endpoint, large, at * part, part), range(RANGES)))
+            ranges_s = time.perf_counter() - begin
     finally:
         place.remove(uri)
     return (
-        f"{place.name}: a GET of 1 byte takes {small_s * 1e3:.1f} ms, one of {nbytes / 1e6:.0f} MB "
-        f"{large_s:.3f} s ({nbytes / 1e6 / large_s:.0f} MB/s)"
+        f"{place.name}: a GET of 1 byte takes {small_s * 1e3:.1f} ms; one of {nbytes / 1e6:.0f} MB {large_s:.3f} s "
+        f"({nbytes / 1e6 / large_s:.0f} MB/s); the same in {RANGES} ranges at once {ranges_s:.3f} s "
+        f"({nbytes / 1e6 / ranges_s:.0f} MB/s)"
     )
 
 
-def _get(connection: http.client.HTTPConnection, url: str) -> tuple[int, float]:
-    """Bytes and seconds of one GET."""
+def _get_range(endpoint: str, url: str, start: int, nbytes: int) -> None:
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(endpoint).netloc)) as connection:
+        _get(connection, url, {"Range": f"bytes={start}-{start + nbytes - 1}"})
+
+
+def _get(connection: http.client.HTTPConnection, url: str, headers: Mapping[str, str] | None = None) -> float:
+    """Seconds of one GET."""
     buffer = bytearray(1 << 20)
     begin = time.perf_counter()
     parts = urlsplit(url)
-    connection.request("GET", f"{parts.path}?{parts.query}")
-    response = connection.getresponse()
-    assert response.status == 200, response.status
-    received = 0
-    while count := response.readinto(buffer):
-        received += count
-    return received, time.perf_counter() - begin
+    connection.request("GET", f"{parts.path}?{parts.query}", headers=headers or {})
+    with connection.getresponse() as response:
+        assert response.status in (200, 206), response.status
+        while response.readinto(buffer):
+            pass
+    return time.perf_counter() - begin

