@@ -1,6 +1,6 @@
 """The codec beside zstd, ZipNN and blosc2: how small, and how fast, on one thread and on all cores.
 
-    python -m benchmarks.codec [--mb N] [--repeat N] [--codecs NAME ...] [--json FILE] [--plot FILE]
+    python -m benchmarks.codec [--mb N] [--repeat N] [--samples NAME ...] [--codecs NAME ...]
 
 Values are compressed in chunks of 1 MiB, as reshard stores them. reshard's figures include its checksums, which are
 made when a chunk is stored and compared when it is read. On all cores, chunks are spread over a pool of threads; ZipNN
@@ -11,6 +11,7 @@ compared with what was compressed. GB/s are of decompressed bytes.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ import torch
 import zstandard
 
 from benchmarks.common import Row, alternate, arguments_of, header, installed, line, median, positive, write
-from benchmarks.samples import samples
+from benchmarks.samples import SAMPLES
 from reshard.planner.index import Stream
 from reshard.storage.checksums import checksum, page_checksums
 from reshard.storage.codec import Bytes, decode, decode_heads_and_tails, encode, streams_of
@@ -170,13 +171,13 @@ def measure(values: torch.Tensor, coder: Coder, threads: int) -> Row:
     }
 
 
-def run(nbytes: int, names: list[str], repeat: int) -> list[Row]:
+def run(nbytes: int, kinds: list[str], names: list[str], repeat: int) -> list[Row]:
     """One row a sample and codec."""
     cores = len(os.sched_getaffinity(0))
     columns = [f"{doing} GB/s, {threads}" for threads in ("1 thread", f"{cores} threads") for doing in ("in", "out")]
     header("values", "dtype", "MB", "codec", "ratio", *columns)
     rows: list[Row] = []
-    for what, values in samples(nbytes):
+    for what, values in itertools.chain.from_iterable(SAMPLES[kind](nbytes) for kind in kinds):
         dtype = dtype_name(what, values.dtype)
         coders = {
             (name, threads): coder
@@ -231,10 +232,11 @@ def draw(rows: list[Row], figure: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--mb", type=positive, default=32, help="of each sample (default: %(default)s)")
+    parser.add_argument("--samples", nargs="+", choices=list(SAMPLES), default=list(SAMPLES))
     parser.add_argument("--codecs", nargs="+", choices=list(CODECS), default=list(CODECS))
     parser.add_argument("--repeat", type=positive, default=5, help="timed runs of each (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    write(arguments, run(arguments.mb << 20, arguments.codecs, arguments.repeat), draw)
+    write(arguments, run(arguments.mb << 20, arguments.samples, arguments.codecs, arguments.repeat), draw)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,21 +20,50 @@ STEPS = 40
 RUN = 1 << 18
 
 
-def samples(nbytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(what it is, its values) of about so many bytes, where there are as many."""
+Samples = Iterator[tuple[str, torch.Tensor]]
+"""(what it is, its values)."""
+
+
+def normal(nbytes: int) -> Samples:
+    """What weights are drawn from."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn):
-        values = torch.randn(nbytes // dtype.itemsize, generator=generator) * 0.02
-        yield "N(0, 0.02²)", values.to(dtype)
+        yield "N(0, 0.02²)", (torch.randn(nbytes // dtype.itemsize, generator=generator) * 0.02).to(dtype)
+
+
+def weights(nbytes: int) -> Samples:
+    """Of a sentence embedder."""
     if installed(MODEL, "real weights"):
-        weights = _spread(_weights(), nbytes // 4)
-        yield "weights of MiniLM", weights
-        yield "weights of MiniLM", weights.to(torch.bfloat16)
-    for name, moments in _moments().items():
-        yield f"Adam's {name}", _spread(moments, nbytes // 4)
-    tokens = corpus()
-    yield "token ids", tokens.repeat(-(-nbytes // tokens.nbytes))[: nbytes // 8] if nbytes < tokens.nbytes else tokens
+        values = _spread(_weights(), nbytes // 4)
+        yield "weights of MiniLM", values
+        yield "weights of MiniLM", values.to(torch.bfloat16)
+
+
+def moments(nbytes: int) -> Samples:
+    """Of an optimizer."""
+    for name, values in _moments().items():
+        yield f"Adam's {name}", _spread(values, nbytes // 4)
+
+
+def tokens(nbytes: int) -> Samples:
+    """Text as int64."""
+    yield "token ids", corpus()[: nbytes // 8]
+
+
+def noise(nbytes: int) -> Samples:
+    """What cannot be compressed."""
+    generator = torch.Generator().manual_seed(0)
     yield "random bytes", torch.randint(256, (nbytes,), generator=generator, dtype=torch.uint8)
+
+
+SAMPLES: dict[str, Callable[[int], Samples]] = {
+    "normal": normal,
+    "weights": weights,
+    "moments": moments,
+    "tokens": tokens,
+    "noise": noise,
+}
+"""By name: samples of so many bytes each, or of what there is, if that is less."""
 
 
 def _spread(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -67,9 +96,9 @@ def _moments() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = corpus()
+    text = corpus()
     for step in range(STEPS):
-        inputs, targets = batch(tokens, step, size=4, length=64)
+        inputs, targets = batch(text, step, size=4, length=64)
         loss = F.cross_entropy(model(inputs).reshape(-1, VOCABULARY), targets.reshape(-1))
         loss.backward()
         optimizer.step()

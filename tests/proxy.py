@@ -34,8 +34,8 @@ HANGS_S = 30
 PIECE_BYTES = 256 * 1024
 WINDOW_BYTES = 16 * 1024 * 1024
 """Bytes that a connection of a link may have under way in one direction."""
-BURST_S = 0.004
-"""Idle time of a link that a burst may make up for: timers are not finer than a millisecond."""
+BURST_S = 0.010
+"""Idle time of a link that a burst may make up for: timers are late, and more so on a busy machine."""
 METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 
 
