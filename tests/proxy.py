@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import mmap
+import os
 import random
 import socket
 import struct
@@ -190,7 +191,7 @@ def linked(endpoint: str, link: Link) -> Iterator[tuple[str, str]]:
         counts.write(bytes(_COUNTS.size))
         counts.flush()
         command = [sys.executable, __file__, endpoint, counts.name, str(link.round_trip_s), str(link.bytes_per_s)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None
                 yield process.stdout.readline().strip(), counts.name
@@ -288,6 +289,11 @@ async def _deliver(under_way: asyncio.Queue[tuple[float, bytes]], sink: socket.s
         await loop.sock_sendall(sink, data)
 
 
+def _end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
 def _serve_link() -> None:
     parser = argparse.ArgumentParser(description="A link in front of an endpoint; prints its own.")
     parser.add_argument("endpoint")
@@ -295,6 +301,7 @@ def _serve_link() -> None:
     parser.add_argument("round_trip_s", type=float)
     parser.add_argument("bytes_per_s", type=float)
     arguments = parser.parse_args()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     link = Link(arguments.round_trip_s, arguments.bytes_per_s)
     with open(arguments.counts, "r+b") as file, mmap.mmap(file.fileno(), _COUNTS.size) as counts:
         asyncio.run(_LinkServer(arguments.endpoint, link, counts).serve())
