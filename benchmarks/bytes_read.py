@@ -9,8 +9,6 @@ manifest included, over the bytes of the destination tensors, summed over the ra
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 from typing import Any
@@ -19,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 import reshard
+from benchmarks.common import Row, arguments_of, header, line, write
 from benchmarks.dcp_peer import CountingReader
 from benchmarks.models import mlp, under
 from tests.ranks import RankPool
@@ -50,40 +49,29 @@ def load_rank(layout: str, folder: str) -> dict[str, tuple[int, int, int]]:
     return counts
 
 
-def run(cases: list[tuple[str, int, str, int]]) -> list[dict[str, Any]]:
+def run(cases: list[tuple[str, int, str, int]]) -> list[Row]:
     """One row a case: bytes read over bytes needed, and requests of the rank that made most."""
-    rows = []
+    header("saved → loaded", "DCP FsspecReader", "reshard zstd", "reshard none", "requests of a rank: DCP, zstd, none")
+    rows: list[Row] = []
     with RankPool() as pool:
         for saved, save_ranks, loaded, load_ranks in cases:
             with tempfile.TemporaryDirectory() as folder:
                 pool.run(save_ranks, save_rank, saved, folder)
                 counts = pool.run(load_ranks, load_rank, loaded, folder)
-            row: dict[str, Any] = {"case": f"{saved} {save_ranks} → {loaded} {load_ranks}"}
+            row: Row = {"case": f"{saved} {save_ranks} → {loaded} {load_ranks}"}
             row["needed_mb"] = sum(rank["dcp"][0] for rank in counts) / 1e6
             for reader in counts[0]:
                 row[reader] = sum(rank[reader][1] for rank in counts) / sum(rank[reader][0] for rank in counts)
                 row[f"{reader}_requests"] = max(rank[reader][2] for rank in counts)
             rows.append(row)
-            print(_line(row), flush=True)
+            ratios = f"{row['dcp']:.2f}", f"{row['zstd']:.3f}", f"{row['none']:.3f}"
+            line(row["case"], *ratios, ", ".join(str(row[f"{reader}_requests"]) for reader in counts[0]))
     return rows
 
 
-HEADER = (
-    "| saved → loaded | DCP FsspecReader | reshard zstd | reshard none | requests of a rank: DCP, zstd, none |\n"
-    "|---|---|---|---|---|"
-)
-
-
-def _line(row: dict[str, Any]) -> str:
-    requests = ", ".join(str(row[f"{reader}_requests"]) for reader in ("dcp", "zstd", "none"))
-    return f"| {row['case']} | {row['dcp']:.2f} | {row['zstd']:.3f} | {row['none']:.3f} | {requests} |"
-
-
-def plot(rows: list[dict[str, Any]], path: str) -> None:
+def draw(rows: list[Row], figure: Any) -> None:
     """Bars of bytes read over bytes needed."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes = figure.subplots()
     readers = {"dcp": "DCP FsspecReader", "none": "reshard, none", "zstd": "reshard, zstd"}
     for at, (reader, label) in enumerate(readers.items()):
         bars = axes.bar(
@@ -94,22 +82,11 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows])
     axes.set_ylabel("bytes read / bytes needed")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--plot", help="draw them into this PNG (needs matplotlib)")
-    arguments = parser.parse_args()
-    print(HEADER)
-    rows = run(CASES)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
-    if arguments.plot:
-        plot(rows, arguments.plot)
+def main(argv: list[str] | None = None) -> None:
+    arguments = arguments_of(__doc__).parse_args(argv)
+    write(arguments, run(CASES), draw)
 
 
 if __name__ == "__main__":

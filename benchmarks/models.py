@@ -19,8 +19,8 @@ TP_PLAN = {"*.up": "colwise", "*.down": "rowwise"}
 class Block(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False, dtype=torch.bfloat16, device="meta")
+        self.down = nn.Linear(hidden, dim, bias=False, dtype=torch.bfloat16, device="meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.down(torch.relu(self.up(x)))
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 def mlp(seed: int, *, layers: int = LAYERS, dim: int = DIM, hidden: int = HIDDEN) -> nn.Sequential:
     """An MLP in bf16, with weights ~ N(0, 0.02²) that the seed determines."""
-    model = nn.Sequential(*(Block(dim, hidden) for _ in range(layers))).to(torch.bfloat16)
+    model = nn.Sequential(*(Block(dim, hidden) for _ in range(layers))).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -76,6 +76,7 @@ class StorageWriter(dcp.StorageWriter):
         storage_options: passed to fsspec.
         overwrite: whether a checkpoint that is there may be replaced, as DCP's own writers do. It stays readable
             until the new one is committed, and its data is removed after that.
+        budget_bytes: as of `reshard.save`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class StorageWriter(dcp.StorageWriter):
         codec: str = "zstd",
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = True,
+        budget_bytes: int | None = None,
     ) -> None:
         if codec not in CODECS:
             raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
@@ -92,6 +94,7 @@ class StorageWriter(dcp.StorageWriter):
         self._codec = codec
         self._storage_options = storage_options
         self._overwrite = overwrite
+        self._budget_bytes = budget_bytes
         self._rank = 0
         self._written: list[ObjectRecord] = []
         self.alarm = Alarm(alone=True)
@@ -125,7 +128,14 @@ class StorageWriter(dcp.StorageWriter):
         begin = time.perf_counter()
         shards = [_shard_to_write(item, planner) for item in plan.items]
         with self.alarm:
-            self._written = write_objects(self._store(), self._rank, shards, self._codec, interrupt=self.alarm.check)
+            self._written = write_objects(
+                self._store(),
+                self._rank,
+                shards,
+                self._codec,
+                budget_bytes=self._budget_bytes,
+                interrupt=self.alarm.check,
+            )
         results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
         if results:
             written = sum(record.nbytes for record in self._written)
@@ -181,14 +191,21 @@ class StorageReader(dcp.StorageReader):
         storage_options: passed to fsspec.
         allow_pickle: hand pickled objects to the planner even where torch.load(weights_only=True) refuses them.
             The planner may run the code in them.
+        budget_bytes: as of `reshard.load`.
     """
 
     def __init__(
-        self, uri: Target, *, storage_options: Mapping[str, Any] | None = None, allow_pickle: bool = False
+        self,
+        uri: Target,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        allow_pickle: bool = False,
+        budget_bytes: int | None = None,
     ) -> None:
         self.checkpoint_id: Target = uri
         self._storage_options = storage_options
         self._allow_pickle = allow_pickle
+        self._budget_bytes = budget_bytes
         self._manifest: Manifest | None = None
         self._rank = 0
         self.report: RankReport | None = None
@@ -241,7 +258,7 @@ class StorageReader(dcp.StorageReader):
         blobs = [Blob(manifest, item.storage_index.fqn) for item in objects]
         wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors] + [blob.want for blob in blobs]
         destinations = [target.detach() for target in targets] + [blob.tensor for blob in blobs]
-        self.report = read_boxes(store, manifest, wants, destinations, rank=self._rank)
+        self.report = read_boxes(store, manifest, wants, destinations, rank=self._rank, budget_bytes=self._budget_bytes)
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item, blob in zip(objects, blobs, strict=True):

@@ -33,6 +33,7 @@ def load(
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     allow_pickle: bool = False,
+    budget_bytes: int | None = None,
 ) -> Report:
     """Load a checkpoint into a state dict, in place. Collective: every rank of the group calls it.
 
@@ -48,6 +49,8 @@ def load(
         storage_options: passed to fsspec.
         process_group: the ranks that load together; the default group where there is one, else this process alone.
         allow_pickle: unpickle objects that torch.load(weights_only=True) refuses. That can run any code.
+        budget_bytes: of memory that this rank may use beside the tensors; by default the smaller of 2 GiB and a tenth
+            of what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
 
     Raises, on every rank and naming the rank that failed:
         CheckpointNotFoundError, NotCommittedError, UnsupportedVersionError: there is nothing to load.
@@ -57,7 +60,7 @@ def load(
             was, unless the message says otherwise; others may have been loaded.
         UnsafeObjectError: an object needs `allow_pickle`.
     """
-    loading = _Loading(state_dict, strict=strict, allow_pickle=allow_pickle)
+    loading = _Loading(state_dict, strict=strict, allow_pickle=allow_pickle, budget_bytes=budget_bytes)
     rank = rank_of(process_group)
     alarm = Alarm(process_group)
 
@@ -81,11 +84,14 @@ def load(
 class _Loading:
     """One rank's part of a load."""
 
-    def __init__(self, state_dict: Mapping[str, Any], *, strict: bool, allow_pickle: bool) -> None:
+    def __init__(
+        self, state_dict: Mapping[str, Any], *, strict: bool, allow_pickle: bool, budget_bytes: int | None
+    ) -> None:
         self._state_dict = state_dict
         self.states: dict[str, Any] = {}
         self._strict = strict
         self._allow_pickle = allow_pickle
+        self._budget_bytes = budget_bytes
         self.objects: list[tuple[Leaf, Any]] = []
         self.skipped: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
@@ -110,7 +116,15 @@ class _Loading:
         blobs = [Blob(manifest, leaf.name) for leaf in objects]
         wants += [blob.want for blob in blobs]
         destinations += [blob.tensor for blob in blobs]
-        report = read_boxes(store, manifest, wants, destinations, rank=rank, interrupt=alarm.check)
+        report = read_boxes(
+            store,
+            manifest,
+            wants,
+            destinations,
+            rank=rank,
+            budget_bytes=self._budget_bytes,
+            interrupt=alarm.check,
+        )
         self.objects = [
             (leaf, blob.value(allow_pickle=self._allow_pickle)) for leaf, blob in zip(objects, blobs, strict=True)
         ]

@@ -58,6 +58,7 @@ def read_boxes(
     destinations: Sequence[torch.Tensor],
     *,
     rank: int = 0,
+    budget_bytes: int | None = None,
     interrupt: Interrupt = never,
 ) -> RankReport:
     """Read boxes into tensors of their sizes, in place.
@@ -79,7 +80,7 @@ def read_boxes(
     ]
     plan = plan_reads(index, narrowed)
     planned = time.perf_counter()
-    stats = execute(plan, index, store, destinations, interrupt=interrupt)
+    stats = execute(plan, index, store, destinations, budget_bytes=budget_bytes, interrupt=interrupt)
     return RankReport(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),

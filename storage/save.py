@@ -78,6 +78,7 @@ def save(
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     overwrite: bool = False,
+    budget_bytes: int | None = None,
 ) -> Report:
     """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
 
@@ -92,6 +93,8 @@ def save(
         storage_options: passed to fsspec.
         process_group: the ranks that save together; the default group where there is one, else this process alone.
         overwrite: replace a checkpoint that is there.
+        budget_bytes: of memory that this rank may use beside the state; by default the smaller of 2 GiB and a tenth of
+            what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: a checkpoint is there and `overwrite` is False.
@@ -113,7 +116,9 @@ def save(
     places = set(on_all_ranks(prepare, process_group)) - {None}
     if len(places) > 1:
         raise ArgumentError(f"the ranks of one save were given different places: {', '.join(sorted(map(str, places)))}")
-    writer = StorageWriter(uri, codec=codec, storage_options=storage_options, overwrite=overwrite)
+    writer = StorageWriter(
+        uri, codec=codec, storage_options=storage_options, overwrite=overwrite, budget_bytes=budget_bytes
+    )
     writer.alarm = Alarm(process_group)
     try:
         with warnings.catch_warnings(), lost_ranks_told():

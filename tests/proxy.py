@@ -1,24 +1,43 @@
-"""A TCP proxy between a real client and a real server, that does what networks and servers do: for tests of faults.
+"""TCP proxies between a real client and a real server, that do what networks and servers do.
 
-It runs on a thread of its own. Faults are drawn with a seed: some connections are told to slow down (503), or are never
-answered; some pieces of the answers are cut short, and the connection reset, or closed as if all were well.
+`proxied`, for tests of faults, runs on a thread of its own. Faults are drawn with a seed: some connections are told to
+slow down (503), or are never answered; some pieces of the answers are cut short, and the connection reset, or closed
+as if all were well.
+
+`linked`, for benchmarks, is a link of a given round trip and bandwidth, which counts what passes. It runs in a process
+of its own, so that it takes nothing from the threads that are measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
+import mmap
+import os
 import random
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from urllib.parse import urlsplit
 
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
 HANGS_S = 30
+PIECE_BYTES = 256 * 1024
+WINDOW_BYTES = 16 * 1024 * 1024
+"""Bytes that a connection of a link may have under way in one direction."""
+BURST_S = 0.010
+"""Idle time of a link that a burst may make up for: timers are late, and more so on a busy machine."""
+METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 
 
 @dataclass(frozen=True)
@@ -129,3 +148,164 @@ async def _stop(server: asyncio.Server) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link between client and server."""
+
+    round_trip_s: float = 0
+    """Half of it in each direction; opening a connection takes one more."""
+    bytes_per_s: float = float("inf")
+    """In each direction, shared by all connections."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What has passed a link."""
+
+    requests: int
+    """HTTP requests."""
+    sent: int
+    """Bytes from the clients to the server, headers included."""
+    received: int
+    """Bytes from the server to the clients, headers included."""
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        return Traffic(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
+
+
+_COUNTS = struct.Struct("<3q")
+
+
+def traffic(counts: str) -> Traffic:
+    """What has passed the link that counts into this file."""
+    with open(counts, "rb") as file:
+        return Traffic(*_COUNTS.unpack(file.read(_COUNTS.size)))
+
+
+@contextlib.contextmanager
+def linked(endpoint: str, link: Link) -> Iterator[tuple[str, str]]:
+    """The endpoint of a running link in front of another, and the file of its counts, which `traffic` reads."""
+    with tempfile.NamedTemporaryFile(prefix="link-") as counts:
+        counts.write(bytes(_COUNTS.size))
+        counts.flush()
+        command = [sys.executable, __file__, endpoint, counts.name, str(link.round_trip_s), str(link.bytes_per_s)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                yield process.stdout.readline().strip(), counts.name
+            finally:
+                process.kill()
+
+
+class _Direction:
+    """One direction of a link: its bandwidth is a clock that every piece, of whichever connection, moves on."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._free_at = 0.0
+        self.passed = 0
+
+    async def take(self, nbytes: int) -> None:
+        """Wait until so many bytes have been put on the link."""
+        self.passed += nbytes
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now - BURST_S) + nbytes / self._link.bytes_per_s
+        if self._free_at > now:
+            await asyncio.sleep(self._free_at - now)
+
+
+class _LinkServer:
+    """Passes connections on over a link."""
+
+    def __init__(self, endpoint: str, link: Link, counts: mmap.mmap) -> None:
+        address = urlsplit(endpoint)
+        assert address.hostname is not None
+        self._target = (address.hostname, address.port)
+        self._link = link
+        self._counts = counts
+        self._up, self._down = _Direction(link), _Direction(link)
+        self._requests = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+            listening.setblocking(False)
+            print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
+            while True:
+                client, _ = await loop.sock_accept(listening)
+                task = asyncio.create_task(self._connection(client))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _connection(self, client: socket.socket) -> None:
+        server = socket.socket()
+        with client, server, contextlib.suppress(OSError):
+            for end in (client, server):
+                end.setblocking(False)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await asyncio.get_running_loop().sock_connect(server, self._target)
+            opened = time.monotonic() + self._link.round_trip_s
+            up = asyncio.create_task(self._carry(client, server, self._up, opened))
+            down = asyncio.create_task(self._carry(server, client, self._down, opened))
+            await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
+            if not down.done():  # the client has sent all it will
+                await asyncio.wait((down,), timeout=HANGS_S)
+            for task in (up, down):
+                task.cancel()
+            await asyncio.gather(up, down, return_exceptions=True)
+
+    async def _carry(self, source: socket.socket, sink: socket.socket, way: _Direction, opened: float) -> None:
+        """Pass on one direction of a connection: what is put on the link arrives half a round trip later, in order."""
+        loop = asyncio.get_running_loop()
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(WINDOW_BYTES // PIECE_BYTES)
+        delivering = asyncio.create_task(_deliver(under_way, sink))
+        try:
+            while data := await loop.sock_recv(source, PIECE_BYTES):
+                if way is self._up and data.startswith(METHODS):
+                    self._requests += 1
+                await way.take(len(data))
+                _COUNTS.pack_into(self._counts, 0, self._requests, self._up.passed, self._down.passed)
+                await under_way.put((max(time.monotonic(), opened) + self._link.round_trip_s / 2, data))
+            await under_way.put((time.monotonic() + self._link.round_trip_s / 2, b""))
+            await delivering
+        finally:
+            delivering.cancel()
+
+
+async def _deliver(under_way: asyncio.Queue[tuple[float, bytes]], sink: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due, data = await under_way.get()
+        now = time.monotonic()
+        if due > now:
+            await asyncio.sleep(due - now)
+        if not data:
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_WR)
+            return
+        await loop.sock_sendall(sink, data)
+
+
+def _end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def _serve_link() -> None:
+    parser = argparse.ArgumentParser(description="A link in front of an endpoint; prints its own.")
+    parser.add_argument("endpoint")
+    parser.add_argument("counts")
+    parser.add_argument("round_trip_s", type=float)
+    parser.add_argument("bytes_per_s", type=float)
+    arguments = parser.parse_args()
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    link = Link(arguments.round_trip_s, arguments.bytes_per_s)
+    with open(arguments.counts, "r+b") as file, mmap.mmap(file.fileno(), _COUNTS.size) as counts:
+        asyncio.run(_LinkServer(arguments.endpoint, link, counts).serve())
+
+
+if __name__ == "__main__":
+    _serve_link()

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Server:
     endpoint: str
     options: dict[str, Any] = field(default_factory=dict)
     """storage_options for fsspec."""
+
+    def through(self, endpoint: str) -> Server:
+        """The same server, by an endpoint in front of it."""
+        return replace(self, endpoint=endpoint, options={**self.options, "client_kwargs": {"endpoint_url": endpoint}})
 
     def place(self, name: str) -> str:
         """The URI of an empty folder, in a bucket that is made where it is not there."""

@@ -1,0 +1,87 @@
+"""The benchmarks run, on little: that each prints and writes what it says, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from benchmarks import coalescing, codec, fsdp_to_tp, memory, overhead
+from tests.proxy import Link, linked, traffic
+from tests.ranks import RankPool
+from tests.servers import Server
+
+
+@pytest.fixture
+def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks take the ranks of the tests, which are there already, and do not end them."""
+
+    class Lent:
+        def __enter__(self) -> RankPool:
+            return ranks
+
+        def __exit__(self, *_: object) -> None: ...
+
+    for module in (fsdp_to_tp, overhead):
+        monkeypatch.setattr(module, "RankPool", Lent)
+
+
+def rows_of(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What a benchmark writes; its picture is one."""
+    written, picture = folder / "rows.json", folder / "plot.png"
+    benchmark.main([*arguments, "--json", str(written), "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(written.read_text())
+    assert found["machine"]["cores"] >= 1
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+@pytest.mark.usefixtures("pools")
+def test_fsdp_to_tp(tmp_path: Path) -> None:
+    few = ("--contenders", "dcp", "reshard-none", "reshard-zstd", "--layers", "1", "--repeat", "1")
+    by = {row["contender"]: row for row in rows_of(fsdp_to_tp, tmp_path, "--places", "local", *few)}
+    assert by["reshard-zstd"]["load_read"] < by["reshard-none"]["load_read"] < by["dcp"]["load_read"]
+
+
+def test_codec(tmp_path: Path) -> None:
+    few = ("--codecs", "reshard zstd", "zstd-1")
+    rows = rows_of(codec, tmp_path, "--mb", "1", "--repeat", "1", "--samples", "normal", "tokens", *few)
+    ratios = {(row["values"], row["dtype"], row["codec"]): row["ratio"] for row in rows}
+    assert ratios["N(0, 0.02²)", "bfloat16", "reshard zstd"] < ratios["N(0, 0.02²)", "bfloat16", "zstd-1"] < 1
+
+
+def test_coalescing(tmp_path: Path) -> None:
+    rows = rows_of(coalescing, tmp_path, "--cases", "0.3B, fsdp 8 → tp 4")
+    assert [row["over_read"] for row in rows if row["max_gap_bytes"] == 0] == [0]
+    assert min(row["requests"] for row in rows) < rows[0]["requests"]
+
+
+def test_memory(tmp_path: Path) -> None:
+    few = ("--mb", "8", "--budgets-mb", "4", "--tensors", "1", "--contenders", "reshard-none")
+    (row,) = rows_of(memory, tmp_path, "--places", "local", *few)
+    assert row["load_peak"] >= 0
+
+
+@pytest.mark.usefixtures("pools")
+def test_overhead(tmp_path: Path) -> None:
+    rows = rows_of(overhead, tmp_path, "--places", "local", "--ranks", "2", "--layers", "1", "--repeat", "1")
+    assert {row["contender"] for row in rows} == {"preadv", "reshard none"}
+
+
+def test_a_link_is_as_slow_as_it_is_told_to_be_and_counts(seaweedfs: Server) -> None:
+    place = seaweedfs.place(uuid.uuid4().hex)
+    with linked(seaweedfs.endpoint, Link(round_trip_s=0.05, bytes_per_s=1e6)) as (endpoint, counts):
+        filesystem = fsspec.filesystem("s3", **seaweedfs.through(endpoint).options)
+        filesystem.pipe_file(f"{place}/warm", b"x")
+        before, begin = traffic(counts), time.monotonic()
+        filesystem.pipe_file(f"{place}/data", b"x" * 300_000)
+        seen, took = traffic(counts) - before, time.monotonic() - begin
+    assert took > 0.05 + 0.25
+    assert seen.requests == 1
+    assert seen.sent > 300_000 > seen.received > 0
