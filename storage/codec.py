@@ -102,13 +102,17 @@ def decode_heads(data: Buffer, numel: int) -> Bytes:
     """The bytes of `numel` bfloat16 values from a stream of heads. Raises CorruptCheckpointError."""
     (exponents, rest), left = _split_planes(data, 2, numel)
     _check(len(left) == 0, "bytes are left over after the last plane")
-    bits = exponents.astype(np.uint16)
-    bits <<= 8
-    bits |= rest
-    low = bits << 15
-    bits >>= 1
-    bits |= low
-    return bits.view(np.uint8)
+    turned = np.empty(-(-numel // 4) * 4, np.uint16)
+    turned[:numel] = exponents
+    turned[:numel] *= 256
+    turned[:numel] |= rest
+    # Turned back to the right by one bit. Products and words of 64 bits, since numpy shifts one element at a time.
+    signs = turned * 32768
+    words = turned.view(np.uint64)
+    words >>= 1
+    words &= 0x7FFF7FFF7FFF7FFF
+    turned |= signs
+    return turned[:numel].view(np.uint8)
 
 
 def decode_heads_and_tails(heads: Buffer, tails: Buffer, numel: int) -> Bytes:
@@ -135,10 +139,9 @@ def _round_to_bfloat16(values: Bytes) -> npt.NDArray[np.uint16]:
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
     """Turned left by one bit, a value has its exponent in the high byte, mantissa and sign in the low one."""
-    turned = bits << 1
-    turned |= bits >> 15
-    by_byte = turned.view(np.uint8).reshape(-1, 2)
-    return [np.ascontiguousarray(by_byte[:, 1]), np.ascontiguousarray(by_byte[:, 0])]
+    rest = bits << 1
+    rest |= bits >> 15
+    return [(bits >> 7).astype(np.uint8), rest.astype(np.uint8)]
 
 
 def _join_planes(planes: list[Bytes], *, floats: bool = True) -> bytes:

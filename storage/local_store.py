@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,12 +18,34 @@ from typing_extensions import Buffer
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
 from .store import ObjectWriter
 
+OPEN_FILES = 64
+
+
+class _OpenFile:
+    """A file open for reading, which is closed once nobody holds it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        done = 0
+        while done < len(buffer) and (moved := os.preadv(self.descriptor, [buffer[done:]], start + done)):
+            done += moved
+        return done
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it could not be opened
+            os.close(self.descriptor)
+
 
 class LocalStore:
     """A folder. It is made when the first object is written."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
+        self._lock = threading.Lock()
+        self._open_files: dict[str, _OpenFile] = {}
+        """Those used last, in that order."""
 
     concurrent_reads = 4
     """The kernel reads ahead in each; more would only take turns at the interpreter."""
@@ -35,20 +58,22 @@ class LocalStore:
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
-            size = os.stat(self._root / name).st_size
-        data = np.empty(max(0, min(stop, size) - start), np.uint8).data
-        return data[: self.read_into(name, start, data)]
+            file = _OpenFile(f"{self._root}/{name}")
+            data = np.empty(max(0, min(stop, os.fstat(file.descriptor).st_size) - start), np.uint8).data
+            return data[: file.read_into(start, data)]
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> int:
         with self._errors("read", name):
-            descriptor = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                done = 0
-                while done < len(buffer) and (moved := os.preadv(descriptor, [buffer[done:]], start + done)):
-                    done += moved
-                return done
-            finally:
-                os.close(descriptor)
+            return self._open(name).read_into(start, buffer)
+
+    def _open(self, name: str) -> _OpenFile:
+        """The file, kept open: to open one takes as long as to read some MB of it."""
+        with self._lock:
+            file = self._open_files.pop(name, None) or _OpenFile(f"{self._root}/{name}")
+            self._open_files[name] = file
+            if len(self._open_files) > OPEN_FILES:
+                del self._open_files[next(iter(self._open_files))]
+        return file
 
     @contextmanager
     def create(self, name: str) -> Iterator[ObjectWriter]:

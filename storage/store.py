@@ -57,7 +57,7 @@ class Store(Protocol):
 
     @property
     def read_into(self) -> ReadInto | None:
-        """A read into memory that is given, where it has one."""
+        """A read into memory that is given, where it has one; of data objects, which never change."""
 
     @property
     def holds_objects(self) -> bool:
