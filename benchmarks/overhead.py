@@ -62,10 +62,10 @@ Bare = Callable[[Sequence[Piece]], None]
 
 def pieces_of(uri: str, options: dict[str, Any], ranks: int, rank: int) -> list[Piece]:
     """The requests of a rank's plan."""
-    index = read_manifest(open_store(uri, options)).index
+    objects = read_manifest(open_store(uri, options)).objects
     requests = reshard.open(uri, storage_options=options).plan(reshard.Layout({"tp": ranks}, TP_PLAN))[rank].requests
     columns = zip(requests.objects.tolist(), requests.starts.tolist(), requests.stops.tolist(), strict=True)
-    return [Piece(f"{uri}/{index.objects[at][0]}", start, stop) for at, start, stop in columns]
+    return [Piece(f"{uri}/{objects[at][0]}", start, stop) for at, start, stop in columns]
 
 
 def by_preadv(options: dict[str, Any]) -> Bare:

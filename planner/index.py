@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
@@ -69,6 +69,12 @@ class Encoding(IntEnum):
 
     RAW = 0
     PLANES = 1
+
+
+def missing(name: str, names: Iterable[str]) -> MissingTensorError:
+    """The error for a name that is none of those that there are."""
+    near = ", ".join(map(repr, difflib.get_close_matches(name, list(names), n=3)))
+    return MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,7 @@ class Segments:
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CheckpointIndex:
     """All that a plan needs to know of a checkpoint. Raises InvalidIndexError if it contradicts itself."""
 
@@ -153,13 +159,14 @@ class CheckpointIndex:
 
     first_chunk: IntArray = field(init=False, repr=False)
     """(segments + 1,) where a segment's chunks begin in `lengths`."""
-    chunk_starts: IntArray = field(init=False, repr=False)
-    """(chunks,) where each chunk begins, in bytes, counted from the start of its segment."""
     first_checksum: IntArray = field(init=False, repr=False)
-    """(chunks + 1,) where a chunk's checksums begin in `checksums`."""
+    """(segments + 1,) where the checksums of a segment's chunks begin in `checksums`."""
     _positions: dict[str, int] = field(init=False, repr=False)
     _first_segment: IntArray = field(init=False, repr=False)
     _first_extent: IntArray = field(init=False, repr=False)
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         assign = object.__setattr__
@@ -183,53 +190,84 @@ class CheckpointIndex:
                 f"the shards have {total} chunks or more, but there are {len(self.lengths)} lengths"
             )
         assign(self, "first_chunk", np.concatenate(([0], np.cumsum(counts))))
-        self._check_lengths(counts)
-        self._locate_chunks(counts, np.array([entry.page_bytes for entry in self.entries], np.int64)[owners])
+        if len(counts):
+            self._check_lengths()
+        self._check_places(counts)
 
-    def _check_lengths(self, counts: IntArray) -> None:
+    def _check_lengths(self) -> None:
         """No chunk takes more bytes than its values and what an encoding may add to them."""
         largest = [entry.grid.cell_numel * (entry.itemsize + 8) + 64 for entry in self.entries]
-        most = np.repeat(np.array(largest, np.int64)[self.segments.entries], counts)
-        wrong = (self.lengths < 1) | (self.lengths > most)
+        most = np.array(largest, np.int64)[self.segments.entries]
+        first = self.first_chunk[:-1]
+        wrong = (np.minimum.reduceat(self.lengths, first) < 1) | (np.maximum.reduceat(self.lengths, first) > most)
         if bool(wrong.any()):
-            segment = int(np.searchsorted(self.first_chunk, np.argmax(wrong), side="right")) - 1
-            name = self.entries[int(self.segments.entries[segment])].name
+            name = self.entries[int(self.segments.entries[np.argmax(wrong)])].name
             raise InvalidIndexError(f"a chunk of {name!r} has an impossible length")
 
-    def _locate_chunks(self, counts: IntArray, pages: IntArray) -> None:
-        """Where each chunk begins, and its checksums; checks that both are all there and inside the objects."""
-        assign = object.__setattr__
-        lengths = self.lengths.astype(np.int64)
-        ends = np.concatenate(([0], np.cumsum(lengths)))
-        before = ends[self.first_chunk]
-        assign(self, "chunk_starts", ends[:-1] - np.repeat(before[:-1], counts))
-        segment_bytes = before[1:] - before[:-1]
-        object_bytes = np.array([nbytes for _, nbytes in self.objects], np.int64)[self.segments.objects]
-        starts = self.segments.starts
-        if bool(((starts < 0) | (starts > object_bytes) | (segment_bytes > object_bytes - starts)).any()):
+    def _check_places(self, counts: IntArray) -> None:
+        """All segments lie inside their objects, and all chunks have their checksums."""
+        segments, first = self.segments, self.first_chunk[:-1]
+        nbytes = np.add.reduceat(self.lengths, first, dtype=np.int64) if len(first) else first
+        object_bytes = np.array([nbytes for _, nbytes in self.objects], np.int64)[segments.objects]
+        starts = segments.starts
+        if bool(((starts < 0) | (starts > object_bytes) | (nbytes > object_bytes - starts)).any()):
             raise InvalidIndexError("a segment reaches beyond the end of its data object")
-        raw = np.repeat(self.segments.encodings == Encoding.RAW, counts)
-        checksums = np.where(raw, -(-lengths // np.repeat(pages, counts)), 1)
-        assign(self, "first_checksum", np.concatenate(([0], np.cumsum(checksums))))
+        checksums = counts
+        if bool((segments.encodings == Encoding.RAW).any()):
+            checksums = np.add.reduceat(self._checksums_of(np.arange(len(first)), self.lengths.astype(np.int64)), first)
+        object.__setattr__(self, "first_checksum", np.concatenate(([0], np.cumsum(checksums))))
         if int(self.first_checksum[-1]) != len(self.checksums):
             raise InvalidIndexError(
                 f"the chunks need {int(self.first_checksum[-1])} checksums, there are {len(self.checksums)}"
             )
+
+    def _checksums_of(self, segments: IntArray, lengths: IntArray) -> IntArray:
+        """How many checksums each chunk of some segments has, given the lengths of all their chunks."""
+        owners = self.segments.entries[segments]
+        page_bytes = [entry.page_bytes for entry in self.entries[owners[0] : owners[-1] + 1]]
+        pages = np.array(page_bytes, np.int64)[owners - owners[0]]
+        counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
+        raw = np.repeat(self.segments.encodings[segments] == Encoding.RAW, counts)
+        found: IntArray = np.where(raw, -(-lengths // np.repeat(pages, counts)), 1)
+        return found
+
+    def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Where chunks are, that are given by their segment, in ascending order, and their place in it.
+
+        Returns, (n,) each: the first byte in the object, the length in bytes, the place of the first checksum.
+        """
+        if len(segments) == 0:
+            return segments, segments, segments
+        opens = np.concatenate(([True], segments[1:] != segments[:-1]))
+        touched, which = segments[opens], np.cumsum(opens) - 1
+        counts = self.first_chunk[touched + 1] - self.first_chunk[touched]
+        base = np.cumsum(counts) - counts
+        every = np.arange(int(counts.sum())) + np.repeat(self.first_chunk[touched] - base, counts)
+        lengths = self.lengths[every].astype(np.int64)
+        rows = base[which] + ordinals
+
+        def counted_in_segment(values: IntArray) -> IntArray:
+            before: IntArray = np.cumsum(values) - values
+            inside: IntArray = before[rows] - before[base[which]]
+            return inside
+
+        checksums = ordinals
+        if bool((self.segments.encodings[touched] == Encoding.RAW).any()):
+            checksums = counted_in_segment(self._checksums_of(touched, lengths))
+        return (
+            self.segments.starts[segments] + counted_in_segment(lengths),
+            lengths[rows],
+            self.first_checksum[segments] + checksums,
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._positions
 
     def position(self, name: str) -> int:
         """Where the entry of this name stands. Raises MissingTensorError."""
-        try:
-            return self._positions[name]
-        except KeyError:
-            near = ", ".join(map(repr, self.nearest(name, 3)))
-            raise MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}")) from None
-
-    def nearest(self, name: str, count: int) -> list[str]:
-        """The names most like one that is not there."""
-        return difflib.get_close_matches(name, self._positions, n=count)
+        if name not in self._positions:
+            raise missing(name, self._positions)
+        return self._positions[name]
 
     def entry(self, name: str) -> Entry:
         """The entry of this name. Raises MissingTensorError."""

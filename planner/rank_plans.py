@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .errors import LayoutError, MissingTensorError
@@ -46,12 +46,12 @@ class RankPlans:
         return "\n".join(lines)
 
 
-def rank_tensors(index: CheckpointIndex, layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
+def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
     """What a rank holds of every tensor whose name matches a pattern.
 
     Raises MissingTensorError where none does, LayoutError where none matches a rule of the layout, or one does not fit.
     """
-    entries = [entry for entry in index.entries if entry.kind is Kind.TENSOR and matches(names, entry.name)]
+    entries = [entry for entry in entries if entry.kind is Kind.TENSOR and matches(names, entry.name)]
     if not entries and names != "*":
         raise MissingTensorError(f"the checkpoint has no tensor whose name matches {names!r}")
     patterns = [pattern for pattern, _ in layout.rules]
@@ -65,8 +65,6 @@ def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*") -> Rank
 
     Raises LayoutError, InvalidIndexError.
     """
-    plans = (
-        plan_reads(index, [want for tensor in rank_tensors(index, layout, rank, names) for want in tensor.wants])
-        for rank in range(layout.world_size)
-    )
+    held = (rank_tensors(index.entries, layout, rank, names) for rank in range(layout.world_size))
+    plans = (plan_reads(index, [want for tensor in tensors for want in tensor.wants]) for tensors in held)
     return RankPlans(layout, tuple(plans))

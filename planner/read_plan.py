@@ -184,11 +184,9 @@ def _locate(
     split = len(segment) > 0 and index.segments.streams[segment[0]] == Stream.HEAD
     wide = split and not want.heads_only
     segments = np.stack([segment, segment + 1], axis=1) if wide else segment[:, None]
-    chunks = index.first_chunk[segments] + ordinal[:, None]
-    lengths = index.lengths[chunks].astype(np.int64)
-    starts = index.segments.starts[segments] + index.chunk_starts[chunks]
+    places = [index.locate(column, ordinal) for column in segments.T]
+    starts, lengths, checksums = (np.stack(columns, axis=1) for columns in zip(*places, strict=True))
     stops = starts + lengths
-    checksums = index.first_checksum[chunks]
     raw = index.segments.encodings[segment] == Encoding.RAW
     skipped = np.zeros(len(segment), np.int64)
     if bool(raw.any()):

@@ -13,7 +13,7 @@ import torch
 from ..planner.box import Box
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
-from ..planner.layout import Layout
+from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
 from .errors import DestinationError
@@ -40,13 +40,11 @@ class Checkpoint:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
-        self._index = manifest.index
-        self._tensors: dict[str, TensorInfo] = {}
-        for position, entry in enumerate(self._index.entries):
-            if entry.kind is Kind.TENSOR:
-                chunks = self._index.chunk_count(position)
-                stored = self._index.stored_bytes(position)
-                self._tensors[entry.name] = TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
+        self._tensors = {
+            entry.name: TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
+            for entry, (chunks, stored) in zip(manifest.entries, manifest.sizes, strict=True)
+            if entry.kind is Kind.TENSOR
+        }
 
     @property
     def location(self) -> str:
@@ -66,7 +64,7 @@ class Checkpoint:
     @property
     def objects(self) -> tuple[str, ...]:
         """The names of the values that are not tensors."""
-        return tuple(entry.name for entry in self._index.entries if entry.kind is not Kind.TENSOR)
+        return tuple(entry.name for entry in self._manifest.entries if entry.kind is not Kind.TENSOR)
 
     def read(
         self, name: str, box: Box | None = None, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
@@ -87,7 +85,7 @@ class Checkpoint:
                 says otherwise.
         """
         check_is_tensor(self._manifest, name)
-        entry = self._index.entry(name)
+        entry = self._manifest.entry(name)
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
             raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
@@ -108,7 +106,7 @@ class Checkpoint:
             UnsafeObjectError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
                 is False.
         """
-        if self._index.entry(name).kind is Kind.TENSOR:
+        if self._manifest.entry(name).kind is Kind.TENSOR:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         blob = Blob(self._manifest, name)
         read_boxes(self._store, self._manifest, [blob.want], [blob.tensor])
@@ -119,7 +117,8 @@ class Checkpoint:
 
         `names` is a pattern as in a layout: "model" stands for all below it. Raises LayoutError.
         """
-        return plan_ranks(self._index, layout, names)
+        matching = [name for name in self._tensors if matches(names, name)]
+        return plan_ranks(self._manifest.index(matching), layout, names)
 
     def load_rank(self, layout: Layout, rank: int, *, names: str = "*") -> dict[str, torch.Tensor]:
         """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
@@ -130,7 +129,7 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []
-        for held in rank_tensors(self._index, layout, rank, names):
+        for held in rank_tensors(self._manifest.entries, layout, rank, names):
             local = torch.empty(held.local.shape, dtype=torch_dtype(held.entry.dtype))
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
@@ -144,7 +143,7 @@ class Checkpoint:
 
         Raises StoreError where the store fails otherwise than by not having an object.
         """
-        return verify(self._store, self._index)
+        return verify(self._store, self._manifest.index())
 
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())

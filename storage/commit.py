@@ -34,7 +34,7 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool)
     replaced: set[str] = set()
     if overwrite:
         with contextlib.suppress(CheckpointError):  # there is none, or none that tells what it is made of
-            replaced = {name for name, _ in read_manifest(store).index.objects}
+            replaced = {name for name, _ in read_manifest(store).objects}
     try:
         store.put(NAME, manifest, overwrite=overwrite)
     except Exception as error:

@@ -225,7 +225,7 @@ class StorageReader(dcp.StorageReader):
     @raises_portable
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         store, manifest = self._open()
-        index = manifest.index
+        index = manifest.index()
         entries: dict[str, Any] = {}
         for position, entry in enumerate(index.entries):
             if entry.kind is not Kind.TENSOR:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
@@ -103,7 +104,7 @@ class _Loading:
         leaves = self._present(named, manifest)
         self.unread = tuple(
             entry.name
-            for entry in manifest.index.entries
+            for entry in manifest.entries
             if entry.name not in named and entry.name.startswith(tuple(f"{key}." for key in self.states))
         )
         wants: list[Want] = []
@@ -112,7 +113,7 @@ class _Loading:
             for box, tensor in _shards_to_load(leaf, manifest):
                 wants.append(Want(leaf.name, box))
                 destinations.append(tensor)
-        objects = [leaf for leaf in leaves if manifest.index.entry(leaf.name).kind is not Kind.TENSOR]
+        objects = [leaf for leaf in leaves if manifest.entry(leaf.name).kind is not Kind.TENSOR]
         blobs = [Blob(manifest, leaf.name) for leaf in objects]
         wants += [blob.want for blob in blobs]
         destinations += [blob.tensor for blob in blobs]
@@ -132,16 +133,16 @@ class _Loading:
 
     def _present(self, leaves: dict[str, Leaf], manifest: Manifest) -> list[Leaf]:
         """The leaves that the checkpoint has. Raises MissingTensorError."""
-        missing = [name for name in leaves if name not in manifest.index]
+        missing = [name for name in leaves if name not in manifest]
         if missing and self._strict:
             raise MissingTensorError(_describe_missing(missing, manifest))
         self.skipped = tuple(missing)
-        return [leaf for name, leaf in leaves.items() if name in manifest.index]
+        return [leaf for name, leaf in leaves.items() if name in manifest]
 
 
 def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
     """What this rank holds of a leaf's tensor; nothing of an object. Raises where it does not fit the checkpoint."""
-    entry = manifest.index.entry(leaf.name)
+    entry = manifest.entry(leaf.name)
     if not isinstance(leaf.value, torch.Tensor):
         if entry.kind is Kind.TENSOR:
             raise DestinationError(
@@ -160,7 +161,7 @@ def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
 
 def _describe_missing(missing: list[str], manifest: Manifest) -> str:
     """Which names are missing, and where they may be meant to be."""
-    names = [entry.name for entry in manifest.index.entries]
+    names = [entry.name for entry in manifest.entries]
     shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     message = f"the checkpoint has no {shown}"
     for name in names:
@@ -168,6 +169,6 @@ def _describe_missing(missing: list[str], manifest: Manifest) -> str:
             return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(missing[0])[:-1]!r}"
         if missing[0].endswith(f".{name}"):
             return f"{message}; it has {name!r}: the state dict is nested too deeply"
-    near = manifest.index.nearest(missing[0], 5) or names[:5]
+    near = difflib.get_close_matches(missing[0], names, n=5) or names[:5]
     found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
     return f"{message}; {found if names else 'it is empty'}; strict=False leaves out what is missing"

@@ -1,10 +1,10 @@
-"""The manifest: the index of a checkpoint as one small object, the only commit point of a save.
+"""The manifest: the index of a checkpoint as one object, the only commit point of a save.
 
-    magic, version, length | header, JSON | columns, little-endian | xxh3 of all before
+    magic, version, lengths, checksum | header, JSON | blocks
 
-The header names the tensors, objects and columns; the columns are those of CheckpointIndex, as they are in memory, so
-that opening a checkpoint takes a small multiple of the manifest's bytes, whatever it claims. No pickle.
-docs/FORMAT.md has it byte by byte.
+The header names the tensors, the objects and the blocks. A block has the columns of CheckpointIndex for a run of
+tensors, so that of a large manifest a rank reads those of its own tensors; and opening one takes a small multiple of
+the bytes that are read, whatever it claims. No pickle. docs/FORMAT.md has it byte by byte.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 import re
 import struct
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
-from ..planner.index import CheckpointIndex, Entry, Kind, Segments
+from ..planner.index import CheckpointIndex, Entry, Kind, missing
+from .blocks import Block, decode_blocks, encode_blocks
 from .checksums import checksum
 from .errors import (
     CheckpointNotFoundError,
@@ -35,9 +36,9 @@ NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
-VERSION = 1
-READ_BYTES = 64 * 1024 * 1024
-"""How much of a large manifest each further request asks for."""
+VERSION = 2
+READ_BYTES = 8 * 1024 * 1024
+"""How much of a large manifest one further request asks for, or a little more."""
 FIRST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
@@ -50,110 +51,173 @@ _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, Arithmeti
 """What Python raises where a header is not what it should be."""
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<Q")
-_COLUMNS = (
-    ("entries", "<i8"),
-    ("objects", "<i8"),
-    ("starts", "<i8"),
-    ("offsets", "<i8"),
-    ("sizes", "<i8"),
-    ("checksums", "<u8"),
-    ("lengths", "<u4"),
-    ("streams", "|u1"),
-    ("encodings", "|u1"),
-)
-_IN_SEGMENTS = frozenset(("entries", "streams", "encodings", "objects", "starts", "offsets", "sizes"))
+_HEADER_START = _PREFIX.size + _CHECKSUM.size
 
 
-@dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint is made of."""
+    """What a checkpoint is made of. Of a large one, it reads what it is asked for."""
 
-    index: CheckpointIndex
-    paths: dict[str, tuple[str | int, ...]]
-    """Where each entry stands in the state dict that was saved: the keys and list positions that lead to it."""
-    info: dict[str, Any]
-    """By what it was written, and when."""
-    nbytes: int
-    """Size of the manifest in the store."""
-    requests: int = 1
-    """Reads that it took."""
+    def __init__(self, source: _Source) -> None:
+        """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
+        self._source = source
+        header, blocks_start, stop = _read_header(source)
+        try:
+            self._blocks = _blocks(header["blocks"], blocks_start)
+            self.entries = tuple(_entry(*row[:5]) for row in header["entries"])
+            self.paths: dict[str, tuple[str | int, ...]] = {
+                str(row[0]): tuple(row[5]) for row in header["entries"] if row[5] is not None
+            }
+            """Where entries stand in the state dict that was saved: the keys and list positions that lead to them."""
+            self.sizes = tuple(_integers(row[6:8]) for row in header["entries"])
+            """How many chunks each entry has, and their bytes as stored."""
+            self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
+            """Name and size in bytes of each data object."""
+            self.info: dict[str, Any] = dict(header["info"])
+            """By what it was written, and when."""
+            if (self._blocks[-1].stop if self._blocks else blocks_start) != stop:
+                raise ValueError(f"the blocks do not end at byte {stop}")
+            if sum(block.entries for block in self._blocks) != len(self.entries):
+                raise ValueError(f"the blocks do not hold {len(self.entries)} tensors")
+        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+            raise _contradiction(source.where, error) from error
+        self._positions = {entry.name: position for position, entry in enumerate(self.entries)}
+        self._firsts = [block.first for block in self._blocks]
+        self._is_small = stop <= len(source.first)
+        self._lock = threading.Lock()
+        self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the manifest, so far."""
+        return self._source.bytes_read
+
+    @property
+    def requests(self) -> int:
+        """Reads that it took, so far."""
+        return self._source.requests
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._positions
+
+    def entry(self, name: str) -> Entry:
+        """The entry of this name. Raises MissingTensorError."""
+        return self.entries[self._position(name)]
+
+    def _position(self, name: str) -> int:
+        if name not in self._positions:
+            raise missing(name, self._positions)
+        return self._positions[name]
+
+    def index(self, names: Iterable[str] | None = None) -> CheckpointIndex:
+        """An index that has the entries of these names, or all; it may have more.
+
+        Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        """
+        if names is None or self._is_small:
+            wanted = frozenset(range(len(self._blocks)))
+        else:
+            wanted = frozenset(bisect_right(self._firsts, self._position(name)) - 1 for name in names)
+        with self._lock:
+            if self._loaded is None or not wanted <= self._loaded[0]:
+                self._loaded = wanted, self._load([self._blocks[at] for at in sorted(wanted)])
+            return self._loaded[1]
+
+    def _load(self, blocks: list[Block]) -> CheckpointIndex:
+        runs: list[list[Block]] = []
+        for block in blocks:
+            if runs and runs[-1][-1].stop == block.start and block.stop - runs[-1][0].start <= READ_BYTES:
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        with ThreadPoolExecutor(8, "reshard-manifest") as pool:
+            parts = list(pool.map(lambda run: self._source.read(run[0].start, run[-1].stop), runs))
+        placed = [
+            (block, part[block.start - run[0].start : block.stop - run[0].start])
+            for run, part in zip(runs, parts, strict=True)
+            for block in run
+        ]
+        try:
+            return decode_blocks(placed, self.entries, self.objects, self._source.where)
+        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+            raise _contradiction(self._source.where, error) from error
 
 
-def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ...]], info: dict[str, Any]) -> bytes:
-    """The manifest's bytes."""
-    columns = {
-        name: np.ascontiguousarray(getattr(index.segments if name in _IN_SEGMENTS else index, name), dtype)
-        for name, dtype in _COLUMNS
-    }
-    header = json.dumps(
-        {
-            "info": info,
-            "objects": index.objects,
-            "entries": [
-                [e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, paths.get(e.name)] for e in index.entries
-            ],
-            "columns": {name: len(column) for name, column in columns.items()},
-        },
-        separators=(",", ":"),
-    ).encode()
-    header += b" " * (-(len(header) + _PREFIX.size) % 8)
-    body = header + b"".join(columns[name].tobytes() for name, _ in _COLUMNS)
-    total = _PREFIX.size + len(body) + _CHECKSUM.size
-    data = _PREFIX.pack(MAGIC, VERSION, len(header), total) + body
-    return data + _CHECKSUM.pack(checksum(data))
+class _Source:
+    """The manifest's bytes, as they are asked for: its first MiB is read at once, and kept."""
+
+    def __init__(self, store: Store) -> None:
+        """Raises ObjectNotFoundError, StoreError."""
+        self._store = store
+        self.where = f"{store.location}/{NAME}"
+        self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
+        self.bytes_read = len(self.first)
+        self.requests = 1
+        self._lock = threading.Lock()
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Raises CorruptCheckpointError where it ends before."""
+        data = self.first[start:stop]
+        if stop > len(self.first) == FIRST_READ_BYTES:
+            rest = bytes(self._store.read(NAME, start + len(data), stop))
+            with self._lock:
+                self.bytes_read += len(rest)
+                self.requests += 1
+            data += rest
+        if len(data) != stop - start:
+            raise CorruptCheckpointError(
+                f"the manifest {self.where} ends at byte {start + len(data)}, where it should have {stop} or more"
+            )
+        return memoryview(data)
 
 
-def decode_manifest(data: bytes, where: str) -> Manifest:
-    """Read a manifest. Raises CorruptCheckpointError, UnsupportedVersionError."""
-    _total(data, where)
-    if _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)[0] != checksum(memoryview(data)[: -_CHECKSUM.size]):
-        raise CorruptCheckpointError(f"the manifest {where} does not match its checksum")
-    try:
-        return _parse(data)
-    except (*_CONTRADICTIONS, InvalidIndexError) as error:
-        raise CorruptCheckpointError(f"the manifest {where} contradicts itself: {error}") from error
-
-
-def _total(data: bytes, where: str) -> int:
-    """The length that a manifest should have by its first bytes."""
-    if len(data) < _PREFIX.size or not data.startswith(MAGIC):
-        raise CorruptCheckpointError(f"{where} is not a manifest of reshard: it begins with {bytes(data[:8])!r}")
-    _, version, _, total = _PREFIX.unpack_from(data)
+def _read_header(source: _Source) -> tuple[dict[str, Any], int, int]:
+    """The header, where it ends, and where the manifest should."""
+    if len(source.first) < _HEADER_START or not source.first.startswith(MAGIC):
+        raise CorruptCheckpointError(
+            f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
+        )
+    _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
     if version != VERSION:
         raise UnsupportedVersionError(
-            f"the manifest {where} has format version {version}; this reshard reads version {VERSION}"
+            f"the manifest {source.where} has format version {version}; this reshard reads version {VERSION}"
         )
-    if total > MAX_BYTES:
-        raise CorruptCheckpointError(f"the manifest {where} claims to have {total} bytes")
-    return int(total)
+    if total > MAX_BYTES or _HEADER_START + header_bytes > total:
+        raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
+    if len(source.first) < FIRST_READ_BYTES and len(source.first) != total:
+        raise CorruptCheckpointError(
+            f"the manifest {source.where} has {len(source.first)} bytes where it should have {total}"
+        )
+    text = source.read(_HEADER_START, _HEADER_START + header_bytes)
+    if _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0] != checksum(source.first[: _PREFIX.size] + bytes(text)):
+        raise CorruptCheckpointError(f"the header of the manifest {source.where} does not match its checksum")
+    try:
+        return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
+    except _CONTRADICTIONS as error:
+        raise _contradiction(source.where, error) from error
 
 
-def _parse(data: bytes) -> Manifest:
-    _, _, header_bytes, _ = _PREFIX.unpack_from(data)
-    at = _PREFIX.size + header_bytes
-    header = json.loads(bytes(data[_PREFIX.size : at]))
-    columns = {}
-    for name, dtype in _COLUMNS:
-        (count,) = _integers([header["columns"][name]])
-        if count < 0:
-            raise ValueError(f"column {name} has {count} rows")
-        columns[name] = np.frombuffer(data, dtype, count, at)
-        at += columns[name].nbytes
-    if at != len(data) - _CHECKSUM.size:
-        raise ValueError(f"the columns end at byte {at} of {len(data)}")
-    entries = []
-    paths = {}
-    for name, kind, dtype, shape, parts, path in header["entries"]:
-        entry = Entry(str(name), Kind(kind), dtype, Grid(_integers(shape), _integers(parts)))
-        if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
-            raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
-        entries.append(entry)
-        if path is not None:
-            paths[str(name)] = tuple(path)
-    objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
-    segments = Segments(**{name: columns[name] for name in _IN_SEGMENTS})
-    index = CheckpointIndex(tuple(entries), objects, segments, columns["lengths"], columns["checksums"])
-    return Manifest(index, paths, dict(header["info"]), len(data))
+def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"the manifest {where} contradicts itself: {error}")
+
+
+def _blocks(rows: list[list[Any]], start: int) -> list[Block]:
+    blocks = []
+    first = 0
+    for *numbers, text in rows:
+        counts = _integers(numbers)
+        if len(counts) != 5 or min(counts) < 0 or max(counts) > MAX_BYTES or counts[0] == 0:
+            raise ValueError(f"a block has the counts {numbers}")
+        block = Block(start, first, *counts, int(text, 16))
+        blocks.append(block)
+        start, first = block.stop, first + block.entries
+    return blocks
+
+
+def _entry(name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
+    entry = Entry(str(name), Kind(kind), dtype, Grid(_integers(shape), _integers(parts)))
+    if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
+        raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
+    return entry
 
 
 def _integers(values: list[Any]) -> tuple[int, ...]:
@@ -169,26 +233,35 @@ def _object_name(name: str) -> str:
     return name
 
 
+def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ...]], info: dict[str, Any]) -> bytes:
+    """The manifest's bytes."""
+    blocks = list(encode_blocks(index))
+    entries = [
+        [
+            *(e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, paths.get(e.name)),
+            *(index.chunk_count(position), index.stored_bytes(position)),
+        ]
+        for position, e in enumerate(index.entries)
+    ]
+    counts = [[b.entries, b.segments, b.extents, b.chunks, b.checksums, f"{b.checksum:016x}"] for b, _ in blocks]
+    parts = {"info": info, "objects": index.objects, "entries": entries, "blocks": counts}
+    header = json.dumps(parts, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + _HEADER_START) % 8)
+    body = b"".join(data for _, data in blocks)
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + len(body))
+    return prefix + _CHECKSUM.pack(checksum(prefix + header)) + header + body
+
+
 def read_manifest(store: Store) -> Manifest:
-    """Read the manifest of the checkpoint in a store, by one request where it is small.
+    """Open the manifest of the checkpoint in a store, by one request where it is small.
 
     Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError, StoreError.
     """
-    where = f"{store.location}/{NAME}"
     try:
-        data = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
+        source = _Source(store)
     except ObjectNotFoundError:
         raise _not_found(store) from None
-    total = _total(data, where)
-    requests = 1
-    if len(data) < total and len(data) == FIRST_READ_BYTES:
-        rest = [(at, min(at + READ_BYTES, total)) for at in range(len(data), total, READ_BYTES)]
-        with ThreadPoolExecutor(min(8, len(rest)), "reshard-manifest") as pool:
-            data += b"".join(bytes(part) for part in pool.map(lambda part: store.read(NAME, *part), rest))
-        requests += len(rest)
-    if len(data) != total:
-        raise CorruptCheckpointError(f"the manifest {where} has {len(data)} bytes where it should have {total}")
-    return replace(decode_manifest(data, where), requests=requests)
+    return Manifest(source)
 
 
 def _not_found(store: Store) -> CheckpointNotFoundError:

@@ -25,7 +25,7 @@ from .tensors import torch_dtype
 
 def check_is_tensor(manifest: Manifest, name: str) -> None:
     """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
-    if manifest.index.entry(name).kind is not Kind.TENSOR:
+    if manifest.entry(name).kind is not Kind.TENSOR:
         raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
 
 
@@ -36,7 +36,7 @@ class Blob:
     """
 
     def __init__(self, manifest: Manifest, name: str) -> None:
-        entry = manifest.index.entry(name)
+        entry = manifest.entry(name)
         self.name = name
         self.kind = entry.kind
         self.want = Want(name, Box.whole(entry.shape))
@@ -67,9 +67,8 @@ def read_boxes(
     Raises DtypeError, DestinationError, ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
     """
     begin = time.perf_counter()
-    index = manifest.index
     for want, destination in zip(wants, destinations, strict=True):
-        check_destination(want.name, destination, torch_dtype(index.entry(want.name).dtype))
+        check_destination(want.name, destination, torch_dtype(manifest.entry(want.name).dtype))
         if tuple(destination.shape) != want.box.sizes:
             raise ShapeMismatchError(
                 f"{want.name!r}: the destination of {want.box} has shape {tuple(destination.shape)}"
@@ -78,13 +77,14 @@ def read_boxes(
         Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
         for want, destination in zip(wants, destinations, strict=True)
     ]
+    index = manifest.index(want.name for want in wants)
     plan = plan_reads(index, narrowed)
     planned = time.perf_counter()
     stats = execute(plan, index, store, destinations, budget_bytes=budget_bytes, interrupt=interrupt)
     return RankReport(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),
-        bytes_fetched=plan.requests.nbytes + manifest.nbytes,
+        bytes_fetched=plan.requests.nbytes + manifest.bytes_read,
         requests=len(plan.requests) + manifest.requests,
         chunks=plan.report.chunks,
         seconds={

@@ -19,9 +19,10 @@ import reshard
 
 Array = npt.NDArray[Any]
 COLUMNS = {
-    "entries": "<i8", "objects": "<i8", "starts": "<i8", "offsets": "<i8", "sizes": "<i8",
-    "checksums": "<u8", "lengths": "<u4", "streams": "u1", "encodings": "u1",
+    "offsets": ("<i8", 2), "sizes": ("<i8", 2), "starts": ("<i8", 1), "checksums": ("<u8", 4), "entries": ("<u4", 1),
+    "objects": ("<u4", 1), "lengths": ("<u4", 3), "streams": ("u1", 1), "encodings": ("u1", 1),
 }  # fmt: skip
+"""Types, and which of a block's counts says how many values there are."""
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "int64": 8, "float16": 2, "complex64": 8, "uint8": 1}
 
 
@@ -32,23 +33,31 @@ class Reader:
         self.folder = folder
         data = (folder / "manifest.reshard").read_bytes()
         magic, version, header_bytes, total = struct.unpack_from("<8sIIQ", data)
-        assert (magic, version, total) == (b"RESHARD\n", 1, len(data))
-        assert struct.unpack("<Q", data[-8:])[0] == xxhash.xxh3_64_intdigest(data[:-8])
-        self.header = json.loads(data[24 : 24 + header_bytes])
-        at = 24 + header_bytes
-        assert at % 8 == 0
-        self.columns: dict[str, Array] = {}
-        for name, dtype in COLUMNS.items():
-            self.columns[name] = np.frombuffer(data, dtype, self.header["columns"][name], at)
-            at += self.columns[name].nbytes
-        assert at == len(data) - 8
+        assert (magic, version, total) == (b"RESHARD\n", 2, len(data))
+        at = 32 + header_bytes
+        assert struct.unpack_from("<Q", data, 24)[0] == xxhash.xxh3_64_intdigest(data[:24] + data[32:at])
+        self.header = json.loads(data[32:at])
+        columns: dict[str, list[Array]] = {name: [] for name in COLUMNS}
+        entries = 0
+        for *counts, expected in self.header["blocks"]:
+            assert at % 8 == 0
+            begin = at
+            for name, (dtype, count) in COLUMNS.items():
+                values = np.frombuffer(data, dtype, counts[count], at)
+                at += values.nbytes
+                columns[name].append(values + np.uint32(entries) if name == "entries" else values)
+            at += -at % 8
+            entries += counts[0]
+            assert int(expected, 16) == xxhash.xxh3_64_intdigest(data[begin:at])
+        assert at == len(data)
+        self.columns = {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def read(self) -> dict[str, bytes]:
         found: dict[str, Array] = {}
         extent = chunk = check = 0
         heads: dict[tuple[int, ...], Array] = {}
         for segment, entry in enumerate(self.columns["entries"].tolist()):
-            name, _, dtype, shape, parts, _ = self.header["entries"][entry]
+            name, _, dtype, shape, parts, _, _, _ = self.header["entries"][entry]
             itemsize = ITEMSIZES[dtype]
             whole = found.setdefault(name, np.zeros((*shape, itemsize), np.uint8))
             offsets = self.columns["offsets"][extent : extent + len(shape)].tolist()
@@ -158,6 +167,7 @@ def test_a_reader_written_from_the_document(codec: str, tmp_path: Path) -> None:
         "tokens": torch.randint(0, 50_000, (20_000,), generator=generator),
         "scalar": torch.tensor(2.5),
         "config": {"lr": 0.1},
+        **{f"many.{i}": torch.tensor(i) for i in range(5000)},  # for several blocks
     }
     reshard.save(state, tmp_path, codec=codec)
     found = Reader(tmp_path).read()

@@ -85,9 +85,9 @@ def damage(store: MemoryStore, change: Callable[[bytes], bytes], suffix: str) ->
         (NAME, lambda data: b"PK\3\4" + data[4:], errors.CorruptCheckpointError, "not a manifest of reshard"),
         (
             NAME,
-            lambda data: data[:8] + b"\2" + data[9:],
+            lambda data: data[:8] + b"\7" + data[9:],
             errors.UnsupportedVersionError,
-            "version 2; .* reads version",
+            "version 7; .* reads version",
         ),
     ],
 )

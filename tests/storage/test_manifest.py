@@ -1,12 +1,15 @@
 import json
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
+from reshard.planner.errors import MissingTensorError
 from reshard.planner.grid import Grid
+from reshard.storage import blocks
 from reshard.storage.checksums import checksum
 from reshard.storage.errors import (
     CheckpointNotFoundError,
@@ -14,7 +17,7 @@ from reshard.storage.errors import (
     NotCommittedError,
     UnsupportedVersionError,
 )
-from reshard.storage.manifest import FIRST_READ_BYTES, NAME, decode_manifest, encode_manifest, read_manifest
+from reshard.storage.manifest import FIRST_READ_BYTES, NAME, Manifest, encode_manifest, read_manifest
 from reshard.storage.testing import MemoryStore, RecordingStore
 from tests.planner.indexes import Saved, index_of
 
@@ -25,30 +28,35 @@ INDEX = index_of(
 DATA = encode_manifest(INDEX, {"a": ("a",), "b": ("list", 3)}, {"writer": "test"})
 
 
-def resealed(header: bytes, *, old: bytes = DATA) -> bytes:
-    """The manifest with another header, its lengths and checksum made right again."""
-    _, version, length, _ = struct.unpack_from("<8sIIQ", old)
-    body = header + old[24 + length : -8]
-    data = struct.pack("<8sIIQ", b"RESHARD\n", version, len(header), 24 + len(body) + 8) + body
-    return data + struct.pack("<Q", checksum(data))
+def opened(data: bytes) -> Manifest:
+    """A manifest, with all its blocks read."""
+    store = MemoryStore()
+    store.content[NAME] = data
+    manifest = read_manifest(store)
+    manifest.index()
+    return manifest
 
 
-def header() -> dict[str, object]:
+def sealed(header: bytes, body: bytes) -> bytes:
+    """A manifest of a header and the bytes of its blocks, with right lengths and a right checksum of the header."""
+    prefix = struct.pack("<8sIIQ", b"RESHARD\n", 2, len(header), 32 + len(header) + len(body))
+    return prefix + struct.pack("<Q", checksum(prefix + header)) + header + body
+
+
+def header_and_body() -> tuple[dict[str, Any], bytes]:
     length = struct.unpack_from("<8sIIQ", DATA)[2]
-    parsed: dict[str, object] = json.loads(DATA[24 : 24 + length])
-    return parsed
+    return json.loads(DATA[32 : 32 + length]), DATA[32 + length :]
 
 
 def test_a_manifest_comes_back() -> None:
-    manifest = decode_manifest(DATA, "here")
-    assert manifest.index.entries == INDEX.entries
-    assert manifest.index.objects == INDEX.objects
-    assert manifest.index.lengths.tolist() == INDEX.lengths.tolist()
-    assert manifest.index.checksums.tolist() == INDEX.checksums.tolist()
-    assert manifest.index.shards_of(0) == HALVES
+    manifest = opened(DATA)
+    assert manifest.index() == INDEX
+    assert manifest.entries == INDEX.entries
+    assert manifest.objects == INDEX.objects
+    assert manifest.sizes == ((4, INDEX.stored_bytes(0)), (2, INDEX.stored_bytes(1)))
     assert manifest.paths == {"a": ("a",), "b": ("list", 3)}
     assert manifest.info == {"writer": "test"}
-    assert manifest.nbytes == len(DATA)
+    assert (manifest.bytes_read, manifest.requests) == (len(DATA), 1)
 
 
 @given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
@@ -56,7 +64,7 @@ def test_any_flipped_byte_is_found(at: int, by: int) -> None:
     damaged = bytearray(DATA)
     damaged[at] ^= by
     with pytest.raises((CorruptCheckpointError, UnsupportedVersionError)):
-        decode_manifest(bytes(damaged), "here")
+        opened(bytes(damaged))
 
 
 @given(st.integers(0, len(DATA) - 1))
@@ -69,8 +77,11 @@ def test_any_cut_is_found(length: int) -> None:
 
 def test_a_newer_version_says_so() -> None:
     newer = DATA[:8] + struct.pack("<I", 7) + DATA[12:]
-    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads version 1"):
-        decode_manifest(newer, "here")
+    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads version 2"):
+        opened(newer)
+
+
+B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128]
 
 
 @pytest.mark.parametrize(
@@ -81,70 +92,117 @@ def test_a_newer_version_says_so() -> None:
         {"objects": [["data/./x", 1000], ["y", 1000]]},
         {"objects": [["manifest.reshard", 1000], ["data/y.shard", 1000]]},
         {"objects": [["data/x.shard", float("inf")], ["data/y.shard", 1000]]},
-        {"columns": {"lengths": float("inf")}},
-        {"columns": {"lengths": 1e33}},
         {"objects": []},
         {"entries": []},
         {"entries": 3},
-        {"entries": [["a", 0, "float32", [8, 8.5], [2, 2], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
-        {"entries": [["a", 9, "float32", [8, 8], [2, 2], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
-        {"entries": [["a", 0, "float32", [8, 8], [2**40, 2], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
-        {"entries": [["a", 0, "float32", [2**20, 2**10], [1, 1], None], ["b", 0, "bfloat16", [8, 8], [2, 1], None]]},
-        {"columns": {}},
-        {"columns": {"entries": -1}},
-        {"columns": {"lengths": 10**12}},
+        {
+            "entries": [
+                ["a", 0, "float32", [8, 8.5], [2, 2], None, 8, 9],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+            ]
+        },
+        {
+            "entries": [
+                ["a", 9, "float32", [8, 8], [2, 2], None, 8, 9],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+            ]
+        },
+        {
+            "entries": [
+                ["a", 0, "float32", [8, 8], [2**40, 2], None, 8, 9],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+            ]
+        },
+        {
+            "entries": [
+                ["a", 0, "float32", [2**20, 2**10], [1, 1], None, 8, 9],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+            ]
+        },
+        {"blocks": []},
+        {"blocks": [[1, 4, 8, 8, 8, "00"]]},
+        {"blocks": [[2, float("inf"), 12, 12, 12, "00"]]},
+        {"blocks": [[2, 1e33, 12, 12, 12, "00"]]},
+        {"blocks": [[2, -1, 12, 12, 12, "00"]]},
+        {"blocks": [[2, 10**12, 12, 12, 12, "00"]]},
+        {"blocks": [[2, 2**60, 2**60, 2**60, 2**60, "00"]]},
+        {"blocks": [[2, 6, 12, 12, 12, "no hexadecimal"]]},
+        {"blocks": [[]]},
+        {"blocks": 5},
         {"info": 4},
     ],
 )
-def test_a_manifest_that_lies_is_refused(change: dict[str, object]) -> None:
+def test_a_manifest_that_lies_is_refused(change: dict[str, Any]) -> None:
     """With a right checksum: whoever made it is not to be trusted, and no memory is taken on its word."""
-    changed = header()
-    for key, value in change.items():
-        columns = changed[key]
-        changed[key] = {**columns, **value} if isinstance(columns, dict) and isinstance(value, dict) else value
-    if change == {"columns": {}}:
-        changed["columns"] = {}
+    header, body = header_and_body()
     with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
-        decode_manifest(resealed(json.dumps(changed).encode()), "here")
+        opened(sealed(json.dumps(header | change).encode(), body))
 
 
-@pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37])
-def test_a_manifest_that_claims_to_be_huge_is_refused(total: int) -> None:
+@pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37, 100])
+def test_a_manifest_that_claims_an_impossible_length_is_refused(total: int) -> None:
     store = MemoryStore()
-    store.content[NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 1, 100, total) + b"x" * FIRST_READ_BYTES
+    store.content[NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 2, 100, total) + b"x" * FIRST_READ_BYTES
     with pytest.raises(CorruptCheckpointError, match=f"claims to have {total} bytes"):
         read_manifest(store)
 
 
 def test_more_chunks_than_integers_can_count_are_refused() -> None:
-    entries = [[f"{i}", 0, "uint8", [2**24, 2**24, 2**12], [2**24, 2**24, 2**12], None] for i in range(16)]
-    columns = dict.fromkeys(header()["columns"], 0)  # type: ignore[call-overload]
-    columns |= {"entries": 16, "objects": 16, "starts": 16, "offsets": 48, "sizes": 48, "streams": 16, "encodings": 16}
-    text = json.dumps({"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "columns": columns}).encode()
-    body = text + b"".join(struct.pack("<q", i) for i in range(16)) + bytes(8 * (16 + 16 + 48))
-    body += struct.pack("<3q", 2**24, 2**24, 2**12) * 16 + bytes(32)
-    data = struct.pack("<8sIIQ", b"RESHARD\n", 1, len(text), 24 + len(body) + 8) + body
+    entries = [[f"{i}", 0, "uint8", [2**24, 2**24, 2**12], [2**24, 2**24, 2**12], None, 0, 0] for i in range(16)]
+    body = bytes(8 * 48) + struct.pack("<3q", 2**24, 2**24, 2**12) * 16 + bytes(8 * 16)
+    body += struct.pack("<16I", *range(16)) + bytes(4 * 16 + 16 + 16)
+    rows = [[16, 16, 48, 0, 0, f"{checksum(body):x}"]]
+    parts = {"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "blocks": rows}
     with pytest.raises(CorruptCheckpointError, match="chunks or more, but there are 0"):
-        decode_manifest(data + struct.pack("<Q", checksum(data)), "here")
+        opened(sealed(json.dumps(parts).encode(), body))
 
 
 def test_a_header_that_is_no_json_is_refused() -> None:
     for nonsense in (b"{", b"[" * 100_000, b"\xff\xfe"):
         with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
-            decode_manifest(resealed(nonsense), "here")
+            opened(sealed(nonsense, b""))
 
 
-def test_a_small_manifest_is_one_request_and_a_large_one_two() -> None:
+def test_a_small_manifest_is_one_request_and_a_large_header_one_more() -> None:
     store = MemoryStore()
     recording = RecordingStore(store)
     store.content[NAME] = DATA
-    read_manifest(recording)
+    read_manifest(recording).index()
     assert [(call.start, call.stop) for call in recording.calls] == [(0, FIRST_READ_BYTES)]
 
     store.content[NAME] = encode_manifest(INDEX, {}, {"padding": "x" * FIRST_READ_BYTES})
     recording.calls.clear()
-    assert len(read_manifest(recording).info["padding"]) == FIRST_READ_BYTES
+    manifest = read_manifest(recording)
+    assert len(manifest.info["padding"]) == FIRST_READ_BYTES
     assert len(recording.calls) == 2
+    assert manifest.index() == INDEX
+    assert manifest.requests == len(recording.calls) == 3
+    assert manifest.bytes_read == len(store.content[NAME])
+
+
+def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    tensors = [Saved(f"t{i:03}", Grid((8, 8), (2, 2)), HALVES, "float32", raw=i % 2 == 0) for i in range(200)]
+    store = MemoryStore()
+    store.content[NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_READ_BYTES})
+    recording = RecordingStore(store)
+    manifest = read_manifest(recording)
+    recording.calls.clear()
+    index = manifest.index(["t010", "t011", "t100"])
+    assert len(recording.calls) in (2, 3)
+    assert sum(call.stop - call.start for call in recording.calls) < 3000
+    assert len(index.entries) < 20
+    whole = index_of(*tensors)
+    for name in ("t010", "t011", "t100"):
+        got, want = index.position(name), whole.position(name)
+        assert index.shards_of(got) == whole.shards_of(want)
+        assert index.lengths[index.chunks_of(got)].tolist() == whole.lengths[whole.chunks_of(want)].tolist()
+    recording.calls.clear()
+    assert manifest.index(["t100"]) is index
+    assert recording.calls == []
+    assert manifest.index() == whole
+    with pytest.raises(MissingTensorError, match=r"no 'u'"):
+        manifest.index(["u"])
 
 
 def test_nothing_there_and_nothing_committed_are_told_apart() -> None:

@@ -35,7 +35,7 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
 
 
 def read(store: Store, manifest: Manifest, wants: list[Want], out: list[torch.Tensor], budget: int = 1 << 30) -> None:
-    execute(plan_reads(manifest.index, wants), manifest.index, store, out, budget_bytes=budget)
+    execute(plan_reads(manifest.index(), wants), manifest.index(), store, out, budget_bytes=budget)
 
 
 TENSORS = {
@@ -65,7 +65,7 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
     values = torch.randn(4096, 256).to(torch.bfloat16)
     store, manifest = saved(codec, {f"t{i}": values for i in range(4)})
     wants = [Want(f"t{i}", Box.whole((4096, 256))) for i in range(4)]
-    plan = plan_reads(manifest.index, wants, max_request_bytes=1 << 17)
+    plan = plan_reads(manifest.index(), wants, max_request_bytes=1 << 17)
     budget = 1 << 19
     largest = int((plan.requests.stops - plan.requests.starts).max())
     assert plan.requests.nbytes > 4 * budget
@@ -81,7 +81,7 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(reader._Execution, "_admit", watching)
     out = [torch.zeros_like(values) for _ in wants]
-    execute(plan, manifest.index, store, out, budget_bytes=budget)
+    execute(plan, manifest.index(), store, out, budget_bytes=budget)
     assert all(tensor.equal(values) for tensor in out)
     assert budget / 4 < max(held) <= budget + largest
 
@@ -94,9 +94,9 @@ def test_requests_run_at_once() -> None:
     def before(call: Call) -> None:
         together.wait(timeout=20)
 
-    plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
     assert len(plan.requests) == at_once
-    execute(plan, manifest.index, RecordingStore(store, before), [torch.empty(2048, 1024)])
+    execute(plan, manifest.index(), RecordingStore(store, before), [torch.empty(2048, 1024)])
 
 
 def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
@@ -148,9 +148,9 @@ def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
     store, manifest = saved("none", {"w": values})
     name = list(store.content)[1]
     store.content[name] = store.content[name][:-1] + bytes([store.content[name][-1] ^ 1])
-    plan = plan_reads(manifest.index, [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
     with pytest.raises(CorruptCheckpointError, match="a part of the tensor was overwritten"):
-        execute(plan, manifest.index, store, [torch.zeros(2048, 1024)], budget_bytes=1 << 19)
+        execute(plan, manifest.index(), store, [torch.zeros(2048, 1024)], budget_bytes=1 << 19)
 
 
 def test_an_error_of_the_store_arrives_with_tensor_object_and_range() -> None:
@@ -162,9 +162,9 @@ def test_an_error_of_the_store_arrives_with_tensor_object_and_range() -> None:
 
 def test_an_error_stops_what_has_not_begun() -> None:
     store, manifest = saved("none", {"w": torch.randn(4096, 1024)})
-    plan = plan_reads(manifest.index, [Want("w", Box.whole((4096, 1024)))], max_request_bytes=1 << 16)
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((4096, 1024)))], max_request_bytes=1 << 16)
     slowly, fails = slow("read", 0.01), failing("read", after=3)
     failed = RecordingStore(store, lambda call: (slowly(call), fails(call))[0])
     with pytest.raises(StoreError, match="injected"):
-        execute(plan, manifest.index, failed, [torch.empty(4096, 1024)])
+        execute(plan, manifest.index(), failed, [torch.empty(4096, 1024)])
     assert len(failed.calls) < 4 * store.concurrent_reads < len(plan.requests)

@@ -15,11 +15,14 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 import reshard
+from reshard.planner.box import Box
+from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage.checksums import checksum
-from reshard.storage.manifest import NAME, decode_manifest
+from reshard.storage.manifest import NAME, read_manifest
 from reshard.storage.testing import MemoryStore
 
 Content = dict[str, bytes]
@@ -92,12 +95,16 @@ def blank(rng: random.Random, content: Content, other: Content) -> None:
 
 
 def swap_chunks(rng: random.Random, content: Content, other: Content) -> None:
-    index = decode_manifest(content[NAME], NAME).index
+    store = MemoryStore()
+    store.content = content
+    index = read_manifest(store).index()
     name = data_of(content)
     data = bytearray(content[name])
-    starts = 8 + index.chunk_starts
-    a, b = rng.sample(range(len(index.lengths)), 2)
-    size = int(min(index.lengths[a], index.lengths[b]))
+    plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
+    starts = np.concatenate([read.starts.ravel() for read in plan.reads])
+    stops = np.concatenate([read.stops.ravel() for read in plan.reads])
+    a, b = rng.sample(range(len(starts)), 2)
+    size = int(min(stops[a] - starts[a], stops[b] - starts[b]))
     first, second = (slice(int(starts[i]), int(starts[i]) + size) for i in (a, b))
     data[first], data[second] = data[second], data[first]
     content[name] = bytes(data)
@@ -131,25 +138,25 @@ ACCIDENTS: list[Callable[[random.Random, Content, Content], None]] = [
 def lie(rng: random.Random, manifest: bytes) -> bytes:
     """A manifest that claims something else, sealed again with a right checksum."""
     _, version, length, _ = struct.unpack_from("<8sIIQ", manifest)
-    header = json.loads(manifest[24 : 24 + length])
-    columns = bytearray(manifest[24 + length : -8])
+    header = json.loads(manifest[32 : 32 + length])
+    columns = bytearray(manifest[32 + length :])
     if rng.random() < 0.5:
         for _ in range(rng.choice((1, 1, 4))):
             at = rng.randrange(len(columns) // 8) * 8
             columns[at : at + 8] = struct.pack(
                 "<q", rng.choice((-1, 0, 1, 2**31, 2**62, -(2**63), rng.getrandbits(40)))
             )
+        header["blocks"][0][-1] = f"{checksum(columns):x}"
     else:
         _change(rng, header)
     text = json.dumps(header).encode()
-    body = text + bytes(columns)
-    sealed = struct.pack("<8sIIQ", b"RESHARD\n", version, len(text), 24 + len(body) + 8) + body
-    return sealed + struct.pack("<Q", checksum(sealed))
+    prefix = struct.pack("<8sIIQ", b"RESHARD\n", version, len(text), 32 + len(text) + len(columns))
+    return prefix + struct.pack("<Q", checksum(prefix + text)) + text + columns
 
 
 def _change(rng: random.Random, header: dict[str, Any]) -> None:
     """Put something else in some place of a header."""
-    place: Any = header[rng.choice(("entries", "objects", "columns", "columns", "entries"))]
+    place: Any = header[rng.choice(("entries", "objects", "blocks", "entries"))]
     while True:
         key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
         if isinstance(place[key], (list, dict)) and place[key] and rng.random() < 0.9:

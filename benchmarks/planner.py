@@ -1,0 +1,299 @@
+"""Planning at the scale of the largest models, from metadata alone: no tensors, one process.
+
+    python -m benchmarks.planner [--cases NAME ...] [--json FILE] [--plot FILE]
+
+The index of a checkpoint of dense models, saved by FSDP in bf16, is made up column by column, with chunks of about 1
+and 8 MiB; its manifest is written to a disk. Then, as one rank of the layout that loads it: open it, read what of it
+the rank needs, and plan. Beside it, what DCP does for the same: its Metadata of the same shards, a pickle, is read
+whole, and planned by the function of its DefaultLoadPlanner. Peak memory is above what was resident before.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Peak, Row, arguments_of, header, line, write
+from reshard.planner.box import Box, IntArray
+from reshard.planner.grid import Grid
+from reshard.planner.index import CheckpointIndex, Encoding, Entry, Kind, Segments, Stream
+from reshard.planner.layout import Layout
+from reshard.planner.rank_plans import rank_tensors
+from reshard.planner.read_plan import plan_reads
+from reshard.storage.local_store import LocalStore
+from reshard.storage.manifest import NAME, encode_manifest, read_manifest
+
+RATIO = 0.66
+"""Stored bytes over bytes of bf16 weights: see the codec benchmark."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dense transformer with grouped-query attention and a gated MLP."""
+
+    layers: int
+    dim: int
+    hidden: int
+    kv: int
+    vocabulary: int
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "embed.weight", (self.vocabulary, self.dim)
+        for layer in range(self.layers):
+            for name, shape in (
+                ("attention.wq", (self.dim, self.dim)),
+                ("attention.wk", (self.kv, self.dim)),
+                ("attention.wv", (self.kv, self.dim)),
+                ("attention.wo", (self.dim, self.dim)),
+                ("mlp.gate", (self.hidden, self.dim)),
+                ("mlp.up", (self.hidden, self.dim)),
+                ("mlp.down", (self.dim, self.hidden)),
+                ("attention_norm", (self.dim,)),
+                ("mlp_norm", (self.dim,)),
+            ):
+                yield f"layers.{layer:03}.{name}.weight", shape
+        yield "norm.weight", (self.dim,)
+        yield "output.weight", (self.vocabulary, self.dim)
+
+
+COLWISE = ("*.wq", "*.wk", "*.wv", "*.gate", "*.up", "embed", "output")
+PLAN = {**dict.fromkeys(COLWISE, "colwise"), "*.wo": "rowwise", "*.down": "rowwise"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is saved, by how many ranks, and what one rank of the layout reads of it."""
+
+    model: Model
+    saved_by: int
+    tp: int
+    pp: int
+
+    def wanted(self) -> list[str]:
+        """The tensors of the pipeline's stage in the middle."""
+        stage, layers = self.pp // 2, self.model.layers
+        held = {f"{at:03}" for at in range(stage * layers // self.pp, (stage + 1) * layers // self.pp)}
+        return [name for name, _ in self.model.shapes() if self.pp == 1 or name.split(".")[1] in held]
+
+
+B405 = Model(126, 16384, 53248, 1024, 128256)
+T1 = Model(160, 20480, 81920, 1280, 128256)
+CASES = {
+    "405B, FSDP 1024 → TP 8, PP 16": Case(B405, 1024, 8, 16),
+    "405B, FSDP 2048 → TP 64": Case(B405, 2048, 64, 1),
+    "1T, FSDP 1024 → TP 8, PP 16": Case(T1, 1024, 8, 16),
+    "1T, FSDP 2048 → TP 64": Case(T1, 2048, 64, 1),
+}
+
+
+def grid_of(shape: tuple[int, ...], chunk_bytes: int) -> Grid:
+    """The grid that reshard chooses, or one of larger chunks."""
+    parts = list(Grid.choose(shape, 2).parts)
+    for d in range(len(shape)):
+        while parts[d] > 16 and math.prod(shape) * 2 / math.prod(parts) * 2 <= chunk_bytes:
+            parts[d] //= 2
+    return Grid(shape, tuple(parts))
+
+
+def rows_of(rows: int, ranks: int) -> tuple[IntArray, IntArray]:
+    """Offsets and sizes of the row blocks that FSDP makes, those of no rows left out."""
+    each = -(-rows // ranks)
+    offsets = np.arange(0, rows, each)
+    return offsets, np.minimum(each, rows - offsets)
+
+
+def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
+    """The index as a save would make it."""
+    entries: list[Entry] = []
+    columns: dict[str, list[IntArray]] = {name: [] for name in ("entries", "objects", "starts", "offsets", "sizes")}
+    lengths = []
+    ends = np.full(case.saved_by, 8, np.int64)
+    for name, shape in sorted(case.model.shapes()):
+        entry = Entry(name, Kind.TENSOR, "bfloat16", grid_of(shape, chunk_bytes))
+        begins, rows = rows_of(shape[0], case.saved_by)
+        offsets = np.zeros((len(begins), len(shape)), np.int64)
+        offsets[:, 0] = begins
+        sizes = np.tile(np.array(shape, np.int64), (len(begins), 1))
+        sizes[:, 0] = rows
+        shards, _, _, chunk_sizes = entry.grid.chunks_of_many(offsets, sizes, Box.whole(shape))
+        stored = (chunk_sizes.prod(axis=1) * 2 * RATIO).astype(np.int64) + 8
+        columns["entries"].append(np.full(len(begins), len(entries)))
+        columns["objects"].append(np.arange(len(begins)))
+        columns["starts"].append(ends[: len(begins)].copy())
+        columns["offsets"].append(offsets.reshape(-1))
+        columns["sizes"].append(sizes.reshape(-1))
+        lengths.append(stored)
+        ends[: len(begins)] += np.bincount(shards, stored, len(begins)).astype(np.int64)
+        entries.append(entry)
+    merged = {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
+    n = len(merged["entries"])
+    segments = Segments(
+        streams=np.full(n, Stream.WHOLE, np.uint8), encodings=np.full(n, Encoding.PLANES, np.uint8), **merged
+    )
+    chunks = np.concatenate(lengths).astype(np.uint32)
+    objects = tuple((f"data/{i:032x}-{i:05}.shard", int(size)) for i, size in enumerate(ends))
+    checksums = np.random.default_rng(0).integers(0, 2**63, len(chunks)).astype(np.uint64)
+    return CheckpointIndex(tuple(entries), objects, segments, chunks, checksums)
+
+
+def make(case: Case, chunk_bytes: int, folder: str) -> int:
+    """Write the manifest; its bytes."""
+    data = encode_manifest(index_of(case, chunk_bytes), {}, {})
+    LocalStore(folder).put(NAME, data, overwrite=True)
+    return len(data)
+
+
+def plan_rank(case: Case, folder: str) -> Row:
+    """What one rank does before it reads its first tensor."""
+    with Peak() as peak:
+        begin = time.perf_counter()
+        manifest = read_manifest(LocalStore(folder))
+        index = manifest.index(case.wanted())
+        opened = time.perf_counter()
+        layout = Layout({"tp": case.tp}, PLAN)
+        held = rank_tensors([manifest.entry(name) for name in case.wanted()], layout, case.tp // 2)
+        plan = plan_reads(index, [want for tensor in held for want in tensor.wants])
+        planned = time.perf_counter()
+    report = plan.report
+    return {
+        "open_s": opened - begin,
+        "plan_s": planned - opened,
+        "manifest_read": manifest.bytes_read,
+        "manifest_requests": manifest.requests,
+        "chunks": report.chunks,
+        "requests": report.requests,
+        "needed": report.bytes_needed,
+        "amplification": report.amplification,
+        "peak": peak.nbytes,
+    }
+
+
+def make_dcp(case: Case, path: str) -> int:
+    """Write what DCP's writers leave as `.metadata`; its bytes."""
+    import torch
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    tensors: dict[str, Any] = {}
+    places = {}
+    for name, shape in case.model.shapes():
+        chunks = []
+        for at, (begin, rows) in enumerate(zip(*map(np.ndarray.tolist, rows_of(shape[0], case.saved_by)), strict=True)):
+            offsets = torch.Size([begin, *(0 for _ in shape[1:])])
+            chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size([rows, *shape[1:]])))
+            places[dcp.MetadataIndex(name, offsets, at)] = _StorageInfo(f"__{at}_0.distcp", begin, rows)
+        tensors[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.bfloat16), torch.Size(shape), chunks)
+    with open(path, "wb") as file:
+        pickle.dump(dcp.Metadata(tensors, storage_data=places), file)
+    return os.path.getsize(path)
+
+
+def plan_rank_dcp(case: Case, path: str) -> Row:
+    """The same rank by DCP: all of the metadata, then its planner's read items of each local tensor."""
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+    layout = Layout({"tp": case.tp}, PLAN)
+    with Peak() as peak:
+        begin = time.perf_counter()
+        with open(path, "rb") as file:
+            metadata = pickle.load(file)  # noqa: S301
+        opened = time.perf_counter()
+        items = 0
+        for name in case.wanted():
+            stored = metadata.state_dict_metadata[name]
+            local = layout.local(name, tuple(stored.size), case.tp // 2)
+            boxes = [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in local.boxes]
+            items += len(create_read_items_for_chunk_list(name, stored, boxes))
+        planned = time.perf_counter()
+    return {"open_s": opened - begin, "plan_s": planned - opened, "requests": items, "peak": peak.nbytes}
+
+
+def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def run(cases: list[str], with_dcp: list[str]) -> list[Row]:
+    """One row a case, chunk size and planner."""
+    header("case", "chunks of", "by", "manifest MB", "read MB", "reads", "open s", "plan s", "chunks", "peak MB")
+    rows: list[Row] = []
+    for name in cases:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            for mib in (1, 8):
+                total = in_a_fresh_process(make, case, mib << 20, folder)
+                row: Row = {"case": name, "by": "reshard", "chunk_mib": mib, "manifest": total}
+                rows.append(row | in_a_fresh_process(plan_rank, case, folder))
+                show(rows[-1])
+            if name in with_dcp:
+                path = os.path.join(folder, "metadata")
+                row = {
+                    "case": name,
+                    "by": "dcp",
+                    "chunk_mib": None,
+                    "manifest": in_a_fresh_process(make_dcp, case, path),
+                }
+                row |= {"manifest_read": row["manifest"], "manifest_requests": 1}
+                rows.append(row | in_a_fresh_process(plan_rank_dcp, case, path))
+                show(rows[-1])
+    return rows
+
+
+def show(row: Row) -> None:
+    line(
+        row["case"],
+        f"{row['chunk_mib']} MiB" if row["chunk_mib"] else "a shard",
+        row["by"],
+        f"{row['manifest'] / 1e6:.1f}",
+        f"{row['manifest_read'] / 1e6:.1f}",
+        row["manifest_requests"],
+        f"{row['open_s']:.2f}",
+        f"{row['plan_s']:.2f}",
+        row.get("chunks", row["requests"]),
+        f"{row['peak'] / 1e6:.0f}",
+    )
+
+
+def draw(rows: list[Row], figure: Any) -> None:
+    """Bars of seconds, opening and planning, on a logarithmic scale."""
+    axes = figure.subplots()
+    names = [f"{row['case']}, {row['by']}" + (f" {row['chunk_mib']} MiB" if row["chunk_mib"] else "") for row in rows]
+    seconds = [row["open_s"] + row["plan_s"] for row in rows]
+    colors = ["tab:green" if row["by"] == "reshard" else "tab:gray" for row in rows]
+    axes.bar_label(axes.barh(names, seconds, color=colors), fmt="%.2f", fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of one rank, to open the checkpoint and to plan", fontsize=8)
+    axes.tick_params(labelsize=7)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument(
+        "--dcp",
+        nargs="*",
+        choices=list(CASES),
+        default=list(CASES)[:1],
+        metavar="NAME",
+        help="those to plan by DCP too",
+    )
+    arguments = parser.parse_args(argv)
+    write(arguments, run(arguments.cases, arguments.dcp), draw)
+
+
+if __name__ == "__main__":
+    main()
