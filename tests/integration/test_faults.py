@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 import uuid
+from pathlib import Path
 
+import fsspec
 import pytest
 
 import reshard
-from reshard.storage import retrying_store
+from reshard.storage import obstore_store, retrying_store
+from reshard.storage.manifest import NAME
 from tests import servers
 from tests.proxy import Faults, proxied
 from tests.torture.faults import CLIENTS, by_client, rounds, state, through
@@ -54,3 +58,32 @@ def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, cli
     options = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
     with pytest.raises(reshard.errors.UnavailableError, match=words):
         reshard.open("s3://bucket/x", storage_options=by_client(client, options))
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_credentials_that_expire_are_renewed(
+    seaweedfs: servers.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, client: str
+) -> None:
+    """Each that are given are about to expire, so that every request asks for new ones."""
+    monkeypatch.setattr(obstore_store, "CREDENTIALS_FOR", datetime.timedelta(seconds=-1))
+    asked = tmp_path / "asked"
+    script = tmp_path / "credentials.sh"
+    script.write_text(
+        f"echo x >> {asked}\n"
+        f"""echo '{{"Version": 1, "AccessKeyId": "{servers.KEY}", "SecretAccessKey": "{servers.SECRET}",'\n"""
+        """date -u -d '+2 seconds' '+"Expiration": "%Y-%m-%dT%H:%M:%SZ"}'\n"""
+    )
+    (tmp_path / "config").write_text(f"[profile short]\ncredential_process = sh {script}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    options = {"profile": "short", "client_kwargs": {"endpoint_url": seaweedfs.endpoint}, "skip_instance_cache": True}
+    options = by_client(client, options)
+    uri = seaweedfs.place(uuid.uuid4().hex)
+    reshard.save(state(1), uri, storage_options=options)
+    before = len(asked.read_text().split())
+    time.sleep(2)
+    loaded = state(0)
+    reshard.load(loaded, uri, storage_options=options)
+    assert all(loaded[name].equal(value) for name, value in state(1).items())
+    assert len(asked.read_text().split()) > before >= 2
+    manifest = fsspec.filesystem("s3", **seaweedfs.options).cat(f"{uri}/{NAME}")
+    assert servers.SECRET.encode() not in manifest

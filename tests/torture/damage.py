@@ -21,6 +21,7 @@ import torch
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage import writer
 from reshard.storage.checksums import checksum
 from reshard.storage.manifest import NAME, read_manifest
 from reshard.storage.testing import MemoryStore
@@ -31,7 +32,7 @@ MOST_MEMORY = 64 * 1024 * 1024
 
 
 def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
-    """A small checkpoint of several dtypes and shards, and what was saved."""
+    """A small checkpoint of several dtypes and data objects, and what was saved."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Any] = {
         "w": torch.randn(120, 300, generator=generator),
@@ -42,7 +43,12 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
         "config": {"name": f"run {seed}", "betas": (0.9, 0.95)},
     }
     store = MemoryStore()
-    reshard.save(state, store, codec=codec)
+    store.holds_objects = True
+    least, writer.LEAST_OBJECT_BYTES = writer.LEAST_OBJECT_BYTES, 50_000
+    try:
+        reshard.save(state, store, codec=codec)
+    finally:
+        writer.LEAST_OBJECT_BYTES = least
     return store.content, state
 
 
@@ -64,8 +70,8 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
     return "right"
 
 
-def data_of(content: Content) -> str:
-    return next(name for name in content if name != NAME)
+def data_of(content: Content) -> list[str]:
+    return [name for name in content if name != NAME]
 
 
 def flip(rng: random.Random, content: Content, other: Content) -> None:
@@ -98,11 +104,17 @@ def swap_chunks(rng: random.Random, content: Content, other: Content) -> None:
     store = MemoryStore()
     store.content = content
     index = read_manifest(store).index()
-    name = data_of(content)
+    name = rng.choice(data_of(content))
     data = bytearray(content[name])
     plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
-    starts = np.concatenate([read.starts.ravel() for read in plan.reads])
-    stops = np.concatenate([read.stops.ravel() for read in plan.reads])
+    starts, stops, objects = (
+        np.concatenate([getattr(read, column).ravel() for read in plan.reads])
+        for column in ("starts", "stops", "objects")
+    )
+    here = objects == [found for found, _ in index.objects].index(name)
+    starts, stops = starts[here], stops[here]
+    if len(starts) < 2:
+        return
     a, b = rng.sample(range(len(starts)), 2)
     size = int(min(stops[a] - starts[a], stops[b] - starts[b]))
     first, second = (slice(int(starts[i]), int(starts[i]) + size) for i in (a, b))
@@ -116,7 +128,7 @@ def drop(rng: random.Random, content: Content, other: Content) -> None:
 
 def foreign_data(rng: random.Random, content: Content, other: Content) -> None:
     """The data of another checkpoint, under this one's name."""
-    content[data_of(content)] = other[data_of(other)]
+    content[rng.choice(data_of(content))] = other[rng.choice(data_of(other))]
 
 
 def foreign_manifest(rng: random.Random, content: Content, other: Content) -> None:
@@ -125,9 +137,9 @@ def foreign_manifest(rng: random.Random, content: Content, other: Content) -> No
 
 
 def swap_objects(rng: random.Random, content: Content, other: Content) -> None:
-    """The manifest and the data, each under the other's name."""
-    name = data_of(content)
-    content[name], content[NAME] = content[NAME], content[name]
+    """Two objects, each under the other's name; the manifest may be one of them."""
+    a, b = rng.sample(list(content), 2)
+    content[a], content[b] = content[b], content[a]
 
 
 ACCIDENTS: list[Callable[[random.Random, Content, Content], None]] = [
