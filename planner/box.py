@@ -90,3 +90,9 @@ def intersect_many(offsets: IntArray, sizes: IntArray, box: Box) -> tuple[IntArr
     starts = np.maximum(offsets, low)
     stops = np.minimum(offsets + sizes, low + np.asarray(box.sizes, dtype=np.int64))
     return starts, stops - starts
+
+
+def indexes(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
+    """Boxes as indexes of a tensor: (n, ndim) offsets and sizes to n tuples of slices."""
+    stops = (offsets + sizes).tolist()
+    return [tuple(map(slice, begin, end)) for begin, end in zip(offsets.tolist(), stops, strict=True)]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from typing_extensions import Buffer
 
-from ..planner.box import IntArray
+from ..planner.box import indexes
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
@@ -239,8 +239,8 @@ def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpoint
     read, rows, destination = batch.read, batch.rows, batch.destination
     assert destination is not None
     origin = np.asarray(read.want.box.offsets, np.int64)
-    places = _slices(read.piece_offsets[rows] - origin, read.piece_sizes[rows])
-    parts = _slices(read.piece_offsets[rows] - read.chunk_offsets[rows], read.piece_sizes[rows])
+    places = indexes(read.piece_offsets[rows] - origin, read.piece_sizes[rows])
+    parts = indexes(read.piece_offsets[rows] - read.chunk_offsets[rows], read.piece_sizes[rows])
     shapes = list(map(tuple, read.chunk_sizes[rows].tolist()))
     counts = read.chunk_sizes[rows].prod(axis=1).tolist()
     raw, skipped = read.raw[rows].tolist(), read.skipped[rows].tolist()
@@ -256,12 +256,6 @@ def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpoint
         except CorruptCheckpointError as error:
             raise damage(batch.tensor, f"chunk {batch.chunk_box(i)} cannot be decoded: {error}") from error
         destination.write(places[i], values, shapes[i], parts[i])
-
-
-def _slices(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
-    """Boxes as indexes: (n, ndim) offsets and sizes to n tuples of slices."""
-    stops = (offsets + sizes).tolist()
-    return [tuple(map(slice, begin, end)) for begin, end in zip(offsets.tolist(), stops, strict=True)]
 
 
 def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:

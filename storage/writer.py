@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from ..planner.box import Box
+from ..planner.box import Box, indexes
 from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
 from ..planner.index import Encoding, Entry, Kind, Stream
@@ -45,6 +46,8 @@ PIECE_BYTES = 64 * 1024 * 1024
 """Values that are taken from a device at once."""
 WINDOW_BYTES = 16 * 1024 * 1024
 """Values that may be waiting, encoded or being encoded, for an object to take them."""
+BATCH_BYTES = 1024 * 1024
+"""Values that one task encodes, or a little more."""
 HEED_S = 0.5
 """How often a save that waits asks whether it is still wanted."""
 LET_END_S = 5.0
@@ -212,11 +215,12 @@ class _ObjectWriter:
                 out.write(OBJECT_MAGIC)
                 record.nbytes = len(OBJECT_MAGIC)
                 clock = time.perf_counter()
-                for segment, data, checksums in self._chunks(shards, begun):
+                for segment, chunks in self._encoded(shards, begun):
                     encoded_at = time.perf_counter()
-                    out.write(data)
-                    segment.add(record.nbytes, len(data), checksums)
-                    record.nbytes += len(data)
+                    for data, checksums in chunks:
+                        out.write(data)
+                        segment.add(record.nbytes, len(data), checksums)
+                        record.nbytes += len(data)
                     encode_s += encoded_at - clock
                     clock = time.perf_counter()
                     write_s += clock - encoded_at
@@ -237,11 +241,9 @@ class _ObjectWriter:
         if self._stopped.is_set():
             raise StoreError("the save was stopped")
 
-    def _chunks(
-        self, shards: Sequence[ShardToWrite], begun: list[_Shard]
-    ) -> Iterator[tuple[_Segment, memoryview, list[int]]]:
-        """The encoded chunks of all shards, in the order of the file; the pool works at most a window ahead."""
-        waiting: deque[tuple[int, _Segment, Future[Encoded]]] = deque()
+    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_Shard]) -> Iterator[tuple[_Segment, list[Encoded]]]:
+        """All chunks in the order of the file, some at a time; the pool works at most a window ahead."""
+        waiting: deque[tuple[int, _Segment, Future[list[Encoded]]]] = deque()
         held = 0
         try:
             for source in shards:
@@ -256,31 +258,40 @@ class _ObjectWriter:
                 _, offsets, sizes = entry.grid.chunks(source.box)
                 segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
                 begun.append(_Shard(source, dtype, segments, len(offsets)))
-                boxes = [
-                    Box(tuple(offset), tuple(size)).relative_to(source.box)
-                    for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)
-                ]
-                for segment, box in ((segment, box) for segment in segments for box in boxes):
+                starts = offsets - np.asarray(source.box.offsets, np.int64)
+                ends = np.cumsum(sizes.prod(axis=1)) * values.itemsize
+                cuts = (np.flatnonzero(np.diff(ends // BATCH_BYTES)) + 1).tolist()
+                batches = [slice(*ends) for ends in pairwise([0, *cuts, len(ends)])]
+                for segment, batch in ((segment, batch) for segment in segments for batch in batches):
                     self._check_wanted()
-                    nbytes = box.numel * values.itemsize
+                    nbytes = int(sizes[batch].prod(axis=1).sum()) * values.itemsize
                     while waiting and held + nbytes > WINDOW_BYTES:
                         freed, ready, future = waiting.popleft()
-                        yield ready, *future.result()
+                        yield ready, future.result()
                         held -= freed
-                    encode = partial(_encode_chunk, values[box.slices], entry, segment.stream, self._codec)
-                    waiting.append((nbytes, segment, self._encoding.submit(encode)))
+                    boxes = indexes(starts[batch], sizes[batch])
+                    encoding = partial(_encode, values, boxes, entry, segment.stream, self._codec)
+                    waiting.append((nbytes, segment, self._encoding.submit(encoding)))
                     held += nbytes
             while waiting:
                 _, ready, future = waiting.popleft()
-                yield ready, *future.result()
+                yield ready, future.result()
         finally:
             for _, _, future in waiting:
                 future.cancel()
 
 
-def _encode_chunk(values: torch.Tensor, entry: Entry, stream: Stream, codec: str) -> Encoded:
-    plain = as_bytes(values)
-    if codec == "none":
-        return plain.data, page_checksums(plain.data, entry.page_bytes)
-    encoded = encode(plain, entry.dtype, stream)
-    return memoryview(encoded), [checksum(encoded)]
+def _encode(
+    values: torch.Tensor, boxes: list[tuple[slice, ...]], entry: Entry, stream: Stream, codec: str
+) -> list[Encoded]:
+    """Chunks of a shard, each with its checksums."""
+    page_bytes = entry.page_bytes
+    chunks = []
+    for box in boxes:
+        plain = as_bytes(values[box])
+        if codec == "none":
+            chunks.append((plain.data, page_checksums(plain.data, page_bytes)))
+        else:
+            encoded = encode(plain, entry.dtype, stream)
+            chunks.append((memoryview(encoded), [checksum(encoded)]))
+    return chunks
