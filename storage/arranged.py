@@ -108,6 +108,8 @@ class Tensor:
     batches: list[Batch] = field(default_factory=list)
     missing: int = 0
     """Parts of requests that have not arrived."""
+    unplaced: int = 0
+    """Batches that are not written yet."""
     piecemeal: bool = False
     """It does not fit the budget: chunks are placed as they arrive."""
     touched: bool = False
@@ -136,6 +138,7 @@ def arrange(
             held = [ordered.setdefault(at, requests[at]) for at in request_of[begin].tolist()]
             batch = Batch(tensor, read, slice(begin, end), destination, held)
             tensor.batches.append(batch)
+            tensor.unplaced += 1
             for stream, request in enumerate(held):
                 request.parts.append((batch, stream))
                 request.unplaced += 1

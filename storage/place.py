@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy.typing as npt
@@ -34,16 +35,38 @@ def check_destination(name: str, tensor: torch.Tensor, stored: torch.dtype) -> N
 
 
 class Destination:
-    """A tensor that is written box by box, cast where its dtype is not that of the values."""
+    """A tensor that is written box by box, cast where its dtype is not that of the values.
 
-    def __init__(self, tensor: torch.Tensor, stored: torch.dtype) -> None:
+    One on a device is written in host memory first, pinned where that can be, and copied to the device as a whole.
+
+    Args:
+        staged: whether to do so; by default, where the tensor is not in host memory.
+    """
+
+    def __init__(self, tensor: torch.Tensor, stored: torch.dtype, *, staged: bool | None = None) -> None:
         self._tensor = tensor.detach()
         self._stored = stored
+        self._staged = tensor.device.type != "cpu" if staged is None else staged
+        self._lock = threading.Lock()
+        self._target: torch.Tensor | None = None
+        """What the boxes are written to."""
         self._array: npt.NDArray[Any] | None = None
-        plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
-        if plain and tensor.dtype == stored and not stored.is_complex and stored.itemsize in _UNSIGNED:
-            # numpy copies without torch's thread pool, which the threads that call here would contend for.
-            self._array = self._tensor.view(_UNSIGNED[stored.itemsize]).numpy()
+        """The target, where values need no cast."""
+
+    def begin(self, *, whole: bool) -> None:
+        """Make ready to be written; `whole` where `finish` will follow soon. Any further call does nothing."""
+        with self._lock:
+            if self._target is not None:
+                return
+            target = self._tensor
+            if self._staged and whole:
+                pinned = self._tensor.device.type == "cuda"
+                target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=pinned)
+            plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
+            if plain and target.dtype == self._stored and not self._stored.is_complex:
+                # numpy copies without torch's thread pool, which the threads that call here would contend for.
+                self._array = target.view(_UNSIGNED[self._stored.itemsize]).numpy()
+            self._target = target
 
     def write(self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices) -> None:
         """Write a part of a chunk.
@@ -53,7 +76,15 @@ class Destination:
             values: the bytes of the whole chunk, row-major, of shape `chunk_shape` and the stored dtype.
             part: the part of the chunk, of the sizes of `at`.
         """
-        if self._array is None:
-            self._tensor[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
-        else:
+        if self._array is not None:
             self._array[at] = values.view(self._array.dtype).reshape(chunk_shape)[part]
+        else:
+            assert self._target is not None
+            self._target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
+
+    def finish(self) -> None:
+        """All boxes are written: what was staged goes to the tensor."""
+        with self._lock:
+            if self._target is not None and self._target is not self._tensor:
+                self._tensor.copy_(self._target)
+                self._target = self._array = None

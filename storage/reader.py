@@ -222,8 +222,18 @@ class _Execution:
                 self._submit(partial(self._place, batch))
 
     def _place(self, batch: Batch) -> None:
-        batch.tensor.touched = True
+        tensor, destination = batch.tensor, batch.destination
+        assert destination is not None
+        tensor.touched = True
+        destination.begin(whole=not tensor.piecemeal)
         _place_batch(batch, self._damage)
+        with self._lock:
+            tensor.unplaced -= 1
+            complete = tensor.unplaced == 0
+        if complete:
+            for destination in {id(batch.destination): batch.destination for batch in tensor.batches}.values():
+                assert destination is not None
+                destination.finish()
         with self._lock:
             for request in batch.requests:
                 request.unplaced -= 1

@@ -36,7 +36,7 @@ class ObjectWriter(Protocol):
     """One object being written."""
 
     def write(self, data: Buffer, /) -> object:
-        """Append bytes. They may be reused by the caller once this returns."""
+        """Append bytes. They must stay as they are until the object stands."""
 
 
 @runtime_checkable
@@ -89,10 +89,10 @@ class Parts:
     """An ObjectWriter that holds what it is given."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._parts: list[Buffer] = []
 
     def write(self, data: Buffer, /) -> None:
-        self._parts.append(bytes(data))
+        self._parts.append(data)
 
     def join(self) -> bytes:
         """All of it."""
