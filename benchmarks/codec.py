@@ -29,7 +29,7 @@ from benchmarks.samples import SAMPLES
 from reshard.planner.index import Stream
 from reshard.storage.checksums import checksum, page_checksums
 from reshard.storage.codec import Bytes, decode, decode_heads_and_tails, encode, streams_of
-from reshard.storage.tensors import as_bytes, dtype_name
+from reshard.storage.tensors import as_array, as_bytes, dtype_name
 
 CHUNK_BYTES = 1 << 20
 PAGE_BYTES = CHUNK_BYTES // 16
@@ -149,7 +149,7 @@ CODECS: dict[str, Callable[[str, int], Coder | None]] = {
 
 def measure(values: torch.Tensor, coder: Coder, threads: int) -> Row:
     """Seconds to compress and to decompress all of it, and the bytes stored. Raises AssertionError for wrong values."""
-    raw = as_bytes(values)
+    raw = as_bytes(as_array(values))
     size = len(raw) if coder.own_threads and threads > 1 else CHUNK_BYTES
     chunks: list[Bytes] = [raw[at : at + size] for at in range(0, len(raw), size)]
     given = [bytearray(chunk) for chunk in chunks] if coder.copies else chunks

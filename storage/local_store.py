@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from typing_extensions import Buffer
@@ -19,6 +18,10 @@ from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundErro
 from .store import ObjectWriter
 
 OPEN_FILES = 64
+WRITE_BYTES = 1024 * 1024
+"""What is waited for before a file that is written is written to."""
+MOST_PARTS = 512
+"""Of one call of the system; Linux takes 1024."""
 
 
 class _OpenFile:
@@ -80,17 +83,15 @@ class LocalStore:
         path = self._root / name
         with self._errors("write", name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "xb")  # noqa: SIM115
+            file = _NewFile(path, lambda: self._errors("write", name))
         try:
-            yield _File(file, lambda: self._errors("write", name))
+            yield file
             with self._errors("write", name):
                 file.flush()
-                os.fsync(file.fileno())
-                file.close()
+                os.fsync(file.descriptor)
                 _sync_folder(path.parent)
         finally:
-            with contextlib.suppress(OSError):  # what it could not flush was told before
-                file.close()
+            os.close(file.descriptor)
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         path = self._root / name
@@ -141,16 +142,32 @@ class LocalStore:
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
 
 
-class _File:
-    """A file being written, whose errors are translated."""
+class _NewFile:
+    """A file being written, some MiB by one call of the system; what that raises is translated."""
 
-    def __init__(self, file: BinaryIO, errors: Callable[[], AbstractContextManager[None]]) -> None:
-        self._file = file
+    def __init__(self, path: Path, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._errors = errors
+        self._waiting: list[memoryview] = []
+        self._nbytes = 0
 
     def write(self, data: Buffer, /) -> None:
-        with self._errors():
-            self._file.write(data)
+        view = memoryview(data).cast("B")
+        if len(view):
+            self._waiting.append(view)
+            self._nbytes += len(view)
+        if self._nbytes >= WRITE_BYTES or len(self._waiting) >= MOST_PARTS:
+            with self._errors():
+                self.flush()
+
+    def flush(self) -> None:
+        while self._waiting:
+            done = os.writev(self.descriptor, self._waiting)
+            self._nbytes -= done
+            while self._waiting and done >= len(self._waiting[0]):
+                done -= len(self._waiting.pop(0))
+            if done:
+                self._waiting[0] = self._waiting[0][done:]
 
 
 def _create(temporary: Path, path: Path) -> None:

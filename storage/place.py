@@ -10,9 +10,8 @@ import torch
 
 from .codec import Bytes
 from .errors import DestinationError, DtypeError
-from .tensors import from_bytes
+from .tensors import UNSIGNED, from_bytes
 
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 Slices = tuple[slice, ...]
 
 
@@ -65,7 +64,7 @@ class Destination:
             plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
             if plain and target.dtype == self._stored and not self._stored.is_complex:
                 # numpy copies without torch's thread pool, which the threads that call here would contend for.
-                self._array = target.view(_UNSIGNED[self._stored.itemsize]).numpy()
+                self._array = target.view(UNSIGNED[self._stored.itemsize]).numpy()
             self._target = target
 
     def write(self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices) -> None:

@@ -102,11 +102,20 @@ def _placement(name: str, placement: Any) -> layout.Placement:
     raise LayoutError(f"{name!r} has the placement {placement}, which is neither a shard nor a replica")
 
 
-def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The values of a tensor in row-major order, on the host, as bytes; a view where they lie so already."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    flat: npt.NDArray[np.uint8] = plain.reshape(-1).view(torch.uint8).numpy()
-    return flat
+UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+"""The dtypes that numpy has too, by bytes an element."""
+
+
+def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The bits of a tensor's values, on the host, of the same shape; a view where they are there already."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    bits: npt.NDArray[Any] = plain.view(UNSIGNED.get(plain.itemsize, plain.dtype)).numpy()
+    return bits
+
+
+def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The bytes of an array in row-major order; a view where they lie so already."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

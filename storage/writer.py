@@ -18,8 +18,10 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..planner.box import Box, indexes
@@ -35,7 +37,7 @@ from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
 from .retrying_store import retried
 from .store import Store
-from .tensors import as_bytes, dtype_name
+from .tensors import as_array, as_bytes, dtype_name
 
 OBJECT_MAGIC = b"RESHARDD"
 CONCURRENT_OBJECTS = 8
@@ -145,20 +147,20 @@ def write_objects(
 
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
     """
-    filled = [shard for shard in shards if shard.box.numel > 0]
-    groups = _groups(filled, default_budget() if budget_bytes is None else budget_bytes, several=store.holds_objects)
+    budget = default_budget() if budget_bytes is None else budget_bytes
+    groups = _groups([shard for shard in shards if shard.box.numel > 0], budget, several=store.holds_objects)
     stopped = threading.Event()
     with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
         writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
-        writer = _ObjectWriter(store, rank, codec, encoding, stopped)
+        writer = _ObjectWriter(store, rank, codec, min(WINDOW_BYTES, budget), encoding, stopped)
         futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
         try:
             pending = set(futures)
             while pending:
-                _, pending = wait(pending, HEED_S, FIRST_EXCEPTION)
+                done, pending = wait(pending, HEED_S, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
                 interrupt()
-                if any(future.done() and future.exception() for future in futures):
-                    break
             return [future.result() for future in futures]
         except BaseException:
             stopped.set()
@@ -175,9 +177,8 @@ def write_objects(
 def _groups(shards: Sequence[ShardToWrite], budget_bytes: int, *, several: bool) -> list[list[ShardToWrite]]:
     """What each object is to hold: all, or, where `several` are better, as much as makes many, and not too small."""
     if not several:
-        return [[piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4))]][
-            : len(shards)
-        ]
+        pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4))]
+        return [pieces] if pieces else []
     total = sum(shard.nbytes for shard in shards)
     most = min(max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES), budget_bytes // (2 * CONCURRENT_OBJECTS))
     groups: list[list[ShardToWrite]] = []
@@ -195,11 +196,18 @@ class _ObjectWriter:
     """Writes objects, several at once, with one pool of threads that encodes."""
 
     def __init__(
-        self, store: Store, rank: int, codec: str, encoding: ThreadPoolExecutor, stopped: threading.Event
+        self,
+        store: Store,
+        rank: int,
+        codec: str,
+        window_bytes: int,
+        encoding: ThreadPoolExecutor,
+        stopped: threading.Event,
     ) -> None:
         self._store = store
         self._rank = rank
         self._codec = codec
+        self._window = window_bytes
         self._encoding = encoding
         self._stopped = stopped
         """Set where nobody waits for the objects any more."""
@@ -247,7 +255,7 @@ class _ObjectWriter:
         held = 0
         try:
             for source in shards:
-                values = source.load().detach().cpu()
+                values = source.load()
                 if tuple(values.shape) != source.box.sizes or values.dtype != source.dtype:
                     raise ShapeMismatchError(
                         f"{source.name!r} should hold {source.box} of {source.dtype} on this rank, but has shape "
@@ -258,6 +266,7 @@ class _ObjectWriter:
                 _, offsets, sizes = entry.grid.chunks(source.box)
                 segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
                 begun.append(_Shard(source, dtype, segments, len(offsets)))
+                array = as_array(values)
                 starts = offsets - np.asarray(source.box.offsets, np.int64)
                 ends = np.cumsum(sizes.prod(axis=1)) * values.itemsize
                 cuts = (np.flatnonzero(np.diff(ends // BATCH_BYTES)) + 1).tolist()
@@ -265,12 +274,12 @@ class _ObjectWriter:
                 for segment, batch in ((segment, batch) for segment in segments for batch in batches):
                     self._check_wanted()
                     nbytes = int(sizes[batch].prod(axis=1).sum()) * values.itemsize
-                    while waiting and held + nbytes > WINDOW_BYTES:
+                    while waiting and held + nbytes > self._window:
                         freed, ready, future = waiting.popleft()
                         yield ready, future.result()
                         held -= freed
                     boxes = indexes(starts[batch], sizes[batch])
-                    encoding = partial(_encode, values, boxes, entry, segment.stream, self._codec)
+                    encoding = partial(_encode, array, boxes, entry, segment.stream, self._codec)
                     waiting.append((nbytes, segment, self._encoding.submit(encoding)))
                     held += nbytes
             while waiting:
@@ -282,7 +291,7 @@ class _ObjectWriter:
 
 
 def _encode(
-    values: torch.Tensor, boxes: list[tuple[slice, ...]], entry: Entry, stream: Stream, codec: str
+    values: npt.NDArray[Any], boxes: list[tuple[slice, ...]], entry: Entry, stream: Stream, codec: str
 ) -> list[Encoded]:
     """Chunks of a shard, each with its checksums."""
     page_bytes = entry.page_bytes

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from reshard.storage.place import Destination
-from reshard.storage.tensors import as_bytes
+from reshard.storage.tensors import as_array, as_bytes
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -12,7 +12,9 @@ def test_a_tensor_on_a_device_is_written_in_host_memory_first(stored: torch.dtyp
     for columns in (slice(0, 2), slice(2, 6)):
         destination.begin(whole=True)
         part = values[:, columns].to(stored)
-        destination.write((slice(0, 4), columns), as_bytes(part), tuple(part.shape), (slice(None), slice(None)))
+        destination.write(
+            (slice(0, 4), columns), as_bytes(as_array(part)), tuple(part.shape), (slice(None), slice(None))
+        )
         assert (tensor == 0).all(), "nothing is changed before all is here"
     destination.finish()
     assert tensor.equal(values)
@@ -22,7 +24,7 @@ def test_a_tensor_beyond_the_budget_is_written_at_once() -> None:
     tensor = torch.zeros(4)
     destination = Destination(tensor, torch.float32, staged=True)
     destination.begin(whole=False)
-    destination.write((slice(0, 2),), as_bytes(torch.ones(2)), (2,), (slice(None),))
+    destination.write((slice(0, 2),), as_bytes(as_array(torch.ones(2))), (2,), (slice(None),))
     assert tensor.tolist() == [1, 1, 0, 0]
     destination.finish()
     assert tensor.tolist() == [1, 1, 0, 0]

@@ -1,3 +1,4 @@
+import itertools
 import re
 import threading
 from typing import Any
@@ -8,8 +9,10 @@ import torch
 from reshard.planner.box import Box
 from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.index import Kind
+from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage import writer
 from reshard.storage.errors import DtypeError, StoreError
+from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
 from reshard.storage.writer import ShardToWrite, write_objects
@@ -93,3 +96,29 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
     write_objects(RecordingStore(MemoryStore(), before), 0, [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
     assert window / 2 < ahead <= window + 8 + writer.BATCH_BYTES
+
+
+def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are cut between chunks, small ones are put together, and no object is larger than its share."""
+    monkeypatch.setattr(writer, "LEAST_OBJECT_BYTES", 1 << 18)
+    together, calls = threading.Barrier(3), itertools.count()
+
+    def before(call: Call) -> None:
+        if call.method == "create" and next(calls) < 3:
+            together.wait(timeout=20)
+
+    memory = MemoryStore()
+    memory.holds_objects = True
+    values = {"large": torch.randn(1024, 512), **{f"small{i}": torch.randn(64, 64) for i in range(63)}}
+    records = write_objects(
+        RecordingStore(memory, before), 0, [shard(name, tensor) for name, tensor in values.items()], "none"
+    )
+    assert 8 <= len(records) <= 12
+    assert sorted(memory.content) == sorted(record.name for record in records)
+    assert max(record.bytes_needed for record in records) <= sum(record.bytes_needed for record in records) // 8
+    index = assemble_index(records)
+    assert len(index.shards_of(index.position("large"))) == 8
+    plan = plan_reads(index, [Want(name, Box.whole(tuple(tensor.shape))) for name, tensor in values.items()])
+    loaded = [torch.zeros_like(tensor) for tensor in values.values()]
+    execute(plan, index, memory, loaded)
+    assert all(a.equal(b) for a, b in zip(loaded, values.values(), strict=True))
