@@ -96,6 +96,7 @@ class StorageWriter(dcp.StorageWriter):
         self._overwrite = overwrite
         self._budget_bytes = budget_bytes
         self._rank = 0
+        self._opened: Store | None = None
         self._written: list[ObjectRecord] = []
         self.alarm = Alarm(alone=True)
         """What `reshard.save` gives, so that ranks stop when another has failed."""
@@ -103,6 +104,7 @@ class StorageWriter(dcp.StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
+            self._opened = None
         self._written = []
 
     @raises_portable
@@ -114,8 +116,13 @@ class StorageWriter(dcp.StorageWriter):
             refuse_if_there(self._store())
 
     def _store(self) -> Store:
-        """A store of this process: the writer itself can be sent to another."""
-        return open_store(self.checkpoint_id, self._storage_options)
+        if self._opened is None:
+            self._opened = open_store(self.checkpoint_id, self._storage_options)
+        return self._opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to another process, which opens a store of its own."""
+        return {**self.__dict__, "_opened": None}
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -206,7 +213,7 @@ class StorageReader(dcp.StorageReader):
         self._storage_options = storage_options
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
-        self._manifest: Manifest | None = None
+        self._opened: tuple[Store, Manifest] | None = None
         self._rank = 0
         self.report: RankReport | None = None
         """What the last load did on this rank."""
@@ -214,13 +221,13 @@ class StorageReader(dcp.StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
-        self._manifest = None
+        self._opened = None
 
     def _open(self) -> tuple[Store, Manifest]:
-        store = open_store(self.checkpoint_id, self._storage_options)
-        if self._manifest is None:
-            self._manifest = read_manifest(store)
-        return store, self._manifest
+        if self._opened is None:
+            store = open_store(self.checkpoint_id, self._storage_options)
+            self._opened = store, read_manifest(store)
+        return self._opened
 
     @raises_portable
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -7,9 +7,13 @@ Credentials come from where every AWS client looks for them, by botocore where t
 from __future__ import annotations
 
 import datetime
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Buffer
@@ -23,8 +27,13 @@ from .translate import is_beyond_the_end, translated
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
 
-_CONNECTION_POOL = {"skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"}
-"""Options of fsspec that mean nothing here."""
+logger = logging.getLogger("reshard")
+_MEANS_NOTHING_HERE = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
+"""Options of fsspec."""
+_ENVIRONMENT_OF_OTHERS = ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
+"""What botocore heeds, and obstore does not."""
+_PLAIN = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
+"""A part of a key that both clients write alike: obstore encodes some characters."""
 LARGEST_BYTES = 64 * 1024**2
 """What one request moves at most: an object that is written, or a request of a plan."""
 CREDENTIALS_FOR = datetime.timedelta(minutes=5)
@@ -32,43 +41,64 @@ CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 
 
 def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
-    """The store at "bucket/folder"; None where obstore is not installed, or an option or the region is beyond it."""
+    """The store at "bucket/folder"; None where obstore is not installed, or something in the call is beyond it."""
+    bucket, _, folder = path.rstrip("/").partition("/")
+    if find_spec("obstore") is None or any(name in os.environ for name in _ENVIRONMENT_OF_OTHERS):
+        return None
+    plain = all(_PLAIN.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
+    if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
+        return None
     try:
-        from obstore.store import S3Store
-    except ImportError:
+        config = _config(dict(options))
+        return None if config is None else _opened(bucket, folder, config)
+    except Exception as error:
+        logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
         return None
-    rest = {name: value for name, value in options.items() if name not in _CONNECTION_POOL}
-    client = dict(rest.pop("client_kwargs", {}))
-    anonymous = bool(rest.pop("anon", False))
-    endpoint = rest.pop("endpoint_url", None) or client.pop("endpoint_url", None)
-    profile = rest.pop("profile", None)
+
+
+def _config(options: dict[str, Any]) -> dict[str, Any] | None:
+    """obstore's configuration for storage options of s3fs; None where they, or the environment, are beyond it."""
+    options = {name: value for name, value in options.items() if name not in _MEANS_NOTHING_HERE}
+    client = dict(options.pop("client_kwargs", {}))
+    anonymous = bool(options.pop("anon", False))
+    endpoint = options.pop("endpoint_url", None) or client.pop("endpoint_url", None)
     region = client.pop("region_name", None)
-    keys = [rest.pop(name, None) for name in ("key", "secret", "token")]
+    keys = {name: options.pop(name, None) for name in ("key", "secret", "token")}
+    profile = options.pop("profile", None)
     session = _session(profile)
-    if rest or client or (session is None and profile is not None):
+    if options or client or (session is None and profile is not None):
         return None
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = region or _region(session) or ("us-east-1" if endpoint else None)
+    endpoint = endpoint or _configured_endpoint(session)
+    region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
     if region is None:
         return None  # s3fs finds out where a bucket is
     config: dict[str, Any] = {"region": region, "skip_signature": anonymous}
     if endpoint:
         config["endpoint"] = endpoint
-    if keys[0] is not None:
-        names = ("access_key_id", "secret_access_key", "session_token")
-        config |= {name: key for name, key in zip(names, keys, strict=True) if key is not None}
+    if keys["key"] is not None:
+        config |= {"access_key_id": keys["key"], "secret_access_key": keys["secret"]}
+        if keys["token"] is not None:
+            config["session_token"] = keys["token"]
     elif session is not None and not anonymous:
         credentials = session.get_credentials()
         if credentials is None:
             return None
         config["credential_provider"] = _Credentials(credentials)
-    bucket, _, folder = path.partition("/")
+    return config
+
+
+def _opened(bucket: str, folder: str, config: dict[str, Any]) -> ObstoreStore:
+    from obstore.store import S3Store
+
     silence = datetime.timedelta(seconds=retrying_store.REQUEST_DEADLINE_S)
     writing: ClientConfig = {
         "allow_http": True,
         "timeout": datetime.timedelta(seconds=retrying_store.deadline_s(LARGEST_BYTES)),
         "connect_timeout": min(silence, datetime.timedelta(seconds=10)),
     }
+    bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    if bundle and not str(config.get("endpoint", "")).startswith("http:"):
+        writing["root_certificate"] = Path(bundle).read_bytes()
     reading: ClientConfig = {**writing, "read_timeout": silence}  # while an object is sent, nothing is read
     # Our own retries see what happened, and stop when they are told to.
     retries: RetryConfig = {"max_retries": 1, "retry_timeout": silence}
@@ -76,8 +106,8 @@ def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
         S3Store(bucket, **config, client_options=reading, retry_config=retries),
         S3Store(bucket, **config, client_options=writing, retry_config=retries),
         bucket,
-        folder.rstrip("/"),
-        str(endpoint),
+        folder,
+        str(config.get("endpoint")),
     )
 
 
@@ -90,11 +120,19 @@ def _session(profile: str | None) -> Any:
     return Session(profile=profile)
 
 
-def _region(session: Any) -> str | None:
+def _configured_endpoint(session: Any) -> str | None:
     if session is None:
-        return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    region: str | None = session.get_config_variable("region") or os.environ.get("AWS_REGION")
-    return region
+        return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    from botocore.configprovider import ConfiguredEndpointProvider
+
+    provider = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
+    endpoint: str | None = provider.provide()
+    return endpoint
+
+
+def _configured_region(session: Any) -> str | None:
+    region: str | None = None if session is None else session.get_config_variable("region")
+    return region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
 
 
 class _Credentials:

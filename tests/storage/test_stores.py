@@ -49,7 +49,9 @@ def test_a_store_is_taken_as_it_is() -> None:
     assert open_store(store) is store
 
 
-def test_obstore_takes_s3_where_it_understands_all_options(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_obstore_takes_s3_where_it_understands_all_options(
+    s3: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     uri, options = s3
 
     def client(**more: object) -> str:
@@ -61,7 +63,19 @@ def test_obstore_takes_s3_where_it_understands_all_options(s3: Place, monkeypatc
     assert client(config_kwargs={"max_pool_connections": 3}) == client(requester_pays=True) == "FsspecStore"
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     assert client() == "ObstoreStore", "a server of one's own has no regions"
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    for name, value in (("AWS_USE_FIPS_ENDPOINT", "true"), ("AWS_PROFILE", "none-of-this-name")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            assert client() == "FsspecStore"
+    for path in ("a b", "a#b", "ü", "a//b", "..", "a%20b"):
+        assert type(open_store(f"s3://bucket/{path}", options)._store).__name__ == "FsspecStore", path  # type: ignore[attr-defined]
+    (tmp_path / "config").write_text(f"[default]\nendpoint_url = {options['client_kwargs']['endpoint_url']}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    keys = {"key": options["key"], "secret": options["secret"]}
+    configured = open_store(uri, keys)
+    assert type(configured._store).__name__ == "ObstoreStore"  # type: ignore[attr-defined]
+    check_store(configured)
+    monkeypatch.setitem(sys.modules, "obstore", None)
     assert client() == "FsspecStore"
 
 
