@@ -55,6 +55,22 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
+class _Scratch(threading.local):
+    """Memory of each thread's own that is used again for each chunk: fresh pages cost more than filling them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, npt.NDArray[np.uint16]] = {}
+
+    def take(self, which: int, numel: int) -> npt.NDArray[np.uint16]:
+        """The first elements of one of the arrays, whatever they hold."""
+        if len(self._arrays.get(which, ())) < numel:
+            self._arrays[which] = np.empty(numel, np.uint16)
+        return self._arrays[which][:numel]
+
+
+_scratch = _Scratch()
+
+
 def streams_of(dtype: str, codec: str) -> tuple[Stream, ...]:
     """The streams that values of a dtype are stored in."""
     return (Stream.HEAD, Stream.TAIL) if dtype == "float32" and codec == "zstd" else (Stream.WHOLE,)
@@ -102,17 +118,17 @@ def decode_heads(data: Buffer, numel: int) -> Bytes:
     """The bytes of `numel` bfloat16 values from a stream of heads. Raises CorruptCheckpointError."""
     (exponents, rest), left = _split_planes(data, 2, numel)
     _check(len(left) == 0, "bytes are left over after the last plane")
-    turned = np.empty(-(-numel // 4) * 4, np.uint16)
+    padded = -(-numel // 4) * 4
+    turned, signs = _scratch.take(0, padded), _scratch.take(1, numel)
     turned[:numel] = exponents
     turned[:numel] *= 256
     turned[:numel] |= rest
     # Turned back to the right by one bit. Products and words of 64 bits, since numpy shifts one element at a time.
-    signs = turned * 32768
+    np.multiply(turned[:numel], 32768, out=signs)
     words = turned.view(np.uint64)
     words >>= 1
     words &= 0x7FFF7FFF7FFF7FFF
-    turned |= signs
-    return turned[:numel].view(np.uint8)
+    return (turned[:numel] | signs).view(np.uint8)
 
 
 def decode_heads_and_tails(heads: Buffer, tails: Buffer, numel: int) -> Bytes:
@@ -138,10 +154,21 @@ def _round_to_bfloat16(values: Bytes) -> npt.NDArray[np.uint16]:
 
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
-    """Turned left by one bit, a value has its exponent in the high byte, mantissa and sign in the low one."""
-    rest = bits << 1
-    rest |= bits >> 15
-    return [(bits >> 7).astype(np.uint8), rest.astype(np.uint8)]
+    """Turned left by one bit, a value has its exponent in the high byte, mantissa and sign in the low one.
+
+    The planes are this thread's, until it splits again.
+    """
+    n = len(bits)
+    turned, other = _scratch.take(0, n), _scratch.take(1, n)
+    np.multiply(bits, 2, out=turned)
+    np.right_shift(bits, 15, out=other)
+    turned |= other
+    np.right_shift(bits, 7, out=other)
+    planes = _scratch.take(2, n).view(np.uint8)
+    exponents, rest = planes[:n], planes[n:]
+    np.copyto(exponents, other, casting="unsafe")
+    np.copyto(rest, turned, casting="unsafe")
+    return [exponents, rest]
 
 
 def _join_planes(planes: list[Bytes], *, floats: bool = True, exponents_first: bool = False) -> bytes:

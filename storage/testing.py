@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -195,6 +196,8 @@ def check_store(store: Store) -> None:
     assert bytes(store.read("data/a.shard", len(content) - 3, len(content) + 5)) == content[-3:]
     assert bytes(store.read("data/a.shard", len(content) + 5, len(content) + 9)) == b""
 
+    _check_other_reads(store, content)
+
     store.put("manifest", b"one", overwrite=False)
     _expect(CheckpointExistsError, lambda: store.put("manifest", b"two", overwrite=False))
     assert bytes(store.read("manifest", 0, 10)) == b"one"
@@ -218,6 +221,29 @@ def check_store(store: Store) -> None:
     store.delete(["data/a.shard", "absent", "manifest"])
     assert list(store.list()) == []
     _expect(ObjectNotFoundError, lambda: store.read("manifest", 0, 1))
+
+
+def _check_other_reads(store: Store, content: bytes) -> None:
+    """Reads into memory, and on an event loop, give what `read` gives of "data/a.shard"; where the store has them."""
+    past = len(content) + 5
+    into, reads = store.read_into, store.async_reads
+    if into is not None:
+        buffer = bytearray(100)
+        assert into("data/a.shard", 1000, memoryview(buffer)) == 100
+        assert buffer == content[1000:1100]
+        assert into("data/a.shard", len(content) - 3, memoryview(buffer)) == 3
+        assert buffer[:3] == content[-3:]
+        assert into("data/a.shard", past, memoryview(buffer)) == 0
+        _expect(ObjectNotFoundError, lambda: into("absent", 0, memoryview(buffer)))
+    if reads is not None:
+
+        def read(name: str, start: int, stop: int) -> bytes:
+            return bytes(asyncio.run_coroutine_threadsafe(reads.read(name, start, stop), reads.loop).result())
+
+        assert read("data/a.shard", 1000, 70000) == content[1000:70000]
+        assert read("data/a.shard", len(content) - 3, past) == content[-3:]
+        assert read("data/a.shard", past, past + 4) == b""
+        _expect(ObjectNotFoundError, lambda: read("absent", 0, 1))
 
 
 def _expect(error: type[Exception], call: Callable[[], object]) -> None:

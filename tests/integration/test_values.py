@@ -187,3 +187,17 @@ def test_loading_what_is_missing_only_where_it_is_allowed() -> None:
     assert report.skipped == ("b",)
     assert loaded["a"].equal(torch.ones(3))
     assert loaded["b"].equal(torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_any_budget_gives_the_same(codec: str) -> None:
+    torch.manual_seed(0)
+    saved = {"large": torch.randn(1500, 700), "half": torch.randn(900, 300).to(torch.bfloat16), "small": torch.ones(3)}
+    for several in (False, True):
+        store = MemoryStore()
+        store.holds_objects = several
+        reshard.save(saved, store, codec=codec, budget_bytes=1 << 20)
+        assert len(store.content) > 20 if several else len(store.content) == 2
+        loaded = {name: torch.zeros_like(values) for name, values in saved.items()}
+        reshard.load(loaded, store, budget_bytes=1 << 17)
+        assert all(loaded[name].equal(values) for name, values in saved.items())
