@@ -82,19 +82,19 @@ def encode(values: Bytes, dtype: str, stream: Stream) -> bytes:
         if dtype == "bfloat16":
             return _join_planes(_split_bfloat16(values.view(np.uint16)), exponents_first=True)
         width = _COMPONENT_SIZES.get(dtype, ITEMSIZES[dtype])
-        by_byte = values.reshape(-1, width)
-        planes = [np.ascontiguousarray(by_byte[:, i]) for i in range(width)]
-        return _join_planes(planes, floats=dtype.startswith(_FLOAT_PREFIXES))
+        return _join_planes(_split_bytes(values, width), floats=dtype.startswith(_FLOAT_PREFIXES))
     bits = values.view(np.uint32)
     heads = _round_to_bfloat16(values)
     if stream is Stream.HEAD:
         return _join_planes(_split_bfloat16(heads), exponents_first=True)
-    high = heads.astype(np.uint32) << 16
-    tails = (bits - high).astype(np.uint16)
-    lost = np.flatnonzero(high + tails.view(np.int16).astype(np.uint32) != bits)
+    difference = heads.astype(np.uint32)
+    difference *= 65536
+    np.subtract(bits, difference, out=difference)
+    tails = difference.astype(np.uint16)
+    difference += 32768
+    lost = np.flatnonzero(difference > 65535)  # those that 16 bits with a sign do not hold
     exceptions = np.stack([lost.astype(np.uint32), bits[lost]], axis=1).astype("<u4").tobytes()
-    by_byte = tails.view(np.uint8).reshape(-1, 2)
-    return _join_planes([np.ascontiguousarray(by_byte[:, i]) for i in range(2)]) + exceptions
+    return _join_planes(_split_bytes(tails.view(np.uint8), 2)) + exceptions
 
 
 def decode(data: Buffer, dtype: str, numel: int) -> Bytes:
@@ -106,12 +106,7 @@ def decode(data: Buffer, dtype: str, numel: int) -> Bytes:
     n = numel * (itemsize // width)
     planes, rest = _split_planes(data, width, n)
     _check(len(rest) == 0, "bytes are left over after the last plane")
-    if width == 1:
-        return planes[0]
-    values = np.empty((n, width), np.uint8)
-    for i, plane in enumerate(planes):
-        values[:, i] = plane
-    return values.reshape(-1)
+    return _join_bytes(planes)
 
 
 def decode_heads(data: Buffer, numel: int) -> Bytes:
@@ -134,11 +129,9 @@ def decode_heads(data: Buffer, numel: int) -> Bytes:
 def decode_heads_and_tails(heads: Buffer, tails: Buffer, numel: int) -> Bytes:
     """The bytes of `numel` float32 values from their two streams. Raises CorruptCheckpointError."""
     high = decode_heads(heads, numel).view(np.uint16).astype(np.uint32)
-    high <<= 16
+    high *= 65536
     planes, rest = _split_planes(tails, 2, numel)
-    by_byte = np.empty((numel, 2), np.uint8)
-    by_byte[:, 0], by_byte[:, 1] = planes
-    high += by_byte.view(np.int16).reshape(-1).astype(np.uint32)
+    high += _join_bytes(planes).view(np.int16).astype(np.uint32)
     _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
     exceptions = np.frombuffer(rest, "<u4").reshape(-1, 2)
     if len(exceptions):
@@ -151,6 +144,34 @@ def _round_to_bfloat16(values: Bytes) -> npt.NDArray[np.uint16]:
     rounded = torch.from_numpy(values).view(torch.float32).to(torch.bfloat16)
     bits: npt.NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
     return bits
+
+
+def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
+    """The bytes of elements of `width` bytes by their significance, the least first."""
+    if width == 2:
+        words = values.view(np.uint16)
+        return [words.astype(np.uint8), (words >> 8).astype(np.uint8)]
+    by_byte = values.reshape(-1, width)
+    return [np.ascontiguousarray(by_byte[:, i]) for i in range(width)]
+
+
+def _join_bytes(planes: list[Bytes]) -> Bytes:
+    """The bytes of elements from their planes, the least significant first.
+
+    By products, since numpy writes to every second byte one at a time.
+    """
+    width = len(planes)
+    if width == 1:
+        return planes[0]
+    if width == 2:
+        words = planes[1].astype(np.uint16)
+        words *= 256
+        words |= planes[0]
+        return words.view(np.uint8)
+    values = np.empty((len(planes[0]), width), np.uint8)
+    for i, plane in enumerate(planes):
+        values[:, i] = plane
+    return values.reshape(-1)
 
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
