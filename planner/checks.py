@@ -81,7 +81,7 @@ def _check_streams(entries: Sequence[Entry], segments: Segments) -> None:
         return
     heads, tails = np.flatnonzero(segments.streams == HEAD), np.flatnonzero(segments.streams == TAIL)
     owners = np.unique(segments.entries[split])
-    paired = len(heads) == len(tails) and np.array_equal(heads + 1, tails)
+    paired = np.array_equal(heads + 1, tails) and np.array_equal(segments.entries[heads], segments.entries[tails])
     alone = not bool(np.isin(segments.entries[~split], owners).any())
     for at in owners.tolist():
         if not paired or not alone or entries[at].dtype != "float32":
@@ -92,8 +92,7 @@ def _check_pairs(
     entries: Sequence[Entry], segments: Segments, rows: IntArray, offsets: IntArray, sizes: IntArray
 ) -> None:
     tails = np.flatnonzero(segments.streams[rows] == TAIL)
-    same = segments.entries[rows[tails]] == segments.entries[rows[tails - 1]]
-    same &= (offsets[tails] == offsets[tails - 1]).all(axis=1) & (sizes[tails] == sizes[tails - 1]).all(axis=1)
+    same = (offsets[tails] == offsets[tails - 1]).all(axis=1) & (sizes[tails] == sizes[tails - 1]).all(axis=1)
     if not bool(same.all()):
         raise _unpaired(entries[int(segments.entries[rows[tails[np.argmin(same)]]])])
 
@@ -127,7 +126,7 @@ def _check_tiling(
     abut |= owners[1:] != owners[:-1]
     unclear = np.unique(owners[1:][~abut])
     for at in unclear.tolist():
-        mine = owners == at
+        mine = slice(*np.searchsorted(owners, [at, at + 1]).tolist())
         if not _tile(entries[at].shape, offsets[mine], sizes[mine]):
             raise InvalidIndexError(f"the shards of {entries[at].name!r} overlap")
 

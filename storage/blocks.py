@@ -18,7 +18,7 @@ from .checksums import checksum
 from .errors import CorruptCheckpointError
 
 BLOCK_BYTES = 256 * 1024
-"""A block ends with the tensor that makes it this large."""
+"""A block ends where the blocks so far pass a multiple of this."""
 COLUMNS = (
     ("offsets", "<i8", "extents"),
     ("sizes", "<i8", "extents"),

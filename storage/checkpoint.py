@@ -89,6 +89,7 @@ class Checkpoint:
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
             raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
+        self._manifest.index([name])  # what it says is checked before memory is taken on its word
         if out is None:
             out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype))
         elif tuple(out.shape) != wanted.sizes:
@@ -129,7 +130,9 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []
-        for held in rank_tensors(self._manifest.entries, layout, rank, names):
+        held_tensors = rank_tensors(self._manifest.entries, layout, rank, names)
+        self._manifest.index(held.entry.name for held in held_tensors)
+        for held in held_tensors:
             local = torch.empty(held.local.shape, dtype=torch_dtype(held.entry.dtype))
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):

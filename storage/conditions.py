@@ -31,8 +31,8 @@ def put_new(store: _Objects, bucket: object, put: Callable[[str, bytes], None], 
     """
     refuse_to_replace(store, name)  # some stores take a condition for granted, and overwrite
     if bucket not in _probed:
-        _probed.add(bucket)
         _probe(store, put)
+        _probed.add(bucket)
     put(name, data)
 
 
@@ -46,7 +46,8 @@ def refuse_to_replace(store: _Objects, name: str) -> None:
 def _probe(store: _Objects, put: Callable[[str, bytes], None]) -> None:
     name = f"data/probe-{uuid.uuid4().hex}"
     try:
-        put(name, b"reshard")
+        with contextlib.suppress(CheckpointExistsError):  # the answer to the first try of the client was lost
+            put(name, b"reshard")
         with contextlib.suppress(CheckpointExistsError):
             put(name, b"reshard")
             logger.warning(

@@ -1,7 +1,7 @@
 """StorageWriter and StorageReader of torch.distributed.checkpoint: DCP plans, reshard stores.
 
 DCP's planners decide what is written and read, and its collectives carry plans and results between ranks. Each rank's
-items become one data object; the coordinator makes the manifest of what all ranks wrote, and puts it last.
+items become a data object, or several; the coordinator makes the manifest of what all ranks wrote, and puts it last.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ CODECS = ("zstd", "none")
 Target = str | os.PathLike[str] | Store
 
 
+def check_codec(codec: str) -> None:
+    """Raises ArgumentError where there is no such codec."""
+    if codec not in CODECS:
+        raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
+
+
 class EncodedObject(io.BytesIO):
     """An object as bytes, with the way to read them; what a SavePlanner of reshard resolves objects to."""
 
@@ -88,8 +94,7 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: bool = True,
         budget_bytes: int | None = None,
     ) -> None:
-        if codec not in CODECS:
-            raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
+        check_codec(codec)
         self.checkpoint_id: Target = uri
         self._codec = codec
         self._storage_options = storage_options

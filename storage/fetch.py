@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -31,7 +30,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         if store.async_reads is None:
             self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
         self._running: set[Future[Buffer]] = set()
-        self._memory = _Memory()
+        self._memory = _Memory(store.concurrent_reads)
 
     def start(self, name: str, start: int, stop: int, done: Callable[[Future[Buffer]], None]) -> None:
         """Begin to read bytes [start, stop) of an object, and call `done` when they are here, from any thread."""
@@ -64,25 +63,29 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
 
 class _Memory:
-    """Memory that is used again, in sizes of powers of two."""
+    """Memory that is used again, in sizes of powers of two; as much as there are reads at once, and no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, arrays: int) -> None:
+        self._most = arrays
         self._lock = threading.Lock()
-        self._free: defaultdict[int, list[Array]] = defaultdict(list)
+        self._free: list[Array] = []
+        self._lent: dict[int, Array] = {}
+        """By what `id` gives."""
 
     def filled(self, read_into: ReadInto, name: str, start: int, stop: int) -> memoryview:
         """What `read_into` gives of [start, stop)."""
         nbytes = stop - start
         size = 1 << (nbytes - 1).bit_length()
         with self._lock:
-            free = self._free[size]
-            array = free.pop() if free else np.empty(size, np.uint8)
+            at = next((at for at, array in enumerate(self._free) if array.nbytes == size), None)
+            array = np.empty(size, np.uint8) if at is None else self._free.pop(at)
+            self._lent[id(array)] = array
         data = array.data
         return data[: read_into(name, start, data[:nbytes])]
 
     def give(self, data: memoryview) -> None:
         """Take back what `filled` gave; anything else is left alone."""
-        array = data.obj
-        if isinstance(array, np.ndarray):
-            with self._lock:
-                self._free[array.nbytes].append(array)
+        with self._lock:
+            array = self._lent.pop(id(data.obj), None)
+            if array is not None:
+                self._free = [*self._free, array][-self._most :]

@@ -122,8 +122,14 @@ class LocalStore:
                 for file in files
             ]
 
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
+        """What is sent to another process: where it is, and no open file."""
+        return LocalStore, (self._root,)
+
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
+            with self._lock:
+                self._open_files.pop(name, None)
             with self._errors("delete", name):
                 (self._root / name).unlink(missing_ok=True)
 

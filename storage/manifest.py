@@ -68,19 +68,19 @@ class Manifest:
                 str(row[0]): tuple(row[5]) for row in header["entries"] if row[5] is not None
             }
             """Where entries stand in the state dict that was saved: the keys and list positions that lead to them."""
-            self.sizes = tuple(_integers(row[6:8]) for row in header["entries"])
-            """How many chunks each entry has, and their bytes as stored."""
+            self.sizes = tuple(_sizes(*row[6:]) for row in header["entries"])
+            """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
             """Name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
             """By what it was written, and when."""
             if (self._blocks[-1].stop if self._blocks else blocks_start) != stop:
                 raise ValueError(f"the blocks do not end at byte {stop}")
-            if sum(block.entries for block in self._blocks) != len(self.entries):
-                raise ValueError(f"the blocks do not hold {len(self.entries)} tensors")
+            self._positions = {entry.name: position for position, entry in enumerate(self.entries)}
+            if not sum(block.entries for block in self._blocks) == len(self.entries) == len(self._positions):
+                raise ValueError(f"the blocks do not hold {len(self.entries)} tensors, each of a name of its own")
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
-        self._positions = {entry.name: position for position, entry in enumerate(self.entries)}
         self._firsts = [block.first for block in self._blocks]
         self._is_small = stop <= len(source.first)
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class Manifest:
     def index(self, names: Iterable[str] | None = None) -> CheckpointIndex:
         """An index that has the entries of these names, or all; it may have more.
 
-        Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        Raises CorruptCheckpointError, StoreError; MissingTensorError, where names are looked at, in a large manifest.
         """
         if names is None or self._is_small:
             wanted = frozenset(range(len(self._blocks)))
@@ -137,7 +137,12 @@ class Manifest:
             for block in run
         ]
         try:
-            return decode_blocks(placed, self.entries, self.objects, self._source.where)
+            index = decode_blocks(placed, self.entries, self.objects, self._source.where)
+            for position, entry in enumerate(index.entries):
+                found = index.chunk_count(position), index.stored_bytes(position)
+                if found != self.sizes[self._positions[entry.name]]:
+                    raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
+            return index
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
             raise _contradiction(self._source.where, error) from error
 
@@ -211,6 +216,13 @@ def _blocks(rows: list[list[Any]], start: int) -> list[Block]:
         blocks.append(block)
         start, first = block.stop, first + block.entries
     return blocks
+
+
+def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
+    sizes = _integers([chunks, stored_bytes])
+    if min(sizes) < 0:
+        raise ValueError(f"{sizes} chunks and bytes")
+    return sizes[0], sizes[1]
 
 
 def _entry(name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:

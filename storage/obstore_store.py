@@ -6,12 +6,14 @@ Credentials come from where every AWS client looks for them, by botocore where t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reshard")
 _MEANS_NOTHING_HERE = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
 """Options of fsspec."""
-_ENVIRONMENT_OF_OTHERS = ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
-"""What botocore heeds, and obstore does not."""
 _PLAIN = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
 """A part of a key that both clients write alike: obstore encodes some characters."""
 LARGEST_BYTES = 64 * 1024**2
-"""What one request moves at most: an object that is written, or a request of a plan."""
+"""What one request moves at most, but for a large manifest: the deadline of all of it is made for that."""
 CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before botocore is asked again; it renews those that are about to expire."""
 
@@ -43,14 +43,14 @@ CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
     """The store at "bucket/folder"; None where obstore is not installed, or something in the call is beyond it."""
     bucket, _, folder = path.rstrip("/").partition("/")
-    if find_spec("obstore") is None or any(name in os.environ for name in _ENVIRONMENT_OF_OTHERS):
+    if find_spec("obstore") is None:
         return None
     plain = all(_PLAIN.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
     if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
         return None
     try:
         config = _config(dict(options))
-        return None if config is None else _opened(bucket, folder, config)
+        return None if config is None else _opened(bucket, folder, config, _ca_bundle(options.get("profile")))
     except Exception as error:
         logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
         return None
@@ -66,7 +66,7 @@ def _config(options: dict[str, Any]) -> dict[str, Any] | None:
     keys = {name: options.pop(name, None) for name in ("key", "secret", "token")}
     profile = options.pop("profile", None)
     session = _session(profile)
-    if options or client or (session is None and profile is not None):
+    if options or client or (session is None and profile is not None) or _is_beyond(session):
         return None
     endpoint = endpoint or _configured_endpoint(session)
     region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
@@ -76,9 +76,8 @@ def _config(options: dict[str, Any]) -> dict[str, Any] | None:
     if endpoint:
         config["endpoint"] = endpoint
     if keys["key"] is not None:
-        config |= {"access_key_id": keys["key"], "secret_access_key": keys["secret"]}
-        if keys["token"] is not None:
-            config["session_token"] = keys["token"]
+        # By a provider, since obstore would take what these do not name, a session's token, from the environment.
+        config["credential_provider"] = _Credentials(_Fixed(keys["key"], keys["secret"], keys["token"]))
     elif session is not None and not anonymous:
         credentials = session.get_credentials()
         if credentials is None:
@@ -87,7 +86,7 @@ def _config(options: dict[str, Any]) -> dict[str, Any] | None:
     return config
 
 
-def _opened(bucket: str, folder: str, config: dict[str, Any]) -> ObstoreStore:
+def _opened(bucket: str, folder: str, config: dict[str, Any], bundle: str | None) -> ObstoreStore:
     from obstore.store import S3Store
 
     silence = datetime.timedelta(seconds=retrying_store.REQUEST_DEADLINE_S)
@@ -96,7 +95,6 @@ def _opened(bucket: str, folder: str, config: dict[str, Any]) -> ObstoreStore:
         "timeout": datetime.timedelta(seconds=retrying_store.deadline_s(LARGEST_BYTES)),
         "connect_timeout": min(silence, datetime.timedelta(seconds=10)),
     }
-    bundle = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
     if bundle and not str(config.get("endpoint", "")).startswith("http:"):
         writing["root_certificate"] = Path(bundle).read_bytes()
     reading: ClientConfig = {**writing, "read_timeout": silence}  # while an object is sent, nothing is read
@@ -120,11 +118,27 @@ def _session(profile: str | None) -> Any:
     return Session(profile=profile)
 
 
+def _ca_bundle(profile: str | None) -> str | None:
+    session = _session(profile)
+    configured: str | None = None if session is None else session.get_config_variable("ca_bundle")
+    return configured or os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+
+
+def _is_beyond(session: Any) -> bool:
+    """Whether botocore is configured, by the environment or its file, to do what obstore does not."""
+    if session is None:
+        return any(name in os.environ for name in ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"))
+    variables = ("use_fips_endpoint", "use_dualstack_endpoint")
+    return "s3" in session.get_scoped_config() or any(session.get_config_variable(name) for name in variables)
+
+
 def _configured_endpoint(session: Any) -> str | None:
     if session is None:
         return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     from botocore.configprovider import ConfiguredEndpointProvider
 
+    if session.get_config_variable("ignore_configured_endpoint_urls"):
+        return None
     provider = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
     endpoint: str | None = provider.provide()
     return endpoint
@@ -133,6 +147,18 @@ def _configured_endpoint(session: Any) -> str | None:
 def _configured_region(session: Any) -> str | None:
     region: str | None = None if session is None else session.get_config_variable("region")
     return region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """Credentials that do not change, with the names that botocore has for them."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+    def get_frozen_credentials(self) -> _Fixed:
+        return self
 
 
 class _Credentials:
@@ -217,12 +243,10 @@ class ObstoreStore:
     def delete(self, names: Iterable[str]) -> None:
         import obstore
 
-        for name in names:
-            with self._errors("delete", name):
-                try:
-                    obstore.delete(self._reading, self._prefix + name)
-                except FileNotFoundError:
-                    continue
+        paths = [self._prefix + name for name in names]
+        if paths:
+            with self._errors("delete", paths[0]), contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._writing, paths)  # S3 takes a thousand by one request
 
     @contextmanager
     def _errors(self, doing: str, name: str) -> Iterator[None]:
@@ -232,4 +256,5 @@ class ObstoreStore:
         except CheckpointExistsError:
             raise
         except Exception as error:
-            raise translated(error, doing, name, self.location) from error
+            # Without the client's own error, which shows all that was sent and answered, a session's token included.
+            raise translated(error, doing, name, self.location) from None

@@ -52,13 +52,18 @@ class Destination:
         self._array: npt.NDArray[Any] | None = None
         """The target, where values need no cast."""
 
-    def begin(self, *, whole: bool) -> None:
-        """Make ready to be written; `whole` where `finish` will follow soon. Any further call does nothing."""
+    def begin(self, *, whole: bool, most_bytes: int) -> None:
+        """Make ready to be written. Any further call does nothing.
+
+        Args:
+            whole: whether `finish` will follow soon.
+            most_bytes: of host memory to stage the tensor in; a larger one is written on the device, box by box.
+        """
         with self._lock:
             if self._target is not None:
                 return
             target = self._tensor
-            if self._staged and whole:
+            if self._staged and whole and target.nbytes <= most_bytes:
                 pinned = self._tensor.device.type == "cuda"
                 target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=pinned)
             plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()

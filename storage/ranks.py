@@ -21,8 +21,8 @@ from .errors import RankError, StoppedError, nearest
 P = ParamSpec("P")
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
-ALARM_S = 0.5
-"""How often a rank asks whether another has failed."""
+HEED_S = 0.5
+"""How often long work asks whether it is still wanted, at most: whether another rank has failed."""
 Interrupt = Callable[[], None]
 """What long work calls now and then, and stops where it raises."""
 
@@ -64,7 +64,7 @@ class Alarm:
     def check(self) -> None:
         """Raises StoppedError where another rank has failed."""
         now = time.monotonic()
-        if self._store is None or now - self._checked < ALARM_S:
+        if self._store is None or now - self._checked < HEED_S:
             return
         self._checked = now
         if self._store.check([self._key]):

@@ -36,6 +36,7 @@ class Blob:
     """
 
     def __init__(self, manifest: Manifest, name: str) -> None:
+        manifest.index([name])  # what it says is checked before memory is taken on its word
         entry = manifest.entry(name)
         self.name = name
         self.kind = entry.kind
@@ -80,6 +81,8 @@ def read_boxes(
     index = manifest.index(want.name for want in wants)
     plan = plan_reads(index, narrowed)
     planned = time.perf_counter()
+    for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
+        torch.accelerator.synchronize(device)  # what still writes to the destinations on their own stream
     stats = execute(plan, index, store, destinations, budget_bytes=budget_bytes, interrupt=interrupt)
     return RankReport(
         rank=rank,

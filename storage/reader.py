@@ -27,13 +27,10 @@ from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
 from .fetch import Fetcher
 from .place import Destination
-from .ranks import Interrupt, never
+from .ranks import HEED_S, Interrupt, never
 from .resources import default_budget, default_threads
 from .store import Store
 from .tensors import torch_dtype
-
-_HEED_S = 0.5
-"""How often a read that waits asks whether it is still wanted."""
 
 
 @dataclass(slots=True)
@@ -125,16 +122,23 @@ class _Execution:
                     self._place_what_is_here()
                     if self._working == 0:
                         break  # nothing can make room: one oversize request passes alone
-                self._lock.wait(_HEED_S)
-                self._interrupt()
+                self._pause()
             self._fetching += 1
             self._held += request.nbytes
 
     def _wait_until(self, ended: Callable[[], bool]) -> None:
         """Wait for a condition, or for an error. Holds the lock."""
         while self._error is None and not ended():
-            self._lock.wait(_HEED_S)
+            self._pause()
+
+    def _pause(self) -> None:
+        """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
+        self._lock.wait(HEED_S)
+        self._lock.release()
+        try:
             self._interrupt()
+        finally:
+            self._lock.acquire()
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -152,8 +156,11 @@ class _Execution:
 
     def _submit(self, task: Callable[[], None]) -> None:
         """Have the pool do something. Holds the lock."""
-        self._working += 1
-        self._pool.submit(self._guarded, task)
+        try:
+            self._pool.submit(self._guarded, task)
+            self._working += 1
+        except BaseException as error:  # no further thread can be started
+            self._error = self._error or error
 
     def _guarded(self, task: Callable[[], None]) -> None:
         begin = time.perf_counter()
@@ -225,7 +232,7 @@ class _Execution:
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
         tensor.touched = True
-        destination.begin(whole=not tensor.piecemeal)
+        destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
         _place_batch(batch, self._damage)
         with self._lock:
             tensor.unplaced -= 1

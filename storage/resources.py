@@ -36,7 +36,9 @@ def _available() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         line = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
         found.append(int(line.split()[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
+        found.append(int((group / "memory.max").read_text()) - used + cached)
     return max(0, min(found))

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from ..planner.errors import CheckpointError
-from .dcp import EncodedObject, StorageWriter
+from .dcp import EncodedObject, StorageWriter, check_codec
 from .errors import ArgumentError, CommitError, UnsupportedValueError
 from .objects import encode_object
 from .ranks import Alarm, first_failure, is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
@@ -82,9 +82,9 @@ def save(
 ) -> Report:
     """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
 
-    Tensors may be plain, DTensor or ShardedTensor, in nested dicts and lists; each rank writes its shards into one
-    object, and what several ranks hold alike is written once. The checkpoint exists once every rank has written and
-    the manifest is put; a save that fails leaves what was there.
+    Tensors may be plain, DTensor or ShardedTensor, in nested dicts and lists; each rank writes its shards into objects
+    of its own, and what several ranks hold alike is written once. The checkpoint exists once every rank has written
+    and the manifest is put; a save that fails leaves what was there.
 
     Args:
         state_dict: tensors and values by name. Stateful values are asked for their state.
@@ -108,6 +108,7 @@ def save(
     states: dict[str, Any] = {}
 
     def prepare() -> str | None:
+        check_codec(codec)
         states.update(stateful_to_state(state_dict))
         check_storable(states)
         return None if isinstance(uri, Store) else str(uri)

@@ -220,6 +220,10 @@ def check_store(store: Store) -> None:
 
     store.delete(["data/a.shard", "absent", "manifest"])
     assert list(store.list()) == []
+    store.delete([])
+    into = store.read_into
+    if into is not None:
+        _expect(ObjectNotFoundError, lambda: into("data/a.shard", 0, memoryview(bytearray(1))))
     _expect(ObjectNotFoundError, lambda: store.read("manifest", 0, 1))
 
 

@@ -76,6 +76,8 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         )
     if doing == "write" and (isinstance(error, FileExistsError) or _code(error) in _CONDITION_FAILED):
         return CheckpointExistsError(f"{name!r} exists in {location}")
+    if "Received redirect without LOCATION" in str(error):
+        reason = f"the bucket is in another region; set AWS_DEFAULT_REGION, or region_name in client_kwargs ({reason})"
     if _is_transient(error):
         return UnavailableError(f"cannot {doing} {where} now: {reason}")
     return StoreError(f"cannot {doing} {where}: {reason}")

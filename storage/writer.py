@@ -32,7 +32,7 @@ from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
 from .errors import StoreError
 from .manifest import DATA_FOLDER, DATA_SUFFIX
-from .ranks import Interrupt, never
+from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
 from .retrying_store import retried
@@ -44,14 +44,13 @@ CONCURRENT_OBJECTS = 8
 """Objects that are written at once to a store that holds each in memory."""
 LEAST_OBJECT_BYTES = 8 * 1024 * 1024
 """Where there are several, none is made smaller for that."""
+MOST_OBJECT_BYTES = 64 * 1024 * 1024
 PIECE_BYTES = 64 * 1024 * 1024
 """Values that are taken from a device at once."""
 WINDOW_BYTES = 16 * 1024 * 1024
 """Values that may be waiting, encoded or being encoded, for an object to take them."""
-BATCH_BYTES = 1024 * 1024
+TASK_BYTES = 1024 * 1024
 """Values that one task encodes, or a little more."""
-HEED_S = 0.5
-"""How often a save that waits asks whether it is still wanted."""
 LET_END_S = 5.0
 """How long a save that has failed waits for what is under way, to remove it."""
 
@@ -165,8 +164,8 @@ def write_objects(
         except BaseException:
             stopped.set()
             writing.shutdown(wait=False, cancel_futures=True)
-            ended, _ = wait(futures, LET_END_S)
-            written = [f.result().name for f in ended if not f.cancelled() and f.exception() is None]
+            ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
+            written = [future.result().name for future in ended if future.exception() is None]
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 store.delete(written)
             raise
@@ -180,7 +179,8 @@ def _groups(shards: Sequence[ShardToWrite], budget_bytes: int, *, several: bool)
         pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4))]
         return [pieces] if pieces else []
     total = sum(shard.nbytes for shard in shards)
-    most = min(max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES), budget_bytes // (2 * CONCURRENT_OBJECTS))
+    share = max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES)
+    most = min(share, MOST_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
     groups: list[list[ShardToWrite]] = []
     room = 0
     for piece in (piece for shard in shards for piece in shard.pieces(most)):
@@ -266,10 +266,12 @@ class _ObjectWriter:
                 _, offsets, sizes = entry.grid.chunks(source.box)
                 segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
                 begun.append(_Shard(source, dtype, segments, len(offsets)))
+                if values.device.type != "cpu":
+                    torch.accelerator.synchronize(values.device)  # what its own stream still computes
                 array = as_array(values)
                 starts = offsets - np.asarray(source.box.offsets, np.int64)
                 ends = np.cumsum(sizes.prod(axis=1)) * values.itemsize
-                cuts = (np.flatnonzero(np.diff(ends // BATCH_BYTES)) + 1).tolist()
+                cuts = (np.flatnonzero(np.diff(ends // TASK_BYTES)) + 1).tolist()
                 batches = [slice(*ends) for ends in pairwise([0, *cuts, len(ends)])]
                 for segment, batch in ((segment, batch) for segment in segments for batch in batches):
                     self._check_wanted()

@@ -229,6 +229,17 @@ def test_a_rank_that_fails_stops_the_others(tmp_path: Path, saving: bool) -> Non
     assert reshard.open(tmp_path).verify() == []
 
 
+def save_by_different_codecs(folder: str) -> str:
+    with pytest.raises(errors.ArgumentError) as caught:
+        reshard.save(state_on_ranks(1), folder, codec="zstd" if dist.get_rank() == 0 else "lzma")
+    return str(caught.value)
+
+
+def test_a_codec_that_one_rank_asks_for_in_vain_is_told_on_all(ranks: RankPool, tmp_path: Path) -> None:
+    for told in ranks.run(2, save_by_different_codecs, str(tmp_path), timeout_s=30):
+        assert told.startswith("rank 1: codec must be one of")
+
+
 def save_to_different_places(folder: str) -> str:
     with pytest.raises(errors.ArgumentError) as caught:
         reshard.save(state_on_ranks(1), f"{folder}/{dist.get_rank()}")

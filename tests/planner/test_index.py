@@ -31,6 +31,14 @@ def test_an_index_knows_its_tensors() -> None:
     assert index.chunks_of(1).stop == len(index.lengths)
 
 
+def test_heads_and_tails_of_different_tensors_do_not_pair_up() -> None:
+    whole = [Box.whole((8, 8))]
+    index = index_of(*(Saved(name, Grid((8, 8), (1, 1)), whole, "float32", raw=False) for name in "ab"))
+    assert index.segments.streams.tolist() == [1, 2, 1, 2]
+    with pytest.raises(InvalidIndexError, match=r"'a'.* do not pair up"):
+        segments(entries=np.array([0, 1, 1, 1]))(index)
+
+
 def segments(**changes: Any) -> Callable[[CheckpointIndex], CheckpointIndex]:
     return lambda index: dataclasses.replace(index, segments=dataclasses.replace(index.segments, **changes))
 

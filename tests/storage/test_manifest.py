@@ -81,6 +81,7 @@ def test_a_newer_version_says_so() -> None:
         opened(newer)
 
 
+A = ["a", 0, "float32", [8, 8], [2, 2], None]
 B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128]
 
 
@@ -95,6 +96,12 @@ B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128]
         {"objects": []},
         {"entries": []},
         {"entries": 3},
+        {"entries": [A, B]},
+        {"entries": [[*A, -7, 0], B]},
+        {"entries": [[*A, 10**30, 0], B]},
+        {"entries": [[*A, 4, 1], B]},
+        {"entries": [[*A, 4, INDEX.stored_bytes(0), 0], B]},
+        {"entries": [B, B]},
         {
             "entries": [
                 ["a", 0, "float32", [8, 8.5], [2, 2], None, 8, 9],

@@ -1,5 +1,6 @@
 import errno
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reshard.storage import conditions
+from reshard.storage import conditions, obstore_store
+from reshard.storage.dcp import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.local_store import LocalStore
 from reshard.storage.retrying_store import RetryingStore
@@ -77,6 +79,21 @@ def test_obstore_takes_s3_where_it_understands_all_options(
     check_store(configured)
     monkeypatch.setitem(sys.modules, "obstore", None)
     assert client() == "FsspecStore"
+
+
+def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-somebody-else")
+    config = obstore_store._config({"key": "a", "secret": "b", "client_kwargs": {"region_name": "eu-west-1"}})
+    assert config is not None
+    assert set(config) == {"region", "skip_signature", "credential_provider"}
+    assert config["credential_provider"]()["token"] is None
+
+
+def test_a_store_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("x", b"content", overwrite=True)
+    writer = pickle.loads(pickle.dumps(StorageWriter(store)))  # noqa: S301
+    assert bytes(writer._store().read("x", 0, 7)) == b"content"
 
 
 @pytest.mark.parametrize("uri", ["nosuchprotocol://x/y", "nosuch+protocol://x"])

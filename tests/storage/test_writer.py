@@ -1,6 +1,7 @@
 import itertools
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(writer, "_encode", counting)
     write_objects(RecordingStore(MemoryStore(), before), 0, [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
-    assert window / 2 < ahead <= window + 8 + writer.BATCH_BYTES
+    assert window / 2 < ahead <= window + 8 + writer.TASK_BYTES
 
 
 def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,3 +123,16 @@ def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.Mon
     loaded = [torch.zeros_like(tensor) for tensor in values.values()]
     execute(plan, index, memory, loaded)
     assert all(a.equal(b) for a, b in zip(loaded, values.values(), strict=True))
+
+
+def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "LEAST_OBJECT_BYTES", 1 << 12)
+    monkeypatch.setattr(writer, "LET_END_S", 60.0)
+    memory = MemoryStore()
+    memory.holds_objects = True
+    shards = [shard(f"t{i}", torch.randn(64, 64)) for i in range(200)]
+    begin = time.monotonic()
+    with pytest.raises(StoreError, match="injected"):
+        write_objects(RecordingStore(memory, failing("create", after=2)), 0, shards, "none", budget_bytes=1 << 18)
+    assert time.monotonic() - begin < 30
+    assert memory.content == {}

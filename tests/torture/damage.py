@@ -62,6 +62,14 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
     loaded["config"] = {"name": None, "betas": None}
     try:
         reshard.load(loaded, store)
+        checkpoint = reshard.open(store)
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+        for name in checkpoint.objects:
+            checkpoint.read_object(name)
+        assert checkpoint.verify() == []
+    except reshard.errors.RankError as error:
+        raise AssertionError("what is not of reshard was raised") from error
     except reshard.errors.CheckpointError as error:
         return type(error).__name__
     for name, value in state.items():

@@ -1,0 +1,62 @@
+"""Memory that is used again: never more of it than there are reads at once, and nobody else's."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reshard.planner.box import Box
+from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage.fetch import _Memory
+from reshard.storage.reader import execute
+from tests.storage.test_reader import saved
+
+
+def fill(name: str, start: int, buffer: memoryview) -> int:
+    buffer[:] = bytes([start % 256]) * len(buffer)
+    return len(buffer)
+
+
+def test_what_is_given_back_is_lent_again() -> None:
+    memory = _Memory(2)
+    first = memory.filled(fill, "x", 1, 1001)
+    assert bytes(first) == b"\1" * 1000
+    address = np.frombuffer(first, np.uint8).ctypes.data
+    memory.give(first)
+    again = memory.filled(fill, "x", 2, 902)
+    assert np.frombuffer(again, np.uint8).ctypes.data == address
+    assert len(again) == 900
+
+
+def test_no_more_is_kept_than_there_are_reads_at_once() -> None:
+    memory = _Memory(2)
+    lent = [memory.filled(fill, "x", 0, 100 << order) for order in range(6)]
+    for data in lent:
+        memory.give(data)
+    assert len(memory._free) == 2
+    assert memory._lent == {}
+
+
+def test_what_was_not_lent_is_left_alone() -> None:
+    memory = _Memory(2)
+    memory.give(np.zeros(1024, np.uint8).data)
+    memory.give(memoryview(b"bytes"))
+    assert memory._free == []
+
+
+def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, manifest = saved("none", {"w": torch.randn(512, 256)})
+    submit = ThreadPoolExecutor.submit
+
+    def refusing(self: ThreadPoolExecutor, task: Callable[..., Any], *arguments: Any) -> Any:
+        if self._thread_name_prefix == "reshard-place":
+            raise RuntimeError("can't start new thread")
+        return submit(self, task, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refusing)
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    with pytest.raises(RuntimeError, match="new thread"):
+        execute(plan, manifest.index(), store, [torch.zeros(512, 256)])
