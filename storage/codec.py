@@ -87,10 +87,12 @@ def encode(values: Bytes, dtype: str, stream: Stream) -> bytes:
     heads = _round_to_bfloat16(values)
     if stream is Stream.HEAD:
         return _join_planes(_split_bfloat16(heads), exponents_first=True)
-    difference = heads.astype(np.uint32)
+    difference = _scratch.take(0, 2 * len(bits)).view(np.uint32)
+    np.copyto(difference, heads)
     difference *= 65536
     np.subtract(bits, difference, out=difference)
-    tails = difference.astype(np.uint16)
+    tails = _scratch.take(1, len(bits))
+    np.copyto(tails, difference, casting="unsafe")
     difference += 32768
     lost = np.flatnonzero(difference > 65535)  # those that 16 bits with a sign do not hold
     exceptions = np.stack([lost.astype(np.uint32), bits[lost]], axis=1).astype("<u4").tobytes()
@@ -131,7 +133,9 @@ def decode_heads_and_tails(heads: Buffer, tails: Buffer, numel: int) -> Bytes:
     high = decode_heads(heads, numel).view(np.uint16).astype(np.uint32)
     high *= 65536
     planes, rest = _split_planes(tails, 2, numel)
-    high += _join_bytes(planes).view(np.int16).astype(np.uint32)
+    low = _scratch.take(2, 2 * numel).view(np.uint32)
+    np.copyto(low, _join_bytes(planes).view(np.int16), casting="unsafe")
+    high += low
     _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
     exceptions = np.frombuffer(rest, "<u4").reshape(-1, 2)
     if len(exceptions):
@@ -147,10 +151,15 @@ def _round_to_bfloat16(values: Bytes) -> npt.NDArray[np.uint16]:
 
 
 def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
-    """The bytes of elements of `width` bytes by their significance, the least first."""
+    """The bytes of elements of `width` bytes by their significance, the least first: this thread's, as below."""
     if width == 2:
         words = values.view(np.uint16)
-        return [words.astype(np.uint8), (words >> 8).astype(np.uint8)]
+        n = len(words)
+        planes, high = _scratch.take(2, n).view(np.uint8), _scratch.take(3, n)
+        np.right_shift(words, 8, out=high)
+        np.copyto(planes[:n], words, casting="unsafe")
+        np.copyto(planes[n:], high, casting="unsafe")
+        return [planes[:n], planes[n:]]
     by_byte = values.reshape(-1, width)
     return [np.ascontiguousarray(by_byte[:, i]) for i in range(width)]
 
