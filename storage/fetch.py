@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -16,9 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from .store import ReadInto, Store
+from .errors import StoreError
+from .store import AsyncReads, ReadInto, Store
 
 Array = npt.NDArray[np.uint8]
+Range = tuple[str, int, int]
+"""Bytes [start, stop) of an object: its name, start and stop."""
+Found = Buffer | StoreError
+"""The bytes of a range, or why they are not to be had."""
+TOGETHER_BYTES = 4 * 1024 * 1024
+"""To hand work to another thread takes as long as to read some 100 KiB of a file."""
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
@@ -29,25 +36,34 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self._pool: ThreadPoolExecutor | None = None
         if store.async_reads is None:
             self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
-        self._running: set[Future[Buffer]] = set()
+        self._running: set[Future[list[Found]]] = set()
         self._memory = _Memory(store.concurrent_reads)
 
-    def start(self, name: str, start: int, stop: int, done: Callable[[Future[Buffer]], None]) -> None:
-        """Begin to read bytes [start, stop) of an object, and call `done` when they are here, from any thread."""
+    @property
+    def together_bytes(self) -> int:
+        """What one call of `start` best asks for: several ranges, where each takes no longer than a call."""
+        return 0 if self._store.read_into is None else TOGETHER_BYTES
+
+    def start(self, ranges: Sequence[Range], done: Callable[[Future[list[Found]]], None]) -> None:
+        """Begin to read byte ranges, one after another, and call `done` when all are here, from any thread."""
         reads = self._store.async_reads
         if reads is not None:
-            future = asyncio.run_coroutine_threadsafe(reads.read(name, start, stop), reads.loop)
+            future = asyncio.run_coroutine_threadsafe(_read_by(reads, ranges), reads.loop)
         else:
             assert self._pool is not None
-            future = self._pool.submit(self._read, name, start, stop)
+            future = self._pool.submit(self._read, ranges)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
 
-    def _read(self, name: str, start: int, stop: int) -> Buffer:
-        if self._store.read_into is None:
-            return self._store.read(name, start, stop)
-        return self._memory.filled(self._store.read_into, name, start, stop)
+    def _read(self, ranges: Sequence[Range]) -> list[Found]:
+        into, found = self._store.read_into, list[Found]()
+        for wanted in ranges:
+            try:
+                found.append(self._store.read(*wanted) if into is None else self._memory.filled(into, *wanted))
+            except StoreError as error:
+                found.append(error)
+        return found
 
     def release(self, data: memoryview) -> None:
         """Give back what a read gave: nothing refers to it any more."""
@@ -60,6 +76,16 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             future.cancel()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _read_by(reads: AsyncReads, ranges: Sequence[Range]) -> list[Found]:
+    found: list[Found] = []
+    for wanted in ranges:
+        try:
+            found.append(await reads.read(*wanted))
+        except StoreError as error:
+            found.append(error)
+    return found
 
 
 class _Memory:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from typing_extensions import Buffer
 
 from ..planner.box import indexes
 from ..planner.index import CheckpointIndex
@@ -25,7 +24,7 @@ from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
-from .fetch import Fetcher
+from .fetch import Fetcher, Found
 from .place import Destination
 from .ranks import HEED_S, Interrupt, never
 from .resources import default_budget, default_threads
@@ -99,13 +98,13 @@ class _Execution:
             Fetcher(self._store) as self._fetcher,
         ):
             try:
-                for request in self._requests:
-                    self._admit(request)
+                for together in self._grouped(self._fetcher.together_bytes):
+                    self._admit(together)
                     if self._error is not None:
                         break
-                    name = self._index.objects[request.object][0]
-                    done = partial(self._fetched, request, time.perf_counter())
-                    self._fetcher.start(name, request.start, request.stop, done)
+                    names = (self._index.objects[request.object][0] for request in together)
+                    ranges = [(n, request.start, request.stop) for n, request in zip(names, together, strict=True)]
+                    self._fetcher.start(ranges, partial(self._fetched, together, time.perf_counter()))
                 with self._lock:
                     self._wait_until(lambda: self._fetching == 0 and self._working == 0)
             except BaseException as error:
@@ -113,18 +112,30 @@ class _Execution:
         if self._error is not None:
             raise self._error
 
-    def _admit(self, request: Request) -> None:
-        """Wait until the store takes another request, and the budget has room for it."""
+    def _grouped(self, together_bytes: int) -> Iterator[list[Request]]:
+        """The requests, some of them together."""
+        group: list[Request] = []
+        for request in self._requests:
+            group.append(request)
+            if sum(request.nbytes for request in group) >= min(together_bytes, self._budget // 4):
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _admit(self, requests: list[Request]) -> None:
+        """Wait until the store takes more, and the budget has room for it."""
+        nbytes = sum(request.nbytes for request in requests)
         with self._lock:
             self._wait_until(lambda: self._fetching < self._store.concurrent_reads)
-            while self._error is None and self._held and self._held + request.nbytes > self._budget:
+            while self._error is None and self._held and self._held + nbytes > self._budget:
                 if self._fetching == 0 and self._working == 0:
                     self._place_what_is_here()
                     if self._working == 0:
                         break  # nothing can make room: one oversize request passes alone
                 self._pause()
             self._fetching += 1
-            self._held += request.nbytes
+            self._held += nbytes
 
     def _wait_until(self, ended: Callable[[], bool]) -> None:
         """Wait for a condition, or for an error. Holds the lock."""
@@ -145,13 +156,13 @@ class _Execution:
             self._error = self._error or error
             self._lock.notify_all()
 
-    def _fetched(self, request: Request, begun: float, future: Future[Buffer]) -> None:
+    def _fetched(self, requests: list[Request], begun: float, future: Future[list[Found]]) -> None:
         """Hand what was read to the pool. Called by the thread that read it."""
         with self._lock:
             self.stats.fetch_s += time.perf_counter() - begun
             self._fetching -= 1
             if self._error is None:
-                self._submit(partial(self._arrive, request, future))
+                self._submit(partial(self._arrive, requests, future))
             self._lock.notify_all()
 
     def _submit(self, task: Callable[[], None]) -> None:
@@ -174,13 +185,20 @@ class _Execution:
             self._working -= 1
             self._lock.notify_all()
 
-    def _arrive(self, request: Request, future: Future[Buffer]) -> None:
-        """Verify what was read for a request, and place what is complete by it."""
+    def _arrive(self, requests: list[Request], future: Future[list[Found]]) -> None:
+        """Verify what was read, and place what is complete by it."""
+        for request, found in zip(requests, future.result(), strict=True):
+            if self._error is None:
+                self._take(request, found)
+
+    def _take(self, request: Request, found: Found) -> None:
         name = self._index.objects[request.object][0]
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
         tensor = request.parts[0][0].tensor
         try:
-            data, damages = self._verified(request, memoryview(future.result()), name)
+            if isinstance(found, StoreError):
+                raise found
+            data, damages = self._verified(request, memoryview(found), name)
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:

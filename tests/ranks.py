@@ -127,14 +127,8 @@ def _work(connection: Connection) -> None:
         except EOFError:
             return
         os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+        _join(rank, world_size, meeting)
         try:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{meeting}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=60),
-            )
             try:
                 answer = True, function(*args)
             finally:
@@ -142,3 +136,21 @@ def _work(connection: Connection) -> None:
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send(answer)
+
+
+def _join(rank: int, world_size: int, meeting: str) -> None:
+    """Join a group, and wait until all have: one that left while others still connect would break that.
+
+    A process that cannot join ends, since torch cannot begin anew in it.
+    """
+    import torch.distributed as dist
+
+    try:
+        timeout = timedelta(seconds=60)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timeout
+        )
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)

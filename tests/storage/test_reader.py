@@ -75,8 +75,8 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
     held: list[int] = []
     admit = reader._Execution._admit
 
-    def watching(self: reader._Execution, request: Request) -> None:
-        admit(self, request)
+    def watching(self: reader._Execution, requests: list[Request]) -> None:
+        admit(self, requests)
         held.append(self._held)
 
     monkeypatch.setattr(reader._Execution, "_admit", watching)
