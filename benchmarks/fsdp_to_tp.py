@@ -139,7 +139,8 @@ def draw(rows: list[Row], figure: Any) -> None:
             high = [max(row[f"{stage}_s_all"]) - row[f"{stage}_s"] for row in here]
             colors = ["tab:green" if row["contender"].startswith("reshard") else "tab:gray" for row in here]
             bars = axes.barh([row["contender"] for row in here], seconds, xerr=[low, high], color=colors)
-            axes.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontsize=8)
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+            axes.margins(x=0.2)
             axes.invert_yaxis()
             axes.tick_params(labelsize=8)
             axes.set_xlabel("seconds", fontsize=8)

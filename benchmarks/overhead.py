@@ -203,9 +203,8 @@ def draw(rows: list[Row], figure: Any) -> None:
         speeds = [row["nbytes"] / 1e9 / row["seconds"] for row in here]
         colors = ["tab:green" if row["contender"].startswith("reshard") else "tab:gray" for row in here]
         names = [f"{row['contender']}, {row['ranks']} rank{'s' if row['ranks'] > 1 else ''}" for row in here]
-        axes.bar_label(
-            axes.barh(names, speeds, color=colors), fmt="%.2f", label_type="center", color="white", fontsize=8
-        )
+        axes.bar_label(axes.barh(names, speeds, color=colors), fmt="%.2f", padding=3, fontsize=8)
+        axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.set_xlabel("GB/s", fontsize=8)
         axes.set_title(place, fontsize=9)

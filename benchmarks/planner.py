@@ -274,6 +274,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     seconds = [row["open_s"] + row["plan_s"] for row in rows]
     colors = ["tab:green" if row["by"] == "reshard" else "tab:gray" for row in rows]
     axes.bar_label(axes.barh(names, seconds, color=colors), fmt="%.2f", fontsize=8)
+    axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("seconds of one rank, to open the checkpoint and to plan", fontsize=8)
