@@ -4,6 +4,7 @@ import pickle
 import resource
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from reshard.storage.local_store import LocalStore
 from reshard.storage.retrying_store import RetryingStore
 from reshard.storage.store import open_store
 from reshard.storage.testing import MemoryStore, RecordingStore, check_store
+from tests import servers
 from tests.conftest import STORES, Place
 
 
@@ -87,6 +89,34 @@ def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monk
     assert config is not None
     assert set(config) == {"region", "skip_signature", "credential_provider"}
     assert config["credential_provider"]()["token"] is None
+
+
+@pytest.mark.parametrize(
+    "configured",
+    [
+        "use_fips_endpoint = true",
+        "use_dualstack_endpoint = true",
+        "s3 =\n  addressing_style = virtual",
+    ],
+)
+def test_what_botocore_is_configured_to_do_is_left_to_it(
+    configured: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(f"[default]\nregion = eu-west-1\n{configured}\n")
+    keys = {"key": "a", "secret": "b"}
+    assert obstore_store.open_s3("bucket/x", keys) is not None
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert obstore_store.open_s3("bucket/x", keys) is None
+
+
+def test_an_error_of_obstore_does_not_show_what_was_answered(seaweedfs: servers.Server) -> None:
+    """S3 answers a wrong signature with all that was signed, a session's token included."""
+    store = open_store(seaweedfs.place("x"), {**seaweedfs.options, "secret": "wrong", "token": "a-token"})
+    with pytest.raises(AccessDeniedError, match=r"SignatureDoesNotMatch|InvalidAccessKeyId") as caught:
+        store.read("x", 0, 1)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "<Error>" not in shown
+    assert "a-token" not in shown
 
 
 def test_a_store_can_be_sent_to_another_process(tmp_path: Path) -> None:
