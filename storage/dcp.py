@@ -147,6 +147,7 @@ class StorageWriter(dcp.StorageWriter):
                 self._codec,
                 budget_bytes=self._budget_bytes,
                 interrupt=self.alarm.check,
+                failed=self.alarm.sound,
             )
         results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
         if results:

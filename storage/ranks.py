@@ -44,8 +44,9 @@ def rank_of(process_group: dist.ProcessGroup | None) -> int:
 class Alarm:
     """Sounded by a rank that fails, so that the others stop soon: as a key in the process group's own store.
 
-    `with alarm:` sounds it where its block raises; `check` raises StoppedError where another rank has. It says nothing
-    of what happened, which travels by the collective that follows. All ranks make their alarms in the same order.
+    `with alarm:` sounds it where its block raises, if it has not been before; `check` raises StoppedError where
+    another rank has. It says nothing of what happened, which travels by the collective that follows. All ranks make
+    their alarms in the same order.
     """
 
     _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
@@ -74,10 +75,16 @@ class Alarm:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and not isinstance(error, StoppedError) and self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the group is broken: they will know
-                self._store.set(self._key, "failed")
-                self._sounded = True
+        if error is not None:
+            self.sound(error)
+
+    def sound(self, error: BaseException) -> None:
+        """Tell the other ranks that this one has failed; not, where it was told so itself."""
+        if self._store is None or self._sounded or isinstance(error, StoppedError):
+            return
+        with contextlib.suppress(RuntimeError):  # the group is broken: they will know
+            self._store.set(self._key, "failed")
+            self._sounded = True
 
     def close(self) -> None:
         """Take it back, once all ranks know."""

@@ -134,6 +134,7 @@ def write_objects(
     *,
     budget_bytes: int | None = None,
     interrupt: Interrupt = never,
+    failed: Callable[[BaseException], None] = lambda error: None,
 ) -> list[ObjectRecord]:
     """Write shards into new objects of a store: none where there is nothing to write.
 
@@ -143,6 +144,7 @@ def write_objects(
     Args:
         budget_bytes: of values that may be held; `default_budget()` by default.
         interrupt: called now and then; what it raises stops the writing.
+        failed: called as soon as it fails, before anything is removed.
 
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
     """
@@ -161,8 +163,9 @@ def write_objects(
                     future.result()
                 interrupt()
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
             stopped.set()
+            failed(error)
             writing.shutdown(wait=False, cancel_futures=True)
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
