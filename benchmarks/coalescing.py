@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import Row, arguments_of, header, line, write
+from benchmarks.shapes import TP_PLAN, fsdp_rows, transformer
 from reshard.planner.box import Box
 from reshard.planner.coalesce import MAX_GAP_BYTES, MAX_OVER_READ
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
-from reshard.planner.layout import Layout, Rule
+from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import rank_tensors
 from reshard.planner.read_plan import plan_reads
 from tests.planner.indexes import Saved, index_of
@@ -27,22 +30,6 @@ AT_ONCE = 16
 BYTES_PER_S = 200e6
 LIMITS = [(0, 0.0)] + [(gap, over) for over in (MAX_OVER_READ, 0.02, 0.1) for gap in (4 << 10, MAX_GAP_BYTES, 1 << 20)]
 """(max_gap_bytes, max_over_read)."""
-COLWISE = ("embed", "head", "*.q", "*.k", "*.v", "*.gate", "*.up")
-ROWWISE = ("*.o", "*.down")
-TP_PLAN: dict[str, Rule] = {**dict.fromkeys(COLWISE, "colwise"), **dict.fromkeys(ROWWISE, "rowwise")}
-
-
-def transformer(dim: int, hidden: int, kv: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a Llama-like model."""
-    shapes: dict[str, tuple[int, ...]] = {"embed": (vocabulary, dim), "head": (vocabulary, dim), "norm": (dim,)}
-    for at in range(layers):
-        block = {"q": (dim, dim), "k": (kv, dim), "v": (kv, dim), "o": (dim, dim)}
-        block |= {"gate": (hidden, dim), "up": (hidden, dim), "down": (dim, hidden)}
-        shapes |= {f"layers.{at}.{name}": shape for name, shape in block.items()}
-        shapes |= {f"layers.{at}.norm{i}": (dim,) for i in (1, 2)}
-    return shapes
-
-
 LARGE = {"dim": 8192, "hidden": 28672, "kv": 1024, "layers": 80, "vocabulary": 128256}
 SMALL = {"dim": 768, "hidden": 2048, "kv": 256, "layers": 32, "vocabulary": 32000}
 CASES: dict[str, tuple[dict[str, int], int, int, bool]] = {
@@ -63,9 +50,8 @@ def saved(shapes: dict[str, tuple[int, ...]], ranks: int, *, raw: bool) -> Check
 
 
 def _rows(shape: tuple[int, ...], ranks: int) -> Iterator[Box]:
-    each = -(-shape[0] // ranks)
-    for begin in range(0, shape[0], each):
-        yield Box((begin, *(0 for _ in shape[1:])), (min(each, shape[0] - begin), *shape[1:]))
+    for begin, rows in zip(*map(np.ndarray.tolist, fsdp_rows(shape[0], ranks)), strict=True):
+        yield Box((begin, *(0 for _ in shape[1:])), (rows, *shape[1:]))
 
 
 def estimate(requests: int, nbytes: int) -> float:

@@ -7,10 +7,12 @@ import ctypes
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 Row = dict[str, Any]
@@ -76,6 +78,12 @@ def alternate(contenders: Sequence[T], repeat: int) -> Iterable[tuple[int, T]]:
     for at in range(repeat):
         for contender in contenders if at % 2 == 0 else reversed(contenders):
             yield at, contender
+
+
+def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def installed(package: str, why: str = "") -> bool:

@@ -10,16 +10,13 @@ not count. DCP has no budget.
 
 from __future__ import annotations
 
-import multiprocessing
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.common import Peak, Row, arguments_of, header, line, positive, write
+from benchmarks.common import Peak, Row, arguments_of, header, in_a_fresh_process, line, positive, write
 from benchmarks.contenders import CONTENDERS, Contender, Options, Reshard, State
 from benchmarks.places import NAMES, Place, opened
 
@@ -68,12 +65,6 @@ def peak_of(
         expected = state_of(tensors, nbytes, seed=0)
         assert all(values.equal(expected[name]) for name, values in state.items())
     return peak.nbytes
-
-
-def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def run(places: list[Place], contenders: list[str], mb: int, budgets_mb: list[int], counts: list[int]) -> list[Row]:

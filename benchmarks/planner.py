@@ -11,19 +11,17 @@ whole, and planned by the function of its DefaultLoadPlanner. Peak memory is abo
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Peak, Row, arguments_of, header, line, write
+from benchmarks.common import Peak, Row, arguments_of, header, in_a_fresh_process, line, write
+from benchmarks.shapes import TP_PLAN, fsdp_rows, transformer
 from reshard.planner.box import Box, IntArray
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex, Encoding, Entry, Kind, Segments, Stream
@@ -38,56 +36,26 @@ RATIO = 0.66
 
 
 @dataclass(frozen=True)
-class Model:
-    """A dense transformer with grouped-query attention and a gated MLP."""
-
-    layers: int
-    dim: int
-    hidden: int
-    kv: int
-    vocabulary: int
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield "embed.weight", (self.vocabulary, self.dim)
-        for layer in range(self.layers):
-            for name, shape in (
-                ("attention.wq", (self.dim, self.dim)),
-                ("attention.wk", (self.kv, self.dim)),
-                ("attention.wv", (self.kv, self.dim)),
-                ("attention.wo", (self.dim, self.dim)),
-                ("mlp.gate", (self.hidden, self.dim)),
-                ("mlp.up", (self.hidden, self.dim)),
-                ("mlp.down", (self.dim, self.hidden)),
-                ("attention_norm", (self.dim,)),
-                ("mlp_norm", (self.dim,)),
-            ):
-                yield f"layers.{layer:03}.{name}.weight", shape
-        yield "norm.weight", (self.dim,)
-        yield "output.weight", (self.vocabulary, self.dim)
-
-
-COLWISE = ("*.wq", "*.wk", "*.wv", "*.gate", "*.up", "embed", "output")
-PLAN = {**dict.fromkeys(COLWISE, "colwise"), "*.wo": "rowwise", "*.down": "rowwise"}
-
-
-@dataclass(frozen=True)
 class Case:
     """What is saved, by how many ranks, and what one rank of the layout reads of it."""
 
-    model: Model
+    shapes: dict[str, tuple[int, ...]]
     saved_by: int
     tp: int
     pp: int
 
     def wanted(self) -> list[str]:
         """The tensors of the pipeline's stage in the middle."""
-        stage, layers = self.pp // 2, self.model.layers
-        held = {f"{at:03}" for at in range(stage * layers // self.pp, (stage + 1) * layers // self.pp)}
-        return [name for name, _ in self.model.shapes() if self.pp == 1 or name.split(".")[1] in held]
+        if self.pp == 1:
+            return list(self.shapes)
+        stage = self.pp // 2
+        layers = sorted({name.rpartition(".")[0] for name in self.shapes if name.startswith("layers.")})
+        held = layers[stage * len(layers) // self.pp : (stage + 1) * len(layers) // self.pp]
+        return [name for name in self.shapes if name.rpartition(".")[0] in held]
 
 
-B405 = Model(126, 16384, 53248, 1024, 128256)
-T1 = Model(160, 20480, 81920, 1280, 128256)
+B405 = transformer(16384, 53248, 1024, 126, 128256)
+T1 = transformer(20480, 81920, 1280, 160, 128256)
 CASES = {
     "405B, FSDP 1024 → TP 8, PP 16": Case(B405, 1024, 8, 16),
     "405B, FSDP 2048 → TP 64": Case(B405, 2048, 64, 1),
@@ -105,22 +73,15 @@ def grid_of(shape: tuple[int, ...], chunk_bytes: int) -> Grid:
     return Grid(shape, tuple(parts))
 
 
-def rows_of(rows: int, ranks: int) -> tuple[IntArray, IntArray]:
-    """Offsets and sizes of the row blocks that FSDP makes, those of no rows left out."""
-    each = -(-rows // ranks)
-    offsets = np.arange(0, rows, each)
-    return offsets, np.minimum(each, rows - offsets)
-
-
 def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
     """The index as a save would make it."""
     entries: list[Entry] = []
     columns: dict[str, list[IntArray]] = {name: [] for name in ("entries", "objects", "starts", "offsets", "sizes")}
     lengths = []
     ends = np.full(case.saved_by, 8, np.int64)
-    for name, shape in sorted(case.model.shapes()):
+    for name, shape in sorted(case.shapes.items()):
         entry = Entry(name, Kind.TENSOR, "bfloat16", grid_of(shape, chunk_bytes))
-        begins, rows = rows_of(shape[0], case.saved_by)
+        begins, rows = fsdp_rows(shape[0], case.saved_by)
         offsets = np.zeros((len(begins), len(shape)), np.int64)
         offsets[:, 0] = begins
         sizes = np.tile(np.array(shape, np.int64), (len(begins), 1))
@@ -160,7 +121,7 @@ def plan_rank(case: Case, folder: str) -> Row:
         manifest = read_manifest(LocalStore(folder))
         index = manifest.index(case.wanted())
         opened = time.perf_counter()
-        layout = Layout({"tp": case.tp}, PLAN)
+        layout = Layout({"tp": case.tp}, TP_PLAN)
         held = rank_tensors([manifest.entry(name) for name in case.wanted()], layout, case.tp // 2)
         plan = plan_reads(index, [want for tensor in held for want in tensor.wants])
         planned = time.perf_counter()
@@ -186,9 +147,11 @@ def make_dcp(case: Case, path: str) -> int:
 
     tensors: dict[str, Any] = {}
     places = {}
-    for name, shape in case.model.shapes():
+    for name, shape in case.shapes.items():
         chunks = []
-        for at, (begin, rows) in enumerate(zip(*map(np.ndarray.tolist, rows_of(shape[0], case.saved_by)), strict=True)):
+        for at, (begin, rows) in enumerate(
+            zip(*map(np.ndarray.tolist, fsdp_rows(shape[0], case.saved_by)), strict=True)
+        ):
             offsets = torch.Size([begin, *(0 for _ in shape[1:])])
             chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size([rows, *shape[1:]])))
             places[dcp.MetadataIndex(name, offsets, at)] = _StorageInfo(f"__{at}_0.distcp", begin, rows)
@@ -204,7 +167,7 @@ def plan_rank_dcp(case: Case, path: str) -> Row:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
     from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-    layout = Layout({"tp": case.tp}, PLAN)
+    layout = Layout({"tp": case.tp}, TP_PLAN)
     with Peak() as peak:
         begin = time.perf_counter()
         with open(path, "rb") as file:
@@ -218,12 +181,6 @@ def plan_rank_dcp(case: Case, path: str) -> Row:
             items += len(create_read_items_for_chunk_list(name, stored, boxes))
         planned = time.perf_counter()
     return {"open_s": opened - begin, "plan_s": planned - opened, "requests": items, "peak": peak.nbytes}
-
-
-def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def run(cases: list[str], with_dcp: list[str]) -> list[Row]:

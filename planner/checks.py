@@ -16,14 +16,13 @@ import numpy.typing as npt
 from .box import IntArray
 from .errors import InvalidIndexError
 from .grid import cells
+from .kinds import Encoding, Stream
 
 if TYPE_CHECKING:
     from .index import Entry, Segments
 
-HEAD, TAIL = 1, 2
 
-
-def check_references(segments: Segments, entries: int, objects: int, encodings: int) -> None:
+def check_references(segments: Segments, entries: int, objects: int) -> None:
     """Raises InvalidIndexError where a segment belongs to nothing, or the columns do not fit each other."""
     n = len(segments)
     columns = (segments.streams, segments.encodings, segments.objects, segments.starts)
@@ -37,7 +36,7 @@ def check_references(segments: Segments, entries: int, objects: int, encodings: 
         raise InvalidIndexError("the segments are not sorted by tensor")
     if int(segments.objects.min()) < 0 or int(segments.objects.max()) >= objects:
         raise InvalidIndexError("a segment lies in no data object")
-    if int(segments.streams.max()) > TAIL or int(segments.encodings.max()) >= encodings:
+    if int(segments.streams.max()) > max(Stream) or int(segments.encodings.max()) > max(Encoding):
         raise InvalidIndexError("a segment has an unknown stream or encoding")
 
 
@@ -76,10 +75,10 @@ def count_chunks(entries: Sequence[Entry], segments: Segments, first_extent: Int
 
 def _check_streams(entries: Sequence[Entry], segments: Segments) -> None:
     """Heads and tails are of float32 values, and of all of them or none; a tail follows each head."""
-    split = segments.streams > 0
+    split = segments.streams != Stream.WHOLE
     if not bool(split.any()):
         return
-    heads, tails = np.flatnonzero(segments.streams == HEAD), np.flatnonzero(segments.streams == TAIL)
+    heads, tails = np.flatnonzero(segments.streams == Stream.HEAD), np.flatnonzero(segments.streams == Stream.TAIL)
     owners = np.unique(segments.entries[split])
     paired = np.array_equal(heads + 1, tails) and np.array_equal(segments.entries[heads], segments.entries[tails])
     alone = not bool(np.isin(segments.entries[~split], owners).any())
@@ -91,7 +90,7 @@ def _check_streams(entries: Sequence[Entry], segments: Segments) -> None:
 def _check_pairs(
     entries: Sequence[Entry], segments: Segments, rows: IntArray, offsets: IntArray, sizes: IntArray
 ) -> None:
-    tails = np.flatnonzero(segments.streams[rows] == TAIL)
+    tails = np.flatnonzero(segments.streams[rows] == Stream.TAIL)
     same = (offsets[tails] == offsets[tails - 1]).all(axis=1) & (sizes[tails] == sizes[tails - 1]).all(axis=1)
     if not bool(same.all()):
         raise _unpaired(entries[int(segments.entries[rows[tails[np.argmin(same)]]])])
@@ -109,7 +108,7 @@ def _check_tiling(
     sizes: IntArray,
     shapes: IntArray,
 ) -> None:
-    once = segments.streams[rows] != TAIL
+    once = segments.streams[rows] != Stream.TAIL
     owners, offsets, sizes, shapes = segments.entries[rows][once], offsets[once], sizes[once], shapes[once]
     first = np.flatnonzero(np.concatenate(([True], owners[1:] != owners[:-1])))
     volumes = sizes.prod(axis=1, dtype=np.int64)

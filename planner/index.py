@@ -14,7 +14,6 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -24,6 +23,9 @@ from .box import Box, IntArray, columns_equal
 from .checks import check_references, count_chunks
 from .errors import InvalidIndexError, MissingTensorError
 from .grid import Grid
+from .kinds import Encoding as Encoding
+from .kinds import Kind as Kind
+from .kinds import Stream as Stream
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -46,34 +48,14 @@ MAX_BYTES = 2**60
 MAX_DIMENSIONS = 32
 
 
-class Kind(IntEnum):
-    """What an entry of the checkpoint is. Objects are stored as tensors of bytes."""
-
-    TENSOR = 0
-    JSON = 1
-    TORCH_SAVE = 2
-
-
-class Stream(IntEnum):
-    """Which part of its values a segment holds."""
-
-    WHOLE = 0
-    HEAD = 1
-    """The bfloat16 rounding of float32 values."""
-    TAIL = 2
-    """What the heads leave of them. Its segment is the row after that of its heads."""
-
-
-class Encoding(IntEnum):
-    """How a segment's chunks are encoded."""
-
-    RAW = 0
-    PLANES = 1
+def nearest_names(name: str, names: Iterable[str], count: int) -> list[str]:
+    """The names most like one that is not there."""
+    return difflib.get_close_matches(name, list(names), n=count)
 
 
 def missing(name: str, names: Iterable[str]) -> MissingTensorError:
     """The error for a name that is none of those that there are."""
-    near = ", ".join(map(repr, difflib.get_close_matches(name, list(names), n=3)))
+    near = ", ".join(map(repr, nearest_names(name, names, 3)))
     return MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}"))
 
 
@@ -175,7 +157,7 @@ class CheckpointIndex:
             raise InvalidIndexError("two tensors of the checkpoint have the same name")
         if any(not 0 <= nbytes <= MAX_BYTES for _, nbytes in self.objects):
             raise InvalidIndexError("a data object has an impossible size")
-        check_references(self.segments, len(self.entries), len(self.objects), len(Encoding))
+        check_references(self.segments, len(self.entries), len(self.objects))
         owners = self.segments.entries
         assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
         ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]

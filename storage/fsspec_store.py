@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import fsspec
@@ -12,14 +12,13 @@ from fsspec.asyn import sync
 from fsspec.core import split_protocol, url_to_fs
 from typing_extensions import Buffer
 
-from ..planner.errors import CheckpointError
 from .conditions import put_new, refuse_to_replace
 from .errors import UnsupportedURIError
 from .local_store import LocalStore
 from .obstore_store import open_s3
 from .retrying_store import RetryingStore, deadline_s
-from .store import AsyncReads, ObjectWriter, Parts, Store
-from .translate import is_beyond_the_end, translated
+from .store import AsyncReads, ObjectWriter, Store, held
+from .translate import is_beyond_the_end, translating
 
 S3_CONFIG = {
     "max_pool_connections": 64,
@@ -63,13 +62,13 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 class FsspecStore:
     """The objects below a path of an fsspec filesystem."""
 
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self._fs = filesystem
-        self._root = path.rstrip("/")
-
     concurrent_reads = 32
     read_into = None
     holds_objects = True
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._fs = filesystem
+        self._root = path.rstrip("/")
 
     @property
     def location(self) -> str:
@@ -99,11 +98,8 @@ class FsspecStore:
                 raise
             return data
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[ObjectWriter]:
-        parts = Parts()
-        yield parts
-        self._put(name, parts.join(), "overwrite")
+    def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
+        return held(lambda data: self._put(name, data, "overwrite"))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -152,15 +148,9 @@ class FsspecStore:
                 except FileNotFoundError:
                     continue
 
-    @contextmanager
-    def _errors(self, doing: str, name: str) -> Iterator[None]:
+    def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate what the filesystem, or the client below it, raises."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise translated(error, doing, name, self.location) from error
+        return translating(doing, name, self.location)
 
 
 class _AsyncReads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..planner.errors import MissingTensorError, ShapeMismatchError
-from ..planner.index import Kind
+from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
 from .errors import DestinationError
 from .manifest import Manifest, read_manifest
@@ -169,6 +168,6 @@ def _describe_missing(missing: list[str], manifest: Manifest) -> str:
             return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(missing[0])[:-1]!r}"
         if missing[0].endswith(f".{name}"):
             return f"{message}; it has {name!r}: the state dict is nested too deeply"
-    near = difflib.get_close_matches(missing[0], names, n=5) or names[:5]
+    near = nearest_names(missing[0], names, 5) or names[:5]
     found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
     return f"{message}; {found if names else 'it is empty'}; strict=False leaves out what is missing"

@@ -44,16 +44,16 @@ class _OpenFile:
 class LocalStore:
     """A folder. It is made when the first object is written."""
 
+    concurrent_reads = 4
+    """The kernel reads ahead in each; more would only take turns at the interpreter."""
+    async_reads = None
+    holds_objects = False
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
         self._lock = threading.Lock()
         self._open_files: dict[str, _OpenFile] = {}
         """Those used last, in that order."""
-
-    concurrent_reads = 4
-    """The kernel reads ahead in each; more would only take turns at the interpreter."""
-    async_reads = None
-    holds_objects = False
 
     @property
     def location(self) -> str:

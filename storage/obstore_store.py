@@ -11,8 +11,8 @@ import datetime
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing_extensions import Buffer
 from . import retrying_store
 from .conditions import put_new
 from .errors import CheckpointExistsError
-from .store import ObjectWriter, Parts
-from .translate import is_beyond_the_end, translated
+from .store import ObjectWriter, held
+from .translate import is_beyond_the_end, translating
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
@@ -49,14 +49,15 @@ def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
     if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
         return None
     try:
-        config = _config(dict(options))
-        return None if config is None else _opened(bucket, folder, config, _ca_bundle(options.get("profile")))
+        session = _session(options.get("profile"))
+        config = _config(dict(options), session)
+        return None if config is None else _opened(bucket, folder, config, _ca_bundle(session))
     except Exception as error:
         logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
         return None
 
 
-def _config(options: dict[str, Any]) -> dict[str, Any] | None:
+def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     """obstore's configuration for storage options of s3fs; None where they, or the environment, are beyond it."""
     options = {name: value for name, value in options.items() if name not in _MEANS_NOTHING_HERE}
     client = dict(options.pop("client_kwargs", {}))
@@ -65,7 +66,6 @@ def _config(options: dict[str, Any]) -> dict[str, Any] | None:
     region = client.pop("region_name", None)
     keys = {name: options.pop(name, None) for name in ("key", "secret", "token")}
     profile = options.pop("profile", None)
-    session = _session(profile)
     if options or client or (session is None and profile is not None) or _is_beyond(session):
         return None
     endpoint = endpoint or _configured_endpoint(session)
@@ -118,8 +118,7 @@ def _session(profile: str | None) -> Any:
     return Session(profile=profile)
 
 
-def _ca_bundle(profile: str | None) -> str | None:
-    session = _session(profile)
+def _ca_bundle(session: Any) -> str | None:
     configured: str | None = None if session is None else session.get_config_variable("ca_bundle")
     return configured or os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
 
@@ -210,11 +209,8 @@ class ObstoreStore:
                     return memoryview(obstore.get(self._reading, self._prefix + name).bytes())[start:stop]
                 raise
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[ObjectWriter]:
-        parts = Parts()
-        yield parts
-        self._put(name, parts.join(), "overwrite")
+    def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
+        return held(lambda data: self._put(name, data, "overwrite"))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -248,13 +244,6 @@ class ObstoreStore:
             with self._errors("delete", paths[0]), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._writing, paths)  # S3 takes a thousand by one request
 
-    @contextmanager
-    def _errors(self, doing: str, name: str) -> Iterator[None]:
-        """Translate what the client raises."""
-        try:
-            yield
-        except CheckpointExistsError:
-            raise
-        except Exception as error:
-            # Without the client's own error, which shows all that was sent and answered, a session's token included.
-            raise translated(error, doing, name, self.location) from None
+    def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
+        """Translate what the client raises, which shows all that was sent and answered, a session's token included."""
+        return translating(doing, name, self.location, with_cause=False)

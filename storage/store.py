@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
@@ -85,18 +85,22 @@ class Store(Protocol):
         """Remove objects; those that are not there are passed over."""
 
 
-class Parts:
+class _Parts:
     """An ObjectWriter that holds what it is given."""
 
     def __init__(self) -> None:
-        self._parts: list[Buffer] = []
+        self.parts: list[Buffer] = []
 
     def write(self, data: Buffer, /) -> None:
-        self._parts.append(data)
+        self.parts.append(data)
 
-    def join(self) -> bytes:
-        """All of it."""
-        return b"".join(self._parts)
+
+@contextmanager
+def held(put: Callable[[bytes], None]) -> Iterator[ObjectWriter]:
+    """A `Store.create` for a store that takes an object whole: it is put once the block is left without an error."""
+    writer = _Parts()
+    yield writer
+    put(b"".join(writer.parts))
 
 
 def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:

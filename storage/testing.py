@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from .errors import CheckpointExistsError, ObjectNotFoundError, StoreError
-from .store import ObjectWriter, Store
+from .store import ObjectWriter, Store, held
 
 
 class MemoryStore:
     """A store in this process's memory. `content` is what it holds: change it to damage a checkpoint."""
 
-    def __init__(self) -> None:
-        self.content: dict[str, bytes] = {}
-
     concurrent_reads = 16
     async_reads = None
     read_into = None
     holds_objects = False
+
+    def __init__(self) -> None:
+        self.content: dict[str, bytes] = {}
 
     @property
     def location(self) -> str:
@@ -39,11 +39,8 @@ class MemoryStore:
         except KeyError:
             raise ObjectNotFoundError(f"memory has no object {name!r}") from None
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[ObjectWriter]:
-        written = bytearray()
-        yield _Appending(written)
-        self.content[name] = bytes(written)
+    def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
+        return held(lambda data: self.content.update({name: data}))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if name in self.content and not overwrite:
@@ -57,14 +54,6 @@ class MemoryStore:
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             self.content.pop(name, None)
-
-
-class _Appending:
-    def __init__(self, written: bytearray) -> None:
-        self._written = written
-
-    def write(self, data: Buffer, /) -> None:
-        self._written += data
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..planner.errors import CheckpointError
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnavailableError
@@ -58,6 +60,17 @@ _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
 _STATUS = re.compile(r"status code: (\d{3})")
+
+
+@contextmanager
+def translating(doing: str, name: str, location: str, *, with_cause: bool = True) -> Iterator[None]:
+    """Translate what a block raises; with the client's own error as the cause, unless that shows too much."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise translated(error, doing, name, location) from (error if with_cause else None)
 
 
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:

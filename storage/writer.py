@@ -84,9 +84,10 @@ class ShardToWrite:
 
     def _part(self, box: Box) -> torch.Tensor:
         values = self.load()
-        if tuple(values.shape) != self.box.sizes:
+        if tuple(values.shape) != self.box.sizes or values.dtype != self.dtype:
             raise ShapeMismatchError(
-                f"{self.name!r} should hold {self.box} on this rank, but has shape {tuple(values.shape)}"
+                f"{self.name!r} should hold {self.box} of {self.dtype} on this rank, but has shape "
+                f"{tuple(values.shape)}, {values.dtype}"
             )
         return values[box.relative_to(self.box).slices]
 
@@ -259,11 +260,6 @@ class _ObjectWriter:
         try:
             for source in shards:
                 values = source.load()
-                if tuple(values.shape) != source.box.sizes or values.dtype != source.dtype:
-                    raise ShapeMismatchError(
-                        f"{source.name!r} should hold {source.box} of {source.dtype} on this rank, but has shape "
-                        f"{tuple(values.shape)}, {values.dtype}"
-                    )
                 dtype = dtype_name(source.name, values.dtype)
                 entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
                 _, offsets, sizes = entry.grid.chunks(source.box)

@@ -85,7 +85,8 @@ def test_obstore_takes_s3_where_it_understands_all_options(
 
 def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of-somebody-else")
-    config = obstore_store._config({"key": "a", "secret": "b", "client_kwargs": {"region_name": "eu-west-1"}})
+    options = {"key": "a", "secret": "b", "client_kwargs": {"region_name": "eu-west-1"}}
+    config = obstore_store._config(options, obstore_store._session(None))
     assert config is not None
     assert set(config) == {"region", "skip_signature", "credential_provider"}
     assert config["credential_provider"]()["token"] is None

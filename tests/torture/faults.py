@@ -22,7 +22,7 @@ def state(value: float) -> dict[str, Any]:
 
 def through(server: Server, endpoint: str) -> dict[str, Any]:
     """storage_options that lead through another endpoint, by a client and connections of their own."""
-    return {**server.options, "client_kwargs": {"endpoint_url": endpoint}, "skip_instance_cache": True}
+    return {**server.through(endpoint).options, "skip_instance_cache": True}
 
 
 def by_client(client: str, options: dict[str, Any]) -> dict[str, Any]:
