@@ -34,8 +34,7 @@ from benchmarks.places import NAMES, REGION, Place, opened
 from benchmarks.timing import elapsed
 from reshard.storage.fsspec_store import FsspecStore
 from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import read_manifest
-from reshard.storage.store import open_store
+from reshard.storage.open_source import open_source
 from tests.ranks import RankPool
 from tests.servers import KEY, SECRET
 
@@ -62,7 +61,7 @@ Bare = Callable[[Sequence[Piece]], None]
 
 def pieces_of(uri: str, options: dict[str, Any], ranks: int, rank: int) -> list[Piece]:
     """The requests of a rank's plan."""
-    objects = read_manifest(open_store(uri, options)).objects
+    objects = open_source(uri, options).objects
     requests = reshard.open(uri, storage_options=options).plan(reshard.Layout({"tp": ranks}, TP_PLAN))[rank].requests
     columns = zip(requests.objects.tolist(), requests.starts.tolist(), requests.stops.tolist(), strict=True)
     return [Piece(f"{uri}/{objects[at][0]}", start, stop) for at, start, stop in columns]

@@ -29,7 +29,8 @@ from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import rank_tensors
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME, encode_manifest, read_manifest
+from reshard.storage.manifest import NAME, encode_manifest
+from reshard.storage.open_source import open_source
 
 RATIO = 0.66
 """Stored bytes over bytes of bf16 weights: see the codec benchmark."""
@@ -118,12 +119,13 @@ def plan_rank(case: Case, folder: str) -> Row:
     """What one rank does before it reads its first tensor."""
     with Peak() as peak:
         begin = time.perf_counter()
-        manifest = read_manifest(LocalStore(folder))
-        index = manifest.index(case.wanted())
-        opened = time.perf_counter()
+        manifest = open_source(LocalStore(folder))
         layout = Layout({"tp": case.tp}, TP_PLAN)
         held = rank_tensors([manifest.entry(name) for name in case.wanted()], layout, case.tp // 2)
-        plan = plan_reads(index, [want for tensor in held for want in tensor.wants])
+        wants = [want for tensor in held for want in tensor.wants]
+        index = manifest.index(wants)
+        opened = time.perf_counter()
+        plan = plan_reads(index, wants)
         planned = time.perf_counter()
     report = plan.report
     return {

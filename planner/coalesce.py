@@ -19,13 +19,15 @@ MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Requests:
-    """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i]."""
+    """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i], or runs of them."""
 
     objects: IntArray
     starts: IntArray
     stops: IntArray
     request_of_range: IntArray
     """For each range that was coalesced, the request that reads it."""
+    sparse: dict[int, tuple[int, int, int]]
+    """Of a request that fetches runs alone, one after another: their count, bytes and stride."""
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -36,7 +38,14 @@ class Requests:
     @property
     def nbytes(self) -> int:
         """Bytes that the requests fetch in all."""
-        return int((self.stops - self.starts).sum())
+        spans = self.stops - self.starts
+        left_out = sum(int(spans[at]) - count * nbytes for at, (count, nbytes, _) in self.sparse.items())
+        return int(spans.sum()) - left_out
+
+    @property
+    def ranges(self) -> int:
+        """Byte ranges that the store is asked for: one a request, or one a run."""
+        return len(self) + sum(count - 1 for count, _, _ in self.sparse.values())
 
 
 def coalesce(
@@ -47,19 +56,42 @@ def coalesce(
     max_gap_bytes: int = MAX_GAP_BYTES,
     max_over_read: float = MAX_OVER_READ,
     max_request_bytes: int = MAX_REQUEST_BYTES,
+    sparse: dict[int, tuple[int, int, int]] | None = None,
 ) -> Requests:
     """Join n byte ranges into requests.
 
     Args:
         objects, starts, stops: (n,) columns; range i is [starts[i], stops[i]) of object objects[i].
+        sparse: ranges of which only runs are fetched, as in Requests; each makes a request of its own.
         max_gap_bytes: the largest gap between two ranges that one request may read over.
         max_over_read: all gaps read over, as a fraction of the bytes of all ranges, at most.
         max_request_bytes: a request is closed once it spans this; a range is never split.
     """
     n = len(objects)
+    if sparse:
+        alone = np.array(sorted(sparse), np.int64)
+        dense = np.delete(np.arange(n), alone)
+        made = coalesce(
+            objects[dense],
+            starts[dense],
+            stops[dense],
+            max_gap_bytes=max_gap_bytes,
+            max_over_read=max_over_read,
+            max_request_bytes=max_request_bytes,
+        )
+        request_of_range = np.empty(n, np.int64)
+        request_of_range[dense] = made.request_of_range
+        request_of_range[alone] = len(made) + np.arange(len(alone))
+        return Requests(
+            np.concatenate([made.objects, objects[alone]]),
+            np.concatenate([made.starts, starts[alone]]),
+            np.concatenate([made.stops, stops[alone]]),
+            request_of_range,
+            {len(made) + i: sparse[at] for i, at in enumerate(alone.tolist())},
+        )
     if n == 0:
         empty = np.empty(0, np.int64)
-        return Requests(empty, empty, empty, empty)
+        return Requests(empty, empty, empty, empty, {})
     by_place = np.lexsort((stops, starts, objects))
     obj, lo, hi = objects[by_place], starts[by_place], stops[by_place]
 
@@ -83,4 +115,4 @@ def coalesce(
     first = np.flatnonzero(opens)
     request_of_range = np.empty(n, np.int64)
     request_of_range[by_place] = np.cumsum(opens) - 1
-    return Requests(obj[first], lo[first], np.maximum.reduceat(hi, first), request_of_range)
+    return Requests(obj[first], lo[first], np.maximum.reduceat(hi, first), request_of_range, {})

@@ -23,6 +23,7 @@ from .box import Box, IntArray, columns_equal
 from .checks import check_references, count_chunks
 from .errors import InvalidIndexError, MissingTensorError
 from .grid import Grid
+from .kinds import NATIVE as NATIVE
 from .kinds import Encoding as Encoding
 from .kinds import Kind as Kind
 from .kinds import Stream as Stream
@@ -68,6 +69,8 @@ class Entry:
     dtype: str
     """torch's name of it, without the `torch.`"""
     grid: Grid
+    order: tuple[int, ...] | None = None
+    """The dimensions from the outermost to the innermost in its plain chunks, where they are not row-major."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZES:
@@ -134,10 +137,10 @@ class CheckpointIndex:
     objects: tuple[tuple[str, int], ...]
     """Name and size in bytes of each data object."""
     segments: Segments
-    lengths: npt.NDArray[np.uint32]
+    lengths: npt.NDArray[np.uint32] | IntArray
     """Encoded bytes of each chunk, segment after segment."""
     checksums: npt.NDArray[np.uint64]
-    """One for each chunk; of raw chunks, one for each page."""
+    """One for each chunk; of raw chunks, one for each page; of those of other formats, none."""
 
     first_chunk: IntArray = field(init=False, repr=False)
     """(segments + 1,) where a segment's chunks begin in `lengths`."""
@@ -180,6 +183,7 @@ class CheckpointIndex:
         """No chunk takes more bytes than its values and what an encoding may add to them."""
         largest = [entry.grid.cell_numel * (entry.itemsize + 8) + 64 for entry in self.entries]
         most = np.array(largest, np.int64)[self.segments.entries]
+        most[self.segments.encodings == Encoding.OPAQUE] = MAX_BYTES
         first = self.first_chunk[:-1]
         wrong = (np.minimum.reduceat(self.lengths, first) < 1) | (np.maximum.reduceat(self.lengths, first) > most)
         if bool(wrong.any()):
@@ -195,7 +199,7 @@ class CheckpointIndex:
         if bool(((starts < 0) | (starts > object_bytes) | (nbytes > object_bytes - starts)).any()):
             raise InvalidIndexError("a segment reaches beyond the end of its data object")
         checksums = counts
-        if bool((segments.encodings == Encoding.RAW).any()):
+        if bool((segments.encodings != Encoding.PLANES).any()):
             checksums = np.add.reduceat(self._checksums_of(np.arange(len(first)), self.lengths.astype(np.int64)), first)
         object.__setattr__(self, "first_checksum", np.concatenate(([0], np.cumsum(checksums))))
         if int(self.first_checksum[-1]) != len(self.checksums):
@@ -209,8 +213,9 @@ class CheckpointIndex:
         page_bytes = [entry.page_bytes for entry in self.entries[owners[0] : owners[-1] + 1]]
         pages = np.array(page_bytes, np.int64)[owners - owners[0]]
         counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
-        raw = np.repeat(self.segments.encodings[segments] == Encoding.RAW, counts)
-        found: IntArray = np.where(raw, -(-lengths // np.repeat(pages, counts)), 1)
+        encodings = np.repeat(self.segments.encodings[segments], counts)
+        found: IntArray = np.where(encodings == Encoding.RAW, -(-lengths // np.repeat(pages, counts)), 1)
+        found[encodings > max(NATIVE)] = 0
         return found
 
     def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:
@@ -234,7 +239,7 @@ class CheckpointIndex:
             return inside
 
         checksums = ordinals
-        if bool((self.segments.encodings[touched] == Encoding.RAW).any()):
+        if bool((self.segments.encodings[touched] != Encoding.PLANES).any()):
             checksums = counted_in_segment(self._checksums_of(touched, lengths))
         return (
             self.segments.starts[segments] + counted_in_segment(lengths),

@@ -28,3 +28,11 @@ class Encoding(IntEnum):
 
     RAW = 0
     PLANES = 1
+    PLAIN = 2
+    """Another format's: values row-major, without checksums. Any run of bytes can be read."""
+    OPAQUE = 3
+    """Another format's, serialised as a whole, and so read."""
+
+
+NATIVE = (Encoding.RAW, Encoding.PLANES)
+"""Those that reshard writes."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .byte_ranges import Gaps
 from .errors import LayoutError, MissingTensorError
 from .index import CheckpointIndex, Entry, Kind
 from .layout import Layout, LocalTensor, matches
-from .read_plan import ReadPlan, Want, plan_reads
+from .read_plan import GAPS, ReadPlan, Want, plan_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,11 @@ def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str
     return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in entries]
 
 
-def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*") -> RankPlans:
+def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*", gaps: Gaps = GAPS) -> RankPlans:
     """Plan what every rank of a layout reads of the tensors whose names match a pattern.
 
     Raises LayoutError, InvalidIndexError.
     """
     held = (rank_tensors(index.entries, layout, rank, names) for rank in range(layout.world_size))
-    plans = (plan_reads(index, [want for tensor in tensors for want in tensor.wants]) for tensors in held)
+    plans = (plan_reads(index, [want for tensor in tensors for want in tensor.wants], gaps=gaps) for tensors in held)
     return RankPlans(layout, tuple(plans))

@@ -9,16 +9,20 @@ index: a plan is a value that another function executes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal, intersect_many
+from .byte_ranges import Gaps, Runs, slabs_of
 from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
 from .errors import InvalidIndexError, ShapeMismatchError
 from .index import CheckpointIndex, Encoding, Entry, Stream
 from .report import PlanReport
+
+GAPS = Gaps(MAX_GAP_BYTES, MAX_OVER_READ)
+"""Between the chunks of a native checkpoint, whose order leaves few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,8 @@ class ChunkReads:
 
     want: Want
     entry: Entry
-    raw: npt.NDArray[np.bool_]
-    """(n,) whether the chunk's bytes are its values, row-major; else they are encoded planes."""
+    encodings: npt.NDArray[np.uint8]
+    """(n,) how the chunk's bytes hold its values: an Encoding."""
     objects: IntArray
     """(n, s) the object that holds the range."""
     starts: IntArray
@@ -52,16 +56,18 @@ class ChunkReads:
     skipped: IntArray
     """(n,) bytes of a raw chunk that lie before the range."""
     checksums: IntArray
-    """(n, s) the first checksum of the range; the pages of a raw range have one each."""
+    """(n, s) the first checksum of the range; the pages of a raw range have one each. Other formats have none."""
     chunk_offsets: IntArray
     """(n, ndim) the chunk's box in the global tensor."""
     chunk_sizes: IntArray
     piece_offsets: IntArray
     """(n, ndim) the part of the chunk's box that is wanted, in the global tensor."""
     piece_sizes: IntArray
+    runs: Runs | None = None
+    """Of the plain chunks of other formats, which are slabs here: how their bytes lie in the range."""
 
     def __len__(self) -> int:
-        return len(self.raw)
+        return len(self.encodings)
 
     __eq__ = columns_equal
     __hash__ = None  # type: ignore[assignment]
@@ -82,8 +88,15 @@ class ChunkReads:
 
     @property
     def bytes_read(self) -> int:
-        """Stored bytes of the ranges."""
-        return int((self.stops - self.starts).sum())
+        """Stored bytes of the ranges, without the gaps between runs."""
+        return int((self.stops - self.starts).sum() if self.runs is None else self.runs.packed_bytes.sum())
+
+    def packed_bytes(self, rows: slice) -> IntArray:
+        """(m, s) what is fetched for some rows: their ranges; of a sparse one, its runs."""
+        spans: IntArray = self.stops[rows] - self.starts[rows]
+        if self.runs is not None:
+            spans[:, 0] = np.where(self.runs.sparse[rows], self.runs.packed_bytes[rows], spans[:, 0])
+        return spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +123,7 @@ class ReadPlan:
             bytes_needed=sum(read.bytes_needed for read in self.reads),
             bytes_wanted=sum(read.bytes_read for read in self.reads),
             bytes_fetched=self.requests.nbytes,
-            requests=len(self.requests),
+            requests=self.requests.ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(self.requests.objects)),
         )
@@ -123,35 +136,51 @@ def plan_reads(
     index: CheckpointIndex,
     wants: Sequence[Want],
     *,
-    max_gap_bytes: int = MAX_GAP_BYTES,
-    max_over_read: float = MAX_OVER_READ,
+    gaps: Gaps = GAPS,
     max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> ReadPlan:
-    """Plan the reading of boxes of a checkpoint's tensors; the keywords are those of `coalesce`.
+    """Plan the reading of boxes of a checkpoint's tensors.
+
+    Args:
+        gaps: which are read over, between chunks, and between the runs of plain ones.
+        max_request_bytes: a request is closed once it spans this.
 
     Raises:
         MissingTensorError: the checkpoint has no tensor of a name.
         ShapeMismatchError: a box does not fit in its tensor.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
-    reads = tuple(_plan_one(index, want) for want in wants)
+    reads = tuple(_plan_one(index, want, gaps) for want in wants)
 
     def column(name: str) -> IntArray:
         parts = [getattr(read, name).reshape(-1) for read in reads]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    sparse: dict[int, tuple[int, int, int]] = {}
+    first = wanted = spanned = 0
+    for read in reads:
+        wanted += read.bytes_read
+        if read.runs is not None:
+            runs, at = read.runs, np.flatnonzero(read.runs.sparse)
+            columns = (first + at, runs.counts[at], runs.nbytes[at], runs.strides[at])
+            sparse |= {row: (c, b, s) for row, c, b, s in zip(*(column.tolist() for column in columns), strict=True)}
+        spanned += int(read.packed_bytes(slice(None)).sum())
+        first += read.objects.size
+    # What slabs read over already counts.
+    left = max(0.0, gaps.most_over_read * wanted - (spanned - wanted))
     requests = coalesce(
         column("objects"),
         column("starts"),
         column("stops"),
-        max_gap_bytes=max_gap_bytes,
-        max_over_read=max_over_read,
+        max_gap_bytes=gaps.most_bytes,
+        max_over_read=left / max(spanned, 1),
         max_request_bytes=max_request_bytes,
+        sparse=sparse,
     )
     return ReadPlan(reads, requests)
 
 
-def _plan_one(index: CheckpointIndex, want: Want) -> ChunkReads:
+def _plan_one(index: CheckpointIndex, want: Want, gaps: Gaps) -> ChunkReads:
     position = index.position(want.name)
     entry = index.entries[position]
     if not want.box.fits(entry.shape):
@@ -162,7 +191,9 @@ def _plan_one(index: CheckpointIndex, want: Want) -> ChunkReads:
     met = (overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL)
     touched = np.flatnonzero(met)
     shards, ordinals, chunk_offsets, chunk_sizes = entry.grid.chunks_of_many(offsets[touched], sizes[touched], want.box)
-    return _locate(index, want, entry, rows.start + touched[shards], ordinals, chunk_offsets, chunk_sizes)
+    segment = rows.start + touched[shards]
+    read = _locate(index, want, entry, segment, ordinals, chunk_offsets, chunk_sizes)
+    return _in_slabs(read, gaps) if bool((read.encodings == Encoding.PLAIN).any()) else read
 
 
 def _locate(
@@ -187,11 +218,15 @@ def _locate(
     places = [index.locate(column, ordinal) for column in segments.T]
     starts, lengths, checksums = (np.stack(columns, axis=1) for columns in zip(*places, strict=True))
     stops = starts + lengths
-    raw = index.segments.encodings[segment] == Encoding.RAW
+    encodings = index.segments.encodings[segment]
+    raw = encodings == Encoding.RAW
+    as_they_are = raw | (encodings == Encoding.PLAIN)
     skipped = np.zeros(len(segment), np.int64)
-    if bool(raw.any()):
-        if split or not np.array_equal(lengths[raw, 0], chunk_sizes[raw].prod(axis=1) * entry.itemsize):
+    if bool(as_they_are.any()):
+        nbytes = chunk_sizes[as_they_are].prod(axis=1) * entry.itemsize
+        if split or not np.array_equal(lengths[as_they_are, 0], nbytes):
             raise InvalidIndexError(f"a raw chunk of {want.name!r} has not the size of its box")
+    if bool(raw.any()):
         first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
         page = entry.page_bytes
         skipped = np.where(raw, first * entry.itemsize // page * page, 0)
@@ -202,7 +237,7 @@ def _locate(
     return ChunkReads(
         Want(want.name, want.box, heads_only=want.heads_only and split),
         entry,
-        raw,
+        encodings,
         index.segments.objects[segments],
         starts,
         stops,
@@ -212,6 +247,55 @@ def _locate(
         chunk_sizes,
         piece_offsets,
         piece_sizes,
+    )
+
+
+def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
+    """The same with its plain chunks cut into slabs, which are what is wanted of them."""
+    plain = np.flatnonzero(read.encodings == Encoding.PLAIN)
+    order = list(read.entry.order or range(read.chunk_sizes.shape[1]))
+    slabs = slabs_of(
+        read.chunk_offsets[plain][:, order],
+        read.chunk_sizes[plain][:, order],
+        read.piece_offsets[plain][:, order],
+        read.piece_sizes[plain][:, order],
+        read.entry.itemsize,
+        gaps,
+    )
+    back = np.argsort(order).astype(int)
+    slab_offsets, slab_sizes = slabs.offsets[:, back], slabs.sizes[:, back]
+    other = np.flatnonzero(read.encodings != Encoding.PLAIN)
+    rows = np.concatenate([plain[slabs.chunks], other])
+    count = len(slabs.chunks)
+
+    def of_slabs(values: IntArray, column: IntArray) -> IntArray:
+        return np.concatenate([values, column[other]])
+
+    starts = read.starts[rows]
+    starts[:count, 0] += slabs.begins
+    stops = read.stops[rows]
+    stops[:count, 0] = starts[:count, 0] + slabs.runs.spans
+    once = np.ones(len(other), np.int64)
+    spans = read.stops[other, 0] - read.starts[other, 0]
+    runs = Runs(
+        np.concatenate([slabs.runs.counts, once]),
+        np.concatenate([slabs.runs.nbytes, spans]),
+        np.concatenate([slabs.runs.strides, spans]),
+        np.concatenate([slabs.runs.sparse, once == 0]),
+    )
+    return replace(
+        read,
+        encodings=read.encodings[rows],
+        objects=read.objects[rows],
+        starts=starts,
+        stops=stops,
+        skipped=read.skipped[rows],
+        checksums=read.checksums[rows],
+        chunk_offsets=of_slabs(slab_offsets, read.chunk_offsets),
+        chunk_sizes=of_slabs(slab_sizes, read.chunk_sizes),
+        piece_offsets=of_slabs(slab_offsets, read.piece_offsets),
+        piece_sizes=of_slabs(slab_sizes, read.piece_sizes),
+        runs=runs,
     )
 
 

@@ -16,6 +16,7 @@ class PlanReport:
     bytes_fetched: int
     """Bytes that the requests ask for: those wanted, each once, and the gaps read over between them."""
     requests: int
+    """Byte ranges asked of the store."""
     chunks: int
     objects: int
     """Data objects that the requests read from."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..planner.box import Box
-from ..planner.index import CheckpointIndex
+from ..planner.index import NATIVE, CheckpointIndex, Encoding
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .checksums import checksum, page_checksums
 from .place import Destination
@@ -25,11 +25,13 @@ BATCH_BYTES = 2 * 1024 * 1024
 
 @dataclass(slots=True)
 class Request:
-    """One byte range of one object, and the batches that it holds bytes of."""
+    """One byte range of one object, or runs of it, and the batches that it holds bytes of."""
 
     object: int
     start: int
     stop: int
+    runs: tuple[int, int, int] | None = None
+    """Where runs alone are fetched, one after another: their count, bytes and stride."""
     parts: list[tuple[Batch, int]] = field(default_factory=list)
     """Batches, each with which of its streams the request holds."""
     unplaced: int = 0
@@ -38,8 +40,17 @@ class Request:
     """Its bytes, once they are here and verified."""
 
     @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The byte ranges to fetch: [start, stop) each."""
+        if self.runs is None:
+            return [(self.start, self.stop)]
+        count, nbytes, stride = self.runs
+        return [(at, at + nbytes) for at in range(self.start, self.start + count * stride, stride)]
+
+    @property
     def nbytes(self) -> int:
-        return self.stop - self.start
+        """Bytes that are fetched."""
+        return self.stop - self.start if self.runs is None else self.runs[0] * self.runs[1]
 
     def damages(self, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
         """The chunks whose bytes in `data`, the request's, do not match their checksums or are not there."""
@@ -64,21 +75,26 @@ class Batch:
     def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
         """The chunks whose bytes of a stream do not match. `data` begins at byte `start` of the object."""
         read, rows = self.read, self.rows
-        begins, ends = read.starts[rows, stream].tolist(), read.stops[rows, stream].tolist()
-        firsts, raw = read.checksums[rows, stream], read.raw[rows].tolist()
-        expected = index.checksums[firsts].tolist()
+        begins, nbytes = read.starts[rows, stream].tolist(), read.packed_bytes(rows)[:, stream].tolist()
+        encodings, firsts = read.encodings[rows].tolist(), read.checksums[rows, stream]
+        native = max(encodings, default=0) <= max(NATIVE)
+        expected = index.checksums[firsts].tolist() if native else encodings
         page_bytes = read.entry.page_bytes
         damaged = []
-        for i, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            view = data[begin - start : end - start]
-            if raw[i]:
+        for i, (begin, size) in enumerate(zip(begins, nbytes, strict=True)):
+            view = data[begin - start : begin - start + size]
+            if not native:
+                intact = True  # other formats have no checksums of parts
+            elif encodings[i] == Encoding.RAW:
                 found = page_checksums(view, page_bytes)
                 first = int(firsts[i])
                 intact = found == index.checksums[first : first + len(found)].tolist()
             else:
                 intact = checksum(view) == expected[i]
-            if not intact or len(view) != end - begin:
-                damaged.append(ByteRange(self.tensor, self.chunk_box(i), begin, end))
+            if not intact or len(view) != size:
+                damaged.append(
+                    ByteRange(self.tensor, self.chunk_box(i), begin, int(read.stops[rows.start + i, stream]))
+                )
         return damaged
 
     def chunk_box(self, i: int) -> Box:
@@ -125,6 +141,8 @@ def arrange(
     destinations = [None] * len(plan.reads) if destinations is None else destinations
     columns = (plan.requests.objects, plan.requests.starts, plan.requests.stops)
     requests = [Request(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    for at, runs in plan.requests.sparse.items():
+        requests[at].runs = runs
     tensors: dict[str, Tensor] = {}
     ordered: dict[int, Request] = {}
     for read, request_of, destination in zip(plan.reads, plan.requests_of(), destinations, strict=True):

@@ -17,9 +17,10 @@ from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
 from .errors import DestinationError
-from .manifest import Manifest, read_manifest
+from .open_source import open_source
 from .read import Blob, check_is_tensor, read_boxes
-from .store import Store, open_store
+from .source import Source
+from .store import Store
 from .tensors import torch_dtype
 from .verify import Damage, verify
 
@@ -37,24 +38,23 @@ class TensorInfo:
 class Checkpoint:
     """A checkpoint open for reading. It keeps the manifest in memory, and reads the rest as it is asked for."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
-        self._store = store
-        self._manifest = manifest
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self._tensors = {
             entry.name: TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
-            for entry, (chunks, stored) in zip(manifest.entries, manifest.sizes, strict=True)
+            for entry, (chunks, stored) in zip(source.entries, source.sizes, strict=True)
             if entry.kind is Kind.TENSOR
         }
 
     @property
     def location(self) -> str:
         """Where it is."""
-        return self._store.location
+        return self._source.location
 
     @property
     def info(self) -> Mapping[str, Any]:
         """By what it was written, when, with which codec and from how many ranks."""
-        return MappingProxyType(self._manifest.info)
+        return MappingProxyType(self._source.info)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -64,7 +64,7 @@ class Checkpoint:
     @property
     def objects(self) -> tuple[str, ...]:
         """The names of the values that are not tensors."""
-        return tuple(entry.name for entry in self._manifest.entries if entry.kind is not Kind.TENSOR)
+        return tuple(entry.name for entry in self._source.entries if entry.kind is not Kind.TENSOR)
 
     def read(
         self, name: str, box: Box | None = None, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
@@ -84,19 +84,19 @@ class Checkpoint:
             CorruptCheckpointError, StoreError: the bytes are not to be had; `out` is as it was, unless the message
                 says otherwise.
         """
-        check_is_tensor(self._manifest, name)
-        entry = self._manifest.entry(name)
+        check_is_tensor(self._source, name)
+        entry = self._source.entry(name)
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
             raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
-        self._manifest.index([name])  # what it says is checked before memory is taken on its word
+        self._source.index([Want(name, wanted)])  # what it says is checked before memory is taken on its word
         if out is None:
             out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype))
         elif tuple(out.shape) != wanted.sizes:
             raise ShapeMismatchError(f"{name!r}: out has shape {tuple(out.shape)}, the box {wanted} has {wanted.sizes}")
         elif dtype not in (None, out.dtype):
             raise DestinationError(f"{name!r}: out has dtype {out.dtype}, and dtype={dtype} was asked for")
-        read_boxes(self._store, self._manifest, [Want(name, wanted)], [out])
+        read_boxes(self._source, [Want(name, wanted)], [out])
         return out
 
     def read_object(self, name: str, *, allow_pickle: bool = False) -> Any:
@@ -107,19 +107,19 @@ class Checkpoint:
             UnsafeObjectError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
                 is False.
         """
-        if self._manifest.entry(name).kind is Kind.TENSOR:
+        if self._source.entry(name).kind is Kind.TENSOR:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
-        blob = Blob(self._manifest, name)
-        read_boxes(self._store, self._manifest, [blob.want], [blob.tensor])
+        blob = Blob(self._source, name)
+        read_boxes(self._source, blob.wants, blob.tensors)
         return blob.value(allow_pickle=allow_pickle)
 
-    def plan(self, layout: Layout, *, names: str = "*") -> RankPlans:
+    def plan(self, layout: Layout, *, names: str = "*", max_over_read: float | None = None) -> RankPlans:
         """What every rank of a layout would read, from the manifest alone.
 
         `names` is a pattern as in a layout: "model" stands for all below it. Raises LayoutError.
         """
-        matching = [name for name in self._tensors if matches(names, name)]
-        return plan_ranks(self._manifest.index(matching), layout, names)
+        wants = [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
+        return plan_ranks(self._source.index(wants), layout, names, self._source.gaps(max_over_read))
 
     def load_rank(self, layout: Layout, rank: int, *, names: str = "*") -> dict[str, torch.Tensor]:
         """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
@@ -130,15 +130,15 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []
-        held_tensors = rank_tensors(self._manifest.entries, layout, rank, names)
-        self._manifest.index(held.entry.name for held in held_tensors)
+        held_tensors = rank_tensors(self._source.entries, layout, rank, names)
+        self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
             local = torch.empty(held.local.shape, dtype=torch_dtype(held.entry.dtype))
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)
                 views.append(local[Box(at, want.box.sizes).slices])
-        read_boxes(self._store, self._manifest, wants, views, rank=rank)
+        read_boxes(self._source, wants, views, rank=rank)
         return tensors
 
     def verify(self) -> list[Damage]:
@@ -146,7 +146,7 @@ class Checkpoint:
 
         Raises StoreError where the store fails otherwise than by not having an object.
         """
-        return verify(self._store, self._manifest.index())
+        return verify(self._source.store, self._source.index())
 
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
@@ -157,16 +157,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    uri: str | os.PathLike[str] | Store, *, storage_options: Mapping[str, Any] | None = None
+    uri: str | os.PathLike[str] | Store,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    format: str | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint for reading; fetches its manifest. Needs no process group.
+    """Open a checkpoint of any format for reading; fetches its metadata. Needs no process group.
 
     Args:
         uri: a path, a URI that fsspec opens, or a Store.
         storage_options: passed to fsspec.
+        format: "reshard", "dcp", "safetensors" or "torch"; by default what is found there.
 
     Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError, StoreError,
     UnsupportedURIError.
     """
-    store = open_store(uri, storage_options)
-    return Checkpoint(store, read_manifest(store))
+    return Checkpoint(open_source(uri, storage_options, format))

@@ -7,7 +7,7 @@ import logging
 
 from ..planner.errors import CheckpointError
 from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError
-from .manifest import NAME, read_manifest
+from .manifest import NAME, Manifest
 from .store import Store
 
 logger = logging.getLogger("reshard")
@@ -33,8 +33,9 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool)
     """
     replaced: set[str] = set()
     if overwrite:
-        with contextlib.suppress(CheckpointError):  # there is none, or none that tells what it is made of
-            replaced = {name for name, _ in read_manifest(store).objects}
+        with contextlib.suppress(CheckpointError):  # one that does not tell what it is made of
+            there = Manifest.find(store)
+            replaced = {name for name, _ in there.objects} if there else set()
     try:
         store.put(NAME, manifest, overwrite=overwrite)
     except Exception as error:

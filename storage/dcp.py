@@ -43,12 +43,14 @@ from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError
-from .manifest import Manifest, encode_manifest, read_manifest
+from .manifest import encode_manifest
 from .objects import torch_save
+from .open_source import open_source
 from .ranks import Alarm, raises_portable, rank_of
 from .read import Blob, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
+from .source import Source
 from .store import Store, open_store
 from .tensors import dtype_name, refuse_misplaced, torch_dtype
 from .version import __version__
@@ -197,14 +199,14 @@ class StorageWriter(dcp.StorageWriter):
 
 
 class StorageReader(dcp.StorageReader):
-    """Reads a checkpoint in reshard's format, under any LoadPlanner of DCP.
+    """Reads a checkpoint of any format, under any LoadPlanner of DCP.
 
     Args:
         uri: a path or a URI that fsspec opens, or a Store.
         storage_options: passed to fsspec.
         allow_pickle: hand pickled objects to the planner even where torch.load(weights_only=True) refuses them.
             The planner may run the code in them.
-        budget_bytes: as of `reshard.load`.
+        budget_bytes, max_over_read, format: as of `reshard.load`.
     """
 
     def __init__(
@@ -214,12 +216,16 @@ class StorageReader(dcp.StorageReader):
         storage_options: Mapping[str, Any] | None = None,
         allow_pickle: bool = False,
         budget_bytes: int | None = None,
+        max_over_read: float | None = None,
+        format: str | None = None,
     ) -> None:
         self.checkpoint_id: Target = uri
         self._storage_options = storage_options
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
-        self._opened: tuple[Store, Manifest] | None = None
+        self._max_over_read = max_over_read
+        self._format = format
+        self._opened: Source | None = None
         self._rank = 0
         self.report: RankReport | None = None
         """What the last load did on this rank."""
@@ -229,17 +235,16 @@ class StorageReader(dcp.StorageReader):
             self.checkpoint_id = checkpoint_id
         self._opened = None
 
-    def _open(self) -> tuple[Store, Manifest]:
+    def _open(self) -> Source:
         if self._opened is None:
-            store = open_store(self.checkpoint_id, self._storage_options)
-            self._opened = store, read_manifest(store)
+            self._opened = open_source(self.checkpoint_id, self._storage_options, self._format)
         return self._opened
 
     @raises_portable
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        store, manifest = self._open()
-        index = manifest.index()
-        entries: dict[str, Any] = {}
+        source = self._open()
+        index = source.index()
+        entries: dict[str, Any] = {name: BytesStorageMetadata() for name in source.inline}
         for position, entry in enumerate(index.entries):
             if entry.kind is not Kind.TENSOR:
                 entries[entry.name] = BytesStorageMetadata()
@@ -250,7 +255,9 @@ class StorageReader(dcp.StorageReader):
             ]
             properties = TensorProperties(dtype=torch_dtype(entry.dtype))
             entries[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-        return Metadata(entries, planner_data=manifest.paths or None, storage_meta=StorageMeta(store.location))
+        return Metadata(
+            entries, planner_data=dict(source.paths) or None, storage_meta=StorageMeta(source.store.location)
+        )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._rank = kwargs.get("rank", rank_of(None))
@@ -264,14 +271,24 @@ class StorageReader(dcp.StorageReader):
     @raises_portable
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         refuse_misplaced(getattr(planner, "state_dict", {}))
-        store, manifest = self._open()
+        source = self._open()
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         targets = [planner.resolve_tensor(item) for item in tensors]
-        blobs = [Blob(manifest, item.storage_index.fqn) for item in objects]
-        wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors] + [blob.want for blob in blobs]
-        destinations = [target.detach() for target in targets] + [blob.tensor for blob in blobs]
-        self.report = read_boxes(store, manifest, wants, destinations, rank=self._rank, budget_bytes=self._budget_bytes)
+        blobs = [Blob(source, item.storage_index.fqn) for item in objects]
+        wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors]
+        destinations = [target.detach() for target in targets]
+        for blob in blobs:
+            wants += blob.wants
+            destinations += blob.tensors
+        self.report = read_boxes(
+            source,
+            wants,
+            destinations,
+            rank=self._rank,
+            budget_bytes=self._budget_bytes,
+            max_over_read=self._max_over_read,
+        )
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item, blob in zip(objects, blobs, strict=True):

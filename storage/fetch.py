@@ -20,10 +20,10 @@ from .errors import StoreError
 from .store import AsyncReads, ReadInto, Store
 
 Array = npt.NDArray[np.uint8]
-Range = tuple[str, int, int]
-"""Bytes [start, stop) of an object: its name, start and stop."""
+Ranges = tuple[str, Sequence[tuple[int, int]]]
+"""The name of an object, and bytes of it: [start, stop) each."""
 Found = Buffer | StoreError
-"""The bytes of a range, or why they are not to be had."""
+"""The bytes of some ranges, one after another, or why they are not to be had."""
 TOGETHER_BYTES = 4 * 1024 * 1024
 """To hand work to another thread takes as long as to read some 100 KiB of a file."""
 
@@ -38,29 +38,45 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Found]]] = set()
         self._memory = _Memory(store.concurrent_reads)
+        self._turns = asyncio.Semaphore(store.concurrent_reads)
 
     @property
     def together_bytes(self) -> int:
         """What one call of `start` best asks for: several ranges, where each takes no longer than a call."""
         return 0 if self._store.read_into is None else TOGETHER_BYTES
 
-    def start(self, ranges: Sequence[Range], done: Callable[[Future[list[Found]]], None]) -> None:
-        """Begin to read byte ranges, one after another, and call `done` when all are here, from any thread."""
+    def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Found]]], None]) -> None:
+        """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""
         reads = self._store.async_reads
         if reads is not None:
-            future = asyncio.run_coroutine_threadsafe(_read_by(reads, ranges), reads.loop)
+            future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
         else:
             assert self._pool is not None
-            future = self._pool.submit(self._read, ranges)
+            future = self._pool.submit(self._read, wanted)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
 
-    def _read(self, ranges: Sequence[Range]) -> list[Found]:
+    def _read(self, wanted: Sequence[Ranges]) -> list[Found]:
         into, found = self._store.read_into, list[Found]()
-        for wanted in ranges:
+        for name, ranges in wanted:
             try:
-                found.append(self._store.read(*wanted) if into is None else self._memory.filled(into, *wanted))
+                found.append(
+                    read_ranges(self._store, name, ranges) if into is None else self._memory.filled(into, name, ranges)
+                )
+            except StoreError as error:
+                found.append(error)
+        return found
+
+    async def _read_by(self, reads: AsyncReads, wanted: Sequence[Ranges]) -> list[Found]:
+        async def read(name: str, start: int, stop: int) -> Buffer:
+            async with self._turns:
+                return await reads.read(name, start, stop)
+
+        found: list[Found] = []
+        for name, ranges in wanted:
+            try:
+                found.append(_packed(await asyncio.gather(*(read(name, start, stop) for start, stop in ranges))))
             except StoreError as error:
                 found.append(error)
         return found
@@ -78,14 +94,14 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def _read_by(reads: AsyncReads, ranges: Sequence[Range]) -> list[Found]:
-    found: list[Found] = []
-    for wanted in ranges:
-        try:
-            found.append(await reads.read(*wanted))
-        except StoreError as error:
-            found.append(error)
-    return found
+def read_ranges(store: Store, name: str, ranges: Sequence[tuple[int, int]]) -> Buffer:
+    """Some ranges of an object, one after another. Raises as Store.read."""
+    return _packed([store.read(name, start, stop) for start, stop in ranges])
+
+
+def _packed(parts: Sequence[Buffer]) -> Buffer:
+    """Bytes one after another; of an object that ends before, fewer than were asked for."""
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class _Memory:
@@ -98,16 +114,18 @@ class _Memory:
         self._lent: dict[int, Array] = {}
         """By what `id` gives."""
 
-    def filled(self, read_into: ReadInto, name: str, start: int, stop: int) -> memoryview:
-        """What `read_into` gives of [start, stop)."""
-        nbytes = stop - start
+    def filled(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
+        """What `read_into` gives of some ranges, one after another."""
+        nbytes = sum(stop - start for start, stop in ranges)
         size = 1 << (nbytes - 1).bit_length()
         with self._lock:
             at = next((at for at, array in enumerate(self._free) if array.nbytes == size), None)
             array = np.empty(size, np.uint8) if at is None else self._free.pop(at)
             self._lent[id(array)] = array
-        data = array.data
-        return data[: read_into(name, start, data[:nbytes])]
+        data, at = array.data, 0
+        for start, stop in ranges:
+            at += read_into(name, start, data[at : at + stop - start])
+        return data[:at]
 
     def give(self, data: memoryview) -> None:
         """Take back what `filled` gave; anything else is left alone."""

@@ -98,6 +98,14 @@ class FsspecStore:
                 raise
             return data
 
+    def size(self, name: str) -> int:
+        with self._errors("read", name):
+            self._fs.invalidate_cache()
+            found = self._call("info", self._path(name))
+            if found["type"] != "file":
+                raise FileNotFoundError(name)
+            return int(found["size"])
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"))
 

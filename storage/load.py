@@ -14,12 +14,13 @@ from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
 from .errors import DestinationError
-from .manifest import Manifest, read_manifest
+from .open_source import open_source
 from .ranks import Alarm, on_all_ranks, rank_of
 from .read import Blob, check_is_tensor, read_boxes
 from .reports import RankReport, Report
+from .source import Source
 from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
-from .store import Store, open_store
+from .store import Store
 from .tensors import LocalShard, local_shards
 
 logger = logging.getLogger("reshard")
@@ -34,8 +35,10 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     allow_pickle: bool = False,
     budget_bytes: int | None = None,
+    max_over_read: float | None = None,
+    format: str | None = None,
 ) -> Report:
-    """Load a checkpoint into a state dict, in place. Collective: every rank of the group calls it.
+    """Load a checkpoint of any format into a state dict, in place. Collective: every rank of the group calls it.
 
     Each rank reads what its own tensors hold, whatever layout the checkpoint was saved under. Tensors are written in
     place, and cast where their dtype differs; float32 values are read as bfloat16 at a third of the bytes. Other
@@ -51,6 +54,10 @@ def load(
         allow_pickle: unpickle objects that torch.load(weights_only=True) refuses. That can run any code.
         budget_bytes: of memory that this rank may use beside the tensors; by default the smaller of 2 GiB and a tenth
             of what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
+        max_over_read: bytes that may be read over between those needed, as a fraction of them, to save requests; by
+            default 0.005 of a native checkpoint, 0.25 of another format on a disk, and as much as the store's latency
+            makes worth it elsewhere.
+        format: "reshard", "dcp", "safetensors" or "torch"; by default what is found there.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointNotFoundError, NotCommittedError, UnsupportedVersionError: there is nothing to load.
@@ -60,13 +67,13 @@ def load(
             was, unless the message says otherwise; others may have been loaded.
         UnsafeObjectError: an object needs `allow_pickle`.
     """
-    loading = _Loading(state_dict, strict=strict, allow_pickle=allow_pickle, budget_bytes=budget_bytes)
+    loading = _Loading(state_dict, strict, allow_pickle, budget_bytes, max_over_read)
     rank = rank_of(process_group)
     alarm = Alarm(process_group)
 
     def task() -> RankReport:
         with alarm:
-            return loading.run(open_store(uri, storage_options), rank, alarm)
+            return loading.run(open_source(uri, storage_options, format), rank, alarm)
 
     try:
         reports = on_all_ranks(task, process_group)
@@ -85,44 +92,49 @@ class _Loading:
     """One rank's part of a load."""
 
     def __init__(
-        self, state_dict: Mapping[str, Any], *, strict: bool, allow_pickle: bool, budget_bytes: int | None
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool,
+        allow_pickle: bool,
+        budget_bytes: int | None,
+        max_over_read: float | None,
     ) -> None:
         self._state_dict = state_dict
         self.states: dict[str, Any] = {}
         self._strict = strict
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
+        self._max_over_read = max_over_read
         self.objects: list[tuple[Leaf, Any]] = []
         self.skipped: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
 
-    def run(self, store: Store, rank: int, alarm: Alarm) -> RankReport:
+    def run(self, source: Source, rank: int, alarm: Alarm) -> RankReport:
         self.states = stateful_to_state(self._state_dict)
-        manifest = read_manifest(store)
         named = flatten(self.states)
-        leaves = self._present(named, manifest)
+        leaves = self._present(named, source)
         self.unread = tuple(
             entry.name
-            for entry in manifest.entries
+            for entry in source.entries
             if entry.name not in named and entry.name.startswith(tuple(f"{key}." for key in self.states))
         )
         wants: list[Want] = []
         destinations: list[torch.Tensor] = []
         for leaf in leaves:
-            for box, tensor in _shards_to_load(leaf, manifest):
+            for box, tensor in _shards_to_load(leaf, source):
                 wants.append(Want(leaf.name, box))
                 destinations.append(tensor)
-        objects = [leaf for leaf in leaves if manifest.entry(leaf.name).kind is not Kind.TENSOR]
-        blobs = [Blob(manifest, leaf.name) for leaf in objects]
-        wants += [blob.want for blob in blobs]
-        destinations += [blob.tensor for blob in blobs]
+        objects = [leaf for leaf in leaves if source.entry(leaf.name).kind is not Kind.TENSOR]
+        blobs = [Blob(source, leaf.name) for leaf in objects]
+        wants += [want for blob in blobs for want in blob.wants]
+        destinations += [tensor for blob in blobs for tensor in blob.tensors]
         report = read_boxes(
-            store,
-            manifest,
+            source,
             wants,
             destinations,
             rank=rank,
             budget_bytes=self._budget_bytes,
+            max_over_read=self._max_over_read,
             interrupt=alarm.check,
         )
         self.objects = [
@@ -130,18 +142,18 @@ class _Loading:
         ]
         return report
 
-    def _present(self, leaves: dict[str, Leaf], manifest: Manifest) -> list[Leaf]:
+    def _present(self, leaves: dict[str, Leaf], source: Source) -> list[Leaf]:
         """The leaves that the checkpoint has. Raises MissingTensorError."""
-        missing = [name for name in leaves if name not in manifest]
+        missing = [name for name in leaves if name not in source]
         if missing and self._strict:
-            raise MissingTensorError(_describe_missing(missing, manifest))
+            raise MissingTensorError(_describe_missing(missing, source))
         self.skipped = tuple(missing)
-        return [leaf for name, leaf in leaves.items() if name in manifest]
+        return [leaf for name, leaf in leaves.items() if name in source]
 
 
-def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
+def _shards_to_load(leaf: Leaf, source: Source) -> list[LocalShard]:
     """What this rank holds of a leaf's tensor; nothing of an object. Raises where it does not fit the checkpoint."""
-    entry = manifest.entry(leaf.name)
+    entry = source.entry(leaf.name)
     if not isinstance(leaf.value, torch.Tensor):
         if entry.kind is Kind.TENSOR:
             raise DestinationError(
@@ -149,7 +161,7 @@ def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
                 "in the state dict: give it a tensor to load into"
             )
         return []
-    check_is_tensor(manifest, leaf.name)
+    check_is_tensor(source, leaf.name)
     shape = tuple(leaf.value.size())
     if shape != entry.shape:
         raise ShapeMismatchError(
@@ -158,9 +170,9 @@ def _shards_to_load(leaf: Leaf, manifest: Manifest) -> list[LocalShard]:
     return [(box, tensor) for box, tensor in local_shards(leaf.name, leaf.value) if box.numel]
 
 
-def _describe_missing(missing: list[str], manifest: Manifest) -> str:
+def _describe_missing(missing: list[str], source: Source) -> str:
     """Which names are missing, and where they may be meant to be."""
-    names = [entry.name for entry in manifest.entries]
+    names = [entry.name for entry in source.entries]
     shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     message = f"the checkpoint has no {shown}"
     for name in names:

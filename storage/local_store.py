@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -65,6 +66,13 @@ class LocalStore:
             data = np.empty(max(0, min(stop, os.fstat(file.descriptor).st_size) - start), np.uint8).data
             return data[: file.read_into(start, data)]
 
+    def size(self, name: str) -> int:
+        with self._errors("read", name):
+            found = os.stat(f"{self._root}/{name}")
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(name)
+            return found.st_size
+
     def read_into(self, name: str, start: int, buffer: memoryview) -> int:
         with self._errors("read", name):
             return self._open(name).read_into(start, buffer)
@@ -116,11 +124,8 @@ class LocalStore:
 
     def list(self, folder: str = "") -> Iterable[str]:
         with self._errors("list", folder):
-            return [
-                (Path(parent) / file).relative_to(self._root).as_posix()
-                for parent, _, files in os.walk(self._root / folder)
-                for file in files
-            ]
+            for parent, _, files in os.walk(self._root / folder):
+                yield from ((Path(parent) / file).relative_to(self._root).as_posix() for file in files)
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         """What is sent to another process: where it is, and no open file."""

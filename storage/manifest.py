@@ -14,19 +14,21 @@ import re
 import struct
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
+from ..planner.byte_ranges import Gaps
 from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
-from ..planner.index import CheckpointIndex, Entry, Kind, missing
+from ..planner.index import NATIVE, CheckpointIndex, Entry, Kind, missing
+from ..planner.read_plan import GAPS, Want
 from .blocks import Block, decode_blocks, encode_blocks
 from .checksums import checksum
 from .errors import (
-    CheckpointNotFoundError,
     CorruptCheckpointError,
-    NotCommittedError,
     ObjectNotFoundError,
     UnsupportedVersionError,
 )
@@ -46,7 +48,7 @@ MAX_CHUNK_BYTES = 16 * 1024 * 1024
 
 MAX_BYTES = 2**36
 
-_DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
+DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What Python raises where a header is not what it should be."""
 _PREFIX = struct.Struct("<8sIIQ")
@@ -57,7 +59,10 @@ _HEADER_START = _PREFIX.size + _CHECKSUM.size
 class Manifest:
     """What a checkpoint is made of. Of a large one, it reads what it is asked for."""
 
-    def __init__(self, source: _Source) -> None:
+    format = "reshard"
+    inline: Mapping[str, bytes] = MappingProxyType({})
+
+    def __init__(self, source: _Bytes) -> None:
         """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
         self._source = source
         header, blocks_start, stop = _read_header(source)
@@ -86,6 +91,29 @@ class Manifest:
         self._lock = threading.Lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
 
+    @classmethod
+    def find(cls, store: Store) -> Manifest | None:
+        """The manifest in a store, by one request where it is small; None where there is none.
+
+        Raises CorruptCheckpointError, UnsupportedVersionError, StoreError.
+        """
+        try:
+            source = _Bytes(store)
+        except ObjectNotFoundError:
+            return None
+        return cls(source)
+
+    @property
+    def store(self) -> Store:
+        return self._source.store
+
+    @property
+    def location(self) -> str:
+        return self.store.location
+
+    def gaps(self, most_over_read: float | None) -> Gaps:
+        return GAPS if most_over_read is None else replace(GAPS, most_over_read=most_over_read)
+
     @property
     def bytes_read(self) -> int:
         """Of the manifest, so far."""
@@ -108,15 +136,15 @@ class Manifest:
             raise missing(name, self._positions)
         return self._positions[name]
 
-    def index(self, names: Iterable[str] | None = None) -> CheckpointIndex:
-        """An index that has the entries of these names, or all; it may have more.
+    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+        """An index that has the entries of these wants, or all; it may have more.
 
         Raises CorruptCheckpointError, StoreError; MissingTensorError, where names are looked at, in a large manifest.
         """
-        if names is None or self._is_small:
+        if wants is None or self._is_small:
             wanted = frozenset(range(len(self._blocks)))
         else:
-            wanted = frozenset(bisect_right(self._firsts, self._position(name)) - 1 for name in names)
+            wanted = frozenset(bisect_right(self._firsts, self._position(want.name)) - 1 for want in wants)
         with self._lock:
             if self._loaded is None or not wanted <= self._loaded[0]:
                 self._loaded = wanted, self._load([self._blocks[at] for at in sorted(wanted)])
@@ -138,6 +166,8 @@ class Manifest:
         ]
         try:
             index = decode_blocks(placed, self.entries, self.objects, self._source.where)
+            if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
+                raise ValueError("a segment has the encoding of another format")
             for position, entry in enumerate(index.entries):
                 found = index.chunk_count(position), index.stored_bytes(position)
                 if found != self.sizes[self._positions[entry.name]]:
@@ -147,12 +177,12 @@ class Manifest:
             raise _contradiction(self._source.where, error) from error
 
 
-class _Source:
+class _Bytes:
     """The manifest's bytes, as they are asked for: its first MiB is read at once, and kept."""
 
     def __init__(self, store: Store) -> None:
         """Raises ObjectNotFoundError, StoreError."""
-        self._store = store
+        self.store = store
         self.where = f"{store.location}/{NAME}"
         self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
         self.bytes_read = len(self.first)
@@ -163,7 +193,7 @@ class _Source:
         """Raises CorruptCheckpointError where it ends before."""
         data = self.first[start:stop]
         if stop > len(self.first) == FIRST_READ_BYTES:
-            rest = bytes(self._store.read(NAME, start + len(data), stop))
+            rest = bytes(self.store.read(NAME, start + len(data), stop))
             with self._lock:
                 self.bytes_read += len(rest)
                 self.requests += 1
@@ -175,7 +205,7 @@ class _Source:
         return memoryview(data)
 
 
-def _read_header(source: _Source) -> tuple[dict[str, Any], int, int]:
+def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
     """The header, where it ends, and where the manifest should."""
     if len(source.first) < _HEADER_START or not source.first.startswith(MAGIC):
         raise CorruptCheckpointError(
@@ -240,7 +270,7 @@ def _integers(values: list[Any]) -> tuple[int, ...]:
 
 def _object_name(name: str) -> str:
     """A name that can only be that of a data object, inside the checkpoint's folder."""
-    if not _DATA_NAME.fullmatch(name):
+    if not DATA_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a data object")
     return name
 
@@ -262,25 +292,3 @@ def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ..
     body = b"".join(data for _, data in blocks)
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + len(body))
     return prefix + _CHECKSUM.pack(checksum(prefix + header)) + header + body
-
-
-def read_manifest(store: Store) -> Manifest:
-    """Open the manifest of the checkpoint in a store, by one request where it is small.
-
-    Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError, StoreError.
-    """
-    try:
-        source = _Source(store)
-    except ObjectNotFoundError:
-        raise _not_found(store) from None
-    return Manifest(source)
-
-
-def _not_found(store: Store) -> CheckpointNotFoundError:
-    remains = sum(1 for name in store.list(DATA_FOLDER) if _DATA_NAME.fullmatch(name))
-    if remains:
-        return NotCommittedError(
-            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
-            "The save was interrupted, or is still running"
-        )
-    return CheckpointNotFoundError(f"there is no checkpoint at {store.location}: it has no {NAME}")

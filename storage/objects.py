@@ -18,7 +18,10 @@ import torch
 
 from ..planner.index import Kind
 from .errors import CorruptCheckpointError, UnsafeObjectError
+from .opaque import ZSTD_MAGIC, decompress
 
+MOST_OBJECT_BYTES = 2**30
+"""What an object may take once it is decompressed."""
 _REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build")
 
 
@@ -44,6 +47,8 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
     try:
         if kind is Kind.JSON:
             return _from_json(json.loads(data))
+        if data.startswith(ZSTD_MAGIC):  # as DCP's extension leaves it
+            data = decompress(data, MOST_OBJECT_BYTES)
         return torch.load(io.BytesIO(data), weights_only=not allow_pickle, map_location="cpu")
     except Exception as error:
         refused = None if kind is Kind.JSON or allow_pickle else _refusal(str(error))

@@ -209,6 +209,12 @@ class ObstoreStore:
                     return memoryview(obstore.get(self._reading, self._prefix + name).bytes())[start:stop]
                 raise
 
+    def size(self, name: str) -> int:
+        import obstore
+
+        with self._errors("read", name):
+            return obstore.head(self._reading, self._prefix + name)["size"]
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"))
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..planner.box import Box
@@ -13,19 +14,18 @@ from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
 from .errors import DestinationError
-from .manifest import Manifest
 from .objects import decode_object
 from .place import check_destination
 from .ranks import Interrupt, never
 from .reader import execute
 from .reports import RankReport
-from .store import Store
-from .tensors import torch_dtype
+from .source import Source
+from .tensors import from_bytes, torch_dtype
 
 
-def check_is_tensor(manifest: Manifest, name: str) -> None:
+def check_is_tensor(source: Source, name: str) -> None:
     """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
-    if manifest.entry(name).kind is not Kind.TENSOR:
+    if source.entry(name).kind is not Kind.TENSOR:
         raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
 
 
@@ -35,17 +35,24 @@ class Blob:
     Raises MissingTensorError where the checkpoint has none of this name.
     """
 
-    def __init__(self, manifest: Manifest, name: str) -> None:
-        manifest.index([name])  # what it says is checked before memory is taken on its word
-        entry = manifest.entry(name)
+    def __init__(self, source: Source, name: str) -> None:
+        entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
-        self.want = Want(name, Box.whole(entry.shape))
-        self.tensor = torch.empty(entry.shape, dtype=torch.uint8)
+        self.wants = [] if name in source.inline else [Want(name, Box.whole(entry.shape))]
+        """What is to be read for it: nothing, where it is here."""
+        source.index(self.wants)  # what it says is checked before memory is taken on its word
+        here = source.inline.get(name)
+        self._tensor = (
+            torch.empty(entry.shape, dtype=torch.uint8)
+            if here is None
+            else from_bytes(np.frombuffer(here, np.uint8), torch.uint8, entry.shape)
+        )
+        self.tensors = [self._tensor for _ in self.wants]
 
     @property
     def data(self) -> bytes:
-        return bytes(self.tensor.numpy())
+        return bytes(self._tensor.numpy())
 
     def value(self, *, allow_pickle: bool = False) -> Any:
         """The object. Raises UnsafeObjectError, CorruptCheckpointError."""
@@ -53,13 +60,13 @@ class Blob:
 
 
 def read_boxes(
-    store: Store,
-    manifest: Manifest,
+    source: Source,
     wants: Sequence[Want],
     destinations: Sequence[torch.Tensor],
     *,
     rank: int = 0,
     budget_bytes: int | None = None,
+    max_over_read: float | None = None,
     interrupt: Interrupt = never,
 ) -> RankReport:
     """Read boxes into tensors of their sizes, in place.
@@ -69,7 +76,7 @@ def read_boxes(
     """
     begin = time.perf_counter()
     for want, destination in zip(wants, destinations, strict=True):
-        check_destination(want.name, destination, torch_dtype(manifest.entry(want.name).dtype))
+        check_destination(want.name, destination, torch_dtype(source.entry(want.name).dtype))
         if tuple(destination.shape) != want.box.sizes:
             raise ShapeMismatchError(
                 f"{want.name!r}: the destination of {want.box} has shape {tuple(destination.shape)}"
@@ -78,17 +85,17 @@ def read_boxes(
         Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
         for want, destination in zip(wants, destinations, strict=True)
     ]
-    index = manifest.index(want.name for want in wants)
-    plan = plan_reads(index, narrowed)
+    index = source.index(wants)
+    plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read))
     planned = time.perf_counter()
     for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
         torch.accelerator.synchronize(device)  # what still writes to the destinations on their own stream
-    stats = execute(plan, index, store, destinations, budget_bytes=budget_bytes, interrupt=interrupt)
+    stats = execute(plan, index, source.store, destinations, budget_bytes=budget_bytes, interrupt=interrupt)
     return RankReport(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),
-        bytes_fetched=plan.requests.nbytes + manifest.bytes_read,
-        requests=len(plan.requests) + manifest.requests,
+        bytes_fetched=plan.requests.nbytes + source.bytes_read,
+        requests=plan.report.requests + source.requests,
         chunks=plan.report.chunks,
         seconds={
             "plan": planned - begin,

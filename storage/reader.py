@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from ..planner.box import indexes
-from ..planner.index import CheckpointIndex
+from ..planner.index import CheckpointIndex, Encoding
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
-from .fetch import Fetcher, Found
+from .fetch import Fetcher, Found, read_ranges
+from .opaque import decode_opaque
 from .place import Destination
 from .ranks import HEED_S, Interrupt, never
 from .resources import default_budget, default_threads
@@ -103,8 +104,8 @@ class _Execution:
                     if self._error is not None:
                         break
                     names = (self._index.objects[request.object][0] for request in together)
-                    ranges = [(n, request.start, request.stop) for n, request in zip(names, together, strict=True)]
-                    self._fetcher.start(ranges, partial(self._fetched, together, time.perf_counter()))
+                    wanted = [(name, request.ranges) for name, request in zip(names, together, strict=True)]
+                    self._fetcher.start(wanted, partial(self._fetched, together, time.perf_counter()))
                 with self._lock:
                     self._wait_until(lambda: self._fetching == 0 and self._working == 0)
             except BaseException as error:
@@ -221,7 +222,7 @@ class _Execution:
         """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
         damages = request.damages(data, self._index)
         if damages:
-            data = memoryview(self._store.read(name, request.start, request.stop))
+            data = memoryview(read_ranges(self._store, name, request.ranges))
             damages = request.damages(data, self._index)
         return data, damages
 
@@ -278,19 +279,45 @@ def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpoint
     parts = indexes(read.piece_offsets[rows] - read.chunk_offsets[rows], read.piece_sizes[rows])
     shapes = list(map(tuple, read.chunk_sizes[rows].tolist()))
     counts = read.chunk_sizes[rows].prod(axis=1).tolist()
-    raw, skipped = read.raw[rows].tolist(), read.skipped[rows].tolist()
+    encodings, skipped = read.encodings[rows].tolist(), read.skipped[rows].tolist()
+    packed = read.packed_bytes(rows)
     streams = []
     for stream, request in enumerate(batch.requests):
         assert request.data is not None
-        ends = (read.stops[rows, stream] - request.start).tolist()
-        begins = (read.starts[rows, stream] - request.start).tolist()
+        begins = read.starts[rows, stream] - request.start
+        ends, begins = (begins + packed[:, stream]).tolist(), begins.tolist()
         streams.append([request.data[begin:end] for begin, end in zip(begins, ends, strict=True)])
     for i, data in enumerate(zip(*streams, strict=True)):
         try:
-            values = _raw(data[0], counts[i] * read.itemsize, skipped[i]) if raw[i] else _decoded(read, data, counts[i])
+            values = _values(read, rows.start + i, encodings[i], data, counts[i], skipped[i])
         except CorruptCheckpointError as error:
             raise damage(batch.tensor, f"chunk {batch.chunk_box(i)} cannot be decoded: {error}") from error
         destination.write(places[i], values, shapes[i], parts[i])
+
+
+def _values(read: ChunkReads, row: int, encoding: int, data: tuple[memoryview, ...], numel: int, skipped: int) -> Bytes:
+    """The bytes of a chunk's values, row-major."""
+    if encoding == Encoding.PLANES:
+        return _decoded(read, data, numel)
+    if encoding == Encoding.RAW:
+        return _raw(data[0], numel * read.itemsize, skipped)
+    if encoding == Encoding.OPAQUE:
+        return decode_opaque(data[0], read.entry.dtype, tuple(read.chunk_sizes[row].tolist()))
+    return _plain(read, row, np.frombuffer(data[0], np.uint8))
+
+
+def _plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
+    """The bytes of a slab's values, from its runs and what lies between them where that was read."""
+    assert read.runs is not None
+    nbytes, runs = int(read.runs.nbytes[row]), int(read.runs.counts[row])
+    if len(values) != runs * nbytes:
+        strides = (int(read.runs.strides[row]), 1)
+        values = np.lib.stride_tricks.as_strided(values, (runs, nbytes), strides, writeable=False).reshape(-1)
+    if (order := read.entry.order) is None:
+        return values
+    sizes = read.chunk_sizes[row][list(order)].tolist()
+    back = [order.index(d) for d in range(len(order))]
+    return np.ascontiguousarray(values.reshape(*sizes, read.itemsize).transpose(*back, len(order))).reshape(-1)
 
 
 def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:

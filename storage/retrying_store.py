@@ -109,6 +109,9 @@ class RetryingStore:
     def read(self, name: str, start: int, stop: int) -> Buffer:
         return self._retried(lambda: self._store.read(name, start, stop))
 
+    def size(self, name: str) -> int:
+        return self._retried(lambda: self._store.size(name))
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return self._store.create(name)
 

@@ -69,6 +69,9 @@ class Store(Protocol):
         Raises ObjectNotFoundError, AccessDeniedError, StoreError.
         """
 
+    def size(self, name: str) -> int:
+        """Bytes of an object. Raises ObjectNotFoundError, AccessDeniedError, StoreError."""
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         """Write a new object. It stands, durably, once the block is left; left by an error, it need not exist."""
 

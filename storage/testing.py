@@ -39,6 +39,9 @@ class MemoryStore:
         except KeyError:
             raise ObjectNotFoundError(f"memory has no object {name!r}") from None
 
+    def size(self, name: str) -> int:
+        return memoryview(self.read(name, 0, 2**60)).nbytes
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self.content.update({name: data}))
 
@@ -103,6 +106,10 @@ class RecordingStore:
     def read(self, name: str, start: int, stop: int) -> Buffer:
         self._note(Call("read", name, start, stop))
         return self._store.read(name, start, stop)
+
+    def size(self, name: str) -> int:
+        self._note(Call("size", name))
+        return self._store.size(name)
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         self._note(Call("create", name))
@@ -185,6 +192,8 @@ def check_store(store: Store) -> None:
     assert bytes(store.read("data/a.shard", len(content) - 3, len(content) + 5)) == content[-3:]
     assert bytes(store.read("data/a.shard", len(content) + 5, len(content) + 9)) == b""
 
+    assert store.size("data/a.shard") == len(content)
+    _expect(ObjectNotFoundError, lambda: store.size("absent"))
     _check_other_reads(store, content)
 
     store.put("manifest", b"one", overwrite=False)

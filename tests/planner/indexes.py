@@ -20,6 +20,8 @@ class Saved:
     shards: list[Box]
     dtype: str = "bfloat16"
     raw: bool = True
+    plain: bool = False
+    """As another format has it: a shard is one chunk, without checksums."""
 
 
 def index_of(*tensors: Saved) -> CheckpointIndex:
@@ -35,12 +37,13 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
             while len(objects) <= number:
                 objects.append(8)
             for stream in (Stream.HEAD, Stream.TAIL) if split else (Stream.WHOLE,):
-                encoding = Encoding.RAW if saved.raw else Encoding.PLANES
+                encoding = Encoding.PLAIN if saved.plain else Encoding.RAW if saved.raw else Encoding.PLANES
                 rows.append((at, stream, encoding, number, objects[number], shard))
                 for size in entry.grid.chunks(shard)[2].prod(axis=1).tolist():
                     nbytes = size * entry.itemsize if saved.raw else 2 + size * entry.itemsize // 3
                     lengths.append(nbytes)
-                    checksums += -(-nbytes // entry.page_bytes) if saved.raw else 1
+                    if not saved.plain:
+                        checksums += -(-nbytes // entry.page_bytes) if saved.raw else 1
                     objects[number] += nbytes
     columns = list(zip(*rows, strict=True)) or [()] * 6
     return CheckpointIndex(

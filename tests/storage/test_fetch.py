@@ -22,18 +22,18 @@ def fill(name: str, start: int, buffer: memoryview) -> int:
 
 def test_what_is_given_back_is_lent_again() -> None:
     memory = _Memory(2)
-    first = memory.filled(fill, "x", 1, 1001)
+    first = memory.filled(fill, "x", [(1, 1001)])
     assert bytes(first) == b"\1" * 1000
     address = np.frombuffer(first, np.uint8).ctypes.data
     memory.give(first)
-    again = memory.filled(fill, "x", 2, 902)
+    again = memory.filled(fill, "x", [(2, 902)])
     assert np.frombuffer(again, np.uint8).ctypes.data == address
     assert len(again) == 900
 
 
 def test_no_more_is_kept_than_there_are_reads_at_once() -> None:
     memory = _Memory(2)
-    lent = [memory.filled(fill, "x", 0, 100 << order) for order in range(6)]
+    lent = [memory.filled(fill, "x", [(0, 100 << order)]) for order in range(6)]
     for data in lent:
         memory.give(data)
     assert len(memory._free) == 2

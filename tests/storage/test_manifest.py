@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reshard.planner.box import Box
 from reshard.planner.errors import MissingTensorError
 from reshard.planner.grid import Grid
+from reshard.planner.read_plan import Want
 from reshard.storage import blocks
 from reshard.storage.checksums import checksum
 from reshard.storage.errors import (
@@ -17,7 +18,9 @@ from reshard.storage.errors import (
     NotCommittedError,
     UnsupportedVersionError,
 )
-from reshard.storage.manifest import FIRST_READ_BYTES, NAME, Manifest, encode_manifest, read_manifest
+from reshard.storage.manifest import FIRST_READ_BYTES, NAME, encode_manifest
+from reshard.storage.open_source import open_source
+from reshard.storage.source import Source
 from reshard.storage.testing import MemoryStore, RecordingStore
 from tests.planner.indexes import Saved, index_of
 
@@ -28,11 +31,11 @@ INDEX = index_of(
 DATA = encode_manifest(INDEX, {"a": ("a",), "b": ("list", 3)}, {"writer": "test"})
 
 
-def opened(data: bytes) -> Manifest:
+def opened(data: bytes) -> Source:
     """A manifest, with all its blocks read."""
     store = MemoryStore()
     store.content[NAME] = data
-    manifest = read_manifest(store)
+    manifest = open_source(store)
     manifest.index()
     return manifest
 
@@ -72,7 +75,7 @@ def test_any_cut_is_found(length: int) -> None:
     store = MemoryStore()
     store.content[NAME] = DATA[:length]
     with pytest.raises(CorruptCheckpointError, match="manifest"):
-        read_manifest(store)
+        open_source(store)
 
 
 def test_a_newer_version_says_so() -> None:
@@ -151,7 +154,7 @@ def test_a_manifest_that_claims_an_impossible_length_is_refused(total: int) -> N
     store = MemoryStore()
     store.content[NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 2, 100, total) + b"x" * FIRST_READ_BYTES
     with pytest.raises(CorruptCheckpointError, match=f"claims to have {total} bytes"):
-        read_manifest(store)
+        open_source(store)
 
 
 def test_more_chunks_than_integers_can_count_are_refused() -> None:
@@ -174,12 +177,12 @@ def test_a_small_manifest_is_one_request_and_a_large_header_one_more() -> None:
     store = MemoryStore()
     recording = RecordingStore(store)
     store.content[NAME] = DATA
-    read_manifest(recording).index()
+    open_source(recording).index()
     assert [(call.start, call.stop) for call in recording.calls] == [(0, FIRST_READ_BYTES)]
 
     store.content[NAME] = encode_manifest(INDEX, {}, {"padding": "x" * FIRST_READ_BYTES})
     recording.calls.clear()
-    manifest = read_manifest(recording)
+    manifest = open_source(recording)
     assert len(manifest.info["padding"]) == FIRST_READ_BYTES
     assert len(recording.calls) == 2
     assert manifest.index() == INDEX
@@ -193,9 +196,9 @@ def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytes
     store = MemoryStore()
     store.content[NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_READ_BYTES})
     recording = RecordingStore(store)
-    manifest = read_manifest(recording)
+    manifest = open_source(recording)
     recording.calls.clear()
-    index = manifest.index(["t010", "t011", "t100"])
+    index = manifest.index(Want(name, Box((), ())) for name in ["t010", "t011", "t100"])
     assert len(recording.calls) in (2, 3)
     assert sum(call.stop - call.start for call in recording.calls) < 3000
     assert len(index.entries) < 20
@@ -205,17 +208,17 @@ def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytes
         assert index.shards_of(got) == whole.shards_of(want)
         assert index.lengths[index.chunks_of(got)].tolist() == whole.lengths[whole.chunks_of(want)].tolist()
     recording.calls.clear()
-    assert manifest.index(["t100"]) is index
+    assert manifest.index(Want(name, Box((), ())) for name in ["t100"]) is index
     assert recording.calls == []
     assert manifest.index() == whole
     with pytest.raises(MissingTensorError, match=r"no 'u'"):
-        manifest.index(["u"])
+        manifest.index(Want(name, Box((), ())) for name in ["u"])
 
 
 def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
     store = MemoryStore()
     with pytest.raises(CheckpointNotFoundError, match=r"there is no checkpoint at memory"):
-        read_manifest(store)
+        open_source(store)
     store.content["data/0.shard"] = b"x"
     with pytest.raises(NotCommittedError, match="never committed: it has 1 data objects"):
-        read_manifest(store)
+        open_source(store)

@@ -10,15 +10,17 @@ from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage.arranged import Request
 from reshard.storage.errors import CorruptCheckpointError, StoreError
-from reshard.storage.manifest import NAME, Manifest, encode_manifest, read_manifest
+from reshard.storage.manifest import NAME, encode_manifest
+from reshard.storage.open_source import open_source
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
+from reshard.storage.source import Source
 from reshard.storage.store import Store
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
 from reshard.storage.writer import ShardToWrite, write_objects
 
 
-def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple[MemoryStore, Manifest]:
+def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple[MemoryStore, Source]:
     """A checkpoint of tensors, each cut in rows over the ranks."""
     store = MemoryStore()
     records = []
@@ -31,10 +33,10 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, rank, shards, codec)
     store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
-    return store, read_manifest(store)
+    return store, open_source(store)
 
 
-def read(store: Store, manifest: Manifest, wants: list[Want], out: list[torch.Tensor], budget: int = 1 << 30) -> None:
+def read(store: Store, manifest: Source, wants: list[Want], out: list[torch.Tensor], budget: int = 1 << 30) -> None:
     execute(plan_reads(manifest.index(), wants), manifest.index(), store, out, budget_bytes=budget)
 
 

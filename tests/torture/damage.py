@@ -23,7 +23,8 @@ from reshard.planner.box import Box
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage import writer
 from reshard.storage.checksums import checksum
-from reshard.storage.manifest import NAME, read_manifest
+from reshard.storage.manifest import NAME
+from reshard.storage.open_source import open_source
 from reshard.storage.testing import MemoryStore
 
 Content = dict[str, bytes]
@@ -111,7 +112,7 @@ def blank(rng: random.Random, content: Content, other: Content) -> None:
 def swap_chunks(rng: random.Random, content: Content, other: Content) -> None:
     store = MemoryStore()
     store.content = content
-    index = read_manifest(store).index()
+    index = open_source(store).index()
     name = rng.choice(data_of(content))
     data = bytearray(content[name])
     plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])

@@ -1,0 +1,57 @@
+"""Shards that another tool serialised as a whole, to values: torch.save files, and zstd streams of them.
+
+What has to be decoded as a whole: DCP's slices under its zstd extension, and tensors that were not stored row-major.
+Nothing is unpickled but by torch.load(weights_only=True), and no more is decompressed than the values take.
+"""
+
+from __future__ import annotations
+
+import io
+
+import torch
+import zstandard
+
+from ..planner.index import ITEMSIZES
+from .codec import Bytes
+from .errors import CorruptCheckpointError
+from .tensors import as_array, as_bytes
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+MOST_OVERHEAD = 64 * 1024
+"""Bytes that a torch.save file has beside its values."""
+
+
+def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes:
+    """The bytes of a shard's values, row-major.
+
+    Args:
+        data: a torch.save file, or a zstd stream of one.
+        dtype, shape: what it should hold.
+
+    Raises CorruptCheckpointError where it holds something else, or cannot be read.
+    """
+    expected = f"a tensor of {dtype} {shape}"
+    content = bytes(data)
+    if content.startswith(ZSTD_MAGIC):
+        content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MOST_OVERHEAD)
+    try:
+        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {error!r}") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise CorruptCheckpointError(f"it should be {expected}, and is {type(tensor).__name__}")
+    if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or tensor.layout is not torch.strided:
+        raise CorruptCheckpointError(f"it should be {expected}, and is one of {tensor.dtype} {tuple(tensor.shape)}")
+    return as_bytes(as_array(tensor))
+
+
+def decompress(data: bytes, most_bytes: int) -> bytes:
+    """What a zstd stream holds. Raises CorruptCheckpointError where it is none, or holds more than that."""
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as stream:
+            content = stream.read(most_bytes + 1)
+    except zstandard.ZstdError as error:
+        raise CorruptCheckpointError(f"it is no zstd stream: {error}") from error
+    if len(content) > most_bytes:
+        raise CorruptCheckpointError(f"it holds more than the {most_bytes} bytes that it should")
+    return content

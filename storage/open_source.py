@@ -1,0 +1,115 @@
+"""Which format a checkpoint has, by what lies at its place; and the source that reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from .manifest import DATA_NAME, NAME, Manifest
+from .source import Source
+from .sources.dcp import METADATA, RANK_METADATA, DcpSource
+from .sources.reads import Reads
+from .sources.safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource, read_weight_map
+from .sources.torch_save import TorchSaveSource
+from .store import Store, open_store
+
+FORMATS = ("reshard", "dcp", "safetensors", "torch")
+FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
+"""The formats of single files, by how their names end."""
+MOST_NAMES = 10_000
+"""Objects that are looked at in search of a checkpoint."""
+
+
+def open_source(
+    target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None, format: str | None = None
+) -> Source:
+    """Open the checkpoint at a path or URI, or in a store.
+
+    Args:
+        format: one of FORMATS; found out by default.
+
+    Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError,
+    UnsafeObjectError, UnsupportedURIError, ArgumentError, StoreError.
+    """
+    if format not in (None, *FORMATS):
+        raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
+    store = open_store(target, storage_options)
+    if isinstance(target, Store) or format == "reshard":
+        return _in_folder(store, format)
+    folder, _, name = os.fspath(target).rstrip("/").rpartition("/")
+    suffix = os.path.splitext(name)[1]
+    if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
+        source = _file(open_store(folder or ".", storage_options), name, FILE_SUFFIXES[suffix])
+        if source is not None:
+            return source
+    try:
+        return _in_folder(store, format)
+    except NotCommittedError:
+        raise
+    except CheckpointNotFoundError:
+        source = _file(open_store(folder or ".", storage_options), name, format) if name and "::" not in name else None
+        if source is None:
+            raise
+        return source
+
+
+def _file(store: Store, name: str, format: str | None) -> Source | None:
+    """The source that a single file is; None where it is not there, or is none."""
+    reads = Reads(store)
+    try:
+        reads.size(name)
+        begin = b"" if format else reads.read(name, 0, 9)
+    except ObjectNotFoundError:
+        return None
+    if format == "safetensors" or begin[8:9] == b"{":
+        return SafetensorsSource(reads, [name])
+    if format == "torch" or begin.startswith(b"PK"):
+        return TorchSaveSource(reads, name)
+    return None
+
+
+def _in_folder(store: Store, format: str | None) -> Source:
+    if format in (None, "reshard"):
+        manifest = Manifest.find(store)
+        if manifest is not None:
+            return manifest
+    reads = Reads(store)
+    names = list(islice(store.list(), MOST_NAMES))
+    top = sorted(name for name in names if "/" not in name)
+    ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
+    if format in (None, "dcp") and (METADATA in top or ranks):
+        return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank))
+    files = [name for name in top if name.endswith(SUFFIX)]
+    if format in (None, "safetensors") and files:
+        indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
+        if len(indexes) == 1:
+            weight_map = read_weight_map(reads, indexes[0])
+            return SafetensorsSource(reads, sorted(set(weight_map.values())), weight_map)
+        return SafetensorsSource(reads, files)
+    files = [name for name in top if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    if format in (None, "torch") and len(files) == 1:
+        return TorchSaveSource(reads, files[0])
+    raise _not_found(store, names, format)
+
+
+def _rank(name: str) -> int:
+    found = RANK_METADATA.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
+def _not_found(store: Store, names: list[str], format: str | None) -> CheckpointNotFoundError:
+    remains = sum(1 for name in names if DATA_NAME.fullmatch(name))
+    if remains and format in (None, "reshard"):
+        return NotCommittedError(
+            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
+            "The save was interrupted, or is still running"
+        )
+    if any(name.endswith(".distcp") for name in names):
+        return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
+    looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
+    return CheckpointNotFoundError(
+        f"there is no {looked} at {store.location}: it has no {NAME}, no {METADATA}, no *{SUFFIX}"
+    )

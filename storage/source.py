@@ -1,0 +1,76 @@
+"""A source: what a checkpoint holds and where its bytes are, whatever its format.
+
+The manifest is one; `sources/` has others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from ..planner.byte_ranges import Gaps
+from ..planner.index import CheckpointIndex, Entry
+from ..planner.read_plan import Want
+from .store import Store
+
+
+class Source(Protocol):
+    """A checkpoint that is open. Its metadata is checked; more of it may be read as it is asked for."""
+
+    @property
+    def store(self) -> Store:
+        """Where the objects are."""
+
+    @property
+    def location(self) -> str:
+        """The checkpoint's place, as errors should name it."""
+
+    @property
+    def format(self) -> str:
+        """One of FORMATS."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All tensors and objects."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """How many chunks each entry has, and their bytes as stored."""
+
+    @property
+    def objects(self) -> tuple[tuple[str, int], ...]:
+        """Name and size in bytes of each data object."""
+
+    @property
+    def inline(self) -> Mapping[str, bytes]:
+        """The bytes of those objects that are here already, and in no index."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """By what it was written, and whatever else it says of itself."""
+
+    @property
+    def paths(self) -> Mapping[str, tuple[str | int, ...]]:
+        """Where entries stand in the state dict that was saved, if that is known."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Of metadata, so far."""
+
+    @property
+    def requests(self) -> int:
+        """Reads that it took, so far."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def entry(self, name: str) -> Entry:
+        """The entry of this name. Raises MissingTensorError."""
+
+    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+        """An index that is good for planning these reads; it may hold more. Without `wants`, it has all entries.
+
+        Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        """
+
+    def gaps(self, most_over_read: float | None) -> Gaps:
+        """Which gaps are worth reading over, under the user's bound or the default one."""

@@ -1,0 +1,74 @@
+"""Reads of metadata: many at once, counted and timed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from ...planner.costs import LOCAL, REMOTE, Costs
+from ..errors import CorruptCheckpointError
+from ..store import Store
+
+T = TypeVar("T")
+SMALL_BYTES = 64 * 1024
+"""The time of a read of this size, or a smaller one, is the store's latency."""
+MOST_AT_ONCE = 64
+
+
+class Reads:
+    """Reads of a store, counted. `latency_s` is the shortest that a small one took."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.bytes_read = 0
+        self.requests = 0
+        self.latency_s = float("inf")
+        self._lock = threading.Lock()
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """As Store.read."""
+        begin = time.perf_counter()
+        data = bytes(self.store.read(name, start, stop))
+        self._count(len(data), time.perf_counter() - begin)
+        return data
+
+    def exactly(self, name: str, start: int, stop: int) -> bytes:
+        """As `read`. Raises CorruptCheckpointError where the object ends before."""
+        data = self.read(name, start, stop)
+        if len(data) != stop - start:
+            raise CorruptCheckpointError(
+                f"object {name!r} in {self.store.location} ends at byte {start + len(data)}, where it should have "
+                f"{stop} or more"
+            )
+        return data
+
+    def size(self, name: str) -> int:
+        """As Store.size."""
+        begin = time.perf_counter()
+        nbytes = self.store.size(name)
+        self._count(0, time.perf_counter() - begin)
+        return nbytes
+
+    def _count(self, nbytes: int, seconds: float) -> None:
+        with self._lock:
+            self.bytes_read += nbytes
+            self.requests += 1
+            if nbytes <= SMALL_BYTES:
+                self.latency_s = min(self.latency_s, seconds)
+
+    def many(self, call: Callable[..., T], *columns: Sequence[object]) -> list[T]:
+        """A call for each row, many at once."""
+        if len(columns[0]) <= 1:
+            return list(map(call, *columns))
+        with ThreadPoolExecutor(min(MOST_AT_ONCE, len(columns[0])), "reshard-open") as pool:
+            return list(pool.map(call, *columns))
+
+    @property
+    def costs(self) -> Costs:
+        """What a request costs, by what was seen."""
+        if self.store.read_into is not None:
+            return LOCAL
+        return REMOTE if self.latency_s == float("inf") else REMOTE.measured(self.latency_s)
