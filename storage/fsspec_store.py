@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -17,7 +18,7 @@ from .errors import UnsupportedURIError
 from .local_store import LocalStore
 from .obstore_store import open_s3
 from .retrying_store import RetryingStore, deadline_s
-from .store import AsyncReads, ObjectWriter, Store, held
+from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, held
 from .translate import is_beyond_the_end, translating
 
 S3_CONFIG = {
@@ -107,7 +108,7 @@ class FsspecStore:
             return int(found["size"])
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return held(lambda data: self._put(name, data, "overwrite"))
+        return held(lambda data: self._put(name, data, "overwrite"), lambda: _Upload(self, name))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -159,6 +160,29 @@ class FsspecStore:
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate what the filesystem, or the client below it, raises."""
         return translating(doing, name, self.location)
+
+
+class _Upload:
+    """An object that is sent in parts, by fsspec's file."""
+
+    def __init__(self, store: FsspecStore, name: str) -> None:
+        self._errors = partial(store._errors, "write", name)
+        self._remove = partial(store.delete, [name])
+        with self._errors():
+            self._file = store._fs.open(store._path(name), "wb", block_size=PART_BYTES)
+
+    def write(self, data: bytes) -> None:
+        with self._errors():
+            self._file.write(data)
+
+    def close(self) -> None:
+        with self._errors():
+            self._file.close()
+
+    def abort(self) -> None:
+        self._file.discard()
+        self._file.closed = True
+        self._remove()  # a filesystem that is no object store shows what is written so far
 
 
 class _AsyncReads:

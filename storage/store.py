@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
@@ -88,22 +88,64 @@ class Store(Protocol):
         """Remove objects; those that are not there are passed over."""
 
 
-class _Parts:
-    """An ObjectWriter that holds what it is given."""
+HELD_BYTES = 80 * 1024 * 1024
+"""An object that grows larger is sent in parts while it is written."""
+PART_BYTES = 16 * 1024 * 1024
 
-    def __init__(self) -> None:
+
+class Upload(Protocol):
+    """An object that is sent in parts."""
+
+    def write(self, data: bytes) -> object: ...
+    def close(self) -> object:
+        """All is written: the object comes into being."""
+
+    def abort(self) -> object:
+        """It is not to come into being."""
+
+
+class _Held:
+    """An ObjectWriter that holds what it is given; once that is too much, it sends it in parts."""
+
+    def __init__(self, begin: Callable[[], Upload] | None) -> None:
+        self._begin = begin
+        self._nbytes = 0
         self.parts: list[Buffer] = []
+        self.upload: Upload | None = None
 
     def write(self, data: Buffer, /) -> None:
         self.parts.append(data)
+        self._nbytes += memoryview(data).nbytes
+        if self.upload is None and self._begin is not None and self._nbytes > HELD_BYTES:
+            self.upload = self._begin()
+            self._nbytes = PART_BYTES
+        if self.upload is not None and self._nbytes >= PART_BYTES:
+            self.upload.write(b"".join(self.parts))
+            self.parts, self._nbytes = [], 0
 
 
 @contextmanager
-def held(put: Callable[[bytes], None]) -> Iterator[ObjectWriter]:
-    """A `Store.create` for a store that takes an object whole: it is put once the block is left without an error."""
-    writer = _Parts()
-    yield writer
-    put(b"".join(writer.parts))
+def held(put: Callable[[bytes], None], begin: Callable[[], Upload] | None = None) -> Iterator[ObjectWriter]:
+    """A `Store.create` for a store that takes an object whole: it is put once the block is left without an error.
+
+    Args:
+        put: puts a whole object.
+        begin: begins one that is sent in parts, where the store can do that: what is large is.
+    """
+    writer = _Held(begin)
+    try:
+        yield writer
+        rest = b"".join(writer.parts)
+        if writer.upload is None:
+            put(rest)
+        else:
+            writer.upload.write(rest)
+            writer.upload.close()
+    except BaseException:
+        if writer.upload is not None:
+            with suppress(Exception):  # the first error is the one to tell
+                writer.upload.abort()
+        raise
 
 
 def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:

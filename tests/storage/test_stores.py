@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reshard.storage import conditions, obstore_store
+from reshard.storage import store as store_module
 from reshard.storage.dcp import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.local_store import LocalStore
@@ -27,6 +28,31 @@ def test_a_store_keeps_the_contract(place: Place) -> None:
     assert store.location == uri
     assert isinstance(store, RetryingStore if "://" in uri else LocalStore)
     check_store(store)
+
+
+@pytest.mark.parametrize("store_name", STORES)
+@pytest.mark.filterwarnings("ignore:Sending a large body")  # gcsfs, of its own parts
+def test_a_large_object_is_sent_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "HELD_BYTES", 6 << 20)
+    uri, options = place
+    store = open_store(uri, options)
+    mib = bytes(range(256)) * 4096
+    with store.create("data/large") as out:
+        for _ in range(25):
+            out.write(mib)
+    assert store.size("data/large") == 25 << 20
+    assert bytes(store.read("data/large", (17 << 20) - 3, (17 << 20) + 3)) == mib[-3:] + mib[:3]
+
+    def interrupted() -> None:
+        with store.create("data/other") as out:
+            for _ in range(25):
+                out.write(mib)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert "data/other" not in set(store.list()) or isinstance(store, LocalStore)
+    store.delete(["data/large", "data/other"])
 
 
 def test_a_disk_without_hard_links_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
