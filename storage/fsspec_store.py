@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -181,7 +182,8 @@ class _Upload:
 
     def abort(self) -> None:
         self._file.discard()
-        self._file.closed = True
+        with contextlib.suppress(AttributeError):
+            self._file.closed = True  # or it would be closed, and come into being, once nobody holds it
         self._remove()  # a filesystem that is no object store shows what is written so far
 
 
