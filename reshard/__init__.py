@@ -3,6 +3,7 @@
     reshard.save(state_dict, "s3://bucket/run/step-1000")     under FSDP, on N ranks
     reshard.load(state_dict, "s3://bucket/run/step-1000")     under TP, on M ranks: each fetches only what it needs
     reshard.open("s3://bucket/run/step-1000")                 without a process group
+    reshard.convert("s3://bucket/run/step-1000", "model", format="safetensors")
 
 Names are imported when they are first used, so that `import reshard` is light.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .planner.layout import StridedShard as StridedShard
     from .storage.checkpoint import Checkpoint as Checkpoint
     from .storage.checkpoint import open_checkpoint as open
+    from .storage.convert import convert as convert
     from .storage.dcp import StorageReader as StorageReader
     from .storage.dcp import StorageWriter as StorageWriter
     from .storage.load import load as load
@@ -44,6 +46,7 @@ __all__ = [
     "Store",
     "StridedShard",
     "__version__",
+    "convert",
     "errors",
     "load",
     "open",
@@ -62,6 +65,7 @@ _HOMES = {
     "StorageWriter": ("storage.dcp", "StorageWriter"),
     "Store": ("storage.store", "Store"),
     "StridedShard": ("planner.layout", "StridedShard"),
+    "convert": ("storage.convert", "convert"),
     "errors": ("errors", ""),
     "load": ("storage.load", "load"),
     "open": ("storage.checkpoint", "open_checkpoint"),

@@ -17,6 +17,7 @@ from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
 from .errors import DestinationError
+from .hf_config import read_tp_plan
 from .open_source import open_source
 from .read import Blob, check_is_tensor, read_boxes
 from .source import Source
@@ -55,6 +56,19 @@ class Checkpoint:
     def info(self) -> Mapping[str, Any]:
         """By what it was written, when, with which codec and from how many ranks."""
         return MappingProxyType(self._source.info)
+
+    @property
+    def format(self) -> str:
+        """ "reshard", "dcp", "safetensors" or "torch"."""
+        return self._source.format
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """The tensor-parallel plan in the `config.json` beside it, as rules for a Layout; empty where there is none.
+
+        Raises CorruptCheckpointError where it is none, StoreError.
+        """
+        return read_tp_plan(self._source.store)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -121,11 +135,17 @@ class Checkpoint:
         wants = [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
         return plan_ranks(self._source.index(wants), layout, names, self._source.gaps(max_over_read))
 
-    def load_rank(self, layout: Layout, rank: int, *, names: str = "*") -> dict[str, torch.Tensor]:
+    def load_rank(
+        self, layout: Layout, rank: int, *, names: str = "*", dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
         """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
 
-        `names` is a pattern as in a layout: "model" leaves out the optimizer beside it.
-        Raises LayoutError, CorruptCheckpointError, StoreError.
+        Args:
+            names: a pattern as in a layout: "model" leaves out the optimizer beside it.
+            dtype: of floating-point tensors; the stored one by default. float32 values of a native checkpoint are read
+                as bfloat16 from a third of their bytes.
+
+        Raises LayoutError, DtypeError, CorruptCheckpointError, StoreError.
         """
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
@@ -133,7 +153,8 @@ class Checkpoint:
         held_tensors = rank_tensors(self._source.entries, layout, rank, names)
         self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
-            local = torch.empty(held.local.shape, dtype=torch_dtype(held.entry.dtype))
+            stored = torch_dtype(held.entry.dtype)
+            local = torch.empty(held.local.shape, dtype=dtype if dtype and stored.is_floating_point else stored)
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)

@@ -47,14 +47,14 @@ from .manifest import encode_manifest
 from .objects import torch_save
 from .open_source import open_source
 from .ranks import Alarm, raises_portable, rank_of
-from .read import Blob, read_boxes
+from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .source import Source
 from .store import Store, open_store
 from .tensors import dtype_name, refuse_misplaced, torch_dtype
 from .version import __version__
-from .writer import ShardToWrite, write_objects
+from .writer import ShardToWrite, part_of, write_objects
 
 logger = logging.getLogger("reshard")
 CODECS = ("zstd", "none")
@@ -144,7 +144,7 @@ class StorageWriter(dcp.StorageWriter):
         with self.alarm:
             self._written = write_objects(
                 self._store(),
-                self._rank,
+                f"{self._rank:05}",
                 shards,
                 self._codec,
                 budget_bytes=self._budget_bytes,
@@ -281,7 +281,7 @@ class StorageReader(dcp.StorageReader):
         for blob in blobs:
             wants += blob.wants
             destinations += blob.tensors
-        self.report = read_boxes(
+        report = read_boxes(
             source,
             wants,
             destinations,
@@ -289,6 +289,7 @@ class StorageReader(dcp.StorageReader):
             budget_bytes=self._budget_bytes,
             max_over_read=self._max_over_read,
         )
+        self.report = counting_metadata(report, source)
         for item, target in zip(tensors, targets, strict=True):
             planner.commit_tensor(item, target)
         for item, blob in zip(objects, blobs, strict=True):
@@ -333,17 +334,20 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
         assert isinstance(data, io.BytesIO)
         kind = data.kind if isinstance(data, EncodedObject) else Kind.TORCH_SAVE
         blob = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
-        return ShardToWrite(name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda: blob)
+        return ShardToWrite(
+            name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda part: blob[part.slices]
+        )
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
-    def load() -> torch.Tensor:
+    dtype = item.tensor_data.properties.dtype
+
+    def load(part: Box) -> torch.Tensor:
         values = planner.resolve_data(item)
         assert isinstance(values, torch.Tensor)
-        return values
+        return part_of(name, values, box, dtype, part)
 
-    dtype = item.tensor_data.properties.dtype
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
 
 

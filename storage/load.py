@@ -16,7 +16,7 @@ from ..planner.read_plan import Want
 from .errors import DestinationError
 from .open_source import open_source
 from .ranks import Alarm, on_all_ranks, rank_of
-from .read import Blob, check_is_tensor, read_boxes
+from .read import Blob, check_is_tensor, counting_metadata, read_boxes
 from .reports import RankReport, Report
 from .source import Source
 from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
@@ -140,7 +140,7 @@ class _Loading:
         self.objects = [
             (leaf, blob.value(allow_pickle=self._allow_pickle)) for leaf, blob in zip(objects, blobs, strict=True)
         ]
-        return report
+        return counting_metadata(report, source)
 
     def _present(self, leaves: dict[str, Leaf], source: Source) -> list[Leaf]:
         """The leaves that the checkpoint has. Raises MissingTensorError."""

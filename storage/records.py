@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +52,37 @@ class ObjectRecord:
     chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage: "encode" is time spent waiting for it, "write" is time in the store's calls."""
+
+
+def record_to_json(record: ObjectRecord) -> dict[str, Any]:
+    """What a rank wrote, as a value of JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return base64.b64encode(value).decode("ascii")
+        raise TypeError(type(value))
+
+    made: dict[str, Any] = json.loads(json.dumps(asdict(record), default=plain))
+    return made
+
+
+def record_from_json(value: dict[str, Any]) -> ObjectRecord:
+    """Raises what Python does where it is no such value."""
+    shards = [
+        ShardRecord(
+            shard["name"],
+            shard["kind"],
+            shard["dtype"],
+            tuple(shard["shape"]),
+            Box(tuple(shard["box"]["offsets"]), tuple(shard["box"]["sizes"])),
+            tuple(
+                SegmentRecord(**{**segment, **{c: base64.b64decode(segment[c]) for c in ("lengths", "checksums")}})
+                for segment in shard["segments"]
+            ),
+        )
+        for shard in value["shards"]
+    ]
+    return ObjectRecord(**{**value, "shards": shards})
 
 
 def assemble_index(

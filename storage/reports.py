@@ -28,12 +28,16 @@ class RankReport:
     @property
     def amplification(self) -> float:
         """Bytes moved over bytes needed."""
-        return (self.bytes_fetched + self.bytes_written) / self.bytes_needed if self.bytes_needed else 0.0
+        return self._moved / self.bytes_needed if self.bytes_needed else 0.0
+
+    @property
+    def _moved(self) -> int:
+        return self.bytes_fetched + self.bytes_written
 
     def __str__(self) -> str:
         who = "all ranks" if self.rank is None else f"rank {self.rank}"
-        moved = f"{self.bytes_written / 1e6:.2f} MB written" if self.bytes_written else ""
-        moved = moved or f"{self.bytes_fetched / 1e6:.2f} MB fetched"
+        parts = {"fetched": self.bytes_fetched, "written": self.bytes_written}
+        moved = ", ".join(f"{nbytes / 1e6:.2f} MB {how}" for how, nbytes in parts.items() if nbytes or not self._moved)
         stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
         return (
             f"{who}: {self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "

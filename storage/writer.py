@@ -69,8 +69,8 @@ class ShardToWrite:
     """Of the global tensor."""
     box: Box
     """The part of it that the shard is."""
-    load: Callable[[], torch.Tensor]
-    """Gives the shard's values, of shape `box.sizes`, on any device; called when its turn comes."""
+    load: Callable[[Box], torch.Tensor]
+    """Gives the values of a box of the tensor, inside the shard, on any device; called when its turn comes."""
 
     @property
     def nbytes(self) -> int:
@@ -80,16 +80,16 @@ class ShardToWrite:
         """The shard as several that have at most so many bytes, as far as the grid lets it be cut."""
         grid = Grid.choose(self.shape, self.dtype.itemsize)
         boxes = grid.split(self.box, max(1, most_bytes // self.dtype.itemsize))
-        return [replace(self, box=box, load=partial(self._part, box)) for box in boxes]
+        return [replace(self, box=box) for box in boxes]
 
-    def _part(self, box: Box) -> torch.Tensor:
-        values = self.load()
-        if tuple(values.shape) != self.box.sizes or values.dtype != self.dtype:
-            raise ShapeMismatchError(
-                f"{self.name!r} should hold {self.box} of {self.dtype} on this rank, but has shape "
-                f"{tuple(values.shape)}, {values.dtype}"
-            )
-        return values[box.relative_to(self.box).slices]
+
+def part_of(name: str, values: torch.Tensor, shard: Box, dtype: torch.dtype, box: Box) -> torch.Tensor:
+    """A box of a tensor, out of the values of a shard. Raises ShapeMismatchError where they are not those of one."""
+    if tuple(values.shape) != shard.sizes or values.dtype != dtype:
+        raise ShapeMismatchError(
+            f"{name!r} should hold {shard} of {dtype} on this rank, but has shape {tuple(values.shape)}, {values.dtype}"
+        )
+    return values[box.relative_to(shard).slices]
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class _Shard:
 
 def write_objects(
     store: Store,
-    rank: int,
+    label: str,
     shards: Sequence[ShardToWrite],
     codec: str,
     *,
@@ -143,6 +143,7 @@ def write_objects(
     object that it failed at is begun anew, under another name.
 
     Args:
+        label: what their names end with, the rank's number; it makes them no more unique.
         budget_bytes: of values that may be held; `default_budget()` by default.
         interrupt: called now and then; what it raises stops the writing.
         failed: called as soon as it fails, before anything is removed.
@@ -154,7 +155,7 @@ def write_objects(
     stopped = threading.Event()
     with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
         writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
-        writer = _ObjectWriter(store, rank, codec, min(WINDOW_BYTES, budget), encoding, stopped)
+        writer = _ObjectWriter(store, label, codec, min(WINDOW_BYTES, budget), encoding, stopped)
         futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
         try:
             pending = set(futures)
@@ -202,14 +203,14 @@ class _ObjectWriter:
     def __init__(
         self,
         store: Store,
-        rank: int,
+        label: str,
         codec: str,
         window_bytes: int,
         encoding: ThreadPoolExecutor,
         stopped: threading.Event,
     ) -> None:
         self._store = store
-        self._rank = rank
+        self._label = label
         self._codec = codec
         self._window = window_bytes
         self._encoding = encoding
@@ -219,7 +220,7 @@ class _ObjectWriter:
     def write(self, shards: Sequence[ShardToWrite]) -> ObjectRecord:
         """One object of these shards. What was begun is removed where that fails."""
         # What differs comes first: stores spread their load by the beginning of a key.
-        record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._rank:05d}{DATA_SUFFIX}")
+        record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._label}{DATA_SUFFIX}")
         begun: list[_Shard] = []
         encode_s = write_s = 0.0
         try:
@@ -259,7 +260,7 @@ class _ObjectWriter:
         held = 0
         try:
             for source in shards:
-                values = source.load()
+                values = source.load(source.box)
                 dtype = dtype_name(source.name, values.dtype)
                 entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
                 _, offsets, sizes = entry.grid.chunks(source.box)

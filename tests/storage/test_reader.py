@@ -20,6 +20,10 @@ from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, 
 from reshard.storage.writer import ShardToWrite, write_objects
 
 
+def part_of(values: torch.Tensor, box: Box) -> torch.Tensor:
+    return values[box.slices]
+
+
 def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple[MemoryStore, Source]:
     """A checkpoint of tensors, each cut in rows over the ranks."""
     store = MemoryStore()
@@ -29,9 +33,9 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
         for name, values in tensors.items():
             rows = len(values) // ranks
             box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
-            load = functools.partial(values.__getitem__, box.slices)
+            load = functools.partial(part_of, values)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
-        records += write_objects(store, rank, shards, codec)
+        records += write_objects(store, f"{rank:05}", shards, codec)
     store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
     return store, open_source(store)
 

@@ -16,18 +16,18 @@ from reshard.storage.errors import DtypeError, StoreError
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
-from reshard.storage.writer import ShardToWrite, write_objects
+from reshard.storage.writer import ShardToWrite, part_of, write_objects
 
 
 def shard(name: str, values: torch.Tensor) -> ShardToWrite:
     shape = tuple(values.shape)
-    return ShardToWrite(name, Kind.TENSOR, values.dtype, shape, Box.whole(shape), lambda: values)
+    return ShardToWrite(name, Kind.TENSOR, values.dtype, shape, Box.whole(shape), lambda box: values[box.slices])
 
 
 def test_a_rank_writes_one_object_that_the_index_describes() -> None:
     store = MemoryStore()
     shards = [shard("a", torch.randn(64, 64)), shard("b", torch.arange(10)), shard("none", torch.empty(0, 3))]
-    (record,) = write_objects(store, 3, shards, "zstd")
+    (record,) = write_objects(store, "00003", shards, "zstd")
     assert list(store.content) == [record.name]
     assert re.fullmatch(r"data/[0-9a-f]{32}-00003\.shard", record.name)
     assert record.nbytes == len(store.content[record.name])
@@ -39,13 +39,13 @@ def test_a_rank_writes_one_object_that_the_index_describes() -> None:
 
 def test_nothing_to_write_makes_no_object() -> None:
     store = MemoryStore()
-    assert write_objects(store, 0, [shard("none", torch.empty(0))], "zstd") == []
+    assert write_objects(store, "00000", [shard("none", torch.empty(0))], "zstd") == []
     assert store.content == {}
 
 
 def test_names_are_never_used_twice() -> None:
     store = MemoryStore()
-    names = {write_objects(store, 0, [shard("a", torch.zeros(1))], "none")[0].name for _ in range(3)}
+    names = {write_objects(store, "00000", [shard("a", torch.zeros(1))], "none")[0].name for _ in range(3)}
     assert len(names) == 3
 
 
@@ -54,7 +54,7 @@ def test_a_store_that_fails_stops_the_save_and_leaves_nothing(method: str, after
     memory = MemoryStore()
     store = RecordingStore(memory, failing(method, after=after))
     with pytest.raises(StoreError, match=f"injected: {method}"):
-        write_objects(store, 0, [shard("a", torch.randn(1000, 1000))], "none")
+        write_objects(store, "00000", [shard("a", torch.randn(1000, 1000))], "none")
     assert memory.content == {}
     assert [call.method for call in store.calls][-1] == "delete"
 
@@ -62,13 +62,18 @@ def test_a_store_that_fails_stops_the_save_and_leaves_nothing(method: str, after
 def test_what_cannot_be_stored_is_named() -> None:
     values = torch.zeros(4, dtype=torch.uint8).view(torch.bits8)
     with pytest.raises(DtypeError, match=r"'q' has dtype torch\.bits8"):
-        write_objects(MemoryStore(), 0, [shard("q", values)], "zstd")
+        write_objects(MemoryStore(), "00000", [shard("q", values)], "zstd")
 
 
 def test_a_shard_that_is_not_its_box_is_named() -> None:
-    wrong = ShardToWrite("w", Kind.TENSOR, torch.float32, (8, 2), Box((0, 0), (4, 2)), lambda: torch.zeros(3, 2))
+    box = Box((0, 0), (4, 2))
+
+    def load(part: Box) -> torch.Tensor:
+        return part_of("w", torch.zeros(3, 2), box, torch.float32, part)
+
+    wrong = ShardToWrite("w", Kind.TENSOR, torch.float32, (8, 2), box, load)
     with pytest.raises(ShapeMismatchError, match=r"'w' should hold \[0:4, 0:2\].*\(3, 2\)"):
-        write_objects(MemoryStore(), 0, [wrong], "zstd")
+        write_objects(MemoryStore(), "00000", [wrong], "zstd")
 
 
 def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +99,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
                 written += call.stop
 
     monkeypatch.setattr(writer, "_encode", counting)
-    write_objects(RecordingStore(MemoryStore(), before), 0, [shard("a", torch.zeros(1 << 22))], "none")
+    write_objects(RecordingStore(MemoryStore(), before), "00000", [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
     assert window / 2 < ahead <= window + 8 + writer.TASK_BYTES
 
@@ -112,7 +117,7 @@ def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.Mon
     memory.holds_objects = True
     values = {"large": torch.randn(1024, 512), **{f"small{i}": torch.randn(64, 64) for i in range(63)}}
     records = write_objects(
-        RecordingStore(memory, before), 0, [shard(name, tensor) for name, tensor in values.items()], "none"
+        RecordingStore(memory, before), "00000", [shard(name, tensor) for name, tensor in values.items()], "none"
     )
     assert 8 <= len(records) <= 12
     assert sorted(memory.content) == sorted(record.name for record in records)
@@ -133,6 +138,6 @@ def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pyt
     shards = [shard(f"t{i}", torch.randn(64, 64)) for i in range(200)]
     begin = time.monotonic()
     with pytest.raises(StoreError, match="injected"):
-        write_objects(RecordingStore(memory, failing("create", after=2)), 0, shards, "none", budget_bytes=1 << 18)
+        write_objects(RecordingStore(memory, failing("create", after=2)), "00000", shards, "none", budget_bytes=1 << 18)
     assert time.monotonic() - begin < 30
     assert memory.content == {}

@@ -1,0 +1,1 @@
+"""What `reshard.convert` writes: one module for each format."""

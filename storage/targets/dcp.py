@@ -1,0 +1,86 @@
+"""torch.distributed.checkpoint's own format as the target of a conversion: what `dcp.load` reads without reshard."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ...planner.index import Kind
+from ..errors import CheckpointExistsError
+from ..objects import torch_save
+from ..sources.dcp import METADATA
+from ..store import Store
+from .target import Done, Item, Unit, Values, in_pieces
+
+
+class DcpTarget:
+    """Writes a `.distcp` file for each unit, and `.metadata`."""
+
+    commits = METADATA
+
+    def units(self, items: Sequence[Item]) -> list[Unit]:
+        return in_pieces(items)
+
+    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+        file = f"__{unit.number}_0.distcp"
+        store.delete([file])
+        slices: list[dict[str, Any]] = []
+        at = 0
+        with store.create(file) as out:
+            for piece in unit.pieces:
+                interrupt()
+                item, box = piece.item, piece.box
+                if item.kind is Kind.TENSOR:
+                    data = torch_save(values.tensor(item, box))
+                else:
+                    kind, encoded, value = values.object(item)
+                    data = encoded if kind is Kind.TORCH_SAVE else torch_save(value)
+                out.write(data)
+                slices.append({"name": item.name, "offsets": box.offsets, "sizes": box.sizes, "length": len(data)})
+                at += len(data)
+        return {"file": file, "slices": slices, "bytes": at}
+
+    def commit(
+        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
+    ) -> int:
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        tensors = {item.name for item in items if item.kind is Kind.TENSOR}
+        for unit in done:
+            at = 0
+            for piece in unit["slices"]:
+                name, offsets = piece["name"], torch.Size(piece["offsets"])
+                index = MetadataIndex(name, offsets) if name in tensors else MetadataIndex(name)
+                chunks.setdefault(name, []).append(ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
+                storage[index] = _StorageInfo(unit["file"], at, piece["length"])
+                at += piece["length"]
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for item in items:
+            if item.kind is not Kind.TENSOR:
+                entries[item.name] = BytesStorageMetadata()
+                continue
+            shape = torch.Size(item.shape)
+            empty = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+            properties = TensorProperties(dtype=item.torch_dtype)
+            entries[item.name] = TensorStorageMetadata(properties, shape, chunks.get(item.name, [empty]))
+        planner_data = {item.name: tuple(paths.get(item.name, (item.name,))) for item in items}
+        metadata = Metadata(entries, planner_data, storage, StorageMeta(store.location), CURRENT_DCP_VERSION)
+        data = pickle.dumps(metadata)
+        try:
+            store.put(METADATA, data, overwrite=False)
+        except CheckpointExistsError:
+            raise CheckpointExistsError(f"there is a checkpoint of DCP at {store.location} already") from None
+        return len(data)

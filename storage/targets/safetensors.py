@@ -1,0 +1,109 @@
+"""safetensors as the target of a conversion: files of bounded size and their index, as Hugging Face lays them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ...planner.box import Box
+from ...planner.index import ITEMSIZES
+from ..errors import CheckpointExistsError, DtypeError
+from ..sources.safetensors import INDEX_SUFFIX, NAMES
+from ..store import Store
+from ..tensors import as_array, as_bytes
+from .target import PIECE_BYTES, Done, Item, Piece, Unit, Values
+
+INDEX = f"model{INDEX_SUFFIX}"
+ALIGNMENT = 8
+"""The header is padded with spaces to a multiple of it."""
+
+
+class SafetensorsTarget:
+    """Writes a file for each unit, and the index. Only tensors can be in it."""
+
+    commits = INDEX
+
+    def __init__(self, max_file_bytes: int) -> None:
+        self._max_file_bytes = max_file_bytes
+        self._files = 0
+
+    def units(self, items: Sequence[Item]) -> list[Unit]:
+        files: list[list[Piece]] = [[]]
+        for item in items:
+            if item.dtype not in NAMES:
+                raise DtypeError(f"{item.name!r} has dtype {item.dtype}, which safetensors does not have")
+            held = sum(piece.nbytes for piece in files[-1])
+            if files[-1] and held + item.nbytes > self._max_file_bytes:
+                files.append([])
+            files[-1].append(Piece(item, Box.whole(item.shape)))
+        self._files = len(files)
+        return [Unit(number, tuple(pieces)) for number, pieces in enumerate(files)]
+
+    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+        name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
+        store.delete([name])
+        header = _header([piece.item for piece in unit.pieces])
+        nbytes = len(header)
+        with store.create(name) as out:
+            out.write(header)
+            for piece in unit.pieces:
+                for box in rows_of(piece.item):
+                    interrupt()
+                    data = as_bytes(as_array(values.tensor(piece.item, box)))
+                    out.write(data.data)
+                    nbytes += len(data)
+        return {"file": name, "tensors": [piece.item.name for piece in unit.pieces], "bytes": nbytes}
+
+    def commit(
+        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
+    ) -> int:
+        index = {
+            "metadata": {"total_size": sum(item.nbytes for item in items)},
+            "weight_map": {name: unit["file"] for unit in done for name in unit["tensors"]},
+        }
+        data = json.dumps(index, indent=2).encode()
+        try:
+            store.put(INDEX, data, overwrite=False)
+        except CheckpointExistsError:
+            raise CheckpointExistsError(f"there are safetensors at {store.location} already") from None
+        return len(data)
+
+
+def _header(items: Sequence[Item]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for item in items:
+        shape = list(item.shape)
+        if item.dtype.endswith("_x2"):  # two values an element
+            shape[-1] *= 2
+        header[item.name] = {"dtype": NAMES[item.dtype], "shape": shape, "data_offsets": [at, at + item.nbytes]}
+        at += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def rows_of(item: Item) -> Iterator[Box]:
+    """Boxes whose values follow each other in the row-major tensor, of PIECE_BYTES or a little more."""
+    yield from _rows(item.shape, (), max(1, PIECE_BYTES // ITEMSIZES[item.dtype]))
+
+
+def _rows(shape: tuple[int, ...], at: tuple[int, ...], most: int) -> Iterator[Box]:
+    """The part of a tensor below some leading indexes, in boxes of at most so many elements."""
+    rest = shape[len(at) :]
+    numel = Box.whole(rest).numel
+    if numel == 0:
+        return
+    if numel <= most or not rest:
+        yield Box(at + (0,) * len(rest), (1,) * len(at) + rest)
+        return
+    row = numel // rest[0]
+    if row > most:
+        for i in range(rest[0]):
+            yield from _rows(shape, (*at, i), most)
+        return
+    count = most // row
+    for i in range(0, rest[0], count):
+        sizes = (1,) * len(at) + (min(count, rest[0] - i), *rest[1:])
+        yield Box((*at, i) + (0,) * (len(rest) - 1), sizes)

@@ -1,0 +1,120 @@
+"""A target: a format that a conversion writes, as units of work that stand by themselves, and a commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...planner.box import Box
+from ...planner.grid import Grid
+from ...planner.index import ITEMSIZES, Kind
+from ..store import Store
+from ..tensors import torch_dtype
+
+PIECE_BYTES = 32 * 1024 * 1024
+"""Values that are read at once. A constant: a conversion that is taken up again must be cut as it was."""
+UNIT_BYTES = 256 * 1024 * 1024
+"""Values of a unit, or a little more: what is done again at most after a kill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tensor or an object to write."""
+
+    name: str
+    source: str
+    """Its name in the source."""
+    kind: Kind
+    dtype: str
+    """As it is to be written."""
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch_dtype(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return Box.whole(self.shape).numel * ITEMSIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a tensor, or an object as a whole."""
+
+    item: Item
+    box: Box
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * ITEMSIZES[self.item.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one rank writes at once."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+
+
+class Values(Protocol):
+    """The source's values."""
+
+    def tensor(self, item: Item, box: Box) -> torch.Tensor:
+        """A box of a tensor, in the item's dtype."""
+
+    def object(self, item: Item) -> tuple[Kind, bytes, Any]:
+        """An object: how it is encoded, its bytes, and its value; None where that needs pickle."""
+
+
+Done = dict[str, Any]
+"""What a target notes of a unit that it wrote, as a value of JSON."""
+
+
+class Target(Protocol):
+    """A format to write. `units` is a function of the items alone, so that all ranks, and a rerun, agree on them."""
+
+    commits: str
+    """The object whose presence makes the checkpoint whole."""
+
+    def units(self, items: Sequence[Item]) -> list[Unit]:
+        """All work."""
+
+    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+        """Write a unit's objects; what a killed try left of them is replaced.
+
+        Args:
+            label: the conversion's, and the rank's: what is in the name of an object that no other may have.
+        """
+
+    def commit(
+        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
+    ) -> int:
+        """Make the checkpoint whole, once all units are written, by one object. Returns its bytes.
+
+        Args:
+            label: the conversion's, which the labels of its units begin with.
+            done: of all units, in order.
+            paths: where items stand in the state dict that was saved, if that is known.
+        """
+
+
+def in_pieces(items: Sequence[Item]) -> list[Unit]:
+    """Units of pieces that are cut along the grid, in the order of the items; nothing of empty tensors."""
+    units: list[Unit] = []
+    pieces: list[Piece] = []
+    for item in items:
+        whole, itemsize = Box.whole(item.shape), ITEMSIZES[item.dtype]
+        boxes = [whole]
+        if item.kind is Kind.TENSOR:
+            boxes = Grid.choose(item.shape, itemsize).split(whole, PIECE_BYTES // itemsize) if whole.numel else []
+        for box in boxes:
+            pieces.append(Piece(item, box))
+            if sum(piece.nbytes for piece in pieces) >= UNIT_BYTES:
+                units.append(Unit(len(units), tuple(pieces)))
+                pieces = []
+    return [*units, Unit(len(units), tuple(pieces))] if pieces else units
