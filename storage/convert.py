@@ -10,25 +10,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..planner.box import Box
 from ..planner.index import ITEMSIZES, Entry, Kind, missing
 from ..planner.layout import matches
-from ..planner.read_plan import Want
 from .checksums import checksum
 from .dcp import check_codec
-from .errors import ArgumentError, CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, UnsafeObjectError
-from .objects import encode_object
+from .errors import ArgumentError, CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError
 from .open_source import open_source
 from .ranks import Alarm, Interrupt, on_all_ranks, rank_of
-from .read import Blob, counting_metadata, read_boxes
 from .reports import RankReport, Report
 from .retrying_store import retried
 from .source import Source
@@ -36,15 +34,14 @@ from .store import Store, open_store
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
-from .targets.target import PIECE_BYTES, Done, Item, Piece, Target, Unit
+from .targets.target import Done, Item, Target, Unit
+from .targets.values import Values
 from .tensors import dtype_name
 from .version import __version__
 
 TARGETS = ("reshard", "dcp", "safetensors")
 MAX_FILE_BYTES = 5_000_000_000
 """Of safetensors files: what Hugging Face's own writers took as the default for long."""
-SMALL_BYTES = 1024 * 1024
-"""Tensors of so many bytes are read several at once."""
 _NOTE = re.compile(r"\.reshard-convert-\d{6}\.json")
 Place = str | os.PathLike[str] | Store
 
@@ -66,7 +63,7 @@ def convert(
 ) -> Report:
     """Convert a checkpoint. Collective where there is a process group: its ranks share the work.
 
-    Values are read and written in pieces of some 32 MiB, whatever their size. A call that was killed can be made again,
+    Values are read and written in pieces of some 16 MiB, whatever their size. A call that was killed can be made again,
     with the same arguments, and goes on where it was.
 
     Args:
@@ -121,7 +118,7 @@ def convert(
         committed = on_all_ranks(lambda: conversion.commit() if rank == 0 else 0, process_group)
     finally:
         alarm.close()
-    ranks = [conversion.with_written(report, n) for report, n in zip(reports, committed, strict=True)]
+    ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
     return Report(rank, tuple(ranks), conversion.skipped)
 
 
@@ -139,12 +136,6 @@ class _Conversion:
         self._world = world
         self._budget = budget_bytes
         self.skipped: tuple[str, ...] = ()
-        self._lock = threading.Lock()
-        self._read = RankReport(rank)
-        self._small: list[Piece] = []
-        """Pieces of the unit at hand that are read several at once."""
-        self._ahead: dict[Piece, torch.Tensor] = {}
-        """Those of them that were read and not asked for yet."""
 
     def prepare(
         self,
@@ -189,59 +180,20 @@ class _Conversion:
         """Write this rank's units that do not stand yet."""
         begin = time.perf_counter()
         written = 0
-        for unit in self.units[self._rank :: self._world]:
-            if unit.number not in self._done:
-                interrupt()
-                done = retried(lambda unit=unit: self._write(unit, interrupt))  # type: ignore[misc]
-                written += _bytes_of(done)
+        with closing(Values(self.source, self._rank, self._budget)) as values:
+            for unit in self.units[self._rank :: self._world]:
+                if unit.number not in self._done:
+                    interrupt()
+                    done = retried(partial(self._write, unit, values, interrupt))
+                    written += _bytes_of(done)
         seconds = {"total": time.perf_counter() - begin}
-        read = counting_metadata(self._read, self.source)
-        return _sum(read, RankReport(self._rank, bytes_written=written), seconds)
+        return replace(values.report, bytes_written=written, seconds=seconds)
 
-    def _write(self, unit: Unit, interrupt: Interrupt) -> Done:
-        self._small = [p for p in unit.pieces if p.nbytes <= SMALL_BYTES and p.item.kind is Kind.TENSOR]
-        self._ahead = {}
-        done = self.target.write(self.store, f"{self._conversion}-{self._rank:05}", unit, self, interrupt)
+    def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
+        done = self.target.write(self.store, f"{self._conversion}-{self._rank:05}", unit, values, interrupt)
         note = {"conversion": self._conversion, "unit": unit.number, "done": done}
         self.store.put(_note_name(unit), json.dumps(note).encode(), overwrite=True)
         return done
-
-    def tensor(self, item: Item, box: Box) -> torch.Tensor:
-        piece = Piece(item, box)
-        with self._lock:
-            found = self._ahead.pop(piece, None)
-        if found is not None:
-            return found
-        pieces = [piece]
-        if piece in self._small:
-            room = PIECE_BYTES
-            for other in self._small[self._small.index(piece) + 1 :]:
-                room -= other.nbytes
-                if room < 0:
-                    break
-                pieces.append(other)
-        first, *rest = self._tensors(pieces)
-        with self._lock:
-            self._ahead |= zip(pieces[1:], rest, strict=True)
-        return first
-
-    def _tensors(self, pieces: list[Piece]) -> list[torch.Tensor]:
-        wants = [Want(piece.item.source, piece.box) for piece in pieces]
-        tensors = [torch.empty(piece.box.sizes, dtype=piece.item.torch_dtype) for piece in pieces]
-        budget = None if self._budget is None else self._budget // 2
-        report = read_boxes(self.source, wants, tensors, budget_bytes=budget)
-        with self._lock:
-            self._read = _sum(self._read, report, {})
-        return tensors
-
-    def object(self, item: Item) -> tuple[Kind, bytes, Any]:
-        blob = Blob(self.source, item.source)
-        read_boxes(self.source, blob.wants, blob.tensors)
-        try:
-            value = blob.value()
-        except UnsafeObjectError:
-            return blob.kind, blob.data, None
-        return *encode_object(value), value
 
     def commit(self) -> int:
         """Make the checkpoint whole, and remove the notes. Returns the bytes that were written."""
@@ -256,9 +208,10 @@ class _Conversion:
         self.store.delete([_note_name(unit) for unit in self.units])
         return nbytes
 
-    def with_written(self, report: RankReport, nbytes: int) -> RankReport:
-        """A rank's report, with what it wrote to commit."""
-        return _sum(report, RankReport(report.rank, bytes_written=nbytes), report.seconds)
+
+def _with_written(report: RankReport, nbytes: int) -> RankReport:
+    """A rank's report, with what it wrote to commit."""
+    return replace(report, bytes_written=report.bytes_written + nbytes)
 
 
 def _note_name(unit: Unit) -> str:
@@ -318,15 +271,3 @@ def _cast(entry: Entry, dtype: torch.dtype | None) -> str:
 def _paths(source: Source, items: Iterable[Item]) -> dict[str, tuple[str | int, ...]]:
     """Where the items that keep their names stand in the state dict that was saved."""
     return {item.name: source.paths[item.source] for item in items if item.source == item.name in source.paths}
-
-
-def _sum(a: RankReport, b: RankReport, seconds: Mapping[str, float]) -> RankReport:
-    return RankReport(
-        a.rank,
-        a.bytes_needed + b.bytes_needed,
-        a.bytes_fetched + b.bytes_fetched,
-        a.bytes_written + b.bytes_written,
-        a.requests + b.requests,
-        a.chunks + b.chunks,
-        seconds,
-    )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..planner.box import Box
+from ..planner.coalesce import MAX_REQUEST_BYTES
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
@@ -18,8 +19,9 @@ from .errors import DestinationError
 from .objects import decode_object
 from .place import check_destination
 from .ranks import Interrupt, never
-from .reader import execute
+from .reader import Workers, execute
 from .reports import RankReport
+from .resources import default_budget
 from .source import Source
 from .tensors import from_bytes, torch_dtype
 
@@ -69,6 +71,7 @@ def read_boxes(
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
     interrupt: Interrupt = never,
+    workers: Workers | None = None,
 ) -> RankReport:
     """Read boxes into tensors of their sizes, in place.
 
@@ -87,11 +90,21 @@ def read_boxes(
         for want, destination in zip(wants, destinations, strict=True)
     ]
     index = source.index(wants)
-    plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read))
+    budget = default_budget() if budget_bytes is None else budget_bytes
+    most = min(MAX_REQUEST_BYTES, budget // 4)  # so that several are under way, whatever the budget
+    plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read), max_request_bytes=max(most, 1))
     planned = time.perf_counter()
     for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
         torch.accelerator.synchronize(device)  # what still writes to the destinations on their own stream
-    stats = execute(plan, index, source.store, destinations, budget_bytes=budget_bytes, interrupt=interrupt)
+    stats = execute(
+        plan,
+        index,
+        source.store,
+        destinations,
+        budget_bytes=budget,
+        interrupt=interrupt,
+        workers=workers,
+    )
     return RankReport(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),

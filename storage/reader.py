@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -49,6 +51,7 @@ def execute(
     *,
     budget_bytes: int | None = None,
     interrupt: Interrupt = never,
+    workers: Workers | None = None,
 ) -> ReadStats:
     """Carry out a plan: fill each destination with the box that was wanted in its place.
 
@@ -57,6 +60,7 @@ def execute(
             stored one can be cast to. Written in place.
         budget_bytes: of what was fetched and is not placed yet; `default_budget()` by default.
         interrupt: called now and then; what it raises stops the reading.
+        workers: threads and memory that other calls use too; some of its own by default.
 
     Raises:
         CorruptCheckpointError: bytes are damaged or missing. The tensor that it names is as it was, unless the
@@ -65,8 +69,26 @@ def execute(
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
     execution = _Execution(plan, index, store, destinations, budget, interrupt)
-    execution.run()
+    if workers is not None:
+        execution.run(workers)
+    else:
+        with Workers(store) as own:
+            execution.run(own)
     return execution.stats
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """The threads that fetch from a store, those that decode and place, and the memory that is fetched into."""
+
+    def __init__(self, store: Store) -> None:
+        self.placing = ThreadPoolExecutor(default_threads(), "reshard-place")
+        self.fetcher = Fetcher(store)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.fetcher.__exit__(kind, error, traceback)
+        self.placing.shutdown()
 
 
 class _Execution:
@@ -93,23 +115,20 @@ class _Execution:
         self._working = 0
         self._error: BaseException | None = None
 
-    def run(self) -> None:
-        with (
-            ThreadPoolExecutor(default_threads(), "reshard-place") as self._pool,
-            Fetcher(self._store) as self._fetcher,
-        ):
-            try:
-                for together in self._grouped(self._fetcher.together_bytes):
-                    self._admit(together)
-                    if self._error is not None:
-                        break
-                    names = (self._index.objects[request.object][0] for request in together)
-                    wanted = [(name, request.ranges) for name, request in zip(names, together, strict=True)]
-                    self._fetcher.start(wanted, partial(self._fetched, together, time.perf_counter()))
-                with self._lock:
-                    self._wait_until(lambda: self._fetching == 0 and self._working == 0)
-            except BaseException as error:
-                self._fail(error)
+    def run(self, workers: Workers) -> None:
+        self._pool, self._fetcher = workers.placing, workers.fetcher
+        try:
+            for together in self._grouped(self._fetcher.together_bytes):
+                self._admit(together)
+                if self._error is not None:
+                    break
+                names = (self._index.objects[request.object][0] for request in together)
+                wanted = [(name, request.ranges) for name, request in zip(names, together, strict=True)]
+                self._fetcher.start(wanted, partial(self._fetched, together, time.perf_counter()))
+            with self._lock:
+                self._wait_until(lambda: self._fetching == 0 and self._working == 0)
+        except BaseException as error:
+            self._fail(error)
         if self._error is not None:
             raise self._error
 

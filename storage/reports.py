@@ -86,6 +86,18 @@ class Report:
         return "\n".join(str(report) for report in (self.total, *shown))
 
 
+def added(a: RankReport, b: RankReport) -> RankReport:
+    """What a rank did in two calls; without the seconds."""
+    return RankReport(
+        a.rank,
+        a.bytes_needed + b.bytes_needed,
+        a.bytes_fetched + b.bytes_fetched,
+        a.bytes_written + b.bytes_written,
+        a.requests + b.requests,
+        a.chunks + b.chunks,
+    )
+
+
 def _longest(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for seconds in stages for name in seconds)
     return {name: max(seconds.get(name, 0.0) for seconds in stages) for name in names}

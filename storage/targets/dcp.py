@@ -23,7 +23,8 @@ from ..errors import CheckpointExistsError
 from ..objects import torch_save
 from ..sources.dcp import METADATA
 from ..store import Store
-from .target import Done, Item, Unit, Values, in_pieces
+from .target import Done, Item, Unit, in_pieces
+from .values import Values
 
 
 class DcpTarget:
@@ -39,12 +40,13 @@ class DcpTarget:
         store.delete([file])
         slices: list[dict[str, Any]] = []
         at = 0
+        tensors = values.stream(piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR)
         with store.create(file) as out:
             for piece in unit.pieces:
                 interrupt()
                 item, box = piece.item, piece.box
                 if item.kind is Kind.TENSOR:
-                    data = torch_save(values.tensor(item, box))
+                    data = torch_save(next(tensors))
                 else:
                     kind, encoded, value = values.object(item)
                     data = encoded if kind is Kind.TORCH_SAVE else torch_save(value)

@@ -17,7 +17,8 @@ from ..records import assemble_index, record_from_json, record_to_json
 from ..store import Store
 from ..version import __version__
 from ..writer import ShardToWrite, write_objects
-from .target import Done, Item, Piece, Unit, Values, in_pieces
+from .target import Done, Item, Piece, Unit, in_pieces
+from .values import Values
 
 
 class NativeTarget:
@@ -33,7 +34,8 @@ class NativeTarget:
         return in_pieces(items)
 
     def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
-        shards = [_shard(piece, values) for piece in unit.pieces]
+        load = _read_at_once(values) if store.holds_objects else _in_order(unit, values)
+        shards = [_shard(piece, values, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
         return {"objects": [record_to_json(record) for record in records]}
 
@@ -57,11 +59,34 @@ class NativeTarget:
         return len(manifest)
 
 
-def _shard(piece: Piece, values: Values) -> ShardToWrite:
+Load = Callable[[Item, Box], torch.Tensor]
+
+
+def _read_at_once(values: Values) -> Load:
+    """For objects that are written at once, each by a thread of its own, which reads for itself."""
+    return lambda item, box: values.read([Piece(item, box)])[0]
+
+
+def _in_order(unit: Unit, values: Values) -> Load:
+    """For one object, which takes the pieces, or parts of them, in their order."""
+    tensors = [piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR]
+    stream = zip(tensors, values.stream(tensors), strict=True)
+    current: tuple[Piece, torch.Tensor] | None = None
+
+    def load(item: Item, box: Box) -> torch.Tensor:
+        nonlocal current
+        while current is None or current[0].item is not item or current[0].box.intersect(box) != box:
+            current = next(stream)
+        piece, tensor = current
+        return tensor[box.relative_to(piece.box).slices]
+
+    return load
+
+
+def _shard(piece: Piece, values: Values, load: Load) -> ShardToWrite:
     item = piece.item
     if item.kind is Kind.TENSOR:
-        load = partial(values.tensor, item)
-        return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, load)
+        return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
     kind, data, _ = values.object(item)
     blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     whole = Box.whole((len(blob),))

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...planner.box import Box
+from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES
 from ..errors import CheckpointExistsError, DtypeError
 from ..sources.safetensors import INDEX_SUFFIX, NAMES
 from ..store import Store
 from ..tensors import as_array, as_bytes
-from .target import PIECE_BYTES, Done, Item, Piece, Unit, Values
+from .target import PIECE_BYTES, Done, Item, Piece, Unit
+from .values import Values
 
 INDEX = f"model{INDEX_SUFFIX}"
 ALIGNMENT = 8
@@ -47,12 +49,12 @@ class SafetensorsTarget:
         nbytes = len(header)
         with store.create(name) as out:
             out.write(header)
-            for piece in unit.pieces:
-                for box in rows_of(piece.item):
-                    interrupt()
-                    data = as_bytes(as_array(values.tensor(piece.item, box)))
-                    out.write(data.data)
-                    nbytes += len(data)
+            pieces = (Piece(piece.item, box) for piece in unit.pieces for box in rows_of(piece.item))
+            for tensor in values.stream(pieces):
+                interrupt()
+                data = as_bytes(as_array(tensor))
+                out.write(data.data)
+                nbytes += len(data)
         return {"file": name, "tensors": [piece.item.name for piece in unit.pieces], "bytes": nbytes}
 
     def commit(
@@ -85,25 +87,34 @@ def _header(items: Sequence[Item]) -> bytes:
 
 
 def rows_of(item: Item) -> Iterator[Box]:
-    """Boxes whose values follow each other in the row-major tensor, of PIECE_BYTES or a little more."""
-    yield from _rows(item.shape, (), max(1, PIECE_BYTES // ITEMSIZES[item.dtype]))
+    """Boxes whose values follow each other in the row-major tensor, of PIECE_BYTES at most, unless for one element.
+
+    They end where a chunk of a native checkpoint does, so that none is read for two of them.
+    """
+    parts = Grid.choose(item.shape, ITEMSIZES[item.dtype]).parts[:1]
+    lines = [item.shape[0] * i // parts[0] for i in range(parts[0] + 1)] if parts else []
+    yield from _rows(item.shape, (), lines, max(1, PIECE_BYTES // ITEMSIZES[item.dtype]))
 
 
-def _rows(shape: tuple[int, ...], at: tuple[int, ...], most: int) -> Iterator[Box]:
-    """The part of a tensor below some leading indexes, in boxes of at most so many elements."""
+def _rows(shape: tuple[int, ...], at: tuple[int, ...], lines: Sequence[int], most: int) -> Iterator[Box]:
+    """The part of a tensor below some leading indexes, in boxes of at most so many elements.
+
+    `lines` are indexes of the next dimension at which boxes should end, from 0 to its extent, where they can.
+    """
     rest = shape[len(at) :]
     numel = Box.whole(rest).numel
-    if numel == 0:
-        return
-    if numel <= most or not rest:
-        yield Box(at + (0,) * len(rest), (1,) * len(at) + rest)
+    if numel <= most:
+        if numel:
+            yield Box(at + (0,) * len(rest), (1,) * len(at) + rest)
         return
     row = numel // rest[0]
-    if row > most:
-        for i in range(rest[0]):
-            yield from _rows(shape, (*at, i), most)
-        return
-    count = most // row
-    for i in range(0, rest[0], count):
-        sizes = (1,) * len(at) + (min(count, rest[0] - i), *rest[1:])
-        yield Box((*at, i) + (0,) * (len(rest) - 1), sizes)
+    start = 0
+    while start < rest[0]:
+        if row > most:
+            yield from _rows(shape, (*at, start), (), most)
+            start += 1
+            continue
+        reach = min(start + most // row, rest[0])
+        stop = max((line for line in lines if start < line <= reach), default=reach)
+        yield Box((*at, start) + (0,) * (len(rest) - 1), (1,) * len(at) + (stop - start, *rest[1:]))
+        start = stop

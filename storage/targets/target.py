@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,7 +14,10 @@ from ...planner.index import ITEMSIZES, Kind
 from ..store import Store
 from ..tensors import torch_dtype
 
-PIECE_BYTES = 32 * 1024 * 1024
+if TYPE_CHECKING:
+    from .values import Values
+
+PIECE_BYTES = 16 * 1024 * 1024
 """Values that are read at once. A constant: a conversion that is taken up again must be cut as it was."""
 UNIT_BYTES = 256 * 1024 * 1024
 """Values of a unit, or a little more: what is done again at most after a kill."""
@@ -59,16 +62,6 @@ class Unit:
 
     number: int
     pieces: tuple[Piece, ...]
-
-
-class Values(Protocol):
-    """The source's values."""
-
-    def tensor(self, item: Item, box: Box) -> torch.Tensor:
-        """A box of a tensor, in the item's dtype."""
-
-    def object(self, item: Item) -> tuple[Kind, bytes, Any]:
-        """An object: how it is encoded, its bytes, and its value; None where that needs pickle."""
 
 
 Done = dict[str, Any]

@@ -1,0 +1,104 @@
+"""The values of a source, piece by piece, for a target: read ahead of the writing, small ones several at once."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ...planner.index import Kind
+from ...planner.read_plan import Want
+from ..errors import UnsafeObjectError
+from ..objects import encode_object
+from ..read import Blob, counting_metadata, read_boxes
+from ..reader import Workers
+from ..reports import RankReport, added
+from ..resources import default_budget, give_back_memory
+from ..source import Source
+from .target import PIECE_BYTES, Item, Piece
+
+MOST_READS = 8
+"""Pieces that are read at once."""
+
+
+class Values:
+    """Reads pieces of a source, within half of the budget."""
+
+    def __init__(self, source: Source, rank: int, budget_bytes: int | None) -> None:
+        budget = default_budget() if budget_bytes is None else budget_bytes
+        self._source = source
+        self._lock = threading.Lock()
+        self._reads = max(
+            1, min(MOST_READS, budget // (4 * PIECE_BYTES))
+        )  # each holds a piece twice: as stored, as read
+        self._pool = ThreadPoolExecutor(self._reads, "reshard-convert")
+        self._workers = Workers(source.store)
+        self._report = RankReport(rank)
+
+    @property
+    def report(self) -> RankReport:
+        """What was read so far."""
+        return counting_metadata(self._report, self._source)
+
+    def close(self) -> None:
+        """Reads that nobody waits for any more are left to end by themselves."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.__exit__(None, None, None)
+
+    def stream(self, pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
+        """The values of pieces of tensors, in their order, each in its item's dtype. Raises as `read_boxes`."""
+        groups = in_groups(pieces)
+        waiting: deque[Future[list[torch.Tensor]]] = deque()
+        try:
+            waiting += [self._pool.submit(self.read, group) for group in islice(groups, self._reads)]
+            while waiting:
+                tensors = waiting.popleft().result()
+                waiting += [self._pool.submit(self.read, group) for group in islice(groups, 1)]
+                give_back_memory()
+                yield from tensors
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def read(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        """The values of pieces of tensors, at once. May be called from several threads. Raises as `read_boxes`."""
+        tensors = [torch.empty(piece.box.sizes, dtype=piece.item.torch_dtype) for piece in pieces]
+        full = [(piece, tensor) for piece, tensor in zip(pieces, tensors, strict=True) if piece.box.numel]
+        wants = [Want(piece.item.source, piece.box) for piece, _ in full]
+        report = read_boxes(
+            self._source, wants, [tensor for _, tensor in full], budget_bytes=PIECE_BYTES, workers=self._workers
+        )
+        with self._lock:
+            self._report = added(self._report, report)
+        return tensors
+
+    def object(self, item: Item) -> tuple[Kind, bytes, Any]:
+        """An object: how it is encoded, its bytes, and its value; None where that needs more than a safe pickle."""
+        blob = Blob(self._source, item.source)
+        report = read_boxes(self._source, blob.wants, blob.tensors)
+        with self._lock:
+            self._report = added(self._report, report)
+        try:
+            value = blob.value()
+        except UnsafeObjectError:
+            return blob.kind, blob.data, None
+        return *encode_object(value), value
+
+
+def in_groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Consecutive pieces of PIECE_BYTES together, or a single one that is larger."""
+    group: list[Piece] = []
+    nbytes = 0
+    for piece in pieces:
+        if group and nbytes + piece.nbytes > PIECE_BYTES:
+            yield group
+            group, nbytes = [], 0
+        group.append(piece)
+        nbytes += piece.nbytes
+    if group:
+        yield group
