@@ -7,6 +7,7 @@ Nothing is unpickled but by torch.load(weights_only=True), and no more is decomp
 from __future__ import annotations
 
 import io
+import zipfile
 
 import torch
 import zstandard
@@ -35,14 +36,26 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     if content.startswith(ZSTD_MAGIC):
         content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MOST_OVERHEAD)
     try:
+        _check_zip(content)
         tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:
         raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {error!r}") from error
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"it should be {expected}, and is {type(tensor).__name__}")
-    if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or tensor.layout is not torch.strided:
-        raise CorruptCheckpointError(f"it should be {expected}, and is one of {tensor.dtype} {tuple(tensor.shape)}")
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or not dense:
+        raise CorruptCheckpointError(
+            f"it should be {expected}, and is one of {tensor.dtype} {tuple(tensor.shape)}"
+            + ("" if dense else f", {tensor.layout} on {tensor.device.type}")
+        )
     return as_bytes(as_array(tensor))
+
+
+def _check_zip(content: bytes) -> None:
+    """Raises where this is no zip, or its records are compressed: torch.save's never are, and could be of any size."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("its records are compressed")
 
 
 def decompress(data: bytes, most_bytes: int) -> bytes:
