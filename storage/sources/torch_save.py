@@ -8,6 +8,7 @@ end, tells where the records are.
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -106,6 +107,8 @@ class TorchSaveSource(ForeignSource):
         def storage_of(pid: Any) -> Any:
             _, kind, key, _, numel = pid
             if key not in storages:
+                if type(key) is not str or type(numel) is not int or numel < 0:
+                    raise pickle.UnpicklingError(f"a storage {key!r} of {numel!r} elements")
                 dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
                 untyped = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
                 storages[key] = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
@@ -133,9 +136,10 @@ class TorchSaveSource(ForeignSource):
         if not isinstance(state, dict):
             state = {"value": state}
         keys = {storage._untyped_storage._cdata: key for key, storage in storages.items()}
-        used = [key for key in keys.values() if f"data/{key}" in records]
+        sizes = {key: records[f"data/{key}"].file_size for key in storages if f"data/{key}" in records}
+        used = [key for key, nbytes in sizes.items() if storages[key]._untyped_storage.nbytes() == nbytes]
         begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
-        ends = {key: begins[key] + records[f"data/{key}"].file_size for key in used}
+        ends = {key: begins[key] + sizes[key] for key in used}
         try:
             leaves = flatten(state)
             for name, leaf in leaves.items():
