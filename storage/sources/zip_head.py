@@ -34,6 +34,8 @@ class _Storage:
     key: str
     dtype: str
     """Empty where it has none."""
+    numel: int
+    """In elements of the dtype; in bytes where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,10 @@ _ALLOWED = {
 
 
 def _storage(pid: Any) -> _Storage:
-    _, dtype, key, _, _ = pid
+    _, dtype, key, _, numel = pid
     if type(key) is not str:
         raise TypeError("a storage has no name")
-    return _Storage(key, dtype)
+    return _Storage(key, dtype, *integers((numel,)))
 
 
 def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
@@ -95,7 +97,8 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
         return None
     if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:
         return None
-    if not is_row_major(shape, tensor.strides):
+    stored = tensor.storage.numel if tensor.storage.dtype else tensor.storage.numel // ITEMSIZES[dtype]
+    if not is_row_major(shape, tensor.strides) or tensor.offset + math.prod(shape) > stored:
         return None
     record = f"{name.removesuffix('data.pkl')}data/{tensor.storage.key}"
     at += end
@@ -105,7 +108,7 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
             return None
         if found == record:
             first = begin + tensor.offset * ITEMSIZES[dtype]
-            fits = tensor.offset >= 0 and first + math.prod(shape) * ITEMSIZES[dtype] <= nbytes
+            fits = first + math.prod(shape) * ITEMSIZES[dtype] <= nbytes
             return first if fits else None
         at += len(_LOCAL_MAGIC)
     return None
