@@ -36,9 +36,8 @@ def check_operations(data: bytes) -> None:
         at += 1
         if operation == 0x94:  # MEMOIZE
             memo[len(memo)] = stack[-1]
-        elif operation in _COUNTED:
-            begin = at + _COUNTED[operation]
-            at = begin + int.from_bytes(data[at:begin], "little")
+        elif operation in _VALUES:
+            at += _VALUES[operation]
             push(0)
         elif operation == 0x68:  # BINGET
             push(memo[data[at]])
@@ -46,12 +45,12 @@ def check_operations(data: bytes) -> None:
         elif operation == 0x6A:  # LONG_BINGET
             push(memo[int.from_bytes(data[at : at + 4], "little")])
             at += 4
-        elif operation in _VALUES:
-            at += _VALUES[operation]
-            push(0)
         elif operation in _TUPLES:
-            begin = len(stack) - _TUPLES[operation]
-            _nest(stack, begin)
+            _nest(stack, len(stack) - _TUPLES[operation])
+        elif operation in _COUNTED:
+            begin = at + _COUNTED[operation]
+            at = begin + int.from_bytes(data[at:begin], "little")
+            push(0)
         elif operation in b"R\x81\x93b":  # REDUCE, NEWOBJ, STACK_GLOBAL, BUILD: two values to one
             pop()
             stack[-1] = 0
@@ -63,7 +62,7 @@ def check_operations(data: bytes) -> None:
             _nest(stack, marks.pop())
         elif operation == 0x73:  # SETITEM
             del stack[-2:]
-        elif operation in b"a0":  # APPEND, POP
+        elif operation == 0x61:  # APPEND
             pop()
         elif operation == 0x71 or operation == 0x72:  # BINPUT, LONG_BINPUT
             begin, at = at, at + (1 if operation == 0x71 else 4)

@@ -121,6 +121,7 @@ def test_code_in_a_slice_is_refused() -> None:
         (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "operation 0x96"),
         (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b".", "cannot be read"),
         (b"\x80\x04h\x05.", "cannot be read"),
+        (b"\x80\x02})" + b"(0\x85" * 3_000_000 + b"Ns.", "operation 0x30"),
         (b"(cos\nsystem\nS'true'\no.", "operation 0x53"),
         (b"cos\nsystem\n(S'true'\ntR.", "operation 0x53"),
         (b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".", "is no metadata of DCP, but list"),
