@@ -15,6 +15,7 @@ import zstandard
 from ..planner.index import ITEMSIZES
 from .codec import Bytes
 from .errors import CorruptCheckpointError
+from .sources.pickle_ops import check_operations
 from .tensors import as_array, as_bytes
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -36,7 +37,7 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     if content.startswith(ZSTD_MAGIC):
         content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MOST_OVERHEAD)
     try:
-        _check_zip(content)
+        check_file(content)
         tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:
         raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {error!r}") from error
@@ -51,11 +52,17 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     return as_bytes(as_array(tensor))
 
 
-def _check_zip(content: bytes) -> None:
-    """Raises where this is no zip, or its records are compressed: torch.save's never are, and could be of any size."""
+def check_file(content: bytes) -> None:
+    """Look over a torch.save file before torch.load reads it. Raises an Exception where it is none.
+
+    Compressed records, which torch.save does not write, could be of any size; for its pickle see `pickle_ops`.
+    """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise ValueError("its records are compressed")
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its records are compressed")
+            if info.filename.lower().endswith("data.pkl"):
+                check_operations(archive.read(info))
 
 
 def decompress(data: bytes, most_bytes: int) -> bytes:

@@ -321,6 +321,15 @@ def replaced(value: object) -> MemoryStore:
     return store
 
 
+def of_pickle(pickled: bytes) -> bytes:
+    """A torch.save file with this pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3\n")
+    return out.getvalue()
+
+
 def deflated(data: bytes) -> bytes:
     """A zip with its records compressed."""
     out = io.BytesIO()
@@ -341,6 +350,8 @@ def deflated(data: bytes) -> bytes:
         ([torch.ones(2, 4)], "and is list"),
         (7, "and is int"),
         (deflated(torch_saved(torch.ones(2, 4))), "its records are compressed"),
+        (of_pickle(b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s."), "tuples are nested"),
+        (of_pickle(b"\x80\x02K"), "cannot be read"),
         (b"x" * 2000, "cannot be read"),
         (b"PK\x03\x04" + b"\xff" * 2000, "cannot be read"),
         (zstandard.compress(b"x"), "cannot be read"),
