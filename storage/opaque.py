@@ -7,6 +7,7 @@ Nothing is unpickled but by torch.load(weights_only=True), and no more is decomp
 from __future__ import annotations
 
 import io
+import zipfile
 
 import torch
 import zstandard
@@ -14,6 +15,7 @@ import zstandard
 from ..planner.index import ITEMSIZES
 from .codec import Bytes
 from .errors import CorruptCheckpointError
+from .sources.pickle_ops import check_operations
 from .tensors import as_array, as_bytes
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -35,14 +37,32 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     if content.startswith(ZSTD_MAGIC):
         content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MOST_OVERHEAD)
     try:
+        check_file(content)
         tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:
         raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {error!r}") from error
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"it should be {expected}, and is {type(tensor).__name__}")
-    if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or tensor.layout is not torch.strided:
-        raise CorruptCheckpointError(f"it should be {expected}, and is one of {tensor.dtype} {tuple(tensor.shape)}")
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or not dense:
+        raise CorruptCheckpointError(
+            f"it should be {expected}, and is one of {tensor.dtype} {tuple(tensor.shape)}"
+            + ("" if dense else f", {tensor.layout} on {tensor.device.type}")
+        )
     return as_bytes(as_array(tensor))
+
+
+def check_file(content: bytes) -> None:
+    """Look over a torch.save file before torch.load reads it. Raises an Exception where it is none.
+
+    Compressed records, which torch.save does not write, could be of any size; for its pickle see `pickle_ops`.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its records are compressed")
+            if info.filename.lower().endswith("data.pkl"):
+                check_operations(archive.read(info))
 
 
 def decompress(data: bytes, most_bytes: int) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError, StoreError
 from .manifest import DATA_NAME, NAME, Manifest
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
@@ -39,10 +39,11 @@ def open_source(
     store = open_store(target, storage_options)
     if isinstance(target, Store) or format == "reshard":
         return _in_folder(store, format)
-    folder, _, name = os.fspath(target).rstrip("/").rpartition("/")
+    folder, slash, name = os.fspath(target).rstrip("/").rpartition("/")
+    folder = folder or slash or "."
     suffix = os.path.splitext(name)[1]
     if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
-        source = _file(open_store(folder or ".", storage_options), name, FILE_SUFFIXES[suffix])
+        source = _file(open_store(folder, storage_options), name, FILE_SUFFIXES[suffix])
         if source is not None:
             return source
     try:
@@ -50,7 +51,7 @@ def open_source(
     except NotCommittedError:
         raise
     except CheckpointNotFoundError:
-        source = _file(open_store(folder or ".", storage_options), name, format) if name and "::" not in name else None
+        source = _file(open_store(folder, storage_options), name, format) if name and "::" not in name else None
         if source is None:
             raise
         return source
@@ -73,11 +74,13 @@ def _file(store: Store, name: str, format: str | None) -> Source | None:
 
 def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "reshard"):
-        manifest = Manifest.find(store)
+        manifest = _manifest(store)
         if manifest is not None:
             return manifest
     reads = Reads(store)
     names = list(islice(store.list(), MOST_NAMES))
+    if len(names) == MOST_NAMES and METADATA not in names and _is_there(reads, METADATA):
+        names.append(METADATA)
     top = sorted(name for name in names if "/" not in name)
     ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
     if format in (None, "dcp") and (METADATA in top or ranks):
@@ -95,6 +98,23 @@ def _in_folder(store: Store, format: str | None) -> Source:
     raise _not_found(store, names, format)
 
 
+def _manifest(store: Store) -> Manifest | None:
+    try:
+        return Manifest.find(store)
+    except StoreError as error:
+        if isinstance(error.__cause__, NotADirectoryError):  # the place is a file
+            return None
+        raise
+
+
+def _is_there(reads: Reads, name: str) -> bool:
+    try:
+        reads.size(name)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
 def _rank(name: str) -> int:
     found = RANK_METADATA.fullmatch(name)
     return int(found[1]) if found else 0
@@ -107,8 +127,13 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
             f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
             "The save was interrupted, or is still running"
         )
-    if any(name.endswith(".distcp") for name in names):
+    if any(name.endswith(".distcp") for name in names) and format in (None, "dcp"):
         return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
+    files = [name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    if files and format in (None, "torch"):
+        return CheckpointNotFoundError(
+            f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"
+        )
     looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
     return CheckpointNotFoundError(
         f"there is no {looked} at {store.location}: it has no {NAME}, no {METADATA}, no *{SUFFIX}"

@@ -20,7 +20,7 @@ from ...planner.index import ITEMSIZES, Encoding, Entry, Kind
 from ...planner.read_plan import Want
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
 from .foreign import ForeignSource, Shards
-from .inert import Record, load_inert, record
+from .inert import Record, integers, load_inert, record
 from .reads import Reads
 from .safetensors import Tensor, read_header
 from .zip_head import HEAD_BYTES, locate_values
@@ -46,7 +46,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): Record,
     ("torch.serialization", "_get_layout"): str,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): integers,
     ("collections", "OrderedDict"): dict,
     **{
         (module, name): Record
@@ -54,7 +54,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath")
     },
 }
-_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError)
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _Chunk = tuple[Box, str, int, int, tuple[str, ...]]
 """A box, and where it is: object, first byte, length, and what was done to the stream."""
 
@@ -78,8 +78,7 @@ class DcpSource(ForeignSource):
             metadata = _read_metadata(reads, name)
             try:
                 _merge(metadata, tensors, blobs)
-                if isinstance(metadata.get("planner_data"), dict):
-                    paths |= {str(key): tuple(path) for key, path in metadata.get("planner_data").items()}
+                paths |= _paths(metadata.get("planner_data"))
             except _CONTRADICTIONS as error:
                 raise CorruptCheckpointError(
                     f"{name!r} in {reads.store.location} contradicts itself: {error}"
@@ -100,63 +99,90 @@ class DcpSource(ForeignSource):
         for name, (_, file, at, length, _) in blobs.items():
             shards = Shards.of([(Box.whole((length,)), positions[file], at, length, Encoding.PLAIN)], 1)
             self.add(name, Kind.TORCH_SAVE, "uint8", (length,), shards)
-        self._located = {
+        self._whole = {
             name: np.array([bool(transforms) for *_, transforms in chunks.values()], bool)
             for name, (_, _, chunks) in tensors.items()
         }
-        """Of each shard, whether its encoding is settled."""
-        self._files: dict[tuple[str, int], tuple[dict[str, Tensor], int]] = {}
-        """Tensors and ends of safetensors files, by object and first byte."""
+        """Of each shard of a tensor, whether it is known to be read as a whole."""
+        self._settled = {name: np.zeros(len(shards.starts), bool) for name, shards in self._shards.items()}
+        """Of each shard, whether where it is has been found out, and is known to be there."""
+        self._sized: set[int] = set()
+        """Objects whose sizes are from the store; those of the others are what the metadata tells."""
+        self._files: dict[tuple[int, int], dict[str, Tensor]] = {}
+        """The tensors of safetensors files, by object and first byte."""
 
     def locate(self, wants: list[Want]) -> None:
-        met: dict[tuple[str, int], Entry] = {}
+        met: dict[tuple[str, int], None] = {}
         for want in wants:
-            if want.name in self._located:
+            if want.name in self._settled:
                 shards = self._shards[want.name]
                 overlap = intersect_many(shards.offsets, shards.sizes, want.box)[1]
-                rows = np.flatnonzero((overlap > 0).all(axis=1) & ~self._located[want.name])
-                met |= {(want.name, row): self._entries[want.name] for row in rows.tolist()}
-        slices = [_Slice(entry, row, *self._slice(name, row)) for (name, row), entry in met.items()]
-        heads = self._reads.many(self._head, slices)
-        files = {(s.object, s.start) for s, head in zip(slices, heads, strict=True) if head[8:9] == b"{"} - set(
-            self._files
-        )
-        for key, found in zip(files, self._reads.many(self._header, list(files)), strict=True):
-            self._files[key] = found
-        for piece, head in zip(slices, heads, strict=True):
+                rows = np.flatnonzero((overlap > 0).all(axis=1) & ~self._settled[want.name])
+                met |= dict.fromkeys((want.name, row) for row in rows.tolist())
+        slices = [self._slice(name, row) for name, row in met]
+        self._check_ends(slices)
+        unclear = [s for s in slices if s.entry.name in self._whole and not self._whole[s.entry.name][s.row]]
+        heads = self._reads.many(self._head, unclear)
+        files = {(s.object, s.start) for s, head in zip(unclear, heads, strict=True) if head[8:9] == b"{"}
+        new = sorted(files.difference(self._files))
+        self._files |= dict(zip(new, self._reads.many(self._header, new), strict=True))
+        for piece, head in zip(unclear, heads, strict=True):
             self._settle(piece, head)
+        for name, row in met:
+            self._settled[name][row] = True
 
-    def _slice(self, name: str, row: int) -> tuple[str, int, int]:
+    def _slice(self, name: str, row: int) -> _Slice:
         shards = self._shards[name]
-        return self.objects[int(shards.objects[row])][0], int(shards.starts[row]), int(shards.lengths[row])
+        at, start, nbytes = (int(column[row]) for column in (shards.objects, shards.starts, shards.lengths))
+        return _Slice(self._entries[name], row, at, start, nbytes)
+
+    def _check_ends(self, slices: list[_Slice]) -> None:
+        """Check that the objects have the bytes of which the metadata tells, before memory is taken for them."""
+        sizes = dict(enumerate(self.objects))
+        new = sorted({piece.object for piece in slices} - self._sized)
+        sizes |= {at: (sizes[at][0], nbytes) for at, nbytes in zip(new, self._reads.many(self._size, new), strict=True)}
+        for name, nbytes, piece in ((*sizes[piece.object], piece) for piece in slices):
+            if piece.start + piece.nbytes > nbytes:
+                raise CorruptCheckpointError(
+                    f"{piece.entry.name!r}: object {name!r} in {self.store.location} has {nbytes} bytes, and should "
+                    f"have [{piece.start}, {piece.start + piece.nbytes}): it was cut short, or the metadata is damaged"
+                )
+        self.objects = tuple(sizes.values())
+        self._sized.update(new)
+
+    def _size(self, at: int) -> int:
+        name = self.objects[at][0]
+        try:
+            return self._reads.size(name)
+        except ObjectNotFoundError as error:
+            tensor = next(tensor for tensor, shards in self._shards.items() if at in shards.objects)
+            raise CorruptCheckpointError(f"{tensor!r}: object {name!r} is missing in {self.store.location}") from error
 
     def _head(self, piece: _Slice) -> bytes:
-        try:
-            return self._reads.read(piece.object, piece.start, piece.start + min(HEAD_BYTES, piece.nbytes))
-        except ObjectNotFoundError as error:
-            raise CorruptCheckpointError(
-                f"{piece.entry.name!r}: object {piece.object!r} is missing in {self.store.location}"
-            ) from error
+        nbytes = min(
+            HEAD_BYTES, max(piece.nbytes, 9)
+        )  # a slice of safetensors has the values' size, and may be smaller
+        return self._reads.read(self.objects[piece.object][0], piece.start, piece.start + nbytes)
 
-    def _header(self, place: tuple[str, int]) -> tuple[dict[str, Tensor], int]:
-        """The tensors of the safetensors file that begins at a byte of an object and ends with it, and that end."""
-        end = self._reads.size(place[0])
-        return read_header(self._reads, *place, end)[0], end
+    def _header(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of the safetensors file that begins at a byte of an object and ends with it."""
+        name, end = self.objects[place[0]]
+        return read_header(self._reads, name, place[1], end)[0]
 
     def _settle(self, piece: _Slice, head: bytes) -> None:
         """Note where the values of a slice are; where that is not told, it is read as a whole."""
         entry, row, shards = piece.entry, piece.row, self._shards[piece.entry.name]
-        sizes = tuple(shards.sizes[row].tolist())
-        if (piece.object, piece.start) in self._files:
-            tensors, end = self._files[piece.object, piece.start]
+        offsets, sizes = (tuple(column[row].tolist()) for column in (shards.offsets, shards.sizes))
+        tensors = self._files.get((piece.object, piece.start))
+        if tensors is not None:
             tensor = tensors.get(entry.name)
-            if tensor is None or (tensor.dtype, tensor.shape) != (entry.dtype, sizes):
+            fits = tensor is not None and (tensor.dtype, tensor.shape) == (entry.dtype, sizes)
+            if tensor is None or not fits or tensor.offsets not in (None, offsets):
                 raise self.contradiction(
-                    f"{entry.name!r} should be {entry.dtype} {sizes} in {piece.object!r}, whose header has "
-                    + ("nothing of this name" if tensor is None else f"{tensor.dtype} {tensor.shape}")
+                    f"{entry.name!r} should be {entry.dtype} {sizes} at {offsets} in "
+                    f"{self.objects[piece.object][0]!r}, whose header has "
+                    + ("nothing of this name" if tensor is None else f"{tensor.dtype} {tensor.shape} {tensor.offsets}")
                 )
-            at = int(shards.objects[row])
-            self.objects = (*self.objects[:at], (piece.object, end), *self.objects[at + 1 :])
             begin: int | None = tensor.start - piece.start
         else:
             begin = locate_values(head, piece.nbytes, entry.dtype, sizes)
@@ -164,7 +190,6 @@ class DcpSource(ForeignSource):
             shards.starts[row] = piece.start + begin
             shards.lengths[row] = int(shards.sizes[row].prod()) * entry.itemsize
             shards.encodings[row] = Encoding.PLAIN
-        self._located[entry.name][row] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +198,7 @@ class _Slice:
 
     entry: Entry
     row: int
-    object: str
+    object: int
     start: int
     nbytes: int
 
@@ -202,29 +227,51 @@ def _merge(
         (index.get("fqn"), None if index.get("offset") is None else tuple(index.get("offset"))): _place(info)
         for index, info in metadata.get("storage_data").items()
     }
+
+    def place(name: str, offsets: tuple[int, ...] | None) -> tuple[str, int, int, tuple[str, ...]]:
+        if (name, offsets) not in stored:
+            raise ValueError(f"nothing tells where {name!r} is stored" + ("" if offsets is None else f" at {offsets}"))
+        return stored[name, offsets]
+
     for name, entry in metadata.get("state_dict_metadata").items():
+        if type(name) is not str:
+            raise TypeError(f"a name is of {type(name).__name__}")
         if isinstance(entry, _BytesMetadata):
-            blobs.setdefault(str(name), (Box((), ()), *stored[name, None]))
+            blobs.setdefault(name, (Box((), ()), *place(name, None)))
             continue
-        dtype, shape = str(entry.get("properties").state[0]), tuple(entry.get("size"))
+        dtype, shape = str(entry.get("properties").state[0]), integers(entry.get("size"))
         if dtype not in ITEMSIZES:
             raise ValueError(f"{name!r} has the dtype {dtype}")
-        chunks = tensors.setdefault(str(name), (dtype, shape, {}))[2]
+        *known, chunks = tensors.setdefault(name, (dtype, shape, {}))
+        if known != [dtype, shape]:
+            raise ValueError(f"{name!r} is of {dtype} {shape} to one rank, and of {known} to another")
         for chunk in entry.get("chunks"):
-            box = Box(tuple(chunk.get("offsets")), tuple(chunk.get("sizes")))
+            box = Box(integers(chunk.get("offsets")), integers(chunk.get("sizes")))
+            if box.ndim != len(shape):
+                raise ValueError(f"{name!r} has the shape {shape}, and a shard {box}")
             if box.numel and box not in chunks:
-                chunks[box] = (box, *stored[name, box.offsets])
+                chunks[box] = (box, *place(name, box.offsets))
+
+
+def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]]:
+    """Where names stand in the state dict that was saved; of those of which DCP's planner told."""
+    if not isinstance(planner_data, dict):
+        return {}
+    return {
+        name: path
+        for name, path in planner_data.items()
+        if type(name) is str and type(path) is tuple and all(type(key) in (str, int) for key in path)
+    }
 
 
 def _place(info: Record) -> tuple[str, int, int, tuple[str, ...]]:
     """Where a slice is. Raises ValueError where that cannot be."""
-    name, start, length = info.get("relative_path"), info.get("offset"), info.get("length")
-    parts = str(name).split("/")
-    if not all(parts) or {".", ".."}.intersection(parts) or "\\" in str(name):
+    name = info.get("relative_path")
+    parts = name.split("/") if type(name) is str and "\\" not in name else []
+    if not parts or not all(parts) or {".", ".."}.intersection(parts):
         raise ValueError(f"{name!r} is no object of this folder")
-    if type(start) is not int or type(length) is not int or start < 0 or not 0 <= length <= 2**60:
-        raise ValueError(f"bytes {start}, {length} of {name!r}")
+    start, length = integers((info.get("offset"), info.get("length")))
     transforms = tuple(info.get("transform_descriptors") or ())
     if any(str(transform).partition("/")[0] != ZSTD for transform in transforms):
         raise ValueError(f"the streams went through {transforms}, of which reshard knows {ZSTD!r}")
-    return str(name), start, length, transforms
+    return name, start, length, transforms

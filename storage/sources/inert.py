@@ -13,6 +13,7 @@ from typing import Any
 
 from ...planner.index import ITEMSIZES
 from ..errors import CorruptCheckpointError, UnsafeObjectError
+from .pickle_ops import check_operations
 
 
 class Record:
@@ -34,6 +35,14 @@ class Record:
 def record(name: str) -> type[Record]:
     """A class of records of its own."""
     return type(name, (Record,), {})
+
+
+def integers(values: Any) -> tuple[int, ...]:
+    """What stands for a torch.Size. Raises ValueError for anything but integers that fit 60 bits."""
+    found = tuple(values)
+    if not all(type(n) is int and 0 <= n < 2**60 for n in found):
+        raise ValueError("a size or an offset is none")
+    return found
 
 
 def load_inert(
@@ -70,6 +79,7 @@ def load_inert(
 
     stream = io.BytesIO(data)
     try:
+        check_operations(data)
         found = Inert(stream).load()
     except UnsafeObjectError:
         raise

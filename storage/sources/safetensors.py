@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.index import ITEMSIZES, Encoding, Kind
-from ..errors import CorruptCheckpointError, DtypeError
+from ...planner.index import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS, Encoding, Kind
+from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from .foreign import ForeignSource, Shards
 from .reads import Reads
 
@@ -62,15 +62,22 @@ class SafetensorsSource(ForeignSource):
 
         Raises CorruptCheckpointError, ObjectNotFoundError, StoreError, DtypeError.
         """
-        sizes = reads.many(reads.size, names)
+        try:
+            sizes = reads.many(reads.size, names)
+        except ObjectNotFoundError as error:
+            if weight_map is None:
+                raise
+            raise CorruptCheckpointError(
+                f"the index says that tensors are in a file that is missing: {error}"
+            ) from error
         super().__init__(reads, zip(names, sizes, strict=True))
-        self.info |= {"files": len(names)}
         headers = reads.many(lambda name, size: read_header(reads, name, 0, size), names, sizes)
         found: dict[str, list[tuple[int, Tensor]]] = {}
         for at, (tensors, notes) in enumerate(headers):
             self.info |= notes
             for name, tensor in tensors.items():
                 found.setdefault(name, []).append((at, tensor))
+        self.info |= {"files": len(names)}
         for name, parts in sorted(found.items()):
             self._add(name, parts)
         for name, file in (weight_map or {}).items():
@@ -115,11 +122,13 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     if 8 + nbytes > len(first):
         first += reads.exactly(name, start + len(first), start + 8 + nbytes)
     try:
-        header = json.loads(first[8 : 8 + nbytes])
+        header = json.loads(first[8 : 8 + nbytes], object_pairs_hook=_once)
         notes = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         sharding = json.loads(notes.pop("DCP_SHARDING_INFO", "{}"))
         tensors = {name: _tensor(name, row, start + 8 + nbytes, sharding.get(name)) for name, row in header.items()}
         spans = sorted(tuple(row["data_offsets"]) for row in header.values())
+    except DtypeError as error:
+        raise DtypeError(f"{where}: {error}") from error
     except _CONTRADICTIONS as error:
         raise CorruptCheckpointError(f"{where} has a header that is none: {error!r}") from error
     end = 0
@@ -135,15 +144,26 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     return tensors, notes
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for two values of one name."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("two values have the same name")
+    return made
+
+
 def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str, Any] | None) -> Tensor:
     if row["dtype"] not in DTYPES:
         raise DtypeError(f"{name!r} has the dtype {row['dtype']!r} of safetensors, which reshard cannot read")
     dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
-    if dtype.endswith("_x2"):
-        shape = (*shape[:-1], shape[-1] // 2)
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
-    if any(type(n) is not int or n < 0 for n in (*shape, *(offsets or ()), begin, end)):
-        raise ValueError(f"{name!r} has the shape {shape} and the bytes [{begin}, {end})")
+    possible = all(type(n) is int and 0 <= n <= MAX_BYTES for n in (*shape, *(offsets or ()), begin, end))
+    if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
+        raise ValueError(f"{name!r} has the shape {shape!r:.100} and the bytes [{begin!r:.100}, {end!r:.100})")
+    if dtype.endswith("_x2"):
+        if not shape or shape[-1] % 2:
+            raise ValueError(f"{name!r} has the shape {shape} of half bytes")
+        shape = (*shape[:-1], shape[-1] // 2)
     if Box.whole(shape).numel * ITEMSIZES[dtype] != end - begin:
         raise ValueError(f"{name!r}, {dtype} {shape}, does not take the bytes [{begin}, {end})")
     return Tensor(dtype, shape, data_start + begin, offsets)
@@ -152,9 +172,12 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
 def read_weight_map(reads: Reads, name: str) -> dict[str, str]:
     """Which file has which tensor, by an index of Hugging Face. Raises CorruptCheckpointError, StoreError."""
     try:
-        weight_map = json.loads(reads.exactly(name, 0, reads.size(name)))["weight_map"]
+        nbytes = reads.size(name)
+        if nbytes > MAX_HEADER_BYTES:
+            raise ValueError(f"it has {nbytes} bytes")
+        weight_map = json.loads(reads.exactly(name, 0, nbytes))["weight_map"]
         if not all(_PLAIN_NAME.fullmatch(file) and file not in (".", "..") for file in weight_map.values()):
-            raise ValueError("a file is not one of this folder")
+            raise ValueError(f"a file is not one of this folder, of {sorted(map(str, set(weight_map.values())))}")
         return {str(tensor): str(file) for tensor, file in weight_map.items()}
     except _CONTRADICTIONS as error:
         raise CorruptCheckpointError(

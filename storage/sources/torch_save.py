@@ -8,8 +8,10 @@ end, tells where the records are.
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +19,11 @@ from torch._weights_only_unpickler import Unpickler
 
 from ...planner.index import Kind
 from ...planner.read_plan import Want
-from ..errors import CorruptCheckpointError, UnsafeObjectError, UnsupportedVersionError
+from ..errors import CorruptCheckpointError, DestinationError, UnsafeObjectError, UnsupportedVersionError
 from ..state_dict import flatten
 from ..tensors import dtype_name
-from .foreign import ForeignSource, whole_tensor
+from .foreign import ForeignSource, Shards, whole_tensor
+from .pickle_ops import check_operations
 from .reads import Reads
 from .zip_head import is_row_major
 
@@ -37,8 +40,8 @@ class TorchSaveSource(ForeignSource):
     def __init__(self, reads: Reads, name: str) -> None:
         """Raises CorruptCheckpointError, UnsafeObjectError, UnsupportedVersionError, StoreError."""
         self._where = f"the torch.save file {name!r} in {reads.store.location}"
-        self._strided: dict[str, tuple[int, ...]] = {}
-        """Tensors that have gaps between their values, and their strides."""
+        self._refused: dict[str, str] = {}
+        """What the file has and byte ranges do not give, and why."""
         nbytes = reads.size(name)
         super().__init__(reads, [(name, nbytes)])
         self._tail_start = max(0, nbytes - TAIL_BYTES)
@@ -46,8 +49,13 @@ class TorchSaveSource(ForeignSource):
         records = {info.filename.partition("/")[2]: info for info in self._directory()}
         if "data.pkl" not in records:
             raise CorruptCheckpointError(f"{self._where} is a zip, and has no data.pkl: it is not of torch.save")
-        if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
-            raise CorruptCheckpointError(f"{self._where} is compressed, which torch.save's never are")
+        for info in records.values():
+            stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+            if not stored or info.header_offset < 0 or info.header_offset + info.file_size > nbytes:
+                raise CorruptCheckpointError(
+                    f"{self._where} has the record {info.filename!r} of {info.file_size} bytes, stored as "
+                    f"{info.compress_size} from byte {info.header_offset} on; torch.save compresses none"
+                )
         pickled, order = self._contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
         if order not in (b"", b"little"):
             raise UnsupportedVersionError(f"{self._where} has values of byte order {order!r}")
@@ -64,7 +72,7 @@ class TorchSaveSource(ForeignSource):
             self._tail = self._reads.exactly(name, need.start, self._tail_start) + self._tail
             self._tail_start = need.start
             return self._directory()
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, LookupError, struct.error) as error:
             start = self._reads.read(name, 0, 8)
             if start[:1] == b"\x80":
                 raise UnsupportedVersionError(
@@ -99,6 +107,8 @@ class TorchSaveSource(ForeignSource):
         def storage_of(pid: Any) -> Any:
             _, kind, key, _, numel = pid
             if key not in storages:
+                if type(key) is not str or type(numel) is not int or numel < 0:
+                    raise pickle.UnpicklingError(f"a storage {key!r} of {numel!r} elements")
                 dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
                 untyped = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
                 storages[key] = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
@@ -107,7 +117,12 @@ class TorchSaveSource(ForeignSource):
         unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.persistent_load = storage_of
         try:
+            check_operations(data)
             return unpickler.load()
+        except NotImplementedError as error:
+            raise UnsupportedVersionError(
+                f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {error}"
+            ) from error
         except Exception as error:
             text = str(error)
             if "GLOBAL" in text or "Unsupported" in text or "weights_only" in text:
@@ -121,27 +136,47 @@ class TorchSaveSource(ForeignSource):
         if not isinstance(state, dict):
             state = {"value": state}
         keys = {storage._untyped_storage._cdata: key for key, storage in storages.items()}
-        used = [key for key in keys.values() if f"data/{key}" in records]
+        sizes = {key: records[f"data/{key}"].file_size for key in storages if f"data/{key}" in records}
+        used = [key for key, nbytes in sizes.items() if storages[key]._untyped_storage.nbytes() == nbytes]
         begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
-        ends = {key: begins[key] + records[f"data/{key}"].file_size for key in used}
-        for name, leaf in flatten(state).items():
-            tensor = leaf.value
-            if not isinstance(tensor, torch.Tensor):
-                self.add_object(name, tensor)
-                continue
-            dtype, shape = dtype_name(name, tensor.dtype), tuple(tensor.shape)
-            key = keys.get(tensor.untyped_storage()._cdata, "")
-            start = begins.get(key, 0) + int(tensor.storage_offset()) * tensor.itemsize
-            if tensor.numel() and (key not in begins or start + tensor.nbytes > ends[key]):
-                raise CorruptCheckpointError(f"{self._where} does not have the values of {name!r}")
-            order = _order_of(tensor)
-            if tensor.numel() and order is None:
-                self._strided[name] = tensor.stride()
-                self._unread.add(name)
-            row_major = order is None or order == tuple(range(len(shape)))
-            self.add(
-                name, Kind.TENSOR, dtype, shape, whole_tensor(dtype, shape, 0, start), None if row_major else order
-            )
+        ends = {key: begins[key] + sizes[key] for key in used}
+        try:
+            leaves = flatten(state)
+            for name, leaf in leaves.items():
+                if isinstance(leaf.value, torch.Tensor):
+                    self._add_tensor(name, leaf.value, keys, begins, ends)
+                elif _has_values(leaf.value):
+                    self._refused[name] = "as tensors inside of a value that is no dict and no list"
+                    self.add(name, Kind.TORCH_SAVE, "uint8", (0,), Shards.of([], 1))
+                else:
+                    self.add_object(name, leaf.value)
+        except (RecursionError, DestinationError) as error:
+            raise CorruptCheckpointError(f"{self._where} has a state dict that has no names: {error}") from error
+        self._unread |= self._refused.keys()
+
+    def _add_tensor(
+        self, name: str, tensor: torch.Tensor, keys: dict[int, str], begins: dict[str, int], ends: dict[str, int]
+    ) -> None:
+        dtype, shape = dtype_name(name, tensor.dtype), tuple(tensor.shape)
+        dense = tensor.layout is torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        key = keys.get(tensor.untyped_storage()._cdata) if dense else None
+        order = _order_of(tensor) if dense else None
+        if not dense:
+            self._refused[name] = f"as a {type(tensor).__name__} of layout {tensor.layout}"
+        elif tensor.is_conj() or tensor.is_neg():
+            self._refused[name] = "as the conjugate or the negative of what is stored"
+        elif tensor.numel() and key is None:
+            self._refused[name] = "without values"
+        elif tensor.numel() and order is None:
+            self._refused[name] = f"with strides {tensor.stride()} for its shape {shape}"
+        if key is None or order is None or name in self._refused:
+            self.add(name, Kind.TENSOR, dtype, shape, Shards.of([], len(shape)))
+            return
+        start = begins.get(key, 0) + int(tensor.storage_offset()) * tensor.itemsize
+        if tensor.numel() and (key not in begins or start + tensor.nbytes > ends[key]):
+            raise CorruptCheckpointError(f"{self._where} does not have the values of {name!r}")
+        row_major = order == tuple(range(len(shape)))
+        self.add(name, Kind.TENSOR, dtype, shape, whole_tensor(dtype, shape, 0, start), None if row_major else order)
 
     @property
     def location(self) -> str:
@@ -149,11 +184,20 @@ class TorchSaveSource(ForeignSource):
 
     def locate(self, wants: list[Want]) -> None:
         for want in wants:
-            if want.name in self._strided:
+            if want.name in self._refused:
                 raise UnsupportedVersionError(
-                    f"{self._where} has {want.name!r} with strides {self._strided[want.name]} for its shape "
-                    f"{self.entry(want.name).shape}: read it with torch.load, and save it contiguous"
+                    f"{self._where} has {want.name!r} {self._refused[want.name]}, which byte ranges do not give: read "
+                    "it with torch.load, and save it as a contiguous tensor"
                 )
+
+
+def _has_values(value: Any) -> bool:
+    """Whether a value that is no tensor has tensors inside, or bytes of one: their values are not here."""
+    if isinstance(value, (torch.Tensor, torch.UntypedStorage, torch.storage.TypedStorage)):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_has_values, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_has_values, value))
 
 
 def _order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:

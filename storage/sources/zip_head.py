@@ -13,8 +13,8 @@ from itertools import accumulate
 from typing import Any
 
 from ...planner.index import ITEMSIZES
-from ..errors import CorruptCheckpointError
-from .inert import load_inert
+from ..errors import CorruptCheckpointError, UnsafeObjectError
+from .inert import integers, load_inert
 
 HEAD_BYTES = 1024
 """The values of a tensor, saved alone, begin before."""
@@ -34,40 +34,48 @@ class _Storage:
     key: str
     dtype: str
     """Empty where it has none."""
+    numel: int
+    """In elements of the dtype; in bytes where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    storage: Any
+    storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
 
 
-def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides), storage.dtype)
+# Both have one argument more where the values are not the stored ones but their conjugates or negatives: that fails.
+def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any) -> _Tensor:
+    return _rebuilt_typed(storage, offset, shape, strides, grad, hooks, storage.dtype)
 
 
 def _rebuilt_typed(
     storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str
 ) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides), dtype)
+    (first,) = integers((offset,))
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor has no storage")
+    return _Tensor(storage, first, integers(shape), integers(strides), dtype)
 
 
 _ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuilt_typed,
     ("collections", "OrderedDict"): dict,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): integers,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "",
 }
 
 
 def _storage(pid: Any) -> _Storage:
-    _, dtype, key, _, _ = pid
-    return _Storage(key, dtype)
+    _, dtype, key, _, numel = pid
+    if type(key) is not str:
+        raise TypeError("a storage has no name")
+    return _Storage(key, dtype, *integers((numel,)))
 
 
 def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
@@ -85,11 +93,12 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
         return None
     try:
         tensor, end = load_inert(head[at:], _ALLOWED, "the tensor's pickle", _storage)
-    except CorruptCheckpointError:
+    except (CorruptCheckpointError, UnsafeObjectError):
         return None
     if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:
         return None
-    if not is_row_major(shape, tensor.strides):
+    stored = tensor.storage.numel if tensor.storage.dtype else tensor.storage.numel // ITEMSIZES[dtype]
+    if not is_row_major(shape, tensor.strides) or tensor.offset + math.prod(shape) > stored:
         return None
     record = f"{name.removesuffix('data.pkl')}data/{tensor.storage.key}"
     at += end
@@ -99,7 +108,7 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
             return None
         if found == record:
             first = begin + tensor.offset * ITEMSIZES[dtype]
-            fits = tensor.offset >= 0 and first + math.prod(shape) * ITEMSIZES[dtype] <= nbytes
+            fits = first + math.prod(shape) * ITEMSIZES[dtype] <= nbytes
             return first if fits else None
         at += len(_LOCAL_MAGIC)
     return None
@@ -119,4 +128,6 @@ def _local_header(head: bytes, at: int) -> tuple[str, int]:
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether elements with these strides lie row-major without a gap."""
     due = list(accumulate(reversed(shape), lambda a, b: a * b, initial=1))[-2::-1] if shape else []
-    return all(n == 1 or stride == want for n, stride, want in zip(shape, strides, due, strict=True))
+    return len(strides) == len(shape) and all(
+        n == 1 or stride == want for n, stride, want in zip(shape, strides, due, strict=True)
+    )

@@ -1,0 +1,57 @@
+"""Tensors of every dtype, and what tests of other formats' checkpoints do with them."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+import reshard
+from reshard.planner.index import ITEMSIZES
+from reshard.storage.tensors import as_array, as_bytes, torch_dtype
+
+
+def sample(dtype: str, *shape: int) -> torch.Tensor:
+    """A tensor of any bits."""
+    bits = torch.randint(0, 256, (*shape, ITEMSIZES[dtype]), dtype=torch.uint8)
+    return bits[..., 0] > 127 if dtype == "bool" else bits.view(torch_dtype(dtype))[..., 0]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bits."""
+    return a.dtype == b.dtype and a.shape == b.shape and bytes(as_bytes(as_array(a))) == bytes(as_bytes(as_array(b)))
+
+
+def assert_holds(checkpoint: reshard.Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A checkpoint has these tensors, and no others, and tells of them what they are."""
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, values in tensors.items():
+        info = checkpoint.tensors[name]
+        assert (info.shape, info.dtype) == (tuple(values.shape), values.dtype), name
+        assert same(checkpoint.read(name), values), name
+
+
+def boxes(shape: tuple[int, ...]) -> Iterator[reshard.Box]:
+    """All of a tensor, nothing of it, a row, a column, an inner part, and its corners."""
+    extents = [[(0, n), (n // 2, 0), (n // 3, 1), (n // 4, max(1, n // 2))] for n in shape]
+    for row in itertools.product(*extents):
+        yield reshard.Box(tuple(offset for offset, _ in row), tuple(size for _, size in row))
+    yield reshard.Box(tuple(n - 1 for n in shape), (1,) * len(shape))
+
+
+class Runs:
+    """An object whose unpickling calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def running(function: Any, *arguments: Any, protocol: int = 4) -> bytes:
+    """A pickle that calls a function."""
+    return pickle.dumps(Runs(function, *arguments), protocol)

@@ -1,0 +1,392 @@
+"""Checkpoints of DCP that lie or are damaged: each is refused by one clear error, and nothing of them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+import re
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+
+import reshard
+from reshard.errors import CheckpointError, CorruptCheckpointError, UnsafeObjectError
+from reshard.planner.box import Box
+from reshard.storage.testing import MemoryStore
+from tests.storage.dcp_checkpoints import METADATA, put_together, rows, torch_saved
+from tests.storage.samples import Runs, running, same
+
+W = torch.arange(24.0).reshape(6, 4)
+V = torch.arange(24.0).reshape(6, 4) + 100
+TENSORS = {"w": (W, rows(2, 6, 4)), "v": (V, rows(3, 6, 4))}
+FIRST = MetadataIndex("w", (0, 0))
+
+
+def whole(change: Callable[[Metadata], object] = lambda metadata: None) -> MemoryStore:
+    return put_together(TENSORS, {"step": 7}, change)
+
+
+def read_all(store: MemoryStore) -> None:
+    checkpoint = reshard.open(store)
+    assert same(checkpoint.read("w"), W)
+    assert same(checkpoint.read("v"), V)
+    assert checkpoint.read_object("step") == 7
+
+
+@contextlib.contextmanager
+def taking_at_most(nbytes: int) -> Iterator[None]:
+    """A block that takes no more of Python's memory."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_whole_is_read() -> None:
+    read_all(whole())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (os.system, ("touch RAN",)),
+        (eval, ("open('RAN', 'w')",)),
+        (exec, ("open('RAN', 'w')",)),
+        (open, ("RAN", "w")),
+        (torch.load, ("RAN",)),
+        (np.save, ("RAN.npy", [1])),
+        (getattr, (os, "getcwd")),
+        (bytearray, (10**11,)),
+    ],
+)
+def test_metadata_that_would_run_something_is_refused(
+    function: Any, arguments: tuple[Any, ...], protocol: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if function is getattr:
+        arguments = ("os", "getcwd")
+    store = whole()
+    store.content[METADATA] = running(function, *arguments, protocol=protocol)
+    with pytest.raises(UnsafeObjectError, match=r"'\.metadata' in memory names .*: it was refused"):
+        reshard.open(store)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["planner_data", "storage_meta", "version"])
+def test_code_inside_of_true_metadata_is_refused(place: str) -> None:
+    store = whole(lambda metadata: setattr(metadata, place, Runs(os.system, "touch RAN")))
+    with pytest.raises(UnsafeObjectError, match=r"names posix\.system"):
+        reshard.open(store)
+
+
+def test_code_in_a_slice_is_refused() -> None:
+    store = whole()
+    data = torch_saved(Runs(os.system, "touch RAN"))
+    store.content["__0_0.distcp"] = data + bytes(len(store.content["__0_0.distcp"]) - len(data))
+    with pytest.raises(CorruptCheckpointError, match=r"^'w': chunk \[0:2, 0:4\] cannot be decoded"):
+        reshard.open(store).read("w")
+    assert not os.path.exists("RAN")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"\x80", "cannot be read"),
+        (b"garbage" * 10, "cannot be read"),
+        (pickle.dumps({"a": 1}), "is no metadata of DCP, but dict"),
+        (pickle.dumps(None), "is no metadata of DCP, but NoneType"),
+        (b"\x80\x02Nr\xff\xff\xff\x0f.", "numbers a value 268435455"),
+        (b"\x80\x02})" + b"\x85" * 3_000_000 + b"Ns.", "tuples are nested"),
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".", "cannot be read"),
+        (b"\x80\x04\x8e" + (2**34).to_bytes(8, "little") + b".", "cannot be read"),
+        (b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b".", "cannot be read"),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "operation 0x96"),
+        (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b".", "cannot be read"),
+        (b"\x80\x04h\x05.", "cannot be read"),
+        (b"\x80\x02})" + b"(0\x85" * 3_000_000 + b"Ns.", "operation 0x30"),
+        (b"(cos\nsystem\nS'true'\no.", "operation 0x53"),
+        (b"cos\nsystem\n(S'true'\ntR.", "operation 0x53"),
+        (b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".", "is no metadata of DCP, but list"),
+    ],
+)
+def test_metadata_that_is_none_is_refused(data: bytes, message: str) -> None:
+    store = whole()
+    store.content[METADATA] = data
+    with (
+        taking_at_most(32 * 2**20),
+        pytest.raises(CorruptCheckpointError, match=message) as caught,
+    ):
+        reshard.open(store)
+    assert "'.metadata' in memory" in str(caught.value)
+
+
+def test_metadata_cut_short_is_refused() -> None:
+    data = whole().content[METADATA]
+    for length in range(0, len(data), 7):
+        store = whole()
+        store.content[METADATA] = data[:length]
+        with pytest.raises(CorruptCheckpointError, match=r"'\.metadata' in memory"):
+            reshard.open(store)
+
+
+WHOLE = whole()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, len(WHOLE.content[METADATA]) - 1), st.integers(1, 255)), min_size=1, max_size=3)
+)
+def test_flipped_bytes_of_metadata_are_refused_or_read(flips: list[tuple[int, int]]) -> None:
+    data = bytearray(WHOLE.content[METADATA])
+    for at, by in flips:
+        data[at] ^= by
+    store = copy.copy(WHOLE)
+    store.content = {**WHOLE.content, METADATA: bytes(data)}
+    with contextlib.suppress(CheckpointError):
+        checkpoint = reshard.open(store)
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+        for name in checkpoint.objects:
+            checkpoint.read_object(name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1023), st.integers(1, 255))
+def test_a_flipped_byte_before_the_values_of_a_slice_is_refused_or_read_as_torch_reads_it(at: int, by: int) -> None:
+    data = bytearray(WHOLE.content["__2_0.distcp"])
+    data[at % data.index(W[4:].numpy().tobytes())] ^= by
+    store = copy.copy(WHOLE)
+    store.content = {**WHOLE.content, "__2_0.distcp": bytes(data)}
+    with contextlib.suppress(CheckpointError):
+        found = reshard.open(store).read("w", Box((4, 0), (2, 4)))
+        assert same(found, W[4:]) or same(found, torch.load(io.BytesIO(data), weights_only=True))
+
+
+@pytest.mark.parametrize("change", [b"K\x01K\x02K\x04\x86", b"K\x04K\x02K\x04\x86"])
+def test_values_beyond_those_of_a_slice_are_not_read(change: bytes) -> None:
+    """The pickle of a tensor says that its values begin one element, or four, into its storage."""
+    data = WHOLE.content["__2_0.distcp"]
+    assert data.count(b"K\x00K\x02K\x04\x86") == 1
+    store = copy.copy(WHOLE)
+    store.content = {**WHOLE.content, "__2_0.distcp": data.replace(b"K\x00K\x02K\x04\x86", change)}
+    with pytest.raises(CorruptCheckpointError, match=r"^'w': chunk \[4:6, 0:4\] cannot be decoded"):
+        reshard.open(store).read("w", Box((4, 0), (2, 4)))
+
+
+def placed(**changes: Any) -> Callable[[Metadata], None]:
+    """A change of where the first shard of w is said to be."""
+    return lambda metadata: metadata.storage_data.update({FIRST: replace(metadata.storage_data[FIRST], **changes)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (placed(relative_path=path), "is no object of this folder")
+            for path in ("../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "..\\x", 7, None, ["a"])
+        ),
+        *((placed(offset=n), "a size or an offset is none") for n in (-1, 2**60, 2**200, 1.0, "0", None, True)),
+        *((placed(length=n), "a size or an offset is none") for n in (-1, 2**60, 2**200, 1.0, "0", None, True)),
+        (placed(transform_descriptors=["stream.xz"]), "'stream.xz'.*of which reshard knows 'stream.zstd'"),
+        (lambda metadata: metadata.storage_data.pop(FIRST), r"nothing tells where 'w' is stored at \(0, 0\)"),
+        (lambda metadata: metadata.storage_data.pop(MetadataIndex("step")), "nothing tells where 'step' is stored"),
+        (lambda metadata: setattr(metadata, "storage_data", None), "contradicts itself"),
+        (lambda metadata: setattr(metadata, "state_dict_metadata", [1]), "contradicts itself"),
+        (lambda metadata: metadata.state_dict_metadata.update({"w": None}), "contradicts itself"),
+        (
+            lambda metadata: metadata.state_dict_metadata.update({7: metadata.state_dict_metadata["w"]}),
+            "a name is of int",
+        ),
+        (lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (6.0, 4)), "a size or an offset is none"),
+        (lambda metadata: setattr(metadata.state_dict_metadata["w"], "chunks", 3), "contradicts itself"),
+        (lambda metadata: setattr(metadata.state_dict_metadata["w"], "properties", 3), "contradicts itself"),
+        (lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (6, 4, 1)), "contradicts itself"),
+        (lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (2**50, 4)), "impossible shape"),
+    ],
+)
+def test_metadata_that_says_what_cannot_be_is_refused(change: Callable[[Metadata], object], message: str) -> None:
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        reshard.open(whole(change))
+    assert "memory" in str(caught.value)
+
+
+def chunks(*parts: Box) -> Callable[[Metadata], None]:
+    """A change of the boxes that w is said to be stored in; each has the bytes of one that is there."""
+
+    def change(metadata: Metadata) -> None:
+        entry: Any = metadata.state_dict_metadata["w"]
+        entry.chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in parts]
+        for box in parts:
+            metadata.storage_data.setdefault(MetadataIndex("w", box.offsets), metadata.storage_data[FIRST])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([*rows(2, 6, 4)[:2]], "hold 16 elements, its shape"),
+        ([Box((0, 0), (4, 4)), Box((2, 0), (4, 4))], "hold 32 elements, its shape"),
+        ([Box((0, 0), (3, 4)), Box((2, 0), (3, 4))], "overlap"),
+        ([Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((5, 0), (2, 4))], "lies outside its shape"),
+        ([Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((2**50, 0), (2, 4))], "lies outside its shape"),
+        ([], "hold 0 elements, its shape"),
+    ],
+)
+def test_shards_that_do_not_tile_their_tensor_are_refused(parts: list[Box], message: str) -> None:
+    checkpoint = reshard.open(whole(chunks(*parts)))
+    with pytest.raises(CorruptCheckpointError, match=rf"'w'.*{message}"):
+        checkpoint.read("w")
+    assert same(checkpoint.read("v"), V)
+
+
+@pytest.mark.parametrize("offset", [0, 5, 2**59])
+@pytest.mark.parametrize("length", [10**6, 2**59])
+def test_a_slice_that_ends_beyond_its_object_takes_no_memory(length: int, offset: int) -> None:
+    checkpoint = reshard.open(whole(placed(length=length, offset=offset)))
+    with pytest.raises(
+        CorruptCheckpointError, match=r"'w': object '__0_0\.distcp' in memory has \d+ bytes, and should"
+    ):
+        checkpoint.read("w")
+    assert same(checkpoint.read("v"), V)
+
+
+def test_a_tensor_larger_than_its_objects_takes_no_memory() -> None:
+    def change(metadata: Metadata) -> None:
+        entry: Any = metadata.state_dict_metadata["w"]
+        entry.size = torch.Size((2**30, 2**20))
+        entry.chunks = [ChunkStorageMetadata(torch.Size((0, 0)), entry.size)]
+        metadata.storage_data[FIRST] = _StorageInfo("__0_0.distcp", 0, 2**52)
+
+    checkpoint = reshard.open(whole(change))
+    for box in (None, Box((5, 0), (2**25, 2**20))):
+        with pytest.raises(CorruptCheckpointError, match="it was cut short, or the metadata is damaged"):
+            checkpoint.read("w", box)
+
+
+def test_an_object_larger_than_its_file_takes_no_memory() -> None:
+    store = whole(
+        lambda metadata: metadata.storage_data.update({MetadataIndex("step"): _StorageInfo("__0_0.distcp", 0, 2**37)})
+    )
+    with pytest.raises(CorruptCheckpointError, match=r"^'step': object '__0_0\.distcp'"):
+        reshard.open(store).read_object("step")
+
+
+def test_a_slice_of_no_bytes_is_refused() -> None:
+    with pytest.raises(CorruptCheckpointError, match="a chunk of 'w' has an impossible length"):
+        reshard.open(whole(placed(length=0))).read("w")
+
+
+def test_a_file_that_is_missing_is_told() -> None:
+    store = whole()
+    del store.content["__1_0.distcp"]
+    checkpoint = reshard.open(store)
+    with pytest.raises(CorruptCheckpointError, match=r"^'w': object '__1_0\.distcp' is missing in memory"):
+        checkpoint.read("w")
+    assert same(checkpoint.read("w", Box((4, 0), (2, 4))), W[4:])
+
+
+def test_a_file_cut_short_is_told() -> None:
+    store = whole()
+    data = store.content["__2_0.distcp"]
+    for length in (0, 1, 100, len(data) - 1):
+        store.content["__2_0.distcp"] = data[:length]
+        with pytest.raises(CorruptCheckpointError, match=rf"^'w': object '__2_0\.distcp' in memory has {length} bytes"):
+            reshard.open(store).read("w")
+
+
+def replaced(value: object) -> MemoryStore:
+    """The first slice of w is this, saved by torch."""
+    data = value if isinstance(value, bytes) else torch_saved(value)
+    store = whole(placed(relative_path="other.distcp", offset=0, length=len(data)))
+    store.content["other.distcp"] = data
+    return store
+
+
+def of_pickle(pickled: bytes) -> bytes:
+    """A torch.save file with this pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3\n")
+    return out.getvalue()
+
+
+def deflated(data: bytes) -> bytes:
+    """A zip with its records compressed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+        for info in archive.infolist():
+            packed.writestr(info.filename, archive.read(info))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(2, 5), r"should be a tensor of float32 \(2, 4\), and is one of torch.float32 \(2, 5\)"),
+        (torch.ones(8), r"is one of torch.float32 \(8,\)"),
+        (torch.ones(2, 4, dtype=torch.int32), r"is one of torch.int32 \(2, 4\)"),
+        (torch.empty(2, 4, device="meta"), "torch.strided on meta"),
+        (torch.ones(2, 4).to_sparse(), "torch.sparse_coo on cpu"),
+        ([torch.ones(2, 4)], "and is list"),
+        (7, "and is int"),
+        (deflated(torch_saved(torch.ones(2, 4))), "its records are compressed"),
+        (of_pickle(b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s."), "tuples are nested"),
+        (of_pickle(b"\x80\x02K"), "cannot be read"),
+        (b"x" * 2000, "cannot be read"),
+        (b"PK\x03\x04" + b"\xff" * 2000, "cannot be read"),
+        (zstandard.compress(b"x"), "cannot be read"),
+    ],
+)
+def test_a_slice_that_holds_something_else_is_refused(value: object, message: str) -> None:
+    checkpoint = reshard.open(replaced(value))
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        checkpoint.read("w")
+    assert "'w'" in str(caught.value)
+    assert same(checkpoint.read("w", Box((2, 0), (2, 4))), W[2:4])
+
+
+def test_slices_changed_for_each_other_are_refused_where_their_shapes_differ() -> None:
+    def change(metadata: Metadata) -> None:
+        data, other = metadata.storage_data, MetadataIndex("v", (0, 0))
+        data[FIRST], data[other] = data[other], data[FIRST]
+
+    with pytest.raises(CorruptCheckpointError, match=re.escape("and is one of torch.float32 (3, 4)")):
+        reshard.open(whole(change)).read("w")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_stream_that_grows_without_bound_is_refused_early(told: bool) -> None:
+    bomb = zstandard.ZstdCompressor().compress(bytes(2**27))
+    assert len(bomb) < 2**15
+    store = whole(
+        placed(
+            relative_path="bomb.distcp",
+            offset=0,
+            length=len(bomb),
+            transform_descriptors=["stream.zstd/1"] if told else None,
+        )
+    )
+    store.content["bomb.distcp"] = bomb
+    message = f"holds more than the {32 + 65536} bytes that it should"
+    with taking_at_most(2**20), pytest.raises(CorruptCheckpointError, match=message):
+        reshard.open(store).read("w")

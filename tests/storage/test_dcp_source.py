@@ -1,0 +1,257 @@
+"""Checkpoints of torch.distributed.checkpoint, as torch writes them: all that they hold comes back, by byte ranges."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed._shard.sharded_tensor.metadata as old_home
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint._extension import ZStandard
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+import reshard
+from reshard.errors import CorruptCheckpointError, UnsafeObjectError
+from reshard.planner.byte_ranges import Gaps
+from reshard.planner.index import ITEMSIZES
+from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage.local_store import LocalStore
+from reshard.storage.open_source import open_source
+from reshard.storage.reader import execute
+from reshard.storage.testing import RecordingStore
+from tests.storage.dcp_checkpoints import METADATA, OfRank, put_together, rows
+from tests.storage.samples import assert_holds, boxes, same, sample
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+WAYS: dict[str, dict[str, Any]] = {
+    "as by default": {},
+    "a file for each tensor": {"single_file_per_rank": False},
+    "three threads": {"thread_count": 3},
+    "safetensors": {"serialization_format": SerializationFormat.SAFETENSORS},
+    "zstd": {"_extensions": [ZStandard()]},
+}
+
+
+def save(state: dict[str, Any], folder: Path, **options: Any) -> str:
+    dcp.save(state, storage_writer=FileSystemWriter(folder, sync_files=False, **options))
+    return str(folder)
+
+
+def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, most_over_read: float) -> torch.Tensor:
+    """A box, with gaps read over as far as that."""
+    source = open_source(checkpoint)
+    index = source.index([Want(name, box)])
+    out = torch.empty(box.sizes, dtype=dtype)
+    gaps = Gaps(10**9 if most_over_read else 0, most_over_read)
+    execute(plan_reads(index, [Want(name, box)], gaps=gaps), index, source.store, [out])
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("way", WAYS)
+def test_every_dtype_and_shape_comes_back(way: str, tmp_path: Path) -> None:
+    known = set(ITEMSIZES) - ({"complex32", "complex128"} if way == "safetensors" else set())
+    tensors = {
+        f"{dtype} {shape}": sample(dtype, *shape)
+        for dtype, shape in itertools.product(sorted(known), ((), (7,), (0, 3), (5, 8)))
+        if not (way == "safetensors" and dtype == "float4_e2m1fn_x2" and shape == ())
+    }
+    assert_holds(reshard.open(save(dict(tensors), tmp_path / "x", **WAYS[way])), tensors)
+
+
+IMAGES = torch.randn(2, 3, 4, 5)
+STORED_OTHERWISE = {
+    "transposed": torch.randn(6, 4).t(),
+    "channels last": IMAGES.to(memory_format=torch.channels_last),
+    "permuted": torch.randn(3, 4, 5).permute(2, 0, 1),
+    "rows of another": torch.randn(10, 4)[3:7],
+    "columns of another": torch.randn(10, 8)[:, 2:5],
+    "every second": torch.randn(20)[::2],
+    "expanded": torch.arange(3).expand(4, 3),
+    "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+    "negative": torch.randn(3, dtype=torch.complex64).conj().imag,
+    "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+    "requires grad": torch.randn(4, requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "safetensors"])  # which takes contiguous tensors only
+def test_tensors_come_back_however_they_lay_in_memory(way: str, tmp_path: Path) -> None:
+    uri = save(dict(STORED_OTHERWISE), tmp_path / "x", **WAYS[way])
+    assert_holds(reshard.open(uri), STORED_OTHERWISE)
+    for name in ("transposed", "channels last", "conjugate"):
+        for box in boxes(tuple(STORED_OTHERWISE[name].shape)):
+            assert same(reshard.open(uri).read(name, box), STORED_OTHERWISE[name][box.slices]), (name, box)
+
+
+class Pickled:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_that_are_no_tensors_come_back(way: str, tmp_path: Path) -> None:
+    state = {
+        "step": 7,
+        "rate": 0.5,
+        "name": "x",
+        "nothing": None,
+        "nested": {"betas": (0.9, 0.95), "list": [1, [2, 3]], "bytes": b"\x00\xff"},
+        "when": datetime.timedelta(seconds=3),
+        "pickled": Pickled(5),
+        "w": torch.ones(3),
+    }
+    checkpoint = reshard.open(save(state, tmp_path / "x", **WAYS[way]))
+    assert checkpoint.read("w").equal(torch.ones(3))
+    found = {name: checkpoint.read_object(name) for name in checkpoint.objects if name not in ("when", "pickled")}
+    assert found == {
+        "step": 7, "rate": 0.5, "name": "x", "nothing": None, "nested.betas": (0.9, 0.95),
+        "nested.list": [1, [2, 3]], "nested.bytes": b"\x00\xff",
+    }  # fmt: skip
+    for name in ("when", "pickled"):
+        with pytest.raises(UnsafeObjectError, match=f"'{name}'"):
+            checkpoint.read_object(name)
+    assert checkpoint.read_object("when", allow_pickle=True) == state["when"]
+    assert checkpoint.read_object("pickled", allow_pickle=True).value == 5
+
+
+def test_names_of_nested_state_are_those_of_dcp_and_lead_back(tmp_path: Path) -> None:
+    state = {"model": {"a.b": torch.ones(2)}, "list": [torch.zeros(1), {"x": 1}], "optim": {3: torch.ones(1)}}
+    source = open_source(save(state, tmp_path / "x"))
+    assert dict(source.paths) == {
+        "model.a.b": ("model", "a.b"),
+        "list.0": ("list", 0),
+        "list.1.x": ("list", 1, "x"),
+        "optim.3": ("optim", "3"),
+    }
+    again: dict[str, Any] = {
+        "model": {"a.b": torch.zeros(2)},
+        "list": [torch.ones(1), {"x": 0}],
+        "optim": {"3": torch.zeros(1)},
+    }
+    dcp.load(again, storage_reader=reshard.StorageReader(str(tmp_path / "x")))
+    assert again["model"]["a.b"].equal(torch.ones(2))
+    assert again["list"][1] == {"x": 1}
+
+
+@pytest.mark.parametrize("over_read", [0.0, 1e9])
+@pytest.mark.parametrize("shape", [(), (9,), (8, 7), (5, 4, 6)])
+@pytest.mark.parametrize("way", ["as by default", "safetensors", "zstd"])
+def test_boxes_are_parts_of_the_whole(way: str, shape: tuple[int, ...], over_read: float, tmp_path: Path) -> None:
+    values = torch.randn(shape)
+    uri = save({"before": torch.ones(3), "w": values}, tmp_path / "x", **WAYS[way])
+    for box in boxes(shape):
+        assert same(read_box(uri, "w", box, values.dtype, over_read), values[box.slices]), box
+
+
+@pytest.mark.parametrize("over_read", [0.0, 1e9])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        rows(3, 10, 6),
+        [reshard.Box((0, 0), (10, 2)), reshard.Box((0, 2), (10, 4))],
+        [
+            reshard.Box((0, 0), (4, 5)),
+            reshard.Box((0, 5), (4, 1)),
+            reshard.Box((4, 0), (6, 1)),
+            reshard.Box((4, 1), (6, 5)),
+        ],
+    ],
+)
+def test_boxes_across_shards_are_parts_of_the_whole(parts: list[reshard.Box], over_read: float, tmp_path: Path) -> None:
+    values = torch.randn(10, 6)
+    for name, data in put_together({"w": (values, parts)}).content.items():
+        (tmp_path / name).write_bytes(data)
+    for box in boxes((10, 6)):
+        assert same(read_box(str(tmp_path), "w", box, values.dtype, over_read), values[box.slices]), box
+
+
+def test_only_slices_that_are_needed_are_looked_at(tmp_path: Path) -> None:
+    tensors = {"v": torch.randn(400, 64), "w": torch.randn(400, 64)}
+    parts = {name: (values, rows(100, 400, 64)) for name, values in tensors.items()}
+    for name, data in put_together(parts).content.items():
+        (tmp_path / name).write_bytes(data)
+    store = RecordingStore(LocalStore(tmp_path))
+    checkpoint = reshard.open(store)
+    assert {call.name for call in store.calls if call.method in ("read", "size")} == {METADATA, "manifest.reshard"}
+    store.calls.clear()
+    box = reshard.Box((110, 0), (30, 64))
+    assert checkpoint.read("w", box).equal(tensors["w"][110:140])
+    assert {call.name for call in store.calls} == {"__1_0.distcp"}
+    head, values = [(call.start, call.stop) for call in store.calls if call.method == "read"]
+    assert head[1] - head[0] == 1024
+    assert values[1] - values[0] == 30 * 64 * 4
+    store.calls.clear()
+    assert checkpoint.read("w", box).equal(tensors["w"][110:140])
+    assert len(store.calls) == 1, "what was found out is kept"
+
+
+def test_a_save_without_collectives_leaves_metadata_of_each_rank(tmp_path: Path) -> None:
+    dcp.save({"step": 1}, storage_writer=FileSystemWriter(tmp_path / "torch"), use_collectives=False)
+    assert reshard.open(tmp_path / "torch").read_object("step") == 1
+    for rank in range(12):
+        state = {f"of rank {rank}": torch.full((3,), float(rank)), "shared": torch.ones(2), "step": rank}
+        dcp.save(state, storage_writer=OfRank(str(tmp_path / "x"), rank), use_collectives=False)
+    assert not (tmp_path / "x" / METADATA).exists()
+    checkpoint = reshard.open(tmp_path / "x")
+    expected = {f"of rank {rank}": torch.full((3,), float(rank)) for rank in range(12)}
+    assert_holds(checkpoint, {**expected, "shared": torch.ones(2)})
+    assert checkpoint.read_object("step") == 0
+
+
+def test_ranks_that_do_not_agree_on_a_tensor_are_refused(tmp_path: Path) -> None:
+    for rank, values in enumerate((torch.ones(3), torch.ones(4))):
+        dcp.save({"w": values}, storage_writer=OfRank(str(tmp_path), rank), use_collectives=False)
+    with pytest.raises(CorruptCheckpointError, match=r"'__1\.metadata' in .* 'w' is of float32 \(4,\)"):
+        reshard.open(tmp_path)
+
+
+def without_new_fields(metadata: Metadata) -> None:
+    for name in ("version", "storage_meta", "planner_data"):
+        del metadata.__dict__[name]
+
+
+def with_paths(metadata: Metadata) -> None:
+    assert metadata.storage_meta is not None
+    metadata.storage_meta.checkpoint_id = Path("/some/where")
+
+
+def with_strings(metadata: Metadata) -> None:
+    assert metadata.storage_meta is not None
+    metadata.storage_meta.checkpoint_id = "/some/where"
+
+
+def with_properties_of_old(metadata: Metadata) -> None:
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.properties = old_home.TensorProperties(dtype=entry.properties.dtype)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("change", [without_new_fields, with_paths, with_strings, with_properties_of_old])
+def test_metadata_of_other_versions_of_torch_is_read(change: Any, protocol: int, tmp_path: Path) -> None:
+    save({"w": torch.randn(3), "step": 4}, tmp_path)
+    metadata = pickle.loads((tmp_path / METADATA).read_bytes())  # noqa: S301
+    change(metadata)
+    (tmp_path / METADATA).write_bytes(pickle.dumps(metadata, protocol))
+    checkpoint = reshard.open(tmp_path)
+    assert checkpoint.tensors["w"].shape == (3,)
+    assert checkpoint.read_object("step") == 4
+
+
+def test_many_tensors_in_few_files_come_back(tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.weight": torch.full((2, 3), float(i)) for i in range(1500)}
+    checkpoint = reshard.open(save(dict(tensors), tmp_path / "x"))
+    state = {name: torch.empty(2, 3) for name in tensors}
+    report = reshard.load(dict(state), tmp_path / "x")
+    assert all(state[name].equal(values) for name, values in tensors.items())
+    assert report.local.bytes_needed == 1500 * 24
+    assert checkpoint.info["files"] == 1

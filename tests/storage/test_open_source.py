@@ -1,0 +1,272 @@
+"""Which format is found at a place: by a folder's files, by a file's name or its first bytes, or as it is named."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemWriter
+
+import reshard
+from reshard.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    MissingTensorError,
+    NotCommittedError,
+)
+from reshard.storage import open_source as module
+from reshard.storage.local_store import LocalStore
+from reshard.storage.manifest import NAME
+from reshard.storage.open_source import FORMATS, open_source
+from reshard.storage.testing import MemoryStore, RecordingStore
+from tests.storage.dcp_checkpoints import METADATA, put_together, rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+VALUES = torch.arange(12.0).reshape(4, 3)
+STATE = {"w": VALUES}
+
+
+def native(folder: Path) -> None:
+    reshard.save(dict(STATE), folder)
+
+
+def by_dcp(folder: Path) -> None:
+    dcp.save(dict(STATE), storage_writer=FileSystemWriter(folder, sync_files=False))
+
+
+def by_dcp_without_collectives(folder: Path) -> None:
+    writer = FileSystemWriter(folder, sync_files=False)
+    dcp.save(dict(STATE), storage_writer=writer, use_collectives=False)
+
+
+def safetensors(folder: Path) -> None:
+    folder.mkdir()
+    save_file(STATE, folder / "model.safetensors")
+
+
+def torch_file(folder: Path) -> None:
+    folder.mkdir()
+    torch.save(STATE, folder / "pytorch_model.bin")
+
+
+FOLDERS: dict[str, list[Callable[[Path], None]]] = {
+    "reshard": [native],
+    "dcp": [by_dcp, by_dcp_without_collectives],
+    "safetensors": [safetensors],
+    "torch": [torch_file],
+}
+CASES = [(format, save) for format, saves in FOLDERS.items() for save in saves]
+
+
+def test_all_formats_are_here() -> None:
+    assert tuple(FOLDERS) == FORMATS
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("format", "save"), CASES)
+def test_a_folder_is_recognised(
+    format: str, save: Callable[[Path], None], named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "step.1"
+    save(folder)
+    monkeypatch.chdir(tmp_path)
+    for target in (folder, str(folder), f"{folder}/", f"file://{folder}", "step.1", LocalStore(folder)):
+        source = open_source(target, format=format if named else None)
+        assert source.format == format
+        assert reshard.open(target, format=format if named else None).read("w").equal(VALUES)
+        state = {"w": torch.zeros(4, 3)}
+        reshard.load(state, target, format=format if named else None)
+        assert state["w"].equal(VALUES)
+
+
+@pytest.mark.parametrize(("format", "save"), CASES)
+def test_a_folder_of_a_name_that_files_have_is_recognised(
+    format: str, save: Callable[[Path], None], tmp_path: Path
+) -> None:
+    for suffix in (".pt", ".safetensors", ".ckpt"):
+        folder = tmp_path / f"step{suffix}"
+        save(folder)
+        assert open_source(folder).format == format
+
+
+@pytest.mark.parametrize(
+    ("save", "other"), [(save, other) for format, save in CASES for other in FORMATS if other != format]
+)
+def test_a_folder_of_another_format_than_named_is_refused(
+    save: Callable[[Path], None], other: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "x")
+    with pytest.raises(CheckpointNotFoundError, match=rf"no checkpoint of format '{other}' at {tmp_path}/x"):
+        reshard.open(tmp_path / "x", format=other)
+
+
+FILES = {
+    "model.safetensors": "safetensors",
+    "model.pt": "torch",
+    "model.pth": "torch",
+    "model.bin": "torch",
+    "model.ckpt": "torch",
+}
+
+
+def file_of(format: str, path: Path) -> None:
+    if format == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save(STATE, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [*FILES.items(), *((name, format) for name in ("bare", "blob.1") for format in ("safetensors", "torch"))],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_file_is_recognised(
+    name: str, format: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of(format, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for target in (tmp_path / name, str(tmp_path / name), f"file://{tmp_path / name}", name):
+        checkpoint = reshard.open(target, format=format if named else None)
+        assert checkpoint.location == f"{tmp_path}/{name}"
+        assert checkpoint.read("w").equal(VALUES)
+
+
+def test_a_file_among_others_is_opened_alone(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.safetensors")
+    save_file({"v": torch.ones(2)}, tmp_path / "b.safetensors")
+    torch.save({"u": torch.ones(2)}, tmp_path / "c.pt")
+    assert list(reshard.open(tmp_path / "a.safetensors").tensors) == ["w"]
+    assert list(reshard.open(tmp_path / "c.pt").tensors) == ["u"]
+    assert set(reshard.open(tmp_path).tensors) == {"v", "w"}
+
+
+@pytest.mark.parametrize(
+    ("holds", "named", "message"),
+    [
+        ("torch", "safetensors", "has no header"),
+        ("safetensors", "torch", r"is no zip, as torch\.save writes it"),
+        ("torch", "dcp", "no checkpoint of format 'dcp'"),
+        ("torch", "reshard", "no checkpoint of format 'reshard'"),
+        ("safetensors", "dcp", "no checkpoint of format 'dcp'"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".pt", ".safetensors"])
+def test_a_file_of_another_format_than_named_is_refused(
+    holds: str, named: str, message: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    file_of(holds, path)
+    with pytest.raises((CheckpointNotFoundError, CorruptCheckpointError), match=message) as caught:
+        reshard.open(path, format=named)
+    assert str(tmp_path) in str(caught.value)
+    assert "model" in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["DCP", "", "pickle"])
+def test_a_format_that_there_is_not_is_refused(format: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"format must be one of \('reshard', 'dcp', 'safetensors', 'torch'\)"):
+        reshard.open(tmp_path, format=format)
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("name", ["", "absent", "absent/deeper", "absent.pt", "absent.safetensors"])
+def test_where_nothing_is_nothing_is_found(name: str, format: str | None, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint") as caught:
+        reshard.open(tmp_path / name, format=format)
+    assert not isinstance(caught.value, NotCommittedError)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(CheckpointNotFoundError):
+        reshard.open(MemoryStore(), format=format)
+
+
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for format in (None, "dcp", "reshard"):
+        with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint"):
+            reshard.open(tmp_path / "file", format=format)
+
+
+def test_a_folder_of_other_files_holds_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("README.md", "config.json", "metadata", "deep/model.safetensors", "deep/.metadata", "x.distcp.txt"):
+        (tmp_path / name).write_bytes(b"{}" * 20)
+    with pytest.raises(CheckpointNotFoundError, match=r"there is no checkpoint at .*: it has no manifest\.reshard"):
+        reshard.open(tmp_path)
+
+
+def test_several_files_of_torch_are_not_guessed_at(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        torch.save(STATE, tmp_path / name)
+    with pytest.raises(CheckpointNotFoundError, match=r"has 2 files of torch\.save: open one of them, as '[ab]\.pt'"):
+        reshard.open(tmp_path)
+
+
+def test_what_a_failed_native_save_left_is_told(tmp_path: Path) -> None:
+    native(tmp_path / "x")
+    (tmp_path / "x" / NAME).unlink()
+    for format in (None, "reshard"):
+        with pytest.raises(NotCommittedError, match="was never committed: it has 1 data objects"):
+            reshard.open(tmp_path / "x", format=format)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint of format 'dcp'"):
+        reshard.open(tmp_path / "x", format="dcp")
+
+
+def test_what_a_failed_save_of_dcp_left_is_told(tmp_path: Path) -> None:
+    by_dcp(tmp_path / "x")
+    (tmp_path / "x" / METADATA).rename(tmp_path / "x" / f"{METADATA}.tmp")
+    for format in (None, "dcp"):
+        with pytest.raises(NotCommittedError, match=r"x was never finished: it has no \.metadata"):
+            reshard.open(tmp_path / "x", format=format)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint of format 'torch'"):
+        reshard.open(tmp_path / "x", format="torch")
+
+
+def test_the_native_format_comes_first(tmp_path: Path) -> None:
+    by_dcp(tmp_path / "x")
+    save_file({"other": VALUES}, tmp_path / "x" / "model.safetensors")
+    torch.save({"other": VALUES}, tmp_path / "x" / "model.pt")
+    assert open_source(tmp_path / "x").format == "dcp"
+    native(tmp_path / "x")
+    assert open_source(tmp_path / "x").format == "reshard"
+    for format in FORMATS:
+        assert open_source(tmp_path / "x", format=format).format == format
+
+
+def test_a_native_checkpoint_is_opened_by_one_request(tmp_path: Path) -> None:
+    native(tmp_path / "x")
+    store = RecordingStore(LocalStore(tmp_path / "x"))
+    reshard.open(store)
+    assert [(call.method, call.name) for call in store.calls] == [("read", NAME)]
+
+
+def test_metadata_among_very_many_files_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_NAMES", 3)
+    whole = put_together({"w": (VALUES, rows(1, 4, 3))})
+    store = MemoryStore()
+    store.content = {**{name: data for name, data in whole.content.items() if name != METADATA}}
+    store.content[METADATA] = whole.content[METADATA]
+    assert list(store.list())[3:] == ["__3_0.distcp", METADATA]
+    assert reshard.open(store).read("w").equal(VALUES)
+
+
+def test_what_is_open_answers_for_names_that_it_has_not(tmp_path: Path) -> None:
+    by_dcp(tmp_path / "x")
+    checkpoint = reshard.open(tmp_path / "x")
+    with pytest.raises(MissingTensorError, match="the checkpoint has no 'ww'"):
+        checkpoint.read("ww")
+    with pytest.raises(CheckpointError, match="is a tensor"):
+        checkpoint.read_object("w")
+
+
+def test_something_else_than_a_place_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="expected a path, a URI or a Store"):
+        reshard.open(io.BytesIO())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,370 @@
+"""Files of torch.save as checkpoints: what is in them comes back by byte ranges, or is refused where it cannot."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import os
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reshard
+from reshard.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnsafeObjectError,
+    UnsupportedVersionError,
+)
+from reshard.planner.index import ITEMSIZES
+from reshard.storage.sources import torch_save
+from reshard.storage.testing import MemoryStore, RecordingStore
+from tests.storage.dcp_checkpoints import torch_saved
+from tests.storage.samples import Runs, assert_holds, boxes, same, sample
+
+
+def stored(data: bytes) -> MemoryStore:
+    store = MemoryStore()
+    store.content["model.pt"] = data
+    return store
+
+
+def opened(data: bytes) -> reshard.Checkpoint:
+    return reshard.open(stored(data))
+
+
+def read_all(checkpoint: reshard.Checkpoint) -> dict[str, Any]:
+    values: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return values | {name: checkpoint.read_object(name) for name in checkpoint.objects}
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", ITEMSIZES)
+def test_every_dtype_comes_back(dtype: str, tmp_path: Path) -> None:
+    tensors = {str(shape): sample(dtype, *shape) for shape in ((), (7,), (0, 3), (5, 8))}
+    torch.save(tensors, tmp_path / "model.pt")
+    assert_holds(reshard.open(tmp_path / "model.pt"), tensors)
+
+
+def test_nested_state_has_the_names_that_dcp_gives() -> None:
+    state = {
+        "model": collections.OrderedDict({"a.b": torch.ones(2), "c": torch.zeros(1)}),
+        "optim": {"state": {0: {"exp_avg": torch.full((3,), 2.0), "step": 5}}, "groups": [{"betas": (0.9, 0.95)}]},
+        "list": [torch.ones(1), "x"],
+        "rng": torch.arange(5, dtype=torch.uint8),
+        "nothing": None,
+        "size": torch.Size((2, 3)),
+        "dtype": torch.bfloat16,
+    }
+    checkpoint = opened(torch_saved(state))
+    assert_holds(
+        checkpoint,
+        {
+            "model.a.b": torch.ones(2),
+            "model.c": torch.zeros(1),
+            "optim.state.0.exp_avg": torch.full((3,), 2.0),
+            "list.0": torch.ones(1),
+            "rng": torch.arange(5, dtype=torch.uint8),
+        },
+    )
+    assert {name: checkpoint.read_object(name) for name in checkpoint.objects} == {
+        "optim.state.0.step": 5,
+        "optim.groups.0.betas": (0.9, 0.95),
+        "list.1": "x",
+        "nothing": None,
+        "size": torch.Size((2, 3)),
+        "dtype": torch.bfloat16,
+    }
+
+
+def test_a_real_model_and_its_optimizer_come_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model[2](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    checkpoint = opened(torch_saved({"model": model.state_dict(), "optim": optimizer.state_dict()}))
+    for name, values in model.state_dict().items():
+        assert same(checkpoint.read(f"model.{name}"), values)
+    for key, state in optimizer.state_dict()["state"].items():
+        for name, values in state.items():
+            assert same(checkpoint.read(f"optim.state.{key}.{name}"), values)
+    assert checkpoint.read_object("optim.param_groups.0.betas") == (0.9, 0.999)
+
+
+WHOLE = torch.randn(10, 12)
+LYING_OTHERWISE = {
+    "rows": WHOLE[3:7],
+    "transposed": WHOLE.t(),
+    "rows transposed": WHOLE[3:7].t(),
+    "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "permuted": torch.randn(3, 4, 5).permute(2, 0, 1),
+    "one column": WHOLE[:, :1].t()[:, 2:3],
+    "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+    "requires grad": torch.randn(4, requires_grad=True),
+}
+
+
+def test_tensors_come_back_however_they_lie_in_the_file() -> None:
+    checkpoint = opened(torch_saved(LYING_OTHERWISE))
+    assert_holds(checkpoint, LYING_OTHERWISE)
+    for name, values in LYING_OTHERWISE.items():
+        for box in boxes(tuple(values.shape)):
+            assert same(checkpoint.read(name, box), values[box.slices]), (name, box)
+
+
+def test_tied_weights_are_read_where_they_are_stored_once() -> None:
+    values = torch.randn(100, 10)
+    data = torch_saved({"in": values, "out": values, "part": values[50:]})
+    assert len(data) < 6000
+    assert_holds(opened(data), {"in": values, "out": values, "part": values[50:]})
+
+
+CONJUGATE = torch.randn(3, dtype=torch.complex64).conj()
+REFUSED = {
+    "expanded": (torch.arange(3).expand(4, 3), r"with strides \(0, 1\) for its shape \(4, 3\)"),
+    "every second": (torch.arange(10)[::2], r"with strides \(2,\) for its shape \(5,\)"),
+    "columns": (WHOLE[:, 2:5], r"with strides \(12, 1\) for its shape \(10, 3\)"),
+    "conjugate": (CONJUGATE, "as the conjugate or the negative of what is stored"),
+    "negative": (torch.randn(3, dtype=torch.complex64).conj().imag, "as the conjugate or the negative"),
+    "sparse": (torch.eye(3).to_sparse(), "as a Tensor of layout torch.sparse_coo"),
+    "on meta": (torch.empty(3, device="meta"), "without values"),
+    "in a tuple": ((1, torch.ones(2)), "as tensors inside of a value that is no dict and no list"),
+    "in a list in a tuple": (({"x": [torch.ones(2)]},), "as tensors inside of a value"),
+    "storage": (torch.UntypedStorage(4), "as tensors inside of a value"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_byte_ranges_do_not_give_is_refused_when_it_is_read(case: str) -> None:
+    value, message = REFUSED[case]
+    checkpoint = opened(torch_saved({"odd": value, "w": torch.ones(3)}))
+    read = checkpoint.read if "odd" in checkpoint.tensors else checkpoint.read_object
+    with pytest.raises(UnsupportedVersionError, match=rf"'model\.pt' in memory has 'odd' {message}"):
+        read("odd")
+    assert checkpoint.read("w").equal(torch.ones(3))
+    assert checkpoint.verify() == []
+    state = {"w": torch.zeros(3)}
+    reshard.load(state, stored(torch_saved({"odd": value, "w": torch.ones(3)})))
+    assert state["w"].equal(torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
+def test_a_file_with_quantized_tensors_is_refused() -> None:
+    data = torch_saved({"q": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)})
+    with pytest.raises(UnsupportedVersionError, match=r"'model\.pt' in memory has tensors of a kind"):
+        opened(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "tensors"),
+    [
+        (torch.ones(3), {"value": torch.ones(3)}),
+        ([torch.ones(1), torch.zeros(2)], {"value.0": torch.ones(1), "value.1": torch.zeros(2)}),
+        ({}, {}),
+    ],
+)
+def test_a_file_of_something_else_than_a_dict_has_it_as_value(value: Any, tensors: dict[str, torch.Tensor]) -> None:
+    assert_holds(opened(torch_saved(value)), tensors)
+
+
+def test_a_file_of_a_number_has_it_as_value() -> None:
+    assert opened(torch_saved(5)).read_object("value") == 5
+
+
+@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), {"m": torch.nn.Linear(2, 2)}, Runs(os.system, "touch RAN")])
+def test_what_needs_more_of_pickle_is_refused_and_nothing_runs(
+    value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsafeObjectError, match=r"'model\.pt' in memory needs more of pickle .*(Linear|system)"):
+        opened(torch_saved(value))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_protocols_that_torch_itself_does_not_load_are_refused(protocol: int) -> None:
+    buffer = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, buffer, pickle_protocol=protocol)
+    with pytest.raises(UnsafeObjectError, match="needs more of pickle"):
+        opened(buffer.getvalue())
+
+
+def test_the_format_before_torch_1_6_is_told_apart() -> None:
+    buffer = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, buffer, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        UnsupportedVersionError, match=r"'model\.pt' in memory was written before torch 1\.6.*save it anew"
+    ):
+        opened(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}, {1: torch.ones(1), "1": torch.ones(2)}],
+)
+def test_two_values_of_one_name_are_refused(value: object) -> None:
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in memory .*two values .* have the name"):
+        opened(torch_saved(value))
+
+
+def test_a_state_that_holds_itself_is_refused() -> None:
+    state: dict[str, Any] = {"w": torch.ones(1)}
+    state["itself"] = state
+    rows: list[Any] = [torch.ones(1)]
+    rows.append(rows)
+    for value in (state, rows):
+        with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in memory has a state dict that has no names"):
+            opened(torch_saved(value))
+
+
+DATA = torch_saved({"w": torch.arange(6.0).reshape(2, 3), "v": torch.arange(4), "step": 3})
+
+
+@pytest.mark.parametrize("length", [0, 1, 22, *range(100, len(DATA), 97), len(DATA) - 1])
+def test_a_file_cut_short_is_refused(length: int) -> None:
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in memory"):
+        opened(DATA[:length])
+
+
+def test_a_file_cut_after_it_was_opened_is_told() -> None:
+    store = stored(DATA)
+    checkpoint = reshard.open(store)
+    store.content["model.pt"] = DATA[: DATA.index(torch.arange(6.0).numpy().tobytes()) + 23]
+    with pytest.raises(CorruptCheckpointError, match=r"^'w': only 23 bytes are left of .* of object 'model\.pt'"):
+        checkpoint.read("w")
+
+
+def where_no_values_are() -> list[int]:
+    """The bytes of DATA that are not values."""
+    at = set(range(len(DATA)))
+    for values in (torch.arange(6.0), torch.arange(4)):
+        begin = DATA.index(values.numpy().tobytes())
+        at -= set(range(begin, begin + values.nbytes))
+    return sorted(at)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(where_no_values_are()), st.integers(1, 255)), min_size=1, max_size=3))
+def test_flipped_bytes_are_refused_or_read(flips: list[tuple[int, int]]) -> None:
+    data = bytearray(DATA)
+    for at, by in flips:
+        data[at] ^= by
+    with contextlib.suppress(CheckpointError):
+        read_all(opened(bytes(data)))
+
+
+def zipped(method: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, data in records.items():
+            archive.writestr(f"archive/{name.replace('__', '/').replace('data_pkl', 'data.pkl')}", data)
+    return out.getvalue()
+
+
+def tensor_pickle(*, offset: int = 0, size: int = 4, stride: int = 1, numel: int = 4, key: str = "0") -> bytes:
+    """The pickle of {"w": a tensor of float32}, as torch.save writes it."""
+    plain = pickle.dumps({"w": 0}, 2)
+    pid = pickle.dumps(("storage", 0, key, "cpu", numel), 2)[2:-1].replace(b"K\x00", b"ctorch\nFloatStorage\n", 1)
+    arguments = pickle.dumps((0, offset, (size,), (stride,), False, None), 2)[2:-1]
+    arguments = arguments.replace(b"K\x00", pid + b"Q", 1)
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+    return plain.replace(b"K\x00", tensor, 1)
+
+
+def test_a_file_put_together_by_hand_is_read() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    data = zipped(data_pkl=tensor_pickle(), version=b"3\n", data__0=values.numpy().tobytes())
+    assert_holds(opened(data), {"w": values})
+    assert torch.load(io.BytesIO(data), weights_only=True)["w"].equal(values)
+
+
+NO_PICKLE = b"\x80\x02K\x01"
+DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (zipped(readme=b"x"), r"has no data\.pkl: it is not of torch\.save"),
+        (zipped(zipfile.ZIP_DEFLATED, data_pkl=tensor_pickle(), data__0=bytes(16)), "torch.save compresses none"),
+        (zipped(data_pkl=b""), "cannot be read"),
+        (zipped(data_pkl=NO_PICKLE), "cannot be read"),
+        (zipped(data_pkl=DEEP), "tuples are nested"),
+        (zipped(data_pkl=b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "has no names"),
+        (zipped(data_pkl=b"\x80\x02X\xff\xff\xff\x7f."), "cannot be read"),
+        (zipped(data_pkl=tensor_pickle()), "does not have the values of 'w'"),
+        (zipped(data_pkl=tensor_pickle(), data__0=bytes(15)), "does not have the values of 'w'"),
+        (zipped(data_pkl=tensor_pickle(offset=1), data__0=bytes(16)), "does not have the values of 'w'"),
+        (zipped(data_pkl=tensor_pickle(offset=-1), data__0=bytes(16)), "cannot be read"),
+        (zipped(data_pkl=tensor_pickle(size=2**40, numel=2**40), data__0=bytes(16)), "does not have the values"),
+        (zipped(data_pkl=tensor_pickle(size=2**62, numel=2**62), data__0=bytes(16)), "cannot be read|values"),
+        (zipped(data_pkl=tensor_pickle(numel=-1), data__0=bytes(16)), "a storage '0' of -1 elements"),
+        (zipped(data_pkl=tensor_pickle(numel=5), data__0=bytes(16)), "does not have the values"),
+        (zipped(data_pkl=tensor_pickle(size=-4), data__0=bytes(16)), "cannot be read"),
+        (zipped(data_pkl=tensor_pickle(key="../../x"), data__0=bytes(16)), "does not have the values"),
+        (b"PK\x05\x06" + bytes(18), r"has no data\.pkl"),
+        (b"PK\x03\x04" + bytes(500), "is no zip, as torch.save writes it"),
+        (b"not a zip at all", "is no zip, as torch.save writes it"),
+        (b"", "is no zip, as torch.save writes it"),
+    ],
+)
+def test_a_zip_that_lies_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        opened(data)
+    assert "'model.pt' in memory" in str(caught.value)
+
+
+def directory_of(data: bytes) -> int:
+    """Where the zip's directory begins."""
+    return int(struct.unpack_from("<I", data, data.rindex(b"PK\x05\x06") + 16)[0])
+
+
+@pytest.mark.parametrize("value", [1, 2**31, 2**32 - 2])
+@pytest.mark.parametrize("field", [20, 24, 42], ids=["compressed size", "size", "begin"])
+def test_a_directory_that_lies_of_its_records_is_refused(field: int, value: int) -> None:
+    """Of the pickle, which is the first of the directory."""
+    data = bytearray(zipped(data_pkl=tensor_pickle(), data__0=bytes(16)))
+    at = directory_of(bytes(data)) + field
+    data[at : at + 4] = value.to_bytes(4, "little")
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in memory"):
+        opened(bytes(data))
+
+
+def test_values_of_the_other_byte_order_are_refused() -> None:
+    data = zipped(data_pkl=tensor_pickle(), byteorder=b"big", data__0=bytes(16))
+    with pytest.raises(UnsupportedVersionError, match="has values of byte order b'big'"):
+        opened(data)
+
+
+@pytest.mark.parametrize("tail_bytes", [22, 64, 1000, 4096])
+def test_a_directory_larger_than_the_first_read_is_read_on(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(300)}
+    monkeypatch.setattr(torch_save, "TAIL_BYTES", tail_bytes)
+    assert_holds(opened(torch_saved(tensors)), tensors)
+
+
+def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_save, "TAIL_BYTES", 4096)
+    values = torch.randn(1000, 1000)
+    store = RecordingStore(stored(torch_saved({"w": values, "v": torch.ones(2)})))
+    checkpoint = reshard.open(store)
+    assert sum(call.stop - call.start for call in store.calls if call.name == "model.pt") < 2**13
+    store.calls.clear()
+    assert checkpoint.read("w", reshard.Box((500, 0), (3, 1000))).equal(values[500:503])
+    assert sum(call.stop - call.start for call in store.calls) == 3 * 1000 * 4
+
+
+def test_the_error_of_a_file_names_it_among_others(tmp_path: Path) -> None:
+    path = tmp_path / "broken.pt"
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(CorruptCheckpointError, match=re.escape(f"'broken.pt' in {tmp_path}")):
+        reshard.open(path)
