@@ -11,6 +11,7 @@ CheckpointError
 ├── CheckpointExistsError    fix the call: a checkpoint is there and overwriting was not asked for
 ├── UnsupportedURIError      fix the call, or install what the protocol needs
 ├── UnsupportedVersionError  upgrade: a newer reshard wrote it
+├── UnsupportedFormatError   rewrite it: reshard does not read this part of another tool's format
 ├── DtypeError               fix the call: the stored dtype cannot be cast to the one asked for
 ├── DestinationError         fix the call: the destination cannot be written in place
 ├── UnsupportedValueError    fix the call: a value of the state dict cannot be stored
@@ -70,6 +71,10 @@ class UnsupportedURIError(CheckpointError):
 
 class UnsupportedVersionError(CheckpointError):
     """The checkpoint has a format version that this reshard cannot read."""
+
+
+class UnsupportedFormatError(CheckpointError):
+    """Another tool's checkpoint holds what reshard cannot read of its format, and the tool itself can."""
 
 
 class DtypeError(CheckpointError):

@@ -122,10 +122,8 @@ class _Memory:
             at = next((at for at, array in enumerate(self._free) if array.nbytes == size), None)
             array = np.empty(size, np.uint8) if at is None else self._free.pop(at)
             self._lent[id(array)] = array
-        data, at = array.data, 0
-        for start, stop in ranges:
-            at += read_into(name, start, data[at : at + stop - start])
-        return data[:at]
+        data = array.data
+        return data[: read_into(name, ranges, data[:nbytes])]
 
     def give(self, data: memoryview) -> None:
         """Take back what `filled` gave; anything else is left alone."""

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -31,10 +31,12 @@ class _OpenFile:
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read_into(self, start: int, buffer: memoryview) -> int:
+    def read_into(self, ranges: Iterable[tuple[int, int]], buffer: memoryview) -> int:
         done = 0
-        while done < len(buffer) and (moved := os.preadv(self.descriptor, [buffer[done:]], start + done)):
-            done += moved
+        for start, stop in ranges:
+            while start < stop and (moved := os.preadv(self.descriptor, [buffer[done : done + stop - start]], start)):
+                start += moved
+                done += moved
         return done
 
     def __del__(self) -> None:
@@ -63,8 +65,9 @@ class LocalStore:
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
             file = _OpenFile(f"{self._root}/{name}")
-            data = np.empty(max(0, min(stop, os.fstat(file.descriptor).st_size) - start), np.uint8).data
-            return data[: file.read_into(start, data)]
+            stop = max(start, min(stop, os.fstat(file.descriptor).st_size))
+            data = np.empty(stop - start, np.uint8).data
+            return data[: file.read_into([(start, stop)], data)]
 
     def size(self, name: str) -> int:
         with self._errors("read", name):
@@ -73,9 +76,9 @@ class LocalStore:
                 raise FileNotFoundError(name)
             return found.st_size
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+    def read_into(self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
         with self._errors("read", name):
-            return self._open(name).read_into(start, buffer)
+            return self._open(name).read_into(ranges, buffer)
 
     def _open(self, name: str) -> _OpenFile:
         """The file, kept open: to open one takes as long as to read some MB of it."""
@@ -143,7 +146,7 @@ class LocalStore:
         """Translate what the operating system raises."""
         try:
             yield
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if doing == "write":
                 raise StoreError(f"cannot write {name!r}: {self.location} cannot be made: {error}") from error
             raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error

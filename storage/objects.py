@@ -18,7 +18,7 @@ import torch
 
 from ..planner.index import Kind
 from .errors import CorruptCheckpointError, UnsafeObjectError
-from .opaque import ZSTD_MAGIC, decompress
+from .opaque import ZSTD_MAGIC, check_file, decompress
 
 MOST_OBJECT_BYTES = 2**30
 """What an object may take once it is decompressed."""
@@ -49,6 +49,8 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
             return _from_json(json.loads(data))
         if data.startswith(ZSTD_MAGIC):  # as DCP's extension leaves it
             data = decompress(data, MOST_OBJECT_BYTES)
+        if not allow_pickle:
+            check_file(data)
         return torch.load(io.BytesIO(data), weights_only=not allow_pickle, map_location="cpu")
     except Exception as error:
         refused = None if kind is Kind.JSON or allow_pickle else _refusal(str(error))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError, StoreError
+from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
 from .manifest import DATA_NAME, NAME, Manifest
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
@@ -74,7 +74,7 @@ def _file(store: Store, name: str, format: str | None) -> Source | None:
 
 def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "reshard"):
-        manifest = _manifest(store)
+        manifest = Manifest.find(store)
         if manifest is not None:
             return manifest
     reads = Reads(store)
@@ -96,15 +96,6 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "torch") and len(files) == 1:
         return TorchSaveSource(reads, files[0])
     raise _not_found(store, names, format)
-
-
-def _manifest(store: Store) -> Manifest | None:
-    try:
-        return Manifest.find(store)
-    except StoreError as error:
-        if isinstance(error.__cause__, NotADirectoryError):  # the place is a file
-            return None
-        raise
 
 
 def _is_there(reads: Reads, name: str) -> bool:

@@ -269,7 +269,6 @@ class _Execution:
     def _place(self, batch: Batch) -> None:
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
-        tensor.touched = True
         destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
         _place_batch(batch, self._damage)
         with self._lock:
@@ -311,6 +310,7 @@ def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpoint
             values = _values(read, rows.start + i, encodings[i], data, counts[i], skipped[i])
         except CorruptCheckpointError as error:
             raise damage(batch.tensor, f"chunk {batch.chunk_box(i)} cannot be decoded: {error}") from error
+        batch.tensor.touched = True
         destination.write(places[i], values, shapes[i], parts[i])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +17,9 @@ from typing_extensions import Buffer
 
 from .errors import ArgumentError
 
-ReadInto = Callable[[str, int, memoryview], int]
-"""Reads an object from a byte on into a buffer, and tells how many bytes were there. Raises as Store.read."""
+ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
+"""Reads bytes [start, stop) of an object, for each of some ranges, one after another into a buffer of their size, and
+tells how many bytes were there. Raises as Store.read."""
 
 
 class AsyncReads(Protocol):

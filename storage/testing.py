@@ -221,7 +221,7 @@ def check_store(store: Store) -> None:
     store.delete([])
     into = store.read_into
     if into is not None:
-        _expect(ObjectNotFoundError, lambda: into("data/a.shard", 0, memoryview(bytearray(1))))
+        _expect(ObjectNotFoundError, lambda: into("data/a.shard", [(0, 1)], memoryview(bytearray(1))))
     _expect(ObjectNotFoundError, lambda: store.read("manifest", 0, 1))
 
 
@@ -231,12 +231,12 @@ def _check_other_reads(store: Store, content: bytes) -> None:
     into, reads = store.read_into, store.async_reads
     if into is not None:
         buffer = bytearray(100)
-        assert into("data/a.shard", 1000, memoryview(buffer)) == 100
-        assert buffer == content[1000:1100]
-        assert into("data/a.shard", len(content) - 3, memoryview(buffer)) == 3
+        assert into("data/a.shard", [(1000, 1060), (7, 47)], memoryview(buffer)) == 100
+        assert buffer == content[1000:1060] + content[7:47]
+        assert into("data/a.shard", [(len(content) - 3, len(content) + 97)], memoryview(buffer)) == 3
         assert buffer[:3] == content[-3:]
-        assert into("data/a.shard", past, memoryview(buffer)) == 0
-        _expect(ObjectNotFoundError, lambda: into("absent", 0, memoryview(buffer)))
+        assert into("data/a.shard", [(past, past + 100)], memoryview(buffer)) == 0
+        _expect(ObjectNotFoundError, lambda: into("absent", [(0, 100)], memoryview(buffer)))
     if reads is not None:
 
         def read(name: str, start: int, stop: int) -> bytes:

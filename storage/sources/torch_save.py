@@ -19,7 +19,7 @@ from torch._weights_only_unpickler import Unpickler
 
 from ...planner.index import Kind
 from ...planner.read_plan import Want
-from ..errors import CorruptCheckpointError, DestinationError, UnsafeObjectError, UnsupportedVersionError
+from ..errors import CorruptCheckpointError, DestinationError, UnsafeObjectError, UnsupportedFormatError
 from ..state_dict import flatten
 from ..tensors import dtype_name
 from .foreign import ForeignSource, Shards, whole_tensor
@@ -38,7 +38,7 @@ class TorchSaveSource(ForeignSource):
     format = "torch"
 
     def __init__(self, reads: Reads, name: str) -> None:
-        """Raises CorruptCheckpointError, UnsafeObjectError, UnsupportedVersionError, StoreError."""
+        """Raises CorruptCheckpointError, UnsafeObjectError, UnsupportedFormatError, StoreError."""
         self._where = f"the torch.save file {name!r} in {reads.store.location}"
         self._refused: dict[str, str] = {}
         """What the file has and byte ranges do not give, and why."""
@@ -58,7 +58,7 @@ class TorchSaveSource(ForeignSource):
                 )
         pickled, order = self._contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
         if order not in (b"", b"little"):
-            raise UnsupportedVersionError(f"{self._where} has values of byte order {order!r}")
+            raise UnsupportedFormatError(f"{self._where} has values of byte order {order!r}")
         storages: dict[str, Any] = {}
         state = self._unpickled(pickled, storages)
         self._add_all(state, storages, records)
@@ -75,7 +75,7 @@ class TorchSaveSource(ForeignSource):
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, LookupError, struct.error) as error:
             start = self._reads.read(name, 0, 8)
             if start[:1] == b"\x80":
-                raise UnsupportedVersionError(
+                raise UnsupportedFormatError(
                     f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
                     "read it with torch.load and save it anew"
                 ) from error
@@ -120,7 +120,7 @@ class TorchSaveSource(ForeignSource):
             check_operations(data)
             return unpickler.load()
         except NotImplementedError as error:
-            raise UnsupportedVersionError(
+            raise UnsupportedFormatError(
                 f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {error}"
             ) from error
         except Exception as error:
@@ -185,7 +185,7 @@ class TorchSaveSource(ForeignSource):
     def locate(self, wants: list[Want]) -> None:
         for want in wants:
             if want.name in self._refused:
-                raise UnsupportedVersionError(
+                raise UnsupportedFormatError(
                     f"{self._where} has {want.name!r} {self._refused[want.name]}, which byte ranges do not give: read "
                     "it with torch.load, and save it as a contiguous tensor"
                 )

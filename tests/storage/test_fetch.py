@@ -1,6 +1,6 @@
 """Memory that is used again: never more of it than there are reads at once, and nobody else's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,8 +15,8 @@ from reshard.storage.reader import execute
 from tests.storage.test_reader import saved
 
 
-def fill(name: str, start: int, buffer: memoryview) -> int:
-    buffer[:] = bytes([start % 256]) * len(buffer)
+def fill(name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+    buffer[:] = bytes([ranges[0][0] % 256]) * len(buffer)
     return len(buffer)
 
 
