@@ -1,6 +1,6 @@
 """Checkpoints of other formats, read and converted: bytes, seconds and memory, beside DCP's own readers.
 
-    python -m benchmarks.foreign [--tables bytes seconds convert] [--places local slow-s3] [--repeat N]
+    python -m benchmarks.foreign [--tables bytes seconds convert] [--places local far-s3 slow-s3] [--repeat N]
 
 The MLP of the other benchmarks. **bytes**: saved by real ranks with DCP's FileSystemWriter, as safetensors, or with
 reshard in float32, and loaded under tensor parallelism from a local disk; every byte asked of the disk counts,
@@ -38,7 +38,7 @@ from benchmarks.common import (
 from benchmarks.dcp_peer import CountingReader
 from benchmarks.memory import state_of
 from benchmarks.models import mlp, under
-from benchmarks.places import Place, opened
+from benchmarks.places import NAMES, Place, opened
 from benchmarks.timing import elapsed, on_rank_0
 from tests.ranks import RankPool
 
@@ -221,7 +221,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--places", nargs="+", choices=("local", "s3", "slow-s3"), default=["local", "slow-s3"])
+    parser.add_argument("--places", nargs="+", choices=NAMES, default=["local", "far-s3", "slow-s3"])
     parser.add_argument("--layers", type=positive, default=32, help="of the timed model, 16.8 MB each (default: 32)")
     parser.add_argument("--budget-mb", type=positive, default=128, help="of a conversion (default: %(default)s)")
     parser.add_argument("--repeat", type=positive, default=3, help="timed loads of each (default: %(default)s)")

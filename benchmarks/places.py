@@ -1,4 +1,4 @@
-"""Where checkpoints lie while they are measured: a local disk, S3 on loopback, and the same S3 behind a slow link."""
+"""Where checkpoints lie while they are measured: a local disk, S3 on loopback, and the same S3 behind two links."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import fsspec
 from tests.proxy import Link, linked
 from tests.servers import KEY, SECRET, Server, seaweedfs
 
-NAMES = ("local", "s3", "slow-s3")
-SLOW = Link(round_trip_s=0.020, bytes_per_s=200e6)
-"""Of "slow-s3"; in each direction, shared by all connections."""
+NAMES = ("local", "s3", "far-s3", "slow-s3")
+LINKS = {"far-s3": Link(round_trip_s=0.020), "slow-s3": Link(round_trip_s=0.020, bytes_per_s=200e6)}
+"""Bandwidth is in each direction, shared by all connections."""
 REGION = "us-east-1"
 RANGES = 8
 
@@ -89,8 +89,8 @@ def opened(names: Sequence[str], folder: str | None = None) -> Iterator[list[Pla
             if server is None or name == "local":
                 places.append(Place(name, folder=str(root)))
             else:
-                slow = name == "slow-s3"
-                metered, counts = stack.enter_context(linked(server.endpoint, SLOW if slow else Link()))
+                slow = name in LINKS
+                metered, counts = stack.enter_context(linked(server.endpoint, LINKS.get(name, Link())))
                 places.append(Place(name, "", server, metered if slow else server.endpoint, metered, counts))
                 if slow:
                     print(link_in_words(places[-1]), flush=True)

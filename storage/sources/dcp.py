@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ...planner.box import Box, intersect_many
+from ...planner.box import Box, IntArray, intersect_many
+from ...planner.byte_ranges import slabs_of
+from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.index import ITEMSIZES, Encoding, Entry, Kind
 from ...planner.read_plan import Want
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
@@ -112,24 +115,48 @@ class DcpSource(ForeignSource):
         """The tensors of safetensors files, by object and first byte."""
 
     def locate(self, wants: list[Want]) -> None:
-        met: dict[tuple[str, int], None] = {}
+        met: dict[tuple[str, int], bool] = {}
+        """The shards that are met and not settled, and whether a part of them is worth finding out where it is."""
         for want in wants:
             if want.name in self._settled:
                 shards = self._shards[want.name]
-                overlap = intersect_many(shards.offsets, shards.sizes, want.box)[1]
-                rows = np.flatnonzero((overlap > 0).all(axis=1) & ~self._settled[want.name])
-                met |= dict.fromkeys((want.name, row) for row in rows.tolist())
+                offsets, sizes = intersect_many(shards.offsets, shards.sizes, want.box)
+                rows = np.flatnonzero((sizes > 0).all(axis=1) & ~self._settled[want.name])
+                apart = self._is_worth_it(want.name, rows, offsets[rows], sizes[rows])
+                for row, worth_it in zip(rows.tolist(), apart.tolist(), strict=True):
+                    met[want.name, row] = worth_it or met.get((want.name, row), False)
         slices = [self._slice(name, row) for name, row in met]
         self._check_ends(slices)
-        unclear = [s for s in slices if s.entry.name in self._whole and not self._whole[s.entry.name][s.row]]
+        unclear = [piece for piece, worth_it in zip(slices, met.values(), strict=True) if worth_it]
         heads = self._reads.many(self._head, unclear)
         files = {(s.object, s.start) for s, head in zip(unclear, heads, strict=True) if head[8:9] == b"{"}
         new = sorted(files.difference(self._files))
         self._files |= dict(zip(new, self._reads.many(self._header, new), strict=True))
         for piece, head in zip(unclear, heads, strict=True):
             self._settle(piece, head)
-        for name, row in met:
-            self._settled[name][row] = True
+        for piece in unclear:
+            self._settled[piece.entry.name][piece.row] = True
+
+    def _is_worth_it(self, name: str, rows: IntArray, offsets: IntArray, sizes: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether to ask where the values of some shards are, to read boxes of them; else they are read as a whole.
+
+        To ask takes a request for each. Where that costs more than the rest of the slice, it is not worth it.
+        """
+        apart = np.zeros(len(rows), bool)
+        if name not in self._whole:
+            return apart
+        apart[:] = ~self._whole[name][rows]
+        if self.store.read_into is not None:
+            return apart  # on a disk, to ask costs nothing, and to decode does
+        shards, itemsize, costs = self._shards[name], self._entries[name].itemsize, self._reads.costs
+        lengths, values = shards.lengths[rows], shards.sizes[rows].prod(axis=1) * itemsize
+        # A slice that has no more bytes than its values is one of a safetensors file, whose header has to be read.
+        some = np.flatnonzero(apart & (lengths > values) & (lengths <= MAX_REQUEST_BYTES))
+        boxes = shards.offsets[rows[some]], shards.sizes[rows[some]], offsets[some], sizes[some]
+        slabs = slabs_of(*boxes, itemsize, costs.gaps())
+        nbytes = np.where(slabs.runs.sparse, slabs.runs.packed_bytes, slabs.runs.spans)
+        apart[some] = lengths[some] - np.bincount(slabs.chunks, nbytes, len(some)) > costs.gap_bytes
+        return apart
 
     def _slice(self, name: str, row: int) -> _Slice:
         shards = self._shards[name]
