@@ -107,6 +107,8 @@ class ReadPlan:
     """One for each want, in its order."""
     requests: Requests
     """`request_of_range` follows the rows of `reads`, each row's ranges together."""
+    gaps: Gaps = GAPS
+    """Which gaps between ranges were read over."""
 
     def requests_of(self) -> Iterator[IntArray]:
         """For each of `reads`, the (n, s) requests that fetch its ranges."""
@@ -126,6 +128,8 @@ class ReadPlan:
             requests=self.requests.ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(self.requests.objects)),
+            max_gap_bytes=self.gaps.most_bytes,
+            opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
         )
 
     def __repr__(self) -> str:
@@ -177,7 +181,7 @@ def plan_reads(
         max_request_bytes=max_request_bytes,
         sparse=sparse,
     )
-    return ReadPlan(reads, requests)
+    return ReadPlan(reads, requests, gaps)
 
 
 def _plan_one(index: CheckpointIndex, want: Want, gaps: Gaps) -> ChunkReads:

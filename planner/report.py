@@ -20,6 +20,15 @@ class PlanReport:
     chunks: int
     objects: int
     """Data objects that the requests read from."""
+    max_gap_bytes: int = 0
+    """Gaps of up to so many bytes between ranges were read over, to save requests."""
+    opaque_chunks: int = 0
+    """Chunks of other formats that have to be decoded, and so are read, as a whole."""
+
+    @property
+    def bytes_over_read(self) -> int:
+        """Bytes fetched that lie between those wanted."""
+        return max(0, self.bytes_fetched - self.bytes_wanted)
 
     @property
     def amplification(self) -> float:
@@ -27,7 +36,13 @@ class PlanReport:
         return self.bytes_fetched / self.bytes_needed if self.bytes_needed else 0.0
 
     def __str__(self) -> str:
+        notes = ""
+        if self.bytes_over_read:
+            notes += f"; {self.bytes_over_read / 1e6:.2f} MB in gaps of up to {self.max_gap_bytes} bytes"
+        if self.opaque_chunks:
+            notes += f"; {self.opaque_chunks} chunks read as a whole"
+        chunks = f"{self.chunks} chunks"
         return (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {self.bytes_fetched / 1e6:.2f} MB fetched "
-            f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {self.chunks} chunks"
+            f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {chunks}{notes}"
         )
