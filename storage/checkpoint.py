@@ -165,6 +165,9 @@ class Checkpoint:
     def verify(self) -> list[Damage]:
         """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
 
+        Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
+        torch writes unless it is told not to, by `set_crc32_options`), and of the rest it is seen that it is there.
+
         Raises StoreError where the store fails otherwise than by not having an object.
         """
         return verify(self._source.store, self._source.index())

@@ -7,6 +7,7 @@ Nothing is unpickled but by torch.load(weights_only=True), and no more is decomp
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 
 import torch
@@ -63,6 +64,21 @@ def check_file(content: bytes) -> None:
                 raise ValueError("its records are compressed")
             if info.filename.lower().endswith("data.pkl"):
                 check_operations(archive.read(info))
+
+
+def damage_of(data: memoryview) -> str:
+    """Why a torch.save file cannot be whole, by the CRC-32s of its records; empty where nothing tells so.
+
+    A zstd stream has a checksum of its own only if its writer asked for one; it is not looked into.
+    """
+    if data[:4] == ZSTD_MAGIC:
+        return ""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, LookupError, struct.error, EOFError) as error:
+        return f"it is no file of torch.save: {error}"
+    return f"its record {damaged!r} does not match its CRC-32" if damaged else ""
 
 
 def decompress(data: bytes, most_bytes: int) -> bytes:

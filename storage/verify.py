@@ -1,16 +1,22 @@
-"""Every byte of a checkpoint against its checksums, without decoding or placing any."""
+"""Every byte of a checkpoint against its checksums, without decoding or placing any.
+
+Of other formats: the slices of DCP against the CRC-32s of their records; of the rest, that it is there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..planner.box import Box
-from ..planner.index import CheckpointIndex
+from ..planner.index import CheckpointIndex, Encoding
 from ..planner.read_plan import Want, plan_reads
-from .arranged import DAMAGED, ByteRange, Request, arrange
+from .arranged import DAMAGED, Batch, ByteRange, Request, arrange
 from .errors import ObjectNotFoundError
+from .opaque import damage_of
 from .store import Store
 
 
@@ -56,7 +62,18 @@ def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) 
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
         return [(part, "the object is missing") for part in request.damages(memoryview(b""), index)]
-    return [
+    damages = [
         (part, "the object is cut short" if part.stop - request.start > len(data) else DAMAGED)
         for part in request.damages(data, index)
     ]
+    return damages or [(part, reason) for batch, _ in request.parts for part, reason in _crcs(batch, request, data)]
+
+
+def _crcs(batch: Batch, request: Request, data: memoryview) -> Iterator[tuple[ByteRange, str]]:
+    """What of a batch's slices, files of torch.save, does not match its CRC-32."""
+    read, first = batch.read, batch.rows.start
+    for row in np.flatnonzero(read.encodings[batch.rows] == Encoding.OPAQUE).tolist():
+        start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])
+        reason = damage_of(data[start - request.start : stop - request.start])
+        if reason:
+            yield ByteRange(batch.tensor, batch.chunk_box(row), start, stop), reason

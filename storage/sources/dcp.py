@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray, intersect_many
 from ...planner.byte_ranges import slabs_of
 from ...planner.coalesce import MAX_REQUEST_BYTES
-from ...planner.index import ITEMSIZES, Encoding, Entry, Kind
+from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind
 from ...planner.read_plan import Want
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
 from .foreign import ForeignSource, Shards
@@ -113,6 +113,22 @@ class DcpSource(ForeignSource):
         """Objects whose sizes are from the store; those of the others are what the metadata tells."""
         self._files: dict[tuple[int, int], dict[str, Tensor]] = {}
         """The tensors of safetensors files, by object and first byte."""
+
+    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+        if wants is None:
+            with self._lock:  # of safetensors files, the metadata does not tell even the slices
+                self.locate([Want(name, Box.whole(self._entries[name].shape)) for name in self._in_safetensors()])
+        return super().index(wants)
+
+    def _in_safetensors(self) -> list[str]:
+        """Tensors whose slices have no more bytes than their values: those of safetensors files."""
+        found = []
+        for name, whole in self._whole.items():
+            shards = self._shards[name]
+            values = shards.sizes.prod(axis=1) * self._entries[name].itemsize
+            if bool((~whole & (shards.encodings == Encoding.OPAQUE) & (shards.lengths <= values)).any()):
+                found.append(name)
+        return found
 
     def locate(self, wants: list[Want]) -> None:
         met: dict[tuple[str, int], bool] = {}

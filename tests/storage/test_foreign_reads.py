@@ -1,0 +1,115 @@
+"""What is read of other formats, and how it is verified: whole slices or parts, gaps, CRC-32s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+import reshard
+from reshard.planner.box import Box
+from reshard.planner.costs import LOCAL, REMOTE
+from reshard.storage.local_store import LocalStore
+from reshard.storage.sources.reads import Reads
+from reshard.storage.testing import MemoryStore, RecordingStore
+from tests.storage.dcp_checkpoints import put_together, rows
+
+WEIGHTS = torch.arange(512 * 256, dtype=torch.float32).reshape(512, 256)
+LAYOUT = reshard.Layout(4, {"w": "rowwise"})
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    """A tensor in four slices of rows."""
+    return put_together({"w": (WEIGHTS, rows(128, 512, 256))})
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores answer as late as one of the same region."""
+    monkeypatch.setattr(Reads, "costs", REMOTE)
+
+
+@pytest.mark.usefixtures("far")
+def test_columns_far_away_are_read_by_whole_slices(store: MemoryStore) -> None:
+    """A request costs more than the rest of a slice: none is made to find out where its values are."""
+    recording = RecordingStore(store)
+    (loaded,) = reshard.open(recording).load_rank(LAYOUT, 1).values()
+    assert loaded.equal(WEIGHTS[:, 64:128])
+    slices = {(name, len(content)) for name, content in store.content.items() if name != ".metadata"}
+    reads = [call for call in recording.calls if call.method == "read" and call.name.endswith(".distcp")]
+    assert {(call.name, call.stop - call.start) for call in reads} == slices
+    assert len(reads) == 4
+
+
+def test_columns_on_a_disk_are_read_alone(store: MemoryStore, tmp_path: Path) -> None:
+    for name, content in store.content.items():
+        (tmp_path / name).write_bytes(content)
+    checkpoint = reshard.open(tmp_path)
+    report = checkpoint.plan(LAYOUT)[1].report
+    assert report.bytes_fetched == report.bytes_needed == 512 * 64 * 4
+    assert report.requests == 512
+    assert checkpoint.load_rank(LAYOUT, 1)["w"].equal(WEIGHTS[:, 64:128])
+
+
+@pytest.mark.usefixtures("far")
+def test_a_plan_tells_what_it_reads_over_and_as_a_whole(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = reshard.open(store).plan(LAYOUT)[1].report
+    assert whole.opaque_chunks == 4
+    assert "4 chunks read as a whole" in str(whole)
+    monkeypatch.setattr(Reads, "costs", LOCAL)
+    for name, content in store.content.items():
+        (tmp_path / name).write_bytes(content)
+    generous = reshard.open(tmp_path).plan(LAYOUT, max_over_read=5)[1].report
+    assert generous.requests == 4
+    assert generous.bytes_over_read == pytest.approx(3 * generous.bytes_needed, rel=0.01)
+    assert "MB in gaps of up to 4000 bytes" in str(generous)
+
+
+def test_over_read_is_bounded_as_the_user_says(store: MemoryStore, tmp_path: Path) -> None:
+    for name, content in store.content.items():
+        (tmp_path / name).write_bytes(content)
+    state: dict[str, Any] = {"w": torch.zeros(512, 256)}
+    few = reshard.load(state, tmp_path, max_over_read=0).local
+    assert state["w"].equal(WEIGHTS)
+    assert few.bytes_fetched < WEIGHTS.nbytes * 1.05
+
+
+def test_slices_are_held_against_their_crcs(store: MemoryStore) -> None:
+    assert reshard.open(store).verify() == []
+    name = "__2_0.distcp"
+    content = bytearray(store.content[name])
+    content[len(content) // 2] ^= 1
+    store.content[name] = bytes(content)
+    (damage,) = reshard.open(store).verify()
+    assert (damage.tensor, damage.object, damage.box) == ("w", name, Box((256, 0), (128, 256)))
+    assert "'archive/data/0' does not match its CRC-32" in damage.reason
+    store.content[name] = bytes(content[:1000])
+    assert reshard.open(store).verify()[0].reason == "the object is cut short"
+    del store.content[name]
+    assert reshard.open(store).verify()[0].reason == "the object is missing"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_slices_of_safetensors_are_there_or_not(tmp_path: Path) -> None:
+    writer = FileSystemWriter(tmp_path, sync_files=False, serialization_format=SerializationFormat.SAFETENSORS)
+    dcp.save({"w": WEIGHTS, "step": 1}, storage_writer=writer)
+    assert reshard.open(tmp_path).verify() == []
+    assert reshard.open(RecordingStore(LocalStore(tmp_path))).read("w").equal(WEIGHTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_rank_is_loaded_in_another_precision(dtype: torch.dtype) -> None:
+    store = MemoryStore()
+    weights = torch.randn(256, 256)
+    reshard.save({"w": weights, "ids": torch.arange(8)}, store)
+    tensors = reshard.open(store).load_rank(reshard.Layout(2, {"w": "colwise"}), 1, dtype=dtype)
+    assert tensors["w"].equal(weights[128:].to(dtype))
+    assert tensors["ids"].dtype == torch.int64
