@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 URI ?=
 ARGS ?=
-BENCHMARKS ?= bytes_read fsdp_to_tp codec planner coalescing memory overhead
+BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead
 BIN := $(VENV)/bin
 
 .PHONY: test check demo torture bench env

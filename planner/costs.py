@@ -32,13 +32,13 @@ class Costs:
         """Which gaps to read over, under the user's bound or the default one."""
         return Gaps(self.gap_bytes, self.most_over_read if most_over_read is None else most_over_read)
 
-    def measured(self, latency_s: float) -> Costs:
-        """The same with the latency that was seen."""
-        return replace(self, latency_s=latency_s)
+    def measured(self, latency_s: float | None, bytes_per_s: float | None) -> Costs:
+        """The same with what was seen, as far as it was."""
+        return replace(self, latency_s=latency_s or self.latency_s, bytes_per_s=bytes_per_s or self.bytes_per_s)
 
 
 LOCAL = Costs(latency_s=2e-6, bytes_per_s=2e9, concurrent_requests=1, most_over_read=0.25)
 """A call of the system on a local disk: a gap of 4 KB, about a page. More bytes would be read than are needed, without
 being faster where they do not come from a cache."""
 REMOTE = Costs(latency_s=0.03, bytes_per_s=200e6, concurrent_requests=32, most_over_read=UNBOUNDED)
-"""An object store in the same region, until its latency is seen: a gap of 190 KB."""
+"""An object store in the same region, until something else is seen: a gap of 190 KB."""

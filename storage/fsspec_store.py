@@ -74,6 +74,8 @@ class FsspecStore:
 
     @property
     def location(self) -> str:
+        if "://" in self._root:  # as it is of HTTP
+            return self._root
         return f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}"
 
     @property

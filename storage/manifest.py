@@ -111,6 +111,9 @@ class Manifest:
     def location(self) -> str:
         return self.store.location
 
+    def observe(self, nbytes: int, seconds: float) -> None:
+        """Nothing depends on it: gaps between chunks are few."""
+
     def gaps(self, most_over_read: float | None) -> Gaps:
         return GAPS if most_over_read is None else replace(GAPS, most_over_read=most_over_read)
 

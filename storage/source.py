@@ -72,5 +72,8 @@ class Source(Protocol):
         Raises MissingTensorError, CorruptCheckpointError, StoreError.
         """
 
+    def observe(self, nbytes: int, seconds: float) -> None:
+        """Learn from a reading how fast the store is, for those that follow."""
+
     def gaps(self, most_over_read: float | None) -> Gaps:
         """Which gaps are worth reading over, under the user's bound or the default one."""

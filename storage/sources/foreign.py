@@ -137,6 +137,9 @@ class ForeignSource:
             raise missing(name, self._entries)
         return self._entries[name]
 
+    def observe(self, nbytes: int, seconds: float) -> None:
+        self._reads.observe(nbytes, seconds)
+
     def gaps(self, most_over_read: float | None) -> Gaps:
         return self._reads.costs.gaps(most_over_read)
 

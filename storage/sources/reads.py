@@ -15,17 +15,22 @@ from ..store import Store
 T = TypeVar("T")
 SMALL_BYTES = 64 * 1024
 """The time of a read of this size, or a smaller one, is the store's latency."""
+LARGE_BYTES = 16 * 1024 * 1024
 MOST_AT_ONCE = 64
 
 
 class Reads:
-    """Reads of a store, counted. `latency_s` is the shortest that a small one took."""
+    """Reads of a store, counted.
+
+    `latency_s` is the shortest that a small one took, `bytes_per_s` what the last large reading brought; None before.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.bytes_read = 0
         self.requests = 0
-        self.latency_s = float("inf")
+        self.latency_s: float | None = None
+        self.bytes_per_s: float | None = None
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -57,7 +62,12 @@ class Reads:
             self.bytes_read += nbytes
             self.requests += 1
             if nbytes <= SMALL_BYTES:
-                self.latency_s = min(self.latency_s, seconds)
+                self.latency_s = seconds if self.latency_s is None else min(self.latency_s, seconds)
+
+    def observe(self, nbytes: int, seconds: float) -> None:
+        """Note how long many requests at once took together; only of large readings, in which they overlap."""
+        if nbytes >= LARGE_BYTES:
+            self.bytes_per_s = nbytes / seconds
 
     def many(self, call: Callable[..., T], *columns: Sequence[object]) -> list[T]:
         """A call for each row, many at once."""
@@ -71,4 +81,4 @@ class Reads:
         """What a request costs, by what was seen."""
         if self.store.read_into is not None:
             return LOCAL
-        return REMOTE if self.latency_s == float("inf") else REMOTE.measured(self.latency_s)
+        return REMOTE.measured(self.latency_s, self.bytes_per_s)

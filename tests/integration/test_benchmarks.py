@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from benchmarks import coalescing, codec, fsdp_to_tp, memory, overhead
+from benchmarks import coalescing, codec, foreign, fsdp_to_tp, memory, overhead
 from tests.proxy import Link, linked, traffic
 from tests.ranks import RankPool
 from tests.servers import Server
@@ -27,7 +27,7 @@ def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __exit__(self, *_: object) -> None: ...
 
-    for module in (fsdp_to_tp, overhead):
+    for module in (foreign, fsdp_to_tp, overhead):
         monkeypatch.setattr(module, "RankPool", Lent)
 
 
@@ -47,6 +47,13 @@ def test_fsdp_to_tp(tmp_path: Path) -> None:
     few = ("--contenders", "dcp", "reshard-none", "reshard-zstd", "--layers", "1", "--repeat", "1")
     by = {row["contender"]: row for row in rows_of(fsdp_to_tp, tmp_path, "--places", "local", *few)}
     assert by["reshard-zstd"]["load_read"] < by["reshard-none"]["load_read"] < by["dcp"]["load_read"]
+
+
+@pytest.mark.usefixtures("pools")
+def test_foreign(tmp_path: Path) -> None:
+    few = ("--tables", "seconds", "--places", "local", "--layers", "1", "--repeat", "1")
+    (row,) = rows_of(foreign, tmp_path, *few)
+    assert len(row["dcp_all"]) == len(row["reshard_all"]) == 1
 
 
 def test_codec(tmp_path: Path) -> None:

@@ -92,5 +92,6 @@ def test_a_row_longer_than_a_slab_is_cut() -> None:
 def test_what_a_gap_may_be() -> None:
     assert LOCAL.gaps() == Gaps(4000, 0.25)
     assert REMOTE.gap_bytes == 187_500
-    assert REMOTE.measured(0.001).gap_bytes == 6250
+    assert REMOTE.measured(0.001, None).gap_bytes == 6250
+    assert REMOTE.measured(None, 400e6).gap_bytes == 375_000
     assert REMOTE.gaps(0.5) == Gaps(187_500, 0.5)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save as as_safetensors
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -270,3 +274,45 @@ def test_what_is_open_answers_for_names_that_it_has_not(tmp_path: Path) -> None:
 def test_something_else_than_a_place_is_refused() -> None:
     with pytest.raises(ArgumentError, match="expected a path, a URI or a Store"):
         reshard.open(io.BytesIO())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Serves one file, by ranges too."""
+
+    content = b""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        if not self.path.endswith("/model.safetensors"):
+            self.send_error(404)
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        begin, end = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(self.content))
+        data = self.content[begin:end]
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{begin + len(data) - 1}/{len(self.content)}")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_a_file_is_read_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(64, 32)
+    monkeypatch.setattr(Ranges, "content", as_safetensors({"w": weights}))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/a/model.safetensors"
+        checkpoint = reshard.open(uri)
+        assert checkpoint.location == uri
+        assert checkpoint.read("w", reshard.Box((3, 0), (7, 32))).equal(weights[3:10])
+        server.shutdown()
