@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .box import intersect_many
 from .byte_ranges import Gaps
 from .errors import LayoutError, MissingTensorError
-from .index import CheckpointIndex, Entry, Kind
+from .index import CheckpointIndex, Entry, Kind, Stream
 from .layout import Layout, LocalTensor, matches
 from .read_plan import GAPS, ReadPlan, Want, plan_reads
+from .report import WholeShards
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,22 @@ def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str
     if entries and patterns and not any(matches(pattern, entry.name) for entry in entries for pattern in patterns):
         raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {entries[0].name!r}, ...")
     return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in entries]
+
+
+def whole_shards(index: CheckpointIndex, layout: Layout, names: str = "*") -> list[WholeShards]:
+    """What every rank of a layout would read that takes saved shards as a whole. Raises LayoutError."""
+    found = []
+    for rank in range(layout.world_size):
+        shards = nbytes = 0
+        for want in (want for tensor in rank_tensors(index.entries, layout, rank, names) for want in tensor.wants):
+            position = index.position(want.name)
+            offsets, sizes = index.shard_boxes(position)
+            met = (intersect_many(offsets, sizes, want.box)[1] > 0).all(axis=1)
+            met &= index.segments.streams[index.segments_of(position)] != Stream.TAIL
+            shards += int(met.sum())
+            nbytes += int(sizes[met].prod(axis=1).sum()) * index.entries[position].itemsize
+        found.append(WholeShards(shards, nbytes))
+    return found
 
 
 def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*", gaps: Gaps = GAPS) -> RankPlans:

@@ -46,3 +46,12 @@ class PlanReport:
             f"{self.bytes_needed / 1e6:.2f} MB needed, {self.bytes_fetched / 1e6:.2f} MB fetched "
             f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {chunks}{notes}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WholeShards:
+    """What one rank would read that takes saved shards as a whole, as DCP's readers do."""
+
+    shards: int
+    nbytes: int
+    """Of their values, as they are before encoding."""

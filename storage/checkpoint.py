@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from ..planner.box import Box
+from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.layout import Layout, matches
-from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
+from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors, whole_shards
 from ..planner.read_plan import Want
+from ..planner.report import WholeShards
 from .errors import DestinationError
 from .hf_config import read_tp_plan
 from .open_source import open_source
@@ -127,13 +129,37 @@ class Checkpoint:
         read_boxes(self._source, blob.wants, blob.tensors)
         return blob.value(allow_pickle=allow_pickle)
 
-    def plan(self, layout: Layout, *, names: str = "*", max_over_read: float | None = None) -> RankPlans:
+    def plan(
+        self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: Costs | None = None
+    ) -> RankPlans:
         """What every rank of a layout would read, from the manifest alone.
 
-        `names` is a pattern as in a layout: "model" stands for all below it. Raises LayoutError.
+        Args:
+            names: a pattern as in a layout: "model" stands for all below it.
+            max_over_read: as of `reshard.load`.
+            costs: what requests cost at another store, to plan for; of this one, as far as it is known, by default.
+
+        Raises LayoutError.
         """
-        wants = [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
-        return plan_ranks(self._source.index(wants), layout, names, self._source.gaps(max_over_read))
+        return plan_ranks(
+            self._source.index(self._matching(names)), layout, names, self._source.gaps(max_over_read, costs)
+        )
+
+    def whole_shards(self, layout: Layout, *, names: str = "*") -> list[WholeShards]:
+        """What every rank of a layout would read that takes saved shards whole, as DCP does. Raises LayoutError."""
+        return whole_shards(self._source.index(self._matching(names)), layout, names)
+
+    def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
+        """The shards that a tensor was saved as, and in how many parts each dimension is cut into chunks.
+
+        Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        """
+        entry = self._source.entry(name)
+        index = self._source.index([Want(name, Box.whole(entry.shape))])
+        return index.shards_of(index.position(name)), entry.grid.parts
+
+    def _matching(self, names: str) -> list[Want]:
+        return [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
 
     def load_rank(
         self, layout: Layout, rank: int, *, names: str = "*", dtype: torch.dtype | None = None
@@ -162,15 +188,18 @@ class Checkpoint:
         read_boxes(self._source, wants, views, rank=rank)
         return tensors
 
-    def verify(self) -> list[Damage]:
+    def verify(self, *, quick: bool = False) -> list[Damage]:
         """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
 
         Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
         torch writes unless it is told not to, by `set_crc32_options`), and of the rest it is seen that it is there.
 
+        Args:
+            quick: look at the objects' sizes alone; what it lists may then be several chunks at once.
+
         Raises StoreError where the store fails otherwise than by not having an object.
         """
-        return verify(self._source.store, self._source.index())
+        return verify(self._source.store, self._source.index(), quick=quick)
 
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())

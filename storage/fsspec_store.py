@@ -110,6 +110,11 @@ class FsspecStore:
                 raise FileNotFoundError(name)
             return int(found["size"])
 
+    def modified(self, name: str) -> float:
+        with self._errors("read", name):
+            self._fs.invalidate_cache()
+            return float(self._fs.modified(self._path(name)).timestamp())
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"), lambda: _Upload(self, name))
 

@@ -70,11 +70,17 @@ class LocalStore:
             return data[: file.read_into([(start, stop)], data)]
 
     def size(self, name: str) -> int:
+        return self._stat(name).st_size
+
+    def modified(self, name: str) -> float:
+        return self._stat(name).st_mtime
+
+    def _stat(self, name: str) -> os.stat_result:
         with self._errors("read", name):
             found = os.stat(f"{self._root}/{name}")
             if not stat.S_ISREG(found.st_mode):
                 raise FileNotFoundError(name)
-            return found.st_size
+            return found
 
     def read_into(self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
         with self._errors("read", name):

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..planner.byte_ranges import Gaps
+from ..planner.costs import Costs
 from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
 from ..planner.index import NATIVE, CheckpointIndex, Entry, Kind, missing
@@ -114,7 +115,7 @@ class Manifest:
     def observe(self, nbytes: int, seconds: float) -> None:
         """Nothing depends on it: gaps between chunks are few."""
 
-    def gaps(self, most_over_read: float | None) -> Gaps:
+    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
         return GAPS if most_over_read is None else replace(GAPS, most_over_read=most_over_read)
 
     @property

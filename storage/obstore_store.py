@@ -216,6 +216,12 @@ class ObstoreStore:
         with self._errors("read", name):
             return obstore.head(self._reading, self._prefix + name)["size"]
 
+    def modified(self, name: str) -> float:
+        import obstore
+
+        with self._errors("read", name):
+            return obstore.head(self._reading, self._prefix + name)["last_modified"].timestamp()
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"), lambda: _Upload(self, name))
 

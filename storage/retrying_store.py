@@ -112,6 +112,9 @@ class RetryingStore:
     def size(self, name: str) -> int:
         return self._retried(lambda: self._store.size(name))
 
+    def modified(self, name: str) -> float:
+        return self._retried(lambda: self._store.modified(name))
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return self._store.create(name)
 

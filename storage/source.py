@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ..planner.byte_ranges import Gaps
+from ..planner.costs import Costs
 from ..planner.index import CheckpointIndex, Entry
 from ..planner.read_plan import Want
 from .store import Store
@@ -75,5 +76,9 @@ class Source(Protocol):
     def observe(self, nbytes: int, seconds: float) -> None:
         """Learn from a reading how fast the store is, for those that follow."""
 
-    def gaps(self, most_over_read: float | None) -> Gaps:
-        """Which gaps are worth reading over, under the user's bound or the default one."""
+    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
+        """Which gaps are worth reading over, under the user's bound or the default one.
+
+        Args:
+            costs: those of another store, to plan for; by default those of this one.
+        """

@@ -73,6 +73,9 @@ class Store(Protocol):
     def size(self, name: str) -> int:
         """Bytes of an object. Raises ObjectNotFoundError, AccessDeniedError, StoreError."""
 
+    def modified(self, name: str) -> float:
+        """When an object was written, in seconds since 1970. Raises as `size`."""
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         """Write a new object. It stands, durably, once the block is left; left by an error, it need not exist."""
 

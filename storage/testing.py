@@ -42,6 +42,10 @@ class MemoryStore:
     def size(self, name: str) -> int:
         return memoryview(self.read(name, 0, 2**60)).nbytes
 
+    def modified(self, name: str) -> float:
+        self.size(name)
+        return time.time()
+
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self.content.update({name: data}))
 
@@ -110,6 +114,10 @@ class RecordingStore:
     def size(self, name: str) -> int:
         self._note(Call("size", name))
         return self._store.size(name)
+
+    def modified(self, name: str) -> float:
+        self._note(Call("modified", name))
+        return self._store.modified(name)
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         self._note(Call("create", name))
@@ -194,6 +202,8 @@ def check_store(store: Store) -> None:
 
     assert store.size("data/a.shard") == len(content)
     _expect(ObjectNotFoundError, lambda: store.size("absent"))
+    assert abs(store.modified("data/a.shard") - time.time()) < 3600
+    _expect(ObjectNotFoundError, lambda: store.modified("absent"))
     _check_other_reads(store, content)
 
     store.put("manifest", b"one", overwrite=False)

@@ -38,8 +38,11 @@ class Damage:
         return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
 
 
-def verify(store: Store, index: CheckpointIndex) -> list[Damage]:
+def verify(store: Store, index: CheckpointIndex, *, quick: bool = False) -> list[Damage]:
     """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
+
+    Args:
+        quick: ask for the objects' sizes alone, and list what lies in those that are missing or cut short.
 
     Raises StoreError where the store fails otherwise than by not having an object.
     """
@@ -48,13 +51,27 @@ def verify(store: Store, index: CheckpointIndex) -> list[Damage]:
 
     def check(request: Request) -> list[Damage]:
         name = index.objects[request.object][0]
-        return [
-            Damage(part.tensor.name, part.box, name, part.start, part.stop, reason)
-            for part, reason in _damages(store, index, name, request)
-        ]
+        parts = _cut_off(index, request, sizes[name]) if quick else _damages(store, index, name, request)
+        return [Damage(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
 
     with ThreadPoolExecutor(store.concurrent_reads, "reshard-verify") as pool:
+        names = [name for name, _ in index.objects] if quick else []
+        sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
         return [damage for damages in pool.map(check, requests) for damage in damages]
+
+
+def _size(store: Store, name: str) -> int | None:
+    try:
+        return store.size(name)
+    except ObjectNotFoundError:
+        return None
+
+
+def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ByteRange, str]]:
+    """What of a request lies beyond the end of its object, which has so many bytes, or is missing."""
+    parts = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
+    reason = "the object is missing" if nbytes is None else "the object is cut short"
+    return [(part, reason) for part in parts if nbytes is None or part.stop > nbytes]
 
 
 def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ByteRange, str]]:

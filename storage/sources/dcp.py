@@ -31,6 +31,8 @@ from .zip_head import HEAD_BYTES, locate_values
 METADATA = ".metadata"
 RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 ZSTD = "stream.zstd"
+FIRST_READ_BYTES = 1024 * 1024
+"""Of the metadata, which most are smaller than."""
 
 _Metadata, _TensorMetadata, _BytesMetadata = (
     record("Metadata"),
@@ -248,7 +250,9 @@ class _Slice:
 
 def _read_metadata(reads: Reads, name: str) -> Record:
     try:
-        data = reads.exactly(name, 0, reads.size(name))
+        data = reads.read(name, 0, FIRST_READ_BYTES)
+        if len(data) == FIRST_READ_BYTES:
+            data += reads.exactly(name, len(data), max(reads.size(name), len(data) + 1))
     except ObjectNotFoundError:
         raise CheckpointNotFoundError(
             f"there is no checkpoint of DCP at {reads.store.location}: it has no {name}"

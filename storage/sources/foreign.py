@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ...planner.box import Box, IntArray
 from ...planner.byte_ranges import Gaps
+from ...planner.costs import Costs
 from ...planner.errors import InvalidIndexError
 from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, Segments, missing
@@ -140,8 +141,8 @@ class ForeignSource:
     def observe(self, nbytes: int, seconds: float) -> None:
         self._reads.observe(nbytes, seconds)
 
-    def gaps(self, most_over_read: float | None) -> Gaps:
-        return self._reads.costs.gaps(most_over_read)
+    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
+        return (costs or self._reads.costs).gaps(most_over_read)
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)

@@ -1,0 +1,183 @@
+"""The commands and their options. What they do is imported when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, Format, Options, Uri
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Checkpoints for PyTorch: look into them, plan how ranks read them, verify, convert, compare, tidy up.",
+)
+Names = Annotated[str, typer.Option("--names", help="A pattern of tensors; 'model' stands for all below it.")]
+
+
+@app.callback()
+def everywhere(debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    uri: Uri,
+    names: Annotated[list[str] | None, typer.Argument(help="Tensors to tell all of.", show_default=False)] = None,
+    format: Format = None,
+    storage_option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint is: format, sizes by dtype, tensors with like layers folded.
+
+    Example: reshard inspect s3://bucket/run/step-1000 model.layers.0.up.weight
+    """
+    from .inspect import run
+
+    run(uri, names or [], format, storage_option, as_json)
+
+
+@app.command()
+def plan(
+    uri: Uri,
+    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.")] = 1,
+    fsdp: Annotated[int, typer.Option(help="Ranks that shard the first dimension, as FSDP does.")] = 1,
+    dp: Annotated[int, typer.Option(help="Replicas.")] = 1,
+    tp_plan: Annotated[
+        list[str] | None,
+        typer.Option("--tp-plan", metavar="FILE|PATTERN=WORD", help="JSON of rules, or a rule: '*.up=colwise'."),
+    ] = None,
+    names: Names = "*",
+    latency: Annotated[float, typer.Option(help="Milliseconds of a request.")] = 20.0,
+    bandwidth: Annotated[float, typer.Option(help="MB/s of a rank.")] = 1000.0,
+    requests_at_once: Annotated[int, typer.Option(help="Requests of a rank that are under way at once.")] = 32,
+    price: Annotated[float, typer.Option("--price-per-1000-gets", help="Dollars.")] = 0.0004,
+    max_over_read: Annotated[float | None, typer.Option(help="Bytes read over, per byte needed, at most.")] = None,
+    format: Format = None,
+    storage_option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each rank would read under another layout, and what it costs; beside it, whole shards, as DCP reads them.
+
+    Without --tp-plan the plan in the checkpoint's config.json is taken.
+
+    Example: reshard plan s3://bucket/run/step-1000 --tp 8 --tp-plan '*.up=colwise' --tp-plan '*.down=rowwise'
+    """
+    from .plan import Link, run
+
+    mesh = {name: size for name, size in (("dp", dp), ("fsdp", fsdp), ("tp", tp)) if size > 1} or {"tp": 1}
+    link = Link(latency / 1e3, bandwidth * 1e6, requests_at_once, price)
+    run(uri, mesh, tp_plan or [], names, link, max_over_read, format, storage_option, as_json)
+
+
+@app.command()
+def verify(
+    uri: Uri,
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes only.")] = False,
+    format: Format = None,
+    storage_option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every chunk against its checksum; exit code 1 where any is damaged or missing.
+
+    Example: reshard verify s3://bucket/run/step-1000
+    """
+    from .verify import run
+
+    raise typer.Exit(run(uri, quick, format, storage_option, as_json))
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="A checkpoint of any format.", show_default=False)],
+    dst: Annotated[str, typer.Argument(help="An empty place.", show_default=False)],
+    to: Annotated[str, typer.Option(help="reshard, dcp or safetensors.")] = "reshard",
+    rename: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Patterns with a '*': 'model.*=*'. Others are left out.")
+    ] = None,
+    names: Names = "*",
+    dtype: Annotated[str | None, typer.Option(help="Of floating-point tensors, as bfloat16.")] = None,
+    codec: Annotated[str, typer.Option(help="zstd or none.")] = "zstd",
+    max_file_gb: Annotated[float, typer.Option(help="Of safetensors files.")] = 5.0,
+    format: Format = None,
+    src_option: Options = None,
+    dst_option: Annotated[
+        list[str] | None, typer.Option("--dst-option", metavar="KEY=VALUE", help="Of DST, where they differ.")
+    ] = None,
+) -> None:
+    """Into another format, dtype or other names. Made again after a kill, it goes on. torchrun shares the work.
+
+    Example: reshard convert s3://bucket/run/step-1000 model --to safetensors --rename 'model.*=*' --dtype bfloat16
+    """
+    from .convert import run
+
+    run(src, dst, to, rename or [], names, dtype, codec, max_file_gb, format, src_option, dst_option)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A checkpoint.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="Another.", show_default=False)],
+    storage_option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Names, shapes, dtypes and values in which two checkpoints differ, the largest changes first; exit code 1 if any.
+
+    Example: reshard diff step-1000 step-2000
+    """
+    from .diff import run
+
+    raise typer.Exit(run(a, b, storage_option, as_json))
+
+
+@app.command()
+def ls(uri: Uri, storage_option: Options = None, as_json: AsJson = False) -> None:
+    """The checkpoints at a place and below it: format, size, when they were saved, whether they are whole.
+
+    Example: reshard ls s3://bucket/run
+    """
+    from .places import ls as run
+
+    run(uri, storage_option, as_json)
+
+
+@app.command()
+def rm(
+    uri: Uri,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    storage_option: Options = None,
+) -> None:
+    """Remove a checkpoint of reshard: first what makes it one, then its data.
+
+    Example: reshard rm s3://bucket/run/step-1000
+    """
+    from .places import rm as run
+
+    run(uri, yes, storage_option)
+
+
+@app.command()
+def gc(
+    uri: Uri,
+    older_than: Annotated[float, typer.Option(help="Hours; younger data may be of a save in progress.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    storage_option: Options = None,
+) -> None:
+    """Remove data of saves that failed or were killed, at a place and below it; never what a checkpoint is made of.
+
+    Example: reshard gc s3://bucket/run --dry-run
+    """
+    from .places import gc as run
+
+    run(uri, older_than, dry_run, yes, storage_option)
+
+
+@app.command("version")
+def version() -> None:
+    """The version of reshard."""
+    import reshard
+
+    print(reshard.__version__)

@@ -1,0 +1,77 @@
+"""What commands share: their options, and how they print."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Uri = Annotated[str, typer.Argument(metavar="URI", help="A path, or a URI that fsspec opens.", show_default=False)]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="Passed to fsspec; dots nest: -o client_kwargs.endpoint_url=http://…",
+    ),
+]
+Format = Annotated[
+    str | None, typer.Option("--format", help="reshard, dcp, safetensors or torch; found out by default.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
+    """Options of fsspec from `key=value`; a value that is JSON is read as that."""
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--storage-option")
+        *outer, last = key.split(".")
+        place = options
+        for part in outer:
+            place = place.setdefault(part, {})
+        try:
+            place[last] = json.loads(text)
+        except ValueError:
+            place[last] = text
+    return options
+
+
+def in_bytes(nbytes: float) -> str:
+    """A number of bytes in words: three digits and a unit of powers of 1000."""
+    at = min(len(UNITS) - 1, int(math.log(nbytes, 1000))) if nbytes >= 1 else 0
+    value = nbytes / 1000**at
+    return f"{value:.0f} {UNITS[at]}" if at == 0 or value >= 99.95 else f"{value:.3g} {UNITS[at]}"
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
+    """A table on a terminal; plain lines, tabs between the values, elsewhere.
+
+    Args:
+        right: columns of numbers.
+    """
+    if not sys.stdout.isatty():
+        print("\t".join(columns))
+        for row in rows:
+            print("\t".join(map(str, row)))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(highlight=False).print(table)

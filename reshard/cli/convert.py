@@ -1,0 +1,71 @@
+"""`reshard convert`; under torchrun, its ranks share the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import typer
+
+import reshard
+
+from .common import in_bytes, storage_options
+
+
+def run(
+    src: str,
+    dst: str,
+    to: str,
+    rename: list[str],
+    names: str,
+    dtype: str | None,
+    codec: str,
+    max_file_gb: float,
+    format: str | None,
+    src_options: list[str] | None,
+    dst_options: list[str] | None,
+) -> None:
+    pairs = [pair.partition("=") for pair in rename]
+    if not all(equals for _, equals, _ in pairs):
+        raise typer.BadParameter("expected OLD=NEW", param_hint="--rename")
+    wanted = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(wanted, torch.dtype):
+        raise typer.BadParameter(f"torch has no dtype {dtype!r}", param_hint="--dtype")
+    with _process_group():
+        report = reshard.convert(
+            src,
+            dst,
+            format=to,
+            names={old: new for old, _, new in pairs} or names,
+            dtype=wanted,
+            codec=codec,
+            max_file_bytes=int(max_file_gb * 1e9),
+            src_format=format,
+            src_options=storage_options(src_options),
+            dst_options=storage_options(src_options if dst_options is None else dst_options),
+        )
+    if report.rank == 0:
+        total = report.total
+        print(
+            f"{dst}: {in_bytes(total.bytes_needed)} of values, {in_bytes(total.bytes_written)} written, in "
+            f"{total.seconds['total']:.1f} s"
+        )
+        if report.skipped:
+            print(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """The ranks that torchrun has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,28 @@
+"""`reshard diff`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from reshard.storage.diff import diff
+from reshard.storage.open_source import open_source
+
+from .common import print_json, print_table, storage_options
+
+
+def run(a: str, b: str, options: list[str] | None, as_json: bool) -> int:
+    """Returns the exit code."""
+    given = storage_options(options)
+    found = sorted(diff(open_source(a, given), open_source(b, given)), key=lambda d: (-d.largest, -d.changed, d.name))
+    if as_json:
+        print_json([asdict(difference) for difference in found])
+    elif found:
+        rows = [
+            (d.name, d.what, d.a, d.b if d.b != d.a else "", d.changed or "", f"{d.largest:.3g}" if d.changed else "")
+            for d in found
+        ]
+        columns = ("name", "differs in", "A", "B", "values", "largest")
+        print_table(columns, rows, right=("values", "largest"))
+    else:
+        print("no difference")
+    return int(bool(found))

@@ -1,0 +1,113 @@
+"""`reshard inspect`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import reshard
+from reshard.storage.checkpoint import Checkpoint
+
+from .common import in_bytes, print_json, print_table, storage_options
+from .fold import fold
+
+
+def run(uri: str, names: list[str], format: str | None, options: list[str] | None, as_json: bool) -> None:
+    checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
+    if names:
+        _tell_tensors(checkpoint, names, as_json)
+    elif as_json:
+        print_json(summary(checkpoint) | {"tensors": {name: _row(checkpoint, name) for name in checkpoint.tensors}})
+    else:
+        _tell_all(checkpoint)
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint in numbers."""
+    parameters: Counter[str] = Counter()
+    raw: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        dtype = _short(info.dtype)
+        parameters[dtype] += math.prod(info.shape)
+        raw[dtype] += math.prod(info.shape) * info.dtype.itemsize
+        stored[dtype] += info.stored_bytes
+    return {
+        **checkpoint.info,
+        "location": checkpoint.location,
+        "format": checkpoint.format,
+        "parameters": sum(parameters.values()),
+        "bytes": sum(raw.values()),
+        "stored_bytes": sum(stored.values()),
+        "objects": list(checkpoint.objects),
+        "dtypes": {
+            dtype: {"parameters": parameters[dtype], "bytes": raw[dtype], "stored_bytes": stored[dtype]}
+            for dtype in sorted(parameters)
+        },
+    }
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _row(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    info = checkpoint.tensors[name]
+    return {
+        "shape": list(info.shape),
+        "dtype": _short(info.dtype),
+        "chunks": info.chunks,
+        "stored_bytes": info.stored_bytes,
+    }
+
+
+def _tell_all(checkpoint: Checkpoint) -> None:
+    told = summary(checkpoint)
+    made = ", ".join(f"{key} {told[key]}" for key in ("created", "writer", "torch", "codec", "ranks") if key in told)
+    print(f"{told['location']}: {told['format']}" + (f" ({made})" if made else ""))
+    dtypes = [
+        (dtype, f"{row['parameters']:,}", in_bytes(row["bytes"]), in_bytes(row["stored_bytes"]), _ratio(row))
+        for dtype, row in told["dtypes"].items()
+    ]
+    total = ("all", f"{told['parameters']:,}", in_bytes(told["bytes"]), in_bytes(told["stored_bytes"]), _ratio(told))
+    columns = ("dtype", "values", "raw", "stored", "ratio")
+    print_table(columns, [*dtypes, total] if len(dtypes) != 1 else dtypes, right=columns[1:])
+    print()
+    folded = fold({name: (_short(i.dtype), i.shape) for name, i in checkpoint.tensors.items()})
+    rows = [(tensor.name, *_in_words(tensor.alike), tensor.count) for tensor in folded]
+    print_table(("tensor", "dtype", "shape", "count"), rows, right=("count",))
+    if checkpoint.objects:
+        print()
+        objects = fold(dict.fromkeys(checkpoint.objects, ()))
+        print_table(("object", "count"), [(value.name, value.count) for value in objects], right=("count",))
+
+
+def _in_words(alike: tuple[object, ...]) -> tuple[str, str]:
+    dtype, shape = alike
+    return str(dtype), " x ".join(map(str, shape)) if isinstance(shape, tuple) and shape else "scalar"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['stored_bytes'] / row['bytes']:.3f}" if row["bytes"] else ""
+
+
+def _tell_tensors(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
+    told: dict[str, Any] = {}
+    for name in names:
+        if name in checkpoint.objects:
+            told[name] = {"value": checkpoint.read_object(name)}
+            continue
+        shards, grid = checkpoint.layout_of(name)
+        told[name] = _row(checkpoint, name) | {"grid": list(grid), "shards": [str(box) for box in shards]}
+    if as_json:
+        print_json(told)
+        return
+    for name, row in told.items():
+        print(name)
+        for key, value in row.items():
+            print(f"  {key}: " + (" x ".join(map(str, value)) if key in ("shape", "grid") else _listed(value)))
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

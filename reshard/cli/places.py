@@ -1,0 +1,55 @@
+"""`reshard ls`, `rm` and `gc`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from reshard.storage.places import WHOLE, find_checkpoints, find_remains, remove, remove_remains
+
+from .common import in_bytes, print_json, print_table, storage_options
+
+
+def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
+    found = find_checkpoints(uri, storage_options(options))
+    if as_json:
+        print_json([asdict(checkpoint) for checkpoint in found])
+        return
+    rows = [
+        (
+            checkpoint.uri,
+            checkpoint.format,
+            "" if checkpoint.step is None else checkpoint.step,
+            "" if checkpoint.nbytes is None else in_bytes(checkpoint.nbytes),
+            "" if checkpoint.tensors is None else checkpoint.tensors,
+            checkpoint.created or "",
+            checkpoint.state,
+        )
+        for checkpoint in sorted(found, key=lambda checkpoint: (checkpoint.step or 0, checkpoint.uri))
+    ]
+    print_table(("uri", "format", "step", "stored", "entries", "created", "state"), rows, right=("step", "stored"))
+
+
+def rm(uri: str, yes: bool, options: list[str] | None) -> None:
+    given = storage_options(options)
+    there = [found for found in find_checkpoints(uri, given) if found.uri == uri.rstrip("/") and found.state == WHOLE]
+    size = f", {in_bytes(there[0].nbytes or 0)}" if there else ""
+    if not yes and not typer.confirm(f"Remove the checkpoint at {uri}{size}?"):
+        raise typer.Exit(1)
+    print(f"{len(remove(uri, given))} objects removed")
+
+
+def gc(uri: str, older_than_hours: float, dry_run: bool, yes: bool, options: list[str] | None) -> None:
+    given = storage_options(options)
+    found = find_remains(uri, given, older_than_s=older_than_hours * 3600)
+    for place in found:
+        print(f"{place.uri}: {len(place.names)} objects, {in_bytes(place.nbytes)}")
+    if not found:
+        print(f"nothing that is older than {older_than_hours:g} hours")
+    elif not dry_run:
+        total = sum(place.nbytes for place in found)
+        if not yes and not typer.confirm(f"Remove {in_bytes(total)} that no checkpoint names?"):
+            raise typer.Exit(1)
+        remove_remains(found, given)
+        print("removed")

@@ -1,0 +1,29 @@
+"""`reshard verify`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import reshard
+
+from .common import in_bytes, print_json, storage_options
+
+
+def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as_json: bool) -> int:
+    """Returns the exit code."""
+    checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
+    damages = checkpoint.verify(quick=quick)
+    if as_json:
+        print_json([{**asdict(damage), "box": str(damage.box)} for damage in damages])
+        return int(bool(damages))
+    for damage in damages:
+        print(damage)
+    stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
+    if damages:
+        tensors = sorted({damage.tensor for damage in damages})
+        print(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing", file=sys.stderr)
+        return 1
+    checked = "sizes" if quick else "bytes"
+    print(f"{checkpoint.location}: all {checked} of {in_bytes(stored)} in {len(checkpoint.tensors)} tensors are right")
+    return 0

@@ -1,0 +1,238 @@
+"""The command line, on every format, on a disk and on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from typer.testing import CliRunner
+
+import reshard
+from reshard.cli import main
+from reshard.cli.app import app
+from reshard.cli.common import in_bytes, storage_options
+from reshard.cli.fold import Folded, fold
+from reshard.storage.store import open_store
+from tests.conftest import Place
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+STATE: dict[str, Any] = {
+    "model": {f"layers.{i}.{name}.weight": torch.randn(64, 64) for i in range(3) for name in ("up", "down")},
+    "step": 7,
+}
+RULES = ("--tp-plan", "*.up=colwise", "--tp-plan", "*.down=rowwise")
+
+
+def call(*arguments: object, code: int = 0, answer: str | None = None) -> str:
+    """What a command prints."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=answer)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def as_json(*arguments: object, code: int = 0) -> Any:
+    return json.loads(call(*arguments, "--json", code=code))
+
+
+def native(folder: Path) -> None:
+    reshard.save(STATE, folder)
+
+
+def of_dcp(folder: Path) -> None:
+    dcp.save(STATE, checkpoint_id=folder)
+
+
+def of_safetensors(folder: Path) -> None:
+    reshard.convert(saved(native, folder.parent), folder, format="safetensors")
+
+
+def saved(save: Callable[[Path], None], folder: Path) -> Path:
+    place = folder / f"{save.__name__}-100"
+    if not place.exists():
+        save(place)
+    return place
+
+
+@pytest.mark.parametrize("save", [native, of_dcp, of_safetensors])
+def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path: Path) -> None:
+    place = saved(save, tmp_path)
+    told = as_json("inspect", place)
+    assert told["parameters"] == 6 * 64 * 64
+    assert told["format"] == {"native": "reshard", "of_dcp": "dcp", "of_safetensors": "safetensors"}[save.__name__]
+    assert "model.layers.[0-2].up.weight\tfloat32\t64 x 64\t3" in call("inspect", place)
+    one = as_json("inspect", place, "model.layers.0.up.weight")["model.layers.0.up.weight"]
+    assert one["shape"] == [64, 64]
+    assert one["shards"] == ["[0:64, 0:64]"]
+    plan = as_json("plan", place, "--tp", 4, *RULES)
+    assert [row["bytes_needed"] for row in plan["ranks"]] == [6 * 16 * 64 * 4] * 4
+    assert all(row["whole_shards"]["nbytes"] == 6 * 64 * 64 * 4 for row in plan["ranks"])
+    assert "read by tp 4\nranks\tneeded" in call("plan", place, "--tp", 4, *RULES)
+    assert "are right" in call("verify", place)
+    assert "are right" in call("verify", place, "--quick")
+    assert as_json("diff", saved(native, tmp_path), place, code=int(save is of_safetensors)) == (
+        [
+            {"name": "step", "what": "only in A", "a": "object of 1 bytes", "b": "", "changed": 0, "largest": 0.0},
+        ]
+        if save is of_safetensors
+        else []
+    )
+    found = {row["uri"]: row for row in as_json("ls", tmp_path)}
+    assert found[str(place)]["state"] == "whole"
+    assert found[str(place)]["step"] == 100
+
+
+def test_on_s3(s3: Place, tmp_path: Path) -> None:
+    uri, options = s3
+    endpoint = options["client_kwargs"]["endpoint_url"]
+    pairs = [f"key={options['key']}", f"secret={options['secret']}", f"client_kwargs.endpoint_url={endpoint}"]
+    given = [word for pair in pairs for word in ("-o", pair)]
+    to = [word for pair in pairs for word in ("--dst-option", pair)]
+    call("convert", saved(native, tmp_path), f"{uri}/a-1", "--to", "dcp", *to)
+    assert as_json("inspect", f"{uri}/a-1", *given)["format"] == "dcp"
+    assert as_json("plan", f"{uri}/a-1", "--tp", 2, *RULES, *given)["ranks"][0]["requests"] > 0
+    assert "no difference" in call("diff", f"{uri}/a-1", f"{uri}/a-1", *given)
+    assert [row["uri"] for row in as_json("ls", uri, *given)] == [f"{uri}/a-1"]
+    call("rm", f"{uri}/a-1", "--yes", *given)
+    assert as_json("ls", uri, *given) == []
+
+
+def test_a_plan_under_fsdp_and_tp_is_that_of_torch(tmp_path: Path) -> None:
+    ranks = as_json("plan", saved(native, tmp_path), "--fsdp", 2, "--tp", 2, "--dp", 2, *RULES)["ranks"]
+    assert [row["bytes_needed"] for row in ranks] == [6 * 64 * 64] * 8, "a fourth of each, on two replicas"
+
+
+def test_the_plan_of_a_config_is_taken(tmp_path: Path) -> None:
+    place = saved(of_safetensors, tmp_path)
+    (place / "config.json").write_text(json.dumps({"base_model_tp_plan": {"layers.*.up": "colwise"}}))
+    (first, _) = as_json("plan", place, "--tp", 2)["ranks"]
+    assert first["bytes_needed"] == 3 * (64 * 64 + 32 * 64) * 4
+    (tmp_path / "plan.json").write_text(json.dumps({"*.up": "colwise", "*.down": "rowwise"}))
+    (first, _) = as_json("plan", place, "--tp", 2, "--tp-plan", tmp_path / "plan.json")["ranks"]
+    assert first["bytes_needed"] == 6 * 32 * 64 * 4
+
+
+def test_damage_is_told_and_named(tmp_path: Path) -> None:
+    place = saved(native, tmp_path)
+    (data,) = (place / "data").iterdir()
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    (damage,) = as_json("verify", place, code=1)
+    assert damage["tensor"].startswith("model.layers.")
+    assert "are right" in call("verify", place, "--quick")
+    data.write_bytes(content[:100])
+    assert "cut short" in call("verify", place, "--quick", code=1)
+    data.unlink()
+    assert "the object is missing" in call("verify", place, "--quick", code=1)
+
+
+def test_differences_are_told_the_largest_first(tmp_path: Path) -> None:
+    a: dict[str, Any] = {
+        "same": torch.ones(8),
+        "little": torch.zeros(100, 100),
+        "much": torch.zeros(9),
+        "cast": torch.ones(4),
+        "n": 1,
+    }
+    b = {**a, "little": a["little"] + 0.5, "much": a["much"].clone(), "cast": a["cast"].double(), "n": 2}
+    b["much"][3] = 9
+    b["new"] = b.pop("same").clone()
+    reshard.save(a, tmp_path / "a")
+    reshard.save(b, tmp_path / "b")
+    rows = as_json("diff", tmp_path / "a", tmp_path / "b", code=1)
+    first = [(row["name"], row["what"], row["changed"]) for row in rows[:2]]
+    assert first == [("much", "values", 1), ("little", "values", 10_000)]
+    assert [row["largest"] for row in rows[:2]] == [9.0, 0.5]
+    assert {row["name"]: row["what"] for row in rows[2:]} == {
+        "cast": "dtype", "n": "object", "new": "only in B", "same": "only in A",
+    }  # fmt: skip
+
+
+def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None:
+    place = saved(native, tmp_path)
+    other = tmp_path / "killed-2"
+    (other / "data").mkdir(parents=True)
+    for folder in (place, other):
+        (folder / "data" / "0123-00000.shard").write_bytes(b"left over")
+    (place / "data" / "notes.txt").write_bytes(b"somebody's")
+    assert "nothing" in call("gc", tmp_path)
+    old = time.time() - 48 * 3600
+    for folder in (place, other):
+        os.utime(folder / "data" / "0123-00000.shard", (old, old))
+    assert [row["state"] for row in as_json("ls", tmp_path)] == ["never committed", "whole"]
+    assert call("gc", tmp_path, "--dry-run").count("1 objects, 9 B") == 2
+    call("gc", tmp_path, code=1, answer="n\n")
+    assert (other / "data" / "0123-00000.shard").exists()
+    assert "removed" in call("gc", tmp_path, answer="y\n")
+    assert not (other / "data" / "0123-00000.shard").exists()
+    assert (place / "data" / "notes.txt").exists()
+    assert "are right" in call("verify", place)
+
+
+def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    place = saved(native, tmp_path)
+    (place / "notes.txt").write_text("mine")
+    call("rm", place, code=1, answer="n\n")
+    assert "are right" in call("verify", place)
+    assert call("rm", place, answer="y\n").endswith("2 objects removed\n")
+    assert list(open_store(place).list()) == ["notes.txt"]
+
+
+def test_conversion_by_the_command_line(tmp_path: Path) -> None:
+    place = saved(native, tmp_path)
+    said = call("convert", place, tmp_path / "x", "--to", "safetensors", "--rename", "model.*=*", "--dtype", "bfloat16")
+    assert "written" in said
+    tensors = reshard.open(tmp_path / "x").tensors
+    assert tensors["layers.0.up.weight"].dtype == torch.bfloat16
+    call("convert", place, tmp_path / "y", "--dtype", "nothing", code=2)
+    call("convert", place, tmp_path / "y", "--rename", "nothing", code=2)
+
+
+def test_an_error_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["reshard", "inspect", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("reshard: there is no checkpoint at ")
+    assert captured.err.count("\n") == 1
+    monkeypatch.setattr("sys.argv", ["reshard", "--debug", "inspect", str(tmp_path / "nothing")])
+    with pytest.raises(reshard.errors.CheckpointNotFoundError):
+        main()
+
+
+COMMANDS = ("inspect", "plan", "verify", "convert", "diff", "ls", "rm", "gc", "version")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
+    help = call(command, "--help")
+    assert len(help.splitlines()) <= 50
+    assert "Example: reshard" in help or command == "version"
+
+
+def test_names_are_folded_where_they_are_alike() -> None:
+    folded = fold({"a.0.w": (1,), "a.1.w": (1,), "a.3.w": (1,), "a.2.w": (2,), "b": (1,)})
+    assert folded == [Folded("a.[0-1,3].w", 3, (1,)), Folded("a.2.w", 1, (2,)), Folded("b", 1, (1,))]
+
+
+def test_numbers_in_words() -> None:
+    assert [in_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
+        "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
+    ]  # fmt: skip
+
+
+def test_options_nest_by_dots() -> None:
+    assert storage_options(["a=1", "b.c=x", "b.d=true"]) == {"a": 1, "b": {"c": "x", "d": True}}
