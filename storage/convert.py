@@ -178,6 +178,7 @@ class _Conversion:
             items = [item for item in items if item.kind is Kind.TENSOR]
         self.items, self.units = items, target.units(items)
         self.progress = Progress(store, target)
+        self._reads = Reads(source.store)
         cut = [len(unit.pieces) for unit in self.units]
         of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
         self._told = _checksum([what, of_source, [repr(item) for item in items], cut])
@@ -185,7 +186,7 @@ class _Conversion:
 
     def begin(self) -> Stand:
         """Take the place, or find out what stands there already. By one rank. Raises as `Progress.begin`."""
-        return self.progress.begin(_checksum([self._told, *_samples(self.source)]))
+        return self.progress.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
@@ -198,7 +199,14 @@ class _Conversion:
                 self.progress.check(self.stand.conversion)
                 written += retried(partial(self._write, unit, values, interrupt))["bytes"]
         seconds = {"total": time.perf_counter() - begin}
-        return replace(values.report, bytes_written=written, seconds=seconds)
+        report = values.report
+        return replace(
+            report,
+            bytes_fetched=report.bytes_fetched + self._reads.bytes_read,
+            bytes_written=written,
+            requests=report.requests + self._reads.requests,
+            seconds=seconds,
+        )
 
     def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
         conversion = self.stand.conversion
@@ -227,7 +235,7 @@ def _checksum(told: list[Any]) -> str:
     return f"{checksum(json.dumps(told).encode()):016x}"
 
 
-def _samples(source: Source) -> list[str]:
+def _samples(source: Source, reads: Reads) -> list[str]:
     """Checksums of a few of the bytes of a source that may have been saved anew, with other values, under its names."""
     if source.format == "reshard":
         return []  # no two saves have objects of the same names
@@ -242,11 +250,11 @@ def _samples(source: Source) -> list[str]:
 
     def sample(name: str, start: int, stop: int) -> str:
         try:
-            return f"{checksum(source.store.read(name, start, stop)):016x}"
+            return f"{checksum(reads.read(name, start, stop)):016x}"
         except ObjectNotFoundError:
             return ""  # who reads the values will tell
 
-    return Reads(source.store).many(sample, *map(list, zip(*wanted, strict=True)))
+    return reads.many(sample, *map(list, zip(*wanted, strict=True)))
 
 
 def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | None) -> list[Item]:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import Buffer
+
 from ..checksums import checksum
 from ..errors import CheckpointExistsError, CommitError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..manifest import DATA_NAME, NAME
@@ -28,6 +30,8 @@ from .target import Done, Target, Unit
 logger = logging.getLogger("reshard")
 
 HEAD = ".reshard-convert.json"
+HEAD_BYTES = 4096
+"""It has less."""
 _NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 _TEMPORARY = re.compile(r"\.(\.reshard-convert(-\d{6,})?\.json)\.[0-9a-f]{32}\.tmp")
 """What a put to a disk leaves that is killed."""
@@ -74,7 +78,7 @@ class Progress:
                 "arguments: remove what is there, or give another place"
             )
         if self._target.commits in names:
-            if head.get("commit") != self._commit_there():
+            if head.get("commit") != _told_apart(self._whole(self._target.commits)):
                 raise CheckpointExistsError(self._told(self._target.commits))
             return Stand(conversion, frozenset(), committed=True)
         numbers = [int(found[1]) for name in names if (found := _NOTE.fullmatch(name))]
@@ -92,18 +96,16 @@ class Progress:
 
     def _head(self) -> dict[str, Any] | None:
         try:
-            return self._json(HEAD)
+            return self._json(HEAD, self._store.read(HEAD, 0, HEAD_BYTES))
         except ObjectNotFoundError:
             return None
 
-    def _commit_there(self) -> str:
-        name = self._target.commits
-        return _told_apart(bytes(self._store.read(name, 0, max(1, self._store.size(name)))))
+    def _whole(self, name: str) -> Buffer:
+        return self._store.read(name, 0, max(1, self._store.size(name)))
 
-    def _json(self, name: str) -> dict[str, Any]:
-        data = bytes(self._store.read(name, 0, max(1, self._store.size(name))))
+    def _json(self, name: str, data: Buffer) -> dict[str, Any]:
         try:
-            return dict(json.loads(data))
+            return dict(json.loads(bytes(data)))
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{name!r} in {self._store.location} is not of a conversion") from error
 
@@ -111,11 +113,12 @@ class Progress:
         """What stands by the notes of these units."""
 
         def read(number: int) -> Done:
-            note = self._json(_note_name(number))
+            name = _note_name(number)
+            note = self._json(name, self._whole(name))
             done = note.get("done")
             if note.get("conversion") != conversion or note.get("unit") != number or not isinstance(done, dict):
                 raise CorruptCheckpointError(
-                    f"{_note_name(number)!r} in {self._store.location} is not of this conversion: remove what is there"
+                    f"{name!r} in {self._store.location} is not of this conversion: remove what is there"
                 )
             return done
 
@@ -138,7 +141,10 @@ class Progress:
         self._store.put(_note_name(unit.number), _encoded(note), overwrite=True)
 
     def finished(self, conversion: str, units: Sequence[Unit]) -> list[Done]:
-        """What was written of all units, in order. Raises CorruptCheckpointError where some of it is missing."""
+        """What was written of all units, in order.
+
+        Raises CorruptCheckpointError where some of it is missing, CheckpointExistsError as `check`, StoreError.
+        """
         names = set(self._store.list())
         wanted = [unit.number for unit in units]
         missing = [_note_name(number) for number in wanted if _note_name(number) not in names]
@@ -146,6 +152,7 @@ class Progress:
             self._done |= self._notes(conversion, [number for number in wanted if number not in self._done])
             missing = [name for number in wanted for name in self._done[number]["files"] if name not in names]
         if missing:
+            self.check(conversion)
             raise CorruptCheckpointError(
                 f"{missing[0]!r}, which the conversion has written, is missing in {self._store.location}"
             )
@@ -204,5 +211,5 @@ def _encoded(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _told_apart(data: bytes) -> str:
+def _told_apart(data: Buffer) -> str:
     return f"{checksum(data):016x}"

@@ -227,7 +227,7 @@ def test_a_store_that_fails_is_told_and_a_rerun_completes(
     state = {"large": torch.randn(500, 300), "small": torch.randn(5)}
     src = save_native(state, tmp_path / "src")
     options: dict[str, Any] = {"max_file_bytes": 200 * KIB}
-    for after in range(9):
+    for after in (0, 1, 2, 4, 7):
         store = MemoryStore()
         told = ""
         try:
@@ -272,17 +272,22 @@ def test_a_checkpoint_that_came_meanwhile_is_not_replaced(src: Path) -> None:
     assert memory.content[NAME] == b"of somebody else"
 
 
-def test_a_run_whose_place_was_taken_away_stops(src: Path) -> None:
-    """As when another run of the same conversion came to its end first."""
+@pytest.mark.parametrize("unit", [50 * KIB, 10000 * KIB])
+def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another run of the same conversion came to its end first: at the next unit, or before the commit."""
+    cut_small(monkeypatch, unit=unit)
+    src = save_native({str(i): torch.randn(100, 200) for i in range(4)}, tmp_path / "src")
     memory = MemoryStore()
 
     def end_before(call: Call) -> None:
         if call.method == "create":
             memory.content.pop(HEAD, None)
 
+    store = RecordingStore(memory, end_before)
     with pytest.raises(CheckpointExistsError, match="does not belong to this conversion any more"):
-        reshard.convert(src, RecordingStore(memory, end_before))
+        reshard.convert(src, store)
     assert NAME not in memory.content
+    assert sum(call.method == "create" for call in store.calls) == 1
 
 
 def test_an_object_that_vanished_is_found_before_the_commit(src: Path) -> None:
