@@ -1,15 +1,14 @@
 """`reshard.convert`: a checkpoint of one format into another, in pieces, by one process or several, resumable.
 
-What is to be written is cut into units, the same on every rank and in every run; a rank writes every n-th. Each unit
-that stands is noted beside it, so that a rerun after a kill goes on with those that are missing. The target's commit
-comes last.
+What is to be written is cut into units, the same on every rank and in every run; of those that do not stand yet, a
+rank writes every n-th. Each unit that stands is noted beside it (`targets/progress.py`), so that a rerun after a kill
+goes on with those that are missing. The target's commit comes last.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -20,29 +19,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..planner.index import ITEMSIZES, Entry, Kind, missing
+from ..planner.index import Entry, Kind, missing
 from ..planner.layout import matches
 from .checksums import checksum
 from .dcp import check_codec
-from .errors import ArgumentError, CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError
+from .errors import ArgumentError, ObjectNotFoundError
 from .open_source import open_source
-from .ranks import Alarm, Interrupt, on_all_ranks, rank_of
+from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .retrying_store import retried
 from .source import Source
+from .sources.reads import Reads
 from .store import Store, open_store
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
+from .targets.progress import Progress, Stand
 from .targets.safetensors import SafetensorsTarget
 from .targets.target import Done, Item, Target, Unit
 from .targets.values import Values
-from .tensors import dtype_name
+from .tensors import dtype_name, torch_dtype
 from .version import __version__
 
 TARGETS = ("reshard", "dcp", "safetensors")
 MAX_FILE_BYTES = 5_000_000_000
 """Of safetensors files: what Hugging Face's own writers took as the default for long."""
-_NOTE = re.compile(r"\.reshard-convert-\d{6}\.json")
+SAMPLES = 4
+"""Of each object of a source whose metadata does not change with its values."""
+SAMPLE_BYTES = 4096
 Place = str | os.PathLike[str] | Store
 
 
@@ -68,15 +71,15 @@ def convert(
 
     Args:
         src: the checkpoint to read, of any format; a path, a URI that fsspec opens, or a Store.
-        dst: an empty place, or one that the same conversion has begun.
+        dst: a place without a checkpoint, or one that the same conversion has begun.
         format: what to write: "reshard", "dcp" or "safetensors".
         names: a pattern, as in a layout, of what is taken; or patterns and what becomes of them, as in
             `{"model.*": "*"}`: the first that matches a name gives the new one, whose "*" is what the pattern's stood
             for. What matches none is left out.
-        dtype: what floating-point tensors are cast to. float32 values of a native checkpoint are read as bfloat16 from
-            a third of their bytes.
+        dtype: what floating-point tensors are cast to, but for those that are packed, two values a byte. float32 values
+            of a native checkpoint are read as bfloat16 from a third of their bytes.
         codec: of "reshard": "zstd" or "none".
-        max_file_bytes: of "safetensors": a file has no more, unless for one tensor.
+        max_file_bytes: of "safetensors": a file has no more of values, unless for one tensor.
         src_format: what `src` is, as `reshard.open` takes it.
         src_options, dst_options: passed to fsspec.
         process_group, budget_bytes: as of `reshard.load`.
@@ -85,19 +88,19 @@ def convert(
     only.
 
     Raises, on every rank and naming the rank that failed:
-        CheckpointExistsError: there is a checkpoint at `dst`, or the remains of another conversion.
+        CheckpointExistsError: there is a checkpoint at `dst`, or the remains of one, or of another conversion.
         MissingTensorError: nothing matches `names`.
-        ArgumentError: there is no such format or codec, or two tensors would have the same name.
+        ArgumentError: an argument is none of those that there are, two tensors would have the same name, or the ranks
+            were given different arguments.
+        CommitError: the store failed in the very moment of the commit; the same call again finds out.
         and what `reshard.open` and `reshard.load` raise.
     """
     rank, alarm = rank_of(process_group), Alarm(process_group)
-    world = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+    world = dist.get_world_size(process_group) if is_distributed() else 1
     conversion = _Conversion(rank, world, budget_bytes)
 
-    def prepare() -> int:
-        check_codec(codec)
-        if format not in TARGETS:
-            raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
+    def prepare() -> tuple[str, str]:
+        _check(format, codec, names, dtype, max_file_bytes)
         target: Target = DcpTarget()
         if format == "reshard":
             target = NativeTarget(codec, budget_bytes)
@@ -114,12 +117,30 @@ def convert(
     try:
         if len(set(on_all_ranks(prepare, process_group))) > 1:
             raise ArgumentError("the ranks of one conversion were given different checkpoints, places or arguments")
+        stands = on_all_ranks(lambda: conversion.begin() if rank == 0 else None, process_group)
+        [conversion.stand] = [stand for stand in stands if stand is not None]
         reports = on_all_ranks(work, process_group)
         committed = on_all_ranks(lambda: conversion.commit() if rank == 0 else 0, process_group)
     finally:
         alarm.close()
     ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
     return Report(rank, tuple(ranks), conversion.skipped)
+
+
+def _check(
+    format: str, codec: str, names: str | Mapping[str, str], dtype: torch.dtype | None, max_file_bytes: int
+) -> None:
+    """Raises ArgumentError for what cannot be, whatever is to be converted."""
+    check_codec(codec)
+    if format not in TARGETS:
+        raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
+    if dtype is not None and (not dtype.is_floating_point or "_x2" in str(dtype)):
+        raise ArgumentError(f"floating-point tensors cannot be cast to {dtype}")
+    if max_file_bytes < 1:
+        raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
+    for pattern, new in {} if isinstance(names, str) else names.items():
+        if pattern.count("*") > 1 or new.count("*") > pattern.count("*"):
+            raise ArgumentError(f"{pattern!r}: {new!r}: a pattern has one '*' at most, and its new name no more")
 
 
 class _Conversion:
@@ -130,6 +151,9 @@ class _Conversion:
     store: Store
     items: list[Item]
     units: list[Unit]
+    progress: Progress
+    stand: Stand
+    """As rank 0 found it."""
 
     def __init__(self, rank: int, world: int, budget_bytes: int | None) -> None:
         self._rank = rank
@@ -145,67 +169,60 @@ class _Conversion:
         names: str | Mapping[str, str],
         dtype: torch.dtype | None,
         what: list[Any],
-    ) -> int:
-        """Find out what is to be done; what tells this conversion from any other. Raises as `convert`."""
+    ) -> tuple[str, str]:
+        """Find out what is to be done; what tells it from any other conversion, and where. Raises as `convert`."""
         self.source, self.store, self.target = source, store, target
         items = _items(source, names, dtype)
         if isinstance(target, SafetensorsTarget):
             self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
             items = [item for item in items if item.kind is Kind.TENSOR]
         self.items, self.units = items, target.units(items)
-        told = [what, dict(source.info), source.location, source.objects, source.sizes, [repr(item) for item in items]]
-        self._conversion = f"{checksum(json.dumps(told).encode()):016x}"
-        _refuse_if_there(store, target)
-        self._done = dict(self._notes())
-        return int(self._conversion, 16)
+        self.progress = Progress(store, target)
+        self._reads = Reads(source.store)
+        cut = [len(unit.pieces) for unit in self.units]
+        of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
+        self._told = _checksum([what, of_source, [repr(item) for item in items], cut])
+        return self._told, store.location
 
-    def _notes(self) -> Iterable[tuple[int, Done]]:
-        """The units that stand. Raises CheckpointExistsError where those of another conversion do."""
-        for name in self.store.list():
-            if not _NOTE.fullmatch(name):
-                continue
-            try:
-                note = json.loads(bytes(self.store.read(name, 0, max(1, self.store.size(name)))))
-                conversion, number, done = note["conversion"], note["unit"], dict(note["done"])
-            except (ValueError, LookupError, TypeError) as error:
-                raise CorruptCheckpointError(f"{name!r} in {self.store.location} is no note of a conversion") from error
-            if conversion != self._conversion:
-                raise CheckpointExistsError(
-                    f"another conversion was begun at {self.store.location}, of another checkpoint or with other "
-                    "arguments: remove what is there, or give another place"
-                )
-            yield number, done
+    def begin(self) -> Stand:
+        """Take the place, or find out what stands there already. By one rank. Raises as `Progress.begin`."""
+        return self.progress.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
         begin = time.perf_counter()
         written = 0
+        missing = [unit for unit in self.units if unit.number not in self.stand.units and not self.stand.committed]
         with closing(Values(self.source, self._rank, self._budget)) as values:
-            for unit in self.units[self._rank :: self._world]:
-                if unit.number not in self._done:
-                    interrupt()
-                    done = retried(partial(self._write, unit, values, interrupt))
-                    written += _bytes_of(done)
+            for unit in missing[self._rank :: self._world]:
+                interrupt()
+                self.progress.check(self.stand.conversion)
+                written += retried(partial(self._write, unit, values, interrupt))["bytes"]
         seconds = {"total": time.perf_counter() - begin}
-        return replace(values.report, bytes_written=written, seconds=seconds)
+        report = values.report
+        return replace(
+            report,
+            bytes_fetched=report.bytes_fetched + self._reads.bytes_read,
+            bytes_written=written,
+            requests=report.requests + self._reads.requests,
+            seconds=seconds,
+        )
 
     def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
-        done = self.target.write(self.store, f"{self._conversion}-{self._rank:05}", unit, values, interrupt)
-        note = {"conversion": self._conversion, "unit": unit.number, "done": done}
-        self.store.put(_note_name(unit), json.dumps(note).encode(), overwrite=True)
+        conversion = self.stand.conversion
+        done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
+        self.progress.note(conversion, unit, done)
         return done
 
     def commit(self) -> int:
-        """Make the checkpoint whole, and remove the notes. Returns the bytes that were written."""
-        done = dict(self._notes())
-        for unit in self.units:
-            if unit.number not in done:
-                raise CorruptCheckpointError(f"{_note_name(unit)!r} is missing in {self.store.location}")
-        paths = _paths(self.source, self.items)
-        nbytes = self.target.commit(
-            self.store, self._conversion, self.items, [done[unit.number] for unit in self.units], paths
-        )
-        self.store.delete([_note_name(unit) for unit in self.units])
+        """Make the checkpoint whole, and remove what is no part of it. Returns the bytes that were written."""
+        conversion, nbytes = self.stand.conversion, 0
+        if not self.stand.committed:
+            done = self.progress.finished(conversion, self.units)
+            data = self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
+            self.progress.commit(conversion, data)
+            nbytes = len(data)
+        self.progress.clean(conversion)
         return nbytes
 
 
@@ -214,20 +231,30 @@ def _with_written(report: RankReport, nbytes: int) -> RankReport:
     return replace(report, bytes_written=report.bytes_written + nbytes)
 
 
-def _note_name(unit: Unit) -> str:
-    return f".reshard-convert-{unit.number:06}.json"
+def _checksum(told: list[Any]) -> str:
+    return f"{checksum(json.dumps(told).encode()):016x}"
 
 
-def _bytes_of(done: Done) -> int:
-    return sum(record["nbytes"] for record in done["objects"]) if "objects" in done else int(done["bytes"])
+def _samples(source: Source, reads: Reads) -> list[str]:
+    """Checksums of a few of the bytes of a source that may have been saved anew, with other values, under its names."""
+    if source.format == "reshard":
+        return []  # no two saves have objects of the same names
+    wanted = [
+        (name, start, min(start + SAMPLE_BYTES, nbytes))
+        for name, nbytes in source.objects
+        for start in sorted({max(0, nbytes - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)})
+        if nbytes
+    ]
+    if not wanted:
+        return []
 
+    def sample(name: str, start: int, stop: int) -> str:
+        try:
+            return f"{checksum(reads.read(name, start, stop)):016x}"
+        except ObjectNotFoundError:
+            return ""  # who reads the values will tell
 
-def _refuse_if_there(store: Store, target: Target) -> None:
-    try:
-        store.read(target.commits, 0, 1)
-    except ObjectNotFoundError:
-        return
-    raise CheckpointExistsError(f"there is a checkpoint at {store.location} already: it has {target.commits}")
+    return reads.many(sample, *map(list, zip(*wanted, strict=True)))
 
 
 def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | None) -> list[Item]:
@@ -237,6 +264,8 @@ def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | 
         name = _renamed(entry.name, names)
         if name is None:
             continue
+        if not name:
+            raise ArgumentError(f"{entry.name!r} would be left without a name")
         if name in items:
             raise ArgumentError(f"both {items[name].source!r} and {entry.name!r} would be named {name!r}")
         items[name] = Item(name, entry.name, entry.kind, _cast(entry, dtype), entry.shape)
@@ -250,10 +279,8 @@ def _renamed(name: str, names: str | Mapping[str, str]) -> str | None:
     if isinstance(names, str):
         return name if matches(names, name) else None
     for pattern, new in names.items():
-        if pattern.count("*") > 1 or new.count("*") > pattern.count("*"):
-            raise ArgumentError(f"{pattern!r}: {new!r}: a pattern has one '*' at most, and its new name no more")
         head, star, tail = pattern.partition("*")
-        if name == pattern:
+        if not star and name == pattern:
             return new
         if star and len(name) >= len(head) + len(tail) and name.startswith(head) and name.endswith(tail):
             return new.replace("*", name[len(head) : len(name) - len(tail)])
@@ -262,10 +289,8 @@ def _renamed(name: str, names: str | Mapping[str, str]) -> str | None:
 
 def _cast(entry: Entry, dtype: torch.dtype | None) -> str:
     """The dtype to write, by the planner's name. Raises DtypeError."""
-    is_float = entry.dtype.startswith(("float", "bfloat")) and ITEMSIZES[entry.dtype] > 0
-    return (
-        dtype_name(entry.name, dtype) if dtype is not None and is_float and entry.kind is Kind.TENSOR else entry.dtype
-    )
+    is_cast = entry.kind is Kind.TENSOR and torch_dtype(entry.dtype).is_floating_point and "_x2" not in entry.dtype
+    return entry.dtype if dtype is None or not is_cast else dtype_name(entry.name, dtype)
 
 
 def _paths(source: Source, items: Iterable[Item]) -> dict[str, tuple[str | int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ...planner.index import Kind
-from ..errors import CheckpointExistsError
 from ..objects import torch_save
 from ..sources.dcp import METADATA
 from ..store import Store
@@ -53,11 +52,9 @@ class DcpTarget:
                 out.write(data)
                 slices.append({"name": item.name, "offsets": box.offsets, "sizes": box.sizes, "length": len(data)})
                 at += len(data)
-        return {"file": file, "slices": slices, "bytes": at}
+        return {"files": [file], "bytes": at, "slices": slices}
 
-    def commit(
-        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
-    ) -> int:
+    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
         tensors = {item.name for item in items if item.kind is Kind.TENSOR}
@@ -67,7 +64,7 @@ class DcpTarget:
                 name, offsets = piece["name"], torch.Size(piece["offsets"])
                 index = MetadataIndex(name, offsets) if name in tensors else MetadataIndex(name)
                 chunks.setdefault(name, []).append(ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
-                storage[index] = _StorageInfo(unit["file"], at, piece["length"])
+                storage[index] = _StorageInfo(unit["files"][0], at, piece["length"])
                 at += piece["length"]
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for item in items:
@@ -79,10 +76,8 @@ class DcpTarget:
             properties = TensorProperties(dtype=item.torch_dtype)
             entries[item.name] = TensorStorageMetadata(properties, shape, chunks.get(item.name, [empty]))
         planner_data = {item.name: tuple(paths.get(item.name, (item.name,))) for item in items}
-        metadata = Metadata(entries, planner_data, storage, StorageMeta(store.location), CURRENT_DCP_VERSION)
-        data = pickle.dumps(metadata)
-        try:
-            store.put(METADATA, data, overwrite=False)
-        except CheckpointExistsError:
-            raise CheckpointExistsError(f"there is a checkpoint of DCP at {store.location} already") from None
-        return len(data)
+        metadata = Metadata(entries, planner_data, storage, StorageMeta(location), CURRENT_DCP_VERSION)
+        return pickle.dumps(metadata)
+
+    def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
+        return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 
 from ...planner.box import Box
 from ...planner.index import Kind
-from ..commit import commit
-from ..manifest import DATA_FOLDER, NAME, encode_manifest
+from ..manifest import DATA_NAME, NAME, Manifest, encode_manifest
 from ..records import assemble_index, record_from_json, record_to_json
 from ..store import Store
 from ..version import __version__
@@ -37,11 +36,13 @@ class NativeTarget:
         load = _read_at_once(values) if store.holds_objects else _in_order(unit, values)
         shards = [_shard(piece, values, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
-        return {"objects": [record_to_json(record) for record in records]}
+        return {
+            "files": [record.name for record in records],
+            "bytes": sum(record.nbytes for record in records),
+            "objects": [record_to_json(record) for record in records],
+        }
 
-    def commit(
-        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
-    ) -> int:
+    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
         records = [record_from_json(record) for unit in done for record in unit["objects"]]
         empty = {item.name: (item.dtype, item.shape) for item in items if item.kind is Kind.TENSOR and not item.nbytes}
         index = assemble_index(records, empty)
@@ -51,12 +52,12 @@ class NativeTarget:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "codec": self._codec,
         }
-        manifest = encode_manifest(index, dict(paths), info)
-        names = {name for name, _ in index.objects}
-        commit(store, manifest, names, overwrite=False)
-        remains = [name for name in store.list(DATA_FOLDER) if label in name and name not in names]
-        store.delete(remains)  # of tries that were killed
-        return len(manifest)
+        return encode_manifest(index, dict(paths), info)
+
+    def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
+        manifest = Manifest.find(store)
+        kept = {name for name, _ in manifest.objects} if manifest else set(names)
+        return [name for name in names if DATA_NAME.fullmatch(name) and f"-{conversion}-" in name and name not in kept]
 
 
 Load = Callable[[Item, Box], torch.Tensor]
@@ -68,19 +69,27 @@ def _read_at_once(values: Values) -> Load:
 
 
 def _in_order(unit: Unit, values: Values) -> Load:
-    """For one object, which takes the pieces, or parts of them, in their order."""
+    """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
     tensors = [piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR]
-    stream = zip(tensors, values.stream(tensors), strict=True)
-    current: tuple[Piece, torch.Tensor] | None = None
+    stream = values.stream(tensors)
+    at = 0
+    tensor: torch.Tensor | None = None
 
     def load(item: Item, box: Box) -> torch.Tensor:
-        nonlocal current
-        while current is None or current[0].item is not item or current[0].box.intersect(box) != box:
-            current = next(stream)
-        piece, tensor = current
-        return tensor[box.relative_to(piece.box).slices]
+        nonlocal stream, at, tensor
+        if tensor is None or not _has(tensors[at], item, box):
+            following = at + 1
+            if tensor is None or following == len(tensors) or not _has(tensors[following], item, box):
+                stream, following = values.stream(tensors), 0
+            tensor = None
+            at, tensor = following, next(stream)
+        return tensor[box.relative_to(tensors[at].box).slices]
 
     return load
+
+
+def _has(piece: Piece, item: Item, box: Box) -> bool:
+    return piece.item is item and piece.box.intersect(box) == box
 
 
 def _shard(piece: Piece, values: Values, load: Load) -> ShardToWrite:

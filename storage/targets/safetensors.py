@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...planner.box import Box
 from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES
-from ..errors import CheckpointExistsError, DtypeError
+from ..errors import ArgumentError, DtypeError
 from ..sources.safetensors import INDEX_SUFFIX, NAMES
 from ..store import Store
 from ..tensors import as_array, as_bytes
@@ -17,6 +17,8 @@ from .target import PIECE_BYTES, Done, Item, Piece, Unit
 from .values import Values
 
 INDEX = f"model{INDEX_SUFFIX}"
+NOTES = "__metadata__"
+"""What the header has beside the tensors."""
 ALIGNMENT = 8
 """The header is padded with spaces to a multiple of it."""
 
@@ -31,16 +33,18 @@ class SafetensorsTarget:
         self._files = 0
 
     def units(self, items: Sequence[Item]) -> list[Unit]:
+        """Raises DtypeError, ArgumentError."""
         files: list[list[Piece]] = [[]]
+        held = 0
         for item in items:
-            if item.dtype not in NAMES:
-                raise DtypeError(f"{item.name!r} has dtype {item.dtype}, which safetensors does not have")
-            held = sum(piece.nbytes for piece in files[-1])
+            _check(item)
             if files[-1] and held + item.nbytes > self._max_file_bytes:
                 files.append([])
+                held = 0
             files[-1].append(Piece(item, Box.whole(item.shape)))
+            held += item.nbytes
         self._files = len(files)
-        return [Unit(number, tuple(pieces)) for number, pieces in enumerate(files)]
+        return [Unit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
 
     def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
         name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
@@ -55,25 +59,35 @@ class SafetensorsTarget:
                 data = as_bytes(as_array(tensor))
                 out.write(data.data)
                 nbytes += len(data)
-        return {"file": name, "tensors": [piece.item.name for piece in unit.pieces], "bytes": nbytes}
+        return {"files": [name], "bytes": nbytes, "tensors": [piece.item.name for piece in unit.pieces]}
 
-    def commit(
-        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
-    ) -> int:
+    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in items)},
-            "weight_map": {name: unit["file"] for unit in done for name in unit["tensors"]},
+            "weight_map": {name: unit["files"][0] for unit in done for name in unit["tensors"]},
         }
-        data = json.dumps(index, indent=2).encode()
-        try:
-            store.put(INDEX, data, overwrite=False)
-        except CheckpointExistsError:
-            raise CheckpointExistsError(f"there are safetensors at {store.location} already") from None
-        return len(data)
+        return json.dumps(index, indent=2).encode()
+
+    def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
+        return []
+
+
+def _check(item: Item) -> None:
+    if item.dtype not in NAMES:
+        raise DtypeError(f"{item.name!r} has dtype {item.dtype}, which safetensors does not have")
+    if item.dtype.endswith("_x2") and not item.shape:
+        raise DtypeError(f"{item.name!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape")
+    if item.name == NOTES:
+        raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")
+
+
+def _rank(piece: Piece) -> tuple[int, str]:
+    """Large elements come first, so that each tensor begins at a multiple of its own's size."""
+    return -ITEMSIZES[piece.item.dtype], piece.item.name
 
 
 def _header(items: Sequence[Item]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {NOTES: {"format": "pt"}}
     at = 0
     for item in items:
         shape = list(item.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,7 +65,8 @@ class Unit:
 
 
 Done = dict[str, Any]
-"""What a target notes of a unit that it wrote, as a value of JSON."""
+"""What a target notes of a unit that it wrote, as a value of JSON: "files" are the names of its objects, "bytes" their
+size, and the rest is the target's own."""
 
 
 class Target(Protocol):
@@ -84,15 +85,20 @@ class Target(Protocol):
             label: the conversion's, and the rank's: what is in the name of an object that no other may have.
         """
 
-    def commit(
-        self, store: Store, label: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]
-    ) -> int:
-        """Make the checkpoint whole, once all units are written, by one object. Returns its bytes.
+    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+        """The object that makes the checkpoint whole, once all units are written.
 
         Args:
-            label: the conversion's, which the labels of its units begin with.
+            location: the store's.
             done: of all units, in order.
             paths: where items stand in the state dict that was saved, if that is known.
+        """
+
+    def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
+        """Which of the names are of tries that were killed, and no part of the checkpoint that was committed.
+
+        Args:
+            conversion: what the labels of all units begin with.
         """
 
 
@@ -100,6 +106,7 @@ def in_pieces(items: Sequence[Item]) -> list[Unit]:
     """Units of pieces that are cut along the grid, in the order of the items; nothing of empty tensors."""
     units: list[Unit] = []
     pieces: list[Piece] = []
+    held = 0
     for item in items:
         whole, itemsize = Box.whole(item.shape), ITEMSIZES[item.dtype]
         boxes = [whole]
@@ -107,7 +114,8 @@ def in_pieces(items: Sequence[Item]) -> list[Unit]:
             boxes = Grid.choose(item.shape, itemsize).split(whole, PIECE_BYTES // itemsize) if whole.numel else []
         for box in boxes:
             pieces.append(Piece(item, box))
-            if sum(piece.nbytes for piece in pieces) >= UNIT_BYTES:
+            held += pieces[-1].nbytes
+            if held >= UNIT_BYTES:
                 units.append(Unit(len(units), tuple(pieces)))
-                pieces = []
+                pieces, held = [], 0
     return [*units, Unit(len(units), tuple(pieces))] if pieces else units

@@ -14,7 +14,8 @@ import torch
 from ...planner.index import Kind
 from ...planner.read_plan import Want
 from ..errors import UnsafeObjectError
-from ..objects import encode_object
+from ..objects import MOST_OBJECT_BYTES, encode_object
+from ..opaque import ZSTD_MAGIC, decompress
 from ..read import Blob, counting_metadata, read_boxes
 from ..reader import Workers
 from ..reports import RankReport, added
@@ -86,7 +87,8 @@ class Values:
         try:
             value = blob.value()
         except UnsafeObjectError:
-            return blob.kind, blob.data, None
+            data = blob.data
+            return blob.kind, decompress(data, MOST_OBJECT_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
         return *encode_object(value), value
 
 

@@ -1,0 +1,215 @@
+"""What a conversion keeps beside its target while it is under way: whose the place is, and which units stand.
+
+A head, put before anything else and removed last, names the conversion that the place belongs to; a note, put once a
+unit stands, says what is in it. Just before the commit the head is given the checksum of what is about to be put, so
+that a run that was killed right after it finds that it had come to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import Buffer
+
+from ..checksums import checksum
+from ..errors import CheckpointExistsError, CommitError, CorruptCheckpointError, ObjectNotFoundError, StoreError
+from ..manifest import DATA_NAME, NAME
+from ..open_source import FILE_SUFFIXES
+from ..sources.dcp import METADATA, RANK_METADATA
+from ..sources.reads import Reads
+from ..sources.safetensors import INDEX_SUFFIX
+from ..store import Store
+from .target import Done, Target, Unit
+
+logger = logging.getLogger("reshard")
+
+HEAD = ".reshard-convert.json"
+HEAD_BYTES = 4096
+"""It has less."""
+_NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
+_TEMPORARY = re.compile(r"\.(\.reshard-convert(-\d{6,})?\.json)\.[0-9a-f]{32}\.tmp")
+"""What a put to a disk leaves that is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """How far a conversion is."""
+
+    conversion: str
+    """What tells it from any other."""
+    units: frozenset[int]
+    """Those that stand."""
+    committed: bool
+    """Only what it kept for itself is still to be removed."""
+
+
+class Progress:
+    """What one rank knows of it."""
+
+    def __init__(self, store: Store, target: Target) -> None:
+        self._store = store
+        self._target = target
+        self._done: dict[int, Done] = {}
+        """Of units that stand, as far as their notes were read here."""
+
+    def begin(self, conversion: str) -> Stand:
+        """Take the place for a conversion, or find out how far it is there. By one rank.
+
+        Raises CheckpointExistsError where anything else is there, CorruptCheckpointError, StoreError.
+        """
+        names = set(self._store.list())
+        if HEAD not in names:
+            self._refuse_if_there(names)
+            try:
+                self._store.put(HEAD, _encoded({"conversion": conversion}), overwrite=False)
+            except CheckpointExistsError as error:  # by another run, or by a first try whose answer was lost
+                if self._head() is None:
+                    raise StoreError(f"{self._store.location} is no place to write a checkpoint to: {error}") from error
+        head = self._head() or {}
+        if head.get("conversion") != conversion:
+            raise CheckpointExistsError(
+                f"another conversion was begun at {self._store.location}, of another checkpoint or with other "
+                "arguments: remove what is there, or give another place"
+            )
+        if self._target.commits in names:
+            if head.get("commit") != _told_apart(self._whole(self._target.commits)):
+                raise CheckpointExistsError(self._told(self._target.commits))
+            return Stand(conversion, frozenset(), committed=True)
+        numbers = [int(found[1]) for name in names if (found := _NOTE.fullmatch(name))]
+        notes = self._notes(conversion, numbers)
+        self._done = {number: done for number, done in notes.items() if names.issuperset(done["files"])}
+        return Stand(conversion, frozenset(self._done), committed=False)
+
+    def _refuse_if_there(self, names: Iterable[str]) -> None:
+        there = next(filter(_is_of_a_checkpoint, sorted(names)), None)
+        if there is not None:
+            raise CheckpointExistsError(self._told(there))
+
+    def _told(self, name: str) -> str:
+        return f"there is a checkpoint at {self._store.location} already, or what is left of one: it has {name!r}"
+
+    def _head(self) -> dict[str, Any] | None:
+        try:
+            return self._json(HEAD, self._store.read(HEAD, 0, HEAD_BYTES))
+        except ObjectNotFoundError:
+            return None
+
+    def _whole(self, name: str) -> Buffer:
+        return self._store.read(name, 0, max(1, self._store.size(name)))
+
+    def _json(self, name: str, data: Buffer) -> dict[str, Any]:
+        try:
+            return dict(json.loads(bytes(data)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorruptCheckpointError(f"{name!r} in {self._store.location} is not of a conversion") from error
+
+    def _notes(self, conversion: str, numbers: Sequence[int]) -> dict[int, Done]:
+        """What stands by the notes of these units."""
+
+        def read(number: int) -> Done:
+            name = _note_name(number)
+            note = self._json(name, self._whole(name))
+            done = note.get("done")
+            if note.get("conversion") != conversion or note.get("unit") != number or not isinstance(done, dict):
+                raise CorruptCheckpointError(
+                    f"{name!r} in {self._store.location} is not of this conversion: remove what is there"
+                )
+            return done
+
+        return dict(zip(numbers, Reads(self._store).many(read, numbers), strict=True))
+
+    def check(self, conversion: str) -> None:
+        """Make sure that the place still belongs to this conversion: another run of it may have come to its end.
+
+        Raises CheckpointExistsError.
+        """
+        if (self._head() or {}).get("conversion") != conversion:
+            raise CheckpointExistsError(
+                f"{self._store.location} does not belong to this conversion any more: it was ended by another run, or "
+                f"{HEAD!r} was removed"
+            )
+
+    def note(self, conversion: str, unit: Unit, done: Done) -> None:
+        """A unit stands."""
+        note = {"conversion": conversion, "unit": unit.number, "done": done}
+        self._store.put(_note_name(unit.number), _encoded(note), overwrite=True)
+
+    def finished(self, conversion: str, units: Sequence[Unit]) -> list[Done]:
+        """What was written of all units, in order.
+
+        Raises CorruptCheckpointError where some of it is missing, CheckpointExistsError as `check`, StoreError.
+        """
+        names = set(self._store.list())
+        wanted = [unit.number for unit in units]
+        missing = [_note_name(number) for number in wanted if _note_name(number) not in names]
+        if not missing:
+            self._done |= self._notes(conversion, [number for number in wanted if number not in self._done])
+            missing = [name for number in wanted for name in self._done[number]["files"] if name not in names]
+        if missing:
+            self.check(conversion)
+            raise CorruptCheckpointError(
+                f"{missing[0]!r}, which the conversion has written, is missing in {self._store.location}"
+            )
+        return [self._done[number] for number in wanted]
+
+    def commit(self, conversion: str, data: bytes) -> None:
+        """Put the object that makes the checkpoint whole. Raises CheckpointExistsError, CommitError, StoreError."""
+        self.check(conversion)
+        self._store.put(HEAD, _encoded({"conversion": conversion, "commit": _told_apart(data)}), overwrite=True)
+        try:
+            self._store.put(self._target.commits, data, overwrite=False)
+        except Exception as error:
+            found = self._read_back(len(data))
+            if found == data:  # by a first try whose answer was lost
+                return
+            if isinstance(error, CheckpointExistsError) and found is not None:
+                raise CheckpointExistsError(self._told(self._target.commits)) from error
+            raise CommitError(f"{self._target.commits!r} may or may not have been written: {error}") from error
+
+    def _read_back(self, nbytes: int) -> bytes | None:
+        """The commit that is there, as far as `nbytes` and one more; None where it cannot be read."""
+        try:
+            return bytes(self._store.read(self._target.commits, 0, nbytes + 1))
+        except Exception:
+            return None
+
+    def clean(self, conversion: str) -> None:
+        """Remove, once it is committed, what is no part of the checkpoint; the head last."""
+        try:
+            names = list(self._store.list())
+            remains = self._target.orphans(self._store, conversion, names)
+            self._store.delete([*remains, *(n for n in names if _NOTE.fullmatch(n) or _TEMPORARY.fullmatch(n))])
+            self._store.delete([HEAD])
+        except Exception as error:
+            logger.warning(
+                "the checkpoint is whole, and what the conversion kept for itself remains in %s, until it is called "
+                "again: %s",
+                self._store.location,
+                error,
+            )
+
+
+def _is_of_a_checkpoint(name: str) -> bool:
+    """Whether a name is one that a checkpoint of some format has in its folder."""
+    if "/" in name:
+        return DATA_NAME.fullmatch(name) is not None
+    known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) is not None
+    return known or name.endswith((".distcp", INDEX_SUFFIX)) or os.path.splitext(name)[1] in FILE_SUFFIXES
+
+
+def _note_name(number: int) -> str:
+    return f".reshard-convert-{number:06}.json"
+
+
+def _encoded(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _told_apart(data: Buffer) -> str:
+    return f"{checksum(data):016x}"

@@ -1,0 +1,248 @@
+"""Conversion in one process: every pair of formats keeps every value, and plain torch and safetensors load them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint._extension import ZStandard
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import reshard
+from reshard.errors import DtypeError, UnavailableError
+from reshard.planner.index import ITEMSIZES
+from reshard.storage.local_store import LocalStore
+from reshard.storage.open_source import open_source
+from reshard.storage.testing import Call, MemoryStore, RecordingStore
+from tests.storage.conversions import (
+    KIB,
+    SOURCES,
+    UNSAFE,
+    assert_clean,
+    assert_converted,
+    assert_equal,
+    cut_small,
+    names_in,
+    objects_of,
+    of_names,
+    save_native,
+    tensors_of,
+)
+from tests.storage.samples import sample
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One state, saved in every format."""
+    root, state = tmp_path_factory.mktemp("sources"), {**tensors_of(), **objects_of()}
+    return {name: save(state, root / name) for name, save in SOURCES.items()}
+
+
+def expected_of(source: str, target: str) -> dict[str, Any]:
+    state: dict[str, Any] = dict(tensors_of())
+    if "safetensors" not in (source, target):
+        state |= objects_of()
+    if source == "torch.save":
+        state = {key: value for key, value in state.items() if key not in UNSAFE}
+    return of_names(state)
+
+
+@pytest.mark.parametrize("budget_bytes", [None, 16 * KIB])
+@pytest.mark.parametrize("target", ["reshard", "dcp", "safetensors"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_pair_of_formats_keeps_every_value(
+    source: str,
+    target: str,
+    budget_bytes: int | None,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_small(monkeypatch)
+    dst = tmp_path / "dst"
+    report = reshard.convert(sources[source], dst, format=target, max_file_bytes=200 * KIB, budget_bytes=budget_bytes)
+    expected = expected_of(source, target)
+    assert_converted(dst, expected, target)
+    assert_clean(names_in(dst), dst, target)
+    there = open_source(sources[source])
+    left_out = {entry.name for entry in there.entries} - expected.keys()
+    assert set(report.skipped) == left_out
+    if target != "safetensors" and there.paths:
+        assert open_source(dst).paths == there.paths
+    tensors = sum(value.nbytes for value in expected.values() if isinstance(value, torch.Tensor))
+    assert report.total.bytes_needed >= tensors
+    assert report.total.bytes_written == sum(path.stat().st_size for path in dst.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("store_kind", [LocalStore, MemoryStore])
+def test_large_tensors_are_of_many_pieces_units_and_objects(
+    store_kind: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    state = {"large": torch.randn(1000, 300), "small": {f"b{i}": torch.randn(20) for i in range(50)}}
+    src = save_native(state, tmp_path / "src")
+    units = {}
+    for format in ("reshard", "dcp", "safetensors"):
+        memory = store_kind(tmp_path / format) if store_kind is LocalStore else store_kind()
+        store = RecordingStore(memory)
+        reshard.convert(src, store, format=format, max_file_bytes=100 * KIB)
+        units[format] = sum(call.method == "create" for call in store.calls)
+        assert_converted(memory, of_names(state), format)
+    assert units["reshard"] == units["dcp"] >= 4
+    assert units["safetensors"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", ITEMSIZES)
+def test_every_dtype_passes_or_is_refused_before_anything_is_written(dtype: str, tmp_path: Path) -> None:
+    state = {"matrix": sample(dtype, 5, 6), "scalar": sample(dtype), "empty": sample(dtype, 2, 0)}
+    src = save_native(state, tmp_path / "src")
+    for format in ("reshard", "dcp"):
+        reshard.convert(src, tmp_path / format, format=format)
+        assert_converted(tmp_path / format, state, format)
+    if dtype in ("complex32", "complex128", "float4_e2m1fn_x2"):
+        with pytest.raises(DtypeError, match=r"which safetensors does not have|for which safetensors has no shape"):
+            reshard.convert(src, tmp_path / "safetensors", format="safetensors")
+        assert not (tmp_path / "safetensors").exists()
+    else:
+        reshard.convert(src, tmp_path / "safetensors", format="safetensors")
+        assert_converted(tmp_path / "safetensors", state, "safetensors")
+
+
+@pytest.mark.parametrize("source", ["native", "dcp"])
+def test_plain_dcp_loads_what_is_converted_into_a_nested_state_dict(
+    source: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    dst = tmp_path / "dst"
+    reshard.convert(sources[source], dst, format="dcp")
+    saved: dict[str, Any] = {**tensors_of(), **objects_of()}
+    state: dict[str, Any] = {**tensors_of(), **dict.fromkeys(objects_of())}
+    state["groups"] = [{"params": None, "name": None}]
+    for value in of_names(state).values():
+        if isinstance(value, torch.Tensor):
+            value.view(torch.uint8).zero_() if value.dim() else value.fill_(0)
+    dcp.load(state, storage_reader=FileSystemReader(dst))
+    assert of_names(state).keys() == of_names(saved).keys()
+    for name, value in of_names(saved).items():
+        assert_equal(of_names(state)[name], value)
+    dcp_to_torch_save(dst, tmp_path / "state.pt")
+    nested = torch.load(tmp_path / "state.pt", weights_only=False)
+    assert nested.keys() == saved.keys()
+    assert_equal(nested["layers"][1], saved["layers"][1])
+    assert nested["groups"] == saved["groups"]
+
+
+def test_the_safetensors_library_loads_what_is_converted(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    most = 150 * KIB
+    reshard.convert(sources["native"], tmp_path / "dst", format="safetensors", max_file_bytes=most)
+    index = json.loads((tmp_path / "dst" / INDEX).read_text())
+    expected = of_names(tensors_of())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+    assert index["weight_map"].keys() == expected.keys()
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 3
+    for file in files:
+        with safe_open(tmp_path / "dst" / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            here = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        assert {name for name, at in index["weight_map"].items() if at == file} == here.keys()
+        assert sum(value.nbytes for value in here.values()) <= most or len(here) == 1
+        for name, value in here.items():
+            assert_equal(value, expected[name])
+
+
+def test_tensors_of_safetensors_lie_at_multiples_of_their_elements(tmp_path: Path) -> None:
+    state = {"a": sample("uint8", 3), "b": sample("float32", 2), "c": sample("float16", 1), "d": sample("float64", 1)}
+    reshard.convert(save_native(state, tmp_path / "src"), tmp_path / "dst", format="safetensors")
+    data = (tmp_path / "dst" / "model-00001-of-00001.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    for name, value in state.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % value.itemsize == 0, name
+
+
+@pytest.mark.parametrize("format", ["reshard", "dcp"])
+def test_an_object_that_was_compressed_and_cannot_be_unpickled_is_kept(format: str, tmp_path: Path) -> None:
+    state = {"w": torch.randn(3, 4), **objects_of()}
+    writer = FileSystemWriter(tmp_path / "src", sync_files=False, _extensions=[ZStandard()])
+    dcp.save(dict(state), storage_writer=writer)
+    reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
+    assert_converted(tmp_path / "dst", of_names(state), format)
+    if format == "dcp":
+        loaded: dict[str, Any] = {"third": None}
+        dcp.load(loaded, storage_reader=FileSystemReader(tmp_path / "dst"))
+        assert loaded["third"] == state["third"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors"])
+def test_floats_are_cast_and_nothing_else(
+    dtype: torch.dtype, format: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    names = {f"{group}.*": f"{group}.*" for group in ("dtypes", "large", "empty")}
+    reshard.convert(sources["native"], tmp_path / "dst", format=format, dtype=dtype, names=names)
+    expected = {
+        name: value.to(dtype) if value.is_floating_point() and "_x2" not in str(value.dtype) else value
+        for name, value in of_names(tensors_of()).items()
+        if name.partition(".")[0] in ("dtypes", "large", "empty")
+    }
+    assert {value.dtype for value in expected.values()} > {dtype, torch.int64, torch.bool, torch.complex64}
+    assert_converted(tmp_path / "dst", expected, format)
+
+
+def test_float32_of_a_native_checkpoint_is_read_as_bfloat16_by_its_heads_alone(tmp_path: Path) -> None:
+    state = {"w": torch.randn(2000, 500)}
+    reshard.save(dict(state), tmp_path / "src")
+    report = reshard.convert(tmp_path / "src", tmp_path / "dst", dtype=torch.bfloat16)
+    assert report.total.bytes_fetched < 0.45 * state["w"].nbytes
+    assert_converted(tmp_path / "dst", {"w": state["w"].to(torch.bfloat16)}, "reshard")
+
+
+@pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors"])
+def test_a_unit_that_the_store_refuses_for_a_moment_is_written_again(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was at: each write of an object fails once."""
+    cut_small(monkeypatch)
+    state = {"large": torch.randn(300, 300), "small": torch.randn(20), "step": 3}
+    src = save_native(state, tmp_path / "src")
+    expected = {name: value for name, value in state.items() if format != "safetensors" or name != "step"}
+    for at in range(8):
+        left = at
+
+        def fail_once(call: Call) -> None:
+            nonlocal left
+            if call.method == "write":
+                left -= 1
+                if left == -1:
+                    raise UnavailableError("slow down")
+
+        memory = MemoryStore()
+        reshard.convert(src, RecordingStore(memory, fail_once), format=format)
+        assert left < 0 or at > 2
+        assert_converted(memory, expected, format)
+        assert_clean(set(memory.content), memory, format)
+
+
+@pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors"])
+def test_nothing_converts_to_nothing(format: str, tmp_path: Path) -> None:
+    reshard.save({}, tmp_path / "src")
+    reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
+    assert_converted(tmp_path / "dst", {}, format)

@@ -1,0 +1,363 @@
+"""What a conversion is told and cannot do: the error says so, nothing is committed, and what is there stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import reshard
+from reshard.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitError,
+    CorruptCheckpointError,
+    MissingTensorError,
+    StoreError,
+    UnavailableError,
+    UnsupportedURIError,
+)
+from reshard.storage.local_store import LocalStore
+from reshard.storage.manifest import NAME
+from reshard.storage.targets.progress import HEAD
+from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
+from tests.storage.conversions import (
+    KIB,
+    SOURCES,
+    assert_clean,
+    assert_converted,
+    cut_small,
+    names_in,
+    of_names,
+    save_native,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+TARGETS = ("reshard", "dcp", "safetensors")
+COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
+STATE = {
+    "model": {"layers": {"0": {"up": torch.ones(3), "down": torch.zeros(2)}}, "norm": torch.full((2,), 5.0)},
+    "optimizer": {"step": torch.tensor(3)},
+}
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    return save_native(STATE, tmp_path / "src")
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names_in(folder)}
+
+
+UP, DOWN, NORM, STEP = "model.layers.0.up", "model.layers.0.down", "model.norm", "optimizer.step"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("model", {UP: UP, DOWN: DOWN, NORM: NORM}),
+        ("*.up", {UP: UP}),
+        ("model.norm", {NORM: NORM}),
+        ({"model.*": "*"}, {"layers.0.up": UP, "layers.0.down": DOWN, "norm": NORM}),
+        ({"*.layers.0.up": "*.a", "*": "all.*"}, {"model.a": UP, **{f"all.{n}": n for n in (DOWN, NORM, STEP)}}),
+        ({"model.norm": "n", "optimizer.*": "opt.*.x"}, {"n": NORM, "opt.step.x": STEP}),
+        ({"model.layers.*.up": "up"}, {"up": UP}),
+    ],
+)
+def test_names_select_and_rename(
+    names: str | Mapping[str, str], expected: dict[str, str], src: Path, tmp_path: Path
+) -> None:
+    values = of_names(STATE)
+    for format in TARGETS:
+        reshard.convert(src, tmp_path / format, format=format, names=names)
+        assert_converted(tmp_path / format, {new: values[old] for new, old in expected.items()}, format)
+
+
+def test_a_star_in_a_name_is_no_pattern(tmp_path: Path) -> None:
+    src = save_native({"a*": torch.ones(1), "ab": torch.zeros(1)}, tmp_path / "src")
+    reshard.convert(src, tmp_path / "dst", names={"a*": "x*"})
+    assert set(reshard.open(tmp_path / "dst").tensors) == {"x*", "xb"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"names": "modle"}, MissingTensorError, r"the checkpoint has no 'modle'"),
+        ({"names": {"model": "*"}}, ArgumentError, r"'model': '\*': a pattern has one '\*' at most"),
+        ({"names": {"*": "*", "a*b*": "c*"}}, ArgumentError, r"'a\*b\*': 'c\*': a pattern has one"),
+        ({"names": {"mdel": "x", "x.*": "*"}}, MissingTensorError, r"has no 'mdel, x\.\*'"),
+        ({"names": {}}, MissingTensorError, "the checkpoint has no"),
+        ({"names": {"model.layers.0.*": "x"}}, ArgumentError, r"both 'model\.layers\.0\..*' and .* be named 'x'"),
+        ({"names": {"model.*": "*", "optimizer.step": "norm"}}, ArgumentError, r"both .* would be named 'norm'"),
+        ({"names": {"model.norm": ""}}, ArgumentError, r"'model\.norm' would be left without a name"),
+        ({"format": "DCP"}, ArgumentError, r"format must be one of \('reshard', 'dcp', 'safetensors'\), got 'DCP'"),
+        ({"format": "torch"}, ArgumentError, "format must be one of"),
+        ({"codec": "lzma"}, ArgumentError, "codec must be one of"),
+        ({"src_format": "lzma"}, ArgumentError, "format must be one of"),
+        ({"src_format": "dcp"}, CheckpointNotFoundError, "no checkpoint of format 'dcp'"),
+        ({"dtype": torch.int32}, ArgumentError, r"floating-point tensors cannot be cast to torch\.int32"),
+        ({"dtype": torch.complex64}, ArgumentError, r"cannot be cast to torch\.complex64"),
+        ({"dtype": torch.float4_e2m1fn_x2}, ArgumentError, r"cannot be cast to torch\.float4_e2m1fn_x2"),
+        ({"max_file_bytes": 0}, ArgumentError, "max_file_bytes must be at least 1, got 0"),
+        (
+            {"names": {"model.norm": "__metadata__"}, "format": "safetensors"},
+            ArgumentError,
+            "safetensors has no tensor of the name '__metadata__'",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_and_nothing_is_written(
+    options: dict[str, Any], error: type[CheckpointError], message: str, src: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        reshard.convert(src, tmp_path / "dst", **options)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint at"):
+        reshard.convert(tmp_path / "absent", tmp_path / "dst")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_nothing_opens_is_told(src: Path) -> None:
+    with pytest.raises(UnsupportedURIError):
+        reshard.convert(src, "nowhere://x")
+
+
+@pytest.mark.parametrize("format", TARGETS)
+@pytest.mark.parametrize("there", SOURCES)
+def test_what_is_there_is_not_touched(there: str, format: str, src: Path, tmp_path: Path) -> None:
+    dst = SOURCES[there](STATE, tmp_path / "dst")
+    before = content_of(dst)
+    with pytest.raises(CheckpointExistsError, match=r"there is a checkpoint at .*dst already, or what is left of one"):
+        reshard.convert(src, dst, format=format)
+    assert content_of(dst) == before
+
+
+@pytest.mark.parametrize("format", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_checkpoint_is_not_converted_in_its_own_place(source: str, format: str, tmp_path: Path) -> None:
+    place = SOURCES[source](STATE, tmp_path / "src")
+    before = content_of(place)
+    with pytest.raises(CheckpointExistsError, match="there is a checkpoint at"):
+        reshard.convert(place, place, format=format)
+    assert content_of(place) == before
+
+
+@pytest.mark.parametrize("format", TARGETS)
+@pytest.mark.parametrize(
+    "name", ["data/0.shard", "__0_0.distcp", "__3.metadata", "model-00001-of-00002.safetensors", "model.bin"]
+)
+def test_what_is_left_of_a_checkpoint_is_not_touched(name: str, format: str, src: Path, tmp_path: Path) -> None:
+    file = tmp_path / "dst" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"precious")
+    with pytest.raises(CheckpointExistsError, match=f"it has '{name}'"):
+        reshard.convert(src, tmp_path / "dst", format=format)
+    assert content_of(tmp_path / "dst") == {name: b"precious"}
+
+
+def test_other_files_at_the_place_do_not_matter(src: Path, tmp_path: Path) -> None:
+    (tmp_path / "dst" / "deeper").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "README.md", "deeper/model.safetensors"):
+        (tmp_path / "dst" / name).write_bytes(b"kept")
+    reshard.convert(src, tmp_path / "dst", format="safetensors")
+    assert_converted(tmp_path / "dst", of_names(STATE), "safetensors")
+    assert list(content_of(tmp_path / "dst").values()).count(b"kept") == 4
+
+
+def test_a_file_is_no_place(src: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    for place in ("file", "file/deeper"):
+        with pytest.raises(StoreError, match="file"):
+            reshard.convert(src, tmp_path / place)
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("other", [{"format": "dcp"}, {"codec": "none"}, {"names": "model"}, {"dtype": torch.float16}])
+def test_the_remains_of_another_conversion_are_told(other: dict[str, Any], src: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    with pytest.raises(CommitError, match=rf"'{NAME}' may or may not have been written: injected"):
+        reshard.convert(src, RecordingStore(LocalStore(dst), failing("put", after=3)))
+    before = content_of(dst)
+    assert len(before) == 3  # the head, a note and its object
+    with pytest.raises(CheckpointExistsError, match=r"another conversion was begun at .*dst, of another checkpoint or"):
+        reshard.convert(src, dst, **other)
+    assert content_of(dst) == before
+    reshard.convert(src, dst)
+    assert_converted(dst, of_names(STATE), "reshard")
+    assert_clean(names_in(dst), dst, "reshard")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_that_was_saved_anew_is_another_one(source: str, tmp_path: Path) -> None:
+    """Under the same names and of the same sizes, with other values."""
+
+    def save(value: float) -> Path:
+        return SOURCES[source]({"a": {"w": torch.full((300, 300), value)}, "b": torch.ones(3)}, tmp_path / "src")
+
+    dst = tmp_path / "dst"
+    place = save(1.0)
+    with pytest.raises(StoreError, match="injected"):
+        reshard.convert(place, RecordingStore(LocalStore(dst), failing("put", after=2)), format="dcp")
+    for name in names_in(place):
+        (place / name).unlink()
+    for folder in sorted(place.rglob("*"), reverse=True):
+        folder.rmdir()
+    place.rmdir()
+    save(2.0)
+    with pytest.raises(CheckpointExistsError, match="another conversion was begun"):
+        reshard.convert(place, dst, format="dcp")
+
+
+@pytest.mark.parametrize("format", TARGETS)
+@pytest.mark.parametrize("method", ["list", "read", "put", "create", "write", "delete", "size"])
+def test_a_store_that_fails_is_told_and_a_rerun_completes(
+    method: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    state = {"large": torch.randn(500, 300), "small": torch.randn(5)}
+    src = save_native(state, tmp_path / "src")
+    options: dict[str, Any] = {"max_file_bytes": 200 * KIB}
+    for after in (0, 1, 2, 4, 7):
+        store = MemoryStore()
+        told = ""
+        try:
+            reshard.convert(src, RecordingStore(store, failing(method, after=after)), format=format, **options)
+        except StoreError as error:
+            told = str(error)
+        assert (COMMITS[format] in store.content) == (told == "")
+        assert "injected" in told or not told
+        if HEAD in store.content or told:
+            reshard.convert(src, store, format=format, **options)
+        assert_converted(store, state, format)
+        assert_clean(set(store.content), store, format)
+
+
+@pytest.mark.parametrize("format", TARGETS)
+def test_a_commit_whose_answer_was_lost_is_recognised(format: str, src: Path, tmp_path: Path) -> None:
+    memory = MemoryStore()
+
+    class Losing(RecordingStore):
+        def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+            super().put(name, data, overwrite=overwrite)
+            if name in (COMMITS[format], HEAD) and not overwrite:
+                raise CheckpointExistsError(f"{name} exists")  # as a second try finds
+
+    reshard.convert(src, Losing(memory), format=format)
+    assert_converted(memory, of_names(STATE), format)
+    assert_clean(set(memory.content), memory, format)
+
+
+def test_a_checkpoint_that_came_meanwhile_is_not_replaced(src: Path) -> None:
+    memory = MemoryStore()
+
+    def commit_before(call: Call) -> None:
+        if call.method == "put" and call.name == NAME:
+            memory.content[NAME] = b"of somebody else"
+
+    with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
+        reshard.convert(src, RecordingStore(memory, commit_before))
+    assert memory.content[NAME] == b"of somebody else"
+    with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
+        reshard.convert(src, memory)
+    assert memory.content[NAME] == b"of somebody else"
+
+
+@pytest.mark.parametrize("unit", [50 * KIB, 10000 * KIB])
+def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another run of the same conversion came to its end first: at the next unit, or before the commit."""
+    cut_small(monkeypatch, unit=unit)
+    src = save_native({str(i): torch.randn(100, 200) for i in range(4)}, tmp_path / "src")
+    memory = MemoryStore()
+
+    def end_before(call: Call) -> None:
+        if call.method == "create":
+            memory.content.pop(HEAD, None)
+
+    store = RecordingStore(memory, end_before)
+    with pytest.raises(CheckpointExistsError, match="does not belong to this conversion any more"):
+        reshard.convert(src, store)
+    assert NAME not in memory.content
+    assert sum(call.method == "create" for call in store.calls) == 1
+
+
+def test_an_object_that_vanished_is_found_before_the_commit(src: Path) -> None:
+    memory = MemoryStore()
+
+    def lose_before(call: Call) -> None:
+        if call.method == "put" and call.name.endswith("-000000.json"):
+            for name in [name for name in memory.content if name.startswith("data/")]:
+                del memory.content[name]
+
+    with pytest.raises(CorruptCheckpointError, match=r"'data/.*shard', which the conversion has written, is missing"):
+        reshard.convert(src, RecordingStore(memory, lose_before))
+    assert NAME not in memory.content
+    reshard.convert(src, memory)
+    assert_converted(memory, of_names(STATE), "reshard")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"7", b'{"conversion": "0", "unit": 0, "done": {}}'])
+def test_a_note_that_is_none_is_told(content: bytes, src: Path) -> None:
+    memory = MemoryStore()
+    with pytest.raises(CommitError):
+        reshard.convert(src, RecordingStore(memory, failing("put", after=3)))
+    memory.content[".reshard-convert-000000.json"] = content
+    with pytest.raises(CorruptCheckpointError, match=r"'\.reshard-convert-000000\.json' in memory is not of"):
+        reshard.convert(src, memory)
+    memory.content[HEAD] = content
+    with pytest.raises((CorruptCheckpointError, CheckpointExistsError), match=r"is not of a conv|another conversion"):
+        reshard.convert(src, memory)
+    assert NAME not in memory.content
+
+
+@pytest.mark.parametrize("format", TARGETS)
+def test_damage_in_the_source_is_told_and_nothing_is_committed(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch)
+    src = save_native({"large": torch.randn(500, 300), "small": torch.randn(5)}, tmp_path / "src")
+    (data,) = (src / "data").iterdir()
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match=r"'large': .*checksum"):
+        reshard.convert(src, tmp_path / "dst", format=format)
+    assert COMMITS[format] not in names_in(tmp_path / "dst")
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    reshard.convert(src, tmp_path / "dst", format=format)
+    assert_clean(names_in(tmp_path / "dst"), tmp_path / "dst", format)
+
+
+def test_an_object_of_the_source_that_is_missing_is_told(tmp_path: Path) -> None:
+    src = SOURCES["dcp"](STATE, tmp_path / "src")
+    next(iter(sorted(src.glob("*.distcp")))).unlink()
+    with pytest.raises(CorruptCheckpointError, match="missing"):
+        reshard.convert(src, tmp_path / "dst")
+
+
+def test_a_single_file_is_converted_beside_nothing_of_its_own(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointExistsError, match=r"it has 'model\.safetensors'"):
+        reshard.convert(tmp_path / "model.safetensors", tmp_path)
+    reshard.convert(tmp_path / "model.safetensors", tmp_path / "deeper")
+    assert reshard.open(tmp_path / "deeper").read("w").tolist() == [1, 1, 1]
+
+
+def test_a_store_that_stays_away_is_given_up(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reshard.storage import retrying_store
+
+    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.1)
+    memory = MemoryStore()
+    with pytest.raises(UnavailableError, match="away"):
+        reshard.convert(src, RecordingStore(memory, failing("create", error=UnavailableError("away"))))
+    assert set(memory.content) == {HEAD}

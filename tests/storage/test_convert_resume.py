@@ -1,0 +1,147 @@
+"""Conversions that are killed (SIGKILL) at calls of their store: a rerun goes on, and nothing of the first is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reshard
+from reshard.errors import CheckpointExistsError
+from reshard.storage.local_store import LocalStore
+from reshard.storage.manifest import NAME
+from reshard.storage.testing import Call, RecordingStore
+from tests.ranks import PRELOADED
+from tests.storage.conversions import KIB, assert_clean, assert_converted, cut_small, names_in, of_names, save_native
+
+UNIT = 100 * KIB
+NOTE = ".reshard-convert-"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "reshard": {"codec": "none"},
+    "dcp": {},
+    "safetensors": {"max_file_bytes": 200 * KIB},
+}
+COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
+
+
+@pytest.fixture
+def state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {"large": torch.randn(400, 250), "layers": {str(i): torch.randn(100, 100) for i in range(8)}}
+
+
+def survives(work: Callable[..., object], *arguments: object) -> bool:
+    """Run something in a process of its own; whether it was not killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def convert(src: Path, store: Any, format: str) -> reshard.Report:
+    return reshard.convert(src, store, format=format, **OPTIONS[format])
+
+
+def kill(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def convert_and_die(src: Path, dst: Path, format: str, kill_at: int) -> None:
+    """Before the nth call of the store."""
+    left = kill_at
+
+    def before(call: Call) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch, unit=UNIT)
+        convert(src, RecordingStore(LocalStore(dst), before), format)
+
+
+def convert_and_die_in_a_put(src: Path, dst: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", kill)
+        convert(src, dst, "reshard")
+
+
+def convert_and_die_before_the_commit(src: Path, dst: Path, format: str) -> None:
+    def before(call: Call) -> None:
+        if call.method == "put" and call.name == COMMITS[format]:
+            kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch, unit=UNIT)
+        convert(src, RecordingStore(LocalStore(dst), before), format)
+
+
+@pytest.mark.parametrize("format", OPTIONS)
+def test_killed_at_any_call_it_goes_on_where_it_was(
+    format: str, state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch, unit=UNIT)
+    src = save_native(state, tmp_path / "src")
+    ended = after_commit = went_on = 0
+    for kill_at in range(0, 200, 5):
+        dst = tmp_path / f"dst-{kill_at}"
+        finished = survives(convert_and_die, src, dst, format, kill_at)
+        before = names_in(dst) if dst.exists() else set()
+        standing = {name for name in before if name.startswith(NOTE)}
+        if not finished:
+            committed = COMMITS[format] in before
+            store = RecordingStore(LocalStore(dst))
+            report = convert(src, store, format)
+            noted = {call.name for call in store.calls if call.method == "put" and call.name.startswith(NOTE)}
+            assert not noted & standing
+            assert (report.total.bytes_needed == 0) == (committed or bool(standing and not noted))
+            after_commit += committed
+            went_on += bool(standing) and bool(noted)
+        assert_converted(dst, of_names(state), format)
+        assert_clean(names_in(dst), dst, format)
+        with pytest.raises(CheckpointExistsError, match="there is a checkpoint at"):
+            convert(src, dst, format)
+        if finished:
+            ended += 1
+            break
+    assert ended == 1
+    assert after_commit > 0
+    assert went_on > 2
+
+
+def test_what_a_put_leaves_that_is_killed_is_removed(state: dict[str, Any], tmp_path: Path) -> None:
+    """On a disk, where it writes a temporary file first."""
+    src, dst = save_native(state, tmp_path / "src"), tmp_path / "dst"
+    assert not survives(convert_and_die_in_a_put, src, dst)
+    assert [name for name in names_in(dst) if name.endswith(".tmp")]
+    convert(src, dst, "reshard")
+    assert_converted(dst, of_names(state), "reshard")
+    assert_clean(names_in(dst), dst, "reshard")
+
+
+@pytest.mark.parametrize("format", OPTIONS)
+def test_a_unit_whose_objects_are_gone_is_written_again(
+    format: str, state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch, unit=UNIT)
+    src = save_native(state, tmp_path / "src")
+    dst = tmp_path / "dst"
+    assert not survives(convert_and_die_before_the_commit, src, dst, format)
+    objects = sorted(name for name in names_in(dst) if not name.startswith("."))
+    assert len(objects) > 2
+    (dst / objects[1]).unlink()
+    recording = RecordingStore(LocalStore(dst))
+    convert(src, recording, format)
+    assert sum(call.method == "create" for call in recording.calls) == 1
+    assert_converted(dst, of_names(state), format)
+    assert_clean(names_in(dst), dst, format)
