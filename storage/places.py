@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..planner.errors import CheckpointError
-from .convert import _NOTE as NOTE
 from .errors import ObjectNotFoundError
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
 from .open_source import open_source
@@ -19,6 +18,7 @@ from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA
 from .sources.safetensors import INDEX_SUFFIX
 from .store import Store, open_store
+from .targets.progress import HEAD, NOTE
 
 WHOLE, UNFINISHED = "whole", "never committed"
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
@@ -107,7 +107,7 @@ class Remains:
 def find_remains(
     uri: str, storage_options: Mapping[str, Any] | None = None, *, older_than_s: float = 24 * 3600
 ) -> list[Remains]:
-    """Data objects of reshard's own format that no manifest names, at a place and below it.
+    """Data objects of reshard's own format that no manifest names, and notes of conversions, at a place and below it.
 
     Where any of a place is younger than that, a save may be in progress there, and none of its is told.
     Raises StoreError, and CorruptCheckpointError where a manifest does not tell what it names.
@@ -116,8 +116,8 @@ def find_remains(
     folders: dict[str, list[str]] = {}
     for name in store.list():
         folder, _, base = name.rpartition("/")
-        if NOTE.fullmatch(base):
-            folders.setdefault(folder, []).insert(0, base)
+        if base == HEAD or NOTE.fullmatch(base):
+            folders.setdefault(folder, []).append(base)
         elif folder.split("/")[-1] == DATA_FOLDER and DATA_NAME.fullmatch(f"{DATA_FOLDER}/{base}"):
             folders.setdefault(folder[: -len(DATA_FOLDER)].rstrip("/"), []).append(f"{DATA_FOLDER}/{base}")
     found = []
@@ -126,7 +126,7 @@ def find_remains(
         here = open_store(place, storage_options)
         manifest = Manifest.find(here)
         kept = {name for name, _ in manifest.objects} if manifest else set()
-        remains = [name for name in names if name not in kept]
+        remains = sorted((name for name in names if name not in kept), key=lambda name: name == HEAD)
         if remains and not _is_younger(here, remains, older_than_s):
             found.append(Remains(place, tuple(remains), sum(_sizes(here, remains))))
     return found

@@ -32,7 +32,7 @@ logger = logging.getLogger("reshard")
 HEAD = ".reshard-convert.json"
 HEAD_BYTES = 4096
 """It has less."""
-_NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
+NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 _TEMPORARY = re.compile(r"\.(\.reshard-convert(-\d{6,})?\.json)\.[0-9a-f]{32}\.tmp")
 """What a put to a disk leaves that is killed."""
 
@@ -81,7 +81,7 @@ class Progress:
             if head.get("commit") != _told_apart(self._whole(self._target.commits)):
                 raise CheckpointExistsError(self._told(self._target.commits))
             return Stand(conversion, frozenset(), committed=True)
-        numbers = [int(found[1]) for name in names if (found := _NOTE.fullmatch(name))]
+        numbers = [int(found[1]) for name in names if (found := NOTE.fullmatch(name))]
         notes = self._notes(conversion, numbers)
         self._done = {number: done for number, done in notes.items() if names.issuperset(done["files"])}
         return Stand(conversion, frozenset(self._done), committed=False)
@@ -184,7 +184,7 @@ class Progress:
         try:
             names = list(self._store.list())
             remains = self._target.orphans(self._store, conversion, names)
-            self._store.delete([*remains, *(n for n in names if _NOTE.fullmatch(n) or _TEMPORARY.fullmatch(n))])
+            self._store.delete([*remains, *(n for n in names if NOTE.fullmatch(n) or _TEMPORARY.fullmatch(n))])
             self._store.delete([HEAD])
         except Exception as error:
             logger.warning(
