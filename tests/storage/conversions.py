@@ -16,14 +16,16 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 import reshard
+from reshard.storage.manifest import NAME
+from reshard.storage.open_source import open_source
 from reshard.storage.sources.safetensors import NAMES
 from reshard.storage.state_dict import flatten
 from reshard.storage.targets import safetensors, target, values
 from tests.storage.samples import same, sample
 
 KIB = 1024
-FORMATS = {"reshard": "native", "dcp": "dcp", "safetensors": "safetensors"}
-"""Of targets, and the source that has it."""
+COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
+"""The object that makes a checkpoint of each target whole."""
 
 
 UNSAFE = ("rng", "third")
@@ -133,8 +135,6 @@ def assert_clean(names: set[str], place: Any, format: str) -> None:
     """Of these names at a place, none is that of a note, of a temporary file, or of data that is no part of it."""
     assert not {name for name in names if "reshard-convert" in name or name.endswith(".tmp")}
     if format == "reshard":
-        from reshard.storage.open_source import open_source
-
         kept = {name for name, _ in open_source(place).objects}
         assert {name for name in names if name.startswith("data/")} == kept
 

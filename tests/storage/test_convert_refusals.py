@@ -28,6 +28,7 @@ from reshard.storage.manifest import NAME
 from reshard.storage.targets.progress import HEAD
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
 from tests.storage.conversions import (
+    COMMITS,
     KIB,
     SOURCES,
     assert_clean,
@@ -40,7 +41,6 @@ from tests.storage.conversions import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TARGETS = ("reshard", "dcp", "safetensors")
-COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
 STATE = {
     "model": {"layers": {"0": {"up": torch.ones(3), "down": torch.zeros(2)}}, "norm": torch.full((2,), 5.0)},
     "optimizer": {"step": torch.tensor(3)},

@@ -15,10 +15,18 @@ import torch
 import reshard
 from reshard.errors import CheckpointExistsError
 from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME
 from reshard.storage.testing import Call, RecordingStore
 from tests.ranks import PRELOADED
-from tests.storage.conversions import KIB, assert_clean, assert_converted, cut_small, names_in, of_names, save_native
+from tests.storage.conversions import (
+    COMMITS,
+    KIB,
+    assert_clean,
+    assert_converted,
+    cut_small,
+    names_in,
+    of_names,
+    save_native,
+)
 
 UNIT = 100 * KIB
 NOTE = ".reshard-convert-"
@@ -27,7 +35,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dcp": {},
     "safetensors": {"max_file_bytes": 200 * KIB},
 }
-COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
 
 
 @pytest.fixture
