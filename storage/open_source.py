@@ -19,6 +19,8 @@ from .store import Store, open_store
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
 """The formats of single files, by how their names end."""
+CONVERSION = ".reshard-convert.json"
+"""What a conversion keeps at its place until it has come to its end."""
 MOST_NAMES = 10_000
 """Objects that are looked at in search of a checkpoint."""
 
@@ -82,6 +84,11 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if len(names) == MOST_NAMES and METADATA not in names and _is_there(reads, METADATA):
         names.append(METADATA)
     top = sorted(name for name in names if "/" not in name)
+    if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
+        raise NotCommittedError(
+            f"the checkpoint at {store.location} is being converted, or its conversion was interrupted: it has "
+            f"{CONVERSION}. The same call of reshard.convert goes on with it"
+        )
     ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
     if format in (None, "dcp") and (METADATA in top or ranks):
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank))

@@ -52,10 +52,13 @@ class _Pauses:
     """How long to wait before each further try: twice as long each time, with jitter; None once it is given up."""
 
     def __init__(self, retry_for_s: float | None) -> None:
-        self._deadline = time.monotonic() + (RETRY_FOR_S if retry_for_s is None else retry_for_s)
+        self._retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
+        self._deadline: float | None = None
         self._wait = FIRST_WAIT_S
 
     def next(self) -> float | None:
+        if self._deadline is None:  # what the first try took does not count
+            self._deadline = time.monotonic() + self._retry_for_s
         pause = self._wait * random.uniform(0.5, 1)
         self._wait = min(2 * self._wait, LONGEST_WAIT_S)
         return pause if time.monotonic() + pause <= self._deadline else None

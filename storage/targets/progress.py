@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 from ..checksums import checksum
 from ..errors import CheckpointExistsError, CommitError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..manifest import DATA_NAME, NAME
-from ..open_source import FILE_SUFFIXES
+from ..open_source import CONVERSION, FILE_SUFFIXES
 from ..sources.dcp import METADATA, RANK_METADATA
 from ..sources.reads import Reads
 from ..sources.safetensors import INDEX_SUFFIX
@@ -29,7 +29,7 @@ from .target import Done, Target, Unit
 
 logger = logging.getLogger("reshard")
 
-HEAD = ".reshard-convert.json"
+HEAD = CONVERSION
 HEAD_BYTES = 4096
 """It has less."""
 NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")

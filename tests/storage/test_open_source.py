@@ -316,3 +316,10 @@ def test_a_file_is_read_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
         assert checkpoint.location == uri
         assert checkpoint.read("w", reshard.Box((3, 0), (7, 32))).equal(weights[3:10])
         server.shutdown()
+
+
+def test_a_conversion_that_has_not_ended_is_no_checkpoint(tmp_path: Path) -> None:
+    save_file({"w": VALUES}, tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / ".reshard-convert.json").write_text("{}")
+    with pytest.raises(NotCommittedError, match=r"its conversion was interrupted: it has \.reshard-convert\.json"):
+        open_source(tmp_path)

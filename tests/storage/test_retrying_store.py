@@ -1,10 +1,12 @@
+import time
+
 import pytest
 import torch
 
 import reshard
 from reshard.storage import retrying_store
 from reshard.storage.errors import AccessDeniedError, StoreError, UnavailableError
-from reshard.storage.retrying_store import RetryingStore
+from reshard.storage.retrying_store import RetryingStore, retried
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, check_store, failing
 
 
@@ -93,3 +95,17 @@ def test_damage_on_the_way_is_read_again() -> None:
     loaded = torch.zeros(300, 300)
     reshard.load({"w": loaded}, store)
     assert loaded.equal(values)
+
+
+def test_what_the_first_try_took_does_not_count() -> None:
+    tries = 0
+
+    def call() -> int:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            time.sleep(0.3)
+            raise UnavailableError("slow down")
+        return tries
+
+    assert retried(call, retry_for_s=0.25) == 2
