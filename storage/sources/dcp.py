@@ -34,11 +34,9 @@ ZSTD = "stream.zstd"
 FIRST_READ_BYTES = 1024 * 1024
 """Of the metadata, which most are smaller than."""
 
-_Metadata, _TensorMetadata, _BytesMetadata = (
-    record("Metadata"),
-    record("TensorStorageMetadata"),
-    record("BytesStorageMetadata"),
-)
+_Metadata = record("Metadata")
+_TensorMetadata = record("TensorStorageMetadata")
+_BytesMetadata = record("BytesStorageMetadata")
 _HOME = "torch.distributed.checkpoint.metadata"
 _OLD_HOME = "torch.distributed._shard.sharded_tensor.metadata"
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -85,14 +83,11 @@ class DcpSource(ForeignSource):
                 _merge(metadata, tensors, blobs)
                 paths |= _paths(metadata.get("planner_data"))
             except _CONTRADICTIONS as error:
-                raise CorruptCheckpointError(
-                    f"{name!r} in {reads.store.location} contradicts itself: {error}"
-                ) from error
+                where = f"{name!r} in {reads.store.location}"
+                raise CorruptCheckpointError(f"{where} contradicts itself: {error}") from error
+        slices = [chunk for _, _, chunks in tensors.values() for chunk in chunks.values()]
         ends: dict[str, int] = {}
-        for _, file, start, length, _ in [
-            *blobs.values(),
-            *(c for _, _, chunks in tensors.values() for c in chunks.values()),
-        ]:
+        for _, file, start, length, _ in [*blobs.values(), *slices]:
             ends[file] = max(ends.get(file, 0), start + length)
         super().__init__(reads, ends.items())
         self.paths = paths
@@ -204,9 +199,7 @@ class DcpSource(ForeignSource):
             raise CorruptCheckpointError(f"{tensor!r}: object {name!r} is missing in {self.store.location}") from error
 
     def _head(self, piece: _Slice) -> bytes:
-        nbytes = min(
-            HEAD_BYTES, max(piece.nbytes, 9)
-        )  # a slice of safetensors has the values' size, and may be smaller
+        nbytes = min(HEAD_BYTES, max(piece.nbytes, 9))  # one of safetensors has the values' size, which may be less
         return self._reads.read(self.objects[piece.object][0], piece.start, piece.start + nbytes)
 
     def _header(self, place: tuple[int, int]) -> dict[str, Tensor]:
@@ -254,9 +247,8 @@ def _read_metadata(reads: Reads, name: str) -> Record:
         if len(data) == FIRST_READ_BYTES:
             data += reads.exactly(name, len(data), max(reads.size(name), len(data) + 1))
     except ObjectNotFoundError:
-        raise CheckpointNotFoundError(
-            f"there is no checkpoint of DCP at {reads.store.location}: it has no {name}"
-        ) from None
+        where = reads.store.location
+        raise CheckpointNotFoundError(f"there is no checkpoint of DCP at {where}: it has no {name}") from None
     where = f"{name!r} in {reads.store.location}"
     metadata, _ = load_inert(data, _ALLOWED, where)
     if not isinstance(metadata, _Metadata):

@@ -34,9 +34,8 @@ class Values:
         budget = default_budget() if budget_bytes is None else budget_bytes
         self._source = source
         self._lock = threading.Lock()
-        self._reads = max(
-            1, min(MOST_READS, budget // (4 * PIECE_BYTES))
-        )  # each holds a piece twice: as stored, as read
+        # Each holds a piece twice: as it is stored, and as it is read.
+        self._reads = max(1, min(MOST_READS, budget // (4 * PIECE_BYTES)))
         self._pool = ThreadPoolExecutor(self._reads, "reshard-convert")
         self._workers = Workers(source.store)
         self._report = RankReport(rank)
