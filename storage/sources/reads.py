@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from ...planner.costs import LOCAL, REMOTE, Costs
@@ -81,4 +82,5 @@ class Reads:
         """What a request costs, by what was seen."""
         if self.store.read_into is not None:
             return LOCAL
-        return REMOTE.measured(self.latency_s, self.bytes_per_s)
+        at_once = self.store.concurrent_reads
+        return replace(REMOTE.measured(self.latency_s, self.bytes_per_s), concurrent_requests=at_once)
