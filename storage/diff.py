@@ -65,11 +65,10 @@ def _of_tensor(a: Source, b: Source, name: str) -> Iterator[Difference]:
         one, two = _values(a, name, box), _values(b, name, box)
         if mine.dtype == other.dtype and torch.equal(_bits(one), _bits(two)):
             continue
-        apart = one.to(torch.float64) - two.to(torch.float64)
-        unequal = ~((apart == 0) | (one.isnan() & two.isnan()))
+        unequal = (one != two) & ~(one.isnan() & two.isnan())
         changed += int(unequal.sum())
-        finite = apart[unequal & apart.isfinite()]
-        largest = max(largest, float(finite.abs().max()) if len(finite) else float("inf") * bool(unequal.any()) or 0.0)
+        apart = (_wide(one[unequal]) - _wide(two[unequal])).abs()
+        largest = max(largest, float(apart.nan_to_num(float("inf")).max()) if len(apart) else 0.0)
     if mine.dtype != other.dtype:
         yield Difference(name, "dtype", _in_words(mine), _in_words(other), changed, largest)
     elif changed:
@@ -99,6 +98,10 @@ def _values(source: Source, name: str, box: Box) -> torch.Tensor:
     out = torch.empty(box.sizes, dtype=getattr(torch, source.entry(name).dtype))
     read_boxes(source, [Want(name, box)], [out])
     return out.to(torch.float64) if out.dtype.is_floating_point and out.itemsize == 1 else out
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

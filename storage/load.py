@@ -113,10 +113,9 @@ class _Loading:
         self.states = stateful_to_state(self._state_dict)
         named = flatten(self.states)
         leaves = self._present(named, source)
+        inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
         self.unread = tuple(
-            entry.name
-            for entry in source.entries
-            if entry.name not in named and entry.name.startswith(tuple(f"{key}." for key in self.states))
+            entry.name for entry in source.entries if entry.name not in named and entry.name.startswith(inner)
         )
         wants: list[Want] = []
         destinations: list[torch.Tensor] = []

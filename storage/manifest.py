@@ -33,6 +33,7 @@ from .errors import (
     ObjectNotFoundError,
     UnsupportedVersionError,
 )
+from .source import bounded
 from .store import Store
 
 NAME = "manifest.reshard"
@@ -116,7 +117,7 @@ class Manifest:
         """Nothing depends on it: gaps between chunks are few."""
 
     def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        return GAPS if most_over_read is None else replace(GAPS, most_over_read=most_over_read)
+        return GAPS if most_over_read is None else replace(GAPS, most_over_read=bounded(most_over_read))
 
     @property
     def bytes_read(self) -> int:

@@ -19,6 +19,8 @@ from .store import Store, open_store
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
 """The formats of single files, by how their names end."""
+HF_FILE = "pytorch_model.bin"
+"""What transformers calls a model's file of torch.save, beside others."""
 CONVERSION = ".reshard-convert.json"
 """What a conversion keeps at its place until it has come to its end."""
 MOST_NAMES = 10_000
@@ -81,8 +83,9 @@ def _in_folder(store: Store, format: str | None) -> Source:
             return manifest
     reads = Reads(store)
     names = list(islice(store.list(), MOST_NAMES))
-    if len(names) == MOST_NAMES and METADATA not in names and _is_there(reads, METADATA):
-        names.append(METADATA)
+    cut = len(names) == MOST_NAMES
+    if cut:
+        names += [name for name in (METADATA, f"model{INDEX_SUFFIX}") if name not in names and _is_there(reads, name)]
     top = sorted(name for name in names if "/" not in name)
     if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
         raise NotCommittedError(
@@ -90,16 +93,22 @@ def _in_folder(store: Store, format: str | None) -> Source:
             f"{CONVERSION}. The same call of reshard.convert goes on with it"
         )
     ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
+    indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
+    if cut and METADATA not in top and not indexes:
+        raise CheckpointNotFoundError(
+            f"{store.location} has more than {MOST_NAMES} objects, too many to find a checkpoint among: give its own "
+            "folder, or its file"
+        )
     if format in (None, "dcp") and (METADATA in top or ranks):
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank))
     files = [name for name in top if name.endswith(SUFFIX)]
-    if format in (None, "safetensors") and files:
-        indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
+    if format in (None, "safetensors") and (files or indexes):
         if len(indexes) == 1:
             weight_map = read_weight_map(reads, indexes[0])
             return SafetensorsSource(reads, sorted(set(weight_map.values())), weight_map)
         return SafetensorsSource(reads, files)
     files = [name for name in top if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    files = [name for name in files if name == HF_FILE] or files
     if format in (None, "torch") and len(files) == 1:
         return TorchSaveSource(reads, files[0])
     raise _not_found(store, names, format)
@@ -125,9 +134,9 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
             f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
             "The save was interrupted, or is still running"
         )
-    if any(name.endswith(".distcp") for name in names) and format in (None, "dcp"):
+    if any(name.endswith(".distcp") for name in names if "/" not in name) and format in (None, "dcp"):
         return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
-    files = [name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    files = [name for name in names if "/" not in name and FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
     if files and format in (None, "torch"):
         return CheckpointNotFoundError(
             f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"

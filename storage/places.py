@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..planner.errors import CheckpointError
-from .errors import ObjectNotFoundError
+from .errors import ArgumentError, NotCommittedError, ObjectNotFoundError
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
-from .open_source import open_source
-from .source import Source
+from .open_source import CONVERSION, open_source
 from .sources.dcp import METADATA, RANK_METADATA
-from .sources.safetensors import INDEX_SUFFIX
 from .store import Store, open_store
-from .targets.progress import HEAD, NOTE
+from .writer import OBJECT_MAGIC
 
 WHOLE, UNFINISHED = "whole", "never committed"
+_WRITTEN = re.compile(r"[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
+"""What data objects are called that reshard writes."""
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
 
@@ -65,39 +65,39 @@ def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found:
     step = int(number[1]) if number else None
     try:
         source = open_source(uri, storage_options)
+    except NotCommittedError:
+        return Found(uri, "", UNFINISHED, step, None, None, None)
     except CheckpointError as error:
-        state = UNFINISHED if "never" in str(error) else str(error)
-        return Found(uri, "reshard" if state == UNFINISHED else "", state, step, None, None, None)
+        return Found(uri, "", str(error), step, None, None, None)
     nbytes = sum(nbytes for _, nbytes in source.objects)
     created = source.info.get("created")
     return Found(uri, source.format, WHOLE, step, nbytes, len(source.entries), created if created else None)
 
 
 def remove(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Remove a checkpoint: first what makes it one, so that it is never there in part, then its data.
+    """Remove a checkpoint of reshard or of DCP: first what makes it one, so that it is never in part, then its data.
 
-    Other objects at the place stay. Returns the names of what was removed. Raises as `open_source`.
+    Other objects at the place stay. Returns the names of what was removed. Raises ArgumentError for one of another
+    format, and as `open_source`.
     """
     source = open_source(uri, storage_options)
-    first = _what_makes_it_one(source)
+    if source.format not in ("reshard", "dcp"):
+        raise ArgumentError(
+            f"{source.location} is of format {source.format!r}: only checkpoints of reshard and of DCP are removed, "
+            "whose metadata tells what they are made of"
+        )
+    first = [NAME]
+    if source.format == "dcp":
+        first = [name for name in source.store.list() if name == METADATA or RANK_METADATA.fullmatch(name)]
     names = [name for name, _ in source.objects]
     source.store.delete(first)
     source.store.delete(names)
     return first + names
 
 
-def _what_makes_it_one(source: Source) -> list[str]:
-    names = [name for name in source.store.list() if "/" not in name]
-    if source.format == "reshard":
-        return [NAME]
-    if source.format == "dcp":
-        return [name for name in names if name == METADATA or RANK_METADATA.fullmatch(name)]
-    return [name for name in names if name.endswith(INDEX_SUFFIX)] if source.format == "safetensors" else []
-
-
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What saves and conversions that never ended have left in one place."""
+    """What saves that never ended have left in one place."""
 
     uri: str
     names: tuple[str, ...]
@@ -107,38 +107,56 @@ class Remains:
 def find_remains(
     uri: str, storage_options: Mapping[str, Any] | None = None, *, older_than_s: float = 24 * 3600
 ) -> list[Remains]:
-    """Data objects of reshard's own format that no manifest names, and notes of conversions, at a place and below it.
+    """Data objects of reshard's own format that no manifest names, at a place and below it.
 
-    Where any of a place is younger than that, a save may be in progress there, and none of its is told.
-    Raises StoreError, and CorruptCheckpointError where a manifest does not tell what it names.
+    Where any of a place is younger than that, a save may be in progress there, and none of its is told. Nor is any
+    where a conversion was begun: the same call ends it. Raises StoreError, and CorruptCheckpointError where a manifest
+    does not tell what it names.
     """
-    store = open_store(uri, storage_options)
     folders: dict[str, list[str]] = {}
-    for name in store.list():
+    converted: set[str] = set()
+    for name in open_store(uri, storage_options).list():
         folder, _, base = name.rpartition("/")
-        if base == HEAD or NOTE.fullmatch(base):
-            folders.setdefault(folder, []).append(base)
-        elif folder.split("/")[-1] == DATA_FOLDER and DATA_NAME.fullmatch(f"{DATA_FOLDER}/{base}"):
+        if base == CONVERSION:
+            converted.add(folder)
+        elif folder.split("/")[-1] == DATA_FOLDER and _WRITTEN.fullmatch(base):
             folders.setdefault(folder[: -len(DATA_FOLDER)].rstrip("/"), []).append(f"{DATA_FOLDER}/{base}")
     found = []
-    for folder, names in sorted(folders.items()):
+    for folder in sorted(folders.keys() - converted):
         place = f"{uri.rstrip('/')}/{folder}".rstrip("/")
-        here = open_store(place, storage_options)
-        manifest = Manifest.find(here)
-        kept = {name for name, _ in manifest.objects} if manifest else set()
-        remains = sorted((name for name in names if name not in kept), key=lambda name: name == HEAD)
-        if remains and not _is_younger(here, remains, older_than_s):
-            found.append(Remains(place, tuple(remains), sum(_sizes(here, remains))))
+        remains = _remains(open_store(place, storage_options), folders[folder], older_than_s)
+        if remains:
+            found.append(Remains(place, tuple(remains), sum(remains.values())))
     return found
 
 
-def remove_remains(remains: Iterable[Remains], storage_options: Mapping[str, Any] | None = None) -> None:
-    """Remove what `find_remains` found; of what a manifest names by now, nothing."""
+def remove_remains(
+    remains: Iterable[Remains],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    older_than_s: float = 24 * 3600,
+) -> None:
+    """Remove what `find_remains` found; nothing of what a manifest names by now, or where something is younger."""
     for place in remains:
         store = open_store(place.uri, storage_options)
-        manifest = Manifest.find(store)
-        kept = {name for name, _ in manifest.objects} if manifest else set()
-        store.delete(name for name in place.names if name not in kept)
+        store.delete(_remains(store, place.names, older_than_s))
+
+
+def _remains(store: Store, names: Iterable[str], older_than_s: float) -> dict[str, int]:
+    """Which data objects of a place are nobody's, and their bytes; none where one is young."""
+    manifest = Manifest.find(store)
+    kept = {name for name, _ in manifest.objects} if manifest else set()
+    left = [name for name in names if name not in kept]
+    if not left or _is_younger(store, left, older_than_s):
+        return {}
+    sizes = dict(zip(left, _sizes(store, left), strict=True))
+    return {name: nbytes for name, nbytes in sizes.items() if _is_ours(store, name)}
+
+
+def _is_ours(store: Store, name: str) -> bool:
+    """Whether an object begins as those do that reshard writes; one that was cut short at once may have less."""
+    begin = bytes(store.read(name, 0, len(OBJECT_MAGIC)))
+    return OBJECT_MAGIC.startswith(begin)
 
 
 def _is_younger(store: Store, names: Iterable[str], seconds: float) -> bool:

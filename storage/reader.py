@@ -135,11 +135,13 @@ class _Execution:
     def _grouped(self, together_bytes: int) -> Iterator[list[Request]]:
         """The requests, some of them together."""
         group: list[Request] = []
+        nbytes = 0
         for request in self._requests:
             group.append(request)
-            if sum(request.nbytes for request in group) >= min(together_bytes, self._budget // 4):
+            nbytes += request.nbytes
+            if nbytes >= min(together_bytes, self._budget // 4):
                 yield group
-                group = []
+                group, nbytes = [], 0
         if group:
             yield group
 

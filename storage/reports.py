@@ -27,8 +27,8 @@ class RankReport:
 
     @property
     def amplification(self) -> float:
-        """Bytes moved over bytes needed."""
-        return self._moved / self.bytes_needed if self.bytes_needed else 0.0
+        """Bytes fetched over bytes needed; of a save, bytes written."""
+        return (self.bytes_fetched or self.bytes_written) / self.bytes_needed if self.bytes_needed else 0.0
 
     @property
     def _moved(self) -> int:

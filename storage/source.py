@@ -9,10 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ..planner.byte_ranges import Gaps
-from ..planner.costs import Costs
+from ..planner.costs import UNBOUNDED, Costs
 from ..planner.index import CheckpointIndex, Entry
 from ..planner.read_plan import Want
+from .errors import ArgumentError
 from .store import Store
+
+
+def bounded(most_over_read: float) -> float:
+    """A user's bound on what is read over. Raises ArgumentError where it is none."""
+    if not most_over_read >= 0:
+        raise ArgumentError(f"max_over_read must be 0 or more, got {most_over_read}")
+    return min(most_over_read, UNBOUNDED)
 
 
 class Source(Protocol):

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..planner.box import Box
-from ..planner.index import CheckpointIndex, Encoding
+from ..planner.index import NATIVE, CheckpointIndex, Encoding, Kind
 from ..planner.read_plan import Want, plan_reads
 from .arranged import DAMAGED, Batch, ByteRange, Request, arrange
 from .errors import ObjectNotFoundError
 from .opaque import damage_of
+from .resources import default_budget
 from .store import Store
 
 
@@ -54,7 +55,9 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False) -> list
         parts = _cut_off(index, request, sizes[name]) if quick else _damages(store, index, name, request)
         return [Damage(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
 
-    with ThreadPoolExecutor(store.concurrent_reads, "reshard-verify") as pool:
+    largest = max((request.nbytes for request in requests), default=1)
+    at_once = max(1, min(store.concurrent_reads, default_budget() // largest))
+    with ThreadPoolExecutor(at_once, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
         return [damage for damages in pool.map(check, requests) for damage in damages]
@@ -89,7 +92,10 @@ def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) 
 def _crcs(batch: Batch, request: Request, data: memoryview) -> Iterator[tuple[ByteRange, str]]:
     """What of a batch's slices, files of torch.save, does not match its CRC-32."""
     read, first = batch.read, batch.rows.start
-    for row in np.flatnonzero(read.encodings[batch.rows] == Encoding.OPAQUE).tolist():
+    whole = read.encodings[batch.rows] == Encoding.OPAQUE
+    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE):
+        whole |= (read.chunk_sizes[batch.rows] == read.entry.shape).all(axis=1)
+    for row in np.flatnonzero(whole).tolist():
         start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])
         reason = damage_of(data[start - request.start : stop - request.start])
         if reason:

@@ -42,19 +42,19 @@ def inspect(
 @app.command()
 def plan(
     uri: Uri,
-    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.")] = 1,
-    fsdp: Annotated[int, typer.Option(help="Ranks that shard the first dimension, as FSDP does.")] = 1,
-    dp: Annotated[int, typer.Option(help="Replicas.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks of TP.")] = 1,
+    fsdp: Annotated[int, typer.Option(min=1, help="Ranks of FSDP.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Replicas.")] = 1,
     tp_plan: Annotated[
         list[str] | None,
-        typer.Option("--tp-plan", metavar="FILE|PATTERN=WORD", help="JSON of rules, or a rule: '*.up=colwise'."),
+        typer.Option("--tp-plan", metavar="FILE|PATTERN=WORD", help="Rules: JSON, or '*.up=colwise'."),
     ] = None,
     names: Names = "*",
-    latency: Annotated[float, typer.Option(help="Milliseconds of a request.")] = 20.0,
-    bandwidth: Annotated[float, typer.Option(help="MB/s of a rank.")] = 1000.0,
-    requests_at_once: Annotated[int, typer.Option(help="Requests of a rank that are under way at once.")] = 32,
-    price: Annotated[float, typer.Option("--price-per-1000-gets", help="Dollars.")] = 0.0004,
-    max_over_read: Annotated[float | None, typer.Option(help="Bytes read over, per byte needed, at most.")] = None,
+    latency: Annotated[float, typer.Option(min=0, help="Milliseconds of a request.")] = 20.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, help="MB/s of a rank.")] = 1000.0,
+    requests_at_once: Annotated[int, typer.Option(min=1, help="Of a rank.")] = 32,
+    price: Annotated[float, typer.Option("--price-per-1000-gets", min=0, help="Dollars.")] = 0.0004,
+    max_over_read: Annotated[float | None, typer.Option(min=0, help="Per byte needed.")] = None,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
@@ -80,7 +80,7 @@ def verify(
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every chunk against its checksum; exit code 1 where any is damaged or missing.
+    """Every chunk against its checksum, as far as the format has some; exit code 1 where any is damaged or missing.
 
     Example: reshard verify s3://bucket/run/step-1000
     """
@@ -100,7 +100,7 @@ def convert(
     names: Names = "*",
     dtype: Annotated[str | None, typer.Option(help="Of floating-point tensors, as bfloat16.")] = None,
     codec: Annotated[str, typer.Option(help="zstd or none.")] = "zstd",
-    max_file_gb: Annotated[float, typer.Option(help="Of safetensors files.")] = 5.0,
+    max_file_gb: Annotated[float, typer.Option(min=0.001, help="Of safetensors files.")] = 5.0,
     format: Format = None,
     src_option: Options = None,
     dst_option: Annotated[
@@ -134,7 +134,7 @@ def diff(
 
 @app.command()
 def ls(uri: Uri, storage_option: Options = None, as_json: AsJson = False) -> None:
-    """The checkpoints at a place and below it: format, size, when they were saved, whether they are whole.
+    """The checkpoints at a place and below it (but files of torch.save): format, size, age, whether they are whole.
 
     Example: reshard ls s3://bucket/run
     """
@@ -149,7 +149,7 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     storage_option: Options = None,
 ) -> None:
-    """Remove a checkpoint of reshard: first what makes it one, then its data.
+    """Remove a checkpoint of reshard or DCP: first what makes it one, then its data.
 
     Example: reshard rm s3://bucket/run/step-1000
     """
@@ -161,7 +161,7 @@ def rm(
 @app.command()
 def gc(
     uri: Uri,
-    older_than: Annotated[float, typer.Option(help="Hours; younger data may be of a save in progress.")] = 24.0,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours; younger data may be of a save in progress.")] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     storage_option: Options = None,

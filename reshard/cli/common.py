@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Uri = Annotated[str, typer.Argument(metavar="URI", help="A path, or a URI that fsspec opens.", show_default=False)]
 Options = Annotated[
@@ -40,6 +41,8 @@ def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
         place = options
         for part in outer:
             place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise typer.BadParameter(f"{part!r} is a value, and has none below it", param_hint="--storage-option")
         try:
             place[last] = json.loads(text)
         except ValueError:
@@ -55,7 +58,16 @@ def in_bytes(nbytes: float) -> str:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    print(json.dumps(_finite(value), indent=1, default=str))
+
+
+def _finite(value: object) -> object:
+    """A value without infinities and NaNs, which JSON has no word for: they are strings."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
@@ -73,5 +85,5 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(value)) for value in row))
     Console(highlight=False).print(table)

@@ -31,6 +31,8 @@ def run(
     pairs = [pair.partition("=") for pair in rename]
     if not all(equals for _, equals, _ in pairs):
         raise typer.BadParameter("expected OLD=NEW", param_hint="--rename")
+    if pairs and names != "*":
+        raise typer.BadParameter("--rename tells what is taken: leave out --names", param_hint="--names")
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(wanted, torch.dtype):
         raise typer.BadParameter(f"torch has no dtype {dtype!r}", param_hint="--dtype")

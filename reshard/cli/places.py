@@ -34,8 +34,8 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
 def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     given = storage_options(options)
     there = [found for found in find_checkpoints(uri, given) if found.uri == uri.rstrip("/") and found.state == WHOLE]
-    size = f", {in_bytes(there[0].nbytes or 0)}" if there else ""
-    if not yes and not typer.confirm(f"Remove the checkpoint at {uri}{size}?"):
+    what = f"{there[0].format} checkpoint of {in_bytes(there[0].nbytes or 0)}" if there else "checkpoint"
+    if not yes and not typer.confirm(f"Remove the {what} at {uri}?"):
         raise typer.Exit(1)
     print(f"{len(remove(uri, given))} objects removed")
 
@@ -51,5 +51,5 @@ def gc(uri: str, older_than_hours: float, dry_run: bool, yes: bool, options: lis
         total = sum(place.nbytes for place in found)
         if not yes and not typer.confirm(f"Remove {in_bytes(total)} that no checkpoint names?"):
             raise typer.Exit(1)
-        remove_remains(found, given)
+        remove_remains(found, given, older_than_s=older_than_hours * 3600)
         print("removed")

@@ -59,7 +59,7 @@ def run(
     as_json: bool,
 ) -> None:
     checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
-    layout = Layout(mesh, _rules(checkpoint, mesh, _words(checkpoint, tp_plan)))
+    layout = Layout(mesh, _rules(checkpoint, mesh, _words(checkpoint, tp_plan, mesh.get("tp", 1))))
     costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED)
     plans = checkpoint.plan(layout, names=names, max_over_read=max_over_read, costs=costs)
     shards = checkpoint.whole_shards(layout, names=names)
@@ -103,10 +103,15 @@ def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
     )
 
 
-def _words(checkpoint: Checkpoint, given: list[str]) -> dict[str, str]:
+def _words(checkpoint: Checkpoint, given: list[str], tp: int) -> dict[str, str]:
     """Patterns and words of tensor parallelism: of the command line, of files that it names, or of the config.json."""
     if not given:
-        return checkpoint.tp_plan
+        plan = checkpoint.tp_plan
+        if not plan and tp > 1:
+            raise typer.BadParameter(
+                "the checkpoint has no config.json with a plan: give the rules", param_hint="--tp-plan"
+            )
+        return plan
     words: dict[str, str] = {}
     for rule in given:
         pattern, equals, word = rule.rpartition("=")

@@ -24,6 +24,12 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         tensors = sorted({damage.tensor for damage in damages})
         print(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing", file=sys.stderr)
         return 1
-    checked = "sizes" if quick else "bytes"
-    print(f"{checkpoint.location}: all {checked} of {in_bytes(stored)} in {len(checkpoint.tensors)} tensors are right")
+    what = "are right"
+    if quick:
+        what = "are there, by the sizes of the objects"
+    elif checkpoint.format == "dcp":
+        what = "are there, and match the CRC-32s of their slices as far as they have some"
+    elif checkpoint.format != "reshard":
+        what = "are there; the format has no checksums of them that would be looked at"
+    print(f"{checkpoint.location}: all {in_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
     return 0

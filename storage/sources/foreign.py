@@ -19,6 +19,7 @@ from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, 
 from ...planner.read_plan import Want
 from ..errors import CorruptCheckpointError
 from ..objects import encode_object
+from ..source import bounded
 from ..store import Store
 from .reads import Reads
 
@@ -142,7 +143,8 @@ class ForeignSource:
         self._reads.observe(nbytes, seconds)
 
     def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        return (costs or self._reads.costs).gaps(most_over_read)
+        bound = None if most_over_read is None else bounded(most_over_read)
+        return (costs or self._reads.costs).gaps(bound)
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)

@@ -77,8 +77,8 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert [row["bytes_needed"] for row in plan["ranks"]] == [6 * 16 * 64 * 4] * 4
     assert all(row["whole_shards"]["nbytes"] == 6 * 64 * 64 * 4 for row in plan["ranks"])
     assert "read by tp 4\nranks\tneeded" in call("plan", place, "--tp", 4, *RULES)
-    assert "are right" in call("verify", place)
-    assert "are right" in call("verify", place, "--quick")
+    assert "of 6 tensors are" in call("verify", place)
+    assert "of 6 tensors are there, by the sizes" in call("verify", place, "--quick")
     assert as_json("diff", saved(native, tmp_path), place, code=int(save is of_safetensors)) == (
         [
             {"name": "step", "what": "only in A", "a": "object of 1 bytes", "b": "", "changed": 0, "largest": 0.0},
@@ -129,7 +129,7 @@ def test_damage_is_told_and_named(tmp_path: Path) -> None:
     data.write_bytes(content)
     (damage,) = as_json("verify", place, code=1)
     assert damage["tensor"].startswith("model.layers.")
-    assert "are right" in call("verify", place, "--quick")
+    assert "are there" in call("verify", place, "--quick")
     data.write_bytes(content[:100])
     assert "cut short" in call("verify", place, "--quick", code=1)
     data.unlink()
@@ -162,20 +162,30 @@ def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None
     place = saved(native, tmp_path)
     other = tmp_path / "killed-2"
     (other / "data").mkdir(parents=True)
+    written = f"{'0123456789abcdef' * 2}-00000.shard"
     for folder in (place, other):
-        (folder / "data" / "0123-00000.shard").write_bytes(b"left over")
-    (place / "data" / "notes.txt").write_bytes(b"somebody's")
+        (folder / "data" / written).write_bytes(b"RESHARDD and more")
+    others = {
+        place / "data" / "notes.txt",
+        place / "data" / "train-00000.shard",
+        other / "data" / f"{'f' * 32}-1.shard",
+    }
+    for path in others:
+        path.write_bytes(b"somebody's")
     assert "nothing" in call("gc", tmp_path)
     old = time.time() - 48 * 3600
     for folder in (place, other):
-        os.utime(folder / "data" / "0123-00000.shard", (old, old))
+        for path in (folder / "data").iterdir():
+            os.utime(path, (old, old))
     assert [row["state"] for row in as_json("ls", tmp_path)] == ["never committed", "whole"]
-    assert call("gc", tmp_path, "--dry-run").count("1 objects, 9 B") == 2
+    assert call("gc", tmp_path, "--dry-run").count("1 objects, 17 B") == 2
     call("gc", tmp_path, code=1, answer="n\n")
-    assert (other / "data" / "0123-00000.shard").exists()
-    assert "removed" in call("gc", tmp_path, answer="y\n")
-    assert not (other / "data" / "0123-00000.shard").exists()
-    assert (place / "data" / "notes.txt").exists()
+    assert (other / "data" / written).exists()
+    (other / ".reshard-convert.json").write_text("{}")
+    assert call("gc", tmp_path, answer="y\n").count("1 objects") == 1, "a conversion goes on, and is left alone"
+    assert (other / "data" / written).exists()
+    assert not (place / "data" / written).exists()
+    assert all(path.exists() for path in others)
     assert "are right" in call("verify", place)
 
 
@@ -186,6 +196,44 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert "are right" in call("verify", place)
     assert call("rm", place, answer="y\n").endswith("2 objects removed\n")
     assert list(open_store(place).list()) == ["notes.txt"]
+
+
+def test_what_does_not_tell_what_it_is_made_of_is_not_removed(tmp_path: Path) -> None:
+    place = saved(of_safetensors, tmp_path)
+    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and of DCP are removed"):
+        call("rm", place, "--yes")
+    assert len(reshard.open(place).tensors) == 6
+
+
+def test_values_are_compared_as_they_are(tmp_path: Path) -> None:
+    a = {"i": torch.tensor([2**60]), "c": torch.tensor([1 + 1j]), "f": torch.tensor([float("inf"), float("nan"), 1.0])}
+    b = {
+        "i": torch.tensor([2**60 + 1]),
+        "c": torch.tensor([1 + 2j]),
+        "f": torch.tensor([float("inf"), float("nan"), 2.0]),
+    }
+    reshard.save(a, tmp_path / "a")
+    reshard.save(b, tmp_path / "b")
+    rows = {row["name"]: row for row in as_json("diff", tmp_path / "a", tmp_path / "b", code=1)}
+    assert {name: row["changed"] for name, row in rows.items()} == {"i": 1, "c": 1, "f": 1}
+    assert rows["c"]["largest"] == rows["f"]["largest"] == 1.0
+
+
+def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    place = saved(native, tmp_path)
+    for wrong in (
+        ["--bandwidth", 0],
+        ["--requests-at-once", 0],
+        ["--tp", 0],
+        ["--latency", -5],
+        ["--max-over-read", -1],
+    ):
+        call("plan", place, *wrong, code=2)
+    call("plan", place, "--tp", 2, code=2)  # no rules, and no config.json that has them
+    call("inspect", place, "-o", "a=1", "-o", "a.b=2", code=2)
+    call("convert", place, tmp_path / "x", "--names", "model", "--rename", "a=b", code=2)
+    with pytest.raises(reshard.errors.ArgumentError, match="max_over_read"):
+        reshard.load({"model": {}}, place, max_over_read=float("nan"))
 
 
 def test_conversion_by_the_command_line(tmp_path: Path) -> None:

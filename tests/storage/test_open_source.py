@@ -323,3 +323,20 @@ def test_a_conversion_that_has_not_ended_is_no_checkpoint(tmp_path: Path) -> Non
     (tmp_path / ".reshard-convert.json").write_text("{}")
     with pytest.raises(NotCommittedError, match=r"its conversion was interrupted: it has \.reshard-convert\.json"):
         open_source(tmp_path)
+
+
+def test_where_there_is_too_much_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing that was cut short may lack files of a model."""
+    monkeypatch.setattr(module, "MOST_NAMES", 3)
+    store = MemoryStore()
+    store.content = {f"logs/{i}": b"" for i in range(5)} | {"model.safetensors": as_safetensors({"w": VALUES})}
+    with pytest.raises(CheckpointNotFoundError, match="more than 3 objects"):
+        open_source(store)
+    store.content["model.safetensors.index.json"] = b'{"weight_map": {"w": "model.safetensors"}}'
+    assert reshard.open(store).read("w").equal(VALUES)
+
+
+def test_the_model_is_taken_beside_other_files_of_a_trainer(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    torch.save({"lr": 1}, tmp_path / "training_args.bin")
+    assert reshard.open(tmp_path).read("w").equal(VALUES)
