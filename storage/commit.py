@@ -36,23 +36,28 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool)
         with contextlib.suppress(CheckpointError):  # one that does not tell what it is made of
             there = Manifest.find(store)
             replaced = {name for name, _ in there.objects} if there else set()
-    try:
-        store.put(NAME, manifest, overwrite=overwrite)
-    except Exception as error:
-        found = _read_back(store, len(manifest))
-        if found != manifest:
-            if isinstance(error, CheckpointExistsError) and found is not None:
-                raise
-            raise CommitError(f"the manifest may or may not have been written: {error}") from error
+    put_commit(store, NAME, manifest, "the manifest", overwrite=overwrite)
     try:
         store.delete(replaced - objects)
     except Exception as error:
         logger.warning("data objects of the checkpoint that was replaced remain in %s: %s", store.location, error)
 
 
-def _read_back(store: Store, nbytes: int) -> bytes | None:
-    """The manifest that is there, as far as `nbytes` and one more; None where it cannot be read."""
+def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bool) -> None:
+    """Put the object that makes a checkpoint whole; `what` errors call it. Raises as `commit`."""
     try:
-        return bytes(store.read(NAME, 0, nbytes + 1))
+        store.put(name, data, overwrite=overwrite)
+    except Exception as error:
+        found = _read_back(store, name, len(data))
+        if found != data:
+            if isinstance(error, CheckpointExistsError) and found is not None:
+                raise
+            raise CommitError(f"{what} may or may not have been written: {error}") from error
+
+
+def _read_back(store: Store, name: str, nbytes: int) -> bytes | None:
+    """The object that is there, as far as `nbytes` and one more; None where it cannot be read."""
+    try:
+        return bytes(store.read(name, 0, nbytes + 1))
     except Exception:
         return None

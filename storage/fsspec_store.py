@@ -19,7 +19,7 @@ from .errors import UnsupportedURIError
 from .local_store import LocalStore
 from .obstore_store import open_s3
 from .retrying_store import RetryingStore, deadline_s
-from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, held
+from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held
 from .translate import is_beyond_the_end, translating
 
 S3_CONFIG = {
@@ -116,7 +116,20 @@ class FsspecStore:
             return float(self._fs.modified(self._path(name)).timestamp())
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return held(lambda data: self._put(name, data, "overwrite"), lambda: _Upload(self, name))
+        return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
+
+    def _upload(self, name: str) -> Upload:
+        errors = partial(self._errors, "write", name)
+        with errors():
+            file = self._fs.open(self._path(name), "wb", block_size=PART_BYTES)
+
+        def abort() -> None:
+            file.discard()
+            with contextlib.suppress(AttributeError):
+                file.closed = True  # or it would be closed, and come into being, once nobody holds it
+            self.delete([name])  # a filesystem that is no object store shows what is written so far
+
+        return Upload(file, errors, abort)
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -168,30 +181,6 @@ class FsspecStore:
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate what the filesystem, or the client below it, raises."""
         return translating(doing, name, self.location)
-
-
-class _Upload:
-    """An object that is sent in parts, by fsspec's file."""
-
-    def __init__(self, store: FsspecStore, name: str) -> None:
-        self._errors = partial(store._errors, "write", name)
-        self._remove = partial(store.delete, [name])
-        with self._errors():
-            self._file = store._fs.open(store._path(name), "wb", block_size=PART_BYTES)
-
-    def write(self, data: bytes) -> None:
-        with self._errors():
-            self._file.write(data)
-
-    def close(self) -> None:
-        with self._errors():
-            self._file.close()
-
-    def abort(self) -> None:
-        self._file.discard()
-        with contextlib.suppress(AttributeError):
-            self._file.closed = True  # or it would be closed, and come into being, once nobody holds it
-        self._remove()  # a filesystem that is no object store shows what is written so far
 
 
 class _AsyncReads:

@@ -24,7 +24,7 @@ from typing_extensions import Buffer
 from . import retrying_store
 from .conditions import put_new
 from .errors import CheckpointExistsError, StoreError
-from .store import PART_BYTES, ObjectWriter, held
+from .store import PART_BYTES, ObjectWriter, Upload, held
 from .translate import is_beyond_the_end, translating
 
 if TYPE_CHECKING:
@@ -223,7 +223,16 @@ class ObstoreStore:
             return obstore.head(self._reading, self._prefix + name)["last_modified"].timestamp()
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return held(lambda data: self._put(name, data, "overwrite"), lambda: _Upload(self, name))
+        return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
+
+    def _upload(self, name: str) -> Upload:
+        """The parts of one that is aborted stay until the bucket's rule for incomplete uploads removes them."""
+        import obstore
+
+        errors = partial(self._errors, "write", name)
+        with errors():
+            file = obstore.open_writer(self._writing, self._prefix + name, buffer_size=PART_BYTES, max_concurrency=4)
+        return Upload(file, errors, lambda: file.__exit__(StoreError, StoreError("aborted"), None))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -260,28 +269,3 @@ class ObstoreStore:
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate what the client raises, which shows all that was sent and answered, a session's token included."""
         return translating(doing, name, self.location, with_cause=False)
-
-
-class _Upload:
-    """An object that is sent in parts."""
-
-    def __init__(self, store: ObstoreStore, name: str) -> None:
-        import obstore
-
-        self._errors = partial(store._errors, "write", name)
-        with self._errors():
-            self._file = obstore.open_writer(
-                store._writing, store._prefix + name, buffer_size=PART_BYTES, max_concurrency=4
-            )
-
-    def write(self, data: bytes) -> None:
-        with self._errors():
-            self._file.write(data)
-
-    def close(self) -> None:
-        with self._errors():
-            self._file.close()
-
-    def abort(self) -> None:
-        """The parts that were sent stay until the bucket's rule for incomplete uploads removes them."""
-        self._file.__exit__(StoreError, StoreError("aborted"), None)

@@ -19,7 +19,7 @@ from .store import Store, open_store
 from .writer import OBJECT_MAGIC
 
 WHOLE, UNFINISHED = "whole", "never committed"
-_WRITTEN = re.compile(r"[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
+_WRITTEN = re.compile(r"data/[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
 """What data objects are called that reshard writes."""
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
@@ -45,13 +45,19 @@ def find_checkpoints(uri: str, storage_options: Mapping[str, Any] | None = None)
     """The checkpoints at a place and below it, by their names. Raises StoreError, UnsupportedURIError."""
     folders: dict[str, set[str]] = {}
     for name in open_store(uri, storage_options).list():
-        folder, _, base = name.rpartition("/")
-        if DATA_NAME.fullmatch(f"{DATA_FOLDER}/{base}") and folder.split("/")[-1] == DATA_FOLDER:
-            folder, base = folder[: -len(DATA_FOLDER)].rstrip("/"), f"{DATA_FOLDER}/{base}"
+        folder, base = _in_its_place(name)
         folders.setdefault(folder, set()).add(base)
     places = sorted(folder for folder, names in folders.items() if any(map(_tells, names)))
     with ThreadPoolExecutor(16, "reshard-ls") as pool:
         return list(pool.map(lambda folder: _found(f"{uri.rstrip('/')}/{folder}".rstrip("/"), storage_options), places))
+
+
+def _in_its_place(name: str) -> tuple[str, str]:
+    """The folder of a checkpoint that an object would belong to, and its name in there."""
+    folder, _, base = name.rpartition("/")
+    if DATA_NAME.fullmatch(f"{DATA_FOLDER}/{base}") and folder.split("/")[-1] == DATA_FOLDER:
+        return folder[: -len(DATA_FOLDER)].rstrip("/"), f"{DATA_FOLDER}/{base}"
+    return folder, base
 
 
 def _tells(name: str) -> bool:
@@ -116,11 +122,11 @@ def find_remains(
     folders: dict[str, list[str]] = {}
     converted: set[str] = set()
     for name in open_store(uri, storage_options).list():
-        folder, _, base = name.rpartition("/")
+        folder, base = _in_its_place(name)
         if base == CONVERSION:
             converted.add(folder)
-        elif folder.split("/")[-1] == DATA_FOLDER and _WRITTEN.fullmatch(base):
-            folders.setdefault(folder[: -len(DATA_FOLDER)].rstrip("/"), []).append(f"{DATA_FOLDER}/{base}")
+        elif _WRITTEN.fullmatch(base):
+            folders.setdefault(folder, []).append(base)
     found = []
     for folder in sorted(folders.keys() - converted):
         place = f"{uri.rstrip('/')}/{folder}".rstrip("/")

@@ -97,15 +97,29 @@ HELD_BYTES = 80 * 1024 * 1024
 PART_BYTES = 16 * 1024 * 1024
 
 
-class Upload(Protocol):
-    """An object that is sent in parts."""
+class Upload:
+    """An object that is sent in parts, by a client's file.
 
-    def write(self, data: bytes) -> object: ...
-    def close(self) -> object:
-        """All is written: the object comes into being."""
+    Args:
+        file: has write and close; once it is closed, the object comes into being.
+        errors: translates what the client raises.
+        abort: has the client end it otherwise.
+    """
 
-    def abort(self) -> object:
-        """It is not to come into being."""
+    def __init__(
+        self, file: Any, errors: Callable[[], AbstractContextManager[None]], abort: Callable[[], object]
+    ) -> None:
+        self._file = file
+        self._errors = errors
+        self.abort = abort
+
+    def write(self, data: bytes) -> None:
+        with self._errors():
+            self._file.write(data)
+
+    def close(self) -> None:
+        with self._errors():
+            self._file.close()
 
 
 class _Held:

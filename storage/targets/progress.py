@@ -18,7 +18,8 @@ from typing import Any
 from typing_extensions import Buffer
 
 from ..checksums import checksum
-from ..errors import CheckpointExistsError, CommitError, CorruptCheckpointError, ObjectNotFoundError, StoreError
+from ..commit import put_commit
+from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..manifest import DATA_NAME, NAME
 from ..open_source import CONVERSION, FILE_SUFFIXES
 from ..sources.dcp import METADATA, RANK_METADATA
@@ -163,21 +164,9 @@ class Progress:
         self.check(conversion)
         self._store.put(HEAD, _encoded({"conversion": conversion, "commit": _told_apart(data)}), overwrite=True)
         try:
-            self._store.put(self._target.commits, data, overwrite=False)
-        except Exception as error:
-            found = self._read_back(len(data))
-            if found == data:  # by a first try whose answer was lost
-                return
-            if isinstance(error, CheckpointExistsError) and found is not None:
-                raise CheckpointExistsError(self._told(self._target.commits)) from error
-            raise CommitError(f"{self._target.commits!r} may or may not have been written: {error}") from error
-
-    def _read_back(self, nbytes: int) -> bytes | None:
-        """The commit that is there, as far as `nbytes` and one more; None where it cannot be read."""
-        try:
-            return bytes(self._store.read(self._target.commits, 0, nbytes + 1))
-        except Exception:
-            return None
+            put_commit(self._store, self._target.commits, data, repr(self._target.commits), overwrite=False)
+        except CheckpointExistsError as error:
+            raise CheckpointExistsError(self._told(self._target.commits)) from error
 
     def clean(self, conversion: str) -> None:
         """Remove, once it is committed, what is no part of the checkpoint; the head last."""
