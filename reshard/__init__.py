@@ -17,6 +17,7 @@ from .storage.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import errors as errors
+    from . import pictures as pictures
     from .planner.box import Box as Box
     from .planner.layout import Layout as Layout
     from .planner.layout import Mesh as Mesh
@@ -50,6 +51,7 @@ __all__ = [
     "errors",
     "load",
     "open",
+    "pictures",
     "save",
 ]
 
@@ -69,6 +71,7 @@ _HOMES = {
     "errors": ("errors", ""),
     "load": ("storage.load", "load"),
     "open": ("storage.checkpoint", "open_checkpoint"),
+    "pictures": ("pictures", ""),
     "save": ("storage.save", "save"),
 }
 

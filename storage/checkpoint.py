@@ -15,9 +15,8 @@ from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.layout import Layout, matches
-from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors, whole_shards
+from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
-from ..planner.report import WholeShards
 from .errors import DestinationError
 from .hf_config import read_tp_plan
 from .open_source import open_source
@@ -141,13 +140,8 @@ class Checkpoint:
 
         Raises LayoutError.
         """
-        return plan_ranks(
-            self._source.index(self._matching(names)), layout, names, self._source.gaps(max_over_read, costs)
-        )
-
-    def whole_shards(self, layout: Layout, *, names: str = "*") -> list[WholeShards]:
-        """What every rank of a layout would read that takes saved shards whole, as DCP does. Raises LayoutError."""
-        return whole_shards(self._source.index(self._matching(names)), layout, names)
+        index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
+        return plan_ranks(index, layout, names, gaps, self.location)
 
     def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
         """The shards that a tensor was saved as, and in how many parts each dimension is cut into chunks.

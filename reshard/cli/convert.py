@@ -12,7 +12,8 @@ import typer
 
 import reshard
 
-from .common import in_bytes, storage_options
+from ..words import in_bytes
+from .common import storage_options
 
 
 def run(

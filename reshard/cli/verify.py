@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import reshard
 
-from .common import in_bytes, print_json, storage_options
+from ..words import in_bytes
+from .common import print_json, storage_options
 
 
 def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as_json: bool) -> int:
