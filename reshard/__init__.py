@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .storage.dcp import StorageReader as StorageReader
     from .storage.dcp import StorageWriter as StorageWriter
     from .storage.load import load as load
+    from .storage.progress import Progress as Progress
     from .storage.reports import Report as Report
     from .storage.save import save as save
     from .storage.store import Store as Store
@@ -39,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "Layout",
     "Mesh",
+    "Progress",
     "Replicate",
     "Report",
     "Shard",
@@ -60,6 +62,7 @@ _HOMES = {
     "Checkpoint": ("storage.checkpoint", "Checkpoint"),
     "Layout": ("planner.layout", "Layout"),
     "Mesh": ("planner.layout", "Mesh"),
+    "Progress": ("storage.progress", "Progress"),
     "Replicate": ("planner.layout", "Replicate"),
     "Report": ("storage.reports", "Report"),
     "Shard": ("planner.layout", "Shard"),
