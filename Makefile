@@ -30,7 +30,7 @@ check: env
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 demo: env
-	$(BIN)/python -m examples.demo $(if $(URI),--uri $(URI))
+	$(BIN)/reshard demo $(if $(URI),--uri $(URI))
 
 torture: env
 	$(BIN)/python -m tests.torture $(ARGS)

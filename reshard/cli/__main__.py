@@ -1,0 +1,5 @@
+"""`python -m reshard.cli` is `reshard`."""
+
+from . import main
+
+main()

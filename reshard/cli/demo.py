@@ -1,0 +1,20 @@
+"""`reshard demo`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import typer
+
+from reshard.demo.__main__ import FOLDER, run
+
+from .common import storage_options
+
+
+def demo(uri: str | None, steps: int, options: list[str] | None) -> None:
+    try:
+        run(uri or str(FOLDER / "checkpoint"), steps, storage_options(options))
+    except subprocess.CalledProcessError as error:
+        print(f"reshard: the demo failed: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
