@@ -15,6 +15,14 @@ def in_bytes(nbytes: float) -> str:
     return f"{value:.0f} {UNITS[at]}" if at == 0 or value >= 99.95 else f"{value:.3g} {UNITS[at]}"
 
 
+def in_time(seconds: float) -> str:
+    """A span of time, in its largest unit: `3 d`."""
+    for unit, of_unit in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= of_unit:
+            return f"{seconds / of_unit:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """Numbers as ranges: `0-3,7`."""
     runs: list[list[int]] = []

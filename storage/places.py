@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import re
 import time
@@ -11,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..planner.errors import CheckpointError
-from .errors import ArgumentError, NotCommittedError, ObjectNotFoundError
+from .errors import ArgumentError, NotCommittedError, ObjectNotFoundError, StoreError
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
 from .open_source import CONVERSION, FILE_SUFFIXES, open_source
+from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA
 from .store import Store, open_store
 from .writer import OBJECT_MAGIC
@@ -37,8 +40,8 @@ class Found:
     nbytes: int | None
     """Of its data objects, as stored."""
     tensors: int | None
-    created: str | None
-    """When it was saved, in ISO 8601; reshard's own tell."""
+    created: datetime.datetime | None
+    """When it was saved, as reshard's own tell; of others, when the first of its objects was last written."""
 
 
 def find_checkpoints(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[Found]:
@@ -89,8 +92,16 @@ def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found | None:
             return None
         return Found(uri, "", str(error), step, None, None, None)
     nbytes = sum(nbytes for _, nbytes in source.objects)
-    created = source.info.get("created")
-    return Found(uri, source.format, WHOLE, step, nbytes, len(source.entries), created if created else None)
+    return Found(uri, source.format, WHOLE, step, nbytes, len(source.entries), _created(source))
+
+
+def _created(source: Source) -> datetime.datetime | None:
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return datetime.datetime.fromisoformat(source.info["created"]).astimezone(datetime.UTC)
+    with contextlib.suppress(StoreError):
+        for name, _ in source.objects[:1]:
+            return datetime.datetime.fromtimestamp(source.store.modified(name), datetime.UTC)
+    return None
 
 
 def remove(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict
 
 import typer
 
 from reshard.storage.places import WHOLE, find_checkpoints, find_remains, remove, remove_remains
 
-from ..words import in_bytes
+from ..words import in_bytes, in_time
 from .common import print_json, print_table, storage_options
 
 
@@ -17,6 +18,7 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
     if as_json:
         print_json([asdict(checkpoint) for checkpoint in found])
         return
+    now = datetime.datetime.now(datetime.UTC)
     rows = [
         (
             checkpoint.uri,
@@ -24,12 +26,14 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
             "" if checkpoint.step is None else checkpoint.step,
             "" if checkpoint.nbytes is None else in_bytes(checkpoint.nbytes),
             "" if checkpoint.tensors is None else checkpoint.tensors,
-            checkpoint.created or "",
+            "" if checkpoint.created is None else in_time((now - checkpoint.created).total_seconds()),
             checkpoint.state,
         )
         for checkpoint in sorted(found, key=lambda checkpoint: (checkpoint.step or 0, checkpoint.uri))
     ]
-    print_table(("uri", "format", "step", "stored", "entries", "created", "state"), rows, right=("step", "stored"))
+    print_table(
+        ("uri", "format", "step", "stored", "entries", "age", "state"), rows, right=("step", "stored", "entries", "age")
+    )
 
 
 def rm(uri: str, yes: bool, options: list[str] | None) -> None:

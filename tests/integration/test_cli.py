@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold
 from reshard.storage.store import open_store
-from reshard.words import in_bytes
+from reshard.words import in_bytes, in_time
 from tests.conftest import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -90,6 +91,9 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     found = {row["uri"]: row for row in as_json("ls", tmp_path)}
     assert found[str(place)]["state"] == "whole"
     assert found[str(place)]["step"] == 100
+    created = datetime.datetime.fromisoformat(found[str(place)]["created"])
+    assert abs((datetime.datetime.now(datetime.UTC) - created).total_seconds()) < 600
+    assert "entries\tage\tstate" in call("ls", tmp_path)
 
 
 def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -> None:
@@ -317,6 +321,10 @@ def test_numbers_in_words() -> None:
     assert [in_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
     ]  # fmt: skip
+
+
+def test_spans_of_time_in_words() -> None:
+    assert [in_time(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
 
 
 def test_options_nest_by_dots() -> None:
