@@ -45,7 +45,7 @@ def run_page(
 
 
 def _run(page: Path, instead: Mapping[str, str]) -> None:
-    namespace: dict[str, Any] = {"__name__": "page"}
+    namespace: dict[str, Any] = {"__name__": "page", "PAGE": page}
     setup = SETUP / f"{page.stem.lower().replace('-', '_')}.py"
     if setup.exists():
         exec(compile(setup.read_text(), str(setup), "exec"), namespace)
