@@ -26,7 +26,13 @@ from tests.ranks import PRELOADED
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
-PAGES = [*GUIDES, ROOT / "docs" / "OTHER_FORMATS.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    *GUIDES,
+    ROOT / "docs" / "index.md",
+    ROOT / "docs" / "OTHER_FORMATS.md",
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+]
 WITHOUT_OBSTORE = ("getting-started", "credentials")
 """Pages that run once more by s3fs."""
 RUNS = [(page, "") for page in PAGES] + [(page, "obstore") for page in PAGES if page.stem in WITHOUT_OBSTORE]
