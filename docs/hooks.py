@@ -1,6 +1,7 @@
 """Brings pages from outside of docs/ into the site, and turns the links between them into links of the site.
 
-A link is written as it is right in the repository. One to a file that the site does not have becomes plain text.
+A link is written as it is right in the repository. One to a file that the site does not have becomes plain text. What
+`tests/test_docs.py` reads of a block's first line is taken out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ OUTSIDE = {
 """Pages outside of docs/, and what the site calls them."""
 _INSIDE = {page: path for path, page in OUTSIDE.items()}
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")
+_NO_RUN = re.compile(r'^( *```\w+) no_run="[^"]*"$', re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -44,4 +46,4 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
             return words
         return f"[{words}]({posixpath.relpath(there, posixpath.dirname(uri) or '.')}{anchor})"
 
-    return _LINK.sub(link, markdown)
+    return _LINK.sub(link, _NO_RUN.sub(r"\1", markdown))
