@@ -18,6 +18,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+import reshard
 from tests import servers
 from tests.docs.blocks import REASONS, blocks
 from tests.docs.files import FileRanges
@@ -118,6 +119,13 @@ def test_what_is_left_out_says_why(page: Path) -> None:
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_a_guide_asserts_something(page: Path) -> None:
     assert any("assert " in block.text or ">>> " in block.text for block in blocks(page) if block.runs)
+
+
+def test_the_api_has_every_public_name() -> None:
+    shown = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    for name in set(reshard.__all__) - {"__version__", "errors"}:
+        assert f"heading: reshard.{name}}}" in shown or f"heading: reshard.{name}," in shown, name
+        assert getattr(reshard, name).__doc__
 
 
 def test_a_page_that_is_wrong_fails(tmp_path: Path) -> None:
