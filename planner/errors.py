@@ -4,6 +4,7 @@ CheckpointError
 ├── LayoutError          fix the call: the layout cannot be applied to these tensors
 ├── MissingTensorError   fix the call: the checkpoint has no tensor of that name
 ├── ShapeMismatchError   fix the call: the tensor has another shape in the checkpoint
+├── InvalidPlanError     fix the call: what was to be read back is no saved plan
 └── InvalidIndexError    refuse: the checkpoint's own metadata contradicts itself
 """
 
@@ -33,6 +34,10 @@ class MissingTensorError(CheckpointError):
 
 class ShapeMismatchError(CheckpointError):
     """A box, or a destination, does not fit the shape of the tensor in the checkpoint."""
+
+
+class InvalidPlanError(CheckpointError):
+    """A value is not a plan that was saved as JSON."""
 
 
 class InvalidIndexError(CheckpointError):

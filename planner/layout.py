@@ -252,16 +252,41 @@ class Layout:
     A pattern is matched against the tensor's name and against the names of the modules that hold it; `*` stands for
     anything. A rule is a tensor-parallel word, a placement for the "tp" dimension (or the only one), placements by
     mesh dimension, or one placement for each mesh dimension. Dimensions that a rule does not name are replicated."""
+    stages: Mapping[str, int]
+    """Which coordinate of the mesh dimension "pp" holds a tensor, by its name; one that is not here is on all of
+    them. `planner.stages.even_stages` deals layers evenly."""
 
-    def __init__(self, mesh: Mesh | Mapping[str, int] | int, rules: Mapping[str, Rule] | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh | Mapping[str, int] | int,
+        rules: Mapping[str, Rule] | None = None,
+        stages: Mapping[str, int] | None = None,
+    ) -> None:
         object.__setattr__(self, "mesh", Mesh.of(mesh))
         object.__setattr__(self, "rules", tuple((rules or {}).items()))
+        object.__setattr__(self, "stages", dict(stages or {}))
+        self._check_stages()
         for pattern, rule in self.rules:
             self._placements(pattern, rule, ndim=2)
 
     @property
     def world_size(self) -> int:
         return self.mesh.world_size
+
+    def _check_stages(self) -> None:
+        if not self.stages:
+            return
+        if "pp" not in self.mesh.names:
+            raise LayoutError(f'stages are of the mesh dimension "pp", which {self.mesh} does not have')
+        size = self.mesh.sizes[self.mesh.names.index("pp")]
+        for name, stage in self.stages.items():
+            if not 0 <= stage < size:
+                raise LayoutError(f"{name!r} is on stage {stage}, and the mesh {self.mesh} has stages 0 to {size - 1}")
+
+    def holds(self, name: str, rank: int) -> bool:
+        """Whether a rank is of the stage that holds a tensor. Raises LayoutError."""
+        coordinate = self.mesh.coordinate(rank)
+        return name not in self.stages or self.stages[name] == coordinate[self.mesh.names.index("pp")]
 
     def placements(self, name: str, ndim: int) -> tuple[Placement, ...]:
         """One placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""

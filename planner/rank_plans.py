@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 from .box import intersect_many
 from .byte_ranges import Gaps
-from .errors import LayoutError, MissingTensorError
+from .errors import InvalidPlanError, LayoutError, MissingTensorError
+from .html import table
 from .index import CheckpointIndex, Entry, Kind, Stream
-from .layout import Layout, LocalTensor, matches
+from .layout import Layout, LocalTensor, Mesh, matches
+from .plan_json import plan_from_json, plan_to_json
 from .read_plan import GAPS, ReadPlan, Want, plan_reads
-from .report import WholeShards
+from .report import COLUMNS, WholeShards
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,22 @@ class RankTensor:
 class RankPlans:
     """The read plans of all ranks of a layout: `plans[rank]`."""
 
-    layout: Layout
+    mesh: Mesh
     plans: tuple[ReadPlan, ...]
+    whole_shards: tuple[WholeShards, ...]
+    """What each rank would read that takes saved shards whole, as DCP does."""
+    objects: tuple[tuple[str, int], ...]
+    """Name and size in bytes of each data object; the plans count them by their place here."""
+    location: str = ""
+    """Of the checkpoint."""
+
+    def __post_init__(self) -> None:
+        if not len(self.plans) == len(self.whole_shards) == self.mesh.world_size:
+            raise InvalidPlanError(
+                f"a mesh of {self.mesh} has as many ranks as plans, got {len(self.plans)}, {len(self.whole_shards)}"
+            )
+        if any(int(plan.requests.objects.max(initial=-1)) >= len(self.objects) for plan in self.plans):
+            raise InvalidPlanError(f"a plan reads an object that is none of the {len(self.objects)}")
 
     def __getitem__(self, rank: int) -> ReadPlan:
         return self.plans[rank]
@@ -43,10 +60,48 @@ class RankPlans:
     def __iter__(self) -> Iterator[ReadPlan]:
         return iter(self.plans)
 
+    def to_json(self) -> str:
+        """The plans as JSON, which `from_json` reads back to an equal value."""
+        value = {
+            "location": self.location,
+            "mesh": dict(zip(self.mesh.names, self.mesh.sizes, strict=True)),
+            "objects": self.objects,
+            "whole_shards": [asdict(shards) for shards in self.whole_shards],
+            "plans": [plan_to_json(plan) for plan in self.plans],
+        }
+        return json.dumps(value, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlans:
+        """The plans that `to_json` has written. Raises InvalidPlanError."""
+        try:
+            value = json.loads(text)
+            return cls(
+                Mesh.of({str(name): int(size) for name, size in value["mesh"].items()}),
+                tuple(plan_from_json(plan) for plan in value["plans"]),
+                tuple(WholeShards(int(shards["shards"]), int(shards["nbytes"])) for shards in value["whole_shards"]),
+                tuple((str(name), int(nbytes)) for name, nbytes in value["objects"]),
+                str(value["location"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, LayoutError) as error:
+            raise InvalidPlanError(f"these are no read plans: {type(error).__name__}: {error}") from error
+
     def __str__(self) -> str:
-        lines = [f"{self.layout.mesh}: {len(self)} ranks"]
+        lines = [f"{self.mesh}: {len(self)} ranks"]
         lines += [f"rank {rank}: {plan.report}" for rank, plan in enumerate(self.plans)]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        reports = [plan.report for plan in self.plans]
+        fetched = sum(report.bytes_fetched for report in reports)
+        return f"RankPlans({self.location!r} read by {self.mesh}: {fetched / 1e6:.2f} MB fetched)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (f"rank {rank}", *plan.report.row, f"{shards.nbytes / 1e6:.2f}")
+            for rank, (plan, shards) in enumerate(zip(self.plans, self.whole_shards, strict=True))
+        ]
+        return table(f"{self.location} read by {self.mesh}", ("", *COLUMNS, "MB in whole shards"), rows)
 
 
 def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
@@ -60,30 +115,41 @@ def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str
     patterns = [pattern for pattern, _ in layout.rules]
     if entries and patterns and not any(matches(pattern, entry.name) for entry in entries for pattern in patterns):
         raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {entries[0].name!r}, ...")
-    return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in entries]
+    held = [entry for entry in entries if layout.holds(entry.name, rank)]
+    return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in held]
 
 
-def whole_shards(index: CheckpointIndex, layout: Layout, names: str = "*") -> list[WholeShards]:
-    """What every rank of a layout would read that takes saved shards as a whole. Raises LayoutError."""
-    found = []
-    for rank in range(layout.world_size):
-        shards = nbytes = 0
-        for want in (want for tensor in rank_tensors(index.entries, layout, rank, names) for want in tensor.wants):
-            position = index.position(want.name)
-            offsets, sizes = index.shard_boxes(position)
-            met = (intersect_many(offsets, sizes, want.box)[1] > 0).all(axis=1)
-            met &= index.segments.streams[index.segments_of(position)] != Stream.TAIL
-            shards += int(met.sum())
-            nbytes += int(sizes[met].prod(axis=1).sum()) * index.entries[position].itemsize
-        found.append(WholeShards(shards, nbytes))
-    return found
-
-
-def plan_ranks(index: CheckpointIndex, layout: Layout, names: str = "*", gaps: Gaps = GAPS) -> RankPlans:
+def plan_ranks(
+    index: CheckpointIndex, layout: Layout, names: str = "*", gaps: Gaps = GAPS, location: str = ""
+) -> RankPlans:
     """Plan what every rank of a layout reads of the tensors whose names match a pattern.
 
-    Raises LayoutError, InvalidIndexError.
+    Raises MissingTensorError, LayoutError, InvalidIndexError.
     """
-    held = (rank_tensors(index.entries, layout, rank, names) for rank in range(layout.world_size))
-    plans = (plan_reads(index, [want for tensor in tensors for want in tensor.wants], gaps=gaps) for tensors in held)
-    return RankPlans(layout, tuple(plans))
+    wants = [
+        tuple(want for tensor in rank_tensors(index.entries, layout, rank, names) for want in tensor.wants)
+        for rank in range(layout.world_size)
+    ]
+    each_once = dict.fromkeys(wants)  # replicas want the same
+    plans = {of_rank: plan_reads(index, of_rank, gaps=gaps) for of_rank in each_once}
+    shards = {of_rank: _whole_shards(index, of_rank) for of_rank in each_once}
+    return RankPlans(
+        layout.mesh,
+        tuple(plans[of_rank] for of_rank in wants),
+        tuple(shards[of_rank] for of_rank in wants),
+        index.objects,
+        location,
+    )
+
+
+def _whole_shards(index: CheckpointIndex, wants: Sequence[Want]) -> WholeShards:
+    """The shards that these boxes meet."""
+    shards = nbytes = 0
+    for want in wants:
+        position = index.position(want.name)
+        offsets, sizes = index.shard_boxes(position)
+        met = (intersect_many(offsets, sizes, want.box)[1] > 0).all(axis=1)
+        met &= index.segments.streams[index.segments_of(position)] != Stream.TAIL
+        shards += int(met.sum())
+        nbytes += int(sizes[met].prod(axis=1).sum()) * index.entries[position].itemsize
+    return WholeShards(shards, nbytes)

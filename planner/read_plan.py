@@ -18,6 +18,7 @@ from .box import Box, IntArray, columns_equal, intersect_many
 from .byte_ranges import Gaps, Runs, slabs_of
 from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
 from .errors import InvalidIndexError, ShapeMismatchError
+from .html import table
 from .index import CheckpointIndex, Encoding, Entry, Stream
 from .report import PlanReport
 
@@ -91,6 +92,26 @@ class ChunkReads:
         """Stored bytes of the ranges, without the gaps between runs."""
         return int((self.stops - self.starts).sum() if self.runs is None else self.runs.packed_bytes.sum())
 
+    @property
+    def bytes_over(self) -> IntArray:
+        """(n,) bytes of the chunks' values that have to be read beside those wanted, as they are before encoding.
+
+        Of a chunk that is decoded as a whole: what is not wanted of it. Of one that is not: the pages around what is
+        wanted, or what lies between its runs.
+        """
+        whole: IntArray = (self.chunk_sizes.prod(axis=1) - self.piece_sizes.prod(axis=1)) * self.itemsize
+        pages = (self.stops - self.starts).sum(axis=1) - self.piece_sizes.prod(axis=1) * self.itemsize
+        over: IntArray = np.where(self.encodings == Encoding.RAW, np.maximum(pages, 0), whole)
+        if self.runs is not None:
+            between = np.where(self.runs.sparse, 0, self.runs.spans - self.runs.packed_bytes)
+            over = np.where(self.encodings == Encoding.PLAIN, between, over)
+        return over
+
+    @property
+    def bytes_spanned(self) -> int:
+        """Stored bytes of the ranges, with the gaps between those runs that are not fetched alone."""
+        return int(self.packed_bytes(slice(None)).sum())
+
     def packed_bytes(self, rows: slice) -> IntArray:
         """(m, s) what is fetched for some rows: their ranges; of a sparse one, its runs."""
         spans: IntArray = self.stops[rows] - self.starts[rows]
@@ -135,6 +156,13 @@ class ReadPlan:
     def __repr__(self) -> str:
         return f"ReadPlan({len(self.reads)} boxes: {self.report})"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (read.want.name, read.want.box, len(read), f"{read.bytes_needed / 1e6:.2f}", f"{read.bytes_read / 1e6:.2f}")
+            for read in self.reads
+        ]
+        return table(str(self.report), ("tensor", "box", "chunks", "MB needed", "MB stored"), rows)
+
 
 def plan_reads(
     index: CheckpointIndex,
@@ -168,7 +196,7 @@ def plan_reads(
             runs, at = read.runs, np.flatnonzero(read.runs.sparse)
             columns = (first + at, runs.counts[at], runs.nbytes[at], runs.strides[at])
             sparse |= {row: (c, b, s) for row, c, b, s in zip(*(column.tolist() for column in columns), strict=True)}
-        spanned += int(read.packed_bytes(slice(None)).sum())
+        spanned += read.bytes_spanned
         first += read.objects.size
     # What slabs read over already counts.
     left = max(0.0, gaps.most_over_read * wanted - (spanned - wanted))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .html import table
+
+COLUMNS = ("MB needed", "MB fetched", "fetched / needed", "requests", "objects", "chunks")
+"""What `PlanReport.row` has the values of."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
@@ -34,6 +39,21 @@ class PlanReport:
     def amplification(self) -> float:
         """Bytes fetched over bytes needed; below 1 where compression saves more than the grid costs."""
         return self.bytes_fetched / self.bytes_needed if self.bytes_needed else 0.0
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The values of COLUMNS, in words."""
+        return (
+            f"{self.bytes_needed / 1e6:.2f}",
+            f"{self.bytes_fetched / 1e6:.2f}",
+            f"{self.amplification:.3f}",
+            str(self.requests),
+            str(self.objects),
+            str(self.chunks),
+        )
+
+    def _repr_html_(self) -> str:
+        return table("", COLUMNS, [self.row])
 
     def __str__(self) -> str:
         notes = ""

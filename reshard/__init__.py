@@ -17,6 +17,7 @@ from .storage.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import errors as errors
+    from . import pictures as pictures
     from .planner.box import Box as Box
     from .planner.layout import Layout as Layout
     from .planner.layout import Mesh as Mesh
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .storage.dcp import StorageReader as StorageReader
     from .storage.dcp import StorageWriter as StorageWriter
     from .storage.load import load as load
+    from .storage.progress import Progress as Progress
     from .storage.reports import Report as Report
     from .storage.save import save as save
     from .storage.store import Store as Store
@@ -38,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "Layout",
     "Mesh",
+    "Progress",
     "Replicate",
     "Report",
     "Shard",
@@ -50,6 +53,7 @@ __all__ = [
     "errors",
     "load",
     "open",
+    "pictures",
     "save",
 ]
 
@@ -58,6 +62,7 @@ _HOMES = {
     "Checkpoint": ("storage.checkpoint", "Checkpoint"),
     "Layout": ("planner.layout", "Layout"),
     "Mesh": ("planner.layout", "Mesh"),
+    "Progress": ("storage.progress", "Progress"),
     "Replicate": ("planner.layout", "Replicate"),
     "Report": ("storage.reports", "Report"),
     "Shard": ("planner.layout", "Shard"),
@@ -69,6 +74,7 @@ _HOMES = {
     "errors": ("errors", ""),
     "load": ("storage.load", "load"),
     "open": ("storage.checkpoint", "open_checkpoint"),
+    "pictures": ("pictures", ""),
     "save": ("storage.save", "save"),
 }
 

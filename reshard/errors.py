@@ -2,6 +2,7 @@
 
 from .planner.errors import CheckpointError as CheckpointError
 from .planner.errors import InvalidIndexError as InvalidIndexError
+from .planner.errors import InvalidPlanError as InvalidPlanError
 from .planner.errors import LayoutError as LayoutError
 from .planner.errors import MissingTensorError as MissingTensorError
 from .planner.errors import ShapeMismatchError as ShapeMismatchError

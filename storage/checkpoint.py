@@ -15,12 +15,12 @@ from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.layout import Layout, matches
-from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors, whole_shards
+from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
-from ..planner.report import WholeShards
 from .errors import DestinationError
 from .hf_config import read_tp_plan
 from .open_source import open_source
+from .progress import Meter, OnProgress
 from .read import Blob, check_is_tensor, read_boxes
 from .source import Source
 from .store import Store
@@ -141,13 +141,8 @@ class Checkpoint:
 
         Raises LayoutError.
         """
-        return plan_ranks(
-            self._source.index(self._matching(names)), layout, names, self._source.gaps(max_over_read, costs)
-        )
-
-    def whole_shards(self, layout: Layout, *, names: str = "*") -> list[WholeShards]:
-        """What every rank of a layout would read that takes saved shards whole, as DCP does. Raises LayoutError."""
-        return whole_shards(self._source.index(self._matching(names)), layout, names)
+        index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
+        return plan_ranks(index, layout, names, gaps, self.location)
 
     def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
         """The shards that a tensor was saved as, and in how many parts each dimension is cut into chunks.
@@ -162,7 +157,13 @@ class Checkpoint:
         return [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
 
     def load_rank(
-        self, layout: Layout, rank: int, *, names: str = "*", dtype: torch.dtype | None = None
+        self,
+        layout: Layout,
+        rank: int,
+        *,
+        names: str = "*",
+        dtype: torch.dtype | None = None,
+        progress: OnProgress = False,
     ) -> dict[str, torch.Tensor]:
         """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
 
@@ -170,6 +171,7 @@ class Checkpoint:
             names: a pattern as in a layout: "model" leaves out the optimizer beside it.
             dtype: of floating-point tensors; the stored one by default. float32 values of a native checkpoint are read
                 as bfloat16 from a third of their bytes.
+            progress: as of `reshard.load`.
 
         Raises LayoutError, DtypeError, CorruptCheckpointError, StoreError.
         """
@@ -185,10 +187,12 @@ class Checkpoint:
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)
                 views.append(local[Box(at, want.box.sizes).slices])
-        read_boxes(self._source, wants, views, rank=rank)
+        with Meter("load", progress, rank=rank) as meter:
+            meter.location = self.location
+            read_boxes(self._source, wants, views, rank=rank, meter=meter)
         return tensors
 
-    def verify(self, *, quick: bool = False) -> list[Damage]:
+    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
         """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
 
         Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
@@ -196,10 +200,11 @@ class Checkpoint:
 
         Args:
             quick: look at the objects' sizes alone; what it lists may then be several chunks at once.
+            progress: True for a bar, or a function that is called with a `Progress`.
 
         Raises StoreError where the store fails otherwise than by not having an object.
         """
-        return verify(self._source.store, self._source.index(), quick=quick)
+        return verify(self._source.store, self._source.index(), quick=quick, progress=progress)
 
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 
 from ..planner.errors import CheckpointError
 from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError
+from .logs import logger_of
 from .manifest import NAME, Manifest
 from .store import Store
 
-logger = logging.getLogger("reshard")
+logger = logger_of(__name__)
 
 
 def refuse_if_there(store: Store) -> None:

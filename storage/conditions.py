@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -11,8 +10,9 @@ from typing import Protocol
 from typing_extensions import Buffer
 
 from .errors import CheckpointExistsError, ObjectNotFoundError
+from .logs import logger_of
 
-logger = logging.getLogger("reshard")
+logger = logger_of(__name__)
 _probed: set[object] = set()
 """The buckets that were asked whether they heed conditions."""
 

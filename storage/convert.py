@@ -1,7 +1,7 @@
 """`reshard.convert`: a checkpoint of one format into another, in pieces, by one process or several, resumable.
 
 What is to be written is cut into units, the same on every rank and in every run; of those that do not stand yet, a
-rank writes every n-th. Each unit that stands is noted beside it (`targets/progress.py`), so that a rerun after a kill
+rank writes every n-th. Each unit that stands is noted beside it (`targets/notes.py`), so that a rerun after a kill
 goes on with those that are missing. The target's commit comes last.
 """
 
@@ -24,7 +24,9 @@ from ..planner.layout import matches
 from .checksums import checksum
 from .dcp import check_codec
 from .errors import ArgumentError, ObjectNotFoundError
+from .logs import logger_of
 from .open_source import open_source
+from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .retrying_store import retried
@@ -33,12 +35,14 @@ from .sources.reads import Reads
 from .store import Store, open_store
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
-from .targets.progress import Progress, Stand
+from .targets.notes import Notes, Stand
 from .targets.safetensors import SafetensorsTarget
 from .targets.target import Done, Item, Target, Unit
 from .targets.values import Values
 from .tensors import dtype_name, torch_dtype
 from .version import __version__
+
+logger = logger_of(__name__)
 
 TARGETS = ("reshard", "dcp", "safetensors")
 MAX_FILE_BYTES = 5_000_000_000
@@ -63,6 +67,7 @@ def convert(
     dst_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     budget_bytes: int | None = None,
+    progress: OnProgress = False,
 ) -> Report:
     """Convert a checkpoint. Collective where there is a process group: its ranks share the work.
 
@@ -82,7 +87,7 @@ def convert(
         max_file_bytes: of "safetensors": a file has no more of values, unless for one tensor.
         src_format: what `src` is, as `reshard.open` takes it.
         src_options, dst_options: passed to fsspec.
-        process_group, budget_bytes: as of `reshard.load`.
+        process_group, budget_bytes, progress: as of `reshard.load`.
 
     Returns: what each rank did. `skipped` are the objects that the format has no place for: safetensors has tensors
     only.
@@ -97,7 +102,8 @@ def convert(
     """
     rank, alarm = rank_of(process_group), Alarm(process_group)
     world = dist.get_world_size(process_group) if is_distributed() else 1
-    conversion = _Conversion(rank, world, budget_bytes)
+    meter = Meter("convert", progress, rank=rank)
+    conversion = _Conversion(rank, world, budget_bytes, meter)
 
     def prepare() -> tuple[str, str]:
         _check(format, codec, names, dtype, max_file_bytes)
@@ -111,8 +117,8 @@ def convert(
         return conversion.prepare(source, open_store(dst, dst_options), target, names, dtype, what)
 
     def work() -> RankReport:
-        with alarm:
-            return conversion.work(alarm.check)
+        with alarm, meter:
+            return conversion.work(meter.watching(alarm.check))
 
     try:
         if len(set(on_all_ranks(prepare, process_group))) > 1:
@@ -124,6 +130,7 @@ def convert(
     finally:
         alarm.close()
     ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
+    logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank])
     return Report(rank, tuple(ranks), conversion.skipped)
 
 
@@ -151,14 +158,15 @@ class _Conversion:
     store: Store
     items: list[Item]
     units: list[Unit]
-    progress: Progress
+    notes: Notes
     stand: Stand
     """As rank 0 found it."""
 
-    def __init__(self, rank: int, world: int, budget_bytes: int | None) -> None:
+    def __init__(self, rank: int, world: int, budget_bytes: int | None, meter: Meter) -> None:
         self._rank = rank
         self._world = world
         self._budget = budget_bytes
+        self._meter = meter
         self.skipped: tuple[str, ...] = ()
 
     def prepare(
@@ -177,7 +185,7 @@ class _Conversion:
             self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
             items = [item for item in items if item.kind is Kind.TENSOR]
         self.items, self.units = items, target.units(items)
-        self.progress = Progress(store, target)
+        self.notes = Notes(store, target)
         self._reads = Reads(source.store)
         cut = [len(unit.pieces) for unit in self.units]
         of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
@@ -185,21 +193,24 @@ class _Conversion:
         return self._told, store.location
 
     def begin(self) -> Stand:
-        """Take the place, or find out what stands there already. By one rank. Raises as `Progress.begin`."""
-        return self.progress.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
+        """Take the place, or find out what stands there already. By one rank. Raises as `Notes.begin`."""
+        return self.notes.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
         begin = time.perf_counter()
         written = 0
         missing = [unit for unit in self.units if unit.number not in self.stand.units and not self.stand.committed]
-        with closing(Values(self.source, self._rank, self._budget)) as values:
-            for unit in missing[self._rank :: self._world]:
+        own = missing[self._rank :: self._world]
+        self._meter.location = self.store.location
+        self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
+        with closing(Values(self.source, self._rank, self._budget, self._meter.add)) as values:
+            for unit in own:
                 interrupt()
-                self.progress.check(self.stand.conversion)
+                self.notes.check(self.stand.conversion)
                 written += retried(partial(self._write, unit, values, interrupt))["bytes"]
-        seconds = {"total": time.perf_counter() - begin}
         report = values.report
+        seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
             report,
             bytes_fetched=report.bytes_fetched + self._reads.bytes_read,
@@ -211,18 +222,18 @@ class _Conversion:
     def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
         conversion = self.stand.conversion
         done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-        self.progress.note(conversion, unit, done)
+        self.notes.note(conversion, unit, done)
         return done
 
     def commit(self) -> int:
         """Make the checkpoint whole, and remove what is no part of it. Returns the bytes that were written."""
         conversion, nbytes = self.stand.conversion, 0
         if not self.stand.committed:
-            done = self.progress.finished(conversion, self.units)
+            done = self.notes.finished(conversion, self.units)
             data = self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
-            self.progress.commit(conversion, data)
+            self.notes.commit(conversion, data)
             nbytes = len(data)
-        self.progress.clean(conversion)
+        self.notes.clean(conversion)
         return nbytes
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import io
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -43,9 +42,11 @@ from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError
+from .logs import logger_of
 from .manifest import encode_manifest
 from .objects import torch_save
 from .open_source import open_source
+from .progress import Meter
 from .ranks import Alarm, raises_portable, rank_of
 from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
@@ -56,7 +57,7 @@ from .tensors import dtype_name, refuse_misplaced, torch_dtype
 from .version import __version__
 from .writer import ShardToWrite, part_of, write_objects
 
-logger = logging.getLogger("reshard")
+logger = logger_of(__name__)
 CODECS = ("zstd", "none")
 Target = str | os.PathLike[str] | Store
 
@@ -107,6 +108,10 @@ class StorageWriter(dcp.StorageWriter):
         self._written: list[ObjectRecord] = []
         self.alarm = Alarm(alone=True)
         """What `reshard.save` gives, so that ranks stop when another has failed."""
+        self.meter = Meter("save")
+        """As `alarm`: what shows how far it is."""
+        self.planned_at = 0.0
+        """When DCP's planning was done, by `time.perf_counter`."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -140,16 +145,20 @@ class StorageWriter(dcp.StorageWriter):
     @raises_portable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         begin = time.perf_counter()
+        self.planned_at = begin
         shards = [_shard_to_write(item, planner) for item in plan.items]
-        with self.alarm:
+        self.meter.location = self._store().location
+        self.meter.expect(sum(shard.nbytes for shard in shards))
+        with self.alarm, self.meter:
             self._written = write_objects(
                 self._store(),
                 f"{self._rank:05}",
                 shards,
                 self._codec,
                 budget_bytes=self._budget_bytes,
-                interrupt=self.alarm.check,
+                interrupt=self.meter.watching(self.alarm.check),
                 failed=self.alarm.sound,
+                wrote=self.meter.add,
             )
         results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
         if results:

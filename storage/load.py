@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import time
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
 from .errors import DestinationError
+from .logs import logger_of
 from .open_source import open_source
+from .progress import Meter, OnProgress
 from .ranks import Alarm, on_all_ranks, rank_of
 from .read import Blob, check_is_tensor, counting_metadata, read_boxes
 from .reports import RankReport, Report
@@ -23,7 +27,7 @@ from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
 from .store import Store
 from .tensors import LocalShard, local_shards
 
-logger = logging.getLogger("reshard")
+logger = logger_of(__name__)
 
 
 def load(
@@ -37,6 +41,7 @@ def load(
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
     format: str | None = None,
+    progress: OnProgress = False,
 ) -> Report:
     """Load a checkpoint of any format into a state dict, in place. Collective: every rank of the group calls it.
 
@@ -58,6 +63,7 @@ def load(
             default 0.005 of a native checkpoint, 0.25 of another format on a disk, and as much as the store's latency
             makes worth it elsewhere.
         format: "reshard", "dcp", "safetensors" or "torch"; by default what is found there.
+        progress: True for a bar on rank 0, or a function that is called with a `Progress` on every rank.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointNotFoundError, NotCommittedError, UnsupportedVersionError: there is nothing to load.
@@ -69,11 +75,20 @@ def load(
     """
     loading = _Loading(state_dict, strict, allow_pickle, budget_bytes, max_over_read)
     rank = rank_of(process_group)
-    alarm = Alarm(process_group)
+    alarm, meter = Alarm(process_group), Meter("load", progress, rank=rank)
 
     def task() -> RankReport:
-        with alarm:
-            return loading.run(open_source(uri, storage_options, format), rank, alarm)
+        begin = time.perf_counter()
+        with alarm, meter:
+            with record_function("reshard.open"):
+                source = open_source(uri, storage_options, format)
+            opened = time.perf_counter()
+            meter.location = source.location
+            report = loading.run(source, rank, alarm, meter)
+        seconds = {"open": opened - begin, **report.seconds, "total": time.perf_counter() - begin}
+        report = replace(report, seconds=seconds)
+        logger.info("loaded from %s: %s", source.location, report)
+        return report
 
     try:
         reports = on_all_ranks(task, process_group)
@@ -109,7 +124,7 @@ class _Loading:
         self.skipped: tuple[str, ...] = ()
         self.unread: tuple[str, ...] = ()
 
-    def run(self, source: Source, rank: int, alarm: Alarm) -> RankReport:
+    def run(self, source: Source, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
         self.states = stateful_to_state(self._state_dict)
         named = flatten(self.states)
         leaves = self._present(named, source)
@@ -135,6 +150,7 @@ class _Loading:
             budget_bytes=self._budget_bytes,
             max_over_read=self._max_over_read,
             interrupt=alarm.check,
+            meter=meter,
         )
         self.objects = [
             (leaf, blob.value(allow_pickle=self._allow_pickle)) for leaf, blob in zip(objects, blobs, strict=True)

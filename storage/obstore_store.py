@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -24,13 +23,14 @@ from typing_extensions import Buffer
 from . import retrying_store
 from .conditions import put_new
 from .errors import CheckpointExistsError, StoreError
+from .logs import logger_of
 from .store import PART_BYTES, ObjectWriter, Upload, held
 from .translate import is_beyond_the_end, translating
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
 
-logger = logging.getLogger("reshard")
+logger = logger_of(__name__)
 _MEANS_NOTHING_HERE = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
 """Options of fsspec."""
 _PLAIN = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")

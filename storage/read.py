@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from ..planner.box import Box
 from ..planner.coalesce import MAX_REQUEST_BYTES
@@ -16,14 +17,18 @@ from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
 from .errors import DestinationError
+from .logs import logger_of
 from .objects import decode_object
 from .place import check_destination
+from .progress import Meter
 from .ranks import Interrupt, never
 from .reader import Workers, execute
 from .reports import RankReport
 from .resources import default_budget
 from .source import Source
 from .tensors import from_bytes, torch_dtype
+
+logger = logger_of(__name__)
 
 
 def check_is_tensor(source: Source, name: str) -> None:
@@ -71,6 +76,7 @@ def read_boxes(
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
     interrupt: Interrupt = never,
+    meter: Meter | None = None,
     workers: Workers | None = None,
 ) -> RankReport:
     """Read boxes into tensors of their sizes, in place.
@@ -92,19 +98,25 @@ def read_boxes(
     index = source.index(wants)
     budget = default_budget() if budget_bytes is None else budget_bytes
     most = min(MAX_REQUEST_BYTES, budget // 4)  # so that several are under way, whatever the budget
-    plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read), max_request_bytes=max(most, 1))
+    with record_function("reshard.plan"):
+        plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read), max_request_bytes=max(most, 1))
+    meter = meter or Meter("load")
+    meter.expect(plan.requests.nbytes)
+    logger.debug("%s: %r", source.location, plan)
     planned = time.perf_counter()
     for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
         torch.accelerator.synchronize(device)  # what still writes to the destinations on their own stream
-    stats = execute(
-        plan,
-        index,
-        source.store,
-        destinations,
-        budget_bytes=budget,
-        interrupt=interrupt,
-        workers=workers,
-    )
+    with record_function("reshard.read"):
+        stats = execute(
+            plan,
+            index,
+            source.store,
+            destinations,
+            budget_bytes=budget,
+            interrupt=meter.watching(interrupt),
+            placed=meter.add,
+            workers=workers,
+        )
     done = time.perf_counter()
     source.observe(plan.requests.nbytes, done - planned)
     return RankReport(

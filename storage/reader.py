@@ -19,6 +19,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from ..planner.box import indexes
 from ..planner.index import CheckpointIndex, Encoding
@@ -51,6 +52,7 @@ def execute(
     *,
     budget_bytes: int | None = None,
     interrupt: Interrupt = never,
+    placed: Callable[[int], None] = lambda nbytes: None,
     workers: Workers | None = None,
 ) -> ReadStats:
     """Carry out a plan: fill each destination with the box that was wanted in its place.
@@ -59,7 +61,8 @@ def execute(
         destinations: one tensor for each of `plan.reads`, of its box's sizes, on any device, of a dtype that the
             stored one can be cast to. Written in place.
         budget_bytes: of what was fetched and is not placed yet; `default_budget()` by default.
-        interrupt: called now and then; what it raises stops the reading.
+        interrupt: called now and then, by this thread; what it raises stops the reading.
+        placed: called with the stored bytes of a request once all its values are where they belong, by any thread.
         workers: threads and memory that other calls use too; some of its own by default.
 
     Raises:
@@ -68,7 +71,7 @@ def execute(
         StoreError: the store failed.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
-    execution = _Execution(plan, index, store, destinations, budget, interrupt)
+    execution = _Execution(plan, index, store, destinations, budget, interrupt, placed)
     if workers is not None:
         execution.run(workers)
     else:
@@ -102,12 +105,14 @@ class _Execution:
         destinations: Sequence[torch.Tensor],
         budget_bytes: int,
         interrupt: Interrupt,
+        placed: Callable[[int], None],
     ) -> None:
         self.stats = ReadStats()
         self._index = index
         self._store = store
         self._budget = budget_bytes
         self._interrupt = interrupt
+        self._placed = placed
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
         self._lock = threading.Condition()
         self._held = 0
@@ -199,7 +204,8 @@ class _Execution:
         begin = time.perf_counter()
         try:
             if self._error is None:
-                task()
+                with record_function("reshard.decode"):
+                    task()
         except BaseException as error:
             self._fail(error)
         with self._lock:
@@ -288,6 +294,7 @@ class _Execution:
                     self._fetcher.release(request.data)
                     request.data = None
                     self._held -= request.nbytes
+                    self._placed(request.nbytes)
 
 
 def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:

@@ -23,7 +23,7 @@ class RankReport:
     chunks: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage. "total" is wall time; a stage that runs on several threads is the sum over them. A total
-    over ranks has the longest of each."""
+    over ranks has the longest of each. What a save took to "plan" and to "commit" is known of this rank alone."""
 
     @property
     def amplification(self) -> float:
@@ -87,7 +87,7 @@ class Report:
 
 
 def added(a: RankReport, b: RankReport) -> RankReport:
-    """What a rank did in two calls; without the seconds."""
+    """What a rank did in two calls. Seconds of stages that ran at the same time add up, and have no total."""
     return RankReport(
         a.rank,
         a.bytes_needed + b.bytes_needed,
@@ -95,6 +95,11 @@ def added(a: RankReport, b: RankReport) -> RankReport:
         a.bytes_written + b.bytes_written,
         a.requests + b.requests,
         a.chunks + b.chunks,
+        {
+            stage: a.seconds.get(stage, 0.0) + b.seconds.get(stage, 0.0)
+            for stage in dict.fromkeys((*a.seconds, *b.seconds))
+            if stage != "total"
+        },
     )
 
 

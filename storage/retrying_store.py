@@ -17,9 +17,11 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from .errors import UnavailableError
+from .logs import logger_of
 from .store import AsyncReads, ObjectWriter, Store
 
 T = TypeVar("T")
+logger = logger_of(__name__)
 
 RETRY_FOR_S = 120.0
 """A call that has failed for so long is given up."""
@@ -37,8 +39,8 @@ def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
     while True:
         try:
             return call()
-        except UnavailableError:
-            if (pause := pauses.next()) is None:
+        except UnavailableError as error:
+            if (pause := pauses.next(error)) is None:
                 raise
         time.sleep(pause)
 
@@ -56,12 +58,15 @@ class _Pauses:
         self._deadline: float | None = None
         self._wait = FIRST_WAIT_S
 
-    def next(self) -> float | None:
+    def next(self, error: UnavailableError) -> float | None:
         if self._deadline is None:  # what the first try took does not count
             self._deadline = time.monotonic() + self._retry_for_s
         pause = self._wait * random.uniform(0.5, 1)
         self._wait = min(2 * self._wait, LONGEST_WAIT_S)
-        return pause if time.monotonic() + pause <= self._deadline else None
+        if time.monotonic() + pause > self._deadline:
+            return None
+        logger.info("tried again in %.1f s: %s", pause, error)
+        return pause
 
 
 class _RetryingReads:
@@ -77,8 +82,8 @@ class _RetryingReads:
         while True:
             try:
                 return await self._reads.read(name, start, stop)
-            except UnavailableError:
-                if (pause := pauses.next()) is None:
+            except UnavailableError as error:
+                if (pause := pauses.next(error)) is None:
                     raise
             await asyncio.sleep(pause)
 

@@ -21,12 +21,16 @@ from torch.distributed.tensor import DTensor
 from ..planner.errors import CheckpointError
 from .dcp import EncodedObject, StorageWriter, check_codec
 from .errors import ArgumentError, CommitError, UnsupportedValueError
+from .logs import logger_of
 from .objects import encode_object
+from .progress import Meter, OnProgress
 from .ranks import Alarm, first_failure, is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .state_dict import check_storable, stateful_to_state
 from .store import Store
 from .tensors import local_shards
+
+logger = logger_of(__name__)
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -79,6 +83,7 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     overwrite: bool = False,
     budget_bytes: int | None = None,
+    progress: OnProgress = False,
 ) -> Report:
     """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
 
@@ -95,6 +100,7 @@ def save(
         overwrite: replace a checkpoint that is there.
         budget_bytes: of memory that this rank may use beside the state; by default the smaller of 2 GiB and a tenth of
             what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
+        progress: True for a bar on rank 0, or a function that is called with a `Progress` on every rank.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: a checkpoint is there and `overwrite` is False.
@@ -120,7 +126,8 @@ def save(
     writer = StorageWriter(
         uri, codec=codec, storage_options=storage_options, overwrite=overwrite, budget_bytes=budget_bytes
     )
-    writer.alarm = Alarm(process_group)
+    rank = rank_of(process_group)
+    writer.alarm, writer.meter = Alarm(process_group), Meter("save", progress, rank=rank)
     try:
         with warnings.catch_warnings(), lost_ranks_told():
             # To save from one process is no mistake here.
@@ -140,9 +147,12 @@ def save(
     finally:
         writer.alarm.close()
     ranks = [RankReport(**report) for report in metadata.storage_data]
-    rank = rank_of(process_group)
-    seconds = {**ranks[rank].seconds, "total": time.perf_counter() - begin}
+    plan_s, total_s = writer.planned_at - begin, time.perf_counter() - begin
+    own = ranks[rank].seconds
+    # What is left is the wait for the slowest rank, and the commit.
+    seconds = {"plan": plan_s, **own, "commit": total_s - plan_s - own["total"], "total": total_s}
     ranks[rank] = replace(ranks[rank], seconds=seconds)
+    logger.info("saved to %s: %s", writer.storage_meta(), ranks[rank])
     return Report(rank, tuple(ranks))
 
 

@@ -16,9 +16,13 @@ from ..planner.index import NATIVE, CheckpointIndex, Encoding, Kind
 from ..planner.read_plan import Want, plan_reads
 from .arranged import DAMAGED, Batch, ByteRange, Request, arrange
 from .errors import ObjectNotFoundError
+from .logs import logger_of
 from .opaque import damage_of
+from .progress import Meter, OnProgress
 from .resources import default_budget
 from .store import Store
+
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,12 @@ class Damage:
         return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
 
 
-def verify(store: Store, index: CheckpointIndex, *, quick: bool = False) -> list[Damage]:
+def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
     """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
 
     Args:
         quick: ask for the objects' sizes alone, and list what lies in those that are missing or cut short.
+        progress: True for a bar, or a function that is called with a `Progress`.
 
     Raises StoreError where the store fails otherwise than by not having an object.
     """
@@ -57,10 +62,19 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False) -> list
 
     largest = max((request.nbytes for request in requests), default=1)
     at_once = max(1, min(store.concurrent_reads, default_budget() // largest))
-    with ThreadPoolExecutor(at_once, "reshard-verify") as pool:
+    meter = Meter("verify", progress)
+    meter.location = store.location
+    meter.expect(sum(request.nbytes for request in requests))
+    found: list[Damage] = []
+    with meter, ThreadPoolExecutor(at_once, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
-        return [damage for damages in pool.map(check, requests) for damage in damages]
+        for request, damages in zip(requests, pool.map(check, requests), strict=True):
+            found += damages
+            meter.add(request.nbytes)
+            meter.tick()
+    logger.info("verified %s: %d chunks are damaged or missing", store.location, len(found))
+    return found
 
 
 def _size(store: Store, name: str) -> int | None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.profiler import record_function
 
 from ..planner.box import Box, indexes
 from ..planner.errors import ShapeMismatchError
@@ -31,6 +32,7 @@ from ..planner.index import Encoding, Entry, Kind, Stream
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
 from .errors import StoreError
+from .logs import logger_of
 from .manifest import DATA_FOLDER, DATA_SUFFIX
 from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
@@ -38,6 +40,8 @@ from .resources import default_budget, default_threads
 from .retrying_store import retried
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
+
+logger = logger_of(__name__)
 
 OBJECT_MAGIC = b"RESHARDD"
 CONCURRENT_OBJECTS = 8
@@ -127,6 +131,18 @@ class _Shard:
         return ShardRecord(source.name, int(source.kind), self.dtype, source.shape, source.box, segments)
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Chunks of a segment that are being encoded."""
+
+    segment: _Segment
+    held_nbytes: int
+    """Values that are held for it."""
+    values_nbytes: int
+    """Its part of the values: a shard's heads and tails have half of them each."""
+    encoded: Future[list[Encoded]]
+
+
 def write_objects(
     store: Store,
     label: str,
@@ -136,6 +152,7 @@ def write_objects(
     budget_bytes: int | None = None,
     interrupt: Interrupt = never,
     failed: Callable[[BaseException], None] = lambda error: None,
+    wrote: Callable[[int], None] = lambda nbytes: None,
 ) -> list[ObjectRecord]:
     """Write shards into new objects of a store: none where there is nothing to write.
 
@@ -145,8 +162,10 @@ def write_objects(
     Args:
         label: what their names end with, the rank's number; it makes them no more unique.
         budget_bytes: of values that may be held; `default_budget()` by default.
-        interrupt: called now and then; what it raises stops the writing.
+        interrupt: called now and then, by this thread; what it raises stops the writing.
         failed: called as soon as it fails, before anything is removed.
+        wrote: called with the bytes of values that the store has taken, by any thread; with a negative number of them
+            where an object has failed, and is begun anew.
 
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
     """
@@ -155,7 +174,7 @@ def write_objects(
     stopped = threading.Event()
     with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
         writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
-        writer = _ObjectWriter(store, label, codec, min(WINDOW_BYTES, budget), encoding, stopped)
+        writer = _ObjectWriter(store, label, codec, min(WINDOW_BYTES, budget), encoding, stopped, wrote)
         futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
         try:
             pending = set(futures)
@@ -208,6 +227,7 @@ class _ObjectWriter:
         window_bytes: int,
         encoding: ThreadPoolExecutor,
         stopped: threading.Event,
+        wrote: Callable[[int], None],
     ) -> None:
         self._store = store
         self._label = label
@@ -216,6 +236,7 @@ class _ObjectWriter:
         self._encoding = encoding
         self._stopped = stopped
         """Set where nobody waits for the objects any more."""
+        self._wrote = wrote
 
     def write(self, shards: Sequence[ShardToWrite]) -> ObjectRecord:
         """One object of these shards. What was begun is removed where that fails."""
@@ -223,23 +244,30 @@ class _ObjectWriter:
         record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._label}{DATA_SUFFIX}")
         begun: list[_Shard] = []
         encode_s = write_s = 0.0
+        taken = 0
         try:
             with self._store.create(record.name) as out:
                 out.write(OBJECT_MAGIC)
                 record.nbytes = len(OBJECT_MAGIC)
                 clock = time.perf_counter()
-                for segment, chunks in self._encoded(shards, begun):
+                for batch in self._encoded(shards, begun):
+                    chunks = batch.encoded.result()
                     encoded_at = time.perf_counter()
-                    for data, checksums in chunks:
-                        out.write(data)
-                        segment.add(record.nbytes, len(data), checksums)
-                        record.nbytes += len(data)
+                    with record_function("reshard.write"):
+                        for data, checksums in chunks:
+                            out.write(data)
+                            batch.segment.add(record.nbytes, len(data), checksums)
+                            record.nbytes += len(data)
+                    if not self._store.holds_objects:
+                        self._wrote(batch.values_nbytes)
+                        taken += batch.values_nbytes
                     encode_s += encoded_at - clock
                     clock = time.perf_counter()
                     write_s += clock - encoded_at
             write_s += time.perf_counter() - clock
             self._check_wanted()
         except BaseException:
+            self._wrote(-taken)
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 self._store.delete([record.name])
             raise
@@ -248,15 +276,17 @@ class _ObjectWriter:
         record.bytes_needed = sum(shard.source.nbytes for shard in begun)
         record.chunks = sum(shard.chunks for shard in begun)
         record.seconds = {"encode": encode_s, "write": write_s}
+        self._wrote(record.bytes_needed - taken)
+        logger.debug("wrote %s to %s: %d bytes", record.name, self._store.location, record.nbytes)
         return record
 
     def _check_wanted(self) -> None:
         if self._stopped.is_set():
             raise StoreError("the save was stopped")
 
-    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_Shard]) -> Iterator[tuple[_Segment, list[Encoded]]]:
+    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_Shard]) -> Iterator[_Batch]:
         """All chunks in the order of the file, some at a time; the pool works at most a window ahead."""
-        waiting: deque[tuple[int, _Segment, Future[list[Encoded]]]] = deque()
+        waiting: deque[_Batch] = deque()
         held = 0
         try:
             for source in shards:
@@ -277,19 +307,17 @@ class _ObjectWriter:
                     self._check_wanted()
                     nbytes = int(sizes[batch].prod(axis=1).sum()) * values.itemsize
                     while waiting and held + nbytes > self._window:
-                        freed, ready, future = waiting.popleft()
-                        yield ready, future.result()
-                        held -= freed
+                        held -= waiting[0].held_nbytes
+                        yield waiting.popleft()
                     boxes = indexes(starts[batch], sizes[batch])
                     encoding = partial(_encode, array, boxes, entry, segment.stream, self._codec)
-                    waiting.append((nbytes, segment, self._encoding.submit(encoding)))
+                    waiting.append(_Batch(segment, nbytes, nbytes // len(segments), self._encoding.submit(encoding)))
                     held += nbytes
             while waiting:
-                _, ready, future = waiting.popleft()
-                yield ready, future.result()
+                yield waiting.popleft()
         finally:
-            for _, _, future in waiting:
-                future.cancel()
+            for left in waiting:
+                left.encoded.cancel()
 
 
 def _encode(
@@ -298,11 +326,12 @@ def _encode(
     """Chunks of a shard, each with its checksums."""
     page_bytes = entry.page_bytes
     chunks = []
-    for box in boxes:
-        plain = as_bytes(values[box])
-        if codec == "none":
-            chunks.append((plain.data, page_checksums(plain.data, page_bytes)))
-        else:
-            encoded = encode(plain, entry.dtype, stream)
-            chunks.append((memoryview(encoded), [checksum(encoded)]))
+    with record_function("reshard.encode"):
+        for box in boxes:
+            plain = as_bytes(values[box])
+            if codec == "none":
+                chunks.append((plain.data, page_checksums(plain.data, page_bytes)))
+            else:
+                encoded = encode(plain, entry.dtype, stream)
+                chunks.append((memoryview(encoded), [checksum(encoded)]))
     return chunks

@@ -42,19 +42,25 @@ def inspect(
 @app.command()
 def plan(
     uri: Uri,
-    tp: Annotated[int, typer.Option(min=1, help="Ranks of TP.")] = 1,
-    fsdp: Annotated[int, typer.Option(min=1, help="Ranks of FSDP.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Replicas.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of TP.")] = 1,
+    fsdp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of FSDP.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, metavar="N", help="Stages of a pipeline.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, metavar="N", help="Replicas.")] = 1,
     tp_plan: Annotated[
         list[str] | None,
-        typer.Option("--tp-plan", metavar="FILE|PATTERN=WORD", help="Rules: JSON, or '*.up=colwise'."),
+        typer.Option("--tp-plan", metavar="RULE|FILE", help="'*.up=colwise', or a JSON file of such."),
     ] = None,
     names: Names = "*",
-    latency: Annotated[float, typer.Option(min=0, help="Milliseconds of a request.")] = 20.0,
-    bandwidth: Annotated[float, typer.Option(min=0.001, help="MB/s of a rank.")] = 1000.0,
-    requests_at_once: Annotated[int, typer.Option(min=1, help="Of a rank.")] = 32,
-    price: Annotated[float, typer.Option("--price-per-1000-gets", min=0, help="Dollars.")] = 0.0004,
-    max_over_read: Annotated[float | None, typer.Option(min=0, help="Per byte needed.")] = None,
+    latency: Annotated[float, typer.Option(min=0, metavar="MS", help="Of a request.")] = 20.0,
+    bandwidth: Annotated[float, typer.Option(min=0.001, metavar="MB/S", help="Of a rank.")] = 1000.0,
+    requests_at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Of a rank.")] = 32,
+    price: Annotated[float, typer.Option("--price-per-1000-gets", min=0, metavar="DOLLARS")] = 0.0004,
+    max_over_read: Annotated[
+        float | None, typer.Option(min=0, metavar="FRACTION", help="Bytes, per byte needed.")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Whose chunks to draw.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE.json", help="Keep it; give it as URI later.")] = None,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
@@ -65,11 +71,13 @@ def plan(
 
     Example: reshard plan s3://bucket/run/step-1000 --tp 8 --tp-plan '*.up=colwise' --tp-plan '*.down=rowwise'
     """
-    from .plan import Link, run
+    from .plan import Link, Wanted, run
 
-    mesh = {name: size for name, size in (("dp", dp), ("fsdp", fsdp), ("tp", tp)) if size > 1} or {"tp": 1}
+    sizes = {"pp": pp, "dp": dp, "fsdp": fsdp, "tp": tp}
+    mesh = {name: size for name, size in sizes.items() if size > 1}
+    wanted = Wanted(mesh, tp_plan or [], names, max_over_read, tensor)
     link = Link(latency / 1e3, bandwidth * 1e6, requests_at_once, price)
-    run(uri, mesh, tp_plan or [], names, link, max_over_read, format, storage_option, as_json)
+    run(uri, wanted, link, plot, save, format, storage_option, as_json)
 
 
 @app.command()

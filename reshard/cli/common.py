@@ -27,7 +27,6 @@ Format = Annotated[
     str | None, typer.Option("--format", help="reshard, dcp, safetensors or torch; found out by default.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
@@ -48,13 +47,6 @@ def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
         except ValueError:
             place[last] = text
     return options
-
-
-def in_bytes(nbytes: float) -> str:
-    """A number of bytes in words: three digits and a unit of powers of 1000."""
-    at = min(len(UNITS) - 1, int(math.log(nbytes, 1000))) if nbytes >= 1 else 0
-    value = nbytes / 1000**at
-    return f"{value:.0f} {UNITS[at]}" if at == 0 or value >= 99.95 else f"{value:.3g} {UNITS[at]}"
 
 
 def print_json(value: object) -> None:

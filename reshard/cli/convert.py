@@ -12,7 +12,8 @@ import typer
 
 import reshard
 
-from .common import in_bytes, storage_options
+from ..words import in_bytes
+from .common import storage_options
 
 
 def run(
@@ -47,6 +48,7 @@ def run(
             max_file_bytes=int(max_file_gb * 1e9),
             src_format=format,
             src_options=storage_options(src_options),
+            progress=True,
             dst_options=storage_options(src_options if dst_options is None else dst_options),
         )
     if report.rank == 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from ..words import ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +31,3 @@ def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
 def _numbered(names: list[str]) -> str:
     columns = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(column[0] if len(set(column)) == 1 else f"[{ranges(map(int, column))}]" for column in columns)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Numbers as ranges: `0-3,7`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -9,7 +9,8 @@ from typing import Any
 import reshard
 from reshard.storage.checkpoint import Checkpoint
 
-from .common import in_bytes, print_json, print_table, storage_options
+from ..words import in_bytes
+from .common import print_json, print_table, storage_options
 from .fold import fold
 
 

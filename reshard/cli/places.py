@@ -8,7 +8,8 @@ import typer
 
 from reshard.storage.places import WHOLE, find_checkpoints, find_remains, remove, remove_remains
 
-from .common import in_bytes, print_json, print_table, storage_options
+from ..words import in_bytes
+from .common import print_json, print_table, storage_options
 
 
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:

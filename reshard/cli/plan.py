@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 import reshard
+from reshard import pictures
 from reshard.planner.costs import UNBOUNDED, Costs
 from reshard.planner.layout import Layout, Rule, Shard, StridedShard
+from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
+from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
-from .common import in_bytes, print_json, print_table, storage_options
-from .fold import ranges
+from ..words import in_bytes, ranges
+from .common import print_json, print_table, storage_options
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "ranks",
@@ -47,39 +56,94 @@ class Link:
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be planned."""
+
+    mesh: Mapping[str, int]
+    """Sizes of "pp", "dp", "fsdp" and "tp", where they are more than 1."""
+    tp_plan: list[str]
+    names: str
+    max_over_read: float | None
+    tensor: str | None
+    """To be drawn chunk by chunk."""
+
+
 def run(
     uri: str,
-    mesh: Mapping[str, int],
-    tp_plan: list[str],
-    names: str,
+    wanted: Wanted,
     link: Link,
-    max_over_read: float | None,
+    plot: str | None,
+    save: str | None,
     format: str | None,
     options: list[str] | None,
     as_json: bool,
 ) -> None:
-    checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
-    layout = Layout(mesh, _rules(checkpoint, mesh, _words(checkpoint, tp_plan, mesh.get("tp", 1))))
-    costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED)
-    plans = checkpoint.plan(layout, names=names, max_over_read=max_over_read, costs=costs)
-    shards = checkpoint.whole_shards(layout, names=names)
+    checkpoint: Checkpoint | None = None
+    if uri.endswith(".json") and os.path.isfile(uri):
+        plans = _read_back(uri, wanted)
+    else:
+        checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
+        plans = _planned(checkpoint, wanted, link)
+    if save:
+        _write(save, "--save", lambda: Path(save).write_text(plans.to_json()))
+    if plot:
+        figure = _drawn(checkpoint, plans, wanted.tensor)
+        _write(plot, "--plot", lambda: figure.savefig(plot, dpi=120))
     if as_json:
-        rows = [
-            {
-                "rank": rank,
-                **asdict(plan.report),
-                "amplification": plan.report.amplification,
-                "seconds": link.seconds(plan.report.bytes_fetched, plan.report.requests),
-                "dollars": plan.report.requests * link.dollars_per_1000 / 1000,
-                "whole_shards": asdict(whole),
-            }
-            for rank, (plan, whole) in enumerate(zip(plans, shards, strict=True))
-        ]
-        print_json({"location": checkpoint.location, "mesh": dict(mesh), "ranks": rows})
-        return
-    print(f"{checkpoint.location}: {checkpoint.format}, read by {layout.mesh}")
+        print_json(_told(plans, link))
+    else:
+        _print(plans, checkpoint.format if checkpoint else "a saved plan", link)
+
+
+def _read_back(path: str, wanted: Wanted) -> RankPlans:
+    if wanted.mesh or wanted.tp_plan or wanted.names != "*" or wanted.max_over_read is not None:
+        raise typer.BadParameter("a saved plan has its ranks and rules: leave them out", param_hint="URI")
+    return RankPlans.from_json(Path(path).read_text())
+
+
+def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
+    mesh = wanted.mesh or {"tp": 1}
+    words = _words(checkpoint, wanted.tp_plan, mesh.get("tp", 1))
+    stages = even_stages(checkpoint.tensors, mesh["pp"]) if "pp" in mesh else None
+    layout = Layout(mesh, _rules(checkpoint, mesh, words), stages)
+    costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED)
+    return checkpoint.plan(layout, names=wanted.names, max_over_read=wanted.max_over_read, costs=costs)
+
+
+def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None) -> Figure:
+    name = tensor or pictures.most_over_read(plans)
+    shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
+    return pictures.overview(plans, name=name, shards=shards)
+
+
+def _write(path: str, option: str, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path!r} cannot be written: {error}", param_hint=option) from None
+
+
+def _told(plans: RankPlans, link: Link) -> dict[str, object]:
+    rows = [
+        {
+            "rank": rank,
+            **asdict(plan.report),
+            "amplification": plan.report.amplification,
+            "seconds": link.seconds(plan.report.bytes_fetched, plan.report.requests),
+            "dollars": plan.report.requests * link.dollars_per_1000 / 1000,
+            "whole_shards": asdict(whole),
+        }
+        for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True))
+    ]
+    mesh = dict(zip(plans.mesh.names, plans.mesh.sizes, strict=True))
+    return {"location": plans.location, "mesh": mesh, "ranks": rows}
+
+
+def _print(plans: RankPlans, what: str, link: Link) -> None:
+    print(f"{plans.location}: {what}, read by {plans.mesh}")
     alike: dict[tuple[str, ...], list[int]] = {}
-    for rank, (plan, whole) in enumerate(zip(plans, shards, strict=True)):
+    for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
     print_table(COLUMNS, [(ranges(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
     notes = {note for plan in plans if (note := str(plan.report).partition("; ")[2])}

@@ -7,13 +7,14 @@ from dataclasses import asdict
 
 import reshard
 
-from .common import in_bytes, print_json, storage_options
+from ..words import in_bytes
+from .common import print_json, storage_options
 
 
 def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as_json: bool) -> int:
     """Returns the exit code."""
     checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
-    damages = checkpoint.verify(quick=quick)
+    damages = checkpoint.verify(quick=quick, progress=not as_json)
     if as_json:
         print_json([{**asdict(damage), "box": str(damage.box)} for damage in damages])
         return int(bool(damages))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import torch
 
+from ...planner.box import Box
 from ...planner.index import Kind
 from ...planner.read_plan import Want
 from ..errors import UnsafeObjectError
@@ -30,7 +31,7 @@ MOST_READS = 8
 class Values:
     """Reads pieces of a source, within half of the budget."""
 
-    def __init__(self, source: Source, rank: int, budget_bytes: int | None) -> None:
+    def __init__(self, source: Source, rank: int, budget_bytes: int | None, was_read: Callable[[int], None]) -> None:
         budget = default_budget() if budget_bytes is None else budget_bytes
         self._source = source
         self._lock = threading.Lock()
@@ -39,6 +40,7 @@ class Values:
         self._pool = ThreadPoolExecutor(self._reads, "reshard-convert")
         self._workers = Workers(source.store)
         self._report = RankReport(rank)
+        self._was_read = was_read
 
     @property
     def report(self) -> RankReport:
@@ -75,6 +77,7 @@ class Values:
         )
         with self._lock:
             self._report = added(self._report, report)
+        self._was_read(sum(piece.nbytes for piece in pieces))
         return tensors
 
     def object(self, item: Item) -> tuple[Kind, bytes, Any]:
@@ -83,6 +86,7 @@ class Values:
         report = read_boxes(self._source, blob.wants, blob.tensors)
         with self._lock:
             self._report = added(self._report, report)
+        self._was_read(Piece(item, Box.whole(item.shape)).nbytes)
         try:
             value = blob.value()
         except UnsafeObjectError:

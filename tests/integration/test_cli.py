@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 import reshard
 from reshard.cli import main
 from reshard.cli.app import app
-from reshard.cli.common import in_bytes, storage_options
+from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold
 from reshard.storage.store import open_store
+from reshard.words import in_bytes
 from tests.conftest import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -109,6 +110,31 @@ def test_on_s3(s3: Place, tmp_path: Path) -> None:
 def test_a_plan_under_fsdp_and_tp_is_that_of_torch(tmp_path: Path) -> None:
     ranks = as_json("plan", saved(native, tmp_path), "--fsdp", 2, "--tp", 2, "--dp", 2, *RULES)["ranks"]
     assert [row["bytes_needed"] for row in ranks] == [6 * 64 * 64] * 8, "a fourth of each, on two replicas"
+
+
+def test_a_plan_is_drawn_kept_and_read_back(tmp_path: Path) -> None:
+    place, kept = saved(native, tmp_path), tmp_path / "plan.json"
+    told = as_json("plan", place, "--tp", 4, *RULES, "--save", kept, "--plot", tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert as_json("plan", kept) == told
+    assert "a saved plan, read by tp 4" in call("plan", kept, "--plot", tmp_path / "again.svg")
+    assert "<svg" in (tmp_path / "again.svg").read_text()
+    refused = CliRunner().invoke(app, ["plan", str(kept), "--tp", "2"])
+    assert refused.exit_code == 2
+    assert "leave them out" in refused.output
+    refused = CliRunner().invoke(app, ["plan", str(kept), "--plot", str(tmp_path / "plan.what")])
+    assert refused.exit_code == 2
+    assert "cannot be written" in refused.output
+    kept.write_text("{}")
+    with pytest.raises(reshard.errors.InvalidPlanError):
+        call("plan", kept)
+    with pytest.raises(reshard.errors.MissingTensorError, match=r"no rank reads|has no"):
+        call("plan", place, "--tp", 4, *RULES, "--plot", tmp_path / "x.png", "--tensor", "nothing")
+
+
+def test_a_stage_of_a_pipeline_reads_its_layers(tmp_path: Path) -> None:
+    ranks = as_json("plan", saved(native, tmp_path), "--pp", 3, "--tp", 2, *RULES)["ranks"]
+    assert [row["bytes_needed"] for row in ranks] == [2 * 32 * 64 * 4] * 6, "of one layer, a half"
 
 
 def test_the_plan_of_a_config_is_taken(tmp_path: Path) -> None:

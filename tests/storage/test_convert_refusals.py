@@ -25,7 +25,7 @@ from reshard.errors import (
 )
 from reshard.storage.local_store import LocalStore
 from reshard.storage.manifest import NAME
-from reshard.storage.targets.progress import HEAD
+from reshard.storage.targets.notes import HEAD
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
 from tests.storage.conversions import (
     COMMITS,

@@ -8,7 +8,6 @@ that a run that was killed right after it finds that it had come to its end.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing_extensions import Buffer
 from ..checksums import checksum
 from ..commit import put_commit
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
+from ..logs import logger_of
 from ..manifest import DATA_NAME, NAME
 from ..open_source import CONVERSION, FILE_SUFFIXES
 from ..sources.dcp import METADATA, RANK_METADATA
@@ -28,7 +28,7 @@ from ..sources.safetensors import INDEX_SUFFIX
 from ..store import Store
 from .target import Done, Target, Unit
 
-logger = logging.getLogger("reshard")
+logger = logger_of(__name__)
 
 HEAD = CONVERSION
 HEAD_BYTES = 4096
@@ -50,7 +50,7 @@ class Stand:
     """Only what it kept for itself is still to be removed."""
 
 
-class Progress:
+class Notes:
     """What one rank knows of it."""
 
     def __init__(self, store: Store, target: Target) -> None:

@@ -1,0 +1,98 @@
+"""Read plans as values of JSON, and back: to keep one, to compare it with another, to draw it elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .box import Box, IntArray
+from .byte_ranges import Gaps, Runs
+from .coalesce import Requests
+from .errors import InvalidIndexError, InvalidPlanError
+from .grid import Grid
+from .index import Entry, Kind
+from .read_plan import ChunkReads, ReadPlan, Want
+
+_BY_STREAM = ("objects", "starts", "stops", "checksums")
+"""Columns of (n, s)."""
+_BY_DIMENSION = ("chunk_offsets", "chunk_sizes", "piece_offsets", "piece_sizes")
+"""Columns of (n, ndim)."""
+_OF_RUNS = ("counts", "nbytes", "strides")
+
+
+def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
+    """A plan as dicts, lists and numbers."""
+    requests = plan.requests
+    return {
+        "reads": [_read_to_json(read) for read in plan.reads],
+        "requests": {
+            "objects": requests.objects.tolist(),
+            "starts": requests.starts.tolist(),
+            "stops": requests.stops.tolist(),
+            "request_of_range": requests.request_of_range.tolist(),
+            "sparse": [[at, *runs] for at, runs in requests.sparse.items()],
+        },
+        "gaps": [plan.gaps.most_bytes, plan.gaps.most_over_read],
+    }
+
+
+def plan_from_json(value: Any) -> ReadPlan:
+    """The plan that such a value is of. Raises InvalidPlanError where it is of none."""
+    try:
+        requests = value["requests"]
+        columns = {name: _column(requests[name]) for name in ("objects", "starts", "stops", "request_of_range")}
+        sparse = {int(at): (int(count), int(nbytes), int(stride)) for at, count, nbytes, stride in requests["sparse"]}
+        most_bytes, most_over_read = value["gaps"]
+        reads = tuple(_read_from_json(read) for read in value["reads"])
+        return ReadPlan(reads, Requests(**columns, sparse=sparse), Gaps(int(most_bytes), float(most_over_read)))
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
+        raise InvalidPlanError(f"this is no read plan: {type(error).__name__}: {error}") from error
+
+
+def _read_to_json(read: ChunkReads) -> dict[str, Any]:
+    entry, box, runs = read.entry, read.want.box, read.runs
+    return {
+        "name": entry.name,
+        "kind": int(entry.kind),
+        "dtype": entry.dtype,
+        "shape": list(entry.grid.shape),
+        "parts": list(entry.grid.parts),
+        "order": None if entry.order is None else list(entry.order),
+        "box": [list(box.offsets), list(box.sizes)],
+        "heads_only": bool(read.want.heads_only),
+        "streams": read.objects.shape[1],
+        "encodings": read.encodings.tolist(),
+        "skipped": read.skipped.tolist(),
+        **{name: getattr(read, name).tolist() for name in _BY_STREAM + _BY_DIMENSION},
+        "runs": None
+        if runs is None
+        else {**{name: getattr(runs, name).tolist() for name in _OF_RUNS}, "sparse": runs.sparse.tolist()},
+    }
+
+
+def _read_from_json(value: Any) -> ChunkReads:
+    grid = Grid(tuple(map(int, value["shape"])), tuple(map(int, value["parts"])))
+    order = value["order"] if value["order"] is None else tuple(map(int, value["order"]))
+    entry = Entry(str(value["name"]), Kind(value["kind"]), str(value["dtype"]), grid, order)
+    offsets, sizes = value["box"]
+    box = Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
+    count = len(value["encodings"])
+    by_stream = {name: _column(value[name]).reshape(count, int(value["streams"])) for name in _BY_STREAM}
+    by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
+    runs = value["runs"]
+    return ChunkReads(
+        want=Want(entry.name, box, bool(value["heads_only"])),
+        entry=entry,
+        encodings=np.array(value["encodings"], np.uint8),
+        skipped=_column(value["skipped"]),
+        **by_stream,
+        **by_dimension,
+        runs=None
+        if runs is None
+        else Runs(**{name: _column(runs[name]) for name in _OF_RUNS}, sparse=np.array(runs["sparse"], np.bool_)),
+    )
+
+
+def _column(values: Any) -> IntArray:
+    return np.array(values, np.int64)

@@ -1,0 +1,44 @@
+"""Which stage of a pipeline holds which tensor, by the numbers in their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .errors import LayoutError
+
+_OF_THE_FIRST = ("emb", "wte", "wpe")
+"""What the names of tensors contain that come before all layers."""
+
+
+def even_stages(names: Iterable[str], stages: int) -> dict[str, int]:
+    """Deal layers evenly over the stages of a pipeline, in their order, as the `stages` of a Layout.
+
+    The layer of a tensor is the first number in its name: `model.layers.7.up.weight` is of layer 7 of `model.layers`.
+    Layers below another name are dealt by themselves. Of the tensors without a number, embeddings are on the first
+    stage, and the others (the last norm, the head) on the last.
+
+    Raises LayoutError.
+    """
+    if stages < 1:
+        raise LayoutError(f"a pipeline has 1 stage or more, got {stages}")
+    names = list(names)
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        if (found := _layer(name)) is not None:
+            layers.setdefault(found[0], set()).add(found[1])
+    places = {stack: {layer: i for i, layer in enumerate(sorted(numbers))} for stack, numbers in layers.items()}
+    dealt = {}
+    for name in names:
+        if (found := _layer(name)) is not None:
+            of_stack = places[found[0]]
+            dealt[name] = of_stack[found[1]] * stages // len(of_stack)
+        else:
+            dealt[name] = 0 if any(word in name.lower() for word in _OF_THE_FIRST) else stages - 1
+    return dealt
+
+
+def _layer(name: str) -> tuple[str, int] | None:
+    """What a tensor's layer is one of, and its number."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))

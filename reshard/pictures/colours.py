@@ -1,0 +1,82 @@
+"""Who is drawn in which colour: ranks that read the same are one, as replicas are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..words import ranges
+
+if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
+
+Colour = tuple[float, float, float, float]
+SEVERAL: Colour = (0.35, 0.35, 0.35, 1.0)
+"""What several groups read alike."""
+NOBODY: Colour = (0.92, 0.92, 0.92, 1.0)
+DCP: Colour = (0.85, 0.33, 0.10, 1.0)
+NEEDED: Colour = (0.55, 0.55, 0.55, 1.0)
+FETCHED: Colour = (0.12, 0.47, 0.71, 1.0)
+MOST_NAMED = 16
+"""Groups that a legend names one by one; of more it shows the scale."""
+MOST_RUNS = 3
+"""Of ranks, in the name of a group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that read the same."""
+
+    ranks: tuple[int, ...]
+    colour: Colour
+
+    @property
+    def label(self) -> str:
+        words = ranges(self.ranks)
+        if words.count(",") > MOST_RUNS:
+            words = f"{','.join(words.split(',')[:MOST_RUNS])},… ({len(self.ranks)})"
+        return ("rank " if len(self.ranks) == 1 else "ranks ") + words
+
+
+def grouped(keys: Sequence[Hashable]) -> list[Group]:
+    """The ranks by what they read: rank i reads `keys[i]`; None reads nothing, and is of no group."""
+    import matplotlib
+
+    found: dict[Hashable, list[int]] = {}
+    for rank, key in enumerate(keys):
+        if key is not None:
+            found.setdefault(key, []).append(rank)
+    few = len(found) <= MOST_NAMED
+    colours = matplotlib.colormaps["tab20" if few else "turbo"]
+    return [
+        Group(tuple(of), colours((2 * i % 20 + i // 10) if few else i / len(found)))
+        for i, of in enumerate(found.values())
+    ]
+
+
+def legend(
+    figure: FigureBase, axes: Any, groups: Sequence[Group], further: Iterable[tuple[str, dict[str, Any]]]
+) -> None:
+    """Say below the axes which colour is whose, and what else there is to see."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Patch
+
+    named = groups if len(groups) <= MOST_NAMED else []
+    handles = [Patch(color=group.colour, label=group.label) for group in named]
+    handles += [Patch(label=label, **looks) for label, looks in further]
+    if len(named) < len(groups):
+        scale = ScalarMappable(Normalize(0, groups[-1].ranks[0]), matplotlib.colormaps["turbo"])
+        figure.colorbar(scale, ax=axes, label="rank", fraction=0.03, pad=0.01)
+    if handles:
+        axes.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.12),
+            ncols=math.ceil(len(handles) / math.ceil(len(handles) / 8)),
+            fontsize="small",
+            frameon=False,
+        )

@@ -1,0 +1,69 @@
+"""Bytes and requests by rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..planner.rank_plans import RankPlans
+from .colours import DCP, FETCHED, NEEDED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+MOST_BARS = 48
+"""Ranks that have bars of their own; more are drawn as steps."""
+
+
+def draw_rank_bars(plans: RankPlans, figure: FigureBase) -> None:
+    reports = [plan.report for plan in plans]
+    needed = np.array([report.bytes_needed for report in reports]) / 1e6
+    fetched = np.array([report.bytes_fetched for report in reports]) / 1e6
+    over = np.array([report.bytes_over_read for report in reports]) / 1e6
+    whole = np.array([shards.nbytes for shards in plans.whole_shards]) / 1e6
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    above.set_title(_title(needed, fetched, whole), fontsize="medium", loc="left")
+    _bars(above, [("needed", needed, NEEDED), ("fetched", fetched, FETCHED), ("in whole shards (DCP)", whole, DCP)])
+    if over.sum() > 0.001 * fetched.sum() and len(plans) <= MOST_BARS:
+        places = np.arange(len(plans))
+        above.bar(
+            places, over, 0.27, fetched - over, color=FETCHED, edgecolor="white", hatch="////", label="of it, in gaps"
+        )
+    above.set_ylabel("MB")
+    above.legend(fontsize="small", frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.08))
+    requests = np.array([report.requests for report in reports])
+    _bars(below, [("requests", requests, FETCHED)])
+    below.set_ylabel("requests")
+    below.set_title(f"Most by rank {requests.argmax()}: {requests.max()}", fontsize="medium", loc="left")
+    below.set_xlabel("rank")
+    for axes in (above, below):
+        axes.set_ylim(0)
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(plans) <= 16:
+        below.set_xticks(range(len(plans)))
+    else:
+        below.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _title(needed: np.ndarray, fetched: np.ndarray, whole: np.ndarray) -> str:
+    most = int(fetched.argmax())
+    least = float(max(needed.sum(), 1e-9))
+    return (
+        f"Read {fetched.sum() / least:.2f} times what is needed (whole shards {whole.sum() / least:.2f}); "
+        f"most by rank {most}: {fetched[most]:.4g} MB"
+    )
+
+
+def _bars(axes: Axes, values: list[tuple[str, np.ndarray, tuple[float, ...]]]) -> None:
+    count = len(values[0][1])
+    if count > MOST_BARS:
+        edges = np.arange(count + 1) - 0.5
+        for label, heights, colour in values:
+            axes.stairs(heights, edges, color=colour, label=label, linewidth=1.5)
+        return
+    width = 0.81 / len(values)
+    for i, (label, heights, colour) in enumerate(values):
+        shift = (i - (len(values) - 1) / 2) * width
+        axes.bar(np.arange(count) + shift, heights, width, color=colour, label=label)

@@ -1,0 +1,143 @@
+"""Pictures: what is drawn is what the plan says."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from reshard import pictures
+from reshard.errors import ArgumentError, MissingTensorError
+from reshard.pictures.chunk_map import _Flat, _runs
+from reshard.pictures.colours import NOBODY, SEVERAL, grouped
+from reshard.pictures.object_map import _coloured, _covered
+from reshard.planner.box import Box
+from reshard.planner.byte_ranges import Gaps
+from reshard.planner.coalesce import Requests, coalesce
+from reshard.planner.grid import Grid
+from reshard.planner.layout import Layout
+from reshard.planner.rank_plans import RankPlans, plan_ranks
+from tests.planner.indexes import Saved, index_of
+
+SHAPES: list[tuple[int, ...]] = [(), (64,), (256, 512), (8, 64, 128), (16, 8, 3, 3), (0, 8)]
+
+
+def saved(name: str, shape: tuple[int, ...], **kind: Any) -> Saved:
+    grid = Grid(shape, (1,) * len(shape)) if kind.get("plain") else Grid.choose(shape, 2)
+    return Saved(name, grid, [Box.whole(shape)] if all(shape) else [], **kind)
+
+
+def plans_of(ranks: int, *tensors: Saved, gaps: Gaps = Gaps(0, 0.0)) -> RankPlans:  # noqa: B008
+    return plan_ranks(index_of(*tensors), Layout(ranks, {"*up": "colwise", "*down": "rowwise"}), gaps=gaps)
+
+
+def labels(figure: Figure) -> list[str]:
+    legends = [axes.get_legend() for axes in figure.axes]
+    return [text.get_text() for legend in legends if legend is not None for text in legend.get_texts()]
+
+
+def drawn(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=50)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ranks", [1, 5, 40])
+def test_any_tensor_is_drawn(shape: tuple[int, ...], ranks: int) -> None:
+    plans = plans_of(ranks, saved("a.up", shape), saved("b.down", (64, 64)))
+    figures = [pictures.rank_bars(plans), pictures.object_map(plans), pictures.overview(plans)]
+    if all(shape):
+        figures.append(pictures.chunk_map(plans, "a.up", shards=[Box.whole(shape)]))
+    else:
+        with pytest.raises(MissingTensorError, match=r"no rank reads 'a\.up'"):
+            pictures.chunk_map(plans, "a.up")
+    for figure in figures:
+        assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_a_thousand_tensors_on_many_ranks_are_drawn() -> None:
+    plans = plan_ranks(
+        index_of(*(saved(f"{i}.up", (1024, 64)) for i in range(1000))), Layout({"dp": 50, "tp": 2}, {"*up": "colwise"})
+    )
+    assert drawn(pictures.overview(plans)).startswith(b"\x89PNG")
+    assert labels(pictures.object_map(plans))[0] == "ranks 0,2,4,… (50)", "replicas are one"
+
+
+def test_nothing_to_read_is_said() -> None:
+    plans = plans_of(2, saved("a.up", (0, 8)))
+    assert pictures.object_map(plans).axes[0].get_title(loc="left") == "No rank reads anything"
+    assert drawn(pictures.overview(plans)).startswith(b"\x89PNG")
+
+
+def test_bars_have_the_plan_s_numbers() -> None:
+    plans = plans_of(4, saved("a.up", (256, 512)), saved("b.down", (256, 512)))
+    above, below = pictures.rank_bars(plans).axes
+    heights = [[bar.get_height() for bar in bars] for bars in above.containers]
+    reports = [plan.report for plan in plans]
+    assert heights[0] == [report.bytes_needed / 1e6 for report in reports]
+    assert heights[1] == [report.bytes_fetched / 1e6 for report in reports]
+    assert heights[2] == [shards.nbytes / 1e6 for shards in plans.whole_shards]
+    assert [bar.get_height() for bar in below.containers[0]] == [report.requests for report in reports]
+    assert labels(pictures.rank_bars(plans)) == ["needed", "fetched", "in whole shards (DCP)"]
+
+
+def test_what_is_read_and_not_wanted_is_hatched() -> None:
+    aligned = plans_of(4, saved("a.up", (2048, 512), raw=False))
+    across = plans_of(5, saved("a.up", (2048, 512), raw=False))
+    assert "more is read than is wanted" not in labels(pictures.chunk_map(aligned, "a.up"))
+    assert "more is read than is wanted" in labels(pictures.chunk_map(across, "a.up"))
+    columns = saved("a.down", (256, 512), plain=True)
+    assert "more is read than is wanted" not in labels(pictures.chunk_map(plans_of(4, columns), "a.down"))
+    read_over = plans_of(4, columns, gaps=Gaps(1 << 20, 10.0))
+    assert "more is read than is wanted" in labels(pictures.chunk_map(read_over, "a.down"))
+    both = plans_of(5, saved("a.up", (250, 512), raw=True), saved("b.up", (256, 512), raw=False))
+    assert pictures.most_over_read(both) == "b.up"
+
+
+def test_bytes_over_are_those_of_the_ranges() -> None:
+    (read,) = plans_of(2, saved("a.down", (256, 512), plain=True), gaps=Gaps(1 << 20, 10.0))[0].reads
+    assert read.bytes_over.sum() == 255 * 512, "the other half of all rows but the last"
+    assert read.bytes_spanned == read.bytes_read + 255 * 512
+    (raw,) = plans_of(3, saved("a.up", (100, 512), raw=True))[1].reads
+    assert int(raw.bytes_over.sum()) == raw.bytes_read - raw.bytes_needed
+
+
+def test_coverage_is_the_part_of_each_bin_that_is_fetched() -> None:
+    column = np.array
+    requests = coalesce(column([0, 0, 1]), column([10, 25, 0]), column([20, 30, 7]), max_gap_bytes=0)
+    edges = np.linspace(0, 40, 5)
+    assert _covered(requests, 0, edges).tolist() == [0, 1, 0.5, 0]
+    assert _covered(requests, 1, edges).tolist() == [0.7, 0, 0, 0]
+    assert _covered(requests, 2, edges).tolist() == [0, 0, 0, 0]
+    sparse = Requests(column([0]), column([0]), column([40]), column([0]), {0: (4, 5, 10)})
+    assert _covered(sparse, 0, edges).tolist() == [0.5] * 4
+
+
+def test_a_bin_has_the_colour_of_who_reads_it() -> None:
+    groups = grouped(["x", "y", "x", None])
+    assert [group.ranks for group in groups] == [(0, 2), (1,)]
+    covered = np.array([[[1.0, 0.0, 1.0, 0.0]], [[0.0, 1.0, 1.0, 0.0]]])
+    colours = _coloured(covered, groups, np.array([[True, True, True, True]]))[0]
+    assert [tuple(colour) for colour in colours] == [groups[0].colour, groups[1].colour, SEVERAL, NOBODY]
+
+
+def test_boxes_are_rectangles_of_the_folded_tensor() -> None:
+    assert _runs([1, 2], [2, 2], [4, 4]) == [(6, 2), (10, 2)]
+    assert _runs([1, 0], [2, 4], [4, 4]) == [(4, 8)]
+    assert _Flat((6,)).of(np.array([[2]]), np.array([[3]])) == [(2, 0, 3, 1)]
+    experts = _Flat((8, 4, 32))
+    assert (experts.rows, experts.columns) == (32, 32)
+    assert experts.of(np.array([[1, 0, 8]]), np.array([[2, 4, 8]])) == [(8, 4, 8, 8)]
+    assert experts.row_label == "dimensions 0, 1"
+    assert experts.column_label == "dimension 2"
+
+
+def test_without_matplotlib_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ArgumentError, match=r"pip install 'reshard\[plot\]'"):
+        pictures.rank_bars(plans_of(1, saved("a.up", (8, 8))))

@@ -1,0 +1,82 @@
+"""Plans as JSON, and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from reshard.planner.box import Box
+from reshard.planner.byte_ranges import Gaps
+from reshard.planner.errors import InvalidPlanError
+from reshard.planner.grid import Grid
+from reshard.planner.layout import Layout, Shard
+from reshard.planner.plan_json import plan_from_json, plan_to_json
+from reshard.planner.rank_plans import RankPlans, plan_ranks
+from reshard.planner.read_plan import Want, plan_reads
+from tests.planner.indexes import Saved, index_of
+
+SHAPE = (1024, 2048)
+ROWS = [Box((i * 256, 0), (256, 2048)) for i in range(4)]
+TENSORS = {
+    "raw": Saved("t", Grid.choose(SHAPE, 2), ROWS),
+    "heads and tails": Saved("t", Grid.choose(SHAPE, 4), ROWS, "float32", raw=False),
+    "plain": Saved("t", Grid(SHAPE, (1, 1)), ROWS, plain=True),
+    "scalar": Saved("t", Grid((), ()), [Box((), ())]),
+    "empty": Saved("t", Grid((0, 8), (1, 1)), []),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("heads_only", [False, True])
+def test_a_plan_comes_back_as_it_was(kind: str, heads_only: bool) -> None:
+    saved = TENSORS[kind]
+    shape = saved.grid.shape
+    box = Box((0, 512), (1024, 512)) if shape == SHAPE else Box.whole(shape)
+    for gaps in (Gaps(0, 0.0), Gaps(1 << 20, 10.0)):
+        plan = plan_reads(index_of(saved), [Want("t", box, heads_only)], gaps=gaps)
+        back = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
+        assert back == plan
+        assert back.report == plan.report
+        assert plan_from_json(plan_to_json(plan_reads(index_of(saved), []))) != plan
+
+
+def test_the_plans_of_ranks_come_back() -> None:
+    index = index_of(TENSORS["raw"])
+    plans = plan_ranks(index, Layout({"dp": 2, "tp": 2}, {"t": {"tp": Shard(1)}}), location="here")
+    assert RankPlans.from_json(plans.to_json()) == plans
+    assert RankPlans.from_json(plans.to_json()).whole_shards[0].shards == 4
+    assert "'here' read by dp 2 x tp 2" in repr(plans)
+    assert "<td" in plans._repr_html_()
+
+
+def broken(value: dict[str, Any], *path: str | int, to: Any) -> str:
+    place: Any = value
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (("mesh",), {"tp": 3}),
+        (("mesh",), {}),
+        (("plans",), None),
+        (("objects",), []),
+        (("plans", 0, "reads", 0, "box"), [[0], [1, 2]]),
+        (("plans", 0, "reads", 0, "starts"), [[1]]),
+        (("plans", 0, "reads", 0, "dtype"), "int3"),
+        (("plans", 0, "requests"), []),
+        (("plans", 0, "requests", "starts"), ["x"]),
+    ],
+)
+def test_what_is_no_plan_is_refused(path: tuple[str | int, ...], to: Any) -> None:
+    value = json.loads(plan_ranks(index_of(TENSORS["raw"]), Layout(2, {"t": "rowwise"})).to_json())
+    with pytest.raises(InvalidPlanError):
+        RankPlans.from_json(broken(value, *path, to=to))
+    for text in ("", "[]", "{", '{"mesh": 3}'):
+        with pytest.raises(InvalidPlanError):
+            RankPlans.from_json(text)
