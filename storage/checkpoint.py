@@ -13,6 +13,7 @@ import torch
 from ..planner.box import Box
 from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
+from ..planner.html import table
 from ..planner.index import Kind
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
@@ -209,9 +210,23 @@ class Checkpoint:
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
         return (
-            f"Checkpoint({self.location!r}: {len(self._tensors)} tensors, {len(self.objects)} objects, "
+            f"Checkpoint({self.location!r}, {self.format}: {len(self._tensors)} tensors, {len(self.objects)} objects, "
             f"{stored / 1e6:.1f} MB stored)"
         )
+
+    def _repr_html_(self) -> str:
+        columns = ("tensor", "dtype", "shape", "chunks", "MB stored")
+        rows = [
+            (
+                name,
+                str(info.dtype).removeprefix("torch."),
+                " x ".join(map(str, info.shape)),
+                info.chunks,
+                f"{info.stored_bytes / 1e6:.2f}",
+            )
+            for name, info in self._tensors.items()
+        ]
+        return table(repr(self), columns, rows)
 
 
 def open_checkpoint(

@@ -13,7 +13,7 @@ from typing import Any
 from ..planner.errors import CheckpointError
 from .errors import ArgumentError, NotCommittedError, ObjectNotFoundError
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
-from .open_source import CONVERSION, open_source
+from .open_source import CONVERSION, FILE_SUFFIXES, open_source
 from .sources.dcp import METADATA, RANK_METADATA
 from .store import Store, open_store
 from .writer import OBJECT_MAGIC
@@ -42,14 +42,24 @@ class Found:
 
 
 def find_checkpoints(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[Found]:
-    """The checkpoints at a place and below it, by their names. Raises StoreError, UnsupportedURIError."""
+    """The checkpoints at a place and below it, by their names; files of torch.save where there is nothing else.
+
+    Raises StoreError, UnsupportedURIError.
+    """
     folders: dict[str, set[str]] = {}
     for name in open_store(uri, storage_options).list():
         folder, base = _in_its_place(name)
         folders.setdefault(folder, set()).add(base)
-    places = sorted(folder for folder, names in folders.items() if any(map(_tells, names)))
+    places = []
+    for folder, names in sorted(folders.items()):
+        if any(map(_tells, names)):
+            places.append(folder)
+        else:
+            files = (name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch")
+            places += [f"{folder}/{name}".lstrip("/") for name in sorted(files)]
     with ThreadPoolExecutor(16, "reshard-ls") as pool:
-        return list(pool.map(lambda folder: _found(f"{uri.rstrip('/')}/{folder}".rstrip("/"), storage_options), places))
+        found = pool.map(lambda place: _found(f"{uri.rstrip('/')}/{place}".rstrip("/"), storage_options), places)
+        return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
 def _in_its_place(name: str) -> tuple[str, str]:
@@ -66,7 +76,8 @@ def _tells(name: str) -> bool:
     return bool(known) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
-def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found:
+def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found | None:
+    """None for a file that only has a name like those of torch.save."""
     number = _LAST_NUMBER.search(uri.rpartition("/")[2])
     step = int(number[1]) if number else None
     try:
@@ -74,6 +85,8 @@ def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found:
     except NotCommittedError:
         return Found(uri, "", UNFINISHED, step, None, None, None)
     except CheckpointError as error:
+        if FILE_SUFFIXES.get(os.path.splitext(uri)[1]) == "torch":
+            return None
         return Found(uri, "", str(error), step, None, None, None)
     nbytes = sum(nbytes for _, nbytes in source.objects)
     created = source.info.get("created")

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..planner.html import table
+
+COLUMNS = ("", "MB needed", "MB fetched", "MB written", "moved / needed", "requests", "chunks", "seconds")
+"""What `RankReport.row` has the values of."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
@@ -29,6 +34,21 @@ class RankReport:
     def amplification(self) -> float:
         """Bytes fetched over bytes needed; of a save, bytes written."""
         return (self.bytes_fetched or self.bytes_written) / self.bytes_needed if self.bytes_needed else 0.0
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The values of COLUMNS, in words."""
+        return (
+            "all ranks" if self.rank is None else f"rank {self.rank}",
+            *(f"{nbytes / 1e6:.2f}" for nbytes in (self.bytes_needed, self.bytes_fetched, self.bytes_written)),
+            f"{self.amplification:.3f}",
+            str(self.requests),
+            str(self.chunks),
+            ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items()),
+        )
+
+    def _repr_html_(self) -> str:
+        return table("", COLUMNS, [self.row])
 
     @property
     def _moved(self) -> int:
@@ -84,6 +104,11 @@ class Report:
     def __str__(self) -> str:
         shown = self.ranks if len(self.ranks) <= 8 else (self.local,)
         return "\n".join(str(report) for report in (self.total, *shown))
+
+    def _repr_html_(self) -> str:
+        notes = [f"{len(self.skipped)} names skipped"] if self.skipped else []
+        notes += [f"{len(self.unread)} names unread"] if self.unread else []
+        return table("; ".join(notes), COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 
 def added(a: RankReport, b: RankReport) -> RankReport:

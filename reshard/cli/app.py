@@ -142,7 +142,7 @@ def diff(
 
 @app.command()
 def ls(uri: Uri, storage_option: Options = None, as_json: AsJson = False) -> None:
-    """The checkpoints at a place and below it (but files of torch.save): format, size, age, whether they are whole.
+    """The checkpoints at a place and below it: format, step, size, age, and whether they are whole.
 
     Example: reshard ls s3://bucket/run
     """

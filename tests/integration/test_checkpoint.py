@@ -40,7 +40,8 @@ def test_what_it_says_of_itself(saved: tuple[RecordingStore, dict[str, torch.Ten
     assert checkpoint.read_object("step") == 3
     assert checkpoint.info["codec"] == "zstd"
     assert checkpoint.location == "memory"
-    assert "3 tensors, 2 objects" in repr(checkpoint)
+    assert "reshard: 3 tensors, 2 objects" in repr(checkpoint)
+    assert checkpoint._repr_html_().count("<tr>") == 1 + 3
 
 
 def test_a_box_fetches_the_chunks_that_it_meets(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:

@@ -92,6 +92,17 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert found[str(place)]["step"] == 100
 
 
+def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save({"a": torch.ones(4)}, tmp_path / "run" / "step-3.pt")
+    (tmp_path / "run" / "other.bin").write_bytes(b"of something else")
+    torch.save({}, saved(native, tmp_path) / "rng.pt")
+    found = {row["uri"]: row for row in as_json("ls", tmp_path)}
+    assert set(found) == {str(tmp_path / "run" / "step-3.pt"), str(tmp_path / "native-100")}
+    file = found[str(tmp_path / "run" / "step-3.pt")]
+    assert (file["format"], file["state"], file["step"], file["tensors"]) == ("torch", "whole", 3, 1)
+
+
 def test_on_s3(s3: Place, tmp_path: Path) -> None:
     uri, options = s3
     endpoint = options["client_kwargs"]["endpoint_url"]

@@ -16,6 +16,16 @@ def test_a_total_adds_up_and_takes_the_longest() -> None:
     assert RankReport(0).amplification == 0
 
 
+def test_notebooks_show_a_table() -> None:
+    shown = Report(0, tuple(map(rank, range(3))), skipped=("<a>",))._repr_html_()
+    assert shown.count("<tr>") == 1 + 1 + 3
+    assert "1 names skipped" in shown
+    many = Report(0, tuple(map(rank, range(1000))))._repr_html_()
+    assert many.count("<tr>") < 100
+    assert "rank 999" in many
+    assert rank(1)._repr_html_().count("<tr>") == 2
+
+
 def test_a_report_of_many_ranks_shows_all_together_and_this_one() -> None:
     assert str(Report(0, tuple(map(rank, range(8))))).count("\n") == 8
     lines = str(Report(7, tuple(map(rank, range(1024))))).splitlines()
