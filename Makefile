@@ -1,5 +1,6 @@
 # make test    the whole suite        make check   linters and type checkers
 # make demo    the main job, on real input: trains, saves, serves under TP, resumes   (URI=s3://... saves there)
+# make docs    the site, in build/site; a broken link fails
 # make torture kills, damages and faults, as many as you like   (ARGS='--kills 500 --seed 1')
 # make bench   the benchmarks: tables, JSON and pictures in build/benchmarks   (BENCHMARKS='codec memory' runs those)
 
@@ -10,7 +11,7 @@ ARGS ?=
 BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead
 BIN := $(VENV)/bin
 
-.PHONY: test check demo torture bench env
+.PHONY: test check docs demo torture bench env
 .DELETE_ON_ERROR:
 
 env: $(VENV)/installed
@@ -23,11 +24,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 test: env
 	$(BIN)/python -m pytest --durations=5
 
-check: env
+check: env docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 demo: env
 	$(BIN)/reshard demo $(if $(URI),--uri $(URI))

@@ -1,0 +1,97 @@
+"""A training that goes on where it was, on whatever number of ranks there are.
+
+    torchrun --nproc-per-node 4 examples/resume_elastic.py run --steps 6
+    torchrun --nproc-per-node 3 examples/resume_elastic.py run --steps 12
+
+Each call takes the newest checkpoint below the place that is whole, and saves every 3 steps. The global batch does not
+depend on the number of ranks, so neither do the losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import reshard
+from reshard.storage.places import WHOLE, find_checkpoints
+
+DIM, BATCH, EVERY = 100, 24, 3
+
+
+class Training:
+    """A Stateful value: `reshard.save` asks it for its state, `reshard.load` gives it one."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(dist.get_rank())  # what is loaded must not depend on it
+        self.model: nn.Module = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.ReLU(), nn.Linear(4 * DIM, DIM))
+        fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self.step = state["step"]
+
+    def run_step(self) -> float:
+        """One step; the loss over the global batch."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        x = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(self.step))[rank::world]
+        loss = (self.model(x) - x.roll(1, dims=-1)).square().sum() / (BATCH * DIM)
+        (loss * world).backward()  # FSDP takes the mean over the ranks
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        total = loss.detach()
+        dist.all_reduce(total)
+        return float(total)
+
+
+def newest(run: str) -> str | None:
+    """The newest checkpoint that is whole, as rank 0 sees it, the same on every rank."""
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        whole = [there for there in find_checkpoints(run) if there.state == WHOLE]
+        found = [max(whole, key=lambda there: there.step or 0).uri if whole else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def main(run: str, steps: int) -> None:
+    training = Training()
+    there = newest(run)
+    if there:
+        reshard.load({"train": training}, there)
+        say(f"resumed from {there} at step {training.step} on {dist.get_world_size()} ranks")
+    while training.step < steps:
+        loss = training.run_step()
+        say(f"step {training.step}: loss {loss:.6f}")
+        if training.step % EVERY == 0:
+            reshard.save({"train": training}, f"{run}/step-{training.step}", overwrite=True)
+
+
+def say(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="where the checkpoints are: a path or a URI")
+    parser.add_argument("--steps", type=int, default=6)
+    arguments = parser.parse_args()
+    dist.init_process_group("gloo")
+    main(arguments.run, arguments.steps)
+    dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
+    dist.destroy_process_group()

@@ -1,0 +1,10 @@
+"""The page has every class of errors."""
+
+from pathlib import Path
+
+from reshard import errors
+
+page: Path = globals()["PAGE"]
+text = page.read_text()
+classes = [name for name, kind in vars(errors).items() if isinstance(kind, type)]
+assert [name for name in classes if f"`{name}`" not in text and f"errors.{name}`" not in text] == []
