@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import reshard
-from reshard.storage.places import WHOLE, find_checkpoints
 
 DIM, BATCH, EVERY = 100, 24, 3
 
@@ -62,7 +61,7 @@ def newest(run: str) -> str | None:
     """The newest checkpoint that is whole, as rank 0 sees it, the same on every rank."""
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
-        whole = [there for there in find_checkpoints(run) if there.state == WHOLE]
+        whole = [there for there in reshard.find_checkpoints(run) if there.is_whole]
         found = [max(whole, key=lambda there: there.step or 0).uri if whole else None]
     dist.broadcast_object_list(found)
     return found[0]

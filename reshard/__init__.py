@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .storage.dcp import StorageReader as StorageReader
     from .storage.dcp import StorageWriter as StorageWriter
     from .storage.load import load as load
+    from .storage.places import find_checkpoints as find_checkpoints
+    from .storage.places import remove as remove
     from .storage.progress import Progress as Progress
     from .storage.reports import Report as Report
     from .storage.save import save as save
@@ -51,9 +53,11 @@ __all__ = [
     "__version__",
     "convert",
     "errors",
+    "find_checkpoints",
     "load",
     "open",
     "pictures",
+    "remove",
     "save",
 ]
 
@@ -72,9 +76,11 @@ _HOMES = {
     "StridedShard": ("planner.layout", "StridedShard"),
     "convert": ("storage.convert", "convert"),
     "errors": ("errors", ""),
+    "find_checkpoints": ("storage.places", "find_checkpoints"),
     "load": ("storage.load", "load"),
     "open": ("storage.checkpoint", "open_checkpoint"),
     "pictures": ("pictures", ""),
+    "remove": ("storage.places", "remove"),
     "save": ("storage.save", "save"),
 }
 

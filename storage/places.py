@@ -14,6 +14,7 @@ from typing import Any
 
 from ..planner.errors import CheckpointError
 from .errors import ArgumentError, NotCommittedError, ObjectNotFoundError, StoreError
+from .local_store import LocalStore
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
 from .open_source import CONVERSION, FILE_SUFFIXES, open_source
 from .source import Source
@@ -42,6 +43,11 @@ class Found:
     tensors: int | None
     created: datetime.datetime | None
     """When it was saved, as reshard's own tell; of others, when the first of its objects was last written."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can be loaded."""
+        return self.state == WHOLE
 
 
 def find_checkpoints(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[Found]:
@@ -122,6 +128,8 @@ def remove(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[s
     names = [name for name, _ in source.objects]
     source.store.delete(first)
     source.store.delete(names)
+    if isinstance(source.store, LocalStore):
+        source.store.delete_empty_folders()
     return first + names
 
 

@@ -117,11 +117,14 @@ class _Bar:
     def __call__(self, progress: Progress) -> None:
         if self._rich is None:
             self._rich = _rich_progress()
-            self._rich.add_task(f"{progress.task} {progress.location}", total=None)
+            self._rich.add_task(f"{progress.task} {progress.location}", total=None, rate="")
             if not self._rich.disable:
                 self._rich.start()
         task = self._rich.task_ids[0]
-        self._rich.update(task, completed=progress.done_bytes, total=progress.total_bytes or None, refresh=True)
+        rate = f"{progress.done_bytes / 1e6 / progress.seconds:.0f} MB/s" if progress.seconds else ""
+        self._rich.update(
+            task, completed=progress.done_bytes, total=progress.total_bytes or None, rate=rate, refresh=True
+        )
 
     def close(self) -> None:
         if self._rich is not None and not self._rich.disable:
@@ -131,15 +134,10 @@ class _Bar:
 def _rich_progress() -> RichProgress:
     """Of rich: bytes, rate and what is left of the time; drawn only when it is told to be."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    words, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+    columns = words, BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()
     shown = console.is_terminal or console.is_jupyter
     return Progress(*columns, console=console, auto_refresh=False, disable=not shown)

@@ -148,9 +148,9 @@ def save(
         writer.alarm.close()
     ranks = [RankReport(**report) for report in metadata.storage_data]
     plan_s, total_s = writer.planned_at - begin, time.perf_counter() - begin
-    own = ranks[rank].seconds
-    # What is left is the wait for the slowest rank, and the commit.
-    seconds = {"plan": plan_s, **own, "commit": total_s - plan_s - own["total"], "total": total_s}
+    stages = dict(ranks[rank].seconds)
+    commit_s = total_s - plan_s - stages.pop("total")  # and the wait for the slowest rank
+    seconds = {"plan": plan_s, **stages, "commit": commit_s, "total": total_s}
     ranks[rank] = replace(ranks[rank], seconds=seconds)
     logger.info("saved to %s: %s", writer.storage_meta(), ranks[rank])
     return Report(rank, tuple(ranks))

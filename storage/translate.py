@@ -89,6 +89,8 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         )
     if doing == "write" and (isinstance(error, FileExistsError) or _code(error) in _CONDITION_FAILED):
         return CheckpointExistsError(f"{name!r} exists in {location}")
+    if _code(error) == "NoSuchBucket":
+        reason = "there is no such bucket"
     if "Received redirect without LOCATION" in str(error):
         reason = f"the bucket is in another region; set AWS_DEFAULT_REGION, or region_name in client_kwargs ({reason})"
     if _is_transient(error):

@@ -65,7 +65,7 @@ def plan(
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What each rank would read under another layout, and what it costs; beside it, whole shards, as DCP reads them.
+    """What each rank would read under another layout, and what it costs; beside it DCP, which reads whole shards.
 
     Without --tp-plan the plan in the checkpoint's config.json is taken.
 

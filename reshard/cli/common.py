@@ -75,7 +75,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        is_number = column in right
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))
     Console(highlight=False).print(table)

@@ -1,9 +1,9 @@
-"""Many tensors in few lines: layers that are alike are one."""
+"""Many tensors in few lines: layers that are alike are one, and names are a tree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ..words import ranges
 
@@ -14,9 +14,13 @@ class Folded:
 
     name: str
     """With what the numbers are, as in `layers.[0-31].up.weight`."""
-    count: int
+    names: tuple[str, ...]
     alike: tuple[object, ...]
     """What they have in common."""
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
 
 
 def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
@@ -25,9 +29,39 @@ def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
     for name, alike in tensors.items():
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
         groups.setdefault((pattern, alike), []).append(name)
-    return [Folded(_numbered(names), len(names), alike) for (_, alike), names in groups.items()]
+    return [Folded(_numbered(names), tuple(names), alike) for (_, alike), names in groups.items()]
 
 
 def _numbered(names: list[str]) -> str:
     columns = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(column[0] if len(set(column)) == 1 else f"[{ranges(map(int, column))}]" for column in columns)
+
+
+@dataclass(slots=True)
+class _Node:
+    own: list[Folded] = field(default_factory=list)
+    below: dict[str, _Node] = field(default_factory=dict)
+
+
+def tree(folded: Iterable[Folded]) -> list[tuple[str, Folded | None]]:
+    """The lines of a tree of names, each indented, with the tensors that it stands for, or None.
+
+    A name with one thing below it is in one line with that.
+    """
+    root = _Node()
+    for tensors in folded:
+        node = root
+        for part in tensors.name.split("."):
+            node = node.below.setdefault(part, _Node())
+        node.own.append(tensors)
+    return list(_lines(root, ""))
+
+
+def _lines(node: _Node, indent: str) -> Iterable[tuple[str, Folded | None]]:
+    for name, below in node.below.items():
+        while not below.own and len(below.below) == 1:
+            ((part, below),) = below.below.items()
+            name = f"{name}.{part}"
+        own: list[Folded | None] = [*below.own] or [None]
+        yield from ((indent + name, tensors) for tensors in own)
+        yield from _lines(below, indent + "  ")

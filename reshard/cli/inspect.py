@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from reshard.storage.checkpoint import Checkpoint
 
 from ..words import in_bytes
 from .common import print_json, print_table, storage_options
-from .fold import fold
+from .fold import Folded, fold, tree
 
 
 def run(uri: str, names: list[str], format: str | None, options: list[str] | None, as_json: bool) -> None:
@@ -76,17 +77,23 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     print_table(columns, [*dtypes, total] if len(dtypes) != 1 else dtypes, right=columns[1:])
     print()
     folded = fold({name: (_short(i.dtype), i.shape) for name, i in checkpoint.tensors.items()})
-    rows = [(tensor.name, *_in_words(tensor.alike), tensor.count) for tensor in folded]
-    print_table(("tensor", "dtype", "shape", "count"), rows, right=("count",))
+    lines = tree(folded) if sys.stdout.isatty() else [(tensors.name, tensors) for tensors in folded]
+    rows = [(name, *_about(checkpoint, tensors)) for name, tensors in lines]
+    about = ("dtype", "shape", "count", "chunks", "stored")
+    print_table(("tensor", *about), rows, right=about[2:])
     if checkpoint.objects:
         print()
         objects = fold(dict.fromkeys(checkpoint.objects, ()))
         print_table(("object", "count"), [(value.name, value.count) for value in objects], right=("count",))
 
 
-def _in_words(alike: tuple[object, ...]) -> tuple[str, str]:
-    dtype, shape = alike
-    return str(dtype), " x ".join(map(str, shape)) if isinstance(shape, tuple) and shape else "scalar"
+def _about(checkpoint: Checkpoint, tensors: Folded | None) -> tuple[object, ...]:
+    if tensors is None:
+        return ("",) * 5
+    infos = [checkpoint.tensors[name] for name in tensors.names]
+    shape = " x ".join(map(str, infos[0].shape)) or "scalar"
+    stored = in_bytes(sum(info.stored_bytes for info in infos))
+    return _short(infos[0].dtype), shape, tensors.count, sum(info.chunks for info in infos), stored
 
 
 def _ratio(row: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import typer
 
-from reshard.storage.places import WHOLE, find_checkpoints, find_remains, remove, remove_remains
+from reshard.storage.places import find_checkpoints, find_remains, remove, remove_remains
 
 from ..words import in_bytes, in_time
 from .common import print_json, print_table, storage_options
@@ -38,7 +38,7 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
 
 def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     given = storage_options(options)
-    there = [found for found in find_checkpoints(uri, given) if found.uri == uri.rstrip("/") and found.state == WHOLE]
+    there = [found for found in find_checkpoints(uri, given) if found.uri == uri.rstrip("/") and found.is_whole]
     what = f"{there[0].format} checkpoint of {in_bytes(there[0].nbytes or 0)}" if there else "checkpoint"
     if not yes and not typer.confirm(f"Remove the {what} at {uri}?"):
         raise typer.Exit(1)

@@ -26,19 +26,7 @@ from .common import print_json, print_table, storage_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = (
-    "ranks",
-    "needed",
-    "fetched",
-    "x",
-    "requests",
-    "objects",
-    "seconds",
-    "dollars",
-    "whole shards",
-    "x",
-    "seconds",
-)
+COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP", "x", "s")
 
 
 @dataclass(frozen=True, slots=True)

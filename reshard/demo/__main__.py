@@ -10,6 +10,7 @@ losses agree with those before the save, and prints what each rank read beside w
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,16 +46,16 @@ def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
     begin = time.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for phase, processes in PHASES.items():
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "reshard.demo"]
         arguments = [phase, uri, str(steps), json.dumps(storage_options)]
-        subprocess.run([sys.executable, "-m", *launch, *arguments], check=True)
+        subprocess.run([sys.executable, "-m", *launch, *arguments], env=environment, check=True)
     print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {uri}")
 
 
 def main() -> None:
     phase, uri, steps, storage_options = sys.argv[1:]
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     place = Place(uri, json.loads(storage_options))

@@ -19,7 +19,7 @@ import reshard
 from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
-from reshard.cli.fold import Folded, fold
+from reshard.cli.fold import Folded, fold, tree
 from reshard.storage.store import open_store
 from reshard.words import in_bytes, in_time
 from tests.conftest import Place
@@ -71,7 +71,7 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     told = as_json("inspect", place)
     assert told["parameters"] == 6 * 64 * 64
     assert told["format"] == {"native": "reshard", "of_dcp": "dcp", "of_safetensors": "safetensors"}[save.__name__]
-    assert "model.layers.[0-2].up.weight\tfloat32\t64 x 64\t3" in call("inspect", place)
+    assert "model.layers.[0-2].up.weight\tfloat32\t64 x 64\t3\t" in call("inspect", place)
     one = as_json("inspect", place, "model.layers.0.up.weight")["model.layers.0.up.weight"]
     assert one["shape"] == [64, 64]
     assert one["shards"] == ["[0:64, 0:64]"]
@@ -237,6 +237,10 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert "are right" in call("verify", place)
     assert call("rm", place, answer="y\n").endswith("2 objects removed\n")
     assert list(open_store(place).list()) == ["notes.txt"]
+    assert not (place / "data").exists()
+    native(tmp_path / "alone")
+    call("rm", tmp_path / "alone", "--yes")
+    assert not (tmp_path / "alone").exists()
 
 
 def test_what_does_not_tell_what_it_is_made_of_is_not_removed(tmp_path: Path) -> None:
@@ -314,7 +318,27 @@ def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
 
 def test_names_are_folded_where_they_are_alike() -> None:
     folded = fold({"a.0.w": (1,), "a.1.w": (1,), "a.3.w": (1,), "a.2.w": (2,), "b": (1,)})
-    assert folded == [Folded("a.[0-1,3].w", 3, (1,)), Folded("a.2.w", 1, (2,)), Folded("b", 1, (1,))]
+    assert folded == [
+        Folded("a.[0-1,3].w", ("a.0.w", "a.1.w", "a.3.w"), (1,)),
+        Folded("a.2.w", ("a.2.w",), (2,)),
+        Folded("b", ("b",), (1,)),
+    ]
+
+
+def test_names_are_a_tree() -> None:
+    names = ("m.layers.0.up.w", "m.layers.0.up.b", "m.layers.0.down.w", "m.norm", "m.norm.w", "step")
+    lines = [(line, tensors.name if tensors else "") for line, tensors in tree(fold(dict.fromkeys(names, (1,))))]
+    assert lines == [
+        ("m", ""),
+        ("  layers.0", ""),
+        ("    up", ""),
+        ("      w", names[0]),
+        ("      b", names[1]),
+        ("    down.w", names[2]),
+        ("  norm", names[3]),
+        ("    w", names[4]),
+        ("step", names[5]),
+    ]
 
 
 def test_numbers_in_words() -> None:
