@@ -31,7 +31,7 @@ check: env docs
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: env
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: env
 	$(BIN)/reshard demo $(if $(URI),--uri $(URI))

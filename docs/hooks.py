@@ -23,7 +23,7 @@ OUTSIDE = {
 }
 """Pages outside of docs/, and what the site calls them."""
 _INSIDE = {page: path for path, page in OUTSIDE.items()}
-_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")
+_LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")
 _NO_RUN = re.compile(r'^( *```\w+) no_run="[^"]*"$', re.MULTILINE)
 
 
@@ -38,12 +38,13 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
     folder = posixpath.dirname(_INSIDE.get(uri, f"docs/{uri}"))
 
     def link(found: re.Match[str]) -> str:
-        words, path, anchor = found[1], posixpath.normpath(posixpath.join(folder, found[2])), found[3] or ""
+        image, words, anchor = found[1], found[2], found[4] or ""
+        path = posixpath.normpath(posixpath.join(folder, found[3]))
         there = OUTSIDE.get(path, path.removeprefix("docs/"))
         if files.get_file_from_path(there) is None:
             if not (ROOT / path).exists():
                 raise FileNotFoundError(f"{uri} links to {path}, which is not there")
             return words
-        return f"[{words}]({posixpath.relpath(there, posixpath.dirname(uri) or '.')}{anchor})"
+        return f"{image}[{words}]({posixpath.relpath(there, posixpath.dirname(uri) or '.')}{anchor})"
 
     return _LINK.sub(link, _NO_RUN.sub(r"\1", markdown))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,19 +109,36 @@ def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -
     assert (file["format"], file["state"], file["step"], file["tensors"]) == ("torch", "whole", 3, 1)
 
 
-def test_on_s3(s3: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["reshard", "dcp", "safetensors"])
+def test_every_command_on_s3(to: str, s3: Place, tmp_path: Path) -> None:
     uri, options = s3
     endpoint = options["client_kwargs"]["endpoint_url"]
     pairs = [f"key={options['key']}", f"secret={options['secret']}", f"client_kwargs.endpoint_url={endpoint}"]
     given = [word for pair in pairs for word in ("-o", pair)]
-    to = [word for pair in pairs for word in ("--dst-option", pair)]
-    call("convert", saved(native, tmp_path), f"{uri}/a-1", "--to", "dcp", *to)
-    assert as_json("inspect", f"{uri}/a-1", *given)["format"] == "dcp"
-    assert as_json("plan", f"{uri}/a-1", "--tp", 2, *RULES, *given)["ranks"][0]["requests"] > 0
-    assert "no difference" in call("diff", f"{uri}/a-1", f"{uri}/a-1", *given)
-    assert [row["uri"] for row in as_json("ls", uri, *given)] == [f"{uri}/a-1"]
-    call("rm", f"{uri}/a-1", "--yes", *given)
-    assert as_json("ls", uri, *given) == []
+    into = [word for pair in pairs for word in ("--dst-option", pair)]
+    place = f"{uri}/a-1"
+    call("convert", saved(native, tmp_path), place, "--to", to, *into)
+    assert as_json("inspect", place, *given)["format"] == to
+    assert as_json("inspect", place, "model.layers.0.up.weight", *given)["model.layers.0.up.weight"]["shape"] == [
+        64,
+        64,
+    ]
+    drawn = tmp_path / "plan.png"
+    assert as_json("plan", place, "--tp", 2, *RULES, "--plot", drawn, *given)["ranks"][0]["requests"] > 0
+    assert drawn.exists()
+    assert "of 6 tensors are" in call("verify", place, *given)
+    assert "of 6 tensors are there" in call("verify", place, "--quick", *given)
+    assert "no difference" in call("diff", place, place, *given)
+    assert [row["uri"] for row in as_json("ls", uri, *given)] == [place]
+    assert "nothing that is older" in call("gc", uri, "--dry-run", *given)
+    call("convert", place, tmp_path / "back", *given)
+    assert len(reshard.open(tmp_path / "back").tensors) == 6
+    if to == "safetensors":
+        with pytest.raises(reshard.errors.ArgumentError):
+            call("rm", place, "--yes", *given)
+    else:
+        call("rm", place, "--yes", *given)
+        assert as_json("ls", uri, *given) == []
 
 
 def test_a_plan_under_fsdp_and_tp_is_that_of_torch(tmp_path: Path) -> None:
@@ -345,6 +364,18 @@ def test_numbers_in_words() -> None:
     assert [in_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
     ]  # fmt: skip
+
+
+def test_the_shell_completes_commands() -> None:
+    environment = {"_RESHARD_COMPLETE": "complete_bash", "COMP_WORDS": "reshard in", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from reshard.cli.app import app; app(prog_name='reshard')"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["inspect"]
 
 
 def test_spans_of_time_in_words() -> None:
