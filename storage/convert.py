@@ -26,6 +26,7 @@ from .dcp import check_codec
 from .errors import ArgumentError, ObjectNotFoundError
 from .logs import logger_of
 from .open_source import open_source
+from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from .reports import RankReport, Report
@@ -37,9 +38,9 @@ from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.notes import Notes, Stand
 from .targets.safetensors import SafetensorsTarget
-from .targets.target import Done, Item, Target, Unit
-from .targets.values import Values
+from .targets.target import Done, Target, Unit
 from .tensors import dtype_name, torch_dtype
+from .values import Values
 from .version import __version__
 
 logger = logger_of(__name__)

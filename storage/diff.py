@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,10 +15,10 @@ from ..planner.index import NATIVE, CheckpointIndex, Entry, Kind
 from ..planner.read_plan import Want
 from .errors import UnsafeObjectError
 from .objects import encode_object
+from .pieces import Item, Piece, rows_of
 from .read import Blob, read_boxes
 from .source import Source
-from .targets.safetensors import rows_of
-from .targets.target import Item
+from .values import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,43 +38,80 @@ class Difference:
 
 
 def diff(a: Source, b: Source) -> Iterator[Difference]:
-    """The differences, by name. Reads what the manifests do not tell to be the same, in pieces.
+    """The differences, by name. Reads what the manifests do not tell to be the same, in pieces, of both at once.
 
     Raises CorruptCheckpointError, StoreError.
     """
     names = sorted({entry.name for entry in a.entries} | {entry.name for entry in b.entries})
-    for name in names:
-        if name not in b:
-            yield Difference(name, "only in A", _in_words(a.entry(name)))
-        elif name not in a:
-            yield Difference(name, "only in B", "", _in_words(b.entry(name)))
-        elif a.entry(name).kind is not Kind.TENSOR or b.entry(name).kind is not Kind.TENSOR:
-            if _object(a, name) != _object(b, name):
-                yield Difference(name, "object", _in_words(a.entry(name)), _in_words(b.entry(name)))
-        else:
-            yield from _of_tensor(a, b, name)
+    to_read = _to_read(a, b, [name for name in names if name in a and name in b])
+    with closing(_of_values(a, b, to_read)) as values:
+        for name in names:
+            if name not in b:
+                yield Difference(name, "only in A", _in_words(a.entry(name)))
+            elif name not in a:
+                yield Difference(name, "only in B", "", _in_words(b.entry(name)))
+            elif name in to_read:
+                yield from next(values)
+            elif not _is_tensor(a, name) or not _is_tensor(b, name):
+                if _object(a, name) != _object(b, name):
+                    yield Difference(name, "object", _in_words(a.entry(name)), _in_words(b.entry(name)))
+            elif a.entry(name).shape != b.entry(name).shape:
+                yield Difference(name, "shape", _in_words(a.entry(name)), _in_words(b.entry(name)))
 
 
-def _of_tensor(a: Source, b: Source, name: str) -> Iterator[Difference]:
-    mine, other = a.entry(name), b.entry(name)
-    if mine.shape != other.shape:
-        yield Difference(name, "shape", _in_words(mine), _in_words(other))
-        return
-    if mine.dtype == other.dtype and _are_the_same(a.index([_all(mine)]), b.index([_all(other)]), name):
-        return
-    changed, largest = 0, 0.0
-    for box in rows_of(Item(name, name, Kind.TENSOR, mine.dtype, mine.shape)):
-        one, two = _values(a, name, box), _values(b, name, box)
-        if mine.dtype == other.dtype and torch.equal(_bits(one), _bits(two)):
-            continue
-        unequal = (one != two) & ~(one.isnan() & two.isnan())
-        changed += int(unequal.sum())
-        apart = (_wide(one[unequal]) - _wide(two[unequal])).abs()
-        largest = max(largest, float(apart.nan_to_num(float("inf")).max()) if len(apart) else 0.0)
-    if mine.dtype != other.dtype:
-        yield Difference(name, "dtype", _in_words(mine), _in_words(other), changed, largest)
-    elif changed:
-        yield Difference(name, "values", _in_words(mine), _in_words(other), changed, largest)
+def _is_tensor(source: Source, name: str) -> bool:
+    return source.entry(name).kind is Kind.TENSOR
+
+
+def _to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tuple[Entry, Entry]]:
+    """The tensors of both, of one shape, that the manifests do not tell to be the same."""
+    both = {name: (a.entry(name), b.entry(name)) for name in names if _is_tensor(a, name) and _is_tensor(b, name)}
+    both = {name: (mine, other) for name, (mine, other) in both.items() if mine.shape == other.shape}
+    told = [name for name, (mine, other) in both.items() if mine.dtype == other.dtype]
+    if not told or (a.format, b.format) != ("reshard", "reshard"):
+        return both
+    of_a, of_b = (source.index([Want(name, Box.whole(both[name][0].shape)) for name in told]) for source in (a, b))
+    same = {name for name in told if _are_the_same(of_a, of_b, name)}
+    return {name: entries for name, entries in both.items() if name not in same}
+
+
+def _of_values(
+    a: Source, b: Source, names: Mapping[str, tuple[Entry, Entry]]
+) -> Generator[list[Difference], None, None]:
+    """What differs in each tensor, if anything does, in order."""
+    boxes = {name: list(rows_of(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
+
+    def pieces(which: int) -> Iterator[Piece]:
+        for name, entries in names.items():
+            item = Item(name, name, Kind.TENSOR, entries[which].dtype, entries[which].shape)
+            yield from (Piece(item, box) for box in boxes[name])
+
+    with closing(Values(a, 0, None, _ignore)) as values_a, closing(Values(b, 0, None, _ignore)) as values_b:
+        pairs = zip(values_a.stream(pieces(0)), values_b.stream(pieces(1)), strict=True)
+        for name, (mine, other) in names.items():
+            changed, largest = 0, 0.0
+            for one, two in islice(pairs, len(boxes[name])):
+                more, apart = _compared(one, two)
+                changed, largest = changed + more, max(largest, apart)
+            words = _in_words(mine), _in_words(other)
+            if mine.dtype != other.dtype:
+                yield [Difference(name, "dtype", *words, changed, largest)]
+            else:
+                yield [Difference(name, "values", *words, changed, largest)] if changed else []
+
+
+def _ignore(nbytes: int) -> None:
+    pass
+
+
+def _compared(one: torch.Tensor, two: torch.Tensor) -> tuple[int, float]:
+    """How many values differ, and by how much at most; two NaNs do not."""
+    if one.dtype == two.dtype and torch.equal(_bits(one), _bits(two)):
+        return 0, 0.0
+    one, two = _comparable(one), _comparable(two)
+    unequal = (one != two) & ~(one.isnan() & two.isnan())
+    apart = (_wide(one[unequal]) - _wide(two[unequal])).abs()
+    return int(unequal.sum()), float(apart.nan_to_num(float("inf")).max()) if len(apart) else 0.0
 
 
 def _are_the_same(a: CheckpointIndex, b: CheckpointIndex, name: str) -> bool:
@@ -90,14 +129,9 @@ def _are_the_same(a: CheckpointIndex, b: CheckpointIndex, name: str) -> bool:
     return same_grid and all(np.array_equal(x, y) for x, y in zip(*parts, strict=True))
 
 
-def _all(entry: Entry) -> Want:
-    return Want(entry.name, Box.whole(entry.shape))
-
-
-def _values(source: Source, name: str, box: Box) -> torch.Tensor:
-    out = torch.empty(box.sizes, dtype=getattr(torch, source.entry(name).dtype))
-    read_boxes(source, [Want(name, box)], [out])
-    return out.to(torch.float64) if out.dtype.is_floating_point and out.itemsize == 1 else out
+def _comparable(values: torch.Tensor) -> torch.Tensor:
+    """torch does not compare floats of a byte."""
+    return values.to(torch.float64) if values.dtype.is_floating_point and values.itemsize == 1 else values
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from ...planner.index import Kind
 from ..objects import torch_save
+from ..pieces import Item
 from ..sources.dcp import METADATA
 from ..store import Store
-from .target import Done, Item, Unit, in_pieces
-from .values import Values
+from ..values import Values
+from .target import Done, Unit, in_pieces
 
 
 class DcpTarget:

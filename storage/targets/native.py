@@ -12,12 +12,13 @@ import torch
 from ...planner.box import Box
 from ...planner.index import Kind
 from ..manifest import DATA_NAME, NAME, Manifest, encode_manifest
+from ..pieces import Item, Piece
 from ..records import assemble_index, record_from_json, record_to_json
 from ..store import Store
+from ..values import Values
 from ..version import __version__
 from ..writer import ShardToWrite, write_objects
-from .target import Done, Item, Piece, Unit, in_pieces
-from .values import Values
+from .target import Done, Unit, in_pieces
 
 
 class NativeTarget:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES
 from ..errors import ArgumentError, DtypeError
+from ..pieces import Item, Piece, rows_of
 from ..sources.safetensors import INDEX_SUFFIX, NAMES
 from ..store import Store
 from ..tensors import as_array, as_bytes
-from .target import PIECE_BYTES, Done, Item, Piece, Unit
-from .values import Values
+from ..values import Values
+from .target import Done, Unit
 
 INDEX = f"model{INDEX_SUFFIX}"
 NOTES = "__metadata__"
@@ -53,7 +53,9 @@ class SafetensorsTarget:
         nbytes = len(header)
         with store.create(name) as out:
             out.write(header)
-            pieces = (Piece(piece.item, box) for piece in unit.pieces for box in rows_of(piece.item))
+            pieces = (
+                Piece(piece.item, box) for piece in unit.pieces for box in rows_of(piece.item.shape, piece.item.dtype)
+            )
             for tensor in values.stream(pieces):
                 interrupt()
                 data = as_bytes(as_array(tensor))
@@ -98,37 +100,3 @@ def _header(items: Sequence[Item]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def rows_of(item: Item) -> Iterator[Box]:
-    """Boxes whose values follow each other in the row-major tensor, of PIECE_BYTES at most, unless for one element.
-
-    They end where a chunk of a native checkpoint does, so that none is read for two of them.
-    """
-    parts = Grid.choose(item.shape, ITEMSIZES[item.dtype]).parts[:1]
-    lines = [item.shape[0] * i // parts[0] for i in range(parts[0] + 1)] if parts else []
-    yield from _rows(item.shape, (), lines, max(1, PIECE_BYTES // ITEMSIZES[item.dtype]))
-
-
-def _rows(shape: tuple[int, ...], at: tuple[int, ...], lines: Sequence[int], most: int) -> Iterator[Box]:
-    """The part of a tensor below some leading indexes, in boxes of at most so many elements.
-
-    `lines` are indexes of the next dimension at which boxes should end, from 0 to its extent, where they can.
-    """
-    rest = shape[len(at) :]
-    numel = Box.whole(rest).numel
-    if numel <= most:
-        if numel:
-            yield Box(at + (0,) * len(rest), (1,) * len(at) + rest)
-        return
-    row = numel // rest[0]
-    start = 0
-    while start < rest[0]:
-        if row > most:
-            yield from _rows(shape, (*at, start), (), most)
-            start += 1
-            continue
-        reach = min(start + most // row, rest[0])
-        stop = max((line for line in lines if start < line <= reach), default=reach)
-        yield Box((*at, start) + (0,) * (len(rest) - 1), (1,) * len(at) + (stop - start, *rest[1:]))
-        start = stop

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
+from typing import Any, Protocol
 
 from ...planner.box import Box
 from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES, Kind
+from ..pieces import PIECE_BYTES, Item, Piece
 from ..store import Store
-from ..tensors import torch_dtype
+from ..values import Values
 
-if TYPE_CHECKING:
-    from .values import Values
-
-PIECE_BYTES = 16 * 1024 * 1024
-"""Values that are read at once. A constant: a conversion that is taken up again must be cut as it was."""
 UNIT_BYTES = 256 * 1024 * 1024
 """Values of a unit, or a little more: what is done again at most after a kill."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A tensor or an object to write."""
-
-    name: str
-    source: str
-    """Its name in the source."""
-    kind: Kind
-    dtype: str
-    """As it is to be written."""
-    shape: tuple[int, ...]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return torch_dtype(self.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return Box.whole(self.shape).numel * ITEMSIZES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a tensor, or an object as a whole."""
-
-    item: Item
-    box: Box
-
-    @property
-    def nbytes(self) -> int:
-        return self.box.numel * ITEMSIZES[self.item.dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 import reshard
+from reshard.storage import pieces, values
 from reshard.storage.manifest import NAME
 from reshard.storage.open_source import open_source
 from reshard.storage.sources.safetensors import NAMES
 from reshard.storage.state_dict import flatten
-from reshard.storage.targets import safetensors, target, values
+from reshard.storage.targets import target
 from tests.storage.samples import same, sample
 
 KIB = 1024
@@ -34,7 +35,7 @@ UNSAFE = ("rng", "third")
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
     """Make pieces and units of some KiB."""
-    for module in (target, values, safetensors):
+    for module in (pieces, target, values):
         monkeypatch.setattr(module, "PIECE_BYTES", piece)
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 

@@ -1,4 +1,4 @@
-"""The values of a source, piece by piece, for a target: read ahead of the writing, small ones several at once."""
+"""The values of a source, piece by piece: read ahead of whoever takes them, small ones several at once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from ...planner.box import Box
-from ...planner.index import Kind
-from ...planner.read_plan import Want
-from ..errors import UnsafeObjectError
-from ..objects import MOST_OBJECT_BYTES, encode_object
-from ..opaque import ZSTD_MAGIC, decompress
-from ..read import Blob, counting_metadata, read_boxes
-from ..reader import Workers
-from ..reports import RankReport, added
-from ..resources import default_budget, give_back_memory
-from ..source import Source
-from .target import PIECE_BYTES, Item, Piece
+from ..planner.box import Box
+from ..planner.index import Kind
+from ..planner.read_plan import Want
+from .errors import UnsafeObjectError
+from .objects import MOST_OBJECT_BYTES, encode_object
+from .opaque import ZSTD_MAGIC, decompress
+from .pieces import PIECE_BYTES, Item, Piece, in_groups
+from .read import Blob, counting_metadata, read_boxes
+from .reader import Workers
+from .reports import RankReport, added
+from .resources import default_budget, give_back_memory
+from .source import Source
 
 MOST_READS = 8
 """Pieces that are read at once."""
@@ -93,17 +93,3 @@ class Values:
             data = blob.data
             return blob.kind, decompress(data, MOST_OBJECT_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
         return *encode_object(value), value
-
-
-def in_groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces of PIECE_BYTES together, or a single one that is larger."""
-    group: list[Piece] = []
-    nbytes = 0
-    for piece in pieces:
-        if group and nbytes + piece.nbytes > PIECE_BYTES:
-            yield group
-            group, nbytes = [], 0
-        group.append(piece)
-        nbytes += piece.nbytes
-    if group:
-        yield group

@@ -1,0 +1,56 @@
+"""Differences: by manifests where they tell, by values where they do not, in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import reshard
+from reshard.storage.diff import Difference, diff
+from reshard.storage.open_source import open_source
+from reshard.storage.pieces import PIECE_BYTES
+from reshard.storage.testing import MemoryStore, RecordingStore
+from tests.storage.conversions import cut_small
+
+
+def saved(state: dict[str, torch.Tensor]) -> RecordingStore:
+    store = MemoryStore()
+    reshard.save(state, store)
+    return RecordingStore(store)
+
+
+def told(a: RecordingStore, b: RecordingStore) -> dict[str, Difference]:
+    return {difference.name: difference for difference in diff(open_source(a), open_source(b))}
+
+
+def test_only_what_the_manifests_do_not_tell_is_read() -> None:
+    a = {"same": torch.randn(1024, 512), "other": torch.randn(256, 256)}
+    one, two = saved(a), saved({**a, "other": a["other"] + 1})
+    found = told(one, two)
+    assert set(found) == {"other"}
+    assert found["other"].changed == 256 * 256
+    read = sum(call.stop - call.start for call in one.calls if call.method == "read" and call.name.startswith("data/"))
+    assert 0 < read <= 256 * 256 * 4, "of the one that differs alone"
+
+
+def test_pieces_of_many_sizes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, piece=4096)
+    torch.manual_seed(0)
+    a = {f"{i:03}": torch.randn(i % 7, 3 * i) for i in range(60)}
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    changed = {"011": 1, "050": 2, "059": 3}
+    for name, count in changed.items():
+        b[name].view(-1)[-count:] += 5
+    assert {name: found.changed for name, found in told(saved(a), saved(b)).items()} == changed
+
+
+def test_dtypes_that_differ_are_compared_by_their_values(tmp_path: Path) -> None:
+    values = torch.randn(3000, 2000)
+    assert values.nbytes > PIECE_BYTES
+    narrow = values.bfloat16()
+    found = told(saved({"w": values}), saved({"w": narrow}))["w"]
+    assert found.what == "dtype"
+    assert found.largest == (values.double() - narrow.double()).abs().max()
+    assert found.changed == int((values != narrow).sum())
