@@ -17,8 +17,21 @@ app = typer.Typer(
 Names = Annotated[str, typer.Option("--names", help="A pattern of tensors; 'model' stands for all below it.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import reshard
+
+        print(reshard.__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def everywhere(debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False) -> None:
+def everywhere(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -198,11 +211,3 @@ def demo(
     from .demo import demo as run
 
     run(uri, steps, storage_option)
-
-
-@app.command("version")
-def version() -> None:
-    """The version of reshard."""
-    import reshard
-
-    print(reshard.__version__)
