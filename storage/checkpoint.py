@@ -14,7 +14,7 @@ from ..planner.box import Box
 from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
-from ..planner.index import Kind
+from ..planner.index import Kind, missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
@@ -24,6 +24,7 @@ from .open_source import open_source
 from .progress import Meter, OnProgress
 from .read import Blob, check_is_tensor, read_boxes
 from .source import Source
+from .state_dict import nest
 from .store import Store
 from .tensors import torch_dtype
 from .verify import Damage, verify
@@ -192,6 +193,41 @@ class Checkpoint:
             meter.location = self.location
             read_boxes(self._source, wants, views, rank=rank, meter=meter)
         return tensors
+
+    def state_dict(
+        self, *, names: str = "*", allow_pickle: bool = False, progress: OnProgress = False
+    ) -> dict[str, Any]:
+        """All values, whole, on the CPU, in the dicts and lists in which they were saved.
+
+        Keys of dicts are strings. Names stay flat where the format does not tell more, as safetensors.
+
+        Args:
+            names: a pattern as in a layout: "model" leaves out the optimizer beside it.
+            allow_pickle: as of `reshard.load`.
+            progress: as of `reshard.load`.
+
+        Raises MissingTensorError where nothing matches, UnsafeObjectError, CorruptCheckpointError, StoreError.
+        """
+        entries = [entry for entry in self._source.entries if matches(names, entry.name)]
+        if not entries and names != "*":
+            raise missing(names, (entry.name for entry in self._source.entries))
+        blobs = [Blob(self._source, entry.name) for entry in entries if entry.kind is not Kind.TENSOR]
+        held = [entry for entry in entries if entry.kind is Kind.TENSOR]
+        wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]
+        self._source.index(wants)  # what it says is checked before memory is taken on its word
+        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype)) for entry in held]
+        with Meter("load", progress) as meter:
+            meter.location = self.location
+            read_boxes(
+                self._source,
+                [*wants, *(want for blob in blobs for want in blob.wants)],
+                [*tensors, *(tensor for blob in blobs for tensor in blob.tensors)],
+                meter=meter,
+            )
+        values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
+        values |= {blob.name: blob.value(allow_pickle=allow_pickle) for blob in blobs}
+        in_order = {entry.name: values[entry.name] for entry in entries}
+        return nest(in_order, self._source.paths)
 
     def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
         """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.

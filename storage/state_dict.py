@@ -13,18 +13,27 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-from .errors import ArgumentError, DestinationError, UnsupportedValueError
+from .errors import ArgumentError, CorruptCheckpointError, DestinationError, UnsupportedValueError
+
+Path = tuple[str | int, ...]
+"""The keys and list positions that lead to a value."""
+MOST_LEVELS = 100
+"""Of what is nested again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A value of a state dict, and where it stands."""
 
-    name: str
+    path: Path
     container: Any
     """The dict or list that holds it."""
     key: Any
     value: Any
+
+    @property
+    def name(self) -> str:
+        return ".".join(map(str, self.path))
 
     def replace(self, value: Any) -> None:
         """Put another value in its place."""
@@ -35,21 +44,55 @@ def flatten(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of a state dict by name. Raises DestinationError where two have the same name."""
     leaves: dict[str, Leaf] = {}
     for key, value in state_dict.items():
-        _walk(str(key), state_dict, key, value, leaves)
+        _walk((str(key),), state_dict, key, value, leaves)
     return leaves
 
 
-def _walk(name: str, container: Any, key: Any, value: Any, leaves: dict[str, Leaf]) -> None:
+def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf]) -> None:
     if isinstance(value, Mapping):
         for inner, item in value.items():
-            _walk(f"{name}.{inner}", value, inner, item, leaves)
+            _walk((*path, str(inner)), value, inner, item, leaves)
     elif isinstance(value, list) and _is_walked(value):
         for inner, item in enumerate(value):
-            _walk(f"{name}.{inner}", value, inner, item, leaves)
-    elif name in leaves:
-        raise DestinationError(f"two values of the state dict have the name {name!r}")
+            _walk((*path, inner), value, inner, item, leaves)
     else:
-        leaves[name] = Leaf(name, container, key, value)
+        leaf = Leaf(path, container, key, value)
+        if leaf.name in leaves:
+            raise DestinationError(f"two values of the state dict have the name {leaf.name!r}")
+        leaves[leaf.name] = leaf
+
+
+class _Nested(dict[str | int, Any]):
+    """What `nest` makes, to be told from a value that is a dict."""
+
+
+def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Values by name as the dicts and lists that they stood in; by their name, where that is not known.
+
+    A list of which not all is here is a dict by position. Raises CorruptCheckpointError where paths contradict each
+    other.
+    """
+    root = _Nested()
+    for name, value in values.items():
+        path = paths.get(name) or (name,)
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, _Nested())
+            if not isinstance(node, _Nested):
+                break
+        if not isinstance(node, _Nested) or path[-1] in node or len(path) > MOST_LEVELS:
+            raise CorruptCheckpointError(f"{name!r} cannot stand at {path} of a state dict, where others stand")
+        node[path[-1]] = value
+    return {str(key): _with_lists(value) for key, value in root.items()}
+
+
+def _with_lists(value: Any) -> Any:
+    if not isinstance(value, _Nested):
+        return value
+    whole = all(type(key) is int for key in value) and set(value) == set(range(len(value)))
+    return (
+        [_with_lists(value[at]) for at in range(len(value))] if whole else {k: _with_lists(v) for k, v in value.items()}
+    )
 
 
 def _is_walked(values: list[Any]) -> bool:

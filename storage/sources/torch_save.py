@@ -142,6 +142,7 @@ class TorchSaveSource(ForeignSource):
         ends = {key: begins[key] + sizes[key] for key in used}
         try:
             leaves = flatten(state)
+            self.paths = {name: leaf.path for name, leaf in leaves.items()}
             for name, leaf in leaves.items():
                 if isinstance(leaf.value, torch.Tensor):
                     self._add_tensor(name, leaf.value, keys, begins, ends)

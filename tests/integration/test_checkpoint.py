@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import reshard
 from reshard import Box, Layout, Shard, errors
@@ -158,3 +159,32 @@ def test_a_strided_layout_is_loaded_from_several_boxes() -> None:
     reshard.save({"w": values}, store)
     layout = Layout(2, {"w": reshard.StridedShard(0, split_factor=2)})
     assert reshard.open(store).load_rank(layout, 1)["w"].flatten().tolist() == [2, 3, 6, 7]
+
+
+def by_name(value: Any) -> Any:
+    """The same with its dicts in the order of their keys."""
+    if isinstance(value, dict):
+        return {key: by_name(value[key]) for key in sorted(value)}
+    return [by_name(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_whole_state_dict_comes_back_from_every_format(tmp_path: Path) -> None:
+    state: dict[str, Any] = {
+        "model": {"a.b": torch.randn(64, 64), "layers": [{"w": torch.randn(8)}, {"w": torch.empty(0)}]},
+        "optimizer": {"groups": [{"lr": 0.1, "betas": (0.9, 0.99)}], "step": torch.tensor(3.0)},
+        "epoch": 7,
+    }
+    reshard.save(state, tmp_path / "native")
+    dcp.save(state, checkpoint_id=tmp_path / "dcp")
+    torch.save(state, tmp_path / "state.pt")
+    for place in ("native", "dcp", "state.pt"):
+        back = reshard.open(tmp_path / place).state_dict()
+        assert str(by_name(back)) == str(by_name(state)), place
+    reshard.convert(tmp_path / "native", tmp_path / "hf", format="safetensors")
+    flat = reshard.open(tmp_path / "hf").state_dict(names="model")
+    assert flat["model.a.b"].equal(state["model"]["a.b"])
+    only = reshard.open(tmp_path / "native").state_dict(names="optimizer")
+    assert only == {"optimizer": state["optimizer"]}
+    with pytest.raises(errors.MissingTensorError, match="no 'modle'"):
+        reshard.open(tmp_path / "native").state_dict(names="modle")
