@@ -285,8 +285,9 @@ class Layout:
 
     def holds(self, name: str, rank: int) -> bool:
         """Whether a rank is of the stage that holds a tensor. Raises LayoutError."""
-        coordinate = self.mesh.coordinate(rank)
-        return name not in self.stages or self.stages[name] == coordinate[self.mesh.names.index("pp")]
+        if name not in self.stages:
+            return True
+        return self.stages[name] == self.mesh.coordinate(rank)[self.mesh.names.index("pp")]
 
     def placements(self, name: str, ndim: int) -> tuple[Placement, ...]:
         """One placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""
