@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -252,9 +252,10 @@ class Layout:
     A pattern is matched against the tensor's name and against the names of the modules that hold it; `*` stands for
     anything. A rule is a tensor-parallel word, a placement for the "tp" dimension (or the only one), placements by
     mesh dimension, or one placement for each mesh dimension. Dimensions that a rule does not name are replicated."""
-    stages: Mapping[str, int]
+    stages: tuple[tuple[str, int], ...]
     """Which coordinate of the mesh dimension "pp" holds a tensor, by its name; one that is not here is on all of
     them. `planner.stages.even_stages` deals layers evenly."""
+    _stage_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __init__(
         self,
@@ -264,7 +265,8 @@ class Layout:
     ) -> None:
         object.__setattr__(self, "mesh", Mesh.of(mesh))
         object.__setattr__(self, "rules", tuple((rules or {}).items()))
-        object.__setattr__(self, "stages", dict(stages or {}))
+        object.__setattr__(self, "stages", tuple(sorted((stages or {}).items())))
+        object.__setattr__(self, "_stage_of", dict(self.stages))
         self._check_stages()
         for pattern, rule in self.rules:
             self._placements(pattern, rule, ndim=2)
@@ -279,15 +281,17 @@ class Layout:
         if "pp" not in self.mesh.names:
             raise LayoutError(f'stages are of the mesh dimension "pp", which {self.mesh} does not have')
         size = self.mesh.sizes[self.mesh.names.index("pp")]
-        for name, stage in self.stages.items():
-            if not 0 <= stage < size:
-                raise LayoutError(f"{name!r} is on stage {stage}, and the mesh {self.mesh} has stages 0 to {size - 1}")
+        for name, stage in self.stages:
+            if not isinstance(stage, int) or not 0 <= stage < size:
+                raise LayoutError(
+                    f"{name!r} is on stage {stage!r}, and the mesh {self.mesh} has stages 0 to {size - 1}"
+                )
 
     def holds(self, name: str, rank: int) -> bool:
         """Whether a rank is of the stage that holds a tensor. Raises LayoutError."""
-        if name not in self.stages:
+        if name not in self._stage_of:
             return True
-        return self.stages[name] == self.mesh.coordinate(rank)[self.mesh.names.index("pp")]
+        return self._stage_of[name] == self.mesh.coordinate(rank)[self.mesh.names.index("pp")]
 
     def placements(self, name: str, ndim: int) -> tuple[Placement, ...]:
         """One placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""

@@ -41,11 +41,18 @@ def plan_from_json(value: Any) -> ReadPlan:
     """The plan that such a value is of. Raises InvalidPlanError where it is of none."""
     try:
         requests = value["requests"]
-        columns = {name: _column(requests[name]) for name in ("objects", "starts", "stops", "request_of_range")}
+        count = len(requests["objects"])
+        columns = {name: _column(requests[name]).reshape(count) for name in ("objects", "starts", "stops")}
+        of_range = _column(requests["request_of_range"])
         sparse = {int(at): (int(count), int(nbytes), int(stride)) for at, count, nbytes, stride in requests["sparse"]}
         most_bytes, most_over_read = value["gaps"]
         reads = tuple(_read_from_json(read) for read in value["reads"])
-        return ReadPlan(reads, Requests(**columns, sparse=sparse), Gaps(int(most_bytes), float(most_over_read)))
+        if of_range.shape != (sum(read.objects.size for read in reads),) or not _within(of_range, count):
+            raise ValueError("the ranges and their requests differ in number")
+        if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
+            raise ValueError("a request has an impossible place")
+        fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
+        return ReadPlan(reads, fetched, Gaps(int(most_bytes), float(most_over_read)))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
         raise InvalidPlanError(f"this is no read plan: {type(error).__name__}: {error}") from error
 
@@ -81,17 +88,26 @@ def _read_from_json(value: Any) -> ChunkReads:
     by_stream = {name: _column(value[name]).reshape(count, int(value["streams"])) for name in _BY_STREAM}
     by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
     runs = value["runs"]
+    if not isinstance(value["encodings"], list):
+        raise ValueError("encodings are a list")
     return ChunkReads(
         want=Want(entry.name, box, bool(value["heads_only"])),
         entry=entry,
         encodings=np.array(value["encodings"], np.uint8),
-        skipped=_column(value["skipped"]),
+        skipped=_column(value["skipped"]).reshape(count),
         **by_stream,
         **by_dimension,
         runs=None
         if runs is None
-        else Runs(**{name: _column(runs[name]) for name in _OF_RUNS}, sparse=np.array(runs["sparse"], np.bool_)),
+        else Runs(
+            **{name: _column(runs[name]).reshape(count) for name in _OF_RUNS},
+            sparse=np.array(runs["sparse"], np.bool_).reshape(count),
+        ),
     )
+
+
+def _within(values: IntArray, count: int) -> bool:
+    return bool(((values >= 0) & (values < count)).all())
 
 
 def _column(values: Any) -> IntArray:

@@ -48,7 +48,8 @@ class RankPlans:
             raise InvalidPlanError(
                 f"a mesh of {self.mesh} has as many ranks as plans, got {len(self.plans)}, {len(self.whole_shards)}"
             )
-        if any(int(plan.requests.objects.max(initial=-1)) >= len(self.objects) for plan in self.plans):
+        named = [plan.requests.objects for plan in self.plans]
+        if any(bool(((objects < 0) | (objects >= len(self.objects))).any()) for objects in named):
             raise InvalidPlanError(f"a plan reads an object that is none of the {len(self.objects)}")
 
     def __getitem__(self, rank: int) -> ReadPlan:
@@ -61,7 +62,7 @@ class RankPlans:
         return iter(self.plans)
 
     def to_json(self) -> str:
-        """The plans as JSON, which `from_json` reads back to an equal value."""
+        """The plans as JSON, which `from_json` reads back to an equal value: some 100 bytes a chunk and rank."""
         value = {
             "location": self.location,
             "mesh": dict(zip(self.mesh.names, self.mesh.sizes, strict=True)),
@@ -83,7 +84,7 @@ class RankPlans:
                 tuple((str(name), int(nbytes)) for name, nbytes in value["objects"]),
                 str(value["location"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, LayoutError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, LayoutError) as error:
             raise InvalidPlanError(f"these are no read plans: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from .errors import LayoutError
 
-_OF_THE_FIRST = ("emb", "wte", "wpe")
+_OF_THE_FIRST = re.compile(r"embed|(^|[._])(emb|wte|wpe)([._]|$)", re.IGNORECASE)
 """What the names of tensors contain that come before all layers."""
 
 
 def even_stages(names: Iterable[str], stages: int) -> dict[str, int]:
     """Deal layers evenly over the stages of a pipeline, in their order, as the `stages` of a Layout.
 
-    The layer of a tensor is the first number in its name: `model.layers.7.up.weight` is of layer 7 of `model.layers`.
+    The layer of a tensor is the first part of its name that is a number: `model.layers.7.up.weight` is of layer 7 of
+    `model.layers`; `layer7.up` is of none.
     Layers below another name are dealt by themselves. Of the tensors without a number, embeddings are on the first
     stage, and the others (the last norm, the head) on the last.
 
@@ -33,7 +35,7 @@ def even_stages(names: Iterable[str], stages: int) -> dict[str, int]:
             of_stack = places[found[0]]
             dealt[name] = of_stack[found[1]] * stages // len(of_stack)
         else:
-            dealt[name] = 0 if any(word in name.lower() for word in _OF_THE_FIRST) else stages - 1
+            dealt[name] = 0 if _OF_THE_FIRST.search(name) else stages - 1
     return dealt
 
 

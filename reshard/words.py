@@ -23,6 +23,16 @@ def in_time(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
+MOST_RUNS = 3
+
+
+def few(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, of many the first and how many there are: `0,2,4,… (32)`."""
+    numbers = sorted(set(numbers))
+    words = ranges(numbers).split(",")
+    return ",".join(words) if len(words) <= MOST_RUNS + 1 else f"{','.join(words[:MOST_RUNS])},… ({len(numbers)})"
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """Numbers as ranges: `0-3,7`."""
     runs: list[list[int]] = []

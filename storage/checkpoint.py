@@ -22,6 +22,7 @@ from .errors import DestinationError
 from .hf_config import read_tp_plan
 from .open_source import open_source
 from .progress import Meter, OnProgress
+from .ranks import rank_of
 from .read import Blob, check_is_tensor, read_boxes
 from .source import Source
 from .state_dict import nest
@@ -189,7 +190,7 @@ class Checkpoint:
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)
                 views.append(local[Box(at, want.box.sizes).slices])
-        with Meter("load", progress, rank=rank) as meter:
+        with Meter("load", progress, rank=rank, draws=rank_of(None) == 0) as meter:
             meter.location = self.location
             read_boxes(self._source, wants, views, rank=rank, meter=meter)
         return tensors

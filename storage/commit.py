@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 
 from ..planner.errors import CheckpointError
-from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError
+from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError
 from .logs import logger_of
-from .manifest import NAME, Manifest
+from .manifest import DATA_FOLDER, NAME, Manifest
 from .store import Store
 
 logger = logger_of(__name__)
@@ -29,6 +29,7 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool)
 
     Raises:
         CheckpointExistsError: another save has committed. This one has not, for certain.
+        StoreError: data objects are gone, or cannot be looked for.
         CommitError: the put failed, and the store does not have the manifest now; it may still come.
     """
     replaced: set[str] = set()
@@ -36,6 +37,12 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool)
         with contextlib.suppress(CheckpointError):  # one that does not tell what it is made of
             there = Manifest.find(store)
             replaced = {name for name, _ in there.objects} if there else set()
+    gone = objects - set(store.list(DATA_FOLDER)) if objects else set()
+    if gone:
+        raise StoreError(
+            f"{len(gone)} data objects that were just written are gone from {store.location}, as {min(gone)!r}: "
+            "something else removes objects there; the checkpoint was not committed"
+        )
     put_commit(store, NAME, manifest, "the manifest", overwrite=overwrite)
     try:
         store.delete(replaced - objects)

@@ -131,7 +131,7 @@ def convert(
     finally:
         alarm.close()
     ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
-    logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank])
+    logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank].words)
     return Report(rank, tuple(ranks), conversion.skipped)
 
 
@@ -221,9 +221,13 @@ class _Conversion:
         )
 
     def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
-        conversion = self.stand.conversion
-        done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-        self.notes.note(conversion, unit, done)
+        conversion, before = self.stand.conversion, self._meter.done
+        try:
+            done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
+            self.notes.note(conversion, unit, done)
+        except BaseException:
+            self._meter.add(before - self._meter.done)
+            raise
         return done
 
     def commit(self) -> int:

@@ -51,6 +51,7 @@ from .ranks import Alarm, raises_portable, rank_of
 from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
+from .retrying_store import at_once
 from .source import Source
 from .store import Store, open_store
 from .tensors import dtype_name, refuse_misplaced, torch_dtype
@@ -194,7 +195,7 @@ class StorageWriter(dcp.StorageWriter):
         names = [record.name for record in self._written]
         if names:
             try:
-                self._store().delete(names)
+                at_once(self._store()).delete(names)
             except Exception as error:
                 logger.warning("data objects of a failed save remain, %s: %s", ", ".join(names), error)
 

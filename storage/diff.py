@@ -20,6 +20,9 @@ from .read import Blob, read_boxes
 from .source import Source
 from .values import Values
 
+MOST_CHARACTERS = 40
+"""Of a value that is shown."""
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -53,8 +56,9 @@ def diff(a: Source, b: Source) -> Iterator[Difference]:
             elif name in to_read:
                 yield from next(values)
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
-                if _object(a, name) != _object(b, name):
-                    yield Difference(name, "object", _in_words(a.entry(name)), _in_words(b.entry(name)))
+                one, two = _object(a, name), _object(b, name)
+                if one != two:
+                    yield Difference(name, "object", _in_words(a.entry(name), *one), _in_words(b.entry(name), *two))
             elif a.entry(name).shape != b.entry(name).shape:
                 yield Difference(name, "shape", _in_words(a.entry(name)), _in_words(b.entry(name)))
 
@@ -154,7 +158,10 @@ def _object(source: Source, name: str) -> tuple[Kind, bytes]:
         return blob.kind, blob.data
 
 
-def _in_words(entry: Entry) -> str:
+def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
+    if kind is Kind.JSON:
+        text = data.decode()
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
     if entry.kind is not Kind.TENSOR:
         return f"object of {entry.numel} bytes"
     return f"{entry.dtype} {list(entry.shape)}"

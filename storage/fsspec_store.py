@@ -15,12 +15,12 @@ from fsspec.core import split_protocol, url_to_fs
 from typing_extensions import Buffer
 
 from .conditions import put_new, refuse_to_replace
-from .errors import UnsupportedURIError
+from .errors import StoreError, UnsupportedURIError
 from .local_store import LocalStore
 from .obstore_store import open_s3
 from .retrying_store import RetryingStore, deadline_s
 from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held
-from .translate import is_beyond_the_end, translating
+from .translate import is_beyond_the_end, translating, without_secrets
 
 S3_CONFIG = {
     "max_pool_connections": 64,
@@ -51,6 +51,8 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
         raise UnsupportedURIError(f"{uri!r} needs a package that is not installed: {error}") from error
     except (ValueError, TypeError) as error:
         raise UnsupportedURIError(f"cannot open {uri!r}: {error}") from error
+    except Exception as error:  # one that connects at once
+        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from error
     if "file" in _protocols(filesystem) and type(filesystem) is fsspec.get_filesystem_class("file"):
         return LocalStore(path)
     return RetryingStore(FsspecStore(filesystem, path))
@@ -75,8 +77,8 @@ class FsspecStore:
     @property
     def location(self) -> str:
         if "://" in self._root:  # as it is of HTTP
-            return self._root
-        return f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}"
+            return without_secrets(self._root)
+        return without_secrets(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
 
     @property
     def async_reads(self) -> AsyncReads | None:

@@ -87,7 +87,7 @@ def load(
             report = loading.run(source, rank, alarm, meter)
         seconds = {"open": opened - begin, **report.seconds, "total": time.perf_counter() - begin}
         report = replace(report, seconds=seconds)
-        logger.info("loaded from %s: %s", source.location, report)
+        logger.info("loaded from %s: %s", source.location, report.words)
         return report
 
     try:

@@ -147,11 +147,12 @@ class LocalStore:
             with self._errors("delete", name):
                 (self._root / name).unlink(missing_ok=True)
 
-    def delete_empty_folders(self) -> None:
-        """Remove the folders below this one, and this one, that hold nothing, as object stores do by themselves."""
-        for folder, _, _ in os.walk(self._root, topdown=False):
-            with contextlib.suppress(OSError):  # it holds something
-                os.rmdir(folder)
+    def delete_if_empty(self, folder: str = "") -> None:
+        """Remove a folder that holds nothing, as object stores do by themselves; not the one that we are in."""
+        path = self._root / folder
+        with contextlib.suppress(OSError):  # it holds something
+            if not path.samefile(os.curdir):
+                os.rmdir(path)
 
     @contextmanager
     def _errors(self, doing: str, name: str) -> Iterator[None]:

@@ -70,6 +70,8 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     if options or client or (session is None and profile is not None) or _is_beyond(session):
         return None
     endpoint = endpoint or _configured_endpoint(session)
+    if endpoint and "://" not in endpoint:  # obstore would panic
+        return None
     region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
     if region is None:
         return None  # s3fs finds out where a bucket is

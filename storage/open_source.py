@@ -132,7 +132,7 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
     if remains and format in (None, "reshard"):
         return NotCommittedError(
             f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
-            "The save was interrupted, or is still running"
+            "The save was interrupted, or is still running. `reshard gc` removes what is left, once it is a day old"
         )
     if any(name.endswith(".distcp") for name in names if "/" not in name) and format in (None, "dcp"):
         return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
@@ -142,6 +142,6 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
             f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"
         )
     looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
-    return CheckpointNotFoundError(
-        f"there is no {looked} at {store.location}: it has no {NAME}, no {METADATA}, no *{SUFFIX}"
-    )
+    marks = {"reshard": NAME, "dcp": METADATA, "safetensors": f"*{SUFFIX}", "torch": "single file of torch.save"}
+    lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
+    return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}")

@@ -10,10 +10,18 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from ..planner.errors import CheckpointError
-from .errors import ArgumentError, NotCommittedError, ObjectNotFoundError, StoreError
+from .errors import (
+    ArgumentError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    NotCommittedError,
+    ObjectNotFoundError,
+    StoreError,
+)
 from .local_store import LocalStore
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
 from .open_source import CONVERSION, FILE_SUFFIXES, open_source
@@ -22,6 +30,8 @@ from .sources.dcp import METADATA, RANK_METADATA
 from .store import Store, open_store
 from .writer import OBJECT_MAGIC
 
+REMOVABLE = ("reshard", "dcp")
+"""Formats whose metadata tells what a checkpoint is made of."""
 WHOLE, UNFINISHED = "whole", "never committed"
 _WRITTEN = re.compile(r"data/[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
 """What data objects are called that reshard writes."""
@@ -40,35 +50,42 @@ class Found:
     """The last number in the name of its folder."""
     nbytes: int | None
     """Of its data objects, as stored."""
-    tensors: int | None
+    entries: int | None
+    """Tensors and other values."""
     created: datetime.datetime | None
     """When it was saved, as reshard's own tell; of others, when the first of its objects was last written."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it can be loaded."""
+        """Whether it is committed, and all its objects are there; `Checkpoint.verify` tells what they hold."""
         return self.state == WHOLE
 
 
-def find_checkpoints(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[Found]:
+def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[Found]:
     """The checkpoints at a place and below it, by their names; files of torch.save where there is nothing else.
 
     Raises StoreError, UnsupportedURIError.
     """
+    uri = os.fspath(uri)
     folders: dict[str, set[str]] = {}
     for name in open_store(uri, storage_options).list():
         folder, base = _in_its_place(name)
         folders.setdefault(folder, set()).add(base)
-    places = []
+    places: list[tuple[str, set[str] | None]] = []
     for folder, names in sorted(folders.items()):
         if any(map(_tells, names)):
-            places.append(folder)
+            places.append((folder, names))
         else:
             files = (name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch")
-            places += [f"{folder}/{name}".lstrip("/") for name in sorted(files)]
+            places += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
     with ThreadPoolExecutor(16, "reshard-ls") as pool:
-        found = pool.map(lambda place: _found(f"{uri.rstrip('/')}/{place}".rstrip("/"), storage_options), places)
-        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+        def look(place: tuple[str, set[str] | None]) -> Found | None:
+            return _found(f"{uri.rstrip('/')}/{place[0]}".rstrip("/"), place[1], storage_options)
+
+        return [
+            checkpoint for checkpoint in pool.map(look, sorted(places, key=itemgetter(0))) if checkpoint is not None
+        ]
 
 
 def _in_its_place(name: str) -> tuple[str, str]:
@@ -85,8 +102,8 @@ def _tells(name: str) -> bool:
     return bool(known) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
-def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found | None:
-    """None for a file that only has a name like those of torch.save."""
+def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> Found | None:
+    """None for a file that only has a name like those of torch.save. `names` are those of a folder, None of a file."""
     number = _LAST_NUMBER.search(uri.rpartition("/")[2])
     step = int(number[1]) if number else None
     try:
@@ -94,30 +111,32 @@ def _found(uri: str, storage_options: Mapping[str, Any] | None) -> Found | None:
     except NotCommittedError:
         return Found(uri, "", UNFINISHED, step, None, None, None)
     except CheckpointError as error:
-        if FILE_SUFFIXES.get(os.path.splitext(uri)[1]) == "torch":
+        if names is None and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
             return None
         return Found(uri, "", str(error), step, None, None, None)
     nbytes = sum(nbytes for _, nbytes in source.objects)
-    return Found(uri, source.format, WHOLE, step, nbytes, len(source.entries), _created(source))
+    missing = 0 if names is None else sum(name not in names for name, _ in source.objects)
+    state = f"{missing} of {len(source.objects)} objects are missing" if missing else WHOLE
+    return Found(uri, source.format, state, step, nbytes, len(source.entries), _created(source))
 
 
 def _created(source: Source) -> datetime.datetime | None:
-    with contextlib.suppress(KeyError, ValueError, TypeError):
+    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
         return datetime.datetime.fromisoformat(source.info["created"]).astimezone(datetime.UTC)
-    with contextlib.suppress(StoreError):
+    with contextlib.suppress(StoreError, ValueError, OverflowError):
         for name, _ in source.objects[:1]:
             return datetime.datetime.fromtimestamp(source.store.modified(name), datetime.UTC)
     return None
 
 
-def remove(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+def remove(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """Remove a checkpoint of reshard or of DCP: first what makes it one, so that it is never in part, then its data.
 
     Other objects at the place stay. Returns the names of what was removed. Raises ArgumentError for one of another
     format, and as `open_source`.
     """
     source = open_source(uri, storage_options)
-    if source.format not in ("reshard", "dcp"):
+    if source.format not in REMOVABLE:
         raise ArgumentError(
             f"{source.location} is of format {source.format!r}: only checkpoints of reshard and of DCP are removed, "
             "whose metadata tells what they are made of"
@@ -129,7 +148,8 @@ def remove(uri: str, storage_options: Mapping[str, Any] | None = None) -> list[s
     source.store.delete(first)
     source.store.delete(names)
     if isinstance(source.store, LocalStore):
-        source.store.delete_empty_folders()
+        source.store.delete_if_empty(DATA_FOLDER)
+        source.store.delete_if_empty()
     return first + names
 
 

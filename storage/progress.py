@@ -6,6 +6,7 @@ a callback runs where the call was made, and what it raises ends the call.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -44,9 +45,13 @@ the thread that made the call: ten times a second at most, and at the end of wha
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """Counts what one rank's part of a call does, and shows it."""
+    """Counts what one rank's part of a call does, and shows it.
 
-    def __init__(self, task: str, progress: OnProgress = False, *, rank: int = 0) -> None:
+    Args:
+        draws: whether it is this process that shows a bar; by default rank 0.
+    """
+
+    def __init__(self, task: str, progress: OnProgress = False, *, rank: int = 0, draws: bool | None = None) -> None:
         self.location = ""
         self._task = task
         self._rank = rank
@@ -54,7 +59,7 @@ class Meter(AbstractContextManager["Meter"]):
         self._bar: _Bar | None = None
         if callable(progress):
             self._show = progress
-        elif progress and rank == 0:
+        elif progress and (rank == 0 if draws is None else draws):
             self._bar = self._show = _Bar()
         self._lock = threading.Lock()
         self._begun = time.perf_counter()
@@ -75,6 +80,11 @@ class Meter(AbstractContextManager["Meter"]):
         """Some of it was done; a negative number takes it back. Called by any thread."""
         with self._lock:
             self._done += nbytes
+
+    @property
+    def done(self) -> int:
+        """What was added."""
+        return self._done
 
     def tick(self) -> None:
         """Show it, if it was not shown just now. Called by the thread that made the call."""
@@ -115,6 +125,10 @@ class _Bar:
         self._rich: RichProgress | None = None
 
     def __call__(self, progress: Progress) -> None:
+        with contextlib.suppress(Exception):  # a terminal that is gone ends no save
+            self._draw(progress)
+
+    def _draw(self, progress: Progress) -> None:
         if self._rich is None:
             self._rich = _rich_progress()
             self._rich.add_task(f"{progress.task} {progress.location}", total=None, rate="")
@@ -127,8 +141,9 @@ class _Bar:
         )
 
     def close(self) -> None:
-        if self._rich is not None and not self._rich.disable:
-            self._rich.stop()
+        with contextlib.suppress(Exception):
+            if self._rich is not None and not self._rich.disable:
+                self._rich.stop()
 
 
 def _rich_progress() -> RichProgress:
@@ -137,7 +152,7 @@ def _rich_progress() -> RichProgress:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    words, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+    words, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
     columns = words, BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()
     shown = console.is_terminal or console.is_jupyter
     return Progress(*columns, console=console, auto_refresh=False, disable=not shown)

@@ -54,15 +54,19 @@ class RankReport:
     def _moved(self) -> int:
         return self.bytes_fetched + self.bytes_written
 
-    def __str__(self) -> str:
-        who = "all ranks" if self.rank is None else f"rank {self.rank}"
+    @property
+    def words(self) -> str:
+        """It in a line, but for the rank."""
         parts = {"fetched": self.bytes_fetched, "written": self.bytes_written}
         moved = ", ".join(f"{nbytes / 1e6:.2f} MB {how}" for how, nbytes in parts.items() if nbytes or not self._moved)
         stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
         return (
-            f"{who}: {self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "
+            f"{self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "
             f"{self.requests} requests, {self.chunks} chunks; {stages}"
         )
+
+    def __str__(self) -> str:
+        return f"{'all ranks' if self.rank is None else f'rank {self.rank}'}: {self.words}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ tried again; the commit looks at what is there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -29,6 +30,8 @@ REQUEST_DEADLINE_S = 60.0
 """A request that has not been answered in full by then has failed; it may be tried again."""
 SLOWEST_BYTES_PER_S = 1_000_000
 """What is large is given more time than that, at this rate."""
+QUIET_S = 5.0
+"""What fails for longer is worth a warning."""
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 
@@ -65,7 +68,9 @@ class _Pauses:
         self._wait = min(2 * self._wait, LONGEST_WAIT_S)
         if time.monotonic() + pause > self._deadline:
             return None
-        logger.info("tried again in %.1f s: %s", pause, error)
+        failing_s = self._retry_for_s - (self._deadline - time.monotonic())
+        level = logging.WARNING if failing_s > QUIET_S else logging.INFO
+        logger.log(level, "failing for %.0f s, tried again in %.1f s: %s", failing_s, pause, error)
         return pause
 
 
@@ -86,6 +91,11 @@ class _RetryingReads:
                 if (pause := pauses.next(error)) is None:
                     raise
             await asyncio.sleep(pause)
+
+
+def at_once(store: Store) -> Store:
+    """A store without its retries: for what is worth no wait, as to tidy up after a failure."""
+    return store._store if isinstance(store, RetryingStore) else store
 
 
 class RetryingStore:

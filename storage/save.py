@@ -140,6 +140,10 @@ def save(
                 no_dist=not is_distributed(),
             )
     except CheckpointException as failed:
+        own, _ = failed.failures.get(rank, (None, None))
+        if isinstance(own, KeyboardInterrupt):  # DCP takes it for an error
+            writer.discard()
+            raise own from failed
         error = _first_failure(failed)
         if not isinstance(error, CommitError):
             writer.discard()
@@ -152,7 +156,7 @@ def save(
     commit_s = total_s - plan_s - stages.pop("total")  # and the wait for the slowest rank
     seconds = {"plan": plan_s, **stages, "commit": commit_s, "total": total_s}
     ranks[rank] = replace(ranks[rank], seconds=seconds)
-    logger.info("saved to %s: %s", writer.storage_meta(), ranks[rank])
+    logger.info("saved to %s: %s", writer.meter.location, ranks[rank].words)
     return Report(rank, tuple(ranks))
 
 

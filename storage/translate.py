@@ -56,6 +56,7 @@ _TRANSIENT_CLASSES = frozenset(
 _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
+_SECRETS = re.compile(r"(?<=://)[^/@]*(?=@)|(?<=\?).*")
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
@@ -89,6 +90,8 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         )
     if doing == "write" and (isinstance(error, FileExistsError) or _code(error) in _CONDITION_FAILED):
         return CheckpointExistsError(f"{name!r} exists in {location}")
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        reason = f"the client does not know what storage_options have: {error}"
     if _code(error) == "NoSuchBucket":
         reason = "there is no such bucket"
     if "Received redirect without LOCATION" in str(error):
@@ -96,6 +99,11 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
     if _is_transient(error):
         return UnavailableError(f"cannot {doing} {where} now: {reason}")
     return StoreError(f"cannot {doing} {where}: {reason}")
+
+
+def without_secrets(location: str) -> str:
+    """A location as errors and logs may show it: without a user's password, or what signs a URL."""
+    return _SECRETS.sub("***", location)
 
 
 def is_beyond_the_end(error: Exception) -> bool:

@@ -37,7 +37,7 @@ from .manifest import DATA_FOLDER, DATA_SUFFIX
 from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
-from .retrying_store import retried
+from .retrying_store import at_once, retried
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
 
@@ -191,7 +191,7 @@ def write_objects(
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                store.delete(written)
+                at_once(store).delete(written)
             raise
         finally:
             writing.shutdown(wait=False)
@@ -246,18 +246,17 @@ class _ObjectWriter:
         encode_s = write_s = 0.0
         taken = 0
         try:
-            with self._store.create(record.name) as out:
+            with record_function("reshard.write"), self._store.create(record.name) as out:
                 out.write(OBJECT_MAGIC)
                 record.nbytes = len(OBJECT_MAGIC)
                 clock = time.perf_counter()
                 for batch in self._encoded(shards, begun):
                     chunks = batch.encoded.result()
                     encoded_at = time.perf_counter()
-                    with record_function("reshard.write"):
-                        for data, checksums in chunks:
-                            out.write(data)
-                            batch.segment.add(record.nbytes, len(data), checksums)
-                            record.nbytes += len(data)
+                    for data, checksums in chunks:
+                        out.write(data)
+                        batch.segment.add(record.nbytes, len(data), checksums)
+                        record.nbytes += len(data)
                     if not self._store.holds_objects:
                         self._wrote(batch.values_nbytes)
                         taken += batch.values_nbytes
@@ -269,7 +268,7 @@ class _ObjectWriter:
         except BaseException:
             self._wrote(-taken)
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                self._store.delete([record.name])
+                at_once(self._store).delete([record.name])
             raise
         encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
         record.shards = [shard.record(encoding) for shard in begun]
@@ -326,12 +325,11 @@ def _encode(
     """Chunks of a shard, each with its checksums."""
     page_bytes = entry.page_bytes
     chunks = []
-    with record_function("reshard.encode"):
-        for box in boxes:
-            plain = as_bytes(values[box])
-            if codec == "none":
-                chunks.append((plain.data, page_checksums(plain.data, page_bytes)))
-            else:
-                encoded = encode(plain, entry.dtype, stream)
-                chunks.append((memoryview(encoded), [checksum(encoded)]))
+    for box in boxes:
+        plain = as_bytes(values[box])
+        if codec == "none":
+            chunks.append((plain.data, page_checksums(plain.data, page_bytes)))
+        else:
+            encoded = encode(plain, entry.dtype, stream)
+            chunks.append((memoryview(encoded), [checksum(encoded)]))
     return chunks

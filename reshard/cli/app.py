@@ -38,7 +38,9 @@ def everywhere(
 @app.command()
 def inspect(
     uri: Uri,
-    names: Annotated[list[str] | None, typer.Argument(help="Tensors to tell all of.", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Tensors to tell all of, or patterns.", show_default=False)
+    ] = None,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
@@ -64,8 +66,10 @@ def plan(
         typer.Option("--tp-plan", metavar="RULE|FILE", help="'*.up=colwise', or a JSON file of such."),
     ] = None,
     names: Names = "*",
-    latency: Annotated[float, typer.Option(min=0, metavar="MS", help="Of a request.")] = 20.0,
-    bandwidth: Annotated[float, typer.Option(min=0.001, metavar="MB/S", help="Of a rank.")] = 1000.0,
+    latency: Annotated[
+        float | None, typer.Option(min=0, metavar="MS", help="Of a request; 20 for the seconds.")
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=0.001, metavar="MB/S", help="Of a rank; 1000.")] = None,
     requests_at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Of a rank.")] = 32,
     price: Annotated[float, typer.Option("--price-per-1000-gets", min=0, metavar="DOLLARS")] = 0.0004,
     max_over_read: Annotated[
@@ -80,7 +84,8 @@ def plan(
 ) -> None:
     """What each rank would read under another layout, and what it costs; beside it DCP, which reads whole shards.
 
-    Without --tp-plan the plan in the checkpoint's config.json is taken.
+    Without --tp-plan the plan in the checkpoint's config.json is taken. With --latency or --bandwidth it is planned
+    for such a store, else for the one that it is on.
 
     Example: reshard plan s3://bucket/run/step-1000 --tp 8 --tp-plan '*.up=colwise' --tp-plan '*.down=rowwise'
     """
@@ -89,7 +94,13 @@ def plan(
     sizes = {"pp": pp, "dp": dp, "fsdp": fsdp, "tp": tp}
     mesh = {name: size for name, size in sizes.items() if size > 1}
     wanted = Wanted(mesh, tp_plan or [], names, max_over_read, tensor)
-    link = Link(latency / 1e3, bandwidth * 1e6, requests_at_once, price)
+    link = Link(
+        (20.0 if latency is None else latency) / 1e3,
+        (1000.0 if bandwidth is None else bandwidth) * 1e6,
+        requests_at_once,
+        price,
+        is_given=latency is not None or bandwidth is not None,
+    )
     run(uri, wanted, link, plot, save, format, storage_option, as_json)
 
 
@@ -204,7 +215,7 @@ def demo(
 ) -> None:
     """The main job on real input: train under FSDP on 4 processes, save, serve under TP on 2, resume on 3.
 
-    Takes a minute on two cores, and writes to ./demo-run, which it empties first.
+    Takes a minute on two cores, and writes to ./demo-run, which it makes; what an earlier demo left there goes.
 
     Example: reshard demo --uri s3://bucket/demo
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import sys
@@ -50,7 +51,11 @@ def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(_finite(value), indent=1, default=str))
+    print(json.dumps(_finite(value), indent=1, default=_in_iso))
+
+
+def _in_iso(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime.datetime) else str(value)
 
 
 def _finite(value: object) -> object:
@@ -75,8 +80,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        is_number = column in right
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+        fits = column in right or column == "ranks"
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=fits)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))
     Console(highlight=False).print(table)

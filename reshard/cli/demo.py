@@ -16,5 +16,5 @@ def demo(uri: str | None, steps: int, options: list[str] | None) -> None:
     try:
         run(uri or str(FOLDER / "checkpoint"), steps, storage_options(options))
     except subprocess.CalledProcessError as error:
-        print(f"reshard: the demo failed: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        print(f"reshard: the demo failed, with exit code {error.returncode}", file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import sys
 from collections import Counter
@@ -102,7 +103,8 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def _tell_tensors(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
     told: dict[str, Any] = {}
-    for name in names:
+    there = [*checkpoint.tensors, *checkpoint.objects]
+    for name in (found for given in names for found in fnmatch.filter(there, given) or [given]):
         if name in checkpoint.objects:
             told[name] = {"value": checkpoint.read_object(name)}
             continue

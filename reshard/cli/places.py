@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from dataclasses import asdict
 
 import typer
 
-from reshard.storage.places import find_checkpoints, find_remains, remove, remove_remains
+from reshard.storage.open_source import open_source
+from reshard.storage.places import REMOVABLE, find_checkpoints, find_remains, remove, remove_remains
 
 from ..words import in_bytes, in_time
 from .common import print_json, print_table, storage_options
@@ -18,6 +20,9 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
     if as_json:
         print_json([asdict(checkpoint) for checkpoint in found])
         return
+    if not found:
+        print(f"there is no checkpoint at {uri}, and none below it", file=sys.stderr)
+        return
     now = datetime.datetime.now(datetime.UTC)
     rows = [
         (
@@ -25,7 +30,7 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
             checkpoint.format,
             "" if checkpoint.step is None else checkpoint.step,
             "" if checkpoint.nbytes is None else in_bytes(checkpoint.nbytes),
-            "" if checkpoint.tensors is None else checkpoint.tensors,
+            "" if checkpoint.entries is None else checkpoint.entries,
             "" if checkpoint.created is None else in_time((now - checkpoint.created).total_seconds()),
             checkpoint.state,
         )
@@ -38,9 +43,10 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
 
 def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     given = storage_options(options)
-    there = [found for found in find_checkpoints(uri, given) if found.uri == uri.rstrip("/") and found.is_whole]
-    what = f"{there[0].format} checkpoint of {in_bytes(there[0].nbytes or 0)}" if there else "checkpoint"
-    if not yes and not typer.confirm(f"Remove the {what} at {uri}?"):
+    source = open_source(uri, given)
+    what = f"{source.format} checkpoint of {in_bytes(sum(nbytes for _, nbytes in source.objects))}"
+    asks = source.format in REMOVABLE and not yes  # else it is refused
+    if asks and not typer.confirm(f"Remove the {what} at {uri}?"):
         raise typer.Exit(1)
     print(f"{len(remove(uri, given))} objects removed")
 

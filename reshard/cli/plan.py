@@ -20,7 +20,7 @@ from reshard.planner.report import PlanReport, WholeShards
 from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
-from ..words import in_bytes, ranges
+from ..words import few, in_bytes
 from .common import print_json, print_table, storage_options
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Link:
     bytes_per_s: float
     requests_at_once: int
     dollars_per_1000: float
+    is_given: bool
+    """Whether to plan for it; else for what the checkpoint's own store is known to be."""
 
     def seconds(self, nbytes: int, requests: int, at_once: int | None = None) -> float:
         """How long a rank takes for its requests: their latencies, so many at once, and their bytes."""
@@ -68,7 +70,11 @@ def run(
     as_json: bool,
 ) -> None:
     checkpoint: Checkpoint | None = None
-    if uri.endswith(".json") and os.path.isfile(uri):
+    if wanted.tensor and not plot:
+        raise typer.BadParameter("it is what --plot draws", param_hint="--tensor")
+    if save and not save.endswith(".json"):
+        raise typer.BadParameter("end its name with .json, by which it is known again", param_hint="--save")
+    if uri.endswith(".json") and not uri.endswith(".index.json") and os.path.isfile(uri):
         plans = _read_back(uri, wanted)
     else:
         checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
@@ -76,7 +82,7 @@ def run(
     if save:
         _write(save, "--save", lambda: Path(save).write_text(plans.to_json()))
     if plot:
-        figure = _drawn(checkpoint, plans, wanted.tensor)
+        figure = _drawn(checkpoint, plans, wanted.tensor, link)
         _write(plot, "--plot", lambda: figure.savefig(plot, dpi=120))
     if as_json:
         print_json(_told(plans, link))
@@ -87,7 +93,11 @@ def run(
 def _read_back(path: str, wanted: Wanted) -> RankPlans:
     if wanted.mesh or wanted.tp_plan or wanted.names != "*" or wanted.max_over_read is not None:
         raise typer.BadParameter("a saved plan has its ranks and rules: leave them out", param_hint="URI")
-    return RankPlans.from_json(Path(path).read_text())
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path!r} cannot be read: {error}", param_hint="URI") from None
+    return RankPlans.from_json(text)
 
 
 def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
@@ -95,14 +105,15 @@ def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
     words = _words(checkpoint, wanted.tp_plan, mesh.get("tp", 1))
     stages = even_stages(checkpoint.tensors, mesh["pp"]) if "pp" in mesh else None
     layout = Layout(mesh, _rules(checkpoint, mesh, words), stages)
-    costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED)
+    costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED) if link.is_given else None
     return checkpoint.plan(layout, names=wanted.names, max_over_read=wanted.max_over_read, costs=costs)
 
 
-def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None) -> Figure:
+def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
     name = tensor or pictures.most_over_read(plans)
     shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
-    return pictures.overview(plans, name=name, shards=shards)
+    seconds = [link.seconds(plan.report.bytes_fetched, plan.report.requests) for plan in plans]
+    return pictures.overview(plans, name=name, shards=shards, seconds=seconds)
 
 
 def _write(path: str, option: str, write: Callable[[], object]) -> None:
@@ -133,10 +144,10 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
-    print_table(COLUMNS, [(ranges(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
-    notes = {note for plan in plans if (note := str(plan.report).partition("; ")[2])}
-    for note in sorted(notes)[:3]:
-        print(note)
+    print_table(COLUMNS, [(few(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
+    most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
+    if note := str(plans[most].report).partition("; ")[2]:
+        print(f"rank {most}: {note}")
 
 
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
@@ -148,11 +159,15 @@ def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
         str(report.requests),
         str(report.objects),
         f"{link.seconds(report.bytes_fetched, report.requests):.2f}",
-        f"{report.requests * link.dollars_per_1000 / 1000:.4f}",
+        _in_dollars(report.requests * link.dollars_per_1000 / 1000),
         in_bytes(whole.nbytes),
         f"{whole.nbytes / needed:.2f}",
         f"{link.seconds(whole.nbytes, whole.shards, at_once=1):.2f}",
     )
+
+
+def _in_dollars(dollars: float) -> str:
+    return f"{dollars:.4f}" if dollars >= 0.0001 or not dollars else "<.0001"
 
 
 def _words(checkpoint: Checkpoint, given: list[str], tp: int) -> dict[str, str]:
@@ -174,7 +189,7 @@ def _words(checkpoint: Checkpoint, given: list[str], tp: int) -> dict[str, str]:
             with open(rule) as file:
                 words |= {str(pattern): str(word) for pattern, word in json.load(file).items()}
         except (OSError, ValueError, AttributeError) as error:
-            raise typer.BadParameter(f"{rule!r} is neither PATTERN=WORD nor a JSON file of them: {error}") from None
+            raise typer.BadParameter(f"{rule!r} is neither PATTERN=WORD nor a JSON file of such: {error}") from None
     return words
 
 

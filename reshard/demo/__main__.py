@@ -32,8 +32,12 @@ import reshard
 from reshard.demo.dcp_peer import CountingReader
 from reshard.demo.text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
+from reshard.errors import ArgumentError
 
 FOLDER = Path("demo-run")
+MARK = ".reshard-demo"
+"""What tells the folder of a demo from somebody's."""
+OPTIONS = "RESHARD_DEMO_STORAGE_OPTIONS"
 PHASES = {"train": 4, "serve": 2, "resume": 3}
 BATCH = 12
 LENGTH = 128
@@ -42,23 +46,30 @@ MORE_STEPS = 5
 
 
 def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
-    """All phases, one after another, each under torchrun. Raises CalledProcessError where one fails."""
+    """All phases, one after another, each under torchrun.
+
+    Raises ArgumentError where the folder is somebody's, CalledProcessError where a phase fails.
+    """
     begin = time.perf_counter()
+    if FOLDER.exists() and not (FOLDER / MARK).exists():
+        raise ArgumentError(f"{FOLDER} is there already, and is not of a demo: run it in another folder")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (FOLDER / MARK).touch()
+    # Not as arguments, which every user of the machine can see.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", OPTIONS: json.dumps(storage_options)}
     for phase, processes in PHASES.items():
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "reshard.demo"]
-        arguments = [phase, uri, str(steps), json.dumps(storage_options)]
+        arguments = [phase, uri, str(steps)]
         subprocess.run([sys.executable, "-m", *launch, *arguments], env=environment, check=True)
     print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {uri}")
 
 
 def main() -> None:
-    phase, uri, steps, storage_options = sys.argv[1:]
+    phase, uri, steps = sys.argv[1:]
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    place = Place(uri, json.loads(storage_options))
+    place = Place(uri, json.loads(os.environ[OPTIONS]))
     {"train": train, "serve": serve, "resume": resume}[phase](mesh, place, int(steps))
     dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
     dist.destroy_process_group()
@@ -116,9 +127,7 @@ def train(mesh: DeviceMesh, place: Place, steps: int) -> None:
     training = Training(mesh, seed=0)
     training.run(steps)
     logits, loss = evaluate(training.model)
-    report = reshard.save(
-        training.state_dict(), place.uri, storage_options=place.storage_options, overwrite=True, progress=True
-    )
+    report = reshard.save(training.state_dict(), place.uri, storage_options=place.storage_options, progress=True)
     say(f"  saved to {place.uri}: {report.total}")
     dcp.save(training.state_dict(), storage_writer=FsspecWriter(str(FOLDER / "dcp")))  # the peer, to compare reads
     losses = training.run(MORE_STEPS)

@@ -11,7 +11,7 @@ Each returns a Figure, which notebooks show, and `figure.savefig("plan.png")` wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
@@ -49,29 +49,35 @@ def object_map(plans: RankPlans) -> Figure:
     return figure
 
 
-def rank_bars(plans: RankPlans) -> Figure:
+def rank_bars(plans: RankPlans, *, seconds: Sequence[float] = ()) -> Figure:
     """Bytes needed, fetched, and read by whoever takes shards whole, as DCP does; and requests, by rank.
+
+    Args:
+        seconds: that each rank takes, to be drawn below.
 
     Raises ArgumentError without matplotlib.
     """
     figure = _figure(9, 6)
-    draw_rank_bars(plans, figure)
+    draw_rank_bars(plans, seconds, figure)
     return figure
 
 
-def overview(plans: RankPlans, *, name: str | None = None, shards: Iterable[Box] = ()) -> Figure:
+def overview(
+    plans: RankPlans, *, name: str | None = None, shards: Iterable[Box] = (), seconds: Sequence[float] = ()
+) -> Figure:
     """The three pictures in one.
 
     Args:
         name: the tensor of the chunk map; by default the one of which most is read that is not wanted.
         shards: as of `chunk_map`.
+        seconds: as of `rank_bars`.
 
     Raises as `chunk_map`.
     """
     figure = _figure(15, 11)
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     left, right = above.subfigures(1, 2, squeeze=False)[0]
-    draw_rank_bars(plans, left)
+    draw_rank_bars(plans, seconds, left)
     draw_object_map(plans, right)
     shown = name or most_over_read(plans)
     if shown is not None:

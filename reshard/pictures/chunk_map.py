@@ -44,8 +44,10 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     over: set[Rectangle] = set()
     for group in groups:
         for read in reads[group.ranks[0]]:
-            _add(axes, flat.of(read.piece_offsets, read.piece_sizes), facecolor=group.colour, alpha=0.85)
-            chunks.update(flat.of(read.chunk_offsets, read.chunk_sizes))
+            box = read.want.box
+            _add(axes, flat.of(np.array([box.offsets]), np.array([box.sizes])), facecolor=group.colour, alpha=0.85)
+            if len(chunks) < MOST_RECTANGLES:
+                chunks.update(flat.of(read.chunk_offsets, read.chunk_sizes))
             more = read.bytes_over > 0
             over.update(flat.of(read.chunk_offsets[more], read.chunk_sizes[more]))
     dense = len(chunks) > MOST_LINES
@@ -69,7 +71,9 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     axes.spines[:].set_visible(False)
     axes.set_xlabel(flat.column_label)
     axes.set_ylabel(flat.row_label)
-    axes.set_title(_title(name, entry.dtype, entry.shape, reads, plans), fontsize="medium", loc="left")
+    axes.set_title(
+        _title(name, entry.dtype, entry.shape, reads, plans), fontsize="medium", loc="left", parse_math=False
+    )
     further = [("more is read than is wanted", {"facecolor": "white"} | looks)] if over else []
     further += [("a saved shard", {"facecolor": "none", "edgecolor": "black"})] if shards else []
     legend(figure, axes, groups, further)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..words import ranges
+from ..words import few
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -19,10 +19,9 @@ NOBODY: Colour = (0.92, 0.92, 0.92, 1.0)
 DCP: Colour = (0.85, 0.33, 0.10, 1.0)
 NEEDED: Colour = (0.55, 0.55, 0.55, 1.0)
 FETCHED: Colour = (0.12, 0.47, 0.71, 1.0)
-MOST_NAMED = 16
+MOST_COLUMNS = 6
+MOST_NAMED = 12
 """Groups that a legend names one by one; of more it shows the scale."""
-MOST_RUNS = 3
-"""Of ranks, in the name of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        words = ranges(self.ranks)
-        if words.count(",") > MOST_RUNS:
-            words = f"{','.join(words.split(',')[:MOST_RUNS])},… ({len(self.ranks)})"
-        return ("rank " if len(self.ranks) == 1 else "ranks ") + words
+        return ("rank " if len(self.ranks) == 1 else "ranks ") + few(self.ranks)
 
 
 def grouped(keys: Sequence[Hashable]) -> list[Group]:
@@ -72,11 +68,5 @@ def legend(
         scale = ScalarMappable(Normalize(0, groups[-1].ranks[0]), matplotlib.colormaps["turbo"])
         figure.colorbar(scale, ax=axes, label="rank", fraction=0.03, pad=0.01)
     if handles:
-        axes.legend(
-            handles=handles,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.12),
-            ncols=math.ceil(len(handles) / math.ceil(len(handles) / 8)),
-            fontsize="small",
-            frameon=False,
-        )
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / MOST_COLUMNS))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 Array = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int32]
 BINS = 720
 """Of the longest object."""
 MOST_LANES = 160
@@ -34,24 +35,25 @@ def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
     if not groups:
         axes.set_title("No rank reads anything", fontsize="medium", loc="left")
         return
-    touched = sorted(
-        {int(at) for group in groups for at in plans[group.ranks[0]].requests.objects}, key=_by_writer(plans)
-    )
+    requests = [plans[group.ranks[0]].requests for group in groups]
+    touched = sorted({int(at) for of in requests for at in np.unique(of.objects)}, key=_by_writer(plans))
     shown = touched[:: -(-len(touched) // MOST_STRIPS)]
-    edges = np.linspace(0, max(plans.objects[at][1] for at in shown), BINS + 1)
+    nbytes = np.array([plans.objects[at][1] for at in shown])
+    edges = np.linspace(0, max(int(nbytes.max()), 1), BINS + 1)
+    inside = nbytes[:, None] > edges[:-1]
     lanes = len(groups) if len(shown) * len(groups) <= MOST_LANES else 1
-    covered = np.zeros((len(groups), len(shown), BINS))
-    for i, group in enumerate(groups):
-        requests = plans[group.ranks[0]].requests
-        for j, at in enumerate(shown):
-            covered[i, j] = _covered(requests, at, edges)
-    inside = np.clip((np.array([plans.objects[at][1] for at in shown])[:, None] - edges[:-1]) / edges[1], 0, 1) > 0
     gap = 1 if len(shown) * lanes <= MOST_LANES else 0
     image = np.ones((len(shown), lanes + gap, BINS, 4))
+    # Of each bin, what is read most of it by one group, by which, and by how many.
+    most, who, many = (np.zeros((lanes, len(shown), BINS), kind) for kind in (np.float32, np.int32, np.int32))
+    for number, of in enumerate(requests):
+        lane = number if lanes > 1 else 0
+        for strip, covered in _covered(of, shown, edges):
+            more = covered > most[lane, strip]
+            most[lane, strip, more], who[lane, strip, more] = covered[more], number
+            many[lane, strip] += covered > 0
     for lane in range(lanes):
-        image[:, lane] = (
-            _coloured(covered, groups, inside) if lanes == 1 else _coloured(covered[[lane]], [groups[lane]], inside)
-        )
+        image[:, lane] = _coloured(most[lane], who[lane], many[lane], groups, inside)
     height = image.shape[0] * image.shape[1]
     axes.imshow(
         image.reshape(height, BINS, 4),
@@ -72,7 +74,7 @@ def _label(axes: Axes, plans: RankPlans, shown: list[int], per_strip: int, touch
     axes.spines[["top", "right", "left"]].set_visible(False)
     if len(shown) <= MOST_NAMED:
         names = [_short(plans.objects[at][0]) for at in shown]
-        axes.set_yticks([(i + 0.5) * per_strip for i in range(len(shown))], names, fontsize="x-small")
+        axes.set_yticks([(i + 0.5) * per_strip for i in range(len(shown))], names, fontsize="x-small", parse_math=False)
         axes.tick_params(axis="y", length=0)
     else:
         axes.set_yticks([])
@@ -98,31 +100,37 @@ def _key(requests: Requests) -> object:
     return tuple(column.tobytes() for column in columns) if len(requests) else None
 
 
-def _covered(requests: Requests, at: int, edges: Array) -> Array:
-    """The part of each bin of an object that is fetched: (bins,) values of 0 to 1."""
-    rows = np.flatnonzero(requests.objects == at)
-    rows = rows[np.argsort(requests.starts[rows])]
-    if not len(rows):
-        return np.zeros(len(edges) - 1)
-    starts, stops = requests.starts[rows], requests.stops[rows]
-    nbytes = (stops - starts).astype(np.float64)
-    for i, row in enumerate(rows.tolist()):
-        if row in requests.sparse:
-            count, run, _ = requests.sparse[row]
-            nbytes[i] = count * run
-    after = np.cumsum(nbytes)
-    places = np.stack([starts, stops], axis=1).reshape(-1)
-    fetched = np.stack([after - nbytes, after], axis=1).reshape(-1)
-    parts: Array = np.diff(np.interp(edges, places, fetched)) / (edges[1] - edges[0])
-    return np.minimum(parts, 1)
+def _covered(requests: Requests, shown: Sequence[int], edges: Array) -> Iterator[tuple[int, Array]]:
+    """The strips of which something is fetched, and the part of each of their bins: (bins,) values of 0 to 1."""
+    order = np.lexsort((requests.starts, requests.objects))
+    objects, starts, stops = requests.objects[order], requests.starts[order], requests.stops[order]
+    nbytes = (requests.stops - requests.starts).astype(np.float64)
+    for row, (count, run, _) in requests.sparse.items():
+        nbytes[row] = count * run
+    nbytes = nbytes[order]
+    begins, ends = (np.searchsorted(objects, shown, side) for side in ("left", "right"))
+    for strip, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+        if begin == end:
+            continue
+        after = np.cumsum(nbytes[begin:end])
+        places = np.stack([starts[begin:end], stops[begin:end]], axis=1).reshape(-1)
+        fetched = np.stack([after - nbytes[begin:end], after], axis=1).reshape(-1)
+        parts: Array = np.diff(np.interp(edges, places, fetched)) / (edges[1] - edges[0])
+        yield strip, np.minimum(parts, 1)
 
 
-def _coloured(covered: Array, groups: list[Group], inside: npt.NDArray[np.bool_]) -> Array:
-    """(strips, bins, 4): the colour of the one group that reads a bin, that of several, or of nobody."""
-    many = (covered > 0).sum(axis=0)
-    colours = np.array([group.colour for group in groups])[covered.argmax(axis=0)]
+def _coloured(most: Array, who: Counts, many: Counts, groups: list[Group], inside: npt.NDArray[np.bool_]) -> Array:
+    """(strips, bins, 4): the colour of the one group that reads a bin, that of several, or of nobody.
+
+    Args, (strips, bins) each:
+        most: the part of the bin that is read, by the group that reads most.
+        who: that group.
+        many: how many read of it.
+        inside: whether the object has such a bin.
+    """
+    colours = np.array([group.colour for group in groups])[who]
     colours[many > 1] = SEVERAL
-    strength = np.where(many > 0, FAINTEST + (1 - FAINTEST) * covered.max(axis=0), 0)[..., None]
+    strength = np.where(many > 0, FAINTEST + (1 - FAINTEST) * most, 0)[..., None]
     background = np.where(inside[..., None], np.array(NOBODY), 1.0)
     mixed: Array = strength * colours + (1 - strength) * background
     mixed[..., 3] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,15 @@ MOST_BARS = 48
 """Ranks that have bars of their own; more are drawn as steps."""
 
 
-def draw_rank_bars(plans: RankPlans, figure: FigureBase) -> None:
+def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBase) -> None:
     reports = [plan.report for plan in plans]
     needed = np.array([report.bytes_needed for report in reports]) / 1e6
     fetched = np.array([report.bytes_fetched for report in reports]) / 1e6
     over = np.array([report.bytes_over_read for report in reports]) / 1e6
     whole = np.array([shards.nbytes for shards in plans.whole_shards]) / 1e6
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    further = {"requests": np.array([report.requests for report in reports])}
+    further |= {"seconds": np.array(seconds)} if len(seconds) else {}
+    above, *below = figure.subplots(1 + len(further), 1, sharex=True, height_ratios=[3] + [1] * len(further))
     above.set_title(_title(needed, fetched, whole), fontsize="medium", loc="left")
     _bars(above, [("needed", needed, NEEDED), ("fetched", fetched, FETCHED), ("in whole shards (DCP)", whole, DCP)])
     if over.sum() > 0.001 * fetched.sum() and len(plans) <= MOST_BARS:
@@ -33,26 +36,33 @@ def draw_rank_bars(plans: RankPlans, figure: FigureBase) -> None:
         )
     above.set_ylabel("MB")
     above.legend(fontsize="small", frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.08))
-    requests = np.array([report.requests for report in reports])
-    _bars(below, [("requests", requests, FETCHED)])
-    below.set_ylabel("requests")
-    below.set_title(f"Most by rank {requests.argmax()}: {requests.max()}", fontsize="medium", loc="left")
-    below.set_xlabel("rank")
-    for axes in (above, below):
+    for axes, (what, values) in zip(below, further.items(), strict=True):
+        _bars(axes, [(what, values, FETCHED)])
+        axes.set_ylabel(what)
+        axes.set_title(_most(values), fontsize="medium", loc="left")
+    below[-1].set_xlabel("rank")
+    for axes in (above, *below):
         axes.set_ylim(0)
         axes.spines[["top", "right"]].set_visible(False)
     if len(plans) <= 16:
-        below.set_xticks(range(len(plans)))
+        below[-1].set_xticks(range(len(plans)))
     else:
-        below.xaxis.get_major_locator().set_params(integer=True)
+        below[-1].xaxis.get_major_locator().set_params(integer=True)
 
 
 def _title(needed: np.ndarray, fetched: np.ndarray, whole: np.ndarray) -> str:
-    most = int(fetched.argmax())
     least = float(max(needed.sum(), 1e-9))
+    times = f"Read {fetched.sum() / least:.2f} times what is needed (whole shards {whole.sum() / least:.2f})"
+    return f"{times}; {_most(fetched, ' MB')}"
+
+
+def _most(values: np.ndarray, unit: str = "") -> str:
+    """Which rank stands out."""
+    least, most = float(values.min()), float(values.max())
     return (
-        f"Read {fetched.sum() / least:.2f} times what is needed (whole shards {whole.sum() / least:.2f}); "
-        f"most by rank {most}: {fetched[most]:.4g} MB"
+        f"all ranks alike: {most:.4g}{unit}"
+        if most <= 1.01 * least
+        else f"most by rank {values.argmax()}: {most:.4g}{unit}"
     )
 
 

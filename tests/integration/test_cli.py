@@ -98,6 +98,27 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert "entries\tage\tstate" in call("ls", tmp_path)
 
 
+def test_what_lacks_objects_is_not_whole(tmp_path: Path) -> None:
+    for save in (native, of_dcp):
+        place = saved(save, tmp_path)
+        next(path for path in place.rglob("*") if path.suffix in (".shard", ".distcp")).unlink()
+    found = reshard.find_checkpoints(tmp_path)
+    assert [(there.is_whole, there.state) for there in found] == [(False, "1 of 1 objects are missing")] * 2
+
+
+def test_a_file_that_cannot_be_read_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(4)}, tmp_path / "x.pt")
+    (tmp_path / "a.pt").mkdir()
+    (tmp_path / "a.pt" / "manifest.reshard").write_bytes(b"damaged")
+
+    def denied(*arguments: object) -> None:
+        raise reshard.errors.AccessDeniedError("no permission")
+
+    assert [os.path.basename(there.uri) for there in reshard.find_checkpoints(tmp_path)] == ["a.pt", "x.pt"]
+    monkeypatch.setattr("reshard.storage.open_source.TorchSaveSource", denied)
+    assert [there.state for there in reshard.find_checkpoints(tmp_path)][1] == "no permission"
+
+
 def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     torch.save({"a": torch.ones(4)}, tmp_path / "run" / "step-3.pt")
@@ -106,7 +127,7 @@ def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -
     found = {row["uri"]: row for row in as_json("ls", tmp_path)}
     assert set(found) == {str(tmp_path / "run" / "step-3.pt"), str(tmp_path / "native-100")}
     file = found[str(tmp_path / "run" / "step-3.pt")]
-    assert (file["format"], file["state"], file["step"], file["tensors"]) == ("torch", "whole", 3, 1)
+    assert (file["format"], file["state"], file["step"], file["entries"]) == ("torch", "whole", 3, 1)
 
 
 @pytest.mark.parametrize("to", ["reshard", "dcp", "safetensors"])
@@ -257,6 +278,13 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert call("rm", place, answer="y\n").endswith("2 objects removed\n")
     assert list(open_store(place).list()) == ["notes.txt"]
     assert not (place / "data").exists()
+    (tmp_path / "alone" / "logs" / "empty").mkdir(parents=True)
+    native(tmp_path / "alone" / "run")
+    call("rm", tmp_path / "alone" / "run", "--yes")
+    assert not (tmp_path / "alone" / "run").exists()
+    assert (tmp_path / "alone" / "logs" / "empty").exists()
+    (tmp_path / "alone" / "logs" / "empty").rmdir()
+    (tmp_path / "alone" / "logs").rmdir()
     native(tmp_path / "alone")
     call("rm", tmp_path / "alone", "--yes")
     assert not (tmp_path / "alone").exists()
@@ -283,8 +311,47 @@ def test_values_are_compared_as_they_are(tmp_path: Path) -> None:
     assert rows["c"]["largest"] == rows["f"]["largest"] == 1.0
 
 
+def test_a_plan_is_of_the_store_that_it_is_on_or_of_another(tmp_path: Path) -> None:
+    big = {"w": torch.randn(2048, 1024)}
+    dcp.save(big, checkpoint_id=tmp_path / "a")
+    here = reshard.open(tmp_path / "a").plan(reshard.Layout({"tp": 4}, {"w": "rowwise"}))
+    rules = ("--tp", 4, "--tp-plan", "w=rowwise")
+    told = as_json("plan", tmp_path / "a", *rules)["ranks"]
+    assert [row["bytes_fetched"] for row in told] == [plan.report.bytes_fetched for plan in here]
+    far = as_json("plan", tmp_path / "a", *rules, "--latency", 50)["ranks"]
+    assert far[0]["bytes_fetched"] > 2 * told[0]["bytes_fetched"]
+
+
+def test_inspect_takes_patterns(tmp_path: Path) -> None:
+    assert set(as_json("inspect", saved(native, tmp_path), "model.layers.*.up.weight")) == {
+        f"model.layers.{i}.up.weight" for i in range(3)
+    }
+
+
+def test_values_that_differ_are_shown(tmp_path: Path) -> None:
+    reshard.save({"n": 1}, tmp_path / "a")
+    reshard.save({"n": "x" * 100}, tmp_path / "b")
+    (row,) = as_json("diff", tmp_path / "a", tmp_path / "b", code=1)
+    assert row["a"] == "1"
+    assert row["b"].startswith('"xxx')
+    assert len(row["b"]) < 50
+
+
+def test_a_demo_keeps_off_somebody_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo-run").mkdir()
+    (tmp_path / "demo-run" / "mine.txt").touch()
+    with pytest.raises(reshard.errors.ArgumentError, match="is not of a demo"):
+        call("demo")
+    assert (tmp_path / "demo-run" / "mine.txt").exists()
+
+
 def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
+    call("plan", place, "--tensor", "x", code=2)
+    call("plan", place, "--save", tmp_path / "plan", code=2)
+    (tmp_path / "latin.json").write_bytes(b"\xe9")
+    call("plan", tmp_path / "latin.json", code=2)
     for wrong in (
         ["--bandwidth", 0],
         ["--requests-at-once", 0],
@@ -316,7 +383,7 @@ def test_an_error_is_one_sentence(
     monkeypatch.setattr("sys.argv", ["reshard", "inspect", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("reshard: there is no checkpoint at ")
     assert captured.err.count("\n") == 1

@@ -36,7 +36,7 @@ def plans_of(ranks: int, *tensors: Saved, gaps: Gaps = Gaps(0, 0.0)) -> RankPlan
 
 
 def labels(figure: Figure) -> list[str]:
-    legends = [axes.get_legend() for axes in figure.axes]
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
     return [text.get_text() for legend in legends if legend is not None for text in legend.get_texts()]
 
 
@@ -111,19 +111,35 @@ def test_coverage_is_the_part_of_each_bin_that_is_fetched() -> None:
     column = np.array
     requests = coalesce(column([0, 0, 1]), column([10, 25, 0]), column([20, 30, 7]), max_gap_bytes=0)
     edges = np.linspace(0, 40, 5)
-    assert _covered(requests, 0, edges).tolist() == [0, 1, 0.5, 0]
-    assert _covered(requests, 1, edges).tolist() == [0.7, 0, 0, 0]
-    assert _covered(requests, 2, edges).tolist() == [0, 0, 0, 0]
+    found = {strip: covered.tolist() for strip, covered in _covered(requests, [2, 1, 0], edges)}
+    assert found == {2: [0, 1, 0.5, 0], 1: [0.7, 0, 0, 0]}
     sparse = Requests(column([0]), column([0]), column([40]), column([0]), {0: (4, 5, 10)})
-    assert _covered(sparse, 0, edges).tolist() == [0.5] * 4
+    ((strip, covered),) = _covered(sparse, [0], edges)
+    assert (strip, covered.tolist()) == (0, [0.5] * 4)
 
 
 def test_a_bin_has_the_colour_of_who_reads_it() -> None:
     groups = grouped(["x", "y", "x", None])
     assert [group.ranks for group in groups] == [(0, 2), (1,)]
-    covered = np.array([[[1.0, 0.0, 1.0, 0.0]], [[0.0, 1.0, 1.0, 0.0]]])
-    colours = _coloured(covered, groups, np.array([[True, True, True, True]]))[0]
+    most, who, many = np.array([[1.0, 1.0, 1.0, 0.0]]), np.array([[0, 1, 1, 0]]), np.array([[1, 1, 2, 0]])
+    inside = np.array([[True, True, True, True]])
+    colours = _coloured(most, who.astype(np.int32), many.astype(np.int32), groups, inside)[0]
     assert [tuple(colour) for colour in colours] == [groups[0].colour, groups[1].colour, SEVERAL, NOBODY]
+
+
+@pytest.mark.parametrize("name", ["x$\\bad{$", "w$a$b", "<b>&", "ü_^{"])
+def test_any_name_is_drawn(name: str) -> None:
+    plans = plans_of(5, saved(f"{name}.up", (2048, 512), raw=False))
+    assert drawn(pictures.overview(plans, seconds=[0.1] * 5)).startswith(b"\x89PNG")
+    assert "&lt;b&gt;&amp;" in plans[0]._repr_html_() or "<b>" not in name
+
+
+def test_what_stands_out_is_said() -> None:
+    alike = plans_of(4, saved("a.up", (2048, 512), raw=False))
+    titles = [axes.get_title(loc="left") for axes in pictures.rank_bars(alike, seconds=[1.0, 1.0, 3.0, 1.0]).axes]
+    assert "all ranks alike: 0.1" in titles[0]
+    assert titles[1].startswith("all ranks alike: ")
+    assert titles[2] == "most by rank 2: 3"
 
 
 def test_boxes_are_rectangles_of_the_folded_tensor() -> None:

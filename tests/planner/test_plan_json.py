@@ -71,6 +71,17 @@ def broken(value: dict[str, Any], *path: str | int, to: Any) -> str:
         (("plans", 0, "reads", 0, "dtype"), "int3"),
         (("plans", 0, "requests"), []),
         (("plans", 0, "requests", "starts"), ["x"]),
+        (("plans", 0, "requests", "starts"), []),
+        (("plans", 0, "requests", "objects"), -1),
+        (("plans", 0, "requests", "objects"), [-1] * 4),
+        (("plans", 0, "requests", "request_of_range"), [0]),
+        (("plans", 0, "requests", "sparse"), [[99, 1, 1, 1]]),
+        (("plans", 0, "reads", 0, "encodings"), "5"),
+        (("plans", 0, "reads", 0, "skipped"), [0]),
+        (("plans", 0, "gaps"), [float("inf"), 0]),
+        (("mesh", "tp"), float("inf")),
+        (("objects", 0, 1), float("inf")),
+        (("whole_shards", 0, "nbytes"), float("nan")),
     ],
 )
 def test_what_is_no_plan_is_refused(path: tuple[str | int, ...], to: Any) -> None:

@@ -44,10 +44,27 @@ def test_a_rank_has_what_is_of_its_stage() -> None:
     assert [len(plan.reads) for plan in plan_ranks(index, without)] == [12, 12, 13, 13], "the others are on all"
 
 
+def test_a_layout_with_stages_is_a_value() -> None:
+    one, two = (Layout({"pp": 2}, {"a": "colwise"}, stages) for stages in ({"a": 0, "b": 1}, {"b": 1, "a": 0}))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert hash(Layout({"tp": 2})) == hash(Layout({"tp": 2}))
+    assert one.holds("a", 0)
+    assert not one.holds("a", 1)
+
+
+def test_what_only_looks_like_an_embedding_is_none() -> None:
+    names = ["member_proj.weight", "emb.weight", "tok_embeddings.weight", "wte.weight", "layer1.conv"]
+    assert list(even_stages(names, 2).values()) == [1, 0, 0, 0, 1]
+
+
 def test_stages_that_are_none_are_refused() -> None:
     with pytest.raises(LayoutError, match='dimension "pp"'):
         Layout({"tp": 2}, stages={"a": 0})
     with pytest.raises(LayoutError, match="'a' is on stage 2, and the mesh pp 2 has stages 0 to 1"):
         Layout({"pp": 2}, stages={"a": 2})
+    for wrong in (1.5, "x", None):
+        with pytest.raises(LayoutError, match="'a' is on stage"):
+            Layout({"pp": 2}, stages={"a": wrong})  # type: ignore[dict-item]
     with pytest.raises(LayoutError, match="1 stage or more"):
         even_stages([], 0)

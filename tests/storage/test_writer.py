@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+import reshard
 from reshard.planner.box import Box
 from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import writer
-from reshard.storage.errors import DtypeError, StoreError
+from reshard.storage import retrying_store, writer
+from reshard.storage.errors import DtypeError, StoreError, UnavailableError
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
+from reshard.storage.retrying_store import RetryingStore
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
 from reshard.storage.writer import ShardToWrite, part_of, write_objects
 
@@ -141,3 +143,29 @@ def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pyt
         write_objects(RecordingStore(memory, failing("create", after=2)), "00000", shards, "none", budget_bytes=1 << 18)
     assert time.monotonic() - begin < 30
     assert memory.content == {}
+
+
+def test_objects_that_something_else_removes_are_missed_before_the_commit() -> None:
+    store = MemoryStore()
+    removing = RecordingStore(
+        store, lambda call: store.delete([n for n in store.list() if "data/" in n]) if call.method == "list" else None
+    )
+    with pytest.raises(StoreError, match="something else removes objects there"):
+        reshard.save({"w": torch.ones(1000)}, removing)
+    assert list(store.list()) == []
+
+
+def test_to_tidy_up_takes_no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 1.0)
+    error = UnavailableError("nobody there")
+
+    def down(call: Call) -> None:
+        if call.method in ("create", "write", "delete"):
+            raise error
+
+    store = RecordingStore(MemoryStore(), down)
+    with pytest.raises(UnavailableError):
+        reshard.save({"w": torch.ones(1000)}, RetryingStore(store))
+    methods = [call.method for call in store.calls]
+    assert methods.count("delete") <= methods.count("create") + 2
+    assert methods.count("create") > 2
