@@ -20,7 +20,7 @@ import pytest
 
 import reshard
 from tests import servers
-from tests.docs.blocks import REASONS, blocks
+from tests.docs.blocks import LANGUAGES, REASONS, blocks
 from tests.docs.files import FileRanges
 from tests.docs.run import run_page
 from tests.ranks import PRELOADED
@@ -114,6 +114,7 @@ def test_a_page_runs(
 def test_what_is_left_out_says_why(page: Path) -> None:
     left_out = {block.left_out for block in blocks(page)} - {None}
     assert left_out <= REASONS
+    assert {block.language for block in blocks(page)} <= LANGUAGES
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)

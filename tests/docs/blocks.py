@@ -19,6 +19,10 @@ _FENCE = re.compile(r"^( *)(```+) *(\S*)(.*)$")
 _NO_RUN = re.compile(r'no_run="([^"]*)"')
 
 
+LANGUAGES = frozenset(("", "console", "python", "text", "toml", "json"))
+"""Of blocks: any other would be passed over unseen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     line: int
