@@ -190,8 +190,8 @@ class Checkpoint:
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)
                 views.append(local[Box(at, want.box.sizes).slices])
-        with Meter("load", progress, rank=rank, draws=rank_of(None) == 0) as meter:
-            meter.location = self.location
+        draws = rank_of(None) == 0
+        with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
             read_boxes(self._source, wants, views, rank=rank, meter=meter)
         return tensors
 
@@ -217,14 +217,8 @@ class Checkpoint:
         wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]
         self._source.index(wants)  # what it says is checked before memory is taken on its word
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype)) for entry in held]
-        with Meter("load", progress) as meter:
-            meter.location = self.location
-            read_boxes(
-                self._source,
-                [*wants, *(want for blob in blobs for want in blob.wants)],
-                [*tensors, *(tensor for blob in blobs for tensor in blob.tensors)],
-                meter=meter,
-            )
+        with Meter("load", progress, location=self.location) as meter:
+            read_boxes(self._source, wants, tensors, blobs=blobs, meter=meter)
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
         values |= {blob.name: blob.value(allow_pickle=allow_pickle) for blob in blobs}
         in_order = {entry.name: values[entry.name] for entry in entries}

@@ -288,13 +288,11 @@ class StorageReader(dcp.StorageReader):
         blobs = [Blob(source, item.storage_index.fqn) for item in objects]
         wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors]
         destinations = [target.detach() for target in targets]
-        for blob in blobs:
-            wants += blob.wants
-            destinations += blob.tensors
         report = read_boxes(
             source,
             wants,
             destinations,
+            blobs=blobs,
             rank=self._rank,
             budget_bytes=self._budget_bytes,
             max_over_read=self._max_over_read,

@@ -140,12 +140,11 @@ class _Loading:
                 destinations.append(tensor)
         objects = [leaf for leaf in leaves if source.entry(leaf.name).kind is not Kind.TENSOR]
         blobs = [Blob(source, leaf.name) for leaf in objects]
-        wants += [want for blob in blobs for want in blob.wants]
-        destinations += [tensor for blob in blobs for tensor in blob.tensors]
         report = read_boxes(
             source,
             wants,
             destinations,
+            blobs=blobs,
             rank=rank,
             budget_bytes=self._budget_bytes,
             max_over_read=self._max_over_read,

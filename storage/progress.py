@@ -48,11 +48,20 @@ class Meter(AbstractContextManager["Meter"]):
     """Counts what one rank's part of a call does, and shows it.
 
     Args:
+        location: of the checkpoint; may be set later, once it is known.
         draws: whether it is this process that shows a bar; by default rank 0.
     """
 
-    def __init__(self, task: str, progress: OnProgress = False, *, rank: int = 0, draws: bool | None = None) -> None:
-        self.location = ""
+    def __init__(
+        self,
+        task: str,
+        progress: OnProgress = False,
+        *,
+        location: str = "",
+        rank: int = 0,
+        draws: bool | None = None,
+    ) -> None:
+        self.location = location
         self._task = task
         self._rank = rank
         self._show: Callable[[Progress], None] | None = None

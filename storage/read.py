@@ -72,6 +72,7 @@ def read_boxes(
     wants: Sequence[Want],
     destinations: Sequence[torch.Tensor],
     *,
+    blobs: Sequence[Blob] = (),
     rank: int = 0,
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
@@ -79,12 +80,14 @@ def read_boxes(
     meter: Meter | None = None,
     workers: Workers | None = None,
 ) -> RankReport:
-    """Read boxes into tensors of their sizes, in place.
+    """Read boxes into tensors of their sizes, in place, and `blobs` with them.
 
     All is checked before anything is read; for the errors of reading, see `reader.execute`.
     Raises DtypeError, DestinationError, ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
     """
     begin = time.perf_counter()
+    wants = [*wants, *(want for blob in blobs for want in blob.wants)]
+    destinations = [*destinations, *(tensor for blob in blobs for tensor in blob.tensors)]
     for want, destination in zip(wants, destinations, strict=True):
         check_destination(want.name, destination, torch_dtype(source.entry(want.name).dtype))
         if tuple(destination.shape) != want.box.sizes:

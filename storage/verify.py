@@ -62,8 +62,7 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progres
 
     largest = max((request.nbytes for request in requests), default=1)
     at_once = max(1, min(store.concurrent_reads, default_budget() // largest))
-    meter = Meter("verify", progress)
-    meter.location = store.location
+    meter = Meter("verify", progress, location=store.location)
     meter.expect(sum(request.nbytes for request in requests))
     found: list[Damage] = []
     with meter, ThreadPoolExecutor(at_once, "reshard-verify") as pool:

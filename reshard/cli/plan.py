@@ -45,6 +45,12 @@ class Link:
         rounds = -(-requests // (at_once or self.requests_at_once))
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
+    def seconds_of(self, report: PlanReport) -> float:
+        return self.seconds(report.bytes_fetched, report.requests)
+
+    def dollars_of(self, report: PlanReport) -> float:
+        return report.requests * self.dollars_per_1000 / 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -112,7 +118,7 @@ def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
 def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
     name = tensor or pictures.most_over_read(plans)
     shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
-    seconds = [link.seconds(plan.report.bytes_fetched, plan.report.requests) for plan in plans]
+    seconds = [link.seconds_of(plan.report) for plan in plans]
     return pictures.overview(plans, name=name, shards=shards, seconds=seconds)
 
 
@@ -129,8 +135,8 @@ def _told(plans: RankPlans, link: Link) -> dict[str, object]:
             "rank": rank,
             **asdict(plan.report),
             "amplification": plan.report.amplification,
-            "seconds": link.seconds(plan.report.bytes_fetched, plan.report.requests),
-            "dollars": plan.report.requests * link.dollars_per_1000 / 1000,
+            "seconds": link.seconds_of(plan.report),
+            "dollars": link.dollars_of(plan.report),
             "whole_shards": asdict(whole),
         }
         for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True))
@@ -158,8 +164,8 @@ def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
         f"{report.amplification:.3f}",
         str(report.requests),
         str(report.objects),
-        f"{link.seconds(report.bytes_fetched, report.requests):.2f}",
-        _in_dollars(report.requests * link.dollars_per_1000 / 1000),
+        f"{link.seconds_of(report):.2f}",
+        _in_dollars(link.dollars_of(report)),
         in_bytes(whole.nbytes),
         f"{whole.nbytes / needed:.2f}",
         f"{link.seconds(whole.nbytes, whole.shards, at_once=1):.2f}",

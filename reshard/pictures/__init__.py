@@ -30,7 +30,7 @@ __all__ = ["chunk_map", "most_over_read", "object_map", "overview", "rank_bars"]
 def chunk_map(plans: RankPlans, name: str, *, shards: Iterable[Box] = ()) -> Figure:
     """The chunks of a tensor, coloured by the ranks that want their values; hatched, where more is read than wanted.
 
-    A tensor of one dimension is drawn as a row; of more than two, the first ones are folded into the rows.
+    A tensor of one dimension is drawn as a row; more than two are folded into rows and columns, as square as may be.
 
     Args:
         shards: those that the tensor was saved as, to be outlined: `checkpoint.layout_of(name)[0]`.
