@@ -64,8 +64,8 @@ def reshard_zstd(dtype: str, threads: int) -> Coder:
             assert checksum(data) == expected
         parts = [data for data, _ in stored]
         if streams == (Stream.HEAD, Stream.TAIL):
-            return decode_heads_and_tails(parts[0], parts[1], nbytes // itemsize)
-        return decode(parts[0], dtype, nbytes // itemsize)
+            return decode_heads_and_tails(parts[:1], parts[1:], nbytes // itemsize)
+        return decode(parts[:1], dtype, nbytes // itemsize)
 
     return Coder(compress, decompress, lambda stored: sum(len(data) for data, _ in stored))
 

@@ -17,6 +17,7 @@ from ..planner.index import NATIVE, CheckpointIndex, Encoding
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .checksums import checksum, page_checksums
 from .place import Destination
+from .runs import Runs
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
 BATCH_BYTES = 2 * 1024 * 1024
@@ -64,6 +65,9 @@ class Batch:
     tensor: Tensor
     read: ChunkReads
     rows: slice
+    runs: Runs
+    run_rows: slice
+    """The rows of `runs` that are the batch's."""
     destination: Destination | None
     requests: list[Request]
     submitted: bool = False
@@ -141,20 +145,23 @@ def arrange(
     destinations = [None] * len(plan.reads) if destinations is None else destinations
     columns = (plan.requests.objects, plan.requests.starts, plan.requests.stops)
     requests = [Request(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-    for at, runs in plan.requests.sparse.items():
-        requests[at].runs = runs
+    for at, sparse in plan.requests.sparse.items():
+        requests[at].runs = sparse
     tensors: dict[str, Tensor] = {}
     ordered: dict[int, Request] = {}
     for read, request_of, destination in zip(plan.reads, plan.requests_of(), destinations, strict=True):
         tensor = tensors.setdefault(read.want.name, Tensor(read.want.name))
         if len(read) == 0:
             continue
-        values = np.cumsum(read.chunk_sizes.prod(axis=1) * read.itemsize)
-        opens = (request_of[1:] != request_of[:-1]).any(axis=1) | (np.diff(values // BATCH_BYTES) > 0)
-        begins = [0, *(np.flatnonzero(opens) + 1).tolist(), len(read)]
-        for begin, end in itertools.pairwise(begins):
-            held = [ordered.setdefault(at, requests[at]) for at in request_of[begin].tolist()]
-            batch = Batch(tensor, read, slice(begin, end), destination, held)
+        runs = Runs.of(read, (request_of[1:] != request_of[:-1]).any(axis=1))
+        firsts, of_runs = np.append(runs.firsts, len(read)), request_of[runs.firsts]
+        values = np.cumsum(read.chunk_sizes.prod(axis=1) * read.itemsize)[firsts[1:] - 1]
+        opens = (of_runs[1:] != of_runs[:-1]).any(axis=1) | (np.diff(values // BATCH_BYTES) > 0)
+        begins = np.append(np.insert(np.flatnonzero(opens) + 1, 0, 0), len(runs.firsts))
+        at_rows = itertools.pairwise(firsts[begins].tolist())
+        for (begin, end), (row, stop) in zip(itertools.pairwise(begins.tolist()), at_rows, strict=True):
+            held = [ordered.setdefault(at, requests[at]) for at in request_of[row].tolist()]
+            batch = Batch(tensor, read, slice(row, stop), runs, slice(begin, end), destination, held)
             tensor.batches.append(batch)
             tensor.unplaced += 1
             for stream, request in enumerate(held):

@@ -26,6 +26,8 @@ from ..planner.index import ITEMSIZES, Stream
 from .errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
 Bytes = npt.NDArray[np.uint8]
@@ -99,48 +101,63 @@ def encode(values: Bytes, dtype: str, stream: Stream) -> bytes:
     return _join_planes(_split_bytes(tails.view(np.uint8), 2)) + exceptions
 
 
-def decode(data: Buffer, dtype: str, numel: int) -> Bytes:
-    """The bytes of `numel` values from their one whole stream. Raises CorruptCheckpointError."""
+def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
+    """The bytes of the values of chunks, one after another, from the one whole stream of each.
+
+    They may lie in memory of this thread's own, until it decodes again, as those of the functions below.
+
+    Args:
+        numel: values of each chunk.
+
+    Raises CorruptCheckpointError, as all here.
+    """
     if dtype == "bfloat16":
-        return decode_heads(data, numel)
+        return decode_heads(chunks, numel)
     itemsize = ITEMSIZES[dtype]
     width = _COMPONENT_SIZES.get(dtype, itemsize)
     n = numel * (itemsize // width)
-    planes, rest = _split_planes(data, width, n)
-    _check(len(rest) == 0, "bytes are left over after the last plane")
-    return _join_bytes(planes)
+    return _join_bytes([_whole_planes(chunk, width, n) for chunk in chunks], n)
 
 
-def decode_heads(data: Buffer, numel: int) -> Bytes:
-    """The bytes of `numel` bfloat16 values from a stream of heads. Raises CorruptCheckpointError."""
-    (exponents, rest), left = _split_planes(data, 2, numel)
-    _check(len(left) == 0, "bytes are left over after the last plane")
-    padded = -(-numel // 4) * 4
-    turned, signs = _scratch.take(0, padded), _scratch.take(1, numel)
-    turned[:numel] = exponents
-    turned[:numel] *= 256
-    turned[:numel] |= rest
+def decode_heads(chunks: Sequence[Buffer], numel: int) -> Bytes:
+    """The bytes of the bfloat16 values of chunks of `numel` each, one after another, from their streams of heads."""
+    n = numel * len(chunks)
+    words, signs, low = _scratch.take(0, -(-n // 4) * 4), _scratch.take(1, n), _scratch.take(2, n).view(np.uint8)
+    turned = words[:n]
+    for at, chunk in enumerate(chunks):
+        exponents, rest = _whole_planes(chunk, 2, numel)
+        turned[at * numel : (at + 1) * numel] = exponents
+        low[at * numel : (at + 1) * numel] = rest
+    turned *= 256
+    turned |= low[:n]
     # Turned back to the right by one bit. Products and words of 64 bits, since numpy shifts one element at a time.
-    np.multiply(turned[:numel], 32768, out=signs)
-    words = turned.view(np.uint64)
-    words >>= 1
-    words &= 0x7FFF7FFF7FFF7FFF
-    return (turned[:numel] | signs).view(np.uint8)
+    np.multiply(turned, 32768, out=signs)
+    quadruples = words.view(np.uint64)
+    quadruples >>= 1
+    quadruples &= 0x7FFF7FFF7FFF7FFF
+    turned |= signs
+    return turned.view(np.uint8)
 
 
-def decode_heads_and_tails(heads: Buffer, tails: Buffer, numel: int) -> Bytes:
-    """The bytes of `numel` float32 values from their two streams. Raises CorruptCheckpointError."""
-    high = decode_heads(heads, numel).view(np.uint16).astype(np.uint32)
+def decode_heads_and_tails(heads: Sequence[Buffer], tails: Sequence[Buffer], numel: int) -> Bytes:
+    """The bytes of the float32 values of chunks of `numel` each, one after another, from the two streams of each."""
+    high = _scratch.take(3, 2 * numel * len(heads)).view(np.uint32)
+    np.copyto(high, decode_heads(heads, numel).view(np.uint16))
     high *= 65536
-    planes, rest = _split_planes(tails, 2, numel)
-    low = _scratch.take(2, 2 * numel).view(np.uint32)
-    np.copyto(low, _join_bytes(planes).view(np.int16), casting="unsafe")
+    planes, exceptions = [], []
+    for at, tail in enumerate(tails):
+        split, rest = _split_planes(tail, 2, numel)
+        planes.append(split)
+        _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
+        listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
+        if len(listed):
+            _check(int(listed[:, 0].max()) < numel, "an exception lies outside the chunk")
+            exceptions.append((listed[:, 0] + np.uint32(at * numel), listed[:, 1]))
+    low = _scratch.take(2, 2 * len(high)).view(np.uint32)
+    np.copyto(low, _join_bytes(planes, numel).view(np.int16), casting="unsafe")
     high += low
-    _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
-    exceptions = np.frombuffer(rest, "<u4").reshape(-1, 2)
-    if len(exceptions):
-        _check(int(exceptions[:, 0].max()) < numel, "an exception lies outside the chunk")
-        high[exceptions[:, 0]] = exceptions[:, 1]
+    for places, bits in exceptions:
+        high[places] = bits
     return high.view(np.uint8)
 
 
@@ -164,22 +181,26 @@ def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
     return [np.ascontiguousarray(by_byte[:, i]) for i in range(width)]
 
 
-def _join_bytes(planes: list[Bytes]) -> Bytes:
-    """The bytes of elements from their planes, the least significant first.
+def _join_bytes(chunks: list[list[Bytes]], n: int) -> Bytes:
+    """The bytes of elements from the planes of chunks of `n` each, the least significant first.
 
     By products, since numpy writes to every second byte one at a time.
     """
-    width = len(planes)
+    width = len(chunks[0])
     if width == 1:
-        return planes[0]
+        return chunks[0][0] if len(chunks) == 1 else np.concatenate([planes[0] for planes in chunks])
     if width == 2:
-        words = planes[1].astype(np.uint16)
+        words, low = _scratch.take(0, n * len(chunks)), _scratch.take(1, n * len(chunks)).view(np.uint8)
+        for at, planes in enumerate(chunks):
+            low[at * n : (at + 1) * n] = planes[0]
+            words[at * n : (at + 1) * n] = planes[1]
         words *= 256
-        words |= planes[0]
+        words |= low[: len(words)]
         return words.view(np.uint8)
-    values = np.empty((len(planes[0]), width), np.uint8)
-    for i, plane in enumerate(planes):
-        values[:, i] = plane
+    values = np.empty((len(chunks), n, width), np.uint8)
+    for at, planes in enumerate(chunks):
+        for i, plane in enumerate(planes):
+            values[at, :, i] = plane
     return values.reshape(-1)
 
 
@@ -247,6 +268,13 @@ def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memory
         _check(len(body) == n, f"a plane has {len(body)} bytes where {n} are due")
         planes.append(np.frombuffer(body, np.uint8))
     return planes, view[at:]
+
+
+def _whole_planes(data: Buffer, count: int, n: int) -> list[Bytes]:
+    """The planes of a stream that holds nothing else, `n` bytes each."""
+    planes, rest = _split_planes(data, count, n)
+    _check(len(rest) == 0, "bytes are left over after the last plane")
+    return planes
 
 
 def _decompress(body: memoryview, n: int) -> memoryview:

@@ -6,10 +6,12 @@ Where the store reads into memory that is given, that memory is used again: fres
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -34,16 +36,26 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._pool: ThreadPoolExecutor | None = None
-        if store.async_reads is None:
+        if store.async_reads is None and store.read_into is None:
             self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Found]]] = set()
-        self._memory = _Memory(store.concurrent_reads)
+        self._memory = _Memory()
         self._turns = asyncio.Semaphore(store.concurrent_reads)
 
     @property
+    def reads_here(self) -> bool:
+        """Whether `read` is the way to read, in the thread that wants the bytes; else, `start` is."""
+        return self._store.read_into is not None
+
+    @property
+    def at_once(self) -> int:
+        """How many calls may be under way."""
+        return sys.maxsize if self.reads_here else self._store.concurrent_reads
+
+    @property
     def together_bytes(self) -> int:
-        """What one call of `start` best asks for: several ranges, where each takes no longer than a call."""
-        return 0 if self._store.read_into is None else TOGETHER_BYTES
+        """What one call best asks for: several ranges, where each takes no longer than a call."""
+        return TOGETHER_BYTES if self.reads_here else 0
 
     def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Found]]], None]) -> None:
         """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""
@@ -52,18 +64,22 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
         else:
             assert self._pool is not None
-            future = self._pool.submit(self._read, wanted)
+            future = self._pool.submit(self._read, wanted, partial(read_ranges, self._store))
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
 
-    def _read(self, wanted: Sequence[Ranges]) -> list[Found]:
-        into, found = self._store.read_into, list[Found]()
+    def read(self, wanted: Sequence[Ranges]) -> list[Found]:
+        """Read byte ranges of objects into memory that is used again."""
+        into = self._store.read_into
+        assert into is not None
+        return self._read(wanted, partial(self._memory.filled, into))
+
+    def _read(self, wanted: Sequence[Ranges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]) -> list[Found]:
+        found = list[Found]()
         for name, ranges in wanted:
             try:
-                found.append(
-                    read_ranges(self._store, name, ranges) if into is None else self._memory.filled(into, name, ranges)
-                )
+                found.append(read(name, ranges))
             except StoreError as error:
                 found.append(error)
         return found
@@ -105,29 +121,46 @@ def _packed(parts: Sequence[Buffer]) -> Buffer:
 
 
 class _Memory:
-    """Memory that is used again, in sizes of powers of two; as much as there are reads at once, and no more."""
+    """Memory that is used again, in sizes of powers of two; never more of it than was lent at once."""
 
-    def __init__(self, arrays: int) -> None:
-        self._most = arrays
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: list[Array] = []
+        """That used last comes last: it is the likeliest to be in the cache."""
         self._lent: dict[int, Array] = {}
         """By what `id` gives."""
+        self._lent_bytes = self._free_bytes = self._most_bytes = 0
 
     def filled(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
         """What `read_into` gives of some ranges, one after another."""
         nbytes = sum(stop - start for start, stop in ranges)
         size = 1 << (nbytes - 1).bit_length()
         with self._lock:
-            at = next((at for at, array in enumerate(self._free) if array.nbytes == size), None)
-            array = np.empty(size, np.uint8) if at is None else self._free.pop(at)
+            array = self._taken(size)
             self._lent[id(array)] = array
+            self._lent_bytes += size
+            self._most_bytes = max(self._most_bytes, self._lent_bytes)
+            self._drop()
         data = array.data
         return data[: read_into(name, ranges, data[:nbytes])]
+
+    def _taken(self, size: int) -> Array:
+        for at in reversed(range(len(self._free))):
+            if self._free[at].nbytes == size:
+                self._free_bytes -= size
+                return self._free.pop(at)
+        return np.empty(size, np.uint8)
+
+    def _drop(self) -> None:
+        while self._free and self._free_bytes + self._lent_bytes > self._most_bytes:
+            self._free_bytes -= self._free.pop(0).nbytes
 
     def give(self, data: memoryview) -> None:
         """Take back what `filled` gave; anything else is left alone."""
         with self._lock:
             array = self._lent.pop(id(data.obj), None)
             if array is not None:
-                self._free = [*self._free, array][-self._most :]
+                self._lent_bytes -= array.nbytes
+                self._free_bytes += array.nbytes
+                self._free.append(array)
+                self._drop()

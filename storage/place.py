@@ -72,19 +72,35 @@ class Destination:
                 self._array = target.view(UNSIGNED[self._stored.itemsize]).numpy()
             self._target = target
 
-    def write(self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices) -> None:
-        """Write a part of a chunk.
+    def write(
+        self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices, count: int = 1, dim: int = 0
+    ) -> None:
+        """Write a part of a chunk, or the whole of several that adjoin.
 
         Args:
             at: where it goes, in the tensor.
-            values: the bytes of the whole chunk, row-major, of shape `chunk_shape` and the stored dtype.
+            values: the bytes of the whole chunks, one after another, each row-major, of shape `chunk_shape` and the
+                stored dtype.
             part: the part of the chunk, of the sizes of `at`.
+            count: how many chunks there are. Of several, each is wanted whole.
+            dim: in which they adjoin.
         """
-        if self._array is not None:
-            self._array[at] = values.view(self._array.dtype).reshape(chunk_shape)[part]
+        array, target = self._array, self._target
+        assert target is not None
+        if count == 1:
+            if array is not None:
+                array[at] = values.view(array.dtype).reshape(chunk_shape)[part]
+            else:
+                target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
+            return
+        # The chunks' own dimension comes first in their bytes; it belongs before the one in which they adjoin.
+        shape, before, after = (count, *chunk_shape), chunk_shape[:dim], chunk_shape[dim:]
+        axes = (*range(1, dim + 1), 0, *range(dim + 1, len(shape)))
+        if array is not None:
+            array[at].reshape(*before, count, *after)[...] = values.view(array.dtype).reshape(shape).transpose(axes)
         else:
-            assert self._target is not None
-            self._target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
+            split = target[at].unflatten(dim, (count, chunk_shape[dim]))
+            split.copy_(from_bytes(values, self._stored, shape).permute(axes))
 
     def finish(self) -> None:
         """All boxes are written: what was staged goes to the tensor."""

@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch.profiler import record_function
 
-from ..planner.box import indexes
-from ..planner.index import CheckpointIndex, Encoding
+from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
-from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
+from .chunks import place_batch
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
-from .fetch import Fetcher, Found, read_ranges
-from .opaque import decode_opaque
+from .fetch import Fetcher, Found, Ranges, read_ranges
 from .place import Destination
 from .ranks import HEED_S, Interrupt, never
 from .resources import default_budget, default_threads
@@ -81,21 +79,27 @@ def execute(
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """The threads that fetch from a store, those that decode and place, and the memory that is fetched into."""
+    """The threads that verify, decode and place, what fetches for them, and the memory that is fetched into."""
 
     def __init__(self, store: Store) -> None:
-        self.placing = ThreadPoolExecutor(default_threads(), "reshard-place")
+        self.count = default_threads()
+        self.pool = ThreadPoolExecutor(self.count, "reshard-read")
         self.fetcher = Fetcher(store)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.fetcher.__exit__(kind, error, traceback)
-        self.placing.shutdown()
+        self.pool.shutdown()
 
 
 class _Execution:
-    """The state of one plan while it is carried out; `_lock` guards all that the threads share."""
+    """The state of one plan while it is carried out; one lock guards all that the threads share.
+
+    Each worker does, again and again, what is nearest to an end: place what is verified, verify what has arrived, and,
+    where the fetcher reads in the thread that asks, read more, so that bytes are worked on by the core that read them.
+    Of other fetchers this thread asks for more.
+    """
 
     def __init__(
         self,
@@ -114,64 +118,78 @@ class _Execution:
         self._interrupt = interrupt
         self._placed = placed
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
-        self._lock = threading.Condition()
+        lock = threading.RLock()
+        self._lock = threading.Condition(lock)
+        """Notified of what the workers wait for."""
+        self._caller = threading.Condition(lock)
+        """Notified of what the thread that called waits for."""
         self._held = 0
         self._fetching = 0
         self._working = 0
+        self._arrived: deque[tuple[list[Request], Sequence[Found]]] = deque()
+        self._verified: deque[Batch] = deque()
         self._error: BaseException | None = None
 
     def run(self, workers: Workers) -> None:
-        self._pool, self._fetcher = workers.placing, workers.fetcher
+        self._fetcher = workers.fetcher
+        self._groups = deque(self._grouped())
+        loops: list[Future[None]] = []
         try:
-            for together in self._grouped(self._fetcher.together_bytes):
-                self._admit(together)
-                if self._error is not None:
-                    break
-                names = (self._index.objects[request.object][0] for request in together)
-                wanted = [(name, request.ranges) for name, request in zip(names, together, strict=True)]
-                self._fetcher.start(wanted, partial(self._fetched, together, time.perf_counter()))
+            loops.extend(workers.pool.submit(self._work) for _ in range(workers.count))
             with self._lock:
-                self._wait_until(lambda: self._fetching == 0 and self._working == 0)
+                while self._error is None and not self._ended:
+                    group = None if self._fetcher.reads_here else self._admitted()
+                    if group is not None:
+                        self._fetcher.start(self._wanted(group), partial(self._fetched, group, time.perf_counter()))
+                    else:
+                        self._pause()
         except BaseException as error:
             self._fail(error)
+        wait(loops)
         if self._error is not None:
             raise self._error
 
-    def _grouped(self, together_bytes: int) -> Iterator[list[Request]]:
+    def _grouped(self) -> Iterator[list[Request]]:
         """The requests, some of them together."""
+        most = min(self._fetcher.together_bytes, self._budget // 4)
         group: list[Request] = []
         nbytes = 0
         for request in self._requests:
             group.append(request)
             nbytes += request.nbytes
-            if nbytes >= min(together_bytes, self._budget // 4):
+            if nbytes >= most:
                 yield group
                 group, nbytes = [], 0
         if group:
             yield group
 
-    def _admit(self, requests: list[Request]) -> None:
-        """Wait until the store takes more, and the budget has room for it."""
-        nbytes = sum(request.nbytes for request in requests)
-        with self._lock:
-            self._wait_until(lambda: self._fetching < self._store.concurrent_reads)
-            while self._error is None and self._held and self._held + nbytes > self._budget:
-                if self._fetching == 0 and self._working == 0:
-                    self._place_what_is_here()
-                    if self._working == 0:
-                        break  # nothing can make room: one oversize request passes alone
-                self._pause()
-            self._fetching += 1
-            self._held += nbytes
+    def _wanted(self, group: list[Request]) -> list[Ranges]:
+        return [(self._index.objects[request.object][0], request.ranges) for request in group]
 
-    def _wait_until(self, ended: Callable[[], bool]) -> None:
-        """Wait for a condition, or for an error. Holds the lock."""
-        while self._error is None and not ended():
-            self._pause()
+    @property
+    def _ended(self) -> bool:
+        idle = not (self._fetching or self._working)
+        return idle and not (self._groups or self._arrived or self._verified)
+
+    def _admitted(self) -> list[Request] | None:
+        """The requests to fetch next, if the store takes more and the budget has room for them. Holds the lock."""
+        if not self._groups or self._fetching >= self._fetcher.at_once:
+            return None
+        nbytes = sum(request.nbytes for request in self._groups[0])
+        if self._held and self._held + nbytes > self._budget:
+            if self._fetching or self._working or self._arrived or self._verified:
+                return None
+            self._place_what_is_here()
+            if self._verified:
+                return None
+            # Nothing can make room: one oversize request passes alone.
+        self._fetching += 1
+        self._held += nbytes
+        return self._groups.popleft()
 
     def _pause(self) -> None:
         """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
-        self._lock.wait(HEED_S)
+        self._caller.wait(HEED_S)
         self._lock.release()
         try:
             self._interrupt()
@@ -182,42 +200,70 @@ class _Execution:
         with self._lock:
             self._error = self._error or error
             self._lock.notify_all()
+            self._caller.notify()
 
-    def _fetched(self, requests: list[Request], begun: float, future: Future[list[Found]]) -> None:
-        """Hand what was read to the pool. Called by the thread that read it."""
+    def _work(self) -> None:
+        """What each worker does."""
+        while (task := self._next()) is not None:
+            begin = time.perf_counter()
+            try:
+                task()
+            except BaseException as error:
+                self._fail(error)
+            with self._lock:
+                self.stats.decode_s += time.perf_counter() - begin
+                self._working -= 1
+                self._lock.notify_all()
+                if self._ended or not self._fetcher.reads_here:
+                    self._caller.notify()
+
+    def _next(self) -> Callable[[], None] | None:
+        """A task, once there is one; None once there will be no more."""
         with self._lock:
-            self.stats.fetch_s += time.perf_counter() - begun
-            self._fetching -= 1
-            if self._error is None:
-                self._submit(partial(self._arrive, requests, future))
-            self._lock.notify_all()
+            while self._error is None and not self._ended:
+                group = None
+                if self._fetcher.reads_here and not (self._verified or self._arrived):
+                    group = self._admitted()
+                if group is not None:
+                    task = partial(self._read, group)
+                elif self._verified:
+                    task = partial(self._place, self._verified.popleft())
+                elif self._arrived:
+                    task = partial(self._arrive, *self._arrived.popleft())
+                else:
+                    self._lock.wait()
+                    continue
+                self._working += 1
+                return task
+        return None
 
-    def _submit(self, task: Callable[[], None]) -> None:
-        """Have the pool do something. Holds the lock."""
-        try:
-            self._pool.submit(self._guarded, task)
-            self._working += 1
-        except BaseException as error:  # no further thread can be started
-            self._error = self._error or error
-
-    def _guarded(self, task: Callable[[], None]) -> None:
+    def _read(self, group: list[Request]) -> None:
         begin = time.perf_counter()
-        try:
-            if self._error is None:
-                with record_function("reshard.decode"):
-                    task()
-        except BaseException as error:
-            self._fail(error)
+        found = self._fetcher.read(self._wanted(group))
+        took = time.perf_counter() - begin
         with self._lock:
-            self.stats.decode_s += time.perf_counter() - begin
-            self._working -= 1
-            self._lock.notify_all()
+            self.stats.fetch_s += took
+            self.stats.decode_s -= took
+            self._fetching -= 1
+        self._arrive(group, found)
 
-    def _arrive(self, requests: list[Request], future: Future[list[Found]]) -> None:
-        """Verify what was read, and place what is complete by it."""
-        for request, found in zip(requests, future.result(), strict=True):
+    def _fetched(self, group: list[Request], begin: float, future: Future[list[Found]]) -> None:
+        """Leave what was read to the workers. Called by the thread that read it."""
+        with self._lock:
+            self.stats.fetch_s += time.perf_counter() - begin
+            self._fetching -= 1
+            try:
+                self._arrived.append((group, future.result()))
+            except BaseException as error:  # or it was cancelled
+                self._error = self._error or error
+            self._lock.notify_all()
+            self._caller.notify()
+
+    def _arrive(self, group: list[Request], found: Sequence[Found]) -> None:
+        """Verify what was read, and pass on what is complete by it."""
+        for request, data in zip(group, found, strict=True):
             if self._error is None:
-                self._take(request, found)
+                self._take(request, data)
 
     def _take(self, request: Request, found: Found) -> None:
         name = self._index.objects[request.object][0]
@@ -226,7 +272,7 @@ class _Execution:
         try:
             if isinstance(found, StoreError):
                 raise found
-            data, damages = self._verified(request, memoryview(found), name)
+            data, damages = self._checked(request, memoryview(found), name)
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
@@ -245,7 +291,7 @@ class _Execution:
                 elif batch.tensor.piecemeal:
                     self._place_later([batch])
 
-    def _verified(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ByteRange]]:
+    def _checked(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ByteRange]]:
         """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
         damages = request.damages(data, self._index)
         if damages:
@@ -268,17 +314,19 @@ class _Execution:
                 self._place_later(tensor.batches)
 
     def _place_later(self, batches: list[Batch]) -> None:
-        """Have the pool place those batches that are here. Holds the lock."""
+        """Have those batches placed that are here. Holds the lock."""
         for batch in batches:
             if batch.is_here and not batch.submitted:
                 batch.submitted = True
-                self._submit(partial(self._place, batch))
+                self._verified.append(batch)
+        self._lock.notify_all()
 
     def _place(self, batch: Batch) -> None:
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
         destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
-        _place_batch(batch, self._damage)
+        with record_function("reshard.decode"):
+            place_batch(batch, self._damage)
         with self._lock:
             tensor.unplaced -= 1
             complete = tensor.unplaced == 0
@@ -295,74 +343,6 @@ class _Execution:
                     request.data = None
                     self._held -= request.nbytes
                     self._placed(request.nbytes)
-
-
-def _place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
-    """Decode the batch's chunks and write them where they belong."""
-    read, rows, destination = batch.read, batch.rows, batch.destination
-    assert destination is not None
-    origin = np.asarray(read.want.box.offsets, np.int64)
-    places = indexes(read.piece_offsets[rows] - origin, read.piece_sizes[rows])
-    parts = indexes(read.piece_offsets[rows] - read.chunk_offsets[rows], read.piece_sizes[rows])
-    shapes = list(map(tuple, read.chunk_sizes[rows].tolist()))
-    counts = read.chunk_sizes[rows].prod(axis=1).tolist()
-    encodings, skipped = read.encodings[rows].tolist(), read.skipped[rows].tolist()
-    packed = read.packed_bytes(rows)
-    streams = []
-    for stream, request in enumerate(batch.requests):
-        assert request.data is not None
-        begins = read.starts[rows, stream] - request.start
-        ends, begins = (begins + packed[:, stream]).tolist(), begins.tolist()
-        streams.append([request.data[begin:end] for begin, end in zip(begins, ends, strict=True)])
-    for i, data in enumerate(zip(*streams, strict=True)):
-        try:
-            values = _values(read, rows.start + i, encodings[i], data, counts[i], skipped[i])
-        except CorruptCheckpointError as error:
-            raise damage(batch.tensor, f"chunk {batch.chunk_box(i)} cannot be decoded: {error}") from error
-        batch.tensor.touched = True
-        destination.write(places[i], values, shapes[i], parts[i])
-
-
-def _values(read: ChunkReads, row: int, encoding: int, data: tuple[memoryview, ...], numel: int, skipped: int) -> Bytes:
-    """The bytes of a chunk's values, row-major."""
-    if encoding == Encoding.PLANES:
-        return _decoded(read, data, numel)
-    if encoding == Encoding.RAW:
-        return _raw(data[0], numel * read.itemsize, skipped)
-    if encoding == Encoding.OPAQUE:
-        return decode_opaque(data[0], read.entry.dtype, tuple(read.chunk_sizes[row].tolist()))
-    return _plain(read, row, np.frombuffer(data[0], np.uint8))
-
-
-def _plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
-    """The bytes of a slab's values, from its runs and what lies between them where that was read."""
-    assert read.runs is not None
-    nbytes, runs = int(read.runs.nbytes[row]), int(read.runs.counts[row])
-    if len(values) != runs * nbytes:
-        strides = (int(read.runs.strides[row]), 1)
-        values = np.lib.stride_tricks.as_strided(values, (runs, nbytes), strides, writeable=False).reshape(-1)
-    if (order := read.entry.order) is None:
-        return values
-    sizes = read.chunk_sizes[row][list(order)].tolist()
-    back = [order.index(d) for d in range(len(order))]
-    return np.ascontiguousarray(values.reshape(*sizes, read.itemsize).transpose(*back, len(order))).reshape(-1)
-
-
-def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
-    """The bytes of a raw chunk's values; where it was read in part, only that part is set."""
-    values = np.frombuffer(data, np.uint8)
-    if len(values) == nbytes:
-        return values
-    whole = np.empty(nbytes, np.uint8)
-    whole[skipped : skipped + len(values)] = values
-    return whole
-
-
-def _decoded(read: ChunkReads, data: tuple[memoryview, ...], numel: int) -> Bytes:
-    """The bytes of an encoded chunk's values, from its one stream or two."""
-    if len(data) == 2:
-        return decode_heads_and_tails(data[0], data[1], numel)
-    return decode_heads(data[0], numel) if read.heads_only else decode(data[0], read.entry.dtype, numel)
 
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:

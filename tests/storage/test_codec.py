@@ -30,8 +30,8 @@ def round_trip(values: Bytes, dtype: str) -> tuple[Bytes, int]:
 
 def decoded(streams: Sequence[bytes | bytearray], dtype: str, numel: int) -> Bytes:
     if len(streams) == 2:
-        return decode_heads_and_tails(streams[0], streams[1], numel)
-    return decode(streams[0], dtype, numel)
+        return decode_heads_and_tails(streams[:1], streams[1:], numel)
+    return decode(streams, dtype, numel)
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZES))
@@ -65,7 +65,7 @@ def test_heads_are_the_bfloat16_rounding() -> None:
     high = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
     every_rounding = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
     bits = np.concatenate([np.array(SPECIAL_FLOATS, np.uint32), high, every_rounding, every_rounding - 1])
-    heads = decode_heads(encode(bits.view(np.uint8), "float32", Stream.HEAD), len(bits))
+    heads = decode_heads([encode(bits.view(np.uint8), "float32", Stream.HEAD)], len(bits)).copy()
     cast = torch.from_numpy(bits).view(torch.float32).to(torch.bfloat16)
     assert np.array_equal(heads.view(np.uint16), cast.view(torch.uint16).numpy())
     nan = np.isnan(bits.view(np.float32))
@@ -106,4 +106,4 @@ def test_a_zstd_bomb_is_refused() -> None:
     bomb = bytearray(encode(np.zeros(1 << 24, np.uint8), "uint8", Stream.WHOLE))
     assert len(bomb) < 5000
     with pytest.raises(CorruptCheckpointError, match="does not hold 100 bytes"):
-        decode(bomb, "uint8", 100)
+        decode([bomb], "uint8", 100)

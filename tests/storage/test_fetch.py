@@ -21,7 +21,7 @@ def fill(name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> in
 
 
 def test_what_is_given_back_is_lent_again() -> None:
-    memory = _Memory(2)
+    memory = _Memory()
     first = memory.filled(fill, "x", [(1, 1001)])
     assert bytes(first) == b"\1" * 1000
     address = np.frombuffer(first, np.uint8).ctypes.data
@@ -31,17 +31,20 @@ def test_what_is_given_back_is_lent_again() -> None:
     assert len(again) == 900
 
 
-def test_no_more_is_kept_than_there_are_reads_at_once() -> None:
-    memory = _Memory(2)
-    lent = [memory.filled(fill, "x", [(0, 100 << order)]) for order in range(6)]
+def test_no_more_is_kept_than_was_lent_at_once() -> None:
+    memory = _Memory()
+    for order in range(6):  # 128, 256, ... bytes, one at a time
+        memory.give(memory.filled(fill, "x", [(0, 100 << order)]))
+        assert [array.nbytes for array in memory._free] == [128 << order]
+    lent = [memory.filled(fill, "x", [(0, 1000)]) for _ in range(5)]
     for data in lent:
         memory.give(data)
-    assert len(memory._free) == 2
+    assert [array.nbytes for array in memory._free] == [1024] * 5
     assert memory._lent == {}
 
 
 def test_what_was_not_lent_is_left_alone() -> None:
-    memory = _Memory(2)
+    memory = _Memory()
     memory.give(np.zeros(1024, np.uint8).data)
     memory.give(memoryview(b"bytes"))
     assert memory._free == []
@@ -52,7 +55,7 @@ def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.Monke
     submit = ThreadPoolExecutor.submit
 
     def refusing(self: ThreadPoolExecutor, task: Callable[..., Any], *arguments: Any) -> Any:
-        if self._thread_name_prefix == "reshard-place":
+        if self._thread_name_prefix == "reshard-read":
             raise RuntimeError("can't start new thread")
         return submit(self, task, *arguments)
 

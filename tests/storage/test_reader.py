@@ -79,13 +79,14 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
     from reshard.storage import reader
 
     held: list[int] = []
-    admit = reader._Execution._admit
+    admitted = reader._Execution._admitted
 
-    def watching(self: reader._Execution, requests: list[Request]) -> None:
-        admit(self, requests)
+    def watching(self: reader._Execution) -> list[Request] | None:
+        group = admitted(self)
         held.append(self._held)
+        return group
 
-    monkeypatch.setattr(reader._Execution, "_admit", watching)
+    monkeypatch.setattr(reader._Execution, "_admitted", watching)
     out = [torch.zeros_like(values) for _ in wants]
     execute(plan, manifest.index(), store, out, budget_bytes=budget)
     assert all(tensor.equal(values) for tensor in out)
