@@ -87,7 +87,7 @@ def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
         offsets[:, 0] = begins
         sizes = np.tile(np.array(shape, np.int64), (len(begins), 1))
         sizes[:, 0] = rows
-        shards, _, _, chunk_sizes = entry.grid.chunks_of_many(offsets, sizes, Box.whole(shape))
+        shards, _, _, chunk_sizes = entry.grid.chunks_of_many(offsets, sizes, *Box.whole(shape).columns)
         stored = (chunk_sizes.prod(axis=1) * 2 * RATIO).astype(np.int64) + 8
         columns["entries"].append(np.full(len(begins), len(entries)))
         columns["objects"].append(np.arange(len(begins)))

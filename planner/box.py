@@ -64,6 +64,11 @@ class Box:
         sizes = tuple(stop - offset for stop, offset in zip(stops, offsets, strict=True))
         return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
 
+    @property
+    def columns(self) -> tuple[IntArray, IntArray]:
+        """The box as one of many: (1, ndim) offsets and sizes."""
+        return np.array([self.offsets], np.int64), np.array([self.sizes], np.int64)
+
     def relative_to(self, origin: Box) -> Box:
         """The same box, with offsets counted from those of `origin`."""
         return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)
@@ -86,9 +91,15 @@ def intersect_many(offsets: IntArray, sizes: IntArray, box: Box) -> tuple[IntArr
 
     Args and returns: (n, ndim) offsets and sizes. Where a box does not meet `box`, a size is 0 or less.
     """
-    low = np.asarray(box.offsets, dtype=np.int64)
-    starts = np.maximum(offsets, low)
-    stops = np.minimum(offsets + sizes, low + np.asarray(box.sizes, dtype=np.int64))
+    return intersect_pairs(offsets, sizes, *box.columns)
+
+
+def intersect_pairs(
+    offsets: IntArray, sizes: IntArray, other_offsets: IntArray, other_sizes: IntArray
+) -> tuple[IntArray, IntArray]:
+    """The intersection of each of n boxes with another: (n, ndim) offsets and sizes, as above."""
+    starts = np.maximum(offsets, other_offsets)
+    stops = np.minimum(offsets + sizes, other_offsets + other_sizes)
     return starts, stops - starts
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .box import Box, IntArray, intersect_many
+from .box import Box, IntArray, intersect_pairs
 
 MAX_PARTS = 16
 """Cells of a dimension before refinement: the edges serve TP 2, 4, 8 and 16."""
@@ -99,8 +99,7 @@ class Grid:
         """
         if shard.numel <= most:
             return [shard]
-        bounds = np.array([shard.offsets], np.int64), np.array([shard.sizes], np.int64)
-        first, count = (column[0].tolist() for column in self.cells(*bounds))
+        first, count = (column[0].tolist() for column in self.cells(*shard.columns))
         dim = next((d for d in self.order if count[d] > 1), None)
         if dim is None:
             return [shard]
@@ -117,21 +116,21 @@ class Grid:
 
         Returns: (n,) ordinals among the shard's chunks, (n, ndim) offsets in the tensor, (n, ndim) sizes.
         """
-        offsets, sizes = np.array([shard.offsets], np.int64), np.array([shard.sizes], np.int64)
-        return self.chunks_of_many(offsets, sizes, within or Box.whole(self.shape))[1:]
+        return self.chunks_of_many(*shard.columns, *(within or Box.whole(self.shape)).columns)[1:]
 
     def chunks_of_many(
-        self, offsets: IntArray, sizes: IntArray, within: Box
+        self, offsets: IntArray, sizes: IntArray, within_offsets: IntArray, within_sizes: IntArray
     ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        """The chunks of m shards that meet a box: shard after shard, each in file order.
+        """The chunks of m shards that meet a box each: shard after shard, each in file order.
 
         Args:
             offsets, sizes: (m, ndim) the shards.
+            within_offsets, within_sizes: (m, ndim) the boxes, or (1, ndim), one for all.
 
         Returns: (n,) the shard of each chunk, (n,) its ordinal among that shard's chunks, (n, ndim) its offsets in
         the tensor, (n, ndim) its sizes.
         """
-        meeting_offsets, meeting_sizes = intersect_many(offsets, sizes, within)
+        meeting_offsets, meeting_sizes = intersect_pairs(offsets, sizes, within_offsets, within_sizes)
         meeting_sizes = np.where((meeting_sizes > 0).all(axis=1, keepdims=True), meeting_sizes, 0)
         first, count = self.cells(offsets, sizes)
         first_met, count_met = self.cells(meeting_offsets, meeting_sizes)

@@ -209,9 +209,8 @@ class CheckpointIndex:
 
     def _checksums_of(self, segments: IntArray, lengths: IntArray) -> IntArray:
         """How many checksums each chunk of some segments has, given the lengths of all their chunks."""
-        owners = self.segments.entries[segments]
-        page_bytes = [entry.page_bytes for entry in self.entries[owners[0] : owners[-1] + 1]]
-        pages = np.array(page_bytes, np.int64)[owners - owners[0]]
+        owners, of = np.unique(self.segments.entries[segments], return_inverse=True)
+        pages = np.array([self.entries[owner].page_bytes for owner in owners.tolist()], np.int64)[of]
         counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
         encodings = np.repeat(self.segments.encodings[segments], counts)
         found: IntArray = np.where(encodings == Encoding.RAW, -(-lengths // np.repeat(pages, counts)), 1)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from .box import Box, IntArray, columns_equal, intersect_many
+from .box import IntArray, intersect_pairs
 from .byte_ranges import Gaps, Runs, slabs_of
+from .chunk_reads import ChunkReads as ChunkReads
+from .chunk_reads import Want as Want
 from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
 from .errors import InvalidIndexError, ShapeMismatchError
+from .grid import Grid
 from .html import table
 from .index import CheckpointIndex, Encoding, Entry, Stream
 from .report import PlanReport
@@ -26,98 +29,8 @@ GAPS = Gaps(MAX_GAP_BYTES, MAX_OVER_READ)
 """Between the chunks of a native checkpoint, whose order leaves few."""
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A box of a tensor that a rank wants to read."""
-
-    name: str
-    box: Box
-    """In the global tensor."""
-    heads_only: bool = False
-    """Of float32 values saved with heads and tails: read them as bfloat16, from the heads alone."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChunkReads:
-    """The chunks that one wanted box meets, in columns. Row i is chunk i.
-
-    A chunk has one byte range for each stream that is read: s = 1, or 2 where heads and tails are both read.
-    """
-
-    want: Want
-    entry: Entry
-    encodings: npt.NDArray[np.uint8]
-    """(n,) how the chunk's bytes hold its values: an Encoding."""
-    objects: IntArray
-    """(n, s) the object that holds the range."""
-    starts: IntArray
-    """(n, s) the first byte of the range in the object."""
-    stops: IntArray
-    """(n, s) the byte after its last."""
-    skipped: IntArray
-    """(n,) bytes of a raw chunk that lie before the range."""
-    checksums: IntArray
-    """(n, s) the first checksum of the range; the pages of a raw range have one each. Other formats have none."""
-    chunk_offsets: IntArray
-    """(n, ndim) the chunk's box in the global tensor."""
-    chunk_sizes: IntArray
-    piece_offsets: IntArray
-    """(n, ndim) the part of the chunk's box that is wanted, in the global tensor."""
-    piece_sizes: IntArray
-    runs: Runs | None = None
-    """Of the plain chunks of other formats, which are slabs here: how their bytes lie in the range."""
-
-    def __len__(self) -> int:
-        return len(self.encodings)
-
-    __eq__ = columns_equal
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes an element of what is read: 2 where only the heads of float32 values are."""
-        return 2 if self.heads_only else self.entry.itemsize
-
-    @property
-    def heads_only(self) -> bool:
-        return self.want.heads_only
-
-    @property
-    def bytes_needed(self) -> int:
-        """Bytes of the wanted box, decoded."""
-        return self.want.box.numel * self.itemsize
-
-    @property
-    def bytes_read(self) -> int:
-        """Stored bytes of the ranges, without the gaps between runs."""
-        return int((self.stops - self.starts).sum() if self.runs is None else self.runs.packed_bytes.sum())
-
-    @property
-    def bytes_over(self) -> IntArray:
-        """(n,) bytes of the chunks' values that have to be read beside those wanted, as they are before encoding.
-
-        Of a chunk that is decoded as a whole: what is not wanted of it. Of one that is not: the pages around what is
-        wanted, or what lies between its runs.
-        """
-        whole: IntArray = (self.chunk_sizes.prod(axis=1) - self.piece_sizes.prod(axis=1)) * self.itemsize
-        pages = (self.stops - self.starts).sum(axis=1) - self.piece_sizes.prod(axis=1) * self.itemsize
-        over: IntArray = np.where(self.encodings == Encoding.RAW, np.maximum(pages, 0), whole)
-        if self.runs is not None:
-            between = np.where(self.runs.sparse, 0, self.runs.spans - self.runs.packed_bytes)
-            over = np.where(self.encodings == Encoding.PLAIN, between, over)
-        return over
-
-    @property
-    def bytes_spanned(self) -> int:
-        """Stored bytes of the ranges, with the gaps between those runs that are not fetched alone."""
-        return int(self.packed_bytes(slice(None)).sum())
-
-    def packed_bytes(self, rows: slice) -> IntArray:
-        """(m, s) what is fetched for some rows: their ranges; of a sparse one, its runs."""
-        spans: IntArray = self.stops[rows] - self.starts[rows]
-        if self.runs is not None:
-            spans[:, 0] = np.where(self.runs.sparse[rows], self.runs.packed_bytes[rows], spans[:, 0])
-        return spans
+TOGETHER = 64
+"""Wants that are planned by one call of numpy each step: enough that such calls cost little, and few temporaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,28 +95,31 @@ def plan_reads(
         ShapeMismatchError: a box does not fit in its tensor.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
-    reads = tuple(_plan_one(index, want, gaps) for want in wants)
+    reads = _chunk_reads(index, wants, gaps)
 
     def column(name: str) -> IntArray:
         parts = [getattr(read, name).reshape(-1) for read in reads]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    starts, stops = column("starts"), column("stops")
+    wanted = spanned = int((stops - starts).sum())
     sparse: dict[int, tuple[int, int, int]] = {}
-    first = wanted = spanned = 0
+    first = 0
     for read in reads:
-        wanted += read.bytes_read
         if read.runs is not None:
             runs, at = read.runs, np.flatnonzero(read.runs.sparse)
             columns = (first + at, runs.counts[at], runs.nbytes[at], runs.strides[at])
             sparse |= {row: (c, b, s) for row, c, b, s in zip(*(column.tolist() for column in columns), strict=True)}
-        spanned += read.bytes_spanned
+            ranges = int((read.stops - read.starts).sum())
+            wanted += read.bytes_read - ranges
+            spanned += read.bytes_spanned - ranges
         first += read.objects.size
     # What slabs read over already counts.
     left = max(0.0, gaps.most_over_read * wanted - (spanned - wanted))
     requests = coalesce(
         column("objects"),
-        column("starts"),
-        column("stops"),
+        starts,
+        stops,
         max_gap_bytes=gaps.most_bytes,
         max_over_read=left / max(spanned, 1),
         max_request_bytes=max_request_bytes,
@@ -212,52 +128,114 @@ def plan_reads(
     return ReadPlan(reads, requests, gaps)
 
 
-def _plan_one(index: CheckpointIndex, want: Want, gaps: Gaps) -> ChunkReads:
-    position = index.position(want.name)
-    entry = index.entries[position]
-    if not want.box.fits(entry.shape):
-        raise ShapeMismatchError(f"{want.name!r} has shape {entry.shape}, {want.box} is not inside it")
-    rows = index.segments_of(position)
-    offsets, sizes = index.shard_boxes(position)
-    _, overlap = intersect_many(offsets, sizes, want.box)
-    met = (overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL)
-    touched = np.flatnonzero(met)
-    shards, ordinals, chunk_offsets, chunk_sizes = entry.grid.chunks_of_many(offsets[touched], sizes[touched], want.box)
-    segment = rows.start + touched[shards]
-    read = _locate(index, want, entry, segment, ordinals, chunk_offsets, chunk_sizes)
-    return _in_slabs(read, gaps) if bool((read.encodings == Encoding.PLAIN).any()) else read
+def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gaps: Gaps) -> tuple[ChunkReads, ...]:
+    """What each want reads. Those of tensors with one grid, as the layers of a model have, are found together."""
+    groups: dict[tuple[Grid, int, bool, bool], list[tuple[int, int]]] = {}
+    for at, want in enumerate(wants):
+        position = index.position(want.name)
+        entry, rows = index.entries[position], index.segments_of(position)
+        if not want.box.fits(entry.shape):
+            raise ShapeMismatchError(f"{want.name!r} has shape {entry.shape}, {want.box} is not inside it")
+        split = rows.stop > rows.start and bool(index.segments.streams[rows.start] == Stream.HEAD)
+        key = (entry.grid, entry.itemsize, split, want.heads_only and split)
+        groups.setdefault(key, []).append((position, at))
+    found: dict[int, ChunkReads] = {}
+    for (_, _, split, heads_only), members in groups.items():
+        members.sort()
+        for first in range(0, len(members), TOGETHER):
+            positions, places = zip(*members[first : first + TOGETHER], strict=True)
+            named = [Want(wants[at].name, wants[at].box, heads_only) for at in places]
+            found |= zip(places, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
+    reads = (found[at] for at in range(len(wants)))
+    return tuple(_in_slabs(read, gaps) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads)
 
 
-def _locate(
+def _of_one_grid(
+    index: CheckpointIndex, wants: Sequence[Want], positions: Sequence[int], *, wide: bool
+) -> Iterator[ChunkReads]:
+    """What each want reads.
+
+    Args:
+        positions: of the wants' entries, which have one grid, ascending.
+        wide: whether both streams of each chunk are read, heads and tails.
+    """
+    entries = [index.entries[position] for position in positions]
+    slices = [index.segments_of(position) for position in positions]
+    rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in slices])
+    owners = np.repeat(np.arange(len(wants)), [rows.stop - rows.start for rows in slices])
+    boxes = [index.shard_boxes(position) for position in positions]
+    offsets, sizes = (np.concatenate(columns) for columns in zip(*boxes, strict=True))
+    wanted_offsets = np.array([want.box.offsets for want in wants], np.int64)
+    wanted_sizes = np.array([want.box.sizes for want in wants], np.int64)
+    _, overlap = intersect_pairs(offsets, sizes, wanted_offsets[owners], wanted_sizes[owners])
+    met = np.flatnonzero((overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL))
+    rows, owners = rows[met], owners[met]
+    shards, ordinals, chunk_offsets, chunk_sizes = entries[0].grid.chunks_of_many(
+        offsets[met], sizes[met], wanted_offsets[owners], wanted_sizes[owners]
+    )
+    rows, owners = rows[shards], owners[shards]
+    piece_offsets, piece_sizes = intersect_pairs(
+        chunk_offsets, chunk_sizes, wanted_offsets[owners], wanted_sizes[owners]
+    )
+    covered = np.zeros(len(wants), np.int64)
+    np.add.at(covered, owners, piece_sizes.prod(axis=1))
+    for want, numel in zip(wants, covered.tolist(), strict=True):
+        if numel != want.box.numel:
+            raise InvalidIndexError(
+                f"the shards of {want.name!r} cover {numel} of the {want.box.numel} elements of {want.box}"
+            )
+    segments = np.stack([rows, rows + 1], axis=1) if wide else rows[:, None]
+    boxed = (chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
+    starts, stops, skipped, checksums = _byte_ranges(index, entries[0], segments, ordinals, *boxed)
+    encodings, objects = index.segments.encodings[rows], index.segments.objects[segments]
+    bounds = np.searchsorted(owners, np.arange(len(wants) + 1)).tolist()
+    for want, entry, (begin, end) in zip(wants, entries, pairwise(bounds), strict=True):
+        part = slice(begin, end)
+        yield ChunkReads(
+            want,
+            entry,
+            encodings[part],
+            objects[part],
+            starts[part],
+            stops[part],
+            skipped[part],
+            checksums[part],
+            chunk_offsets[part],
+            chunk_sizes[part],
+            piece_offsets[part],
+            piece_sizes[part],
+        )
+
+
+def _byte_ranges(
     index: CheckpointIndex,
-    want: Want,
     entry: Entry,
-    segment: IntArray,
-    ordinal: IntArray,
+    segments: IntArray,
+    ordinals: IntArray,
     chunk_offsets: IntArray,
     chunk_sizes: IntArray,
-) -> ChunkReads:
-    """Find the byte ranges of chunks that are given by their segment and their place in it."""
-    piece_offsets, piece_sizes = intersect_many(chunk_offsets, chunk_sizes, want.box)
-    covered = int(piece_sizes.prod(axis=1).sum()) if want.box.numel else 0
-    if covered != want.box.numel:
-        raise InvalidIndexError(
-            f"the shards of {want.name!r} cover {covered} of the {want.box.numel} elements of {want.box}"
-        )
-    split = len(segment) > 0 and index.segments.streams[segment[0]] == Stream.HEAD
-    wide = split and not want.heads_only
-    segments = np.stack([segment, segment + 1], axis=1) if wide else segment[:, None]
-    places = [index.locate(column, ordinal) for column in segments.T]
+    piece_offsets: IntArray,
+    piece_sizes: IntArray,
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """`starts`, `stops`, `skipped` and `checksums` of ChunkReads.
+
+    Args:
+        entry: one of those that the chunks belong to, which have one grid and element size.
+        segments: (n, s) that hold each chunk's streams.
+        ordinals: (n,) its place in them.
+    """
+    places = [index.locate(column, ordinals) for column in segments.T]
     starts, lengths, checksums = (np.stack(columns, axis=1) for columns in zip(*places, strict=True))
-    stops = starts + lengths
-    encodings = index.segments.encodings[segment]
+    stops, skipped = starts + lengths, np.zeros(len(starts), np.int64)
+    encodings, streams = index.segments.encodings[segments[:, 0]], index.segments.streams[segments[:, 0]]
     raw = encodings == Encoding.RAW
     as_they_are = raw | (encodings == Encoding.PLAIN)
-    skipped = np.zeros(len(segment), np.int64)
     if bool(as_they_are.any()):
-        nbytes = chunk_sizes[as_they_are].prod(axis=1) * entry.itemsize
-        if split or not np.array_equal(lengths[as_they_are, 0], nbytes):
-            raise InvalidIndexError(f"a raw chunk of {want.name!r} has not the size of its box")
+        nbytes = chunk_sizes.prod(axis=1) * entry.itemsize
+        wrong = as_they_are & ((streams == Stream.HEAD) | (lengths[:, 0] != nbytes))
+        if bool(wrong.any()):
+            name = index.entries[int(index.segments.entries[segments[np.argmax(wrong), 0]])].name
+            raise InvalidIndexError(f"a raw chunk of {name!r} has not the size of its box")
     if bool(raw.any()):
         first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
         page = entry.page_bytes
@@ -266,20 +244,7 @@ def _locate(
         stops[:, 0] = np.where(raw, starts[:, 0] + np.minimum(ends, lengths[:, 0]), stops[:, 0])
         starts[:, 0] += skipped
         checksums[:, 0] += skipped // page
-    return ChunkReads(
-        Want(want.name, want.box, heads_only=want.heads_only and split),
-        entry,
-        encodings,
-        index.segments.objects[segments],
-        starts,
-        stops,
-        skipped,
-        checksums,
-        chunk_offsets,
-        chunk_sizes,
-        piece_offsets,
-        piece_sizes,
-    )
+    return starts, stops, skipped, checksums
 
 
 def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:

@@ -6,18 +6,15 @@ beside the bytes that they stand for; what is done to each chunk is a loop over 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from ..planner.box import Box
+from ..planner.box import Box, IntArray
 from ..planner.index import NATIVE, CheckpointIndex, Encoding
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .checksums import checksum, page_checksums
 from .place import Destination
-from .runs import Runs
+from .runs import Runs, runs_of
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
 BATCH_BYTES = 2 * 1024 * 1024
@@ -149,19 +146,13 @@ def arrange(
         requests[at].runs = sparse
     tensors: dict[str, Tensor] = {}
     ordered: dict[int, Request] = {}
-    for read, request_of, destination in zip(plan.reads, plan.requests_of(), destinations, strict=True):
+    requests_of = list(plan.requests_of())
+    all_runs = runs_of(plan.reads, requests_of)
+    for read, request_of, runs, destination in zip(plan.reads, requests_of, all_runs, destinations, strict=True):
         tensor = tensors.setdefault(read.want.name, Tensor(read.want.name))
-        if len(read) == 0:
-            continue
-        runs = Runs.of(read, (request_of[1:] != request_of[:-1]).any(axis=1))
-        firsts, of_runs = np.append(runs.firsts, len(read)), request_of[runs.firsts]
-        values = np.cumsum(read.chunk_sizes.prod(axis=1) * read.itemsize)[firsts[1:] - 1]
-        opens = (of_runs[1:] != of_runs[:-1]).any(axis=1) | (np.diff(values // BATCH_BYTES) > 0)
-        begins = np.append(np.insert(np.flatnonzero(opens) + 1, 0, 0), len(runs.firsts))
-        at_rows = itertools.pairwise(firsts[begins].tolist())
-        for (begin, end), (row, stop) in zip(itertools.pairwise(begins.tolist()), at_rows, strict=True):
-            held = [ordered.setdefault(at, requests[at]) for at in request_of[row].tolist()]
-            batch = Batch(tensor, read, slice(row, stop), runs, slice(begin, end), destination, held)
+        for rows, of_runs in _batches(read, runs, request_of):
+            held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
+            batch = Batch(tensor, read, rows, runs, of_runs, destination, held)
             tensor.batches.append(batch)
             tensor.unplaced += 1
             for stream, request in enumerate(held):
@@ -169,3 +160,14 @@ def arrange(
                 request.unplaced += 1
                 tensor.missing += 1
     return list(tensors.values()), list(ordered.values())
+
+
+def _batches(read: ChunkReads, runs: Runs, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
+    """Rows of a read that one request fetches, or two, each with which of its runs they are."""
+    requests, rows = request_of[runs.firsts].tolist(), [*runs.firsts.tolist(), len(read)]
+    begin = nbytes = 0
+    for end, size in enumerate([*runs.nbytes.tolist(), 0]):
+        if nbytes and (end == len(requests) or nbytes >= BATCH_BYTES or requests[end] != requests[begin]):
+            yield slice(rows[begin], rows[end]), slice(begin, end)
+            begin, nbytes = end, 0
+        nbytes += size

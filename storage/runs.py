@@ -7,14 +7,15 @@ are runs of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ..planner.box import IntArray, indexes
 from ..planner.index import NATIVE
-from ..planner.read_plan import ChunkReads
+from ..planner.read_plan import TOGETHER, ChunkReads
 from .place import Slices
 
 RUN_BYTES = 512 * 1024
@@ -51,19 +52,11 @@ class Runs:
     counts: IntArray
     dims: IntArray
 
-    @classmethod
-    def of(cls, read: ChunkReads, opens: IntArray) -> Runs:
-        """The runs of a read; chunk i + 1 begins one wherever `opens[i]`, (n - 1,) bool, says so."""
-        dims = np.where(opens, -1, _adjoining(read))
-        before = np.concatenate(([-1], dims[:-1]))
-        begins = np.concatenate(([True], (dims < 0) | ((before >= 0) & (before != dims))))
-        most = np.maximum(1, RUN_BYTES // (read.chunk_sizes.prod(axis=1) * read.itemsize))
-        rows = np.arange(len(read))
-        begins |= (rows - np.maximum.accumulate(np.where(begins, rows, 0))) % most == 0
-        firsts = np.flatnonzero(begins)
-        counts = np.diff(firsts, append=len(read))
-        along = np.concatenate((dims, [0]))[firsts]  # chunk i + 1 continues chunk i in dims[i]
-        return cls(read, firsts, counts, np.where(counts > 1, along, 0))
+    @property
+    def nbytes(self) -> IntArray:
+        """(r,) decoded bytes."""
+        numels: IntArray = self.read.chunk_sizes[self.firsts].prod(axis=1)
+        return numels * self.counts * self.read.itemsize
 
     def select(self, runs: slice) -> Iterator[Run]:
         """Some of them."""
@@ -79,14 +72,58 @@ class Runs:
         return map(Run, *columns, map(tuple, sizes.tolist()), sizes.prod(axis=1).tolist(), parts, places)
 
 
-def _adjoining(read: ChunkReads) -> IntArray:
-    """(n - 1,): the dimension in which each chunk but the first continues the one before, or -1."""
-    sizes, encodings, steps = read.chunk_sizes, read.encodings, np.diff(read.chunk_offsets, axis=0)
-    if steps.size == 0:
-        return np.full(len(steps), -1)
-    whole = (sizes == read.piece_sizes).all(axis=1) & (encodings <= max(NATIVE))
-    adjoin = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1]) & (sizes[1:] == sizes[:-1]).all(axis=1)
-    adjoin &= ((steps == 0) | (steps == sizes[:-1])).all(axis=1) & ((steps != 0).sum(axis=1) == 1)
-    adjoin &= (read.starts[1:] == read.stops[:-1]).all(axis=1)
-    dims: IntArray = np.where(adjoin, (steps != 0).argmax(axis=1), -1)
+def runs_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
+    """The runs of each read, many reads together.
+
+    Args:
+        requests_of: for each read, the (n, s) requests that fetch its ranges. A run's bytes come by one.
+    """
+    groups: dict[int, list[int]] = {}
+    for at, read in enumerate(reads):
+        groups.setdefault(len(read.want.box.sizes), []).append(at)
+    found: dict[int, Runs] = {}
+    for members in groups.values():
+        for first in range(0, len(members), TOGETHER):
+            places = members[first : first + TOGETHER]
+            runs = _of_one_rank([reads[at] for at in places], [requests_of[at] for at in places])
+            found |= zip(places, runs, strict=True)
+    return (found[at] for at in range(len(reads)))
+
+
+def _of_one_rank(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
+    """The runs of reads of tensors that have as many dimensions."""
+    bounds = np.cumsum([0, *map(len, reads)])
+    rows = np.arange(bounds[-1])
+    dims = _continued(reads, np.concatenate([requests[:, [0, -1]] for requests in requests_of]))
+    dims[bounds[:-1][np.diff(bounds) > 0]] = -1
+    before = np.concatenate(([-1], dims[:-1]))[: len(rows)]
+    opens = (dims < 0) | ((before >= 0) & (before != dims))
+    nbytes = np.concatenate([read.chunk_sizes.prod(axis=1) * read.itemsize for read in reads])
+    inside = rows - np.maximum.accumulate(np.where(opens, rows, 0))
+    opens |= inside % np.maximum(1, RUN_BYTES // nbytes) == 0
+    firsts = np.flatnonzero(opens)
+    counts = np.diff(firsts, append=len(rows))
+    along = np.where(counts > 1, np.append(dims, 0)[firsts + 1], 0)
+    places = np.searchsorted(firsts, bounds).tolist()
+    for read, row, (begin, end) in zip(reads, bounds.tolist(), pairwise(places), strict=False):
+        yield Runs(read, firsts[begin:end] - row, counts[begin:end], along[begin:end])
+
+
+def _continued(reads: Sequence[ChunkReads], requests: IntArray) -> IntArray:
+    """(n,) for each chunk of the reads: the dimension in which it continues the one before, or -1."""
+
+    def column(name: str) -> IntArray:
+        return np.concatenate([getattr(read, name) for read in reads])
+
+    sizes, encodings, offsets = column("chunk_sizes"), column("encodings"), column("chunk_offsets")
+    starts = np.concatenate([read.starts[:, 0] for read in reads])
+    stops = np.concatenate([read.stops[:, 0] for read in reads])
+    whole = (sizes == column("piece_sizes")).all(axis=1) & (encodings <= max(NATIVE))
+    steps = np.diff(offsets, axis=0)
+    continued = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1]) & (starts[1:] == stops[:-1])
+    continued &= (sizes[1:] == sizes[:-1]).all(axis=1) & (requests[1:] == requests[:-1]).all(axis=1)
+    continued &= ((steps == 0) | (steps == sizes[:-1])).all(axis=1) & ((steps != 0).sum(axis=1) == 1)
+    dims = np.full(len(sizes), -1)
+    if steps.size:
+        dims[1:] = np.where(continued, (steps != 0).argmax(axis=1), -1)
     return dims
