@@ -35,6 +35,8 @@ Bytes = npt.NDArray[np.uint8]
 _COMPONENT_SIZES = {"complex32": 2, "complex64": 4, "complex128": 8}
 _FLOAT_PREFIXES = ("float", "bfloat", "complex")
 _COMPRESSED = 1 << 31
+_TABLES = {count: struct.Struct(f"<{count}I") for count in (1, 2, 4, 8)}
+"""What stands before the planes, by their number: the stored bytes of each, and whether they are compressed."""
 _SAMPLE_BYTES = 4096
 _PAYS_BELOW = 0.97
 """A plane is compressed where its sample, and then the whole, shrinks below this part of its size."""
@@ -122,20 +124,17 @@ def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
 def decode_heads(chunks: Sequence[Buffer], numel: int) -> Bytes:
     """The bytes of the bfloat16 values of chunks of `numel` each, one after another, from their streams of heads."""
     n = numel * len(chunks)
-    words, signs, low = _scratch.take(0, -(-n // 4) * 4), _scratch.take(1, n), _scratch.take(2, n).view(np.uint8)
-    turned = words[:n]
+    turned, other = _scratch.take(0, n), _scratch.take(1, n)
     for at, chunk in enumerate(chunks):
         exponents, rest = _whole_planes(chunk, 2, numel)
         turned[at * numel : (at + 1) * numel] = exponents
-        low[at * numel : (at + 1) * numel] = rest
+        other[at * numel : (at + 1) * numel] = rest
     turned *= 256
-    turned |= low[:n]
-    # Turned back to the right by one bit. Products and words of 64 bits, since numpy shifts one element at a time.
-    np.multiply(turned, 32768, out=signs)
-    quadruples = words.view(np.uint64)
-    quadruples >>= 1
-    quadruples &= 0x7FFF7FFF7FFF7FFF
-    turned |= signs
+    turned |= other
+    # Turned back to the right by one bit.
+    np.multiply(turned, 32768, out=other)
+    turned >>= 1
+    turned |= other
     return turned.view(np.uint8)
 
 
@@ -239,7 +238,7 @@ def _join_planes(planes: list[Bytes], *, floats: bool = True, exponents_first: b
                 body, length = compressed, len(compressed) | _COMPRESSED
         heads.append(length)
         bodies.append(body)
-    return b"".join((struct.pack(f"<{len(planes)}I", *heads), *bodies))
+    return b"".join((_TABLES[len(planes)].pack(*heads), *bodies))
 
 
 def _may_pay(plane: Bytes, compressor: zstandard.ZstdCompressor) -> bool:
@@ -256,17 +255,18 @@ def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memory
     """The planes, `n` bytes each, and what follows them."""
     view = memoryview(data)
     at = 4 * count
-    _check(len(view) >= at, "the table of planes is cut short")
+    if len(view) < at:
+        raise CorruptCheckpointError("the table of planes is cut short")
     planes = []
-    for head in struct.unpack_from(f"<{count}I", view):
-        length = head & ~_COMPRESSED
-        body = view[at : at + length]
-        at += length
-        _check(len(body) == length, "a plane is cut short")
-        if head & _COMPRESSED:
-            body = _decompress(body, n)
-        _check(len(body) == n, f"a plane has {len(body)} bytes where {n} are due")
+    for head in _TABLES[count].unpack_from(view):
+        end = at + (head & ~_COMPRESSED)
+        if end > len(view):
+            raise CorruptCheckpointError("a plane is cut short")
+        body = _decompress(view[at:end], n) if head & _COMPRESSED else view[at:end]
+        if len(body) != n:
+            raise CorruptCheckpointError(f"a plane has {len(body)} bytes where {n} are due")
         planes.append(np.frombuffer(body, np.uint8))
+        at = end
     return planes, view[at:]
 
 
@@ -277,10 +277,11 @@ def _whole_planes(data: Buffer, count: int, n: int) -> list[Bytes]:
     return planes
 
 
-def _decompress(body: memoryview, n: int) -> memoryview:
+def _decompress(body: memoryview, n: int) -> bytes:
     try:
-        _check(zstandard.frame_content_size(body) == n, f"a compressed plane does not hold {n} bytes")
-        return memoryview(_zstd.decompressor.decompress(body, max_output_size=n))
+        if zstandard.frame_content_size(body) != n:
+            raise CorruptCheckpointError(f"a compressed plane does not hold {n} bytes")
+        return _zstd.decompressor.decompress(body, max_output_size=n)
     except zstandard.ZstdError as error:
         raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
 
