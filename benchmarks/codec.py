@@ -56,7 +56,7 @@ def reshard_zstd(dtype: str, threads: int) -> Coder:
     itemsize = getattr(torch, dtype).itemsize
 
     def compress(chunk: Bytes) -> list[tuple[bytes, int]]:
-        encoded = [encode(chunk, dtype, stream) for stream in streams]
+        encoded = [encode(chunk, dtype, stream, len(chunk) // itemsize)[0] for stream in streams]
         return [(data, checksum(data)) for data in encoded]
 
     def decompress(stored: list[tuple[bytes, int]], nbytes: int) -> Bytes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +38,8 @@ _FLOAT_PREFIXES = ("float", "bfloat", "complex")
 _COMPRESSED = 1 << 31
 _TABLES = {count: struct.Struct(f"<{count}I") for count in (1, 2, 4, 8)}
 """What stands before the planes, by their number: the stored bytes of each, and whether they are compressed."""
-_SAMPLE_BYTES = 4096
+_SAMPLE_BYTES = 1024
+"""At each place of a sample."""
 _PAYS_BELOW = 0.97
 """A plane is compressed where its sample, and then the whole, shrinks below this part of its size."""
 
@@ -80,17 +82,24 @@ def streams_of(dtype: str, codec: str) -> tuple[Stream, ...]:
     return (Stream.HEAD, Stream.TAIL) if dtype == "float32" and codec == "zstd" else (Stream.WHOLE,)
 
 
-def encode(values: Bytes, dtype: str, stream: Stream) -> bytes:
-    """Encode one stream of a chunk's values: their bytes in memory order, little-endian."""
+def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]:
+    """Encode one stream of chunks.
+
+    Args:
+        values: the bytes of their values in memory order, little-endian, one chunk after another.
+        numel: values of each chunk.
+    """
     if stream is Stream.WHOLE:
         if dtype == "bfloat16":
-            return _join_planes(_split_bfloat16(values.view(np.uint16)), exponents_first=True)
-        width = _COMPONENT_SIZES.get(dtype, ITEMSIZES[dtype])
-        return _join_planes(_split_bytes(values, width), floats=dtype.startswith(_FLOAT_PREFIXES))
+            return _join_planes(_split_bfloat16(values.view(np.uint16)), numel, exponents_first=True)
+        itemsize = ITEMSIZES[dtype]
+        width = _COMPONENT_SIZES.get(dtype, itemsize)
+        n = numel * (itemsize // width)
+        return _join_planes(_split_bytes(values, width), n, floats=dtype.startswith(_FLOAT_PREFIXES))
     bits = values.view(np.uint32)
     heads = _round_to_bfloat16(values)
     if stream is Stream.HEAD:
-        return _join_planes(_split_bfloat16(heads), exponents_first=True)
+        return _join_planes(_split_bfloat16(heads), numel, exponents_first=True)
     difference = _scratch.take(0, 2 * len(bits)).view(np.uint32)
     np.copyto(difference, heads)
     difference *= 65536
@@ -99,8 +108,12 @@ def encode(values: Bytes, dtype: str, stream: Stream) -> bytes:
     np.copyto(tails, difference, casting="unsafe")
     difference += 32768
     lost = np.flatnonzero(difference > 65535)  # those that 16 bits with a sign do not hold
-    exceptions = np.stack([lost.astype(np.uint32), bits[lost]], axis=1).astype("<u4").tobytes()
-    return _join_planes(_split_bytes(tails.view(np.uint8), 2)) + exceptions
+    exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
+    bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
+    planes = _join_planes(_split_bytes(tails.view(np.uint8), 2), numel)
+    return [
+        chunk + exceptions[begin:end].tobytes() for chunk, (begin, end) in zip(planes, pairwise(bounds), strict=True)
+    ]
 
 
 def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
@@ -221,34 +234,42 @@ def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
     return [exponents, rest]
 
 
-def _join_planes(planes: list[Bytes], *, floats: bool = True, exponents_first: bool = False) -> bytes:
-    """Planes as a table of their lengths and what each came to, compressed where it pays.
+def _join_planes(planes: list[Bytes], n: int, *, floats: bool = True, exponents_first: bool = False) -> list[bytes]:
+    """Chunks, each the table of its planes and what each came to, compressed where it pays.
 
     Whether it may pay is told by a sample; of exponents, which are hardly ever random, by doing it.
+
+    Args:
+        planes: of all chunks, which have `n` bytes of each.
     """
     compressor = _zstd.entropy if floats else _zstd.matches
-    heads: list[int] = []
-    bodies: list[Buffer] = []
-    for at, plane in enumerate(planes):
-        body: Buffer = plane.data
-        length = len(plane)
-        if (exponents_first and at == 0) or _may_pay(plane, compressor):
-            compressed = compressor.compress(plane.data)
-            if len(compressed) < _PAYS_BELOW * length:
-                body, length = compressed, len(compressed) | _COMPRESSED
-        heads.append(length)
-        bodies.append(body)
-    return b"".join((_TABLES[len(planes)].pack(*heads), *bodies))
+    may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compressor) for at, plane in enumerate(planes)]
+    chunks = []
+    for begin in range(0, len(planes[0]), n):
+        heads: list[int] = []
+        bodies: list[Buffer] = []
+        for plane, tried in zip(planes, may_pay, strict=True):
+            values = plane[begin : begin + n].data
+            body: Buffer = values
+            length = n
+            if tried:
+                compressed = compressor.compress(values)
+                if len(compressed) < _PAYS_BELOW * n:
+                    body, length = compressed, len(compressed) | _COMPRESSED
+            heads.append(length)
+            bodies.append(body)
+        chunks.append(b"".join((_TABLES[len(planes)].pack(*heads), *bodies)))
+    return chunks
 
 
-def _may_pay(plane: Bytes, compressor: zstandard.ZstdCompressor) -> bool:
-    """Whether a sample of the plane, taken from four places, compresses."""
-    if len(plane) <= _SAMPLE_BYTES:
+def _may_pay(plane: Bytes, n: int, compressor: zstandard.ZstdCompressor) -> bool:
+    """Whether a sample of the plane, of four places or of each of its chunks of `n` bytes, compresses."""
+    pieces = max(4, len(plane) // n)
+    if len(plane) <= pieces * _SAMPLE_BYTES:
         return len(plane) > 0
-    piece = _SAMPLE_BYTES // 4
-    step = (len(plane) - piece) // 3
-    sample = np.concatenate([plane[i * step : i * step + piece] for i in range(4)])
-    return len(compressor.compress(sample.data)) < _PAYS_BELOW * _SAMPLE_BYTES
+    step = (len(plane) - _SAMPLE_BYTES) // (pieces - 1)
+    sample = np.concatenate([plane[i * step : i * step + _SAMPLE_BYTES] for i in range(pieces)])
+    return len(compressor.compress(sample.data)) < _PAYS_BELOW * len(sample)
 
 
 def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memoryview]:

@@ -16,6 +16,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
+from .resources import begin_to_write_back
 from .store import ObjectWriter
 
 OPEN_FILES = 64
@@ -177,6 +178,7 @@ class _NewFile:
         self._errors = errors
         self._waiting: list[memoryview] = []
         self._nbytes = 0
+        self._written = 0
 
     def write(self, data: Buffer, /) -> None:
         view = memoryview(data).cast("B")
@@ -190,6 +192,8 @@ class _NewFile:
     def flush(self) -> None:
         while self._waiting:
             done = os.writev(self.descriptor, self._waiting)
+            begin_to_write_back(self.descriptor, self._written, done)
+            self._written += done
             self._nbytes -= done
             while self._waiting and done >= len(self._waiting[0]):
                 done -= len(self._waiting.pop(0))

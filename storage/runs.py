@@ -1,8 +1,8 @@
 """Chunks that are worked on together: calls of numpy and of the codec cost as much as some KiB of values.
 
-Consecutive chunks of one size that lie one after another in their object, are wanted whole, and adjoin along one
-dimension of the tensor are a run: they are decoded into one array, and written by one strided copy. All other chunks
-are runs of one.
+Consecutive chunks of one size that adjoin along one dimension of the tensor are a run: they are taken from the tensor,
+or written to it, by one strided copy, and their planes are split and joined together. Of a read they also lie one after
+another in their object, and are wanted whole. All other chunks are runs of one.
 """
 
 from __future__ import annotations
@@ -62,12 +62,9 @@ class Runs:
         """Some of them."""
         read, firsts, counts, dims = self.read, self.firsts[runs], self.counts[runs], self.dims[runs]
         sizes, wanted = read.chunk_sizes[firsts], read.piece_sizes[firsts]
-        extents = wanted.copy()
-        if extents.size:
-            extents[np.arange(len(firsts)), dims] *= counts
         begins = read.piece_offsets[firsts]
         parts = indexes(begins - read.chunk_offsets[firsts], wanted)
-        places = indexes(begins - np.asarray(read.want.box.offsets, np.int64), extents)
+        places = places_of(begins - np.asarray(read.want.box.offsets, np.int64), wanted, counts, dims)
         columns = (column.tolist() for column in (firsts, counts, dims, read.encodings[firsts]))
         return map(Run, *columns, map(tuple, sizes.tolist()), sizes.prod(axis=1).tolist(), parts, places)
 
@@ -93,37 +90,63 @@ def runs_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Ite
 def _of_one_rank(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
     """The runs of reads of tensors that have as many dimensions."""
     bounds = np.cumsum([0, *map(len, reads)])
-    rows = np.arange(bounds[-1])
     dims = _continued(reads, np.concatenate([requests[:, [0, -1]] for requests in requests_of]))
     dims[bounds[:-1][np.diff(bounds) > 0]] = -1
-    before = np.concatenate(([-1], dims[:-1]))[: len(rows)]
-    opens = (dims < 0) | ((before >= 0) & (before != dims))
     nbytes = np.concatenate([read.chunk_sizes.prod(axis=1) * read.itemsize for read in reads])
-    inside = rows - np.maximum.accumulate(np.where(opens, rows, 0))
-    opens |= inside % np.maximum(1, RUN_BYTES // nbytes) == 0
-    firsts = np.flatnonzero(opens)
-    counts = np.diff(firsts, append=len(rows))
-    along = np.where(counts > 1, np.append(dims, 0)[firsts + 1], 0)
+    firsts, counts, along = cut(dims, nbytes)
     places = np.searchsorted(firsts, bounds).tolist()
     for read, row, (begin, end) in zip(reads, bounds.tolist(), pairwise(places), strict=False):
         yield Runs(read, firsts[begin:end] - row, counts[begin:end], along[begin:end])
 
 
 def _continued(reads: Sequence[ChunkReads], requests: IntArray) -> IntArray:
-    """(n,) for each chunk of the reads: the dimension in which it continues the one before, or -1."""
+    """`continued` of the chunks of all reads, where they are read and wanted as a run has to be."""
 
     def column(name: str) -> IntArray:
         return np.concatenate([getattr(read, name) for read in reads])
 
-    sizes, encodings, offsets = column("chunk_sizes"), column("encodings"), column("chunk_offsets")
+    sizes, encodings = column("chunk_sizes"), column("encodings")
     starts = np.concatenate([read.starts[:, 0] for read in reads])
     stops = np.concatenate([read.stops[:, 0] for read in reads])
     whole = (sizes == column("piece_sizes")).all(axis=1) & (encodings <= max(NATIVE))
-    steps = np.diff(offsets, axis=0)
-    continued = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1]) & (starts[1:] == stops[:-1])
-    continued &= (sizes[1:] == sizes[:-1]).all(axis=1) & (requests[1:] == requests[:-1]).all(axis=1)
-    continued &= ((steps == 0) | (steps == sizes[:-1])).all(axis=1) & ((steps != 0).sum(axis=1) == 1)
-    dims = np.full(len(sizes), -1)
-    if steps.size:
-        dims[1:] = np.where(continued, (steps != 0).argmax(axis=1), -1)
+    alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
+    alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
+    dims = continued(column("chunk_offsets"), sizes)
+    dims[1:][~alike] = -1
     return dims
+
+
+def continued(offsets: IntArray, sizes: IntArray) -> IntArray:
+    """(n,) for each of n boxes, (n, ndim): the dimension in which it continues the one before, of its size; or -1."""
+    dims = np.full(len(sizes), -1)
+    steps = np.diff(offsets, axis=0)
+    if steps.size:
+        adjoin = ((steps == 0) | (steps == sizes[:-1])).all(axis=1) & ((steps != 0).sum(axis=1) == 1)
+        alike = (sizes[1:] == sizes[:-1]).all(axis=1)
+        dims[1:] = np.where(adjoin & alike, (steps != 0).argmax(axis=1), -1)
+    return dims
+
+
+def cut(dims: IntArray, nbytes: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Chunks as runs: (r,) the first chunk of each, their number, the dimension in which they adjoin (0 for one).
+
+    Args:
+        dims: (n,) as `continued` gives.
+        nbytes: (n,) decoded bytes of each chunk.
+    """
+    rows = np.arange(len(dims))
+    before = np.concatenate(([-1], dims[:-1]))[: len(rows)]
+    opens = (dims < 0) | ((before >= 0) & (before != dims))
+    inside = rows - np.maximum.accumulate(np.where(opens, rows, 0))
+    opens |= inside % np.maximum(1, RUN_BYTES // nbytes) == 0
+    firsts = np.flatnonzero(opens)
+    counts = np.diff(firsts, append=len(rows))
+    return firsts, counts, np.where(counts > 1, np.append(dims, 0)[firsts + 1], 0)
+
+
+def places_of(offsets: IntArray, sizes: IntArray, counts: IntArray, dims: IntArray) -> list[Slices]:
+    """Where runs lie, by the (r, ndim) offsets and sizes of the first chunk of each."""
+    extents = sizes.copy()
+    if extents.size:
+        extents[np.arange(len(extents)), dims] *= counts
+    return indexes(offsets, extents)

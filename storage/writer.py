@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.profiler import record_function
+from typing_extensions import Buffer
 
-from ..planner.box import Box, indexes
+from ..planner.box import Box
 from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
 from ..planner.index import Encoding, Entry, Kind, Stream
@@ -34,10 +35,12 @@ from .codec import encode, streams_of
 from .errors import StoreError
 from .logs import logger_of
 from .manifest import DATA_FOLDER, DATA_SUFFIX
+from .place import Slices
 from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
 from .retrying_store import at_once, retried
+from .runs import continued, cut, places_of
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
 
@@ -58,8 +61,8 @@ TASK_BYTES = 1024 * 1024
 LET_END_S = 5.0
 """How long a save that has failed waits for what is under way, to remove it."""
 
-Encoded = tuple[memoryview, list[int]]
-"""A chunk's bytes, and its checksums."""
+Encoded = tuple[Buffer, list[int], list[int]]
+"""The bytes of a chunk, or of several one after another; the length of each; their checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +108,10 @@ class _Segment:
     lengths: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
 
-    def add(self, at: int, length: int, checksums: list[int]) -> None:
+    def add(self, at: int, lengths: list[int], checksums: list[int]) -> None:
         if not self.lengths:
             self.start = at
-        self.lengths.append(length)
+        self.lengths += lengths
         self.checksums += checksums
 
     def record(self, encoding: Encoding) -> SegmentRecord:
@@ -253,10 +256,10 @@ class _ObjectWriter:
                 for batch in self._encoded(shards, begun):
                     chunks = batch.encoded.result()
                     encoded_at = time.perf_counter()
-                    for data, checksums in chunks:
+                    for data, lengths, checksums in chunks:
                         out.write(data)
-                        batch.segment.add(record.nbytes, len(data), checksums)
-                        record.nbytes += len(data)
+                        batch.segment.add(record.nbytes, lengths, checksums)
+                        record.nbytes += sum(lengths)
                     if not self._store.holds_objects:
                         self._wrote(batch.values_nbytes)
                         taken += batch.values_nbytes
@@ -299,17 +302,19 @@ class _ObjectWriter:
                     torch.accelerator.synchronize(values.device)  # what its own stream still computes
                 array = as_array(values)
                 starts = offsets - np.asarray(source.box.offsets, np.int64)
-                ends = np.cumsum(sizes.prod(axis=1)) * values.itemsize
-                cuts = (np.flatnonzero(np.diff(ends // TASK_BYTES)) + 1).tolist()
-                batches = [slice(*ends) for ends in pairwise([0, *cuts, len(ends)])]
+                firsts, counts, dims = cut(continued(offsets, sizes), sizes.prod(axis=1) * values.itemsize)
+                places = places_of(starts[firsts], sizes[firsts], counts, dims)
+                runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
+                run_bytes = sizes[firsts].prod(axis=1) * counts * values.itemsize
+                cuts = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
+                batches = [slice(*ends) for ends in pairwise([0, *cuts, len(runs)])]
                 for segment, batch in ((segment, batch) for segment in segments for batch in batches):
                     self._check_wanted()
-                    nbytes = int(sizes[batch].prod(axis=1).sum()) * values.itemsize
+                    nbytes = int(run_bytes[batch].sum())
                     while waiting and held + nbytes > self._window:
                         held -= waiting[0].held_nbytes
                         yield waiting.popleft()
-                    boxes = indexes(starts[batch], sizes[batch])
-                    encoding = partial(_encode, array, boxes, entry, segment.stream, self._codec)
+                    encoding = partial(_encode, array, runs[batch], entry, segment.stream, self._codec)
                     waiting.append(_Batch(segment, nbytes, nbytes // len(segments), self._encoding.submit(encoding)))
                     held += nbytes
             while waiting:
@@ -320,16 +325,31 @@ class _ObjectWriter:
 
 
 def _encode(
-    values: npt.NDArray[Any], boxes: list[tuple[slice, ...]], entry: Entry, stream: Stream, codec: str
+    values: npt.NDArray[Any],
+    runs: Sequence[tuple[Slices, list[int], int, int]],
+    entry: Entry,
+    stream: Stream,
+    codec: str,
 ) -> list[Encoded]:
-    """Chunks of a shard, each with its checksums."""
+    """Chunks of a shard.
+
+    Args:
+        runs: of chunks: where each lies in `values`, the sizes of its chunks, their number, in which dimension they
+            adjoin.
+    """
     page_bytes = entry.page_bytes
-    chunks = []
-    for box in boxes:
-        plain = as_bytes(values[box])
+    encoded: list[Encoded] = []
+    for place, sizes, count, dim in runs:
+        # What of the values is one chunk after another, each row-major.
+        split = values[place].reshape(*sizes[:dim], count, *sizes[dim:])
+        plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))
+        nbytes = len(plain) // count
         if codec == "none":
-            chunks.append((plain.data, page_checksums(plain.data, page_bytes)))
+            checksums: list[int] = []
+            for at in range(0, len(plain), nbytes):
+                checksums += page_checksums(plain.data[at : at + nbytes], page_bytes)
+            encoded.append((plain.data, [nbytes] * count, checksums))
         else:
-            encoded = encode(plain, entry.dtype, stream)
-            chunks.append((memoryview(encoded), [checksum(encoded)]))
-    return chunks
+            chunks = encode(plain, entry.dtype, stream, nbytes // entry.itemsize)
+            encoded += [(chunk, [len(chunk)], [checksum(chunk)]) for chunk in chunks]
+    return encoded

@@ -108,3 +108,20 @@ def test_an_empty_plan() -> None:
     assert len(plan.requests) == 0
     assert plan.report.amplification == 0
     assert len(plan_reads(index, []).requests) == 0
+
+
+@given(st.data(), shapes, st.booleans())
+def test_what_is_planned_together_is_what_is_planned_alone(
+    data: st.DataObject, shape: tuple[int, ...], wide: bool
+) -> None:
+    """Tensors of one grid and others, in any order, some of them several times, by boxes of their own."""
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    kinds = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
+    saved = [
+        Saved(f"{dtype} {raw} {i}", grid, data.draw(cuts_of(shape)), dtype, raw) for dtype, raw in kinds for i in "ab"
+    ]
+    index = index_of(*saved, Saved("one", Grid(shape, (1,) * len(shape)), [Box.whole(shape)], plain=True))
+    names = data.draw(st.lists(st.sampled_from([entry.name for entry in index.entries]), max_size=12))
+    wants = [Want(name, data.draw(boxes_in(shape)), heads_only=not wide) for name in names]
+    together = plan_reads(index, wants).reads
+    assert list(together) == [plan_reads(index, [want]).reads[0] for want in wants]

@@ -24,7 +24,7 @@ SPECIAL_FLOATS = [
 def round_trip(values: Bytes, dtype: str) -> tuple[Bytes, int]:
     """What comes back, and the encoded size."""
     numel = len(values) // ITEMSIZES[dtype]
-    data = [encode(values, dtype, stream) for stream in streams_of(dtype, "zstd")]
+    data = [encode(values, dtype, stream, numel)[0] for stream in streams_of(dtype, "zstd")]
     return decoded(data, dtype, numel), sum(map(len, data))
 
 
@@ -65,7 +65,7 @@ def test_heads_are_the_bfloat16_rounding() -> None:
     high = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
     every_rounding = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
     bits = np.concatenate([np.array(SPECIAL_FLOATS, np.uint32), high, every_rounding, every_rounding - 1])
-    heads = decode_heads([encode(bits.view(np.uint8), "float32", Stream.HEAD)], len(bits)).copy()
+    heads = decode_heads(encode(bits.view(np.uint8), "float32", Stream.HEAD, len(bits)), len(bits)).copy()
     cast = torch.from_numpy(bits).view(torch.float32).to(torch.bfloat16)
     assert np.array_equal(heads.view(np.uint16), cast.view(torch.uint16).numpy())
     nan = np.isnan(bits.view(np.float32))
@@ -80,7 +80,7 @@ def test_weights_compress_to_their_entropy() -> None:
     as_fp32 = weights.view(torch.uint8).numpy()
     assert round_trip(as_bf16, "bfloat16")[1] / as_bf16.nbytes < 0.665
     assert round_trip(as_fp32, "float32")[1] / as_fp32.nbytes < 0.835
-    assert len(encode(as_fp32, "float32", Stream.HEAD)) / len(weights) < 1.33
+    assert len(encode(as_fp32, "float32", Stream.HEAD, len(weights))[0]) / len(weights) < 1.33
 
 
 @given(st.data(), st.sampled_from(["bfloat16", "float32", "int64", "bool", "float16"]))
@@ -88,7 +88,7 @@ def test_damaged_bytes_are_refused_or_give_values(data: st.DataObject, dtype: st
     """Checksums stand before the decoder; still it must not crash, nor read or take more than it should."""
     numel = 600
     values = np.tile(np.arange(256, dtype=np.uint8), numel * ITEMSIZES[dtype] // 256 + 1)[: numel * ITEMSIZES[dtype]]
-    streams = [bytearray(encode(values, dtype, stream)) for stream in streams_of(dtype, "zstd")]
+    streams = [bytearray(encode(values, dtype, stream, numel)[0]) for stream in streams_of(dtype, "zstd")]
     stream = data.draw(st.sampled_from(streams))
     for _ in range(data.draw(st.integers(1, 3))):
         if data.draw(st.booleans()):
@@ -103,7 +103,7 @@ def test_damaged_bytes_are_refused_or_give_values(data: st.DataObject, dtype: st
 
 
 def test_a_zstd_bomb_is_refused() -> None:
-    bomb = bytearray(encode(np.zeros(1 << 24, np.uint8), "uint8", Stream.WHOLE))
+    bomb = bytearray(encode(np.zeros(1 << 24, np.uint8), "uint8", Stream.WHOLE, 1 << 24)[0])
     assert len(bomb) < 5000
     with pytest.raises(CorruptCheckpointError, match="does not hold 100 bytes"):
         decode([bomb], "uint8", 100)

@@ -90,7 +90,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
         nonlocal encoded, ahead
         result = encode(*arguments)
         with lock:
-            encoded += sum(len(data) for data, _ in result)
+            encoded += sum(sum(lengths) for _, lengths, _ in result)
             ahead = max(ahead, encoded - written)
         return result
 

@@ -1,0 +1,146 @@
+"""Chunks that are worked on together give what each alone gives."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.planner.box import Box
+from reshard.planner.grid import Grid
+from reshard.planner.index import ITEMSIZES, Kind
+from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage.arranged import arrange
+from reshard.storage.codec import decode, decode_heads_and_tails, encode, streams_of
+from reshard.storage.errors import CorruptCheckpointError
+from reshard.storage.manifest import NAME, encode_manifest
+from reshard.storage.open_source import open_source
+from reshard.storage.reader import execute
+from reshard.storage.records import assemble_index
+from reshard.storage.runs import RUN_BYTES, continued, cut, runs_of
+from reshard.storage.testing import MemoryStore
+from reshard.storage.writer import ShardToWrite, part_of, write_objects
+from tests.planner.boxes import boxes_in, shapes
+
+
+@given(st.data(), shapes, st.sampled_from([1, 50_000, 1_000_000]))
+def test_runs_are_all_chunks_in_their_order_and_boxes(data: st.DataObject, shape: tuple[int, ...], nbytes: int) -> None:
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    _, offsets, sizes = grid.chunks(data.draw(boxes_in(shape)))
+    firsts, counts, dims = cut(continued(offsets, sizes), np.full(len(sizes), nbytes))
+    assert firsts.tolist() == [0, *np.cumsum(counts)[:-1].tolist()][: len(firsts)]
+    assert counts.sum() == len(sizes)
+    for first, count, dim in zip(firsts.tolist(), counts.tolist(), dims.tolist(), strict=True):
+        assert count == 1 or count * nbytes <= RUN_BYTES
+        for i in range(1, count):
+            step = np.zeros(len(shape), np.int64)
+            step[dim] = i * sizes[first][dim]
+            assert np.array_equal(offsets[first + i], offsets[first] + step)
+            assert np.array_equal(sizes[first + i], sizes[first])
+
+
+@pytest.mark.parametrize("dtype", sorted(ITEMSIZES))
+@pytest.mark.parametrize("content", ["random", "normal", "one of zeros"])
+@pytest.mark.parametrize("numel", [5, 6000])
+def test_chunks_encoded_together_are_those_encoded_alone(dtype: str, content: str, numel: int) -> None:
+    rng = np.random.default_rng(1)
+    nbytes, count = numel * ITEMSIZES[dtype], 7
+    if content == "normal":
+        values = rng.normal(0, 0.02, nbytes * count // 4 + 1).astype(np.float32).view(np.uint8)[: nbytes * count].copy()
+    else:
+        values = rng.integers(0, 256, nbytes * count, np.uint8)
+    if content == "one of zeros":
+        values[3 * nbytes : 4 * nbytes] = 0
+    streams = [encode(values, dtype, stream, numel) for stream in streams_of(dtype, "zstd")]
+    if len(streams) == 2:
+        back = decode_heads_and_tails(streams[0], streams[1], numel).copy()
+    else:
+        back = decode(streams[0], dtype, numel).copy()
+    assert np.array_equal(back, values)
+    alone = [values[i * nbytes : (i + 1) * nbytes] for i in range(count)]
+    for chunks, stream in zip(streams, streams_of(dtype, "zstd"), strict=True):
+        single = [encode(chunk, dtype, stream, numel)[0] for chunk in alone]
+        # Whether a plane is worth trying is decided for all: at most one then compresses that would not have been.
+        assert abs(sum(map(len, chunks)) - sum(map(len, single))) <= 0.04 * sum(map(len, single))
+        if content == "one of zeros" and numel > 1000:
+            assert len(chunks[3]) < nbytes / 20
+
+
+SHAPES = {"up": (2048, 512), "down": (512, 2048), "cube": (4, 512, 256), "row": (300_000,), "uneven": (1030, 517)}
+
+
+def saved(codec: str, dtype: torch.dtype, rows_of: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
+    """Tensors that two ranks have saved in rows."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    store, records = MemoryStore(), []
+    for rank in range(rows_of):
+        shards = []
+        for name, values in tensors.items():
+            rows = len(values) // rows_of
+            box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
+            load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
+            shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
+        records += write_objects(store, f"{rank:05}", shards, codec)
+    store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    return store, tensors
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("into", [torch.bfloat16, torch.float32])
+def test_runs_are_placed_where_their_chunks_belong(codec: str, dtype: torch.dtype, into: torch.dtype) -> None:
+    store, tensors = saved(codec, dtype)
+    source = open_source(store)
+    for parts in (1, 3, 4):
+        wants, expected = [], []
+        for name, values in tensors.items():
+            dim = max(range(values.ndim), key=lambda d: values.shape[d])
+            n = values.shape[dim] // parts
+            offsets, sizes = [0] * values.ndim, list(values.shape)
+            offsets[dim], sizes[dim] = (parts - 1) * n, n
+            box = Box(tuple(offsets), tuple(sizes))
+            wants.append(Want(name, box, heads_only=into is torch.bfloat16))
+            expected.append(values[box.slices].to(into))
+        plan = plan_reads(source.index(wants), wants)
+        assert any((runs.counts > 1).any() for runs in runs_of(plan.reads, list(plan.requests_of())))
+        out = [torch.full_like(values, 7) for values in expected]
+        execute(plan, source.index(wants), store, out)
+        assert all(a.equal(b) for a, b in zip(out, expected, strict=True))
+
+
+def test_batches_are_all_chunks_each_once() -> None:
+    store, tensors = saved("zstd", torch.float32)
+    source = open_source(store)
+    wants = [Want(name, Box.whole(tuple(values.shape))) for name, values in tensors.items()]
+    plan = plan_reads(source.index(wants), wants)
+    arranged, _ = arrange(plan)
+    for tensor, read in zip(arranged, plan.reads, strict=True):
+        rows = [row for batch in tensor.batches for row in range(batch.rows.start, batch.rows.stop)]
+        runs = [run for batch in tensor.batches for run in batch.runs.select(batch.run_rows)]
+        assert rows == list(range(len(read)))
+        assert [row for run in runs for row in range(run.row, run.row + run.count)] == rows
+
+
+def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = saved("zstd", torch.bfloat16)
+    source = open_source(store)
+    want = Want("up", Box.whole(SHAPES["up"]))
+    plan = plan_reads(source.index([want]), [want])
+    (read,) = plan.reads
+    row = next(runs for runs in runs_of(plan.reads, list(plan.requests_of()))).firsts[1] + 2
+    name = source.index([want]).objects[int(read.objects[row, 0])][0]
+    content = bytearray(store.content[name])
+    content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
+    store.content[name] = bytes(content)
+    monkeypatch.setattr("reshard.storage.arranged.Batch.damages", lambda *arguments: [])
+    chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
+    with pytest.raises(
+        CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"
+    ) as caught:
+        execute(plan, source.index([want]), store, [torch.zeros(SHAPES["up"], dtype=torch.bfloat16)])
+    assert str(chunk) in str(caught.value)
