@@ -19,7 +19,7 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from .errors import StoreError
-from .store import AsyncReads, ReadInto, Store
+from .store import AsyncReads, ReadInto, ReadsAhead, Store
 
 Array = npt.NDArray[np.uint8]
 Ranges = tuple[str, Sequence[tuple[int, int]]]
@@ -68,6 +68,12 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
+
+    def will_read(self, wanted: Sequence[Ranges]) -> None:
+        """Tell the store what `read` will be called for soon."""
+        if isinstance(self._store, ReadsAhead):
+            for name, ranges in wanted:
+                self._store.will_read(name, ranges)
 
     def read(self, wanted: Sequence[Ranges]) -> list[Found]:
         """Read byte ranges of objects into memory that is used again."""

@@ -1,7 +1,7 @@
 """A read plan carried out: fetch, verify, decode, place, each overlapping the others.
 
 Many requests are under way at once; what arrives is verified against its checksums, decoded and placed, straight into
-the destination tensors, by a pool of as many threads as this rank has cores. A tensor is written only once all its
+the destination tensors, by as many workers as this rank has cores. A tensor is written only once all its
 bytes have arrived and been verified, so that damage leaves it as it was; what waits for that is held within a budget.
 A tensor that is larger than the budget is written as its chunks arrive.
 """
@@ -32,6 +32,9 @@ from .ranks import HEED_S, Interrupt, never
 from .resources import default_budget, default_threads
 from .store import Store
 from .tensors import torch_dtype
+
+GROUPS_AHEAD = 4
+"""Groups of requests that a store which reads ahead is told of before their turn."""
 
 
 @dataclass(slots=True)
@@ -133,6 +136,7 @@ class _Execution:
     def run(self, workers: Workers) -> None:
         self._fetcher = workers.fetcher
         self._groups = deque(self._grouped())
+        self._untold = deque(self._groups)  # those that the store has not been told of
         loops: list[Future[None]] = []
         try:
             loops.extend(workers.pool.submit(self._work) for _ in range(workers.count))
@@ -239,6 +243,11 @@ class _Execution:
 
     def _read(self, group: list[Request]) -> None:
         begin = time.perf_counter()
+        with self._lock:
+            count = len(self._untold) - len(self._groups) + GROUPS_AHEAD
+            soon = [self._untold.popleft() for _ in range(min(count, len(self._untold)))]
+        for later in soon:
+            self._fetcher.will_read(self._wanted(later))
         found = self._fetcher.read(self._wanted(group))
         took = time.perf_counter() - begin
         with self._lock:

@@ -92,6 +92,14 @@ class Store(Protocol):
         """Remove objects; those that are not there are passed over."""
 
 
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """What a store may have beside: a way to be told what will be read soon."""
+
+    def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Bytes [start, stop) of an object, for each range, will be read: begin to fetch them. Raises nothing."""
+
+
 HELD_BYTES = 80 * 1024 * 1024
 """An object that grows larger is sent in parts while it is written."""
 PART_BYTES = 16 * 1024 * 1024

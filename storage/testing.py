@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from .errors import CheckpointExistsError, ObjectNotFoundError, StoreError
-from .store import ObjectWriter, Store, held
+from .store import ObjectWriter, ReadsAhead, Store, held
 
 
 class MemoryStore:
@@ -247,6 +247,9 @@ def _check_other_reads(store: Store, content: bytes) -> None:
         assert buffer[:3] == content[-3:]
         assert into("data/a.shard", [(past, past + 100)], memoryview(buffer)) == 0
         _expect(ObjectNotFoundError, lambda: into("absent", [(0, 100)], memoryview(buffer)))
+    if isinstance(store, ReadsAhead):
+        store.will_read("data/a.shard", [(0, 1000), (2000, past)])
+        store.will_read("absent", [(0, 1000)])
     if reads is not None:
 
         def read(name: str, start: int, stop: int) -> bytes:
