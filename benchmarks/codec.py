@@ -51,7 +51,7 @@ class Coder:
 
 
 def reshard_zstd(dtype: str, threads: int) -> Coder:
-    """The streams of a chunk, each with its checksum."""
+    """The streams of a chunk, each with its checksum. What is decoded is copied, as into a tensor."""
     streams = streams_of(dtype, "zstd")
     itemsize = getattr(torch, dtype).itemsize
 
@@ -64,8 +64,8 @@ def reshard_zstd(dtype: str, threads: int) -> Coder:
             assert checksum(data) == expected
         parts = [data for data, _ in stored]
         if streams == (Stream.HEAD, Stream.TAIL):
-            return decode_heads_and_tails(parts[:1], parts[1:], nbytes // itemsize)
-        return decode(parts[:1], dtype, nbytes // itemsize)
+            return decode_heads_and_tails(parts[:1], parts[1:], nbytes // itemsize).copy()
+        return decode(parts[:1], dtype, nbytes // itemsize).copy()
 
     return Coder(compress, decompress, lambda stored: sum(len(data) for data, _ in stored))
 

@@ -141,7 +141,6 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gaps: Gaps) -> t
         groups.setdefault(key, []).append((position, at))
     found: dict[int, ChunkReads] = {}
     for (_, _, split, heads_only), members in groups.items():
-        members.sort()
         for first in range(0, len(members), TOGETHER):
             positions, places = zip(*members[first : first + TOGETHER], strict=True)
             named = [Want(wants[at].name, wants[at].box, heads_only) for at in places]
@@ -156,7 +155,7 @@ def _of_one_grid(
     """What each want reads.
 
     Args:
-        positions: of the wants' entries, which have one grid, ascending.
+        positions: of the wants' entries, which have one grid.
         wide: whether both streams of each chunk are read, heads and tails.
     """
     entries = [index.entries[position] for position in positions]

@@ -29,7 +29,7 @@ def place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointE
         try:
             values = _values(read, run, streams)
         except CorruptCheckpointError as error:
-            at, told = _first_damaged(read, run, streams)
+            at, told = _first_damaged(read, run, streams) or (run.row, error)
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
             raise damage(batch.tensor, message) from error
         batch.tensor.touched = True
@@ -67,14 +67,14 @@ class _Stream:
         return [self.data[self.begins[i] : self.ends[i]] for i in range(at, at + run.count)]
 
 
-def _first_damaged(read: ChunkReads, run: Run, streams: list[_Stream]) -> tuple[int, CorruptCheckpointError]:
+def _first_damaged(read: ChunkReads, run: Run, streams: list[_Stream]) -> tuple[int, CorruptCheckpointError] | None:
     """The row of the first chunk of a run that cannot be decoded, and why."""
     for row in range(run.row, run.row + run.count):
         try:
             _values(read, replace(run, row=row, count=1), streams)
         except CorruptCheckpointError as error:
             return row, error
-    raise AssertionError("the chunks can be decoded one by one, but not together")
+    return None
 
 
 def _values(read: ChunkReads, run: Run, streams: list[_Stream]) -> Bytes:

@@ -119,7 +119,7 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
 def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
     """The bytes of the values of chunks, one after another, from the one whole stream of each.
 
-    They may lie in memory of this thread's own, until it decodes again, as those of the functions below.
+    They may lie in memory of this thread's own, until it decodes or encodes again, as those of the functions below.
 
     Args:
         numel: values of each chunk.

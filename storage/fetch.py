@@ -73,7 +73,8 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         """Tell the store what `read` will be called for soon."""
         if isinstance(self._store, ReadsAhead):
             for name, ranges in wanted:
-                self._store.will_read(name, ranges)
+                if len(ranges) == 1:  # not those of thousands of runs: each would be a call of the system
+                    self._store.will_read(name, ranges)
 
     def read(self, wanted: Sequence[Ranges]) -> list[Found]:
         """Read byte ranges of objects into memory that is used again."""
@@ -127,46 +128,59 @@ def _packed(parts: Sequence[Buffer]) -> Buffer:
 
 
 class _Memory:
-    """Memory that is used again, in sizes of powers of two; never more of it than was lent at once."""
+    """Memory that is used again, in few sizes; never more of it than was lent at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free: list[Array] = []
-        """That used last comes last: it is the likeliest to be in the cache."""
+        self._free: dict[int, list[Array]] = {}
+        """By size, that given back last at the end: it is the likeliest to be in the cache."""
         self._lent: dict[int, Array] = {}
         """By what `id` gives."""
         self._lent_bytes = self._free_bytes = self._most_bytes = 0
 
     def filled(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
-        """What `read_into` gives of some ranges, one after another."""
+        """What `read_into` gives of some ranges, one after another. Raises what it raises."""
         nbytes = sum(stop - start for start, stop in ranges)
-        size = 1 << (nbytes - 1).bit_length()
+        data = self._lend(nbytes).data
+        try:
+            return data[: read_into(name, ranges, data[:nbytes])]
+        except BaseException:
+            self.give(data)
+            raise
+
+    def _lend(self, nbytes: int) -> Array:
+        step = 1 << max(0, (nbytes - 1).bit_length() - 4)
+        size = -(-nbytes // step) * step  # at most an eighth more
         with self._lock:
-            array = self._taken(size)
+            if free := self._free.get(size):
+                array = free.pop()
+                self._free_bytes -= size
+            else:
+                array = np.empty(size, np.uint8)
             self._lent[id(array)] = array
             self._lent_bytes += size
             self._most_bytes = max(self._most_bytes, self._lent_bytes)
             self._drop()
-        data = array.data
-        return data[: read_into(name, ranges, data[:nbytes])]
-
-    def _taken(self, size: int) -> Array:
-        for at in reversed(range(len(self._free))):
-            if self._free[at].nbytes == size:
-                self._free_bytes -= size
-                return self._free.pop(at)
-        return np.empty(size, np.uint8)
+        return array
 
     def _drop(self) -> None:
-        while self._free and self._free_bytes + self._lent_bytes > self._most_bytes:
-            self._free_bytes -= self._free.pop(0).nbytes
+        """Let go of what is too much, of the size that was given back longest ago."""
+        while self._free_bytes + self._lent_bytes > self._most_bytes:
+            size, free = next(iter(self._free.items()))
+            if free:
+                free.pop(0)
+                self._free_bytes -= size
+            if not free:
+                del self._free[size]
 
     def give(self, data: memoryview) -> None:
-        """Take back what `filled` gave; anything else is left alone."""
+        """Take back what was lent; anything else is left alone."""
         with self._lock:
             array = self._lent.pop(id(data.obj), None)
             if array is not None:
                 self._lent_bytes -= array.nbytes
                 self._free_bytes += array.nbytes
-                self._free.append(array)
+                free = self._free.pop(array.nbytes, [])
+                free.append(array)
+                self._free[array.nbytes] = free  # the last of the sizes
                 self._drop()

@@ -51,7 +51,7 @@ class LocalStore:
     """A folder. It is made when the first object is written."""
 
     concurrent_reads = 4
-    """The kernel reads ahead in each; more would only take turns at the interpreter."""
+    """Where they are not made by the threads that decode: more would only take turns at the interpreter."""
     async_reads = None
     holds_objects = False
 
@@ -93,10 +93,10 @@ class LocalStore:
         """Have the kernel begin to read from the disk what it does not hold yet, where it can be told to."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError, StoreError), self._errors("read", name):
-                descriptor = self._open(name).descriptor
+                file = self._open(name)
                 for start, stop in ranges:
                     for at in range(start, stop, ADVISED_BYTES):
-                        os.posix_fadvise(descriptor, at, min(ADVISED_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
+                        os.posix_fadvise(file.descriptor, at, min(ADVISED_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
 
     def _open(self, name: str) -> _OpenFile:
         """The file, kept open: to open one takes as long as to read some MB of it."""
@@ -203,7 +203,7 @@ class _NewFile:
     def flush(self) -> None:
         while self._waiting:
             done = os.writev(self.descriptor, self._waiting)
-            begin_to_write_back(self.descriptor, self._written, done)
+            begin_to_write_back(self.descriptor, self._written, self._written + done)
             self._written += done
             self._nbytes -= done
             while self._waiting and done >= len(self._waiting[0]):

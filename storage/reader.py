@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -88,20 +88,23 @@ class Workers(AbstractContextManager["Workers"]):
         self.count = default_threads()
         self.pool = ThreadPoolExecutor(self.count, "reshard-read")
         self.fetcher = Fetcher(store)
+        self.stopped = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Reads that still run are left to end by themselves, unheeded."""
+        self.stopped = True
         self.fetcher.__exit__(kind, error, traceback)
-        self.pool.shutdown()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Execution:
-    """The state of one plan while it is carried out; one lock guards all that the threads share.
+    """The state of one plan while it is carried out; `_lock` guards all that the threads share.
 
-    Each worker does, again and again, what is nearest to an end: place what is verified, verify what has arrived, and,
-    where the fetcher reads in the thread that asks, read more, so that bytes are worked on by the core that read them.
-    Of other fetchers this thread asks for more.
+    A worker does, again and again, what is nearest to an end, until there is nothing to do: place what is verified,
+    verify what has arrived, and, where the fetcher reads in the thread that asks, read more, so that bytes are worked
+    on by the core that read them. Of other fetchers the thread that called asks for more.
     """
 
     def __init__(
@@ -121,26 +124,28 @@ class _Execution:
         self._interrupt = interrupt
         self._placed = placed
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
-        lock = threading.RLock()
-        self._lock = threading.Condition(lock)
-        """Notified of what the workers wait for."""
-        self._caller = threading.Condition(lock)
+        self._lock = threading.RLock()  # taken again where a read has ended by the time that it was started
+        self._caller = threading.Condition(self._lock)
         """Notified of what the thread that called waits for."""
         self._held = 0
         self._fetching = 0
+        self._called = 0
+        """Workers that have been called and not left yet."""
         self._working = 0
+        """Of them, those that do something."""
+        self._reading = 0
+        """Of those, the ones that read."""
         self._arrived: deque[tuple[list[Request], Sequence[Found]]] = deque()
         self._verified: deque[Batch] = deque()
         self._error: BaseException | None = None
 
     def run(self, workers: Workers) -> None:
-        self._fetcher = workers.fetcher
+        self._workers, self._fetcher = workers, workers.fetcher
         self._groups = deque(self._grouped())
         self._untold = deque(self._groups)  # those that the store has not been told of
-        loops: list[Future[None]] = []
         try:
-            loops.extend(workers.pool.submit(self._work) for _ in range(workers.count))
             with self._lock:
+                self._call_workers()
                 while self._error is None and not self._ended:
                     group = None if self._fetcher.reads_here else self._admitted()
                     if group is not None:
@@ -149,8 +154,13 @@ class _Execution:
                         self._pause()
         except BaseException as error:
             self._fail(error)
-        wait(loops)
         if self._error is not None:
+            with self._lock:
+                while self._working > self._reading:  # what is being written is to be as the error says
+                    self._caller.wait()
+            for request in self._requests:
+                if request.data is not None:
+                    self._fetcher.release(request.data)
             raise self._error
 
     def _grouped(self) -> Iterator[list[Request]]:
@@ -201,30 +211,44 @@ class _Execution:
             self._lock.acquire()
 
     def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
         with self._lock:
-            self._error = self._error or error
-            self._lock.notify_all()
             self._caller.notify()
+
+    def _call_workers(self) -> None:
+        """Have as many workers as there is something to do for. Holds the lock."""
+        waiting = len(self._verified) + len(self._arrived)
+        if self._fetcher.reads_here:
+            waiting += len(self._groups)
+        for _ in range(min(self._workers.count - self._called, waiting)):
+            self._workers.pool.submit(self._work)
+            self._called += 1
 
     def _work(self) -> None:
         """What each worker does."""
-        while (task := self._next()) is not None:
-            begin = time.perf_counter()
-            try:
-                task()
-            except BaseException as error:
-                self._fail(error)
-            with self._lock:
-                self.stats.decode_s += time.perf_counter() - begin
-                self._working -= 1
-                self._lock.notify_all()
-                if self._ended or not self._fetcher.reads_here:
-                    self._caller.notify()
+        try:
+            while (task := self._next()) is not None:
+                begin = time.perf_counter()
+                try:
+                    task()
+                finally:
+                    with self._lock:
+                        self.stats.decode_s += time.perf_counter() - begin
+                        self._working -= 1
+                        if self._error is None:
+                            self._call_workers()
+                        if self._ended or self._error is not None or not self._fetcher.reads_here:
+                            self._caller.notify()
+        except BaseException as error:
+            self._fail(error)
 
     def _next(self) -> Callable[[], None] | None:
-        """A task, once there is one; None once there will be no more."""
+        """A task; None where there is nothing to do now: whoever finds more calls again."""
         with self._lock:
-            while self._error is None and not self._ended:
+            task: Callable[[], None] | None = None
+            if self._workers.stopped:
+                self._error = self._error or StoreError("the reading was stopped")
+            if self._error is None:
                 group = None
                 if self._fetcher.reads_here and not (self._verified or self._arrived):
                     group = self._admitted()
@@ -234,26 +258,31 @@ class _Execution:
                     task = partial(self._place, self._verified.popleft())
                 elif self._arrived:
                     task = partial(self._arrive, *self._arrived.popleft())
-                else:
-                    self._lock.wait()
-                    continue
+            if task is None:
+                self._called -= 1
+                self._caller.notify()
+            else:
                 self._working += 1
-                return task
-        return None
+            return task
 
     def _read(self, group: list[Request]) -> None:
         begin = time.perf_counter()
         with self._lock:
             count = len(self._untold) - len(self._groups) + GROUPS_AHEAD
             soon = [self._untold.popleft() for _ in range(min(count, len(self._untold)))]
-        for later in soon:
-            self._fetcher.will_read(self._wanted(later))
-        found = self._fetcher.read(self._wanted(group))
-        took = time.perf_counter() - begin
-        with self._lock:
-            self.stats.fetch_s += took
-            self.stats.decode_s -= took
-            self._fetching -= 1
+            self._reading += 1
+            self._caller.notify()
+        try:
+            for later in soon:
+                self._fetcher.will_read(self._wanted(later))
+            found = self._fetcher.read(self._wanted(group))
+        finally:
+            took = time.perf_counter() - begin
+            with self._lock:
+                self.stats.fetch_s += took
+                self.stats.decode_s -= took
+                self._fetching -= 1
+                self._reading -= 1
         self._arrive(group, found)
 
     def _fetched(self, group: list[Request], begin: float, future: Future[list[Found]]) -> None:
@@ -263,9 +292,9 @@ class _Execution:
             self._fetching -= 1
             try:
                 self._arrived.append((group, future.result()))
-            except BaseException as error:  # or it was cancelled
+                self._call_workers()
+            except BaseException as error:  # it was cancelled, or there can be no more threads
                 self._error = self._error or error
-            self._lock.notify_all()
             self._caller.notify()
 
     def _arrive(self, group: list[Request], found: Sequence[Found]) -> None:
@@ -304,6 +333,7 @@ class _Execution:
         """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
         damages = request.damages(data, self._index)
         if damages:
+            self._fetcher.release(data)
             data = memoryview(read_ranges(self._store, name, request.ranges))
             damages = request.damages(data, self._index)
         return data, damages
@@ -328,7 +358,7 @@ class _Execution:
             if batch.is_here and not batch.submitted:
                 batch.submitted = True
                 self._verified.append(batch)
-        self._lock.notify_all()
+        self._call_workers()
 
     def _place(self, batch: Batch) -> None:
         tensor, destination = batch.tensor, batch.destination

@@ -1,10 +1,12 @@
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import reshard
 from reshard.planner.box import Box
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
@@ -12,7 +14,7 @@ from reshard.storage.arranged import Request
 from reshard.storage.errors import CorruptCheckpointError, StoreError
 from reshard.storage.manifest import NAME, encode_manifest
 from reshard.storage.open_source import open_source
-from reshard.storage.reader import execute
+from reshard.storage.reader import Workers, execute
 from reshard.storage.records import assemble_index
 from reshard.storage.source import Source
 from reshard.storage.store import Store
@@ -175,3 +177,50 @@ def test_an_error_stops_what_has_not_begun() -> None:
     with pytest.raises(StoreError, match="injected"):
         execute(plan, manifest.index(), failed, [torch.empty(4096, 1024)])
     assert len(failed.calls) < 4 * store.concurrent_reads < len(plan.requests)
+
+
+def test_executions_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose store does not answer holds neither the values of another back, nor its error."""
+    monkeypatch.setattr("reshard.storage.reader.default_threads", lambda: 1)
+    store, manifest = saved("zstd", TENSORS)
+    name = manifest.index().objects[0][0]
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    answered, asked = threading.Event(), threading.Event()
+
+    class Answering(MemoryStore):
+        def read(self, name: str, start: int, stop: int) -> bytes:
+            if threading.current_thread().name.startswith("reshard-fetch") and not asked.is_set():
+                asked.set()
+                answered.wait(20)
+            return bytes(store.read(name, start, stop))
+
+    shared = Answering()
+    out = [torch.zeros(512, 256) for _ in range(3)]
+    with Workers(shared) as workers:
+        waiting = threading.Thread(target=lambda: execute(plan, manifest.index(), shared, out[:1], workers=workers))
+        waiting.start()
+        assert asked.wait(20)
+        execute(plan, manifest.index(), shared, out[1:2], workers=workers)
+        assert out[1].equal(TENSORS["w"])
+        content = store.content.pop(name)
+        with pytest.raises(CorruptCheckpointError, match="is missing"):
+            execute(plan, manifest.index(), shared, out[2:], workers=workers)
+        store.content[name] = content
+        answered.set()
+        waiting.join(20)
+    assert not waiting.is_alive()
+    assert out[0].equal(TENSORS["w"])
+
+
+def test_executions_end_when_their_workers_are_stopped(tmp_path: Path) -> None:
+    values = torch.randn(2048, 1024)
+    reshard.save({"w": values}, tmp_path / "x", codec="none")
+    source = open_source(tmp_path / "x")
+    want = Want("w", Box.whole((2048, 1024)))
+    plan = plan_reads(source.index([want]), [want])
+    workers = Workers(source.store)
+    workers.stopped = True
+    with pytest.raises(StoreError, match="stopped"):
+        execute(plan, source.index([want]), source.store, [torch.zeros(2048, 1024)], workers=workers)
+    with workers:
+        pass

@@ -114,8 +114,17 @@ def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monk
     options = {"key": "a", "secret": "b", "client_kwargs": {"region_name": "eu-west-1"}}
     config = obstore_store._config(options, obstore_store._session(None))
     assert config is not None
-    assert set(config) == {"region", "skip_signature", "credential_provider"}
+    assert set(config) == {"region", "skip_signature", "unsigned_payload", "credential_provider"}
     assert config["credential_provider"]()["token"] is None
+
+
+@pytest.mark.parametrize(("endpoint", "unsigned"), [(None, True), ("https://host", True), ("http://host", False)])
+def test_what_is_sent_is_hashed_for_its_signature_where_there_is_no_tls(endpoint: str | None, unsigned: bool) -> None:
+    config = obstore_store._config(
+        {"key": "a", "secret": "b", "endpoint_url": endpoint, "client_kwargs": {"region_name": "eu-west-1"}}, None
+    )
+    assert config is not None
+    assert config["unsigned_payload"] is unsigned
 
 
 @pytest.mark.parametrize(
