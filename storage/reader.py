@@ -204,6 +204,8 @@ class _Execution:
     def _pause(self) -> None:
         """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
         self._caller.wait(HEED_S)
+        if self._workers.stopped:  # what was to be done for this one may never be
+            raise StoreError("the reading was stopped")
         self._lock.release()
         try:
             self._interrupt()
@@ -246,9 +248,7 @@ class _Execution:
         """A task; None where there is nothing to do now: whoever finds more calls again."""
         with self._lock:
             task: Callable[[], None] | None = None
-            if self._workers.stopped:
-                self._error = self._error or StoreError("the reading was stopped")
-            if self._error is None:
+            if self._error is None and not self._workers.stopped:
                 group = None
                 if self._fetcher.reads_here and not (self._verified or self._arrived):
                     group = self._admitted()

@@ -224,3 +224,30 @@ def test_executions_end_when_their_workers_are_stopped(tmp_path: Path) -> None:
         execute(plan, source.index([want]), source.store, [torch.zeros(2048, 1024)], workers=workers)
     with workers:
         pass
+
+
+def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped() -> None:
+    store, manifest = saved("zstd", TENSORS)
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    asked, answered = threading.Event(), threading.Event()
+
+    def before(call: Call) -> None:
+        asked.set()
+        answered.wait(20)
+
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            execute(plan, manifest.index(), recording, [torch.zeros(512, 256)], workers=workers)
+        except StoreError as error:
+            errors.append(error)
+
+    recording = RecordingStore(store, before)
+    with Workers(recording) as workers:
+        waiting = threading.Thread(target=run)
+        waiting.start()
+        assert asked.wait(20)
+    waiting.join(10)
+    answered.set()
+    assert "stopped" in str(errors)
