@@ -37,7 +37,7 @@ PAGES = [
 WITHOUT_OBSTORE = ("getting-started", "credentials")
 """Pages that run once more by s3fs."""
 RUNS = [(page, "") for page in PAGES] + [(page, "obstore") for page in PAGES if page.stem in WITHOUT_OBSTORE]
-SECONDS = 120
+SECONDS = 400
 
 
 @pytest.fixture
