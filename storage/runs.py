@@ -82,12 +82,12 @@ def runs_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Ite
     for members in groups.values():
         for first in range(0, len(members), TOGETHER):
             places = members[first : first + TOGETHER]
-            runs = _of_one_rank([reads[at] for at in places], [requests_of[at] for at in places])
+            runs = _of_one_ndim([reads[at] for at in places], [requests_of[at] for at in places])
             found |= zip(places, runs, strict=True)
     return (found[at] for at in range(len(reads)))
 
 
-def _of_one_rank(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
+def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
     """The runs of reads of tensors that have as many dimensions."""
     bounds = np.cumsum([0, *map(len, reads)])
     dims = _continued(reads, np.concatenate([requests[:, [0, -1]] for requests in requests_of]))

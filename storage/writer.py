@@ -302,10 +302,11 @@ class _ObjectWriter:
                     torch.accelerator.synchronize(values.device)  # what its own stream still computes
                 array = as_array(values)
                 starts = offsets - np.asarray(source.box.offsets, np.int64)
-                firsts, counts, dims = cut(continued(offsets, sizes), sizes.prod(axis=1) * values.itemsize)
+                chunk_bytes = sizes.prod(axis=1) * values.itemsize
+                firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
                 places = places_of(starts[firsts], sizes[firsts], counts, dims)
                 runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
-                run_bytes = sizes[firsts].prod(axis=1) * counts * values.itemsize
+                run_bytes = chunk_bytes[firsts] * counts
                 cuts = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
                 batches = [slice(*ends) for ends in pairwise([0, *cuts, len(runs)])]
                 for segment, batch in ((segment, batch) for segment in segments for batch in batches):
