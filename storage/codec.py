@@ -14,6 +14,7 @@ Pure: bytes in, bytes out; any thread may call. docs/FORMAT.md has the encoding 
 from __future__ import annotations
 
 import struct
+import sys
 import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -23,11 +24,16 @@ import numpy.typing as npt
 import torch
 import zstandard
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 from ..planner.index import ITEMSIZES, Stream
 from .errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
@@ -44,18 +50,32 @@ _PAYS_BELOW = 0.97
 """A plane is compressed where its sample, and then the whole, shrinks below this part of its size."""
 
 
+_LITERAL_COMPRESSION_MODE = 1002
+"""Of zstd.h: ZSTD_c_literalCompressionMode, which has no name in Python, and which python-zstandard cannot set."""
+_ENTROPY_ALONE: dict[int, int] = {
+    # Settled by measurement: exponents have no repetitions worth finding, so that a search for matches only costs time.
+    # The strategy "fast" passes over as many bytes as its target length at a time, so that it finds nothing; it would
+    # then leave all bytes as they are, were it not told to code them.
+    zstd.CompressionParameter.strategy: zstd.Strategy.fast,
+    zstd.CompressionParameter.target_length: zstd.CompressionParameter.target_length.bounds()[1],
+    _LITERAL_COMPRESSION_MODE: 1,
+    zstd.CompressionParameter.window_log: 17,
+    zstd.CompressionParameter.hash_log: 6,
+    zstd.CompressionParameter.chain_log: 6,
+}
+
+
 class _Zstd(threading.local):
     """Each thread's own compressors: zstandard's are not safe to share."""
 
     def __init__(self) -> None:
-        # Settled by measurement: exponents have no repetitions worth finding, so that a search for matches only
-        # costs time. These parameters leave little but zstd's entropy coding.
-        entropy = zstandard.ZstdCompressionParameters(
-            strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, chain_log=6, search_log=1, window_log=17
-        )
-        self.entropy = zstandard.ZstdCompressor(compression_params=entropy)
-        self.matches = zstandard.ZstdCompressor(level=1)
+        self._entropy = zstd.ZstdCompressor(options=_ENTROPY_ALONE)
+        self.matches = zstandard.ZstdCompressor(level=1).compress
         self.decompressor = zstandard.ZstdDecompressor()
+
+    def entropy(self, data: memoryview) -> bytes:
+        """A frame with its content size, by zstd's entropy coding alone."""
+        return self._entropy.compress(data, self._entropy.FLUSH_FRAME)
 
 
 _zstd = _Zstd()
@@ -242,8 +262,8 @@ def _join_planes(planes: list[Bytes], n: int, *, floats: bool = True, exponents_
     Args:
         planes: of all chunks, which have `n` bytes of each.
     """
-    compressor = _zstd.entropy if floats else _zstd.matches
-    may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compressor) for at, plane in enumerate(planes)]
+    compress = _zstd.entropy if floats else _zstd.matches
+    may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compress) for at, plane in enumerate(planes)]
     chunks = []
     for begin in range(0, len(planes[0]), n):
         heads: list[int] = []
@@ -253,7 +273,7 @@ def _join_planes(planes: list[Bytes], n: int, *, floats: bool = True, exponents_
             body: Buffer = values
             length = n
             if tried:
-                compressed = compressor.compress(values)
+                compressed = compress(values)
                 if len(compressed) < _PAYS_BELOW * n:
                     body, length = compressed, len(compressed) | _COMPRESSED
             heads.append(length)
@@ -262,14 +282,14 @@ def _join_planes(planes: list[Bytes], n: int, *, floats: bool = True, exponents_
     return chunks
 
 
-def _may_pay(plane: Bytes, n: int, compressor: zstandard.ZstdCompressor) -> bool:
+def _may_pay(plane: Bytes, n: int, compress: Callable[[memoryview], bytes]) -> bool:
     """Whether a sample of the plane, of four places or of each of its chunks of `n` bytes, compresses."""
     pieces = max(4, len(plane) // n)
     if len(plane) <= pieces * _SAMPLE_BYTES:
         return len(plane) > 0
     step = (len(plane) - _SAMPLE_BYTES) // (pieces - 1)
     sample = np.concatenate([plane[i * step : i * step + _SAMPLE_BYTES] for i in range(pieces)])
-    return len(compressor.compress(sample.data)) < _PAYS_BELOW * len(sample)
+    return len(compress(sample.data)) < _PAYS_BELOW * len(sample)
 
 
 def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memoryview]:
