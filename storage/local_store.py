@@ -9,6 +9,7 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import numpy as np
 from typing_extensions import Buffer
 
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
-from .resources import begin_to_write_back
 from .store import ObjectWriter
 
 OPEN_FILES = 64
@@ -26,6 +26,8 @@ WRITE_BYTES = 1024 * 1024
 """What is waited for before a file that is written is written to."""
 MOST_PARTS = 512
 """Of one call of the system; Linux takes 1024."""
+SYNC_BYTES = 8 * 1024 * 1024
+"""What is written of a file before the disk is told to keep it, at least."""
 
 
 class _OpenFile:
@@ -116,11 +118,10 @@ class LocalStore:
         try:
             yield file
             with self._errors("write", name):
-                file.flush()
-                os.fsync(file.descriptor)
+                file.sync()
                 _sync_folder(path.parent)
         finally:
-            os.close(file.descriptor)
+            file.close()
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         path = self._root / name
@@ -182,14 +183,19 @@ class LocalStore:
 
 
 class _NewFile:
-    """A file being written, some MiB by one call of the system; what that raises is translated."""
+    """A file being written, some MiB by one call of the system; what that raises is translated.
+
+    A thread has the disk keep what is written while more is: at the end that would take as long again.
+    """
 
     def __init__(self, path: Path, errors: Callable[[], AbstractContextManager[None]]) -> None:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._errors = errors
         self._waiting: list[memoryview] = []
         self._nbytes = 0
-        self._written = 0
+        self._unsynced = 0
+        self._syncing = ThreadPoolExecutor(1, "reshard-sync")
+        self._synced: Future[None] | None = None
 
     def write(self, data: Buffer, /) -> None:
         view = memoryview(data).cast("B")
@@ -203,13 +209,31 @@ class _NewFile:
     def flush(self) -> None:
         while self._waiting:
             done = os.writev(self.descriptor, self._waiting)
-            begin_to_write_back(self.descriptor, self._written, self._written + done)
-            self._written += done
+            self._unsynced += done
             self._nbytes -= done
             while self._waiting and done >= len(self._waiting[0]):
                 done -= len(self._waiting.pop(0))
             if done:
                 self._waiting[0] = self._waiting[0][done:]
+        if self._unsynced >= SYNC_BYTES and (self._synced is None or self._synced.done()):
+            self._wait_for_sync()
+            self._synced = self._syncing.submit(os.fdatasync, self.descriptor)
+            self._unsynced = 0
+
+    def _wait_for_sync(self) -> None:
+        """Raises what it raised: the system tells of a write that failed only once."""
+        if self._synced is not None:
+            self._synced.result()
+
+    def sync(self) -> None:
+        """Wait until the disk keeps all of it."""
+        self.flush()
+        self._wait_for_sync()
+        os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        self._syncing.shutdown()
+        os.close(self.descriptor)
 
 
 def _create(temporary: Path, path: Path) -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import mmap
 import os
 from pathlib import Path
-from typing import Any
 
 MOST_BUDGET_BYTES = 2 * 1024**3
 LEAST_BUDGET_BYTES = 64 * 1024**2
-_SYNC_FILE_RANGE_WRITE = 2
 
 
 def local_ranks() -> int:
@@ -39,24 +35,6 @@ def give_back_memory() -> None:
     """Have the C library give freed memory back to the system: glibc keeps some 60 MB of it for each thread."""
     with contextlib.suppress(AttributeError, OSError):  # another library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def begin_to_write_back(descriptor: int, start: int, stop: int) -> None:
-    """Have the system send the whole pages of a file's bytes [start, stop) to its disk, on Linux.
-
-    Else that is left to the fsync that waits for them. What fails is left to it, too.
-    """
-    if (begin := _sync_file_range()) is not None:
-        first, last = start // mmap.PAGESIZE * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last:
-            begin(descriptor, ctypes.c_int64(first), ctypes.c_int64(last - first), _SYNC_FILE_RANGE_WRITE)
-
-
-@functools.cache
-def _sync_file_range() -> Any:
-    with contextlib.suppress(AttributeError, OSError):  # another system
-        return ctypes.CDLL(None).sync_file_range
-    return None
 
 
 def _available() -> int:

@@ -9,6 +9,7 @@ written comes back as records, from which the manifest is made.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import uuid
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ LET_END_S = 5.0
 
 Encoded = tuple[Buffer, list[int], list[int]]
 """The bytes of a chunk, or of several one after another; the length of each; their checksums."""
+_Run = tuple[Slices, list[int], int, int]
+"""Chunks that adjoin: where they lie in the shard, the sizes of each, their number, in which dimension they adjoin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,27 +298,18 @@ class _ObjectWriter:
                 values = source.load(source.box)
                 dtype = dtype_name(source.name, values.dtype)
                 entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
-                _, offsets, sizes = entry.grid.chunks(source.box)
+                cuts = _cut(entry.grid, source.box, values.itemsize)
                 segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
-                begun.append(_Shard(source, dtype, segments, len(offsets)))
+                begun.append(_Shard(source, dtype, segments, cuts.chunks))
                 if values.device.type != "cpu":
                     torch.accelerator.synchronize(values.device)  # what its own stream still computes
                 array = as_array(values)
-                starts = offsets - np.asarray(source.box.offsets, np.int64)
-                chunk_bytes = sizes.prod(axis=1) * values.itemsize
-                firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
-                places = places_of(starts[firsts], sizes[firsts], counts, dims)
-                runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
-                run_bytes = chunk_bytes[firsts] * counts
-                cuts = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
-                batches = [slice(*ends) for ends in pairwise([0, *cuts, len(runs)])]
-                for segment, batch in ((segment, batch) for segment in segments for batch in batches):
+                for segment, (runs, nbytes) in product(segments, cuts.tasks):
                     self._check_wanted()
-                    nbytes = int(run_bytes[batch].sum())
                     while waiting and held + nbytes > self._window:
                         held -= waiting[0].held_nbytes
                         yield waiting.popleft()
-                    encoding = partial(_encode, array, runs[batch], entry, segment.stream, self._codec)
+                    encoding = partial(_encode, array, runs, entry, segment.stream, self._codec)
                     waiting.append(_Batch(segment, nbytes, nbytes // len(segments), self._encoding.submit(encoding)))
                     held += nbytes
             while waiting:
@@ -325,19 +319,37 @@ class _ObjectWriter:
                 left.encoded.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """How a shard is cut."""
+
+    chunks: int
+    tasks: list[tuple[list[_Run], int]]
+    """Runs that are encoded together, and the bytes of their values."""
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
+    """Remembered, since the layers of a model are cut alike."""
+    _, offsets, sizes = grid.chunks(box)
+    chunk_bytes = sizes.prod(axis=1) * itemsize
+    firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
+    places = places_of(offsets[firsts] - np.asarray(box.offsets, np.int64), sizes[firsts], counts, dims)
+    runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
+    run_bytes = chunk_bytes[firsts] * counts
+    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
+    tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
+    return _Cuts(len(offsets), tasks)
+
+
 def _encode(
     values: npt.NDArray[Any],
-    runs: Sequence[tuple[Slices, list[int], int, int]],
+    runs: Sequence[_Run],
     entry: Entry,
     stream: Stream,
     codec: str,
 ) -> list[Encoded]:
-    """Chunks of a shard.
-
-    Args:
-        runs: of chunks: where each lies in `values`, the sizes of its chunks, their number, in which dimension they
-            adjoin.
-    """
+    """Chunks of a shard, whose values these are."""
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
     for place, sizes, count, dim in runs:

@@ -13,7 +13,7 @@ from reshard.storage import conditions, obstore_store
 from reshard.storage import store as store_module
 from reshard.storage.dcp import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
-from reshard.storage.local_store import LocalStore
+from reshard.storage.local_store import SYNC_BYTES, LocalStore
 from reshard.storage.retrying_store import RetryingStore
 from reshard.storage.store import open_store
 from reshard.storage.testing import MemoryStore, RecordingStore, check_store
@@ -196,6 +196,20 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_what_a_disk_failed_to_keep_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells of it once: to the first that asks, while the file is still written."""
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fails)
+    with (
+        pytest.raises(StoreError, match=r"cannot write 'data/x.shard'.*Input/output error"),
+        LocalStore(tmp_path).create("data/x.shard") as out,
+    ):
+        out.write(bytes(SYNC_BYTES))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="checks the refusal through another user's rights")
