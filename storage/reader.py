@@ -229,20 +229,27 @@ class _Execution:
     def _work(self) -> None:
         """What each worker does."""
         try:
-            while (task := self._next()) is not None:
-                begin = time.perf_counter()
-                try:
-                    task()
-                finally:
-                    with self._lock:
-                        self.stats.decode_s += time.perf_counter() - begin
-                        self._working -= 1
-                        if self._error is None:
-                            self._call_workers()
-                        if self._ended or self._error is not None or not self._fetcher.reads_here:
-                            self._caller.notify()
+            with record_function("reshard.decode"):
+                while (task := self._next()) is not None:
+                    self._do(task)
         except BaseException as error:
             self._fail(error)
+
+    def _do(self, task: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        failed: BaseException | None = None
+        try:
+            task()
+        except BaseException as error:
+            failed = error
+        with self._lock:  # that it failed is known no later than that it is over
+            self._error = self._error or failed
+            self.stats.decode_s += time.perf_counter() - begin
+            self._working -= 1
+            if self._error is None:
+                self._call_workers()
+            if self._ended or self._error is not None or not self._fetcher.reads_here:
+                self._caller.notify()
 
     def _next(self) -> Callable[[], None] | None:
         """A task; None where there is nothing to do now: whoever finds more calls again."""
@@ -364,8 +371,7 @@ class _Execution:
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
         destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
-        with record_function("reshard.decode"):
-            place_batch(batch, self._damage)
+        place_batch(batch, self._damage)
         with self._lock:
             tensor.unplaced -= 1
             complete = tensor.unplaced == 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from ..planner.box import IntArray, indexes
 from ..planner.index import NATIVE
@@ -32,9 +33,9 @@ class Run:
     dim: int
     """In which its chunks adjoin."""
     encoding: int
-    sizes: tuple[int, ...]
-    """Of each chunk."""
     numel: int
+    """Of each chunk."""
+    sizes: tuple[int, ...]
     """Of each chunk."""
     part: Slices
     """What is wanted of the chunk; of several, all of each."""
@@ -46,27 +47,31 @@ class Run:
 class Runs:
     """The runs of a read, in columns."""
 
-    read: ChunkReads
     firsts: IntArray
     """(r,) the row of the first chunk of each."""
     counts: IntArray
     dims: IntArray
-
-    @property
-    def nbytes(self) -> IntArray:
-        """(r,) decoded bytes."""
-        numels: IntArray = self.read.chunk_sizes[self.firsts].prod(axis=1)
-        return numels * self.counts * self.read.itemsize
+    encodings: npt.NDArray[np.uint8]
+    numels: IntArray
+    nbytes: IntArray
+    """(r,) decoded bytes of all its chunks."""
+    sizes: IntArray
+    """(r, ndim) of each chunk."""
+    part_offsets: IntArray
+    """(r, ndim) what is wanted of the first chunk, in it."""
+    part_sizes: IntArray
+    place_offsets: IntArray
+    """(r, ndim) where the run goes, in the wanted box."""
+    place_sizes: IntArray
 
     def select(self, runs: slice) -> Iterator[Run]:
         """Some of them."""
-        read, firsts, counts, dims = self.read, self.firsts[runs], self.counts[runs], self.dims[runs]
-        sizes, wanted = read.chunk_sizes[firsts], read.piece_sizes[firsts]
-        begins = read.piece_offsets[firsts]
-        parts = indexes(begins - read.chunk_offsets[firsts], wanted)
-        places = places_of(begins - np.asarray(read.want.box.offsets, np.int64), wanted, counts, dims)
-        columns = (column.tolist() for column in (firsts, counts, dims, read.encodings[firsts]))
-        return map(Run, *columns, map(tuple, sizes.tolist()), sizes.prod(axis=1).tolist(), parts, places)
+        columns = (
+            column[runs].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
+        )
+        parts = indexes(self.part_offsets[runs], self.part_sizes[runs])
+        places = indexes(self.place_offsets[runs], self.place_sizes[runs])
+        return map(Run, *columns, map(tuple, self.sizes[runs].tolist()), parts, places)
 
 
 def runs_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
@@ -89,31 +94,35 @@ def runs_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Ite
 
 def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
     """The runs of reads of tensors that have as many dimensions."""
-    bounds = np.cumsum([0, *map(len, reads)])
-    dims = _continued(reads, np.concatenate([requests[:, [0, -1]] for requests in requests_of]))
-    dims[bounds[:-1][np.diff(bounds) > 0]] = -1
-    nbytes = np.concatenate([read.chunk_sizes.prod(axis=1) * read.itemsize for read in reads])
-    firsts, counts, along = cut(dims, nbytes)
-    places = np.searchsorted(firsts, bounds).tolist()
-    for read, row, (begin, end) in zip(reads, bounds.tolist(), pairwise(places), strict=False):
-        yield Runs(read, firsts[begin:end] - row, counts[begin:end], along[begin:end])
-
-
-def _continued(reads: Sequence[ChunkReads], requests: IntArray) -> IntArray:
-    """`continued` of the chunks of all reads, where they are read and wanted as a run has to be."""
+    lengths = [len(read) for read in reads]
+    bounds = np.cumsum([0, *lengths])
 
     def column(name: str) -> IntArray:
         return np.concatenate([getattr(read, name) for read in reads])
 
     sizes, encodings = column("chunk_sizes"), column("encodings")
+    offsets, piece_offsets, piece_sizes = column("chunk_offsets"), column("piece_offsets"), column("piece_sizes")
+    origins = np.repeat(np.array([read.want.box.offsets for read in reads], np.int64), lengths, axis=0)
+    numels = sizes.prod(axis=1)
+    nbytes = numels * np.repeat([read.itemsize for read in reads], lengths)
     starts = np.concatenate([read.starts[:, 0] for read in reads])
     stops = np.concatenate([read.stops[:, 0] for read in reads])
-    whole = (sizes == column("piece_sizes")).all(axis=1) & (encodings <= max(NATIVE))
+    requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
+
+    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE))
     alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
     alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
-    dims = continued(column("chunk_offsets"), sizes)
+    dims = continued(offsets, sizes)
     dims[1:][~alike] = -1
-    return dims
+    dims[bounds[:-1][np.diff(bounds) > 0]] = -1
+    firsts, counts, dims = cut(dims, nbytes)
+
+    rows = firsts - np.repeat(bounds[:-1], np.diff(ends := np.searchsorted(firsts, bounds)))
+    columns = [rows, counts, dims, encodings[firsts], numels[firsts], nbytes[firsts] * counts, sizes[firsts]]
+    columns += [piece_offsets[firsts] - offsets[firsts], piece_sizes[firsts]]
+    columns += [piece_offsets[firsts] - origins[firsts], extents(piece_sizes[firsts], counts, dims)]
+    for begin, end in pairwise(ends.tolist()):
+        yield Runs(*(column[begin:end] for column in columns))
 
 
 def continued(offsets: IntArray, sizes: IntArray) -> IntArray:
@@ -144,9 +153,9 @@ def cut(dims: IntArray, nbytes: IntArray) -> tuple[IntArray, IntArray, IntArray]
     return firsts, counts, np.where(counts > 1, np.append(dims, 0)[firsts + 1], 0)
 
 
-def places_of(offsets: IntArray, sizes: IntArray, counts: IntArray, dims: IntArray) -> list[Slices]:
-    """Where runs lie, by the (r, ndim) offsets and sizes of the first chunk of each."""
-    extents = sizes.copy()
-    if extents.size:
-        extents[np.arange(len(extents)), dims] *= counts
-    return indexes(offsets, extents)
+def extents(sizes: IntArray, counts: IntArray, dims: IntArray) -> IntArray:
+    """(r, ndim) the sizes of runs, from those of their chunks."""
+    found = sizes.copy()
+    if found.size:
+        found[np.arange(len(found)), dims] *= counts
+    return found

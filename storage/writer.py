@@ -27,7 +27,7 @@ import torch
 from torch.profiler import record_function
 from typing_extensions import Buffer
 
-from ..planner.box import Box
+from ..planner.box import Box, indexes
 from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
 from ..planner.index import Encoding, Entry, Kind, Stream
@@ -41,7 +41,7 @@ from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
 from .retrying_store import at_once, retried
-from .runs import continued, cut, places_of
+from .runs import continued, cut, extents
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
 
@@ -334,7 +334,8 @@ def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
     firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
-    places = places_of(offsets[firsts] - np.asarray(box.offsets, np.int64), sizes[firsts], counts, dims)
+    starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
+    places = indexes(starts, extents(sizes[firsts], counts, dims))
     runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
     run_bytes = chunk_bytes[firsts] * counts
     ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()

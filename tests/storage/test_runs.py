@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from reshard.planner.box import Box
 from reshard.planner.grid import Grid
 from reshard.planner.index import ITEMSIZES, Kind
 from reshard.planner.read_plan import Want, plan_reads
+from reshard.storage import reader
 from reshard.storage.arranged import arrange
 from reshard.storage.codec import decode, decode_heads_and_tails, encode, streams_of
 from reshard.storage.errors import CorruptCheckpointError
@@ -126,13 +129,25 @@ def test_batches_are_all_chunks_each_once() -> None:
         assert [row for run in runs for row in range(run.row, run.row + run.count)] == rows
 
 
-def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+class SlowToEnd(contextlib.nullcontext[None]):
+    def __exit__(self, *error: object) -> None:
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
+    last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is the last of all, and the worker that finds it is late to tell."""
+    monkeypatch.setattr(reader, "record_function", SlowToEnd)
+    monkeypatch.setattr(reader, "default_threads", lambda: 1)
     store, _ = saved("zstd", torch.bfloat16)
     source = open_source(store)
     want = Want("up", Box.whole(SHAPES["up"]))
     plan = plan_reads(source.index([want]), [want])
     (read,) = plan.reads
-    row = next(runs for runs in runs_of(plan.reads, list(plan.requests_of()))).firsts[1] + 2
+    (runs,) = runs_of(plan.reads, list(plan.requests_of()))
+    row = len(read) - 1 if last else int(runs.firsts[1]) + 2
     name = source.index([want]).objects[int(read.objects[row, 0])][0]
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
