@@ -35,6 +35,7 @@ from .tensors import torch_dtype
 
 GROUPS_AHEAD = 4
 """Groups of requests that a store which reads ahead is told of before their turn."""
+STOPPED = "the reading was stopped"
 
 
 @dataclass(slots=True)
@@ -205,7 +206,7 @@ class _Execution:
         """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
         self._caller.wait(HEED_S)
         if self._workers.stopped:  # what was to be done for this one may never be
-            raise StoreError("the reading was stopped")
+            raise StoreError(STOPPED)
         self._lock.release()
         try:
             self._interrupt()
@@ -213,8 +214,10 @@ class _Execution:
             self._lock.acquire()
 
     def _fail(self, error: BaseException) -> None:
-        self._error = self._error or error
+        if isinstance(error, RuntimeError) and self._workers.stopped:  # their pools take nothing more
+            error = StoreError(STOPPED)
         with self._lock:
+            self._error = self._error or error
             self._caller.notify()
 
     def _call_workers(self) -> None:
@@ -243,7 +246,8 @@ class _Execution:
         except BaseException as error:
             failed = error
         with self._lock:  # that it failed is known no later than that it is over
-            self._error = self._error or failed
+            if failed is not None:
+                self._fail(failed)
             self.stats.decode_s += time.perf_counter() - begin
             self._working -= 1
             if self._error is None:
@@ -301,7 +305,7 @@ class _Execution:
                 self._arrived.append((group, future.result()))
                 self._call_workers()
             except BaseException as error:  # it was cancelled, or there can be no more threads
-                self._error = self._error or error
+                self._fail(error)
             self._caller.notify()
 
     def _arrive(self, group: list[Request], found: Sequence[Found]) -> None:
