@@ -1,8 +1,8 @@
-"""The chunks of a batch, decoded and written where they belong, run by run."""
+"""The chunks of a batch, decoded, some runs of them together, and written where they belong, run by run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from .arranged import Batch, Tensor
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError
 from .opaque import decode_opaque
-from .runs import Run
+from .runs import RUN_BYTES, Run
 
 
 def place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
@@ -25,15 +25,36 @@ def place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointE
     read, destination = batch.read, batch.destination
     assert destination is not None
     streams = [_Stream.of(batch, stream) for stream in range(len(batch.requests))]
-    for run in batch.runs.select(batch.run_rows):
+    for runs in _together(read, batch.runs.select(batch.run_rows)):
+        chunks = replace(runs[0], count=sum(run.count for run in runs))
         try:
-            values = _values(read, run, streams)
+            values = _values(read, chunks, streams)
         except CorruptCheckpointError as error:
-            at, told = _first_damaged(read, run, streams) or (run.row, error)
+            at, told = _first_damaged(read, chunks, streams) or (chunks.row, error)
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
             raise damage(batch.tensor, message) from error
         batch.tensor.touched = True
-        destination.write(run.place, values, run.sizes, run.part, run.count, run.dim)
+        begin = 0
+        for run in runs:
+            end = begin + len(values) // chunks.count * run.count
+            destination.write(run.place, values[begin:end], run.sizes, run.part, run.count, run.dim)
+            begin = end
+
+
+def _together(read: ChunkReads, runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Runs whose planes are joined together: of chunks of as many values, one after another, RUN_BYTES at most."""
+    together: list[Run] = []
+    chunks = 0
+    for run in runs:
+        first = together[0] if together else run
+        joined = run.encoding == first.encoding == Encoding.PLANES and run.numel == first.numel
+        if together and not (joined and (chunks + run.count) * run.numel * read.itemsize <= RUN_BYTES):
+            yield together
+            together, chunks = [], 0
+        together.append(run)
+        chunks += run.count
+    if together:
+        yield together
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +89,7 @@ class _Stream:
 
 
 def _first_damaged(read: ChunkReads, run: Run, streams: list[_Stream]) -> tuple[int, CorruptCheckpointError] | None:
-    """The row of the first chunk of a run that cannot be decoded, and why."""
+    """The row of the first chunk, of some, that cannot be decoded, and why."""
     for row in range(run.row, run.row + run.count):
         try:
             _values(read, replace(run, row=row, count=1), streams)

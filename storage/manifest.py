@@ -163,7 +163,8 @@ class Manifest:
             else:
                 runs.append([block])
         with ThreadPoolExecutor(8, "reshard-manifest") as pool:
-            parts = list(pool.map(lambda run: self._source.read(run[0].start, run[-1].stop), runs))
+            each = pool.map if len(runs) > 1 else map
+            parts = list(each(lambda run: self._source.read(run[0].start, run[-1].stop), runs))
         placed = [
             (block, part[block.start - run[0].start : block.stop - run[0].start])
             for run, part in zip(runs, parts, strict=True)

@@ -22,9 +22,11 @@ def check_destination(name: str, tensor: torch.Tensor, stored: torch.dtype) -> N
         DtypeError: torch does not cast the stored dtype to the tensor's (`torch.can_cast`).
         DestinationError: the tensor is on the meta device, is not strided, or has elements that share memory.
     """
-    packed = any("_x2" in str(dtype) for dtype in (stored, tensor.dtype))  # two values an element: torch has no cast
-    if stored != tensor.dtype and (packed or not torch.can_cast(stored, tensor.dtype)):
-        raise DtypeError(f"{name!r} is stored as {stored}, which cannot be cast to the destination's {tensor.dtype}")
+    if stored != tensor.dtype:
+        packed = any("_x2" in str(dtype) for dtype in (stored, tensor.dtype))  # two values an element: no cast in torch
+        if packed or not torch.can_cast(stored, tensor.dtype):
+            message = f"{name!r} is stored as {stored}, which cannot be cast to the destination's {tensor.dtype}"
+            raise DtypeError(message)
     if tensor.device.type == "meta":
         raise DestinationError(f"{name!r} is on the meta device: give it memory first (to_empty) to load into it")
     if tensor.layout is not torch.strided:

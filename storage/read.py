@@ -120,14 +120,14 @@ def read_boxes(
             placed=meter.add,
             workers=workers,
         )
-    done = time.perf_counter()
+    done, report = time.perf_counter(), plan.report
     source.observe(plan.requests.nbytes, done - planned)
     return RankReport(
         rank=rank,
         bytes_needed=sum(destination.nbytes for destination in destinations),
         bytes_fetched=plan.requests.nbytes,
-        requests=plan.report.requests,
-        chunks=plan.report.chunks,
+        requests=report.requests,
+        chunks=report.chunks,
         seconds={
             "plan": planned - begin,
             "fetch": stats.fetch_s,

@@ -106,13 +106,18 @@ def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A shallow copy, in which every Stateful value is replaced by its state dict. Raises ArgumentError."""
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(f"expected a state dict, a mapping of names to values, got {type(state_dict).__name__}")
-    return {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state_dict.items()}
+    return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+
+
+def _is_stateful(value: Any) -> bool:
+    """A tensor is not: to ask for the methods of a protocol takes longer than to plan its read."""
+    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
 def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:
     """Give every Stateful value its loaded state, and put the other values in their places."""
     for key, state in states.items():
-        if isinstance(state_dict[key], Stateful):
+        if _is_stateful(state_dict[key]):
             state_dict[key].load_state_dict(state)
         elif state_dict[key] is not state:
             state_dict[key] = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +64,16 @@ def _dtensor_shards(name: str, tensor: DTensor) -> list[LocalShard]:
     if coordinate is None:
         return []
     placements = [_placement(name, placement) for placement in tensor.placements]
-    held = layout.held_tensor(tuple(tensor.shape), tuple(tensor.device_mesh.shape), coordinate, placements)
+    held = _held(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tuple(coordinate), tuple(placements))
     local = tensor.to_local().detach()
     if held.shape != tuple(local.shape):
         raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where its placements give {held.shape}")
+    if len(held.boxes) == 1:
+        return [(held.boxes[0], local)]
     return [(box, local[Box(at, box.sizes).slices]) for box, at in zip(held.boxes, held.local_offsets, strict=True)]
+
+
+_held = functools.lru_cache(layout.held_tensor)  # the layers of a model are alike
 
 
 def refuse_misplaced(state: Mapping[str, Any]) -> None:
