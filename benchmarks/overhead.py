@@ -4,9 +4,9 @@
 
 A checkpoint of the MLP, saved by 4 FSDP ranks with codec "none", is loaded by 1 rank and by 4 TP ranks. Beside it, the
 same ranks read the requests of their own plans, and do nothing with them: by os.preadv into buffers that are used
-again, or by ranged GETs, with obstore and with s3fs; each with as many requests at once as reshard has. The contenders
-take turns; a run lasts from a barrier to the next. GB/s are of all ranks together. What a load does beyond the bare
-ranges: open the manifest, plan, verify checksums, copy into the tensors.
+again, or into memory for all of them, or by ranged GETs, with obstore and with s3fs; each with as many requests at once
+as reshard has. The contenders take turns; a run lasts from a barrier to the next. GB/s are of all ranks together. What
+a load does beyond the bare ranges: open the manifest, plan, verify checksums, copy into the tensors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Piece:
         return self.stop - self.start
 
 
-Bare = Callable[[Sequence[Piece]], None]
+Bare = Callable[[Sequence[Piece]], object]
 """A way to fetch byte ranges and do nothing with them."""
 
 
@@ -67,25 +67,37 @@ def pieces_of(uri: str, options: dict[str, Any], ranks: int, rank: int) -> list[
     return [Piece(f"{uri}/{objects[at][0]}", start, stop) for at, start, stop in columns]
 
 
+def read_into(buffer: memoryview, piece: Piece) -> None:
+    descriptor = os.open(piece.path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < piece.nbytes:
+            done += os.preadv(descriptor, [buffer[done : piece.nbytes]], piece.start + done)
+    finally:
+        os.close(descriptor)
+
+
 def by_preadv(options: dict[str, Any]) -> Bare:
-    """Threads, each with a buffer of its own."""
+    """Threads, each with a buffer of its own, which stays in the cache."""
     own = threading.local()
 
     def read(piece: Piece) -> None:
         if len(getattr(own, "buffer", b"")) < piece.nbytes:
             own.buffer = memoryview(bytearray(piece.nbytes))
-        descriptor = os.open(piece.path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < piece.nbytes:
-                done += os.preadv(descriptor, [own.buffer[done : piece.nbytes]], piece.start + done)
-        finally:
-            os.close(descriptor)
+        read_into(own.buffer, piece)
 
+    pool = ThreadPoolExecutor(LocalStore.concurrent_reads)
+    return lambda pieces: list(pool.map(read, pieces))
+
+
+def by_preadv_kept(options: dict[str, Any]) -> Bare:
+    """Threads; every byte has a place of its own, as in a load, and each run writes to the same places."""
+    buffers: list[memoryview] = []
     pool = ThreadPoolExecutor(LocalStore.concurrent_reads)
 
     def fetch(pieces: Sequence[Piece]) -> None:
-        list(pool.map(read, pieces))
+        buffers.extend(memoryview(bytearray(piece.nbytes)) for piece in pieces[len(buffers) :])
+        list(pool.map(read_into, buffers, pieces))
 
     return fetch
 
@@ -140,7 +152,7 @@ def by_s3fs(options: dict[str, Any]) -> Bare:
 def bare_ways(place: Place) -> dict[str, Callable[[dict[str, Any]], Bare]]:
     """Those that work at a place and are installed."""
     if not place.is_s3:
-        return {"preadv": by_preadv}
+        return {"preadv": by_preadv, "preadv, kept": by_preadv_kept}
     return ({"obstore": by_obstore} if installed("obstore") else {}) | {"s3fs": by_s3fs}
 
 
