@@ -218,7 +218,7 @@ class CheckpointIndex:
         return found
 
     def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Where chunks are, that are given by their segment, those of one together, and their place in it.
+        """Where chunks are, that are given by their segment and their place in it.
 
         Returns, (n,) each: the first byte in the object, the length in bytes, the place of the first checksum.
         """

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from ..planner.box import Box, IntArray
 from ..planner.index import NATIVE, CheckpointIndex, Encoding
 from ..planner.read_plan import ChunkReads, ReadPlan
+from .bands import Bands, bands_of
 from .checksums import checksum, page_checksums
 from .place import Destination
-from .runs import Runs, runs_of
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
 BATCH_BYTES = 2 * 1024 * 1024
@@ -28,7 +28,7 @@ class Request:
     object: int
     start: int
     stop: int
-    runs: tuple[int, int, int] | None = None
+    sparse: tuple[int, int, int] | None = None
     """Where runs alone are fetched, one after another: their count, bytes and stride."""
     parts: list[tuple[Batch, int]] = field(default_factory=list)
     """Batches, each with which of its streams the request holds."""
@@ -40,15 +40,15 @@ class Request:
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The byte ranges to fetch: [start, stop) each."""
-        if self.runs is None:
+        if self.sparse is None:
             return [(self.start, self.stop)]
-        count, nbytes, stride = self.runs
+        count, nbytes, stride = self.sparse
         return [(at, at + nbytes) for at in range(self.start, self.start + count * stride, stride)]
 
     @property
     def nbytes(self) -> int:
         """Bytes that are fetched."""
-        return self.stop - self.start if self.runs is None else self.runs[0] * self.runs[1]
+        return self.stop - self.start if self.sparse is None else self.sparse[0] * self.sparse[1]
 
     def damages(self, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
         """The chunks whose bytes in `data`, the request's, do not match their checksums or are not there."""
@@ -62,9 +62,9 @@ class Batch:
     tensor: Tensor
     read: ChunkReads
     rows: slice
-    runs: Runs
-    run_rows: slice
-    """The rows of `runs` that are the batch's."""
+    bands: Bands
+    band_rows: slice
+    """The rows of `bands` that are the batch's."""
     destination: Destination | None
     requests: list[Request]
     submitted: bool = False
@@ -143,16 +143,16 @@ def arrange(
     columns = (plan.requests.objects, plan.requests.starts, plan.requests.stops)
     requests = [Request(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     for at, sparse in plan.requests.sparse.items():
-        requests[at].runs = sparse
+        requests[at].sparse = sparse
     tensors: dict[str, Tensor] = {}
     ordered: dict[int, Request] = {}
     requests_of = list(plan.requests_of())
-    all_runs = runs_of(plan.reads, requests_of)
-    for read, request_of, runs, destination in zip(plan.reads, requests_of, all_runs, destinations, strict=True):
+    all_bands = bands_of(plan.reads, requests_of)
+    for read, request_of, bands, destination in zip(plan.reads, requests_of, all_bands, destinations, strict=True):
         tensor = tensors.setdefault(read.want.name, Tensor(read.want.name))
-        for rows, of_runs in _batches(read, runs, request_of):
+        for rows, of_bands in _batches(read, bands, request_of):
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
-            batch = Batch(tensor, read, rows, runs, of_runs, destination, held)
+            batch = Batch(tensor, read, rows, bands, of_bands, destination, held)
             tensor.batches.append(batch)
             tensor.unplaced += 1
             for stream, request in enumerate(held):
@@ -162,11 +162,11 @@ def arrange(
     return list(tensors.values()), list(ordered.values())
 
 
-def _batches(read: ChunkReads, runs: Runs, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
-    """Rows of a read that one request fetches, or two, each with which of its runs they are."""
-    requests, rows = request_of[runs.firsts].tolist(), [*runs.firsts.tolist(), len(read)]
+def _batches(read: ChunkReads, bands: Bands, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
+    """Rows of a read that one request fetches, or two, each with which of its bands they are."""
+    requests, rows = request_of[bands.firsts].tolist(), [*bands.firsts.tolist(), len(read)]
     begin = nbytes = 0
-    for end, size in enumerate([*runs.nbytes.tolist(), 0]):
+    for end, size in enumerate([*bands.nbytes.tolist(), 0]):
         if nbytes and (end == len(requests) or nbytes >= BATCH_BYTES or requests[end] != requests[begin]):
             yield slice(rows[begin], rows[end]), slice(begin, end)
             begin, nbytes = end, 0

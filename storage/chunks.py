@@ -1,4 +1,4 @@
-"""The chunks of a batch, decoded, some runs of them together, and written where they belong, run by run."""
+"""The chunks of a batch, decoded, some bands of them together, and written where they belong, band by band."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from ..planner.index import Encoding
 from ..planner.read_plan import ChunkReads
 from .arranged import Batch, Tensor
+from .bands import BAND_BYTES, Band
 from .codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from .errors import CorruptCheckpointError
 from .opaque import decode_opaque
-from .runs import RUN_BYTES, Run
 
 
 def place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
@@ -25,34 +25,33 @@ def place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointE
     read, destination = batch.read, batch.destination
     assert destination is not None
     streams = [_Stream.of(batch, stream) for stream in range(len(batch.requests))]
-    for runs in _together(read, batch.runs.select(batch.run_rows)):
-        chunks = replace(runs[0], count=sum(run.count for run in runs))
+    for bands in _together(read, batch.bands.select(batch.band_rows)):
         try:
-            values = _values(read, chunks, streams)
+            values = _values(read, bands, streams)
         except CorruptCheckpointError as error:
-            at, told = _first_damaged(read, chunks, streams) or (chunks.row, error)
+            at, told = _first_damaged(read, bands, streams) or (bands[0].row, error)
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
             raise damage(batch.tensor, message) from error
         batch.tensor.touched = True
-        begin = 0
-        for run in runs:
-            end = begin + len(values) // chunks.count * run.count
-            destination.write(run.place, values[begin:end], run.sizes, run.part, run.count, run.dim)
+        begin, chunk_bytes = 0, len(values) // sum(band.count for band in bands)
+        for band in bands:
+            end = begin + chunk_bytes * band.count
+            destination.write(band.place, values[begin:end], band.sizes, band.part, band.count, band.dim)
             begin = end
 
 
-def _together(read: ChunkReads, runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Runs whose planes are joined together: of chunks of as many values, one after another, RUN_BYTES at most."""
-    together: list[Run] = []
+def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
+    """Bands whose planes are joined together: of chunks of as many values, one after another, BAND_BYTES at most."""
+    together: list[Band] = []
     chunks = 0
-    for run in runs:
-        first = together[0] if together else run
-        joined = run.encoding == first.encoding == Encoding.PLANES and run.numel == first.numel
-        if together and not (joined and (chunks + run.count) * run.numel * read.itemsize <= RUN_BYTES):
+    for band in bands:
+        first = together[0] if together else band
+        joined = band.encoding == first.encoding == Encoding.PLANES and band.numel == first.numel
+        if together and not (joined and (chunks + band.count) * band.numel * read.itemsize <= BAND_BYTES):
             yield together
             together, chunks = [], 0
-        together.append(run)
-        chunks += run.count
+        together.append(band)
+        chunks += band.count
     if together:
         yield together
 
@@ -77,39 +76,44 @@ class _Stream:
             data, batch.rows.start, begins.tolist(), (begins + batch.read.packed_bytes(batch.rows)[:, stream]).tolist()
         )
 
-    def together(self, run: Run) -> memoryview:
-        """The bytes of a run, which are one range."""
-        at = run.row - self.first
-        return self.data[self.begins[at] : self.ends[at + run.count - 1]]
+    def together(self, row: int, count: int) -> memoryview:
+        """The bytes of chunks, which are one range."""
+        at = row - self.first
+        return self.data[self.begins[at] : self.ends[at + count - 1]]
 
-    def each(self, run: Run) -> list[memoryview]:
-        """The bytes of each chunk of a run."""
-        at = run.row - self.first
-        return [self.data[self.begins[i] : self.ends[i]] for i in range(at, at + run.count)]
+    def each(self, row: int, count: int) -> list[memoryview]:
+        """The bytes of each of some chunks."""
+        at = row - self.first
+        return [self.data[self.begins[i] : self.ends[i]] for i in range(at, at + count)]
 
 
-def _first_damaged(read: ChunkReads, run: Run, streams: list[_Stream]) -> tuple[int, CorruptCheckpointError] | None:
-    """The row of the first chunk, of some, that cannot be decoded, and why."""
-    for row in range(run.row, run.row + run.count):
-        try:
-            _values(read, replace(run, row=row, count=1), streams)
-        except CorruptCheckpointError as error:
-            return row, error
+def _first_damaged(
+    read: ChunkReads, bands: list[Band], streams: list[_Stream]
+) -> tuple[int, CorruptCheckpointError] | None:
+    """The row of the first chunk that cannot be decoded, and why."""
+    for band in bands:
+        for row in range(band.row, band.row + band.count):
+            try:
+                _values(read, [replace(band, row=row, count=1)], streams)
+            except CorruptCheckpointError as error:
+                return row, error
     return None
 
 
-def _values(read: ChunkReads, run: Run, streams: list[_Stream]) -> Bytes:
-    """The bytes of the values of a run: each chunk row-major, one after another."""
-    if run.encoding == Encoding.PLANES:
-        chunks = [stream.each(run) for stream in streams]
+def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Bytes:
+    """The bytes of the values of bands that `_together` gives: each chunk row-major, one after another."""
+    encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
+    count = sum(band.count for band in bands)
+    if encoding == Encoding.PLANES:
+        chunks = [stream.each(row, count) for stream in streams]
         if len(chunks) == 2:
-            return decode_heads_and_tails(chunks[0], chunks[1], run.numel)
-        return decode_heads(chunks[0], run.numel) if read.heads_only else decode(chunks[0], read.entry.dtype, run.numel)
-    data, row = streams[0].together(run), run.row
-    if run.encoding == Encoding.RAW:
-        return _raw(data, run.count * run.numel * read.itemsize, int(read.skipped[row]))
-    if run.encoding == Encoding.OPAQUE:
-        return decode_opaque(data, read.entry.dtype, run.sizes)
+            return decode_heads_and_tails(chunks[0], chunks[1], numel)
+        return decode_heads(chunks[0], numel) if read.heads_only else decode(chunks[0], read.entry.dtype, numel)
+    data = streams[0].together(row, count)
+    if encoding == Encoding.RAW:
+        return _raw(data, count * numel * read.itemsize, int(read.skipped[row]))
+    if encoding == Encoding.OPAQUE:
+        return decode_opaque(data, read.entry.dtype, bands[0].sizes)
     return _plain(read, row, np.frombuffer(data, np.uint8))
 
 

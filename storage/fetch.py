@@ -27,7 +27,7 @@ Ranges = tuple[str, Sequence[tuple[int, int]]]
 Found = Buffer | StoreError
 """The bytes of some ranges, one after another, or why they are not to be had."""
 TOGETHER_BYTES = 4 * 1024 * 1024
-"""To hand work to another thread takes as long as to read some 100 KiB of a file."""
+"""To ask for more, and to have what was read verified, takes as long as to read some 100 KiB of a file."""
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
@@ -111,10 +111,10 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for future in tuple(self._running):
-            future.cancel()
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=False)
+        for future in tuple(self._running):  # not by the pool, which has its lock meanwhile: some call back
+            future.cancel()
 
 
 def read_ranges(store: Store, name: str, ranges: Sequence[tuple[int, int]]) -> Buffer:

@@ -22,11 +22,12 @@ from .objects import decode_object
 from .place import check_destination
 from .progress import Meter
 from .ranks import Interrupt, never
-from .reader import Workers, execute
+from .reader import execute
 from .reports import RankReport
 from .resources import default_budget
 from .source import Source
 from .tensors import from_bytes, torch_dtype
+from .workers import Workers
 
 logger = logger_of(__name__)
 

@@ -12,11 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch.profiler import record_function
@@ -26,16 +25,18 @@ from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
 from .chunks import place_batch
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
-from .fetch import Fetcher, Found, Ranges, read_ranges
+from .fetch import Found, Ranges, read_ranges
 from .place import Destination
 from .ranks import HEED_S, Interrupt, never
-from .resources import default_budget, default_threads
+from .resources import default_budget
 from .store import Store
 from .tensors import torch_dtype
+from .workers import Workers
 
 GROUPS_AHEAD = 4
 """Groups of requests that a store which reads ahead is told of before their turn."""
 STOPPED = "the reading was stopped"
+Failure = TypeVar("Failure", bound=Exception)
 
 
 @dataclass(slots=True)
@@ -82,24 +83,6 @@ def execute(
     return execution.stats
 
 
-class Workers(AbstractContextManager["Workers"]):
-    """The threads that verify, decode and place, what fetches for them, and the memory that is fetched into."""
-
-    def __init__(self, store: Store) -> None:
-        self.count = default_threads()
-        self.pool = ThreadPoolExecutor(self.count, "reshard-read")
-        self.fetcher = Fetcher(store)
-        self.stopped = False
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Reads that still run are left to end by themselves, unheeded."""
-        self.stopped = True
-        self.fetcher.__exit__(kind, error, traceback)
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-
 class _Execution:
     """The state of one plan while it is carried out; `_lock` guards all that the threads share.
 
@@ -139,6 +122,7 @@ class _Execution:
         self._arrived: deque[tuple[list[Request], Sequence[Found]]] = deque()
         self._verified: deque[Batch] = deque()
         self._error: BaseException | None = None
+        self._failed_at: dict[BaseException, Tensor] = {}
 
     def run(self, workers: Workers) -> None:
         self._workers, self._fetcher = workers, workers.fetcher
@@ -162,6 +146,9 @@ class _Execution:
             for request in self._requests:
                 if request.data is not None:
                     self._fetcher.release(request.data)
+            tensor = self._failed_at.get(self._error)
+            if tensor is not None and tensor.touched:
+                self._error.args = (f"{self._error}; a part of the tensor was overwritten",)
             raise self._error
 
     def _grouped(self) -> Iterator[list[Request]]:
@@ -214,7 +201,7 @@ class _Execution:
             self._lock.acquire()
 
     def _fail(self, error: BaseException) -> None:
-        if isinstance(error, RuntimeError) and self._workers.stopped:  # their pools take nothing more
+        if isinstance(error, (RuntimeError, CancelledError)) and self._workers.stopped:  # their pools take nothing more
             error = StoreError(STOPPED)
         with self._lock:
             self._error = self._error or error
@@ -313,6 +300,8 @@ class _Execution:
         for request, data in zip(group, found, strict=True):
             if self._error is None:
                 self._take(request, data)
+            elif not isinstance(data, StoreError):
+                self._fetcher.release(memoryview(data))
 
     def _take(self, request: Request, found: Found) -> None:
         name = self._index.objects[request.object][0]
@@ -325,13 +314,16 @@ class _Execution:
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
-            raise nearest(error)(self._told(tensor, f"{where}: {error}")) from error
+            raise self._failure(nearest(error), tensor, f"{where}: {error}") from error
         if len(data) != request.nbytes:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
         if damages:
             where = f"{damages[0]} of object {name!r} in {self._store.location}"
             raise self._damage(damages[0].tensor, f"{where}: {DAMAGED}")
         with self._lock:
+            if self._error is not None:
+                self._fetcher.release(data)
+                return
             request.data = data
             for batch, _ in request.parts:
                 batch.tensor.missing -= 1
@@ -345,16 +337,25 @@ class _Execution:
         damages = request.damages(data, self._index)
         if damages:
             self._fetcher.release(data)
-            data = memoryview(read_ranges(self._store, name, request.ranges))
+            with self._lock:
+                self._reading += 1
+                self._caller.notify()
+            try:
+                data = memoryview(read_ranges(self._store, name, request.ranges))
+            finally:
+                with self._lock:
+                    self._reading -= 1
             damages = request.damages(data, self._index)
         return data, damages
 
     def _damage(self, tensor: Tensor, message: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(self._told(tensor, message))
+        return self._failure(CorruptCheckpointError, tensor, message)
 
-    def _told(self, tensor: Tensor, message: str) -> str:
-        touched = tensor.touched or tensor.piecemeal
-        return f"{tensor.name!r}: {message}" + ("; a part of the tensor was overwritten" if touched else "")
+    def _failure(self, kind: type[Failure], tensor: Tensor, message: str) -> Failure:
+        """An error of a tensor; whether a part was overwritten is told once nothing writes to it any more."""
+        error = kind(f"{tensor.name!r}: {message}")
+        self._failed_at[error] = tensor
+        return error
 
     def _place_what_is_here(self) -> None:
         """Make room: write what is complete of tensors that are not. Holds the lock."""

@@ -19,10 +19,10 @@ from .objects import MOST_OBJECT_BYTES, encode_object
 from .opaque import ZSTD_MAGIC, decompress
 from .pieces import PIECE_BYTES, Item, Piece, in_groups
 from .read import Blob, counting_metadata, read_boxes
-from .reader import Workers
 from .reports import RankReport, added
 from .resources import default_budget, give_back_memory
 from .source import Source
+from .workers import Workers
 
 MOST_READS = 8
 """Pieces that are read at once."""

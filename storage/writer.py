@@ -31,6 +31,7 @@ from ..planner.box import Box, indexes
 from ..planner.errors import ShapeMismatchError
 from ..planner.grid import Grid
 from ..planner.index import Encoding, Entry, Kind, Stream
+from .bands import continued, cut, extents
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
 from .errors import StoreError
@@ -41,7 +42,6 @@ from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
 from .retrying_store import at_once, retried
-from .runs import continued, cut, extents
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
 
@@ -64,7 +64,7 @@ LET_END_S = 5.0
 
 Encoded = tuple[Buffer, list[int], list[int]]
 """The bytes of a chunk, or of several one after another; the length of each; their checksums."""
-_Run = tuple[Slices, list[int], int, int]
+_Band = tuple[Slices, list[int], int, int]
 """Chunks that adjoin: where they lie in the shard, the sizes of each, their number, in which dimension they adjoin."""
 
 
@@ -304,12 +304,12 @@ class _ObjectWriter:
                 if values.device.type != "cpu":
                     torch.accelerator.synchronize(values.device)  # what its own stream still computes
                 array = as_array(values)
-                for segment, (runs, nbytes) in product(segments, cuts.tasks):
+                for segment, (bands, nbytes) in product(segments, cuts.tasks):
                     self._check_wanted()
                     while waiting and held + nbytes > self._window:
                         held -= waiting[0].held_nbytes
                         yield waiting.popleft()
-                    encoding = partial(_encode, array, runs, entry, segment.stream, self._codec)
+                    encoding = partial(_encode, array, bands, entry, segment.stream, self._codec)
                     waiting.append(_Batch(segment, nbytes, nbytes // len(segments), self._encoding.submit(encoding)))
                     held += nbytes
             while waiting:
@@ -324,8 +324,8 @@ class _Cuts:
     """How a shard is cut."""
 
     chunks: int
-    tasks: list[tuple[list[_Run], int]]
-    """Runs that are encoded together, and the bytes of their values."""
+    tasks: list[tuple[list[_Band], int]]
+    """Bands that are encoded together, and the bytes of their values."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -336,16 +336,16 @@ def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
     firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
     starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
     places = indexes(starts, extents(sizes[firsts], counts, dims))
-    runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
-    run_bytes = chunk_bytes[firsts] * counts
-    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
-    tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
+    bands = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
+    band_bytes = chunk_bytes[firsts] * counts
+    ends = (np.flatnonzero(np.diff(np.cumsum(band_bytes) // TASK_BYTES)) + 1).tolist()
+    tasks = [(bands[begin:end], int(band_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(bands)])]
     return _Cuts(len(offsets), tasks)
 
 
 def _encode(
     values: npt.NDArray[Any],
-    runs: Sequence[_Run],
+    bands: Sequence[_Band],
     entry: Entry,
     stream: Stream,
     codec: str,
@@ -353,7 +353,7 @@ def _encode(
     """Chunks of a shard, whose values these are."""
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
-    for place, sizes, count, dim in runs:
+    for place, sizes, count, dim in bands:
         # What of the values is one chunk after another, each row-major.
         split = values[place].reshape(*sizes[:dim], count, *sizes[dim:])
         plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))

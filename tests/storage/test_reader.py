@@ -1,4 +1,5 @@
 import functools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,19 @@ import reshard
 from reshard.planner.box import Box
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage.arranged import Request
+from reshard.storage import reader
+from reshard.storage.arranged import Batch, Request, Tensor
+from reshard.storage.chunks import place_batch
 from reshard.storage.errors import CorruptCheckpointError, StoreError
+from reshard.storage.fetch import Fetcher
 from reshard.storage.manifest import NAME, encode_manifest
 from reshard.storage.open_source import open_source
-from reshard.storage.reader import Workers, execute
+from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
 from reshard.storage.source import Source
 from reshard.storage.store import Store
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
+from reshard.storage.workers import Workers
 from reshard.storage.writer import ShardToWrite, write_objects
 
 
@@ -162,6 +167,73 @@ def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
         execute(plan, manifest.index(), store, [torch.zeros(2048, 1024)], budget_bytes=1 << 19)
 
 
+def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk whose checksum is right, and that cannot be decoded: other chunks are being written then."""
+    monkeypatch.setattr("reshard.storage.workers.default_threads", lambda: 2)
+    monkeypatch.setattr("reshard.storage.arranged.Batch.damages", lambda *arguments: [])
+    store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
+    want = Want("w", Box.whole((4096, 1024)))
+    plan = plan_reads(manifest.index(), [want])
+    first = manifest.index().objects[int(plan.reads[0].objects[0, 0])][0]
+    content, start = store.content[first], int(plan.reads[0].starts[0, 0])
+    store.content[first] = content[:start] + bytes([255] * 4) + content[start + 4 :]
+    others, failed = threading.Event(), threading.Event()
+
+    def place(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
+        if batch.rows.start == 0:
+            try:
+                assert others.wait(20)
+                place_batch(batch, damage)
+            finally:
+                failed.set()
+        else:
+            others.set()
+            assert failed.wait(20)
+            place_batch(batch, damage)
+
+    monkeypatch.setattr(reader, "place_batch", place)
+    with pytest.raises(CorruptCheckpointError, match=r"cannot be decoded.*a part of the tensor was overwritten"):
+        execute(plan, manifest.index(), store, [torch.zeros(4096, 1024)])
+
+
+def test_an_interrupt_does_not_wait_for_bytes_that_are_read_again() -> None:
+    store, manifest = saved("none", {"w": torch.randn(512, 256)})
+    name = manifest.index().objects[0][0]
+    store.content[name] = bytes(len(store.content[name]))
+    again, answered = threading.Event(), threading.Event()
+    waited: list[Call] = []
+
+    def before(call: Call) -> None:
+        if threading.current_thread().name.startswith("reshard-read"):
+            again.set()
+            answered.wait(20)
+            waited.append(call)
+
+    def interrupt() -> None:
+        if again.is_set():
+            raise StoreError("nobody wants it")
+
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    with pytest.raises(StoreError, match="nobody wants it"):
+        execute(plan, manifest.index(), RecordingStore(store, before), [torch.zeros(512, 256)], interrupt=interrupt)
+    assert not waited
+    answered.set()
+
+
+def test_memory_comes_back_from_a_load_that_fails(tmp_path: Path) -> None:
+    reshard.save({"w": torch.randn(4096, 1024)}, tmp_path / "x", codec="none")
+    source = open_source(tmp_path / "x")
+    want = Want("w", Box.whole((4096, 1024)))
+    plan = plan_reads(source.index([want]), [want], max_request_bytes=1 << 18)
+    name = source.index([want]).objects[0][0]
+    os.truncate(tmp_path / "x" / name, 1 << 20)
+    with Workers(source.store) as workers:
+        with pytest.raises(CorruptCheckpointError, match="cut short"):
+            execute(plan, source.index([want]), source.store, [torch.zeros(4096, 1024)], workers=workers)
+        workers.pool.shutdown()
+        assert workers.fetcher._memory._lent == {}
+
+
 def test_an_error_of_the_store_arrives_with_tensor_object_and_range() -> None:
     store, manifest = saved("zstd", TENSORS)
     failed = RecordingStore(store, failing("read"))
@@ -181,7 +253,7 @@ def test_an_error_stops_what_has_not_begun() -> None:
 
 def test_executions_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose store does not answer holds neither the values of another back, nor its error."""
-    monkeypatch.setattr("reshard.storage.reader.default_threads", lambda: 1)
+    monkeypatch.setattr("reshard.storage.workers.default_threads", lambda: 1)
     store, manifest = saved("zstd", TENSORS)
     name = manifest.index().objects[0][0]
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
@@ -226,9 +298,15 @@ def test_executions_end_when_their_workers_are_stopped(tmp_path: Path) -> None:
         pass
 
 
-def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped() -> None:
+@pytest.mark.parametrize("at_once", [1, 16], ids=["some have not begun", "all have begun"])
+def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryStore, "concurrent_reads", at_once)
+    monkeypatch.setattr(Fetcher, "at_once", 16)
     store, manifest = saved("zstd", TENSORS)
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    assert len(plan.requests) > 1
     asked, answered = threading.Event(), threading.Event()
 
     def before(call: Call) -> None:

@@ -16,15 +16,15 @@ from reshard.planner.box import Box
 from reshard.planner.grid import Grid
 from reshard.planner.index import ITEMSIZES, Kind
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import reader
+from reshard.storage import reader, workers
 from reshard.storage.arranged import arrange
+from reshard.storage.bands import BAND_BYTES, bands_of, continued, cut
 from reshard.storage.codec import decode, decode_heads_and_tails, encode, streams_of
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.manifest import NAME, encode_manifest
 from reshard.storage.open_source import open_source
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
-from reshard.storage.runs import RUN_BYTES, continued, cut, runs_of
 from reshard.storage.testing import MemoryStore
 from reshard.storage.writer import ShardToWrite, part_of, write_objects
 from tests.planner.boxes import boxes_in, shapes
@@ -38,7 +38,7 @@ def test_runs_are_all_chunks_in_their_order_and_boxes(data: st.DataObject, shape
     assert firsts.tolist() == [0, *np.cumsum(counts)[:-1].tolist()][: len(firsts)]
     assert counts.sum() == len(sizes)
     for first, count, dim in zip(firsts.tolist(), counts.tolist(), dims.tolist(), strict=True):
-        assert count == 1 or count * nbytes <= RUN_BYTES
+        assert count == 1 or count * nbytes <= BAND_BYTES
         for i in range(1, count):
             step = np.zeros(len(shape), np.int64)
             step[dim] = i * sizes[first][dim]
@@ -110,7 +110,7 @@ def test_runs_are_placed_where_their_chunks_belong(codec: str, dtype: torch.dtyp
             wants.append(Want(name, box, heads_only=into is torch.bfloat16))
             expected.append(values[box.slices].to(into))
         plan = plan_reads(source.index(wants), wants)
-        assert any((runs.counts > 1).any() for runs in runs_of(plan.reads, list(plan.requests_of())))
+        assert any((bands.counts > 1).any() for bands in bands_of(plan.reads, list(plan.requests_of())))
         out = [torch.full_like(values, 7) for values in expected]
         execute(plan, source.index(wants), store, out)
         assert all(a.equal(b) for a, b in zip(out, expected, strict=True))
@@ -124,9 +124,9 @@ def test_batches_are_all_chunks_each_once() -> None:
     arranged, _ = arrange(plan)
     for tensor, read in zip(arranged, plan.reads, strict=True):
         rows = [row for batch in tensor.batches for row in range(batch.rows.start, batch.rows.stop)]
-        runs = [run for batch in tensor.batches for run in batch.runs.select(batch.run_rows)]
+        bands = [band for batch in tensor.batches for band in batch.bands.select(batch.band_rows)]
         assert rows == list(range(len(read)))
-        assert [row for run in runs for row in range(run.row, run.row + run.count)] == rows
+        assert [row for band in bands for row in range(band.row, band.row + band.count)] == rows
 
 
 class SlowToEnd(contextlib.nullcontext[None]):
@@ -140,14 +140,14 @@ def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
 ) -> None:
     """Also where it is the last of all, and the worker that finds it is late to tell."""
     monkeypatch.setattr(reader, "record_function", SlowToEnd)
-    monkeypatch.setattr(reader, "default_threads", lambda: 1)
+    monkeypatch.setattr(workers, "default_threads", lambda: 1)
     store, _ = saved("zstd", torch.bfloat16)
     source = open_source(store)
     want = Want("up", Box.whole(SHAPES["up"]))
     plan = plan_reads(source.index([want]), [want])
     (read,) = plan.reads
-    (runs,) = runs_of(plan.reads, list(plan.requests_of()))
-    row = len(read) - 1 if last else int(runs.firsts[1]) + 2
+    (bands,) = bands_of(plan.reads, list(plan.requests_of()))
+    row = len(read) - 1 if last else int(bands.firsts[1]) + 2
     name = source.index([want]).objects[int(read.objects[row, 0])][0]
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"

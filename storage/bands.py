@@ -1,8 +1,8 @@
 """Chunks that are worked on together: calls of numpy and of the codec cost as much as some KiB of values.
 
-Consecutive chunks of one size that adjoin along one dimension of the tensor are a run: they are taken from the tensor,
+Consecutive chunks of one size that adjoin along one dimension of the tensor are a band: they are taken from the tensor,
 or written to it, by one strided copy, and their planes are split and joined together. Of a read they also lie one after
-another in their object, and are wanted whole. All other chunks are runs of one.
+another in their object, and are wanted whole. All other chunks are bands of one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..planner.index import NATIVE
 from ..planner.read_plan import TOGETHER, ChunkReads
 from .place import Slices
 
-RUN_BYTES = 512 * 1024
-"""Decoded bytes of a run of several chunks, at most: they stay in a core's cache."""
+BAND_BYTES = 512 * 1024
+"""Decoded bytes of a band of several chunks, at most: they stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One run of a read."""
+class Band:
+    """One band of a read."""
 
     row: int
     """Of its first chunk."""
@@ -40,12 +40,12 @@ class Run:
     part: Slices
     """What is wanted of the chunk; of several, all of each."""
     place: Slices
-    """Where the whole run goes, in the wanted box."""
+    """Where the whole band goes, in the wanted box."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Runs:
-    """The runs of a read, in columns."""
+class Bands:
+    """The bands of a read, in columns."""
 
     firsts: IntArray
     """(r,) the row of the first chunk of each."""
@@ -61,39 +61,39 @@ class Runs:
     """(r, ndim) what is wanted of the first chunk, in it."""
     part_sizes: IntArray
     place_offsets: IntArray
-    """(r, ndim) where the run goes, in the wanted box."""
+    """(r, ndim) where the band goes, in the wanted box."""
     place_sizes: IntArray
 
-    def select(self, runs: slice) -> Iterator[Run]:
+    def select(self, bands: slice) -> Iterator[Band]:
         """Some of them."""
         columns = (
-            column[runs].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
+            column[bands].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
         )
-        parts = indexes(self.part_offsets[runs], self.part_sizes[runs])
-        places = indexes(self.place_offsets[runs], self.place_sizes[runs])
-        return map(Run, *columns, map(tuple, self.sizes[runs].tolist()), parts, places)
+        parts = indexes(self.part_offsets[bands], self.part_sizes[bands])
+        places = indexes(self.place_offsets[bands], self.place_sizes[bands])
+        return map(Band, *columns, map(tuple, self.sizes[bands].tolist()), parts, places)
 
 
-def runs_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
-    """The runs of each read, many reads together.
+def bands_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Bands]:
+    """The bands of each read, many reads together.
 
     Args:
-        requests_of: for each read, the (n, s) requests that fetch its ranges. A run's bytes come by one.
+        requests_of: for each read, the (n, s) requests that fetch its ranges. A band's bytes come by one.
     """
     groups: dict[int, list[int]] = {}
     for at, read in enumerate(reads):
         groups.setdefault(len(read.want.box.sizes), []).append(at)
-    found: dict[int, Runs] = {}
+    found: dict[int, Bands] = {}
     for members in groups.values():
         for first in range(0, len(members), TOGETHER):
             places = members[first : first + TOGETHER]
-            runs = _of_one_ndim([reads[at] for at in places], [requests_of[at] for at in places])
-            found |= zip(places, runs, strict=True)
+            bands = _of_one_ndim([reads[at] for at in places], [requests_of[at] for at in places])
+            found |= zip(places, bands, strict=True)
     return (found[at] for at in range(len(reads)))
 
 
-def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Runs]:
-    """The runs of reads of tensors that have as many dimensions."""
+def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Bands]:
+    """The bands of reads of tensors that have as many dimensions."""
     lengths = [len(read) for read in reads]
     bounds = np.cumsum([0, *lengths])
 
@@ -122,7 +122,7 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
     columns += [piece_offsets[firsts] - offsets[firsts], piece_sizes[firsts]]
     columns += [piece_offsets[firsts] - origins[firsts], extents(piece_sizes[firsts], counts, dims)]
     for begin, end in pairwise(ends.tolist()):
-        yield Runs(*(column[begin:end] for column in columns))
+        yield Bands(*(column[begin:end] for column in columns))
 
 
 def continued(offsets: IntArray, sizes: IntArray) -> IntArray:
@@ -137,7 +137,7 @@ def continued(offsets: IntArray, sizes: IntArray) -> IntArray:
 
 
 def cut(dims: IntArray, nbytes: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Chunks as runs: (r,) the first chunk of each, their number, the dimension in which they adjoin (0 for one).
+    """Chunks as bands: (r,) the first chunk of each, their number, the dimension in which they adjoin (0 for one).
 
     Args:
         dims: (n,) as `continued` gives.
@@ -147,14 +147,14 @@ def cut(dims: IntArray, nbytes: IntArray) -> tuple[IntArray, IntArray, IntArray]
     before = np.concatenate(([-1], dims[:-1]))[: len(rows)]
     opens = (dims < 0) | ((before >= 0) & (before != dims))
     inside = rows - np.maximum.accumulate(np.where(opens, rows, 0))
-    opens |= inside % np.maximum(1, RUN_BYTES // nbytes) == 0
+    opens |= inside % np.maximum(1, BAND_BYTES // nbytes) == 0
     firsts = np.flatnonzero(opens)
     counts = np.diff(firsts, append=len(rows))
     return firsts, counts, np.where(counts > 1, np.append(dims, 0)[firsts + 1], 0)
 
 
 def extents(sizes: IntArray, counts: IntArray, dims: IntArray) -> IntArray:
-    """(r, ndim) the sizes of runs, from those of their chunks."""
+    """(r, ndim) the sizes of bands, from those of their chunks."""
     found = sizes.copy()
     if found.size:
         found[np.arange(len(found)), dims] *= counts

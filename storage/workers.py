@@ -1,0 +1,29 @@
+"""What carries out reads: threads, and what fetches for them. Several plans may share them, also at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from .fetch import Fetcher
+from .resources import default_threads
+from .store import Store
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """The threads that verify, decode and place, what fetches for them, and the memory that is fetched into."""
+
+    def __init__(self, store: Store) -> None:
+        self.count = default_threads()
+        self.pool = ThreadPoolExecutor(self.count, "reshard-read")
+        self.fetcher = Fetcher(store)
+        self.stopped = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Reads that still run are left to end by themselves, unheeded."""
+        self.stopped = True
+        self.fetcher.__exit__(kind, error, traceback)
+        self.pool.shutdown(wait=False, cancel_futures=True)
