@@ -16,7 +16,7 @@ from .errors import CorruptCheckpointError
 from .opaque import decode_opaque
 
 
-def place_batch(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
+def place_batch(batch: Batch, damage: Callable[[Tensor, str], Exception]) -> None:
     """Decode a batch's chunks, whose bytes are here, and write them to its destination.
 
     Args:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch.profiler import record_function
@@ -36,7 +35,6 @@ from .workers import Workers
 GROUPS_AHEAD = 4
 """Groups of requests that a store which reads ahead is told of before their turn."""
 STOPPED = "the reading was stopped"
-Failure = TypeVar("Failure", bound=Exception)
 
 
 @dataclass(slots=True)
@@ -299,7 +297,10 @@ class _Execution:
         """Verify what was read, and pass on what is complete by it."""
         for request, data in zip(group, found, strict=True):
             if self._error is None:
-                self._take(request, data)
+                try:
+                    self._take(request, data)
+                except BaseException as error:
+                    self._fail(error)
             elif not isinstance(data, StoreError):
                 self._fetcher.release(memoryview(data))
 
@@ -348,10 +349,10 @@ class _Execution:
             damages = request.damages(data, self._index)
         return data, damages
 
-    def _damage(self, tensor: Tensor, message: str) -> CorruptCheckpointError:
+    def _damage(self, tensor: Tensor, message: str) -> Exception:
         return self._failure(CorruptCheckpointError, tensor, message)
 
-    def _failure(self, kind: type[Failure], tensor: Tensor, message: str) -> Failure:
+    def _failure(self, kind: type[Exception], tensor: Tensor, message: str) -> Exception:
         """An error of a tensor; whether a part was overwritten is told once nothing writes to it any more."""
         error = kind(f"{tensor.name!r}: {message}")
         self._failed_at[error] = tensor

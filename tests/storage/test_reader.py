@@ -179,7 +179,7 @@ def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pyte
     store.content[first] = content[:start] + bytes([255] * 4) + content[start + 4 :]
     others, failed = threading.Event(), threading.Event()
 
-    def place(batch: Batch, damage: Callable[[Tensor, str], CorruptCheckpointError]) -> None:
+    def place(batch: Batch, damage: Callable[[Tensor, str], Exception]) -> None:
         if batch.rows.start == 0:
             try:
                 assert others.wait(20)
