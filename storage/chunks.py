@@ -33,9 +33,9 @@ def place_batch(batch: Batch, damage: Callable[[Tensor, str], Exception]) -> Non
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
             raise damage(batch.tensor, message) from error
         batch.tensor.touched = True
-        begin, chunk_bytes = 0, len(values) // sum(band.count for band in bands)
+        begin = 0
         for band in bands:
-            end = begin + chunk_bytes * band.count
+            end = begin + band.count * band.numel * read.itemsize
             destination.write(band.place, values[begin:end], band.sizes, band.part, band.count, band.dim)
             begin = end
 
