@@ -103,6 +103,13 @@ def intersect_pairs(
     return starts, stops - starts
 
 
+def ranges(begins: IntArray, counts: IntArray) -> IntArray:
+    """The integers of ranges, one range after another: counts[i] of them from begins[i] on."""
+    before = np.cumsum(counts) - counts
+    every: IntArray = np.arange(int(counts.sum())) + np.repeat(begins - before, counts)
+    return every
+
+
 def indexes(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
     """Boxes as indexes of a tensor: (n, ndim) offsets and sizes to n tuples of slices."""
     stops = (offsets + sizes).tolist()

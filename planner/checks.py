@@ -20,6 +20,7 @@ from .kinds import Encoding, Stream
 
 if TYPE_CHECKING:
     from .index import Entry, Segments
+    from .regions import Regions
 
 
 def check_references(segments: Segments, entries: int, objects: int) -> None:
@@ -40,22 +41,25 @@ def check_references(segments: Segments, entries: int, objects: int) -> None:
         raise InvalidIndexError("a segment has an unknown stream or encoding")
 
 
-def count_chunks(entries: Sequence[Entry], segments: Segments, first_extent: IntArray) -> IntArray:
+def count_chunks(entries: Sequence[Entry], segments: Segments, regions: Regions, first_extent: IntArray) -> IntArray:
     """The number of chunks of each segment, after checking the shards' boxes.
 
-    Raises InvalidIndexError where a shard lies outside its tensor, heads and tails do not pair up, or the shards of
-    a tensor do not tile it.
+    Raises InvalidIndexError where a shard lies outside its region, heads and tails do not pair up, or the shards of
+    a region do not tile it.
     """
     counts = np.zeros(len(segments), np.int64)
     _check_streams(entries, segments)
     ndims = np.array([len(entry.shape) for entry in entries], np.int64)
-    empty = np.ones(len(entries), bool)
-    empty[segments.entries] = False
-    for at in np.flatnonzero(empty).tolist():
-        if entries[at].numel:
-            raise _not_covered(entries[at], 0)
-    for ndim in np.unique(ndims[segments.entries]).tolist():
+    region_of = np.repeat(np.arange(len(regions)), regions.segments)
+    for ndim in np.unique(ndims).tolist():
+        known, region_offsets, region_sizes = regions.boxes(entries, ndim)
+        empty = (regions.segments[known] == 0) & (region_sizes > 0).all(axis=1)
+        if bool(empty.any()):
+            at = int(np.argmax(empty))
+            raise _not_covered(entries[int(regions.entries[known[at]])], 0, region_sizes[at])
         rows = np.flatnonzero(ndims[segments.entries] == ndim)
+        if len(rows) == 0:
+            continue
         extents = first_extent[rows][:, None] + np.arange(ndim)
         offsets, sizes = segments.offsets[extents], segments.sizes[extents]
         places = np.flatnonzero(ndims == ndim)
@@ -63,12 +67,17 @@ def count_chunks(entries: Sequence[Entry], segments: Segments, first_extent: Int
         grids = [entries[at].grid for at in places.tolist()]
         shapes = np.array([grid.shape for grid in grids], np.int64).reshape(len(places), ndim)[place]
         parts = np.array([grid.parts for grid in grids], np.int64).reshape(len(places), ndim)[place]
-        inside = ((offsets >= 0) & (sizes > 0) & (sizes <= shapes - offsets)).all(axis=1)
+        within = np.searchsorted(known, region_of[rows])
+        offsets_in = offsets - region_offsets[within]
+        inside = ((offsets_in >= 0) & (sizes > 0) & (sizes <= region_sizes[within] - offsets_in)).all(axis=1)
         if not bool(inside.all()):
-            entry = entries[int(segments.entries[rows[np.argmin(inside)]])]
-            raise InvalidIndexError(f"a shard of {entry.name!r} lies outside its shape {entry.shape}")
+            at = int(np.argmin(inside))
+            entry = entries[int(segments.entries[rows[at]])]
+            raise InvalidIndexError(
+                f"a shard of {entry.name!r} lies outside its shape {entry.shape}, or its region of it"
+            )
         _check_pairs(entries, segments, rows, offsets, sizes)
-        _check_tiling(entries, segments, rows, offsets, sizes, shapes)
+        _check_tiling(entries, segments, rows, offsets_in, sizes, within, region_sizes)
         counts[rows] = cells(shapes, parts, offsets, sizes)[1].prod(axis=1, dtype=np.int64)
     return counts
 
@@ -106,33 +115,46 @@ def _check_tiling(
     rows: IntArray,
     offsets: IntArray,
     sizes: IntArray,
-    shapes: IntArray,
+    owners: IntArray,
+    region_sizes: IntArray,
 ) -> None:
+    """That the shards tile their regions.
+
+    Args:
+        rows: (n,) their segments.
+        offsets, sizes: (n, ndim) their boxes, each inside its region, from whose corner the offsets count.
+        owners: (n,) which of the (m, ndim) `region_sizes` is its region's.
+    """
     once = segments.streams[rows] != Stream.TAIL
-    owners, offsets, sizes, shapes = segments.entries[rows][once], offsets[once], sizes[once], shapes[once]
+    rows, owners, offsets, sizes = rows[once], owners[once], offsets[once], sizes[once]
     first = np.flatnonzero(np.concatenate(([True], owners[1:] != owners[:-1])))
     volumes = sizes.prod(axis=1, dtype=np.int64)
     # Each volume is below 2**60, but their sum may not be: it is first taken as a float.
     rough = np.add.reduceat(volumes.astype(np.float64), first)
     exact = np.add.reduceat(volumes, first)
-    for i, at in enumerate(owners[first].tolist()):
-        numel = entries[at].numel
-        if rough[i] > 2 * numel + 1 or exact[i] != numel:
-            raise _not_covered(entries[at], int(rough[i]))
+    numel = region_sizes[owners[first]].prod(axis=1, dtype=np.int64)
+    wrong = (rough > 2.0 * numel + 1) | (exact != numel)
+    if bool(wrong.any()):
+        at = int(np.argmax(wrong))
+        entry = entries[int(segments.entries[rows[first[at]]])]
+        raise _not_covered(entry, int(rough[at]), region_sizes[owners[first[at]]])
     # Of those cut along one dimension, each shard begins where the one before it ends.
+    shapes = region_sizes[owners]
     begins = np.where(sizes[:-1] == shapes[:-1], offsets[:-1], offsets[:-1] + sizes[:-1])
     abut = (offsets[1:] == begins).all(axis=1) & ((sizes[:-1] != shapes[:-1]).sum(axis=1) == 1)
     abut |= owners[1:] != owners[:-1]
     unclear = np.unique(owners[1:][~abut])
     for at in unclear.tolist():
         mine = slice(*np.searchsorted(owners, [at, at + 1]).tolist())
-        if not _tile(entries[at].shape, offsets[mine], sizes[mine]):
-            raise InvalidIndexError(f"the shards of {entries[at].name!r} overlap")
+        if not _tile(tuple(region_sizes[at].tolist()), offsets[mine], sizes[mine]):
+            raise InvalidIndexError(f"the shards of {entries[int(segments.entries[rows[mine.start]])].name!r} overlap")
 
 
-def _not_covered(entry: Entry, covered: int) -> InvalidIndexError:
+def _not_covered(entry: Entry, covered: int, region_sizes: IntArray) -> InvalidIndexError:
+    sizes = tuple(region_sizes.tolist())
+    of_it = "" if sizes == entry.shape else f", a region of it {sizes} {math.prod(sizes)}"
     return InvalidIndexError(
-        f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}"
+        f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}{of_it}"
     )
 
 

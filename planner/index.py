@@ -13,13 +13,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray, columns_equal
+from .box import Box, IntArray, columns_equal, ranges
 from .checks import check_references, count_chunks
 from .errors import InvalidIndexError, MissingTensorError
 from .grid import Grid
@@ -27,6 +27,7 @@ from .kinds import NATIVE as NATIVE
 from .kinds import Encoding as Encoding
 from .kinds import Kind as Kind
 from .kinds import Stream as Stream
+from .regions import Regions
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -141,19 +142,23 @@ class CheckpointIndex:
     """Encoded bytes of each chunk, segment after segment."""
     checksums: npt.NDArray[np.uint64]
     """One for each chunk; of raw chunks, one for each page; of those of other formats, none."""
+    held: InitVar[Regions | None] = None
+    """The regions that it knows; all of each entry by default."""
 
+    regions: Regions = field(init=False)
     first_chunk: IntArray = field(init=False, repr=False)
     """(segments + 1,) where a segment's chunks begin in `lengths`."""
     first_checksum: IntArray = field(init=False, repr=False)
     """(segments + 1,) where the checksums of a segment's chunks begin in `checksums`."""
     _positions: dict[str, int] = field(init=False, repr=False)
     _first_segment: IntArray = field(init=False, repr=False)
-    _first_extent: IntArray = field(init=False, repr=False)
+    first_extent: IntArray = field(init=False, repr=False)
+    """(segments + 1,) where the box of a segment begins in `segments.offsets` and `segments.sizes`."""
 
     __eq__ = columns_equal
     __hash__ = None  # type: ignore[assignment]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, held: Regions | None) -> None:
         assign = object.__setattr__
         assign(self, "_positions", {entry.name: i for i, entry in enumerate(self.entries)})
         if len(self._positions) != len(self.entries):
@@ -162,12 +167,14 @@ class CheckpointIndex:
             raise InvalidIndexError("a data object has an impossible size")
         check_references(self.segments, len(self.entries), len(self.objects))
         owners = self.segments.entries
+        assign(self, "regions", held or Regions.whole(self.entries, owners))
+        self.regions.check(self.entries, owners)
         assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
         ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
-        assign(self, "_first_extent", np.concatenate(([0], np.cumsum(ndims))))
+        assign(self, "first_extent", np.concatenate(([0], np.cumsum(ndims))))
         if len(self.segments.offsets) != ndims.sum() or len(self.segments.sizes) != ndims.sum():
             raise InvalidIndexError("the shards' boxes and the tensors' dimensions differ in number")
-        counts = count_chunks(self.entries, self.segments, self._first_extent)
+        counts = count_chunks(self.entries, self.segments, self.regions, self.first_extent)
         most = int(counts.max(initial=0))
         total = int(counts.sum()) if most <= len(self.lengths) else most
         if total != len(self.lengths):
@@ -200,14 +207,16 @@ class CheckpointIndex:
             raise InvalidIndexError("a segment reaches beyond the end of its data object")
         checksums = counts
         if bool((segments.encodings != Encoding.PLANES).any()):
-            checksums = np.add.reduceat(self._checksums_of(np.arange(len(first)), self.lengths.astype(np.int64)), first)
+            checksums = np.add.reduceat(
+                self.checksum_counts(np.arange(len(first)), self.lengths.astype(np.int64)), first
+            )
         object.__setattr__(self, "first_checksum", np.concatenate(([0], np.cumsum(checksums))))
         if int(self.first_checksum[-1]) != len(self.checksums):
             raise InvalidIndexError(
                 f"the chunks need {int(self.first_checksum[-1])} checksums, there are {len(self.checksums)}"
             )
 
-    def _checksums_of(self, segments: IntArray, lengths: IntArray) -> IntArray:
+    def checksum_counts(self, segments: IntArray, lengths: IntArray) -> IntArray:
         """How many checksums each chunk of some segments has, given the lengths of all their chunks."""
         owners, of = np.unique(self.segments.entries[segments], return_inverse=True)
         pages = np.array([self.entries[owner].page_bytes for owner in owners.tolist()], np.int64)[of]
@@ -228,8 +237,7 @@ class CheckpointIndex:
         touched, which = segments[opens], np.cumsum(opens) - 1
         counts = self.first_chunk[touched + 1] - self.first_chunk[touched]
         base = np.cumsum(counts) - counts
-        every = np.arange(int(counts.sum())) + np.repeat(self.first_chunk[touched] - base, counts)
-        lengths = self.lengths[every].astype(np.int64)
+        lengths = self.lengths[ranges(self.first_chunk[touched], counts)].astype(np.int64)
         rows = base[which] + ordinals
 
         def counted_in_segment(values: IntArray) -> IntArray:
@@ -239,7 +247,7 @@ class CheckpointIndex:
 
         checksums = ordinals
         if bool((self.segments.encodings[touched] != Encoding.PLANES).any()):
-            checksums = counted_in_segment(self._checksums_of(touched, lengths))
+            checksums = counted_in_segment(self.checksum_counts(touched, lengths))
         return (
             self.segments.starts[segments] + counted_in_segment(lengths),
             lengths[rows],
@@ -266,7 +274,7 @@ class CheckpointIndex:
     def shard_boxes(self, position: int) -> tuple[IntArray, IntArray]:
         """The (n, ndim) offsets and sizes of the segments of an entry."""
         rows = self.segments_of(position)
-        extents = slice(int(self._first_extent[rows.start]), int(self._first_extent[rows.stop]))
+        extents = slice(int(self.first_extent[rows.start]), int(self.first_extent[rows.stop]))
         shape = (rows.stop - rows.start, len(self.entries[position].shape))
         return self.segments.offsets[extents].reshape(shape), self.segments.sizes[extents].reshape(shape)
 

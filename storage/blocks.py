@@ -1,151 +1,231 @@
-"""Blocks of a manifest: the columns of a CheckpointIndex, for a run of its tensors, as bytes.
+"""Blocks of a manifest: the columns of a CheckpointIndex, for a run of its regions, as bytes.
 
-Block after block, whatever the layout that saved them; a reader takes those of the tensors that it needs.
+Block after block, whatever the layout that saved them; a reader takes those of the regions that it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..planner.box import IntArray, ranges
 from ..planner.index import CheckpointIndex, Entry, Segments
+from ..planner.partition import choose_regions, partition
+from ..planner.regions import Regions
 from .checksums import checksum
 from .errors import CorruptCheckpointError
 
-BLOCK_BYTES = 256 * 1024
-"""A block ends where the blocks so far pass a multiple of this."""
+BLOCK_BYTES = 64 * 1024
+"""A block ends where the blocks so far pass a multiple of this; a tensor that takes more is cut into regions."""
+MAX_BYTES = 2**36
+"""No manifest is longer."""
 COLUMNS = (
     ("offsets", "<i8", "extents"),
     ("sizes", "<i8", "extents"),
     ("starts", "<i8", "segments"),
     ("checksums", "<u8", "checksums"),
-    ("entries", "<u4", "segments"),
+    ("regions", "<u4", "segments"),
     ("objects", "<u4", "segments"),
     ("lengths", "<u4", "chunks"),
     ("streams", "|u1", "segments"),
     ("encodings", "|u1", "segments"),
 )
-"""Name, type, and what the column has one value for. Entries are counted from the first of the block."""
+"""Name, type, and what the column has one value for. Regions are counted from the first of the block."""
+COUNTS = ("regions", "segments", "extents", "chunks", "checksums")
+"""What is counted of a block. Extents are the dimensions of all its segments together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Where a block is, and what it holds."""
-
-    start: int
-    """Its first byte, in the manifest."""
-    first: int
-    """Its first entry."""
-    entries: int
-    """How many it has."""
-    segments: int
-    extents: int
-    """Dimensions of all its segments together."""
-    chunks: int
-    checksums: int
-    checksum: int
-    """XXH3-64 of its bytes."""
-
-    @property
-    def nbytes(self) -> int:
-        """Padded to a multiple of 8."""
-        used = sum(np.dtype(dtype).itemsize * int(getattr(self, count)) for _, dtype, count in COLUMNS)
-        return -(-used // 8) * 8
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.nbytes
-
-
-def encode_blocks(index: CheckpointIndex) -> Iterator[tuple[Block, bytes]]:
-    """All entries of an index as blocks, each with its bytes; the first begins at byte 0."""
-    sizes = [_entry_bytes(index, position) for position in range(len(index.entries))]
-    totals = list(accumulate(sizes, initial=0))
-    cuts = [0] + [at for at in range(1, len(sizes)) if totals[at] // BLOCK_BYTES > totals[at - 1] // BLOCK_BYTES]
-    start = 0
-    for first, last in pairwise([*cuts, len(sizes)] if sizes else []):
-        columns = _columns_of(index, first, last)
-        data = b"".join(np.ascontiguousarray(columns[name], dtype).tobytes() for name, dtype, _ in COLUMNS)
-        data += bytes(-len(data) % 8)
-        counts = (len(columns["starts"]), len(columns["offsets"]), len(columns["lengths"]), len(columns["checksums"]))
-        yield Block(start, first, last - first, *counts, checksum(data)), data
-        start += len(data)
-
-
-def _entry_bytes(index: CheckpointIndex, position: int) -> int:
-    segments, chunks, checksums = (part.stop - part.start for part in _ranges(index, position, position + 1))
-    a_segment = 18 + 16 * len(index.entries[position].shape)
-    nbytes: int = a_segment * segments + 4 * chunks + 8 * checksums
+def _column_bytes(counts: IntArray) -> IntArray:
+    """Bytes of the columns of blocks, given their (n, 5) counts; padded to a multiple of 8."""
+    each = [sum(np.dtype(dtype).itemsize for _, dtype, of in COLUMNS if of == name) for name in COUNTS]
+    nbytes: IntArray = -(-(counts @ np.array(each)) // 8) * 8
     return nbytes
 
 
-def _ranges(index: CheckpointIndex, first: int, last: int) -> tuple[slice, slice, slice]:
-    """The segments, chunks and checksums of entries [first, last)."""
-    segments = slice(index.segments_of(first).start, index.segments_of(last - 1).stop)
-    chunks = slice(int(index.first_chunk[segments.start]), int(index.first_chunk[segments.stop]))
-    first, last = index.first_checksum[[segments.start, segments.stop]].tolist()
-    return segments, chunks, slice(first, last)
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Where the blocks of a manifest are, and what they hold, in columns. Row i is block i."""
+
+    firsts: IntArray
+    """(n + 1,) its first region, of those of all entries, one entry after another."""
+    starts: IntArray
+    """(n + 1,) its first byte in the manifest."""
+    counts: IntArray
+    """(n, 5) of each of COUNTS."""
+    checksums: tuple[str, ...]
+    """XXH3-64 of its bytes, in hexadecimal."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def holding(self, regions: IntArray) -> list[int]:
+        """The blocks that hold some regions, given in order."""
+        blocks: list[int] = np.unique(np.searchsorted(self.firsts, regions, "right") - 1).tolist()
+        return blocks
+
+    @classmethod
+    def of(cls, counts: IntArray, checksums: Sequence[str], start: int) -> Blocks:
+        """Those of these counts, one after another from a byte on."""
+        nbytes, regions = _column_bytes(counts), counts[:, 0]
+        return cls(
+            np.concatenate(([0], np.cumsum(regions))),
+            start + np.concatenate(([0], np.cumsum(nbytes))),
+            counts,
+            tuple(checksums),
+        )
+
+    @classmethod
+    def from_json(cls, rows: Any, start: int, parts: Sequence[tuple[int, ...]]) -> Blocks:
+        """Those of entries that are cut into these parts, in regions. Raises ValueError where they cannot be."""
+        numbers = [row[:-1] for row in rows]
+        if not all(
+            len(row) == len(COUNTS) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in row) for row in numbers
+        ):
+            raise ValueError("a block has impossible counts")
+        counts = np.array(numbers, np.int64).reshape(-1, len(COUNTS))
+        regions = counts[:, 0]
+        if bool(((regions == 0) | (regions > counts[:, 1] + len(parts))).any()):
+            raise ValueError("a block has more regions than it can have")
+        if int(regions.sum()) != (total := sum(map(math.prod, parts))):
+            raise ValueError(f"the blocks do not hold {total} tensors and regions of them")
+        return cls.of(counts, [str(row[-1]) for row in rows], start)
+
+    def to_json(self) -> list[list[Any]]:
+        """For `from_json`."""
+        return [[*counts, text] for counts, text in zip(self.counts.tolist(), self.checksums, strict=True)]
 
 
-def _columns_of(index: CheckpointIndex, first: int, last: int) -> dict[str, npt.NDArray[Any]]:
-    segments, chunks, checksums = _ranges(index, first, last)
-    boxes = [index.shard_boxes(position) for position in range(first, last)]
-    return {
-        "offsets": np.concatenate([offsets.reshape(-1) for offsets, _ in boxes]),
-        "sizes": np.concatenate([sizes.reshape(-1) for _, sizes in boxes]),
-        "starts": index.segments.starts[segments],
-        "checksums": index.checksums[checksums],
-        "entries": index.segments.entries[segments] - first,
-        "objects": index.segments.objects[segments],
-        "lengths": index.lengths[chunks],
-        "streams": index.segments.streams[segments],
-        "encodings": index.segments.encodings[segments],
+def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], Blocks, list[bytes]]:
+    """An index as blocks.
+
+    Args:
+        index: each entry one region.
+
+    Returns: in how many parts each dimension of each entry is cut into regions; the blocks, as if the first began at
+    byte 0; the bytes of each.
+    """
+    sizes = _region_bytes(index)
+    parts = [
+        choose_regions(index, at, -(-nbytes // BLOCK_BYTES)) if nbytes > BLOCK_BYTES else (1,) * len(entry.shape)
+        for at, (entry, nbytes) in enumerate(zip(index.entries, sizes, strict=True))
+    ]
+    if max(map(math.prod, parts), default=1) > 1:
+        index = partition(index, parts)
+        sizes = _region_bytes(index)
+    totals = _totals(index)
+    counts: list[IntArray] = []
+    encoded: list[bytes] = []
+    for first, last in pairwise([*_firsts(sizes), len(sizes)]):
+        counts.append(totals[last] - totals[first])
+        encoded.append(_encode(index, totals[first], totals[last]))
+    table = np.array(counts, np.int64).reshape(-1, len(COUNTS))
+    return parts, Blocks.of(table, [f"{checksum(data):016x}" for data in encoded], 0), encoded
+
+
+def _totals(index: CheckpointIndex) -> IntArray:
+    """(regions + 1, 5) what COUNTS are before each region, and in all."""
+    segments = np.concatenate(([0], np.cumsum(index.regions.segments)))
+    columns = (
+        np.arange(len(segments)),
+        segments,
+        index.first_extent[segments],
+        index.first_chunk[segments],
+        index.first_checksum[segments],
+    )
+    return np.stack(columns, axis=1)
+
+
+def _region_bytes(index: CheckpointIndex) -> list[int]:
+    sizes: list[int] = _column_bytes(np.diff(_totals(index), axis=0)).tolist()
+    return sizes
+
+
+def _firsts(sizes: Sequence[int]) -> list[int]:
+    """The regions with which blocks begin."""
+    firsts: list[int] = []
+    room = 0
+    for at, nbytes in enumerate(sizes):
+        if not firsts or nbytes > room:
+            firsts.append(at)
+            room = BLOCK_BYTES
+        room -= nbytes
+    return firsts
+
+
+def _encode(index: CheckpointIndex, begin: IntArray, end: IntArray) -> bytes:
+    """The bytes of the block of regions that `_totals` are given for."""
+    slices = {of: slice(*bounds) for of, *bounds in zip(COUNTS, begin.tolist(), end.tolist(), strict=True)}
+    regions = index.regions.segments[slices["regions"]]
+    values = {
+        "regions": np.repeat(np.arange(len(regions)), regions),
+        "lengths": index.lengths[slices["chunks"]],
+        "checksums": index.checksums[slices["checksums"]],
     }
+    parts = [
+        np.ascontiguousarray(values[name] if name in values else getattr(index.segments, name)[slices[of]], dtype)
+        for name, dtype, of in COLUMNS
+    ]
+    data = b"".join(part.tobytes() for part in parts)
+    return data + bytes(-len(data) % 8)
 
 
 def decode_blocks(
-    blocks: Sequence[tuple[Block, memoryview]],
+    blocks: Blocks,
+    read: Sequence[tuple[int, memoryview]],
     entries: Sequence[Entry],
+    parts: Sequence[tuple[int, ...]],
     objects: tuple[tuple[str, int], ...],
     where: str,
 ) -> CheckpointIndex:
-    """The index of the entries that some blocks hold.
+    """The index of the regions that some blocks hold.
 
     Args:
-        blocks: each with its bytes.
+        read: which blocks, in order, each with its bytes.
         entries, objects: of the whole checkpoint.
+        parts: in how many parts each dimension of each entry is cut into regions.
         where: what errors call the manifest.
 
     Raises CorruptCheckpointError, InvalidIndexError.
     """
-    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in COLUMNS}
-    held: list[Entry] = []
-    for block, data in blocks:
-        if len(data) != block.nbytes or checksum(data) != block.checksum:
+    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in COLUMNS}
+    known = 0
+    for at, data in read:
+        start, stop = blocks.starts[at : at + 2].tolist()
+        if len(data) != stop - start or f"{checksum(data):016x}" != blocks.checksums[at]:
             raise CorruptCheckpointError(
-                f"the manifest {where} does not match its checksum: bytes [{block.start}, {block.stop}) are damaged"
+                f"the manifest {where} does not match its checksum: bytes [{start}, {stop}) are damaged"
             )
-        at = 0
-        for name, dtype, count in COLUMNS:
-            values = np.frombuffer(data, dtype, int(getattr(block, count)), at)
-            parts[name].append(values.astype(np.int64) + len(held) if name == "entries" else values)
-            at += values.nbytes
-        if block.segments and int(parts["entries"][-1].max()) >= len(held) + block.entries:
+        counts = dict(zip(COUNTS, blocks.counts[at].tolist(), strict=True))
+        begin = 0
+        for name, dtype, of in COLUMNS:
+            values = np.frombuffer(data, dtype, counts[of], begin)
+            found[name].append(values)
+            begin += values.nbytes
+        owners = found["regions"][-1]
+        if len(owners) and int(owners.max()) >= counts["regions"]:
             raise CorruptCheckpointError(f"the manifest {where} contradicts itself: a segment belongs to no tensor")
-        held += entries[block.first : block.first + block.entries]
+        found["regions"][-1] = owners.astype(np.int64) + known
+        known += counts["regions"]
 
     def column(name: str, dtype: Any) -> npt.NDArray[Any]:
-        found = parts[name]
-        whole = found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype), *found])
+        pieces = found[name]
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype), *pieces])
         return whole.astype(dtype, copy=False)
 
+    rows = [at for at, _ in read]
+    regions = ranges(blocks.firsts[rows], blocks.counts[rows, 0])
+    first_region = np.concatenate(([0], np.cumsum([math.prod(of_one) for of_one in parts], dtype=np.int64)))
+    owners = np.searchsorted(first_region, regions, "right") - 1
+    held, entry_of = np.unique(owners, return_inverse=True)
+    region_of = column("regions", np.int64)
     segments = Segments(
-        entries=column("entries", np.int64),
+        entries=entry_of[region_of],
         streams=column("streams", np.uint8),
         encodings=column("encodings", np.uint8),
         objects=column("objects", np.int64),
@@ -153,4 +233,16 @@ def decode_blocks(
         offsets=column("offsets", np.int64),
         sizes=column("sizes", np.int64),
     )
-    return CheckpointIndex(tuple(held), objects, segments, column("lengths", np.uint32), column("checksums", np.uint64))
+    return CheckpointIndex(
+        tuple(entries[at] for at in held.tolist()),
+        objects,
+        segments,
+        column("lengths", np.uint32),
+        column("checksums", np.uint64),
+        Regions(
+            tuple(parts[at] for at in held.tolist()),
+            entry_of,
+            regions - first_region[owners],
+            np.bincount(region_of, minlength=known),
+        ),
+    )

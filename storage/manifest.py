@@ -3,22 +3,26 @@
     magic, version, lengths, checksum | header, JSON | blocks
 
 The header names the tensors, the objects and the blocks. A block has the columns of CheckpointIndex for a run of
-tensors, so that of a large manifest a rank reads those of its own tensors; and opening one takes a small multiple of
-the bytes that are read, whatever it claims. No pickle. docs/FORMAT.md has it byte by byte.
+tensors, or of regions of one, so that of a large manifest a rank reads what its own boxes meet; and opening one takes a
+small multiple of the bytes that are read, whatever it claims. No pickle. docs/FORMAT.md has it byte by byte.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import threading
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate, chain
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from ..planner.byte_ranges import Gaps
 from ..planner.costs import Costs
@@ -26,7 +30,8 @@ from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
 from ..planner.index import NATIVE, CheckpointIndex, Entry, Kind, missing
 from ..planner.read_plan import GAPS, Want
-from .blocks import Block, decode_blocks, encode_blocks
+from ..planner.regions import check_region_parts, regions_met
+from .blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
 from .checksums import checksum
 from .errors import (
     CorruptCheckpointError,
@@ -40,15 +45,13 @@ NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
-VERSION = 2
+VERSION = 3
 READ_BYTES = 8 * 1024 * 1024
 """How much of a large manifest one further request asks for, or a little more."""
 FIRST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
 """Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
-
-MAX_BYTES = 2**36
 
 DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -69,26 +72,27 @@ class Manifest:
         self._source = source
         header, blocks_start, stop = _read_header(source)
         try:
-            self._blocks = _blocks(header["blocks"], blocks_start)
             self.entries = tuple(_entry(*row[:5]) for row in header["entries"])
             self.paths: dict[str, tuple[str | int, ...]] = {
                 str(row[0]): tuple(row[5]) for row in header["entries"] if row[5] is not None
             }
             """Where entries stand in the state dict that was saved: the keys and list positions that lead to them."""
-            self.sizes = tuple(_sizes(*row[6:]) for row in header["entries"])
+            self.sizes = tuple(_sizes(*row[6:8]) for row in header["entries"])
             """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
             """Name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
             """By what it was written, and when."""
-            if (self._blocks[-1].stop if self._blocks else blocks_start) != stop:
-                raise ValueError(f"the blocks do not end at byte {stop}")
             self._positions = {entry.name: position for position, entry in enumerate(self.entries)}
-            if not sum(block.entries for block in self._blocks) == len(self.entries) == len(self._positions):
-                raise ValueError(f"the blocks do not hold {len(self.entries)} tensors, each of a name of its own")
+            if len(self.entries) != len(self._positions):
+                raise ValueError("two tensors have the same name")
+            self._parts = [_parts(e, *row[8:]) for e, row in zip(self.entries, header["entries"], strict=True)]
+            self._first_regions = list(accumulate(map(math.prod, self._parts), initial=0))
+            self._blocks = Blocks.from_json(header["blocks"], blocks_start, self._parts)
+            if int(self._blocks.starts[-1]) != stop:
+                raise ValueError(f"the blocks do not end at byte {stop}")
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
-        self._firsts = [block.first for block in self._blocks]
         self._is_small = stop <= len(source.first)
         self._lock = threading.Lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
@@ -142,41 +146,60 @@ class Manifest:
         return self._positions[name]
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
-        """An index that has the entries of these wants, or all; it may have more.
+        """An index that has the regions that these wants meet, or all; it may have more.
 
         Raises CorruptCheckpointError, StoreError; MissingTensorError, where names are looked at, in a large manifest.
         """
         if wants is None or self._is_small:
             wanted = frozenset(range(len(self._blocks)))
         else:
-            wanted = frozenset(bisect_right(self._firsts, self._position(want.name)) - 1 for want in wants)
+            wanted = frozenset(block for want in wants for block in self._blocks_of(want))
         with self._lock:
             if self._loaded is None or not wanted <= self._loaded[0]:
-                self._loaded = wanted, self._load([self._blocks[at] for at in sorted(wanted)])
+                self._loaded = wanted, self._load(sorted(wanted))
             return self._loaded[1]
 
-    def _load(self, blocks: list[Block]) -> CheckpointIndex:
-        runs: list[list[Block]] = []
-        for block in blocks:
-            if runs and runs[-1][-1].stop == block.start and block.stop - runs[-1][0].start <= READ_BYTES:
-                runs[-1].append(block)
+    def _blocks_of(self, want: Want) -> list[int]:
+        """The blocks that hold the regions that it meets."""
+        position = self._position(want.name)
+        met = regions_met(self.entries[position].shape, self._parts[position], want.box)
+        return self._blocks.holding(met + self._first_regions[position])
+
+    def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
+        """Blocks, each with its bytes; those that adjoin are read at once."""
+        runs: list[list[int]] = []
+        starts = self._blocks.starts.tolist()
+        for at in blocks:
+            if runs and runs[-1][-1] + 1 == at and starts[at + 1] - starts[runs[-1][0]] <= READ_BYTES:
+                runs[-1].append(at)
             else:
-                runs.append([block])
-        with ThreadPoolExecutor(8, "reshard-manifest") as pool:
-            each = pool.map if len(runs) > 1 else map
-            parts = list(each(lambda run: self._source.read(run[0].start, run[-1].stop), runs))
-        placed = [
-            (block, part[block.start - run[0].start : block.stop - run[0].start])
-            for run, part in zip(runs, parts, strict=True)
-            for block in run
-        ]
+                runs.append([at])
+
+        def read(some: list[list[int]]) -> list[tuple[int, memoryview]]:
+            found = []
+            for run in some:
+                first = starts[run[0]]
+                data = self._source.read(first, starts[run[-1] + 1])
+                found += [(at, data[starts[at] - first : starts[at + 1] - first]) for at in run]
+            return found
+
+        readers = min(len(runs), self.store.concurrent_reads)
+        if readers <= 1:
+            return read(runs)
+        with ThreadPoolExecutor(readers, "reshard-manifest") as pool:
+            return sorted(chain(*pool.map(read, [runs[at::readers] for at in range(readers)])), key=itemgetter(0))
+
+    def _load(self, blocks: list[int]) -> CheckpointIndex:
+        read = self._read(blocks)
         try:
-            index = decode_blocks(placed, self.entries, self.objects, self._source.where)
+            index = decode_blocks(self._blocks, read, self.entries, self._parts, self.objects, self._source.where)
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
                 raise ValueError("a segment has the encoding of another format")
+            held = np.bincount(index.regions.entries).tolist()
             for position, entry in enumerate(index.entries):
                 found = index.chunk_count(position), index.stored_bytes(position)
-                if found != self.sizes[self._positions[entry.name]]:
+                is_whole = held[position] == math.prod(index.regions.parts[position])
+                if is_whole and found != self.sizes[self._positions[entry.name]]:
                     raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
             return index
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
@@ -241,19 +264,6 @@ def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"the manifest {where} contradicts itself: {error}")
 
 
-def _blocks(rows: list[list[Any]], start: int) -> list[Block]:
-    blocks = []
-    first = 0
-    for *numbers, text in rows:
-        counts = _integers(numbers)
-        if len(counts) != 5 or min(counts) < 0 or max(counts) > MAX_BYTES or counts[0] == 0:
-            raise ValueError(f"a block has the counts {numbers}")
-        block = Block(start, first, *counts, int(text, 16))
-        blocks.append(block)
-        start, first = block.stop, first + block.entries
-    return blocks
-
-
 def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
     sizes = _integers([chunks, stored_bytes])
     if min(sizes) < 0:
@@ -266,6 +276,14 @@ def _entry(name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any])
     if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
         raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
     return entry
+
+
+def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
+    """In how many parts each dimension is cut into regions."""
+    if parts is None:
+        return (1,) * len(entry.shape)
+    check_region_parts(entry, _integers(parts))
+    return tuple(parts)
 
 
 def _integers(values: list[Any]) -> tuple[int, ...]:
@@ -283,18 +301,17 @@ def _object_name(name: str) -> str:
 
 def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ...]], info: dict[str, Any]) -> bytes:
     """The manifest's bytes."""
-    blocks = list(encode_blocks(index))
+    parts, blocks, encoded = encode_blocks(index)
     entries = [
         [
             *(e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, paths.get(e.name)),
             *(index.chunk_count(position), index.stored_bytes(position)),
+            parts[position] if math.prod(parts[position]) > 1 else None,
         ]
         for position, e in enumerate(index.entries)
     ]
-    counts = [[b.entries, b.segments, b.extents, b.chunks, b.checksums, f"{b.checksum:016x}"] for b, _ in blocks]
-    parts = {"info": info, "objects": index.objects, "entries": entries, "blocks": counts}
-    header = json.dumps(parts, separators=(",", ":")).encode()
+    told = {"info": info, "objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
+    header = json.dumps(told, separators=(",", ":")).encode()
     header += b" " * (-(len(header) + _HEADER_START) % 8)
-    body = b"".join(data for _, data in blocks)
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + len(body))
-    return prefix + _CHECKSUM.pack(checksum(prefix + header)) + header + body
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + sum(map(len, encoded)))
+    return b"".join([prefix, _CHECKSUM.pack(checksum(prefix + header)), header, *encoded])

@@ -108,5 +108,16 @@ class Destination:
         """All boxes are written: what was staged goes to the tensor."""
         with self._lock:
             if self._target is not None and self._target is not self._tensor:
-                self._tensor.copy_(self._target)
+                _copy(self._target, self._tensor)
                 self._target = self._array = None
+
+
+def _copy(staged: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy to a device: on a stream of its own, so that neither what else runs there nor another copy is waited for."""
+    if tensor.device.type != "cuda":
+        tensor.copy_(staged)
+        return
+    stream = torch.cuda.Stream(tensor.device)
+    with torch.cuda.stream(stream):
+        tensor.copy_(staged, non_blocking=True)
+    stream.synchronize()

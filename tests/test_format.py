@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import xxhash
 import zstandard
 
 import reshard
+from reshard.storage import blocks
 
 Array = npt.NDArray[Any]
 COLUMNS = {
-    "offsets": ("<i8", 2), "sizes": ("<i8", 2), "starts": ("<i8", 1), "checksums": ("<u8", 4), "entries": ("<u4", 1),
+    "offsets": ("<i8", 2), "sizes": ("<i8", 2), "starts": ("<i8", 1), "checksums": ("<u8", 4), "regions": ("<u4", 1),
     "objects": ("<u4", 1), "lengths": ("<u4", 3), "streams": ("u1", 1), "encodings": ("u1", 1),
 }  # fmt: skip
 """Types, and which of a block's counts says how many values there are."""
@@ -33,31 +35,35 @@ class Reader:
         self.folder = folder
         data = (folder / "manifest.reshard").read_bytes()
         magic, version, header_bytes, total = struct.unpack_from("<8sIIQ", data)
-        assert (magic, version, total) == (b"RESHARD\n", 2, len(data))
+        assert (magic, version, total) == (b"RESHARD\n", 3, len(data))
         at = 32 + header_bytes
         assert struct.unpack_from("<Q", data, 24)[0] == xxhash.xxh3_64_intdigest(data[:24] + data[32:at])
         self.header = json.loads(data[32:at])
         columns: dict[str, list[Array]] = {name: [] for name in COLUMNS}
-        entries = 0
+        regions = 0
         for *counts, expected in self.header["blocks"]:
             assert at % 8 == 0
             begin = at
             for name, (dtype, count) in COLUMNS.items():
                 values = np.frombuffer(data, dtype, counts[count], at)
                 at += values.nbytes
-                columns[name].append(values + np.uint32(entries) if name == "entries" else values)
+                columns[name].append(values + np.uint32(regions) if name == "regions" else values)
             at += -at % 8
-            entries += counts[0]
+            regions += counts[0]
             assert int(expected, 16) == xxhash.xxh3_64_intdigest(data[begin:at])
         assert at == len(data)
+        parts = [row[8] or [1] for row in self.header["entries"]]
+        self.entry_of = [at for at, each in enumerate(parts) for _ in range(math.prod(each))]
+        assert regions == len(self.entry_of)
         self.columns = {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def read(self) -> dict[str, bytes]:
         found: dict[str, Array] = {}
         extent = chunk = check = 0
         heads: dict[tuple[int, ...], Array] = {}
-        for segment, entry in enumerate(self.columns["entries"].tolist()):
-            name, _, dtype, shape, parts, _, _, _ = self.header["entries"][entry]
+        for segment, region in enumerate(self.columns["regions"].tolist()):
+            entry = self.entry_of[region]
+            name, _, dtype, shape, parts, _, _, _, _ = self.header["entries"][entry]
             itemsize = ITEMSIZES[dtype]
             whole = found.setdefault(name, np.zeros((*shape, itemsize), np.uint8))
             offsets = self.columns["offsets"][extent : extent + len(shape)].tolist()
@@ -154,8 +160,12 @@ def float32(heads: Array, split: list[Array], exceptions: bytes) -> Array:
     return values
 
 
+@pytest.mark.parametrize("block_bytes", [blocks.BLOCK_BYTES, 256])
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_a_reader_written_from_the_document(codec: str, tmp_path: Path) -> None:
+def test_a_reader_written_from_the_document(
+    codec: str, block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**31), 2**31, (400, 300), generator=generator, dtype=torch.int64).to(torch.int32)
     state: dict[str, Any] = {
@@ -170,7 +180,10 @@ def test_a_reader_written_from_the_document(codec: str, tmp_path: Path) -> None:
         **{f"many.{i}": torch.tensor(i) for i in range(5000)},  # for several blocks
     }
     reshard.save(state, tmp_path, codec=codec)
-    found = Reader(tmp_path).read()
+    reader = Reader(tmp_path)
+    is_cut = len(reader.entry_of) > len(reader.header["entries"])
+    assert is_cut == (block_bytes == 256)
+    found = reader.read()
     assert found.pop("config.lr") == b"0.1"
     assert sorted(found) == sorted(set(state) - {"config"})
     for name, content in found.items():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from reshard.planner.box import Box
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex, Encoding, Entry, Kind, Segments, Stream
+from reshard.planner.read_plan import Want, plan_reads
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,13 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
         np.array(lengths, np.uint32),
         np.arange(checksums, dtype=np.uint64),
     )
+
+
+def chunks_read(index: CheckpointIndex, want: Want) -> list[Any]:
+    """Each chunk that a want reads, and all that is known of it; checksums by their values."""
+    (read,) = plan_reads(index, [want]).reads
+    columns = (
+        read.chunk_offsets, read.chunk_sizes, read.piece_offsets, read.piece_sizes, read.objects, read.starts,
+        read.stops, index.checksums[read.checksums], read.skipped, read.encodings,
+    )  # fmt: skip
+    return sorted(zip(*(column.tolist() for column in columns), strict=True))

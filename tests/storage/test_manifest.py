@@ -22,7 +22,7 @@ from reshard.storage.manifest import FIRST_READ_BYTES, NAME, encode_manifest
 from reshard.storage.open_source import open_source
 from reshard.storage.source import Source
 from reshard.storage.testing import MemoryStore, RecordingStore
-from tests.planner.indexes import Saved, index_of
+from tests.planner.indexes import Saved, chunks_read, index_of
 
 HALVES = [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
 INDEX = index_of(
@@ -42,7 +42,7 @@ def opened(data: bytes) -> Source:
 
 def sealed(header: bytes, body: bytes) -> bytes:
     """A manifest of a header and the bytes of its blocks, with right lengths and a right checksum of the header."""
-    prefix = struct.pack("<8sIIQ", b"RESHARD\n", 2, len(header), 32 + len(header) + len(body))
+    prefix = struct.pack("<8sIIQ", b"RESHARD\n", 3, len(header), 32 + len(header) + len(body))
     return prefix + struct.pack("<Q", checksum(prefix + header)) + header + body
 
 
@@ -80,12 +80,12 @@ def test_any_cut_is_found(length: int) -> None:
 
 def test_a_newer_version_says_so() -> None:
     newer = DATA[:8] + struct.pack("<I", 7) + DATA[12:]
-    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads version 2"):
+    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads version 3"):
         opened(newer)
 
 
 A = ["a", 0, "float32", [8, 8], [2, 2], None]
-B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128]
+B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128, None]
 
 
 @pytest.mark.parametrize(
@@ -100,33 +100,33 @@ B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128]
         {"entries": []},
         {"entries": 3},
         {"entries": [A, B]},
-        {"entries": [[*A, -7, 0], B]},
-        {"entries": [[*A, 10**30, 0], B]},
-        {"entries": [[*A, 4, 1], B]},
-        {"entries": [[*A, 4, INDEX.stored_bytes(0), 0], B]},
+        {"entries": [[*A, -7, 0, None], B]},
+        {"entries": [[*A, 10**30, 0, None], B]},
+        {"entries": [[*A, 4, 1, None], B]},
+        {"entries": [[*A, 4, INDEX.stored_bytes(0), None, 0], B]},
         {"entries": [B, B]},
         {
             "entries": [
-                ["a", 0, "float32", [8, 8.5], [2, 2], None, 8, 9],
-                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+                ["a", 0, "float32", [8, 8.5], [2, 2], None, 8, 9, None],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9, None],
             ]
         },
         {
             "entries": [
-                ["a", 9, "float32", [8, 8], [2, 2], None, 8, 9],
-                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+                ["a", 9, "float32", [8, 8], [2, 2], None, 8, 9, None],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9, None],
             ]
         },
         {
             "entries": [
-                ["a", 0, "float32", [8, 8], [2**40, 2], None, 8, 9],
-                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+                ["a", 0, "float32", [8, 8], [2**40, 2], None, 8, 9, None],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9, None],
             ]
         },
         {
             "entries": [
-                ["a", 0, "float32", [2**20, 2**10], [1, 1], None, 8, 9],
-                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9],
+                ["a", 0, "float32", [2**20, 2**10], [1, 1], None, 8, 9, None],
+                ["b", 0, "bfloat16", [8, 8], [2, 1], None, 4, 9, None],
             ]
         },
         {"blocks": []},
@@ -152,13 +152,13 @@ def test_a_manifest_that_lies_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37, 100])
 def test_a_manifest_that_claims_an_impossible_length_is_refused(total: int) -> None:
     store = MemoryStore()
-    store.content[NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 2, 100, total) + b"x" * FIRST_READ_BYTES
+    store.content[NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 3, 100, total) + b"x" * FIRST_READ_BYTES
     with pytest.raises(CorruptCheckpointError, match=f"claims to have {total} bytes"):
         open_source(store)
 
 
 def test_more_chunks_than_integers_can_count_are_refused() -> None:
-    entries = [[f"{i}", 0, "uint8", [2**24, 2**24, 2**12], [2**24, 2**24, 2**12], None, 0, 0] for i in range(16)]
+    entries = [[f"{i}", 0, "uint8", [2**24, 2**24, 2**12], [2**24, 2**24, 2**12], None, 0, 0, None] for i in range(16)]
     body = bytes(8 * 48) + struct.pack("<3q", 2**24, 2**24, 2**12) * 16 + bytes(8 * 16)
     body += struct.pack("<16I", *range(16)) + bytes(4 * 16 + 16 + 16)
     rows = [[16, 16, 48, 0, 0, f"{checksum(body):x}"]]
@@ -213,6 +213,55 @@ def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytes
     assert manifest.index() == whole
     with pytest.raises(MissingTensorError, match=r"no 'u'"):
         manifest.index(Want(name, Box((), ())) for name in ["u"])
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
+    rows = [Box((at, 0), (4, 512)) for at in range(0, 512, 4)]
+    tensors = [Saved(name, Grid((512, 512), (64, 64)), rows, "float32", raw) for name in "abc"]
+    store = MemoryStore()
+    store.content[NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_READ_BYTES})
+    recording = RecordingStore(store)
+    manifest = open_source(recording)
+    total, opening = len(store.content[NAME]) - manifest.bytes_read, manifest.bytes_read
+    whole = index_of(*tensors)
+    wants = [Want("a", Box((0, 128), (512, 64))), Want("c", Box((64, 0), (64, 512)))]
+    index = manifest.index(wants)
+    assert [entry.name for entry in index.entries] == ["a", "c"]
+    assert manifest.bytes_read - opening < total / 7
+    for want in wants:
+        assert chunks_read(index, want) == chunks_read(whole, want)
+    recording.calls.clear()
+    assert manifest.index([Want("a", Box((100, 130), (50, 20)))]) is index
+    assert recording.calls == []
+    assert manifest.index([Want("b", Box((0, 0), (512, 512)))]).stored_bytes(0) == whole.stored_bytes(1)
+    for name, box in (("b", Box((3, 3), (0, 5))), ("b", Box((0, 0), (513, 1)))):  # of nothing, and too large
+        assert name in manifest.index([Want(name, box)])
+    assert sum(manifest.index().stored_bytes(at) for at in range(3)) == int(whole.lengths.sum())
+
+
+def test_a_region_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    rows = [Box((at, 0), (1, 64)) for at in range(64)]
+    data = encode_manifest(index_of(Saved("t", Grid((64, 64), (16, 16)), rows, raw=False)), {}, {})
+    length = struct.unpack_from("<8sIIQ", data)[2]
+    header, body = json.loads(data[32 : 32 + length]), data[32 + length :]
+    assert header["entries"][0][8] == [16, 2]
+    assert len(opened(data).index().regions) == 32
+    for parts in ([2, 16], [16, 1], [16, 4], [3, 2], [16], [16, 0], [2.0, 16], [2**40, 2], 7):
+        lying = json.loads(json.dumps(header))
+        lying["entries"][0][8] = parts
+        with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
+            opened(sealed(json.dumps(lying).encode(), body))
+
+
+def test_regions_that_no_segment_pays_for_take_no_memory() -> None:
+    entries = [[f"{i}", 0, "uint8", [2**16], [2**16], None, 0, 0, [2**16]] for i in range(1000)]
+    rows = [[2**16 * 1000, 1, 1, 1, 1, "00"]]
+    parts = {"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "blocks": rows}
+    with pytest.raises(CorruptCheckpointError, match="a block has more regions than it can have"):
+        opened(sealed(json.dumps(parts).encode(), bytes(48)))
 
 
 def test_nothing_there_and_nothing_committed_are_told_apart() -> None:

@@ -1,0 +1,133 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reshard.planner.box import Box
+from reshard.planner.errors import InvalidIndexError
+from reshard.planner.grid import Grid
+from reshard.planner.index import CheckpointIndex
+from reshard.planner.partition import choose_regions, partition
+from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.regions import MAX_REGIONS, Regions, region_boxes, regions_met
+from tests.planner.boxes import boxes_in, cuts_of, shapes
+from tests.planner.indexes import Saved, chunks_read, index_of
+
+
+@given(st.data(), shapes, st.booleans(), st.sampled_from(["bfloat16", "float32"]))
+def test_an_index_in_regions_says_the_same(data: st.DataObject, shape: tuple[int, ...], raw: bool, dtype: str) -> None:
+    grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
+    parts = tuple(data.draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in grid.parts)
+    saved = [Saved(name, grid, data.draw(cuts_of(shape)), dtype, raw) for name in "abc"]
+    whole = index_of(*saved)
+    cut = partition(whole, [(1,) * len(shape), parts, (1,) * len(shape)])
+    assert len(cut.regions) == 2 + int(np.prod(parts))
+    for name in "abc":
+        position = whole.position(name)
+        assert cut.chunk_count(position) == whole.chunk_count(position)
+        assert cut.stored_bytes(position) == whole.stored_bytes(position)
+        want = Want(name, data.draw(boxes_in(shape)))
+        assert chunks_read(cut, want) == chunks_read(whole, want)
+
+
+def rows(shape: tuple[int, ...], ranks: int) -> list[Box]:
+    each = -(-shape[0] // ranks)
+    return [Box((at, 0), (min(each, shape[0] - at), shape[1])) for at in range(0, shape[0], each)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((4096, 1024), (8, 2)),  # an up projection: in the rows, until regions are square
+        ((1024, 4096), (2, 8)),  # a down projection: in the columns
+        ((2048, 2048), (4, 4)),
+    ],
+)
+def test_regions_are_cut_where_ranks_will_cut(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    index = index_of(Saved("t", Grid(shape, (64, 64)), rows(shape, 256), raw=False))
+    parts = choose_regions(index, 0, int(np.prod(expected)))
+    assert parts == expected
+    assert len(partition(index, [parts]).segments) <= len(index.segments) + len(index.lengths) // 8
+
+
+def test_no_more_segments_are_made_than_a_manifest_bears() -> None:
+    shape = (4096, 4096)
+    index = index_of(Saved("t", Grid.choose(shape, 2), rows(shape, 4096), raw=False))
+    parts = choose_regions(index, 0, 10**6)
+    assert parts == (16, 2)  # 16 chunks a row: two pieces of 8
+    assert len(partition(index, [parts]).segments) == 2 * 4096
+    assert choose_regions(index_of(Saved("t", Grid((), ()), [Box((), ())])), 0, 5) == ()
+
+
+def test_an_index_of_some_regions_plans_what_lies_in_them() -> None:
+    shape = (64, 64)
+    whole = index_of(Saved("t", Grid(shape, (8, 8)), rows(shape, 16)))
+    cut = partition(whole, [(2, 2)])
+    some = only(cut, 2)
+    box = Box((0, 32), (32, 32))  # of a square, the columns are the outer dimension of the order
+    assert [column[2].tolist() for column in region_boxes(shape, (2, 2))] == [[0, 32], [32, 32]]
+    assert regions_met(shape, (2, 2), box).tolist() == [2]
+    assert chunks_read(some, Want("t", box)) == chunks_read(whole, Want("t", box))
+    with pytest.raises(InvalidIndexError, match=r"the shards of 't' cover 1024 of the 4096 elements"):
+        plan_reads(some, [Want("t", Box.whole(shape))])
+
+
+def only(index: CheckpointIndex, region: int) -> CheckpointIndex:
+    """One region of an index of one matrix."""
+    regions, segments = index.regions, index.segments
+    begin, end = np.cumsum([0, *regions.segments])[[region, region + 1]].tolist()
+    columns = {f.name: getattr(segments, f.name)[begin:end] for f in dataclasses.fields(segments)}
+    columns |= {name: getattr(segments, name)[2 * begin : 2 * end] for name in ("offsets", "sizes")}
+    return CheckpointIndex(
+        index.entries,
+        index.objects,
+        dataclasses.replace(segments, **columns),
+        index.lengths[index.first_chunk[begin] : index.first_chunk[end]],
+        index.checksums[index.first_checksum[begin] : index.first_checksum[end]],
+        Regions(regions.parts, regions.entries[[region]], regions.cells[[region]], regions.segments[[region]]),
+    )
+
+
+def test_the_regions_that_a_box_meets() -> None:
+    assert regions_met((8, 6), (2, 3), Box((4, 0), (1, 6))).tolist() == [3, 4, 5]
+    assert regions_met((8, 6), (2, 3), Box((3, 2), (2, 2))).tolist() == [1, 4]
+    assert regions_met((8, 6), (1, 1), Box((4, 0), (1, 6))).tolist() == [0]
+    assert regions_met((8, 6), (2, 3), Box((4, 3), (0, 2))).tolist() == [0]
+    assert regions_met((8, 6), (2, 3), Box((4, 3), (5, 2))).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": ((3, 1),)}, r"it has no \(3, 1\) regions"),
+        ({"parts": ((2,),)}, r"it has no \(2,\) regions"),
+        ({"parts": ((0, 2),)}, r"it has no \(0, 2\) regions"),
+        ({"parts": ()}, "a tensor has no regions"),
+        ({"entries": np.array([0, 0, 0, 1])}, "a tensor has no regions"),
+        ({"cells": np.array([0, 1, 1, 3])}, "not in order"),
+        ({"cells": np.array([0, 2, 1, 3])}, "not in order"),
+        ({"cells": np.array([0, 1, 2, 4])}, "not in order"),
+        ({"cells": np.array([-1, 1, 2, 3])}, "not in order"),
+        ({"segments": np.array([8, 8, 8, 7])}, "not those of its tensor"),
+        ({"segments": np.array([9, 7, 8, 8])}, "or its region of it"),
+        ({"segments": np.array([16, 0, 8, 8])}, "hold 0 elements.*a region of it"),
+    ],
+)
+def test_regions_that_contradict_the_index_are_refused(change: dict[str, Any], message: str) -> None:
+    shape = (64, 64)
+    cut = partition(index_of(Saved("t", Grid(shape, (8, 8)), rows(shape, 16))), [(2, 2)])
+    with pytest.raises(InvalidIndexError, match=message):
+        dataclasses.replace(cut, held=dataclasses.replace(cut.regions, **change))
+
+
+def test_a_tensor_has_not_too_many_regions() -> None:
+    grid = Grid((2**20,), (2**20,))
+    index = index_of(Saved("t", Grid((2**20,), (1,)), [Box((0,), (2**20,))]))
+    entry = dataclasses.replace(index.entries[0], grid=grid)
+    with pytest.raises(InvalidIndexError, match="it has no"):
+        Regions(((2 * MAX_REGIONS,),), np.zeros(1, int), np.zeros(1, int), np.ones(1, int)).check(
+            [entry], np.zeros(1, int)
+        )
