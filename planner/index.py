@@ -1,8 +1,9 @@
 """The index of a checkpoint: which chunks hold which box of which tensor, and where their bytes are.
 
-A tensor was saved as shards; a shard lies in the file as one or two **segments** (the heads and the tails of fp32
-values are segments of their own, so that either can be read alone); a segment is a run of encoded **chunks**, in the
-order of the tensor's grid. So a chunk needs no box of its own in the index: its place in the segment gives it.
+A tensor was saved as shards; a shard lies in the file as **segments**: one, or several where it is large or meets
+several regions; and two for each where the heads and the tails of fp32 values are apart, so that either can be read
+alone. A segment is a run of encoded **chunks** of one box, in the order of the tensor's grid. So a chunk needs no box
+of its own in the index: its place in the segment gives it.
 
 Everything that grows with the number of shards or chunks is a column, a numpy array. What the columns say is checked
 once, here, against the tensors and the sizes of the objects; whoever holds a CheckpointIndex can rely on it.
@@ -28,6 +29,7 @@ from .kinds import Encoding as Encoding
 from .kinds import Kind as Kind
 from .kinds import Stream as Stream
 from .regions import Regions
+from .shards import joined
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -119,9 +121,9 @@ class Segments:
     starts: IntArray
     """(n,) where the first chunk begins in the object, in bytes."""
     offsets: IntArray
-    """The shards' offsets in their tensors, ndim values a segment, one after another."""
+    """The offsets of their boxes in their tensors, ndim values a segment, one after another."""
     sizes: IntArray
-    """The shards' sizes, as `offsets`."""
+    """The sizes of their boxes, as `offsets`."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -167,7 +169,7 @@ class CheckpointIndex:
             raise InvalidIndexError("a data object has an impossible size")
         check_references(self.segments, len(self.entries), len(self.objects))
         owners = self.segments.entries
-        assign(self, "regions", held or Regions.whole(self.entries, owners))
+        assign(self, "regions", Regions.whole(self.entries, owners) if held is None else held)
         self.regions.check(self.entries, owners)
         assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
         ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
@@ -271,18 +273,33 @@ class CheckpointIndex:
         """The rows of `segments` that belong to an entry."""
         return slice(int(self._first_segment[position]), int(self._first_segment[position + 1]))
 
-    def shard_boxes(self, position: int) -> tuple[IntArray, IntArray]:
+    def segment_boxes(self, position: int) -> tuple[IntArray, IntArray]:
         """The (n, ndim) offsets and sizes of the segments of an entry."""
         rows = self.segments_of(position)
         extents = slice(int(self.first_extent[rows.start]), int(self.first_extent[rows.stop]))
         shape = (rows.stop - rows.start, len(self.entries[position].shape))
         return self.segments.offsets[extents].reshape(shape), self.segments.sizes[extents].reshape(shape)
 
+    def shards(self, position: int) -> tuple[IntArray, IntArray]:
+        """The (n, ndim) offsets and sizes of the shards that an entry was saved as, each once.
+
+        Segments are shards, or parts of them; those that lie one after another in an object, and make up a box, are
+        told as one.
+        """
+        rows = self.segments_of(position)
+        once = self.segments.streams[rows] != Stream.TAIL
+        starts = self.segments.starts[rows]
+        chunks = self.chunks_of(position)
+        before = np.concatenate(([0], np.cumsum(self.lengths[chunks], dtype=np.int64)))
+        bounds = self.first_chunk[rows.start : rows.stop + 1] - chunks.start
+        stops = starts + np.diff(before[bounds])
+        columns = (self.segments.objects[rows], starts, stops, *self.segment_boxes(position))
+        return joined(*(column[once] for column in columns))
+
     def shards_of(self, position: int) -> list[Box]:
-        """The boxes that an entry was saved as, each once."""
-        offsets, sizes = self.shard_boxes(position)
-        rows = self.segments.streams[self.segments_of(position)] != Stream.TAIL
-        return [Box(tuple(o), tuple(s)) for o, s in zip(offsets[rows].tolist(), sizes[rows].tolist(), strict=True)]
+        """`shards` as boxes."""
+        offsets, sizes = (column.tolist() for column in self.shards(position))
+        return [Box(tuple(offset), tuple(size)) for offset, size in zip(offsets, sizes, strict=True)]
 
     def chunks_of(self, position: int) -> slice:
         """The rows of `lengths` that belong to an entry."""

@@ -37,7 +37,7 @@ class _Saved:
     @classmethod
     def of(cls, index: CheckpointIndex, position: int) -> _Saved:
         streams = index.segments.streams[index.segments_of(position)]
-        boxes = np.stack(index.shard_boxes(position))
+        boxes = np.stack(index.segment_boxes(position))
         return cls(index.entries[position].grid, streams.tobytes(), boxes.tobytes())
 
     @property

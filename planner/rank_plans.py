@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from .box import intersect_many
+from .box import IntArray, intersect_many
 from .byte_ranges import Gaps
 from .errors import InvalidPlanError, LayoutError, MissingTensorError
 from .html import table
-from .index import CheckpointIndex, Entry, Kind, Stream
+from .index import CheckpointIndex, Entry, Kind
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
 from .read_plan import GAPS, ReadPlan, Want, plan_reads
@@ -133,7 +134,8 @@ def plan_ranks(
     ]
     each_once = dict.fromkeys(wants)  # replicas want the same
     plans = {of_rank: plan_reads(index, of_rank, gaps=gaps) for of_rank in each_once}
-    shards = {of_rank: _whole_shards(index, of_rank) for of_rank in each_once}
+    shards_of = functools.cache(index.shards)
+    shards = {of_rank: _whole_shards(index, of_rank, shards_of) for of_rank in each_once}
     return RankPlans(
         layout.mesh,
         tuple(plans[of_rank] for of_rank in wants),
@@ -143,14 +145,15 @@ def plan_ranks(
     )
 
 
-def _whole_shards(index: CheckpointIndex, wants: Sequence[Want]) -> WholeShards:
-    """The shards that these boxes meet."""
+def _whole_shards(
+    index: CheckpointIndex, wants: Sequence[Want], shards_of: Callable[[int], tuple[IntArray, IntArray]]
+) -> WholeShards:
+    """The shards that these boxes meet, given those of each entry."""
     shards = nbytes = 0
     for want in wants:
         position = index.position(want.name)
-        offsets, sizes = index.shard_boxes(position)
+        offsets, sizes = shards_of(position)
         met = (intersect_many(offsets, sizes, want.box)[1] > 0).all(axis=1)
-        met &= index.segments.streams[index.segments_of(position)] != Stream.TAIL
         shards += int(met.sum())
         nbytes += int(sizes[met].prod(axis=1).sum()) * index.entries[position].itemsize
     return WholeShards(shards, nbytes)

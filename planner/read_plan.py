@@ -162,7 +162,7 @@ def _of_one_grid(
     slices = [index.segments_of(position) for position in positions]
     rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in slices])
     owners = np.repeat(np.arange(len(wants)), [rows.stop - rows.start for rows in slices])
-    boxes = [index.shard_boxes(position) for position in positions]
+    boxes = [index.segment_boxes(position) for position in positions]
     offsets, sizes = (np.concatenate(columns) for columns in zip(*boxes, strict=True))
     wanted_offsets = np.array([want.box.offsets for want in wants], np.int64)
     wanted_sizes = np.array([want.box.sizes for want in wants], np.int64)

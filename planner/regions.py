@@ -6,7 +6,6 @@ region tile it. Where an index knows all of a tensor, that is one region, or all
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from .grid import Grid
 if TYPE_CHECKING:
     from .index import Entry
 
-MAX_REGIONS = 2**16
+MAX_REGIONS = 2**12
 """Of one tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regions:
-    """Regions in columns, sorted by entry, those of one in the order of its chunks. Row i is region i."""
+    """Regions in columns, sorted by entry, those of one in the order of its chunks."""
 
     parts: tuple[tuple[int, ...], ...]
     """In how many parts each dimension of each entry is cut into regions: divisors of those of its grid of chunks."""
@@ -67,18 +66,27 @@ class Regions:
 
     def boxes(self, entries: Sequence[Entry], ndim: int) -> tuple[IntArray, IntArray, IntArray]:
         """Those of the entries of so many dimensions: their (k,) rows, and their (k, ndim) offsets and sizes."""
-        ndims = np.array([len(parts) for parts in self.parts], np.int64)
-        rows = np.flatnonzero(ndims[self.entries] == ndim)
-        offsets, sizes = np.zeros((len(rows), ndim), np.int64), np.empty((len(rows), ndim), np.int64)
-        owners = self.entries[rows]
-        bounds = np.searchsorted(owners, np.arange(len(entries) + 1)).tolist()
-        for at in np.unique(owners).tolist():
-            mine = slice(bounds[at], bounds[at + 1])
-            if math.prod(self.parts[at]) == 1:
-                sizes[mine] = entries[at].shape
-            else:
-                every = region_boxes(entries[at].shape, self.parts[at])
-                offsets[mine], sizes[mine] = (column[self.cells[rows[mine]]] for column in every)
+        alike = np.flatnonzero([len(parts) == ndim for parts in self.parts])
+        place = np.full(len(self.parts), -1)
+        place[alike] = np.arange(len(alike))
+        rows = np.flatnonzero(place[self.entries] >= 0)
+        of = place[self.entries[rows]]
+
+        def column(values: list[tuple[int, ...]]) -> IntArray:
+            return np.array(values, np.int64).reshape(len(alike), ndim)
+
+        shapes = column([entries[at].shape for at in alike.tolist()])
+        parts = column([self.parts[at] for at in alike.tolist()])
+        orders = column([entries[at].grid.order for at in alike.tolist()])
+        offsets, sizes = np.empty((len(rows), ndim), np.int64), np.empty((len(rows), ndim), np.int64)
+        left, every = self.cells[rows], np.arange(len(rows))
+        for inner in reversed(range(ndim)):
+            d = orders[of, inner]
+            n, count = shapes[of, d], parts[of, d]
+            cell = left % count
+            left = left // count
+            start = cell * n // count
+            offsets[every, d], sizes[every, d] = start, (cell + 1) * n // count - start
         return rows, offsets, sizes
 
 
@@ -86,15 +94,8 @@ def check_region_parts(entry: Entry, parts: tuple[int, ...]) -> None:
     """Raises InvalidIndexError where an entry cannot be cut into such regions."""
     chunked = entry.grid.parts
     fit = len(parts) == len(chunked) and not any(n < 1 or many % n for many, n in zip(chunked, parts, strict=True))
-    if not fit or math.prod(parts) > MAX_REGIONS:
+    if not fit or math.prod(parts) > (MAX_REGIONS if entry.numel else 1):
         raise InvalidIndexError(f"{entry.name!r} is cut into {chunked} chunks, it has no {parts} regions of them")
-
-
-@functools.lru_cache(maxsize=64)
-def region_boxes(shape: tuple[int, ...], parts: tuple[int, ...]) -> tuple[IntArray, IntArray]:
-    """The (n, ndim) offsets and sizes of all regions of a tensor, in order. Remembered, for layers are alike."""
-    _, offsets, sizes = Grid(shape, parts).chunks(Box.whole(shape))
-    return offsets, sizes
 
 
 def regions_met(shape: tuple[int, ...], parts: tuple[int, ...], box: Box) -> IntArray:

@@ -22,7 +22,7 @@ from .checksums import checksum
 from .errors import CorruptCheckpointError
 
 BLOCK_BYTES = 64 * 1024
-"""A block ends where the blocks so far pass a multiple of this; a tensor that takes more is cut into regions."""
+"""A block has regions up to this, or one that is larger; a tensor that takes more is cut into regions."""
 MAX_BYTES = 2**36
 """No manifest is longer."""
 COLUMNS = (
@@ -81,20 +81,25 @@ class Blocks:
         )
 
     @classmethod
-    def from_json(cls, rows: Any, start: int, parts: Sequence[tuple[int, ...]]) -> Blocks:
-        """Those of entries that are cut into these parts, in regions. Raises ValueError where they cannot be."""
+    def from_json(cls, rows: Any, start: int, regions: int, empty: Sequence[int]) -> Blocks:
+        """Those of so many regions, of which some are of tensors without elements. Raises ValueError where none can be.
+
+        A region of elements has a segment, so that what is counted is no more than what is read.
+        """
         numbers = [row[:-1] for row in rows]
-        if not all(
+        fit = all(
             len(row) == len(COUNTS) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in row) for row in numbers
-        ):
+        )
+        if not fit or sum(map(sum, numbers)) > MAX_BYTES:
             raise ValueError("a block has impossible counts")
         counts = np.array(numbers, np.int64).reshape(-1, len(COUNTS))
-        regions = counts[:, 0]
-        if bool(((regions == 0) | (regions > counts[:, 1] + len(parts))).any()):
+        blocks = cls.of(counts, [str(row[-1]) for row in rows], start)
+        without = np.diff(np.searchsorted(np.array(empty, np.int64), blocks.firsts))
+        if bool(((counts[:, 0] == 0) | (counts[:, 0] > counts[:, 1] + without)).any()):
             raise ValueError("a block has more regions than it can have")
-        if int(regions.sum()) != (total := sum(map(math.prod, parts))):
-            raise ValueError(f"the blocks do not hold {total} tensors and regions of them")
-        return cls.of(counts, [str(row[-1]) for row in rows], start)
+        if int(blocks.firsts[-1]) != regions:
+            raise ValueError(f"the blocks do not hold {regions} tensors and regions of them")
+        return blocks
 
     def to_json(self) -> list[list[Any]]:
         """For `from_json`."""
@@ -180,6 +185,7 @@ def decode_blocks(
     read: Sequence[tuple[int, memoryview]],
     entries: Sequence[Entry],
     parts: Sequence[tuple[int, ...]],
+    first_regions: IntArray,
     objects: tuple[tuple[str, int], ...],
     where: str,
 ) -> CheckpointIndex:
@@ -189,6 +195,7 @@ def decode_blocks(
         read: which blocks, in order, each with its bytes.
         entries, objects: of the whole checkpoint.
         parts: in how many parts each dimension of each entry is cut into regions.
+        first_regions: (entries + 1,) of the regions of all entries, one entry after another, each entry's first.
         where: what errors call the manifest.
 
     Raises CorruptCheckpointError, InvalidIndexError.
@@ -208,7 +215,7 @@ def decode_blocks(
             found[name].append(values)
             begin += values.nbytes
         owners = found["regions"][-1]
-        if len(owners) and int(owners.max()) >= counts["regions"]:
+        if len(owners) and (int(owners[-1]) >= counts["regions"] or bool((owners[1:] < owners[:-1]).any())):
             raise CorruptCheckpointError(f"the manifest {where} contradicts itself: a segment belongs to no tensor")
         found["regions"][-1] = owners.astype(np.int64) + known
         known += counts["regions"]
@@ -220,8 +227,7 @@ def decode_blocks(
 
     rows = [at for at, _ in read]
     regions = ranges(blocks.firsts[rows], blocks.counts[rows, 0])
-    first_region = np.concatenate(([0], np.cumsum([math.prod(of_one) for of_one in parts], dtype=np.int64)))
-    owners = np.searchsorted(first_region, regions, "right") - 1
+    owners = np.searchsorted(first_regions, regions, "right") - 1
     held, entry_of = np.unique(owners, return_inverse=True)
     region_of = column("regions", np.int64)
     segments = Segments(
@@ -242,7 +248,7 @@ def decode_blocks(
         Regions(
             tuple(parts[at] for at in held.tolist()),
             entry_of,
-            regions - first_region[owners],
+            regions - first_regions[owners],
             np.bincount(region_of, minlength=known),
         ),
     )

@@ -127,7 +127,7 @@ def _are_the_same(a: CheckpointIndex, b: CheckpointIndex, name: str) -> bool:
         first, last = index.first_checksum[[rows.start, rows.stop]].tolist()
         if int(index.segments.encodings[rows].max(initial=0)) > max(NATIVE):
             return False
-        columns = (index.segments.streams[rows], index.segments.encodings[rows], *index.shard_boxes(position))
+        columns = (index.segments.streams[rows], index.segments.encodings[rows], *index.segment_boxes(position))
         parts.append([*columns, index.lengths[index.chunks_of(position)], index.checksums[first:last]])
     same_grid = a.entry(name).grid == b.entry(name).grid
     return same_grid and all(np.array_equal(x, y) for x, y in zip(*parts, strict=True))

@@ -87,8 +87,9 @@ class Manifest:
             if len(self.entries) != len(self._positions):
                 raise ValueError("two tensors have the same name")
             self._parts = [_parts(e, *row[8:]) for e, row in zip(self.entries, header["entries"], strict=True)]
-            self._first_regions = list(accumulate(map(math.prod, self._parts), initial=0))
-            self._blocks = Blocks.from_json(header["blocks"], blocks_start, self._parts)
+            self._first_regions = np.array(list(accumulate(map(math.prod, self._parts), initial=0)), np.int64)
+            empty = [first for first, e in zip(self._first_regions.tolist(), self.entries, strict=False) if not e.numel]
+            self._blocks = Blocks.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
             if int(self._blocks.starts[-1]) != stop:
                 raise ValueError(f"the blocks do not end at byte {stop}")
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
@@ -192,7 +193,8 @@ class Manifest:
     def _load(self, blocks: list[int]) -> CheckpointIndex:
         read = self._read(blocks)
         try:
-            index = decode_blocks(self._blocks, read, self.entries, self._parts, self.objects, self._source.where)
+            first_regions, where = self._first_regions, self._source.where
+            index = decode_blocks(self._blocks, read, self.entries, self._parts, first_regions, self.objects, where)
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()

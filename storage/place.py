@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -113,11 +114,17 @@ class Destination:
 
 
 def _copy(staged: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy to a device: on a stream of its own, so that neither what else runs there nor another copy is waited for."""
+    """Copy to a device: on a stream of our own, so that what else runs there is not waited for."""
     if tensor.device.type != "cuda":
         tensor.copy_(staged)
         return
-    stream = torch.cuda.Stream(tensor.device)
+    stream = _stream_of(tensor.device)
     with torch.cuda.stream(stream):
         tensor.copy_(staged, non_blocking=True)
     stream.synchronize()
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all copies to a device: what a stream has used of its memory is kept for it."""
+    return torch.cuda.Stream(device)

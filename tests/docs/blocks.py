@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-REASONS = frozenset(("needs Azure", "runs under torchrun: see examples/", "needs GPUs"))
+REASONS = frozenset(
+    ("needs Azure", "needs GPUs", "runs under torchrun: see examples/", "see tests/integration/test_demo.py")
+)
 """Why a block may be left out."""
 _FENCE = re.compile(r"^( *)(```+) *(\S*)(.*)$")
 _NO_RUN = re.compile(r'no_run="([^"]*)"')

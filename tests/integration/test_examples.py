@@ -22,12 +22,9 @@ NAMES = ("train_fsdp_serve_tp", "resume_elastic", "read_remote_tensor", "convert
 Run = Callable[..., str]
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty place, which the examples can open without options."""
-    if request.param == "local":
-        return str(tmp_path / "run")
-    moto: servers.Server = request.getfixturevalue("moto")
+@pytest.fixture
+def bucket(moto: servers.Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place on S3, which the examples can open without options."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto.endpoint)
@@ -55,8 +52,8 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def test_train_serve_read_and_convert(run: Run, place: str, tmp_path: Path) -> None:
-    uri = f"{place}/step-20"
+def test_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: Path) -> None:
+    uri = f"{bucket}/step-20"
     assert "saved: all ranks:" in run(4, "train_fsdp_serve_tp", "train", uri)
     assert "both ways give the same 8 tensors" in run(2, "train_fsdp_serve_tp", "serve", uri)
 
@@ -71,7 +68,8 @@ def test_train_serve_read_and_convert(run: Run, place: str, tmp_path: Path) -> N
     assert load_file(file)["0.up.weight"].equal(weight.to(torch.bfloat16))
 
 
-def test_a_training_goes_on_on_other_ranks(run: Run, place: str) -> None:
+def test_a_training_goes_on_on_other_ranks(run: Run, tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
     losses = re.findall(r"step (\d+): loss ([\d.]+)", run(2, "resume_elastic", place, "--steps", "8"))
     assert [int(step) for step, _ in losses] == list(range(1, 9))
     printed = run(3, "resume_elastic", place, "--steps", "8")

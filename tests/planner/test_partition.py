@@ -10,9 +10,12 @@ from reshard.planner.box import Box
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
+from reshard.planner.layout import Layout
 from reshard.planner.partition import choose_regions, partition
+from reshard.planner.rank_plans import plan_ranks
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.planner.regions import MAX_REGIONS, Regions, region_boxes, regions_met
+from reshard.planner.regions import MAX_REGIONS, Regions, regions_met
+from reshard.planner.shards import joined
 from tests.planner.boxes import boxes_in, cuts_of, shapes
 from tests.planner.indexes import Saved, chunks_read, index_of
 
@@ -68,7 +71,7 @@ def test_an_index_of_some_regions_plans_what_lies_in_them() -> None:
     cut = partition(whole, [(2, 2)])
     some = only(cut, 2)
     box = Box((0, 32), (32, 32))  # of a square, the columns are the outer dimension of the order
-    assert [column[2].tolist() for column in region_boxes(shape, (2, 2))] == [[0, 32], [32, 32]]
+    assert [column.tolist() for column in some.regions.boxes(some.entries, 2)] == [[0], [[0, 32]], [[32, 32]]]
     assert regions_met(shape, (2, 2), box).tolist() == [2]
     assert chunks_read(some, Want("t", box)) == chunks_read(whole, Want("t", box))
     with pytest.raises(InvalidIndexError, match=r"the shards of 't' cover 1024 of the 4096 elements"):
@@ -89,6 +92,36 @@ def only(index: CheckpointIndex, region: int) -> CheckpointIndex:
         index.checksums[index.first_checksum[begin] : index.first_checksum[end]],
         Regions(regions.parts, regions.entries[[region]], regions.cells[[region]], regions.segments[[region]]),
     )
+
+
+@given(st.data(), shapes, st.booleans())
+def test_the_shards_are_told_as_they_were_saved(data: st.DataObject, shape: tuple[int, ...], raw: bool) -> None:
+    grid = Grid(shape, shape)
+    boxes = data.draw(cuts_of(shape))
+    whole = index_of(Saved("t", grid, boxes, "float32", raw))
+    parts = tuple(data.draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in shape)
+    assert partition(whole, [parts]).shards_of(0) == whole.shards_of(0) == sorted(boxes, key=lambda box: box.offsets)
+
+
+def test_what_is_read_in_whole_shards_does_not_depend_on_regions() -> None:
+    shape = (64, 64)
+    whole = index_of(Saved("t", Grid(shape, (8, 8)), rows(shape, 16)))
+    layout = Layout({"tp": 4}, {"t": "rowwise"})
+    plans = [plan_ranks(index, layout) for index in (whole, partition(whole, [(2, 4)]))]
+    assert plans[0].whole_shards == plans[1].whole_shards
+    assert plans[0].whole_shards[0].nbytes == 64 * 64 * 2
+
+
+def test_shards_beside_each_other_that_make_up_no_box_stay_apart() -> None:
+    offsets, sizes = (
+        np.array([[0, 0], [0, 4], [2, 0], [2, 4], [4, 0]]),
+        np.array([[2, 4], [2, 4], [2, 4], [2, 4], [4, 2]]),
+    )
+    starts = np.arange(5) * 8
+    found = joined(np.zeros(5, int), starts, starts + 8, offsets, sizes)
+    assert [column.tolist() for column in found] == [[[0, 0], [4, 0]], [[4, 8], [4, 2]]]
+    found = joined(np.zeros(5, int), starts, starts + 7, offsets, sizes)
+    assert found[0].tolist() == offsets.tolist()
 
 
 def test_the_regions_that_a_box_meets() -> None:

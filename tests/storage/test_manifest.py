@@ -1,11 +1,14 @@
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reshard
 from reshard.planner.box import Box
 from reshard.planner.errors import MissingTensorError
 from reshard.planner.grid import Grid
@@ -18,6 +21,7 @@ from reshard.storage.errors import (
     NotCommittedError,
     UnsupportedVersionError,
 )
+from reshard.storage.local_store import LocalStore
 from reshard.storage.manifest import FIRST_READ_BYTES, NAME, encode_manifest
 from reshard.storage.open_source import open_source
 from reshard.storage.source import Source
@@ -256,12 +260,41 @@ def test_a_region_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             opened(sealed(json.dumps(lying).encode(), body))
 
 
-def test_regions_that_no_segment_pays_for_take_no_memory() -> None:
-    entries = [[f"{i}", 0, "uint8", [2**16], [2**16], None, 0, 0, [2**16]] for i in range(1000)]
-    rows = [[2**16 * 1000, 1, 1, 1, 1, "00"]]
+@pytest.mark.parametrize(
+    ("shape", "regions", "rows"),
+    [
+        ([2**12], [2**12], [[2**12 * 100, 1, 1, 1, 1, "00"]]),
+        ([2**12], [2**12], [[100, 0, 0, 0, 0, "00"] for _ in range(2**12)]),
+        ([0, 2**12], [1, 2**12], [[2**12 * 100, 1, 1, 1, 1, "00"]]),
+        ([2**16], [2**16], [[2**16 * 100, 1, 1, 1, 1, "00"]]),
+    ],
+)
+def test_regions_that_no_segment_pays_for_take_no_memory(
+    shape: list[int], regions: list[int], rows: list[list[Any]]
+) -> None:
+    entries = [[f"{i}", 0, "uint8", shape, [max(n, 1) for n in shape], None, 0, 0, regions] for i in range(100)]
     parts = {"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "blocks": rows}
-    with pytest.raises(CorruptCheckpointError, match="a block has more regions than it can have"):
+    with pytest.raises(CorruptCheckpointError, match=r"more regions than it can have|it has no .* regions"):
         opened(sealed(json.dumps(parts).encode(), bytes(48)))
+
+
+def test_blocks_that_claim_more_than_a_manifest_can_have_are_refused() -> None:
+    header, body = header_and_body()
+    header["blocks"] = [[1, 2**36, 2**36, 2**36, 2**36, "00"]] * 100
+    with pytest.raises(CorruptCheckpointError, match="a block has impossible counts"):
+        opened(sealed(json.dumps(header).encode(), body))
+
+
+def test_regions_out_of_order_are_refused() -> None:
+    header, body = header_and_body()
+    [(_, segments, extents, _, checksums, _)] = header["blocks"]
+    at = 8 * (2 * extents + segments + checksums)
+    owners = struct.unpack_from(f"<{segments}I", body, at)
+    assert owners == tuple(sorted(owners))
+    body = body[:at] + struct.pack(f"<{segments}I", *reversed(owners)) + body[at + 4 * segments :]
+    header["blocks"][0][-1] = f"{checksum(body):016x}"
+    with pytest.raises(CorruptCheckpointError, match="a segment belongs to no tensor"):
+        opened(sealed(json.dumps(header).encode(), body))
 
 
 def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
@@ -271,3 +304,21 @@ def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
     store.content["data/0.shard"] = b"x"
     with pytest.raises(NotCommittedError, match="never committed: it has 1 data objects"):
         open_source(store)
+
+
+def test_ranks_load_by_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr("reshard.storage.manifest.FIRST_READ_BYTES", 1000)
+    state = {name: torch.randn(shape) for name, shape in (("up", (2048, 512)), ("down", (512, 2048)), ("norm", (512,)))}
+    reshard.save(state, tmp_path)
+    layout = reshard.Layout({"tp": 4}, {"up": "colwise", "down": "rowwise"})
+    for rank in range(4):
+        recording = RecordingStore(LocalStore(str(tmp_path)))
+        loaded = reshard.open(recording).load_rank(layout, rank)
+        assert loaded["up"].equal(state["up"][512 * rank : 512 * (rank + 1)])
+        assert loaded["down"].equal(state["down"][:, 512 * rank : 512 * (rank + 1)])
+        assert loaded["norm"].equal(state["norm"])
+        read = sum(call.stop - call.start for call in recording.calls if call.name == NAME)
+        assert read < 0.8 * (tmp_path / NAME).stat().st_size
+    assert reshard.open(tmp_path).layout_of("down")[0] == [Box((0, 0), (512, 2048))]
+    assert not reshard.open(tmp_path).verify()
