@@ -306,12 +306,11 @@ class CheckpointIndex:
         rows = self.segments_of(position)
         return slice(int(self.first_chunk[rows.start]), int(self.first_chunk[rows.stop]))
 
-    def chunk_count(self, position: int) -> int:
-        """The number of chunks of an entry; the head and the tail of one count once."""
-        rows = self.segments_of(position)
-        counts = np.diff(self.first_chunk[rows.start : rows.stop + 1])
-        return int(counts[self.segments.streams[rows] != Stream.TAIL].sum())
-
-    def stored_bytes(self, position: int) -> int:
-        """Encoded bytes of an entry, in all its segments."""
-        return int(self.lengths[self.chunks_of(position)].sum(dtype=np.int64))
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of each entry: how many chunks it has, the head and the tail of one counted once; their encoded bytes."""
+        bounds = self._first_segment
+        once = self.segments.streams != Stream.TAIL
+        chunks = np.concatenate(([0], np.cumsum(np.where(once, np.diff(self.first_chunk), 0))))[bounds]
+        nbytes = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))[self.first_chunk[bounds]]
+        return list(zip(np.diff(chunks).tolist(), np.diff(nbytes).tolist(), strict=True))

@@ -22,7 +22,7 @@ from .regions import MAX_REGIONS, Regions
 LEAST_CHUNKS = 8
 """Cutting adds at most one segment for so many chunks: a segment of a matrix takes 50 bytes, so many chunks take 96."""
 LAYERS = 32
-"""How many kinds of tensors are remembered: the layers of a model were cut alike, and are cut alike here."""
+"""How many kinds of tensors are remembered meanwhile: the layers of a model were cut alike, and are cut alike here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,15 @@ class _Saved:
         return counts
 
 
-def choose_regions(index: CheckpointIndex, position: int, count: int) -> tuple[int, ...]:
-    """In how many parts to cut each dimension of an entry, to have so many regions, as far as that can be."""
-    return _choose(_Saved.of(index, position), min(count, MAX_REGIONS))
+def choose_regions(index: CheckpointIndex, counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """In how many parts to cut each dimension of each entry, to have so many regions of it, as far as that can be."""
+    choose = functools.lru_cache(LAYERS)(_choose)
+    return [
+        choose(_Saved.of(index, position), min(count, MAX_REGIONS)) if count > 1 else (1,) * len(entry.shape)
+        for position, (entry, count) in enumerate(zip(index.entries, counts, strict=True))
+    ]
 
 
-@functools.lru_cache(LAYERS)
 def _choose(saved: _Saved, count: int) -> tuple[int, ...]:
     grid = saved.grid
     most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // LEAST_CHUNKS
@@ -80,7 +83,8 @@ def partition(index: CheckpointIndex, parts: Sequence[tuple[int, ...]]) -> Check
         index: each entry one region.
         parts: in how many to cut each dimension of each entry.
     """
-    cuts = [_cut(_Saved.of(index, position), of_one) for position, of_one in enumerate(parts)]
+    cut_alike = functools.lru_cache(LAYERS)(_cut)
+    cuts = [cut_alike(_Saved.of(index, position), of_one) for position, of_one in enumerate(parts)]
     old = index.segments
     rows = np.concatenate([cut.rows + index.segments_of(position).start for position, cut in enumerate(cuts)])
     moved = [_moved(index, position, cut) for position, cut in enumerate(cuts)]
@@ -135,7 +139,6 @@ class _Cut:
     """How many segments each region has."""
 
 
-@functools.lru_cache(LAYERS)
 def _cut(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
     grid = saved.grid
     shards, offsets, sizes = _pieces(saved, parts)

@@ -116,10 +116,7 @@ def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], Blocks
     byte 0; the bytes of each.
     """
     sizes = _region_bytes(index)
-    parts = [
-        choose_regions(index, at, -(-nbytes // BLOCK_BYTES)) if nbytes > BLOCK_BYTES else (1,) * len(entry.shape)
-        for at, (entry, nbytes) in enumerate(zip(index.entries, sizes, strict=True))
-    ]
+    parts = choose_regions(index, [-(-nbytes // BLOCK_BYTES) for nbytes in sizes])
     if max(map(math.prod, parts), default=1) > 1:
         index = partition(index, parts)
         sizes = _region_bytes(index)

@@ -198,10 +198,8 @@ class Manifest:
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()
-            for position, entry in enumerate(index.entries):
-                found = index.chunk_count(position), index.stored_bytes(position)
-                is_whole = held[position] == math.prod(index.regions.parts[position])
-                if is_whole and found != self.sizes[self._positions[entry.name]]:
+            for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):
+                if known == math.prod(parts) and found != self.sizes[self._positions[entry.name]]:
                     raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
             return index
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
@@ -307,10 +305,10 @@ def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ..
     entries = [
         [
             *(e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, paths.get(e.name)),
-            *(index.chunk_count(position), index.stored_bytes(position)),
-            parts[position] if math.prod(parts[position]) > 1 else None,
+            *sizes,
+            of_one if math.prod(of_one) > 1 else None,
         ]
-        for position, e in enumerate(index.entries)
+        for e, sizes, of_one in zip(index.entries, index.sizes, parts, strict=True)
     ]
     told = {"info": info, "objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
     header = json.dumps(told, separators=(",", ":")).encode()

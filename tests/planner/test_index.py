@@ -27,7 +27,7 @@ def test_an_index_knows_its_tensors() -> None:
     assert "a" in index
     assert "c" not in index
     assert index.shards_of(0) == [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
-    assert index.stored_bytes(1) == 8 * 8 * 2
+    assert index.sizes[1][1] == 8 * 8 * 2
     assert index.chunks_of(1).stop == len(index.lengths)
 
 

@@ -60,7 +60,8 @@ def test_a_manifest_comes_back() -> None:
     assert manifest.index() == INDEX
     assert manifest.entries == INDEX.entries
     assert manifest.objects == INDEX.objects
-    assert manifest.sizes == ((4, INDEX.stored_bytes(0)), (2, INDEX.stored_bytes(1)))
+    assert manifest.sizes == tuple(INDEX.sizes)
+    assert [chunks for chunks, _ in INDEX.sizes] == [4, 2]
     assert manifest.paths == {"a": ("a",), "b": ("list", 3)}
     assert manifest.info == {"writer": "test"}
     assert (manifest.bytes_read, manifest.requests) == (len(DATA), 1)
@@ -107,7 +108,7 @@ B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128, None]
         {"entries": [[*A, -7, 0, None], B]},
         {"entries": [[*A, 10**30, 0, None], B]},
         {"entries": [[*A, 4, 1, None], B]},
-        {"entries": [[*A, 4, INDEX.stored_bytes(0), None, 0], B]},
+        {"entries": [[*A, 4, INDEX.sizes[0][1], None, 0], B]},
         {"entries": [B, B]},
         {
             "entries": [
@@ -239,10 +240,10 @@ def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monk
     recording.calls.clear()
     assert manifest.index([Want("a", Box((100, 130), (50, 20)))]) is index
     assert recording.calls == []
-    assert manifest.index([Want("b", Box((0, 0), (512, 512)))]).stored_bytes(0) == whole.stored_bytes(1)
+    assert manifest.index([Want("b", Box((0, 0), (512, 512)))]).sizes[0][1] == whole.sizes[1][1]
     for name, box in (("b", Box((3, 3), (0, 5))), ("b", Box((0, 0), (513, 1)))):  # of nothing, and too large
         assert name in manifest.index([Want(name, box)])
-    assert sum(manifest.index().stored_bytes(at) for at in range(3)) == int(whole.lengths.sum())
+    assert manifest.index().sizes == whole.sizes
 
 
 def test_a_region_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
