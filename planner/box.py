@@ -7,6 +7,7 @@ The functions over arrays do the same for many boxes at once: row i of an (n, nd
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -103,11 +104,31 @@ def intersect_pairs(
     return starts, stops - starts
 
 
-def ranges(begins: IntArray, counts: IntArray) -> IntArray:
+def ranges(begins: IntArray | int, counts: IntArray) -> IntArray:
     """The integers of ranges, one range after another: counts[i] of them from begins[i] on."""
     before = np.cumsum(counts) - counts
     every: IntArray = np.arange(int(counts.sum())) + np.repeat(begins - before, counts)
     return every
+
+
+def unravel(ordinals: IntArray, counts: IntArray, grids: IntArray, order: Sequence[int]) -> IntArray:
+    """Ordinals of cells, as places in their grids.
+
+    Args:
+        ordinals: (n,)
+        counts: (m, ndim) the cells of m grids in each dimension.
+        grids: (n,) which of them each ordinal is of.
+        order: the dimensions, from the outermost to the innermost.
+
+    Returns: (n, ndim)
+    """
+    places = np.empty((len(ordinals), counts.shape[1]), np.int64)
+    left = ordinals
+    for d in reversed(order):
+        count = counts[grids, d]
+        places[:, d] = left % count
+        left = left // count
+    return places
 
 
 def indexes(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:

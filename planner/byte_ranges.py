@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray, columns_equal
+from .box import IntArray, columns_equal, ranges, unravel
 
 SLAB_BYTES = 1024 * 1024
 """Values of a slab, at most, where one run is not longer."""
@@ -118,11 +118,7 @@ def slabs_of(
     blocks = -(-piece_sizes // block)
     counts = blocks.prod(axis=1)
     chunks = np.repeat(at, counts)
-    left = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
-    place = np.empty((len(chunks), ndim), np.int64)
-    for d in range(ndim - 1, -1, -1):
-        place[:, d] = left % blocks[chunks, d]
-        left //= blocks[chunks, d]
+    place = unravel(ranges(0, counts), blocks, chunks, range(ndim))
     offsets = piece_offsets[chunks] + place * block[chunks]
     sizes = np.minimum(block[chunks], (piece_offsets + piece_sizes)[chunks] - offsets)
     begins = ((offsets - chunk_offsets[chunks]) * row_bytes[chunks]).sum(axis=1)

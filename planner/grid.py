@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .box import Box, IntArray, intersect_pairs
+from .box import Box, IntArray, intersect_pairs, ranges, unravel
 
 MAX_PARTS = 16
 """Cells of a dimension before refinement: the edges serve TP 2, 4, 8 and 16."""
@@ -137,13 +137,7 @@ class Grid:
         chunks = count_met.prod(axis=1, dtype=np.int64)
         shards = np.repeat(np.arange(len(chunks)), chunks)
         # A chunk's number among those of its shard that meet the box, taken apart into its cell in each dimension.
-        left = np.arange(len(shards)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        cells = np.empty((len(shards), len(self.shape)), np.int64)
-        for d in reversed(self.order):
-            met = count_met[shards, d]
-            cells[:, d] = left % met
-            left //= met
-        cells += first_met[shards]
+        cells = unravel(ranges(0, chunks), count_met, shards, self.order) + first_met[shards]
         ordinals = np.zeros(len(shards), np.int64)
         for d in self.order:
             ordinals = ordinals * count[shards, d] + cells[:, d] - first[shards, d]

@@ -170,7 +170,8 @@ class CheckpointIndex:
         check_references(self.segments, len(self.entries), len(self.objects))
         owners = self.segments.entries
         assign(self, "regions", Regions.whole(self.entries, owners) if held is None else held)
-        self.regions.check(self.entries, owners)
+        if held is not None:
+            held.check(self.entries, owners)
         assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
         ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
         assign(self, "first_extent", np.concatenate(([0], np.cumsum(ndims))))
@@ -288,11 +289,9 @@ class CheckpointIndex:
         """
         rows = self.segments_of(position)
         once = self.segments.streams[rows] != Stream.TAIL
-        starts = self.segments.starts[rows]
-        chunks = self.chunks_of(position)
-        before = np.concatenate(([0], np.cumsum(self.lengths[chunks], dtype=np.int64)))
-        bounds = self.first_chunk[rows.start : rows.stop + 1] - chunks.start
-        stops = starts + np.diff(before[bounds])
+        starts, chunks = self.segments.starts[rows], self.chunks_of(position)
+        first = self.first_chunk[rows] - chunks.start
+        stops = starts + np.add.reduceat(self.lengths[chunks], first, dtype=np.int64)
         columns = (self.segments.objects[rows], starts, stops, *self.segment_boxes(position))
         return joined(*(column[once] for column in columns))
 

@@ -144,10 +144,8 @@ def _cut(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
     shards, offsets, sizes = _pieces(saved, parts)
     counts = saved.chunks(offsets, sizes)
     first = np.cumsum(counts) - counts
-    corners = Grid(grid.shape, parts).cells(offsets, sizes)[0]
-    regions = np.zeros(len(shards), np.int64)
-    for d in grid.order:
-        regions = regions * parts[d] + corners[:, d]
+    corner, shape = (np.broadcast_to(column, offsets.shape) for column in Box.whole(grid.shape).columns)
+    regions = Grid(grid.shape, parts).chunks_of_many(corner, shape, offsets, sizes)[1]  # each piece meets one
     # A tail comes right after the head of the same box.
     streams = np.frombuffer(saved.streams, np.uint8)[shards]
     pieces = np.arange(len(shards)) - np.searchsorted(shards, shards)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .box import Box, IntArray, columns_equal
+from .box import Box, IntArray, columns_equal, unravel
 from .errors import InvalidIndexError
 from .grid import Grid
 
@@ -76,19 +76,14 @@ class Regions:
         def column(values: list[tuple[int, ...]]) -> IntArray:
             return np.array(values, np.int64).reshape(len(alike), ndim)
 
-        shapes = column([entries[at].shape for at in alike.tolist()])
+        shapes = column([entries[at].shape for at in alike.tolist()])[of]
         parts = column([self.parts[at] for at in alike.tolist()])
         orders = column([entries[at].grid.order for at in alike.tolist()])
-        offsets, sizes = np.empty((len(rows), ndim), np.int64), np.empty((len(rows), ndim), np.int64)
-        left, every = self.cells[rows], np.arange(len(rows))
-        for inner in reversed(range(ndim)):
-            d = orders[of, inner]
-            n, count = shapes[of, d], parts[of, d]
-            cell = left % count
-            left = left // count
-            start = cell * n // count
-            offsets[every, d], sizes[every, d] = start, (cell + 1) * n // count - start
-        return rows, offsets, sizes
+        in_order = unravel(self.cells[rows], np.take_along_axis(parts, orders, axis=1), of, range(ndim))
+        parts, cells = parts[of], np.empty((len(rows), ndim), np.int64)
+        np.put_along_axis(cells, orders[of], in_order, axis=1)
+        offsets = cells * shapes // parts
+        return rows, offsets, (cells + 1) * shapes // parts - offsets
 
 
 def check_region_parts(entry: Entry, parts: tuple[int, ...]) -> None:
