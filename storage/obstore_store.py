@@ -10,10 +10,10 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,8 @@ def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
     if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
         return None
     try:
-        session = _session(options.get("profile"))
+        given = options.get("key") is not None or bool(options.get("anon"))
+        session = _session(options.get("profile"), may_call=not given)
         config = _config(dict(options), session)
         return None if config is None else _opened(bucket, folder, config, _ca_bundle(session))
     except Exception as error:
@@ -105,22 +106,27 @@ def _opened(bucket: str, folder: str, config: dict[str, Any], bundle: str | None
     reading: ClientConfig = {**writing, "read_timeout": silence}  # while an object is sent, nothing is read
     # Our own retries see what happened, and stop when they are told to.
     retries: RetryConfig = {"max_retries": 1, "retry_timeout": silence}
+    client = partial(S3Store, bucket, **config, retry_config=retries)
     return ObstoreStore(
-        S3Store(bucket, **config, client_options=reading, retry_config=retries),
-        S3Store(bucket, **config, client_options=writing, retry_config=retries),
+        client(client_options=reading),
+        lambda: client(client_options=writing),
         bucket,
         folder,
         str(config.get("endpoint")),
     )
 
 
-def _session(profile: str | None) -> Any:
-    """botocore's session, which knows of profiles, files, roles and the instance's metadata; None without botocore."""
+def _session(profile: str | None, *, may_call: bool = True) -> Any:
+    """botocore's session, which knows of profiles, files, roles and the instance's metadata; None without botocore.
+
+    Args:
+        may_call: whether credentials are asked of it, for which it may call a service: that takes longer to prepare.
+    """
     try:
         from botocore.session import Session
     except ImportError:
         return None
-    return Session(profile=profile)
+    return Session(profile=profile, include_builtin_handlers=may_call)
 
 
 def _ca_bundle(session: Any) -> str | None:
@@ -190,9 +196,11 @@ class ObstoreStore:
     read_into = None
     holds_objects = True
 
-    def __init__(self, reading: S3Store, writing: S3Store, bucket: str, folder: str, endpoint: str) -> None:
+    def __init__(
+        self, reading: S3Store, open_writing: Callable[[], S3Store], bucket: str, folder: str, endpoint: str
+    ) -> None:
         self._reading = reading
-        self._writing = writing
+        self._open_writing = open_writing
         self._bucket = bucket
         self._prefix = f"{folder}/" if folder else ""
         self._endpoint = endpoint
@@ -200,6 +208,11 @@ class ObstoreStore:
     @property
     def location(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @cached_property
+    def _writing(self) -> S3Store:
+        """A client of its own, which takes some ms to make: it reads the certificates of the system."""
+        return self._open_writing()
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         import obstore

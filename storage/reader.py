@@ -267,7 +267,8 @@ class _Execution:
             count = len(self._untold) - len(self._groups) + GROUPS_AHEAD
             soon = [self._untold.popleft() for _ in range(min(count, len(self._untold)))]
             self._reading += 1
-            self._caller.notify()
+            if self._error is not None:
+                self._caller.notify()
         try:
             for later in soon:
                 self._fetcher.will_read(self._wanted(later))
