@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from ..planner.box import Box, IntArray, ranges
+from ..planner.box import Box, IntArray
 from ..planner.index import NATIVE, CheckpointIndex, Encoding
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .bands import Bands, bands_of
-from .checksums import checksums
+from .checksums import checksum, page_checksums
 from .place import Destination
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
@@ -78,25 +76,27 @@ class Batch:
     def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
         """The chunks whose bytes of a stream do not match. `data` begins at byte `start` of the object."""
         read, rows = self.read, self.rows
-        begins = read.starts[rows, stream] - start
-        ends = begins + read.packed_bytes(rows)[:, stream]
-        damaged = ends > len(data)
-        encodings = read.encodings[rows]
-        if max(encodings) <= max(NATIVE):  # other formats have no checksums of parts
-            nbytes = np.where(encodings == Encoding.RAW, read.entry.page_bytes, ends - begins)  # of a page
-            pages = -(-(ends - begins) // nbytes)
-            chunks, nth = np.repeat(np.arange(len(pages)), pages), ranges(0, pages)
-            begins = begins[chunks] + nth * nbytes[chunks]
-            ends = np.minimum(begins + nbytes[chunks], ends[chunks])
-            found = np.array(checksums(data, begins.tolist(), ends.tolist()), np.uint64)
-            damaged[chunks[found != index.checksums[read.checksums[rows, stream][chunks] + nth]]] = True
-        return [self._byte_range(i, stream) for i in np.flatnonzero(damaged).tolist()]
-
-    def _byte_range(self, i: int, stream: int) -> ByteRange:
-        row = self.rows.start + i
-        return ByteRange(
-            self.tensor, self.chunk_box(i), int(self.read.starts[row, stream]), int(self.read.stops[row, stream])
-        )
+        begins, nbytes = read.starts[rows, stream].tolist(), read.packed_bytes(rows)[:, stream].tolist()
+        encodings, firsts = read.encodings[rows].tolist(), read.checksums[rows, stream]
+        native = max(encodings, default=0) <= max(NATIVE)
+        expected = index.checksums[firsts].tolist() if native else encodings
+        page_bytes = read.entry.page_bytes
+        damaged = []
+        for i, (begin, size) in enumerate(zip(begins, nbytes, strict=True)):
+            view = data[begin - start : begin - start + size]
+            if not native:
+                intact = True  # other formats have no checksums of parts
+            elif encodings[i] == Encoding.RAW:
+                found = page_checksums(view, page_bytes)
+                first = int(firsts[i])
+                intact = found == index.checksums[first : first + len(found)].tolist()
+            else:
+                intact = checksum(view) == expected[i]
+            if not intact or len(view) != size:
+                damaged.append(
+                    ByteRange(self.tensor, self.chunk_box(i), begin, int(read.stops[rows.start + i, stream]))
+                )
+        return damaged
 
     def chunk_box(self, i: int) -> Box:
         """The box of the batch's chunk i, in the global tensor."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import xxhash
 from typing_extensions import Buffer
 
@@ -13,13 +11,7 @@ def checksum(data: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def checksums(data: Buffer, begins: Iterable[int], ends: Iterable[int]) -> list[int]:
-    """Those of parts of some bytes: [begin, end) each."""
-    view, digest = memoryview(data), xxhash.xxh3_64_intdigest
-    return [digest(view[begin:end]) for begin, end in zip(begins, ends, strict=True)]
-
-
 def page_checksums(data: Buffer, page_bytes: int) -> list[int]:
-    """The checksum of each page of a raw chunk."""
-    begins = range(0, memoryview(data).nbytes, page_bytes)
-    return checksums(data, begins, (begin + page_bytes for begin in begins))
+    """The checksum of each page of a raw chunk, or of a part of one that begins with a page."""
+    view = memoryview(data)
+    return [xxhash.xxh3_64_intdigest(view[at : at + page_bytes]) for at in range(0, len(view), page_bytes)]
