@@ -11,6 +11,7 @@ each is longest where it is cut); of two equals, the last. Dimensions before tho
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -50,8 +51,9 @@ class Grid:
         if len(self.shape) != len(self.parts) or any(part < 1 for part in self.parts):
             raise ValueError(f"parts {self.parts} do not make a grid over shape {self.shape}")
 
-    @classmethod
-    def choose(cls, shape: tuple[int, ...], itemsize: int) -> Grid:
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)  # the tensors of a model have few shapes
+    def choose(shape: tuple[int, ...], itemsize: int) -> Grid:
         """The grid for a tensor of this shape, with elements of `itemsize` bytes.
 
         Starts from 16 equal parts of each dimension; merges along the shortest cell edge while a cell is below
@@ -73,7 +75,7 @@ class Grid:
                 break
             parts[longest] *= 2
             edges[longest] = shape[longest] / parts[longest]
-        return cls(shape, tuple(parts))
+        return Grid(shape, tuple(parts))
 
     @property
     def cell_numel(self) -> int:

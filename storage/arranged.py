@@ -6,7 +6,7 @@ beside the bytes that they stand for; what is done to each chunk is a loop over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..planner.box import Box, IntArray
@@ -160,6 +160,14 @@ def arrange(
                 request.unplaced += 1
                 tensor.missing += 1
     return list(tensors.values()), list(ordered.values())
+
+
+def part(tensors: Iterable[Tensor], requests: Iterable[Request]) -> None:
+    """Let them refer to each other no more: destinations would be kept in memory until cycles are collected."""
+    for tensor in tensors:
+        tensor.batches.clear()
+    for request in requests:
+        request.parts.clear()
 
 
 def _batches(read: ChunkReads, bands: Bands, request_of: IntArray) -> Iterator[tuple[slice, slice]]:

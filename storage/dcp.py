@@ -52,9 +52,10 @@ from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .retrying_store import at_once
+from .sharded import refuse_misplaced
 from .source import Source
 from .store import Store, open_store
-from .tensors import dtype_name, refuse_misplaced, torch_dtype
+from .tensors import dtype_name, torch_dtype
 from .version import __version__
 from .writer import ShardToWrite, part_of, write_objects
 

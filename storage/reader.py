@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,7 @@ from torch.profiler import record_function
 
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
-from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange
+from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, part
 from .chunks import place_batch
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
 from .fetch import Found, Ranges, read_ranges
@@ -73,11 +74,8 @@ def execute(
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
     execution = _Execution(plan, index, store, destinations, budget, interrupt, placed)
-    if workers is not None:
-        execution.run(workers)
-    else:
-        with Workers(store) as own:
-            execution.run(own)
+    with Workers(store) if workers is None else nullcontext(workers) as used:
+        execution.run(used)
     return execution.stats
 
 
@@ -144,6 +142,8 @@ class _Execution:
             for request in self._requests:
                 if request.data is not None:
                     self._fetcher.release(request.data)
+        part(self._tensors, self._requests)
+        if self._error is not None:
             tensor = self._failed_at.get(self._error)
             if tensor is not None and tensor.touched:
                 self._error.args = (f"{self._error}; a part of the tensor was overwritten",)
@@ -152,8 +152,7 @@ class _Execution:
     def _grouped(self) -> Iterator[list[Request]]:
         """The requests, some of them together."""
         most = min(self._fetcher.together_bytes, self._budget // 4)
-        group: list[Request] = []
-        nbytes = 0
+        group, nbytes = list[Request](), 0
         for request in self._requests:
             group.append(request)
             nbytes += request.nbytes

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError, UnsupportedValueError
 
@@ -100,6 +99,15 @@ def _is_walked(values: list[Any]) -> bool:
         isinstance(value, (torch.Tensor, Mapping)) or (isinstance(value, list) and _is_walked(value))
         for value in values
     )
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """As torch.distributed.checkpoint's, which takes long to import."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:

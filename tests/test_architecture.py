@@ -1,4 +1,4 @@
-"""Who imports whom, and how large a file may be: docs/ARCHITECTURE.md, kept by a test."""
+"""Who imports whom and what, and how large a file may be: docs/ARCHITECTURE.md, kept by a test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+import reshard
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("planner", "storage", "reshard") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -54,9 +57,20 @@ def test_importing_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_public_names_are_there() -> None:
-    import reshard
+def test_plain_tensors_are_loaded_without_what_only_sharded_ones_need(tmp_path: Path) -> None:
+    """It takes longer to import than many a checkpoint to load."""
+    reshard.save({"w": torch.arange(4)}, tmp_path / "c")
+    code = (
+        "import sys, torch, reshard; reshard.load({'w': torch.zeros(4, dtype=torch.int64)}, sys.argv[1]); "
+        "heavy = ('torch.distributed.tensor', 'torch.distributed.checkpoint', 's3fs', 'botocore', 'matplotlib'); "
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "c")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
+
+def test_the_public_names_are_there() -> None:
     for name in reshard.__all__:
         assert getattr(reshard, name) is not None
     with pytest.raises(AttributeError, match="nothing_of_this_name"):

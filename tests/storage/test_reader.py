@@ -1,9 +1,12 @@
 import functools
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -329,3 +332,18 @@ def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped
     waiting.join(10)
     answered.set()
     assert "stopped" in str(errors)
+
+
+def test_nothing_keeps_a_tensor_in_memory_once_it_is_loaded() -> None:
+    store, manifest = saved("zstd", TENSORS)
+    memory = np.zeros((512, 256), np.float32)
+    held = weakref.ref(memory)
+    gc.collect()
+    gc.disable()  # what refers to itself would stay until the collector comes
+    try:
+        read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.from_numpy(memory)])
+        assert np.array_equal(memory, TENSORS["w"].numpy())
+        del memory
+        assert held() is None
+    finally:
+        gc.enable()
