@@ -40,9 +40,9 @@ def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
     """
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return [(Box.whole(tuple(tensor.shape)), tensor.detach())]
-    from .sharded import local_shards  # half a second, which who has no such tensors is spared
+    from . import sharded  # which takes a second: whoever has no such tensor is spared it
 
-    return local_shards(name, tensor)
+    return sharded.local_shards(name, tensor)
 
 
 UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
