@@ -162,7 +162,7 @@ def arrange(
     return list(tensors.values()), list(ordered.values())
 
 
-def part(tensors: Iterable[Tensor], requests: Iterable[Request]) -> None:
+def separate(tensors: Iterable[Tensor], requests: Iterable[Request]) -> None:
     """Let them refer to each other no more: destinations would be kept in memory until cycles are collected."""
     for tensor in tensors:
         tensor.batches.clear()

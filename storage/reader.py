@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
-from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, part
+from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, separate
 from .chunks import place_batch
 from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
 from .fetch import Found, Ranges, read_ranges
@@ -142,7 +142,7 @@ class _Execution:
             for request in self._requests:
                 if request.data is not None:
                     self._fetcher.release(request.data)
-        part(self._tensors, self._requests)
+        separate(self._tensors, self._requests)
         if self._error is not None:
             tensor = self._failed_at.get(self._error)
             if tensor is not None and tensor.touched:

@@ -2,6 +2,7 @@ import functools
 import gc
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -344,6 +345,9 @@ def test_nothing_keeps_a_tensor_in_memory_once_it_is_loaded() -> None:
         read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.from_numpy(memory)])
         assert np.array_equal(memory, TENSORS["w"].numpy())
         del memory
+        end = time.monotonic() + 30
+        while held() is not None and time.monotonic() < end:  # a worker may be about to leave its last task
+            time.sleep(0.01)
         assert held() is None
     finally:
         gc.enable()
