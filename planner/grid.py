@@ -23,6 +23,8 @@ MAX_PARTS = 16
 """Cells of a dimension before refinement: the edges serve TP 2, 4, 8 and 16."""
 FLOOR_BYTES = 64 * 1024
 """A cell smaller than this is merged with a neighbour: a chunk costs 12 bytes of manifest and one decoding."""
+RAW_FLOOR_BYTES = 128 * 1024
+"""The same of raw chunks, of which a part can be read: fewer of them are as good for a rank that needs a few rows."""
 TARGET_BYTES = 1024 * 1024
 """A cell larger than this is cut further: a chunk is what has to be read for any part of it."""
 
@@ -53,15 +55,16 @@ class Grid:
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)  # the tensors of a model have few shapes
-    def choose(shape: tuple[int, ...], itemsize: int) -> Grid:
-        """The grid for a tensor of this shape, with elements of `itemsize` bytes.
+    def choose(shape: tuple[int, ...], itemsize: int, *, raw: bool = False) -> Grid:
+        """The grid for a tensor of this shape, with elements of `itemsize` bytes, whose chunks are `raw` or encoded.
 
         Starts from 16 equal parts of each dimension; merges along the shortest cell edge while a cell is below
-        64 KiB; cuts along the longest while it is above 1 MiB.
+        64 KiB, of raw chunks below 128 KiB; cuts along the longest while it is above 1 MiB.
         """
+        floor = RAW_FLOOR_BYTES if raw else FLOOR_BYTES
         parts = [max(1, min(MAX_PARTS, n)) for n in shape]
         edges = [n / part for n, part in zip(shape, parts, strict=True)]
-        while math.prod(edges) * itemsize < FLOOR_BYTES:
+        while math.prod(edges) * itemsize < floor:
             mergeable = [d for d, part in enumerate(parts) if part > 1]
             if not mergeable:
                 break

@@ -13,6 +13,7 @@ import numpy as np
 from ..planner.box import Box
 from ..planner.grid import Grid
 from ..planner.index import ITEMSIZES, CheckpointIndex, Entry, Kind, Segments
+from .errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class ShardRecord:
     name: str
     kind: int
     dtype: str
-    shape: tuple[int, ...]
+    grid: Grid
+    """By which the tensor is cut."""
     box: Box
     segments: tuple[SegmentRecord, ...]
 
@@ -73,7 +75,7 @@ def record_from_json(value: dict[str, Any]) -> ObjectRecord:
             shard["name"],
             shard["kind"],
             shard["dtype"],
-            tuple(shard["shape"]),
+            Grid(tuple(shard["grid"]["shape"]), tuple(shard["grid"]["parts"])),
             Box(tuple(shard["box"]["offsets"]), tuple(shard["box"]["sizes"])),
             tuple(
                 SegmentRecord(**{**segment, **{c: base64.b64decode(segment[c]) for c in ("lengths", "checksums")}})
@@ -93,17 +95,25 @@ def assemble_index(
     Args:
         objects: of all ranks.
         empty: dtype and shape of tensors of no elements, of which nothing was written.
+
+    Raises ArgumentError where ranks have cut a tensor differently, since they were given different codecs.
     """
     shards = sorted(
         ((shard, at) for at, record in enumerate(objects) for shard in record.shards),
         key=lambda item: (item[0].name, item[0].box.offsets),
     )
-    kinds = {shard.name: (Kind(shard.kind), shard.dtype, shard.shape) for shard, _ in shards}
-    kinds |= {name: (Kind.TENSOR, dtype, shape) for name, (dtype, shape) in (empty or {}).items() if name not in kinds}
-    entries = tuple(
-        Entry(name, kind, dtype, Grid.choose(shape, ITEMSIZES[dtype]))
-        for name, (kind, dtype, shape) in sorted(kinds.items())
-    )
+    kinds = {
+        name: (Kind.TENSOR, dtype, Grid.choose(shape, ITEMSIZES[dtype]))
+        for name, (dtype, shape) in (empty or {}).items()
+    }
+    kinds |= {shard.name: (Kind(shard.kind), shard.dtype, shard.grid) for shard, _ in shards}
+    for shard, _ in shards:
+        if shard.grid != (grid := kinds[shard.name][2]):
+            raise ArgumentError(
+                f"{shard.name!r} was cut in {grid.parts} parts by one rank and in {shard.grid.parts} by another: the "
+                "codec of a save is to be the same on all ranks"
+            )
+    entries = tuple(Entry(name, *kind) for name, kind in sorted(kinds.items()))
     position = {entry.name: i for i, entry in enumerate(entries)}
     rows = [(shard, segment, at) for shard, at in shards for segment in shard.segments]
     segments = Segments(

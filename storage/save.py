@@ -107,22 +107,23 @@ def save(
         UnsupportedURIError, StoreError: the place cannot be opened, or not be written.
         CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
         UnsupportedValueError, DtypeError, LayoutError: the state dict holds what cannot be stored.
-        ArgumentError: there is no such codec, `state_dict` is none, or the ranks were given different places.
+        ArgumentError: there is no such codec, `state_dict` is none, or the ranks were given different places or codecs.
         RankError: anything else.
     """
     begin = time.perf_counter()
     states: dict[str, Any] = {}
 
-    def prepare() -> str | None:
+    def prepare() -> tuple[str | None, str]:
         check_codec(codec)
         states.update(stateful_to_state(state_dict))
         check_storable(states)
-        return None if isinstance(uri, Store) else str(uri)
+        return None if isinstance(uri, Store) else str(uri), codec
 
     # On all ranks together, so that a state that cannot be had or stored stops every one of them.
-    places = set(on_all_ranks(prepare, process_group)) - {None}
-    if len(places) > 1:
-        raise ArgumentError(f"the ranks of one save were given different places: {', '.join(sorted(map(str, places)))}")
+    places, codecs = zip(*on_all_ranks(prepare, process_group), strict=True)
+    for what, given in ("places", set(places) - {None}), ("codecs", set(codecs)):
+        if len(given) > 1:
+            raise ArgumentError(f"the ranks of one save were given different {what}: {', '.join(sorted(given))}")
     writer = StorageWriter(
         uri, codec=codec, storage_options=storage_options, overwrite=overwrite, budget_bytes=budget_bytes
     )

@@ -86,10 +86,9 @@ class ShardToWrite:
     def nbytes(self) -> int:
         return self.box.numel * self.dtype.itemsize
 
-    def pieces(self, most_bytes: int) -> list[ShardToWrite]:
+    def pieces(self, most_bytes: int, codec: str) -> list[ShardToWrite]:
         """The shard as several that have at most so many bytes, as far as the grid lets it be cut."""
-        grid = Grid.choose(self.shape, self.dtype.itemsize)
-        boxes = grid.split(self.box, max(1, most_bytes // self.dtype.itemsize))
+        boxes = _grid(self.shape, self.dtype.itemsize, codec).split(self.box, max(1, most_bytes // self.dtype.itemsize))
         return [replace(self, box=box) for box in boxes]
 
 
@@ -128,13 +127,14 @@ class _Shard:
 
     source: ShardToWrite
     dtype: str
+    grid: Grid
     segments: list[_Segment]
     chunks: int
 
     def record(self, encoding: Encoding) -> ShardRecord:
         source = self.source
         segments = tuple(segment.record(encoding) for segment in self.segments)
-        return ShardRecord(source.name, int(source.kind), self.dtype, source.shape, source.box, segments)
+        return ShardRecord(source.name, int(source.kind), self.dtype, self.grid, source.box, segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def write_objects(
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
-    groups = _groups([shard for shard in shards if shard.box.numel > 0], budget, several=store.holds_objects)
+    groups = _groups([shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.holds_objects)
     stopped = threading.Event()
     with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
         writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
@@ -203,17 +203,23 @@ def write_objects(
             writing.shutdown(wait=False)
 
 
-def _groups(shards: Sequence[ShardToWrite], budget_bytes: int, *, several: bool) -> list[list[ShardToWrite]]:
+def _grid(shape: tuple[int, ...], itemsize: int, codec: str) -> Grid:
+    return Grid.choose(shape, itemsize, raw=codec == "none")
+
+
+def _groups(
+    shards: Sequence[ShardToWrite], codec: str, budget_bytes: int, *, several: bool
+) -> list[list[ShardToWrite]]:
     """What each object is to hold: all, or, where `several` are better, as much as makes many, and not too small."""
     if not several:
-        pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4))]
+        pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4), codec)]
         return [pieces] if pieces else []
     total = sum(shard.nbytes for shard in shards)
     share = max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES)
     most = min(share, MOST_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
     groups: list[list[ShardToWrite]] = []
     room = 0
-    for piece in (piece for shard in shards for piece in shard.pieces(most)):
+    for piece in (piece for shard in shards for piece in shard.pieces(most, codec)):
         if not groups or piece.nbytes > room:
             groups.append([])
             room = most
@@ -297,10 +303,11 @@ class _ObjectWriter:
             for source in shards:
                 values = source.load(source.box)
                 dtype = dtype_name(source.name, values.dtype)
-                entry = Entry(source.name, source.kind, dtype, Grid.choose(source.shape, values.itemsize))
-                cuts = _cut(entry.grid, source.box, values.itemsize)
+                grid = _grid(source.shape, values.itemsize, self._codec)
+                entry = Entry(source.name, source.kind, dtype, grid)
+                cuts = _cut(grid, source.box, values.itemsize)
                 segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
-                begun.append(_Shard(source, dtype, segments, cuts.chunks))
+                begun.append(_Shard(source, dtype, grid, segments, cuts.chunks))
                 if values.device.type != "cpu":
                     torch.accelerator.synchronize(values.device)  # what its own stream still computes
                 array = as_array(values)

@@ -229,15 +229,21 @@ def test_a_rank_that_fails_stops_the_others(tmp_path: Path, saving: bool) -> Non
     assert reshard.open(tmp_path).verify() == []
 
 
-def save_by_different_codecs(folder: str) -> str:
+def save_by_different_codecs(folder: str, other: str) -> str:
     with pytest.raises(errors.ArgumentError) as caught:
-        reshard.save(state_on_ranks(1), folder, codec="zstd" if dist.get_rank() == 0 else "lzma")
+        reshard.save(state_on_ranks(1), folder, codec="zstd" if dist.get_rank() == 0 else other)
     return str(caught.value)
 
 
 def test_a_codec_that_one_rank_asks_for_in_vain_is_told_on_all(ranks: RankPool, tmp_path: Path) -> None:
-    for told in ranks.run(2, save_by_different_codecs, str(tmp_path), timeout_s=30):
+    for told in ranks.run(2, save_by_different_codecs, str(tmp_path), "lzma", timeout_s=30):
         assert told.startswith("rank 1: codec must be one of")
+
+
+def test_ranks_that_save_by_different_codecs_are_told(ranks: RankPool, tmp_path: Path) -> None:
+    told = ranks.run(2, save_by_different_codecs, str(tmp_path), "none")
+    assert all(message.endswith("were given different codecs: none, zstd") for message in told)
+    assert list(tmp_path.iterdir()) == []
 
 
 def save_to_different_places(folder: str) -> str:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.grid import FLOOR_BYTES, TARGET_BYTES, Grid
+from reshard.planner.grid import FLOOR_BYTES, RAW_FLOOR_BYTES, TARGET_BYTES, Grid
 from tests.planner.boxes import boxes_in, paint, shapes
 
 
@@ -75,11 +75,12 @@ def test_tensor_parallel_ranks_fall_on_grid_lines(shape: tuple[int, int], dim: i
         ((512, 512, 3, 3), 4),
     ],
 )
-def test_cells_are_of_a_good_size(shape: tuple[int, ...], itemsize: int) -> None:
-    grid = Grid.choose(shape, itemsize)
+@pytest.mark.parametrize(("raw", "floor"), [(False, FLOOR_BYTES), (True, RAW_FLOOR_BYTES)])
+def test_cells_are_of_a_good_size(shape: tuple[int, ...], itemsize: int, raw: bool, floor: int) -> None:
+    grid = Grid.choose(shape, itemsize, raw=raw)
     cell = math.prod(n / part for n, part in zip(shape, grid.parts, strict=True)) * itemsize
     assert cell <= TARGET_BYTES
-    assert cell >= FLOOR_BYTES or all(part == 1 for part in grid.parts)
+    assert cell >= floor or all(part == 1 for part in grid.parts)
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4096, 1024), 0), ((1024, 4096), 1), ((2048, 2048), 1)])

@@ -13,7 +13,7 @@ from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage import retrying_store, writer
-from reshard.storage.errors import DtypeError, StoreError, UnavailableError
+from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
 from reshard.storage.retrying_store import RetryingStore
@@ -37,6 +37,15 @@ def test_a_rank_writes_one_object_that_the_index_describes() -> None:
     index = assemble_index([record], {"none": ("float32", (0, 3))})
     assert [entry.name for entry in index.entries] == ["a", "b", "none"]
     assert int(index.lengths.sum()) + 8 == record.nbytes
+
+
+def test_raw_chunks_are_larger_and_one_tensor_is_not_cut_in_two_ways() -> None:
+    store, values = MemoryStore(), torch.randn(1024, 1024)
+    encoded, raw = (write_objects(store, "00000", [shard("t", values)], codec) for codec in ("zstd", "none"))
+    assert assemble_index(encoded).entry("t").grid.parts == (8, 8)
+    assert assemble_index(raw).entry("t").grid.parts == (8, 4)
+    with pytest.raises(ArgumentError, match=r"'t' was cut in \(8, 4\) parts by one rank and in \(8, 8\) by another"):
+        assemble_index([*encoded, *raw])
 
 
 def test_nothing_to_write_makes_no_object() -> None:
