@@ -46,7 +46,10 @@ CASES: dict[str, tuple[dict[str, int], int, int, bool]] = {
 def saved(shapes: dict[str, tuple[int, ...]], ranks: int, *, raw: bool) -> CheckpointIndex:
     """The index of tensors that FSDP cut by rows; encoded chunks have two thirds of their bytes."""
     return index_of(
-        *(Saved(name, Grid.choose(shape, 2), list(_rows(shape, ranks)), raw=raw) for name, shape in shapes.items())
+        *(
+            Saved(name, Grid.choose(shape, 2, raw=raw), list(_rows(shape, ranks)), raw=raw)
+            for name, shape in shapes.items()
+        )
     )
 
 
