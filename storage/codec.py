@@ -31,6 +31,7 @@ else:
 
 from ..planner.index import ITEMSIZES, Stream
 from .errors import CorruptCheckpointError
+from .tensors import cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,17 +119,17 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
         n = numel * (itemsize // width)
         return _join_planes(_split_bytes(values, width), n, floats=dtype.startswith(_FLOAT_PREFIXES))
     bits = values.view(np.uint32)
-    heads = _round_to_bfloat16(values)
+    heads = _scratch.take(4, len(bits))
+    cast(values, torch.float32, heads.view(np.uint8), torch.bfloat16)
     if stream is Stream.HEAD:
         return _join_planes(_split_bfloat16(heads), numel, exponents_first=True)
-    difference = _scratch.take(0, 2 * len(bits)).view(np.uint32)
-    np.copyto(difference, heads)
-    difference *= 65536
-    np.subtract(bits, difference, out=difference)
+    nearest = _scratch.take(0, 2 * len(bits)).view(np.uint32)
+    np.add(bits, 32768, out=nearest)
+    nearest >>= 16
     tails = _scratch.take(1, len(bits))
-    np.copyto(tails, difference, casting="unsafe")
-    difference += 32768
-    lost = np.flatnonzero(difference > 65535)  # those that 16 bits with a sign do not hold
+    np.copyto(tails, nearest, casting="unsafe")
+    lost = np.flatnonzero(tails != heads)  # the difference is no number of 16 bits with a sign
+    np.copyto(tails, bits, casting="unsafe")  # a head has 16 zeros there
     exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
     bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
     planes = _join_planes(_split_bytes(tails.view(np.uint8), 2), numel)
@@ -194,12 +195,6 @@ def decode_heads_and_tails(heads: Sequence[Buffer], tails: Sequence[Buffer], num
     return high.view(np.uint8)
 
 
-def _round_to_bfloat16(values: Bytes) -> npt.NDArray[np.uint16]:
-    rounded = torch.from_numpy(values).view(torch.float32).to(torch.bfloat16)
-    bits: npt.NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
-    return bits
-
-
 def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
     """The bytes of elements of `width` bytes by their significance, the least first: this thread's, as below."""
     if width == 2:
@@ -243,15 +238,15 @@ def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
     The planes are this thread's, until it splits again.
     """
     n = len(bits)
-    turned, other = _scratch.take(0, n), _scratch.take(1, n)
-    np.multiply(bits, 2, out=turned)
-    np.right_shift(bits, 15, out=other)
-    turned |= other
-    np.right_shift(bits, 7, out=other)
-    planes = _scratch.take(2, n).view(np.uint8)
+    other, planes = _scratch.take(1, n), _scratch.take(2, n).view(np.uint8)
     exponents, rest = planes[:n], planes[n:]
+    signs = other.view(np.bool_)[:n]
+    np.greater(bits, 32767, out=signs)
+    np.copyto(rest, bits, casting="unsafe")
+    rest += rest
+    rest |= signs.view(np.uint8)
+    np.right_shift(bits, 7, out=other)
     np.copyto(exponents, other, casting="unsafe")
-    np.copyto(rest, turned, casting="unsafe")
     return [exponents, rest]
 
 

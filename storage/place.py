@@ -6,12 +6,13 @@ import functools
 import threading
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from .codec import Bytes
 from .errors import DestinationError, DtypeError
-from .tensors import UNSIGNED, from_bytes
+from .tensors import UNSIGNED, cast, from_bytes
 
 Slices = tuple[slice, ...]
 
@@ -53,7 +54,7 @@ class Destination:
         self._target: torch.Tensor | None = None
         """What the boxes are written to."""
         self._array: npt.NDArray[Any] | None = None
-        """The target, where values need no cast."""
+        """The bits of the target, where numpy can write them."""
 
     def begin(self, *, whole: bool, most_bytes: int) -> None:
         """Make ready to be written. Any further call does nothing.
@@ -70,9 +71,9 @@ class Destination:
                 pinned = self._tensor.device.type == "cuda"
                 target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=pinned)
             plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
-            if plain and target.dtype == self._stored and not self._stored.is_complex:
+            if plain and not target.dtype.is_complex:
                 # numpy copies without torch's thread pool, which the threads that call here would contend for.
-                self._array = target.view(UNSIGNED[self._stored.itemsize]).numpy()
+                self._array = target.view(UNSIGNED[target.itemsize]).numpy()
             self._target = target
 
     def write(
@@ -90,6 +91,10 @@ class Destination:
         """
         array, target = self._array, self._target
         assert target is not None
+        if array is not None and target.dtype != self._stored:
+            as_cast = np.empty(len(values) // self._stored.itemsize * target.itemsize, np.uint8)
+            cast(values, self._stored, as_cast, target.dtype)
+            values = as_cast
         if count == 1:
             if array is not None:
                 array[at] = values.view(array.dtype).reshape(chunk_shape)[part]

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from reshard.storage.place import Destination
-from reshard.storage.tensors import as_array, as_bytes
+from reshard.storage.tensors import ALONE_NUMEL, as_array, as_bytes, cast
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -29,3 +30,18 @@ def test_a_tensor_beyond_the_budget_is_written_at_once(whole: bool, most_bytes: 
     assert tensor.tolist() == [1, 1, 0, 0]
     destination.finish()
     assert tensor.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("numel", [1, ALONE_NUMEL, 3 * ALONE_NUMEL + 7])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.int64, torch.float16)]
+)
+def test_a_cast_gives_what_torch_gives(dtypes: tuple[torch.dtype, torch.dtype], numel: int) -> None:
+    """Of bytes that may only be read, too."""
+    stored, dtype = dtypes
+    values = torch.randn(numel).mul(1000).to(stored)
+    given = as_bytes(as_array(values)).copy()
+    given.flags.writeable = False
+    out = np.empty(numel * dtype.itemsize, np.uint8)
+    cast(given, stored, out, dtype)
+    assert torch.from_numpy(out).view(dtype).equal(values.to(dtype))
