@@ -4,6 +4,9 @@ The grid lies over the tensor, not over the shard, so that its lines fall where 
 whatever saved the shard. Dimension d of n elements has `parts[d]` cells; cell i covers
 [i * n // parts, (i + 1) * n // parts). A shard's chunks are the intersections of its box with the cells.
 
+Small shards that lie together in a file are taken apart by the eighths of their tensors: what a rank of tensor
+parallelism needs of all of them is then contiguous, too.
+
 The chunks of a shard are ordered so that a cut of the dimension that is most likely to be cut is contiguous in the
 file: the longer of the last two dimensions is outermost (up projections are colwise, down projections rowwise, and
 each is longest where it is cut); of two equals, the last. Dimensions before those two (experts) go further out.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,6 +31,8 @@ RAW_FLOOR_BYTES = 128 * 1024
 """The same of raw chunks, of which a part can be read: fewer of them are as good for a rank that needs a few rows."""
 TARGET_BYTES = 1024 * 1024
 """A cell larger than this is cut further: a chunk is what has to be read for any part of it."""
+EIGHTHS = 8
+"""Parts of a tensor by which shards lie together in a file: what a rank of TP 2, 4 or 8 needs of all is one run."""
 
 
 def cells(shapes: IntArray, parts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
@@ -115,6 +121,26 @@ class Grid:
         offsets[dim], sizes[dim] = middle, shard.sizes[dim] - sizes[dim]
         high = Box(tuple(offsets), tuple(sizes))
         return self.split(low, most) + self.split(high, most)
+
+    def eighths(self, shard: Box) -> list[tuple[int, Box]]:
+        """A shard cut where the tensor's eighths end, in its outermost dimension: each part with the eighth it is of.
+
+        They end at lines of the grid: where it has fewer there, or others, some eighths are one part. The parts, one
+        after another, have the chunks of the shard in file order.
+        """
+        dim = next((d for d in self.order if self.parts[d] > 1), None)
+        if dim is None:
+            return [(0, shard)]
+        count = math.gcd(self.parts[dim], EIGHTHS)
+        lines = [self.shape[dim] * i // count for i in range(count + 1)]
+        found = []
+        for at, (low, high) in enumerate(pairwise(lines)):
+            begin, end = max(low, shard.offsets[dim]), min(high, shard.offsets[dim] + shard.sizes[dim])
+            if begin < end:
+                offsets, sizes = list(shard.offsets), list(shard.sizes)
+                offsets[dim], sizes[dim] = begin, end - begin
+                found.append((at * EIGHTHS // count, Box(tuple(offsets), tuple(sizes))))
+        return found
 
     def chunks(self, shard: Box, within: Box | None = None) -> tuple[IntArray, IntArray, IntArray]:
         """The chunks of a shard, in file order; only those that meet `within`, where it is given.

@@ -284,15 +284,11 @@ class CheckpointIndex:
     def shards(self, position: int) -> tuple[IntArray, IntArray]:
         """The (n, ndim) offsets and sizes of the shards that an entry was saved as, each once.
 
-        Segments are shards, or parts of them; those that lie one after another in an object, and make up a box, are
-        told as one.
+        Segments are shards, or parts of them; those that lie in one object, and make up a box, are told as one.
         """
         rows = self.segments_of(position)
         once = self.segments.streams[rows] != Stream.TAIL
-        starts, chunks = self.segments.starts[rows], self.chunks_of(position)
-        first = self.first_chunk[rows] - chunks.start
-        stops = starts + np.add.reduceat(self.lengths[chunks], first, dtype=np.int64)
-        columns = (self.segments.objects[rows], starts, stops, *self.segment_boxes(position))
+        columns = (self.segments.objects[rows], self.segments.starts[rows], *self.segment_boxes(position))
         return joined(*(column[once] for column in columns))
 
     def shards_of(self, position: int) -> list[Box]:

@@ -1,4 +1,4 @@
-"""Shards, out of the segments that they were cut into: those that lie one after another, and make up a box."""
+"""Shards, out of the segments that they were cut into: those that lie in one object, and make up a box."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import numpy as np
 from .box import IntArray
 
 
-def joined(
-    objects: IntArray, starts: IntArray, stops: IntArray, offsets: IntArray, sizes: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Boxes of a tensor, those joined that lie one after another in their object and make up a larger one.
+def joined(objects: IntArray, starts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
+    """Boxes of a tensor, those joined that lie in one object, in their order there, and make up a larger one.
 
     Args:
-        objects, starts, stops: (n,) where the bytes of each are.
+        objects, starts: (n,) where the bytes of each begin.
         offsets, sizes: (n, ndim) the boxes.
 
     Returns: (m, ndim) offsets and sizes, sorted by offsets.
     """
     order = np.lexsort((starts, objects))
-    objects, starts, stops, offsets, sizes = (column[order] for column in (objects, starts, stops, offsets, sizes))
-    opens = np.concatenate(([True], (objects[1:] != objects[:-1]) | (starts[1:] != stops[:-1])))[: len(objects)]
+    objects, offsets, sizes = (column[order] for column in (objects, offsets, sizes))
+    opens = np.concatenate(([True], objects[1:] != objects[:-1]))[: len(objects)]
     firsts = np.flatnonzero(opens)
     if len(firsts) < len(opens):
         low = np.minimum.reduceat(offsets, firsts)

@@ -53,11 +53,12 @@ from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .retrying_store import at_once
 from .sharded import refuse_misplaced
+from .shards import ShardToWrite, part_of
 from .source import Source
 from .store import Store, open_store
 from .tensors import dtype_name, torch_dtype
 from .version import __version__
-from .writer import ShardToWrite, part_of, write_objects
+from .writer import write_objects
 
 logger = logger_of(__name__)
 CODECS = ("zstd", "none")

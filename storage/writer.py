@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,8 @@ from torch.profiler import record_function
 from typing_extensions import Buffer
 
 from ..planner.box import Box, indexes
-from ..planner.errors import ShapeMismatchError
-from ..planner.grid import Grid
-from ..planner.index import Encoding, Entry, Kind, Stream
+from ..planner.grid import EIGHTHS, Grid
+from ..planner.index import Encoding, Entry, Stream
 from .bands import continued, cut, extents
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
@@ -42,19 +41,21 @@ from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads
 from .retrying_store import at_once, retried
+from .shards import (
+    CONCURRENT_OBJECTS,
+    LEAST_EIGHTH_BYTES,
+    TOGETHER_BYTES,
+    ShardToWrite,
+    grid_of,
+    in_objects,
+    together,
+)
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
 
 logger = logger_of(__name__)
 
 OBJECT_MAGIC = b"RESHARDD"
-CONCURRENT_OBJECTS = 8
-"""Objects that are written at once to a store that holds each in memory."""
-LEAST_OBJECT_BYTES = 8 * 1024 * 1024
-"""Where there are several, none is made smaller for that."""
-MOST_OBJECT_BYTES = 64 * 1024 * 1024
-PIECE_BYTES = 64 * 1024 * 1024
-"""Values that are taken from a device at once."""
 WINDOW_BYTES = 16 * 1024 * 1024
 """Values that may be waiting, encoded or being encoded, for an object to take them."""
 TASK_BYTES = 1024 * 1024
@@ -66,39 +67,6 @@ Encoded = tuple[Buffer, list[int], list[int]]
 """The bytes of a chunk, or of several one after another; the length of each; their checksums."""
 _Band = tuple[Slices, list[int], int, int]
 """Chunks that adjoin: where they lie in the shard, the sizes of each, their number, in which dimension they adjoin."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardToWrite:
-    """One shard of a tensor, or one object as bytes."""
-
-    name: str
-    kind: Kind
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    """Of the global tensor."""
-    box: Box
-    """The part of it that the shard is."""
-    load: Callable[[Box], torch.Tensor]
-    """Gives the values of a box of the tensor, inside the shard, on any device; called when its turn comes."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.box.numel * self.dtype.itemsize
-
-    def pieces(self, most_bytes: int, codec: str) -> list[ShardToWrite]:
-        """The shard as several that have at most so many bytes, as far as the grid lets it be cut."""
-        boxes = _grid(self.shape, self.dtype.itemsize, codec).split(self.box, max(1, most_bytes // self.dtype.itemsize))
-        return [replace(self, box=box) for box in boxes]
-
-
-def part_of(name: str, values: torch.Tensor, shard: Box, dtype: torch.dtype, box: Box) -> torch.Tensor:
-    """A box of a tensor, out of the values of a shard. Raises ShapeMismatchError where they are not those of one."""
-    if tuple(values.shape) != shard.sizes or values.dtype != dtype:
-        raise ShapeMismatchError(
-            f"{name!r} should hold {shard} of {dtype} on this rank, but has shape {tuple(values.shape)}, {values.dtype}"
-        )
-    return values[box.relative_to(shard).slices]
 
 
 @dataclass(slots=True)
@@ -135,6 +103,19 @@ class _Shard:
         source = self.source
         segments = tuple(segment.record(encoding) for segment in self.segments)
         return ShardRecord(source.name, int(source.kind), self.dtype, self.grid, source.box, segments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One stream of a shard, or of what it has of an eighth of its tensor."""
+
+    eighth: int
+    values: npt.NDArray[Any]
+    entry: Entry
+    segment: _Segment
+    streams: int
+    """That the values are stored in."""
+    tasks: list[tuple[list[_Band], int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +157,11 @@ def write_objects(
     Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
-    groups = _groups([shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.holds_objects)
+    groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.holds_objects)
     stopped = threading.Event()
     with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
         writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
-        writer = _ObjectWriter(store, label, codec, min(WINDOW_BYTES, budget), encoding, stopped, wrote)
+        writer = _ObjectWriter(store, label, codec, budget, encoding, stopped, wrote)
         futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
         try:
             pending = set(futures)
@@ -203,31 +184,6 @@ def write_objects(
             writing.shutdown(wait=False)
 
 
-def _grid(shape: tuple[int, ...], itemsize: int, codec: str) -> Grid:
-    return Grid.choose(shape, itemsize, raw=codec == "none")
-
-
-def _groups(
-    shards: Sequence[ShardToWrite], codec: str, budget_bytes: int, *, several: bool
-) -> list[list[ShardToWrite]]:
-    """What each object is to hold: all, or, where `several` are better, as much as makes many, and not too small."""
-    if not several:
-        pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4), codec)]
-        return [pieces] if pieces else []
-    total = sum(shard.nbytes for shard in shards)
-    share = max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES)
-    most = min(share, MOST_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
-    groups: list[list[ShardToWrite]] = []
-    room = 0
-    for piece in (piece for shard in shards for piece in shard.pieces(most, codec)):
-        if not groups or piece.nbytes > room:
-            groups.append([])
-            room = most
-        groups[-1].append(piece)
-        room -= piece.nbytes
-    return groups
-
-
 class _ObjectWriter:
     """Writes objects, several at once, with one pool of threads that encodes."""
 
@@ -236,7 +192,7 @@ class _ObjectWriter:
         store: Store,
         label: str,
         codec: str,
-        window_bytes: int,
+        budget_bytes: int,
         encoding: ThreadPoolExecutor,
         stopped: threading.Event,
         wrote: Callable[[int], None],
@@ -244,7 +200,8 @@ class _ObjectWriter:
         self._store = store
         self._label = label
         self._codec = codec
-        self._window = window_bytes
+        self._window = min(WINDOW_BYTES, budget_bytes)
+        self._together = min(TOGETHER_BYTES, budget_bytes // 4)
         self._encoding = encoding
         self._stopped = stopped
         """Set where nobody waits for the objects any more."""
@@ -300,30 +257,45 @@ class _ObjectWriter:
         waiting: deque[_Batch] = deque()
         held = 0
         try:
-            for source in shards:
-                values = source.load(source.box)
-                dtype = dtype_name(source.name, values.dtype)
-                grid = _grid(source.shape, values.itemsize, self._codec)
-                entry = Entry(source.name, source.kind, dtype, grid)
-                cuts = _cut(grid, source.box, values.itemsize)
-                segments = [_Segment(stream) for stream in streams_of(dtype, self._codec)]
-                begun.append(_Shard(source, dtype, grid, segments, cuts.chunks))
-                if values.device.type != "cpu":
-                    torch.accelerator.synchronize(values.device)  # what its own stream still computes
-                array = as_array(values)
-                for segment, (bands, nbytes) in product(segments, cuts.tasks):
-                    self._check_wanted()
-                    while waiting and held + nbytes > self._window:
-                        held -= waiting[0].held_nbytes
-                        yield waiting.popleft()
-                    encoding = partial(_encode, array, bands, entry, segment.stream, self._codec)
-                    waiting.append(_Batch(segment, nbytes, nbytes // len(segments), self._encoding.submit(encoding)))
-                    held += nbytes
+            for group in together(shards, self._together):
+                for part in self._in_order(group, begun):
+                    for bands, nbytes in part.tasks:
+                        self._check_wanted()
+                        while waiting and held + nbytes > self._window:
+                            held -= waiting[0].held_nbytes
+                            yield waiting.popleft()
+                        encoding = partial(_encode, part.values, bands, part.entry, part.segment.stream, self._codec)
+                        batch = _Batch(part.segment, nbytes, nbytes // part.streams, self._encoding.submit(encoding))
+                        waiting.append(batch)
+                        held += nbytes
             while waiting:
                 yield waiting.popleft()
         finally:
             for left in waiting:
                 left.encoded.cancel()
+
+    def _in_order(self, group: Sequence[ShardToWrite], begun: list[_Shard]) -> list[_Part]:
+        """The parts of shards that lie together, as they lie: heads before tails, then eighth by eighth."""
+        parts = []
+        for source in group:
+            values = source.load(source.box)
+            dtype = dtype_name(source.name, values.dtype)
+            grid = grid_of(source.shape, values.itemsize, self._codec)
+            entry = Entry(source.name, source.kind, dtype, grid)
+            streams = streams_of(dtype, self._codec)
+            if values.device.type != "cpu":
+                torch.accelerator.synchronize(values.device)  # what its own stream still computes
+            array = as_array(values)
+            eighths = grid.eighths(source.box)
+            if len(group) == 1 or values.nbytes < EIGHTHS * LEAST_EIGHTH_BYTES:
+                eighths = [(eighths[0][0], source.box)]
+            for eighth, box in eighths:
+                cuts = _cut(grid, box, values.itemsize)
+                segments = [_Segment(stream) for stream in streams]
+                begun.append(_Shard(replace(source, box=box), dtype, grid, segments, cuts.chunks))
+                inside = array[box.relative_to(source.box).slices]
+                parts += [_Part(eighth, inside, entry, segment, len(streams), cuts.tasks) for segment in segments]
+        return sorted(parts, key=lambda part: (part.segment.stream is Stream.TAIL, part.eighth))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ from ...planner.index import Kind
 from ..manifest import DATA_NAME, NAME, Manifest, encode_manifest
 from ..pieces import Item, Piece
 from ..records import assemble_index, record_from_json, record_to_json
+from ..shards import ShardToWrite
 from ..store import Store
 from ..values import Values
 from ..version import __version__
-from ..writer import ShardToWrite, write_objects
+from ..writer import write_objects
 from .target import Done, Unit, in_pieces
 
 

@@ -106,3 +106,18 @@ def test_an_impossible_grid_is_refused() -> None:
         Grid((4, 4), (2,))
     with pytest.raises(ValueError, match="do not make a grid"):
         Grid((4,), (0,))
+
+
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 1024), (8, 512, 1024), (3, 700, 900), (100_000,), (5, 7), ()])
+def test_the_parts_of_a_shard_by_eighths_are_its_chunks_in_file_order(shape: tuple[int, ...]) -> None:
+    grid = Grid.choose(shape, 2)
+    for begin, end in ((0, 4), (1, 3), (2, 3)):
+        offsets = tuple(n * begin // 4 if d == 0 else 0 for d, n in enumerate(shape))
+        sizes = tuple(n * end // 4 - n * begin // 4 if d == 0 else n for d, n in enumerate(shape))
+        shard = Box(offsets, sizes)
+        eighths, parts = zip(*grid.eighths(shard), strict=True)
+        assert list(eighths) == sorted(set(eighths))
+        assert max(eighths) < 8
+        for of_parts, of_shard in zip(zip(*map(grid.chunks, parts), strict=True), grid.chunks(shard), strict=True):
+            if of_shard.ndim == 2:
+                assert np.concatenate(of_parts).tolist() == of_shard.tolist()

@@ -25,8 +25,9 @@ from reshard.storage.manifest import NAME, encode_manifest
 from reshard.storage.open_source import open_source
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
+from reshard.storage.shards import ShardToWrite, part_of
 from reshard.storage.testing import MemoryStore
-from reshard.storage.writer import ShardToWrite, part_of, write_objects
+from reshard.storage.writer import write_objects
 from tests.planner.boxes import boxes_in, shapes
 
 

@@ -24,11 +24,12 @@ from reshard.storage.manifest import NAME, encode_manifest
 from reshard.storage.open_source import open_source
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
+from reshard.storage.shards import ShardToWrite
 from reshard.storage.source import Source
 from reshard.storage.store import Store
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
 from reshard.storage.workers import Workers
-from reshard.storage.writer import ShardToWrite, write_objects
+from reshard.storage.writer import write_objects
 
 
 def part_of(values: torch.Tensor, box: Box) -> torch.Tensor:
@@ -128,10 +129,10 @@ def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
 @pytest.mark.parametrize(
     ("change", "message", "harmed"),
     [
-        (lambda data: data[:-1000], "the object was cut short", "i"),
+        (lambda data: data[:-1000], "the object was cut short", "last"),
         (lambda data: data[:100], "the object was cut short", "whi"),
         (lambda data: b"", "the object was cut short", "whi"),
-        (lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:], "does not match its checksum", "i"),
+        (lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:], "does not match its checksum", "last"),
     ],
 )
 def test_damage_is_named_and_leaves_the_tensor_as_it_was(
@@ -139,6 +140,8 @@ def test_damage_is_named_and_leaves_the_tensor_as_it_was(
 ) -> None:
     store, manifest = saved(codec, TENSORS)
     name = damaged(store, change)
+    if harmed == "last":
+        harmed = {"zstd": "w", "none": "i"}[codec]  # tails lie after all else
     for tensor, values in TENSORS.items():
         out = torch.full_like(values, 7)
         wants = [Want(tensor, Box.whole(tuple(values.shape)))]

@@ -2,6 +2,7 @@ import itertools
 import re
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage import retrying_store, writer
+from reshard.storage import shards as to_write
 from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
 from reshard.storage.reader import execute
 from reshard.storage.records import assemble_index
 from reshard.storage.retrying_store import RetryingStore
+from reshard.storage.shards import ShardToWrite, part_of
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
-from reshard.storage.writer import ShardToWrite, part_of, write_objects
+from reshard.storage.writer import write_objects
 
 
 def shard(name: str, values: torch.Tensor) -> ShardToWrite:
@@ -46,6 +49,28 @@ def test_raw_chunks_are_larger_and_one_tensor_is_not_cut_in_two_ways() -> None:
     assert assemble_index(raw).entry("t").grid.parts == (8, 4)
     with pytest.raises(ArgumentError, match=r"'t' was cut in \(8, 4\) parts by one rank and in \(8, 8\) by another"):
         assemble_index([*encoded, *raw])
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_a_tp_rank_needs_of_shards_that_lie_together_is_one_run_a_stream(codec: str, dtype: torch.dtype) -> None:
+    """Two ranks of FSDP wrote them; what is saved is told as whole shards all the same."""
+    store = MemoryStore()
+    values = {name: torch.randn(512, 4096).to(dtype) for name in ("down 0", "down 1", "down 2")}
+    held = [Box((0, 0), (256, 4096)), Box((256, 0), (256, 4096))]
+    records = []
+    for box in held:
+        shards = [replace(shard(name, tensor), box=box) for name, tensor in values.items()]
+        records += write_objects(store, "00000", shards, codec)
+    index = assemble_index(records)
+    assert [index.shards_of(position) for position in range(3)] == [held] * 3
+    for tp in (2, 4, 8):
+        box = Box((0, 4096 // tp), (512, 4096 // tp))
+        plan = plan_reads(index, [Want(name, box) for name in values])
+        assert len(plan.requests) == 2 * (2 if dtype is torch.float32 and codec == "zstd" else 1)
+        loaded = [torch.zeros(box.sizes, dtype=dtype) for _ in values]
+        execute(plan, index, store, loaded)
+        assert all(a.equal(b[box.slices]) for a, b in zip(loaded, values.values(), strict=True))
 
 
 def test_nothing_to_write_makes_no_object() -> None:
@@ -117,7 +142,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are cut between chunks, small ones are put together, and no object is larger than its share."""
-    monkeypatch.setattr(writer, "LEAST_OBJECT_BYTES", 1 << 18)
+    monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 18)
     together, calls = threading.Barrier(3), itertools.count()
 
     def before(call: Call) -> None:
@@ -142,7 +167,7 @@ def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.Mon
 
 
 def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "LEAST_OBJECT_BYTES", 1 << 12)
+    monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 12)
     monkeypatch.setattr(writer, "LET_END_S", 60.0)
     memory = MemoryStore()
     memory.holds_objects = True

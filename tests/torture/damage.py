@@ -21,7 +21,7 @@ import torch
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import writer
+from reshard.storage import shards
 from reshard.storage.checksums import checksum
 from reshard.storage.manifest import NAME
 from reshard.storage.open_source import open_source
@@ -45,11 +45,11 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
     }
     store = MemoryStore()
     store.holds_objects = True
-    least, writer.LEAST_OBJECT_BYTES = writer.LEAST_OBJECT_BYTES, 50_000
+    least, shards.LEAST_OBJECT_BYTES = shards.LEAST_OBJECT_BYTES, 50_000
     try:
         reshard.save(state, store, codec=codec)
     finally:
-        writer.LEAST_OBJECT_BYTES = least
+        shards.LEAST_OBJECT_BYTES = least
     return store.content, state
 
 
