@@ -201,7 +201,7 @@ class _ObjectWriter:
         self._label = label
         self._codec = codec
         self._window = min(WINDOW_BYTES, budget_bytes)
-        self._together = min(TOGETHER_BYTES, budget_bytes // 4)
+        self._together = min(TOGETHER_BYTES, budget_bytes // 4) if store.holds_objects else 0
         self._encoding = encoding
         self._stopped = stopped
         """Set where nobody waits for the objects any more."""

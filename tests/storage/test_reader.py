@@ -129,10 +129,10 @@ def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
 @pytest.mark.parametrize(
     ("change", "message", "harmed"),
     [
-        (lambda data: data[:-1000], "the object was cut short", "last"),
+        (lambda data: data[:-1000], "the object was cut short", "i"),
         (lambda data: data[:100], "the object was cut short", "whi"),
         (lambda data: b"", "the object was cut short", "whi"),
-        (lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:], "does not match its checksum", "last"),
+        (lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:], "does not match its checksum", "i"),
     ],
 )
 def test_damage_is_named_and_leaves_the_tensor_as_it_was(
@@ -140,8 +140,6 @@ def test_damage_is_named_and_leaves_the_tensor_as_it_was(
 ) -> None:
     store, manifest = saved(codec, TENSORS)
     name = damaged(store, change)
-    if harmed == "last":
-        harmed = {"zstd": "w", "none": "i"}[codec]  # tails lie after all else
     for tensor, values in TENSORS.items():
         out = torch.full_like(values, 7)
         wants = [Want(tensor, Box.whole(tuple(values.shape)))]

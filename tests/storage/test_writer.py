@@ -53,9 +53,13 @@ def test_raw_chunks_are_larger_and_one_tensor_is_not_cut_in_two_ways() -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_a_tp_rank_needs_of_shards_that_lie_together_is_one_run_a_stream(codec: str, dtype: torch.dtype) -> None:
+def test_what_a_tp_rank_needs_of_shards_that_lie_together_is_one_run_a_stream(
+    codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks of FSDP wrote them; what is saved is told as whole shards all the same."""
+    monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 24)
     store = MemoryStore()
+    store.holds_objects = True
     values = {name: torch.randn(512, 4096).to(dtype) for name in ("down 0", "down 1", "down 2")}
     held = [Box((0, 0), (256, 4096)), Box((256, 0), (256, 4096))]
     records = []
