@@ -4,12 +4,11 @@ The grid lies over the tensor, not over the shard, so that its lines fall where 
 whatever saved the shard. Dimension d of n elements has `parts[d]` cells; cell i covers
 [i * n // parts, (i + 1) * n // parts). A shard's chunks are the intersections of its box with the cells.
 
-Small shards that lie together in a file are taken apart by the eighths of their tensors: what a rank of tensor
-parallelism needs of all of them is then contiguous, too.
-
 The chunks of a shard are ordered so that a cut of the dimension that is most likely to be cut is contiguous in the
 file: the longer of the last two dimensions is outermost (up projections are colwise, down projections rowwise, and
 each is longest where it is cut); of two equals, the last. Dimensions before those two (experts) go further out.
+Small shards that lie together are taken apart by the eighths of their tensors: what a rank of tensor parallelism needs
+of all of them is then contiguous, too.
 """
 
 from __future__ import annotations

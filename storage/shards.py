@@ -22,7 +22,7 @@ PIECE_BYTES = 64 * 1024 * 1024
 TOGETHER_BYTES = 16 * 1024 * 1024
 """Values of shards that are taken apart and lie together, by eighths: a rank reads its part of all by one request.
 
-Where a store holds objects: on a disk a request costs less than what is worked on in smaller bands.
+Where a store holds objects: on a disk a request costs little.
 """
 LEAST_EIGHTH_BYTES = 256 * 1024
 """A shard with smaller ones is not taken apart: each part costs some 50 bytes of manifest."""
