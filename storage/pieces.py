@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -49,16 +50,23 @@ class Piece:
         return self.box.numel * ITEMSIZES[self.item.dtype]
 
 
-def in_groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces of PIECE_BYTES together, or a single one that is larger."""
-    group: list[Piece] = []
-    nbytes = 0
-    for piece in pieces:
-        if group and nbytes + piece.nbytes > PIECE_BYTES:
+class _HasBytes(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_Grouped = TypeVar("_Grouped", bound=_HasBytes)
+
+
+def in_groups(items: Iterable[_Grouped], most_bytes: int) -> Iterator[list[_Grouped]]:
+    """Consecutive items of at most so many bytes together, or a single one that is larger."""
+    group, nbytes = list[_Grouped](), 0
+    for item in items:
+        if group and nbytes + item.nbytes > most_bytes:
             yield group
             group, nbytes = [], 0
-        group.append(piece)
-        nbytes += piece.nbytes
+        group.append(item)
+        nbytes += item.nbytes
     if group:
         yield group
 

@@ -1,8 +1,8 @@
-"""What a rank is to write: shards, how they are spread over objects, and which lie together in one."""
+"""What a rank is to write: shards, and how they are spread over objects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,16 +86,3 @@ def in_objects(
         groups[-1].append(piece)
         room -= piece.nbytes
     return groups
-
-
-def together(shards: Sequence[ShardToWrite], most_bytes: int) -> Iterator[list[ShardToWrite]]:
-    """The shards of an object by those that are taken apart together; what is larger than `most_bytes` is alone."""
-    group, nbytes = list[ShardToWrite](), 0
-    for shard in shards:
-        if group and nbytes + shard.nbytes > most_bytes:
-            yield group
-            group, nbytes = [], 0
-        group.append(shard)
-        nbytes += shard.nbytes
-    if group:
-        yield group

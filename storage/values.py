@@ -54,7 +54,7 @@ class Values:
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
         """The values of pieces of tensors, in their order, each in its item's dtype. Raises as `read_boxes`."""
-        groups = in_groups(pieces)
+        groups = in_groups(pieces, PIECE_BYTES)
         waiting: deque[Future[list[torch.Tensor]]] = deque()
         try:
             waiting += [self._pool.submit(self.read, group) for group in islice(groups, self._reads)]

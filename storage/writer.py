@@ -36,6 +36,7 @@ from .codec import encode, streams_of
 from .errors import StoreError
 from .logs import logger_of
 from .manifest import DATA_FOLDER, DATA_SUFFIX
+from .pieces import in_groups
 from .place import Slices
 from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
@@ -48,7 +49,6 @@ from .shards import (
     ShardToWrite,
     grid_of,
     in_objects,
-    together,
 )
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
@@ -257,7 +257,7 @@ class _ObjectWriter:
         waiting: deque[_Batch] = deque()
         held = 0
         try:
-            for group in together(shards, self._together):
+            for group in in_groups(shards, self._together):
                 for part in self._in_order(group, begun):
                     for bands, nbytes in part.tasks:
                         self._check_wanted()
