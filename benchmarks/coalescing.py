@@ -2,9 +2,9 @@
 
     python -m benchmarks.coalescing [--cases NAME ...] [--json FILE] [--plot FILE]
 
-For checkpoints of known shape, of which there is only an index, rank 0 of another layout is planned with several limits
-of the gaps that a request may read over. The seconds are an estimate for a rank on its own: requests of 20 ms, 16 at
-once, and 200 MB/s; what takes longer of the two, and one latency.
+For checkpoints of known shape, saved to a disk, of which there is only an index, rank 0 of another layout is planned
+with several limits of the gaps that a request may read over. The seconds are an estimate for a rank on its own:
+requests of 20 ms, 16 at once, and 200 MB/s; what takes longer of the two, and one latency.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.planner [--cases NAME ...] [--json FILE] [--plot FILE]
 
-The index of a checkpoint of dense models, saved by FSDP in bf16, is made up column by column, with chunks of about 1
-and 8 MiB; its manifest is written to a disk. Then, as one rank of the layout that loads it: open it, read what of it
+The index of a checkpoint of dense models, saved by FSDP in bf16 to a disk, is made up column by column, with chunks of
+about 1 and 8 MiB, and its manifest written. Then, as one rank of the layout that loads it: open it, read what of it
 the rank needs, and plan. Beside it, what DCP does for the same: its Metadata of the same shards, a pickle, is read
 whole, and planned by the function of its DefaultLoadPlanner. Peak memory is above what was resident before.
 """

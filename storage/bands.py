@@ -19,7 +19,7 @@ from ..planner.index import NATIVE
 from ..planner.read_plan import TOGETHER, ChunkReads
 from .place import Slices
 
-BAND_BYTES = 512 * 1024
+BAND_BYTES = 1024 * 1024
 """Decoded bytes of a band of several chunks, at most: they stay in a core's cache."""
 
 

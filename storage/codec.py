@@ -118,24 +118,49 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
         width = _COMPONENT_SIZES.get(dtype, itemsize)
         n = numel * (itemsize // width)
         return _join_planes(_split_bytes(values, width), n, floats=dtype.startswith(_FLOAT_PREFIXES))
-    bits = values.view(np.uint32)
-    heads = _scratch.take(4, len(bits))
-    cast(values, torch.float32, heads.view(np.uint8), torch.bfloat16)
     if stream is Stream.HEAD:
-        return _join_planes(_split_bfloat16(heads), numel, exponents_first=True)
-    nearest = _scratch.take(0, 2 * len(bits)).view(np.uint32)
-    np.add(bits, 32768, out=nearest)
-    nearest >>= 16
+        return _join_planes(_split_bfloat16(_heads(values)), numel, exponents_first=True)
+    bits = values.view(np.uint32)
     tails = _scratch.take(1, len(bits))
-    np.copyto(tails, nearest, casting="unsafe")
-    lost = np.flatnonzero(tails != heads)  # the difference is no number of 16 bits with a sign
     np.copyto(tails, bits, casting="unsafe")  # a head has 16 zeros there
+    lost = _lost(values, tails)
     exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
     bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
-    planes = _join_planes(_split_bytes(tails.view(np.uint8), 2), numel)
-    return [
-        chunk + exceptions[begin:end].tobytes() for chunk, (begin, end) in zip(planes, pairwise(bounds), strict=True)
-    ]
+    listed = [exceptions[begin:end].tobytes() for begin, end in pairwise(bounds)]
+    return _join_planes(_split_bytes(tails.view(np.uint8), 2), numel, listed)
+
+
+def _heads(values: Bytes) -> npt.NDArray[np.uint16]:
+    """The bits of float32 values rounded to bfloat16."""
+    heads = _scratch.take(0, len(values) // 4)
+    cast(values, torch.float32, heads.view(np.uint8), torch.bfloat16)
+    return heads
+
+
+def _lost(values: Bytes, tails: npt.NDArray[np.uint16]) -> npt.NDArray[np.intp]:
+    """Where float32 values are not what their heads and tails give back."""
+    bits = values.view(np.uint32)
+    if np.isnan(values.view(np.float32).max()) or not _rounding.to_nearest_even:  # the largest with a NaN is NaN
+        again = _heads(values) * np.uint32(65536) + tails.view(np.int16).astype(np.uint32)
+        return np.flatnonzero(again != bits)
+    tied = _scratch.take(0, len(bits)).view(np.bool_)[: len(bits)]
+    ties = np.flatnonzero(np.equal(tails, 32768, out=tied))
+    down = bits[ties] & 65536 == 0  # to an even head: the value is half a step above it, which is no tail
+    return np.compress(down, ties)
+
+
+class _Rounding(threading.local):
+    """Whether casts round to nearest even: by how a processor is made or set up, they might flush small values to 0."""
+
+    def __init__(self) -> None:
+        high = np.arange(1 << 16, dtype=np.uint32)
+        high = high[high & 0x7F80 != 0x7F80]  # those are infinite, or NaNs
+        probes = np.concatenate([high * 65536 + low for low in (32767, 32768, 32769)])
+        nearest = np.concatenate([high, high + (high & 1), high + 1])
+        self.to_nearest_even = np.array_equal(_heads(probes.view(np.uint8)), nearest)
+
+
+_rounding = _Rounding()
 
 
 def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
@@ -250,18 +275,26 @@ def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
     return [exponents, rest]
 
 
-def _join_planes(planes: list[Bytes], n: int, *, floats: bool = True, exponents_first: bool = False) -> list[bytes]:
+def _join_planes(
+    planes: list[Bytes],
+    n: int,
+    after: Sequence[bytes] = (),
+    *,
+    floats: bool = True,
+    exponents_first: bool = False,
+) -> list[bytes]:
     """Chunks, each the table of its planes and what each came to, compressed where it pays.
 
     Whether it may pay is told by a sample; of exponents, which are hardly ever random, by doing it.
 
     Args:
         planes: of all chunks, which have `n` bytes of each.
+        after: what follows the planes of each chunk.
     """
     compress = _zstd.entropy if floats else _zstd.matches
     may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compress) for at, plane in enumerate(planes)]
     chunks = []
-    for begin in range(0, len(planes[0]), n):
+    for at, begin in enumerate(range(0, len(planes[0]), n)):
         heads: list[int] = []
         bodies: list[Buffer] = []
         for plane, tried in zip(planes, may_pay, strict=True):
@@ -274,7 +307,7 @@ def _join_planes(planes: list[Bytes], n: int, *, floats: bool = True, exponents_
                     body, length = compressed, len(compressed) | _COMPRESSED
             heads.append(length)
             bodies.append(body)
-        chunks.append(b"".join((_TABLES[len(planes)].pack(*heads), *bodies)))
+        chunks.append(b"".join((_TABLES[len(planes)].pack(*heads), *bodies, *after[at : at + 1])))
     return chunks
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.index import ITEMSIZES, Stream
+from reshard.storage import codec
 from reshard.storage.codec import decode, decode_heads, decode_heads_and_tails, encode, streams_of
 from reshard.storage.errors import CorruptCheckpointError
 
@@ -70,6 +71,25 @@ def test_heads_are_the_bfloat16_rounding() -> None:
     assert np.array_equal(heads.view(np.uint16), cast.view(torch.uint16).numpy())
     nan = np.isnan(bits.view(np.float32))
     assert np.array_equal(torch.from_numpy(heads).view(torch.bfloat16).isnan().numpy(), nan)
+    for some in (bits, bits[~nan]):
+        assert np.array_equal(round_trip(some.view(np.uint8), "float32")[0].view(np.uint32), some)
+
+
+def test_values_come_back_where_casts_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that flushes subnormal values to zero."""
+
+    def flushing(values: Bytes, dtype: torch.dtype, into: Bytes, into_dtype: torch.dtype) -> None:
+        source = torch.from_numpy(values).view(dtype)
+        small = source.abs() < torch.finfo(dtype).tiny
+        torch.from_numpy(into).view(into_dtype).copy_(source.masked_fill(small, 0))
+
+    assert codec._Rounding().to_nearest_even
+    monkeypatch.setattr(codec, "cast", flushing)
+    rounding = codec._Rounding()
+    assert not rounding.to_nearest_even
+    monkeypatch.setattr(codec, "_rounding", rounding)
+    bits = np.arange(1, 2**32, 65521, dtype=np.uint32)
+    bits = bits[~np.isnan(bits.view(np.float32))]
     assert np.array_equal(round_trip(bits.view(np.uint8), "float32")[0].view(np.uint32), bits)
 
 
