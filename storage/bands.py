@@ -20,7 +20,7 @@ from ..planner.read_plan import TOGETHER, ChunkReads
 from .place import Slices
 
 BAND_BYTES = 1024 * 1024
-"""Decoded bytes of a band of several chunks, at most: they stay in a core's cache."""
+"""Decoded bytes of a band of several chunks, at most: with fewer, threads wait more for each other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class _Rounding(threading.local):
     """Whether casts round to nearest even: by how a processor is made or set up, they might flush small values to 0."""
 
     def __init__(self) -> None:
-        high = np.arange(1 << 16, dtype=np.uint32)
+        high = np.arange(1, 1 << 16, 61, dtype=np.uint32)
         high = high[high & 0x7F80 != 0x7F80]  # those are infinite, or NaNs
         probes = np.concatenate([high * 65536 + low for low in (32767, 32768, 32769)])
         nearest = np.concatenate([high, high + (high & 1), high + 1])
@@ -307,7 +307,9 @@ def _join_planes(
                     body, length = compressed, len(compressed) | _COMPRESSED
             heads.append(length)
             bodies.append(body)
-        chunks.append(b"".join((_TABLES[len(planes)].pack(*heads), *bodies, *after[at : at + 1])))
+        if after:
+            bodies.append(after[at])
+        chunks.append(b"".join((_TABLES[len(planes)].pack(*heads), *bodies)))
     return chunks
 
 

@@ -71,8 +71,14 @@ def test_heads_are_the_bfloat16_rounding() -> None:
     assert np.array_equal(heads.view(np.uint16), cast.view(torch.uint16).numpy())
     nan = np.isnan(bits.view(np.float32))
     assert np.array_equal(torch.from_numpy(heads).view(torch.bfloat16).isnan().numpy(), nan)
-    for some in (bits, bits[~nan]):
+    finite = bits[~nan]
+    for some in (bits, finite):
         assert np.array_equal(round_trip(some.view(np.uint8), "float32")[0].view(np.uint32), some)
+    down = np.count_nonzero((finite & 0x1FFFF) == 0x8000)
+    assert down > 30_000
+    (tail,) = encode(finite.view(np.uint8), "float32", Stream.TAIL, len(finite))
+    planes = int((np.frombuffer(tail[:8], "<u4") & 0x7FFFFFFF).sum())
+    assert len(tail) == 8 + planes + 8 * down  # only what is rounded down to an even head is an exception
 
 
 def test_values_come_back_where_casts_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
