@@ -70,6 +70,12 @@ class Box:
         """The box as one of many: (1, ndim) offsets and sizes."""
         return np.array([self.offsets], np.int64), np.array([self.sizes], np.int64)
 
+    def with_extent(self, dim: int, begin: int, end: int) -> Box:
+        """The same box, but [begin, end) in one dimension."""
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[dim], sizes[dim] = begin, end - begin
+        return Box(tuple(offsets), tuple(sizes))
+
     def relative_to(self, origin: Box) -> Box:
         """The same box, with offsets counted from those of `origin`."""
         return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)

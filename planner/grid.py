@@ -114,11 +114,8 @@ class Grid:
         if dim is None:
             return [shard]
         middle = (first[dim] + count[dim] // 2) * self.shape[dim] // self.parts[dim]
-        offsets, sizes = list(shard.offsets), list(shard.sizes)
-        sizes[dim] = middle - offsets[dim]
-        low = Box(shard.offsets, tuple(sizes))
-        offsets[dim], sizes[dim] = middle, shard.sizes[dim] - sizes[dim]
-        high = Box(tuple(offsets), tuple(sizes))
+        begin, end = shard.offsets[dim], shard.offsets[dim] + shard.sizes[dim]
+        low, high = shard.with_extent(dim, begin, middle), shard.with_extent(dim, middle, end)
         return self.split(low, most) + self.split(high, most)
 
     def eighths(self, shard: Box) -> list[tuple[int, Box]]:
@@ -136,9 +133,7 @@ class Grid:
         for at, (low, high) in enumerate(pairwise(lines)):
             begin, end = max(low, shard.offsets[dim]), min(high, shard.offsets[dim] + shard.sizes[dim])
             if begin < end:
-                offsets, sizes = list(shard.offsets), list(shard.sizes)
-                offsets[dim], sizes[dim] = begin, end - begin
-                found.append((at * EIGHTHS // count, Box(tuple(offsets), tuple(sizes))))
+                found.append((at * EIGHTHS // count, shard.with_extent(dim, begin, end)))
         return found
 
     def chunks(self, shard: Box, within: Box | None = None) -> tuple[IntArray, IntArray, IntArray]:
