@@ -1,27 +1,21 @@
-"""Many byte ranges of a store at once: by its own event loop where it has one, else by a pool of threads.
-
-Where the store reads into memory that is given, that memory is used again: fresh pages cost more than filling them.
-"""
+"""Many byte ranges of a store at once: by its own event loop where it has one, else by a pool of threads."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 from typing_extensions import Buffer
 
 from .errors import StoreError
-from .store import AsyncReads, ReadInto, ReadsAhead, Store
+from .memory import Memory
+from .store import AsyncReads, ReadsAhead, Store
 
-Array = npt.NDArray[np.uint8]
 Ranges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and bytes of it: [start, stop) each."""
 Found = Buffer | StoreError
@@ -39,7 +33,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         if store.async_reads is None and store.read_into is None:
             self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Found]]] = set()
-        self._memory = _Memory()
+        self._memory = Memory()
         self._turns = asyncio.Semaphore(store.concurrent_reads)
 
     @property
@@ -125,62 +119,3 @@ def read_ranges(store: Store, name: str, ranges: Sequence[tuple[int, int]]) -> B
 def _packed(parts: Sequence[Buffer]) -> Buffer:
     """Bytes one after another; of an object that ends before, fewer than were asked for."""
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-class _Memory:
-    """Memory that is used again, in few sizes; never more of it than was lent at once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: dict[int, list[Array]] = {}
-        """By size, that given back last at the end: it is the likeliest to be in the cache."""
-        self._lent: dict[int, Array] = {}
-        """By what `id` gives."""
-        self._lent_bytes = self._free_bytes = self._most_bytes = 0
-
-    def filled(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
-        """What `read_into` gives of some ranges, one after another. Raises what it raises."""
-        nbytes = sum(stop - start for start, stop in ranges)
-        data = self._lend(nbytes).data
-        try:
-            return data[: read_into(name, ranges, data[:nbytes])]
-        except BaseException:
-            self.give(data)
-            raise
-
-    def _lend(self, nbytes: int) -> Array:
-        step = 1 << max(0, (nbytes - 1).bit_length() - 4)
-        size = -(-nbytes // step) * step  # at most an eighth more
-        with self._lock:
-            if free := self._free.get(size):
-                array = free.pop()
-                self._free_bytes -= size
-            else:
-                array = np.empty(size, np.uint8)
-            self._lent[id(array)] = array
-            self._lent_bytes += size
-            self._most_bytes = max(self._most_bytes, self._lent_bytes)
-            self._drop()
-        return array
-
-    def _drop(self) -> None:
-        """Let go of what is too much, of the size that was given back longest ago."""
-        while self._free_bytes + self._lent_bytes > self._most_bytes:
-            size, free = next(iter(self._free.items()))
-            if free:
-                free.pop(0)
-                self._free_bytes -= size
-            if not free:
-                del self._free[size]
-
-    def give(self, data: memoryview) -> None:
-        """Take back what was lent; anything else is left alone."""
-        with self._lock:
-            array = self._lent.pop(id(data.obj), None)
-            if array is not None:
-                self._lent_bytes -= array.nbytes
-                self._free_bytes += array.nbytes
-                free = self._free.pop(array.nbytes, [])
-                free.append(array)
-                self._free[array.nbytes] = free  # the last of the sizes
-                self._drop()

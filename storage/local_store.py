@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import numpy as np
 from typing_extensions import Buffer
 
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
+from .memory import in_step
 from .store import ObjectWriter
 
 OPEN_FILES = 64
@@ -71,7 +71,7 @@ class LocalStore:
         with self._errors("read", name):
             file = _OpenFile(f"{self._root}/{name}")
             stop = max(start, min(stop, os.fstat(file.descriptor).st_size))
-            data = np.empty(stop - start, np.uint8).data
+            data = in_step(start, stop - start)
             return data[: file.read_into([(start, stop)], data)]
 
     def size(self, name: str) -> int:

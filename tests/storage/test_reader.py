@@ -5,7 +5,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -352,3 +354,18 @@ def test_nothing_keeps_a_tensor_in_memory_once_it_is_loaded() -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, manifest = saved("none", {"w": torch.randn(512, 256)})
+    submit = ThreadPoolExecutor.submit
+
+    def refusing(self: ThreadPoolExecutor, task: Callable[..., Any], *arguments: Any) -> Any:
+        if self._thread_name_prefix == "reshard-read":
+            raise RuntimeError("can't start new thread")
+        return submit(self, task, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refusing)
+    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    with pytest.raises(RuntimeError, match="new thread"):
+        execute(plan, manifest.index(), store, [torch.zeros(512, 256)])
