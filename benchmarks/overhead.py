@@ -3,10 +3,11 @@
     python -m benchmarks.overhead [--places local s3 slow-s3] [--ranks 1 4] [--layers N] [--repeat N]
 
 A checkpoint of the MLP, saved by 4 FSDP ranks with codec "none", is loaded by 1 rank and by 4 TP ranks. Beside it, the
-same ranks read the requests of their own plans, and do nothing with them: by os.preadv into buffers that are used
-again, or into memory for all of them, or by ranged GETs, with obstore and with s3fs; each with as many requests at once
-as reshard has. The contenders take turns; a run lasts from a barrier to the next. GB/s are of all ranks together. What
-a load does beyond the bare ranges: open the manifest, plan, verify checksums, copy into the tensors.
+same ranks read the requests of their own plans: by os.preadv into buffers that are used again, or into memory for all
+of them, or by ranged GETs, with obstore and with s3fs; each with as many requests at once as reshard has. On a disk,
+two more do what any load has to: they verify the bytes in their place, or in a buffer from which they copy them there.
+The contenders take turns; a run lasts from a barrier to the next. GB/s are of all ranks together. What a load does
+beyond the bare ranges: open the manifest, plan, verify checksums, copy into the tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
+import numpy as np
 import torch
 from fsspec.asyn import sync
 
@@ -32,8 +34,10 @@ from benchmarks.contenders import State
 from benchmarks.models import TP_PLAN, mlp, under
 from benchmarks.places import NAMES, REGION, Place, opened
 from benchmarks.timing import elapsed
+from reshard.storage.checksums import checksum
 from reshard.storage.fsspec_store import FsspecStore
 from reshard.storage.local_store import LocalStore
+from reshard.storage.memory import in_step
 from reshard.storage.open_source import open_source
 from tests.ranks import RankPool
 from tests.servers import KEY, SECRET
@@ -77,27 +81,48 @@ def read_into(buffer: memoryview, piece: Piece) -> None:
         os.close(descriptor)
 
 
-def by_preadv(options: dict[str, Any]) -> Bare:
-    """Threads, each with a buffer of its own, which stays in the cache."""
+def buffers_of_threads() -> Callable[[Piece], memoryview]:
+    """For each thread a buffer of its own, which stays in the cache."""
     own = threading.local()
 
-    def read(piece: Piece) -> None:
-        if len(getattr(own, "buffer", b"")) < piece.nbytes:
-            own.buffer = memoryview(bytearray(piece.nbytes))
-        read_into(own.buffer, piece)
+    def buffer(piece: Piece) -> memoryview:
+        found: memoryview = getattr(own, "buffer", memoryview(b""))
+        if len(found) < piece.nbytes:
+            own.buffer = found = in_step(0, piece.nbytes)
+        return found[: piece.nbytes]
 
+    return buffer
+
+
+def by_preadv(options: dict[str, Any]) -> Bare:
+    """Threads, each with a buffer of its own."""
+    buffer = buffers_of_threads()
     pool = ThreadPoolExecutor(LocalStore.concurrent_reads)
-    return lambda pieces: list(pool.map(read, pieces))
+    return lambda pieces: list(pool.map(lambda piece: read_into(buffer(piece), piece), pieces))
 
 
-def by_preadv_kept(options: dict[str, Any]) -> Bare:
-    """Threads; every byte has a place of its own, as in a load, and each run writes to the same places."""
-    buffers: list[memoryview] = []
+def by_preadv_kept(options: dict[str, Any], *, verified: bool = False, copied: bool = False) -> Bare:
+    """Threads; every byte has a place of its own, as in a load, and each run writes to the same places.
+
+    Args:
+        verified: take the checksum of what was read.
+        copied: read into a buffer of the thread's own, and copy that to the place.
+    """
+    places: list[memoryview] = []
+    buffer = buffers_of_threads()
     pool = ThreadPoolExecutor(LocalStore.concurrent_reads)
+
+    def read(place: memoryview, piece: Piece) -> None:
+        into = buffer(piece) if copied else place
+        read_into(into, piece)
+        if verified:
+            checksum(into)
+        if copied:
+            np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(into, np.uint8))
 
     def fetch(pieces: Sequence[Piece]) -> None:
-        buffers.extend(memoryview(bytearray(piece.nbytes)) for piece in pieces[len(buffers) :])
-        list(pool.map(read_into, buffers, pieces))
+        places.extend(in_step(0, piece.nbytes) for piece in pieces[len(places) :])
+        list(pool.map(read, places, pieces))
 
     return fetch
 
@@ -152,7 +177,12 @@ def by_s3fs(options: dict[str, Any]) -> Bare:
 def bare_ways(place: Place) -> dict[str, Callable[[dict[str, Any]], Bare]]:
     """Those that work at a place and are installed."""
     if not place.is_s3:
-        return {"preadv": by_preadv, "preadv, kept": by_preadv_kept}
+        return {
+            "preadv": by_preadv,
+            "preadv, kept": by_preadv_kept,
+            "preadv, kept, verified": functools.partial(by_preadv_kept, verified=True),
+            "preadv, verified, copied": functools.partial(by_preadv_kept, verified=True, copied=True),
+        }
     return ({"obstore": by_obstore} if installed("obstore") else {}) | {"s3fs": by_s3fs}
 
 

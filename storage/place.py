@@ -55,6 +55,8 @@ class Destination:
         """What the boxes are written to."""
         self._array: npt.NDArray[Any] | None = None
         """The bits of the target, where numpy can write them."""
+        if not self._staged:
+            self._write_to(self._tensor)
 
     def begin(self, *, whole: bool, most_bytes: int) -> None:
         """Make ready to be written. Any further call does nothing.
@@ -70,11 +72,14 @@ class Destination:
             if self._staged and whole and target.nbytes <= most_bytes:
                 pinned = self._tensor.device.type == "cuda"
                 target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=pinned)
-            plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
-            if plain and not target.dtype.is_complex:
-                # numpy copies without torch's thread pool, which the threads that call here would contend for.
-                self._array = target.view(UNSIGNED[target.itemsize]).numpy()
-            self._target = target
+            self._write_to(target)
+
+    def _write_to(self, target: torch.Tensor) -> None:
+        plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
+        if plain and not target.dtype.is_complex:
+            # numpy copies without torch's thread pool, which the threads that call here would contend for.
+            self._array = target.view(UNSIGNED[target.itemsize]).numpy()
+        self._target = target
 
     def write(
         self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices, count: int = 1, dim: int = 0
