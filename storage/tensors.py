@@ -76,7 +76,11 @@ def cast(values: npt.NDArray[np.uint8], dtype: torch.dtype, out: npt.NDArray[np.
 
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor over bytes that hold its values in row-major order; of a copy of them where they are read-only."""
-    if not data.flags.writeable:
+    """A tensor over bytes that hold its values in row-major order.
+
+    Over a copy of them where torch must not have them: where they are read-only, or do not begin at a multiple of an
+    element's size, for which its loops have instructions that trap.
+    """
+    if not data.flags.writeable or data.ctypes.data % dtype.itemsize:
         data = data.copy()
     return torch.from_numpy(data).view(dtype).reshape(tuple(shape))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from reshard.storage.place import Destination
-from reshard.storage.tensors import ALONE_NUMEL, as_array, as_bytes, cast
+from reshard.storage.tensors import ALONE_NUMEL, as_array, as_bytes, cast, from_bytes
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -45,3 +45,15 @@ def test_a_cast_gives_what_torch_gives(dtypes: tuple[torch.dtype, torch.dtype], 
     out = np.empty(numel * dtype.itemsize, np.uint8)
     cast(given, stored, out, dtype)
     assert torch.from_numpy(out).view(dtype).equal(values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.complex128])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_torch_is_given_elements_where_its_instructions_can_take_them(offset: int, dtype: torch.dtype) -> None:
+    expected = torch.randn(5, dtype=dtype)
+    data = expected.view(torch.uint8).numpy()
+    memory = np.empty(len(data) + offset, np.uint8)
+    memory[offset:] = data
+    tensor = from_bytes(memory[offset:], dtype, (5,))
+    assert tensor.equal(expected)
+    assert tensor.data_ptr() % dtype.itemsize == 0
