@@ -104,7 +104,7 @@ class LocalStore:
             with contextlib.suppress(OSError, StoreError), self._errors("read", name):
                 file = self._open(name)
                 for start, stop in ranges:
-                    if file.is_cached(start) and file.is_cached(stop - 1):
+                    if file.is_cached(stop - 1):
                         continue  # to give advice on cached pages would take half as long as to read them
                     for at in range(start, stop, ADVISED_BYTES):
                         os.posix_fadvise(file.descriptor, at, min(ADVISED_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
