@@ -48,7 +48,7 @@ class _OpenFile:
         """Whether a byte is in memory, where that can be told."""
         try:
             return os.preadv(self.descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
-        except OSError:
+        except (OSError, AttributeError):  # AttributeError where the system has no such reads
             return False
 
     def __del__(self) -> None:
