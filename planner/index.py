@@ -94,6 +94,11 @@ class Entry:
         return self.grid.shape
 
     @property
+    def whole(self) -> Box:
+        """The box of all of it."""
+        return Box.whole(self.shape)
+
+    @property
     def itemsize(self) -> int:
         return ITEMSIZES[self.dtype]
 

@@ -114,15 +114,27 @@ def local_tensor(
 
 
 def held_tensor(
-    shape: Sequence[int], mesh_sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+    shape: Sequence[int],
+    mesh_sizes: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+    order: Sequence[int] | None = None,
 ) -> LocalTensor:
     """What a rank really holds of a DTensor: `local_tensor`, but for what FSDP has split after TP.
 
     FSDP2 states such a split as a strided shard, whose factor is the size of the mesh dimensions after it that shard
     the same dimension of the tensor; what it does is to split TP's part. Both are the same where TP's parts are even.
     Where they are not, the placements give what no rank holds: of 28 rows under FSDP 4 x TP 3, rank (3, 0) holds row
-    9, and DTensor computes rows 9 and 19 (torch 2.13). Raises LayoutError.
+    9, and DTensor computes rows 9 and 19 (torch 2.13).
+
+    Args:
+        order: the mesh dimensions in the order in which they split the tensor, where that is not from the first to the
+            last.
+
+    Raises LayoutError.
     """
+    if order is not None:
+        return _apply(shape, [(mesh_sizes[at], coordinate[at], placements[at]) for at in order])
     if not all(
         placement.split_factor == _shards_after(at, placement.dim, mesh_sizes, placements)
         for at, placement in enumerate(placements)

@@ -18,12 +18,13 @@ from ..planner.index import Kind, missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
+from .casts import weight_dtype
 from .errors import DestinationError
 from .hf_config import read_tp_plan
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import rank_of
-from .read import Blob, check_is_tensor, read_boxes
+from .read import Blob, check_is_tensor, object_wants, read_boxes
 from .source import Source
 from .state_dict import nest
 from .store import Store
@@ -172,8 +173,8 @@ class Checkpoint:
 
         Args:
             names: a pattern as in a layout: "model" leaves out the optimizer beside it.
-            dtype: of floating-point tensors; the stored one by default. float32 values of a native checkpoint are read
-                as bfloat16 from a third of their bytes.
+            dtype: of floating-point tensors of one dimension or more; the stored one by default. float32 values of a
+                native checkpoint are read as bfloat16 from a third of their bytes.
             progress: as of `reshard.load`.
 
         Raises LayoutError, DtypeError, CorruptCheckpointError, StoreError.
@@ -185,7 +186,7 @@ class Checkpoint:
         self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored = torch_dtype(held.entry.dtype)
-            local = torch.empty(held.local.shape, dtype=dtype if dtype and stored.is_floating_point else stored)
+            local = torch.empty(held.local.shape, dtype=weight_dtype(stored, held.entry.shape, dtype))
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(want)
@@ -197,10 +198,10 @@ class Checkpoint:
 
     def state_dict(
         self, *, names: str = "*", allow_pickle: bool = False, progress: OnProgress = False
-    ) -> dict[str, Any]:
+    ) -> dict[Any, Any]:
         """All values, whole, on the CPU, in the dicts and lists in which they were saved.
 
-        Keys of dicts are strings. Names stay flat where the format does not tell more, as safetensors.
+        Names stay flat where the format does not tell more, as safetensors; DCP itself makes strings of all keys.
 
         Args:
             names: a pattern as in a layout: "model" leaves out the optimizer beside it.
@@ -212,10 +213,12 @@ class Checkpoint:
         entries = [entry for entry in self._source.entries if matches(names, entry.name)]
         if not entries and names != "*":
             raise missing(names, (entry.name for entry in self._source.entries))
-        blobs = [Blob(self._source, entry.name) for entry in entries if entry.kind is not Kind.TENSOR]
+        objects = [entry.name for entry in entries if entry.kind is not Kind.TENSOR]
         held = [entry for entry in entries if entry.kind is Kind.TENSOR]
         wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]
-        self._source.index(wants)  # what it says is checked before memory is taken on its word
+        # What it says is checked before memory is taken on its word, and read at once.
+        self._source.index([*wants, *object_wants(self._source, objects)])
+        blobs = [Blob(self._source, name) for name in objects]
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype)) for entry in held]
         with Meter("load", progress, location=self.location) as meter:
             read_boxes(self._source, wants, tensors, blobs=blobs, meter=meter)

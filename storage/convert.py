@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ..planner.index import Entry, Kind, missing
 from ..planner.layout import matches
+from .casts import check_is_not_scaled, weight_dtype
 from .checksums import checksum
 from .dcp import check_codec
 from .errors import ArgumentError, ObjectNotFoundError
@@ -33,6 +34,7 @@ from .reports import RankReport, Report
 from .retrying_store import retried
 from .source import Source
 from .sources.reads import Reads
+from .state_dict import Path
 from .store import Store, open_store
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
@@ -82,8 +84,8 @@ def convert(
         names: a pattern, as in a layout, of what is taken; or patterns and what becomes of them, as in
             `{"model.*": "*"}`: the first that matches a name gives the new one, whose "*" is what the pattern's stood
             for. What matches none is left out.
-        dtype: what floating-point tensors are cast to, but for those that are packed, two values a byte. float32 values
-            of a native checkpoint are read as bfloat16 from a third of their bytes.
+        dtype: what floating-point tensors of one dimension or more are cast to, but for those that are packed, two
+            values a byte. float32 values of a native checkpoint are read as bfloat16 from a third of their bytes.
         codec: of "reshard": "zstd" or "none".
         max_file_bytes: of "safetensors": a file has no more of values, unless for one tensor.
         src_format: what `src` is, as `reshard.open` takes it.
@@ -284,7 +286,7 @@ def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | 
             raise ArgumentError(f"{entry.name!r} would be left without a name")
         if name in items:
             raise ArgumentError(f"both {items[name].source!r} and {entry.name!r} would be named {name!r}")
-        items[name] = Item(name, entry.name, entry.kind, _cast(entry, dtype), entry.shape)
+        items[name] = Item(name, entry.name, entry.kind, _cast(source, entry, dtype), entry.shape)
     if not items and source.entries:
         patterns = [names] if isinstance(names, str) else list(names)
         raise missing(", ".join(patterns), (entry.name for entry in source.entries))
@@ -303,12 +305,16 @@ def _renamed(name: str, names: str | Mapping[str, str]) -> str | None:
     return None
 
 
-def _cast(entry: Entry, dtype: torch.dtype | None) -> str:
+def _cast(source: Source, entry: Entry, dtype: torch.dtype | None) -> str:
     """The dtype to write, by the planner's name. Raises DtypeError."""
-    is_cast = entry.kind is Kind.TENSOR and torch_dtype(entry.dtype).is_floating_point and "_x2" not in entry.dtype
-    return entry.dtype if dtype is None or not is_cast else dtype_name(entry.name, dtype)
+    if entry.kind is not Kind.TENSOR or dtype is None:
+        return entry.dtype
+    stored = torch_dtype(entry.dtype)
+    to = weight_dtype(stored, entry.shape, dtype)
+    check_is_not_scaled(entry.name, stored, to, (other.name for other in source.entries))
+    return dtype_name(entry.name, to)
 
 
-def _paths(source: Source, items: Iterable[Item]) -> dict[str, tuple[str | int, ...]]:
-    """Where the items that keep their names stand in the state dict that was saved."""
+def _paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
+    """The paths of the items that keep their names in the state dict that was saved."""
     return {item.name: source.paths[item.source] for item in items if item.source == item.name in source.paths}

@@ -10,12 +10,15 @@ import datetime
 import io
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint.storage as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -41,13 +44,13 @@ from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .commit import commit, refuse_if_there
-from .errors import ArgumentError, CorruptCheckpointError
+from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .logs import logger_of
 from .manifest import encode_manifest
-from .objects import torch_save
+from .objects import encode_object, needs_pickle, torch_save
 from .open_source import open_source
 from .progress import Meter
-from .ranks import Alarm, raises_portable, rank_of
+from .ranks import Alarm, Opened, check_same_checkpoint, raises_portable, rank_of
 from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
@@ -55,7 +58,9 @@ from .retrying_store import at_once
 from .sharded import refuse_misplaced
 from .shards import ShardToWrite, part_of
 from .source import Source
+from .state_dict import path_for_dcp
 from .store import Store, open_store
+from .tensor_classes import as_plain, check_storable, overrides_dispatch
 from .tensors import dtype_name, torch_dtype
 from .version import __version__
 from .writer import write_objects
@@ -88,7 +93,7 @@ class StorageWriter(dcp.StorageWriter):
         storage_options: passed to fsspec.
         overwrite: whether a checkpoint that is there may be replaced, as DCP's own writers do. It stays readable
             until the new one is committed, and its data is removed after that.
-        budget_bytes: as of `reshard.save`.
+        strict_objects, budget_bytes: as of `reshard.save`.
     """
 
     def __init__(
@@ -98,13 +103,16 @@ class StorageWriter(dcp.StorageWriter):
         codec: str = "zstd",
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = True,
+        strict_objects: bool = False,
         budget_bytes: int | None = None,
     ) -> None:
         check_codec(codec)
         self.checkpoint_id: Target = uri
+        self.save_id = uuid.uuid4().hex
         self._codec = codec
         self._storage_options = storage_options
         self._overwrite = overwrite
+        self._strict_objects = strict_objects
         self._budget_bytes = budget_bytes
         self._rank = 0
         self._opened: Store | None = None
@@ -120,6 +128,7 @@ class StorageWriter(dcp.StorageWriter):
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
             self._opened = None
+        self.save_id = uuid.uuid4().hex
         self._written = []
 
     @raises_portable
@@ -142,14 +151,19 @@ class StorageWriter(dcp.StorageWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
+    @raises_portable
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        _check_agreement([plan.items for plan in plans])
         return plans
 
     @raises_portable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         begin = time.perf_counter()
         self.planned_at = begin
+        if not getattr(planner, "holds_boxes", False):
+            refuse_misplaced(getattr(planner, "state_dict", {}))
         shards = [_shard_to_write(item, planner) for item in plan.items]
+        pickled = self._pickled(shards)
         self.meter.location = self._store().location
         self.meter.expect(sum(shard.nbytes for shard in shards))
         with self.alarm, self.meter:
@@ -166,16 +180,30 @@ class StorageWriter(dcp.StorageWriter):
         results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
         if results:
             written = sum(record.nbytes for record in self._written)
-            records = self._written, time.perf_counter() - begin
+            records = self._written, time.perf_counter() - begin, pickled
             results[0] = dcp.WriteResult(plan.items[0].index, written, records)
         future: Future[list[dcp.WriteResult]] = Future()
         future.set_result(results)
         return future
 
+    def _pickled(self, shards: Sequence[ShardToWrite]) -> list[str]:
+        """The objects that can only be loaded with `allow_pickle=True`. Raises UnsupportedValueError, where strict."""
+        named = [
+            shard.name
+            for shard in shards
+            if shard.kind is Kind.TORCH_SAVE and needs_pickle(shard.kind, bytes(shard.load(shard.box).numpy()))
+        ]
+        if named and self._strict_objects:
+            raise UnsupportedValueError(
+                f"{_listed(named)} could only be loaded with allow_pickle=True, which strict_objects=True forbids: "
+                "turn them into plain data, or leave them out"
+            )
+        return named
+
     @raises_portable
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
-        by_rank = [rank[0].storage_data if rank else ([], 0.0) for rank in results]
-        records = [record for records, _ in by_rank for record in records]
+        by_rank = [rank[0].storage_data if rank else ([], 0.0, []) for rank in results]
+        records = [record for records, _, _ in by_rank for record in records]
         index = assemble_index(records, _empty_tensors(metadata, records))
         paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
         info = {
@@ -184,12 +212,29 @@ class StorageWriter(dcp.StorageWriter):
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "codec": self._codec,
             "ranks": len(results),
+            "save_id": self.save_id,
         }
         manifest = encode_manifest(index, paths, info)
         reports = [_report(rank, *written) for rank, written in enumerate(by_rank)]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1
+        pickled = sorted(name for _, _, names in by_rank for name in names)
+        differing = metadata.storage_data or []
+        reports[self._rank]["differing"] = differing
         metadata.storage_data = reports
+        if pickled:
+            logger.warning(
+                "%d objects can only be loaded with allow_pickle=True, which may run code: %s",
+                len(pickled),
+                _listed(pickled),
+            )
+        if differing:
+            logger.warning(
+                "%d values differ between the ranks that hold them, and those of the lowest rank are stored: %s. Give "
+                "each rank a name of its own for what belongs to it alone, as a random state",
+                len(differing),
+                _listed(differing),
+            )
         commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
 
     def discard(self) -> None:
@@ -207,7 +252,8 @@ class StorageWriter(dcp.StorageWriter):
 
     def storage_meta(self) -> StorageMeta | None:
         checkpoint_id = self.checkpoint_id
-        return StorageMeta(checkpoint_id.location if isinstance(checkpoint_id, Store) else checkpoint_id)
+        location = checkpoint_id.location if isinstance(checkpoint_id, Store) else checkpoint_id
+        return StorageMeta(location, save_id=self.save_id)
 
 
 class StorageReader(dcp.StorageReader):
@@ -239,6 +285,7 @@ class StorageReader(dcp.StorageReader):
         self._format = format
         self._opened: Source | None = None
         self._rank = 0
+        self.load_id = uuid.uuid4().hex
         self.report: RankReport | None = None
         """What the last load did on this rank."""
 
@@ -246,6 +293,7 @@ class StorageReader(dcp.StorageReader):
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
         self._opened = None
+        self.load_id = uuid.uuid4().hex
 
     def _open(self) -> Source:
         if self._opened is None:
@@ -267,17 +315,25 @@ class StorageReader(dcp.StorageReader):
             ]
             properties = TensorProperties(dtype=torch_dtype(entry.dtype))
             entries[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+        save_id, version = source.info.get("save_id"), source.info.get("version")
         return Metadata(
-            entries, planner_data=dict(source.paths) or None, storage_meta=StorageMeta(source.store.location)
+            entries,
+            planner_data={name: path_for_dcp(path) for name, path in source.paths.items()} or None,
+            storage_meta=StorageMeta(source.store.location, save_id=save_id, load_id=self.load_id),
+            version=version if isinstance(version, str) else CURRENT_DCP_VERSION,
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._rank = kwargs.get("rank", rank_of(None))
 
+    @raises_portable
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        source = self._open()
+        return replace(plan, storage_data=Opened(source.location, source.fingerprint()))
 
+    @raises_portable
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        check_same_checkpoint([plan.storage_data for plan in plans])
         return plans
 
     @raises_portable
@@ -286,10 +342,11 @@ class StorageReader(dcp.StorageReader):
         source = self._open()
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        targets = [planner.resolve_tensor(item) for item in tensors]
+        targets = [_target(item, planner) for item in tensors]
+        wanted = {item.storage_index.fqn: None for item in plan.items}
+        source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
         blobs = [Blob(source, item.storage_index.fqn) for item in objects]
-        wants = [Want(item.storage_index.fqn, _read_box(item)) for item in tensors]
-        destinations = [target.detach() for target in targets]
+        wants, destinations = _wants(tensors, targets)
         report = read_boxes(
             source,
             wants,
@@ -323,6 +380,54 @@ class StorageReader(dcp.StorageReader):
         return _can_open(checkpoint_id)
 
 
+def _target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
+    """The tensor that an item is read into; the whole local tensor where its class has to be asked to write to it."""
+    if isinstance(planner, DefaultLoadPlanner):
+        whole = planner.lookup_tensor(item.dest_index)
+        if overrides_dispatch(whole):
+            return whole
+    return planner.resolve_tensor(item)
+
+
+def _wants(items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> tuple[list[Want], list[torch.Tensor]]:
+    """What to read, and into what; all items of a tensor that is written whole are read as one box."""
+    wants: list[Want] = []
+    destinations: list[torch.Tensor] = []
+    whole: set[int] = set()
+    for item, target in zip(items, targets, strict=True):
+        box = _read_box(item)
+        if overrides_dispatch(target):
+            if id(target) in whole:
+                continue
+            whole.add(id(target))
+            begin = tuple(a - b for a, b in zip(box.offsets, item.dest_offsets, strict=True))
+            wants.append(Want(item.storage_index.fqn, Box(begin, tuple(target.shape))))
+            destinations.append(target)
+        else:
+            wants.append(Want(item.storage_index.fqn, box))
+            destinations.append(as_plain(target))
+    return wants, destinations
+
+
+def _check_agreement(plans: Sequence[Sequence[WriteItem]]) -> None:
+    """Raises ArgumentError where ranks plan to write different kinds of values under one name."""
+    known: dict[str, tuple[int, str]] = {}
+    for rank, items in enumerate(plans):
+        for item in items:
+            data = item.tensor_data
+            what = "an object" if data is None else f"a tensor of {data.properties.dtype}, shape {list(data.size)}"
+            first = known.setdefault(item.index.fqn, (rank, what))
+            if first[1] != what:
+                raise ArgumentError(
+                    f"the ranks disagree about {item.index.fqn!r}: rank {first[0]} has {first[1]}; rank {rank} has "
+                    f"{what}. Give all ranks the same kind of value under one name"
+                )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _can_open(checkpoint_id: str | os.PathLike[str]) -> bool:
     try:
         open_store(checkpoint_id)
@@ -340,10 +445,8 @@ def _read_box(item: ReadItem) -> Box:
 def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     name = item.index.fqn
     if item.type is WriteItemType.BYTE_IO:
-        data = planner.resolve_data(item)
-        assert isinstance(data, io.BytesIO)
-        kind = data.kind if isinstance(data, EncodedObject) else Kind.TORCH_SAVE
-        blob = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
+        kind, data = _encoded_object(item, planner)
+        blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return ShardToWrite(
             name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda part: blob[part.slices]
         )
@@ -354,11 +457,32 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     dtype = item.tensor_data.properties.dtype
 
     def load(part: Box) -> torch.Tensor:
-        values = planner.resolve_data(item)
+        try:
+            values = planner.resolve_data(item)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise UnsupportedValueError(f"{name!r} cannot be stored: {type(error).__name__}: {error}") from error
         assert isinstance(values, torch.Tensor)
-        return part_of(name, values, box, dtype, part)
+        check_storable(name, values)
+        return part_of(name, as_plain(values), box, dtype, part)
 
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
+
+
+def _encoded_object(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
+    """An object as it is stored. DCP's own planner pickles all; what is plain data is asked of it before that."""
+    asks_default = isinstance(planner, DefaultSavePlanner) and (
+        type(planner).resolve_data is DefaultSavePlanner.resolve_data
+        and type(planner).transform_object is DefaultSavePlanner.transform_object
+    )
+    if asks_default:
+        assert isinstance(planner, DefaultSavePlanner)
+        kind, data = encode_object(planner.lookup_object(item.index))
+        return kind, data
+    resolved = planner.resolve_data(item)
+    assert isinstance(resolved, io.BytesIO)
+    return resolved.kind if isinstance(resolved, EncodedObject) else Kind.TORCH_SAVE, resolved.getvalue()
 
 
 def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -374,7 +498,7 @@ def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str,
     return empty
 
 
-def _report(rank: int, records: list[ObjectRecord], seconds: float) -> dict[str, Any]:
+def _report(rank: int, records: list[ObjectRecord], seconds: float, pickled: list[str]) -> dict[str, Any]:
     """A RankReport as plain data: DCP pickles it."""
     stages = {stage: sum(record.seconds[stage] for record in records) for stage in ("encode", "write")}
     report = RankReport(
@@ -384,5 +508,6 @@ def _report(rank: int, records: list[ObjectRecord], seconds: float) -> dict[str,
         requests=len(records),
         chunks=sum(record.chunks for record in records),
         seconds={**stages, "total": seconds},
+        pickled=tuple(pickled),
     )
     return asdict(report)

@@ -7,16 +7,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 
 from ..planner.box import Box
-from ..planner.index import NATIVE, CheckpointIndex, Entry, Kind
+from ..planner.index import Entry, Kind
 from ..planner.read_plan import Want
 from .errors import UnsafeObjectError
 from .objects import encode_object
 from .pieces import Item, Piece, rows_of
 from .read import Blob, read_boxes
+from .same_chunks import same_chunks
 from .source import Source
 from .values import Values
 
@@ -75,7 +75,7 @@ def _to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tuple[Entr
     if not told or (a.format, b.format) != ("reshard", "reshard"):
         return both
     of_a, of_b = (source.index([Want(name, Box.whole(both[name][0].shape)) for name in told]) for source in (a, b))
-    same = {name for name in told if _are_the_same(of_a, of_b, name)}
+    same = {name for name in told if same_chunks(of_a, name, of_b, name)}
     return {name: entries for name, entries in both.items() if name not in same}
 
 
@@ -116,21 +116,6 @@ def _compared(one: torch.Tensor, two: torch.Tensor) -> tuple[int, float]:
     unequal = (one != two) & ~(one.isnan() & two.isnan())
     apart = (_wide(one[unequal]) - _wide(two[unequal])).abs()
     return int(unequal.sum()), float(apart.nan_to_num(float("inf")).max()) if len(apart) else 0.0
-
-
-def _are_the_same(a: CheckpointIndex, b: CheckpointIndex, name: str) -> bool:
-    """Whether the chunks of a tensor are the same by their checksums."""
-    parts = []
-    for index in (a, b):
-        position = index.position(name)
-        rows = index.segments_of(position)
-        first, last = index.first_checksum[[rows.start, rows.stop]].tolist()
-        if int(index.segments.encodings[rows].max(initial=0)) > max(NATIVE):
-            return False
-        columns = (index.segments.streams[rows], index.segments.encodings[rows], *index.segment_boxes(position))
-        parts.append([*columns, index.lengths[index.chunks_of(position)], index.checksums[first:last]])
-    same_grid = a.entry(name).grid == b.entry(name).grid
-    return same_grid and all(np.array_equal(x, y) for x, y in zip(*parts, strict=True))
 
 
 def _comparable(values: torch.Tensor) -> torch.Tensor:

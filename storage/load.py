@@ -1,33 +1,53 @@
-"""`reshard.load`: every rank plans its own reads from the manifest; the only collective spreads errors and reports."""
+"""`reshard.load`: every rank plans its own reads from the metadata.
+
+There are two collectives. The first makes sure that all ranks opened the same checkpoint, and that it fits the state
+dicts of all of them, before anything is changed. The second spreads the errors and the reports of reading.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, MutableMapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from ..planner.errors import MissingTensorError, ShapeMismatchError
+from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
-from .errors import DestinationError
+from .casts import check_cast, check_integers, loses_bits, needs_check
+from .errors import ArgumentError, DestinationError
 from .logs import logger_of
+from .names import Patterns, check_renames, matches_any, patterns_of, renamed
 from .open_source import open_source
 from .progress import Meter, OnProgress
-from .ranks import Alarm, on_all_ranks, rank_of
-from .read import Blob, check_is_tensor, counting_metadata, read_boxes
-from .reports import RankReport, Report
+from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
+from .read import Blob, BoxReads, carry_out, check_is_tensor, counting_metadata, object_wants, read_boxes
+from .reports import Cast, RankReport, Report
 from .source import Source
-from .state_dict import Leaf, flatten, state_to_stateful, stateful_to_state
+from .state_dict import Key, Leaf, Path, flatten, name_of, nest, state_to_stateful, stateful_to_state
 from .store import Store
-from .tensors import LocalShard, local_shards
+from .tensor_classes import copy_into, is_whole, missing_memory, overrides_dispatch
+from .tensors import LocalShard, local_shards, torch_dtype
 
 logger = logger_of(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What of a state dict is loaded, and from which names."""
+
+    strict: bool = True
+    allow_missing: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
+    allow_pickle: bool = False
+    budget_bytes: int | None = None
+    max_over_read: float | None = None
 
 
 def load(
@@ -35,6 +55,9 @@ def load(
     uri: str | os.PathLike[str] | Store,
     *,
     strict: bool = True,
+    allow_missing: Patterns = (),
+    exclude: Patterns = (),
+    rename: Mapping[str, str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     allow_pickle: bool = False,
@@ -49,11 +72,18 @@ def load(
     place, and cast where their dtype differs; float32 values are read as bfloat16 at a third of the bytes. Other
     values are replaced. What the state dict does not name is not read.
 
+    A tensor of a class with its own `__torch_dispatch__`, such as a quantised one, is written by the class's own
+    `copy_`. Floating-point tensors that are cast to fewer bits are listed in the report, and logged once.
+
     Args:
         state_dict: the destination: plain tensors, DTensors or ShardedTensors, and values, in nested dicts and
             lists. Stateful values are given their loaded state.
         uri: a path, a URI that fsspec opens, or a Store.
         strict: whether every name must be in the checkpoint; if not, missing ones are left and reported.
+        allow_missing: patterns of names that may be missing, as "optimizer.*"; they are left and reported.
+        exclude: patterns of names of the state dict that are left as they are.
+        rename: patterns of names in the checkpoint, and their names in the state dict, as in
+            `{"*._orig_mod.*": "*.*"}`; see `reshard.convert`. A name that no pattern matches stays.
         storage_options: passed to fsspec.
         process_group: the ranks that load together; the default group where there is one, else this process alone.
         allow_pickle: unpickle objects that torch.load(weights_only=True) refuses. That can run any code.
@@ -67,107 +97,297 @@ def load(
 
     Raises, on every rank and naming the rank that failed:
         CheckpointNotFoundError, NotCommittedError, UnsupportedVersionError: there is nothing to load.
-        MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the state dict does not fit. Nothing
-            was changed on that rank.
+        MissingTensorError, ShapeMismatchError, DtypeError, DestinationError, LayoutError: the state dict does not fit.
+            Nothing was changed on any rank, unless an integer does not fit: then nothing on the rank that has it.
+        ArgumentError: an argument is wrong, or the ranks opened different checkpoints. Nothing was changed.
         CorruptCheckpointError, StoreError: the bytes are not to be had. The tensor that the error names is as it
             was, unless the message says otherwise; others may have been loaded.
         UnsafeObjectError: an object needs `allow_pickle`.
     """
-    loading = _Loading(state_dict, strict, allow_pickle, budget_bytes, max_over_read)
     rank = rank_of(process_group)
     alarm, meter = Alarm(process_group), Meter("load", progress, rank=rank)
+    begin = time.perf_counter()
+    loading: list[_Loading] = []
+
+    def prepare() -> Opened:
+        if not isinstance(strict, bool):
+            raise ArgumentError(
+                f"strict must be True or False, got {strict!r}; allow_missing= takes patterns of names that may be "
+                "missing"
+            )
+        check_renames("rename", rename or {})
+        options = LoadOptions(
+            strict,
+            patterns_of("allow_missing", allow_missing),
+            patterns_of("exclude", exclude),
+            rename or {},
+            allow_pickle,
+            budget_bytes,
+            max_over_read,
+        )
+        with record_function("reshard.open"):
+            source = open_source(uri, storage_options, format)
+        opened = Opened(source.location, source.fingerprint() if is_distributed() else "")
+        loading.append(_Loading(state_dict, source, options))
+        return opened
 
     def task() -> RankReport:
-        begin = time.perf_counter()
         with alarm, meter:
-            with record_function("reshard.open"):
-                source = open_source(uri, storage_options, format)
-            opened = time.perf_counter()
-            meter.location = source.location
-            report = loading.run(source, rank, alarm, meter)
+            meter.location = loading[0].source.location
+            report = loading[0].run(rank, alarm, meter)
         seconds = {"open": opened - begin, **report.seconds, "total": time.perf_counter() - begin}
         report = replace(report, seconds=seconds)
-        logger.info("loaded from %s: %s", source.location, report.words)
+        logger.info("loaded from %s: %s", meter.location, report.words)
         return report
 
     try:
+        check_same_checkpoint(on_all_ranks(prepare, process_group))
+        opened = time.perf_counter()
         reports = on_all_ranks(task, process_group)
     finally:
         alarm.close()
-    for leaf, value in loading.objects:
-        leaf.replace(value)
-    state_to_stateful(state_dict, loading.states)
-    if loading.unread and rank == 0:
-        shown = ", ".join(loading.unread[:3]) + (", ..." if len(loading.unread) > 3 else "")
-        logger.warning("%d names of the checkpoint were not in the state dict: %s", len(loading.unread), shown)
-    return Report(rank, tuple(reports), loading.skipped, loading.unread)
+    done = loading[0]
+    done.put_objects()
+    state_to_stateful(state_dict, done.states)
+    if rank == 0:
+        done.log()
+    return Report(rank, tuple(reports), done.skipped, done.unread)
 
 
 class _Loading:
-    """One rank's part of a load."""
+    """One rank's part of a load: what goes where.
 
-    def __init__(
-        self,
-        state_dict: Mapping[str, Any],
-        strict: bool,
-        allow_pickle: bool,
-        budget_bytes: int | None,
-        max_over_read: float | None,
-    ) -> None:
-        self._state_dict = state_dict
-        self.states: dict[str, Any] = {}
-        self._strict = strict
-        self._allow_pickle = allow_pickle
-        self._budget_bytes = budget_bytes
-        self._max_over_read = max_over_read
-        self.objects: list[tuple[Leaf, Any]] = []
-        self.skipped: tuple[str, ...] = ()
-        self.unread: tuple[str, ...] = ()
+    Raises what `load` raises where the checkpoint does not fit; nothing is changed.
+    """
 
-    def run(self, source: Source, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
-        self.states = stateful_to_state(self._state_dict)
+    def __init__(self, state_dict: Mapping[str, Any], source: Source, options: LoadOptions) -> None:
+        self.source = source
+        self.states = stateful_to_state(state_dict)
+        self._options = options
         named = flatten(self.states)
-        leaves = self._present(named, source)
-        inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
-        self.unread = tuple(
-            entry.name for entry in source.entries if entry.name not in named and entry.name.startswith(inner)
-        )
+        leaves = {name: leaf for name, leaf in named.items() if not matches_any(options.exclude, name)}
+        self._stored = self._stored_names()
+        """What the checkpoint has, by the name in the state dict, and the name there."""
+        present = {name: leaf for name, leaf in leaves.items() if name in self._stored}
+        self._in_objects: list[tuple[Leaf, Any]] = []
+        """Leaves that are a part of an object of the checkpoint, each with its value."""
+        self._containers: list[tuple[Leaf, list[str]]] = []
+        """Leaves that are dicts or lists in the checkpoint, each with the names in it."""
+        self.skipped: tuple[str, ...] = ()
+        """Names that are not in the checkpoint."""
+        self._find_others({name: leaf for name, leaf in leaves.items() if name not in self._stored}, present)
+        self.unread = self._unread(named)
+        """Names that the checkpoint has below a key of the state dict, which itself has not."""
+        self._objects = [leaf for leaf in present.values() if self._kind(leaf.name) is not Kind.TENSOR]
+        self._blobs: list[Blob] = []
+        self._values: list[tuple[Leaf, Any]] = []
+        wants, destinations = self._destinations(present.values())
+        self._built = {
+            name: torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+            for _, names in self._containers
+            for name in names
+            if (entry := self.source.entry(self._stored[name])).kind is Kind.TENSOR
+        }
+        wants += [Want(self._stored[name], self.source.entry(self._stored[name]).whole) for name in self._built]
+        objects = [leaf.name for leaf in self._objects]
+        objects += [name for _, names in self._containers for name in names if name not in self._built]
+        self._object_names = objects
+        # All of the metadata is read at once, and checked before memory is taken on its word.
+        source.index([*wants, *object_wants(source, [self._stored[name] for name in objects])])
+        self._reads = BoxReads.of(source, wants, [*destinations, *self._built.values()])
+
+    def _stored_names(self) -> dict[str, str]:
+        if not self._options.rename:
+            return {entry.name: entry.name for entry in self.source.entries}
+        stored: dict[str, str] = {}
+        for entry in self.source.entries:
+            found = renamed(entry.name, self._options.rename)
+            name = entry.name if found is None else found[1]
+            if name in stored:
+                raise ArgumentError(f"rename: both {stored[name]!r} and {entry.name!r} would be named {name!r}")
+            stored[name] = entry.name
+        return stored
+
+    def _kind(self, name: str) -> Kind:
+        return self.source.entry(self._stored[name]).kind
+
+    def _destinations(self, leaves: Iterable[Leaf]) -> tuple[list[Want], list[torch.Tensor]]:
         wants: list[Want] = []
         destinations: list[torch.Tensor] = []
+        cast: dict[str, Cast] = {}
         for leaf in leaves:
-            for box, tensor in _shards_to_load(leaf, source):
-                wants.append(Want(leaf.name, box))
+            stored = self._stored[leaf.name]
+            for box, tensor in _shards_to_load(leaf, self.source, stored):
+                wants.append(Want(stored, box))
                 destinations.append(tensor)
-        objects = [leaf for leaf in leaves if source.entry(leaf.name).kind is not Kind.TENSOR]
-        blobs = [Blob(source, leaf.name) for leaf in objects]
-        report = read_boxes(
-            source,
-            wants,
-            destinations,
-            blobs=blobs,
+                dtype = torch_dtype(self.source.entry(stored).dtype)
+                if loses_bits(dtype, tensor.dtype):
+                    cast[leaf.name] = Cast(leaf.name, *(str(d).removeprefix("torch.") for d in (dtype, tensor.dtype)))
+        self.cast = tuple(cast.values())
+        return wants, destinations
+
+    def _find_others(self, missing: Mapping[str, Leaf], present: Mapping[str, Leaf]) -> None:
+        """Find what the checkpoint has not under its own name, but as a part of an object, or in parts.
+
+        Raises MissingTensorError for what it does not have.
+        """
+        if not missing:
+            return
+        inside: dict[str, list[Leaf]] = {}
+        lost: list[Leaf] = []
+        for leaf in missing.values():
+            outer = (name_of(leaf.path[:length]) for length in range(len(leaf.path) - 1, 0, -1))
+            found = next((name for name in outer if name in self._stored and self._kind(name) is not Kind.TENSOR), None)
+            if found is not None:
+                inside.setdefault(found, []).append(leaf)
+            elif leaf.is_empty_dict:  # what the checkpoint has below it is not read, and told so
+                continue
+            elif not isinstance(leaf.value, torch.Tensor) and (below := self._below(leaf.name)):
+                self._containers.append((leaf, below))
+            else:
+                lost.append(leaf)
+        lost += self._take_out(inside)
+        options = self._options
+        fatal = [leaf for leaf in lost if options.strict and not matches_any(options.allow_missing, leaf.name)]
+        if fatal:
+            raise MissingTensorError(self._describe_missing(fatal, present))
+        self.skipped = tuple(leaf.name for leaf in lost)
+
+    def _below(self, name: str) -> list[str]:
+        return [other for other in self._stored if other.startswith(f"{name}.")]
+
+    def _take_out(self, inside: Mapping[str, list[Leaf]]) -> list[Leaf]:
+        """Take values out of the objects that hold them. Returns the leaves whose objects do not."""
+        names = [self._stored[name] for name in inside]
+        self.source.index(object_wants(self.source, names))
+        blobs = [Blob(self.source, name) for name in names]
+        read_boxes(self.source, [], [], blobs=blobs)
+        lost = []
+        for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
+            value = blob.value(allow_pickle=self._options.allow_pickle)
+            for leaf in leaves:
+                try:
+                    found = _descend(value, leaf.path[_length(leaf.path, name) :])
+                except LookupError:
+                    lost.append(leaf)
+                    continue
+                _check_fits(leaf, found)
+                self._in_objects.append((leaf, found))
+        return lost
+
+    def _unread(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
+        inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
+        taken = {name for _, names in self._containers for name in names}
+        outer = {name_of(leaf.path[:length]) for leaf, _ in self._in_objects for length in range(1, len(leaf.path))}
+        exclude = self._options.exclude
+        return tuple(
+            name
+            for name in self._stored
+            if name not in named and name.startswith(inner) and name not in taken and name not in outer
+            and not matches_any(exclude, name)
+        )  # fmt: skip
+
+    def run(self, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
+        """Read. Raises what `load` raises for the bytes."""
+        options = self._options
+        blobs = {name: Blob(self.source, self._stored[name]) for name in self._object_names}
+        report = carry_out(
+            self.source,
+            self._reads,
+            blobs=list(blobs.values()),
             rank=rank,
-            budget_bytes=self._budget_bytes,
-            max_over_read=self._max_over_read,
+            budget_bytes=options.budget_bytes,
+            max_over_read=options.max_over_read,
             interrupt=alarm.check,
             meter=meter,
         )
-        self.objects = [
-            (leaf, blob.value(allow_pickle=self._allow_pickle)) for leaf, blob in zip(objects, blobs, strict=True)
-        ]
-        return counting_metadata(report, source)
+        values = {name: blob.value(allow_pickle=options.allow_pickle) for name, blob in blobs.items()}
+        self._values = [(leaf, values[leaf.name]) for leaf in self._objects]
+        for leaf, names in self._containers:
+            parts = {name: self._built[name] if name in self._built else values[name] for name in names}
+            self._values.append((leaf, self._assembled(leaf, parts)))
+        return counting_metadata(replace(report, cast=self.cast), self.source)
 
-    def _present(self, leaves: dict[str, Leaf], source: Source) -> list[Leaf]:
-        """The leaves that the checkpoint has. Raises MissingTensorError."""
-        missing = [name for name in leaves if name not in source]
-        if missing and self._strict:
-            raise MissingTensorError(_describe_missing(missing, source))
-        self.skipped = tuple(missing)
-        return [leaf for name, leaf in leaves.items() if name in source]
+    def _assembled(self, leaf: Leaf, parts: Mapping[str, Any]) -> Any:
+        """A dict or a list that the checkpoint has in parts."""
+        top = "value"
+        paths: dict[str, Path] = {}
+        for name in parts:
+            path = self.source.paths.get(self._stored[name], ())
+            known = name_of(path) == name and name_of(path[: len(leaf.path)]) == leaf.name
+            paths[name] = (top, *(path[len(leaf.path) :] if known else (name[len(leaf.name) + 1 :],)))
+        return nest(parts, paths)[top]
+
+    def put_objects(self) -> None:
+        """Put the values that are not tensors into the state dict, once all ranks have read."""
+        for leaf, value in self._values:
+            leaf.replace(value)
+        for leaf, value in self._in_objects:
+            if not isinstance(leaf.value, torch.Tensor):
+                leaf.replace(value)
+                continue
+            for box, local in local_shards(leaf.name, leaf.value):
+                if overrides_dispatch(local):
+                    copy_into(leaf.name, local, value[box.slices].to(local.device, local.dtype))
+                else:
+                    local.copy_(value[box.slices])
+
+    def log(self) -> None:
+        """Log what a caller may not expect, each once."""
+        if self.unread:
+            shown = ", ".join(self.unread[:3]) + (", ..." if len(self.unread) > 3 else "")
+            message = f"{len(self.unread)} names of the checkpoint were not in the state dict: {shown}"
+            logger.warning("%s", "; ".join(filter(None, (message, self._resized(self.unread[0], "list")))))
+        if self.cast:
+            shown = ", ".join(f"{cast.name} ({cast.stored} → {cast.to})" for cast in self.cast[:3])
+            more = ", ..." if len(self.cast) > 3 else ""
+            logger.warning("%d tensors were cast to fewer bits: %s%s", len(self.cast), shown, more)
+
+    def _resized(self, name: str, *kinds: str) -> str:
+        """Which list or dict around a name has another number of items in the checkpoint; empty where none has."""
+        names = flatten(self.states)
+        for end in _dots(name):
+            outer = name[:end]
+            ours, theirs = _children(outer, names), _children(outer, self._stored)
+            if ours and theirs and len(ours) != len(theirs):
+                kind = "list" if all(child.isdigit() for child in (*ours, *theirs)) else "dict"
+                told = (
+                    f"the {kind} {outer!r} has {len(theirs)} items in the checkpoint and {len(ours)} in the state dict"
+                )
+                return told if kind in (kinds or ("list", "dict")) else ""
+        return ""
+
+    def _describe_missing(self, missing: list[Leaf], present: Mapping[str, Leaf]) -> str:
+        """Which names are missing, and where they may be meant to be."""
+        names = list(self._stored)
+        message = f"the checkpoint has no {_listed([leaf.name for leaf in missing], repr)}"
+        for leaf in missing:
+            tied = _tied(leaf, present.values())
+            if tied:
+                return (
+                    f"{message}; {leaf.name!r} shares its memory with {tied!r}, which it has: leave {leaf.name!r} out "
+                    f"of the state dict, or pass allow_missing={leaf.name!r}"
+                )
+        first = missing[0].name
+        for name in names:
+            if name.endswith(f".{first}"):
+                return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(first)[:-1]!r}"
+            if first.endswith(f".{name}"):
+                return f"{message}; it has {name!r}: the state dict is nested too deeply"
+        resized = next(filter(None, (self._resized(leaf.name) for leaf in missing)), "")
+        if resized:
+            return f"{message}; {resized}"
+        near = nearest_names(first, names, 5) or names[:5]
+        found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
+        return (
+            f"{message}; {found if names else 'it is empty'}; strict=False leaves out what is missing, and "
+            "allow_missing= what its patterns match"
+        )
 
 
-def _shards_to_load(leaf: Leaf, source: Source) -> list[LocalShard]:
+def _shards_to_load(leaf: Leaf, source: Source, stored: str) -> list[LocalShard]:
     """What this rank holds of a leaf's tensor; nothing of an object. Raises where it does not fit the checkpoint."""
-    entry = source.entry(leaf.name)
+    entry = source.entry(stored)
     if not isinstance(leaf.value, torch.Tensor):
         if entry.kind is Kind.TENSOR:
             raise DestinationError(
@@ -175,25 +395,92 @@ def _shards_to_load(leaf: Leaf, source: Source) -> list[LocalShard]:
                 "in the state dict: give it a tensor to load into"
             )
         return []
-    check_is_tensor(source, leaf.name)
-    shape = tuple(leaf.value.size())
-    if shape != entry.shape:
-        raise ShapeMismatchError(
-            f"{leaf.name!r} has shape {entry.shape} in the checkpoint and {shape} in the state dict"
+    check_is_tensor(source, stored)
+    try:
+        reason = missing_memory(leaf.value) if is_whole(leaf.value) else ""
+        if reason:
+            raise DestinationError(f"{leaf.name!r} {reason}; it cannot be loaded into")
+        shape = tuple(leaf.value.size())
+        if shape != entry.shape:
+            raise ShapeMismatchError(
+                f"{leaf.name!r} has shape {entry.shape} in the checkpoint and {shape} in the state dict"
+            )
+        return [(box, tensor) for box, tensor in local_shards(leaf.name, leaf.value) if box.numel]
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise DestinationError(
+            f"{leaf.name!r}, a {type(leaf.value).__name__}, cannot be loaded into: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_fits(leaf: Leaf, value: Any) -> None:
+    """Check that a value that was taken out of an object fits a leaf. Raises DestinationError, DtypeError."""
+    if isinstance(leaf.value, torch.Tensor) != isinstance(value, torch.Tensor):
+        raise DestinationError(
+            f"{leaf.name!r} is {type(value).__name__} in the checkpoint, and {type(leaf.value).__name__} in the state "
+            "dict"
         )
-    return [(box, tensor) for box, tensor in local_shards(leaf.name, leaf.value) if box.numel]
+    if isinstance(value, torch.Tensor):
+        if leaf.value.shape != value.shape:
+            raise ShapeMismatchError(
+                f"{leaf.name!r} has shape {tuple(value.shape)} in the checkpoint and {tuple(leaf.value.shape)} in the "
+                "state dict"
+            )
+        check_cast(leaf.name, value.dtype, leaf.value.dtype)
+        if needs_check(value.dtype, leaf.value.dtype):
+            check_integers(leaf.name, value, leaf.value.dtype)
 
 
-def _describe_missing(missing: list[str], source: Source) -> str:
-    """Which names are missing, and where they may be meant to be."""
-    names = [entry.name for entry in source.entries]
-    shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    message = f"the checkpoint has no {shown}"
-    for name in names:
-        if name.endswith(f".{missing[0]}"):
-            return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(missing[0])[:-1]!r}"
-        if missing[0].endswith(f".{name}"):
-            return f"{message}; it has {name!r}: the state dict is nested too deeply"
-    near = nearest_names(missing[0], names, 5) or names[:5]
-    found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
-    return f"{message}; {found if names else 'it is empty'}; strict=False leaves out what is missing"
+def _descend(value: Any, path: Path) -> Any:
+    """The value at a path inside of another one. Raises LookupError where there is none."""
+    for part in path:
+        if isinstance(part, int):
+            if not isinstance(value, (list, tuple)):
+                raise KeyError(part)
+            value = value[part]
+        elif isinstance(value, Mapping):
+            keys = {str(key): key for key in value}
+            value = value[part.value if isinstance(part, Key) and part.value in value else keys[str(part)]]
+        else:
+            raise KeyError(part)
+    return value
+
+
+def _length(path: Path, name: str) -> int:
+    """How many parts of a path make up a name."""
+    return next(length for length in range(1, len(path) + 1) if name_of(path[:length]) == name)
+
+
+def _dots(name: str) -> list[int]:
+    """The positions of the dots in a name, the last one first."""
+    return [at for at in range(len(name) - 1, 0, -1) if name[at] == "."]
+
+
+def _children(outer: str, names: Iterable[str]) -> set[str]:
+    begin = len(outer) + 1
+    return {name[begin:].partition(".")[0] for name in names if name.startswith(f"{outer}.")}
+
+
+def _listed(names: Iterable[str], show: Any = str) -> str:
+    shown = [show(name) for name in names]
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+
+
+def _tied(leaf: Leaf, others: Iterable[Leaf]) -> str:
+    """The name of another tensor that has the same memory; empty where none has."""
+    if not isinstance(leaf.value, torch.Tensor):
+        return ""
+    memory = _memory(leaf.value)
+    for other in others:
+        if memory and isinstance(other.value, torch.Tensor) and _memory(other.value) == memory:
+            return other.name
+    return ""
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory begins; 0 where it has none of its own."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if not isinstance(local, torch.Tensor) or overrides_dispatch(local) or missing_memory(local):
+        return 0
+    return local.untyped_storage().data_ptr()

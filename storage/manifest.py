@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, chain
-from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -39,15 +38,22 @@ from .errors import (
     UnsupportedVersionError,
 )
 from .source import bounded
+from .state_dict import Path, path_from_json, path_to_json
 from .store import Store
 
 NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
-VERSION = 3
+VERSION = 4
+READABLE_VERSIONS = (3, 4)
+"""Version 3 has no keys but strings in paths, and fewer words in its JSON objects."""
 READ_BYTES = 8 * 1024 * 1024
 """How much of a large manifest one further request asks for, or a little more."""
+MAX_GAP = 0.125
+"""Blocks between those needed are read over to save a request, up to this part of what the request has already."""
+MAX_KEPT_BYTES = 64 * 1024 * 1024
+"""Blocks that were read are kept for later calls, up to so many bytes."""
 FIRST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
@@ -73,10 +79,10 @@ class Manifest:
         header, blocks_start, stop = _read_header(source)
         try:
             self.entries = tuple(_entry(*row[:5]) for row in header["entries"])
-            self.paths: dict[str, tuple[str | int, ...]] = {
-                str(row[0]): tuple(row[5]) for row in header["entries"] if row[5] is not None
+            self.paths: dict[str, Path] = {
+                str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
             }
-            """Where entries stand in the state dict that was saved: the keys and list positions that lead to them."""
+            """Where entries are in the state dict that was saved."""
             self.sizes = tuple(_sizes(*row[6:8]) for row in header["entries"])
             """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
@@ -97,6 +103,8 @@ class Manifest:
         self._is_small = stop <= len(source.first)
         self._lock = threading.Lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
+        self._kept: dict[int, memoryview] = {}
+        """Blocks that were read."""
 
     @classmethod
     def find(cls, store: Store) -> Manifest | None:
@@ -117,6 +125,9 @@ class Manifest:
     @property
     def location(self) -> str:
         return self.store.location
+
+    def fingerprint(self) -> str:
+        return f"{_CHECKSUM.unpack_from(self._source.first, _PREFIX.size)[0]:016x}"
 
     def observe(self, nbytes: int, seconds: float) -> None:
         """Nothing depends on it: gaps between chunks are few."""
@@ -167,28 +178,37 @@ class Manifest:
         return self._blocks.holding(met + self._first_regions[position])
 
     def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
-        """Blocks, each with its bytes; those that adjoin are read at once."""
+        """Blocks, each with its bytes; those that are not kept are read, many by one request."""
+        missing = [at for at in blocks if at not in self._kept]
         runs: list[list[int]] = []
         starts = self._blocks.starts.tolist()
-        for at in blocks:
-            if runs and runs[-1][-1] + 1 == at and starts[at + 1] - starts[runs[-1][0]] <= READ_BYTES:
-                runs[-1].append(at)
-            else:
-                runs.append([at])
+        for at in missing:
+            if runs:
+                begin, end = starts[runs[-1][0]], starts[runs[-1][-1] + 1]
+                if starts[at] - end <= MAX_GAP * (end - begin) and starts[at + 1] - begin <= READ_BYTES:
+                    runs[-1].append(at)
+                    continue
+            runs.append([at])
 
-        def read(some: list[list[int]]) -> list[tuple[int, memoryview]]:
-            found = []
+        def read(some: list[list[int]]) -> dict[int, memoryview]:
+            found: dict[int, memoryview] = {}
             for run in some:
                 first = starts[run[0]]
                 data = self._source.read(first, starts[run[-1] + 1])
-                found += [(at, data[starts[at] - first : starts[at + 1] - first]) for at in run]
+                found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
             return found
 
         readers = min(len(runs), self.store.concurrent_reads)
         if readers <= 1:
-            return read(runs)
-        with ThreadPoolExecutor(readers, "reshard-manifest") as pool:
-            return sorted(chain(*pool.map(read, [runs[at::readers] for at in range(readers)])), key=itemgetter(0))
+            found = read(runs)
+        else:
+            with ThreadPoolExecutor(readers, "reshard-manifest") as pool:
+                parts = pool.map(read, [runs[at::readers] for at in range(readers)])
+                found = dict(chain.from_iterable(part.items() for part in parts))
+        here = [(at, found[at] if at in found else self._kept[at]) for at in blocks]
+        if sum(map(len, self._kept.values())) + sum(map(len, found.values())) <= MAX_KEPT_BYTES:
+            self._kept |= found
+        return here
 
     def _load(self, blocks: list[int]) -> CheckpointIndex:
         read = self._read(blocks)
@@ -241,9 +261,10 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
         )
     _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
-    if version != VERSION:
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
         raise UnsupportedVersionError(
-            f"the manifest {source.where} has format version {version}; this reshard reads version {VERSION}"
+            f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
         )
     if total > MAX_BYTES or _HEADER_START + header_bytes > total:
         raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
@@ -299,12 +320,13 @@ def _object_name(name: str) -> str:
     return name
 
 
-def encode_manifest(index: CheckpointIndex, paths: dict[str, tuple[str | int, ...]], info: dict[str, Any]) -> bytes:
+def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dict[str, Any]) -> bytes:
     """The manifest's bytes."""
     parts, blocks, encoded = encode_blocks(index)
+    found = {name: path_to_json(path) for name, path in paths.items()}
     entries = [
         [
-            *(e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, paths.get(e.name)),
+            *(e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, found.get(e.name)),
             *sizes,
             of_one if math.prod(of_one) > 1 else None,
         ]

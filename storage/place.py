@@ -11,30 +11,9 @@ import numpy.typing as npt
 import torch
 
 from .codec import Bytes
-from .errors import DestinationError, DtypeError
 from .tensors import UNSIGNED, cast, from_bytes
 
 Slices = tuple[slice, ...]
-
-
-def check_destination(name: str, tensor: torch.Tensor, stored: torch.dtype) -> None:
-    """Check that a tensor can be written in place with values of the stored dtype.
-
-    Raises:
-        DtypeError: torch does not cast the stored dtype to the tensor's (`torch.can_cast`).
-        DestinationError: the tensor is on the meta device, is not strided, or has elements that share memory.
-    """
-    if stored != tensor.dtype:
-        packed = any("_x2" in str(dtype) for dtype in (stored, tensor.dtype))  # two values an element: no cast in torch
-        if packed or not torch.can_cast(stored, tensor.dtype):
-            message = f"{name!r} is stored as {stored}, which cannot be cast to the destination's {tensor.dtype}"
-            raise DtypeError(message)
-    if tensor.device.type == "meta":
-        raise DestinationError(f"{name!r} is on the meta device: give it memory first (to_empty) to load into it")
-    if tensor.layout is not torch.strided:
-        raise DestinationError(f"{name!r} has the layout {tensor.layout}, only dense tensors are loaded into")
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise DestinationError(f"{name!r} is expanded: its elements share memory. Load into a clone of it")
 
 
 class Destination:

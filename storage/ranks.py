@@ -9,14 +9,15 @@ import contextlib
 import functools
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..planner.errors import CheckpointError
-from .errors import RankError, StoppedError, nearest
+from .errors import ArgumentError, RankError, StoppedError, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -116,6 +117,35 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
         at, failure = first_failure(failures)
         raise failure from (cause if at == rank and cause is not failure else None)
     return [value for value, _ in outcomes]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Which checkpoint a rank opened."""
+
+    location: str
+    fingerprint: str
+
+
+def check_same_checkpoint(opened: Sequence[Opened]) -> None:
+    """Check that all ranks opened the same checkpoint, wherever each of them finds it.
+
+    Raises:
+        ArgumentError: they did not.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, found in enumerate(opened):
+        ranks.setdefault(found.fingerprint, []).append(rank)
+    if len(ranks) > 1:
+        told = "; ".join(
+            f"{'rank' if len(some) == 1 else 'ranks'} {', '.join(map(str, some[:8]))}{', …' if len(some) > 8 else ''}: "
+            f"{opened[some[0]].location} ({fingerprint})"
+            for fingerprint, some in ranks.items()
+        )
+        raise ArgumentError(
+            f"the ranks opened {len(ranks)} different checkpoints: {told}. Give all ranks one location that they "
+            "share; if it is one already, it was overwritten while they opened it: load again"
+        )
 
 
 def first_failure(failures: Mapping[int, E]) -> tuple[int, E]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,21 @@ from ..planner.coalesce import MAX_REQUEST_BYTES
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
+from .casts import check_cast, check_integers, check_is_not_scaled, needs_check
 from .errors import DestinationError
 from .logs import logger_of
 from .objects import decode_object
-from .place import check_destination
+from .overlaps import find_overlaps, overlaps_itself
+from .pieces import in_groups, rows_of
 from .progress import Meter
 from .ranks import Interrupt, never
 from .reader import execute
-from .reports import RankReport
+from .reports import RankReport, added
 from .resources import default_budget
+from .same_chunks import same_chunks
 from .source import Source
-from .tensors import from_bytes, torch_dtype
+from .tensor_classes import copy_into, missing_memory, overrides_dispatch
+from .tensors import as_array, from_bytes, torch_dtype
 from .workers import Workers
 
 logger = logger_of(__name__)
@@ -36,6 +40,11 @@ def check_is_tensor(source: Source, name: str) -> None:
     """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
     if source.entry(name).kind is not Kind.TENSOR:
         raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
+
+
+def object_wants(source: Source, names: Iterable[str]) -> list[Want]:
+    """What is to be read for objects: nothing for those whose bytes are here. Raises MissingTensorError."""
+    return [Want(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
 
 
 class Blob:
@@ -48,7 +57,7 @@ class Blob:
         entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
-        self.wants = [] if name in source.inline else [Want(name, Box.whole(entry.shape))]
+        self.wants = object_wants(source, [name])
         """What is to be read for it: nothing, where it is here."""
         source.index(self.wants)  # what it says is checked before memory is taken on its word
         here = source.inline.get(name)
@@ -68,6 +77,111 @@ class Blob:
         return decode_object(self.name, self.kind, self.data, allow_pickle=allow_pickle)
 
 
+@dataclass(frozen=True, slots=True)
+class BoxReads:
+    """Boxes to read and the tensors that they go to, checked to fit each other.
+
+    Most are read straight into their destination. Those of two kinds are read into memory of their own first: integers
+    that may not fit the destination's dtype, and tensors whose class has to be asked to write to them.
+    """
+
+    wants: tuple[Want, ...]
+    destinations: tuple[torch.Tensor, ...]
+    direct: tuple[int, ...]
+    """Which of them are read straight into their destination."""
+    checked: tuple[int, ...]
+    """Which hold integers that may not fit."""
+    through_class: tuple[int, ...]
+    """Which are written by their class's own `copy_`."""
+
+    @classmethod
+    def of(cls, source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> BoxReads:
+        """Check that boxes can be read into tensors. Nothing is changed.
+
+        Args:
+            wants: one for each destination.
+            destinations: of the sizes of the boxes, on any device.
+
+        Raises:
+            DtypeError: a stored dtype cannot be cast to that of its destination.
+            DestinationError: a destination has no dense memory, or shares memory with itself or with another one that
+                other values are stored for.
+            ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
+        """
+        direct: list[int] = []
+        checked: list[int] = []
+        through_class: list[int] = []
+        for at, (want, destination) in enumerate(zip(wants, destinations, strict=True)):
+            stored = torch_dtype(source.entry(want.name).dtype)
+            _check_destination(source, want, destination, stored)
+            if overrides_dispatch(destination):
+                through_class.append(at)
+            elif needs_check(stored, destination.dtype):
+                checked.append(at)
+            else:
+                direct.append(at)
+        written = sorted(direct + checked)
+        dropped: set[int] = set()
+        for overlap in find_overlaps([destinations[at] for at in written]):
+            first, second = written[overlap.first], written[overlap.second]
+            _check_overlap(source, wants[first], wants[second], is_same=overlap.is_same)
+            dropped.add(second)
+        return cls(
+            tuple(wants),
+            tuple(destinations),
+            tuple(at for at in direct if at not in dropped),
+            tuple(at for at in checked if at not in dropped),
+            tuple(through_class),
+        )
+
+
+def _check_destination(source: Source, want: Want, destination: torch.Tensor, stored: torch.dtype) -> None:
+    name = want.name
+    reason = missing_memory(destination)
+    if reason:
+        raise DestinationError(f"{name!r} {reason}; it cannot be loaded into")
+    check_cast(name, stored, destination.dtype)
+    if stored.itemsize == 1 and stored != destination.dtype:
+        check_is_not_scaled(name, stored, destination.dtype, (entry.name for entry in source.entries))
+    if not overrides_dispatch(destination) and overlaps_itself(destination):
+        is_expanded = 0 in destination.stride()
+        raise DestinationError(
+            f"{name!r} {'is expanded' if is_expanded else 'overlaps itself'}: its elements share memory. Load into a "
+            "clone of it"
+        )
+    if tuple(destination.shape) != want.box.sizes:
+        raise ShapeMismatchError(f"{name!r}: the destination of {want.box} has shape {tuple(destination.shape)}")
+
+
+def _check_overlap(source: Source, first: Want, second: Want, *, is_same: bool) -> None:
+    """Raises DestinationError, unless two destinations are one tensor, and the same values are stored for both."""
+    if is_same and (first.name == second.name or _same_values(source, first, second)):
+        return
+    how = "are the same memory, and different values are stored for them" if is_same else "share a part of their memory"
+    names = f"{first.name!r} and {second.name!r}" if first.name != second.name else f"two parts of {first.name!r}"
+    raise DestinationError(
+        f"the destinations of {names} {how}: load into tensors of their own, or leave out one of them"
+    )
+
+
+def _same_values(source: Source, first: Want, second: Want) -> bool:
+    """Whether the same values are stored for two boxes; where the index does not show it, they are read."""
+    entries = source.entry(first.name), source.entry(second.name)
+    if first.box != second.box or entries[0].dtype != entries[1].dtype:
+        return False
+    index = source.index([first, second])
+    if same_chunks(index, first.name, index, second.name):
+        return True
+    dtype = torch_dtype(entries[0].dtype)
+    for rows in rows_of(first.box.sizes, entries[0].dtype):
+        box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
+        parts = [torch.empty(box.sizes, dtype=dtype) for _ in range(2)]
+        read_boxes(source, [Want(first.name, box), Want(second.name, box)], parts)
+        if not np.array_equal(as_array(parts[0]), as_array(parts[1])):
+            return False
+    return True
+
+
 def read_boxes(
     source: Source,
     wants: Sequence[Want],
@@ -83,28 +197,114 @@ def read_boxes(
 ) -> RankReport:
     """Read boxes into tensors of their sizes, in place, and `blobs` with them.
 
-    All is checked before anything is read; for the errors of reading, see `reader.execute`.
-    Raises DtypeError, DestinationError, ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
+    Raises as `BoxReads.of`, before anything is read, and as `carry_out`.
+    """
+    return carry_out(
+        source,
+        BoxReads.of(source, wants, destinations),
+        blobs=blobs,
+        rank=rank,
+        budget_bytes=budget_bytes,
+        max_over_read=max_over_read,
+        interrupt=interrupt,
+        meter=meter,
+        workers=workers,
+    )
+
+
+def carry_out(
+    source: Source,
+    reads: BoxReads,
+    *,
+    blobs: Sequence[Blob] = (),
+    rank: int = 0,
+    budget_bytes: int | None = None,
+    max_over_read: float | None = None,
+    interrupt: Interrupt = never,
+    meter: Meter | None = None,
+    workers: Workers | None = None,
+) -> RankReport:
+    """Read boxes into tensors, in place, and `blobs` with them.
+
+    What can still be refused comes first: integers are checked before anything is written, and tensors that are written
+    by their class before all others.
+
+    Raises:
+        DtypeError: an integer does not fit. Nothing was changed.
+        DestinationError: the `copy_` of a tensor's class does not work.
+        CorruptCheckpointError, StoreError: as `reader.execute`.
     """
     begin = time.perf_counter()
-    wants = [*wants, *(want for blob in blobs for want in blob.wants)]
-    destinations = [*destinations, *(tensor for blob in blobs for tensor in blob.tensors)]
-    for want, destination in zip(wants, destinations, strict=True):
-        check_destination(want.name, destination, torch_dtype(source.entry(want.name).dtype))
-        if tuple(destination.shape) != want.box.sizes:
-            raise ShapeMismatchError(
-                f"{want.name!r}: the destination of {want.box} has shape {tuple(destination.shape)}"
-            )
+    budget = default_budget() if budget_bytes is None else budget_bytes
+    meter = meter or Meter("load")
+    report = RankReport(rank)
+
+    def read(wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> None:
+        nonlocal report
+        report = added(report, _read(source, wants, destinations, budget, max_over_read, interrupt, meter, workers))
+
+    def staged(positions: Sequence[int]) -> list[torch.Tensor]:
+        """Values as they are stored, or, where integers need no check, as the destination has them."""
+        tensors = []
+        for at in positions:
+            want, to = reads.wants[at], reads.destinations[at].dtype
+            stored = torch_dtype(source.entry(want.name).dtype)
+            tensors.append(torch.empty(want.box.sizes, dtype=stored if needs_check(stored, to) else to))
+        read([reads.wants[at] for at in positions], tensors)
+        for at, tensor in zip(positions, tensors, strict=True):
+            if needs_check(tensor.dtype, reads.destinations[at].dtype):
+                check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
+        return tensors
+
+    integers = staged(reads.checked) if reads.checked else []
+    for group in in_groups([_Staged(at, reads.destinations[at]) for at in reads.through_class], budget):
+        for at, tensor in zip((part.at for part in group), staged([part.at for part in group]), strict=True):
+            destination = reads.destinations[at]
+            copy_into(reads.wants[at].name, destination, tensor.to(destination.device, destination.dtype))
+    for at, tensor in zip(reads.checked, integers, strict=True):
+        reads.destinations[at].copy_(tensor)
+    read(
+        [*(reads.wants[at] for at in reads.direct), *(want for blob in blobs for want in blob.wants)],
+        [*(reads.destinations[at] for at in reads.direct), *(tensor for blob in blobs for tensor in blob.tensors)],
+    )
+    needed = sum(destination.nbytes for destination in reads.destinations)
+    needed += sum(tensor.nbytes for blob in blobs for tensor in blob.tensors)
+    seconds = {**report.seconds, "total": time.perf_counter() - begin}
+    return replace(report, bytes_needed=needed, seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A destination that is read into memory of its own first, by its position."""
+
+    at: int
+    destination: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.destination.numel() * self.destination.dtype.itemsize
+
+
+def _read(
+    source: Source,
+    wants: Sequence[Want],
+    destinations: Sequence[torch.Tensor],
+    budget: int,
+    max_over_read: float | None,
+    interrupt: Interrupt,
+    meter: Meter,
+    workers: Workers | None,
+) -> RankReport:
+    """Plan and execute one read."""
+    begin = time.perf_counter()
     narrowed = [
         Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
         for want, destination in zip(wants, destinations, strict=True)
     ]
     index = source.index(wants)
-    budget = default_budget() if budget_bytes is None else budget_bytes
     most = min(MAX_REQUEST_BYTES, budget // 4)  # so that several are under way, whatever the budget
     with record_function("reshard.plan"):
         plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read), max_request_bytes=max(most, 1))
-    meter = meter or Meter("load")
     meter.expect(plan.requests.nbytes)
     logger.debug("%s: %r", source.location, plan)
     planned = time.perf_counter()
@@ -121,20 +321,13 @@ def read_boxes(
             placed=meter.add,
             workers=workers,
         )
-    done, report = time.perf_counter(), plan.report
-    source.observe(plan.requests.nbytes, done - planned)
+    source.observe(plan.requests.nbytes, time.perf_counter() - planned)
     return RankReport(
-        rank=rank,
-        bytes_needed=sum(destination.nbytes for destination in destinations),
+        rank=0,
         bytes_fetched=plan.requests.nbytes,
-        requests=report.requests,
-        chunks=report.chunks,
-        seconds={
-            "plan": planned - begin,
-            "fetch": stats.fetch_s,
-            "decode": stats.decode_s,
-            "total": done - begin,
-        },
+        requests=plan.report.requests,
+        chunks=plan.report.chunks,
+        seconds={"plan": planned - begin, "fetch": stats.fetch_s, "decode": stats.decode_s},
     )
 
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..planner.html import table
 
 COLUMNS = ("", "MB needed", "MB fetched", "MB written", "moved / needed", "requests", "chunks", "seconds")
 """What `RankReport.row` has the values of."""
+
+
+class Cast(NamedTuple):
+    """A tensor whose values were rounded."""
+
+    name: str
+    stored: str
+    """The dtype that it is stored with, as "float32"."""
+    to: str
+    """The dtype that it was cast to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,12 @@ class RankReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage. "total" is wall time; a stage that runs on several threads is the sum over them. A total
     over ranks has the longest of each. What a save took to "plan" and to "commit" is known of this rank alone."""
+    cast: tuple[Cast, ...] = ()
+    """As of `Report`, of this rank."""
+    differing: tuple[str, ...] = ()
+    """As of `Report`; on the rank that commits."""
+    pickled: tuple[str, ...] = ()
+    """As of `Report`, of what this rank wrote."""
 
     @property
     def amplification(self) -> float:
@@ -88,6 +105,24 @@ class Report:
     optimizer, say, has no place for yet."""
 
     @property
+    def cast(self) -> tuple[Cast, ...]:
+        """Floating-point tensors that were loaded or written with fewer bits than they are stored with, on any rank."""
+        return tuple(dict.fromkeys(cast for report in self.ranks for cast in report.cast))
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Of a save: names of objects and small tensors that differ between the ranks that hold them.
+
+        Those of the lowest rank are stored.
+        """
+        return tuple(dict.fromkeys(name for report in self.ranks for name in report.differing))
+
+    @property
+    def pickled(self) -> tuple[str, ...]:
+        """Of a save: names of objects that can only be loaded with `allow_pickle=True`."""
+        return tuple(dict.fromkeys(name for report in self.ranks for name in report.pickled))
+
+    @property
     def local(self) -> RankReport:
         """What this rank did."""
         return self.ranks[self.rank]
@@ -112,6 +147,9 @@ class Report:
     def _repr_html_(self) -> str:
         notes = [f"{len(self.skipped)} names skipped"] if self.skipped else []
         notes += [f"{len(self.unread)} names unread"] if self.unread else []
+        notes += [f"{len(self.cast)} tensors cast to fewer bits"] if self.cast else []
+        notes += [f"{len(self.differing)} values differ between ranks"] if self.differing else []
+        notes += [f"{len(self.pickled)} objects need allow_pickle=True"] if self.pickled else []
         return table("; ".join(notes), COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 

@@ -9,69 +9,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
 
 from ..planner.errors import CheckpointError
-from .dcp import EncodedObject, StorageWriter, check_codec
-from .errors import ArgumentError, CommitError, UnsupportedValueError
+from .dcp import StorageWriter, check_codec
+from .errors import ArgumentError, CommitError
 from .logs import logger_of
-from .objects import encode_object
 from .progress import Meter, OnProgress
 from .ranks import Alarm, first_failure, is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
-from .state_dict import check_storable, stateful_to_state
+from .save_plan import SavePlanner
+from .state_dict import Leaf, flatten, stateful_to_state
 from .store import Store
-from .tensors import local_shards
 
 logger = logger_of(__name__)
-
-
-class SavePlanner(DefaultSavePlanner):
-    """DCP's default planner, but for two things.
-
-    Objects that JSON can hold are not pickled. And a DTensor is written as the boxes that this rank really holds,
-    which, for uneven FSDP over TP, are not those that DTensor computes (see `planner.layout.held_tensor`).
-    """
-
-    def create_local_plan(self) -> SavePlan:
-        self._views: dict[MetadataIndex, torch.Tensor] = {}
-        plan = super().create_local_plan()
-        return replace(plan, items=[held for item in plan.items for held in self._as_held(item)])
-
-    def _as_held(self, item: WriteItem) -> list[WriteItem]:
-        tensor = self.state_dict[item.index.fqn]
-        if not isinstance(tensor, DTensor) or item.tensor_data is None:
-            return [item]
-        shards = local_shards(item.index.fqn, tensor)
-        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in shards]
-        if chunks == [item.tensor_data.chunk] or not (chunks or item.tensor_data.chunk.sizes.numel()):
-            return [item]
-        items = []
-        for chunk, (_, view) in zip(chunks, shards, strict=True):
-            index = MetadataIndex(item.index.fqn, chunk.offsets)
-            self._views[index] = view
-            items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
-        return items
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._views[index] if index in self._views else super().lookup_object(index)
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        if write_item.type is WriteItemType.BYTE_IO:
-            try:
-                return EncodedObject(*encode_object(object))
-            except Exception as error:
-                raise UnsupportedValueError(
-                    f"{write_item.index.fqn!r}, of {type(object)}, cannot be stored: {error}"
-                ) from error
-        return super().transform_object(write_item, object)
 
 
 def save(
@@ -82,6 +35,7 @@ def save(
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     overwrite: bool = False,
+    strict_objects: bool = False,
     budget_bytes: int | None = None,
     progress: OnProgress = False,
 ) -> Report:
@@ -91,6 +45,10 @@ def save(
     of its own, and what several ranks hold alike is written once. The checkpoint exists once every rank has written
     and the manifest is put; a save that fails leaves what was there.
 
+    Values that are not tensors are stored as JSON where they are plain data, and pickled otherwise. Of objects, and of
+    tensors of 64 KiB or less, the ones of the lowest rank are stored; where another rank's differ, the report and a
+    warning list their names.
+
     Args:
         state_dict: tensors and values by name. Stateful values are asked for their state.
         uri: a path, a URI that fsspec opens, or a Store.
@@ -98,6 +56,8 @@ def save(
         storage_options: passed to fsspec.
         process_group: the ranks that save together; the default group where there is one, else this process alone.
         overwrite: replace a checkpoint that is there.
+        strict_objects: refuse objects that could only be loaded with `allow_pickle=True`; by default they are stored,
+            and the report and a warning list their names.
         budget_bytes: of memory that this rank may use beside the state; by default the smaller of 2 GiB and a tenth of
             what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
         progress: True for a bar on rank 0, or a function that is called with a `Progress` on every rank.
@@ -107,16 +67,17 @@ def save(
         UnsupportedURIError, StoreError: the place cannot be opened, or not be written.
         CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
         UnsupportedValueError, DtypeError, LayoutError: the state dict holds what cannot be stored.
-        ArgumentError: there is no such codec, `state_dict` is none, or the ranks were given different places or codecs.
+        DestinationError: two values have the same name.
+        ArgumentError: an argument is wrong, `state_dict` is none, or the ranks were given different places or codecs,
+            or different dtypes, shapes or kinds of values under one name.
         RankError: anything else.
     """
     begin = time.perf_counter()
-    states: dict[str, Any] = {}
+    leaves: dict[str, Leaf] = {}
 
     def prepare() -> tuple[str | None, str]:
         check_codec(codec)
-        states.update(stateful_to_state(state_dict))
-        check_storable(states)
+        leaves.update(flatten(stateful_to_state(state_dict)))
         return None if isinstance(uri, Store) else str(uri), codec
 
     # On all ranks together, so that a state that cannot be had or stored stops every one of them.
@@ -134,9 +95,9 @@ def save(
             # To save from one process is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             metadata = dcp_save(
-                states,
+                {name: leaf.value for name, leaf in leaves.items()},
                 storage_writer=writer,
-                planner=SavePlanner(),
+                planner=SavePlanner(leaves, strict_objects=strict_objects),
                 process_group=process_group,
                 no_dist=not is_distributed(),
             )

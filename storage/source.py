@@ -13,6 +13,7 @@ from ..planner.costs import UNBOUNDED, Costs
 from ..planner.index import CheckpointIndex, Entry
 from ..planner.read_plan import Want
 from .errors import ArgumentError
+from .state_dict import Path
 from .store import Store
 
 
@@ -59,8 +60,8 @@ class Source(Protocol):
         """By what it was written, and whatever else it says of itself."""
 
     @property
-    def paths(self) -> Mapping[str, tuple[str | int, ...]]:
-        """Where entries stand in the state dict that was saved, if that is known."""
+    def paths(self) -> Mapping[str, Path]:
+        """Where entries are in the state dict that was saved, if that is known."""
 
     @property
     def bytes_read(self) -> int:
@@ -79,6 +80,13 @@ class Source(Protocol):
         """An index that is good for planning these reads; it may hold more. Without `wants`, it has all entries.
 
         Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        """
+
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from another one at the same location, or with the same names.
+
+        Of reshard's own checkpoints, the checksum of the manifest. Of others, a checksum of their metadata and of a few
+        of their values.
         """
 
     def observe(self, nbytes: int, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """State dicts as flat names: the same names that torch.distributed.checkpoint gives.
 
-A name joins the keys and list positions that lead to a value by dots. Mappings are walked; lists only where they hold
-tensors or mappings, otherwise they are values; tuples are values.
+A name joins the keys and list positions that lead to a value by dots. Mappings are walked, unless they are empty; lists
+only where they hold tensors or mappings. Everything else is a value, tuples too.
 """
 
 from __future__ import annotations
@@ -13,16 +13,48 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError, UnsupportedValueError
+from .plain_json import NotPlainError, from_plain, to_plain
 
-Path = tuple[str | int, ...]
-"""The keys and list positions that lead to a value."""
 MOST_LEVELS = 100
-"""Of what is nested again."""
+"""How deeply dicts and lists may be nested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a dict that is not a string."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+Path = tuple[str | int | Key, ...]
+"""The way to a value of a state dict: keys of dicts, and integers for positions in lists."""
+
+
+def path_to_json(path: Path) -> list[Any]:
+    """Turn a path into a value of JSON. A key that is not a string is `{"key": …}`, in the words of `plain_json`."""
+    return [{"key": to_plain(part.value)} if isinstance(part, Key) else part for part in path]
+
+
+def path_from_json(parts: Any) -> Path:
+    """Turn what `path_to_json` returned back into a path. Raises ValueError, TypeError, LookupError."""
+    path = tuple(Key(from_plain(part["key"])) if isinstance(part, dict) else part for part in parts)
+    if not path or not all(type(part) in (str, int, Key) for part in path):
+        raise ValueError(f"{parts!r} is no path")
+    hash(path)
+    return path
+
+
+def path_for_dcp(path: Path) -> tuple[str | int, ...]:
+    """A path as torch.distributed.checkpoint has it: all keys are strings."""
+    return tuple(str(part) if isinstance(part, Key) else part for part in path)
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A value of a state dict, and where it stands."""
+    """A value of a state dict, and where it is."""
 
     path: Path
     container: Any
@@ -32,66 +64,104 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        return ".".join(map(str, self.path))
+        return name_of(self.path)
+
+    @property
+    def is_empty_dict(self) -> bool:
+        return isinstance(self.value, Mapping)
 
     def replace(self, value: Any) -> None:
         """Put another value in its place."""
         self.container[self.key] = value
 
 
-def flatten(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The leaves of a state dict by name. Raises DestinationError where two have the same name."""
+def name_of(path: Path) -> str:
+    """The name of a value: the parts of its path, joined by dots."""
+    return ".".join(map(str, path))
+
+
+def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Leaf]:
+    """List the values of a state dict by name. A dict without items is a value too.
+
+    Raises:
+        DestinationError: two values have the same name.
+        UnsupportedValueError: a key is not plain data, or dicts and lists are nested too deeply.
+    """
     leaves: dict[str, Leaf] = {}
     for key, value in state_dict.items():
-        _walk((str(key),), state_dict, key, value, leaves)
+        _walk((_part((), key),), state_dict, key, value, leaves)
     return leaves
 
 
+def _part(path: Path, key: Any) -> str | Key:
+    """What stands for a dict's key in a path."""
+    if isinstance(key, str):
+        return str.__str__(key)
+    try:
+        to_plain(key)
+    except NotPlainError as error:
+        where = f"in {name_of(path)!r}" if path else "of the state dict"
+        raise UnsupportedValueError(
+            f"the key {key!r} {where} is of {type(key)}: keys may be strings, numbers, None, and tuples of them"
+        ) from error
+    return Key(key)
+
+
 def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf]) -> None:
-    if isinstance(value, Mapping):
+    if len(path) > MOST_LEVELS:
+        raise UnsupportedValueError(f"more than {MOST_LEVELS} dicts and lists are nested at {name_of(path[:3])!r}")
+    if isinstance(value, Mapping) and value:
         for inner, item in value.items():
-            _walk((*path, str(inner)), value, inner, item, leaves)
+            _walk((*path, _part(path, inner)), value, inner, item, leaves)
     elif isinstance(value, list) and _is_walked(value):
-        for inner, item in enumerate(value):
-            _walk((*path, inner), value, inner, item, leaves)
+        for position, item in enumerate(value):
+            _walk((*path, position), value, position, item, leaves)
     else:
         leaf = Leaf(path, container, key, value)
         if leaf.name in leaves:
-            raise DestinationError(f"two values of the state dict have the name {leaf.name!r}")
+            raise DestinationError(
+                f"two values of the state dict have the name {leaf.name!r}, at {leaves[leaf.name].path} and {path}"
+            )
         leaves[leaf.name] = leaf
 
 
-class _Nested(dict[str | int, Any]):
+class _Nested(dict[str | int | Key, Any]):
     """What `nest` makes, to be told from a value that is a dict."""
 
 
-def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Any]:
-    """Values by name as the dicts and lists that they stood in; by their name, where that is not known.
+def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
+    """Put values by name into the dicts and lists that they were in; those without a path under their name.
 
-    A list of which not all is here is a dict by position. Raises CorruptCheckpointError where paths contradict each
-    other.
+    A list of which only a part is given becomes a dict by position.
+
+    Raises:
+        CorruptCheckpointError: the paths contradict each other.
     """
     root = _Nested()
     for name, value in values.items():
         path = paths.get(name) or (name,)
         node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, _Nested())
+        for part in path[:-1]:
+            node = node.setdefault(part, _Nested())
             if not isinstance(node, _Nested):
                 break
         if not isinstance(node, _Nested) or path[-1] in node or len(path) > MOST_LEVELS:
             raise CorruptCheckpointError(f"{name!r} cannot stand at {path} of a state dict, where others stand")
         node[path[-1]] = value
-    return {str(key): _with_lists(value) for key, value in root.items()}
+    return {str(key) if type(key) is int else _key(key): _with_lists(value) for key, value in root.items()}
+
+
+def _key(part: str | int | Key) -> Any:
+    return part.value if isinstance(part, Key) else part
 
 
 def _with_lists(value: Any) -> Any:
     if not isinstance(value, _Nested):
         return value
-    whole = all(type(key) is int for key in value) and set(value) == set(range(len(value)))
-    return (
-        [_with_lists(value[at]) for at in range(len(value))] if whole else {k: _with_lists(v) for k, v in value.items()}
-    )
+    whole = all(type(part) is int for part in value) and set(value) == set(range(len(value)))
+    if whole:
+        return [_with_lists(value[position]) for position in range(len(value))]
+    return {_key(part): _with_lists(item) for part, item in value.items()}
 
 
 def _is_walked(values: list[Any]) -> bool:
@@ -129,14 +199,3 @@ def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str,
             state_dict[key].load_state_dict(state)
         elif state_dict[key] is not state:
             state_dict[key] = state
-
-
-def check_storable(states: Mapping[str, Any]) -> None:
-    """Raises DestinationError for two values of one name, UnsupportedValueError for a tensor without dense memory."""
-    for name, leaf in flatten(states).items():
-        tensor = leaf.value
-        if isinstance(tensor, torch.Tensor) and (tensor.layout is not torch.strided or tensor.device.type == "meta"):
-            raise UnsupportedValueError(
-                f"{name!r} cannot be stored: it is on device {tensor.device}, of layout {tensor.layout}; only dense "
-                "tensors with memory are"
-            )

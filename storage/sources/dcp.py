@@ -22,6 +22,7 @@ from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind
 from ...planner.read_plan import Want
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
+from ..state_dict import Path, path_from_json
 from .foreign import ForeignSource, Shards
 from .inert import Record, integers, load_inert, record
 from .reads import Reads
@@ -30,6 +31,8 @@ from .zip_head import HEAD_BYTES, locate_values
 
 METADATA = ".metadata"
 RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+TYPED_PATHS = ".reshard.paths"
+"""In `planner_data`: the paths, as in a manifest, that have keys which are not strings. A conversion writes it."""
 ZSTD = "stream.zstd"
 FIRST_READ_BYTES = 1024 * 1024
 """Of the metadata, which most are smaller than."""
@@ -76,7 +79,7 @@ class DcpSource(ForeignSource):
         """
         tensors: dict[str, tuple[str, tuple[int, ...], dict[Box, _Chunk]]] = {}
         blobs: dict[str, _Chunk] = {}
-        paths: dict[str, tuple[str | int, ...]] = {}
+        paths: dict[str, Path] = {}
         for name in names:
             metadata = _read_metadata(reads, name)
             try:
@@ -292,15 +295,19 @@ def _merge(
                 chunks[box] = (box, *place(name, box.offsets))
 
 
-def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]]:
-    """Where names stand in the state dict that was saved; of those of which DCP's planner told."""
+def _paths(planner_data: Any) -> dict[str, Path]:
+    """The paths of values in the state dict that was saved; of those of which DCP's planner told."""
     if not isinstance(planner_data, dict):
         return {}
-    return {
+    paths: dict[str, Path] = {
         name: path
         for name, path in planner_data.items()
-        if type(name) is str and type(path) is tuple and all(type(key) in (str, int) for key in path)
+        if type(name) is str and type(path) is tuple and path and all(type(key) in (str, int) for key in path)
     }
+    typed = planner_data.get(TYPED_PATHS)
+    if isinstance(typed, dict):
+        paths |= {name: path_from_json(path) for name, path in typed.items() if type(name) is str}
+    return paths
 
 
 def _place(info: Record) -> tuple[str, int, int, tuple[str, ...]]:

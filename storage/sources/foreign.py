@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,16 @@ from ...planner.errors import InvalidIndexError
 from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, Segments, missing
 from ...planner.read_plan import Want
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from ..objects import encode_object
 from ..source import bounded
+from ..state_dict import Path
 from ..store import Store
 from .reads import Reads
+
+FINGERPRINT_OBJECTS = 4
+FINGERPRINT_BYTES = 4096
+"""Of each of these objects, what a fingerprint reads: metadata does not change where only values do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +71,7 @@ class ForeignSource:
         self._reads = reads
         self.objects = tuple(objects)
         self.info: dict[str, Any] = {}
-        self.paths: dict[str, tuple[str | int, ...]] = {}
+        self.paths: dict[str, Path] = {}
         self.inline: dict[str, bytes] = {}
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
@@ -138,6 +144,16 @@ class ForeignSource:
         if name not in self._entries:
             raise missing(name, self._entries)
         return self._entries[name]
+
+    def fingerprint(self) -> str:
+        def sample(name: str, nbytes: int) -> None:
+            with suppress(ObjectNotFoundError):  # whoever reads a tensor in it will say so
+                self._reads.read(name, nbytes // 2, nbytes // 2 + FINGERPRINT_BYTES)
+
+        objects = [(name, nbytes) for name, nbytes in self.objects if nbytes][:FINGERPRINT_OBJECTS]
+        if objects:
+            self._reads.many(sample, *zip(*objects, strict=True))
+        return f"{self._reads.digest:016x}"
 
     def observe(self, nbytes: int, seconds: float) -> None:
         self._reads.observe(nbytes, seconds)

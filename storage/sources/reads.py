@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ...planner.costs import LOCAL, REMOTE, Costs
+from ..checksums import checksum
 from ..errors import CorruptCheckpointError
 from ..store import Store
 
@@ -30,6 +31,8 @@ class Reads:
         self.store = store
         self.bytes_read = 0
         self.requests = 0
+        self.digest = 0
+        """A checksum of all that was read and asked, whatever the order."""
         self.latency_s: float | None = None
         self.bytes_per_s: float | None = None
         self._lock = threading.Lock()
@@ -38,7 +41,7 @@ class Reads:
         """As Store.read."""
         begin = time.perf_counter()
         data = bytes(self.store.read(name, start, stop))
-        self._count(len(data), time.perf_counter() - begin)
+        self._count(len(data), time.perf_counter() - begin, name, start, data)
         return data
 
     def exactly(self, name: str, start: int, stop: int) -> bytes:
@@ -55,11 +58,13 @@ class Reads:
         """As Store.size."""
         begin = time.perf_counter()
         nbytes = self.store.size(name)
-        self._count(0, time.perf_counter() - begin)
+        self._count(0, time.perf_counter() - begin, name, nbytes, b"")
         return nbytes
 
-    def _count(self, nbytes: int, seconds: float) -> None:
+    def _count(self, nbytes: int, seconds: float, name: str, number: int, data: bytes) -> None:
+        digest = checksum(f"{name}/{number}/".encode() + data)
         with self._lock:
+            self.digest = (self.digest + digest) % 2**64
             self.bytes_read += nbytes
             self.requests += 1
             if nbytes <= SMALL_BYTES:

@@ -19,7 +19,13 @@ from torch._weights_only_unpickler import Unpickler
 
 from ...planner.index import Kind
 from ...planner.read_plan import Want
-from ..errors import CorruptCheckpointError, DestinationError, UnsafeObjectError, UnsupportedFormatError
+from ..errors import (
+    CorruptCheckpointError,
+    DestinationError,
+    UnsafeObjectError,
+    UnsupportedFormatError,
+    UnsupportedValueError,
+)
 from ..state_dict import flatten
 from ..tensors import dtype_name
 from .foreign import ForeignSource, Shards, whole_tensor
@@ -151,7 +157,7 @@ class TorchSaveSource(ForeignSource):
                     self.add(name, Kind.TORCH_SAVE, "uint8", (0,), Shards.of([], 1))
                 else:
                     self.add_object(name, leaf.value)
-        except (RecursionError, DestinationError) as error:
+        except (RecursionError, DestinationError, UnsupportedValueError) as error:
             raise CorruptCheckpointError(f"{self._where} has a state dict that has no names: {error}") from error
         self._unread |= self._refused.keys()
 

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from ...planner.index import Kind
 from ..objects import torch_save
 from ..pieces import Item
-from ..sources.dcp import METADATA
+from ..sources.dcp import METADATA, TYPED_PATHS
+from ..state_dict import path_for_dcp, path_to_json
 from ..store import Store
 from ..values import Values
 from .target import Done, Unit, in_pieces
@@ -76,7 +77,10 @@ class DcpTarget:
             empty = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
             properties = TensorProperties(dtype=item.torch_dtype)
             entries[item.name] = TensorStorageMetadata(properties, shape, chunks.get(item.name, [empty]))
-        planner_data = {item.name: tuple(paths.get(item.name, (item.name,))) for item in items}
+        planner_data: dict[str, Any] = {item.name: path_for_dcp(paths.get(item.name, (item.name,))) for item in items}
+        typed = {name: path_to_json(path) for name, path in paths.items() if path_for_dcp(path) != path}
+        if typed:  # DCP passes over what is not the name of an entry
+            planner_data[TYPED_PATHS] = typed
         metadata = Metadata(entries, planner_data, storage, StorageMeta(location), CURRENT_DCP_VERSION)
         return pickle.dumps(metadata)
 

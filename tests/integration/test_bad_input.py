@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from reshard import errors
 from reshard.storage.local_store import LocalStore
 from reshard.storage.manifest import NAME
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
+from tests.storage.samples import Custom
 
 SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}
 
@@ -270,11 +270,11 @@ def test_wrong_credentials(s3: tuple[str, dict[str, Any]], monkeypatch: pytest.M
 
 def test_an_object_that_needs_pickle() -> None:
     store = MemoryStore()
-    reshard.save({"when": datetime.timedelta(days=2)}, store)
+    reshard.save({"when": Custom(2)}, store)
     state: dict[str, Any] = {"when": None}
     with pytest.raises(errors.UnsafeObjectError, match=r"'when'.*allow_pickle=True"):
         reshard.load(state, store)
     assert state["when"] is None
     reshard.load(state, store, allow_pickle=True)
-    assert state["when"] == datetime.timedelta(days=2)
+    assert state["when"] == Custom(2)
     assert reshard.open(store).read_object("when", allow_pickle=True) == state["when"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,6 +27,7 @@ from reshard.storage.manifest import NAME
 from reshard.storage.testing import MemoryStore
 from tests.integration.models import Mlp, build, local_values
 from tests.ranks import RankPool
+from tests.storage.samples import Custom
 
 
 def full(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -295,7 +295,7 @@ def test_what_reshard_saves_dcp_loads_and_the_other_way_round() -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_pickled_code_does_not_reach_dcps_unpickler() -> None:
     store = MemoryStore()
-    state: dict[str, Any] = {"when": datetime.timedelta(days=1), "t": torch.zeros(2)}
+    state: dict[str, Any] = {"when": Custom(1), "t": torch.zeros(2)}
     dcp.save(state, storage_writer=reshard.StorageWriter(store))
     loaded: dict[str, Any] = {"when": None, "t": torch.ones(2)}
     with pytest.raises(CheckpointException, match=r"UnsafeObjectError: .*'when'.*allow_pickle=True"):

@@ -78,7 +78,7 @@ def test_a_rank_that_cannot_load_is_named_on_every_rank(ranks: RankPool, tmp_pat
 def load_and_break(folder: str) -> str:
     state = state_on_ranks(5)
     if dist.get_rank() == 1:
-        state["w"] = Breaking()
+        state["w"] = Breaking(a=1)
     with pytest.raises(errors.CheckpointError) as caught:
         reshard.load(state, folder)
     return f"{type(caught.value).__name__}: {caught.value}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,3 +56,10 @@ class Runs:
 def running(function: Any, *arguments: Any, protocol: int = 4) -> bytes:
     """A pickle that calls a function."""
     return pickle.dumps(Runs(function, *arguments), protocol)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """An object that only pickle can store."""
+
+    value: int

@@ -85,7 +85,7 @@ def test_any_cut_is_found(length: int) -> None:
 
 def test_a_newer_version_says_so() -> None:
     newer = DATA[:8] + struct.pack("<I", 7) + DATA[12:]
-    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads version 3"):
+    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads versions 3 and 4"):
         opened(newer)
 
 

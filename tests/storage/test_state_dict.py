@@ -1,11 +1,12 @@
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from reshard.storage.errors import CorruptCheckpointError, DestinationError
-from reshard.storage.state_dict import flatten, nest
+from reshard.storage.errors import CorruptCheckpointError, DestinationError, UnsupportedValueError
+from reshard.storage.state_dict import flatten, nest, path_from_json, path_to_json
 
 
 def test_names_are_those_of_dcp() -> None:
@@ -18,13 +19,53 @@ def test_names_are_those_of_dcp() -> None:
         "deep": [[[t]]],
         "step": 3,
         "none": None,
-        "empty": {},
         "optim": {"state": {0: {"exp": t}, 1: {"exp": t}}, "groups": [{"params": [0, 1], "lr": 0.1}]},
     }
     expected, _ = flatten_state_dict(state)
     leaves = flatten(state)
     assert list(leaves) == list(expected)
     assert all(leaves[name].value is expected[name] for name in leaves)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": [{}, torch.ones(1)]},
+        {"a": {}},
+        {"a": {"b": {}, "c": [[], {}, [{}]]}},
+        {"state": {}, "param_groups": [{"params": []}]},
+        {1: torch.ones(1), (0, 1): torch.ones(1), None: 2, False: 3, 1.5: 4, b"k": 5, "1.0": 6},
+        {"sched": {"milestones": [{3: 1, 5: 1}], "nested": {0: {"x": {7: torch.zeros(1)}}}}},
+        {"list": [{0: torch.ones(1), 1: {}}]},
+        {(1, (None, "x")): {(): 1}},
+    ],
+)
+def test_keys_keep_their_types_and_empty_dicts_stay(state: dict[Any, Any]) -> None:
+    leaves = flatten(state)
+    paths = {name: path_from_json(json.loads(json.dumps(path_to_json(leaf.path)))) for name, leaf in leaves.items()}
+    again = nest({name: leaf.value for name, leaf in leaves.items()}, paths)
+    assert str(again) == str(state)
+    assert [*map(type, again)] == [*map(type, state)]
+
+
+@pytest.mark.parametrize("key", [torch.float32, object(), frozenset({object()}), (object(),)])
+def test_a_key_that_is_not_plain_data_is_refused_by_name(key: Any) -> None:
+    with pytest.raises(UnsupportedValueError, match=r"the key .* in 'a\.b' is of"):
+        flatten({"a": {"b": {key: 1}}})
+
+
+@pytest.mark.parametrize("state", [{1: 0, "1": 0}, {"a": {None: 1, "None": 2}}, {"a": [{}], "a.0": 1}])
+def test_keys_of_different_types_with_one_name_are_refused(state: dict[Any, Any]) -> None:
+    with pytest.raises(DestinationError, match="two values of the state dict have the name"):
+        flatten(state)
+
+
+@pytest.mark.parametrize(
+    "path", [[], [None], [{"key": [1]}], [{"key": {"$no": 1}}], [{}], [1.5], [{"key": {"$set": []}}]]
+)
+def test_a_path_of_json_that_is_none_is_refused(path: Any) -> None:
+    with pytest.raises((ValueError, TypeError, LookupError)):
+        path_from_json(path)
 
 
 def test_a_leaf_is_replaced_where_it_stands() -> None:
@@ -47,7 +88,6 @@ def test_values_stand_again_where_they_stood() -> None:
     }
     leaves = flatten(state)
     back = nest({name: leaf.value for name, leaf in leaves.items()}, {name: leaf.path for name, leaf in leaves.items()})
-    state["optimizer"]["state"] = {"0": {"step": 3}}
     assert str(back) == str(state)
 
 

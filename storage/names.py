@@ -1,0 +1,66 @@
+"""Names of tensors by patterns: which are taken, and what they are called instead."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+
+from ..planner.layout import matches
+from .errors import ArgumentError
+
+Patterns = str | Sequence[str]
+"""One pattern as in a layout, or several: `*` stands for anything, and "model" for all below it too."""
+
+
+def patterns_of(argument: str, value: Patterns) -> tuple[str, ...]:
+    """The patterns that an argument has.
+
+    Raises:
+        ArgumentError: it is no string, and no sequence of strings.
+    """
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ArgumentError(f"{argument} must be a pattern of names, or a list of them, got {value!r}")
+    return tuple(patterns)
+
+
+def matches_any(patterns: Sequence[str], name: str) -> bool:
+    """Whether one of some patterns matches a name."""
+    return any(matches(pattern, name) for pattern in patterns)
+
+
+def check_renames(argument: str, renames: object) -> None:
+    """Check a mapping of patterns to new names.
+
+    Raises:
+        ArgumentError: it is none, or a new name has more stars than its pattern.
+    """
+    if not isinstance(renames, Mapping) or not all(isinstance(text, str) for pair in renames.items() for text in pair):
+        raise ArgumentError(f'{argument} must be patterns and new names, as {{"model.*": "*"}}, got {renames!r}')
+    for pattern, new in renames.items():
+        stars = pattern.count("*")
+        if new.count("*") > stars and stars != 1:
+            raise ArgumentError(f"{argument}: {new!r} has more stars than the pattern {pattern!r}")
+
+
+def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first pattern that matches a name, and the new name; None where none matches.
+
+    Each star of the new name is what the star at the same position in the pattern stood for; all of them are, where
+    the pattern has one.
+    """
+    for pattern, new in renames.items():
+        found = _compiled(pattern).fullmatch(name)
+        if found is not None:
+            parts = found.groups()
+            texts = new.split("*")
+            stood_for = parts * (len(texts) - 1) if len(parts) == 1 else parts
+            made = texts[0] + "".join(part + text for part, text in zip(stood_for, texts[1:], strict=False))
+            return pattern, made
+    return None
+
+
+@functools.lru_cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("(.*?)".join(map(re.escape, pattern.split("*"))), re.DOTALL)

@@ -1,0 +1,185 @@
+"""Python values as JSON, exactly: what state dicts hold that is plain data.
+
+JSON's own types stand for themselves. A dict with one key that begins with "$" stands for anything else: `{"$tuple":
+[1, 2]}`. `docs/FORMAT.md` lists these words. Reading runs no code of anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import datetime
+import decimal
+import fractions
+import io
+import math
+import pathlib
+import types
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class NotPlainError(TypeError):
+    """The value is not plain data."""
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a value into one that `json.dumps` writes.
+
+    Raises:
+        NotPlainError: the value, or one inside of it, is not plain data.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if kind is list:
+        return [to_plain(item) for item in value]
+    if kind is dict:
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: to_plain(item) for key, item in value.items()}
+        return {"$dict": _pairs(value)}
+    if kind is np.ndarray or isinstance(value, np.generic):
+        return _array_to_plain(value)
+    if kind in _WRITERS:
+        word, content = _WRITERS[kind]
+        return {word: content(value)}
+    raise NotPlainError(f"{kind} is not plain data")
+
+
+def from_plain(value: Any) -> Any:
+    """Turn what `json.loads` read back into the value.
+
+    Raises whatever Python raises where it is not what `to_plain` returned.
+    """
+    if isinstance(value, list):
+        return [from_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    word = next(iter(value), "")
+    if len(value) != 1 or not word.startswith("$"):
+        return {key: from_plain(item) for key, item in value.items()}
+    if word not in _READERS:
+        raise ValueError(f"unknown word {word!r}")
+    return _READERS[word](value[word])
+
+
+def _pairs(value: Any) -> list[Any]:
+    return [[to_plain(key), to_plain(item)] for key, item in value.items()]
+
+
+def _items(values: Any) -> list[Any]:
+    return [to_plain(item) for item in values]
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _iso(value: datetime.datetime | datetime.time) -> list[Any]:
+    """ISO 8601 has neither the fold nor the name of a time zone."""
+    if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
+        raise NotPlainError(f"the time zone {value.tzinfo!r} is not plain data")
+    return [value.isoformat(), value.fold]
+
+
+def _bytes_io(value: io.BytesIO) -> list[Any]:
+    return [_text(value.getvalue()), value.tell()]
+
+
+def _read_bytes_io(content: list[Any]) -> io.BytesIO:
+    made = io.BytesIO(_decoded(content[0]))
+    made.seek(content[1])
+    return made
+
+
+def _decoded(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _array_to_plain(value: Any) -> Any:
+    if value.dtype.kind not in "biufcSUmM" or value.dtype.hasobject:
+        raise NotPlainError(f"an array of {value.dtype} is not plain data")
+    word = "$array" if isinstance(value, np.ndarray) else "$scalar"
+    return {word: [value.dtype.str, list(value.shape), _text(np.ascontiguousarray(value).tobytes())]}
+
+
+def _read_array(content: list[Any]) -> Any:
+    dtype, shape, encoded = content
+    return np.frombuffer(_decoded(encoded), np.dtype(dtype)).reshape(shape).copy()
+
+
+_WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    tuple: ("$tuple", _items),
+    set: ("$set", _items),
+    frozenset: ("$frozenset", _items),
+    deque: ("$deque", lambda value: [_items(value), value.maxlen]),
+    OrderedDict: ("$ordered_dict", _pairs),
+    bytes: ("$bytes", _text),
+    bytearray: ("$bytearray", lambda value: _text(bytes(value))),
+    io.BytesIO: ("$bytes_io", _bytes_io),
+    complex: ("$complex", lambda value: [to_plain(value.real), to_plain(value.imag)]),
+    range: ("$range", lambda value: [value.start, value.stop, value.step]),
+    slice: ("$slice", lambda value: _items((value.start, value.stop, value.step))),
+    datetime.datetime: ("$datetime", _iso),
+    datetime.date: ("$date", datetime.date.isoformat),
+    datetime.time: ("$time", _iso),
+    datetime.timedelta: ("$timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
+    datetime.timezone: ("$timezone", lambda value: to_plain(value.utcoffset(None))),
+    decimal.Decimal: ("$decimal", str),
+    fractions.Fraction: ("$fraction", lambda value: [value.numerator, value.denominator]),
+    uuid.UUID: ("$uuid", str),
+    pathlib.PosixPath: ("$path", str),
+    pathlib.WindowsPath: ("$path", str),
+    pathlib.PurePosixPath: ("$pure_posix_path", str),
+    pathlib.PureWindowsPath: ("$pure_windows_path", str),
+    argparse.Namespace: ("$argparse_namespace", lambda value: _pairs(vars(value))),
+    types.SimpleNamespace: ("$simple_namespace", lambda value: _pairs(vars(value))),
+    type(...): ("$ellipsis", lambda value: None),
+}
+
+
+def _read_pairs(content: list[Any]) -> dict[Any, Any]:
+    return {from_plain(key): from_plain(item) for key, item in content}
+
+
+def _read_time(kind: Any) -> Callable[[list[Any]], Any]:
+    return lambda content: kind.fromisoformat(content[0]).replace(fold=content[1])
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$tuple": lambda content: tuple(map(from_plain, content)),
+    "$set": lambda content: set(map(from_plain, content)),
+    "$frozenset": lambda content: frozenset(map(from_plain, content)),
+    "$deque": lambda content: deque(map(from_plain, content[0]), content[1]),
+    "$dict": _read_pairs,
+    "$ordered_dict": lambda content: OrderedDict(_read_pairs(content)),
+    "$bytes": _decoded,
+    "$bytearray": lambda content: bytearray(_decoded(content)),
+    "$bytes_io": _read_bytes_io,
+    "$complex": lambda content: complex(from_plain(content[0]), from_plain(content[1])),
+    "$range": lambda content: range(*content),
+    "$slice": lambda content: slice(*map(from_plain, content)),
+    "$datetime": _read_time(datetime.datetime),
+    "$date": datetime.date.fromisoformat,
+    "$time": _read_time(datetime.time),
+    "$timedelta": lambda content: datetime.timedelta(*content),
+    "$timezone": lambda content: datetime.timezone(from_plain(content)),
+    "$decimal": decimal.Decimal,
+    "$fraction": lambda content: fractions.Fraction(*content),
+    "$uuid": uuid.UUID,
+    "$path": pathlib.Path,
+    "$pure_posix_path": pathlib.PurePosixPath,
+    "$pure_windows_path": pathlib.PureWindowsPath,
+    "$argparse_namespace": lambda content: argparse.Namespace(**_read_pairs(content)),
+    "$simple_namespace": lambda content: types.SimpleNamespace(**_read_pairs(content)),
+    "$ellipsis": lambda content: ...,
+    "$array": _read_array,
+    "$scalar": lambda content: _read_array(content).reshape(-1)[0],
+}
