@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint.storage as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ..planner.box import Box
@@ -60,7 +61,7 @@ from .shards import ShardToWrite, part_of
 from .source import Source
 from .state_dict import path_for_dcp
 from .store import Store, open_store
-from .tensor_classes import as_plain, check_storable, overrides_dispatch
+from .tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .tensors import dtype_name, torch_dtype
 from .version import __version__
 from .writer import write_objects
@@ -382,10 +383,11 @@ class StorageReader(dcp.StorageReader):
 
 def _target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
     """The tensor that an item is read into; the whole local tensor where its class has to be asked to write to it."""
-    if isinstance(planner, DefaultLoadPlanner):
-        whole = planner.lookup_tensor(item.dest_index)
-        if overrides_dispatch(whole):
-            return whole
+    whole = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
+    if isinstance(whole, DTensor):
+        whole = whole._local_tensor
+    if isinstance(whole, torch.Tensor) and is_whole(whole) and overrides_dispatch(whole):
+        return whole
     return planner.resolve_tensor(item)
 
 

@@ -132,4 +132,6 @@ def _placement(name: str, placement: Any) -> layout.Placement:
         return layout.Shard(placement.dim)
     if isinstance(placement, TorchReplicate):
         return layout.REPLICATE
-    raise LayoutError(f"{name!r} has the placement {placement}, which is neither a shard nor a replica")
+    raise LayoutError(
+        f"{name!r} has the placement {placement!r}, which is neither a shard nor a replica: redistribute it to one of them"
+    )

@@ -1,0 +1,414 @@
+"""Destinations whose values are not at their data pointer, that share memory, or whose dtype is another one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.testing._internal.two_tensor import TwoTensor
+
+import reshard
+from reshard import errors
+from reshard.storage.testing import MemoryStore
+from tests.integration.wrappers import Deaf, Flattened, Logged, Refusing, Scaled, Tagged
+from tests.ranks import RankPool
+
+
+def saved(**tensors: torch.Tensor) -> MemoryStore:
+    store = MemoryStore()
+    reshard.save(tensors, store)
+    return store
+
+
+TWOS = torch.full((4, 4), 2.0, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Flattened])
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: torch.nn.Parameter(t, requires_grad=False)])
+def test_a_class_is_written_by_its_own_copy(kind: type[Scaled], wrap: Callable[[Scaled], Scaled]) -> None:
+    destination = wrap(kind.of(4, 4))
+    reshard.load({"w": destination}, saved(w=TWOS))
+    assert destination.q.eq(2).all()
+    reshard.open(saved(w=TWOS * 2)).read("w", out=destination)
+    assert destination.q.eq(4).all()
+    reshard.load({"w": destination}, saved(w=torch.full((4, 4), 3.0)))
+    assert destination.q.eq(3).all()
+
+
+def test_values_that_a_class_rounds_to_what_it_has_are_no_error() -> None:
+    destination = Scaled.of(4, 4)
+    reshard.load({"w": destination}, saved(w=TWOS * 0.1))
+    assert destination.q.eq(0).all()
+
+
+def test_a_class_of_two_tensors_is_written_in_both() -> None:
+    destination = TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4))
+    reshard.load({"w": destination}, saved(w=TWOS))
+    assert destination.a.eq(2).all()
+    assert destination.b.eq(2).all()
+
+
+def test_a_subclass_with_memory_of_its_own_is_written() -> None:
+    tagged, logged = torch.zeros(4, 4).as_subclass(Tagged), Logged.of(4, 4)
+    reshard.load({"t": tagged, "l": logged}, saved(t=TWOS, l=TWOS))
+    assert tagged.as_subclass(torch.Tensor).eq(2).all()
+    assert logged.as_subclass(torch.Tensor).eq(2).all()
+
+
+@pytest.mark.parametrize("kind", [Deaf, Refusing])
+def test_a_class_without_a_copy_of_its_own_is_refused(kind: type[Scaled]) -> None:
+    plain = torch.zeros(4, 4)
+    with pytest.raises(errors.DestinationError, match=rf"'w' is of the class .*{kind.__name__}, whose copy_"):
+        reshard.load({"a": plain, "w": kind.of(4, 4)}, saved(a=TWOS, w=TWOS))
+    assert plain.eq(0).all(), "nothing was touched"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", [Scaled, Flattened])
+def test_through_the_storage_reader(kind: type[Scaled]) -> None:
+    destination = kind.of(4, 4)
+    dcp.load({"w": destination}, storage_reader=reshard.StorageReader(saved(w=TWOS)))
+    assert destination.q.eq(2).all()
+    with pytest.raises(CheckpointException, match=r"DestinationError: 'w' is of the class .*Deaf"):
+        dcp.load({"w": Deaf.of(4, 4)}, storage_reader=reshard.StorageReader(saved(w=TWOS)))
+
+
+def dtensor_of(local: torch.Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
+    """A DTensor that holds the local tensor itself, of which from_local would take a view."""
+    shape = [*local.shape]
+    shape[dim] *= mesh.size()
+    whole = torch.empty(shape, dtype=local.dtype, device="meta")
+    spec = DTensorSpec(mesh, (Shard(dim),), TensorMeta(whole.shape, whole.stride(), whole.dtype))
+    return DTensor(local, spec, requires_grad=False)
+
+
+def load_sharded(uri: str) -> list[int]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    reshard.save({"w": distribute_tensor(torch.arange(32.0).reshape(8, 4), mesh, [Shard(0)])}, uri)
+    rows = 8 // dist.get_world_size()
+    found = []
+    for load in (
+        lambda state: reshard.load(state, uri),
+        lambda state: dcp.load(state, storage_reader=reshard.StorageReader(uri)),
+    ):
+        local = Scaled.of(rows, 4)
+        load({"w": dtensor_of(local, mesh, 0)})
+        found.append(local.q.flatten().tolist())
+    column = Scaled.of(8, 2)  # what DCP reads in several pieces
+    dcp.load({"w": dtensor_of(column, mesh, 1)}, storage_reader=reshard.StorageReader(uri))
+    assert column.q.tolist() == torch.arange(32).reshape(8, 4).chunk(2, 1)[dist.get_rank()].tolist()
+    with pytest.raises(errors.DestinationError, match=r"'w' is of the class .*Deaf"):
+        reshard.load({"w": dtensor_of(Deaf.of(rows, 4), mesh, 0)}, uri)
+    with pytest.raises(errors.UnsupportedValueError, match=r"'w' cannot be stored: it is of the class .*Scaled"):
+        reshard.save({"w": dtensor_of(Scaled.of(rows, 4), mesh, 0)}, f"{uri}-2")
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_inside_of_a_dtensor(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(2, load_sharded, str(tmp_path / "c"))
+    assert found == [list(range(16)), list(range(16, 32))]
+
+
+def unreadable() -> dict[str, tuple[Any, str]]:
+    """Tensors that have no values in dense memory, and how errors call them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        masked = torch.masked.masked_tensor(torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool))
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+        quantised = torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.quint8)
+        csr = torch.ones(4, 4).to_sparse_csr()
+    with FakeTensorMode():
+        fake = torch.zeros(4, 4)
+    freed = torch.ones(4, 4)
+    freed.untyped_storage().resize_(0)
+    return {
+        "fake": (fake, "FakeTensor"),
+        "masked": (masked, "MaskedTensor"),
+        "lazy": (torch.nn.LazyLinear(4).weight, "UninitializedParameter"),
+        "lazy buffer": (torch.nn.LazyBatchNorm1d().running_mean, "UninitializedBuffer"),
+        "quantised": (quantised, "quantised"),
+        "nested": (nested, "nested"),
+        "jagged": (jagged, "nested"),
+        "meta": (torch.zeros(4, 4, device="meta"), "meta device"),
+        "sparse": (torch.ones(4, 4).to_sparse(), "torch.sparse_coo"),
+        "csr": (csr, "torch.sparse_csr"),
+        "freed": (freed, "no memory"),
+        "zero": (torch._efficientzerotensor((4, 4)), "no memory"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*unreadable()])
+def test_tensors_without_dense_values_are_refused_by_name(name: str) -> None:
+    tensor, told = unreadable()[name]
+    store = MemoryStore()
+    with pytest.raises(errors.UnsupportedValueError, match=rf"'x\.w' cannot be stored: it .*{told}"):
+        reshard.save({"x": {"w": tensor}}, store)
+    assert not store.content
+    plain = torch.zeros(4, 4)
+    with pytest.raises(errors.DestinationError, match=rf"'w' .*{told}"):
+        reshard.load({"a": plain, "w": tensor}, saved(w=TWOS, a=TWOS))
+    assert plain.eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [name for name in unreadable() if "lazy" not in name and name not in ("nested", "jagged", "masked")]
+)
+def test_storage_writer_refuses_them_by_name_too(name: str) -> None:
+    tensor, _ = unreadable()[name]
+    with pytest.raises(CheckpointException, match=r"'w' cannot be stored"):
+        dcp.save({"w": tensor}, storage_writer=reshard.StorageWriter(MemoryStore()))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Scaled.of(4, 4), lambda: Flattened.of(4, 4), lambda: TwoTensor(torch.ones(2), torch.ones(2))]
+)
+def test_a_save_refuses_classes_that_keep_values_in_a_form_of_their_own(make: Callable[[], torch.Tensor]) -> None:
+    store = MemoryStore()
+    with pytest.raises(errors.UnsupportedValueError, match=r"'x\.w' cannot be stored: it is of the class"):
+        reshard.save({"x": {"w": make()}, "v": torch.ones(2)}, store)
+    assert not store.content
+
+
+def test_a_subclass_with_memory_of_its_own_is_saved() -> None:
+    assert reshard.open(saved(w=TWOS.as_subclass(Tagged))).read("w").equal(TWOS)
+
+
+# Destinations that share memory
+
+
+def pairs() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    whole = torch.zeros(8)
+    return {
+        "one tensor": (whole[:4], whole[:4]),
+        "partly": (whole[:4], whole[3:7]),
+        "another dtype": (whole[:4], whole.view(torch.int32)[:4]),
+        "reversed strides": (whole.reshape(2, 4)[:, :2], whole.reshape(2, 4)[:, :2].t()),
+        "interleaved": (whole[::2], whole[:4]),
+    }
+
+
+@pytest.mark.parametrize("name", [*pairs()])
+def test_destinations_that_share_memory_are_refused(name: str) -> None:
+    emb, head = pairs()[name]
+    stored = {"emb": torch.ones(emb.shape, dtype=emb.dtype), "head": torch.full(head.shape, 2, dtype=head.dtype)}
+    with pytest.raises(errors.DestinationError, match="'emb' and 'head'"):
+        reshard.load({"emb": emb, "head": head}, saved(**stored))
+    assert emb.eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_they_are_refused_through_the_storage_reader() -> None:
+    shared = torch.zeros(4)
+    with pytest.raises(CheckpointException, match=r"DestinationError: .*'emb' and 'head'"):
+        dcp.load(
+            {"emb": shared, "head": shared},
+            storage_reader=reshard.StorageReader(saved(emb=torch.ones(4), head=torch.zeros(4))),
+        )
+
+
+def test_an_overlap_with_itself_is_refused() -> None:
+    for tensor in (torch.zeros(16).as_strided((4, 4), (1, 1)), torch.zeros(8).unfold(0, 4, 2)):
+        with pytest.raises(errors.DestinationError, match="'w' overlaps itself"):
+            reshard.load({"w": tensor}, saved(w=torch.ones(tensor.shape)))
+    with pytest.raises(errors.DestinationError, match="'w' is expanded"):
+        reshard.load({"w": torch.zeros(1).expand(4)}, saved(w=torch.ones(4)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("format", ["reshard", "dcp", "torch"])
+def test_tied_weights_of_one_value_load(format: str, tmp_path: Path) -> None:
+    weight = torch.randn(300, 70)
+    state = {"emb": weight, "head": weight}
+    uri = str(tmp_path / "c")
+    if format == "torch":
+        torch.save(state, f"{uri}.pt")
+        uri += ".pt"
+    elif format == "dcp":
+        dcp.save(state, checkpoint_id=uri, no_dist=True)
+    else:
+        reshard.save(state, uri)
+    shared = torch.zeros(300, 70)
+    report = reshard.load({"emb": shared, "head": shared}, uri)
+    assert shared.equal(weight)
+    if format == "reshard":
+        assert report.total.bytes_fetched < 1.5 * weight.nbytes, "it is read once"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_tied_destinations_of_a_format_without_checksums_are_compared(tmp_path: Path) -> None:
+    dcp.save({"emb": torch.ones(4), "head": torch.zeros(4)}, checkpoint_id=tmp_path / "c", no_dist=True)
+    shared = torch.zeros(4)
+    with pytest.raises(errors.DestinationError, match="'emb' and 'head'"):
+        reshard.load({"emb": shared, "head": shared}, tmp_path / "c")
+
+
+def test_parts_of_one_tensor_that_do_not_overlap_load() -> None:
+    fused = torch.zeros(6, 8)
+    q, k = fused[:, :4], fused[:, 4:]
+    reshard.load({"q": q, "k": k}, saved(q=torch.ones(6, 4), k=torch.full((6, 4), 2.0)))
+    assert q.eq(1).all()
+    assert k.eq(2).all()
+
+
+def test_a_missing_name_of_a_tied_pair_says_so() -> None:
+    shared = torch.zeros(4)
+    with pytest.raises(errors.MissingTensorError, match="'head' shares its memory with 'emb'"):
+        reshard.load({"emb": shared, "head": shared}, saved(emb=torch.ones(4)))
+    report = reshard.load({"emb": shared, "head": shared}, saved(emb=torch.ones(4)), allow_missing="head")
+    assert report.skipped == ("head",)
+    assert shared.eq(1).all()
+
+
+# Casts
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "to"),
+    [
+        (300, torch.int64, torch.uint8),
+        (-1, torch.int64, torch.uint8),
+        (-1, torch.int8, torch.uint8),
+        (200, torch.uint8, torch.int8),
+        (2**31, torch.int64, torch.int32),
+        (-(2**31) - 1, torch.int64, torch.int32),
+        (2**40, torch.int64, torch.int16),
+        (2**16, torch.uint32, torch.uint16),
+        (1001, torch.int64, torch.bfloat16),
+        (70000, torch.int32, torch.float16),
+        (2049, torch.int16, torch.float16),
+        (2**24 + 1, torch.int64, torch.float32),
+        (2**53 + 1, torch.int64, torch.float64),
+        (-(2**24) - 1, torch.int32, torch.complex64),
+    ],
+)
+def test_integers_that_do_not_fit_are_refused(value: int, stored: torch.dtype, to: torch.dtype) -> None:
+    other, destination = torch.zeros(3), torch.zeros(2, 3, dtype=to)
+    tensor = torch.zeros(2, 3, dtype=stored)
+    tensor[1, 2] = value
+    store = saved(a=torch.ones(3), n=tensor)
+    with pytest.raises(
+        errors.DtypeError, match=rf"'n' is stored as {stored}, .* {to}: {value} at \[1, 2\] does not fit"
+    ):
+        reshard.load({"a": other, "n": destination}, store)
+    assert other.eq(0).all(), "nothing was changed"
+    assert destination.eq(0).all()
+    with pytest.raises(errors.DtypeError, match="does not fit"):
+        reshard.open(store).read("n", out=destination)
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "to"),
+    [
+        (255, torch.int64, torch.uint8),
+        (-128, torch.int64, torch.int8),
+        (2**31 - 1, torch.int64, torch.int32),
+        (1000, torch.int64, torch.bfloat16),
+        (2048, torch.int16, torch.float16),
+        (2**24, torch.int64, torch.float32),
+        (2**60, torch.int64, torch.float32),
+        (True, torch.bool, torch.int8),
+        (7, torch.uint8, torch.int64),
+    ],
+)
+def test_integers_that_fit_are_cast(value: int, stored: torch.dtype, to: torch.dtype) -> None:
+    destination = torch.zeros((), dtype=to)
+    report = reshard.load({"n": destination}, saved(n=torch.tensor(value, dtype=stored)))
+    assert destination.item() == value
+    assert report.cast == ()
+
+
+def test_casts_to_fewer_bits_are_listed_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    store = saved(w=torch.tensor([70000.0, 1.0]), v=torch.ones(2, dtype=torch.bfloat16), u=torch.ones(2))
+    state = {
+        "w": torch.zeros(2, dtype=torch.float16),
+        "v": torch.zeros(2),
+        "u": torch.zeros(2, dtype=torch.bfloat16),
+    }
+    report = reshard.load(state, store)
+    assert set(report.cast) == {("w", "float32", "float16"), ("u", "float32", "bfloat16")}
+    assert caplog.text.count("2 tensors were cast to fewer bits") == 1
+    assert "2 tensors cast to fewer bits" in report._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("stored", "to", "loses"),
+    [
+        (torch.float64, torch.float32, True),
+        (torch.float16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float16, True),
+        (torch.float32, torch.float8_e4m3fn, True),
+        (torch.complex128, torch.complex64, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float8_e5m2, torch.bfloat16, False),
+        (torch.float32, torch.complex64, False),
+    ],
+)
+def test_which_casts_lose_bits(stored: torch.dtype, to: torch.dtype, *, loses: bool) -> None:
+    report = reshard.load({"w": torch.zeros(2, dtype=to)}, saved(w=torch.ones(2).to(stored)))
+    assert bool(report.cast) == loses
+
+
+def test_dtype_casts_weights_and_not_counters(tmp_path: Path) -> None:
+    store = saved(w=torch.ones(4), step=torch.tensor(1001.0), n=torch.tensor([5]))
+    tensors = reshard.open(store).load_rank(reshard.Layout(1), 0, dtype=torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "w": torch.bfloat16,
+        "step": torch.float32,
+        "n": torch.int64,
+    }
+    reshard.convert(store, tmp_path / "c", dtype=torch.bfloat16)
+    converted = reshard.open(tmp_path / "c")
+    assert converted.tensors["w"].dtype is torch.bfloat16
+    assert converted.read("step").item() == 1001.0
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        ("m.weight", "m.weight_scale_inv"),
+        ("m.weight", "m.weight_scale"),
+        ("m.weight", "m.scale"),
+        ("m.weight", "m.weight.SCB"),
+        ("m.weight", "m.SCB"),
+        ("m.qdata", "m.qdata_scales"),
+        ("w", "w_scale"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_quantised_weights_with_scales_are_not_cast(
+    weight: str, scale: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    store = saved(**{weight: torch.ones(4, 4).to(dtype), scale: torch.ones(1)})
+    told = rf"'{weight}' is quantised: .*'{scale}' has its scale"
+    with pytest.raises(errors.DtypeError, match=told):
+        reshard.load({weight: torch.zeros(4, 4, dtype=torch.bfloat16)}, store)
+    if dtype is not torch.int8:  # dtype= casts floating-point tensors only
+        with pytest.raises(errors.DtypeError, match=told):
+            reshard.open(store).load_rank(reshard.Layout(1), 0, dtype=torch.bfloat16)
+        with pytest.raises(errors.DtypeError, match=told):
+            reshard.convert(store, tmp_path / "c", dtype=torch.bfloat16)
+    destination = torch.zeros(4, 4, dtype=dtype)
+    reshard.load({weight: destination}, store)
+    assert destination.float().eq(1).all()
+
+
+def test_weights_of_few_bits_without_scales_are_cast() -> None:
+    store = saved(**{"m.weight": torch.ones(4).to(torch.float8_e4m3fn), "m.input_scale": torch.ones(1)})
+    destination = torch.zeros(4, dtype=torch.bfloat16)
+    reshard.load({"m.weight": destination}, store)
+    assert destination.eq(1).all()

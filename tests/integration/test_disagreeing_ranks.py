@@ -1,0 +1,357 @@
+"""Ranks that disagree: about the checkpoint they open, about a name, or about the values that they hold alike."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry, TensorMeta
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+import reshard
+from reshard import errors
+from tests.ranks import RankPool
+
+
+def sharded(values: torch.Tensor) -> DTensor:
+    return distribute_tensor(values, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+
+
+# Ranks that open different checkpoints
+
+
+def write(format: str, place: Path, value: float) -> str:
+    """A checkpoint without ranks, whose values are all one number."""
+    state = {"x": torch.full((8, 4), value)}
+    if format == "reshard":
+        reshard.save(state, place)
+    elif format == "torch":
+        torch.save(state, f"{place}.pt")
+        return f"{place}.pt"
+    elif format == "dcp":
+        dcp.save(state, checkpoint_id=place, no_dist=True)
+    else:
+        reshard.save(state, f"{place}-native")
+        reshard.convert(f"{place}-native", place, format="safetensors")
+    return str(place)
+
+
+def load_own(places: list[str]) -> tuple[str, float]:
+    rank = dist.get_rank()
+    x = sharded(torch.zeros(8, 4))
+    try:
+        reshard.load({"x": x}, places[rank])
+        return "", 0.0
+    except errors.CheckpointError as error:
+        own = f"{type(error).__name__}: {error}"
+    with pytest.raises(CheckpointException, match=r"the ranks opened 2 different checkpoints"):
+        dcp.load({"x": x}, storage_reader=reshard.StorageReader(places[rank]))
+    return own, float(x.to_local().abs().sum())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors", "torch"])
+def test_ranks_that_open_different_checkpoints_are_stopped(format: str, ranks: RankPool, tmp_path: Path) -> None:
+    a, b = (write(format, tmp_path / name, value) for name, value in (("a", 0.0), ("b", 100.0)))
+    for found, untouched in ranks.run(3, load_own, [a, b, a]):
+        assert found.startswith("ArgumentError: the ranks opened 2 different checkpoints: ranks 0, 2: ")
+        assert a in found
+        assert "; rank 1: " in found
+        assert b in found
+        assert untouched == 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors", "torch"])
+def test_copies_of_one_checkpoint_are_one(format: str, ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    a = Path(write(format, tmp_path / "one" / "c", 3.0))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    b = tmp_path / "two" / a.name
+    assert ranks.run(2, load_own, [str(a), str(b)]) == [("", 0.0)] * 2
+
+
+# Ranks that disagree about a name
+
+
+def values_by_rank(kind: str) -> Any:
+    rank = dist.get_rank()
+    by_kind: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "dtypes of shards": lambda: (sharded(torch.ones(4, 2).bfloat16()), sharded(torch.ones(4, 2).half())),
+        "shapes": lambda: (torch.ones(3), torch.ones(4)),
+        "dtypes": lambda: (torch.ones(3), torch.ones(3, dtype=torch.float64)),
+        "tensor and object": lambda: (torch.ones(3), 3),
+        "value and dict": lambda: (5, {"k": 1}),
+        "dict and value": lambda: ({"k": torch.ones(1)}, torch.ones(1)),
+        "list and dict": lambda: ([torch.ones(1)], {"k": torch.ones(1)}),
+        "position and key": lambda: ([torch.ones(1)], {0: torch.ones(1)}),
+        "types of keys": lambda: ({1: torch.ones(1)}, {"1": torch.ones(1)}),
+        "empty dict and value": lambda: ({}, 5),
+        "plain and sharded": lambda: (torch.ones(4, 2), sharded(torch.ones(4, 2))),
+        "global shapes": lambda: (sharded(torch.ones(4, 2)), sharded(torch.ones(6, 2))),
+    }
+    pair = by_kind[kind]()
+    return pair[rank % 2]
+
+
+KINDS = [
+    "dtypes of shards", "shapes", "dtypes", "tensor and object", "value and dict", "dict and value", "list and dict",
+    "position and key", "types of keys", "empty dict and value", "plain and sharded", "global shapes",
+]  # fmt: skip
+
+
+def save_differently(kinds: list[str], folder: str) -> list[str]:
+    told = []
+    for kind in kinds:
+        value = values_by_rank(kind)
+        with pytest.raises(errors.ArgumentError) as caught:
+            reshard.save({"a": torch.ones(1), "x": value}, f"{folder}/{kind}")
+        told.append(str(caught.value))
+    return told
+
+
+def test_ranks_that_disagree_about_a_name_are_stopped(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(2, save_differently, KINDS, str(tmp_path))
+    assert found[0] == found[1]
+    for kind, message in zip(KINDS, found[0], strict=True):
+        assert "the ranks disagree about 'x" in message, (kind, message)
+        assert "rank 0 has" in message, (kind, message)
+        assert "rank 1 has" in message, (kind, message)
+        assert not list(tmp_path.rglob("*.shard")), kind
+
+
+def save_by_dcp(uri: str) -> str:
+    local = torch.ones(2, 2).to(torch.bfloat16 if dist.get_rank() == 0 else torch.float16)
+    mesh = init_device_mesh("cpu", (2,))
+    x = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save({"x": x}, storage_writer=reshard.StorageWriter(uri))
+    return str(caught.value)
+
+
+def test_storage_writer_stops_ranks_that_disagree_about_a_dtype(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(2, save_by_dcp, str(tmp_path / "c")):
+        assert "the ranks disagree about 'x': rank 0 has a tensor of torch.bfloat16" in message
+    assert not (tmp_path / "c" / "manifest.reshard").exists()
+
+
+def save_other_placements(uri: str) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    x = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    if dist.get_rank() == 1:
+        x = DTensor.from_local(torch.ones(4, 2), mesh, [Shard(1)], run_check=False)
+    with pytest.raises(errors.CheckpointError) as caught:
+        reshard.save({"x": x}, uri)
+    return str(caught.value)
+
+
+def test_other_placements_of_one_tensor_are_no_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(2, save_other_placements, str(tmp_path / "c")):
+        assert "'x'" in message
+    with pytest.raises(errors.CheckpointNotFoundError):
+        reshard.open(tmp_path / "c")
+
+
+def save_stages(uri: str) -> tuple[tuple[str, ...], Any]:
+    """Ranks of a pipeline hold other names, and an optimizer's state may be empty on one."""
+    rank = dist.get_rank()
+    state = {
+        f"stage{rank}": {"w": torch.full((2,), float(rank))},
+        "optimizer": {"state": {} if rank == 0 else {0: {"step": torch.tensor(1.0)}}, "groups": [{"lr": 0.1}]},
+    }
+    report = reshard.save(state, uri)
+    return report.differing, str(reshard.open(uri).state_dict()) if rank == 0 else ""
+
+
+def test_names_of_one_rank_alone_are_fine(ranks: RankPool, tmp_path: Path) -> None:
+    differing, found = ranks.run(2, save_stages, str(tmp_path / "c"))[0]
+    assert differing == ()
+    expected = {
+        "optimizer": {"groups": [{"lr": 0.1}], "state": {0: {"step": torch.tensor(1.0)}}},
+        "stage0": {"w": torch.zeros(2)},
+        "stage1": {"w": torch.ones(2)},
+    }
+    assert found == str(expected)
+
+
+# State that belongs together
+
+
+def random_state(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
+
+
+def save_states(uri: str) -> tuple[str, ...]:
+    rank = dist.get_rank()
+    norm = nn.BatchNorm1d(8)
+    norm(torch.full((4, 8), float(rank)) + torch.arange(4.0)[:, None])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    replica = DTensor.from_local(torch.full((4,), float(rank)), mesh, [Replicate()], run_check=False)
+    state = {
+        "random": random_state(rank),
+        "norm": norm.state_dict(),
+        "many": {str(i): torch.full((100,), float(rank)) for i in range(20)},
+        "dtensor": {str(i): replica for i in range(4)},
+        "same": torch.ones(3),
+        "large": torch.ones(100_000),
+        "sharded": sharded(torch.arange(8.0).reshape(4, 2)),
+        "loader": {"epoch": rank, "position": [rank, rank]},
+    }
+    return reshard.save(state, uri).differing
+
+
+def test_what_belongs_together_is_from_one_rank(ranks: RankPool, tmp_path: Path) -> None:
+    differing = ranks.run(4, save_states, str(tmp_path / "c"))
+    assert len(set(differing)) == 1
+    expected = {"random.torch", "random.python", "random.numpy", "norm.running_mean", "loader.epoch", "loader.position"}
+    assert expected <= {*differing[0]}
+    assert not {"same", "large", "sharded", "norm.weight", "norm.num_batches_tracked"} & {*differing[0]}
+    found = reshard.open(tmp_path / "c").state_dict()
+    own = random_state(0)
+    assert found["random"]["torch"].equal(own["torch"])
+    assert found["random"]["python"] == own["python"]
+    assert found["random"]["numpy"][1].tolist() == own["numpy"][1].tolist()
+    norm = nn.BatchNorm1d(8)
+    norm(torch.zeros(4, 8) + torch.arange(4.0)[:, None])
+    for name, tensor in norm.state_dict().items():
+        assert found["norm"][name].equal(tensor), name
+    assert all(tensor.eq(0).all() for part in ("many", "dtensor") for tensor in found[part].values())
+    assert found["loader"] == {"epoch": 0, "position": [0, 0]}
+
+
+def warned(uri: str) -> list[str]:
+    import logging
+
+    messages: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger = logging.getLogger("reshard")
+    listener = Listener(logging.WARNING)
+    logger.addHandler(listener)
+    try:
+        reshard.save({"seed": dist.get_rank(), "same": 1, "w": torch.full((2,), float(dist.get_rank()))}, uri)
+    finally:
+        logger.removeHandler(listener)
+    return messages
+
+
+def test_values_that_differ_are_warned_of_once_with_their_names(ranks: RankPool, tmp_path: Path) -> None:
+    first, *others = ranks.run(3, warned, str(tmp_path / "c"))
+    assert len(first) == 1
+    assert "2 values differ between the ranks" in first[0]
+    assert "'seed'" in first[0]
+    assert "'w'" in first[0]
+    assert others == [[], []]
+
+
+# DTensors that split in an order of their own, or that hold several shards
+
+
+def ordered(full: torch.Tensor, mesh: DeviceMesh, order: tuple[int, ...], dim: int) -> DTensor:
+    """A DTensor that mesh dimensions split in some order, all along one dimension."""
+    local = full
+    for mesh_dim in order:
+        local = local.chunk(mesh.size(mesh_dim), dim)[mesh.get_local_rank(mesh_dim)]
+    meta = TensorMeta(full.shape, full.stride(), full.dtype)
+    spec = DTensorSpec(mesh, (Shard(dim),) * mesh.ndim, meta, shard_order=(ShardOrderEntry(dim, order),))
+    return DTensor(local.clone(), spec, requires_grad=False)
+
+
+def save_and_load_ordered(folder: str) -> list[list[float]]:
+    mesh = init_device_mesh("cpu", (2, 2))
+    found = []
+    for number, (shape, dim) in enumerate((((8,), 0), ((12, 3), 0), ((3, 8), 1))):
+        full = torch.arange(float(np.prod(shape))).reshape(shape)
+        for order in ((1, 0), (0, 1)):
+            x = ordered(full, mesh, order, dim)
+            assert x.full_tensor().equal(full)
+            uri = f"{folder}/{number}-{order[0]}"
+            reshard.save({"x": x}, uri)
+            assert reshard.open(uri).read("x").equal(full)
+            for other in ((1, 0), (0, 1)):
+                destination = ordered(torch.zeros_like(full), mesh, other, dim)
+                reshard.load({"x": destination}, uri)
+                assert destination.to_local().equal(ordered(full, mesh, other, dim).to_local())
+            found.append(x.to_local().flatten().tolist())
+    x = ordered(torch.arange(8.0), mesh, (1, 0), 0)
+    for call in (
+        lambda: dcp.save({"x": x}, storage_writer=reshard.StorageWriter(f"{folder}/dcp")),
+        lambda: dcp.load({"x": x}, storage_reader=reshard.StorageReader(f"{folder}/0-0")),
+    ):
+        with pytest.raises(CheckpointException, match=r"'x' is split .*Use reshard\.load and reshard\.save"):
+            call()
+    return found
+
+
+def test_dtensors_with_a_shard_order(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(4, save_and_load_ordered, str(tmp_path))
+    assert [rank[0] for rank in found] == [[0, 1], [4, 5], [2, 3], [6, 7]]
+
+
+def partial(uri: str) -> list[str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.ones(4)
+    reshard.save({"m": {"x": whole}}, uri)
+    x = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
+    told = []
+    for call in (lambda: reshard.save({"m": {"x": x}}, f"{uri}-2"), lambda: reshard.load({"m": {"x": x}}, uri)):
+        with pytest.raises(errors.LayoutError) as caught:
+            call()
+        told.append(str(caught.value))
+    return told
+
+
+def test_partial_placements_are_refused_by_name(ranks: RankPool, tmp_path: Path) -> None:
+    for told in ranks.run(2, partial, str(tmp_path / "c")):
+        assert ["'m.x' has the placement Partial" in message for message in told] == [True, True], told
+
+
+def wrapped(values: torch.Tensor) -> DTensor:
+    """Columns, of which each rank holds two shards in a LocalShardsWrapper."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    columns = values.shape[1] // (2 * world)
+    begins = [(2 * rank + i) * columns for i in range(2)]
+    local = LocalShardsWrapper([values[:, b : b + columns].clone() for b in begins], [(0, b) for b in begins])
+    meta = TensorMeta(values.shape, values.stride(), values.dtype)
+    return DTensor(local, DTensorSpec(mesh, (Shard(1),), meta), requires_grad=False)
+
+
+def save_and_load_wrapped(uri: str) -> None:
+    values = torch.arange(48.0).reshape(6, 8)
+    reshard.save({"x": wrapped(values)}, f"{uri}-a")
+    dcp.save({"x": wrapped(values)}, storage_writer=reshard.StorageWriter(f"{uri}-b"))
+    for name in "ab":
+        assert reshard.open(f"{uri}-{name}").read("x").equal(values)
+        for load in (
+            lambda state, name=name: reshard.load(state, f"{uri}-{name}"),
+            lambda state, name=name: dcp.load(state, storage_reader=reshard.StorageReader(f"{uri}-{name}")),
+        ):
+            destination = wrapped(torch.zeros(6, 8))
+            load({"x": destination})
+            expected: Any = wrapped(values)._local_tensor
+            found: Any = destination._local_tensor
+            for one, other in zip(found.local_shards(), expected.local_shards(), strict=True):
+                assert one.equal(other)
+
+
+def test_local_shards_wrappers_say_themselves_what_they_hold(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_and_load_wrapped, str(tmp_path / "c"))
