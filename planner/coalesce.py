@@ -56,6 +56,7 @@ def coalesce(
     max_gap_bytes: int = MAX_GAP_BYTES,
     max_over_read: float = MAX_OVER_READ,
     max_request_bytes: int = MAX_REQUEST_BYTES,
+    free_gap_bytes: int = 0,
     sparse: dict[int, tuple[int, int, int]] | None = None,
 ) -> Requests:
     """Join n byte ranges into requests.
@@ -66,6 +67,7 @@ def coalesce(
         max_gap_bytes: the largest gap between two ranges that one request may read over.
         max_over_read: all gaps read over, as a fraction of the bytes of all ranges, at most.
         max_request_bytes: a request is closed once it spans this; a range is never split.
+        free_gap_bytes: gaps up to this are read over whatever their sum.
     """
     n = len(objects)
     if sparse:
@@ -78,6 +80,7 @@ def coalesce(
             max_gap_bytes=max_gap_bytes,
             max_over_read=max_over_read,
             max_request_bytes=max_request_bytes,
+            free_gap_bytes=free_gap_bytes,
         )
         request_of_range = np.empty(n, np.int64)
         request_of_range[dense] = made.request_of_range
@@ -107,6 +110,7 @@ def coalesce(
     candidates = candidates[np.argsort(gaps[candidates], kind="stable")]
     allowed = int(max_over_read * int((hi - lo).sum()))
     joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True
+    joined[same_object & (gaps <= free_gap_bytes)] = True
 
     runs = np.concatenate(([0], np.cumsum(~joined)))
     run_start = lo[np.flatnonzero(np.concatenate(([True], ~joined)))][runs]

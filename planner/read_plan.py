@@ -27,6 +27,9 @@ from .report import PlanReport
 
 GAPS = Gaps(MAX_GAP_BYTES, MAX_OVER_READ)
 """Between the chunks of a native checkpoint, whose order leaves few."""
+FREE_GAP_BYTES = 4096
+"""Under GAPS, gaps up to this are always read over: a request costs more on any store. Thousands of small objects have
+as many between them."""
 
 
 TOGETHER = 64
@@ -123,6 +126,7 @@ def plan_reads(
         max_gap_bytes=gaps.most_bytes,
         max_over_read=left / max(spanned, 1),
         max_request_bytes=max_request_bytes,
+        free_gap_bytes=FREE_GAP_BYTES if gaps is GAPS else 0,
         sparse=sparse,
     )
     return ReadPlan(reads, requests, gaps)

@@ -197,7 +197,7 @@ class StorageWriter(dcp.StorageWriter):
         if named and self._strict_objects:
             raise UnsupportedValueError(
                 f"{_listed(named)} could only be loaded with allow_pickle=True, which strict_objects=True forbids: "
-                "turn them into plain data, or leave them out"
+                "use plain data instead, or leave it out"
             )
         return named
 

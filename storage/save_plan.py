@@ -125,7 +125,7 @@ class SavePlanner(DefaultSavePlanner):
         if self._strict_objects and needs_pickle(kind, data):
             raise UnsupportedValueError(
                 f"{name!r}, of {type(leaf.value)}, could only be loaded with allow_pickle=True, which "
-                "strict_objects=True forbids: turn it into plain data, or leave it out"
+                "strict_objects=True forbids: use plain data instead, or leave it out"
             )
         return EncodedObject(kind, data)
 

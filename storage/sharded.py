@@ -133,5 +133,5 @@ def _placement(name: str, placement: Any) -> layout.Placement:
     if isinstance(placement, TorchReplicate):
         return layout.REPLICATE
     raise LayoutError(
-        f"{name!r} has the placement {placement!r}, which is neither a shard nor a replica: redistribute it to one of them"
+        f"{name!r} has the placement {placement!r}, which is neither a shard nor a replica: redistribute it first"
     )

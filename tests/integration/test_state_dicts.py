@@ -1,0 +1,489 @@
+"""What a state dict holds beside tensors comes back as it was: keys, empty dicts, objects, containers; by any name."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import decimal
+import enum
+import fractions
+import io
+import pathlib
+import random
+import types
+import uuid
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+import reshard
+from reshard import errors
+from reshard.storage.plain_json import _READERS
+from reshard.storage.testing import MemoryStore, RecordingStore
+from tests.storage.samples import Custom, same
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def check_equal(found: Any, expected: Any) -> None:
+    """The same values, keys and types, at any depth."""
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert same(found, expected)
+    elif isinstance(expected, dict):
+        assert {(type(key), key) for key in found} == {(type(key), key) for key in expected}
+        for key in expected:
+            check_equal(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            check_equal(one, other)
+    else:
+        assert found == expected
+
+
+def stepped() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
+    for _ in range(2):
+        model(torch.randn(5, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer, scheduler
+
+
+STATES: list[dict[Any, Any]] = [
+    {1: torch.ones(2), (0, 1): torch.zeros(2), None: 3, False: torch.ones(1)},
+    {"a": {1: torch.ones(2), "b": {(0, "x"): 1, None: {False: 2}}}},
+    {"a": [{1: torch.ones(1)}, {}, [{2: {}}]]},
+    {"a": [{}, torch.ones(2)], "state": {}},
+    {"sgd": torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1).state_dict()},
+    {"deep": {"er": {"est": {}}}, "list": [], "none": None},
+]
+
+
+@pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
+@pytest.mark.parametrize("way", ["reshard", "torch", "reshard from dcp", "dcp", "reshard from torch"])
+def test_keys_and_empty_dicts_come_back(state: dict[Any, Any], way: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "c")
+    if "torch" in way:
+        uri += ".pt"
+        torch.save(state, uri)
+    else:
+        reshard.save(state, uri)
+    if "dcp" in way:
+        reshard.convert(uri, tmp_path / "dcp", format="dcp")
+        uri = str(tmp_path / "dcp")
+    if "from" in way:
+        reshard.convert(uri, tmp_path / "again")
+        uri = str(tmp_path / "again")
+    check_equal(reshard.open(uri).state_dict(), state)
+
+
+def test_a_conversion_to_dcp_with_typed_keys_is_read_by_dcp(tmp_path: Path) -> None:
+    reshard.save({"state": {0: {"step": torch.tensor(3.0)}, "groups": [{}, torch.ones(2)]}}, tmp_path / "c")
+    reshard.convert(tmp_path / "c", tmp_path / "dcp", format="dcp")
+    state = {"state": {0: {"step": torch.tensor(0.0)}, "groups": [{}, torch.zeros(2)]}}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert state["state"][0]["step"].item() == 3
+    assert state["state"]["groups"][1].eq(1).all()
+
+
+def test_optimizers_and_schedulers_resume_from_a_state_dict() -> None:
+    model, optimizer, scheduler = stepped()
+    store = MemoryStore()
+    reshard.save({"model": model.state_dict(), "optim": optimizer.state_dict(), "sched": scheduler.state_dict()}, store)
+    found = reshard.open(store).state_dict()
+    other, other_optimizer, other_scheduler = stepped()
+    other_optimizer = torch.optim.Adam(other.parameters(), 0.5)
+    other_optimizer.load_state_dict(found["optim"])
+    other_scheduler = torch.optim.lr_scheduler.MultiStepLR(other_optimizer, [1])
+    other_scheduler.load_state_dict(found["sched"])
+    assert len(other_optimizer.state) == 4
+    check_equal(other_optimizer.state_dict(), optimizer.state_dict())
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+        other_optimizer.step()
+        other_scheduler.step()
+        assert scheduler.get_last_lr() == other_scheduler.get_last_lr()
+
+
+class Empty:
+    """A Stateful without state."""
+
+    loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
+
+
+def test_an_empty_stateful_comes_back() -> None:
+    store = MemoryStore()
+    reshard.save({"empty": Empty(), "w": torch.ones(1)}, store)
+    assert reshard.open(store).state_dict()["empty"] == {}
+    empty = Empty()
+    reshard.load({"empty": empty, "w": torch.zeros(1)}, store)
+    assert empty.loaded == {}
+
+
+def test_an_empty_dict_in_the_state_dict_needs_nothing_in_the_checkpoint() -> None:
+    store = MemoryStore()
+    reshard.save({"optim": {"state": {0: torch.ones(1)}, "lr": 0.1}}, store)
+    state: dict[str, Any] = {"optim": {"state": {}, "lr": 0}, "new": {}}
+    report = reshard.load(state, store)
+    assert state == {"optim": {"state": {}, "lr": 0.1}, "new": {}}
+    assert report.unread == ("optim.state.0",)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+Point = namedtuple("Point", "x y")
+
+PLAIN = [
+    io.BytesIO(b"\x00abc"), np.float32(1.5), np.int64(3), np.bool_(True), np.arange(6).reshape(2, 3), np.array("text"),
+    np.datetime64("2026-01-01"), np.complex64(1 + 2j), np.random.default_rng(0).bit_generator.state, random.getstate(),
+    np.random.get_state(), frozenset({1, (2, "x")}), {1, 2}, deque([1, [2]], maxlen=5), deque(), range(1, 10, 3),
+    datetime.datetime(2026, 1, 2, 3, 4, 5, 6), datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=-3))), datetime.date(2026, 1, 2),
+    datetime.time(1, 2, 3), datetime.timedelta(days=-1, microseconds=3), Path("a/b"), pathlib.PurePosixPath("/x"),
+    pathlib.PureWindowsPath("c:/x"), decimal.Decimal("1.10"), decimal.Decimal("NaN"), fractions.Fraction(1, 3),
+    uuid.UUID(int=7), argparse.Namespace(lr=0.1, betas=(1, 2), path=Path("x")), types.SimpleNamespace(a=1),
+    OrderedDict(b=1, a=2), bytearray(b"xyz"), slice(1, None, 2), ..., complex(1, float("inf")), float("nan"),
+    {"$tuple": 1}, {"nested": [(1, {2: frozenset({None})})]},
+]  # fmt: skip
+
+
+def check_plain(found: Any, value: Any) -> None:
+    assert type(found) is type(value)
+    if isinstance(value, io.BytesIO):
+        assert found.getvalue() == value.getvalue()
+    elif isinstance(value, np.ndarray):
+        assert found.dtype == value.dtype
+        assert np.array_equal(found, value)
+    elif isinstance(value, tuple) and any(isinstance(item, np.ndarray) for item in value):
+        for one, other in zip(found, value, strict=True):
+            check_plain(one, other)
+    elif value != value:
+        assert found != found
+    else:
+        assert found == value
+        if isinstance(value, deque):
+            assert found.maxlen == value.maxlen
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("by_dcp", [False, True], ids=["reshard", "dcp"])
+def test_plain_data_needs_no_pickle(value: Any, *, by_dcp: bool) -> None:
+    store = MemoryStore()
+    state = {"x": {"value": value}} if not isinstance(value, dict) else {"x": {"value": (value,)}}
+    if by_dcp:
+        dcp.save(state, storage_writer=reshard.StorageWriter(store, strict_objects=True))
+    else:
+        assert reshard.save(state, store, strict_objects=True).pickled == ()
+    found = reshard.open(store).state_dict()["x"]["value"]
+    check_plain(found[0] if isinstance(value, dict) else found, value)
+    if not isinstance(value, dict):
+        loaded: dict[str, Any] = {"x": {"value": None}}
+        dcp.load(loaded, storage_reader=reshard.StorageReader(store))
+        check_plain(loaded["x"]["value"], value)
+
+
+@pytest.mark.parametrize("value", [Colour.RED, Custom(3), Point(1, 2), (defaultdict(list),), [Custom(1)]], ids=str)
+@pytest.mark.parametrize("by_dcp", [False, True], ids=["reshard", "dcp"])
+def test_what_needs_pickle_is_warned_of_once(value: Any, caplog: pytest.LogCaptureFixture, *, by_dcp: bool) -> None:
+    store = MemoryStore()
+    state = {"x": {"value": value, "again": value}, "t": torch.ones(2), "safe": (torch.ones(1), 2)}
+    if by_dcp:
+        dcp.save(state, storage_writer=reshard.StorageWriter(store))
+    else:
+        assert set(reshard.save(state, store).pickled) == {"x.again", "x.value"}
+    warnings = [record for record in caplog.records if "allow_pickle=True" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "'x.again', 'x.value'" in warnings[0].getMessage()
+    with pytest.raises(errors.UnsafeObjectError, match=r"'x\.(value|again)'.*allow_pickle=True"):
+        reshard.open(store).state_dict()
+    assert reshard.open(store).state_dict(allow_pickle=True)["x"]["value"] == value
+
+
+@pytest.mark.parametrize("by_dcp", [False, True], ids=["reshard", "dcp"])
+def test_strict_objects_refuses_what_needs_pickle(*, by_dcp: bool) -> None:
+    store = MemoryStore()
+    state = {"x": {"value": Custom(1)}, "t": torch.ones(2)}
+    if by_dcp:
+        with pytest.raises(CheckpointException, match=r"'x\.value' could only be loaded with allow_pickle=True"):
+            dcp.save(state, storage_writer=reshard.StorageWriter(store, strict_objects=True))
+    else:
+        with pytest.raises(errors.UnsupportedValueError, match=r"'x\.value'.* could only be loaded with allow_pickle"):
+            reshard.save(state, store, strict_objects=True)
+    assert not store.content
+
+
+@pytest.mark.parametrize("value", [lambda: 0, (x for x in ()), (Path(), lambda: 0)])
+def test_what_cannot_be_pickled_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(errors.UnsupportedValueError, match=r"'a\.f', of .* cannot be stored"):
+        reshard.save({"a": {"f": value}}, MemoryStore())
+
+
+# Containers that are one object in the checkpoint, and the other way round
+
+
+def old_checkpoint(tmp_path: Path) -> str:
+    """As DCP of torch 2.3 and earlier, or flatten_state_dict=False, saves it: containers are objects."""
+    groups = [{"lr": 0.1, "params": [0, 1], "betas": (0.9, 0.99), "t": torch.tensor([1.0, 2.0])}, {"lr": 0.2}]
+    flat = {"opt.param_groups": groups, "opt.state": {0: {"step": 3}}, "w": torch.ones(2)}
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(flat, checkpoint_id=tmp_path / "old", planner=planner, no_dist=True)
+    return str(tmp_path / "old")
+
+
+def test_a_container_is_loaded_from_one_object(tmp_path: Path) -> None:
+    t = torch.zeros(2, dtype=torch.float64)
+    state: dict[str, Any] = {
+        "opt": {
+            "param_groups": [{"lr": 0, "params": [], "betas": None, "t": t}, {"lr": None}],
+            "state": {0: {"step": 0}},
+        },
+        "w": torch.zeros(2),
+    }
+    report = reshard.load(state, old_checkpoint(tmp_path))
+    assert state["opt"]["param_groups"][0]["lr"] == 0.1
+    assert state["opt"]["param_groups"][0]["params"] == [0, 1]
+    assert state["opt"]["param_groups"][0]["betas"] == (0.9, 0.99)
+    assert state["opt"]["param_groups"][1]["lr"] == 0.2
+    assert state["opt"]["state"] == {0: {"step": 3}}
+    assert state["opt"]["param_groups"][0]["t"] is t
+    assert t.tolist() == [1, 2]
+    assert state["w"].eq(1).all()
+    assert report.unread == ()
+
+
+def test_one_object_is_loaded_from_a_container() -> None:
+    store = MemoryStore()
+    groups = [{"lr": 0.1, 3: torch.ones(2)}, {}]
+    reshard.save(
+        {"opt": {"param_groups": groups, "state": {0: {"step": torch.tensor(3.0)}}}, "w": torch.ones(1)}, store
+    )
+    state: dict[str, Any] = {"opt": {"param_groups": None, "state": 0}, "w": torch.zeros(1)}
+    reshard.load(state, store)
+    check_equal(state["opt"], {"param_groups": groups, "state": {0: {"step": torch.tensor(3.0)}}})
+    assert state["w"].eq(1).all()
+
+
+def test_containers_that_grew_or_shrank_are_named_as_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = old_checkpoint(tmp_path)
+    native = MemoryStore()
+    reshard.save({"opt": {"groups": [{"lr": 0.1}, {"lr": 0.2}], "map": {"a": torch.ones(1)}}}, native)
+    group: dict[str, Any] = {"lr": 0}
+    grown: dict[str, Any] = {"opt": {"groups": [group, group.copy(), group.copy()]}}
+    with pytest.raises(
+        errors.MissingTensorError, match=r"'opt\.groups' has 2 items in the checkpoint and 3 in the state dict"
+    ):
+        reshard.load(grown, native)
+    assert group["lr"] == 0
+    with pytest.raises(errors.MissingTensorError, match=r"dict 'opt\.map' has 1 items in the checkpoint and 2 in"):
+        reshard.load({"opt": {"map": {"a": torch.zeros(1), "b": torch.zeros(1)}}}, native)
+    with pytest.raises(errors.MissingTensorError, match=r"'opt\.param_groups\.2\.lr'"):
+        reshard.load({"opt": {"param_groups": [{"lr": 0}, {"lr": 0}, {"lr": 0}]}}, old)
+    report = reshard.load({"opt": {"groups": [{"lr": 0}], "map": {"a": torch.zeros(1)}}}, native)
+    assert report.unread == ("opt.groups.1.lr",)
+    assert "the list 'opt.groups' has 2 items in the checkpoint and 1 in the state dict" in caplog.text
+
+
+def test_what_does_not_fit_inside_of_an_object_is_refused(tmp_path: Path) -> None:
+    old = old_checkpoint(tmp_path)
+    w = torch.zeros(2)
+    for group, error in (
+        ({"t": torch.zeros(3)}, errors.ShapeMismatchError),
+        ({"t": torch.zeros(2, dtype=torch.int64)}, errors.DtypeError),
+        ({"t": 1.0}, errors.DestinationError),
+        ({"lr": torch.zeros(1)}, errors.DestinationError),
+    ):
+        with pytest.raises(error, match=r"'opt\.param_groups\.0\.(t|lr)'"):
+            reshard.load({"w": w, "opt": {"param_groups": [group]}}, old)
+    assert w.eq(0).all()
+
+
+# Names
+
+
+def compiled() -> MemoryStore:
+    store = MemoryStore()
+    state = {
+        "module._orig_mod.layers.0._checkpoint_wrapped_module.w": torch.full((2,), 1.0),
+        "module._orig_mod.layers.1.w": torch.full((2,), 2.0),
+        "head.w": torch.full((2,), 3.0),
+        "extra": {"epoch": 3},
+    }
+    reshard.save(state, store)
+    return store
+
+
+RENAME = {
+    "module._orig_mod.*._checkpoint_wrapped_module.*": "*.*",
+    "module._orig_mod.*": "*",
+    "extra.*": "meta.*",
+}
+
+
+def test_rename_while_loading() -> None:
+    state = {
+        "layers": {"0.w": torch.zeros(2), "1.w": torch.zeros(2)},
+        "head": {"w": torch.zeros(2)},
+        "meta": {"epoch": 0},
+    }
+    report = reshard.load(state, compiled(), rename=RENAME)
+    assert [state["layers"]["0.w"][0], state["layers"]["1.w"][0], state["head"]["w"][0]] == [1, 2, 3]
+    assert state["meta"]["epoch"] == 3
+    assert report.unread == ()
+    with pytest.raises(errors.ArgumentError, match=r"both .* would be named 'x'"):
+        reshard.load({"x": torch.zeros(2)}, compiled(), rename={"module.*": "x"})
+    for bad in ({"a.*": "*.*.*b*", "a.*.*": "*.*.*"}, {"a": 1}, "a=b", {"*.*": "***"}):
+        with pytest.raises(errors.ArgumentError, match="rename"):
+            reshard.load({"x": torch.zeros(2)}, compiled(), rename=bad)  # type: ignore[arg-type]
+
+
+def test_rename_for_a_rank_and_a_conversion(tmp_path: Path) -> None:
+    layout = reshard.Layout({"tp": 2}, {"layers.*": reshard.Shard(0)})
+    tensors = reshard.open(compiled()).load_rank(layout, 1, rename=RENAME, exclude="head")
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"layers.0.w": [1.0], "layers.1.w": [2.0]}
+    report = reshard.convert(compiled(), tmp_path / "c", rename=RENAME, exclude=["head.*"])
+    checkpoint = reshard.open(tmp_path / "c")
+    assert sorted(checkpoint.tensors) == ["layers.0.w", "layers.1.w"]
+    assert checkpoint.read_object("meta.epoch") == 3
+    assert report.left_out == ("head.w",)
+    for argument in ({"rename": {"nothing.*": "*"}}, {"exclude": "nothing.*"}):
+        with pytest.raises(errors.MissingTensorError, match=r"nothing\.\*"):
+            reshard.convert(compiled(), tmp_path / "d", **argument)  # type: ignore[arg-type]
+
+
+def test_exclude_leaves_names_as_they_are() -> None:
+    state = {"a": {"w": torch.zeros(2), "v": torch.zeros(2)}, "b": {"missing": torch.zeros(3)}, "step": 0}
+    store = MemoryStore()
+    reshard.save({"a": {"w": torch.ones(2), "v": torch.ones(2)}, "step": 3}, store)
+    report = reshard.load(state, store, exclude=("a.v", "b"))
+    assert state["a"]["w"].eq(1).all()
+    assert state["a"]["v"].eq(0).all()
+    assert state["step"] == 3
+    assert report.skipped == report.unread == ()
+    for bad in (1, [1], {"a"}, ""):
+        with pytest.raises(errors.ArgumentError, match="exclude must be a pattern"):
+            reshard.load(state, store, exclude=bad)  # type: ignore[arg-type]
+
+
+def test_names_that_may_be_missing_by_pattern() -> None:
+    store = MemoryStore()
+    reshard.save({"model": {"w": torch.ones(2)}}, store)
+    state = {"model": {"w": torch.zeros(2)}, "optimizer": {"m": torch.zeros(2)}}
+    report = reshard.load(state, store, allow_missing="optimizer.*")
+    assert report.skipped == ("optimizer.m",)
+    assert state["model"]["w"].eq(1).all()
+    with pytest.raises(errors.MissingTensorError, match=r"no model\.v|no 'model\.v'"):
+        reshard.load({"model": {"w": torch.zeros(2), "v": torch.zeros(2)}}, store, allow_missing=["optimizer.*"])
+
+
+@pytest.mark.parametrize("strict", ["m.*", 1, None, ("a",)])
+def test_strict_is_true_or_false(strict: Any) -> None:
+    with pytest.raises(errors.ArgumentError, match=r"strict must be True or False, got .*allow_missing"):
+        reshard.load({"w": torch.zeros(2)}, MemoryStore(), strict=strict)
+
+
+# Metadata of DCP
+
+
+def test_read_metadata_has_what_dcps_has(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "n": 1}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    expected = dcp.FileSystemReader(tmp_path / "dcp").read_metadata()
+    reshard.save(state, tmp_path / "native")
+    writer = reshard.StorageWriter(tmp_path / "written")
+    dcp.save(state, storage_writer=writer)
+    for name in ("dcp", "native", "written"):
+        metadata = reshard.StorageReader(tmp_path / name).read_metadata()
+        assert metadata.version == expected.version
+        assert metadata.storage_meta is not None
+        assert metadata.storage_meta.save_id
+        assert metadata.storage_meta.load_id
+    assert expected.storage_meta is not None
+    found = reshard.StorageReader(tmp_path / "dcp").read_metadata().storage_meta
+    assert found is not None
+    assert found.save_id == expected.storage_meta.save_id
+    found = reshard.StorageReader(tmp_path / "written").read_metadata().storage_meta
+    assert found is not None
+    assert found.save_id == writer.save_id
+
+
+# Requests for metadata
+
+
+def megatron(modules: int) -> dict[str, Any]:
+    """Like Megatron's: an object in every module, in an order that is not that of the names."""
+    names = [f"decoder.layers.{i}.{part}" for part in ("mlp.fc1", "attention.qkv", "norm") for i in range(modules)]
+    random.Random(0).shuffle(names)
+    state: dict[str, Any] = {}
+    for name in names:
+        state[f"{name}._extra_state"] = io.BytesIO(b"")
+        state[f"{name}.weight"] = torch.ones(2)
+        state[f"{name}.flag"] = {"fp8": None, "steps": [len(name)]}
+    return state
+
+
+@pytest.fixture(scope="module")
+def large_manifest() -> MemoryStore:
+    store = MemoryStore()
+    reshard.save({"model": megatron(1000)}, store)
+    assert len(store.content["manifest.reshard"]) > 1.3e6
+    return store
+
+
+@pytest.mark.parametrize("how", ["load", "state_dict", "StorageReader", "some", "one by one"])
+def test_thousands_of_objects_take_a_handful_of_requests(large_manifest: MemoryStore, how: str) -> None:
+    store = RecordingStore(large_manifest)
+    template = megatron(1000)
+    state: dict[str, Any] = {"model": dict.fromkeys(template) | {n: torch.zeros(2) for n in template if "weight" in n}}
+    if how == "load":
+        for name in template:
+            if name.endswith("flag"):
+                state["model"][name] = {"fp8": 0, "steps": []}
+        report = reshard.load(state, store)
+        assert report.skipped == report.unread == ()
+        assert state["model"]["decoder.layers.7.norm.weight"].eq(1).all()
+    elif how == "some":
+        some = {name: value for name, value in state["model"].items() if "layers.7" in name and "flag" not in name}
+        reshard.load({"model": some}, store)
+    elif how == "state_dict":
+        found = reshard.open(store).state_dict()["model"]
+        assert set(found) == set(template)
+    elif how == "StorageReader":
+        state["model"] = {name: value for name, value in state["model"].items() if not name.endswith("flag")}
+        dcp.load(state, storage_reader=reshard.StorageReader(store))
+        assert isinstance(state["model"]["decoder.layers.7.norm._extra_state"], io.BytesIO)
+    else:
+        checkpoint = reshard.open(store)
+        for name in template:
+            if "_extra_state" in name and "layers.3" in name:
+                checkpoint.read_object(f"model.{name}")
+    manifest = [call for call in store.calls if call.method == "read" and call.name == "manifest.reshard"]
+    assert len(manifest) <= (12 if how == "one by one" else 4), len(manifest)
+    assert sum(call.stop - call.start for call in manifest) < 2 * len(large_manifest.content["manifest.reshard"])
+    if how != "one by one":
+        assert len(store.calls) < 40
+
+
+def test_words_of_json_are_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
+    assert [word for word in _READERS if f"`{word}`" not in text] == []
