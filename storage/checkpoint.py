@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..planner.read_plan import Want
 from .casts import weight_dtype
 from .errors import DestinationError
 from .hf_config import read_tp_plan
+from .names import Patterns, check_renames, matches_any, new_names, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import rank_of
@@ -166,6 +167,8 @@ class Checkpoint:
         rank: int,
         *,
         names: str = "*",
+        exclude: Patterns = (),
+        rename: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
         progress: OnProgress = False,
     ) -> dict[str, torch.Tensor]:
@@ -173,23 +176,37 @@ class Checkpoint:
 
         Args:
             names: a pattern as in a layout: "model" leaves out the optimizer beside it.
+            exclude: patterns of names that are left out.
+            rename: patterns of names, and what the tensors are called instead, as of `reshard.load`. The rules of the
+                layout are for the new names.
             dtype: of floating-point tensors of one dimension or more; the stored one by default. float32 values of a
                 native checkpoint are read as bfloat16 from a third of their bytes.
             progress: as of `reshard.load`.
 
-        Raises LayoutError, DtypeError, CorruptCheckpointError, StoreError.
+        Raises LayoutError, ArgumentError, DtypeError, CorruptCheckpointError, StoreError.
         """
+        excluded = patterns_of("exclude", exclude)
+        check_renames("rename", rename or {})
+        taken = [
+            entry
+            for entry in self._source.entries
+            if entry.kind is Kind.TENSOR and matches(names, entry.name) and not matches_any(excluded, entry.name)
+        ]
+        if not taken and names != "*":
+            raise missing(names, self._tensors)
+        stored_names = new_names((entry.name for entry in taken), rename or {})
+        entries = [replace(entry, name=new) for new, entry in zip(stored_names, taken, strict=True)]
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []
-        held_tensors = rank_tensors(self._source.entries, layout, rank, names)
-        self._source.index(want for held in held_tensors for want in held.wants)
+        held_tensors = rank_tensors(entries, layout, rank)
+        self._source.index(Want(stored_names[want.name], want.box) for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored = torch_dtype(held.entry.dtype)
             local = torch.empty(held.local.shape, dtype=weight_dtype(stored, held.entry.shape, dtype))
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
-                wants.append(want)
+                wants.append(Want(stored_names[want.name], want.box))
                 views.append(local[Box(at, want.box.sizes).slices])
         draws = rank_of(None) == 0
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:

@@ -51,7 +51,7 @@ from .manifest import encode_manifest
 from .objects import encode_object, needs_pickle, torch_save
 from .open_source import open_source
 from .progress import Meter
-from .ranks import Alarm, Opened, check_same_checkpoint, raises_portable, rank_of
+from .ranks import Alarm, Arrivals, Opened, check_same_checkpoint, raises_portable, rank_of
 from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
@@ -120,6 +120,8 @@ class StorageWriter(dcp.StorageWriter):
         self._written: list[ObjectRecord] = []
         self.alarm = Alarm(alone=True)
         """What `reshard.save` gives, so that ranks stop when another has failed."""
+        self.arrivals: Arrivals | None = None
+        """As `alarm`: which ranks have written."""
         self.meter = Meter("save")
         """As `alarm`: what shows how far it is."""
         self.planned_at = 0.0
@@ -178,6 +180,8 @@ class StorageWriter(dcp.StorageWriter):
                 failed=self.alarm.sound,
                 wrote=self.meter.add,
             )
+        if self.arrivals is not None:
+            self.arrivals.arrive()
         results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
         if results:
             written = sum(record.nbytes for record in self._written)

@@ -22,7 +22,7 @@ from ..planner.read_plan import Want
 from .casts import check_cast, check_integers, loses_bits, needs_check
 from .errors import ArgumentError, DestinationError
 from .logs import logger_of
-from .names import Patterns, check_renames, matches_any, patterns_of, renamed
+from .names import Patterns, check_renames, matches_any, new_names, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
@@ -166,7 +166,7 @@ class _Loading:
         self._options = options
         named = flatten(self.states)
         leaves = {name: leaf for name, leaf in named.items() if not matches_any(options.exclude, name)}
-        self._stored = self._stored_names()
+        self._stored = new_names((entry.name for entry in source.entries), options.rename)
         """What the checkpoint has, by the name in the state dict, and the name there."""
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored}
         self._in_objects: list[tuple[Leaf, Any]] = []
@@ -195,18 +195,6 @@ class _Loading:
         # All of the metadata is read at once, and checked before memory is taken on its word.
         source.index([*wants, *object_wants(source, [self._stored[name] for name in objects])])
         self._reads = BoxReads.of(source, wants, [*destinations, *self._built.values()])
-
-    def _stored_names(self) -> dict[str, str]:
-        if not self._options.rename:
-            return {entry.name: entry.name for entry in self.source.entries}
-        stored: dict[str, str] = {}
-        for entry in self.source.entries:
-            found = renamed(entry.name, self._options.rename)
-            name = entry.name if found is None else found[1]
-            if name in stored:
-                raise ArgumentError(f"rename: both {stored[name]!r} and {entry.name!r} would be named {name!r}")
-            stored[name] = entry.name
-        return stored
 
     def _kind(self, name: str) -> Kind:
         return self.source.entry(self._stored[name]).kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..planner.layout import matches
 from .errors import ArgumentError
@@ -59,6 +59,26 @@ def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
             made = texts[0] + "".join(part + text for part, text in zip(stood_for, texts[1:], strict=False))
             return pattern, made
     return None
+
+
+def new_names(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str]:
+    """Rename the names of a checkpoint; those that no pattern matches stay.
+
+    Returns: the name in the checkpoint by the new name.
+
+    Raises:
+        ArgumentError: two would have the same new name, or one none.
+    """
+    stored: dict[str, str] = {}
+    for name in names:
+        found = renamed(name, renames) if renames else None
+        new = name if found is None else found[1]
+        if not new:
+            raise ArgumentError(f"{name!r} would be left without a name")
+        if new in stored:
+            raise ArgumentError(f"both {stored[new]!r} and {name!r} would be named {new!r}")
+        stored[new] = name
+    return stored
 
 
 @functools.lru_cache

@@ -42,6 +42,48 @@ def rank_of(process_group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(process_group) if is_distributed() else 0
 
 
+class Arrivals:
+    """Which ranks have come to some point of a collective call: keys in the process group's own store.
+
+    All ranks make theirs in the same order.
+    """
+
+    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._store: distributed_c10d.Store | None = None
+        if is_distributed() and dist.get_world_size(process_group) > 1:
+            group = process_group or dist.group.WORLD
+            assert group is not None
+            count = self._made[group] = self._made.get(group, 0) + 1
+            self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
+            self._key = f"reshard/arrived/{group.group_name}/{count}"
+            self._store = distributed_c10d._get_default_store()
+
+    def arrive(self) -> None:
+        """Tell the other ranks that this one is here."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the group is broken: what follows will say so
+                self._store.set(f"{self._key}/{self._rank}", "here")
+
+    def missing(self) -> list[int]:
+        """The ranks that are not here, as far as the store tells; none before this rank has come itself."""
+        if self._store is None:
+            return []
+        try:
+            if not self._store.check([f"{self._key}/{self._rank}"]):
+                return []
+            return [rank for rank in range(self._world) if not self._store.check([f"{self._key}/{rank}"])]
+        except RuntimeError:
+            return []
+
+    def forget(self) -> None:
+        """Remove this rank's key, once all ranks are known to have come."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.delete_key(f"{self._key}/{self._rank}")
+
+
 class Alarm:
     """Sounded by a rank that fails, so that the others stop soon: as a key in the process group's own store.
 
@@ -110,8 +152,11 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
     outcomes: list[Any] = [outcome]
     if is_distributed():
         outcomes = [None] * dist.get_world_size(process_group)
-        with lost_ranks_told():
+        arrivals = Arrivals(process_group)
+        arrivals.arrive()
+        with naming_lost_ranks(arrivals):
             dist.all_gather_object(outcomes, outcome, group=process_group)
+        arrivals.forget()
     failures = {at: failure for at, (_, failure) in enumerate(outcomes) if failure is not None}
     if failures:
         at, failure = first_failure(failures)
@@ -156,12 +201,14 @@ def first_failure(failures: Mapping[int, E]) -> tuple[int, E]:
 
 
 @contextlib.contextmanager
-def lost_ranks_told() -> Iterator[None]:
-    """Make a RankError of what a process group raises when a rank has died, or has not come."""
+def naming_lost_ranks(arrivals: Arrivals) -> Iterator[None]:
+    """Make a RankError of what a process group raises when a rank has died, or has not come in time."""
     try:
         yield
     except RuntimeError as error:
-        raise RankError(f"the process group broke, as it does when a rank dies: {error}") from error
+        lost = arrivals.missing()
+        who = f"; not there: rank {', '.join(map(str, lost))}" if lost else ""
+        raise RankError(f"the process group broke, as it does when a rank dies{who}: {error}") from error
 
 
 def of_rank(rank: int, error: BaseException) -> CheckpointError:

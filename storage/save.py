@@ -18,7 +18,7 @@ from .dcp import StorageWriter, check_codec
 from .errors import ArgumentError, CommitError
 from .logs import logger_of
 from .progress import Meter, OnProgress
-from .ranks import Alarm, first_failure, is_distributed, lost_ranks_told, of_rank, on_all_ranks, rank_of
+from .ranks import Alarm, Arrivals, first_failure, is_distributed, naming_lost_ranks, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .save_plan import SavePlanner
 from .state_dict import Leaf, flatten, stateful_to_state
@@ -90,8 +90,9 @@ def save(
     )
     rank = rank_of(process_group)
     writer.alarm, writer.meter = Alarm(process_group), Meter("save", progress, rank=rank)
+    writer.arrivals = Arrivals(process_group)
     try:
-        with warnings.catch_warnings(), lost_ranks_told():
+        with warnings.catch_warnings(), naming_lost_ranks(writer.arrivals):
             # To save from one process is no mistake here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             metadata = dcp_save(
@@ -112,6 +113,7 @@ def save(
         raise error from failed
     finally:
         writer.alarm.close()
+    writer.arrivals.forget()
     ranks = [RankReport(**report) for report in metadata.storage_data]
     plan_s, total_s = writer.planned_at - begin, time.perf_counter() - begin
     stages = dict(ranks[rank].seconds)

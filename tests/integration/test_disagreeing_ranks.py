@@ -271,7 +271,7 @@ def ordered(full: torch.Tensor, mesh: DeviceMesh, order: tuple[int, ...], dim: i
     for mesh_dim in order:
         local = local.chunk(mesh.size(mesh_dim), dim)[mesh.get_local_rank(mesh_dim)]
     meta = TensorMeta(full.shape, full.stride(), full.dtype)
-    spec = DTensorSpec(mesh, (Shard(dim),) * mesh.ndim, meta, shard_order=(ShardOrderEntry(dim, order),))
+    spec: Any = DTensorSpec(mesh, (Shard(dim),) * mesh.ndim, meta, shard_order=(ShardOrderEntry(dim, order),))
     return DTensor(local.clone(), spec, requires_grad=False)
 
 
@@ -292,10 +292,11 @@ def save_and_load_ordered(folder: str) -> list[list[float]]:
                 assert destination.to_local().equal(ordered(full, mesh, other, dim).to_local())
             found.append(x.to_local().flatten().tolist())
     x = ordered(torch.arange(8.0), mesh, (1, 0), 0)
-    for call in (
+    calls: list[Callable[[], Any]] = [
         lambda: dcp.save({"x": x}, storage_writer=reshard.StorageWriter(f"{folder}/dcp")),
         lambda: dcp.load({"x": x}, storage_reader=reshard.StorageReader(f"{folder}/0-0")),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(CheckpointException, match=r"'x' is split .*Use reshard\.load and reshard\.save"):
             call()
     return found
@@ -312,7 +313,11 @@ def partial(uri: str) -> list[str]:
     reshard.save({"m": {"x": whole}}, uri)
     x = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
     told = []
-    for call in (lambda: reshard.save({"m": {"x": x}}, f"{uri}-2"), lambda: reshard.load({"m": {"x": x}}, uri)):
+    calls: list[Callable[[], Any]] = [
+        lambda: reshard.save({"m": {"x": x}}, f"{uri}-2"),
+        lambda: reshard.load({"m": {"x": x}}, uri),
+    ]
+    for call in calls:
         with pytest.raises(errors.LayoutError) as caught:
             call()
         told.append(str(caught.value))
