@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..planner.index import Entry, Kind, missing
+from ..planner.errors import MissingTensorError
+from ..planner.index import Entry, Kind, nearest_names
 from ..planner.layout import matches
 from .checksums import checksum
 from .dcp import check_codec
@@ -81,7 +83,8 @@ def convert(
         format: what to write: "reshard", "dcp" or "safetensors".
         names: a pattern, as in a layout, of what is taken; or patterns and what becomes of them, as in
             `{"model.*": "*"}`: the first that matches a name gives the new one, whose "*" is what the pattern's stood
-            for. What matches none is left out.
+            for. Names that match none are left out, and listed in the report. A pattern that matches no name is an
+            error.
         dtype: what floating-point tensors are cast to, but for those that are packed, two values a byte. float32 values
             of a native checkpoint are read as bfloat16 from a third of their bytes.
         codec: of "reshard": "zstd" or "none".
@@ -91,11 +94,13 @@ def convert(
         process_group, budget_bytes, progress: as of `reshard.load`.
 
     Returns: what each rank did. `skipped` are the objects that the format has no place for: safetensors has tensors
-    only.
+    only. `left_out` are the names of the source that were not taken.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: there is a checkpoint at `dst`, or the remains of one, or of another conversion.
-        MissingTensorError: nothing matches `names`.
+        MissingTensorError: nothing matches `names`, or one of its patterns.
+        DtypeError, UnsupportedFormatError, CorruptCheckpointError: a name that would be taken cannot be read (see
+            `Checkpoint.unreadable`), or the format that is written does not have its dtype.
         ArgumentError: an argument is none of those that there are, two tensors would have the same name, or the ranks
             were given different arguments.
         CommitError: the store failed in the very moment of the commit; the same call again finds out.
@@ -132,7 +137,10 @@ def convert(
         alarm.close()
     ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
     logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank].words)
-    return Report(rank, tuple(ranks), conversion.skipped)
+    if conversion.left_out and rank == 0:
+        shown = ", ".join(conversion.left_out[:3]) + (", ..." if len(conversion.left_out) > 3 else "")
+        logger.warning("%d names of the source were left out: %s", len(conversion.left_out), shown)
+    return Report(rank, tuple(ranks), conversion.skipped, left_out=conversion.left_out)
 
 
 def _check(
@@ -149,6 +157,14 @@ def _check(
     for pattern, new in {} if isinstance(names, str) else names.items():
         if pattern.count("*") > 1 or new.count("*") > pattern.count("*"):
             raise ArgumentError(f"{pattern!r}: {new!r}: a pattern has one '*' at most, and its new name no more")
+    earlier: list[str] = []
+    for pattern in () if isinstance(names, str) else names:
+        above = next((other for other in earlier if _stands_for(other, pattern) is not None), None)
+        if above is not None:
+            raise ArgumentError(
+                f"the pattern {pattern!r} comes after {above!r}, which takes all names that it matches: put it first"
+            )
+        earlier.append(pattern)
 
 
 class _Conversion:
@@ -169,6 +185,7 @@ class _Conversion:
         self._budget = budget_bytes
         self._meter = meter
         self.skipped: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
 
     def prepare(
         self,
@@ -181,7 +198,8 @@ class _Conversion:
     ) -> tuple[str, str]:
         """Find out what is to be done; what tells it from any other conversion, and where. Raises as `convert`."""
         self.source, self.store, self.target = source, store, target
-        items = _items(source, names, dtype)
+        items, left_out = _items(source, names, dtype)
+        self.left_out = (*left_out, *source.left_out)
         if isinstance(target, SafetensorsTarget):
             self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
             items = [item for item in items if item.kind is Kind.TENSOR]
@@ -273,33 +291,70 @@ def _samples(source: Source, reads: Reads) -> list[str]:
     return reads.many(sample, *map(list, zip(*wanted, strict=True)))
 
 
-def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | None) -> list[Item]:
-    """What is to be written, by its new names. Raises MissingTensorError, ArgumentError."""
+def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | None) -> tuple[list[Item], list[str]]:
+    """What is to be written, by its new names, and the names that are not taken.
+
+    Raises MissingTensorError, ArgumentError, and the error of a name that would be taken and cannot be read.
+    """
+    there = [*(entry.name for entry in source.entries), *source.unreadable]
+    renamed = {name: _renamed(name, names) for name in there}
+    _check_patterns_match(names, there)
     items: dict[str, Item] = {}
-    for entry in source.entries:
-        name = _renamed(entry.name, names)
+    for source_name, name in renamed.items():
         if name is None:
             continue
+        if source_name in source.unreadable:
+            unreadable = source.unreadable[source_name]
+            raise unreadable.kind(
+                f"{unreadable.reason}. To convert the rest, leave {source_name!r} out by names= (--names, --rename)"
+            )
+        entry = source.entry(source_name)
         if not name:
             raise ArgumentError(f"{entry.name!r} would be left without a name")
         if name in items:
             raise ArgumentError(f"both {items[name].source!r} and {entry.name!r} would be named {name!r}")
         items[name] = Item(name, entry.name, entry.kind, _cast(entry, dtype), entry.shape)
-    if not items and source.entries:
-        patterns = [names] if isinstance(names, str) else list(names)
-        raise missing(", ".join(patterns), (entry.name for entry in source.entries))
-    return [items[name] for name in sorted(items)]
+    return [items[name] for name in sorted(items)], [name for name in there if renamed[name] is None]
+
+
+def _check_patterns_match(names: str | Mapping[str, str], there: Sequence[str]) -> None:
+    """Check that every pattern matches a name. Raises MissingTensorError naming those that do not."""
+    if not there:
+        return
+    if not names:
+        raise MissingTensorError(f"the checkpoint has no name that names={names!r} takes: it has no pattern")
+    matching = matches if isinstance(names, str) else _is_renamed
+    patterns = [names] if isinstance(names, str) else list(names)
+    unused = [pattern for pattern in patterns if not any(matching(pattern, name) for name in there)]
+    if unused:
+        parents = {name[: at.start()] + ".*" for name in there for at in re.finditer(r"\.", name)}
+        near = nearest_names(unused[0], [*there, *sorted(parents)], 3) or there[:3]
+        raise MissingTensorError(
+            f"the checkpoint has no {', '.join(unused)!r}: no name matches the pattern; nearest are "
+            f"{', '.join(map(repr, near))}"
+        )
+
+
+def _is_renamed(pattern: str, name: str) -> bool:
+    return _stands_for(pattern, name) is not None
+
+
+def _stands_for(pattern: str, name: str) -> str | None:
+    """What the "*" of a pattern stands for in a name: empty if the pattern has none, None if it does not match."""
+    head, star, tail = pattern.partition("*")
+    if not star:
+        return "" if name == pattern else None
+    fits = len(name) >= len(head) + len(tail) and name.startswith(head) and name.endswith(tail)
+    return name[len(head) : len(name) - len(tail)] if fits else None
 
 
 def _renamed(name: str, names: str | Mapping[str, str]) -> str | None:
     if isinstance(names, str):
         return name if matches(names, name) else None
     for pattern, new in names.items():
-        head, star, tail = pattern.partition("*")
-        if not star and name == pattern:
-            return new
-        if star and len(name) >= len(head) + len(tail) and name.startswith(head) and name.endswith(tail):
-            return new.replace("*", name[len(head) : len(name) - len(tail)])
+        star = _stands_for(pattern, name)
+        if star is not None:
+            return new.replace("*", star)
     return None
 
 

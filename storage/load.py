@@ -129,9 +129,8 @@ class _Loading:
         named = flatten(self.states)
         leaves = self._present(named, source)
         inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
-        self.unread = tuple(
-            entry.name for entry in source.entries if entry.name not in named and entry.name.startswith(inner)
-        )
+        there = [*(entry.name for entry in source.entries), *source.unreadable]
+        self.unread = tuple(name for name in there if name not in named and name.startswith(inner))
         wants: list[Want] = []
         destinations: list[torch.Tensor] = []
         for leaf in leaves:

@@ -86,6 +86,9 @@ class Report:
     unread: tuple[str, ...] = ()
     """Names that the checkpoint has below a key of the state dict, but the state dict itself has not: what a fresh
     optimizer, say, has no place for yet."""
+    left_out: tuple[str, ...] = ()
+    """Names of the source that a conversion did not take: no pattern matched them, or the source's index does not list
+    them."""
 
     @property
     def local(self) -> RankReport:
@@ -112,6 +115,7 @@ class Report:
     def _repr_html_(self) -> str:
         notes = [f"{len(self.skipped)} names skipped"] if self.skipped else []
         notes += [f"{len(self.unread)} names unread"] if self.unread else []
+        notes += [f"{len(self.left_out)} names left out"] if self.left_out else []
         return table("; ".join(notes), COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 

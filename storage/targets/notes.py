@@ -21,7 +21,7 @@ from ..commit import put_commit
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..logs import logger_of
 from ..manifest import DATA_NAME, NAME
-from ..open_source import CONVERSION, FILE_SUFFIXES
+from ..open_source import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX
 from ..sources.dcp import METADATA, RANK_METADATA
 from ..sources.reads import Reads
 from ..sources.safetensors import INDEX_SUFFIX
@@ -189,7 +189,11 @@ def _is_of_a_checkpoint(name: str) -> bool:
     if "/" in name:
         return DATA_NAME.fullmatch(name) is not None
     known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) is not None
-    return known or name.endswith((".distcp", INDEX_SUFFIX)) or os.path.splitext(name)[1] in FILE_SUFFIXES
+    return (
+        known
+        or name.endswith((".distcp", INDEX_SUFFIX, TORCH_INDEX_SUFFIX))
+        or os.path.splitext(name)[1] in FILE_SUFFIXES
+    )
 
 
 def _note_name(number: int) -> str:
