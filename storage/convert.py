@@ -223,7 +223,7 @@ class _Conversion:
         own = missing[self._rank :: self._world]
         self._meter.location = self.store.location
         self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
-        with closing(Values(self.source, self._rank, self._budget, self._meter.add)) as values:
+        with closing(Values(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
             for unit in own:
                 interrupt()
                 self.notes.check(self.stand.conversion)
