@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -224,10 +224,16 @@ class _Conversion:
         self._meter.location = self.store.location
         self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
         with closing(Values(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
-            for unit in own:
-                interrupt()
-                self.notes.check(self.stand.conversion)
-                written += retried(partial(self._write, unit, values, interrupt))["bytes"]
+            try:
+                for unit in own:
+                    interrupt()
+                    self.notes.check(self.stand.conversion)
+                    written += retried(partial(self._write, unit, values, interrupt))["bytes"]
+            except BaseException:
+                with suppress(Exception):  # the first error is the one to tell
+                    self.notes.write(self.stand.conversion)
+                raise
+            retried(partial(self.notes.write, self.stand.conversion))
         report = values.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(

@@ -33,6 +33,9 @@ from .zip_head import is_row_major
 TAIL_BYTES = 1024 * 1024
 """What the first request reads: the directory of some thousand tensors."""
 _LOCAL_HEADER_BYTES = 30
+_LAST_RECORD = b"PK\x05\x06"
+_LAST_RECORD_BYTES = 22
+"""Without the comment."""
 FIRST_BYTES = 32
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """What the files of torch before 1.6 begin with, after the pickle's protocol."""
@@ -148,7 +151,19 @@ class _File:
                     f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
                     "read it with torch.load and save it anew"
                 ) from error
-            raise CorruptCheckpointError(f"{self._where} is no zip, as torch.save writes it: {error}") from error
+            end = self._end()
+            why = str(error)
+            if end is not None and end < self._nbytes:
+                why = f"{self._nbytes - end} bytes too many follow its end at byte {end}"
+            raise CorruptCheckpointError(f"{self._where} is no zip, as torch.save writes it: {why}") from error
+
+    def _end(self) -> int | None:
+        """Where the zip seems to end, by the record that is the last of it; None if that is not in the last bytes."""
+        at = self._tail.rfind(_LAST_RECORD)
+        if at < 0 or at + _LAST_RECORD_BYTES > len(self._tail):
+            return None
+        (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _LAST_RECORD_BYTES - 2)
+        return self._tail_start + at + _LAST_RECORD_BYTES + int(comment_bytes)
 
     def _begins(self, infos: list[zipfile.ZipInfo]) -> list[int]:
         """Where the contents of records begin: behind their local headers, which are padded."""

@@ -115,6 +115,13 @@ def test_every_dtype_passes_or_is_refused_before_anything_is_written(dtype: str,
         with pytest.raises(DtypeError, match=r"which safetensors does not have|for which safetensors has no shape"):
             reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert not (tmp_path / "safetensors").exists()
+        with pytest.raises(DtypeError, match=r"Leave it out with names= .*--names") as caught:
+            reshard.convert(src, tmp_path / "safetensors", format="safetensors")
+        assert ("cast it to complex64" in str(caught.value)) == (dtype == "complex128")
+        if dtype == "float4_e2m1fn_x2":
+            names = {"matrix": "matrix", "empty": "empty"}
+            reshard.convert(src, tmp_path / "part", format="safetensors", names=names)
+            assert set(reshard.open(tmp_path / "part").tensors) == set(names)
     else:
         reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert_converted(tmp_path / "safetensors", state, "safetensors")
@@ -310,3 +317,15 @@ def test_a_slice_of_dcp_has_its_own_values_alone(tmp_path: Path) -> None:
     reshard.save({"w": torch.randn(4096, 4096)}, place, codec="none")
     reshard.convert(place, tmp_path / "dst", format="dcp")
     assert sum(path.stat().st_size for path in (tmp_path / "dst").iterdir()) < 1.01 * 4 * 4096 * 4096
+
+
+def test_what_an_export_has_no_dtype_for_can_be_left_out(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3, dtype=torch.complex128), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.complex32)}
+    src = save_native(state, tmp_path / "src")
+    with pytest.raises(
+        DtypeError, match=r"'a' has dtype complex128, .*and so do 1 more tensors\. Leave it out with names="
+    ):
+        reshard.convert(src, tmp_path / "dst", format="safetensors")
+    report = reshard.convert(src, tmp_path / "dst", format="safetensors", names="b")
+    assert report.left_out == ("a", "c")
+    assert_converted(tmp_path / "dst", {"b": state["b"]}, "safetensors")

@@ -276,6 +276,17 @@ def test_a_file_cut_short_is_refused(length: int) -> None:
         opened(DATA[:length])
 
 
+@pytest.mark.parametrize("more", [1, 7, 1000, 60_000])
+def test_some_bytes_after_the_end_do_not_matter_as_torch_reads_them_too(more: int) -> None:
+    assert opened(DATA + bytes(more)).read("w").equal(torch.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize("more", [70_000, 500_000, 1_000_000])
+def test_many_bytes_after_the_end_are_counted(more: int) -> None:
+    with pytest.raises(CorruptCheckpointError, match=rf"{more} bytes too many follow its end at byte {len(DATA)}"):
+        opened(DATA + bytes(more))
+
+
 def test_a_file_cut_after_it_was_opened_is_told() -> None:
     store = stored(DATA)
     checkpoint = reshard.open(store)
