@@ -95,7 +95,7 @@ class Checkpoint:
 
     @property
     def damaged(self) -> tuple[str, ...]:
-        """The names in `unreadable` whose values are missing or contradict each other, as an incomplete copy has them."""
+        """The names in `unreadable` whose values are missing or contradict each other, as after an incomplete copy."""
         return tuple(name for name, found in self._source.unreadable.items() if found.is_damage)
 
     @property
@@ -253,8 +253,8 @@ class Checkpoint:
         Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
         torch writes unless it is told not to, by `set_crc32_options`), and of the rest it is seen that it is there.
 
-        Names that are missing (`damaged`) are listed too. Other names of `unreadable` are checked in a native checkpoint
-        only.
+        Names that are missing (`damaged`) are listed too. Other names of `unreadable` are checked in a native
+        checkpoint only.
 
         Args:
             quick: look at the objects' sizes alone; what it lists may then be several chunks at once.

@@ -287,7 +287,7 @@ def _entry(name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any],
     grid = Grid(_integers(shape), _integers(parts))
     if type(dtype) is not str:
         raise ValueError(f"{name!r} has the dtype {dtype!r}")
-    # Raw chunks have the size of their values, which gives the size of an element. Others are checked by it only loosely.
+    # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
     itemsize = 0 if dtype in ITEMSIZES else max(1, -(-stored_bytes // max(1, math.prod(grid.shape))))
     entry = Entry(str(name), Kind(kind), dtype, grid, None, itemsize)
     if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:

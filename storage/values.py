@@ -31,7 +31,7 @@ MOST_GROUP_BYTES = 256 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
 """Of less than this together, whatever lies between is read over: it costs less than requests."""
 READ_PARTS = 6
-"""A group takes this part of the budget: one is used, the next is read, and its bytes arrive in as much memory again."""
+"""A group takes this part of the budget: one is used, another is read, and its bytes arrive in as much memory."""
 
 
 class Values:

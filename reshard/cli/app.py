@@ -45,7 +45,7 @@ def inspect(
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint is: format, sizes by dtype, tensors with like layers folded; exit code 1 where some are missing.
+    """What a checkpoint is: format, sizes by dtype, tensors with like layers folded. Exit code 1 if some are missing.
 
     Example: reshard inspect s3://bucket/run/step-1000 model.layers.0.up.weight
     """

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray, intersect_many
 from ...planner.byte_ranges import slabs_of
 from ...planner.coalesce import MAX_REQUEST_BYTES
+from ...planner.errors import CheckpointError
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind
 from ...planner.read_plan import Want
-from ...planner.errors import CheckpointError
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeObjectError
 from .foreign import ForeignSource, Shards
 from .inert import Dictionary, Record, integers, load_inert, name_of_foreign, record, refused, size_of

@@ -16,7 +16,6 @@ from ...planner.index import ITEMSIZES
 from ..errors import CorruptCheckpointError, UnsafeObjectError
 from .pickle_ops import check_operations
 
-
 MOST_FOREIGN = 1000
 """Classes and functions that are told apart by name."""
 

@@ -35,8 +35,8 @@ DTYPES = {
 NAMES = {name: word for word, name in DTYPES.items()}
 """The format's names of torch's dtypes."""
 REMAINS = (
-    "files of another save remain in the folder, or a file is missing. Remove the files of the other save, or save again "
-    "into an empty folder"
+    "files of another save remain in the folder, or a file is missing. Remove the files of the other save, or save "
+    "again into an empty folder"
 )
 """Why shards of a tensor can fail to make up a tensor, and what to do."""
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -107,7 +107,8 @@ class SafetensorsSource(ForeignSource):
                 name,
                 DtypeError,
                 f"the safetensors file {files[unknown]!r} in {self.store.location}: {name!r} has the dtype "
-                f"{parts[unknown][1].unknown!r} of safetensors, which reshard cannot read. The other tensors can be read",
+                f"{parts[unknown][1].unknown!r} of safetensors, which reshard cannot read. The other tensors can be "
+                "read",
             )
             return
         boxes = [Box(tensor.offsets or (0,) * len(tensor.shape), tensor.shape) for _, tensor in parts]

@@ -264,8 +264,8 @@ class _File:
             dtype = dtype_name(name, tensor.dtype)
         except DtypeError:
             reason = (
-                f"{self._where} has {name!r} of dtype {tensor.dtype}, which reshard cannot read: read it with torch.load. "
-                "The other tensors can be read"
+                f"{self._where} has {name!r} of dtype {tensor.dtype}, which reshard cannot read: read it with "
+                "torch.load. The other tensors can be read"
             )
             self.values[name] = _Value(path, refused=(DtypeError, reason))
             return

@@ -80,7 +80,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def check_complete(location: str, names: Iterable[str]) -> None:
-    """Check that of files named `…-00001-of-00003.…` all are there. Raises CorruptCheckpointError naming those missing."""
+    """Check that no file named `…-00001-of-00003.…` is missing. Raises CorruptCheckpointError naming those that are."""
     groups: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
         part = _PART.fullmatch(name)
@@ -95,8 +95,8 @@ def check_complete(location: str, names: Iterable[str]) -> None:
             files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing[:MOST_NAMED]]
             more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
             raise CorruptCheckpointError(
-                f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} files "
-                "is missing. Copy it again, or open one of the files that are there by its own path"
+                f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} "
+                "files is missing. Copy it again, or open one of the files that are there by its own path"
             )
 
 

@@ -1,8 +1,9 @@
 """What a conversion keeps beside its target while it is under way: whose the place is, and which units stand.
 
-A head, put before anything else and removed last, names the conversion that the place belongs to; a note, put once
-units stand, says what is in them: all that were written since the last note, which is a second ago or more. Just before the commit the head is given the checksum of what is about to be put, so
-that a run that was killed right after it finds that it had come to its end.
+A head, put before anything else and removed last, names the conversion that the place belongs to. A note says what is
+in the units that stand; one is put once a second at most, for all units since the last one. Just before the commit the
+head is given the checksum of what is about to be put, so that a run that was killed right after it finds that it had
+come to its end.
 """
 
 from __future__ import annotations

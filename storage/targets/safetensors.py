@@ -92,8 +92,8 @@ def _check_dtypes(items: Sequence[Item]) -> None:
 def _check(item: Item) -> None:
     if item.dtype.endswith("_x2") and not item.shape:
         raise DtypeError(
-            f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it out "
-            "with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
+            f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
+            "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
         )
     if item.name == NOTES:
         raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")

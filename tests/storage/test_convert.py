@@ -319,6 +319,7 @@ def test_a_slice_of_dcp_has_its_own_values_alone(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in (tmp_path / "dst").iterdir()) < 1.01 * 4 * 4096 * 4096
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_what_an_export_has_no_dtype_for_can_be_left_out(tmp_path: Path) -> None:
     state = {"a": torch.ones(3, dtype=torch.complex128), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.complex32)}
     src = save_native(state, tmp_path / "src")

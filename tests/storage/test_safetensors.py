@@ -306,6 +306,93 @@ def test_shards_that_do_not_make_a_tensor_are_refused(other: bytes, message: str
         opened(one=shard(ROW, 0, 0), two=other).read("a")
 
 
+def save_ranks(folder: Path, state: dict[str, torch.Tensor], ranks: int, *, files: int = 1) -> None:
+    """Save rows of tensors as each rank's HuggingFaceStorageWriter names and writes them."""
+    folder.mkdir(exist_ok=True)
+    for rank in range(ranks):
+        parts: dict[str, torch.Tensor] = {}
+        offsets: dict[str, Any] = {}
+        for name, whole in state.items():
+            rows = -(-len(whole) // ranks)
+            part = whole[rank * rows : (rank + 1) * rows]
+            if len(part):
+                parts[name] = part.contiguous()
+                offsets[name] = {"saved_offsets": [rank * rows, *(0 for _ in whole.shape[1:])]}
+        path = folder / f"shard-{rank + 1:05}-model-{files:05}-of-{files:05}.safetensors"
+        save_file(parts, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+
+REMAIN = "files of another save remain in the folder, or a file is missing. Remove the files of the other save"
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (6, 3), (3, 2), (8, 5)])
+def test_files_that_remain_of_an_export_by_more_ranks_are_told(before: int, after: int, tmp_path: Path) -> None:
+    old = {"w": torch.zeros(16, 3), "b": torch.zeros(16)}
+    new = {"w": torch.ones(16, 3), "b": torch.ones(16)}
+    save_ranks(tmp_path / "m", old, before)
+    assert_holds(reshard.open(tmp_path / "m"), old)
+    save_ranks(tmp_path / "m", new, after)
+    checkpoint = reshard.open(tmp_path / "m")
+    assert set(checkpoint.damaged) == {"b", "w"}
+    message = rf"the shards of 'w' hold \d+ elements, its shape \(16, 3\) has 48: 'shard-00001-.*{REMAIN}"
+    for ask in (
+        lambda: checkpoint.read("w"),
+        lambda: checkpoint.state_dict(names="w"),
+        lambda: reshard.load({"w": torch.zeros(16, 3)}, tmp_path / "m"),
+        lambda: reshard.convert(tmp_path / "m", tmp_path / "dst", names="w"),
+    ):
+        with pytest.raises(CorruptCheckpointError, match=message):
+            ask()
+    with pytest.raises(CorruptCheckpointError, match=f"'shard-{before:05}-model-00001-of-00001.safetensors' holds"):
+        checkpoint.read("b")
+    assert {damage.tensor for damage in checkpoint.verify()} == {"b", "w"}
+    for rank in range(after, before):
+        (tmp_path / "m" / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors").unlink()
+    assert_holds(reshard.open(tmp_path / "m"), new)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_ranks_file_that_is_missing_is_told(lost: int, tmp_path: Path) -> None:
+    save_ranks(tmp_path / "m", {"w": torch.ones(9, 2)}, 3)
+    (tmp_path / "m" / f"shard-{lost + 1:05}-model-00001-of-00001.safetensors").unlink()
+    if lost == 2:  # nothing tells that there were more rows
+        assert reshard.open(tmp_path / "m").read("w").shape == (6, 2)
+        return
+    with pytest.raises(CorruptCheckpointError, match=rf"the shards of 'w' hold 12 elements, .*{REMAIN}"):
+        reshard.open(tmp_path / "m").read("w")
+
+
+def test_two_exports_of_the_same_ranks_are_not_mixed(tmp_path: Path) -> None:
+    """Under other names, of the same boxes: there is nothing to tell which one counts."""
+    for files, value in ((1, 0.0), (2, 1.0)):
+        save_ranks(tmp_path / "m", {"w": torch.full((8, 2), value)}, 2, files=files)
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    for name in names:
+        if "of-00002" in name:
+            save_file({"other": torch.ones(1)}, tmp_path / "m" / name.replace("-00002-of", "-00001-of"))
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"the shards of 'w' hold 32 elements, .* has 16.*{REMAIN}|two files"
+    ):
+        reshard.open(tmp_path / "m").read("w")
+
+
+def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
+    """A rank writes only those that it has shards for; together they have all."""
+    for rank, number, name in ((1, 1, "a"), (1, 2, "b"), (2, 2, "b")):
+        rows = slice(0, 2) if rank == 1 else slice(2, 4)
+        whole = torch.arange(8.0).reshape(4, 2)
+        part = whole if name == "a" else whole[rows].contiguous()
+        sharding = {name: {"saved_offsets": [0 if name == "a" else rows.start, 0]}}
+        path = tmp_path / f"shard-{rank:05}-model-{number:05}-of-00002.safetensors"
+        save_file({name: part}, path, metadata={"DCP_SHARDING_INFO": json.dumps(sharding)})
+    assert_holds(reshard.open(tmp_path), {"a": whole, "b": whole})
+    (tmp_path / "shard-00001-model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(
+        CorruptCheckpointError, match=r"'shard-\*-model-00001-of-00002\.safetensors' of 2 files is missing"
+    ):
+        reshard.open(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -468,7 +555,7 @@ def test_files_of_two_models_are_counted_apart() -> None:
     }
     assert len(opened(**files).tensors) == 5
     del files["image-00003-of-00003"]
-    with pytest.raises(CorruptCheckpointError, match="'image-00003-of-00003.safetensors' of 3 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"'image-00003-of-00003\.safetensors' of 3 files is missing"):
         opened(**files)
 
 
