@@ -196,9 +196,10 @@ class Checkpoint:
                 as bfloat16 from a third of their bytes.
             progress: as of `reshard.load`.
 
-        Raises LayoutError, DtypeError, CorruptCheckpointError, StoreError.
+        Raises LayoutError, DtypeError, CorruptCheckpointError, StoreError, and what `read` raises for a name of
+        `unreadable` that the rank would hold.
         """
-        check_readable(self._source, names)
+        check_readable(self._source, names, lambda name: layout.holds(name, rank))
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []

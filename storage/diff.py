@@ -51,8 +51,8 @@ def diff(a: Source, b: Source) -> Iterator[Difference]:
     with closing(_of_values(a, b, to_read)) as values:
         for name in names:
             if name in unreadable:
-                words = [found.reason if (found := of.unreadable.get(name)) else "" for of in (a, b)]
-                yield Difference(name, "unreadable", *words)
+                why_a, why_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
+                yield Difference(name, "unreadable", why_a, why_b)
             elif name not in b:
                 yield Difference(name, "only in A", _in_words(a.entry(name)))
             elif name not in a:

@@ -78,7 +78,7 @@ class Manifest:
             self._sizes = [_sizes(*row[6:8]) for row in header["entries"]]
             """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self._entries = tuple(
-                _entry(*row[:5], size[1]) for row, size in zip(header["entries"], self._sizes, strict=True)
+                _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
             )
             self.unreadable = _unreadable(self._entries, source.where)
             readable = [entry.name not in self.unreadable for entry in self._entries]
@@ -283,7 +283,7 @@ def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _entry(name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any], stored_bytes: int) -> Entry:
+def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
     grid = Grid(_integers(shape), _integers(parts))
     if type(dtype) is not str:
         raise ValueError(f"{name!r} has the dtype {dtype!r}")

@@ -5,7 +5,7 @@ The manifest is one; `sources/` has others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,12 +47,12 @@ class Unreadable:
         return self.kind(self.reason)
 
 
-def check_readable(source: Source, names: str = "*") -> None:
-    """Check that every name that matches a pattern can be read.
+def check_readable(source: Source, names: str = "*", is_wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Check that every name that matches a pattern, and is wanted, can be read.
 
     Raises the error of the first name that cannot; it counts the others.
     """
-    found = [unreadable for name, unreadable in source.unreadable.items() if matches(names, name)]
+    found = [unreadable for name, unreadable in source.unreadable.items() if matches(names, name) and is_wanted(name)]
     if found:
         more = f"; {len(found) - 1} more names cannot be read" if len(found) > 1 else ""
         raise found[0].kind(f"{found[0].reason}{more}")

@@ -201,8 +201,11 @@ class _File:
         unpickler.persistent_load = storage_of
         try:
             check_operations(data)
-            with _WithoutValues():
-                return unpickler.load()
+            try:
+                with _WithoutValues():
+                    return unpickler.load()
+            finally:
+                _forget_sparse()
         except NotImplementedError as error:
             raise UnsupportedFormatError(
                 f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {error}"
@@ -282,6 +285,13 @@ class _File:
                 raise CorruptCheckpointError(f"{self._where} does not have the values of {name!r}")
             stored = _Stored(dtype, shape, start, order or tuple(range(len(shape))))
             self.values[name] = _Value(path, stored)
+
+
+def _forget_sparse() -> None:
+    """Take the sparse tensors without memory out of those that the next `torch.load` of this process would check."""
+    to_validate = torch._utils._sparse_tensors_to_validate
+    if any(tensor.is_meta for tensor in to_validate):
+        to_validate[:] = [tensor for tensor in to_validate if not tensor.is_meta]
 
 
 class _NeedsValues(torch.Tensor):

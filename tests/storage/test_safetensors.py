@@ -266,6 +266,15 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, t
     assert reshard.convert(path, tmp_path / "dst", names="b").left_out == ("a",)
 
 
+def test_a_rank_that_does_not_hold_what_cannot_be_read_loads_the_rest() -> None:
+    header = {"layers.0.w": {**WITH_UNKNOWN["a"]}, "layers.1.w": {**ROW, "data_offsets": [12, 36]}}
+    checkpoint = opened(bad=file_of(header, bytes(36)))
+    layout = reshard.Layout({"pp": 2}, stages={"layers.0": 0, "layers.1": 1})
+    assert set(checkpoint.load_rank(layout, 1)) == {"layers.1.w"}
+    with pytest.raises(DtypeError, match=r"'layers\.0\.w' has the dtype"):
+        checkpoint.load_rank(layout, 0)
+
+
 def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     data = save({"a": sample("float8_e8m0fnu", 4), "b": torch.ones(3)})
     monkeypatch.delattr(torch, "float8_e8m0fnu")

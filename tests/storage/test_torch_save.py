@@ -196,6 +196,14 @@ def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, t
     assert set(report.left_out) == {"deep.odd", "step"}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_tensor_leaves_nothing_for_the_next_load_of_torch(layout: torch.layout) -> None:
+    data = torch_saved({"odd": torch.eye(3).to_sparse(layout=layout), "w": torch.ones(3)})
+    assert_holds(opened(data), {"w": torch.ones(3)})
+    assert torch._utils._sparse_tensors_to_validate == []
+
+
 @pytest.mark.parametrize("dtype", ["bits8", "bits16", "bits4x2"])
 def test_a_dtype_that_reshard_does_not_know_does_not_hide_the_others(dtype: str) -> None:
     odd = torch.zeros(4, dtype=torch.uint8).view(getattr(torch, dtype))
