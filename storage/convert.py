@@ -139,7 +139,7 @@ def convert(
     logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank].words)
     if conversion.left_out and rank == 0:
         shown = ", ".join(conversion.left_out[:3]) + (", ..." if len(conversion.left_out) > 3 else "")
-        logger.warning("%d names of the source were left out: %s", len(conversion.left_out), shown)
+        logger.info("%d names of the source were left out: %s", len(conversion.left_out), shown)
     return Report(rank, tuple(ranks), conversion.skipped, left_out=conversion.left_out)
 
 

@@ -269,7 +269,7 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, t
 def test_a_rank_that_does_not_hold_what_cannot_be_read_loads_the_rest() -> None:
     header = {"layers.0.w": {**WITH_UNKNOWN["a"]}, "layers.1.w": {**ROW, "data_offsets": [12, 36]}}
     checkpoint = opened(bad=file_of(header, bytes(36)))
-    layout = reshard.Layout({"pp": 2}, stages={"layers.0": 0, "layers.1": 1})
+    layout = reshard.Layout({"pp": 2}, stages={"layers.0.w": 0, "layers.1.w": 1})
     assert set(checkpoint.load_rank(layout, 1)) == {"layers.1.w"}
     with pytest.raises(DtypeError, match=r"'layers\.0\.w' has the dtype"):
         checkpoint.load_rank(layout, 0)

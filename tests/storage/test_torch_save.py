@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import _utils
 
 import reshard
 from reshard.errors import (
@@ -201,7 +202,7 @@ def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, t
 def test_a_sparse_tensor_leaves_nothing_for_the_next_load_of_torch(layout: torch.layout) -> None:
     data = torch_saved({"odd": torch.eye(3).to_sparse(layout=layout), "w": torch.ones(3)})
     assert_holds(opened(data), {"w": torch.ones(3)})
-    assert torch._utils._sparse_tensors_to_validate == []
+    assert _utils._sparse_tensors_to_validate == []
 
 
 @pytest.mark.parametrize("dtype", ["bits8", "bits16", "bits4x2"])
