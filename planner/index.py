@@ -74,9 +74,11 @@ class Entry:
     grid: Grid
     order: tuple[int, ...] | None = None
     """The dimensions from the outermost to the innermost in its plain chunks, where they are not row-major."""
+    unknown_itemsize: int = 0
+    """Bytes an element of a dtype that ITEMSIZES does not have. Such a tensor can be verified, but not read."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEMSIZES:
+        if self.dtype not in ITEMSIZES and self.unknown_itemsize < 1:
             raise InvalidIndexError(f"{self.name!r} has the unknown dtype {self.dtype!r}")
         possible = all(
             0 <= n < 2**38 and part <= max(1, min(n, 2**24))
@@ -100,7 +102,7 @@ class Entry:
 
     @property
     def itemsize(self) -> int:
-        return ITEMSIZES[self.dtype]
+        return ITEMSIZES.get(self.dtype, self.unknown_itemsize)
 
     @property
     def numel(self) -> int:

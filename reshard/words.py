@@ -23,6 +23,13 @@ def in_time(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
+def first_few(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names of a list, and how many more there are: `'a', 'b' and 3 more`."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
 MOST_RUNS = 3
 
 

@@ -83,11 +83,16 @@ def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
         )
 
 
-def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, names: Iterable[str]) -> None:
+def scale_names(names: Iterable[str]) -> list[str]:
+    """Those of the names of a checkpoint that may be scales of quantised values."""
+    return [name for name in names if _SCALE.search(name)]
+
+
+def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales: Iterable[str]) -> None:
     """Check that a cast does not take quantised values for the values that they stand for.
 
     Args:
-        names: of all tensors of the checkpoint.
+        scales: what `scale_names` gives for the checkpoint.
 
     Raises:
         DtypeError: the stored dtype has 8 bits or fewer, and the checkpoint has a scale for the tensor.
@@ -96,7 +101,7 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, names: 
         return
     module, _, last = name.rpartition(".")
     stems = (name, module) if last.startswith("weight") or last == "data" else (name,)
-    for other in names:
+    for other in scales:
         if other != name and any(stem and _is_scale_of(stem, other) for stem in stems):
             raise DtypeError(
                 f"{name!r} is quantised: it is stored as {stored}, and {other!r} has its scale. reshard does not apply "

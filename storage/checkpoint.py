@@ -21,12 +21,12 @@ from ..planner.read_plan import Want
 from .casts import weight_dtype
 from .errors import DestinationError
 from .hf_config import read_tp_plan
-from .names import Patterns, check_renames, matches_any, new_names, patterns_of
+from .names import Patterns, check_renames, matches_any, new_name, new_names, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import rank_of
 from .read import Blob, check_is_tensor, object_wants, read_boxes
-from .source import Source
+from .source import Source, check_readable
 from .state_dict import nest
 from .store import Store
 from .tensors import torch_dtype
@@ -87,6 +87,24 @@ class Checkpoint:
         """The names of the values that are not tensors."""
         return tuple(entry.name for entry in self._source.entries if entry.kind is not Kind.TENSOR)
 
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """The names that cannot be read, and why. They are in neither `tensors` nor `objects`.
+
+        Asking for one of them raises an error with this message; the other names can be read.
+        """
+        return MappingProxyType({name: found.reason for name, found in self._source.unreadable.items()})
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """The names in `unreadable` whose values are missing or contradict each other, as after an incomplete copy."""
+        return tuple(name for name, found in self._source.unreadable.items() if found.is_damage)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names that files of the checkpoint hold, but its index (`*.index.json`) does not list. They are not read."""
+        return self._source.left_out
+
     def read(
         self, name: str, box: Box | None = None, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -102,6 +120,7 @@ class Checkpoint:
 
         Raises:
             MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the call does not fit the tensor.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError: the name is one of `unreadable`.
             CorruptCheckpointError, StoreError: the bytes are not to be had; `out` is as it was, unless the message
                 says otherwise.
         """
@@ -144,8 +163,9 @@ class Checkpoint:
             max_over_read: as of `reshard.load`.
             costs: what requests cost at another store, to plan for; of this one, as far as it is known, by default.
 
-        Raises LayoutError.
+        Raises LayoutError, and what `read` raises for a name of `unreadable` that matches.
         """
+        check_readable(self._source, names)
         index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
         return plan_ranks(index, layout, names, gaps, self.location)
 
@@ -183,10 +203,16 @@ class Checkpoint:
                 native checkpoint are read as bfloat16 from a third of their bytes.
             progress: as of `reshard.load`.
 
-        Raises LayoutError, ArgumentError, DtypeError, CorruptCheckpointError, StoreError.
+        Raises LayoutError, ArgumentError, DtypeError, CorruptCheckpointError, StoreError, and what `read` raises for a
+        name of `unreadable` that the rank would hold.
         """
         excluded = patterns_of("exclude", exclude)
         check_renames("rename", rename or {})
+
+        def is_held(name: str) -> bool:
+            return not matches_any(excluded, name) and layout.holds(new_name(name, rename or {}), rank)
+
+        check_readable(self._source, names, is_held)
         taken = [
             entry
             for entry in self._source.entries
@@ -225,8 +251,10 @@ class Checkpoint:
             allow_pickle: as of `reshard.load`.
             progress: as of `reshard.load`.
 
-        Raises MissingTensorError where nothing matches, UnsafeObjectError, CorruptCheckpointError, StoreError.
+        Raises MissingTensorError where nothing matches, UnsafeObjectError, CorruptCheckpointError, StoreError, and what
+        `read` raises for a name of `unreadable` that matches.
         """
+        check_readable(self._source, names)
         entries = [entry for entry in self._source.entries if matches(names, entry.name)]
         if not entries and names != "*":
             raise missing(names, (entry.name for entry in self._source.entries))
@@ -250,19 +278,29 @@ class Checkpoint:
         Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
         torch writes unless it is told not to, by `set_crc32_options`), and of the rest it is seen that it is there.
 
+        Names that are missing (`damaged`) are listed too. Other names of `unreadable` are checked in a native
+        checkpoint only.
+
         Args:
             quick: look at the objects' sizes alone; what it lists may then be several chunks at once.
             progress: True for a bar, or a function that is called with a `Progress`.
 
         Raises StoreError where the store fails otherwise than by not having an object.
         """
-        return verify(self._source.store, self._source.index(), quick=quick, progress=progress)
+        missing = [
+            Damage(name, Box((), ()), found.object, 0, 0, found.reason)
+            for name, found in self._source.unreadable.items()
+            if found.is_damage
+        ]
+        return missing + verify(self._source.store, self._source.index(), quick=quick, progress=progress)
 
     def __repr__(self) -> str:
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
         return (
             f"Checkpoint({self.location!r}, {self.format}: {len(self._tensors)} tensors, {len(self.objects)} objects, "
-            f"{stored / 1e6:.1f} MB stored)"
+            f"{stored / 1e6:.1f} MB stored"
+            + (f"; {len(self._source.unreadable)} names cannot be read" if self._source.unreadable else "")
+            + ")"
         )
 
     def _repr_html_(self) -> str:

@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..planner.index import Entry, Kind, missing
+from ..planner.errors import MissingTensorError
+from ..planner.index import Entry, Kind, nearest_names
 from ..planner.layout import matches
-from .casts import check_is_not_scaled, weight_dtype
+from .casts import check_is_not_scaled, scale_names, weight_dtype
 from .checksums import checksum
 from .dcp import check_codec
 from .errors import ArgumentError, ObjectNotFoundError
 from .logs import logger_of
+from .names import Patterns, check_renames, matches_any, new_names, patterns_of, renamed
 from .open_source import open_source
 from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from .reports import RankReport, Report
 from .retrying_store import retried
-from .source import Source
+from .source import Source, Unreadable
 from .sources.reads import Reads
 from .state_dict import Path
 from .store import Store, open_store
@@ -62,6 +65,9 @@ def convert(
     *,
     format: str = "reshard",
     names: str | Mapping[str, str] = "*",
+    exclude: Patterns = (),
+    rename: Mapping[str, str] | None = None,
+    allow_missing: Patterns = (),
     dtype: torch.dtype | None = None,
     codec: str = "zstd",
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -83,7 +89,12 @@ def convert(
         format: what to write: "reshard", "dcp" or "safetensors".
         names: a pattern, as in a layout, of what is taken; or patterns and what becomes of them, as in
             `{"model.*": "*"}`: the first that matches a name gives the new one, whose "*" is what the pattern's stood
-            for. What matches none is left out.
+            for; of several, each for its own. Names that match none are left out, and listed in the report. A pattern
+            that matches no name is an error.
+        exclude: patterns of names in `src` that are left out.
+        rename: as `names` with new names, but what no pattern matches is taken too, and keeps its name.
+        allow_missing: patterns of names in `src` that are left out if they cannot be read (see
+            `Checkpoint.unreadable`).
         dtype: what floating-point tensors of one dimension or more are cast to, but for those that are packed, two
             values a byte. float32 values of a native checkpoint are read as bfloat16 from a third of their bytes.
         codec: of "reshard": "zstd" or "none".
@@ -93,11 +104,13 @@ def convert(
         process_group, budget_bytes, progress: as of `reshard.load`.
 
     Returns: what each rank did. `skipped` are the objects that the format has no place for: safetensors has tensors
-    only.
+    only. `left_out` are the names of the source that were not taken.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: there is a checkpoint at `dst`, or the remains of one, or of another conversion.
-        MissingTensorError: nothing matches `names`.
+        MissingTensorError: nothing matches `names`, or one of its patterns.
+        DtypeError, UnsupportedFormatError, CorruptCheckpointError: a name that would be taken cannot be read (see
+            `Checkpoint.unreadable`), or the format that is written does not have its dtype.
         ArgumentError: an argument is none of those that there are, two tensors would have the same name, or the ranks
             were given different arguments.
         CommitError: the store failed in the very moment of the commit; the same call again finds out.
@@ -109,7 +122,8 @@ def convert(
     conversion = _Conversion(rank, world, budget_bytes, meter)
 
     def prepare() -> tuple[str, str]:
-        _check(format, codec, names, dtype, max_file_bytes)
+        _check(format, codec, dtype, max_file_bytes)
+        selection = Selection.of(names, exclude, rename, allow_missing)
         target: Target = DcpTarget()
         if format == "reshard":
             target = NativeTarget(codec, budget_bytes)
@@ -117,7 +131,7 @@ def convert(
             target = SafetensorsTarget(max_file_bytes)
         source = open_source(src, src_options, src_format)
         what = [format, codec, max_file_bytes, __version__]
-        return conversion.prepare(source, open_store(dst, dst_options), target, names, dtype, what)
+        return conversion.prepare(source, open_store(dst, dst_options), target, selection, dtype, what)
 
     def work() -> RankReport:
         with alarm, meter:
@@ -134,12 +148,13 @@ def convert(
         alarm.close()
     ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
     logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank].words)
-    return Report(rank, tuple(ranks), conversion.skipped)
+    if conversion.left_out and rank == 0:
+        shown = ", ".join(conversion.left_out[:3]) + (", ..." if len(conversion.left_out) > 3 else "")
+        logger.info("%d names of the source were left out: %s", len(conversion.left_out), shown)
+    return Report(rank, tuple(ranks), conversion.skipped, left_out=conversion.left_out)
 
 
-def _check(
-    format: str, codec: str, names: str | Mapping[str, str], dtype: torch.dtype | None, max_file_bytes: int
-) -> None:
+def _check(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
     """Raises ArgumentError for what cannot be, whatever is to be converted."""
     check_codec(codec)
     if format not in TARGETS:
@@ -148,9 +163,6 @@ def _check(
         raise ArgumentError(f"floating-point tensors cannot be cast to {dtype}")
     if max_file_bytes < 1:
         raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
-    for pattern, new in {} if isinstance(names, str) else names.items():
-        if pattern.count("*") > 1 or new.count("*") > pattern.count("*"):
-            raise ArgumentError(f"{pattern!r}: {new!r}: a pattern has one '*' at most, and its new name no more")
 
 
 class _Conversion:
@@ -171,19 +183,21 @@ class _Conversion:
         self._budget = budget_bytes
         self._meter = meter
         self.skipped: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
 
     def prepare(
         self,
         source: Source,
         store: Store,
         target: Target,
-        names: str | Mapping[str, str],
+        selection: Selection,
         dtype: torch.dtype | None,
         what: list[Any],
     ) -> tuple[str, str]:
         """Find out what is to be done; what tells it from any other conversion, and where. Raises as `convert`."""
         self.source, self.store, self.target = source, store, target
-        items = _items(source, names, dtype)
+        items, left_out = _items(source, selection, dtype)
+        self.left_out = (*left_out, *source.left_out)
         if isinstance(target, SafetensorsTarget):
             self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
             items = [item for item in items if item.kind is Kind.TENSOR]
@@ -207,11 +221,17 @@ class _Conversion:
         own = missing[self._rank :: self._world]
         self._meter.location = self.store.location
         self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
-        with closing(Values(self.source, self._rank, self._budget, self._meter.add)) as values:
-            for unit in own:
-                interrupt()
-                self.notes.check(self.stand.conversion)
-                written += retried(partial(self._write, unit, values, interrupt))["bytes"]
+        with closing(Values(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
+            try:
+                for unit in own:
+                    interrupt()
+                    self.notes.check(self.stand.conversion)
+                    written += retried(partial(self._write, unit, values, interrupt))["bytes"]
+            except BaseException:
+                with suppress(Exception):  # the first error is the one to tell
+                    self.notes.write(self.stand.conversion)
+                raise
+            retried(partial(self.notes.write, self.stand.conversion))
         report = values.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
@@ -275,43 +295,104 @@ def _samples(source: Source, reads: Reads) -> list[str]:
     return reads.many(sample, *map(list, zip(*wanted, strict=True)))
 
 
-def _items(source: Source, names: str | Mapping[str, str], dtype: torch.dtype | None) -> list[Item]:
-    """What is to be written, by its new names. Raises MissingTensorError, ArgumentError."""
-    items: dict[str, Item] = {}
-    for entry in source.entries:
-        name = _renamed(entry.name, names)
-        if name is None:
-            continue
-        if not name:
-            raise ArgumentError(f"{entry.name!r} would be left without a name")
-        if name in items:
-            raise ArgumentError(f"both {items[name].source!r} and {entry.name!r} would be named {name!r}")
-        items[name] = Item(name, entry.name, entry.kind, _cast(source, entry, dtype), entry.shape)
-    if not items and source.entries:
-        patterns = [names] if isinstance(names, str) else list(names)
-        raise missing(", ".join(patterns), (entry.name for entry in source.entries))
-    return [items[name] for name in sorted(items)]
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which names of a checkpoint a conversion takes, and what they become."""
+
+    pattern: str
+    """What is taken."""
+    renames: Mapping[str, str]
+    keeps_others: bool
+    """Whether names that no pattern of `renames` matches are taken too."""
+    exclude: tuple[str, ...]
+    allow_missing: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        names: str | Mapping[str, str],
+        exclude: Patterns,
+        rename: Mapping[str, str] | None,
+        allow_missing: Patterns,
+    ) -> Selection:
+        """Check the arguments of `convert`. Raises ArgumentError."""
+        by_pattern = isinstance(names, str)
+        check_renames("rename", rename or {})
+        if not by_pattern:
+            check_renames("names", names)
+            if rename:
+                raise ArgumentError("names= gives new names already: give a pattern for it, or no rename=")
+        return cls(
+            names if isinstance(names, str) else "*",
+            (rename or {}) if isinstance(names, str) else names,
+            by_pattern,
+            patterns_of("exclude", exclude),
+            patterns_of("allow_missing", allow_missing),
+        )
+
+    def taken(self, there: Sequence[str], unreadable: Mapping[str, Unreadable]) -> dict[str, str]:
+        """The names that are taken, by their new names.
+
+        Args:
+            there: all names of the checkpoint.
+
+        Raises:
+            MissingTensorError: a pattern matches no name.
+            ArgumentError: two names would become one.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError, UnsafeObjectError: one cannot be read.
+        """
+        self._check_patterns(there)
+        names = [name for name in there if self._takes(name)]
+        for name in [name for name in names if name in unreadable]:
+            if not matches_any(self.allow_missing, name):
+                raise unreadable[name].kind(
+                    f"{unreadable[name].reason}. To convert the rest, leave {name!r} out by names= or exclude= "
+                    "(--names, --rename, --exclude)"
+                )
+            names.remove(name)
+        return new_names(names, self.renames)
+
+    def _takes(self, name: str) -> bool:
+        is_chosen = matches(self.pattern, name) and not matches_any(self.exclude, name)
+        return is_chosen and (self.keeps_others or renamed(name, self.renames) is not None)
+
+    def _check_patterns(self, there: Sequence[str]) -> None:
+        """Raises MissingTensorError naming the patterns that match no name."""
+        if not there:
+            return
+        if not (self.keeps_others or self.renames):
+            raise MissingTensorError("the checkpoint has no name that names={} takes: it has no pattern")
+        unused = [pattern for pattern in (self.pattern, *self.exclude) if not any(matches(pattern, n) for n in there)]
+        unused += [pattern for pattern in self.renames if all(renamed(n, {pattern: ""}) is None for n in there)]
+        if unused:
+            parents = {name[: at.start()] + ".*" for name in there for at in re.finditer(r"\.", name)}
+            near = nearest_names(unused[0], [*there, *sorted(parents)], 3) or there[:3]
+            raise MissingTensorError(
+                f"the checkpoint has no {', '.join(unused)!r}: no name matches the pattern; nearest are "
+                f"{', '.join(map(repr, near))}"
+            )
 
 
-def _renamed(name: str, names: str | Mapping[str, str]) -> str | None:
-    if isinstance(names, str):
-        return name if matches(names, name) else None
-    for pattern, new in names.items():
-        head, star, tail = pattern.partition("*")
-        if not star and name == pattern:
-            return new
-        if star and len(name) >= len(head) + len(tail) and name.startswith(head) and name.endswith(tail):
-            return new.replace("*", name[len(head) : len(name) - len(tail)])
-    return None
+def _items(source: Source, selection: Selection, dtype: torch.dtype | None) -> tuple[list[Item], list[str]]:
+    """What is to be written, by its new names, and the names that are not taken. Raises as `Selection.taken`."""
+    there = [*(entry.name for entry in source.entries), *source.unreadable]
+    taken = selection.taken(there, source.unreadable)
+    scales = scale_names(there)
+    items = []
+    for new, name in sorted(taken.items()):
+        entry = source.entry(name)
+        items.append(Item(new, name, entry.kind, _cast(entry, dtype, scales), entry.shape))
+    names = set(taken.values())
+    return items, [name for name in there if name not in names]
 
 
-def _cast(source: Source, entry: Entry, dtype: torch.dtype | None) -> str:
+def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str:
     """The dtype to write, by the planner's name. Raises DtypeError."""
     if entry.kind is not Kind.TENSOR or dtype is None:
         return entry.dtype
     stored = torch_dtype(entry.dtype)
     to = weight_dtype(stored, entry.shape, dtype)
-    check_is_not_scaled(entry.name, stored, to, (other.name for other in source.entries))
+    check_is_not_scaled(entry.name, stored, to, scales)
     return dtype_name(entry.name, to)
 
 

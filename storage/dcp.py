@@ -309,8 +309,11 @@ class StorageReader(dcp.StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         source = self._open()
         index = source.index()
-        entries: dict[str, Any] = {name: BytesStorageMetadata() for name in source.inline}
+        # Names that cannot be read are listed, so that a plan that wants them gets to `read_data`, which says why.
+        entries: dict[str, Any] = {name: BytesStorageMetadata() for name in (*source.inline, *source.unreadable)}
         for position, entry in enumerate(index.entries):
+            if entry.name in source.unreadable:
+                continue
             if entry.kind is not Kind.TENSOR:
                 entries[entry.name] = BytesStorageMetadata()
                 continue

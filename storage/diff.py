@@ -30,7 +30,7 @@ class Difference:
 
     name: str
     what: str
-    """ "only in A", "only in B", "shape", "dtype", "object" or "values"."""
+    """ "only in A", "only in B", "shape", "dtype", "object", "values", or "unreadable" where it cannot be compared."""
     a: str = ""
     b: str = ""
     """What it is in each, in words."""
@@ -45,11 +45,15 @@ def diff(a: Source, b: Source) -> Iterator[Difference]:
 
     Raises CorruptCheckpointError, StoreError.
     """
-    names = sorted({entry.name for entry in a.entries} | {entry.name for entry in b.entries})
-    to_read = _to_read(a, b, [name for name in names if name in a and name in b])
+    unreadable = {**b.unreadable, **a.unreadable}
+    names = sorted({entry.name for entry in (*a.entries, *b.entries)} | unreadable.keys())
+    to_read = _to_read(a, b, [name for name in names if name in a and name in b and name not in unreadable])
     with closing(_of_values(a, b, to_read)) as values:
         for name in names:
-            if name not in b:
+            if name in unreadable:
+                why_a, why_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
+                yield Difference(name, "unreadable", why_a, why_b)
+            elif name not in b:
                 yield Difference(name, "only in A", _in_words(a.entry(name)))
             elif name not in a:
                 yield Difference(name, "only in B", "", _in_words(b.entry(name)))

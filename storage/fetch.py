@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 
 from typing_extensions import Buffer
 
+from ..planner.errors import CheckpointError
 from .errors import StoreError
 from .memory import Memory
 from .store import AsyncReads, ReadsAhead, Store
@@ -81,8 +82,8 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         for name, ranges in wanted:
             try:
                 found.append(read(name, ranges))
-            except StoreError as error:
-                found.append(error)
+            except Exception as error:
+                found.append(_of_store(error))
         return found
 
     async def _read_by(self, reads: AsyncReads, wanted: Sequence[Ranges]) -> list[Found]:
@@ -94,8 +95,8 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         for name, ranges in wanted:
             try:
                 found.append(_packed(await asyncio.gather(*(read(name, start, stop) for start, stop in ranges))))
-            except StoreError as error:
-                found.append(error)
+            except Exception as error:
+                found.append(_of_store(error))
         return found
 
     def release(self, data: memoryview) -> None:
@@ -109,6 +110,17 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             self._pool.shutdown(wait=False)
         for future in tuple(self._running):  # not by the pool, which has its lock meanwhile: some call back
             future.cancel()
+
+
+def _of_store(error: Exception) -> StoreError:
+    """What a read raised, as a StoreError. Raises the errors of reshard that are none, and MemoryError, as they are."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, (CheckpointError, CancelledError, MemoryError)):
+        raise error
+    found = StoreError(f"{type(error).__name__}: {error}")  # somebody's own store failed in a way of its own
+    found.__cause__ = error
+    return found
 
 
 def read_ranges(store: Store, name: str, ranges: Sequence[tuple[int, int]]) -> Buffer:

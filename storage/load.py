@@ -166,7 +166,8 @@ class _Loading:
         self._options = options
         named = flatten(self.states)
         leaves = {name: leaf for name, leaf in named.items() if not matches_any(options.exclude, name)}
-        self._stored = new_names((entry.name for entry in source.entries), options.rename)
+        there = [*(entry.name for entry in source.entries), *source.unreadable]
+        self._stored = new_names(there, options.rename)
         """What the checkpoint has, by the name in the state dict, and the name there."""
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored}
         self._in_objects: list[tuple[Leaf, Any]] = []

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, compress
 from types import MappingProxyType
 from typing import Any
 
@@ -27,19 +27,21 @@ from ..planner.byte_ranges import Gaps
 from ..planner.costs import Costs
 from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
-from ..planner.index import NATIVE, CheckpointIndex, Entry, Kind, missing
+from ..planner.index import ITEMSIZES, NATIVE, CheckpointIndex, Entry, Kind, missing
 from ..planner.read_plan import GAPS, Want
 from ..planner.regions import check_region_parts, regions_met
 from .blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
 from .checksums import checksum
 from .errors import (
     CorruptCheckpointError,
+    DtypeError,
     ObjectNotFoundError,
     UnsupportedVersionError,
 )
-from .source import bounded
+from .source import Unreadable, bounded
 from .state_dict import Path, path_from_json, path_to_json
 from .store import Store
+from .tensors import torch_dtype
 
 NAME = "manifest.reshard"
 DATA_FOLDER = "data"
@@ -72,29 +74,37 @@ class Manifest:
 
     format = "reshard"
     inline: Mapping[str, bytes] = MappingProxyType({})
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, source: _Bytes) -> None:
         """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
         self._source = source
         header, blocks_start, stop = _read_header(source)
         try:
-            self.entries = tuple(_entry(*row[:5]) for row in header["entries"])
+            self._sizes = [_sizes(*row[6:8]) for row in header["entries"]]
+            """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
+            self._entries = tuple(
+                _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
+            )
+            self.unreadable = _unreadable(self._entries, source.where)
+            readable = [entry.name not in self.unreadable for entry in self._entries]
+            self.entries = tuple(compress(self._entries, readable))
+            self.sizes = tuple(compress(self._sizes, readable))
             self.paths: dict[str, Path] = {
                 str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
             }
             """Where entries are in the state dict that was saved."""
-            self.sizes = tuple(_sizes(*row[6:8]) for row in header["entries"])
-            """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
             """Name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
             """By what it was written, and when."""
-            self._positions = {entry.name: position for position, entry in enumerate(self.entries)}
-            if len(self.entries) != len(self._positions):
+            self._positions = {entry.name: position for position, entry in enumerate(self._entries)}
+            if len(self._entries) != len(self._positions):
                 raise ValueError("two tensors have the same name")
-            self._parts = [_parts(e, *row[8:]) for e, row in zip(self.entries, header["entries"], strict=True)]
+            self._parts = [_parts(e, *row[8:]) for e, row in zip(self._entries, header["entries"], strict=True)]
             self._first_regions = np.array(list(accumulate(map(math.prod, self._parts), initial=0)), np.int64)
-            empty = [first for first, e in zip(self._first_regions.tolist(), self.entries, strict=False) if not e.numel]
+            firsts = self._first_regions.tolist()
+            empty = [first for first, e in zip(firsts, self._entries, strict=False) if not e.numel]
             self._blocks = Blocks.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
             if int(self._blocks.starts[-1]) != stop:
                 raise ValueError(f"the blocks do not end at byte {stop}")
@@ -149,8 +159,10 @@ class Manifest:
         return name in self._positions
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name. Raises MissingTensorError."""
-        return self.entries[self._position(name)]
+        """The entry of this name. Raises MissingTensorError, or what `unreadable` has for the name."""
+        if name in self.unreadable:
+            raise self.unreadable[name].error()
+        return self._entries[self._position(name)]
 
     def _position(self, name: str) -> int:
         if name not in self._positions:
@@ -174,7 +186,7 @@ class Manifest:
     def _blocks_of(self, want: Want) -> list[int]:
         """The blocks that hold the regions that it meets."""
         position = self._position(want.name)
-        met = regions_met(self.entries[position].shape, self._parts[position], want.box)
+        met = regions_met(self._entries[position].shape, self._parts[position], want.box)
         return self._blocks.holding(met + self._first_regions[position])
 
     def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
@@ -214,12 +226,12 @@ class Manifest:
         read = self._read(blocks)
         try:
             first_regions, where = self._first_regions, self._source.where
-            index = decode_blocks(self._blocks, read, self.entries, self._parts, first_regions, self.objects, where)
+            index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()
             for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):
-                if known == math.prod(parts) and found != self.sizes[self._positions[entry.name]]:
+                if known == math.prod(parts) and found != self._sizes[self._positions[entry.name]]:
                     raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
             return index
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
@@ -292,11 +304,35 @@ def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _entry(name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
-    entry = Entry(str(name), Kind(kind), dtype, Grid(_integers(shape), _integers(parts)))
+def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
+    grid = Grid(_integers(shape), _integers(parts))
+    if type(dtype) is not str:
+        raise ValueError(f"{name!r} has the dtype {dtype!r}")
+    # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
+    itemsize = 0 if dtype in ITEMSIZES else max(1, -(-stored_bytes // max(1, math.prod(grid.shape))))
+    entry = Entry(str(name), Kind(kind), dtype, grid, None, itemsize)
     if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
         raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
     return entry
+
+
+def _unreadable(entries: Iterable[Entry], where: str) -> dict[str, Unreadable]:
+    """The tensors whose dtype this reshard or this torch does not have."""
+    lacking: dict[str, str] = {}
+    for dtype in {entry.dtype for entry in entries}:
+        try:
+            torch_dtype(dtype)
+            if dtype not in ITEMSIZES:
+                lacking[dtype] = "this reshard does not know it. Upgrade reshard"
+        except DtypeError as error:
+            lacking[dtype] = f"{error}. Upgrade torch or reshard, whichever is older"
+    return {
+        entry.name: Unreadable(
+            DtypeError, f"{entry.name!r} in {where} has the dtype {entry.dtype!r}: {lacking[entry.dtype]}"
+        )
+        for entry in entries
+        if entry.dtype in lacking
+    }
 
 
 def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:

@@ -42,6 +42,15 @@ def check_renames(argument: str, renames: object) -> None:
         stars = pattern.count("*")
         if new.count("*") > stars and stars != 1:
             raise ArgumentError(f"{argument}: {new!r} has more stars than the pattern {pattern!r}")
+    earlier: list[str] = []
+    for pattern in renames:
+        above = next((other for other in earlier if _compiled(other).fullmatch(pattern)), None)
+        if above is not None:
+            raise ArgumentError(
+                f"{argument}: the pattern {pattern!r} comes after {above!r}, which takes all names that it matches: "
+                "put it first"
+            )
+        earlier.append(pattern)
 
 
 def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
@@ -61,6 +70,12 @@ def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
+def new_name(name: str, renames: Mapping[str, str]) -> str:
+    """What a name becomes; itself where no pattern matches it."""
+    found = renamed(name, renames) if renames else None
+    return name if found is None else found[1]
+
+
 def new_names(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str]:
     """Rename the names of a checkpoint; those that no pattern matches stay.
 
@@ -71,8 +86,7 @@ def new_names(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str
     """
     stored: dict[str, str] = {}
     for name in names:
-        found = renamed(name, renames) if renames else None
-        new = name if found is None else found[1]
+        new = new_name(name, renames)
         if not new:
             raise ArgumentError(f"{name!r} would be left without a name")
         if new in stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,8 +12,9 @@ from .manifest import DATA_NAME, NAME, Manifest
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
 from .sources.reads import Reads
-from .sources.safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource, read_weight_map
-from .sources.torch_save import TorchSaveSource
+from .sources.safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
+from .sources.torch_save import LEGACY_MAGIC, TorchSaveSource
+from .sources.weight_map import WeightMap, check_complete, listed, part_groups, read_weight_map
 from .store import Store, open_store
 
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
@@ -21,6 +22,11 @@ FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin":
 """The formats of single files, by how their names end."""
 HF_FILE = "pytorch_model.bin"
 """What transformers calls a model's file of torch.save, beside others."""
+TORCH_INDEX_SUFFIX = ".bin.index.json"
+MAIN_INDEXES = (f"model{INDEX_SUFFIX}", f"pytorch_model{TORCH_INDEX_SUFFIX}")
+"""What transformers calls a model's index. It counts if there are others beside it."""
+FIRST_BYTES = 32
+"""Of a file, to tell its format."""
 CONVERSION = ".reshard-convert.json"
 """What a conversion keeps at its place until it has come to its end."""
 MOST_NAMES = 10_000
@@ -66,14 +72,26 @@ def _file(store: Store, name: str, format: str | None) -> Source | None:
     reads = Reads(store)
     try:
         reads.size(name)
-        begin = b"" if format else reads.read(name, 0, 9)
+        if name.endswith(INDEX_SUFFIX) and format in (None, "safetensors"):
+            return _safetensors(reads, read_weight_map(reads, name, ()), ())
+        if name.endswith(TORCH_INDEX_SUFFIX) and format in (None, "torch"):
+            return _torch(reads, read_weight_map(reads, name, ()), ())
+        begin = b"" if format else reads.read(name, 0, FIRST_BYTES)
     except ObjectNotFoundError:
         return None
     if format == "safetensors" or begin[8:9] == b"{":
         return SafetensorsSource(reads, [name])
-    if format == "torch" or begin.startswith(b"PK"):
-        return TorchSaveSource(reads, name)
+    if format == "torch" or begin.startswith(b"PK") or LEGACY_MAGIC in begin:
+        return TorchSaveSource(reads, [name])
     return None
+
+
+def _safetensors(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
+    return SafetensorsSource(reads, weight_map.names or beside, weight_map)
+
+
+def _torch(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
+    return TorchSaveSource(reads, weight_map.names or beside, weight_map)
 
 
 def _in_folder(store: Store, format: str | None) -> Source:
@@ -85,7 +103,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     names = list(islice(store.list(), MOST_NAMES))
     cut = len(names) == MOST_NAMES
     if cut:
-        names += [name for name in (METADATA, f"model{INDEX_SUFFIX}") if name not in names and _is_there(reads, name)]
+        names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
     top = sorted(name for name in names if "/" not in name)
     if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
         raise NotCommittedError(
@@ -94,7 +112,8 @@ def _in_folder(store: Store, format: str | None) -> Source:
         )
     ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
     indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
-    if cut and METADATA not in top and not indexes:
+    torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
+    if cut and METADATA not in top and not indexes and not torch_indexes:
         raise CheckpointNotFoundError(
             f"{store.location} has more than {MOST_NAMES} objects, too many to find a checkpoint among: give its own "
             "folder, or its file"
@@ -103,15 +122,44 @@ def _in_folder(store: Store, format: str | None) -> Source:
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank))
     files = [name for name in top if name.endswith(SUFFIX)]
     if format in (None, "safetensors") and (files or indexes):
-        if len(indexes) == 1:
-            weight_map = read_weight_map(reads, indexes[0])
-            return SafetensorsSource(reads, sorted(set(weight_map.values())), weight_map)
+        if indexes:
+            return _safetensors(reads, read_weight_map(reads, _index_of(store, indexes), files), files)
+        check_complete(store.location, files)
         return SafetensorsSource(reads, files)
     files = [name for name in top if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
-    files = [name for name in files if name == HF_FILE] or files
-    if format in (None, "torch") and len(files) == 1:
-        return TorchSaveSource(reads, files[0])
+    if format in (None, "torch") and (files or torch_indexes):
+        if torch_indexes:
+            return _torch(reads, read_weight_map(reads, _index_of(store, torch_indexes), files), files)
+        files = _of_one_model(store, files)
+        if files:
+            return TorchSaveSource(reads, files)
     raise _not_found(store, names, format)
+
+
+def _index_of(store: Store, indexes: Sequence[str]) -> str:
+    """The index that counts. Raises CheckpointNotFoundError if that is not clear."""
+    found = [name for name in indexes if name in MAIN_INDEXES] or indexes
+    if len(found) > 1:
+        raise CheckpointNotFoundError(
+            f"{store.location} has {len(found)} indexes, {listed(found)}: open one of them, as "
+            f"'{store.location}/{found[0]}'"
+        )
+    return found[0]
+
+
+def _of_one_model(store: Store, files: list[str]) -> list[str]:
+    """The files of torch.save that are one model: a single one, or numbered ones. None if that is not clear.
+
+    Raises CorruptCheckpointError if numbered ones are missing.
+    """
+    if HF_FILE in files or len(files) == 1:
+        files = [HF_FILE] if HF_FILE in files else files
+        check_complete(store.location, files)
+        return files
+    groups = part_groups(files)
+    numbered = [name for group in groups.values() for name in group]
+    check_complete(store.location, numbered)
+    return numbered if len(groups) == 1 else []
 
 
 def _is_there(reads: Reads, name: str) -> bool:

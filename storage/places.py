@@ -116,7 +116,10 @@ def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] 
         return Found(uri, "", str(error), step, None, None, None)
     nbytes = sum(nbytes for _, nbytes in source.objects)
     missing = 0 if names is None else sum(name not in names for name, _ in source.objects)
-    state = f"{missing} of {len(source.objects)} objects are missing" if missing else WHOLE
+    damaged = sum(found.is_damage for found in source.unreadable.values())
+    state = f"{damaged} tensors are missing" if damaged else WHOLE
+    if missing:
+        state = f"{missing} of {len(source.objects)} objects are missing"
     return Found(uri, source.format, state, step, nbytes, len(source.entries), _created(source))
 
 

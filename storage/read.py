@@ -16,7 +16,7 @@ from ..planner.coalesce import MAX_REQUEST_BYTES
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
-from .casts import check_cast, check_integers, check_is_not_scaled, needs_check
+from .casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
 from .errors import DestinationError
 from .logs import logger_of
 from .objects import decode_object
@@ -111,9 +111,12 @@ class BoxReads:
         direct: list[int] = []
         checked: list[int] = []
         through_class: list[int] = []
+        scales: list[str] | None = None
         for at, (want, destination) in enumerate(zip(wants, destinations, strict=True)):
             stored = torch_dtype(source.entry(want.name).dtype)
-            _check_destination(source, want, destination, stored)
+            if stored.itemsize == 1 and scales is None:
+                scales = scale_names(entry.name for entry in source.entries)
+            _check_destination(want, destination, stored, scales or ())
             if overrides_dispatch(destination):
                 through_class.append(at)
             elif needs_check(stored, destination.dtype):
@@ -135,14 +138,13 @@ class BoxReads:
         )
 
 
-def _check_destination(source: Source, want: Want, destination: torch.Tensor, stored: torch.dtype) -> None:
+def _check_destination(want: Want, destination: torch.Tensor, stored: torch.dtype, scales: Sequence[str]) -> None:
     name = want.name
     reason = missing_memory(destination)
     if reason:
         raise DestinationError(f"{name!r} {reason}; it cannot be loaded into")
     check_cast(name, stored, destination.dtype)
-    if stored.itemsize == 1 and stored != destination.dtype:
-        check_is_not_scaled(name, stored, destination.dtype, (entry.name for entry in source.entries))
+    check_is_not_scaled(name, stored, destination.dtype, scales)
     if not overrides_dispatch(destination) and overlaps_itself(destination):
         is_expanded = 0 in destination.stride()
         raise DestinationError(

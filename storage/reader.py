@@ -20,11 +20,12 @@ from functools import partial
 import torch
 from torch.profiler import record_function
 
+from ..planner.errors import CheckpointError
 from ..planner.index import CheckpointIndex
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, separate
 from .chunks import place_batch
-from .errors import CorruptCheckpointError, ObjectNotFoundError, StoreError, nearest
+from .errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
 from .fetch import Found, Ranges, read_ranges
 from .place import Destination
 from .ranks import HEED_S, Interrupt, never
@@ -316,6 +317,10 @@ class _Execution:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
             raise self._failure(nearest(error), tensor, f"{where}: {error}") from error
+        except CheckpointError:
+            raise
+        except Exception as error:  # of a read that was repeated, by somebody's own store
+            raise self._failure(StoreError, tensor, f"{where}: {type(error).__name__}: {error}") from error
         if len(data) != request.nbytes:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
         if damages:
@@ -374,6 +379,24 @@ class _Execution:
         self._call_workers()
 
     def _place(self, batch: Batch) -> None:
+        try:
+            self._write(batch)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of torch, or of the device
+            raise self._failure(RankError, batch.tensor, f"{type(error).__name__}: {error}") from error
+        with self._lock:
+            for request in batch.requests:
+                request.unplaced -= 1
+                if request.unplaced == 0:
+                    assert request.data is not None
+                    self._fetcher.release(request.data)
+                    request.data = None
+                    self._held -= request.nbytes
+                    self._placed(request.nbytes)
+
+    def _write(self, batch: Batch) -> None:
+        """Write the values of a batch; the last of a tensor completes it."""
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
         destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
@@ -385,15 +408,6 @@ class _Execution:
             for destination in {id(batch.destination): batch.destination for batch in tensor.batches}.values():
                 assert destination is not None
                 destination.finish()
-        with self._lock:
-            for request in batch.requests:
-                request.unplaced -= 1
-                if request.unplaced == 0:
-                    assert request.data is not None
-                    self._fetcher.release(request.data)
-                    request.data = None
-                    self._held -= request.nbytes
-                    self._placed(request.nbytes)
 
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:

@@ -103,6 +103,9 @@ class Report:
     unread: tuple[str, ...] = ()
     """Names that the checkpoint has below a key of the state dict, but the state dict itself has not: what a fresh
     optimizer, say, has no place for yet."""
+    left_out: tuple[str, ...] = ()
+    """Names of the source that a conversion did not take: no pattern matched them, or the source's index does not list
+    them."""
 
     @property
     def cast(self) -> tuple[Cast, ...]:
@@ -150,6 +153,7 @@ class Report:
         notes += [f"{len(self.cast)} tensors cast to fewer bits"] if self.cast else []
         notes += [f"{len(self.differing)} values differ between ranks"] if self.differing else []
         notes += [f"{len(self.pickled)} objects need allow_pickle=True"] if self.pickled else []
+        notes += [f"{len(self.left_out)} names left out"] if self.left_out else []
         return table("; ".join(notes), COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 

@@ -5,14 +5,17 @@ The manifest is one; `sources/` has others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..planner.byte_ranges import Gaps
 from ..planner.costs import UNBOUNDED, Costs
+from ..planner.errors import CheckpointError
 from ..planner.index import CheckpointIndex, Entry
+from ..planner.layout import matches
 from ..planner.read_plan import Want
-from .errors import ArgumentError
+from .errors import ArgumentError, CorruptCheckpointError
 from .state_dict import Path
 from .store import Store
 
@@ -22,6 +25,38 @@ def bounded(most_over_read: float) -> float:
     if not most_over_read >= 0:
         raise ArgumentError(f"max_over_read must be 0 or more, got {most_over_read}")
     return min(most_over_read, UNBOUNDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Why one name of a checkpoint cannot be read. The other names can."""
+
+    kind: type[CheckpointError]
+    """The class of the error that a request for the name raises."""
+    reason: str
+    """The message of that error: the name, what is wrong with it, where, and what to do."""
+    object: str = ""
+    """The object that should hold the values, if it is known."""
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether values are missing or wrong, and not only of a kind that cannot be read here."""
+        return issubclass(self.kind, CorruptCheckpointError)
+
+    def error(self) -> CheckpointError:
+        """Return the error to raise."""
+        return self.kind(self.reason)
+
+
+def check_readable(source: Source, names: str = "*", is_wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Check that every name that matches a pattern, and is wanted, can be read.
+
+    Raises the error of the first name that cannot; it counts the others.
+    """
+    found = [unreadable for name, unreadable in source.unreadable.items() if matches(names, name) and is_wanted(name)]
+    if found:
+        more = f"; {len(found) - 1} more names cannot be read" if len(found) > 1 else ""
+        raise found[0].kind(f"{found[0].reason}{more}")
 
 
 class Source(Protocol):
@@ -41,7 +76,15 @@ class Source(Protocol):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All tensors and objects."""
+        """All tensors and objects that can be read."""
+
+    @property
+    def unreadable(self) -> Mapping[str, Unreadable]:
+        """The names that the checkpoint has and that cannot be read. They are not in `entries`."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names that the files hold and the checkpoint's own index does not list. They are not read."""
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -71,10 +114,11 @@ class Source(Protocol):
     def requests(self) -> int:
         """Reads that it took, so far."""
 
-    def __contains__(self, name: str) -> bool: ...
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has this name, readable or not."""
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name. Raises MissingTensorError."""
+        """The entry of this name. Raises MissingTensorError, or what `unreadable` has for the name."""
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
         """An index that is good for planning these reads; it may hold more. Without `wants`, it has all entries.

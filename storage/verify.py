@@ -35,10 +35,12 @@ class Damage:
     object: str
     start: int
     stop: int
-    """Where its bytes are, or should be: [start, stop) of the object."""
+    """Where its bytes are, or should be: [start, stop) of the object; both 0 if all of the tensor is missing."""
     reason: str
 
     def __str__(self) -> str:
+        if self.start == self.stop:
+            return self.reason
         where = f"bytes [{self.start}, {self.stop}) of object {self.object!r}"
         return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
 

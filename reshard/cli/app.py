@@ -45,13 +45,13 @@ def inspect(
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint is: format, sizes by dtype, tensors with like layers folded.
+    """What a checkpoint is: format, sizes by dtype, tensors with like layers folded. Exit code 1 if some are missing.
 
     Example: reshard inspect s3://bucket/run/step-1000 model.layers.0.up.weight
     """
     from .inspect import run
 
-    run(uri, names or [], format, storage_option, as_json)
+    raise typer.Exit(run(uri, names or [], format, storage_option, as_json))
 
 
 @app.command()

@@ -12,7 +12,7 @@ import typer
 
 import reshard
 
-from ..words import in_bytes
+from ..words import first_few, in_bytes
 from .common import storage_options
 
 
@@ -59,6 +59,10 @@ def run(
         )
         if report.skipped:
             print(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
+        if report.left_out:
+            print(
+                f"left out, {len(report.left_out)} names that no pattern or index lists: {first_few(report.left_out)}"
+            )
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from .common import print_json, print_table, storage_options
 from .fold import Folded, fold, tree
 
 
-def run(uri: str, names: list[str], format: str | None, options: list[str] | None, as_json: bool) -> None:
+def run(uri: str, names: list[str], format: str | None, options: list[str] | None, as_json: bool) -> int:
+    """Return the exit code: 1 if tensors of the checkpoint are missing."""
     checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
     if names:
         _tell_tensors(checkpoint, names, as_json)
@@ -24,6 +25,7 @@ def run(uri: str, names: list[str], format: str | None, options: list[str] | Non
         print_json(summary(checkpoint) | {"tensors": {name: _row(checkpoint, name) for name in checkpoint.tensors}})
     else:
         _tell_all(checkpoint)
+    return int(bool(checkpoint.damaged))
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -44,6 +46,9 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": sum(raw.values()),
         "stored_bytes": sum(stored.values()),
         "objects": list(checkpoint.objects),
+        "unreadable": dict(checkpoint.unreadable),
+        "missing": list(checkpoint.damaged),
+        "left_out": list(checkpoint.left_out),
         "dtypes": {
             dtype: {"parameters": parameters[dtype], "bytes": raw[dtype], "stored_bytes": stored[dtype]}
             for dtype in sorted(parameters)
@@ -86,6 +91,13 @@ def _tell_all(checkpoint: Checkpoint) -> None:
         print()
         objects = fold(dict.fromkeys(checkpoint.objects, ()))
         print_table(("object", "count"), [(value.name, value.count) for value in objects], right=("count",))
+    if checkpoint.unreadable:
+        print()
+        print_table(("cannot be read", "why"), checkpoint.unreadable.items())
+    if checkpoint.left_out:
+        print()
+        left_out = fold(dict.fromkeys(checkpoint.left_out, ()))
+        print_table(("left out by the index", "count"), [(of.name, of.count) for of in left_out], right=("count",))
 
 
 def _about(checkpoint: Checkpoint, tensors: Folded | None) -> tuple[object, ...]:

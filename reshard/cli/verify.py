@@ -20,10 +20,16 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         return int(bool(damages))
     for damage in damages:
         print(damage)
+    others = {name: why for name, why in checkpoint.unreadable.items() if name not in checkpoint.damaged}
+    for why in others.values():
+        print(f"cannot be read: {why}")
+    if others and checkpoint.format != "reshard":
+        print(f"{len(others)} names that cannot be read were not checked")
     stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
     if damages:
         tensors = sorted({damage.tensor for damage in damages})
-        print(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing", file=sys.stderr)
+        missing = f", of them {len(checkpoint.damaged)} tensors as a whole" if checkpoint.damaged else ""
+        print(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing{missing}", file=sys.stderr)
         return 1
     what = "are right"
     if quick:

@@ -19,12 +19,13 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray, intersect_many
 from ...planner.byte_ranges import slabs_of
 from ...planner.coalesce import MAX_REQUEST_BYTES
+from ...planner.errors import CheckpointError
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind
 from ...planner.read_plan import Want
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeObjectError
 from ..state_dict import Path, path_from_json
 from .foreign import ForeignSource, Shards
-from .inert import Record, integers, load_inert, record
+from .inert import Dictionary, Record, integers, load_inert, name_of_foreign, record, refused, size_of
 from .reads import Reads
 from .safetensors import Tensor, read_header
 from .zip_head import HEAD_BYTES, locate_values
@@ -52,8 +53,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): Record,
     ("torch.serialization", "_get_layout"): str,
-    ("torch", "Size"): integers,
-    ("collections", "OrderedDict"): dict,
+    ("torch", "Size"): size_of,
+    ("collections", "OrderedDict"): Dictionary,
+    ("collections", "defaultdict"): Dictionary,
     **{
         (module, name): Record
         for module in ("pathlib", "pathlib._local")
@@ -63,6 +65,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _Chunk = tuple[Box, str, int, int, tuple[str, ...]]
 """A box, and where it is: object, first byte, length, and what was done to the stream."""
+_Refused = tuple[type[CheckpointError], str]
+"""The error of a name that cannot be read, and its message."""
 
 
 class DcpSource(ForeignSource):
@@ -80,21 +84,27 @@ class DcpSource(ForeignSource):
         tensors: dict[str, tuple[str, tuple[int, ...], dict[Box, _Chunk]]] = {}
         blobs: dict[str, _Chunk] = {}
         paths: dict[str, Path] = {}
+        unreadable: dict[str, _Refused] = {}
         for name in names:
             metadata = _read_metadata(reads, name)
             try:
-                _merge(metadata, tensors, blobs)
+                _merge(metadata, f"{name!r} in {reads.store.location}", tensors, blobs, unreadable)
                 paths |= _paths(metadata.get("planner_data"))
+            except _NeedsForeignError as error:
+                raise refused(f"{name!r} in {reads.store.location}", str(error)) from error
             except _CONTRADICTIONS as error:
                 where = f"{name!r} in {reads.store.location}"
                 raise CorruptCheckpointError(f"{where} contradicts itself: {error}") from error
+        for name in unreadable:
+            tensors.pop(name, None)
+            blobs.pop(name, None)
         slices = [chunk for _, _, chunks in tensors.values() for chunk in chunks.values()]
         ends: dict[str, int] = {}
         for _, file, start, length, _ in [*blobs.values(), *slices]:
             ends[file] = max(ends.get(file, 0), start + length)
         super().__init__(reads, ends.items())
         self.paths = paths
-        self.info |= {"files": len(ends)}
+        self.info |= {"files": len(ends)} | _identity(metadata)
         positions = {file: at for at, (file, _) in enumerate(self.objects)}
         for name, (dtype, shape, chunks) in tensors.items():
             rows = [(box, positions[file], at, length, Encoding.OPAQUE) for box, file, at, length, _ in chunks.values()]
@@ -102,9 +112,12 @@ class DcpSource(ForeignSource):
         for name, (_, file, at, length, _) in blobs.items():
             shards = Shards.of([(Box.whole((length,)), positions[file], at, length, Encoding.PLAIN)], 1)
             self.add(name, Kind.TORCH_SAVE, "uint8", (length,), shards)
+        for name, (kind, reason) in unreadable.items():
+            self.refuse(name, kind, reason)
         self._whole = {
             name: np.array([bool(transforms) for *_, transforms in chunks.values()], bool)
             for name, (_, _, chunks) in tensors.items()
+            if name in self._entries
         }
         """Of each shard of a tensor, whether it is known to be read as a whole."""
         self._settled = {name: np.zeros(len(shards.starts), bool) for name, shards in self._shards.items()}
@@ -253,46 +266,96 @@ def _read_metadata(reads: Reads, name: str) -> Record:
         where = reads.store.location
         raise CheckpointNotFoundError(f"there is no checkpoint of DCP at {where}: it has no {name}") from None
     where = f"{name!r} in {reads.store.location}"
-    metadata, _ = load_inert(data, _ALLOWED, where)
+    metadata, _ = load_inert(data, _ALLOWED, where, takes_foreign=True)
+    foreign = name_of_foreign(metadata)
+    if foreign is not None:
+        raise refused(where, foreign)
     if not isinstance(metadata, _Metadata):
         raise CorruptCheckpointError(f"{where} is no metadata of DCP, but {type(metadata).__name__}")
     return metadata
 
 
+class _NeedsForeignError(Exception):
+    """What a tensor's own metadata says is an object of a class that is not known."""
+
+
+def _known(value: Any) -> Any:
+    """Return a value of the metadata. Raises _NeedsForeignError if it is of a class that is not known."""
+    foreign = name_of_foreign(value)
+    if foreign is not None:
+        raise _NeedsForeignError(foreign)
+    return value
+
+
 def _merge(
     metadata: Record,
+    where: str,
     tensors: dict[str, tuple[str, tuple[int, ...], dict[Box, _Chunk]]],
     blobs: dict[str, _Chunk],
+    unreadable: dict[str, _Refused],
 ) -> None:
-    """Add what one metadata tells; what is there already stays. Raises what Python does where it is malformed."""
-    stored = {
-        (index.get("fqn"), None if index.get("offset") is None else tuple(index.get("offset"))): _place(info)
-        for index, info in metadata.get("storage_data").items()
-    }
+    """Add what one metadata tells; what is there already stays. Raises what Python does where it is malformed.
+
+    Args:
+        where: what errors call the metadata.
+        unreadable: names whose own metadata needs a class that is not known, or whose dtype is not known.
+    """
+    stored, foreign = _stored(metadata)
 
     def place(name: str, offsets: tuple[int, ...] | None) -> tuple[str, int, int, tuple[str, ...]]:
-        if (name, offsets) not in stored:
-            raise ValueError(f"nothing tells where {name!r} is stored" + ("" if offsets is None else f" at {offsets}"))
-        return stored[name, offsets]
+        if (name, offsets) in stored:
+            return _place(_known(stored[name, offsets]))
+        if foreign:
+            raise _NeedsForeignError(foreign[0])
+        raise ValueError(f"nothing tells where {name!r} is stored" + ("" if offsets is None else f" at {offsets}"))
 
-    for name, entry in metadata.get("state_dict_metadata").items():
+    for name, entry in _known(metadata.get("state_dict_metadata")).items():
         if type(name) is not str:
-            raise TypeError(f"a name is of {type(name).__name__}")
-        if isinstance(entry, _BytesMetadata):
-            blobs.setdefault(name, (Box((), ()), *place(name, None)))
+            raise TypeError(f"a name is of {name_of_foreign(name) or type(name).__name__}")
+        try:
+            if isinstance(_known(entry), _BytesMetadata):
+                blobs.setdefault(name, (Box((), ()), *place(name, None)))
+                continue
+            word = _known(entry.get("properties")).state[0]
+            dtype = name_of_foreign(word) or str(word)
+            if dtype not in ITEMSIZES:
+                reason = f"{name!r} in {where} has the dtype {dtype}, which reshard cannot read: load it with dcp.load"
+                unreadable.setdefault(name, (DtypeError, f"{reason}. The other tensors can be read"))
+                continue
+            shape = integers(_known(entry.get("size")))
+            *known, chunks = tensors.setdefault(name, (dtype, shape, {}))
+            if known != [dtype, shape]:
+                raise ValueError(f"{name!r} is of {dtype} {shape} to one rank, and of {known} to another")
+            for chunk in map(_known, _known(entry.get("chunks"))):
+                box = Box(integers(_known(chunk.get("offsets"))), integers(_known(chunk.get("sizes"))))
+                if box.ndim != len(shape):
+                    raise ValueError(f"{name!r} has the shape {shape}, and a shard {box}")
+                if box.numel and box not in chunks:
+                    chunks[box] = (box, *place(name, box.offsets))
+        except _NeedsForeignError as error:
+            reason = f"{where} describes {name!r} by {error}, a class that reshard does not know and does not run"
+            unreadable.setdefault(name, (UnsafeObjectError, f"{reason}. The other names can be read"))
+
+
+def _stored(metadata: Record) -> tuple[dict[tuple[str, tuple[int, ...] | None], Any], list[str]]:
+    """What tells where slices are, by name and offsets; and the classes that are not known of what else there is."""
+    stored: dict[tuple[str, tuple[int, ...] | None], Any] = {}
+    foreign: list[str] = []
+    for index, info in _known(metadata.get("storage_data")).items():
+        try:
+            name, offset = _known(_known(index).get("fqn")), _known(index.get("offset"))
+        except _NeedsForeignError as error:
+            foreign.append(str(error))
             continue
-        dtype, shape = str(entry.get("properties").state[0]), integers(entry.get("size"))
-        if dtype not in ITEMSIZES:
-            raise ValueError(f"{name!r} has the dtype {dtype}")
-        *known, chunks = tensors.setdefault(name, (dtype, shape, {}))
-        if known != [dtype, shape]:
-            raise ValueError(f"{name!r} is of {dtype} {shape} to one rank, and of {known} to another")
-        for chunk in entry.get("chunks"):
-            box = Box(integers(chunk.get("offsets")), integers(chunk.get("sizes")))
-            if box.ndim != len(shape):
-                raise ValueError(f"{name!r} has the shape {shape}, and a shard {box}")
-            if box.numel and box not in chunks:
-                chunks[box] = (box, *place(name, box.offsets))
+        stored[name, None if offset is None else tuple(offset)] = info
+    return stored, foreign
+
+
+def _identity(metadata: Record) -> dict[str, str]:
+    """What DCP calls its format and the save, as far as the metadata has it."""
+    meta = metadata.get("storage_meta")
+    found = {"version": metadata.get("version"), "save_id": meta.get("save_id") if isinstance(meta, Record) else None}
+    return {key: value for key, value in found.items() if type(value) is str}
 
 
 def _paths(planner_data: Any) -> dict[str, Path]:
@@ -312,12 +375,12 @@ def _paths(planner_data: Any) -> dict[str, Path]:
 
 def _place(info: Record) -> tuple[str, int, int, tuple[str, ...]]:
     """Where a slice is. Raises ValueError where that cannot be."""
-    name = info.get("relative_path")
+    name = _known(info.get("relative_path"))
     parts = name.split("/") if type(name) is str and "\\" not in name else []
     if not parts or not all(parts) or {".", ".."}.intersection(parts):
         raise ValueError(f"{name!r} is no object of this folder")
-    start, length = integers((info.get("offset"), info.get("length")))
-    transforms = tuple(info.get("transform_descriptors") or ())
+    start, length = integers(map(_known, (info.get("offset"), info.get("length"))))
+    transforms = tuple(map(_known, _known(info.get("transform_descriptors")) or ()))
     if any(str(transform).partition("/")[0] != ZSTD for transform in transforms):
         raise ValueError(f"the streams went through {transforms}, of which reshard knows {ZSTD!r}")
     return name, start, length, transforms

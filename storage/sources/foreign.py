@@ -14,15 +14,16 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray
 from ...planner.byte_ranges import Gaps
 from ...planner.costs import Costs
-from ...planner.errors import InvalidIndexError
+from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, Segments, missing
 from ...planner.read_plan import Want
-from ..errors import CorruptCheckpointError, ObjectNotFoundError
+from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from ..objects import encode_object
-from ..source import bounded
+from ..source import Unreadable, bounded
 from ..state_dict import Path
 from ..store import Store
+from ..tensors import torch_dtype
 from .reads import Reads
 
 FINGERPRINT_OBJECTS = 4
@@ -73,10 +74,12 @@ class ForeignSource:
         self.info: dict[str, Any] = {}
         self.paths: dict[str, Path] = {}
         self.inline: dict[str, bytes] = {}
+        self.unreadable: dict[str, Unreadable] = {}
+        self.left_out: tuple[str, ...] = ()
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()
-        """Names that are in no index: objects that are here, and what cannot be read."""
+        """Names that are in no index: objects that are here."""
         self._lock = threading.Lock()
 
     def add(
@@ -88,14 +91,34 @@ class ForeignSource:
         shards: Shards,
         order: tuple[int, ...] | None = None,
     ) -> None:
-        """Another tensor, or object that lies in the store. Raises CorruptCheckpointError."""
+        """Add a tensor, or an object of the store.
+
+        A tensor whose dtype this torch does not have becomes unreadable. Raises CorruptCheckpointError.
+        """
+        entry = self.check(name, kind, dtype, shape, order)
+        if name in self:
+            raise self.contradiction(f"two tensors have the name {name!r}")
         try:
-            entry = Entry(name, kind, dtype, Grid(shape, (1,) * len(shape)), order)
+            torch_dtype(dtype)
+        except DtypeError as error:
+            self.refuse(name, DtypeError, f"{name!r} in {self.location} has the dtype {dtype}: {error}. Upgrade torch")
+            return
+        self._entries[name], self._shards[name] = entry, shards
+
+    def check(
+        self, name: str, kind: Kind, dtype: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None
+    ) -> Entry:
+        """Return the entry of these values. Raises CorruptCheckpointError if there can be none."""
+        try:
+            return Entry(name, kind, dtype, Grid(shape, (1,) * len(shape)), order)
         except (InvalidIndexError, ValueError) as error:
             raise self.contradiction(error) from error
-        if name in self._entries:
+
+    def refuse(self, name: str, kind: type[CheckpointError], reason: str, object: str = "") -> None:
+        """Add a name that cannot be read. Raises CorruptCheckpointError if the name is taken."""
+        if name in self:
             raise self.contradiction(f"two tensors have the name {name!r}")
-        self._entries[name], self._shards[name] = entry, shards
+        self.unreadable[name] = Unreadable(kind, reason, object)
 
     def add_object(self, name: str, value: object) -> None:
         """Another value that is no tensor, which is here already."""
@@ -138,9 +161,11 @@ class ForeignSource:
         return self._reads.requests
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self.unreadable
 
     def entry(self, name: str) -> Entry:
+        if name in self.unreadable:
+            raise self.unreadable[name].error()
         if name not in self._entries:
             raise missing(name, self._entries)
         return self._entries[name]

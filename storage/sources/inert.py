@@ -1,7 +1,8 @@
 """Pickles of torch as inert records: what they say, without running any code of torch, or of anybody.
 
 Every class and function that a pickle may name is one of a list, and stands for a record of what it was given. Any
-other name is refused, before anything is made of it.
+other name is refused, before anything is made of it; or, in metadata that other tools add to, becomes a `Foreign`,
+which takes whatever it is given and does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 from ...planner.index import ITEMSIZES
 from ..errors import CorruptCheckpointError, UnsafeObjectError
 from .pickle_ops import check_operations
+
+MOST_FOREIGN = 1000
+"""Classes and functions that are told apart by name."""
 
 
 class Record:
@@ -32,6 +36,65 @@ class Record:
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
+class Foreign:
+    """What stands for a class or function that is not known, and for what would be made with it.
+
+    It accepts every argument, state, item and call that a pickle can give it, keeps none of them and runs nothing.
+    """
+
+    __slots__ = ()
+    of = "an unknown class"
+    """The module and name that the pickle gives."""
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Foreign:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **named: Any) -> None: ...
+
+    def __call__(self, *arguments: Any, **named: Any) -> Foreign:
+        return Foreign()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
+
+    def add(self, value: Any) -> None: ...
+
+
+def name_of_foreign(value: Any) -> str | None:
+    """The class or function that a value stands for, or was made by, if it is a `Foreign`."""
+    if isinstance(value, Foreign) or (isinstance(value, type) and issubclass(value, Foreign)):
+        return value.of
+    return None
+
+
+class _NoSize(Foreign):
+    __slots__ = ()
+    of = "a torch.Size that holds no sizes"
+
+
+def size_of(values: Any) -> Any:
+    """What stands for a torch.Size; of anything but sizes, a `Foreign`."""
+    try:
+        return integers(values)
+    except (ValueError, TypeError):
+        return _NoSize()
+
+
+class Dictionary(dict[Any, Any]):
+    """What stands for a kind of dict: its items. What else it is given is left out."""
+
+    def __init__(self, *arguments: Any) -> None:
+        items = arguments[-1] if arguments else ()
+        super().__init__(items if isinstance(items, (dict, list)) else ())
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 def record(name: str) -> type[Record]:
     """A class of records of its own."""
     return type(name, (Record,), {})
@@ -45,11 +108,18 @@ def integers(values: Any) -> tuple[int, ...]:
     return found
 
 
+def refused(where: str, name: str) -> UnsafeObjectError:
+    """The error for a pickle that needs a class or function that is not known."""
+    return UnsafeObjectError(f"{where} names {name}, which such metadata never does: it was refused")
+
+
 def load_inert(
     data: bytes,
     allowed: Mapping[tuple[str, str], Any],
     where: str,
     persistent_load: Callable[[Any], Any] | None = None,
+    *,
+    takes_foreign: bool = False,
 ) -> tuple[Any, int]:
     """Unpickle.
 
@@ -58,11 +128,14 @@ def load_inert(
         allowed: what stands for each global, by module and name. dtypes of torch stand for their names.
         where: what errors call the pickle.
         persistent_load: what stands for a persistent id.
+        takes_foreign: whether a `Foreign` stands for other globals; by default they are refused.
 
     Returns: what was pickled, and the byte after the pickle's end.
 
     Raises UnsafeObjectError where it names anything else; CorruptCheckpointError where it is no pickle.
     """
+
+    foreign: dict[tuple[str, str], type[Foreign]] = {}
 
     class Inert(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -70,7 +143,13 @@ def load_inert(
                 return allowed[module, name]
             if module == "torch" and name in ITEMSIZES:
                 return name
-            raise UnsafeObjectError(f"{where} names {module}.{name}, which such metadata never does: it was refused")
+            if not takes_foreign:
+                raise refused(where, f"{module}.{name}")
+            if (module, name) not in foreign:
+                if len(foreign) == MOST_FOREIGN:  # a class takes more memory than its name in the pickle
+                    return Foreign
+                foreign[module, name] = type("Foreign", (Foreign,), {"of": f"{module}.{name}", "__slots__": ()})
+            return foreign[module, name]
 
         def persistent_load(self, pid: Any) -> Any:
             if persistent_load is None:

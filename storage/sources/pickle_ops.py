@@ -7,16 +7,16 @@ are nested, until the stack ends. Neither is an error that could be caught.
 from __future__ import annotations
 
 MOST_NESTED = 100
-"""Tuples in tuples."""
+"""Tuples and frozensets in each other."""
 _VALUES = {
     **dict.fromkeys(b"N\x88\x89])}\x8f", 0), **dict.fromkeys(b"K", 1), **dict.fromkeys(b"M", 2),
     **dict.fromkeys(b"J", 4), **dict.fromkeys(b"G", 8),
 }  # fmt: skip
 """Operations that push None, a boolean, a number or something empty; and the bytes of their argument."""
 _COUNTED = {
-    **dict.fromkeys(b"\x8cCU\x8a", 1), **dict.fromkeys(b"XBT\x8b", 4), **dict.fromkeys(b"\x8d\x8e", 8),
+    **dict.fromkeys(b"\x8cCU\x8a", 1), **dict.fromkeys(b"XBT\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8),
 }  # fmt: skip
-"""Those that push a string, bytes or a long integer; and the bytes of its length."""
+"""Those that push a string, bytes, a bytearray or a long integer; and the bytes of its length."""
 _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
@@ -26,7 +26,7 @@ def check_operations(data: bytes) -> None:
     Raises ValueError or IndexError where it does what no honest one does.
     """
     stack: list[int] = []
-    """How deeply tuples are nested in each value."""
+    """How deeply tuples and frozensets are nested in each value."""
     marks: list[int] = []
     memo: dict[int, int] = {}
     at, most = 0, len(data)
@@ -49,7 +49,10 @@ def check_operations(data: bytes) -> None:
             _nest(stack, len(stack) - _TUPLES[operation])
         elif operation in _COUNTED:
             begin = at + _COUNTED[operation]
-            at = begin + int.from_bytes(data[at:begin], "little")
+            nbytes = int.from_bytes(data[at:begin], "little")
+            at = begin + nbytes
+            if operation == 0x96 and at > most:  # an unpickler takes memory for a bytearray before it reads it
+                raise ValueError(f"it has the operation 0x96 of {nbytes} bytes, and {most} bytes in all")
             push(0)
         elif operation in b"R\x81\x93b":  # REDUCE, NEWOBJ, STACK_GLOBAL, BUILD: two values to one
             pop()
@@ -58,7 +61,7 @@ def check_operations(data: bytes) -> None:
             marks.append(len(stack))
         elif operation in b"ue\x90":  # SETITEMS, APPENDS, ADDITEMS
             del stack[marks.pop() :]
-        elif operation == 0x74:  # TUPLE
+        elif operation == 0x74 or operation == 0x91:  # TUPLE, FROZENSET
             _nest(stack, marks.pop())
         elif operation == 0x73:  # SETITEM
             del stack[-2:]
@@ -89,7 +92,7 @@ def check_operations(data: bytes) -> None:
 
 
 def _nest(stack: list[int], begin: int) -> None:
-    """The values from `begin` on become a tuple."""
+    """The values from `begin` on become a tuple or a frozenset."""
     if begin < 0:
         raise IndexError("the stack is empty")
     depth = max(stack[begin:], default=0) + 1

@@ -8,16 +8,17 @@ HuggingFaceStorageWriter wrote for each rank hold shards; their headers say of w
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...planner.box import Box
 from ...planner.index import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS, Encoding, Kind
-from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
+from ..errors import CorruptCheckpointError, DtypeError
 from .foreign import ForeignSource, Shards
 from .reads import Reads
+from .weight_map import MOST_NAMED, WeightMap, present, select, two_files
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -33,7 +34,11 @@ DTYPES = {
 """torch's names of the format's dtypes."""
 NAMES = {name: word for word, name in DTYPES.items()}
 """The format's names of torch's dtypes."""
-_PLAIN_NAME = re.compile(r"[^/\\\0]+")
+REMAINS = (
+    "files of another save remain in the folder, or a file is missing. Remove the files of the other save, or save "
+    "again into an empty folder"
+)
+"""Why shards of a tensor can fail to make up a tensor, and what to do."""
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -47,6 +52,8 @@ class Tensor:
     """Its first byte, in the file."""
     offsets: tuple[int, ...] | None
     """Where it belongs, where it is a shard that DCP saved."""
+    unknown: str | None = None
+    """The format's name of its dtype, if it is none of DTYPES. `dtype` is then empty."""
 
 
 class SafetensorsSource(ForeignSource):
@@ -54,63 +61,90 @@ class SafetensorsSource(ForeignSource):
 
     format = "safetensors"
 
-    def __init__(self, reads: Reads, names: Sequence[str], weight_map: dict[str, str] | None = None) -> None:
+    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
         """
         Args:
             names: the files.
-            weight_map: which of them should hold each tensor.
+            weight_map: the index that says which of them holds which tensor.
 
-        Raises CorruptCheckpointError, ObjectNotFoundError, StoreError, DtypeError.
+        Raises CorruptCheckpointError, ObjectNotFoundError, StoreError.
         """
-        try:
-            sizes = reads.many(reads.size, names)
-        except ObjectNotFoundError as error:
-            if weight_map is None:
-                raise
-            raise CorruptCheckpointError(
-                f"the index says that tensors are in a file that is missing: {error}"
-            ) from error
-        super().__init__(reads, zip(names, sizes, strict=True))
-        headers = reads.many(lambda name, size: read_header(reads, name, 0, size), names, sizes)
+        super().__init__(reads, present(reads, names, weight_map))
+        self._is_folder = weight_map is not None or len(self.objects) > 1
+        self._has_shards = False
+        columns = zip(*self.objects, strict=True) if self.objects else ((), ())
+        headers = reads.many(lambda name, size: read_header(reads, name, 0, size), *map(list, columns))
         found: dict[str, list[tuple[int, Tensor]]] = {}
         for at, (tensors, notes) in enumerate(headers):
             self.info |= notes
             for name, tensor in tensors.items():
                 found.setdefault(name, []).append((at, tensor))
-        self.info |= {"files": len(names)}
+        self.info |= {"files": len(self.objects)}
+        if weight_map is not None:
+            selected = select(self, found, weight_map)
+            for name, parts in selected.items():
+                if parts[0][1].offsets is not None:  # an index has one file for each tensor, and shards are in several
+                    selected[name] = [part for part in found[name] if part[1].offsets is not None]
+            found = selected
         for name, parts in sorted(found.items()):
             self._add(name, parts)
-        for name, file in (weight_map or {}).items():
-            if not any(self.objects[at][0] == file for at, _ in found.get(name, ())):
-                raise self.contradiction(f"the index says that {name!r} is in {file!r}, which does not have it")
 
     @property
     def location(self) -> str:
-        return f"{self.store.location}/{self.objects[0][0]}" if len(self.objects) == 1 else self.store.location
+        return self.store.location if self._is_folder else f"{self.store.location}/{self.objects[0][0]}"
+
+    def contradiction(self, what: object) -> CorruptCheckpointError:
+        return super().contradiction(f"{what}; {REMAINS}" if self._has_shards else what)
 
     def _add(self, name: str, parts: list[tuple[int, Tensor]]) -> None:
         first = parts[0][1]
+        files = [self.objects[at][0] for at, _ in parts]
         if len(parts) > 1 and any(tensor.offsets is None for _, tensor in parts):
-            raise self.contradiction(f"two files have the tensor {name!r}")
+            raise two_files(self, name, files)
+        unknown = next((at for at, (_, tensor) in enumerate(parts) if tensor.unknown is not None), None)
+        if unknown is not None:
+            self.refuse(
+                name,
+                DtypeError,
+                f"the safetensors file {files[unknown]!r} in {self.store.location}: {name!r} has the dtype "
+                f"{parts[unknown][1].unknown!r} of safetensors, which reshard cannot read. The other tensors can be "
+                "read",
+            )
+            return
         boxes = [Box(tensor.offsets or (0,) * len(tensor.shape), tensor.shape) for _, tensor in parts]
+        self._has_shards |= first.offsets is not None
         if any(
             tensor.dtype != first.dtype or box.ndim != boxes[0].ndim
             for box, (_, tensor) in zip(boxes, parts, strict=True)
         ):
-            raise self.contradiction(f"the shards of {name!r} do not fit each other")
-        rows = {
-            box: (box, at, tensor.start, box.numel * ITEMSIZES[tensor.dtype], Encoding.PLAIN)
+            self._refuse_shards(name, f"the shards of {name!r} do not fit each other", boxes, files)
+            return
+        shape = tuple(max(box.offsets[d] + box.sizes[d] for box in boxes) for d in range(boxes[0].ndim))
+        rows = [
+            (box, at, tensor.start, box.numel * ITEMSIZES[tensor.dtype], Encoding.PLAIN)
             for box, (at, tensor) in zip(boxes, parts, strict=True)
             if box.numel
-        }
-        shape = tuple(max(box.offsets[d] + box.sizes[d] for box in boxes) for d in range(boxes[0].ndim))
-        self.add(name, Kind.TENSOR, first.dtype, shape, Shards.of(list(rows.values()), len(shape)))
+        ]
+        held = sum(box.numel for box in boxes)
+        self.check(name, Kind.TENSOR, first.dtype, shape)
+        if held != math.prod(shape) or len({row[0] for row in rows}) != len(rows):
+            what = f"the shards of {name!r} hold {held} elements, its shape {shape} has {math.prod(shape)}"
+            self._refuse_shards(name, what, boxes, files)
+            return
+        self.add(name, Kind.TENSOR, first.dtype, shape, Shards.of(rows, len(shape)))
+
+    def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
+        """Make a tensor unreadable whose shards do not make up a tensor."""
+        held = [f"{file!r} holds {box}" for box, file in zip(boxes, files, strict=True)]
+        more = f" and {len(held) - MOST_NAMED} more" if len(held) > MOST_NAMED else ""
+        reason = f"{what}: {', '.join(held[:MOST_NAMED])}{more}, in {self.store.location}; {REMAINS}"
+        self.refuse(name, CorruptCheckpointError, reason, files[0])
 
 
 def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a safetensors file, which lies in bytes [start, stop) of an object.
 
-    Raises CorruptCheckpointError, DtypeError, StoreError.
+    Raises CorruptCheckpointError, StoreError.
     """
     where = f"the safetensors file {name!r} in {reads.store.location}"
     first = reads.read(name, start, min(start + FIRST_READ_BYTES, stop))
@@ -127,8 +161,6 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
         sharding = json.loads(notes.pop("DCP_SHARDING_INFO", "{}"))
         tensors = {name: _tensor(name, row, start + 8 + nbytes, sharding.get(name)) for name, row in header.items()}
         spans = sorted(tuple(row["data_offsets"]) for row in header.values())
-    except DtypeError as error:
-        raise DtypeError(f"{where}: {error}") from error
     except _CONTRADICTIONS as error:
         raise CorruptCheckpointError(f"{where} has a header that is none: {error!r}") from error
     end = 0
@@ -136,11 +168,12 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
         if begin != end:
             raise CorruptCheckpointError(f"{where} has a gap or an overlap at byte {begin} of its data")
         end = until
-    if start + 8 + nbytes + end != stop:
-        raise CorruptCheckpointError(
-            f"{where} has {stop - start} bytes where its header tells of {8 + nbytes + end}: it was cut short, or is "
-            "not what it was"
-        )
+    due = 8 + nbytes + end
+    if start + due != stop:
+        why = "it was cut short"
+        if stop - start > due:
+            why = f"{stop - start - due} bytes too many follow the last tensor, so that the file is not what it was"
+        raise CorruptCheckpointError(f"{where} has {stop - start} bytes where its header tells of {due}: {why}")
     return tensors, notes
 
 
@@ -153,13 +186,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str, Any] | None) -> Tensor:
-    if row["dtype"] not in DTYPES:
-        raise DtypeError(f"{name!r} has the dtype {row['dtype']!r} of safetensors, which reshard cannot read")
-    dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
+    word = row["dtype"]
+    if type(word) is not str:
+        raise ValueError(f"{name!r} has the dtype {word!r:.100}")
+    dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
     possible = all(type(n) is int and 0 <= n <= MAX_BYTES for n in (*shape, *(offsets or ()), begin, end))
     if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
         raise ValueError(f"{name!r} has the shape {shape!r:.100} and the bytes [{begin!r:.100}, {end!r:.100})")
+    if not dtype:
+        return Tensor(dtype, shape, data_start + begin, offsets, word)
     if dtype.endswith("_x2"):
         if not shape or shape[-1] % 2:
             raise ValueError(f"{name!r} has the shape {shape} of half bytes")
@@ -167,19 +203,3 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
     if Box.whole(shape).numel * ITEMSIZES[dtype] != end - begin:
         raise ValueError(f"{name!r}, {dtype} {shape}, does not take the bytes [{begin}, {end})")
     return Tensor(dtype, shape, data_start + begin, offsets)
-
-
-def read_weight_map(reads: Reads, name: str) -> dict[str, str]:
-    """Which file has which tensor, by an index of Hugging Face. Raises CorruptCheckpointError, StoreError."""
-    try:
-        nbytes = reads.size(name)
-        if nbytes > MAX_HEADER_BYTES:
-            raise ValueError(f"it has {nbytes} bytes")
-        weight_map = json.loads(reads.exactly(name, 0, nbytes))["weight_map"]
-        if not all(_PLAIN_NAME.fullmatch(file) and file not in (".", "..") for file in weight_map.values()):
-            raise ValueError(f"a file is not one of this folder, of {sorted(map(str, set(weight_map.values())))}")
-        return {str(tensor): str(file) for tensor, file in weight_map.items()}
-    except _CONTRADICTIONS as error:
-        raise CorruptCheckpointError(
-            f"{name!r} in {reads.store.location} is no index of safetensors: {error!r}"
-        ) from error

@@ -42,14 +42,17 @@ class DcpTarget:
         slices: list[dict[str, Any]] = []
         at = 0
         tensors = values.stream(piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR)
+        objects = values.objects(piece for piece in unit.pieces if piece.item.kind is not Kind.TENSOR)
         with store.create(file) as out:
             for piece in unit.pieces:
                 interrupt()
                 item, box = piece.item, piece.box
                 if item.kind is Kind.TENSOR:
-                    data = torch_save(next(tensors))
+                    data = torch_save(
+                        next(tensors).clone(memory_format=torch.contiguous_format)
+                    )  # not all that it is part of
                 else:
-                    kind, encoded, value = values.object(item)
+                    kind, encoded, value = next(objects)
                     data = encoded if kind is Kind.TORCH_SAVE else torch_save(value)
                 out.write(data)
                 slices.append({"name": item.name, "offsets": box.offsets, "sizes": box.sizes, "length": len(data)})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from ...planner.box import Box
 from ...planner.index import Kind
 from ..manifest import DATA_NAME, NAME, Manifest, encode_manifest
-from ..pieces import Item, Piece
+from ..pieces import Item, Piece, in_groups
 from ..records import assemble_index, record_from_json, record_to_json
 from ..shards import ShardToWrite
 from ..store import Store
@@ -35,8 +36,9 @@ class NativeTarget:
         return in_pieces(items)
 
     def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
-        load = _read_at_once(values) if store.holds_objects else _in_order(unit, values)
-        shards = [_shard(piece, values, load) for piece in unit.pieces]
+        load = _Shared(unit, values).load if store.holds_objects else _in_order(unit, values)
+        objects = values.objects(piece for piece in unit.pieces if piece.item.kind is not Kind.TENSOR)
+        shards = [_shard(piece, objects, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
         return {
             "files": [record.name for record in records],
@@ -65,9 +67,44 @@ class NativeTarget:
 Load = Callable[[Item, Box], torch.Tensor]
 
 
-def _read_at_once(values: Values) -> Load:
-    """For objects that are written at once, each by a thread of its own, which reads for itself."""
-    return lambda item, box: values.read([Piece(item, box)])[0]
+class _Shared:
+    """Loads for objects that are written at once: who needs a piece first reads it, and those near it, for all."""
+
+    def __init__(self, unit: Unit, values: Values) -> None:
+        self._groups: dict[str, list[tuple[Piece, _Group]]] = {}
+        """Of each item, its pieces and the groups that they are in."""
+        tensors = (piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR)
+        for pieces in in_groups(tensors, values.group_bytes // 2):
+            group = _Group(pieces, values)
+            for piece in pieces:
+                self._groups.setdefault(piece.item.name, []).append((piece, group))
+
+    def load(self, item: Item, box: Box) -> torch.Tensor:
+        piece, group = next(found for found in self._groups[item.name] if _has(found[0], item, box))
+        return group.load(piece, box)
+
+
+class _Group:
+    """Pieces that are read at once, and kept until all of them were loaded."""
+
+    def __init__(self, pieces: list[Piece], values: Values) -> None:
+        self._pieces = pieces
+        self._values = values
+        self._lock = threading.Lock()
+        self._read: dict[Piece, torch.Tensor] = {}
+        self._left = 0
+        """Elements that were not loaded yet."""
+
+    def load(self, piece: Piece, box: Box) -> torch.Tensor:
+        with self._lock:
+            if not self._read:
+                self._read = dict(zip(self._pieces, self._values.read(self._pieces), strict=True))
+                self._left = sum(piece.box.numel for piece in self._pieces)
+            part = self._read[piece][box.relative_to(piece.box).slices]
+            self._left -= box.numel
+            if self._left <= 0:
+                self._read = {}
+            return part
 
 
 def _in_order(unit: Unit, values: Values) -> Load:
@@ -94,11 +131,11 @@ def _has(piece: Piece, item: Item, box: Box) -> bool:
     return piece.item is item and piece.box.intersect(box) == box
 
 
-def _shard(piece: Piece, values: Values, load: Load) -> ShardToWrite:
+def _shard(piece: Piece, objects: Iterator[tuple[Kind, bytes, Any]], load: Load) -> ShardToWrite:
     item = piece.item
     if item.kind is Kind.TENSOR:
         return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
-    kind, data, _ = values.object(item)
+    kind, data, _ = next(objects)
     blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     whole = Box.whole((len(blob),))
     return ShardToWrite(item.name, kind, blob.dtype, whole.sizes, whole, lambda box: blob[box.slices])

@@ -1,15 +1,18 @@
 """What a conversion keeps beside its target while it is under way: whose the place is, and which units stand.
 
-A head, put before anything else and removed last, names the conversion that the place belongs to; a note, put once a
-unit stands, says what is in it. Just before the commit the head is given the checksum of what is about to be put, so
-that a run that was killed right after it finds that it had come to its end.
+A head, put before anything else and removed last, names the conversion that the place belongs to. A note says what is
+in the units that stand; one is put once a second at most, for all units since the last one. Just before the commit the
+head is given the checksum of what is about to be put, so that a run that was killed right after it finds that it had
+come to its end.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +24,7 @@ from ..commit import put_commit
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..logs import logger_of
 from ..manifest import DATA_NAME, NAME
-from ..open_source import CONVERSION, FILE_SUFFIXES
+from ..open_source import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX
 from ..sources.dcp import METADATA, RANK_METADATA
 from ..sources.reads import Reads
 from ..sources.safetensors import INDEX_SUFFIX
@@ -33,6 +36,8 @@ logger = logger_of(__name__)
 HEAD = CONVERSION
 HEAD_BYTES = 4096
 """It has less."""
+NOTE_EVERY_S = 1.0
+"""A kill loses the units of that time at most."""
 NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 _TEMPORARY = re.compile(r"\.(\.reshard-convert(-\d{6,})?\.json)\.[0-9a-f]{32}\.tmp")
 """What a put to a disk leaves that is killed."""
@@ -57,7 +62,10 @@ class Notes:
         self._store = store
         self._target = target
         self._done: dict[int, Done] = {}
-        """Of units that stand, as far as their notes were read here."""
+        """Of units that stand, as far as this rank wrote them, or read their notes."""
+        self._unnoted: dict[int, Done] = {}
+        """Of them, those that are in no note yet."""
+        self._noted_at = -math.inf
 
     def begin(self, conversion: str) -> Stand:
         """Take the place for a conversion, or find out how far it is there. By one rank.
@@ -82,8 +90,7 @@ class Notes:
             if head.get("commit") != _told_apart(self._whole(self._target.commits)):
                 raise CheckpointExistsError(self._told(self._target.commits))
             return Stand(conversion, frozenset(), committed=True)
-        numbers = [int(found[1]) for name in names if (found := NOTE.fullmatch(name))]
-        notes = self._notes(conversion, numbers)
+        notes = self._notes(conversion, names)
         self._done = {number: done for number, done in notes.items() if names.issuperset(done["files"])}
         return Stand(conversion, frozenset(self._done), committed=False)
 
@@ -110,20 +117,23 @@ class Notes:
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{name!r} in {self._store.location} is not of a conversion") from error
 
-    def _notes(self, conversion: str, numbers: Sequence[int]) -> dict[int, Done]:
-        """What stands by the notes of these units."""
+    def _notes(self, conversion: str, names: Iterable[str]) -> dict[int, Done]:
+        """What stands by the notes that are among some names."""
 
-        def read(number: int) -> Done:
-            name = _note_name(number)
+        def read(name: str) -> dict[int, Done]:
             note = self._json(name, self._whole(name))
-            done = note.get("done")
-            if note.get("conversion") != conversion or note.get("unit") != number or not isinstance(done, dict):
+            units = note.get("units")
+            if note.get("conversion") != conversion or not isinstance(units, list) or not all(map(_is_unit, units)):
                 raise CorruptCheckpointError(
                     f"{name!r} in {self._store.location} is not of this conversion: remove what is there"
                 )
-            return done
+            return dict(units)
 
-        return dict(zip(numbers, Reads(self._store).many(read, numbers), strict=True))
+        notes = sorted(name for name in names if NOTE.fullmatch(name))
+        units: dict[int, Done] = {}
+        for of_note in Reads(self._store).many(read, notes):
+            units |= of_note
+        return units
 
     def check(self, conversion: str) -> None:
         """Make sure that the place still belongs to this conversion: another run of it may have come to its end.
@@ -137,9 +147,19 @@ class Notes:
             )
 
     def note(self, conversion: str, unit: Unit, done: Done) -> None:
-        """A unit stands."""
-        note = {"conversion": conversion, "unit": unit.number, "done": done}
-        self._store.put(_note_name(unit.number), _encoded(note), overwrite=True)
+        """A unit stands. It is put into a note at once, or with others that follow within a second."""
+        self._done[unit.number] = self._unnoted[unit.number] = done
+        if time.monotonic() - self._noted_at >= NOTE_EVERY_S:
+            self.write(conversion)
+
+    def write(self, conversion: str) -> None:
+        """Put a note of the units that are in none yet."""
+        if not self._unnoted:
+            return
+        note = {"conversion": conversion, "units": list(self._unnoted.items())}
+        self._store.put(_note_name(min(self._unnoted)), _encoded(note), overwrite=True)
+        self._unnoted = {}
+        self._noted_at = time.monotonic()
 
     def finished(self, conversion: str, units: Sequence[Unit]) -> list[Done]:
         """What was written of all units, in order.
@@ -148,9 +168,10 @@ class Notes:
         """
         names = set(self._store.list())
         wanted = [unit.number for unit in units]
-        missing = [_note_name(number) for number in wanted if _note_name(number) not in names]
+        if not self._done.keys() >= set(wanted):  # other ranks wrote them
+            self._done = self._notes(conversion, names) | self._done
+        missing = [_note_name(number) for number in wanted if number not in self._done]
         if not missing:
-            self._done |= self._notes(conversion, [number for number in wanted if number not in self._done])
             missing = [name for number in wanted for name in self._done[number]["files"] if name not in names]
         if missing:
             self.check(conversion)
@@ -189,7 +210,16 @@ def _is_of_a_checkpoint(name: str) -> bool:
     if "/" in name:
         return DATA_NAME.fullmatch(name) is not None
     known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) is not None
-    return known or name.endswith((".distcp", INDEX_SUFFIX)) or os.path.splitext(name)[1] in FILE_SUFFIXES
+    return (
+        known
+        or name.endswith((".distcp", INDEX_SUFFIX, TORCH_INDEX_SUFFIX))
+        or os.path.splitext(name)[1] in FILE_SUFFIXES
+    )
+
+
+def _is_unit(unit: Any) -> bool:
+    """Whether a value of a note is a unit's number and what is in it."""
+    return isinstance(unit, list) and len(unit) == 2 and type(unit[0]) is int and isinstance(unit[1], dict)
 
 
 def _note_name(number: int) -> str:

@@ -34,6 +34,7 @@ class SafetensorsTarget:
 
     def units(self, items: Sequence[Item]) -> list[Unit]:
         """Raises DtypeError, ArgumentError."""
+        _check_dtypes(items)
         files: list[list[Piece]] = [[]]
         held = 0
         for item in items:
@@ -74,11 +75,26 @@ class SafetensorsTarget:
         return []
 
 
+def _check_dtypes(items: Sequence[Item]) -> None:
+    """Check that safetensors has the dtype of every item. Raises DtypeError naming the first that it does not have."""
+    lacking = [item for item in items if item.dtype not in NAMES]
+    if not lacking:
+        return
+    first = lacking[0]
+    more = f", and so do {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
+    cast = " Or cast it to complex64 before it is saved." if first.dtype == "complex128" else ""
+    raise DtypeError(
+        f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with names= or "
+        f"exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'.{cast}"
+    )
+
+
 def _check(item: Item) -> None:
-    if item.dtype not in NAMES:
-        raise DtypeError(f"{item.name!r} has dtype {item.dtype}, which safetensors does not have")
     if item.dtype.endswith("_x2") and not item.shape:
-        raise DtypeError(f"{item.name!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape")
+        raise DtypeError(
+            f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
+            "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
+        )
     if item.name == NOTES:
         raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")
 

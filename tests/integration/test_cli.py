@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import reshard
@@ -451,3 +452,39 @@ def test_spans_of_time_in_words() -> None:
 
 def test_options_nest_by_dots() -> None:
     assert storage_options(["a=1", "b.c=x", "b.d=true"]) == {"a": 1, "b": {"c": "x", "d": True}}
+
+
+def test_what_an_index_names_and_is_missing_is_listed(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "b": torch.ones(3), "extra": torch.ones(1)}, tmp_path / "one.safetensors")
+    index = {"a": "one.safetensors", "b": "one.safetensors", "lost": "one.safetensors", "far": "gone.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    told = call("inspect", tmp_path, code=1)
+    assert "'lost' is in 'one.safetensors', which does not have it" in told
+    assert "'far' is in 'gone.safetensors', which is missing" in told
+    assert "left out by the index\tcount\nextra\t1" in told
+    told = as_json("inspect", tmp_path, code=1)
+    assert sorted(told["missing"]) == ["far", "lost"]
+    assert told["left_out"] == ["extra"]
+    for options in ((), ("--quick",)):
+        told = call("verify", tmp_path, *options, code=1)
+        assert "'far' is in 'gone.safetensors', which is missing" in told
+        assert sorted(row["tensor"] for row in as_json("verify", tmp_path, *options, code=1)) == ["far", "lost"]
+    (row,) = as_json("ls", tmp_path)
+    assert row["state"] == "2 tensors are missing"
+
+
+def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(4), "odd": torch.ones(3).expand(2, 3)}, tmp_path / "x.pt")
+    assert "cannot be read\twhy\nodd\tthe torch.save file 'x.pt'" in call("inspect", tmp_path / "x.pt")
+    told = call("verify", tmp_path / "x.pt")
+    assert "cannot be read: the torch.save file 'x.pt'" in told
+    assert "1 names that cannot be read were not checked" in told
+    (row,) = as_json("diff", tmp_path / "x.pt", tmp_path / "x.pt", code=1)
+    assert (row["name"], row["what"]) == ("odd", "unreadable")
+
+
+def test_names_that_a_conversion_leaves_out_are_listed(tmp_path: Path) -> None:
+    told = call("convert", saved(native, tmp_path), tmp_path / "dst", "--rename", "model.layers.0.*=*")
+    assert "left out, 5 names that no pattern or index lists: 'model.layers.1." in told
+    with pytest.raises(reshard.errors.MissingTensorError, match=r"has no 'modle\.\*': no name matches.*'model\.\*'"):
+        call("convert", saved(native, tmp_path), tmp_path / "other", "--rename", "modle.*=*")

@@ -368,7 +368,7 @@ def test_rename_for_a_rank_and_a_conversion(tmp_path: Path) -> None:
     assert report.left_out == ("head.w",)
     for argument in ({"rename": {"nothing.*": "*"}}, {"exclude": "nothing.*"}):
         with pytest.raises(errors.MissingTensorError, match=r"nothing\.\*"):
-            reshard.convert(compiled(), tmp_path / "d", **argument)  # type: ignore[arg-type]
+            reshard.convert(compiled(), tmp_path / "d", **argument)
 
 
 def test_exclude_leaves_names_as_they_are() -> None:

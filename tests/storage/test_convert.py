@@ -36,7 +36,7 @@ from tests.storage.conversions import (
     save_native,
     tensors_of,
 )
-from tests.storage.samples import sample
+from tests.storage.samples import same, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 INDEX = "model.safetensors.index.json"
@@ -115,6 +115,13 @@ def test_every_dtype_passes_or_is_refused_before_anything_is_written(dtype: str,
         with pytest.raises(DtypeError, match=r"which safetensors does not have|for which safetensors has no shape"):
             reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert not (tmp_path / "safetensors").exists()
+        with pytest.raises(DtypeError, match=r"Leave it out with names= .*--names") as caught:
+            reshard.convert(src, tmp_path / "safetensors", format="safetensors")
+        assert ("cast it to complex64" in str(caught.value)) == (dtype == "complex128")
+        if dtype == "float4_e2m1fn_x2":
+            names = {"matrix": "matrix", "empty": "empty"}
+            reshard.convert(src, tmp_path / "part", format="safetensors", names=names)
+            assert set(reshard.open(tmp_path / "part").tensors) == set(names)
     else:
         reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert_converted(tmp_path / "safetensors", state, "safetensors")
@@ -246,3 +253,80 @@ def test_nothing_converts_to_nothing(format: str, tmp_path: Path) -> None:
     reshard.save({}, tmp_path / "src")
     reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
     assert_converted(tmp_path / "dst", {}, format)
+
+
+OF_MANY_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "square": {"w": (4096, 2048)},
+    "wide": {"w": (512, 16384)},
+    "tall": {"w": (16384, 512)},
+    "cube": {"w": (8, 1024, 1024)},
+    "several": {**{f"layers.{i}.up": (1024, 512) for i in range(4)}, **{f"layers.{i}.norm": (512,) for i in range(4)}},
+    "large and small": {"embed": (8192, 512), **{f"layers.{i}.down": (512, 1024) for i in range(4)}, "scale": ()},
+}
+
+
+def reads_of(store: RecordingStore) -> int:
+    """The reads of values."""
+    suffixes = (".shard", ".safetensors", ".distcp", ".pt")
+    return sum(call.method == "read" and call.name.endswith(suffixes) for call in store.calls)
+
+
+@pytest.mark.parametrize("shapes", OF_MANY_SHAPES)
+@pytest.mark.parametrize("source", ["none", "zstd", "dcp", "safetensors", "torch"])
+def test_a_conversion_asks_for_as_much_at_once_as_a_load(source: str, shapes: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in OF_MANY_SHAPES[shapes].items()}
+    place = MemoryStore()
+    if source == "torch":
+        torch.save(state, tmp_path / "model.pt")
+        place.content["model.pt"] = (tmp_path / "model.pt").read_bytes()
+    elif source in ("none", "zstd"):
+        reshard.save(dict(state), place, codec=source)
+    else:
+        native = MemoryStore()
+        reshard.save(dict(state), native)
+        reshard.convert(native, place, format=source)
+    store = RecordingStore(place)
+    reshard.load({name: torch.zeros_like(values) for name, values in state.items()}, store)
+    load = reads_of(store)
+    files = sum(not name.startswith((".", "model.safetensors.index", "manifest")) for name in place.content)
+    samples = 0 if source in ("none", "zstd") else 4 * files  # which tell whether the source was saved anew
+    for format in ("reshard", "dcp", "safetensors"):
+        for target in (MemoryStore(), tmp_path / format):
+            store = RecordingStore(place)
+            reshard.convert(store, target, format=format)
+            assert reads_of(store) <= load + samples, (format, type(target))
+            found = reshard.open(target).state_dict()
+            assert all(same(value, state[name]) for name, value in of_names(found).items())
+
+
+def test_many_objects_are_read_at_once() -> None:
+    place = MemoryStore()
+    reshard.save(
+        {f"layers.{i}": {"extra": torch.Size((i, i)), "step": i, "w": torch.ones(2)} for i in range(200)}, place
+    )
+    for format in ("reshard", "dcp"):
+        store = RecordingStore(place)
+        reshard.convert(store, MemoryStore(), format=format)
+        assert reads_of(store) < 10
+
+
+def test_a_slice_of_dcp_has_its_own_values_alone(tmp_path: Path) -> None:
+    """Though several slices are read as one tensor."""
+    place = MemoryStore()
+    reshard.save({"w": torch.randn(4096, 4096)}, place, codec="none")
+    reshard.convert(place, tmp_path / "dst", format="dcp")
+    assert sum(path.stat().st_size for path in (tmp_path / "dst").iterdir()) < 1.01 * 4 * 4096 * 4096
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_what_an_export_has_no_dtype_for_can_be_left_out(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3, dtype=torch.complex128), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.complex32)}
+    src = save_native(state, tmp_path / "src")
+    with pytest.raises(
+        DtypeError, match=r"'a' has dtype complex128, .*and so do 1 more tensors\. Leave it out with names="
+    ):
+        reshard.convert(src, tmp_path / "dst", format="safetensors")
+    report = reshard.convert(src, tmp_path / "dst", format="safetensors", names="b")
+    assert report.left_out == ("a", "c")
+    assert_converted(tmp_path / "dst", {"b": state["b"]}, "safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import reshard
-from reshard.errors import CheckpointExistsError
+from reshard.errors import CheckpointExistsError, StoreError
 from reshard.storage.local_store import LocalStore
+from reshard.storage.targets import notes
 from reshard.storage.testing import Call, RecordingStore
 from tests.ranks import PRELOADED
 from tests.storage.conversions import (
@@ -100,7 +102,7 @@ def test_killed_at_any_call_it_goes_on_where_it_was(
     cut_small(monkeypatch, unit=UNIT)
     src = save_native(state, tmp_path / "src")
     ended = after_commit = went_on = 0
-    for kill_at in range(0, 200, 5):
+    for kill_at in range(0, 200, 3):
         dst = tmp_path / f"dst-{kill_at}"
         finished = survives(convert_and_die, src, dst, format, kill_at)
         before = names_in(dst) if dst.exists() else set()
@@ -152,3 +154,51 @@ def test_a_unit_whose_objects_are_gone_is_written_again(
     assert sum(call.method == "create" for call in recording.calls) == 1
     assert_converted(dst, of_names(state), format)
     assert_clean(names_in(dst), dst, format)
+
+
+def noted(calls: list[Call]) -> int:
+    return sum(call.method == "put" and call.name.startswith(NOTE) for call in calls)
+
+
+@pytest.mark.parametrize("format", OPTIONS)
+def test_many_small_units_are_noted_together(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)
+    src = save_native({f"{i:03}": torch.full((1024,), float(i)) for i in range(60)}, tmp_path / "src")
+    store = RecordingStore(LocalStore(tmp_path / "dst"))
+    begin = time.monotonic()
+    reshard.convert(src, store, format=format, **{**OPTIONS[format], "max_file_bytes": 4 * KIB})
+    assert sum(call.method == "create" for call in store.calls) == 60
+    assert noted(store.calls) <= 2 + (time.monotonic() - begin)
+    assert len(reshard.open(tmp_path / "dst").tensors) == 60
+    assert_clean(names_in(tmp_path / "dst"), tmp_path / "dst", format)
+
+
+def test_units_that_take_long_are_noted_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)
+    monkeypatch.setattr(notes, "NOTE_EVERY_S", 0.0)
+    src = save_native({f"{i:03}": torch.full((1024,), float(i)) for i in range(20)}, tmp_path / "src")
+    store = RecordingStore(LocalStore(tmp_path / "dst"))
+    reshard.convert(src, store, codec="none")
+    assert noted(store.calls) == 20
+
+
+@pytest.mark.parametrize("failing_at", [1, 7, 19])
+def test_a_conversion_that_fails_notes_what_stands(
+    failing_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)
+    src = save_native({f"{i:03}": torch.full((1024,), float(i)) for i in range(20)}, tmp_path / "src")
+    created = 0
+
+    def fail(call: Call) -> None:
+        nonlocal created
+        created += call.method == "create"
+        if call.method == "create" and created == failing_at + 1:
+            raise StoreError("injected")
+
+    with pytest.raises(StoreError, match="injected"):
+        reshard.convert(src, RecordingStore(LocalStore(tmp_path / "dst"), fail), format="dcp")
+    store = RecordingStore(LocalStore(tmp_path / "dst"))
+    reshard.convert(src, store, format="dcp")
+    assert sum(call.method == "create" for call in store.calls) == 20 - failing_at
+    assert len(reshard.open(tmp_path / "dst").tensors) == 20

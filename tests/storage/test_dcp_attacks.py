@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
+import datetime
+import enum
+import fractions
+import functools
 import io
 import os
+import pathlib
 import pickle
 import re
 import tracemalloc
+import types
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import reshard
-from reshard.errors import CheckpointError, CorruptCheckpointError, UnsafeObjectError
+from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError, UnsafeObjectError
 from reshard.planner.box import Box
 from reshard.storage.testing import MemoryStore
 from tests.storage.dcp_checkpoints import METADATA, put_together, rows, torch_saved
@@ -89,10 +96,191 @@ def test_metadata_that_would_run_something_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["planner_data", "storage_meta", "version"])
-def test_code_inside_of_true_metadata_is_refused(place: str) -> None:
-    store = whole(lambda metadata: setattr(metadata, place, Runs(os.system, "touch RAN")))
-    with pytest.raises(UnsafeObjectError, match=r"names posix\.system"):
+@pytest.mark.parametrize("place", ["planner_data", "storage_meta", "version", "mcore_data"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        Runs(os.system, "touch RAN"),
+        {"a": Runs(os.system, "touch RAN"), "w": ("w",)},
+        [Runs(eval, "open('RAN', 'w')")],
+        {Runs(exec, "open('RAN', 'w')"): 1},
+        {"f": Runs(getattr, Runs(__import__, "os"), "system")},
+        Runs(functools.partial, os.system, "touch RAN"),
+        Runs(functools.reduce, getattr, ["system"], "os"),
+        Runs(torch.load, "RAN"),
+        Runs(bytearray, 10**11),
+        os.system,
+    ],
+    ids=str,
+)
+def test_code_beside_the_metadata_of_tensors_does_not_run(
+    value: object, place: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with taking_at_most(32 * 2**20):
+        read_all(whole(lambda metadata: setattr(metadata, place, value)))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Named(NamedTuple):
+    a: int
+
+
+class Items(dict[str, int]):
+    """A dict with a state beside its items."""
+
+
+class Rows(list[int]): ...
+
+
+@dataclass
+class Options:
+    colour: Colour = Colour.RED
+    where: Any = None
+
+
+def with_state(items: Any) -> Any:
+    items.note = "x"
+    return items
+
+
+FOREIGN = {
+    "a dataclass": Options(),
+    "an enum": Colour.RED,
+    "a member as a key": {Colour.RED: {"x": 1}},
+    "a function": put_together,
+    "a class": Options,
+    "a builtin": len,
+    "a named tuple": Named(3),
+    "a dict of its own": with_state(Items(a=1)),
+    "a list of its own": with_state(Rows([1, 2])),
+    "an ordered dict with a state": with_state(collections.OrderedDict(a=1)),
+    "a defaultdict": collections.defaultdict(list, {"a": [1]}),
+    "a counter": collections.Counter("aab"),
+    "a deque": collections.deque([1, 2], 5),
+    "a device": torch.device("cuda", 3),
+    "a dtype": torch.qint8,
+    "a layout": torch.sparse_coo,
+    "a size": torch.Size((-1, 2)),
+    "a tensor": torch.ones(3),
+    "an array": np.arange(5),
+    "an array of objects": np.array([None, Options()], dtype=object),
+    "a scalar": np.float32(1.0),
+    "a date": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    "a path": pathlib.PurePosixPath("a/b"),
+    "a fraction": fractions.Fraction(1, 3),
+    "a set": {1, 2},
+    "a frozenset": frozenset((1, frozenset((2, (3,))))),
+    "a frozenset as a key": {frozenset((1, 2)): 3},
+    "a bytearray": bytearray(b"xyz"),
+    "a complex": 1 + 2j,
+    "a slice": slice(1, 2),
+    "a namespace": types.SimpleNamespace(a=1),
+    "a partial": functools.partial(len, [1]),
+    "an error": ValueError("x"),
+    "a large number": 2**300,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_classes_that_are_not_known_beside_the_metadata_of_tensors_do_not_matter(case: str, protocol: int) -> None:
+    value = FOREIGN[case]
+
+    made: list[Metadata] = []
+
+    def change(metadata: Any) -> None:
+        made.append(metadata)
+        metadata.planner_data = {"step": ("step",), "other": value, "w": ("w",)}
+        metadata.mcore_data = {"sharding": [value], "w": {"nested": (value, 1)}}
+        metadata.storage_meta = value
+        metadata.version = value
+
+    store = whole(change)
+    store.content[METADATA] = pickle.dumps(made[0], protocol)
+    read_all(store)
+    assert set(reshard.open(store).state_dict()) == {"w", "v", "step"}
+
+
+def test_a_defaultdict_of_tensors_is_read() -> None:
+    def change(metadata: Any) -> None:
+        metadata.state_dict_metadata = collections.defaultdict(list, metadata.state_dict_metadata)
+        metadata.storage_data = collections.defaultdict(dict, metadata.storage_data)
+        metadata.planner_data = collections.defaultdict(tuple, {"w": ("w",)})
+
+    read_all(whole(change))
+
+
+def placed(**changes: Any) -> Callable[[Metadata], None]:
+    """A change of where the first shard of w is said to be."""
+    return lambda metadata: metadata.storage_data.update({FIRST: replace(metadata.storage_data[FIRST], **changes)})
+
+
+def index_of(metadata: Metadata, index: MetadataIndex, value: Any) -> None:
+    metadata.storage_data[value] = metadata.storage_data.pop(index)
+
+
+NAMED_BY_A_CLASS: Any = Options
+
+
+def of_w(metadata: Metadata) -> Any:
+    return metadata.state_dict_metadata["w"]
+
+
+NEEDED: dict[str, Callable[[Any], object]] = {
+    "its entry": lambda metadata: metadata.state_dict_metadata.update(w=Options()),
+    "its properties": lambda metadata: setattr(of_w(metadata), "properties", Options()),
+    "its size": lambda metadata: setattr(of_w(metadata), "size", Options()),
+    "its chunks": lambda metadata: setattr(of_w(metadata), "chunks", Options()),
+    "a chunk": lambda metadata: of_w(metadata).chunks.insert(1, Options()),
+    "an offset": lambda metadata: setattr(of_w(metadata).chunks[1], "offsets", Options()),
+    "the place of a shard": lambda metadata: metadata.storage_data.update({FIRST: Options()}),
+    "the key of a shard": lambda metadata: index_of(metadata, FIRST, Options),
+    "the name in a key": lambda metadata: index_of(metadata, FIRST, replace(FIRST, fqn=NAMED_BY_A_CLASS)),
+    "the path of a shard": placed(relative_path=Options()),
+    "the offset of a shard": placed(offset=Options()),
+    "the transforms of a shard": placed(transform_descriptors=[Options()]),
+    "code": lambda metadata: metadata.state_dict_metadata.update(w=Runs(os.system, "touch RAN")),
+}
+
+
+@pytest.mark.parametrize("case", NEEDED)
+def test_a_tensor_whose_own_metadata_needs_a_class_that_is_not_known_is_refused_alone(case: str) -> None:
+    checkpoint = reshard.open(whole(NEEDED[case]))
+    assert same(checkpoint.read("v"), V)
+    assert checkpoint.read_object("step") == 7
+    assert set(checkpoint.unreadable) == {"w"}
+    message = r"'\.metadata' in memory describes 'w' by .*(Options|system), a class that reshard does not know"
+    with pytest.raises(UnsafeObjectError, match=message):
+        checkpoint.read("w")
+    with pytest.raises(UnsafeObjectError, match=message):
+        checkpoint.state_dict()
+    assert not os.path.exists("RAN")
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.bits8, torch.bits16])
+def test_a_tensor_of_a_dtype_that_is_not_known_is_refused_alone(dtype: torch.dtype) -> None:
+    checkpoint = reshard.open(whole(lambda metadata: setattr(of_w(metadata).properties, "dtype", dtype)))
+    assert same(checkpoint.read("v"), V)
+    with pytest.raises(DtypeError, match=rf"'w' in '\.metadata' in memory has the dtype {dtype}"):
+        checkpoint.read("w")
+
+
+@pytest.mark.parametrize("field", ["state_dict_metadata", "storage_data"])
+def test_metadata_that_is_all_of_a_class_that_is_not_known_is_refused(field: str) -> None:
+    with pytest.raises(UnsafeObjectError, match=r"'\.metadata' in memory names .*Options"):
+        reshard.open(whole(lambda metadata: setattr(metadata, field, Options())))
+
+
+def test_many_names_of_classes_take_little_memory() -> None:
+    names = b"".join(b"c%05d\nx\n" % number for number in range(99_999))
+    store = whole()
+    store.content[METADATA] = b"\x80\x02](" + names + b"e."
+    with taking_at_most(32 * 2**20), pytest.raises(CorruptCheckpointError, match="is no metadata of DCP, but list"):
         reshard.open(store)
 
 
@@ -189,11 +377,6 @@ def test_values_beyond_those_of_a_slice_are_not_read(change: bytes) -> None:
     store.content = {**WHOLE.content, "__2_0.distcp": data.replace(b"K\x00K\x02K\x04\x86", change)}
     with pytest.raises(CorruptCheckpointError, match=r"^'w': chunk \[4:6, 0:4\] cannot be decoded"):
         reshard.open(store).read("w", Box((4, 0), (2, 4)))
-
-
-def placed(**changes: Any) -> Callable[[Metadata], None]:
-    """A change of where the first shard of w is said to be."""
-    return lambda metadata: metadata.storage_data.update({FIRST: replace(metadata.storage_data[FIRST], **changes)})
 
 
 @pytest.mark.parametrize(

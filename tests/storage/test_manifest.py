@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from reshard.storage.checksums import checksum
 from reshard.storage.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    DtypeError,
     NotCommittedError,
     UnsupportedVersionError,
 )
@@ -27,6 +29,7 @@ from reshard.storage.open_source import open_source
 from reshard.storage.source import Source
 from reshard.storage.testing import MemoryStore, RecordingStore
 from tests.planner.indexes import Saved, chunks_read, index_of
+from tests.storage.samples import sample
 
 HALVES = [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
 INDEX = index_of(
@@ -323,3 +326,76 @@ def test_ranks_load_by_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest
         assert read < 0.8 * (tmp_path / NAME).stat().st_size
     assert reshard.open(tmp_path).layout_of("down")[0] == [Box((0, 0), (512, 2048))]
     assert not reshard.open(tmp_path).verify()
+
+
+def renamed_dtype(store: MemoryStore, name: str, dtype: str) -> None:
+    """Make the manifest of a checkpoint give a tensor another dtype."""
+    data = store.content[NAME]
+    length = struct.unpack_from("<8sIIQ", data)[2]
+    header, body = json.loads(data[32 : 32 + length]), data[32 + length :]
+    for row in header["entries"]:
+        row[2] = dtype if row[0] == name else row[2]
+    text = json.dumps(header).encode()
+    store.content[NAME] = sealed(text + b" " * (-len(text) % 8), body)
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float16", "posit16"), ("float64", "float64_x"), ("uint8", "float6_e3m2")]
+)
+@pytest.mark.parametrize("shape", [(), (7,), (0, 3), (600, 500)])
+def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(
+    codec: str, stored: str, dtype: str, shape: tuple[int, ...]
+) -> None:
+    odd, w = sample(stored, *shape), torch.randn(300, 200)
+    store = MemoryStore()
+    reshard.save({"m": {"odd": odd, "w": w}, "step": 5}, store, codec=codec)
+    renamed_dtype(store, "m.odd", dtype)
+    checkpoint = reshard.open(store)
+    assert set(checkpoint.tensors) == {"m.w"}
+    assert checkpoint.read("m.w").equal(w)
+    assert checkpoint.read_object("step") == 5
+    message = rf"'m\.odd' in memory/manifest\.reshard has the dtype '{dtype}': this torch .* has no dtype {dtype}"
+    assert re.search(message, checkpoint.unreadable["m.odd"])
+    for ask in (
+        lambda: checkpoint.read("m.odd"),
+        lambda: checkpoint.state_dict(),
+        lambda: checkpoint.plan(reshard.Layout({"tp": 2})),
+        lambda: checkpoint.load_rank(reshard.Layout({"tp": 2}), 0, names="m"),
+        lambda: reshard.load({"m": {"odd": odd.clone(), "w": w}}, store),
+        lambda: reshard.convert(store, MemoryStore(), format="dcp"),
+    ):
+        with pytest.raises(DtypeError, match=message):
+            ask()
+    assert checkpoint.state_dict(names="m.w")["m"]["w"].equal(w)
+    assert len(checkpoint.plan(reshard.Layout({"tp": 2}), names="m.w")) == 2
+    assert reshard.load({"m": {"w": torch.zeros(300, 200)}}, store).unread == ("m.odd",)
+    assert reshard.convert(store, MemoryStore(), names={"m.w": "w", "step": "s"}).left_out == ("m.odd",)
+    metadata = reshard.StorageReader(store).read_metadata()
+    assert set(metadata.state_dict_metadata) == {"m.odd", "m.w", "step"}
+    assert checkpoint.verify() == []
+    (name,) = (name for name in store.content if name.startswith("data/"))
+    store.content[name] = bytes(len(store.content[name]))
+    assert {damage.tensor for damage in checkpoint.verify()} == {"m.w", "step", *(["m.odd"] if odd.numel() else [])}
+
+
+def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    reshard.save({"a": sample("float8_e5m2", 9), "b": torch.ones(3)}, store)
+    monkeypatch.delattr(torch, "float8_e5m2")
+    checkpoint = reshard.open(store)
+    assert checkpoint.state_dict(names="b")["b"].equal(torch.ones(3))
+    with pytest.raises(
+        DtypeError, match=r"'a' in memory/manifest\.reshard .*'float8_e5m2': this torch .* has no dtype"
+    ):
+        checkpoint.read("a")
+    assert checkpoint.verify() == []
+
+
+@pytest.mark.parametrize("dtype", [3, None, ["float32"]])
+def test_a_dtype_that_is_no_text_is_refused(dtype: Any) -> None:
+    store = MemoryStore()
+    reshard.save({"a": torch.ones(3)}, store)
+    renamed_dtype(store, "a", dtype)
+    with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
+        reshard.open(store)

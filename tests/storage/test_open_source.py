@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,7 @@ from reshard.errors import (
     CorruptCheckpointError,
     MissingTensorError,
     NotCommittedError,
+    UnsupportedFormatError,
 )
 from reshard.storage import open_source as module
 from reshard.storage.local_store import LocalStore
@@ -340,3 +342,133 @@ def test_the_model_is_taken_beside_other_files_of_a_trainer(tmp_path: Path) -> N
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     torch.save({"lr": 1}, tmp_path / "training_args.bin")
     assert reshard.open(tmp_path).read("w").equal(VALUES)
+
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+PARTS = [{"a": torch.ones(4, 2), "n": 3}, {"b": torch.zeros(2), "deep": {"c": torch.arange(5)}}]
+
+
+def bin_files(folder: Path, prefix: str = "pytorch_model", suffix: str = ".bin", **index: str) -> list[str]:
+    """Save a model in two files, and an index if there is anything in it. Returns their names."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{prefix}-{number:05}-of-00002{suffix}" for number in (1, 2)]
+    for name, state in zip(names, PARTS, strict=True):
+        torch.save(state, folder / name)
+    if index:
+        (folder / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return names
+
+
+FIRST, SECOND = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+WHOLE = {"a": FIRST, "n": FIRST, "b": SECOND, "deep.c": SECOND}
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_sharded_bin_folder_is_one_checkpoint(with_index: bool, tmp_path: Path) -> None:
+    bin_files(tmp_path / "m", **(WHOLE if with_index else {}))
+    torch.save({"lr": 1}, tmp_path / "m" / "training_args.bin")
+    checkpoint = reshard.open(tmp_path / "m")
+    assert (checkpoint.format, checkpoint.location) == ("torch", str(tmp_path / "m"))
+    state = checkpoint.state_dict()
+    assert state["a"].equal(torch.ones(4, 2))
+    assert state["deep"]["c"].equal(torch.arange(5))
+    assert state["n"] == 3
+    assert checkpoint.verify() == []
+    assert checkpoint.read("a", reshard.Box((1, 0), (2, 2))).equal(torch.ones(2, 2))
+    rank = checkpoint.load_rank(reshard.Layout({"tp": 2}, {"a": "colwise"}), 1)
+    assert rank["a"].equal(torch.ones(2, 2))
+    loaded = {"a": torch.zeros(4, 2), "b": torch.ones(2)}
+    reshard.load(loaded, tmp_path / "m")
+    assert loaded["a"].equal(torch.ones(4, 2))
+    assert loaded["b"].equal(torch.zeros(2))
+    reshard.convert(tmp_path / "m", tmp_path / "dst", format="safetensors")
+    assert reshard.open(tmp_path / "dst").read("deep.c").equal(torch.arange(5))
+
+
+def test_a_sharded_bin_folder_is_read_by_byte_ranges(tmp_path: Path) -> None:
+    bin_files(tmp_path, **WHOLE)
+    store = RecordingStore(LocalStore(tmp_path))
+    checkpoint = reshard.open(store)
+    store.calls.clear()
+    checkpoint.read("a", reshard.Box((1, 0), (2, 2)))
+    assert [(call.name, call.stop - call.start) for call in store.calls] == [(FIRST, 16)]
+
+
+def test_the_index_of_a_bin_folder_decides(tmp_path: Path) -> None:
+    bin_files(tmp_path, a="newer.bin", b=SECOND)
+    torch.save({"a": torch.full((4, 2), 9.0), "x": torch.ones(1)}, tmp_path / "newer.bin")
+    torch.save({"a": torch.full((4, 2), 7.0)}, tmp_path / "pytorch_model.bin")
+    checkpoint = reshard.open(tmp_path)
+    assert set(checkpoint.tensors) == {"a", "b"}
+    assert checkpoint.read("a").equal(torch.full((4, 2), 9.0))
+    assert checkpoint.left_out == ("deep.c", "x")
+
+
+def test_what_the_index_of_a_bin_folder_names_and_is_missing_does_not_hide_the_rest(tmp_path: Path) -> None:
+    bin_files(tmp_path, **WHOLE, lost=FIRST)
+    (tmp_path / SECOND).unlink()
+    checkpoint = reshard.open(tmp_path)
+    assert checkpoint.read("a").equal(torch.ones(4, 2))
+    assert set(checkpoint.damaged) == {"b", "deep.c", "lost"}
+    for name, why in (
+        ("b", f"'b' is in '{SECOND}', which is missing"),
+        ("lost", f"in '{FIRST}', which does not have it"),
+    ):
+        with pytest.raises(CorruptCheckpointError, match=why):
+            checkpoint.read(name)
+    with pytest.raises(CorruptCheckpointError, match="2 more names cannot be read"):
+        checkpoint.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({}, r"names no tensors\. Beside it are the weights 'pytorch_model-00001-of-00002\.bin'"),
+        ([], "is no index of weights.*Beside it are the weights"),
+        (None, "is no index of weights"),
+        ({"a": "../x.bin"}, "is no index of weights"),
+        ({"a": "gone.bin"}, r"a file that is missing: 'gone\.bin'"),
+    ],
+)
+def test_an_index_of_a_bin_folder_that_lies_is_refused(weight_map: object, message: str, tmp_path: Path) -> None:
+    bin_files(tmp_path)
+    (tmp_path / BIN_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CorruptCheckpointError, match=message):
+        reshard.open(tmp_path)
+
+
+@pytest.mark.parametrize("beside", [[], ["training_args.bin"], ["optimizer.pt", "scheduler.pt"]])
+@pytest.mark.parametrize(("prefix", "suffix"), [("pytorch_model", ".bin"), ("x", ".pt"), ("a-b", ".pth")])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_bin_folder_that_lacks_a_numbered_file_is_refused(
+    lost: int, prefix: str, suffix: str, beside: list[str], tmp_path: Path
+) -> None:
+    names = bin_files(tmp_path, prefix, suffix)
+    for name in beside:
+        torch.save({"lr": 1}, tmp_path / name)
+    assert set(reshard.open(tmp_path).tensors) == {"a", "b", "deep.c"}
+    (tmp_path / names[lost]).unlink()
+    with pytest.raises(CorruptCheckpointError, match=rf"is incomplete: '{names[lost]}' of 2 files is missing"):
+        reshard.open(tmp_path)
+    assert reshard.open(tmp_path / names[1 - lost]).tensors
+
+
+def test_a_tensor_that_two_numbered_files_have_is_refused(tmp_path: Path) -> None:
+    names = bin_files(tmp_path)
+    torch.save(PARTS[0], tmp_path / names[1])
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"two files have the tensor 'a': '{FIRST}' and '{SECOND}'\. Open"
+    ):
+        reshard.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt", "model.bin", "epoch.7", "ckpt.model"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("format", [None, "torch"])
+def test_a_file_from_before_torch_1_6_is_told(name: str, protocol: int, format: str | None, tmp_path: Path) -> None:
+    path = tmp_path / name
+    torch.save({"w": VALUES}, path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    with pytest.raises(
+        UnsupportedFormatError, match=rf"'{name}' in {tmp_path} was written before torch 1\.6.*save it anew"
+    ):
+        reshard.open(path, format=format)

@@ -20,7 +20,7 @@ from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage import reader
 from reshard.storage.arranged import Batch, Request, Tensor
 from reshard.storage.chunks import place_batch
-from reshard.storage.errors import CorruptCheckpointError, StoreError
+from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
 from reshard.storage.fetch import Fetcher
 from reshard.storage.manifest import NAME, encode_manifest
 from reshard.storage.open_source import open_source
@@ -369,3 +369,38 @@ def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.Monke
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
     with pytest.raises(RuntimeError, match="new thread"):
         execute(plan, manifest.index(), store, [torch.zeros(512, 256)])
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("boom"), KeyError("boom"), OSError("boom"), RuntimeError("boom")], ids=repr
+)
+@pytest.mark.parametrize("how", ["read", "load", "convert", "state_dict"])
+def test_what_somebodys_own_store_raises_names_the_tensor(how: str, error: Exception, tmp_path: Path) -> None:
+    memory = MemoryStore()
+    reshard.save({"model": {"w": torch.ones(40, 30)}}, memory)
+
+    def fail(call: Call) -> None:
+        if call.name.startswith("data/"):
+            raise error
+
+    store = RecordingStore(memory, fail)
+    ways: dict[str, Callable[[], object]] = {
+        "read": lambda: reshard.open(store).read("model.w"),
+        "load": lambda: reshard.load({"model": {"w": torch.zeros(40, 30)}}, store),
+        "convert": lambda: reshard.convert(store, tmp_path / "dst", format="safetensors"),
+        "state_dict": lambda: reshard.open(store).state_dict(),
+    }
+    with pytest.raises(StoreError, match=rf"^'model\.w': bytes .* of object 'data/.*: {type(error).__name__}: .*boom"):
+        ways[how]()
+
+
+def test_what_torch_raises_while_values_are_placed_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = MemoryStore()
+    reshard.save({"w": torch.ones(40, 30)}, memory)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(reader, "place_batch", fail)
+    with pytest.raises(RankError, match=r"^'w': RuntimeError: no device"):
+        reshard.load({"w": torch.zeros(40, 30)}, memory)

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import reshard
@@ -220,13 +221,77 @@ def test_a_header_larger_than_the_format_allows_is_not_read() -> None:
     assert max(call.stop - call.start for call in recording.calls if call.name == "bad.safetensors") <= 64 * 1024
 
 
-def test_a_dtype_that_is_not_known_is_named_with_its_file() -> None:
-    with pytest.raises(DtypeError, match=r"'bad\.safetensors' in memory: 'a' has the dtype 'F6_E3M2'"):
-        opened(bad=file_of({"a": {**ROW, "dtype": "F6_E3M2"}}))
+WITH_UNKNOWN = {
+    "a": {"dtype": "F6_E3M2", "shape": [4, 4], "data_offsets": [0, 12]},
+    "b": {**ROW, "data_offsets": [12, 36]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("dtype", ["F6_E3M2", "F6_E2M3", "U4", "C128", ""])
+def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, tmp_path: Path) -> None:
+    header = {**WITH_UNKNOWN, "a": {**WITH_UNKNOWN["a"], "dtype": dtype}}
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(file_of(header, bytes(36)))
+    checkpoint = reshard.open(path)
+    assert_holds(checkpoint, {"b": torch.zeros(2, 3)})
+    message = rf"'bad\.safetensors' in {tmp_path}: 'a' has the dtype '{dtype}'"
+    assert re.search(message, checkpoint.unreadable["a"])
+    assert checkpoint.damaged == ()
+    layout = reshard.Layout({"tp": 2})
+    for ask in (
+        lambda: checkpoint.read("a"),
+        lambda: checkpoint.read_object("a"),
+        lambda: checkpoint.state_dict(),
+        lambda: checkpoint.state_dict(names="a"),
+        lambda: checkpoint.load_rank(layout, 0),
+        lambda: checkpoint.plan(layout),
+        lambda: checkpoint.layout_of("a"),
+        lambda: reshard.load({"a": torch.zeros(4, 4)}, path),
+        lambda: reshard.convert(path, tmp_path / "dst"),
+        lambda: reshard.convert(path, tmp_path / "dst", names={"a": "x", "b": "b"}),
+        lambda: dcp.load({"a": torch.zeros(4, 4)}, storage_reader=reshard.StorageReader(path), no_dist=True),
+    ):
+        with pytest.raises((DtypeError, CheckpointException), match=message):
+            ask()
+    assert not (tmp_path / "dst").exists()
+    assert checkpoint.state_dict(names="b")["b"].equal(torch.zeros(2, 3))
+    assert checkpoint.load_rank(layout, 1, names="b")["b"].equal(torch.zeros(2, 3))
+    assert len(checkpoint.plan(layout, names="b")) == 2
+    assert checkpoint.verify() == []
+    state = {"b": torch.ones(2, 3)}
+    assert reshard.load(state, path).unread == ()
+    assert state["b"].equal(torch.zeros(2, 3))
+    dcp.load({"b": state["b"]}, storage_reader=reshard.StorageReader(path), no_dist=True)
+    assert reshard.convert(path, tmp_path / "dst", names="b").left_out == ("a",)
+
+
+def test_a_rank_that_does_not_hold_what_cannot_be_read_loads_the_rest() -> None:
+    header = {"layers.0.w": {**WITH_UNKNOWN["a"]}, "layers.1.w": {**ROW, "data_offsets": [12, 36]}}
+    checkpoint = opened(bad=file_of(header, bytes(36)))
+    layout = reshard.Layout({"pp": 2}, stages={"layers.0.w": 0, "layers.1.w": 1})
+    assert set(checkpoint.load_rank(layout, 1)) == {"layers.1.w"}
+    with pytest.raises(DtypeError, match=r"'layers\.0\.w' has the dtype"):
+        checkpoint.load_rank(layout, 0)
+
+
+def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = save({"a": sample("float8_e8m0fnu", 4), "b": torch.ones(3)})
+    monkeypatch.delattr(torch, "float8_e8m0fnu")
+    checkpoint = opened(one=data)
+    assert_holds(checkpoint, {"b": torch.ones(3)})
+    with pytest.raises(
+        DtypeError, match=r"'a' in memory/one\.safetensors .* float8_e8m0fnu: this torch .* has no dtype"
+    ):
+        checkpoint.read("a")
 
 
 def test_a_tensor_that_two_files_have_is_refused() -> None:
-    with pytest.raises(CorruptCheckpointError, match="two files have the tensor 'a'"):
+    message = (
+        r"two files have the tensor 'a': 'one\.safetensors' and 'two\.safetensors'\. "
+        r"Open one of them, as 'memory/one\.safetensors'"
+    )
+    with pytest.raises(CorruptCheckpointError, match=message):
         opened(one=file_of({"a": ROW}), two=file_of({"a": ROW}))
 
 
@@ -250,6 +315,93 @@ def test_shards_that_do_not_make_a_tensor_are_refused(other: bytes, message: str
         opened(one=shard(ROW, 0, 0), two=other).read("a")
 
 
+def save_ranks(folder: Path, state: dict[str, torch.Tensor], ranks: int, *, files: int = 1) -> None:
+    """Save rows of tensors as each rank's HuggingFaceStorageWriter names and writes them."""
+    folder.mkdir(exist_ok=True)
+    for rank in range(ranks):
+        parts: dict[str, torch.Tensor] = {}
+        offsets: dict[str, Any] = {}
+        for name, whole in state.items():
+            rows = -(-len(whole) // ranks)
+            part = whole[rank * rows : (rank + 1) * rows]
+            if len(part):
+                parts[name] = part.contiguous()
+                offsets[name] = {"saved_offsets": [rank * rows, *(0 for _ in whole.shape[1:])]}
+        path = folder / f"shard-{rank + 1:05}-model-{files:05}-of-{files:05}.safetensors"
+        save_file(parts, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+
+REMAIN = "files of another save remain in the folder, or a file is missing. Remove the files of the other save"
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (6, 3), (3, 2), (8, 5)])
+def test_files_that_remain_of_an_export_by_more_ranks_are_told(before: int, after: int, tmp_path: Path) -> None:
+    old = {"w": torch.zeros(16, 3), "b": torch.zeros(16)}
+    new = {"w": torch.ones(16, 3), "b": torch.ones(16)}
+    save_ranks(tmp_path / "m", old, before)
+    assert_holds(reshard.open(tmp_path / "m"), old)
+    save_ranks(tmp_path / "m", new, after)
+    checkpoint = reshard.open(tmp_path / "m")
+    assert set(checkpoint.damaged) == {"b", "w"}
+    message = rf"the shards of 'w' hold \d+ elements, its shape \(16, 3\) has 48: 'shard-00001-.*{REMAIN}"
+    for ask in (
+        lambda: checkpoint.read("w"),
+        lambda: checkpoint.state_dict(names="w"),
+        lambda: reshard.load({"w": torch.zeros(16, 3)}, tmp_path / "m"),
+        lambda: reshard.convert(tmp_path / "m", tmp_path / "dst", names="w"),
+    ):
+        with pytest.raises(CorruptCheckpointError, match=message):
+            ask()
+    with pytest.raises(CorruptCheckpointError, match=f"'shard-{before:05}-model-00001-of-00001.safetensors' holds"):
+        checkpoint.read("b")
+    assert {damage.tensor for damage in checkpoint.verify()} == {"b", "w"}
+    for rank in range(after, before):
+        (tmp_path / "m" / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors").unlink()
+    assert_holds(reshard.open(tmp_path / "m"), new)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_ranks_file_that_is_missing_is_told(lost: int, tmp_path: Path) -> None:
+    save_ranks(tmp_path / "m", {"w": torch.ones(9, 2)}, 3)
+    (tmp_path / "m" / f"shard-{lost + 1:05}-model-00001-of-00001.safetensors").unlink()
+    if lost == 2:  # nothing tells that there were more rows
+        assert reshard.open(tmp_path / "m").read("w").shape == (6, 2)
+        return
+    with pytest.raises(CorruptCheckpointError, match=rf"the shards of 'w' hold 12 elements, .*{REMAIN}"):
+        reshard.open(tmp_path / "m").read("w")
+
+
+def test_two_exports_of_the_same_ranks_are_not_mixed(tmp_path: Path) -> None:
+    """Under other names, of the same boxes: there is nothing to tell which one counts."""
+    for files, value in ((1, 0.0), (2, 1.0)):
+        save_ranks(tmp_path / "m", {"w": torch.full((8, 2), value)}, 2, files=files)
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    for name in names:
+        if "of-00002" in name:
+            save_file({"other": torch.ones(1)}, tmp_path / "m" / name.replace("-00002-of", "-00001-of"))
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"the shards of 'w' hold 32 elements, .* has 16.*{REMAIN}|two files"
+    ):
+        reshard.open(tmp_path / "m").read("w")
+
+
+def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
+    """A rank writes only those that it has shards for; together they have all."""
+    for rank, number, name in ((1, 1, "a"), (1, 2, "b"), (2, 2, "b")):
+        rows = slice(0, 2) if rank == 1 else slice(2, 4)
+        whole = torch.arange(8.0).reshape(4, 2)
+        part = whole if name == "a" else whole[rows].contiguous()
+        sharding = {name: {"saved_offsets": [0 if name == "a" else rows.start, 0]}}
+        path = tmp_path / f"shard-{rank:05}-model-{number:05}-of-00002.safetensors"
+        save_file({name: part}, path, metadata={"DCP_SHARDING_INFO": json.dumps(sharding)})
+    assert_holds(reshard.open(tmp_path), {"a": whole, "b": whole})
+    (tmp_path / "shard-00001-model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(
+        CorruptCheckpointError, match=r"'shard-\*-model-00001-of-00002\.safetensors' of 2 files is missing"
+    ):
+        reshard.open(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -267,7 +419,13 @@ def test_shards_that_do_not_make_a_tensor_are_refused(other: bytes, message: str
         (b"\xff", "is no index of safetensors"),
         (b"[" * 100_000, "is no index of safetensors"),
         ({"weight_map": {"a": "two.safetensors"}}, "tensors are in a file that is missing.*'two.safetensors'"),
-        ({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}, "'b' is in 'one.safetensors', which does"),
+        (
+            {"weight_map": {"a": "two.safetensors", "b": "x.safetensors"}},
+            "files that all are missing: 'two.*', 'x.safe",
+        ),
+        ({"weight_map": {}}, r"names no tensors\. Beside it are the weights 'one\.safetensors'"),
+        ({"weight_map": []}, r"is no index of safetensors.*Beside it are the weights 'one\.safetensors'"),
+        ({"weight_map": "one.safetensors"}, r"is no index of safetensors.*Beside it are the weights"),
     ],
 )
 def test_an_index_that_lies_is_refused(index: object, message: str) -> None:
@@ -275,12 +433,139 @@ def test_an_index_that_lies_is_refused(index: object, message: str) -> None:
         opened(one=file_of({"a": ROW}), index=index)
 
 
-@pytest.mark.parametrize("change", [-1, 1])
-def test_a_file_that_is_a_byte_too_short_or_too_long_is_refused(change: int) -> None:
+@pytest.mark.parametrize("change", [-40, -1, 1, 7, 100_000])
+def test_a_file_that_is_too_short_or_too_long_is_refused(change: int) -> None:
     data = save({"w": torch.ones(10)})
     changed = data[:change] if change < 0 else data + bytes(change)
-    with pytest.raises(CorruptCheckpointError, match=re.escape(f"has {len(changed)} bytes where its header tells of")):
+    why = "it was cut short" if change < 0 else f"{change} bytes too many follow the last tensor"
+    message = f"has {len(changed)} bytes where its header tells of {len(data)}: {why}"
+    with pytest.raises(CorruptCheckpointError, match=re.escape(message)):
         opened(one=changed)
+
+
+def test_an_index_decides_which_of_two_copies_counts(tmp_path: Path) -> None:
+    base = {"a": torch.zeros(3), "b": torch.ones(2), "c": torch.full((2,), 2.0)}
+    newer = {"a": torch.full((3,), 5.0), "c": torch.full((2,), 7.0)}
+    save_file(base, tmp_path / "model.safetensors")
+    save_file(newer, tmp_path / "overlay.safetensors")
+    index = {"a": "overlay.safetensors", "b": "model.safetensors", "c": "model.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    expected = {"a": newer["a"], "b": base["b"], "c": base["c"]}
+    checkpoint = reshard.open(tmp_path)
+    assert_holds(checkpoint, expected)
+    assert checkpoint.left_out == ()
+    assert checkpoint.verify() == []
+    state = {name: torch.empty_like(value) for name, value in expected.items()}
+    reshard.load(state, tmp_path)
+    assert all(state[name].equal(value) for name, value in expected.items())
+    reshard.convert(tmp_path, tmp_path / "dst")
+    assert_holds(reshard.open(tmp_path / "dst"), expected)
+
+
+def test_of_several_indexes_the_models_own_counts() -> None:
+    one, two = file_of({"a": ROW}, bytes(24)), file_of({"a": ROW}, bytes([1]) * 24)
+    store = MemoryStore()
+    store.content = {
+        "one.safetensors": one,
+        "two.safetensors": two,
+        "model.fp16.safetensors.index.json": b'{"weight_map": {"a": "two.safetensors"}}',
+        INDEX: b'{"weight_map": {"a": "one.safetensors"}}',
+    }
+    assert reshard.open(store).read("a").equal(torch.zeros(2, 3))
+    store.content["other.safetensors.index.json"] = store.content.pop(INDEX)
+    with pytest.raises(
+        CheckpointError, match=r"has 2 indexes, 'model\.fp16\.safe.*', 'other\.safe.*': open one of them"
+    ):
+        reshard.open(store)
+
+
+def test_an_index_is_opened_by_its_own_path(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        save_file({"a": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+        index = {"weight_map": {"a": f"{name}.safetensors"}}
+        (tmp_path / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        assert_holds(reshard.open(tmp_path / f"{name}.safetensors.index.json"), {"a": torch.full((2,), value)})
+
+
+@pytest.mark.parametrize("gone", ["tensor", "file", "both"])
+def test_what_an_index_names_and_is_missing_does_not_hide_the_rest(gone: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "one.safetensors")
+    index = {"a": "one.safetensors", "b": "one.safetensors"}
+    messages = {
+        "lost": r"the index 'model.*json' in .* says that 'lost' is in 'one\.safetensors', which does not have it",
+        "far.w": r"says that 'far\.w' is in 'gone\.safetensors', which is missing",
+    }
+    index |= {"lost": "one.safetensors"} if gone != "file" else {}
+    index |= {"far.w": "gone.safetensors"} if gone != "tensor" else {}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    checkpoint = reshard.open(tmp_path)
+    assert_holds(checkpoint, {"a": torch.ones(2), "b": torch.zeros(3)})
+    missing = sorted(index.keys() - {"a", "b"})
+    assert sorted(checkpoint.damaged) == missing
+    assert sorted((damage.tensor, damage.object) for damage in checkpoint.verify()) == [(n, index[n]) for n in missing]
+    for name in missing:
+        for ask in (
+            lambda name=name: checkpoint.read(name),
+            lambda name=name: checkpoint.state_dict(names=name),
+            lambda name=name: reshard.load({name: torch.ones(1)}, tmp_path, strict=False),
+            lambda name=name: reshard.convert(tmp_path, tmp_path / "dst", names=name),
+        ):
+            with pytest.raises(CorruptCheckpointError, match=messages[name]):
+                ask()
+    for everything in (checkpoint.state_dict, lambda: reshard.convert(tmp_path, tmp_path / "dst")):
+        with pytest.raises(CorruptCheckpointError, match=messages[missing[0]] + "|" + messages[missing[-1]]):
+            everything()
+    assert not (tmp_path / "dst").exists()
+    state = {"a": torch.zeros(2)}
+    reshard.load(state, tmp_path)
+    assert state["a"].equal(torch.ones(2))
+    report = reshard.convert(tmp_path, tmp_path / "dst", names={"a": "a", "b": "b"})
+    assert sorted(report.left_out) == missing
+
+
+def test_tensors_that_an_index_does_not_name_are_listed(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "b": torch.zeros(3), "c": torch.ones(1)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    checkpoint = reshard.open(tmp_path)
+    assert_holds(checkpoint, {"a": torch.ones(2)})
+    assert checkpoint.left_out == ("b", "c")
+    assert reshard.convert(tmp_path, tmp_path / "dst").left_out == ("b", "c")
+
+
+@pytest.mark.parametrize("prefix", ["model", "pytorch_model", "diffusion_pytorch_model", "a.b-c", ""])
+@pytest.mark.parametrize(
+    ("first", "lost"), [(0, [1]), (0, [2]), (0, [1, 2]), (1, [0]), (1, [1]), (1, [2]), (1, [0, 1]), (1, [1, 2])]
+)
+def test_a_folder_that_lacks_numbered_files_is_refused(
+    prefix: str, first: int, lost: list[int], tmp_path: Path
+) -> None:
+    names = [f"{prefix}-{first + i:05}-of-00003.safetensors".removeprefix("-") for i in range(3)]
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.ones(2)}, tmp_path / name)
+    assert set(reshard.open(tmp_path).tensors) == {"t0", "t1", "t2"}
+    for number in lost:
+        (tmp_path / names[number]).unlink()
+    wanted = ", ".join(re.escape(repr(names[number])) for number in lost)
+    with pytest.raises(CorruptCheckpointError, match=rf"is incomplete: {wanted} of 3 files is missing"):
+        reshard.open(tmp_path)
+    with pytest.raises(CorruptCheckpointError, match="is incomplete"):
+        reshard.convert(tmp_path, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    left = next(name for number, name in enumerate(names) if number not in lost)
+    assert len(reshard.open(tmp_path / left).tensors) == 1
+
+
+def test_files_of_two_models_are_counted_apart() -> None:
+    files: dict[str, object] = {
+        f"{prefix}-{i:05}-of-0000{count}": file_of({f"{prefix}{i}": ROW})
+        for prefix, count in (("text", 2), ("image", 3))
+        for i in range(1, count + 1)
+    }
+    assert len(opened(**files).tensors) == 5
+    del files["image-00003-of-00003"]
+    with pytest.raises(CorruptCheckpointError, match=r"'image-00003-of-00003\.safetensors' of 3 files is missing"):
+        opened(**files)
 
 
 def test_a_file_that_was_cut_after_it_was_opened_is_told(tmp_path: Path) -> None:

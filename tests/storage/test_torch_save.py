@@ -17,11 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import _utils
 
 import reshard
 from reshard.errors import (
     CheckpointError,
     CorruptCheckpointError,
+    DtypeError,
     UnsafeObjectError,
     UnsupportedFormatError,
 )
@@ -157,11 +159,59 @@ def test_what_byte_ranges_do_not_give_is_refused_when_it_is_read(case: str) -> N
     assert state["w"].equal(torch.ones(3))
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is deprecated")
-def test_a_file_with_quantized_tensors_is_refused() -> None:
-    data = torch_saved({"q": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)})
-    with pytest.raises(UnsupportedFormatError, match=r"'model\.pt' in memory has tensors of a kind"):
-        opened(data)
+def quantized(kind: str) -> torch.Tensor:
+    if kind == "per channel":
+        scales, zeros = torch.tensor([0.1, 0.2]), torch.tensor([0, 0])
+        return torch.quantize_per_channel(torch.ones(2, 3), scales, zeros, 0, torch.qint8)
+    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, getattr(torch, kind))
+
+
+QUANTIZED = ("qint8", "quint8", "qint32", "per channel")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per", "ignore:TypedStorage is deprecated", "ignore:.*Quantizer", "ignore:.*nested tensors"
+)
+@pytest.mark.parametrize("kind", [*QUANTIZED, "nested"])
+def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, tmp_path: Path) -> None:
+    odd = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]) if kind == "nested" else quantized(kind)
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.ones(2), "deep": {"odd": odd}, "step": 3, "z": torch.zeros(4)}, path)
+    checkpoint = reshard.open(path)
+    assert_holds(checkpoint, {"a": torch.ones(2), "z": torch.zeros(4)})
+    assert set(checkpoint.unreadable) == {"deep.odd"}
+    assert checkpoint.damaged == ()
+    assert checkpoint.verify() == []
+    message = r"'model\.pt' in .* has 'deep\.odd' as a tensor of a kind that can only be read whole, by torch\.load"
+    with pytest.raises(UnsupportedFormatError, match=message):
+        checkpoint.read("deep.odd")
+    with pytest.raises(UnsupportedFormatError, match=message):
+        checkpoint.state_dict()
+    with pytest.raises(UnsupportedFormatError, match=message):
+        reshard.load({"deep": {"odd": torch.ones(3)}}, path)
+    assert checkpoint.state_dict(names="a")["a"].equal(torch.ones(2))
+    with pytest.raises(UnsupportedFormatError, match=rf"{message}.*leave 'deep\.odd' out by names="):
+        reshard.convert(path, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    report = reshard.convert(path, tmp_path / "dst", names={"a": "a", "z": "z"})
+    assert set(report.left_out) == {"deep.odd", "step"}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_tensor_leaves_nothing_for_the_next_load_of_torch(layout: torch.layout) -> None:
+    data = torch_saved({"odd": torch.eye(3).to_sparse(layout=layout), "w": torch.ones(3)})
+    assert_holds(opened(data), {"w": torch.ones(3)})
+    assert _utils._sparse_tensors_to_validate == []
+
+
+@pytest.mark.parametrize("dtype", ["bits8", "bits16", "bits4x2"])
+def test_a_dtype_that_reshard_does_not_know_does_not_hide_the_others(dtype: str) -> None:
+    odd = torch.zeros(4, dtype=torch.uint8).view(getattr(torch, dtype))
+    checkpoint = opened(torch_saved({"odd": odd, "w": torch.ones(3)}))
+    assert_holds(checkpoint, {"w": torch.ones(3)})
+    with pytest.raises(DtypeError, match=rf"'model\.pt' in memory has 'odd' of dtype torch\.{dtype}"):
+        checkpoint.read("odd")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +283,17 @@ DATA = torch_saved({"w": torch.arange(6.0).reshape(2, 3), "v": torch.arange(4), 
 def test_a_file_cut_short_is_refused(length: int) -> None:
     with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in memory"):
         opened(DATA[:length])
+
+
+@pytest.mark.parametrize("more", [1, 7, 1000, 60_000])
+def test_some_bytes_after_the_end_do_not_matter_as_torch_reads_them_too(more: int) -> None:
+    assert opened(DATA + bytes(more)).read("w").equal(torch.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.parametrize("more", [70_000, 500_000, 1_000_000])
+def test_many_bytes_after_the_end_are_counted(more: int) -> None:
+    with pytest.raises(CorruptCheckpointError, match=rf"{more} bytes too many follow its end at byte {len(DATA)}"):
+        opened(DATA + bytes(more))
 
 
 def test_a_file_cut_after_it_was_opened_is_told() -> None:
