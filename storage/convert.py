@@ -23,7 +23,7 @@ import torch.distributed as dist
 from ..planner.errors import MissingTensorError
 from ..planner.index import Entry, Kind, nearest_names
 from ..planner.layout import matches
-from .casts import check_is_not_scaled, scale_names, weight_dtype
+from .casts import check_is_not_scaled, loses_bits, scale_names, weight_dtype
 from .checksums import checksum
 from .dcp import check_codec
 from .errors import ArgumentError, ObjectNotFoundError
@@ -33,7 +33,7 @@ from .open_source import open_source
 from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
-from .reports import RankReport, Report
+from .reports import Cast, RankReport, Report
 from .retrying_store import retried
 from .source import Source, Unreadable
 from .sources.reads import Reads
@@ -104,7 +104,7 @@ def convert(
         process_group, budget_bytes, progress: as of `reshard.load`.
 
     Returns: what each rank did. `skipped` are the objects that the format has no place for: safetensors has tensors
-    only. `left_out` are the names of the source that were not taken.
+    only. `left_out` are the names of the source that were not taken. `cast` are the tensors that `dtype` rounds.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: there is a checkpoint at `dst`, or the remains of one, or of another conversion.
@@ -184,6 +184,7 @@ class _Conversion:
         self._meter = meter
         self.skipped: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
+        self.cast: tuple[Cast, ...] = ()
 
     def prepare(
         self,
@@ -202,6 +203,12 @@ class _Conversion:
             self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
             items = [item for item in items if item.kind is Kind.TENSOR]
         self.items, self.units = items, target.units(items)
+        stored = ((item, source.entry(item.source).dtype) for item in items if item.kind is Kind.TENSOR)
+        self.cast = tuple(
+            Cast(item.name, dtype, item.dtype)
+            for item, dtype in stored
+            if dtype != item.dtype and loses_bits(torch_dtype(dtype), item.torch_dtype)
+        )
         self.notes = Notes(store, target)
         self._reads = Reads(source.store)
         cut = [len(unit.pieces) for unit in self.units]
@@ -240,6 +247,7 @@ class _Conversion:
             bytes_written=written,
             requests=report.requests + self._reads.requests,
             seconds=seconds,
+            cast=self.cast,
         )
 
     def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:

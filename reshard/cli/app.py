@@ -126,10 +126,21 @@ def convert(
     src: Annotated[str, typer.Argument(help="A checkpoint of any format.", show_default=False)],
     dst: Annotated[str, typer.Argument(help="An empty place.", show_default=False)],
     to: Annotated[str, typer.Option(help="reshard, dcp or safetensors.")] = "reshard",
-    rename: Annotated[
-        list[str] | None, typer.Option(metavar="OLD=NEW", help="Patterns with a '*': 'model.*=*'. Others are left out.")
-    ] = None,
     names: Names = "*",
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Names that are left out. May be repeated.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Patterns with stars: 'model.*=*'. Other names are left out."),
+    ] = None,
+    keep_others: Annotated[
+        bool, typer.Option("--keep-others", help="With --rename: names that no pattern matches stay as they are.")
+    ] = False,
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Names that are left out where they cannot be read. May be repeated."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of floating-point tensors, as bfloat16.")] = None,
     codec: Annotated[str, typer.Option(help="zstd or none.")] = "zstd",
     max_file_gb: Annotated[float, typer.Option(min=0.001, help="Of safetensors files.")] = 5.0,
@@ -145,7 +156,22 @@ def convert(
     """
     from .convert import run
 
-    run(src, dst, to, rename or [], names, dtype, codec, max_file_gb, format, src_option, dst_option)
+    run(
+        src,
+        dst,
+        to,
+        names,
+        exclude or [],
+        rename or [],
+        keep_others,
+        allow_missing or [],
+        dtype,
+        codec,
+        max_file_gb,
+        format,
+        src_option,
+        dst_option,
+    )
 
 
 @app.command()

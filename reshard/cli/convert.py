@@ -20,8 +20,11 @@ def run(
     src: str,
     dst: str,
     to: str,
-    rename: list[str],
     names: str,
+    exclude: list[str],
+    rename: list[str],
+    keep_others: bool,
+    allow_missing: list[str],
     dtype: str | None,
     codec: str,
     max_file_gb: float,
@@ -32,8 +35,12 @@ def run(
     pairs = [pair.partition("=") for pair in rename]
     if not all(equals for _, equals, _ in pairs):
         raise typer.BadParameter("expected OLD=NEW", param_hint="--rename")
-    if pairs and names != "*":
-        raise typer.BadParameter("--rename tells what is taken: leave out --names", param_hint="--names")
+    if keep_others and not pairs:
+        raise typer.BadParameter("it is for --rename", param_hint="--keep-others")
+    if pairs and names != "*" and not keep_others:
+        message = "--rename says what is taken: leave out --names, or add --keep-others"
+        raise typer.BadParameter(message, param_hint="--names")
+    new_names = {old: new for old, _, new in pairs}
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(wanted, torch.dtype):
         raise typer.BadParameter(f"torch has no dtype {dtype!r}", param_hint="--dtype")
@@ -42,7 +49,10 @@ def run(
             src,
             dst,
             format=to,
-            names={old: new for old, _, new in pairs} or names,
+            names=names if keep_others or not pairs else new_names,
+            exclude=exclude,
+            rename=new_names if keep_others else None,
+            allow_missing=allow_missing,
             dtype=wanted,
             codec=codec,
             max_file_bytes=int(max_file_gb * 1e9),
@@ -57,6 +67,10 @@ def run(
             f"{dst}: {in_bytes(total.bytes_needed)} of values, {in_bytes(total.bytes_written)} written, in "
             f"{total.seconds['total']:.1f} s"
         )
+        if report.cast:
+            print(
+                f"{len(report.cast)} tensors were cast to fewer bits: {first_few([cast.name for cast in report.cast])}"
+            )
         if report.skipped:
             print(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
         if report.left_out:

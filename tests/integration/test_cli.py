@@ -376,6 +376,21 @@ def test_conversion_by_the_command_line(tmp_path: Path) -> None:
     assert tensors["layers.0.up.weight"].dtype == torch.bfloat16
     call("convert", place, tmp_path / "y", "--dtype", "nothing", code=2)
     call("convert", place, tmp_path / "y", "--rename", "nothing", code=2)
+    call("convert", place, tmp_path / "y", "--keep-others", code=2)
+    call(
+        "convert",
+        place,
+        tmp_path / "y",
+        "--rename",
+        "model.layers.*.up.*=l*.up.*",
+        "--keep-others",
+        "--exclude",
+        "*.1.*",
+    )
+    assert {name.partition(".up")[0] for name in as_json("inspect", tmp_path / "y")["tensors"] if "up" in name} == {
+        "l0",
+        "l2",
+    }
 
 
 def test_an_error_is_one_sentence(
