@@ -487,8 +487,13 @@ def _encoded_object(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]
     )
     if asks_default:
         assert isinstance(planner, DefaultSavePlanner)
-        kind, data = encode_object(planner.lookup_object(item.index))
-        return kind, data
+        value = planner.lookup_object(item.index)
+        try:
+            return encode_object(value)
+        except Exception as error:
+            raise UnsupportedValueError(
+                f"{item.index.fqn!r}, of {type(value)}, cannot be stored: {type(error).__name__}: {error}"
+            ) from error
     resolved = planner.resolve_data(item)
     assert isinstance(resolved, io.BytesIO)
     return resolved.kind if isinstance(resolved, EncodedObject) else Kind.TORCH_SAVE, resolved.getvalue()
