@@ -39,7 +39,8 @@ class Record:
 class Foreign:
     """What stands for a class or function that is not known, and for what would be made with it.
 
-    It accepts every argument, state, item and call that a pickle can give it, and runs nothing. It keeps only the state.
+    It accepts every argument, state, item and call that a pickle can give it, and runs nothing. Only the state
+    is kept.
     """
 
     __slots__ = ("state",)
