@@ -24,9 +24,10 @@ from .errors import (
 )
 from .local_store import LocalStore
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
-from .open_source import CONVERSION, FILE_SUFFIXES, open_source
+from .open_source import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA
+from .sources.weight_map import part_groups
 from .store import Store, open_store
 from .writer import OBJECT_MAGIC
 
@@ -99,7 +100,8 @@ def _in_its_place(name: str) -> tuple[str, str]:
 def _tells(name: str) -> bool:
     """Whether a name is one of a checkpoint's."""
     known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
-    return bool(known) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
+    of_many = name.endswith(TORCH_INDEX_SUFFIX) or part_groups([name])
+    return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
 def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> Found | None:

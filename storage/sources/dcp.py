@@ -269,7 +269,11 @@ def _read_metadata(reads: Reads, name: str) -> Record:
     metadata, _ = load_inert(data, _ALLOWED, where, takes_foreign=True)
     foreign = name_of_foreign(metadata)
     if foreign is not None:
-        raise refused(where, foreign)
+        state = getattr(metadata, "state", None)
+        if not isinstance(state, dict) or not state.keys() >= {"state_dict_metadata", "storage_data"}:
+            raise refused(where, foreign)
+        metadata = _Metadata()  # of a class of its own that derives from it, as Megatron's
+        metadata.state = state
     if not isinstance(metadata, _Metadata):
         raise CorruptCheckpointError(f"{where} is no metadata of DCP, but {type(metadata).__name__}")
     return metadata

@@ -39,10 +39,11 @@ class Record:
 class Foreign:
     """What stands for a class or function that is not known, and for what would be made with it.
 
-    It accepts every argument, state, item and call that a pickle can give it, keeps none of them and runs nothing.
+    It accepts every argument, state, item and call that a pickle can give it, and runs nothing. Only the state
+    is kept.
     """
 
-    __slots__ = ()
+    __slots__ = ("state",)
     of = "an unknown class"
     """The module and name that the pickle gives."""
 
@@ -54,7 +55,8 @@ class Foreign:
     def __call__(self, *arguments: Any, **named: Any) -> Foreign:
         return Foreign()
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None: ...
 

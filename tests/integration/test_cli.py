@@ -503,3 +503,18 @@ def test_names_that_a_conversion_leaves_out_are_listed(tmp_path: Path) -> None:
     assert "left out, 5 names that no pattern or index lists: 'model.layers.1." in told
     with pytest.raises(reshard.errors.MissingTensorError, match=r"has no 'modle\.\*': no name matches.*'model\.\*'"):
         call("convert", saved(native, tmp_path), tmp_path / "other", "--rename", "modle.*=*")
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_sharded_bin_folder_is_listed_once(with_index: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for name in names:
+        torch.save({name[:19]: torch.ones(2)}, folder / name)
+    torch.save({"lr": 1}, folder / "training_args.bin")
+    if with_index:
+        index = {name[:19]: name for name in names}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (row,) = as_json("ls", tmp_path)
+    assert (row["uri"], row["format"], row["state"], row["entries"]) == (str(folder), "torch", "whole", 2)

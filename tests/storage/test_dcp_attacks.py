@@ -18,7 +18,7 @@ import tracemalloc
 import types
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,6 +204,32 @@ def test_classes_that_are_not_known_beside_the_metadata_of_tensors_do_not_matter
     store.content[METADATA] = pickle.dumps(made[0], protocol)
     read_all(store)
     assert set(reshard.open(store).state_dict()) == {"w", "v", "step"}
+
+
+@dataclass
+class MCoreMetadata(Metadata):
+    mcore_data: Any = None
+
+
+def test_a_class_that_derives_from_the_metadata_is_read() -> None:
+    made: list[Metadata] = []
+    store = whole(made.append)
+    told = {field.name: getattr(made[0], field.name) for field in fields(Metadata)}
+    store.content[METADATA] = pickle.dumps(MCoreMetadata(**told, mcore_data={"w": Options()}))
+    read_all(store)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"state_dict_metadata": {}}, [1]])
+def test_a_class_that_only_looks_like_it_is_refused(state: Any) -> None:
+    store = whole()
+    options = Options()
+    options.__dict__.clear()
+    options.__dict__["x"] = state
+    if isinstance(state, dict):
+        options.__dict__.update(state)
+    store.content[METADATA] = pickle.dumps(options)
+    with pytest.raises(UnsafeObjectError, match=r"'\.metadata' in memory names .*Options"):
+        reshard.open(store)
 
 
 def test_a_defaultdict_of_tensors_is_read() -> None:
