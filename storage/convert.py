@@ -30,6 +30,7 @@ from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from .reports import RankReport, Report
+from .resources import check_budget
 from .retrying_store import retried
 from .source import Source
 from .sources.reads import Reads
@@ -107,6 +108,7 @@ def convert(
     conversion = _Conversion(rank, world, budget_bytes, meter)
 
     def prepare() -> tuple[str, str]:
+        check_budget(budget_bytes)
         _check(format, codec, names, dtype, max_file_bytes)
         target: Target = DcpTarget()
         if format == "reshard":

@@ -9,7 +9,7 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from typing_extensions import Buffer
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
 from .memory import in_step
 from .store import ObjectWriter
+from .threads import Pool
 
 OPEN_FILES = 64
 ADVISED_BYTES = 512 * 1024
@@ -158,6 +159,14 @@ class LocalStore:
             for parent, _, files in os.walk(self._root / folder):
                 yield from ((Path(parent) / file).relative_to(self._root).as_posix() for file in files)
 
+    def list_top(self) -> Iterable[str]:
+        with self._errors("list", ""):
+            try:
+                with os.scandir(self._root) as entries:
+                    return [entry.name for entry in entries if not entry.is_dir()]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         """What is sent to another process: where it is, and no open file."""
         return LocalStore, (self._root,)
@@ -203,7 +212,7 @@ class _NewFile:
         self._waiting: list[memoryview] = []
         self._nbytes = 0
         self._unsynced = 0
-        self._syncing = ThreadPoolExecutor(1, "reshard-sync")
+        self._syncing = Pool(1, "reshard-sync")
         self._synced: Future[None] | None = None
 
     def write(self, data: Buffer, /) -> None:

@@ -15,7 +15,6 @@ import re
 import struct
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, chain
 from operator import itemgetter
@@ -40,6 +39,7 @@ from .errors import (
 )
 from .source import bounded
 from .store import Store
+from .threads import Pool
 
 NAME = "manifest.reshard"
 DATA_FOLDER = "data"
@@ -187,7 +187,7 @@ class Manifest:
         readers = min(len(runs), self.store.concurrent_reads)
         if readers <= 1:
             return read(runs)
-        with ThreadPoolExecutor(readers, "reshard-manifest") as pool:
+        with Pool(readers, "reshard-manifest") as pool:
             return sorted(chain(*pool.map(read, [runs[at::readers] for at in range(readers)])), key=itemgetter(0))
 
     def _load(self, blocks: list[int]) -> CheckpointIndex:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from .fsspec_store import split_file
 from .manifest import DATA_NAME, NAME, Manifest
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
@@ -43,8 +44,7 @@ def open_source(
     store = open_store(target, storage_options)
     if isinstance(target, Store) or format == "reshard":
         return _in_folder(store, format)
-    folder, slash, name = os.fspath(target).rstrip("/").rpartition("/")
-    folder = folder or slash or "."
+    folder, name = split_file(os.fspath(target))
     suffix = os.path.splitext(name)[1]
     if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
         source = _file(open_store(folder, storage_options), name, FILE_SUFFIXES[suffix])
@@ -55,7 +55,7 @@ def open_source(
     except NotCommittedError:
         raise
     except CheckpointNotFoundError:
-        source = _file(open_store(folder, storage_options), name, format) if name and "::" not in name else None
+        source = _file(open_store(folder, storage_options), name, format) if name else None
         if source is None:
             raise
         return source
@@ -112,6 +112,13 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "torch") and len(files) == 1:
         return TorchSaveSource(reads, files[0])
     raise _not_found(store, names, format)
+
+
+def is_of_a_checkpoint(name: str) -> bool:
+    """Return whether a name at the top of a folder is one that a checkpoint of another format, or a conversion, has."""
+    known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
+    is_top = "/" not in name
+    return is_top and (known or name.endswith((".distcp", INDEX_SUFFIX)) or os.path.splitext(name)[1] in FILE_SUFFIXES)
 
 
 def _is_there(reads: Reads, name: str) -> bool:

@@ -24,7 +24,7 @@ from .progress import Meter
 from .ranks import Interrupt, never
 from .reader import execute
 from .reports import RankReport
-from .resources import default_budget
+from .resources import check_budget, default_budget
 from .source import Source
 from .tensors import from_bytes, torch_dtype
 from .workers import Workers
@@ -84,9 +84,11 @@ def read_boxes(
     """Read boxes into tensors of their sizes, in place, and `blobs` with them.
 
     All is checked before anything is read; for the errors of reading, see `reader.execute`.
-    Raises DtypeError, DestinationError, ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
+    Raises DtypeError, DestinationError, ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError,
+    ArgumentError for a budget that is none.
     """
     begin = time.perf_counter()
+    check_budget(budget_bytes)
     wants = [*wants, *(want for blob in blobs for want in blob.wants)]
     destinations = [*destinations, *(tensor for blob in blobs for tensor in blob.tensors)]
     for want, destination in zip(wants, destinations, strict=True):

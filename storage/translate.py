@@ -22,6 +22,7 @@ _DENIED = frozenset(("PermissionDeniedError", "UnauthenticatedError"))
 """Classes of obstore."""
 _CONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
 _BEYOND_THE_END = frozenset(("InvalidRange", "416"))
+_GONE = ("404", "410")
 _TRANSIENT = frozenset(
     [
         "InternalError",
@@ -57,6 +58,7 @@ _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
 _SECRETS = re.compile(r"(?<=://)[^/@]*(?=@)|(?<=\?).*")
+_SIGNED = re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]*")
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
@@ -77,6 +79,9 @@ def translating(doing: str, name: str, location: str, *, with_cause: bool = True
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
     """The error of reshard for what a client raised while `doing` ("read", "write", ...) an object of a store."""
     where = f"{name!r} in {location}"
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in ("", *_GONE):
+        error = cause  # fsspec takes any answer to a look for a file as a no
     if isinstance(error, FileNotFoundError):
         if doing == "write":
             return StoreError(f"cannot write {where}: there is no such bucket or folder")
@@ -130,7 +135,7 @@ def _words(error: BaseException) -> str:
     """What an error says; of obstore's, which show all that was sent and answered, the store's code and message."""
     text = str(error)
     if not _is_of_obstore(error):
-        return text
+        return _SIGNED.sub(r"\1***", text)
     code, message = _XML_CODE.search(text), _XML_MESSAGE.search(text)
     if code:
         return f"{code[1]}: {message[1]}" if message else code[1]
@@ -146,4 +151,10 @@ def _code(error: BaseException) -> str:
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))
-    return str(getattr(error, "code", ""))
+    return _status(error) or str(getattr(error, "code", ""))
+
+
+def _status(error: BaseException | None) -> str:
+    """The number that an error of aiohttp has."""
+    status = getattr(error, "status", None)
+    return str(status) if isinstance(status, int) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
 from typing import Any
 
@@ -22,6 +22,7 @@ from .read import Blob, counting_metadata, read_boxes
 from .reports import RankReport, added
 from .resources import default_budget, give_back_memory
 from .source import Source
+from .threads import Pool
 from .workers import Workers
 
 MOST_READS = 8
@@ -37,7 +38,7 @@ class Values:
         self._lock = threading.Lock()
         # Each holds a piece twice: as it is stored, and as it is read.
         self._reads = max(1, min(MOST_READS, budget // (4 * PIECE_BYTES)))
-        self._pool = ThreadPoolExecutor(self._reads, "reshard-convert")
+        self._pool = Pool(self._reads, "reshard-convert")
         self._workers = Workers(source.store)
         self._report = RankReport(rank)
         self._was_read = was_read
@@ -48,8 +49,8 @@ class Values:
         return counting_metadata(self._report, self._source)
 
     def close(self) -> None:
-        """Reads that nobody waits for any more are left to end by themselves."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Stop the reads that nobody waits for any more."""
+        self._pool.abandon()
         self._workers.__exit__(None, None, None)
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
 from ...planner.costs import LOCAL, REMOTE, Costs
 from ..errors import CorruptCheckpointError
 from ..store import Store
+from ..threads import Pool
 
 T = TypeVar("T")
 SMALL_BYTES = 64 * 1024
@@ -74,7 +74,7 @@ class Reads:
         """A call for each row, many at once."""
         if len(columns[0]) <= 1:
             return list(map(call, *columns))
-        with ThreadPoolExecutor(min(MOST_AT_ONCE, len(columns[0])), "reshard-open") as pool:
+        with Pool(min(MOST_AT_ONCE, len(columns[0])), "reshard-open") as pool:
             return list(pool.map(call, *columns))
 
     @property
