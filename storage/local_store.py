@@ -123,7 +123,7 @@ class LocalStore:
     def create(self, name: str) -> Iterator[ObjectWriter]:
         path = self._root / name
         with self._errors("write", name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             file = _NewFile(path, lambda: self._errors("write", name))
         try:
             yield file
@@ -137,7 +137,7 @@ class LocalStore:
         path = self._root / name
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         with self._errors("write", name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 with open(temporary, "xb") as file:
                     file.write(data)
@@ -270,6 +270,17 @@ def _create(temporary: Path, path: Path) -> None:
 def _sync_data(descriptor: int) -> None:
     """Without its times, where the system knows the difference."""
     (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and the parents that it lacks, and make the names of all durable."""
+    new = []
+    while not path.exists():
+        new.append(path)
+        path = path.parent
+    for folder in reversed(new):
+        folder.mkdir(exist_ok=True)  # another rank may make it at the same time
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(path: Path) -> None:

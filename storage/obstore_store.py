@@ -22,7 +22,7 @@ from typing_extensions import Buffer
 
 from . import retrying_store
 from .conditions import put_new
-from .errors import CheckpointExistsError, StoreError
+from .errors import StoreError
 from .logs import logger_of
 from .store import PART_BYTES, AsyncReads, ListsTop, ObjectWriter, Upload, held, is_name
 from .threads import event_loop, result_of
@@ -318,10 +318,7 @@ class ObstoreStore:
             await obstore.put_async(self._writing, self._prefix + name, data, mode=mode, use_multipart=False)
 
         with self._errors("write", name):
-            try:
-                self._wait(put())
-            except obstore.exceptions.AlreadyExistsError:
-                raise CheckpointExistsError(f"{name!r} exists in {self.location}") from None
+            self._wait(put())
 
     def list(self, folder: str = "") -> Iterable[str]:
         import obstore

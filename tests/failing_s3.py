@@ -28,6 +28,8 @@ class FailingS3:
     content: dict[str, bytes] = field(default_factory=dict)
     fails: Callable[[str, str], bool] = lambda method, key: True
     answers: int = 503
+    code: str = "ServiceUnavailable"
+    """S3's word for why a request fails."""
     failing: threading.Event = field(default_factory=threading.Event)
     """Set once a request has failed."""
     requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
@@ -94,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.s3.ended.wait()
                 self.close_connection = True
             else:
-                self._answer(self.s3.answers, _error("ServiceUnavailable", "try again"))
+                self._answer(self.s3.answers, _error(self.s3.code, "the test says so"))
         elif not key and self.command == "GET":
             self._answer(200, self._listing(parse_qs(url.query, keep_blank_values=True)))
         elif self.command in ("GET", "HEAD"):
