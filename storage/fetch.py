@@ -107,9 +107,8 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.stop.set()
-            self._pool.shutdown(wait=False)
-        for future in tuple(self._running):  # not by the pool, which has its lock meanwhile: some call back
+            self._pool.abandon()
+        for future in tuple(self._running):
             future.cancel()
 
 

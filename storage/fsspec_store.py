@@ -267,7 +267,7 @@ class FsspecStore:
     def list_top(self) -> Iterable[str]:
         return [name for name in self._listed("ls", "") if "/" not in name]
 
-    def _listed(self, method: str, folder: str) -> list[str]:
+    def _listed(self, method: str, folder: str) -> Iterable[str]:
         with self._errors("list", folder):
             self._fs.invalidate_cache()
             root = self._fs._strip_protocol(self._root)

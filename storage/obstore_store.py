@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -325,7 +325,7 @@ class ObstoreStore:
 
         prefix = f"{self._prefix}{folder.rstrip('/')}/" if folder else self._prefix
 
-        async def listed() -> list[ObjectMeta]:
+        async def listed() -> Sequence[ObjectMeta]:
             return [entry async for batch in obstore.list(self._reading, prefix or None) for entry in batch]
 
         return self._names(listed, lambda lister: lister.list(folder))
@@ -333,20 +333,20 @@ class ObstoreStore:
     def list_top(self) -> Iterable[str]:
         import obstore
 
-        async def listed() -> list[ObjectMeta]:
-            return list((await obstore.list_with_delimiter_async(self._reading, self._prefix or None))["objects"])
+        async def listed() -> Sequence[ObjectMeta]:
+            return (await obstore.list_with_delimiter_async(self._reading, self._prefix or None))["objects"]
 
         return self._names(listed, lambda lister: lister.list_top())
 
     def _names(
-        self, listed: Callable[[], Coroutine[Any, Any, list[ObjectMeta]]], by: Callable[[_Lists], Iterable[str]]
-    ) -> list[str]:
+        self, listed: Callable[[], Coroutine[Any, Any, Sequence[ObjectMeta]]], by: Callable[[_Lists], Iterable[str]]
+    ) -> Iterable[str]:
         """The names that the client lists; by s3fs, where there are keys that it takes for others, or refuses.
 
         It gives "a/", the empty marker of a folder, as "a", and, in a whole bucket, "/a" too; "a//b" is an error.
         """
         if not self._prefix and self._open_lister is not None:
-            return list(by(self._open_lister()))
+            return by(self._open_lister())
         try:
             with self._errors("list", ""):
                 found = self._wait(listed())
@@ -355,9 +355,9 @@ class ObstoreStore:
                 raise
             if self._open_lister is None:
                 raise StoreError(f"{error}; install s3fs, which can list such a name, or remove that object") from None
-            return list(by(self._open_lister()))
+            return by(self._open_lister())
         if self._open_lister is not None and any(entry["size"] == 0 for entry in found):
-            return list(by(self._open_lister()))
+            return by(self._open_lister())
         return [name for entry in found if is_name(name := entry["path"][len(self._prefix) :])]
 
     def delete(self, names: Iterable[str]) -> None:

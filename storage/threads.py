@@ -150,15 +150,17 @@ class Pool(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        waiting: list[Future[Any]] = []
         with self._lock:
             self._closed = True
-            if cancel_futures:
-                with contextlib.suppress(Empty):
-                    while True:
-                        if (task := self._tasks.get_nowait()) is not None:
-                            task[0].cancel()
+            with contextlib.suppress(Empty):
+                while cancel_futures:
+                    if (task := self._tasks.get_nowait()) is not None:
+                        waiting.append(task[0])
             for _ in self.threads:
                 self._tasks.put(None)
+        for future in waiting:  # without the lock: some call back
+            future.cancel()
         if not wait:
             return
         try:
@@ -169,9 +171,9 @@ class Pool(Executor):
             raise
 
     def abandon(self) -> None:
-        """Stop what runs, cancel what waits, and wait for neither."""
-        self.stop.set()
+        """Cancel what waits, stop what runs, and wait for neither."""
         self.shutdown(wait=False, cancel_futures=True)
+        self.stop.set()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

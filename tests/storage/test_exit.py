@@ -180,3 +180,45 @@ def test_a_callback_that_raises_ends_the_process(
     assert process.returncode == 1, errors
     assert "the callback failed" in errors
     check_end(errors)
+
+
+@pytest.mark.parametrize(("client", "answers"), [("obstore", "none"), ("obstore", "503"), ("s3fs", "none")])
+def test_a_thread_that_nobody_waits_for_ends_with_the_process(
+    client: str, answers: str, saved: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import threading, time; threading.Thread(target=reshard.load, args=(state(), uri), "
+        "kwargs={'storage_options': options}, daemon=True).start(); "
+        "[time.sleep(0.1) for _ in range(600) if not os.path.exists(sys.argv[4])]"
+    )
+    with failing_s3(content=content(saved), fails=reads_of_data, answers=ANSWERS[answers]) as server:
+        process = child(code, server, client, saved, tmp_path)
+        assert server.failing.wait(60), process.communicate(timeout=60)
+        (tmp_path / "fail").touch()
+        begin = time.monotonic()
+        _, errors = process.communicate(timeout=150)
+        took = time.monotonic() - begin
+    assert took < MOST_S, errors
+    assert process.returncode == 0, errors
+    check_end(errors)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_command_that_is_interrupted_ends(command: str, saved: Path, tmp_path: Path) -> None:
+    code = (
+        "from reshard.cli import main; sys.argv[1:] = ['" + command + "', uri, '-o', 'key=k', '-o', 'secret=s', '-o', "
+        "'client_kwargs.region_name=us-east-1', '-o', "
+        "'client_kwargs.endpoint_url=' + options['client_kwargs']['endpoint_url']]; main()"
+    )
+    fails = everything if command == "inspect" else reads_of_data
+    with failing_s3(content=content(saved), fails=fails, answers=0) as server:
+        process = child(code, server, "obstore", saved, tmp_path)
+        assert server.failing.wait(60), process.communicate(timeout=60)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=150)
+        took = time.monotonic() - begin
+    assert took < MOST_S, errors
+    assert process.returncode in (1, 130), errors
+    check_end(errors)

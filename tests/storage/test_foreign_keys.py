@@ -1,6 +1,7 @@
 """Keys of a bucket that no file could have, and odd ones: they are left out, or listed, and are nobody else's."""
 
 import uuid
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 import reshard
 from reshard.cli.app import app
+from reshard.storage import obstore_store
 from reshard.storage.places import find_remains, remove_remains
 from reshard.storage.store import ListsTop, is_name, open_store, top_names
 from reshard.storage.testing import MemoryStore
@@ -128,7 +130,7 @@ def test_all_foreign_keys_at_once(client: str) -> None:
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_foreign_keys_of_a_real_server(client: str, moto: servers.Server) -> None:
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     options = by_client(client, moto.options)
     uri = moto.place(f"{uuid.uuid4().hex}/run")
@@ -148,10 +150,7 @@ def test_foreign_keys_of_a_real_server(client: str, moto: servers.Server) -> Non
 
 
 def test_without_s3fs_a_foreign_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reshard.storage import obstore_store
-
-    found = obstore_store.find_spec
-    monkeypatch.setattr(obstore_store, "find_spec", lambda name: None if name == "s3fs" else found(name))
+    monkeypatch.setattr(obstore_store, "find_spec", lambda name: None if name == "s3fs" else find_spec(name))
     with failing_s3(fails=lambda method, key: False, content={"run/a": b"x", "run/b/": b""}) as server:
         assert list(open_store("s3://bucket/run", server.options).list()) == ["a", "b"]
         server.content["run//y"] = b"x"
