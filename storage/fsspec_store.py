@@ -104,14 +104,14 @@ def is_local(uri: str) -> bool:
 
 
 def _lost_slash(part: str) -> bool:
-    found = _LOST_SLASH.match(part)
-    protocol = found[1].lower() if found else ""
-    return protocol not in LOCAL_PROTOCOLS and protocol in _known_protocols()
+    found = _LOST_SLASH.match(part)  # "file:/x" is read as a URI
+    return found is not None and found[1] not in LOCAL_PROTOCOLS and found[1].lower() in _known_protocols()
 
 
 def _with_slashes(part: str) -> str:
     protocol, _, path = part.partition(":")
-    return f"{protocol.lower()}://{path.lstrip('/')}"
+    protocol = protocol.lower()
+    return f"{protocol}://{path if protocol in LOCAL_PROTOCOLS else path.lstrip('/')}"
 
 
 def _known_protocols() -> set[str]:

@@ -96,6 +96,7 @@ _local = threading.local()
 _unstopped = Stop()
 """Of threads that are not of a pool; never set."""
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_pools_lock = threading.Lock()
 
 
 def current_stop() -> Stop:
@@ -130,7 +131,8 @@ class Pool(Executor):
         self._idle = threading.Semaphore(0)
         self._closed = False
         self.threads: list[threading.Thread] = []
-        _pools.add(self)
+        with _pools_lock:
+            _pools.add(self)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
@@ -263,7 +265,8 @@ async def _cancel_all() -> None:
 def _at_exit() -> None:
     """Stop all pools and requests: a client's thread that returned after the interpreter has gone would abort."""
     deadline = time.monotonic() + EXIT_S
-    pools = list(_pools)
+    with _pools_lock:
+        pools = list(_pools)
     for pool in pools:
         pool.abandon()
     loop = _loops.get(os.getpid())

@@ -127,7 +127,8 @@ def child(call: str, server: FailingS3, client: str, saved: Path, tmp_path: Path
 def test_a_call_that_is_interrupted_ends_the_process(
     call: str, client: str, answers: str, saved: Path, tmp_path: Path
 ) -> None:
-    interrupted(*CALLS[call], client, answers, saved, tmp_path)
+    fails, code = CALLS[call]
+    interrupted(fails, code, client, answers, saved, tmp_path)
 
 
 @pytest.mark.parametrize(("client", "answers"), [("obstore", "none"), ("s3fs", "503")])
@@ -135,7 +136,8 @@ def test_a_call_that_is_interrupted_ends_the_process(
 def test_other_calls_that_are_interrupted_end_the_process(
     call: str, client: str, answers: str, saved: Path, tmp_path: Path
 ) -> None:
-    interrupted(*OTHER_CALLS[call], client, answers, saved, tmp_path)
+    fails, code = OTHER_CALLS[call]
+    interrupted(fails, code, client, answers, saved, tmp_path)
 
 
 def interrupted(

@@ -59,6 +59,8 @@ LOST: list[str | os.PathLike[str]] = [
     Path("simplecache::s3://bucket/x"),
     Path("zip://x::file:///y.zip"),
     "s3:/bucket/a::b",
+    "FILE:/x",
+    "Local:x",
 ]
 LOCAL = [
     "a::b",
