@@ -131,7 +131,7 @@ def test_a_call_that_is_interrupted_ends_the_process(
     interrupted(fails, code, client, answers, saved, tmp_path)
 
 
-@pytest.mark.parametrize(("client", "answers"), [("obstore", "none"), ("s3fs", "503")])
+@pytest.mark.parametrize(("client", "answers"), [("obstore", "none")])
 @pytest.mark.parametrize("call", OTHER_CALLS)
 def test_other_calls_that_are_interrupted_end_the_process(
     call: str, client: str, answers: str, saved: Path, tmp_path: Path
@@ -165,7 +165,7 @@ def check_end(errors: str) -> None:
     assert "Task was destroyed" not in errors, errors
 
 
-@pytest.mark.parametrize(("client", "answers"), [("obstore", "none"), ("s3fs", "none"), ("obstore", "503")])
+@pytest.mark.parametrize(("client", "answers"), [("obstore", "none"), ("s3fs", "503")])
 @pytest.mark.parametrize("call", CALLBACKS)
 def test_a_callback_that_raises_ends_the_process(
     call: str, client: str, answers: str, saved: Path, tmp_path: Path

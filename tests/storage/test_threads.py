@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 
 import pytest
@@ -19,6 +19,10 @@ from reshard.storage.threads import Pool, Stop, cleaning_up, current_stop, event
 
 def unavailable() -> None:
     raise UnavailableError("injected: down")
+
+
+def tried_again() -> None:
+    retried(unavailable)
 
 
 def never_here() -> None:
@@ -60,8 +64,8 @@ def test_one_task_at_a_time_takes_one_thread() -> None:
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("work", [lambda: retried(unavailable), never_here])
-def test_a_block_that_fails_stops_its_threads(work) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("work", [tried_again, never_here])
+def test_a_block_that_fails_stops_its_threads(work: Callable[[], None]) -> None:
     pool = Pool(2, "test")
     futures = [pool.submit(work) for _ in range(4)]
     time.sleep(0.2)
@@ -147,7 +151,7 @@ def test_a_call_that_fails_stops_its_own_retries_and_no_others() -> None:
     reshard.save({"w": values}, memory)
     tries = {"failing": 0, "other": 0}
 
-    def before(which: str, passes_after: int):  # type: ignore[no-untyped-def]
+    def before(which: str, passes_after: int) -> RetryingStore:
         def fail(call: Call) -> None:
             if call.method == "read" and call.name.startswith("data/"):
                 tries[which] += 1
