@@ -26,7 +26,7 @@ from .errors import StoreError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-CLEAN_UP_S = 1.5
+CLEAN_UP_S = 1.0
 """How long a call that failed may take to remove what it wrote."""
 EXIT_S = 1.0
 """How long the interpreter waits at exit for threads that were stopped."""
