@@ -11,6 +11,7 @@ from typing_extensions import Buffer
 
 from .errors import CheckpointExistsError, ObjectNotFoundError
 from .logs import logger_of
+from .threads import cleaning_up
 
 logger = logger_of(__name__)
 _probed: set[object] = set()
@@ -56,5 +57,5 @@ def _probe(store: _Objects, put: Callable[[str, bytes], None]) -> None:
                 store.location,
             )
     finally:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), cleaning_up():
             store.delete([name])

@@ -34,6 +34,7 @@ from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from .reports import Cast, RankReport, Report
+from .resources import check_budget
 from .retrying_store import retried
 from .source import Source, Unreadable
 from .sources.reads import Reads
@@ -122,6 +123,7 @@ def convert(
     conversion = _Conversion(rank, world, budget_bytes, meter)
 
     def prepare() -> tuple[str, str]:
+        check_budget(budget_bytes)
         _check(format, codec, dtype, max_file_bytes)
         selection = Selection.of(names, exclude, rename, allow_missing)
         target: Target = DcpTarget()

@@ -55,6 +55,7 @@ from .ranks import Alarm, Arrivals, Opened, check_same_checkpoint, raises_portab
 from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
+from .resources import check_budget
 from .retrying_store import at_once
 from .sharded import refuse_misplaced
 from .shards import ShardToWrite, part_of
@@ -63,6 +64,7 @@ from .state_dict import path_for_dcp
 from .store import Store, open_store
 from .tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .tensors import dtype_name, torch_dtype
+from .threads import cleaning_up
 from .version import __version__
 from .writer import write_objects
 
@@ -93,7 +95,8 @@ class StorageWriter(dcp.StorageWriter):
         codec: "zstd" compresses; "none" stores values as they are, so that parts of a chunk can be read.
         storage_options: passed to fsspec.
         overwrite: whether a checkpoint that is there may be replaced, as DCP's own writers do. It stays readable
-            until the new one is committed, and its data is removed after that.
+            until the new one is committed, and its data is removed after that. Checkpoints of other tools, and
+            unfinished conversions, are never replaced: the save raises CheckpointExistsError.
         strict_objects, budget_bytes: as of `reshard.save`.
     """
 
@@ -108,6 +111,7 @@ class StorageWriter(dcp.StorageWriter):
         budget_bytes: int | None = None,
     ) -> None:
         check_codec(codec)
+        check_budget(budget_bytes)
         self.checkpoint_id: Target = uri
         self.save_id = uuid.uuid4().hex
         self._codec = codec
@@ -139,8 +143,8 @@ class StorageWriter(dcp.StorageWriter):
         if not kwargs.get("use_collectives", True):
             raise ArgumentError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
         self._rank = kwargs.get("rank", rank_of(None))
-        if is_coordinator and not self._overwrite:
-            refuse_if_there(self._store())
+        if is_coordinator:
+            refuse_if_there(self._store(), overwrite=self._overwrite)
 
     def _store(self) -> Store:
         if self._opened is None:
@@ -240,14 +244,15 @@ class StorageWriter(dcp.StorageWriter):
                 len(differing),
                 _listed(differing),
             )
-        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite)
+        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
 
     def discard(self) -> None:
         """Remove what this rank wrote, after a save that was not committed; as far as the store lets it."""
         names = [record.name for record in self._written]
         if names:
             try:
-                at_once(self._store()).delete(names)
+                with cleaning_up():
+                    at_once(self._store()).delete(names)
             except Exception as error:
                 logger.warning("data objects of a failed save remain, %s: %s", ", ".join(names), error)
 
@@ -282,6 +287,7 @@ class StorageReader(dcp.StorageReader):
         max_over_read: float | None = None,
         format: str | None = None,
     ) -> None:
+        check_budget(budget_bytes)
         self.checkpoint_id: Target = uri
         self._storage_options = storage_options
         self._allow_pickle = allow_pickle

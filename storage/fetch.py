@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
@@ -16,6 +16,7 @@ from ..planner.errors import CheckpointError
 from .errors import StoreError
 from .memory import Memory
 from .store import AsyncReads, ReadsAhead, Store
+from .threads import Pool
 
 Ranges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and bytes of it: [start, stop) each."""
@@ -26,13 +27,13 @@ TOGETHER_BYTES = 4 * 1024 * 1024
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
-    """Starts reads. What still runs when its block is left is cancelled, or left to end by itself unheeded."""
+    """Starts reads. What still runs when its block is left is stopped, and not waited for."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Pool | None = None
         if store.async_reads is None and store.read_into is None:
-            self._pool = ThreadPoolExecutor(store.concurrent_reads, "reshard-fetch")
+            self._pool = Pool(store.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Found]]] = set()
         self._memory = Memory()
         self._turns = asyncio.Semaphore(store.concurrent_reads)
@@ -107,8 +108,8 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=False)
-        for future in tuple(self._running):  # not by the pool, which has its lock meanwhile: some call back
+            self._pool.abandon()
+        for future in tuple(self._running):
             future.cancel()
 
 

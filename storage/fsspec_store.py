@@ -4,58 +4,156 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import fsspec
-from fsspec.asyn import sync
 from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import available_protocols
 from typing_extensions import Buffer
 
 from .conditions import put_new, refuse_to_replace
-from .errors import StoreError, UnsupportedURIError
+from .errors import ArgumentError, StoreError, UnsupportedURIError
 from .local_store import LocalStore
 from .obstore_store import open_s3
 from .retrying_store import RetryingStore, deadline_s
-from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held
+from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
+from .threads import result_of, run_bounded
 from .translate import is_beyond_the_end, translating, without_secrets
 
 S3_CONFIG = {
     "max_pool_connections": 64,
+    "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
     "connect_timeout": 10,
     "read_timeout": 20,
 }
 """botocore's default of 10 connections would let no more than ten requests run at once. What is read has checksums of
-its own, and some servers answer a range with the checksum of the whole object."""
+its own, and some servers answer a range with the checksum of the whole object; others refuse checksums of requests."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
 S3_LARGEST_PUT = 5 * 1024**3
 
 
+LOCAL_PROTOCOLS = ("file", "local")
+WRAPPERS = frozenset(
+    ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
+)
+"""Filesystems that read from another, which fsspec also lets be a plain path: "zip://x::/y.zip"."""
+_NO_PARENT = OBJECT_STORES | {"http", "https"}
+_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?!//)")
+
+
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
-    """The store at a path or URI. Raises UnsupportedURIError."""
+    """Open the store at a path or URI. Raises UnsupportedURIError, ArgumentError, StoreError."""
+    if is_local(uri):
+        if storage_options:
+            raise ArgumentError(
+                f"{uri!r} is a local path, which takes no storage options, and {', '.join(map(repr, storage_options))} "
+                "were given: leave them out, or give the URI that they are for"
+            )
+        return LocalStore(LocalFileSystem._strip_protocol(uri))
+    shown = without_secrets(uri)
     protocol, path = split_protocol(uri)
     if protocol in ("s3", "s3a"):
-        store = open_s3(path, storage_options)
+        given = storage_options
+        storage_options = {**given, "config_kwargs": {**S3_CONFIG, **(given.get("config_kwargs") or {})}}
+        store = open_s3(path, given, lambda: FsspecStore(*url_to_fs(uri, **storage_options)))
         if store is not None:
             return RetryingStore(store)
-        storage_options = {
-            **storage_options,
-            "config_kwargs": {**S3_CONFIG, **storage_options.get("config_kwargs", {})},
-        }
+    if _without_query(protocol, path)[1]:
+        storage_options = {"encoded": True, **storage_options}  # what was signed is sent as it is
     try:
-        filesystem, path = url_to_fs(uri, **storage_options)
+        filesystem, path = _filesystem(uri, protocol, storage_options)
     except ImportError as error:
-        raise UnsupportedURIError(f"{uri!r} needs a package that is not installed: {error}") from error
+        raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from error
     except (ValueError, TypeError) as error:
-        raise UnsupportedURIError(f"cannot open {uri!r}: {error}") from error
+        raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from error
     except Exception as error:  # one that connects at once
         raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from error
-    if "file" in _protocols(filesystem) and type(filesystem) is fsspec.get_filesystem_class("file"):
-        return LocalStore(path)
     return RetryingStore(FsspecStore(filesystem, path))
+
+
+def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
+    """The filesystem of fsspec for a URI, and the path in it."""
+    if "::" not in uri or _is_chain(uri) or protocol in WRAPPERS:
+        filesystem, path = url_to_fs(uri, **options)
+        return filesystem, path
+    kind = fsspec.get_filesystem_class(protocol)  # fsspec would take the "::" in a name for a chain
+    return fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(uri), **options}), kind._strip_protocol(uri)
+
+
+def is_local(uri: str) -> bool:
+    """Return whether a path or URI is on a local disk.
+
+    Raises UnsupportedURIError for a URI that lost a slash, as `Path("s3://bucket")` does: it would be a local folder.
+    """
+    parts = uri.split("::")
+    lost = [_lost_slash(part) for part in parts]
+    if lost[0] or (any(lost) and all(is_lost or _is_link(part) for part, is_lost in zip(parts, lost, strict=True))):
+        whole = "::".join(_with_slashes(p) if is_lost else p for p, is_lost in zip(parts, lost, strict=True))
+        raise UnsupportedURIError(
+            f"{without_secrets(uri)!r} would be a local folder: pass the URI as a string, "
+            f"{without_secrets(whole)!r}, not as a Path, which drops a slash. For the local folder, write "
+            f"{'./' + without_secrets(uri)!r}"
+        )
+    return not _is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
+
+
+def _lost_slash(part: str) -> bool:
+    found = _LOST_SLASH.match(part)  # "file:/x" is read as a URI
+    return found is not None and found[1] not in LOCAL_PROTOCOLS and found[1].lower() in _known_protocols()
+
+
+def _with_slashes(part: str) -> str:
+    protocol, _, path = part.partition(":")
+    protocol = protocol.lower()
+    return f"{protocol}://{path if protocol in LOCAL_PROTOCOLS else path.lstrip('/')}"
+
+
+def _known_protocols() -> set[str]:
+    return {*available_protocols(), *OBJECT_STORES}
+
+
+def _is_chain(uri: str) -> bool:
+    parts = uri.split("::")
+    return len(parts) > 1 and all(map(_is_link, parts))
+
+
+def _is_link(part: str) -> bool:
+    """Whether a part of a chain is a protocol, or a URI of one."""
+    return part.partition("://")[0] in _known_protocols() or part.startswith(("file:", "local:"))
+
+
+def split_file(uri: str) -> tuple[str, str]:
+    """Split the path or URI of a file into its folder, which keeps a query, and its name; "" where it has no folder."""
+    return _split(LocalFileSystem._strip_protocol(uri) if is_local(uri) else uri)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    first, chained, rest = uri.partition("::") if _is_chain(uri) else (uri, "", "")
+    if chained and "://" not in first:
+        folder, name = _split(rest)
+        return f"{first}::{folder}", name
+    protocol, mark, path = first.partition("://")
+    if not mark:
+        protocol, path = "", first
+    path, query = _without_query(protocol, path)
+    folder, slash, name = path.rstrip("/").rpartition("/")
+    if not slash and protocol in _NO_PARENT:
+        return uri, ""
+    return f"{protocol}{mark}{folder or slash}{query}{chained}{rest}", name
+
+
+def _without_query(protocol: str, path: str) -> tuple[str, str]:
+    """A path and its query, as in "model.safetensors?signature=…"; other protocols than HTTP have none."""
+    if protocol not in ("http", "https"):
+        return path, ""
+    path, mark, query = path.partition("?")
+    return path, mark + query
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:
@@ -72,6 +170,7 @@ class FsspecStore:
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self._fs = filesystem
+        path, self._query = _without_query(path.partition("://")[0], path)
         self._root = path.rstrip("/")
 
     @property
@@ -89,10 +188,10 @@ class FsspecStore:
         if not self._fs.async_impl:
             return getattr(self._fs, method)(*arguments, **options)
         coroutine = getattr(self._fs, f"_{method}")
-        return sync(self._fs.loop, coroutine, *arguments, timeout=deadline_s(nbytes), **options)
+        return result_of(coroutine(*arguments, **options), self._fs.loop, deadline_s(nbytes))
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}{self._query}"
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
@@ -126,7 +225,7 @@ class FsspecStore:
             file = self._fs.open(self._path(name), "wb", block_size=PART_BYTES)
 
         def abort() -> None:
-            file.discard()
+            run_bounded(file.discard)
             with contextlib.suppress(AttributeError):
                 file.closed = True  # or it would be closed, and come into being, once nobody holds it
             self.delete([name])  # a filesystem that is no object store shows what is written so far
@@ -163,14 +262,23 @@ class FsspecStore:
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def list(self, folder: str = "") -> Iterable[str]:
+        return self._listed("find", folder)
+
+    def list_top(self) -> Iterable[str]:
+        return [name for name in self._listed("ls", "") if "/" not in name]
+
+    def _listed(self, method: str, folder: str) -> Iterable[str]:
         with self._errors("list", folder):
             self._fs.invalidate_cache()
             root = self._fs._strip_protocol(self._root)
             try:
-                found = self._call("find", f"{self._root}/{folder}".rstrip("/"), detail=True)
+                found = self._call(method, f"{self._root}/{folder}".rstrip("/") + self._query, detail=True)
             except FileNotFoundError:
                 return []
-            return [path[len(root) :].lstrip("/") for path, info in found.items() if info["type"] == "file"]
+            entries = found.values() if isinstance(found, dict) else found
+            paths = [entry["name"] for entry in entries if entry["type"] == "file"]
+            # No more than one slash: a key may have an empty part.
+            return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -181,8 +289,8 @@ class FsspecStore:
                     continue
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
-        """Translate what the filesystem, or the client below it, raises."""
-        return translating(doing, name, self.location)
+        """Translate what the filesystem, or the client below it, raises. What signs a URL is in its error, too."""
+        return translating(doing, name, self.location, with_cause=not self._query)
 
 
 class _AsyncReads:

@@ -28,6 +28,7 @@ from .progress import Meter, OnProgress
 from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
 from .read import Blob, BoxReads, carry_out, check_is_tensor, counting_metadata, object_wants, read_boxes
 from .reports import Cast, RankReport, Report
+from .resources import check_budget
 from .source import Source
 from .state_dict import Key, Leaf, Path, flatten, name_of, nest, state_to_stateful, stateful_to_state
 from .store import Store
@@ -115,6 +116,7 @@ def load(
                 f"strict must be True or False, got {strict!r}; allow_missing= takes patterns of names that may be "
                 "missing"
             )
+        check_budget(budget_bytes)
         check_renames("rename", rename or {})
         options = LoadOptions(
             strict,

@@ -9,7 +9,7 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from typing_extensions import Buffer
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
 from .memory import in_step
 from .store import ObjectWriter
+from .threads import Pool
 
 OPEN_FILES = 64
 ADVISED_BYTES = 512 * 1024
@@ -122,7 +123,7 @@ class LocalStore:
     def create(self, name: str) -> Iterator[ObjectWriter]:
         path = self._root / name
         with self._errors("write", name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             file = _NewFile(path, lambda: self._errors("write", name))
         try:
             yield file
@@ -136,7 +137,7 @@ class LocalStore:
         path = self._root / name
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         with self._errors("write", name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 with open(temporary, "xb") as file:
                     file.write(data)
@@ -157,6 +158,14 @@ class LocalStore:
         with self._errors("list", folder):
             for parent, _, files in os.walk(self._root / folder):
                 yield from ((Path(parent) / file).relative_to(self._root).as_posix() for file in files)
+
+    def list_top(self) -> Iterable[str]:
+        with self._errors("list", ""):
+            try:
+                with os.scandir(self._root) as entries:
+                    return [entry.name for entry in entries if not entry.is_dir()]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         """What is sent to another process: where it is, and no open file."""
@@ -203,7 +212,7 @@ class _NewFile:
         self._waiting: list[memoryview] = []
         self._nbytes = 0
         self._unsynced = 0
-        self._syncing = ThreadPoolExecutor(1, "reshard-sync")
+        self._syncing = Pool(1, "reshard-sync")
         self._synced: Future[None] | None = None
 
     def write(self, data: Buffer, /) -> None:
@@ -261,6 +270,17 @@ def _create(temporary: Path, path: Path) -> None:
 def _sync_data(descriptor: int) -> None:
     """Without its times, where the system knows the difference."""
     (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and the parents that it lacks, and make the names of all durable."""
+    new = []
+    while not path.exists():
+        new.append(path)
+        path = path.parent
+    for folder in reversed(new):
+        folder.mkdir(exist_ok=True)  # another rank may make it at the same time
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(path: Path) -> None:

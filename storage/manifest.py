@@ -15,7 +15,6 @@ import re
 import struct
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, chain, compress
 from types import MappingProxyType
@@ -42,6 +41,7 @@ from .source import Unreadable, bounded
 from .state_dict import Path, path_from_json, path_to_json
 from .store import Store
 from .tensors import torch_dtype
+from .threads import Pool
 
 NAME = "manifest.reshard"
 DATA_FOLDER = "data"
@@ -214,7 +214,7 @@ class Manifest:
         if readers <= 1:
             found = read(runs)
         else:
-            with ThreadPoolExecutor(readers, "reshard-manifest") as pool:
+            with Pool(readers, "reshard-manifest") as pool:
                 parts = pool.map(read, [runs[at::readers] for at in range(readers)])
                 found = dict(chain.from_iterable(part.items() for part in parts))
         here = [(at, found[at] if at in found else self._kept[at]) for at in blocks]

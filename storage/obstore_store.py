@@ -10,26 +10,29 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from typing_extensions import Buffer
 
 from . import retrying_store
 from .conditions import put_new
-from .errors import CheckpointExistsError, StoreError
+from .errors import StoreError
 from .logs import logger_of
-from .store import PART_BYTES, ObjectWriter, Upload, held
+from .store import PART_BYTES, AsyncReads, ListsTop, ObjectWriter, Upload, held, is_name
+from .threads import event_loop, result_of
 from .translate import is_beyond_the_end, translating
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
 
+T = TypeVar("T")
 logger = logger_of(__name__)
 _MEANS_NOTHING_HERE = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
 """Options of fsspec."""
@@ -41,8 +44,18 @@ CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before botocore is asked again; it renews those that are about to expire."""
 
 
-def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
-    """The store at "bucket/folder"; None where obstore is not installed, or something in the call is beyond it."""
+class _Lists(ListsTop, Protocol):
+    def list(self, folder: str = "") -> Iterable[str]: ...
+
+
+def open_s3(
+    path: str, options: Mapping[str, Any], open_lister: Callable[[], _Lists] | None = None
+) -> ObstoreStore | None:
+    """The store at "bucket/folder"; None where obstore is not installed, or something in the call is beyond it.
+
+    Args:
+        open_lister: opens the same place by s3fs, for listings that obstore gives wrongly or not at all.
+    """
     bucket, _, folder = path.rstrip("/").partition("/")
     if find_spec("obstore") is None:
         return None
@@ -53,7 +66,7 @@ def open_s3(path: str, options: Mapping[str, Any]) -> ObstoreStore | None:
         given = options.get("key") is not None or bool(options.get("anon"))
         session = _session(options.get("profile"), may_call=not given)
         config = _config(dict(options), session)
-        return None if config is None else _opened(bucket, folder, config, _ca_bundle(session))
+        return None if config is None else _opened(bucket, folder, config, _ca_bundle(session), open_lister)
     except Exception as error:
         logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
         return None
@@ -92,7 +105,13 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     return config
 
 
-def _opened(bucket: str, folder: str, config: dict[str, Any], bundle: str | None) -> ObstoreStore:
+def _opened(
+    bucket: str,
+    folder: str,
+    config: dict[str, Any],
+    bundle: str | None,
+    open_lister: Callable[[], _Lists] | None,
+) -> ObstoreStore:
     from obstore.store import S3Store
 
     silence = datetime.timedelta(seconds=retrying_store.REQUEST_DEADLINE_S)
@@ -113,6 +132,7 @@ def _opened(bucket: str, folder: str, config: dict[str, Any], bundle: str | None
         bucket,
         folder,
         str(config.get("endpoint")),
+        open_lister if find_spec("s3fs") else None,
     )
 
 
@@ -191,19 +211,24 @@ class ObstoreStore:
     """The objects below a folder of an S3 bucket."""
 
     concurrent_reads = 32
-    async_reads = None
-    """The client does not need the interpreter while it waits, so that a thread a request costs nothing."""
     read_into = None
     holds_objects = True
 
     def __init__(
-        self, reading: S3Store, open_writing: Callable[[], S3Store], bucket: str, folder: str, endpoint: str
+        self,
+        reading: S3Store,
+        open_writing: Callable[[], S3Store],
+        bucket: str,
+        folder: str,
+        endpoint: str,
+        open_lister: Callable[[], _Lists] | None,
     ) -> None:
         self._reading = reading
         self._open_writing = open_writing
         self._bucket = bucket
         self._prefix = f"{folder}/" if folder else ""
         self._endpoint = endpoint
+        self._open_lister = open_lister
 
     @property
     def location(self) -> str:
@@ -214,30 +239,45 @@ class ObstoreStore:
         """A client of its own, which takes some ms to make: it reads the certificates of the system."""
         return self._open_writing()
 
+    @property
+    def async_reads(self) -> AsyncReads:
+        return _AsyncReads(self)
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a call of the client. Its blocking calls cannot be interrupted, and abort a process that exits."""
+        return result_of(coroutine, event_loop())
+
     def read(self, name: str, start: int, stop: int) -> Buffer:
+        return self._wait(self._read(name, start, stop))
+
+    async def _read(self, name: str, start: int, stop: int) -> Buffer:
         import obstore
 
         with self._errors("read", name):
             try:
-                return obstore.get_range(self._reading, self._prefix + name, start=start, end=stop)
+                return await obstore.get_range_async(self._reading, self._prefix + name, start=start, end=stop)
             except Exception as error:
                 if is_beyond_the_end(error):
                     return b""
                 if "non-partial response" in str(error):  # some servers so answer a range that is the whole object
-                    return memoryview(obstore.get(self._reading, self._prefix + name).bytes())[start:stop]
+                    whole = await obstore.get_async(self._reading, self._prefix + name)
+                    return memoryview(await whole.bytes_async())[start:stop]
                 raise
 
     def size(self, name: str) -> int:
-        import obstore
-
-        with self._errors("read", name):
-            return obstore.head(self._reading, self._prefix + name)["size"]
+        return self._head(name)["size"]
 
     def modified(self, name: str) -> float:
+        return self._head(name)["last_modified"].timestamp()
+
+    def _head(self, name: str) -> ObjectMeta:
         import obstore
 
+        async def head() -> ObjectMeta:
+            return await obstore.head_async(self._reading, self._prefix + name)
+
         with self._errors("read", name):
-            return obstore.head(self._reading, self._prefix + name)["last_modified"].timestamp()
+            return self._wait(head())
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
@@ -248,8 +288,21 @@ class ObstoreStore:
 
         errors = partial(self._errors, "write", name)
         with errors():
-            file = obstore.open_writer(self._writing, self._prefix + name, buffer_size=PART_BYTES, max_concurrency=4)
-        return Upload(file, errors, lambda: file.__exit__(StoreError, StoreError("aborted"), None))
+            file = obstore.open_writer_async(
+                self._writing, self._prefix + name, buffer_size=PART_BYTES, max_concurrency=4
+            )
+
+        async def write(data: bytes) -> None:
+            await file.write(data)
+
+        async def close() -> None:
+            await file.close()
+
+        async def abort() -> None:
+            await file.__aexit__(StoreError, StoreError("aborted"), None)
+
+        blocking = _BlockingFile(lambda data: self._wait(write(data)), lambda: self._wait(close()))
+        return Upload(blocking, errors, lambda: self._wait(abort()))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -261,28 +314,83 @@ class ObstoreStore:
     def _put(self, name: str, data: bytes, mode: Any) -> None:
         import obstore
 
+        async def put() -> None:
+            await obstore.put_async(self._writing, self._prefix + name, data, mode=mode, use_multipart=False)
+
         with self._errors("write", name):
-            try:
-                obstore.put(self._writing, self._prefix + name, data, mode=mode, use_multipart=False)
-            except obstore.exceptions.AlreadyExistsError:
-                raise CheckpointExistsError(f"{name!r} exists in {self.location}") from None
+            self._wait(put())
 
     def list(self, folder: str = "") -> Iterable[str]:
         import obstore
 
         prefix = f"{self._prefix}{folder.rstrip('/')}/" if folder else self._prefix
-        with self._errors("list", folder):
-            found = [entry["path"] for batch in obstore.list(self._reading, prefix or None) for entry in batch]
-        return [path[len(self._prefix) :] for path in found]
+
+        async def listed() -> Sequence[ObjectMeta]:
+            return [entry async for batch in obstore.list(self._reading, prefix or None) for entry in batch]
+
+        return self._names(listed, lambda lister: lister.list(folder))
+
+    def list_top(self) -> Iterable[str]:
+        import obstore
+
+        async def listed() -> Sequence[ObjectMeta]:
+            return (await obstore.list_with_delimiter_async(self._reading, self._prefix or None))["objects"]
+
+        return self._names(listed, lambda lister: lister.list_top())
+
+    def _names(
+        self, listed: Callable[[], Coroutine[Any, Any, Sequence[ObjectMeta]]], by: Callable[[_Lists], Iterable[str]]
+    ) -> Iterable[str]:
+        """The names that the client lists; by s3fs, where there are keys that it takes for others, or refuses.
+
+        It gives "a/", the empty marker of a folder, as "a", and, in a whole bucket, "/a" too; "a//b" is an error.
+        """
+        if not self._prefix and self._open_lister is not None:
+            return by(self._open_lister())
+        try:
+            with self._errors("list", ""):
+                found = self._wait(listed())
+        except StoreError as error:
+            if "invalid path" not in str(error):
+                raise
+            if self._open_lister is None:
+                raise StoreError(f"{error}; install s3fs, which can list such a name, or remove that object") from None
+            return by(self._open_lister())
+        if self._open_lister is not None and any(entry["size"] == 0 for entry in found):
+            return by(self._open_lister())
+        return [name for entry in found if is_name(name := entry["path"][len(self._prefix) :])]
 
     def delete(self, names: Iterable[str]) -> None:
         import obstore
 
         paths = [self._prefix + name for name in names]
+
+        async def delete() -> None:
+            await obstore.delete_async(self._writing, paths)  # S3 takes a thousand by one request
+
         if paths:
             with self._errors("delete", paths[0]), contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._writing, paths)  # S3 takes a thousand by one request
+                self._wait(delete())
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate what the client raises, which shows all that was sent and answered, a session's token included."""
         return translating(doing, name, self.location, with_cause=False)
+
+
+class _AsyncReads:
+    """Reads on the event loop of this process."""
+
+    def __init__(self, store: ObstoreStore) -> None:
+        self._store = store
+        self.loop = event_loop()
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        return await self._store._read(name, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockingFile:
+    """An upload of the client, as `Upload` calls it."""
+
+    write: Callable[[bytes], None]
+    close: Callable[[], None]

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from .fsspec_store import split_file
 from .manifest import DATA_NAME, NAME, Manifest
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
@@ -49,8 +50,7 @@ def open_source(
     store = open_store(target, storage_options)
     if isinstance(target, Store) or format == "reshard":
         return _in_folder(store, format)
-    folder, slash, name = os.fspath(target).rstrip("/").rpartition("/")
-    folder = folder or slash or "."
+    folder, name = split_file(os.fspath(target))
     suffix = os.path.splitext(name)[1]
     if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
         source = _file(open_store(folder, storage_options), name, FILE_SUFFIXES[suffix])
@@ -61,7 +61,7 @@ def open_source(
     except NotCommittedError:
         raise
     except CheckpointNotFoundError:
-        source = _file(open_store(folder, storage_options), name, format) if name and "::" not in name else None
+        source = _file(open_store(folder, storage_options), name, format) if name else None
         if source is None:
             raise
         return source
@@ -160,6 +160,17 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
     numbered = [name for group in groups.values() for name in group]
     check_complete(store.location, numbered)
     return numbered if len(groups) == 1 else []
+
+
+def is_of_a_checkpoint(name: str) -> bool:
+    """Return whether a name at the top of a folder is one that a checkpoint of another format, or a conversion, has."""
+    known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
+    is_top = "/" not in name
+    return is_top and (
+        known
+        or name.endswith((".distcp", INDEX_SUFFIX, TORCH_INDEX_SUFFIX))
+        or os.path.splitext(name)[1] in FILE_SUFFIXES
+    )
 
 
 def _is_there(reads: Reads, name: str) -> bool:

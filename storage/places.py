@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -29,6 +28,7 @@ from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA
 from .sources.weight_map import part_groups
 from .store import Store, open_store
+from .threads import Pool
 from .writer import OBJECT_MAGIC
 
 REMOVABLE = ("reshard", "dcp")
@@ -67,7 +67,7 @@ def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, 
 
     Raises StoreError, UnsupportedURIError.
     """
-    uri = os.fspath(uri)
+    uri = os.fspath(uri) or "."
     folders: dict[str, set[str]] = {}
     for name in open_store(uri, storage_options).list():
         folder, base = _in_its_place(name)
@@ -79,7 +79,7 @@ def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, 
         else:
             files = (name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch")
             places += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
-    with ThreadPoolExecutor(16, "reshard-ls") as pool:
+    with Pool(16, "reshard-ls") as pool:
 
         def look(place: tuple[str, set[str] | None]) -> Found | None:
             return _found(f"{uri.rstrip('/')}/{place[0]}".rstrip("/"), place[1], storage_options)
@@ -229,10 +229,10 @@ def _is_younger(store: Store, names: Iterable[str], seconds: float) -> bool:
         except ObjectNotFoundError:
             return time.time()  # it was removed just now: something is going on
 
-    with ThreadPoolExecutor(16, "reshard-gc") as pool:
+    with Pool(16, "reshard-gc") as pool:
         return max(pool.map(modified, names)) > time.time() - seconds
 
 
 def _sizes(store: Store, names: Iterable[str]) -> list[int]:
-    with ThreadPoolExecutor(16, "reshard-gc") as pool:
+    with Pool(16, "reshard-gc") as pool:
         return list(pool.map(store.size, names))

@@ -26,7 +26,7 @@ from .progress import Meter
 from .ranks import Interrupt, never
 from .reader import execute
 from .reports import RankReport, added
-from .resources import default_budget
+from .resources import check_budget, default_budget
 from .same_chunks import same_chunks
 from .source import Source
 from .tensor_classes import copy_into, missing_memory, overrides_dispatch
@@ -237,6 +237,7 @@ def carry_out(
         CorruptCheckpointError, StoreError: as `reader.execute`.
     """
     begin = time.perf_counter()
+    check_budget(budget_bytes)
     budget = default_budget() if budget_bytes is None else budget_bytes
     meter = meter or Meter("load")
     report = RankReport(rank)

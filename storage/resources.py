@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import numbers
 import os
 from pathlib import Path
+
+from .errors import ArgumentError
 
 MOST_BUDGET_BYTES = 2 * 1024**3
 LEAST_BUDGET_BYTES = 64 * 1024**2
 
 
 def local_ranks() -> int:
-    """Ranks on this machine, as torchrun tells them."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return the number of ranks on this machine, which torchrun sets in LOCAL_WORLD_SIZE; 1 where it is not set.
+
+    Raises ArgumentError where it is not a positive number.
+    """
+    given = os.environ.get("LOCAL_WORLD_SIZE", "").strip()
+    if not given:
+        return 1
+    if not (given.isascii() and given.isdigit()) or int(given) < 1:
+        raise ArgumentError(
+            f"the environment variable LOCAL_WORLD_SIZE must be the number of ranks on this machine, got {given!r}: "
+            "correct it, or unset it"
+        )
+    return int(given)
+
+
+def check_budget(budget_bytes: object) -> None:
+    """Raise ArgumentError unless a budget is None or a positive number of bytes."""
+    is_whole = isinstance(budget_bytes, numbers.Integral) and not isinstance(budget_bytes, bool)
+    if budget_bytes is not None and not (is_whole and int(budget_bytes) > 0):  # type: ignore[call-overload]
+        raise ArgumentError(
+            f"budget_bytes must be a positive whole number of bytes, got {budget_bytes!r}; None is the default budget"
+        )
 
 
 def default_threads() -> int:

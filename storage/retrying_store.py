@@ -19,7 +19,8 @@ from typing_extensions import Buffer
 
 from .errors import UnavailableError
 from .logs import logger_of
-from .store import AsyncReads, ObjectWriter, Store
+from .store import AsyncReads, ObjectWriter, Store, top_names
+from .threads import current_stop
 
 T = TypeVar("T")
 logger = logger_of(__name__)
@@ -37,15 +38,18 @@ LONGEST_WAIT_S = 10.0
 
 
 def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
-    """Call until it does not raise UnavailableError, for so many seconds (RETRY_FOR_S by default)."""
+    """Call until it does not raise UnavailableError, for so many seconds (RETRY_FOR_S by default).
+
+    Gives up at once when the work of this thread is stopped.
+    """
     pauses = _Pauses(retry_for_s)
     while True:
         try:
             return call()
         except UnavailableError as error:
-            if (pause := pauses.next(error)) is None:
-                raise
-        time.sleep(pause)
+            failure, pause = error, pauses.next(error)
+        if pause is None or current_stop().wait(pause):
+            raise failure
 
 
 def deadline_s(nbytes: int) -> float:
@@ -141,6 +145,9 @@ class RetryingStore:
 
     def list(self, folder: str = "") -> Iterable[str]:
         return self._retried(lambda: list(self._store.list(folder)))
+
+    def list_top(self) -> Iterable[str]:
+        return self._retried(lambda: top_names(self._store))
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)

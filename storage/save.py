@@ -20,6 +20,7 @@ from .logs import logger_of
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Arrivals, first_failure, is_distributed, naming_lost_ranks, of_rank, on_all_ranks, rank_of
 from .reports import RankReport, Report
+from .resources import check_budget
 from .save_plan import SavePlanner
 from .state_dict import Leaf, flatten, stateful_to_state
 from .store import Store
@@ -77,6 +78,7 @@ def save(
 
     def prepare() -> tuple[str | None, str]:
         check_codec(codec)
+        check_budget(budget_bytes)
         leaves.update(flatten(stateful_to_state(state_dict)))
         return None if isinstance(uri, Store) else str(uri), codec
 

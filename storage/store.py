@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from typing_extensions import Buffer
 
 from .errors import ArgumentError
+from .threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
 """Reads bytes [start, stop) of an object, for each of some ranges, one after another into a buffer of their size, and
@@ -86,7 +87,10 @@ class Store(Protocol):
         """
 
     def list(self, folder: str = "") -> Iterable[str]:
-        """The names of all objects below the root, or below a folder of it; none where there is no such place."""
+        """The names of all objects below the root, or below a folder of it; none where there is no such place.
+
+        Keys that no file could have (see `is_name`) are left out.
+        """
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; those that are not there are passed over."""
@@ -98,6 +102,26 @@ class ReadsAhead(Protocol):
 
     def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         """Bytes [start, stop) of an object, for each range, will be read: begin to fetch them. Raises nothing."""
+
+
+def is_name(path: str) -> bool:
+    """Return whether a key of a bucket can be a name here: others, as "a//b" or the marker "a/", stand for no file."""
+    return not {"", ".", ".."}.intersection(path.split("/"))
+
+
+@runtime_checkable
+class ListsTop(Protocol):
+    """What a store may have beside: a listing that does not go into folders."""
+
+    def list_top(self) -> Iterable[str]:
+        """The names of the objects at the root; none where there is no such place. Raises as `Store.list`."""
+
+
+def top_names(store: Store) -> list[str]:
+    """Return the names of the objects at the root of a store, which are in no folder. Raises as `Store.list`."""
+    if isinstance(store, ListsTop):
+        return list(store.list_top())
+    return [name for name in store.list() if "/" not in name]
 
 
 HELD_BYTES = 80 * 1024 * 1024
@@ -169,19 +193,32 @@ def held(put: Callable[[bytes], None], begin: Callable[[], Upload] | None = None
             writer.upload.close()
     except BaseException:
         if writer.upload is not None:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception), cleaning_up():  # the first error is the one to tell
                 writer.upload.abort()
         raise
 
 
 def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:
-    """The store at a path or URI, or `target` itself where it is one. Raises UnsupportedURIError, ArgumentError."""
+    """Open the store at a path or URI, or return `target` itself where it is one.
+
+    Raises UnsupportedURIError, ArgumentError where there are options for a local path or a Store, StoreError.
+    """
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise ArgumentError(f"storage_options must be a mapping of names to values, got {type(storage_options)}")
+    options = dict(storage_options or {})
     if isinstance(target, Store):
+        if options:
+            raise ArgumentError(
+                f"{', '.join(map(repr, options))} were given as storage options of {target.location}, which is open "
+                "already: leave them out"
+            )
         return target
     from .fsspec_store import open_fsspec
 
     try:
         uri = os.fspath(target)
     except TypeError:
-        raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}") from None
-    return open_fsspec(uri, dict(storage_options or {}))
+        uri = None
+    if not isinstance(uri, str):
+        raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}")
+    return open_fsspec(uri, options)

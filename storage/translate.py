@@ -21,7 +21,10 @@ _REFUSED = frozenset(
 _DENIED = frozenset(("PermissionDeniedError", "UnauthenticatedError"))
 """Classes of obstore."""
 _CONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
+_CONFLICTS = frozenset(("ConditionalRequestConflict", "OperationAborted", "409"))
+"""What S3 answers to one of two conditional writes at the same time; it says nothing of which one wins."""
 _BEYOND_THE_END = frozenset(("InvalidRange", "416"))
+_GONE = ("404", "410")
 _TRANSIENT = frozenset(
     [
         "InternalError",
@@ -57,6 +60,7 @@ _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
 _SECRETS = re.compile(r"(?<=://)[^/@]*(?=@)|(?<=\?).*")
+_SIGNED = re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]*")
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
@@ -77,6 +81,9 @@ def translating(doing: str, name: str, location: str, *, with_cause: bool = True
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
     """The error of reshard for what a client raised while `doing` ("read", "write", ...) an object of a store."""
     where = f"{name!r} in {location}"
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in ("", *_GONE):
+        error = cause  # fsspec takes any answer to a look for a file as a no
     if isinstance(error, FileNotFoundError):
         if doing == "write":
             return StoreError(f"cannot write {where}: there is no such bucket or folder")
@@ -88,7 +95,10 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
             f"{location} refused to {doing} {name!r}: {reason}; "
             "check the credentials in the environment or in storage_options"
         )
-    if doing == "write" and (isinstance(error, FileExistsError) or _code(error) in _CONDITION_FAILED):
+    if doing == "write" and (_code(error) in _CONFLICTS or _status(error) == "410"):
+        return UnavailableError(f"cannot write {where} now: {reason}")
+    exists = isinstance(error, FileExistsError) or kind == "AlreadyExistsError"  # the latter of obstore
+    if doing == "write" and (exists or _code(error) in _CONDITION_FAILED):
         return CheckpointExistsError(f"{name!r} exists in {location}")
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         reason = f"the client does not know what storage_options have: {error}"
@@ -130,7 +140,7 @@ def _words(error: BaseException) -> str:
     """What an error says; of obstore's, which show all that was sent and answered, the store's code and message."""
     text = str(error)
     if not _is_of_obstore(error):
-        return text
+        return _SIGNED.sub(r"\1***", text)
     code, message = _XML_CODE.search(text), _XML_MESSAGE.search(text)
     if code:
         return f"{code[1]}: {message[1]}" if message else code[1]
@@ -141,9 +151,28 @@ def _words(error: BaseException) -> str:
 def _code(error: BaseException) -> str:
     """The store's own word for an error: of S3's clients in a response, of gcsfs as a number."""
     if _is_of_obstore(error):
-        found = _XML_CODE.search(str(error)) or _STATUS.search(str(error))
-        return found[1] if found else ""
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+        found = _XML_CODE.search(str(error))
+        return found[1] if found else _status(error)
+    response = _response(error)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))
-    return str(getattr(error, "code", ""))
+    return _status(error) or str(getattr(error, "code", ""))
+
+
+def _status(error: BaseException | None) -> str:
+    """The number of an answer of HTTP: obstore's errors have it in their words, others as an attribute."""
+    if error is None:
+        return ""
+    if _is_of_obstore(error):
+        found = _STATUS.search(str(error))
+        return found[1] if found else ""
+    response = _response(error)
+    if isinstance(response, dict):
+        return str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    status = getattr(error, "status", None)
+    return str(status) if isinstance(status, int) else ""
+
+
+def _response(error: BaseException) -> object:
+    """What botocore keeps of an answer."""
+    return getattr(error.__cause__, "response", None) or getattr(error, "response", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from itertools import groupby, islice
 from typing import Any
 
@@ -24,6 +24,7 @@ from .read import Blob, counting_metadata, read_boxes
 from .reports import RankReport, added
 from .resources import default_budget, give_back_memory
 from .source import Source
+from .threads import Pool
 from .workers import Workers
 
 MOST_GROUP_BYTES = 256 * 1024 * 1024
@@ -54,7 +55,7 @@ class Values:
         self._lock = threading.Lock()
         self.group_bytes = max(PIECE_BYTES, min(MOST_GROUP_BYTES, budget // READ_PARTS))
         """Values that are read at once."""
-        self._pool = ThreadPoolExecutor(1, "reshard-convert")
+        self._pool = Pool(1, "reshard-convert")
         self._workers = Workers(source.store)
         self._report = RankReport(rank)
         self._was_read = was_read
@@ -66,8 +67,8 @@ class Values:
         return counting_metadata(self._report, self._source)
 
     def close(self) -> None:
-        """Reads that nobody waits for any more are left to end by themselves."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Stop the reads that nobody waits for any more."""
+        self._pool.abandon()
         self._workers.__exit__(None, None, None)
 
     def stream(self, pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:

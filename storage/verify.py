@@ -6,7 +6,6 @@ Of other formats: the slices of DCP against the CRC-32s of their records; of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from .opaque import damage_of
 from .progress import Meter, OnProgress
 from .resources import default_budget
 from .store import Store
+from .threads import Pool
 
 logger = logger_of(__name__)
 
@@ -67,7 +67,7 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progres
     meter = Meter("verify", progress, location=store.location)
     meter.expect(sum(request.nbytes for request in requests))
     found: list[Damage] = []
-    with meter, ThreadPoolExecutor(at_once, "reshard-verify") as pool:
+    with meter, Pool(at_once, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
         for request, damages in zip(requests, pool.map(check, requests), strict=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 from .fetch import Fetcher
 from .resources import default_threads
 from .store import Store
+from .threads import Pool
 
 
 class Workers(AbstractContextManager["Workers"]):
@@ -16,14 +16,14 @@ class Workers(AbstractContextManager["Workers"]):
 
     def __init__(self, store: Store) -> None:
         self.count = default_threads()
-        self.pool = ThreadPoolExecutor(self.count, "reshard-read")
+        self.pool = Pool(self.count, "reshard-read")
         self.fetcher = Fetcher(store)
         self.stopped = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Reads that still run are left to end by themselves, unheeded."""
+        """Stop the reads that still run, and do not wait for them."""
         self.stopped = True
         self.fetcher.__exit__(kind, error, traceback)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.abandon()

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -52,6 +52,7 @@ from .shards import (
 )
 from .store import Store
 from .tensors import as_array, as_bytes, dtype_name
+from .threads import Pool, cleaning_up
 
 logger = logger_of(__name__)
 
@@ -60,7 +61,7 @@ WINDOW_BYTES = 16 * 1024 * 1024
 """Values that may be waiting, encoded or being encoded, for an object to take them."""
 TASK_BYTES = 1024 * 1024
 """Values that one task encodes, or a little more."""
-LET_END_S = 5.0
+LET_END_S = 2.0
 """How long a save that has failed waits for what is under way, to remove it."""
 
 Encoded = tuple[Buffer, list[int], list[int]]
@@ -159,8 +160,8 @@ def write_objects(
     budget = default_budget() if budget_bytes is None else budget_bytes
     groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.holds_objects)
     stopped = threading.Event()
-    with ThreadPoolExecutor(default_threads(), "reshard-encode") as encoding:
-        writing = ThreadPoolExecutor(CONCURRENT_OBJECTS, "reshard-write")
+    with Pool(default_threads(), "reshard-encode") as encoding:
+        writing = Pool(CONCURRENT_OBJECTS, "reshard-write")
         writer = _ObjectWriter(store, label, codec, budget, encoding, stopped, wrote)
         futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
         try:
@@ -174,10 +175,10 @@ def write_objects(
         except BaseException as error:
             stopped.set()
             failed(error)
-            writing.shutdown(wait=False, cancel_futures=True)
+            writing.abandon()
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
                 at_once(store).delete(written)
             raise
         finally:
@@ -193,7 +194,7 @@ class _ObjectWriter:
         label: str,
         codec: str,
         budget_bytes: int,
-        encoding: ThreadPoolExecutor,
+        encoding: Executor,
         stopped: threading.Event,
         wrote: Callable[[int], None],
     ) -> None:
@@ -236,7 +237,7 @@ class _ObjectWriter:
             self._check_wanted()
         except BaseException:
             self._wrote(-taken)
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
                 at_once(self._store).delete([record.name])
             raise
         encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES

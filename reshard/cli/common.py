@@ -50,6 +50,16 @@ def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
     return options
 
 
+def options_of(uri: str, uris: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Return what one of several places takes of the options that were given for all of them.
+
+    A local path takes none. Where all are local, they are returned, so that they are refused.
+    """
+    from reshard.storage.fsspec_store import is_local
+
+    return {} if is_local(uri) and not all(map(is_local, uris)) else options
+
+
 def print_json(value: object) -> None:
     print(json.dumps(_finite(value), indent=1, default=_in_iso))
 

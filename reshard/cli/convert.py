@@ -13,7 +13,7 @@ import typer
 import reshard
 
 from ..words import first_few, in_bytes
-from .common import storage_options
+from .common import options_of, storage_options
 
 
 def run(
@@ -44,6 +44,8 @@ def run(
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(wanted, torch.dtype):
         raise typer.BadParameter(f"torch has no dtype {dtype!r}", param_hint="--dtype")
+    given = storage_options(src_options)
+    takers = [src, dst] if dst_options is None else [src]
     with _process_group():
         report = reshard.convert(
             src,
@@ -57,9 +59,9 @@ def run(
             codec=codec,
             max_file_bytes=int(max_file_gb * 1e9),
             src_format=format,
-            src_options=storage_options(src_options),
+            src_options=options_of(src, takers, given),
             progress=True,
-            dst_options=storage_options(src_options if dst_options is None else dst_options),
+            dst_options=options_of(dst, takers, given) if dst_options is None else storage_options(dst_options),
         )
     if report.rank == 0:
         total = report.total

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from reshard.storage.diff import diff
 from reshard.storage.open_source import open_source
 
-from .common import print_json, print_table, storage_options
+from .common import options_of, print_json, print_table, storage_options
 
 
 def run(a: str, b: str, options: list[str] | None, as_json: bool) -> int:
     """Returns the exit code."""
     given = storage_options(options)
-    found = sorted(diff(open_source(a, given), open_source(b, given)), key=lambda d: (-d.largest, -d.changed, d.name))
+    sources = [open_source(uri, options_of(uri, (a, b), given)) for uri in (a, b)]
+    found = sorted(diff(*sources), key=lambda d: (-d.largest, -d.changed, d.name))
     if as_json:
         print_json([asdict(difference) for difference in found])
     elif found:

@@ -81,6 +81,8 @@ def run(
     if save and not save.endswith(".json"):
         raise typer.BadParameter("end its name with .json, by which it is known again", param_hint="--save")
     if uri.endswith(".json") and not uri.endswith(".index.json") and os.path.isfile(uri):
+        if options:
+            raise typer.BadParameter("a saved plan is a local file: leave them out", param_hint="--storage-option")
         plans = _read_back(uri, wanted)
     else:
         checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)

@@ -33,6 +33,7 @@ from reshard.demo.dcp_peer import CountingReader
 from reshard.demo.text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
 from reshard.errors import ArgumentError
+from reshard.storage.store import open_store
 
 FOLDER = Path("demo-run")
 MARK = ".reshard-demo"
@@ -53,6 +54,7 @@ def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
     begin = time.perf_counter()
     if FOLDER.exists() and not (FOLDER / MARK).exists():
         raise ArgumentError(f"{FOLDER} is there already, and is not of a demo: run it in another folder")
+    open_store(uri, storage_options)  # refuses what cannot be a place, before anything is made
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     (FOLDER / MARK).touch()

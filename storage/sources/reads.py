@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from ...planner.costs import LOCAL, REMOTE, Costs
 from ..checksums import checksum
 from ..errors import CorruptCheckpointError
 from ..store import Store
+from ..threads import Pool
 
 T = TypeVar("T")
 SMALL_BYTES = 64 * 1024
@@ -79,7 +79,7 @@ class Reads:
         """A call for each row, many at once."""
         if len(columns[0]) <= 1:
             return list(map(call, *columns))
-        with ThreadPoolExecutor(min(MOST_AT_ONCE, len(columns[0])), "reshard-open") as pool:
+        with Pool(min(MOST_AT_ONCE, len(columns[0])), "reshard-open") as pool:
             return list(pool.map(call, *columns))
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,10 +23,8 @@ from ..commit import put_commit
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..logs import logger_of
 from ..manifest import DATA_NAME, NAME
-from ..open_source import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX
-from ..sources.dcp import METADATA, RANK_METADATA
+from ..open_source import CONVERSION, is_of_a_checkpoint
 from ..sources.reads import Reads
-from ..sources.safetensors import INDEX_SUFFIX
 from ..store import Store
 from .target import Done, Target, Unit
 
@@ -206,15 +203,8 @@ class Notes:
 
 
 def _is_of_a_checkpoint(name: str) -> bool:
-    """Whether a name is one that a checkpoint of some format has in its folder."""
-    if "/" in name:
-        return DATA_NAME.fullmatch(name) is not None
-    known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) is not None
-    return (
-        known
-        or name.endswith((".distcp", INDEX_SUFFIX, TORCH_INDEX_SUFFIX))
-        or os.path.splitext(name)[1] in FILE_SUFFIXES
-    )
+    """Return whether a name is one that a checkpoint of some format has in its folder."""
+    return name == NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
 
 
 def _is_unit(unit: Any) -> bool:

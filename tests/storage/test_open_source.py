@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -241,7 +242,8 @@ def test_the_native_format_comes_first(tmp_path: Path) -> None:
     save_file({"other": VALUES}, tmp_path / "x" / "model.safetensors")
     torch.save({"other": VALUES}, tmp_path / "x" / "model.pt")
     assert open_source(tmp_path / "x").format == "dcp"
-    native(tmp_path / "x")
+    native(tmp_path / "native")
+    shutil.copytree(tmp_path / "native", tmp_path / "x", dirs_exist_ok=True)
     assert open_source(tmp_path / "x").format == "reshard"
     for format in FORMATS:
         assert open_source(tmp_path / "x", format=format).format == format

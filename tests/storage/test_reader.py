@@ -5,7 +5,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from reshard.storage.shards import ShardToWrite
 from reshard.storage.source import Source
 from reshard.storage.store import Store
 from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
+from reshard.storage.threads import Pool
 from reshard.storage.workers import Workers
 from reshard.storage.writer import write_objects
 
@@ -358,14 +358,14 @@ def test_nothing_keeps_a_tensor_in_memory_once_it_is_loaded() -> None:
 
 def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     store, manifest = saved("none", {"w": torch.randn(512, 256)})
-    submit = ThreadPoolExecutor.submit
+    submit = Pool.submit
 
-    def refusing(self: ThreadPoolExecutor, task: Callable[..., Any], *arguments: Any) -> Any:
-        if self._thread_name_prefix == "reshard-read":
+    def refusing(self: Pool, task: Callable[..., Any], *arguments: Any) -> Any:
+        if self._name == "reshard-read":
             raise RuntimeError("can't start new thread")
         return submit(self, task, *arguments)
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", refusing)
+    monkeypatch.setattr(Pool, "submit", refusing)
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
     with pytest.raises(RuntimeError, match="new thread"):
         execute(plan, manifest.index(), store, [torch.zeros(512, 256)])

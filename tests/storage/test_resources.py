@@ -1,8 +1,15 @@
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import reshard
+from reshard.errors import ArgumentError
 from reshard.storage import resources
 
 
@@ -26,3 +33,57 @@ def test_the_budget_is_a_tenth_of_what_is_available(monkeypatch: pytest.MonkeyPa
 def test_what_is_available_is_less_than_what_the_machine_has() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < resources._available() <= total
+
+
+@pytest.mark.parametrize("given", ["", " ", "1", " 1 "])
+def test_an_empty_number_of_local_ranks_is_one(given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
+    assert resources.local_ranks() == 1
+    reshard.save({"w": torch.ones(3)}, tmp_path / "x")
+    assert reshard.open(tmp_path / "x").read("w").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", "8 ranks", "0x8", "²", "None"])
+def test_a_number_of_local_ranks_that_is_none_is_named(
+    given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reshard.save({"w": torch.ones(3)}, tmp_path / "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
+    calls = (
+        lambda: resources.default_threads(),
+        lambda: resources.default_budget(),
+        lambda: reshard.save({"w": torch.ones(3)}, tmp_path / "y"),
+        lambda: reshard.load({"w": torch.ones(3)}, tmp_path / "x"),
+    )
+    for call in calls:
+        with pytest.raises(ArgumentError, match=f"LOCAL_WORLD_SIZE must be .*, got {re.escape(repr(given))}"):
+            call()
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("budget", [0, -1, -(2**40), 1.5, 2e9, float("nan"), "1GB", True, [1]])
+def test_a_budget_that_is_none_is_refused(budget: Any, tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(3)}, tmp_path / "x")
+    w = torch.zeros(3)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: reshard.save({"w": w}, tmp_path / "y", budget_bytes=budget),
+        lambda: reshard.load({"w": w}, tmp_path / "x", budget_bytes=budget),
+        lambda: reshard.convert(tmp_path / "x", tmp_path / "y", budget_bytes=budget),
+        lambda: reshard.StorageWriter(tmp_path / "y", budget_bytes=budget),
+        lambda: reshard.StorageReader(tmp_path / "x", budget_bytes=budget),
+    )
+    for call in calls:
+        with pytest.raises(ArgumentError, match=f"budget_bytes must be .*, got {re.escape(repr(budget))}"):
+            call()
+    assert not (tmp_path / "y").exists()
+    assert not w.any()
+
+
+@pytest.mark.parametrize("budget", [None, 1, 10_000, 2**40, np.int64(10_000)])
+def test_any_positive_budget_does(budget: Any, tmp_path: Path) -> None:
+    values = torch.randn(50, 40)
+    reshard.save({"w": values}, tmp_path / "x", budget_bytes=budget)
+    loaded = {"w": torch.zeros(50, 40)}
+    reshard.load(loaded, tmp_path / "x", budget_bytes=budget)
+    assert loaded["w"].equal(values)
+    reshard.convert(tmp_path / "x", tmp_path / "y", budget_bytes=budget)

@@ -1,0 +1,450 @@
+"""Which place a path or a URI is: nothing is written to a place other than the one that was named."""
+
+import json
+import logging
+import os
+import re
+import traceback
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from typer.testing import CliRunner
+
+import reshard
+from reshard.cli.app import app
+from reshard.errors import (
+    AccessDeniedError,
+    ArgumentError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnsupportedURIError,
+)
+from reshard.storage.fsspec_store import is_local, split_file
+from reshard.storage.local_store import LocalStore
+from reshard.storage.places import find_remains
+from reshard.storage.store import open_store
+from tests.conftest import Place
+from tests.failing_s3 import failing_s3
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+STATE = {"w": torch.arange(12.0).reshape(4, 3)}
+OPTIONS = {"key": "a"}
+LOST: list[str | os.PathLike[str]] = [
+    Path("s3://bucket/run"),
+    "s3:/bucket/run",
+    "s3:bucket",
+    "s3:",
+    "s3:/",
+    "S3:/bucket",
+    "Gs:bucket/run",
+    "gs:/bucket/run",
+    Path("gcs://bucket"),
+    Path("abfss://container/x"),
+    Path("az://container/x"),
+    Path("memory://x"),
+    "memory:x",
+    Path("https://host/model.safetensors"),
+    "http:host/x.pt",
+    Path("hf://org/model"),
+    "sftp:/host/x",
+    Path("simplecache::s3://bucket/x"),
+    Path("zip://x::file:///y.zip"),
+    "s3:/bucket/a::b",
+    "FILE:/x",
+    "Local:x",
+]
+LOCAL = [
+    "a::b",
+    "a::c/d",
+    "zip::b",
+    "s3::b",
+    "b::zip",
+    "a::",
+    "::a",
+    "a::b::c",
+    "x:y",
+    "C:/x",
+    "./s3:/bucket",
+    "./memory:x",
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def saved(folder: Path) -> Path:
+    reshard.save(STATE, folder)
+    return folder
+
+
+def calls(place: Any, folder: Path) -> list[Callable[[], object]]:
+    """Every call of the API that takes a place."""
+    return [
+        lambda: reshard.save(STATE, place),
+        lambda: reshard.save(STATE, place, overwrite=True),
+        lambda: reshard.load(dict(STATE), place),
+        lambda: reshard.open(place),
+        lambda: reshard.open(place, format="reshard"),
+        lambda: reshard.open(place, format="torch"),
+        lambda: reshard.convert(place, folder / "copy"),
+        lambda: reshard.convert(folder / "c", place),
+        lambda: reshard.convert(folder / "c", place, format="safetensors"),
+        lambda: reshard.find_checkpoints(place),
+        lambda: reshard.remove(place),
+        lambda: find_remains(os.fspath(place)),
+        lambda: open_store(place),
+    ]
+
+
+@pytest.mark.parametrize("place", LOST, ids=str)
+def test_a_uri_that_lost_a_slash_is_refused(place: str | os.PathLike[str], tmp_path: Path, empty_folder: Path) -> None:
+    saved(tmp_path / "c")
+    for call in calls(place, tmp_path):
+        with pytest.raises(UnsupportedURIError, match=r"pass the URI as a string, '[a-z0-9:]+://") as caught:
+            call()
+        assert repr(os.fspath(place)) in str(caught.value)
+    assert list(empty_folder.iterdir()) == []
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("place", LOST[:6], ids=str)
+def test_dcp_does_not_write_to_a_uri_that_lost_a_slash(place: Any, empty_folder: Path) -> None:
+    for kind in (reshard.StorageWriter, reshard.StorageReader):
+        assert not kind.validate_checkpoint_id(place)
+    with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://") as caught:
+        dcp.save(STATE, storage_writer=reshard.StorageWriter(place))
+    assert "UnsupportedURIError" in str(caught.value)
+    with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
+        dcp.load(dict(STATE), storage_reader=reshard.StorageReader(place))
+    with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
+        dcp.save(STATE, checkpoint_id=place, storage_writer=reshard.StorageWriter("elsewhere"))
+    assert list(empty_folder.iterdir()) == []
+
+
+def commands(place: str, folder: Path) -> list[list[str]]:
+    there = str(folder / "c")
+    return [
+        ["inspect", place],
+        ["plan", place],
+        ["verify", place],
+        ["convert", place, str(folder / "copy")],
+        ["convert", there, place],
+        ["diff", place, there],
+        ["diff", there, place],
+        ["ls", place],
+        ["rm", place, "--yes"],
+        ["gc", place, "--yes"],
+        ["demo", "--uri", place],
+    ]
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/run", "gs:bucket"])
+def test_every_command_refuses_a_uri_that_lost_a_slash(place: str, tmp_path: Path, empty_folder: Path) -> None:
+    saved(tmp_path / "c")
+    for command in commands(place, tmp_path):
+        with pytest.raises(UnsupportedURIError, match="pass the URI as a string"):
+            CliRunner().invoke(app, command, catch_exceptions=False)
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", LOCAL)
+def test_a_local_path_is_the_folder_of_its_name(place: str, empty_folder: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "c")
+    reshard.save(STATE, place)
+    assert (empty_folder / place / "manifest.reshard").is_file()
+    assert {path.parts[0] for path in (p.relative_to(empty_folder) for p in empty_folder.iterdir())} == {
+        Path(place).parts[0]
+    }
+    for form in (place, Path(place) if not place.startswith("./") else place, empty_folder / place):
+        assert reshard.open(form).read("w").equal(STATE["w"])
+        assert [found.is_whole for found in reshard.find_checkpoints(form)] == [True]
+    loaded = {"w": torch.zeros(4, 3)}
+    reshard.load(loaded, place)
+    assert loaded["w"].equal(STATE["w"])
+    reshard.remove(place)
+    reshard.convert(tmp_path / "c", place, format="safetensors")
+    assert {path.suffix for path in (empty_folder / place).iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("name", ["a::b", "a:", "s3:", "x::y/z::", "zip::b"])
+def test_a_file_uri_may_have_colons_in_it(name: str, empty_folder: Path) -> None:
+    reshard.save(STATE, f"file://{empty_folder}/{name}")
+    assert reshard.open(empty_folder / name).read("w").equal(STATE["w"])
+
+
+def test_two_paths_with_colons_are_two_checkpoints() -> None:
+    for i, place in enumerate(("a::b", "a::c", "a:", "a")):
+        reshard.save({"w": torch.full((2,), i)}, place)
+    for i, place in enumerate(("a::b", "a::c", "a:", "a")):
+        assert reshard.open(place).read("w").tolist() == [i, i]
+
+
+@pytest.mark.parametrize("name", ["a::b.safetensors", "zip::x.safetensors", "d::e/f::g.safetensors"])
+def test_a_file_whose_name_has_colons_is_read(name: str) -> None:
+    Path(name).parent.mkdir(exist_ok=True)
+    save_file(STATE, name)
+    assert reshard.open(name).read("w").equal(STATE["w"])
+
+
+def test_a_chain_of_fsspec_still_works(tmp_path: Path) -> None:
+    import zipfile
+
+    saved(tmp_path / "c")
+    save_file(STATE, tmp_path / "c" / "model.safetensors")
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as file:
+        for path in (tmp_path / "c").rglob("*"):
+            file.write(path, path.relative_to(tmp_path))
+    for uri in (
+        f"zip://c::file://{tmp_path}/y.zip",
+        f"zip://c::{tmp_path}/y.zip",
+        f"zip://c/model.safetensors::file://{tmp_path}/y.zip",
+        f"simplecache::file://{tmp_path}/c",
+        f"simplecache::file://{tmp_path}/c/model.safetensors",
+        f"simplecache::zip://c/model.safetensors::file://{tmp_path}/y.zip",
+    ):
+        assert reshard.open(uri).read("w").equal(STATE["w"]), uri
+
+
+def test_colons_in_a_key_are_no_chain(s3: Place) -> None:
+    uri, options = s3
+    reshard.save(STATE, f"{uri}/a::b", storage_options=options)
+    assert reshard.open(f"{uri}/a::b", storage_options=options).read("w").equal(STATE["w"])
+    assert [found.uri for found in reshard.find_checkpoints(uri, options)] == [f"{uri}/a::b"]
+    reshard.save(STATE, "memory://colons/a::b")
+    assert reshard.open("memory://colons/a::b").location == "memory://colons/a::b"
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "name"),
+    [
+        ("/a/m.pt", "/a", "m.pt"),
+        ("/m.pt", "/", "m.pt"),
+        ("file:///a/m.pt", "/a", "m.pt"),
+        ("s3://bucket/a/m.pt", "s3://bucket/a", "m.pt"),
+        ("s3://bucket.pt", "s3://bucket.pt", ""),
+        ("https://host/a/m.pt?sig=x/y.safetensors", "https://host/a?sig=x/y.safetensors", "m.pt"),
+        ("https://host?a/b", "https://host?a/b", ""),
+        ("s3://bucket/a?b/m.pt", "s3://bucket/a?b", "m.pt"),
+        ("zip://m.pt::file:///y.zip", "zip://::file:///y.zip", "m.pt"),
+        ("simplecache::s3://b/a/m.pt", "simplecache::s3://b/a", "m.pt"),
+    ],
+)
+def test_a_file_is_split_from_its_folder(uri: str, folder: str, name: str) -> None:
+    assert split_file(uri) == (folder, name)
+    assert is_local(uri) == uri.startswith(("/", "file:"))
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}", "file:{}"])
+def test_options_of_a_local_path_are_refused(form: str, tmp_path: Path) -> None:
+    saved(tmp_path / "c")
+    there, new = form.format(tmp_path / "c"), form.format(tmp_path / "new")
+    for call in (
+        lambda: reshard.save(STATE, new, storage_options=OPTIONS),
+        lambda: reshard.load(dict(STATE), there, storage_options=OPTIONS),
+        lambda: reshard.open(there, storage_options=OPTIONS),
+        lambda: reshard.convert(there, new, src_options=OPTIONS),
+        lambda: reshard.convert(there, new, dst_options=OPTIONS),
+        lambda: reshard.find_checkpoints(there, OPTIONS),
+        lambda: reshard.remove(there, OPTIONS),
+    ):
+        with pytest.raises(
+            ArgumentError, match="is a local path, which takes no storage options, and 'key' were given"
+        ):
+            call()
+    writer = reshard.StorageWriter(new, storage_options=OPTIONS)
+    with pytest.raises(CheckpointException, match="takes no storage options"):
+        dcp.save(STATE, storage_writer=writer)
+    reader = reshard.StorageReader(there, storage_options=OPTIONS)
+    with pytest.raises(CheckpointException, match="takes no storage options"):
+        dcp.load(dict(STATE), storage_reader=reader)
+    assert not (tmp_path / "new").exists()
+    empty: dict[str, Any] = {}
+    for nothing in (None, empty):
+        assert reshard.open(there, storage_options=nothing).read("w").equal(STATE["w"])
+    reshard.save(STATE, new, storage_options=empty)
+
+
+def test_options_of_an_open_store_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"'key' were given as storage options of .*, which is open already"):
+        reshard.save(STATE, LocalStore(tmp_path / "x"), storage_options=OPTIONS)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ArgumentError, match="storage_options must be a mapping"):
+        open_store("memory://x", "key=a")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ArgumentError, match="expected a path, a URI or a Store"):
+        open_store(b"x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def run(*command: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def as_arguments(option: str, options: dict[str, Any]) -> list[str]:
+    flat = {key: value for key, value in options.items() if not isinstance(value, dict)}
+    flat |= {
+        f"{key}.{name}": value
+        for key, inner in options.items()
+        if isinstance(inner, dict)
+        for name, value in inner.items()
+    }
+    return [part for key, value in flat.items() for part in (option, f"{key}={value}")]
+
+
+def test_commands_give_options_to_the_places_that_take_them(s3: Place, tmp_path: Path) -> None:
+    uri, options = s3
+    local = saved(tmp_path / "c")
+    given = as_arguments("-o", options)
+    run("convert", local, f"{uri}/a", *given)
+    run("convert", local, f"{uri}/b", *as_arguments("--dst-option", options))
+    run("convert", f"{uri}/a", tmp_path / "back", *given)
+    run("convert", f"{uri}/a", f"{uri}/d", *given)
+    run("convert", f"{uri}/a", f"{uri}/e", *given, *as_arguments("--dst-option", options))
+    for name in "abde":
+        assert reshard.open(f"{uri}/{name}", storage_options=options).read("w").equal(STATE["w"])
+    assert reshard.open(tmp_path / "back").read("w").equal(STATE["w"])
+    for pair in ((f"{uri}/a", local), (local, f"{uri}/a"), (f"{uri}/a", f"{uri}/b")):
+        assert "no difference" in run("diff", *pair, *given)
+
+
+def test_commands_refuse_options_that_no_place_takes(tmp_path: Path) -> None:
+    saved(tmp_path / "c")
+    there, new = tmp_path / "c", tmp_path / "new"
+    for command in commands(str(there), tmp_path):
+        if command[0] != "demo":
+            with pytest.raises(ArgumentError, match="takes no storage options"):
+                run(*command, "-o", "key=a")
+    with pytest.raises(ArgumentError, match="takes no storage options"):
+        run("convert", there, new, "--dst-option", "key=a")
+    with pytest.raises(ArgumentError, match="takes no storage options"):
+        run("convert", there, "memory://new", "-o", "key=a", "--dst-option", "x=1")
+    with pytest.raises(ArgumentError, match="takes no storage options"):
+        run("demo", "-o", "key=a")
+    run("plan", there, "--save", tmp_path / "plan.json")
+    run("plan", tmp_path / "plan.json", "-o", "key=a", code=2)
+    assert not new.exists()
+    assert not (tmp_path / "copy").exists()
+
+
+class Signed(BaseHTTPRequestHandler):
+    """Serves files to those who have the signature, as a store does: GET alone, by ranges."""
+
+    folder: Path
+    secret = "X-Amz-Credential=AKIA%2F2026%2Fs3&X-Amz-Signature=5ec2e7"
+    takes_head = False
+
+    def do_HEAD(self) -> None:
+        if self.takes_head:
+            self.do_GET()
+        else:
+            self.send_error(403)  # it was signed for GET
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        file = self.folder / path.lstrip("/")
+        if query != self.secret:
+            self.send_error(403)
+        elif not file.is_file():
+            self.send_error(404)
+        else:
+            content = file.read_bytes()
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            begin, end = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if asked else (0, len(content))
+            self.send_response(206 if asked else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(end - begin))
+            if asked:
+                self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content[begin:end])
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    folder = tmp_path / "served"
+    (folder / "deep").mkdir(parents=True)
+    save_file(STATE, folder / "deep" / "model.safetensors")
+    torch.save(STATE, folder / "deep" / "model.pt")
+    reshard.save(STATE, folder / "native")
+    monkeypatch.setattr(Signed, "folder", folder, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Signed) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("takes_head", [False, True])
+@pytest.mark.parametrize("file", ["deep/model.safetensors", "deep/model.pt", "native"])
+def test_a_signed_url_is_read(
+    file: str, takes_head: bool, signed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(Signed, "takes_head", takes_head)
+    caplog.set_level(logging.DEBUG, "reshard")
+    url = f"{signed}/{file}?{Signed.secret}"
+    checkpoint = reshard.open(url)
+    assert checkpoint.location == f"{signed}/{file}"
+    assert checkpoint.read("w", reshard.Box((1, 0), (2, 3))).equal(STATE["w"][1:3])
+    loaded = {"w": torch.zeros(4, 3)}
+    reshard.load(loaded, url)
+    assert loaded["w"].equal(STATE["w"])
+    reshard.convert(url, tmp_path / "copy")
+    assert reshard.open(tmp_path / "copy").read("w").equal(STATE["w"])
+    assert checkpoint.verify() == []
+    told = [*caplog.messages, repr(checkpoint), json.dumps([p.read_text() for p in tmp_path.glob("copy/*.json")])]
+    assert not any("5ec2e7" in text for text in told)
+
+
+@pytest.mark.parametrize("file", ["deep/model.safetensors", "deep/model.pt", "deep/absent.pt", "native"])
+@pytest.mark.parametrize("query", ["X-Amz-Signature=5ec2e7", "sig=5ec2e7%2Fx&a=b/c.safetensors"])
+def test_the_signature_of_a_url_is_in_no_error(file: str, query: str, signed: str, caplog: Any) -> None:
+    caplog.set_level(logging.DEBUG, "reshard")
+    with pytest.raises(AccessDeniedError) as caught:
+        reshard.open(f"{signed}/{file}?{query}")
+    shown = "".join(traceback.format_exception(caught.value)) + "".join(caplog.messages)
+    assert "5ec2e7" not in shown.replace(repr(query), "")
+    assert file.rpartition("/")[2] in str(caught.value)
+
+
+def test_what_is_not_at_a_signed_url_is_told_without_its_signature(signed: str) -> None:
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        reshard.open(f"{signed}/deep/absent.pt?{Signed.secret}", format="reshard")
+    assert "5ec2e7" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("size", [7, 300_000])
+def test_s3fs_sends_no_checksum_that_was_not_asked_for(size: int) -> None:
+    """Servers other than Amazon's refuse the headers and trailers that botocore adds by default."""
+    unknown = ("x-amz-checksum-", "x-amz-sdk-checksum", "x-amz-trailer")
+
+    def refuses(method: str, key: str, headers: dict[str, str]) -> int:
+        trailing = headers.get("content-encoding") == "aws-chunked" or "TRAILER" in headers.get(
+            "x-amz-content-sha256", ""
+        )
+        return 400 if trailing or any(name.startswith(unknown) for name in headers) else 0
+
+    with failing_s3(fails=lambda method, key: False, refuses=refuses) as server:
+        by_s3fs = {**server.options, "config_kwargs": {"max_pool_connections": 5}, "skip_instance_cache": True}
+        state = {"w": torch.randn(size // 4 + 1)}
+        reshard.save(state, "s3://bucket/run", storage_options=by_s3fs)
+        assert reshard.open("s3://bucket/run", storage_options=by_s3fs).read("w").equal(state["w"])
+        wanted = {**by_s3fs, "config_kwargs": {"request_checksum_calculation": "when_supported"}}
+        with pytest.raises(CheckpointError, match="refused for its headers"):
+            reshard.save(state, "s3://bucket/other", storage_options=wanted)
