@@ -38,7 +38,7 @@ from .resources import check_budget
 from .retrying_store import retried
 from .source import Source, Unreadable
 from .sources.reads import Reads
-from .state_dict import Path
+from .state_dict import Path, renamed_path
 from .store import Store, open_store
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
@@ -407,5 +407,14 @@ def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str
 
 
 def _paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
-    """The paths of the items that keep their names in the state dict that was saved."""
-    return {item.name: source.paths[item.source] for item in items if item.source == item.name in source.paths}
+    """The paths of items in the state dict that was saved, as far as their names still follow them.
+
+    New names may be those of containers of others: then only items that keep their names have paths.
+    """
+    known = [item for item in items if item.source in source.paths]
+    found = {item.name: renamed_path(source.paths[item.source], item.name) for item in known}
+    paths = {name: path for name, path in found.items() if path is not None}
+    containers = {path[:length] for path in paths.values() for length in range(1, len(path))}
+    if containers.isdisjoint(paths.values()):
+        return paths
+    return {item.name: source.paths[item.source] for item in known if item.name == item.source}

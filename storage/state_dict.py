@@ -80,6 +80,20 @@ def name_of(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def renamed_path(path: Path, name: str) -> Path | None:
+    """The path of a value under a new name: its longest end that the name ends with, below what the name has before.
+
+    None where the name ends otherwise.
+    """
+    for begin in range(len(path)):
+        end = name_of(path[begin:])
+        if name == end:
+            return path[begin:]
+        if name.endswith(f".{end}"):
+            return (*name[: -len(end) - 1].split("."), *path[begin:])
+    return None
+
+
 def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Leaf]:
     """List the values of a state dict by name. A dict without items is a value too.
 

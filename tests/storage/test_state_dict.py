@@ -6,7 +6,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from reshard.storage.errors import CorruptCheckpointError, DestinationError, UnsupportedValueError
-from reshard.storage.state_dict import flatten, nest, path_from_json, path_to_json
+from reshard.storage.state_dict import Key, flatten, nest, path_from_json, path_to_json, renamed_path
 
 
 def test_names_are_those_of_dcp() -> None:
@@ -46,6 +46,22 @@ def test_keys_keep_their_types_and_empty_dicts_stay(state: dict[Any, Any]) -> No
     again = nest({name: leaf.value for name, leaf in leaves.items()}, paths)
     assert str(again) == str(state)
     assert [*map(type, again)] == [*map(type, state)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.7.w", ("model", "layers", 0, Key(7), "w")),
+        ("layers.0.7.w", ("layers", 0, Key(7), "w")),
+        ("net.body.layers.0.7.w", ("net", "body", "layers", 0, Key(7), "w")),
+        ("net.7.w", ("net", Key(7), "w")),
+        ("w", ("w",)),
+        ("other", None),
+        ("xlayers.0.7.w", ("xlayers", 0, Key(7), "w")),
+    ],
+)
+def test_a_new_name_keeps_the_path_as_far_as_it_follows_it(name: str, expected: Any) -> None:
+    assert renamed_path(("model", "layers", 0, Key(7), "w"), name) == expected
 
 
 @pytest.mark.parametrize("key", [torch.float32, object(), frozenset({object()}), (object(),)])
