@@ -6,8 +6,10 @@ dicts of all of them, before anything is changed. The second spreads the errors 
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -171,32 +173,41 @@ class _Loading:
         there = [*(entry.name for entry in source.entries), *source.unreadable]
         self._stored = new_names(there, options.rename)
         """What the checkpoint has, by the name in the state dict, and the name there."""
-        present = {name: leaf for name, leaf in leaves.items() if name in self._stored}
+        present = {name: leaf for name, leaf in leaves.items() if name in self._stored and not self._may_miss(name)}
         self._in_objects: list[tuple[Leaf, Any]] = []
         """Leaves that are a part of an object of the checkpoint, each with its value."""
         self._containers: list[tuple[Leaf, list[str]]] = []
         """Leaves that are dicts or lists in the checkpoint, each with the names in it."""
         self.skipped: tuple[str, ...] = ()
         """Names that are not in the checkpoint."""
-        self._find_others({name: leaf for name, leaf in leaves.items() if name not in self._stored}, present)
+        self._find_others({name: leaf for name, leaf in leaves.items() if name not in present}, present)
         self.unread = self._unread(named)
         """Names that the checkpoint has below a key of the state dict, which itself has not."""
-        self._objects = [leaf for leaf in present.values() if self._kind(leaf.name) is not Kind.TENSOR]
-        self._blobs: list[Blob] = []
         self._values: list[tuple[Leaf, Any]] = []
+        """The values of leaves that are not tensors, once they are read."""
+        self._plan(present)
+
+    def _may_miss(self, name: str) -> bool:
+        """Whether a name cannot be read, and was said to be one that may be missing."""
+        return self._stored[name] in self.source.unreadable and matches_any(self._options.allow_missing, name)
+
+    def _plan(self, present: Mapping[str, Leaf]) -> None:
+        """Work out what to read, and check that it fits."""
+        source = self.source
         wants, destinations = self._destinations(present.values())
-        self._built = {
-            name: torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-            for _, names in self._containers
-            for name in names
-            if (entry := self.source.entry(self._stored[name])).kind is Kind.TENSOR
-        }
-        wants += [Want(self._stored[name], self.source.entry(self._stored[name]).whole) for name in self._built]
-        objects = [leaf.name for leaf in self._objects]
-        objects += [name for _, names in self._containers for name in names if name not in self._built]
-        self._object_names = objects
+        inside = [name for _, names in self._containers for name in names]
+        tensors = [name for name in inside if self._kind(name) is Kind.TENSOR]
+        self._objects = [leaf for leaf in present.values() if self._kind(leaf.name) is not Kind.TENSOR]
+        self._object_names = [leaf.name for leaf in self._objects]
+        self._object_names += [name for name in inside if self._kind(name) is not Kind.TENSOR]
+        wants += [Want(self._stored[name], source.entry(self._stored[name]).whole) for name in tensors]
         # All of the metadata is read at once, and checked before memory is taken on its word.
-        source.index([*wants, *object_wants(source, [self._stored[name] for name in objects])])
+        source.index([*wants, *object_wants(source, [self._stored[name] for name in self._object_names])])
+        self._built: dict[str, torch.Tensor] = {}
+        """Tensors of dicts and lists that the state dict does not have."""
+        for name in tensors:
+            entry = source.entry(self._stored[name])
+            self._built[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         self._reads = BoxReads.of(source, wants, [*destinations, *self._built.values()])
 
     def _kind(self, name: str) -> Kind:
@@ -224,6 +235,7 @@ class _Loading:
         """
         if not missing:
             return
+        self._in_order = sorted(self._stored)
         inside: dict[str, list[Leaf]] = {}
         lost: list[Leaf] = []
         for leaf in missing.values():
@@ -245,7 +257,11 @@ class _Loading:
         self.skipped = tuple(leaf.name for leaf in lost)
 
     def _below(self, name: str) -> list[str]:
-        return [other for other in self._stored if other.startswith(f"{name}.")]
+        """The names of the checkpoint below another one, but for those that are excluded."""
+        begin = bisect_left(self._in_order, f"{name}.")
+        following = (self._in_order[at] for at in range(begin, len(self._in_order)))
+        below = itertools.takewhile(lambda other: other.startswith(f"{name}."), following)
+        return [other for other in below if not matches_any(self._options.exclude, other)]
 
     def _take_out(self, inside: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Take values out of the objects that hold them. Returns the leaves whose objects do not."""
