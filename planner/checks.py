@@ -146,7 +146,7 @@ def _check_tiling(
     unclear = np.unique(owners[1:][~abut])
     for at in unclear.tolist():
         mine = slice(*np.searchsorted(owners, [at, at + 1]).tolist())
-        if not _tile(tuple(region_sizes[at].tolist()), offsets[mine], sizes[mine]):
+        if not tile(tuple(region_sizes[at].tolist()), offsets[mine], sizes[mine]):
             raise InvalidIndexError(f"the shards of {entries[int(segments.entries[rows[mine.start]])].name!r} overlap")
 
 
@@ -158,7 +158,7 @@ def _not_covered(entry: Entry, covered: int, region_sizes: IntArray) -> InvalidI
     )
 
 
-def _tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> bool:
+def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> bool:
     """Whether boxes inside a shape, of its volume together, tile it: whether no two of them overlap.
 
     Almost always they are all cells of a grid, which is quickly seen; if not, all pairs are looked at.

@@ -44,6 +44,7 @@ from ..planner.box import Box
 from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
+from .agreement import Described, agreed_paths
 from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .logs import logger_of
@@ -57,7 +58,7 @@ from .records import ObjectRecord, assemble_index
 from .reports import RankReport
 from .resources import check_budget
 from .retrying_store import at_once
-from .sharded import refuse_misplaced
+from .sharded import refuse_misplaced, waited
 from .shards import ShardToWrite, part_of
 from .source import Source
 from .state_dict import path_for_dcp
@@ -156,19 +157,24 @@ class StorageWriter(dcp.StorageWriter):
         return {**self.__dict__, "_opened": None}
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
+        """Describe the values, before the planner has each replica written by one rank."""
+        return replace(plan, storage_data=_described(plan))
 
     @raises_portable
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        _check_agreement([plan.items for plan in plans])
-        return plans
+        agreed_paths([plan.storage_data or {} for plan in plans])
+        return [replace(plan, storage_data=None) for plan in plans]
 
     @raises_portable
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         begin = time.perf_counter()
         self.planned_at = begin
         if not getattr(planner, "holds_boxes", False):
-            refuse_misplaced(getattr(planner, "state_dict", {}))
+            state = getattr(planner, "state_dict", {})
+            refuse_misplaced(state)
+            for name in {item.index.fqn for item in plan.items}:
+                if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
+                    check_storable(name, tensor._local_tensor)
         shards = [_shard_to_write(item, planner) for item in plan.items]
         pickled = self._pickled(shards)
         self.meter.location = self._store().location
@@ -229,7 +235,7 @@ class StorageWriter(dcp.StorageWriter):
         reports[self._rank]["requests"] += 1
         pickled = sorted(name for _, _, names in by_rank for name in names)
         differing = metadata.storage_data or []
-        reports[self._rank]["differing"] = differing
+        reports[self._rank]["differing"] = tuple(differing)
         metadata.storage_data = reports
         if pickled:
             logger.warning(
@@ -424,19 +430,23 @@ def _wants(items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> tuple[
     return wants, destinations
 
 
-def _check_agreement(plans: Sequence[Sequence[WriteItem]]) -> None:
-    """Raises ArgumentError where ranks plan to write different kinds of values under one name."""
-    known: dict[str, tuple[int, str]] = {}
-    for rank, items in enumerate(plans):
-        for item in items:
-            data = item.tensor_data
-            what = "an object" if data is None else f"a tensor of {data.properties.dtype}, shape {list(data.size)}"
-            first = known.setdefault(item.index.fqn, (rank, what))
-            if first[1] != what:
-                raise ArgumentError(
-                    f"the ranks disagree about {item.index.fqn!r}: rank {first[0]} has {first[1]}; rank {rank} has "
-                    f"{what}. Give all ranks the same kind of value under one name"
-                )
+def _described(plan: SavePlan) -> dict[str, Described]:
+    """What a plan of DCP says of its values. Its paths are known where its planner has flattened the state dict."""
+    paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
+    if any(isinstance(path, Described) for path in paths.values()):  # reshard's own planner has done it
+        return {}
+    described: dict[str, Described] = {}
+    for item in plan.items:
+        name, data = item.index.fqn, item.tensor_data
+        path = paths.get(name)
+        path = path if isinstance(path, tuple) else (name,)
+        if data is None:
+            described[name] = Described(path, "object")
+        else:
+            kind = "tensor" if item.type is WriteItemType.TENSOR else "sharded tensor"
+            dtype = str(data.properties.dtype).removeprefix("torch.")
+            described[name] = Described(path, kind, dtype, tuple(data.size))
+    return described
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -479,6 +489,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
         except Exception as error:
             raise UnsupportedValueError(f"{name!r} cannot be stored: {type(error).__name__}: {error}") from error
         assert isinstance(values, torch.Tensor)
+        values = waited(values)
         check_storable(name, values)
         return part_of(name, as_plain(values), box, dtype, part)
 

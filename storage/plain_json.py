@@ -12,6 +12,7 @@ import datetime
 import decimal
 import fractions
 import io
+import json
 import math
 import pathlib
 import types
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 
 class NotPlainError(TypeError):
@@ -77,6 +79,11 @@ def _items(values: Any) -> list[Any]:
     return [to_plain(item) for item in values]
 
 
+def _in_order(values: Any) -> list[Any]:
+    """The items of a set in an order of their own: Python's differs between processes."""
+    return sorted(_items(values), key=json.dumps)
+
+
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
@@ -116,8 +123,8 @@ def _read_array(content: list[Any]) -> Any:
 
 _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     tuple: ("$tuple", _items),
-    set: ("$set", _items),
-    frozenset: ("$frozenset", _items),
+    set: ("$set", _in_order),
+    frozenset: ("$frozenset", _in_order),
     deque: ("$deque", lambda value: [_items(value), value.maxlen]),
     OrderedDict: ("$ordered_dict", _pairs),
     bytes: ("$bytes", _text),
@@ -141,11 +148,26 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     argparse.Namespace: ("$argparse_namespace", lambda value: _pairs(vars(value))),
     types.SimpleNamespace: ("$simple_namespace", lambda value: _pairs(vars(value))),
     type(...): ("$ellipsis", lambda value: None),
+    torch.dtype: ("$torch_dtype", lambda value: str(value).removeprefix("torch.")),
+    torch.device: ("$torch_device", str),
+    torch.Size: ("$torch_size", list),
 }
 
 
 def _read_pairs(content: list[Any]) -> dict[Any, Any]:
     return {from_plain(key): from_plain(item) for key, item in content}
+
+
+def _filled(namespace: Any, content: list[Any]) -> Any:
+    vars(namespace).update(_read_pairs(content))
+    return namespace
+
+
+def _read_dtype(content: str) -> torch.dtype:
+    dtype = getattr(torch, content)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"torch.{content} is no dtype")
+    return dtype
 
 
 def _read_time(kind: Any) -> Callable[[list[Any]], Any]:
@@ -177,9 +199,12 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$path": pathlib.Path,
     "$pure_posix_path": pathlib.PurePosixPath,
     "$pure_windows_path": pathlib.PureWindowsPath,
-    "$argparse_namespace": lambda content: argparse.Namespace(**_read_pairs(content)),
-    "$simple_namespace": lambda content: types.SimpleNamespace(**_read_pairs(content)),
+    "$argparse_namespace": lambda content: _filled(argparse.Namespace(), content),
+    "$simple_namespace": lambda content: _filled(types.SimpleNamespace(), content),
     "$ellipsis": lambda content: ...,
+    "$torch_dtype": _read_dtype,
+    "$torch_device": torch.device,
+    "$torch_size": torch.Size,
     "$array": _read_array,
     "$scalar": lambda content: _read_array(content).reshape(-1)[0],
 }

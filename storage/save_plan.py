@@ -1,55 +1,38 @@
-"""What each rank of a save writes: DCP's default planner, held against what all ranks say, and with replicas assigned.
+"""What each rank of `reshard.save` writes: by DCP's default planner, with descriptions of the values.
 
-Every rank describes the values of its state dict. The coordinator compares the descriptions before anything is written:
-names, kinds, dtypes, shapes and paths must agree. It then gives each replica to one rank.
+Every rank describes the values of its state dict. The coordinator compares the descriptions before anything is written
+(`agreement`), and then gives each replica to one rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..planner.checks import tile
 from ..planner.errors import CheckpointError
+from .agreement import Described, agreed_paths, differing_names
 from .checksums import checksum
 from .dcp import EncodedObject
 from .errors import ArgumentError, UnsupportedValueError
 from .objects import encode_object, needs_pickle
-from .state_dict import Leaf, Path, name_of
-from .tensor_classes import check_storable, is_whole
+from .state_dict import Leaf, Path
+from .tensor_classes import check_has_memory, check_storable, is_whole
 from .tensors import as_array, as_bytes, dtype_name, local_shards
 
 SMALL_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them, so that what belongs together stays together:
 the parts of a random state, or the mean and the variance of a BatchNorm. Larger ones are spread over the ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """What one rank says of one value."""
-
-    path: Path
-    kind: str
-    """ "tensor", "sharded tensor", "object" or "empty dict"."""
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    digests: tuple[tuple[tuple[int, ...], int], ...] = ()
-    """The offsets and a checksum of each part that other ranks may hold too; none of large ones."""
-
-    def agrees_with(self, other: Described) -> bool:
-        """Whether they describe one value, but for what its bytes are."""
-        return (self.path, self.kind, self.dtype, self.shape) == (other.path, other.kind, other.dtype, other.shape)
-
-    def __str__(self) -> str:
-        what = f" of {self.dtype}, shape {list(self.shape)}" if self.dtype else ""
-        return f"{'an' if self.kind[0] in 'eo' else 'a'} {self.kind}{what}, at {self.path}"
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -155,7 +138,7 @@ class SavePlanner(DefaultSavePlanner):
 def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
     is_sharded = not is_whole(tensor)
     if not is_sharded:
-        check_storable(name, tensor)
+        check_has_memory(name, tensor)
     shards = local_shards(name, tensor)
     for _, local in shards:
         check_storable(name, local)
@@ -169,67 +152,6 @@ def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
     )
     dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
     return Described(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
-
-
-def agreed_paths(described: Sequence[Mapping[str, Described]]) -> dict[str, Path]:
-    """The path of every value of a save.
-
-    A dict that is empty on one rank may have items on another.
-
-    Args:
-        described: what each rank says of its values, by name.
-
-    Raises:
-        ArgumentError: two ranks disagree about a name.
-    """
-    first: dict[str, tuple[int, Described]] = {}
-    containers: dict[Path, tuple[bool, int, Path]] = {}
-    """Of each dict and list: whether it is a list, a rank that has a value in it, and that value's path."""
-    for rank, values in enumerate(described):
-        for name, value in values.items():
-            known_by, known = first.setdefault(name, (rank, value))
-            if known is value:
-                for length in range(1, len(value.path)):
-                    is_list = type(value.path[length]) is int
-                    seen = containers.setdefault(value.path[:length], (is_list, rank, value.path))
-                    if seen[0] != is_list:
-                        raise _disagreement(
-                            name_of(value.path[:length]),
-                            seen[1],
-                            _holding(seen),
-                            rank,
-                            _holding((is_list, rank, value.path)),
-                        )
-            elif not known.agrees_with(value):
-                raise _disagreement(name, known_by, known, rank, value)
-    for name, (rank, value) in first.items():
-        inside = containers.get(value.path)
-        if inside is not None and not (value.kind == "empty dict" and not inside[0]):
-            raise _disagreement(name, rank, value, inside[1], _holding(inside))
-    return {name: value.path for name, (_, value) in first.items() if value.path not in containers}
-
-
-def _holding(container: tuple[bool, int, Path]) -> str:
-    return f"a {'list' if container[0] else 'dict'} that holds {name_of(container[2])!r}"
-
-
-def _disagreement(name: str, rank: int, value: object, other_rank: int, other: object) -> ArgumentError:
-    return ArgumentError(
-        f"the ranks disagree about {name!r}: rank {rank} has {value}; rank {other_rank} has {other}. Give all ranks "
-        "the same kind of value under one name"
-    )
-
-
-def differing_names(described: Sequence[Mapping[str, Described]]) -> list[str]:
-    """Names of small values and parts that several ranks hold, and whose bytes are not the same on all of them."""
-    known: dict[tuple[str, tuple[int, ...]], int] = {}
-    differing: dict[str, None] = {}
-    for values in described:
-        for name, value in values.items():
-            for offsets, digest in value.digests:
-                if known.setdefault((name, offsets), digest) != digest:
-                    differing[name] = None
-    return list(differing)
 
 
 def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
@@ -274,22 +196,23 @@ def check_coverage(plans: Sequence[Sequence[WriteItem]], names: Iterable[str]) -
             raise ArgumentError(
                 f"no rank of the process group holds a part of {name!r}, so that nothing would be saved"
             )
-    held: dict[str, int] = defaultdict(int)
-    numels: dict[str, int] = {}
+    boxes: dict[str, list[tuple[list[int], list[int]]]] = defaultdict(list)
+    shapes: dict[str, tuple[int, ...]] = {}
     for item in (item for items in plans for item in items):
         data = item.tensor_data
-        if data is not None:
-            held[item.index.fqn] += data.chunk.sizes.numel()
-            numels[item.index.fqn] = data.size.numel()
-            ends = [offset + size for offset, size in zip(data.chunk.offsets, data.chunk.sizes, strict=True)]
-            if any(end > size for end, size in zip(ends, data.size, strict=True)):
-                raise ArgumentError(
-                    f"{item.index.fqn!r} has the shape {list(data.size)}, and a rank holds "
-                    f"{list(data.chunk.sizes)} at {list(data.chunk.offsets)} of it"
-                )
-    for name, numel in held.items():
-        if numel != numels[name]:
+        if data is None:
+            continue
+        name, offsets, sizes = item.index.fqn, [*data.chunk.offsets], [*data.chunk.sizes]
+        shapes[name] = tuple(data.size)
+        if any(offset + size > n for offset, size, n in zip(offsets, sizes, data.size, strict=True)):
+            raise ArgumentError(f"{name!r} has the shape {[*data.size]}, and a rank holds {sizes} at {offsets} of it")
+        if data.chunk.sizes.numel():
+            boxes[name].append((offsets, sizes))
+    for name, shape in shapes.items():
+        held, numel = boxes[name], sum(math.prod(sizes) for _, sizes in boxes[name])
+        columns = [np.array(column, np.int64) for column in zip(*held, strict=True)]
+        if numel != math.prod(shape) or (len(held) > 1 and not tile(shape, *columns)):
             raise ArgumentError(
-                f"the ranks hold {numel} elements of {name!r}, which has {numels[name]}: its shards overlap or leave "
-                "gaps. All ranks of the process group must save it, with the same mesh and placements"
+                f"the ranks hold {numel} elements of {name!r}, which has {math.prod(shape)}: its shards overlap or "
+                "leave gaps. All ranks of the process group must save it, with the same mesh and placements"
             )

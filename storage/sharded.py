@@ -58,10 +58,14 @@ def _checkpointable_shards(name: str, tensor: Any) -> list[LocalShard]:
     return shards
 
 
+def waited(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, once the collective that makes it has ended."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """A local tensor as it can be written through; one of a class with its own dispatch as it is."""
-    if isinstance(tensor, AsyncCollectiveTensor):
-        return as_plain(tensor.wait())
+    tensor = waited(tensor)
     return tensor if overrides_dispatch(tensor) else as_plain(tensor)
 
 

@@ -6,8 +6,9 @@ only where they hold tensors or mappings. Everything else is a value, tuples too
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,9 +22,16 @@ MOST_LEVELS = 100
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of a dict that is not a string."""
+    """A key of a dict that is not a string. Keys are equal if they are stored alike: 1, 1.0 and True are not."""
 
-    value: Any
+    value: Any = field(compare=False)
+    text: str = field(init=False, repr=False)
+    """The key as it is stored."""
+
+    def __post_init__(self) -> None:
+        """Raises NotPlainError, and TypeError for what cannot be a key."""
+        hash(self.value)
+        object.__setattr__(self, "text", json.dumps(to_plain(self.value)))
 
     def __str__(self) -> str:
         return str(self.value)
@@ -35,7 +43,7 @@ Path = tuple[str | int | Key, ...]
 
 def path_to_json(path: Path) -> list[Any]:
     """Turn a path into a value of JSON. A key that is not a string is `{"key": …}`, in the words of `plain_json`."""
-    return [{"key": to_plain(part.value)} if isinstance(part, Key) else part for part in path]
+    return [{"key": json.loads(part.text)} if isinstance(part, Key) else part for part in path]
 
 
 def path_from_json(parts: Any) -> Path:
@@ -103,7 +111,10 @@ def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Leaf]:
     """
     leaves: dict[str, Leaf] = {}
     for key, value in state_dict.items():
-        _walk((_part((), key),), state_dict, key, value, leaves)
+        try:
+            _walk((_part((), key),), state_dict, key, value, leaves)
+        except RecursionError as error:
+            raise UnsupportedValueError(f"{str(key)!r} holds itself, or is nested too deeply") from error
     return leaves
 
 
@@ -112,13 +123,14 @@ def _part(path: Path, key: Any) -> str | Key:
     if isinstance(key, str):
         return str.__str__(key)
     try:
-        to_plain(key)
-    except NotPlainError as error:
-        where = f"in {name_of(path)!r}" if path else "of the state dict"
-        raise UnsupportedValueError(
-            f"the key {key!r} {where} is of {type(key)}: keys may be strings, numbers, None, and tuples of them"
-        ) from error
-    return Key(key)
+        if key == key:
+            return Key(key)
+    except NotPlainError:
+        pass
+    where = f"in {name_of(path)!r}" if path else "of the state dict"
+    raise UnsupportedValueError(
+        f"the key {key!r} {where} is of {type(key)}: keys may be strings, numbers, None, dtypes, and tuples of them"
+    )
 
 
 def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf]) -> None:
@@ -162,7 +174,7 @@ def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]
         if not isinstance(node, _Nested) or path[-1] in node or len(path) > MOST_LEVELS:
             raise CorruptCheckpointError(f"{name!r} cannot stand at {path} of a state dict, where others stand")
         node[path[-1]] = value
-    return {str(key) if type(key) is int else _key(key): _with_lists(value) for key, value in root.items()}
+    return _as_dict({str(part) if type(part) is int else part: value for part, value in root.items()})
 
 
 def _key(part: str | int | Key) -> Any:
@@ -175,7 +187,14 @@ def _with_lists(value: Any) -> Any:
     whole = all(type(part) is int for part in value) and set(value) == set(range(len(value)))
     if whole:
         return [_with_lists(value[position]) for position in range(len(value))]
-    return {_key(part): _with_lists(item) for part, item in value.items()}
+    return _as_dict(value)
+
+
+def _as_dict(node: Mapping[str | int | Key, Any]) -> dict[Any, Any]:
+    made = {_key(part): _with_lists(item) for part, item in node.items()}
+    if len(made) != len(node):
+        raise CorruptCheckpointError(f"two keys of one dict are equal, of {', '.join(map(str, node))}")
+    return made
 
 
 def _is_walked(values: list[Any]) -> bool:

@@ -68,7 +68,14 @@ def missing_memory(tensor: torch.Tensor) -> str:
             return ""
     except RuntimeError:  # torch's own: it is a zero tensor, or a wrapper's storage
         pass
-    return "has no memory: its storage was freed, as FSDP frees parameters that are not gathered"
+    return "has no memory of its own, as a parameter that FSDP has freed"
+
+
+def check_has_memory(name: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor has values in dense memory, or that its class has them. Raises UnsupportedValueError."""
+    reason = missing_memory(tensor)
+    if reason:
+        raise UnsupportedValueError(f"{name!r} cannot be stored: it {reason}")
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
@@ -77,14 +84,12 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     Raises:
         UnsupportedValueError: they are not in dense memory, or the tensor's class decides what they are.
     """
-    reason = missing_memory(tensor)
-    if not reason and overrides_dispatch(tensor):
-        reason = (
-            f"is of the class {_full_name(tensor)}, which keeps its values in a form of its own: save the tensors that "
-            "it is made of, or a plain tensor of its values"
+    check_has_memory(name, tensor)
+    if overrides_dispatch(tensor):
+        raise UnsupportedValueError(
+            f"{name!r} cannot be stored: it is of the class {_full_name(tensor)}, which keeps its values in a form of "
+            "its own: save the tensors that it is made of, or a plain tensor of its values"
         )
-    if reason:
-        raise UnsupportedValueError(f"{name!r} cannot be stored: it {reason}")
 
 
 def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> None:

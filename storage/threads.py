@@ -130,6 +130,7 @@ class Pool(Executor):
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._closed = False
+        self.owner = threading.current_thread()
         self.threads: list[threading.Thread] = []
         with _pools_lock:
             _pools.add(self)
@@ -273,6 +274,7 @@ def _at_exit() -> None:
     if loop is not None:
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(EXIT_S)
-    for pool in pools:
-        for thread in pool.threads:
+    threads = [thread for pool in pools for thread in (*pool.threads, pool.owner)]
+    for thread in threads:  # a daemon thread of the caller's own may be in a client too
+        if thread.daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
