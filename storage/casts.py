@@ -12,8 +12,14 @@ import torch
 
 from .errors import DtypeError
 
-_SCALE = re.compile(r"[._]*(?:weight)?[._]*(?:scale\w*|SCB|absmax|qscale)", re.IGNORECASE)
-"""What a name has behind that of a module or a weight, where it is the scale of quantised values."""
+_SCALE = re.compile(r"scale|absmax|amax|quant_state|(?:^|[._])scb$", re.IGNORECASE)
+"""What the name of a scale of quantised values has in it."""
+_OF_ACTIVATIONS = re.compile(r"(?:input|output|act|activation|[qkv])_")
+"""How the names of scales begin that are not of weights."""
+_OF_MODULE = re.compile(r"(?:q?weight|q?scales?|scb|absmax|amax|quant|zeros)", re.IGNORECASE)
+"""How the names of scales begin that are of the only quantised tensor of their module."""
+_VALUES = re.compile(r"[._]*(?:q?weight|(?:int_|q)?data|(?<![^_])q|blocks|packed|quantized)$", re.IGNORECASE)
+"""How the name of quantised values ends, behind what their scale's name has too."""
 
 
 def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:
@@ -99,10 +105,8 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
     """
     if stored == to or stored.itemsize > 1 or stored is torch.bool:
         return
-    module, _, last = name.rpartition(".")
-    stems = (name, module) if last.startswith("weight") or last == "data" else (name,)
     for other in scales:
-        if other != name and any(stem and _is_scale_of(stem, other) for stem in stems):
+        if other != name and _is_scale_of(name, other):
             raise DtypeError(
                 f"{name!r} is quantised: it is stored as {stored}, and {other!r} has its scale. reshard does not apply "
                 f"scales: load both as they are stored (a destination of {stored}, no dtype=), and scale the values "
@@ -110,8 +114,15 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
             )
 
 
-def _is_scale_of(stem: str, other: str) -> bool:
-    return other.startswith(stem) and _SCALE.fullmatch(other, len(stem)) is not None
+def _is_scale_of(name: str, other: str) -> bool:
+    module, _, last = name.rpartition(".")
+    if module and not other.startswith(f"{module}."):
+        return False
+    rest = other[len(module) + 1 if module else 0 :].lstrip("._")
+    if not _SCALE.search(rest) or _OF_ACTIVATIONS.match(rest):
+        return False
+    stem = _VALUES.sub("", last).strip("._")
+    return rest.startswith((last, stem)) if stem else _OF_MODULE.match(rest) is not None or rest.startswith(last)
 
 
 def _is_floating(dtype: torch.dtype) -> bool:

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint.storage as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
@@ -78,6 +79,10 @@ def check_codec(codec: str) -> None:
     """Raises ArgumentError where there is no such codec."""
     if codec not in CODECS:
         raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
+
+
+TARGET_METHODS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+"""Of a LoadPlanner: what decides which tensors are read into."""
 
 
 class EncodedObject(io.BytesIO):
@@ -362,11 +367,10 @@ class StorageReader(dcp.StorageReader):
         source = self._open()
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        targets = [_target(item, planner) for item in tensors]
         wanted = {item.storage_index.fqn: None for item in plan.items}
         source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
         blobs = [Blob(source, item.storage_index.fqn) for item in objects]
-        wants, destinations = _wants(tensors, targets)
+        wants, destinations, commits = _wants(tensors, planner)
         report = read_boxes(
             source,
             wants,
@@ -377,7 +381,7 @@ class StorageReader(dcp.StorageReader):
             max_over_read=self._max_over_read,
         )
         self.report = counting_metadata(report, source)
-        for item, target in zip(tensors, targets, strict=True):
+        for item, target in commits:
             planner.commit_tensor(item, target)
         for item, blob in zip(objects, blobs, strict=True):
             planner.load_bytes(item, self._for_planner(blob))
@@ -400,34 +404,53 @@ class StorageReader(dcp.StorageReader):
         return _can_open(checkpoint_id)
 
 
-def _target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
-    """The tensor that an item is read into; the whole local tensor where its class has to be asked to write to it."""
-    whole = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
-    if isinstance(whole, DTensor):
-        whole = whole._local_tensor
-    if isinstance(whole, torch.Tensor) and is_whole(whole) and overrides_dispatch(whole):
-        return whole
-    return planner.resolve_tensor(item)
+def _wants(
+    items: Sequence[ReadItem], planner: LoadPlanner
+) -> tuple[list[Want], list[torch.Tensor], list[tuple[ReadItem, torch.Tensor]]]:
+    """What to read, into what, and the items to commit, each with its tensor.
 
-
-def _wants(items: Sequence[ReadItem], targets: Sequence[torch.Tensor]) -> tuple[list[Want], list[torch.Tensor]]:
-    """What to read, and into what; all items of a tensor that is written whole are read as one box."""
+    DCP has an item for each saved shard that a local tensor meets. Where its own planner hands out the tensors, all
+    items of one are read as one box: reshard finds the shards itself, and a class with its own dispatch is written
+    whole.
+    """
+    parts: dict[MetadataIndex, list[ReadItem]] = {}
+    for item in items:
+        parts.setdefault(item.dest_index, []).append(item)
     wants: list[Want] = []
     destinations: list[torch.Tensor] = []
-    whole: set[int] = set()
-    for item, target in zip(items, targets, strict=True):
-        box = _read_box(item)
-        if overrides_dispatch(target):
-            if id(target) in whole:
-                continue
-            whole.add(id(target))
-            begin = tuple(a - b for a, b in zip(box.offsets, item.dest_offsets, strict=True))
-            wants.append(Want(item.storage_index.fqn, Box(begin, tuple(target.shape))))
-            destinations.append(target)
-        else:
-            wants.append(Want(item.storage_index.fqn, box))
+    commits: list[tuple[ReadItem, torch.Tensor]] = []
+    for of_one in parts.values():
+        whole = _whole_target(of_one, planner)
+        if whole is not None:
+            box = _read_box(of_one[0])
+            begin = tuple(a - b for a, b in zip(box.offsets, of_one[0].dest_offsets, strict=True))
+            wants.append(Want(of_one[0].storage_index.fqn, Box(begin, tuple(whole.shape))))
+            destinations.append(whole)
+            commits += [(item, whole) for item in of_one]
+            continue
+        for item in of_one:
+            target = planner.resolve_tensor(item)
+            wants.append(Want(item.storage_index.fqn, _read_box(item)))
             destinations.append(as_plain(target))
-    return wants, destinations
+            commits.append((item, target))
+    return wants, destinations, commits
+
+
+def _whole_target(items: Sequence[ReadItem], planner: LoadPlanner) -> torch.Tensor | None:
+    """The local tensor that items of DCP's own planner make up; None where they do not, or it is another planner's."""
+    if not isinstance(planner, DefaultLoadPlanner):
+        return None
+    kind, own = type(planner), DefaultLoadPlanner
+    if any(getattr(kind, method) is not getattr(own, method) for method in TARGET_METHODS):
+        return None
+    named = planner.state_dict.get(items[0].dest_index.fqn)
+    local = named._local_tensor if isinstance(named, DTensor) else named
+    if not (isinstance(local, torch.Tensor) and is_whole(local) and overrides_dispatch(local)):
+        local = planner.lookup_tensor(items[0].dest_index)
+    is_covered = sum(item.lengths.numel() for item in items) == local.numel()
+    if not is_covered:
+        return None
+    return local if overrides_dispatch(local) else as_plain(local)
 
 
 def _described(plan: SavePlan) -> dict[str, Described]:

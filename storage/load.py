@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,20 +21,20 @@ from torch.profiler import record_function
 from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
-from .casts import check_cast, check_integers, loses_bits, needs_check
+from .casts import check_is_not_scaled, loses_bits, scale_names
 from .errors import ArgumentError, DestinationError
 from .logs import logger_of
 from .names import Patterns, check_renames, matches_any, new_names, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
-from .read import Blob, BoxReads, carry_out, check_is_tensor, counting_metadata, object_wants, read_boxes
+from .read import Blob, BoxReads, Given, carry_out, check_is_tensor, counting_metadata, object_wants, read_boxes
 from .reports import Cast, RankReport, Report
 from .resources import check_budget
 from .source import Source
-from .state_dict import Key, Leaf, Path, flatten, name_of, nest, state_to_stateful, stateful_to_state
+from .state_dict import Key, Leaf, Path, flatten, name_of, nest, renamed_path, state_to_stateful, stateful_to_state
 from .store import Store
-from .tensor_classes import copy_into, is_whole, missing_memory, overrides_dispatch
+from .tensor_classes import is_whole, missing_memory, overrides_dispatch
 from .tensors import LocalShard, local_shards, torch_dtype
 
 logger = logger_of(__name__)
@@ -153,9 +153,10 @@ def load(
     done = loading[0]
     done.put_objects()
     state_to_stateful(state_dict, done.states)
+    report = Report(rank, tuple(reports), done.skipped, done.unread)
     if rank == 0:
-        done.log()
-    return Report(rank, tuple(reports), done.skipped, done.unread)
+        done.log(report)
+    return report
 
 
 class _Loading:
@@ -176,6 +177,8 @@ class _Loading:
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored and not self._may_miss(name)}
         self._in_objects: list[tuple[Leaf, Any]] = []
         """Leaves that are a part of an object of the checkpoint, each with its value."""
+        self._opened: dict[Path, Any] = {}
+        """The values in those objects, by the path in the state dict."""
         self._containers: list[tuple[Leaf, list[str]]] = []
         """Leaves that are dicts or lists in the checkpoint, each with the names in it."""
         self.skipped: tuple[str, ...] = ()
@@ -183,6 +186,7 @@ class _Loading:
         self._find_others({name: leaf for name, leaf in leaves.items() if name not in present}, present)
         self.unread = self._unread(named)
         """Names that the checkpoint has below a key of the state dict, which itself has not."""
+        self._cast: dict[str, Cast] = {}
         self._values: list[tuple[Leaf, Any]] = []
         """The values of leaves that are not tensors, once they are read."""
         self._plan(present)
@@ -195,6 +199,7 @@ class _Loading:
         """Work out what to read, and check that it fits."""
         source = self.source
         wants, destinations = self._destinations(present.values())
+        given = self._given()
         inside = [name for _, names in self._containers for name in names]
         tensors = [name for name in inside if self._kind(name) is Kind.TENSOR]
         self._objects = [leaf for leaf in present.values() if self._kind(leaf.name) is not Kind.TENSOR]
@@ -208,7 +213,12 @@ class _Loading:
         for name in tensors:
             entry = source.entry(self._stored[name])
             self._built[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-        self._reads = BoxReads.of(source, wants, [*destinations, *self._built.values()])
+        for leaf in (*self._objects, *(leaf for leaf, _ in (*self._containers, *self._in_objects))):
+            if not isinstance(leaf.container, (MutableMapping, list)):
+                raise DestinationError(
+                    f"{leaf.name!r} is in a {type(leaf.container).__name__}, where no value can be replaced: use a dict"
+                )
+        self._reads = BoxReads.of(source, wants, [*destinations, *self._built.values()], given)
 
     def _kind(self, name: str) -> Kind:
         return self.source.entry(self._stored[name]).kind
@@ -216,17 +226,29 @@ class _Loading:
     def _destinations(self, leaves: Iterable[Leaf]) -> tuple[list[Want], list[torch.Tensor]]:
         wants: list[Want] = []
         destinations: list[torch.Tensor] = []
-        cast: dict[str, Cast] = {}
         for leaf in leaves:
             stored = self._stored[leaf.name]
             for box, tensor in _shards_to_load(leaf, self.source, stored):
                 wants.append(Want(stored, box))
                 destinations.append(tensor)
-                dtype = torch_dtype(self.source.entry(stored).dtype)
-                if loses_bits(dtype, tensor.dtype):
-                    cast[leaf.name] = Cast(leaf.name, *(str(d).removeprefix("torch.") for d in (dtype, tensor.dtype)))
-        self.cast = tuple(cast.values())
+                self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
         return wants, destinations
+
+    def _given(self) -> list[Given]:
+        """The tensors that were taken out of objects, and where they go."""
+        given: list[Given] = []
+        scales = scale_names(map(name_of, self._opened))
+        for leaf, value in self._in_objects:
+            if isinstance(value, torch.Tensor):
+                for box, tensor in _local_shards(leaf, tuple(value.shape)):
+                    check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
+                    self._note_cast(leaf.name, value.dtype, tensor.dtype)
+                    given.append(Given(leaf.name, value.detach()[box.slices], tensor))
+        return given
+
+    def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
+        if loses_bits(stored, to):
+            self._cast[name] = Cast(name, *(str(dtype).removeprefix("torch.") for dtype in (stored, to)))
 
     def _find_others(self, missing: Mapping[str, Leaf], present: Mapping[str, Leaf]) -> None:
         """Find what the checkpoint has not under its own name, but as a part of an object, or in parts.
@@ -272,27 +294,36 @@ class _Loading:
         lost = []
         for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
             value = blob.value(allow_pickle=self._options.allow_pickle)
+            path = leaves[0].path[: _length(leaves[0].path, name)]
+            self._opened |= {(*path, *leaf.path[1:]): leaf.value for leaf in flatten({name: value}).values()}
             for leaf in leaves:
                 try:
-                    found = _descend(value, leaf.path[_length(leaf.path, name) :])
+                    found = _descend(value, leaf.path[len(path) :])
                 except LookupError:
                     lost.append(leaf)
                     continue
-                _check_fits(leaf, found)
+                if isinstance(leaf.value, torch.Tensor) != isinstance(found, torch.Tensor):
+                    raise DestinationError(
+                        f"{leaf.name!r} is {type(found).__name__} in the checkpoint, and {type(leaf.value).__name__} "
+                        "in the state dict"
+                    )
                 self._in_objects.append((leaf, found))
         return lost
 
     def _unread(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
         inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
         taken = {name for _, names in self._containers for name in names}
-        outer = {name_of(leaf.path[:length]) for leaf, _ in self._in_objects for length in range(1, len(leaf.path))}
-        exclude = self._options.exclude
+        in_objects = [name_of(path) for path in self._opened]
+        opened = {name_of(path[:length]) for path in self._opened for length in range(1, len(path))}
         return tuple(
             name
-            for name in self._stored
-            if name not in named and name.startswith(inner) and name not in taken and name not in outer
-            and not matches_any(exclude, name)
-        )  # fmt: skip
+            for name in dict.fromkeys((*self._stored, *in_objects))
+            if name not in named
+            and name.startswith(inner)
+            and name not in taken
+            and name not in opened
+            and not matches_any(self._options.exclude, name)
+        )
 
     def run(self, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
         """Read. Raises what `load` raises for the bytes."""
@@ -313,64 +344,54 @@ class _Loading:
         for leaf, names in self._containers:
             parts = {name: self._built[name] if name in self._built else values[name] for name in names}
             self._values.append((leaf, self._assembled(leaf, parts)))
-        return counting_metadata(replace(report, cast=self.cast), self.source)
+        return counting_metadata(replace(report, cast=tuple(self._cast.values())), self.source)
 
     def _assembled(self, leaf: Leaf, parts: Mapping[str, Any]) -> Any:
         """A dict or a list that the checkpoint has in parts."""
         top = "value"
         paths: dict[str, Path] = {}
         for name in parts:
-            path = self.source.paths.get(self._stored[name], ())
-            known = name_of(path) == name and name_of(path[: len(leaf.path)]) == leaf.name
+            path = renamed_path(self.source.paths.get(self._stored[name], ()), name) or ()
+            known = name_of(path[: len(leaf.path)]) == leaf.name
             paths[name] = (top, *(path[len(leaf.path) :] if known else (name[len(leaf.name) + 1 :],)))
         return nest(parts, paths)[top]
 
     def put_objects(self) -> None:
         """Put the values that are not tensors into the state dict, once all ranks have read."""
-        for leaf, value in self._values:
-            leaf.replace(value)
-        for leaf, value in self._in_objects:
+        for leaf, value in (*self._values, *self._in_objects):
             if not isinstance(leaf.value, torch.Tensor):
                 leaf.replace(value)
-                continue
-            for box, local in local_shards(leaf.name, leaf.value):
-                if overrides_dispatch(local):
-                    copy_into(leaf.name, local, value[box.slices].to(local.device, local.dtype))
-                else:
-                    local.copy_(value[box.slices])
 
-    def log(self) -> None:
+    def log(self, report: Report) -> None:
         """Log what a caller may not expect, each once."""
         if self.unread:
-            shown = ", ".join(self.unread[:3]) + (", ..." if len(self.unread) > 3 else "")
-            message = f"{len(self.unread)} names of the checkpoint were not in the state dict: {shown}"
+            message = f"{len(self.unread)} names of the checkpoint were not in the state dict: {_first(self.unread)}"
             logger.warning("%s", "; ".join(filter(None, (message, self._resized(self.unread[0], "list")))))
-        if self.cast:
-            shown = ", ".join(f"{cast.name} ({cast.stored} → {cast.to})" for cast in self.cast[:3])
-            more = ", ..." if len(self.cast) > 3 else ""
-            logger.warning("%d tensors were cast to fewer bits: %s%s", len(self.cast), shown, more)
+        if report.cast:
+            shown = [f"{cast.name} ({cast.stored} → {cast.to})" for cast in report.cast]
+            logger.warning("%d tensors were cast to fewer bits: %s", len(report.cast), _first(shown))
 
     def _resized(self, name: str, *kinds: str) -> str:
         """Which list or dict around a name has another number of items in the checkpoint; empty where none has."""
-        names = flatten(self.states)
+        stored = ((new, self.source.paths.get(old)) for new, old in self._stored.items())
+        known = (renamed_path(path, new) for new, path in stored if path is not None)
+        theirs = _children([*filter(None, known), *self._opened])
+        ours = _children(leaf.path for leaf in flatten(self.states).values())
         for end in _dots(name):
             outer = name[:end]
-            ours, theirs = _children(outer, names), _children(outer, self._stored)
-            if ours and theirs and len(ours) != len(theirs):
-                kind = "list" if all(child.isdigit() for child in (*ours, *theirs)) else "dict"
-                told = (
-                    f"the {kind} {outer!r} has {len(theirs)} items in the checkpoint and {len(ours)} in the state dict"
-                )
-                return told if kind in (kinds or ("list", "dict")) else ""
+            if outer in ours and outer in theirs and len(ours[outer]) != len(theirs[outer]):
+                kind = "list" if all(type(part) is int for part in (*ours[outer], *theirs[outer])) else "dict"
+                counts = f"{len(theirs[outer])} items in the checkpoint and {len(ours[outer])} in the state dict"
+                return f"the {kind} {outer!r} has {counts}" if kind in (kinds or ("list", "dict")) else ""
         return ""
 
     def _describe_missing(self, missing: list[Leaf], present: Mapping[str, Leaf]) -> str:
         """Which names are missing, and where they may be meant to be."""
         names = list(self._stored)
-        message = f"the checkpoint has no {_listed([leaf.name for leaf in missing], repr)}"
+        message = f"the checkpoint has no {_listed([leaf.name for leaf in missing])}"
+        memories = {memory: leaf.name for leaf in present.values() if (memory := _memory(leaf))}
         for leaf in missing:
-            tied = _tied(leaf, present.values())
-            if tied:
+            if tied := memories.get(_memory(leaf)):
                 return (
                     f"{message}; {leaf.name!r} shares its memory with {tied!r}, which it has: leave {leaf.name!r} out "
                     f"of the state dict, or pass allow_missing={leaf.name!r}"
@@ -381,8 +402,10 @@ class _Loading:
                 return f"{message}; it has {name!r}: nest the state dict under {name.removesuffix(first)[:-1]!r}"
             if first.endswith(f".{name}"):
                 return f"{message}; it has {name!r}: the state dict is nested too deeply"
-        resized = next(filter(None, (self._resized(leaf.name) for leaf in missing)), "")
-        if resized:
+        for path, value in self._opened.items():
+            if isinstance(value, Mapping) and first.startswith(f"{name_of(path)}."):
+                return f"{message}; {name_of(path)!r} is an empty dict in the checkpoint"
+        if resized := self._resized(first):
             return f"{message}; {resized}"
         near = nearest_names(first, names, 5) or names[:5]
         found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
@@ -403,40 +426,27 @@ def _shards_to_load(leaf: Leaf, source: Source, stored: str) -> list[LocalShard]
             )
         return []
     check_is_tensor(source, stored)
+    return _local_shards(leaf, entry.shape)
+
+
+def _local_shards(leaf: Leaf, shape: tuple[int, ...]) -> list[LocalShard]:
+    """What this rank holds of a leaf's tensor, which has this shape in the checkpoint."""
+    tensor: torch.Tensor = leaf.value
     try:
-        reason = missing_memory(leaf.value) if is_whole(leaf.value) else ""
+        reason = missing_memory(tensor) if is_whole(tensor) else ""
         if reason:
             raise DestinationError(f"{leaf.name!r} {reason}; it cannot be loaded into")
-        shape = tuple(leaf.value.size())
-        if shape != entry.shape:
+        if tuple(tensor.size()) != shape:
             raise ShapeMismatchError(
-                f"{leaf.name!r} has shape {entry.shape} in the checkpoint and {shape} in the state dict"
+                f"{leaf.name!r} has shape {shape} in the checkpoint and {tuple(tensor.size())} in the state dict"
             )
-        return [(box, tensor) for box, tensor in local_shards(leaf.name, leaf.value) if box.numel]
+        return [(box, local) for box, local in local_shards(leaf.name, tensor) if box.numel]
     except CheckpointError:
         raise
     except Exception as error:
         raise DestinationError(
-            f"{leaf.name!r}, a {type(leaf.value).__name__}, cannot be loaded into: {type(error).__name__}: {error}"
+            f"{leaf.name!r}, a {type(tensor).__name__}, cannot be loaded into: {type(error).__name__}: {error}"
         ) from error
-
-
-def _check_fits(leaf: Leaf, value: Any) -> None:
-    """Check that a value that was taken out of an object fits a leaf. Raises DestinationError, DtypeError."""
-    if isinstance(leaf.value, torch.Tensor) != isinstance(value, torch.Tensor):
-        raise DestinationError(
-            f"{leaf.name!r} is {type(value).__name__} in the checkpoint, and {type(leaf.value).__name__} in the state "
-            "dict"
-        )
-    if isinstance(value, torch.Tensor):
-        if leaf.value.shape != value.shape:
-            raise ShapeMismatchError(
-                f"{leaf.name!r} has shape {tuple(value.shape)} in the checkpoint and {tuple(leaf.value.shape)} in the "
-                "state dict"
-            )
-        check_cast(leaf.name, value.dtype, leaf.value.dtype)
-        if needs_check(value.dtype, leaf.value.dtype):
-            check_integers(leaf.name, value, leaf.value.dtype)
 
 
 def _descend(value: Any, path: Path) -> Any:
@@ -464,30 +474,26 @@ def _dots(name: str) -> list[int]:
     return [at for at in range(len(name) - 1, 0, -1) if name[at] == "."]
 
 
-def _children(outer: str, names: Iterable[str]) -> set[str]:
-    begin = len(outer) + 1
-    return {name[begin:].partition(".")[0] for name in names if name.startswith(f"{outer}.")}
+def _children(paths: Iterable[Path]) -> dict[str, set[str | int | Key]]:
+    """The keys and positions in each dict and list."""
+    found: dict[str, set[str | int | Key]] = {}
+    for path in paths:
+        for length in range(1, len(path)):
+            found.setdefault(name_of(path[:length]), set()).add(path[length])
+    return found
 
 
-def _listed(names: Iterable[str], show: Any = str) -> str:
-    shown = [show(name) for name in names]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _tied(leaf: Leaf, others: Iterable[Leaf]) -> str:
-    """The name of another tensor that has the same memory; empty where none has."""
-    if not isinstance(leaf.value, torch.Tensor):
-        return ""
-    memory = _memory(leaf.value)
-    for other in others:
-        if memory and isinstance(other.value, torch.Tensor) and _memory(other.value) == memory:
-            return other.name
-    return ""
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory begins; 0 where it has none of its own."""
-    local = getattr(tensor, "_local_tensor", tensor)
+def _memory(leaf: Leaf) -> int:
+    """Where the memory of a leaf's tensor begins; 0 where it has none of its own."""
+    local = getattr(leaf.value, "_local_tensor", leaf.value)
     if not isinstance(local, torch.Tensor) or overrides_dispatch(local) or missing_memory(local):
         return 0
     return local.untyped_storage().data_ptr()

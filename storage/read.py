@@ -29,7 +29,7 @@ from .reports import RankReport, added
 from .resources import check_budget, default_budget
 from .same_chunks import same_chunks
 from .source import Source
-from .tensor_classes import copy_into, missing_memory, overrides_dispatch
+from .tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
 from .tensors import as_array, from_bytes, torch_dtype
 from .workers import Workers
 
@@ -78,6 +78,15 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """Values that are in memory already, as those of an object of the checkpoint, and the tensor that they go to."""
+
+    name: str
+    values: torch.Tensor
+    destination: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class BoxReads:
     """Boxes to read and the tensors that they go to, checked to fit each other.
 
@@ -93,17 +102,21 @@ class BoxReads:
     """Which hold integers that may not fit."""
     through_class: tuple[int, ...]
     """Which are written by their class's own `copy_`."""
+    given: tuple[Given, ...]
 
     @classmethod
-    def of(cls, source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> BoxReads:
+    def of(
+        cls, source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[Given] = ()
+    ) -> BoxReads:
         """Check that boxes can be read into tensors. Nothing is changed.
 
         Args:
             wants: one for each destination.
             destinations: of the sizes of the boxes, on any device.
+            given: values that go to tensors with them.
 
         Raises:
-            DtypeError: a stored dtype cannot be cast to that of its destination.
+            DtypeError: a stored dtype cannot be cast to that of its destination, or a given integer does not fit.
             DestinationError: a destination has no dense memory, or shares memory with itself or with another one that
                 other values are stored for.
             ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
@@ -116,54 +129,77 @@ class BoxReads:
             stored = torch_dtype(source.entry(want.name).dtype)
             if stored.itemsize == 1 and scales is None:
                 scales = scale_names(entry.name for entry in source.entries)
-            _check_destination(want, destination, stored, scales or ())
+            check_is_not_scaled(want.name, stored, destination.dtype, scales or ())
+            _check_destination(want.name, destination, stored, want.box.sizes)
             if overrides_dispatch(destination):
                 through_class.append(at)
             elif needs_check(stored, destination.dtype):
                 checked.append(at)
             else:
                 direct.append(at)
-        written = sorted(direct + checked)
-        dropped: set[int] = set()
-        for overlap in find_overlaps([destinations[at] for at in written]):
-            first, second = written[overlap.first], written[overlap.second]
-            _check_overlap(source, wants[first], wants[second], is_same=overlap.is_same)
-            dropped.add(second)
+        for value in given:
+            _check_destination(value.name, value.destination, value.values.dtype, tuple(value.values.shape))
+            if needs_check(value.values.dtype, value.destination.dtype):
+                check_integers(value.name, value.values, value.destination.dtype)
+        dropped = _repeated(source, wants, destinations, given)
         return cls(
             tuple(wants),
             tuple(destinations),
             tuple(at for at in direct if at not in dropped),
             tuple(at for at in checked if at not in dropped),
-            tuple(through_class),
+            tuple(at for at in through_class if at not in dropped),
+            tuple(given),
         )
 
 
-def _check_destination(want: Want, destination: torch.Tensor, stored: torch.dtype, scales: Sequence[str]) -> None:
-    name = want.name
+def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype, sizes: tuple[int, ...]) -> None:
     reason = missing_memory(destination)
     if reason:
         raise DestinationError(f"{name!r} {reason}; it cannot be loaded into")
     check_cast(name, stored, destination.dtype)
-    check_is_not_scaled(name, stored, destination.dtype, scales)
     if not overrides_dispatch(destination) and overlaps_itself(destination):
         is_expanded = 0 in destination.stride()
         raise DestinationError(
             f"{name!r} {'is expanded' if is_expanded else 'overlaps itself'}: its elements share memory. Load into a "
             "clone of it"
         )
-    if tuple(destination.shape) != want.box.sizes:
-        raise ShapeMismatchError(f"{name!r}: the destination of {want.box} has shape {tuple(destination.shape)}")
+    if tuple(destination.shape) != sizes:
+        raise ShapeMismatchError(
+            f"{name!r}: the destination has shape {tuple(destination.shape)}, what is read {sizes}"
+        )
 
 
-def _check_overlap(source: Source, first: Want, second: Want, *, is_same: bool) -> None:
-    """Raises DestinationError, unless two destinations are one tensor, and the same values are stored for both."""
-    if is_same and (first.name == second.name or _same_values(source, first, second)):
-        return
-    how = "are the same memory, and different values are stored for them" if is_same else "share a part of their memory"
-    names = f"{first.name!r} and {second.name!r}" if first.name != second.name else f"two parts of {first.name!r}"
-    raise DestinationError(
-        f"the destinations of {names} {how}: load into tensors of their own, or leave out one of them"
-    )
+def _repeated(
+    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[Given]
+) -> set[int]:
+    """Which wants need not be read, for their destination is that of another one with the same values.
+
+    Raises DestinationError where destinations share memory otherwise.
+    """
+    targets = [*destinations, *(value.destination for value in given)]
+    memories = [(at, memory) for at, target in enumerate(targets) if (memory := memory_of(target)) is not None]
+    dropped: set[int] = set()
+    for overlap in find_overlaps([memory for _, memory in memories]):
+        first, second = memories[overlap.first][0], memories[overlap.second][0]
+        is_same = overlap.is_same and type(targets[first]) is type(targets[second])
+        if second < len(wants):
+            names = wants[first].name, wants[second].name
+            if is_same and (names[0] == names[1] or _same_values(source, wants[first], wants[second])):
+                dropped.add(second)
+                continue
+        elif first < len(wants):
+            names, is_same = (wants[first].name, given[second - len(wants)].name), False
+        else:
+            one, two = given[first - len(wants)], given[second - len(wants)]
+            names = one.name, two.name
+            if is_same and one.values.dtype == two.values.dtype and _equal(one.values, two.values):
+                continue
+        how = "are the same memory, and different values are stored for them" if is_same else "share memory"
+        which = f"{names[0]!r} and {names[1]!r}" if names[0] != names[1] else f"two parts of {names[0]!r}"
+        raise DestinationError(
+            f"the destinations of {which} {how}: load into tensors of their own, or leave out one of them"
+        )
+    return dropped
 
 
 def _same_values(source: Source, first: Want, second: Want) -> bool:
@@ -179,9 +215,14 @@ def _same_values(source: Source, first: Want, second: Want) -> bool:
         box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
         parts = [torch.empty(box.sizes, dtype=dtype) for _ in range(2)]
         read_boxes(source, [Want(first.name, box), Want(second.name, box)], parts)
-        if not np.array_equal(as_array(parts[0]), as_array(parts[1])):
+        if not _equal(*parts):
             return False
     return True
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    return bool(np.array_equal(as_array(a), as_array(b)))
 
 
 def read_boxes(
@@ -259,17 +300,32 @@ def carry_out(
                 check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
         return tensors
 
-    integers = staged(reads.checked) if reads.checked else []
-    for group in in_groups([_Staged(at, reads.destinations[at]) for at in reads.through_class], budget):
-        for at, tensor in zip((part.at for part in group), staged([part.at for part in group]), strict=True):
+    def in_budget(positions: Sequence[int]) -> list[list[int]]:
+        groups = in_groups([_Staged(at, reads.destinations[at]) for at in positions], budget)
+        return [[part.at for part in group] for group in groups]
+
+    integers = in_budget(reads.checked)
+    held = staged(integers[0]) if len(integers) == 1 else []
+    for group in integers if len(integers) > 1 else []:
+        staged(group)  # those that do not fit the budget together are checked first, and read again to be written
+    for group in in_budget(reads.through_class):
+        for at, tensor in zip(group, staged(group), strict=True):
             destination = reads.destinations[at]
             copy_into(reads.wants[at].name, destination, tensor.to(destination.device, destination.dtype))
-    for at, tensor in zip(reads.checked, integers, strict=True):
-        reads.destinations[at].copy_(tensor)
+    for group in integers:
+        for at, tensor in zip(group, held or staged(group), strict=True):
+            reads.destinations[at].copy_(tensor)
+    held.clear()
     read(
         [*(reads.wants[at] for at in reads.direct), *(want for blob in blobs for want in blob.wants)],
         [*(reads.destinations[at] for at in reads.direct), *(tensor for blob in blobs for tensor in blob.tensors)],
     )
+    for value in reads.given:
+        if overrides_dispatch(value.destination):
+            values = value.values.to(value.destination.device, value.destination.dtype)
+            copy_into(value.name, value.destination, values)
+        else:
+            value.destination.copy_(value.values)
     needed = sum(destination.nbytes for destination in reads.destinations)
     needed += sum(tensor.nbytes for blob in blobs for tensor in blob.tensors)
     seconds = {**report.seconds, "total": time.perf_counter() - begin}

@@ -152,5 +152,13 @@ def _derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.startswith(package) for kind in type(tensor).__mro__)
 
 
+def memory_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The plain tensor whose memory holds a tensor's values: itself, or the largest that it is made of."""
+    if not overrides_dispatch(tensor):
+        return None if missing_memory(tensor) else tensor
+    inner = [found for part in _inner(tensor) if (found := memory_of(part)) is not None]
+    return max(inner, key=lambda part: part.nbytes, default=None)
+
+
 def _full_name(tensor: torch.Tensor) -> str:
     return f"{type(tensor).__module__}.{type(tensor).__qualname__}"

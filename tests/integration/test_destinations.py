@@ -387,6 +387,15 @@ def test_dtype_casts_weights_and_not_counters(tmp_path: Path) -> None:
         ("m.weight", "m.SCB"),
         ("m.qdata", "m.qdata_scales"),
         ("w", "w_scale"),
+        ("m.qdata", "m.scale"),
+        ("m.w._data", "m.w._scale"),
+        ("m.int_data", "m.scale"),
+        ("m.w_q", "m.w_scale"),
+        ("mlp.down_proj_blocks", "mlp.down_proj_scales"),
+        ("m.qweight", "m.scales"),
+        ("m.weight", "m.weight_quantizer._amax"),
+        ("m.weight", "m.weight.quant_state.bitsandbytes__nf4"),
+        ("m.weight", "m.weight.absmax"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
@@ -408,7 +417,8 @@ def test_quantised_weights_with_scales_are_not_cast(
 
 
 def test_weights_of_few_bits_without_scales_are_cast() -> None:
-    store = saved(**{"m.weight": torch.ones(4).to(torch.float8_e4m3fn), "m.input_scale": torch.ones(1)})
-    destination = torch.zeros(4, dtype=torch.bfloat16)
-    reshard.load({"m.weight": destination}, store)
-    assert destination.eq(1).all()
+    for other in ("m.input_scale", "m.k_scale", "n.weight_scale", "m.norm.weight_scale", "m.bias", "mm.scale"):
+        store = saved(**{"m.weight": torch.ones(4).to(torch.float8_e4m3fn), other: torch.ones(1)})
+        destination = torch.zeros(4, dtype=torch.bfloat16)
+        reshard.load({"m.weight": destination}, store)
+        assert destination.eq(1).all()
