@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from .errors import DtypeError
+from .errors import ArgumentError, DtypeError
 
 _SCALE = re.compile(r"scale|absmax|amax|quant_state|(?:^|[._])scb$", re.IGNORECASE)
 """What the name of a scale of quantised values has in it."""
@@ -20,6 +20,12 @@ _OF_MODULE = re.compile(r"(?:q?weight|q?scales?|scb|absmax|amax|quant|zeros)", r
 """How the names of scales begin that are of the only quantised tensor of their module."""
 _VALUES = re.compile(r"[._]*(?:q?weight|(?:int_|q)?data|(?<![^_])q|blocks|packed|quantized)$", re.IGNORECASE)
 """How the name of quantised values ends, behind what their scale's name has too."""
+
+
+def check_dtype(dtype: object) -> None:
+    """Check that an argument is a dtype of torch, or None. Raises ArgumentError."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"dtype must be a torch.dtype, as torch.bfloat16, got {dtype!r}")
 
 
 def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:

@@ -18,10 +18,11 @@ from ..planner.index import Kind, missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
-from .casts import weight_dtype
+from .casts import check_dtype, loses_bits, weight_dtype
 from .errors import DestinationError
 from .hf_config import read_tp_plan
-from .names import Patterns, check_renames, matches_any, new_name, new_names, patterns_of
+from .logs import logger_of
+from .names import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import rank_of
@@ -29,8 +30,11 @@ from .read import Blob, check_is_tensor, object_wants, read_boxes
 from .source import Source, check_readable
 from .state_dict import nest
 from .store import Store
+from .tensor_classes import missing_memory
 from .tensors import torch_dtype
 from .verify import Damage, verify
+
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,9 @@ class Checkpoint:
                 says otherwise.
         """
         check_is_tensor(self._source, name)
+        check_dtype(dtype)
+        if out is not None and (reason := missing_memory(out)):
+            raise DestinationError(f"{name!r}: out {reason}")
         entry = self._source.entry(name)
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
@@ -189,6 +196,7 @@ class Checkpoint:
         names: str = "*",
         exclude: Patterns = (),
         rename: Mapping[str, str] | None = None,
+        allow_missing: Patterns = (),
         dtype: torch.dtype | None = None,
         progress: OnProgress = False,
     ) -> dict[str, torch.Tensor]:
@@ -199,6 +207,7 @@ class Checkpoint:
             exclude: patterns of names that are left out.
             rename: patterns of names, and what the tensors are called instead, as of `reshard.load`. The rules of the
                 layout are for the new names.
+            allow_missing: patterns of names that are left out if they cannot be read (see `unreadable`).
             dtype: of floating-point tensors of one dimension or more; the stored one by default. float32 values of a
                 native checkpoint are read as bfloat16 from a third of their bytes.
             progress: as of `reshard.load`.
@@ -206,11 +215,13 @@ class Checkpoint:
         Raises LayoutError, ArgumentError, DtypeError, CorruptCheckpointError, StoreError, and what `read` raises for a
         name of `unreadable` that the rank would hold.
         """
-        excluded = patterns_of("exclude", exclude)
+        excluded, may_miss = patterns_of("exclude", exclude), patterns_of("allow_missing", allow_missing)
+        check_dtype(dtype)
         check_renames("rename", rename or {})
 
         def is_held(name: str) -> bool:
-            return not matches_any(excluded, name) and layout.holds(new_name(name, rename or {}), rank)
+            is_taken = not matches_any(excluded, name) and not matches_any(may_miss, name)
+            return is_taken and layout.holds(new_name(name, rename or {}), rank)
 
         check_readable(self._source, names, is_held)
         taken = [
@@ -220,7 +231,7 @@ class Checkpoint:
         ]
         if not taken and names != "*":
             raise missing(names, self._tensors)
-        stored_names = new_names((entry.name for entry in taken), rename or {})
+        stored_names = by_new_name((entry.name for entry in taken), lambda name: new_name(name, rename or {}))
         entries = [replace(entry, name=new) for new, entry in zip(stored_names, taken, strict=True)]
         tensors: dict[str, torch.Tensor] = {}
         wants: list[Want] = []
@@ -237,6 +248,11 @@ class Checkpoint:
         draws = rank_of(None) == 0
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
             read_boxes(self._source, wants, views, rank=rank, meter=meter)
+        rounded = [
+            held.entry.name for held in held_tensors if dtype and loses_bits(torch_dtype(held.entry.dtype), dtype)
+        ]
+        if rounded and draws:
+            logger.info("%d tensors were cast to fewer bits, to %s: %s, ...", len(rounded), dtype, rounded[0])
         return tensors
 
     def state_dict(

@@ -23,12 +23,21 @@ import torch.distributed as dist
 from ..planner.errors import MissingTensorError
 from ..planner.index import Entry, Kind, nearest_names
 from ..planner.layout import matches
-from .casts import check_is_not_scaled, loses_bits, scale_names, weight_dtype
+from .casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
 from .checksums import checksum
 from .dcp import check_codec
 from .errors import ArgumentError, ObjectNotFoundError
 from .logs import logger_of
-from .names import Patterns, check_renames, matches_any, new_names, patterns_of, renamed
+from .names import (
+    Patterns,
+    by_new_name,
+    check_first_matches,
+    check_renames,
+    matches_any,
+    new_name,
+    patterns_of,
+    renamed,
+)
 from .open_source import open_source
 from .pieces import Item
 from .progress import Meter, OnProgress
@@ -93,8 +102,9 @@ def convert(
             for; of several, each for its own. Names that match none are left out, and listed in the report. A pattern
             that matches no name is an error.
         exclude: patterns of names in `src` that are left out.
-        rename: as `names` with new names, but what no pattern matches is taken too, and keeps its name.
-        allow_missing: patterns of names in `src` that are left out if they cannot be read (see
+        rename: as `names` with new names, but what no pattern matches is taken too, and keeps its name; and the
+            patterns are applied one after another.
+        allow_missing: patterns of names in `src` that are left out if they are missing or cannot be read (see
             `Checkpoint.unreadable`).
         dtype: what floating-point tensors of one dimension or more are cast to, but for those that are packed, two
             values a byte. float32 values of a native checkpoint are read as bfloat16 from a third of their bytes.
@@ -159,6 +169,7 @@ def convert(
 def _check(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
     """Raises ArgumentError for what cannot be, whatever is to be converted."""
     check_codec(codec)
+    check_dtype(dtype)
     if format not in TARGETS:
         raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
     if dtype is not None and (not dtype.is_floating_point or "_x2" in str(dtype)):
@@ -326,16 +337,16 @@ class Selection:
         allow_missing: Patterns,
     ) -> Selection:
         """Check the arguments of `convert`. Raises ArgumentError."""
-        by_pattern = isinstance(names, str)
         check_renames("rename", rename or {})
-        if not by_pattern:
+        if not isinstance(names, str):
             check_renames("names", names)
+            check_first_matches("names", names)
             if rename:
                 raise ArgumentError("names= gives new names already: give a pattern for it, or no rename=")
         return cls(
             names if isinstance(names, str) else "*",
             (rename or {}) if isinstance(names, str) else names,
-            by_pattern,
+            isinstance(names, str),
             patterns_of("exclude", exclude),
             patterns_of("allow_missing", allow_missing),
         )
@@ -360,7 +371,14 @@ class Selection:
                     "(--names, --rename, --exclude)"
                 )
             names.remove(name)
-        return new_names(names, self.renames)
+        return by_new_name(names, self._new_name)
+
+    def _new_name(self, name: str) -> str:
+        """Of `rename`, patterns are applied one after another; of `names`, the first that matches counts."""
+        if self.keeps_others:
+            return new_name(name, self.renames)
+        found = renamed(name, self.renames)
+        return name if found is None else found[1]
 
     def _takes(self, name: str) -> bool:
         is_chosen = matches(self.pattern, name) and not matches_any(self.exclude, name)
@@ -373,7 +391,14 @@ class Selection:
         if not (self.keeps_others or self.renames):
             raise MissingTensorError("the checkpoint has no name that names={} takes: it has no pattern")
         unused = [pattern for pattern in (self.pattern, *self.exclude) if not any(matches(pattern, n) for n in there)]
-        unused += [pattern for pattern in self.renames if all(renamed(n, {pattern: ""}) is None for n in there)]
+        current = there
+        for pattern, new in self.renames.items():
+            found = [renamed(name, {pattern: new}) for name in current]
+            if not any(found):
+                unused.append(pattern)
+            if self.keeps_others:
+                current = [name if made is None else made[1] for name, made in zip(current, found, strict=True)]
+        unused = [pattern for pattern in unused if not matches_any(self.allow_missing, pattern)]
         if unused:
             parents = {name[: at.start()] + ".*" for name in there for at in re.finditer(r"\.", name)}
             near = nearest_names(unused[0], [*there, *sorted(parents)], 3) or there[:3]

@@ -24,7 +24,7 @@ from ..planner.read_plan import Want
 from .casts import check_is_not_scaled, loses_bits, scale_names
 from .errors import ArgumentError, DestinationError
 from .logs import logger_of
-from .names import Patterns, check_renames, matches_any, new_names, patterns_of
+from .names import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
@@ -86,7 +86,8 @@ def load(
         allow_missing: patterns of names that may be missing, as "optimizer.*"; they are left and reported.
         exclude: patterns of names of the state dict that are left as they are.
         rename: patterns of names in the checkpoint, and their names in the state dict, as in
-            `{"*._orig_mod.*": "*.*"}`; see `reshard.convert`. A name that no pattern matches stays.
+            `{"*_orig_mod.*": "**", "module.*": "*"}`. They are applied one after another, each once; a star of the new
+            name is what the star at the same position in the pattern stood for. A name that none matches stays.
         storage_options: passed to fsspec.
         process_group: the ranks that load together; the default group where there is one, else this process alone.
         allow_pickle: unpickle objects that torch.load(weights_only=True) refuses. That can run any code.
@@ -172,7 +173,7 @@ class _Loading:
         named = flatten(self.states)
         leaves = {name: leaf for name, leaf in named.items() if not matches_any(options.exclude, name)}
         there = [*(entry.name for entry in source.entries), *source.unreadable]
-        self._stored = new_names(there, options.rename)
+        self._stored = by_new_name(there, lambda name: new_name(name, options.rename))
         """What the checkpoint has, by the name in the state dict, and the name there."""
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored and not self._may_miss(name)}
         self._in_objects: list[tuple[Leaf, Any]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..planner.layout import matches
 from .errors import ArgumentError
@@ -42,6 +42,13 @@ def check_renames(argument: str, renames: object) -> None:
         stars = pattern.count("*")
         if new.count("*") > stars and stars != 1:
             raise ArgumentError(f"{argument}: {new!r} has more stars than the pattern {pattern!r}")
+
+
+def check_first_matches(argument: str, renames: Mapping[str, str]) -> None:
+    """Check that of patterns of which the first that matches counts, none comes after one that takes all its names.
+
+    Raises ArgumentError.
+    """
     earlier: list[str] = []
     for pattern in renames:
         above = next((other for other in earlier if _compiled(other).fullmatch(pattern)), None)
@@ -71,30 +78,31 @@ def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def new_name(name: str, renames: Mapping[str, str]) -> str:
-    """What a name becomes; itself where no pattern matches it."""
-    found = renamed(name, renames) if renames else None
-    return name if found is None else found[1]
+    """What a name becomes by patterns that are applied one after another."""
+    for pattern, new in renames.items():
+        found = renamed(name, {pattern: new})
+        name = name if found is None else found[1]
+    return name
 
 
-def new_names(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str]:
-    """Rename the names of a checkpoint; those that no pattern matches stay.
-
-    Returns: the name in the checkpoint by the new name.
+def by_new_name(names: Iterable[str], new: Callable[[str], str]) -> dict[str, str]:
+    """Names of a checkpoint by their new names.
 
     Raises:
         ArgumentError: two would have the same new name, or one none.
     """
     stored: dict[str, str] = {}
     for name in names:
-        new = new_name(name, renames)
-        if not new:
+        becomes = new(name)
+        if not becomes:
             raise ArgumentError(f"{name!r} would be left without a name")
-        if new in stored:
-            raise ArgumentError(f"both {stored[new]!r} and {name!r} would be named {new!r}")
-        stored[new] = name
+        if becomes in stored:
+            raise ArgumentError(f"both {stored[becomes]!r} and {name!r} would be named {becomes!r}")
+        stored[becomes] = name
     return stored
 
 
 @functools.lru_cache
 def _compiled(pattern: str) -> re.Pattern[str]:
+    """The first star stands for as little as it can, and so on; the last for the rest."""
     return re.compile("(.*?)".join(map(re.escape, pattern.split("*"))), re.DOTALL)

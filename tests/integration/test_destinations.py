@@ -112,6 +112,14 @@ def load_sharded(uri: str) -> list[int]:
         reshard.load({"w": dtensor_of(Deaf.of(rows, 4), mesh, 0)}, uri)
     with pytest.raises(errors.UnsupportedValueError, match=r"'w' cannot be stored: it is of the class .*Scaled"):
         reshard.save({"w": dtensor_of(Scaled.of(rows, 4), mesh, 0)}, f"{uri}-2")
+    with pytest.raises(CheckpointException, match=r"'w' cannot be stored: it is of the class .*Scaled"):
+        dcp.save({"w": dtensor_of(Scaled.of(rows, 4), mesh, 0)}, storage_writer=reshard.StorageWriter(f"{uri}-3"))
+    both = {"emb": distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])}
+    both["head"] = distribute_tensor(torch.ones(8, 4), mesh, [Shard(1)])
+    reshard.save(both, f"{uri}-4")
+    tied = torch.zeros(8, 4)
+    dcp.load({"emb": tied, "head": tied}, storage_reader=reshard.StorageReader(f"{uri}-4"))
+    assert tied.eq(1).all()
     assert found[0] == found[1]
     return found[0]
 
@@ -186,6 +194,21 @@ def test_a_save_refuses_classes_that_keep_values_in_a_form_of_their_own(make: Ca
 
 def test_a_subclass_with_memory_of_its_own_is_saved() -> None:
     assert reshard.open(saved(w=TWOS.as_subclass(Tagged))).read("w").equal(TWOS)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_tensor_of_a_class_under_two_names(tmp_path: Path) -> None:
+    shared = Scaled.of(4, 4)
+    for other in (shared, shared.detach(), shared.q):
+        stored = {"w": TWOS, "v": TWOS * 2 if other is not shared.q else torch.ones(4, 4, dtype=torch.int8)}
+        with pytest.raises(errors.DestinationError, match="'w' and 'v'"):
+            reshard.load({"w": shared, "v": other}, saved(**stored))
+    reshard.load({"w": shared, "v": shared}, saved(w=TWOS, v=TWOS))
+    assert shared.q.eq(2).all()
+    scale = torch.tensor(1.0, dtype=torch.bfloat16)
+    two = [Scaled(torch.zeros(4, 4, dtype=torch.int8), scale) for _ in range(2)]
+    reshard.load({"w": two[0], "v": two[1]}, saved(w=TWOS, v=TWOS * 2))
+    assert two[1].q.eq(4).all(), "a scale that two tensors share is no conflict"
 
 
 # Destinations that share memory
@@ -272,6 +295,19 @@ def test_a_missing_name_of_a_tied_pair_says_so() -> None:
     report = reshard.load({"emb": shared, "head": shared}, saved(emb=torch.ones(4)), allow_missing="head")
     assert report.skipped == ("head",)
     assert shared.eq(1).all()
+
+
+@pytest.mark.parametrize("budget", [None, 1000])
+def test_integers_that_do_not_fit_change_nothing_under_any_budget(budget: int | None) -> None:
+    state = {str(i): torch.full((1000,), i) for i in range(5)}
+    good = {name: torch.zeros(1000, dtype=torch.int32) for name in state}
+    reshard.load(good, saved(**state), budget_bytes=budget)
+    assert all(good[name].eq(int(name)).all() for name in state)
+    state["4"][7] = 2**40
+    bad = {name: torch.zeros(1000, dtype=torch.int32) for name in state}
+    with pytest.raises(errors.DtypeError, match=r"'4' .*: 1099511627776 at \[7\] does not fit"):
+        reshard.load(bad, saved(**state), budget_bytes=budget)
+    assert all(tensor.eq(0).all() for tensor in bad.values())
 
 
 # Casts
