@@ -101,7 +101,7 @@ def scale_names(names: Iterable[str]) -> list[str]:
 
 
 def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales: Iterable[str]) -> None:
-    """Check that a cast does not take quantised values for the values that they stand for.
+    """Check that a cast does not use quantised values as if they were weights.
 
     Args:
         scales: what `scale_names` gives for the checkpoint.

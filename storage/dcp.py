@@ -53,7 +53,7 @@ from .manifest import encode_manifest
 from .objects import encode_object, needs_pickle, torch_save
 from .open_source import open_source
 from .progress import Meter
-from .ranks import Alarm, Arrivals, Opened, check_same_checkpoint, raises_portable, rank_of
+from .ranks import Alarm, Arrivals, Opened, check_same_checkpoint, is_distributed, raises_portable, rank_of
 from .read import Blob, counting_metadata, read_boxes
 from .records import ObjectRecord, assemble_index
 from .reports import RankReport
@@ -354,7 +354,8 @@ class StorageReader(dcp.StorageReader):
     @raises_portable
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         source = self._open()
-        return replace(plan, storage_data=Opened(source.location, source.fingerprint()))
+        fingerprint = source.fingerprint() if is_distributed() else ""
+        return replace(plan, storage_data=Opened(source.location, fingerprint))
 
     @raises_portable
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:

@@ -86,8 +86,8 @@ def load(
         allow_missing: patterns of names that may be missing, as "optimizer.*"; they are left and reported.
         exclude: patterns of names of the state dict that are left as they are.
         rename: patterns of names in the checkpoint, and their names in the state dict, as in
-            `{"*_orig_mod.*": "**", "module.*": "*"}`. They are applied one after another, each once; a star of the new
-            name is what the star at the same position in the pattern stood for. A name that none matches stays.
+            `{"*_orig_mod.*": "**", "module.*": "*"}`. They are applied one after another, each once. A star of the new
+            name is replaced by what the star at the same position in the pattern matched. Other names stay.
         storage_options: passed to fsspec.
         process_group: the ranks that load together; the default group where there is one, else this process alone.
         allow_pickle: unpickle objects that torch.load(weights_only=True) refuses. That can run any code.
@@ -266,7 +266,7 @@ class _Loading:
             found = next((name for name in outer if name in self._stored and self._kind(name) is not Kind.TENSOR), None)
             if found is not None:
                 inside.setdefault(found, []).append(leaf)
-            elif leaf.is_empty_dict:  # what the checkpoint has below it is not read, and told so
+            elif leaf.is_empty_dict:  # `unread` lists what the checkpoint has below it
                 continue
             elif not isinstance(leaf.value, torch.Tensor) and (below := self._below(leaf.name)):
                 self._containers.append((leaf, below))
@@ -451,7 +451,7 @@ def _local_shards(leaf: Leaf, shape: tuple[int, ...]) -> list[LocalShard]:
 
 
 def _descend(value: Any, path: Path) -> Any:
-    """The value at a path inside of another one. Raises LookupError where there is none."""
+    """Return the value at a path inside of another one. Raises LookupError if there is no such path."""
     for part in path:
         if isinstance(part, int):
             if not isinstance(value, (list, tuple)):

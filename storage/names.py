@@ -10,14 +10,14 @@ from ..planner.layout import matches
 from .errors import ArgumentError
 
 Patterns = str | Sequence[str]
-"""One pattern as in a layout, or several: `*` stands for anything, and "model" for all below it too."""
+"""One pattern as in a layout, or several: `*` matches anything, and "model" also matches all names below it."""
 
 
 def patterns_of(argument: str, value: Patterns) -> tuple[str, ...]:
-    """The patterns that an argument has.
+    """Return the patterns that an argument has.
 
     Raises:
-        ArgumentError: it is no string, and no sequence of strings.
+        ArgumentError: the argument is neither a string nor a sequence of strings.
     """
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
@@ -34,7 +34,7 @@ def check_renames(argument: str, renames: object) -> None:
     """Check a mapping of patterns to new names.
 
     Raises:
-        ArgumentError: it is none, or a new name has more stars than its pattern.
+        ArgumentError: the argument is no such mapping, or a new name has more stars than its pattern.
     """
     if not isinstance(renames, Mapping) or not all(isinstance(text, str) for pair in renames.items() for text in pair):
         raise ArgumentError(f'{argument} must be patterns and new names, as {{"model.*": "*"}}, got {renames!r}')
@@ -45,7 +45,7 @@ def check_renames(argument: str, renames: object) -> None:
 
 
 def check_first_matches(argument: str, renames: Mapping[str, str]) -> None:
-    """Check that of patterns of which the first that matches counts, none comes after one that takes all its names.
+    """Check that no pattern comes after one that matches all its names, where only the first match counts.
 
     Raises ArgumentError.
     """
@@ -63,8 +63,8 @@ def check_first_matches(argument: str, renames: Mapping[str, str]) -> None:
 def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
     """The first pattern that matches a name, and the new name; None where none matches.
 
-    Each star of the new name is what the star at the same position in the pattern stood for; all of them are, where
-    the pattern has one.
+    Each star of the new name is replaced by what the star at the same position in the pattern matched. If the pattern
+    has one star, it replaces all of them.
     """
     for pattern, new in renames.items():
         found = _compiled(pattern).fullmatch(name)
@@ -104,5 +104,5 @@ def by_new_name(names: Iterable[str], new: Callable[[str], str]) -> dict[str, st
 
 @functools.lru_cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """The first star stands for as little as it can, and so on; the last for the rest."""
+    """Each star matches as little as it can, from the first to the last."""
     return re.compile("(.*?)".join(map(re.escape, pattern.split("*"))), re.DOTALL)

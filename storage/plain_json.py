@@ -1,7 +1,7 @@
 """Python values as JSON, exactly: what state dicts hold that is plain data.
 
-JSON's own types stand for themselves. A dict with one key that begins with "$" stands for anything else: `{"$tuple":
-[1, 2]}`. `docs/FORMAT.md` lists these words. Reading runs no code of anybody.
+Values of JSON's own types are written as they are. Anything else is a dict with one key that begins with "$", as
+`{"$tuple": [1, 2]}`. `docs/FORMAT.md` lists these words. Reading runs no code from the file.
 """
 
 from __future__ import annotations

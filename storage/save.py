@@ -69,8 +69,8 @@ def save(
         CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
         UnsupportedValueError, DtypeError, LayoutError: the state dict holds what cannot be stored.
         DestinationError: two values have the same name.
-        ArgumentError: an argument is wrong, `state_dict` is none, or the ranks were given different places or codecs,
-            or different dtypes, shapes or kinds of values under one name.
+        ArgumentError: an argument is wrong, `state_dict` is no mapping, or the ranks were given different places or
+            codecs, or different dtypes, shapes or kinds of values under one name.
         RankError: anything else.
     """
     begin = time.perf_counter()

@@ -44,7 +44,7 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def missing_memory(tensor: torch.Tensor) -> str:
-    """Say why a tensor has no values in dense memory; empty where it has, or where its class must be asked."""
+    """Return why a tensor has no values in dense memory. Empty if it has, or if only its class knows."""
     name = type(tensor).__name__
     if is_lazy(tensor):
         return f"is an {name}, which has no shape yet: run the module once, or give it a shape"

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import reshard
 from tests.checkpoints import state
-from tests.storage.samples import same
+from tests.storage.samples import check_equal, same
 
 FOLDER = Path(__file__).parent / "checkpoints"
-
-
-def check_equal(found: Any, expected: Any) -> None:
-    assert type(found) is type(expected)
-    if isinstance(expected, torch.Tensor):
-        assert same(found, expected)
-    elif isinstance(expected, dict):
-        assert sorted(map(str, found)) == sorted(map(str, expected))
-        for key in expected:
-            check_equal(found[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            check_equal(one, other)
-    elif isinstance(expected, np.ndarray):
-        assert found.dtype == expected.dtype
-        assert np.array_equal(found, expected)
-    else:
-        assert found == expected
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])

@@ -363,7 +363,7 @@ def _identity(metadata: Record) -> dict[str, str]:
 
 
 def _paths(planner_data: Any) -> dict[str, Path]:
-    """The paths of values in the state dict that was saved; of those of which DCP's planner told."""
+    """The paths of values in the state dict that was saved, as far as DCP's planner has recorded them."""
     if not isinstance(planner_data, dict):
         return {}
     paths: dict[str, Path] = {

@@ -27,26 +27,9 @@ import reshard
 from reshard import errors
 from reshard.storage.plain_json import _READERS
 from reshard.storage.testing import MemoryStore, RecordingStore
-from tests.storage.samples import Custom, same
+from tests.storage.samples import Custom, check_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-def check_equal(found: Any, expected: Any) -> None:
-    """The same values, keys and types, at any depth."""
-    assert type(found) is type(expected)
-    if isinstance(expected, torch.Tensor):
-        assert same(found, expected)
-    elif isinstance(expected, dict):
-        assert {(type(key), key) for key in found} == {(type(key), key) for key in expected}
-        for key in expected:
-            check_equal(found[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            check_equal(one, other)
-    else:
-        assert found == expected
 
 
 def stepped() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import reshard
@@ -24,6 +25,26 @@ def sample(dtype: str, *shape: int) -> torch.Tensor:
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have one dtype, one shape and the same bits."""
     return a.dtype == b.dtype and a.shape == b.shape and bytes(as_bytes(as_array(a))) == bytes(as_bytes(as_array(b)))
+
+
+def check_equal(found: Any, expected: Any) -> None:
+    """Two state dicts have the same values, keys and types, at any depth."""
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert same(found, expected)
+    elif isinstance(expected, dict):
+        assert {(type(key), key) for key in found} == {(type(key), key) for key in expected}
+        for key in expected:
+            check_equal(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            check_equal(one, other)
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected)
+    else:
+        assert found == expected
 
 
 def assert_holds(checkpoint: reshard.Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
