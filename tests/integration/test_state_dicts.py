@@ -373,7 +373,8 @@ def test_rename_for_a_rank_and_a_conversion(tmp_path: Path) -> None:
     assert sorted(checkpoint.tensors) == ["layers.0.w", "layers.1.w"]
     assert checkpoint.read_object("meta.epoch") == 3
     assert report.left_out == ("head.w",)
-    for argument in ({"rename": {"nothing.*": "*"}}, {"exclude": "nothing.*"}):
+    wrong: list[dict[str, Any]] = [{"rename": {"nothing.*": "*"}}, {"exclude": "nothing.*"}]
+    for argument in wrong:
         with pytest.raises(errors.MissingTensorError, match=r"nothing\.\*"):
             reshard.convert(compiled(), tmp_path / "d", **argument)
 

@@ -16,7 +16,7 @@ class Scaled(torch.Tensor):
     s: torch.Tensor
 
     @staticmethod
-    def __new__(cls, q: torch.Tensor, s: torch.Tensor) -> Self:
+    def __new__(cls, q: torch.Tensor, s: torch.Tensor) -> Any:
         return torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.bfloat16)
 
     def __init__(self, q: torch.Tensor, s: torch.Tensor) -> None:
