@@ -12,6 +12,7 @@ from .fsspec_store import split_file
 from .manifest import DATA_NAME, NAME, Manifest
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
+from .sources.foreign import ForeignSource
 from .sources.reads import Reads
 from .sources.safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .sources.torch_save import LEGACY_MAGIC, TorchSaveSource
@@ -87,11 +88,19 @@ def _file(store: Store, name: str, format: str | None) -> Source | None:
 
 
 def _safetensors(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
-    return SafetensorsSource(reads, weight_map.names or beside, weight_map)
+    return _noting_others(SafetensorsSource(reads, weight_map.names or beside, weight_map), beside)
 
 
 def _torch(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
-    return TorchSaveSource(reads, weight_map.names or beside, weight_map)
+    return _noting_others(TorchSaveSource(reads, weight_map.names or beside, weight_map), beside)
+
+
+def _noting_others(source: ForeignSource, beside: Sequence[str]) -> Source:
+    """Note in the source's `info` which weight files beside it its index does not name."""
+    others = sorted(set(beside).difference(name for name, _ in source.objects))
+    if others:
+        source.info["files_left_out"] = others
+    return source
 
 
 def _in_folder(store: Store, format: str | None) -> Source:

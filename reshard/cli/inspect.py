@@ -94,6 +94,9 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     if checkpoint.unreadable:
         print()
         print_table(("cannot be read", "why"), checkpoint.unreadable.items())
+    if others := checkpoint.info.get("files_left_out"):
+        print()
+        print(f"the index does not name these files, which were not read: {', '.join(others)}")
     if checkpoint.left_out:
         print()
         left_out = fold(dict.fromkeys(checkpoint.left_out, ()))

@@ -518,3 +518,12 @@ def test_a_sharded_bin_folder_is_listed_once(with_index: bool, tmp_path: Path) -
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     (row,) = as_json("ls", tmp_path)
     assert (row["uri"], row["format"], row["state"], row["entries"]) == (str(folder), "torch", "whole", 2)
+
+
+def test_weight_files_that_the_index_does_not_name_are_shown(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "does not name these files, which were not read: consolidated.safetensors" in call("inspect", tmp_path)
+    assert as_json("inspect", tmp_path)["files_left_out"] == ["consolidated.safetensors"]
