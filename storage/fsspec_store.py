@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -45,6 +46,8 @@ WRAPPERS = frozenset(
 """Filesystems that read from another, which fsspec also lets be a plain path: "zip://x::/y.zip"."""
 _NO_PARENT = OBJECT_STORES | {"http", "https"}
 _LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?!//)")
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How a URI of any protocol begins that lost a slash; a single letter may be a drive."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
@@ -58,6 +61,8 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
         return LocalStore(LocalFileSystem._strip_protocol(uri))
     shown = without_secrets(uri)
     protocol, path = split_protocol(uri)
+    if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
+        raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")
     if protocol in ("s3", "s3a"):
         given = storage_options
         storage_options = {**given, "config_kwargs": {**S3_CONFIG, **(given.get("config_kwargs") or {})}}
@@ -105,7 +110,10 @@ def is_local(uri: str) -> bool:
 
 def _lost_slash(part: str) -> bool:
     found = _LOST_SLASH.match(part)  # "file:/x" is read as a URI
-    return found is not None and found[1] not in LOCAL_PROTOCOLS and found[1].lower() in _known_protocols()
+    if found is None or found[1] in LOCAL_PROTOCOLS:
+        return False
+    is_unknown = _ONE_SLASH.match(part) is not None and not os.path.lexists(f"{found[1]}:")
+    return found[1].lower() in _known_protocols() or is_unknown
 
 
 def _with_slashes(part: str) -> str:
@@ -290,7 +298,7 @@ class FsspecStore:
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate what the filesystem, or the client below it, raises. What signs a URL is in its error, too."""
-        return translating(doing, name, self.location, with_cause=not self._query)
+        return translating(doing, name, self.location, with_cause=not (self._query or "@" in self._root))
 
 
 class _AsyncReads:

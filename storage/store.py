@@ -221,4 +221,6 @@ def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[
         uri = None
     if not isinstance(uri, str):
         raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}")
+    if not uri:
+        raise ArgumentError('the path or URI is empty; "." is the current folder')
     return open_fsspec(uri, options)

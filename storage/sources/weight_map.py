@@ -20,7 +20,7 @@ MAX_INDEX_BYTES = 100_000_000
 MOST_NAMED = 8
 """Files that an error names."""
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
-_PART = re.compile(r"(?P<prefix>.*-)?(?P<number>\d{1,6})-of-(?P<count>\d{1,6})(?P<suffix>\.\w+)")
+_PART = re.compile(r"(?P<prefix>.*[-_.])?(?P<number>\d{1,7})[-_]of[-_](?P<count>\d{1,7})(?P<suffix>(?:\.\w+)+)")
 _OF_RANK = re.compile(r"shard-\d+-")
 """How the names begin that torch's HuggingFaceStorageWriter gives to the files of one rank."""
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -56,14 +56,20 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
         if nbytes > MAX_INDEX_BYTES:
             raise ValueError(f"it has {nbytes} bytes")
         weight_map = json.loads(reads.exactly(name, 0, nbytes))["weight_map"]
-        if not all(_PLAIN_NAME.fullmatch(file) and file not in (".", "..") for file in weight_map.values()):
-            raise ValueError(f"a file is not one of this folder, of {sorted(map(str, set(weight_map.values())))}")
-        return WeightMap(name, {str(tensor): str(file) for tensor, file in weight_map.items()})
+        files = {str(tensor): file.removeprefix("./") for tensor, file in weight_map.items()}
+        if not all(_is_inside(file) for file in files.values()):
+            raise ValueError(f"a file is not one of this folder, of {sorted(set(files.values()))}")
+        return WeightMap(name, files)
     except _CONTRADICTIONS as error:
         kind = "safetensors" if name.endswith(".safetensors.index.json") else "weights"
         raise CorruptCheckpointError(
             f"{name!r} in {reads.store.location} is no index of {kind}: {error!r}{_weights_beside(beside)}"
         ) from error
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a name is that of a file in a folder, or in one below it."""
+    return all(_PLAIN_NAME.fullmatch(part) and part not in (".", "..") for part in file.split("/"))
 
 
 def _weights_beside(files: Sequence[str]) -> str:

@@ -591,3 +591,34 @@ def test_flipped_bytes_of_a_header_are_refused_or_read(flips: list[tuple[int, in
         checkpoint = opened(one=bytes(data))
         for name in checkpoint.tensors:
             checkpoint.read(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.fp16.safetensors",
+        "diffusion_model_00001-of-00002.safetensors",
+        "model.00001-of-00002.safetensors",
+        "model-00001_of_00002.safetensors",
+        "model_1_of_2.safetensors",
+    ],
+)
+def test_missing_files_are_noticed_by_other_ways_to_number_them(name: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(CorruptCheckpointError, match="of 2 files is missing"):
+        reshard.open(tmp_path)
+    save_file({"b": torch.ones(2)}, tmp_path / name.replace("1_of", "2_of").replace("1-of", "2-of"))
+    assert sorted(reshard.open(tmp_path).tensors) == ["a", "b"]
+
+
+def test_an_index_may_name_files_of_folders_below(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors")
+    save_file({"b": torch.zeros(2)}, tmp_path / "sub" / "m.safetensors")
+    index = {"a": "./m.safetensors", "b": "sub/m.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert_holds(reshard.open(tmp_path), {"a": torch.ones(2), "b": torch.zeros(2)})
+    for outside in ("../m.safetensors", "/m.safetensors", "sub/../../m.safetensors", "sub//m.safetensors", ".", ""):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(CorruptCheckpointError, match="is not one of this folder"):
+            reshard.open(tmp_path)

@@ -61,6 +61,8 @@ LOST: list[str | os.PathLike[str]] = [
     "s3:/bucket/a::b",
     "FILE:/x",
     "Local:x",
+    Path("r2://bucket/x"),
+    Path("wasbs://container/x"),
 ]
 LOCAL = [
     "a::b",
@@ -448,3 +450,22 @@ def test_s3fs_sends_no_checksum_that_was_not_asked_for(size: int) -> None:
         wanted = {**by_s3fs, "config_kwargs": {"request_checksum_calculation": "when_supported"}}
         with pytest.raises(CheckpointError, match="refused for its headers"):
             reshard.save(state, "s3://bucket/other", storage_options=wanted)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket//x", "s3a://bucket///x/y", "gs://bucket//x"])
+def test_two_slashes_after_the_bucket_are_refused(uri: str) -> None:
+    with pytest.raises(UnsupportedURIError, match="two slashes after the bucket"):
+        open_store(uri)
+
+
+def test_an_empty_location_is_refused(empty_folder: Path) -> None:
+    for call in (lambda: reshard.save(STATE, ""), lambda: reshard.open("")):
+        with pytest.raises(ArgumentError, match="the path or URI is empty"):
+            call()
+    assert not list(empty_folder.iterdir())
+
+
+def test_a_folder_whose_name_ends_with_a_colon_is_local(empty_folder: Path) -> None:
+    (empty_folder / "notes:").mkdir()
+    reshard.save(STATE, "notes:/run")
+    assert (empty_folder / "notes:" / "run" / "manifest.reshard").exists()
