@@ -249,7 +249,7 @@ class Checkpoint:
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
             read_boxes(self._source, wants, views, rank=rank, meter=meter)
         rounded = [
-            held.entry.name for held in held_tensors if dtype and loses_bits(torch_dtype(held.entry.dtype), dtype)
+            name for name, local in tensors.items() if loses_bits(self._tensors[stored_names[name]].dtype, local.dtype)
         ]
         if rounded and draws:
             logger.info("%d tensors were cast to fewer bits, to %s: %s, ...", len(rounded), dtype, rounded[0])

@@ -378,7 +378,7 @@ class Selection:
         if self.keeps_others:
             return new_name(name, self.renames)
         found = renamed(name, self.renames)
-        return name if found is None else found[1]
+        return name if found is None else found
 
     def _takes(self, name: str) -> bool:
         is_chosen = matches(self.pattern, name) and not matches_any(self.exclude, name)
@@ -394,10 +394,10 @@ class Selection:
         current = there
         for pattern, new in self.renames.items():
             found = [renamed(name, {pattern: new}) for name in current]
-            if not any(found):
+            if all(made is None for made in found):
                 unused.append(pattern)
             if self.keeps_others:
-                current = [name if made is None else made[1] for name, made in zip(current, found, strict=True)]
+                current = [name if made is None else made for name, made in zip(current, found, strict=True)]
         unused = [pattern for pattern in unused if not matches_any(self.allow_missing, pattern)]
         if unused:
             parents = {name[: at.start()] + ".*" for name in there for at in re.finditer(r"\.", name)}

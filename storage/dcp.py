@@ -50,6 +50,7 @@ from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .logs import logger_of
 from .manifest import encode_manifest
+from .names import listed
 from .objects import encode_object, needs_pickle, torch_save
 from .open_source import open_source
 from .progress import Meter
@@ -215,7 +216,7 @@ class StorageWriter(dcp.StorageWriter):
         ]
         if named and self._strict_objects:
             raise UnsupportedValueError(
-                f"{_listed(named)} could only be loaded with allow_pickle=True, which strict_objects=True forbids: "
+                f"{listed(named)} could only be loaded with allow_pickle=True, which strict_objects=True forbids: "
                 "use plain data instead, or leave it out"
             )
         return named
@@ -246,14 +247,14 @@ class StorageWriter(dcp.StorageWriter):
             logger.warning(
                 "%d objects can only be loaded with allow_pickle=True, which may run code: %s",
                 len(pickled),
-                _listed(pickled),
+                listed(pickled),
             )
         if differing:
             logger.warning(
                 "%d values differ between the ranks that hold them, and those of the lowest rank are stored: %s. Give "
                 "each rank a name of its own for what belongs to it alone, as a random state",
                 len(differing),
-                _listed(differing),
+                listed(differing),
             )
         commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
 
@@ -471,10 +472,6 @@ def _described(plan: SavePlan) -> dict[str, Described]:
             dtype = str(data.properties.dtype).removeprefix("torch.")
             described[name] = Described(path, kind, dtype, tuple(data.size))
     return described
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _can_open(checkpoint_id: str | os.PathLike[str]) -> bool:

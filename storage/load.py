@@ -24,7 +24,7 @@ from ..planner.read_plan import Want
 from .casts import check_is_not_scaled, loses_bits, scale_names
 from .errors import ArgumentError, DestinationError
 from .logs import logger_of
-from .names import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
+from .names import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
@@ -389,7 +389,7 @@ class _Loading:
     def _describe_missing(self, missing: list[Leaf], present: Mapping[str, Leaf]) -> str:
         """Which names are missing, and where they may be meant to be."""
         names = list(self._stored)
-        message = f"the checkpoint has no {_listed([leaf.name for leaf in missing])}"
+        message = f"the checkpoint has no {listed([leaf.name for leaf in missing])}"
         memories = {memory: leaf.name for leaf in present.values() if (memory := _memory(leaf))}
         for leaf in missing:
             if tied := memories.get(_memory(leaf)):
@@ -482,10 +482,6 @@ def _children(paths: Iterable[Path]) -> dict[str, set[str | int | Key]]:
         for length in range(1, len(path)):
             found.setdefault(name_of(path[:length]), set()).add(path[length])
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _first(names: Sequence[str]) -> str:

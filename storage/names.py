@@ -25,6 +25,11 @@ def patterns_of(argument: str, value: Patterns) -> tuple[str, ...]:
     return tuple(patterns)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return the first five of some names for a message, and how many more there are."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def matches_any(patterns: Sequence[str], name: str) -> bool:
     """Whether one of some patterns matches a name."""
     return any(matches(pattern, name) for pattern in patterns)
@@ -60,8 +65,8 @@ def check_first_matches(argument: str, renames: Mapping[str, str]) -> None:
         earlier.append(pattern)
 
 
-def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first pattern that matches a name, and the new name; None where none matches.
+def renamed(name: str, renames: Mapping[str, str]) -> str | None:
+    """Return what a name becomes by the first pattern that matches it; None if none matches.
 
     Each star of the new name is replaced by what the star at the same position in the pattern matched. If the pattern
     has one star, it replaces all of them.
@@ -72,16 +77,15 @@ def renamed(name: str, renames: Mapping[str, str]) -> tuple[str, str] | None:
             parts = found.groups()
             texts = new.split("*")
             stood_for = parts * (len(texts) - 1) if len(parts) == 1 else parts
-            made = texts[0] + "".join(part + text for part, text in zip(stood_for, texts[1:], strict=False))
-            return pattern, made
+            return texts[0] + "".join(part + text for part, text in zip(stood_for, texts[1:], strict=False))
     return None
 
 
 def new_name(name: str, renames: Mapping[str, str]) -> str:
-    """What a name becomes by patterns that are applied one after another."""
+    """Return what a name becomes by patterns that are applied one after another."""
     for pattern, new in renames.items():
         found = renamed(name, {pattern: new})
-        name = name if found is None else found[1]
+        name = name if found is None else found
     return name
 
 

@@ -119,7 +119,7 @@ def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Leaf]:
 
 
 def _part(path: Path, key: Any) -> str | Key:
-    """What stands for a dict's key in a path."""
+    """Return the part of a path for a key of a dict. Raises UnsupportedValueError."""
     if isinstance(key, str):
         return str.__str__(key)
     try:
@@ -158,7 +158,7 @@ class _Nested(dict[str | int | Key, Any]):
 def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
     """Put values by name into the dicts and lists that they were in; those without a path under their name.
 
-    A list of which only a part is given becomes a dict by position.
+    If only some items of a list are given, it becomes a dict by position.
 
     Raises:
         CorruptCheckpointError: the paths contradict each other.

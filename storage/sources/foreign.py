@@ -172,7 +172,7 @@ class ForeignSource:
 
     def fingerprint(self) -> str:
         def sample(name: str, nbytes: int) -> None:
-            with suppress(ObjectNotFoundError):  # whoever reads a tensor in it will say so
+            with suppress(ObjectNotFoundError):  # reading a tensor in it will raise the error
                 self._reads.read(name, nbytes // 2, nbytes // 2 + FINGERPRINT_BYTES)
 
         objects = [(name, nbytes) for name, nbytes in self.objects if nbytes][:FINGERPRINT_OBJECTS]

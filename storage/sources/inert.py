@@ -68,7 +68,7 @@ class Foreign:
 
 
 def name_of_foreign(value: Any) -> str | None:
-    """The class or function that a value stands for, or was made by, if it is a `Foreign`."""
+    """Return the name of the unknown class or function that a `Foreign` value came from; None for other values."""
     if isinstance(value, Foreign) or (isinstance(value, type) and issubclass(value, Foreign)):
         return value.of
     return None
@@ -80,7 +80,7 @@ class _NoSize(Foreign):
 
 
 def size_of(values: Any) -> Any:
-    """What stands for a torch.Size; of anything but sizes, a `Foreign`."""
+    """Return a torch.Size as a tuple of integers, or a `Foreign` if the values are not sizes."""
     try:
         return integers(values)
     except (ValueError, TypeError):
@@ -88,7 +88,7 @@ def size_of(values: Any) -> Any:
 
 
 class Dictionary(dict[Any, Any]):
-    """What stands for a kind of dict: its items. What else it is given is left out."""
+    """A plain dict in place of a kind of dict. It keeps the items and nothing else."""
 
     def __init__(self, *arguments: Any) -> None:
         items = arguments[-1] if arguments else ()
@@ -130,7 +130,7 @@ def load_inert(
         allowed: what stands for each global, by module and name. dtypes of torch stand for their names.
         where: what errors call the pickle.
         persistent_load: what stands for a persistent id.
-        takes_foreign: whether a `Foreign` stands for other globals; by default they are refused.
+        takes_foreign: whether other globals become a `Foreign`; by default they are refused.
 
     Returns: what was pickled, and the byte after the pickle's end.
 
