@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from ..planner.index import Kind
+from .brief import reason
 from .errors import CorruptCheckpointError, UnsafeObjectError
-from .opaque import ZSTD_MAGIC, check_file, decompress
+from .opaque import ZSTD_MAGIC, decompress, load_checked
 from .plain_json import NotPlainError, from_plain, to_plain
+from .shared_values import is_repetitive
 
 MOST_OBJECT_BYTES = 2**30
 """What an object may take once it is decompressed."""
@@ -23,10 +25,12 @@ _REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|
 
 
 def encode_object(value: Any) -> tuple[Kind, bytes]:
-    """Encode a value.
+    """Encode a value. One that holds the same containers again and again is pickled: as JSON it could be of any size.
 
     Returns: how the bytes are to be read, and the bytes.
     """
+    if is_repetitive(value):
+        return Kind.TORCH_SAVE, torch_save(value)
     try:
         return Kind.JSON, json.dumps(to_plain(value), separators=(",", ":"), allow_nan=False).encode()
     except (NotPlainError, RecursionError, UnicodeEncodeError):
@@ -54,13 +58,15 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
             return from_plain(json.loads(data))
         if data.startswith(ZSTD_MAGIC):  # as DCP's extension leaves it
             data = decompress(data, MOST_OBJECT_BYTES)
-        if not allow_pickle:
-            check_file(data)
-        return torch.load(io.BytesIO(data), weights_only=not allow_pickle, map_location="cpu")
+        if allow_pickle:
+            return torch.load(io.BytesIO(data), weights_only=False, map_location="cpu")
+        return load_checked(data)
     except Exception as error:
         refused = None if kind is Kind.JSON or allow_pickle else _refusal(str(error))
         if refused is None:
-            raise CorruptCheckpointError(f"object {name!r} is not what its encoding should be: {error!r}") from error
+            raise CorruptCheckpointError(
+                f"object {name!r} is not what its encoding should be: {reason(error)}"
+            ) from error
         raise UnsafeObjectError(
             f"object {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
             f"{refused.rstrip(' ./')}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"

@@ -7,18 +7,21 @@ Nothing is unpickled but by torch.load(weights_only=True), and no more is decomp
 from __future__ import annotations
 
 import io
-import struct
 import zipfile
+import zlib
+from typing import Any
 
 import numpy as np
 import torch
 import zstandard
 
 from ..planner.index import ITEMSIZES
+from .brief import reason
 from .codec import Bytes
 from .errors import CorruptCheckpointError
-from .sources.pickle_ops import check_operations
+from .sources.pickle_ops import check_pickle
 from .sources.zip_head import HEAD_BYTES, locate_values
+from .sources.zip_records import NotAZipError, Record, contents, keys_of
 from .tensors import as_array, as_bytes
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -43,10 +46,9 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     if content.startswith(ZSTD_MAGIC):
         content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MOST_OVERHEAD)
     try:
-        check_file(content)
-        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        tensor = load_checked(content)
     except Exception as error:
-        raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {error!r}") from error
+        raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {reason(error)}") from error
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"it should be {expected}, and is {type(tensor).__name__}")
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
@@ -58,17 +60,41 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     return as_bytes(as_array(tensor))
 
 
-def check_file(content: bytes) -> None:
-    """Look over a torch.save file before torch.load reads it. Raises an Exception where it is none.
+def load_checked(content: bytes) -> Any:
+    """Read a torch.save file, without running code from it.
 
-    Compressed records, which torch.save does not write, could be of any size; for its pickle see `pickle_ops`.
+    torch.load is given a zip that is written anew, of the records that were checked: its own reader of zips may see
+    others in the file than we do.
+
+    Raises an Exception where it is no such file, or needs more of pickle than weights_only=True allows.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("its records are compressed")
-            if info.filename.lower().endswith("data.pkl"):
-                check_operations(archive.read(info))
+    anew = io.BytesIO()
+    with zipfile.ZipFile(anew, "w") as archive:
+        for key, data in check_file(content).items():
+            if key in ("data.pkl", "version", "byteorder") or key.startswith("data/"):
+                archive.writestr(f"archive/{key}", data)
+    anew.seek(0)
+    return torch.load(anew, weights_only=True, map_location="cpu", mmap=False)
+
+
+def check_file(content: bytes) -> dict[str, memoryview]:
+    """Check a torch.save file before anything is made of it.
+
+    Returns: the contents of its records, by their names in the folder that all of them are in.
+
+    Raises ValueError, LookupError where it is none, or its pickle asks for what no honest one does.
+    """
+    records = _by_key(contents(memoryview(content)))
+    if "data.pkl" not in records:
+        raise NotAZipError("it has no data.pkl: it is not of torch.save")
+    check_pickle(bytes(records["data.pkl"]))
+    return records
+
+
+def _by_key(records: list[tuple[Record, memoryview]]) -> dict[str, memoryview]:
+    """Return the contents by the names that records have in the folder of all. Raises NotAZipError."""
+    keys = keys_of([record for record, _ in records])
+    return dict(zip(keys, (held for _, held in records), strict=True))
 
 
 def damage_of(data: memoryview) -> str:
@@ -79,10 +105,10 @@ def damage_of(data: memoryview) -> str:
     if data[:4] == ZSTD_MAGIC:
         return ""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, LookupError, struct.error, EOFError) as error:
+        records = contents(data)
+    except NotAZipError as error:
         return f"it is no file of torch.save: {error}"
+    damaged = next((record.name for record, held in records if zlib.crc32(held) != record.crc), None)
     return f"its record {damaged!r} does not match its CRC-32" if damaged else ""
 
 

@@ -7,6 +7,7 @@ only where they hold tensors or mappings. Everything else is a value, tuples too
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -102,17 +103,21 @@ def renamed_path(path: Path, name: str) -> Path | None:
     return None
 
 
-def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Leaf]:
+def flatten(state_dict: Mapping[Any, Any], max_chars: int | None = None) -> dict[str, Leaf]:
     """List the values of a state dict by name. A dict without items is a value too.
+
+    Args:
+        max_chars: how many characters all names may have together.
 
     Raises:
         DestinationError: two values have the same name.
-        UnsupportedValueError: a key is not plain data, or dicts and lists are nested too deeply.
+        UnsupportedValueError: a key is not plain data, dicts and lists are nested too deeply, or names too long.
     """
     leaves: dict[str, Leaf] = {}
+    room = [math.inf if max_chars is None else max_chars]
     for key, value in state_dict.items():
         try:
-            _walk((_part((), key),), state_dict, key, value, leaves)
+            _walk((_part((), key),), state_dict, key, value, leaves, room)
         except RecursionError as error:
             raise UnsupportedValueError(f"{str(key)!r} holds itself, or is nested too deeply") from error
     return leaves
@@ -133,17 +138,22 @@ def _part(path: Path, key: Any) -> str | Key:
     )
 
 
-def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf]) -> None:
+def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], room: list[float]) -> None:
+    """Add the values from a path on. `room` has the number of characters that further names may have."""
     if len(path) > MOST_LEVELS:
         raise UnsupportedValueError(f"more than {MOST_LEVELS} dicts and lists are nested at {name_of(path[:3])!r}")
     if isinstance(value, Mapping) and value:
         for inner, item in value.items():
-            _walk((*path, _part(path, inner)), value, inner, item, leaves)
+            _walk((*path, _part(path, inner)), value, inner, item, leaves, room)
     elif isinstance(value, list) and _is_walked(value):
         for position, item in enumerate(value):
-            _walk((*path, position), value, position, item, leaves)
+            _walk((*path, position), value, position, item, leaves, room)
     else:
         leaf = Leaf(path, container, key, value)
+        if room[0] < math.inf:
+            room[0] -= sum(len(str(part)) + 1 for part in path)
+        if room[0] < 0:
+            raise UnsupportedValueError("the names of its values are many times longer than it is")
         if leaf.name in leaves:
             raise DestinationError(
                 f"two values of the state dict have the name {leaf.name!r}, at {leaves[leaf.name].path} and {path}"

@@ -22,10 +22,12 @@ from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import CheckpointError
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind
 from ...planner.read_plan import Want
+from ..brief import brief, text_of
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeObjectError
-from ..state_dict import Path, path_from_json
+from ..state_dict import MOST_LEVELS, Path, path_from_json
 from .foreign import ForeignSource, Shards
-from .inert import Dictionary, Record, integers, load_inert, name_of_foreign, record, refused, size_of
+from .inert import LAYOUT, SIZE, Dictionary, Record, integers, load_inert, name_of_foreign, record, refused
+from .pickle_ops import MAX_BYTES
 from .reads import Reads
 from .safetensors import Tensor, read_header
 from .zip_head import HEAD_BYTES, locate_values
@@ -37,6 +39,13 @@ TYPED_PATHS = ".reshard.paths"
 ZSTD = "stream.zstd"
 FIRST_READ_BYTES = 1024 * 1024
 """Of the metadata, which most are smaller than."""
+
+MAX_PATH = 4096
+"""Characters of the name of an object."""
+MAX_TRANSFORMS = 16
+"""What the stream of a slice may have gone through."""
+MAX_REPEATED_SHARDS = 1_000_000
+"""How many shards may be listed again, for another tensor."""
 
 _Metadata = record("Metadata")
 _TensorMetadata = record("TensorStorageMetadata")
@@ -52,8 +61,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{(home, name): Record for home in (_HOME, _OLD_HOME) for name in ("_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING")},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): Record,
-    ("torch.serialization", "_get_layout"): str,
-    ("torch", "Size"): size_of,
+    ("torch.serialization", "_get_layout"): LAYOUT,
+    ("torch", "Size"): SIZE,
     ("collections", "OrderedDict"): Dictionary,
     ("collections", "defaultdict"): Dictionary,
     **{
@@ -94,7 +103,7 @@ class DcpSource(ForeignSource):
                 raise refused(f"{name!r} in {reads.store.location}", str(error)) from error
             except _CONTRADICTIONS as error:
                 where = f"{name!r} in {reads.store.location}"
-                raise CorruptCheckpointError(f"{where} contradicts itself: {error}") from error
+                raise CorruptCheckpointError(f"{where} contradicts itself: {text_of(error)}") from error
         for name in unreadable:
             tensors.pop(name, None)
             blobs.pop(name, None)
@@ -261,7 +270,12 @@ def _read_metadata(reads: Reads, name: str) -> Record:
     try:
         data = reads.read(name, 0, FIRST_READ_BYTES)
         if len(data) == FIRST_READ_BYTES:
-            data += reads.exactly(name, len(data), max(reads.size(name), len(data) + 1))
+            nbytes = reads.size(name)
+            if nbytes > MAX_BYTES:
+                raise CorruptCheckpointError(
+                    f"{name!r} in {reads.store.location} has {nbytes} bytes; metadata may have {MAX_BYTES}"
+                )
+            data += reads.exactly(name, len(data), max(nbytes, len(data) + 1))
     except ObjectNotFoundError:
         where = reads.store.location
         raise CheckpointNotFoundError(f"there is no checkpoint of DCP at {where}: it has no {name}") from None
@@ -281,6 +295,13 @@ def _read_metadata(reads: Reads, name: str) -> Record:
 
 class _NeedsForeignError(Exception):
     """What a tensor's own metadata says is an object of a class that is not known."""
+
+
+def _name(value: Any) -> str:
+    """Return a name. Raises TypeError for what is no string."""
+    if type(value) is not str:
+        raise TypeError(f"a name is of {name_of_foreign(value) or type(value).__name__}")
+    return value
 
 
 def _known(value: Any) -> Any:
@@ -313,15 +334,16 @@ def _merge(
             raise _NeedsForeignError(foreign[0])
         raise ValueError(f"nothing tells where {name!r} is stored" + ("" if offsets is None else f" at {offsets}"))
 
+    listed: set[int] = set()
+    repeated = 0
     for name, entry in _known(metadata.get("state_dict_metadata")).items():
-        if type(name) is not str:
-            raise TypeError(f"a name is of {name_of_foreign(name) or type(name).__name__}")
+        _name(name)
         try:
             if isinstance(_known(entry), _BytesMetadata):
                 blobs.setdefault(name, (Box((), ()), *place(name, None)))
                 continue
             word = _known(entry.get("properties")).state[0]
-            dtype = name_of_foreign(word) or str(word)
+            dtype = name_of_foreign(word) or _name(word)
             if dtype not in ITEMSIZES:
                 reason = f"{name!r} in {where} has the dtype {dtype}, which reshard cannot read: load it with dcp.load"
                 unreadable.setdefault(name, (DtypeError, f"{reason}. The other tensors can be read"))
@@ -330,7 +352,12 @@ def _merge(
             *known, chunks = tensors.setdefault(name, (dtype, shape, {}))
             if known != [dtype, shape]:
                 raise ValueError(f"{name!r} is of {dtype} {shape} to one rank, and of {known} to another")
-            for chunk in map(_known, _known(entry.get("chunks"))):
+            rows = _known(entry.get("chunks"))
+            repeated += len(rows) if id(rows) in listed else 0
+            listed.add(id(rows))
+            if repeated > MAX_REPEATED_SHARDS:
+                raise ValueError("the same shards are listed for one tensor after another")
+            for chunk in map(_known, rows):
                 box = Box(integers(_known(chunk.get("offsets"))), integers(_known(chunk.get("sizes"))))
                 if box.ndim != len(shape):
                     raise ValueError(f"{name!r} has the shape {shape}, and a shard {box}")
@@ -351,7 +378,7 @@ def _stored(metadata: Record) -> tuple[dict[tuple[str, tuple[int, ...] | None], 
         except _NeedsForeignError as error:
             foreign.append(str(error))
             continue
-        stored[name, None if offset is None else tuple(offset)] = info
+        stored[_name(name), None if offset is None else integers(offset)] = info
     return stored, foreign
 
 
@@ -369,7 +396,10 @@ def _paths(planner_data: Any) -> dict[str, Path]:
     paths: dict[str, Path] = {
         name: path
         for name, path in planner_data.items()
-        if type(name) is str and type(path) is tuple and path and all(type(key) in (str, int) for key in path)
+        if type(name) is str
+        and type(path) is tuple
+        and 0 < len(path) <= MOST_LEVELS
+        and all(type(key) in (str, int) for key in path)
     }
     typed = planner_data.get(TYPED_PATHS)
     if isinstance(typed, dict):
@@ -380,11 +410,15 @@ def _paths(planner_data: Any) -> dict[str, Path]:
 def _place(info: Record) -> tuple[str, int, int, tuple[str, ...]]:
     """Where a slice is. Raises ValueError where that cannot be."""
     name = _known(info.get("relative_path"))
-    parts = name.split("/") if type(name) is str and "\\" not in name else []
+    is_path = type(name) is str and len(name) <= MAX_PATH and "\\" not in name and "\0" not in name
+    parts = name.split("/") if is_path else []
     if not parts or not all(parts) or {".", ".."}.intersection(parts):
-        raise ValueError(f"{name!r} is no object of this folder")
-    start, length = integers(map(_known, (info.get("offset"), info.get("length"))))
-    transforms = tuple(map(_known, _known(info.get("transform_descriptors")) or ()))
-    if any(str(transform).partition("/")[0] != ZSTD for transform in transforms):
-        raise ValueError(f"the streams went through {transforms}, of which reshard knows {ZSTD!r}")
+        raise ValueError(f"{brief(name)} is no object of this folder")
+    start, length = integers((_known(info.get("offset")), _known(info.get("length"))))
+    descriptors = _known(info.get("transform_descriptors")) or ()
+    transforms = tuple(map(_known, descriptors[:MAX_TRANSFORMS]))
+    if any(type(word) is not str or word.partition("/")[0] != ZSTD for word in transforms):
+        raise ValueError(f"the streams went through {brief(descriptors)}, of which reshard knows {ZSTD!r}")
+    if len(transforms) < len(descriptors):
+        raise ValueError(f"the streams went through {len(descriptors)} transforms")
     return name, start, length, transforms

@@ -13,20 +13,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...planner.index import ITEMSIZES
+from ..brief import reason
 from ..errors import CorruptCheckpointError, UnsafeObjectError
-from .pickle_ops import check_operations
+from .pickle_ops import check_pickle
 
 MOST_FOREIGN = 1000
 """Classes and functions that are told apart by name."""
+MAX_NAME = 200
+"""How much of the name of a class is kept, in characters."""
+MAX_DIMENSIONS = 64
+"""Of a tensor, as torch has it."""
 
 
 class Record:
-    """What stands for an object of a class: its arguments, and the state that was set."""
+    """What stands for an object of a class: the state that was set."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+    __slots__ = ("state",)
 
-    state: Any = None
+    def __new__(cls, *arguments: Any) -> Record:
+        made = super().__new__(cls)
+        made.state = None
+        return made
+
+    def __init__(self, *arguments: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -79,40 +88,66 @@ class _NoSize(Foreign):
     of = "a torch.Size that holds no sizes"
 
 
-def size_of(values: Any) -> Any:
+class StandIn:
+    """What stands for a function. A pickle can call it, and cannot change it."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a function")
+
+
+def _size_of(values: Any) -> Any:
     """Return a torch.Size as a tuple of integers, or a `Foreign` if the values are not sizes."""
     try:
         return integers(values)
-    except (ValueError, TypeError):
+    except ValueError:
         return _NoSize()
 
 
-class Dictionary(dict[Any, Any]):
-    """A plain dict in place of a kind of dict. It keeps the items and nothing else."""
+def _layout_of(name: Any) -> str:
+    if type(name) is not str or len(name) > MAX_NAME:
+        raise ValueError("a layout has no name")
+    return name
 
-    def __init__(self, *arguments: Any) -> None:
-        items = arguments[-1] if arguments else ()
-        super().__init__(items if isinstance(items, (dict, list)) else ())
+
+class Dictionary(dict[Any, Any]):
+    """A plain dict in place of a kind of dict. It keeps the items that are added to it and nothing else."""
+
+    __slots__ = ()
+
+    def __init__(self, *arguments: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None: ...
 
 
+SIZE = StandIn(_size_of)
+LAYOUT = StandIn(_layout_of)
+
+
 def record(name: str) -> type[Record]:
     """A class of records of its own."""
-    return type(name, (Record,), {})
+    return type(name, (Record,), {"__slots__": ()})
 
 
 def integers(values: Any) -> tuple[int, ...]:
-    """What stands for a torch.Size. Raises ValueError for anything but integers that fit 60 bits."""
-    found = tuple(values)
-    if not all(type(n) is int and 0 <= n < 2**60 for n in found):
+    """Return sizes or offsets. Raises ValueError for anything but a tuple of integers that fit 60 bits."""
+    if type(values) is not tuple or len(values) > MAX_DIMENSIONS:
+        raise ValueError("a shape or an offset is no tuple of integers")
+    if not all(type(n) is int and 0 <= n < 2**60 for n in values):
         raise ValueError("a size or an offset is none")
-    return found
+    return values
 
 
 def refused(where: str, name: str) -> UnsafeObjectError:
     """The error for a pickle that needs a class or function that is not known."""
-    return UnsafeObjectError(f"{where} names {name}, which such metadata never does: it was refused")
+    return UnsafeObjectError(f"{where} names {name[:MAX_NAME]}, which such metadata never does: it was refused")
 
 
 def load_inert(
@@ -150,7 +185,8 @@ def load_inert(
             if (module, name) not in foreign:
                 if len(foreign) == MOST_FOREIGN:  # a class takes more memory than its name in the pickle
                     return Foreign
-                foreign[module, name] = type("Foreign", (Foreign,), {"of": f"{module}.{name}", "__slots__": ()})
+                of = f"{module[:MAX_NAME]}.{name[:MAX_NAME]}"
+                foreign[module, name] = type("Foreign", (Foreign,), {"of": of, "__slots__": ()})
             return foreign[module, name]
 
         def persistent_load(self, pid: Any) -> Any:
@@ -160,10 +196,10 @@ def load_inert(
 
     stream = io.BytesIO(data)
     try:
-        check_operations(data)
+        check_pickle(data, calls=False)
         found = Inert(stream).load()
     except UnsafeObjectError:
         raise
     except Exception as error:  # whatever bytes that are no pickle make of the machine
-        raise CorruptCheckpointError(f"{where} cannot be read: {error!r}") from error
+        raise CorruptCheckpointError(f"{where} cannot be read: {reason(error)}") from error
     return found, stream.tell()

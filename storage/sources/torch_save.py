@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...planner.errors import CheckpointError
 from ...planner.index import Kind
+from ..brief import MAX_CHARS, reason
 from ..errors import (
     CorruptCheckpointError,
     DestinationError,
@@ -29,21 +29,35 @@ from ..errors import (
     UnsupportedFormatError,
     UnsupportedValueError,
 )
+from ..shared_values import is_repetitive
 from ..state_dict import Path, flatten
 from ..tensors import dtype_name
 from .foreign import ForeignSource, whole_tensor
-from .pickle_ops import check_operations
+from .pickle_ops import MAX_BYTES, check_pickle
 from .reads import Reads
 from .weight_map import Found, WeightMap, present, select, two_files
 from .zip_head import is_row_major
+from .zip_records import (
+    END_BYTES,
+    LOCAL_BYTES,
+    NotAZipError,
+    Record,
+    content_begins,
+    find_directory,
+    keys_of,
+    read_directory,
+)
 
 TAIL_BYTES = 1024 * 1024
 """What the first request reads: the directory of some thousand tensors."""
-_LOCAL_HEADER_BYTES = 30
 _LAST_RECORD = b"PK\x05\x06"
 _LAST_RECORD_BYTES = 22
 """Without the comment."""
 FIRST_BYTES = 32
+MAX_NAMES = 64
+"""How many characters all names of a file may have, for each byte of its pickle."""
+FREE_NAMES = 1024 * 1024
+"""How many they may have in any file."""
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """What the files of torch before 1.6 begin with, after the pickle's protocol."""
 
@@ -124,45 +138,48 @@ class _File:
         self._nbytes = nbytes
         self._where = f"the torch.save file {name!r} in {reads.store.location}"
         self.values: dict[str, _Value] = {}
-        self._tail_start = max(0, nbytes - TAIL_BYTES)
+        self._tail_start = max(0, nbytes - max(TAIL_BYTES, END_BYTES))
         self._tail = reads.read(name, self._tail_start, max(nbytes, 1))
-        records = {info.filename.partition("/")[2]: info for info in self._directory()}
+        try:
+            directory = self._directory()
+            records = dict(zip(keys_of(directory), directory, strict=True))
+        except NotAZipError as error:
+            raise self._not_a_zip(error) from error
         if "data.pkl" not in records:
             raise CorruptCheckpointError(f"{self._where} is a zip, and has no data.pkl: it is not of torch.save")
-        for info in records.values():
-            stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
-            if not stored or info.header_offset < 0 or info.header_offset + info.file_size > nbytes:
-                raise CorruptCheckpointError(
-                    f"{self._where} has the record {info.filename!r} of {info.file_size} bytes, stored as "
-                    f"{info.compress_size} from byte {info.header_offset} on; torch.save compresses none"
-                )
         pickled, order = self._contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
         if order not in (b"", b"little"):
             raise UnsupportedFormatError(f"{self._where} has values of byte order {order!r}")
         storages: dict[str, Any] = {}
         state = self._unpickled(pickled, storages)
-        self._add_all(state, storages, records)
+        if is_repetitive(state):
+            raise CorruptCheckpointError(
+                f"{self._where} has a state dict that has no names: it holds itself, or the same dicts and lists so "
+                "often that their names would take many times its bytes"
+            )
+        self._add_all(state, storages, records, FREE_NAMES + MAX_NAMES * len(pickled))
 
-    def _directory(self) -> list[zipfile.ZipInfo]:
-        try:
-            with zipfile.ZipFile(_Tail(self._tail, self._tail_start, self._nbytes)) as archive:
-                return archive.infolist()
-        except _NeedMoreError as need:
-            self._tail = self._reads.exactly(self._name, need.start, self._tail_start) + self._tail
-            self._tail_start = need.start
-            return self._directory()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, LookupError, struct.error) as error:
-            start = self._reads.read(self._name, 0, FIRST_BYTES)
-            if start[:1] == b"\x80" or LEGACY_MAGIC in start:
-                raise UnsupportedFormatError(
-                    f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
-                    "read it with torch.load and save it anew"
-                ) from error
-            end = self._end()
-            why = str(error)
-            if end is not None and end < self._nbytes:
-                why = f"{self._nbytes - end} bytes too many follow its end at byte {end}"
-            raise CorruptCheckpointError(f"{self._where} is no zip, as torch.save writes it: {why}") from error
+    def _directory(self) -> list[Record]:
+        """Return the records. Raises NotAZipError."""
+        place = find_directory(self._tail, self._nbytes)
+        if place.start < self._tail_start:
+            self._tail = self._reads.exactly(self._name, place.start, self._tail_start) + self._tail
+            self._tail_start = place.start
+        return read_directory(self._tail[place.start - self._tail_start : place.stop - self._tail_start], place)
+
+    def _not_a_zip(self, error: NotAZipError) -> CheckpointError:
+        """Return the error for a file that is not what torch.save writes."""
+        start = self._reads.read(self._name, 0, FIRST_BYTES)
+        if start[:1] == b"\x80" or LEGACY_MAGIC in start:
+            return UnsupportedFormatError(
+                f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
+                "read it with torch.load and save it anew"
+            )
+        end = self._end()
+        why = str(error)
+        if end is not None and end < self._nbytes:
+            why = f"{self._nbytes - end} bytes too many follow its end at byte {end}"
+        return CorruptCheckpointError(f"{self._where} is no zip, as torch.save writes it: {why}")
 
     def _end(self) -> int | None:
         """Where the zip seems to end, by the record that is the last of it; None if that is not in the last bytes."""
@@ -172,23 +189,27 @@ class _File:
         (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _LAST_RECORD_BYTES - 2)
         return self._tail_start + at + _LAST_RECORD_BYTES + int(comment_bytes)
 
-    def _begins(self, infos: list[zipfile.ZipInfo]) -> list[int]:
+    def _begins(self, records: list[Record]) -> list[int]:
         """Where the contents of records begin: behind their local headers, which are padded."""
 
-        def begin(info: zipfile.ZipInfo) -> int:
-            at = info.header_offset
-            header = self._reads.exactly(self._name, at, at + _LOCAL_HEADER_BYTES)
-            if header[:4] != b"PK\x03\x04":
-                raise CorruptCheckpointError(f"{self._where} has no record {info.filename!r} at byte {at}")
-            names, extra = struct.unpack_from("<HH", header, 26)
-            return at + _LOCAL_HEADER_BYTES + int(names) + int(extra)
+        def begin(record: Record) -> int:
+            stop = record.header + LOCAL_BYTES + record.name_bytes
+            header = self._reads.exactly(self._name, record.header, stop)
+            try:
+                return content_begins(record, header)
+            except NotAZipError as error:
+                raise CorruptCheckpointError(f"{self._where} contradicts itself: {error}") from error
 
-        return self._reads.many(begin, infos)
+        return self._reads.many(begin, records)
 
-    def _contents(self, infos: list[zipfile.ZipInfo]) -> tuple[bytes, bytes]:
-        begins = self._begins(infos)
-        pairs = zip(infos, begins, strict=True)
-        first, *rest = [self._reads.exactly(self._name, at, at + info.file_size) for info, at in pairs]
+    def _contents(self, records: list[Record]) -> tuple[bytes, bytes]:
+        for record, most in zip(records, (MAX_BYTES, FIRST_BYTES), strict=False):
+            if not 0 < record.nbytes <= most:
+                raise CorruptCheckpointError(
+                    f"{self._where} has a record {record.name!r} of {record.nbytes} bytes; it should have 1 to {most}"
+                )
+        pairs = zip(records, self._begins(records), strict=True)
+        first, *rest = [self._reads.exactly(self._name, at, at + record.nbytes) for record, at in pairs]
         return first, rest[0].strip() if rest else b""
 
     def _unpickled(self, data: bytes, storages: dict[str, Any]) -> Any:
@@ -207,7 +228,7 @@ class _File:
         unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.persistent_load = storage_of
         try:
-            check_operations(data)
+            check_pickle(data)
             try:
                 with _WithoutValues():
                     return unpickler.load()
@@ -215,27 +236,27 @@ class _File:
                 _forget_sparse()
         except NotImplementedError as error:
             raise UnsupportedFormatError(
-                f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {error}"
+                f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {reason(error)}"
             ) from error
         except Exception as error:
             text = str(error)
             if "GLOBAL" in text or "Unsupported" in text or "weights_only" in text:
                 raise UnsafeObjectError(
                     f"{self._where} needs more of pickle than torch.load(weights_only=True) allows: "
-                    f"{text.splitlines()[0]}"
+                    f"{text.splitlines()[0][:MAX_CHARS]}"
                 ) from error
-            raise CorruptCheckpointError(f"{self._where} cannot be read: {error!r}") from error
+            raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
 
-    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, zipfile.ZipInfo]) -> None:
+    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, Record], max_chars: int) -> None:
         if not isinstance(state, dict):
             state = {"value": state}
         keys = {storage._untyped_storage._cdata: key for key, storage in storages.items()}
-        sizes = {key: records[f"data/{key}"].file_size for key in storages if f"data/{key}" in records}
+        sizes = {key: records[f"data/{key}"].nbytes for key in storages if f"data/{key}" in records}
         used = [key for key, nbytes in sizes.items() if storages[key]._untyped_storage.nbytes() == nbytes]
         begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
         ends = {key: begins[key] + sizes[key] for key in used}
         try:
-            for name, leaf in flatten(state).items():
+            for name, leaf in flatten(state, max_chars).items():
                 if isinstance(leaf.value, torch.Tensor):
                     self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
                 elif _has_values(leaf.value):
@@ -321,11 +342,16 @@ class _WithoutValues(TorchFunctionMode):
 
 def _has_values(value: Any) -> bool:
     """Whether a value that is no tensor has tensors inside, or bytes of one: their values are not here."""
-    if isinstance(value, (torch.Tensor, torch.UntypedStorage, torch.storage.TypedStorage)):
-        return True
-    if isinstance(value, Mapping):
-        return any(map(_has_values, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_has_values, value))
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, (torch.Tensor, torch.UntypedStorage, torch.storage.TypedStorage)):
+            return True
+        if isinstance(current, (Mapping, list, tuple)) and id(current) not in seen:
+            seen.add(id(current))
+            waiting += current.values() if isinstance(current, Mapping) else current
+    return False
 
 
 def _order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -334,29 +360,3 @@ def _order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] != 1, -strides[d])))
     dense = is_row_major(tuple(tensor.shape[d] for d in order), tuple(strides[d] for d in order))
     return order if dense else None
-
-
-class _NeedMoreError(Exception):
-    """The directory begins before the bytes that are here."""
-
-    def __init__(self, start: int) -> None:
-        super().__init__(start)
-        self.start = start
-
-
-class _Tail(io.BytesIO):
-    """A file of which only the last bytes are here."""
-
-    def __init__(self, tail: bytes, start: int, nbytes: int) -> None:
-        super().__init__(tail)
-        self._start = start
-        self._nbytes = nbytes
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        at = offset if whence == 0 else (self.tell() if whence == 1 else self._nbytes) + offset
-        if at < self._start:
-            raise _NeedMoreError(max(0, at)) if at >= 0 else OSError("before the begin")
-        return super().seek(at - self._start) + self._start
-
-    def tell(self) -> int:
-        return super().tell() + self._start

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...planner.index import ITEMSIZES
 from ..errors import CorruptCheckpointError, UnsafeObjectError
-from .inert import integers, load_inert
+from .inert import SIZE, Dictionary, StandIn, integers, load_inert
 
 HEAD_BYTES = 1024
 """The values of a tensor, saved alone, begin before."""
@@ -62,10 +62,10 @@ def _rebuilt_typed(
 
 
 _ALLOWED = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuilt_typed,
-    ("collections", "OrderedDict"): dict,
-    ("torch", "Size"): integers,
+    ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuilt),
+    ("torch._utils", "_rebuild_tensor_v3"): StandIn(_rebuilt_typed),
+    ("collections", "OrderedDict"): Dictionary,
+    ("torch", "Size"): SIZE,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "",
 }

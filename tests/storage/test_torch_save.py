@@ -357,7 +357,7 @@ DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
     [
         (zipped(readme=b"x"), r"has no data\.pkl: it is not of torch\.save"),
         (zipped(zipfile.ZIP_DEFLATED, data_pkl=tensor_pickle(), data__0=bytes(16)), "torch.save compresses none"),
-        (zipped(data_pkl=b""), "cannot be read"),
+        (zipped(data_pkl=b""), "of 0 bytes; it should have 1 to"),
         (zipped(data_pkl=NO_PICKLE), "cannot be read"),
         (zipped(data_pkl=DEEP), "tuples are nested"),
         (zipped(data_pkl=b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "has no names"),
@@ -406,9 +406,9 @@ def test_values_of_the_other_byte_order_are_refused() -> None:
         opened(data)
 
 
-@pytest.mark.parametrize("tail_bytes", [22, 64, 1000, 4096])
+@pytest.mark.parametrize("tail_bytes", [0, 70_000, 100_000])
 def test_a_directory_larger_than_the_first_read_is_read_on(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(300)}
+    tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(3000)}
     monkeypatch.setattr(torch_save, "TAIL_BYTES", tail_bytes)
     assert_holds(opened(torch_saved(tensors)), tensors)
 
@@ -418,7 +418,7 @@ def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(1000, 1000)
     store = RecordingStore(stored(torch_saved({"w": values, "v": torch.ones(2)})))
     checkpoint = reshard.open(store)
-    assert sum(call.stop - call.start for call in store.calls if call.name == "model.pt") < 2**13
+    assert sum(call.stop - call.start for call in store.calls if call.name == "model.pt") < 2**17
     store.calls.clear()
     assert checkpoint.read("w", reshard.Box((500, 0), (3, 1000))).equal(values[500:503])
     assert sum(call.stop - call.start for call in store.calls) == 3 * 1000 * 4

@@ -1,0 +1,75 @@
+"""How much larger a value is as a tree than it is in memory, where containers in it hold the same ones."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import types
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+MAX_REPEATED = 16
+"""A value may be so many times larger as a tree."""
+FREE_WEIGHT = 64 * 1024
+"""As a tree, a value of any size may weigh this: a unit for each value, and for each character and byte of it."""
+SMALL_WEIGHT = 64
+"""A string that weighs less is counted each time."""
+
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+_NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
+
+
+def is_repetitive(value: Any) -> bool:
+    """Return whether a value that is written as a tree, as JSON is, would be many times larger than it is.
+
+    Takes time and memory in proportion to the value as it is in memory.
+    """
+    weights: dict[int, float] = {}
+    total = 0.0
+
+    def weigh(value: Any) -> float:
+        nonlocal total
+        children = _children(value)
+        if children is None:
+            own = _own_weight(value)
+            is_new = own > SMALL_WEIGHT and id(value) not in weights
+            if is_new:
+                weights[id(value)] = own
+            total += own if is_new else min(own, SMALL_WEIGHT)
+            return own
+        known = weights.get(id(value))
+        if known is not None:
+            return known
+        weights[id(value)] = math.inf  # if it holds itself
+        total += 1
+        weights[id(value)] = weight = 1 + sum(map(weigh, children))
+        return weight
+
+    try:
+        tree = weigh(value)
+    except RecursionError:
+        return True
+    return tree > MAX_REPEATED * total + FREE_WEIGHT
+
+
+def _children(value: Any) -> Any:
+    """Return an iterable of what a container holds, None for other values."""
+    if isinstance(value, torch.Tensor):
+        return None
+    if isinstance(value, _SEQUENCES):
+        return value
+    if isinstance(value, Mapping):
+        return (part for item in value.items() for part in item)
+    if type(value) in _NAMESPACES:
+        return vars(value).values()
+    return None
+
+
+def _own_weight(value: Any) -> int:
+    if isinstance(value, (str, bytes, bytearray)):
+        return 1 + len(value)
+    return 1 + value.nbytes if isinstance(value, np.ndarray) else 1
