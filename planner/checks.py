@@ -18,8 +18,11 @@ from .errors import InvalidIndexError
 from .grid import cells
 from .kinds import Encoding, Stream
 
+MAX_CORNERS = 2**23
+"""Of shards that no grid has cut, how many are counted to see whether they overlap."""
+
 if TYPE_CHECKING:
-    from .index import Entry, Segments
+    from .index import CheckpointIndex, Entry, Segments
     from .regions import Regions
 
 
@@ -159,9 +162,14 @@ def _not_covered(entry: Entry, covered: int, region_sizes: IntArray) -> InvalidI
 
 
 def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> bool:
-    """Whether boxes inside a shape, of its volume together, tile it: whether no two of them overlap.
+    """Return whether boxes inside a shape tile it: whether each element is in exactly one of them.
 
-    Almost always they are all cells of a grid, which is quickly seen; if not, all pairs are looked at.
+    Almost always they are all cells of a grid, which is quickly seen. If not, their corners are counted: boxes tile the
+    shape if and only if the corners of all boxes, those with an odd number of upper ends as -1, sum to the corners of
+    the shape. For the sum of the boxes' indicator functions is that of the shape if and only if both have the same
+    difference along all dimensions, and that of a box is the signed sum of its corners.
+
+    Raises InvalidIndexError where that would take more than MAX_CORNERS of them.
     """
     starts = [np.unique(offsets[:, d]) for d in range(len(shape))]
     if math.prod(map(len, starts)) == len(offsets):
@@ -170,9 +178,53 @@ def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDAr
         fit = all(np.array_equal(offsets[:, d] + sizes[:, d], ends[d][places[d]]) for d in range(len(shape)))
         if fit and len(np.unique(np.ravel_multi_index(places, [len(start) for start in starts]))) == len(offsets):
             return True
-    stops = offsets + sizes
-    for i in range(len(offsets) - 1):
-        meets = (offsets[i + 1 :] < stops[i]) & (stops[i + 1 :] > offsets[i])
-        if bool(meets.all(axis=1).any()):
-            return False
-    return True
+    cut = [d for d, n in enumerate(shape) if bool((sizes[:, d] != n).any())]
+    lows = np.vstack([offsets[:, cut], np.zeros((1, len(cut)), np.int64)])
+    highs = np.vstack([offsets[:, cut] + sizes[:, cut], np.array([[shape[d] for d in cut]], np.int64)])
+    signs = np.append(np.ones(len(offsets), np.int64), -1)
+    rest = _numbers_of_rests(lows, highs)
+    points, boxes = np.zeros(len(lows), np.int64), np.arange(len(lows))
+    for d in range(len(cut)):
+        if 2 * len(boxes) > MAX_CORNERS:
+            raise InvalidIndexError(f"{len(offsets)} shards are cut along {len(cut)} dimensions, and not by a grid")
+        ends_of = np.concatenate((lows[boxes, d], highs[boxes, d]))
+        points = _numbered(np.concatenate((points, points)), ends_of)
+        boxes, signs = np.concatenate((boxes, boxes)), np.concatenate((signs, -signs))
+        _, first, of = np.unique(_numbered(points, rest[d + 1][boxes]), return_index=True, return_inverse=True)
+        sums = np.zeros(len(first), np.int64)
+        np.add.at(sums, of, signs)
+        kept = first[sums != 0]
+        points, boxes, signs = points[kept], boxes[kept], sums[sums != 0]
+    return not len(boxes) and bool(cut)
+
+
+def _numbers_of_rests(lows: IntArray, highs: IntArray) -> list[IntArray]:
+    """For each dimension, (n,) numbers of the boxes, equal for those that are the same from that dimension on."""
+    rests = [np.zeros(len(lows), np.int64)]
+    for d in reversed(range(lows.shape[1])):
+        rests.append(_numbered(_numbered(lows[:, d], highs[:, d]), rests[-1]))
+    return rests[::-1]
+
+
+def _numbered(first: IntArray, second: IntArray) -> IntArray:
+    """(n,) numbers below n of pairs, equal for equal pairs."""
+    one, two = (np.unique(column, return_inverse=True)[1].astype(np.int64) for column in (first, second))
+    numbers: IntArray = np.unique(one * (int(two.max(initial=0)) + 1) + two, return_inverse=True)[1].astype(np.int64)
+    return numbers
+
+
+def check_disjoint(index: CheckpointIndex) -> None:
+    """Check that no two segments of an index have bytes of an object in common. Raises InvalidIndexError."""
+    segments, first = index.segments, index.first_chunk[:-1]
+    if len(segments) < 2:
+        return
+    stops = segments.starts + np.add.reduceat(index.lengths, first, dtype=np.int64)
+    order = np.lexsort((segments.starts, segments.objects))
+    objects, starts, stops = segments.objects[order], segments.starts[order], stops[order]
+    shared = (objects[1:] == objects[:-1]) & (starts[1:] < stops[:-1])
+    if bool(shared.any()):
+        at = int(np.argmax(shared))
+        names = [index.entries[int(segments.entries[order[i]])].name for i in (at, at + 1)]
+        raise InvalidIndexError(
+            f"{names[0]!r} and {names[1]!r} have bytes of object {index.objects[int(objects[at])][0]!r} in common"
+        )

@@ -84,7 +84,9 @@ class Entry:
             0 <= n < 2**38 and part <= max(1, min(n, 2**24))
             for n, part in zip(self.grid.shape, self.grid.parts, strict=True)
         )
-        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or self.numel * self.itemsize > MAX_BYTES:
+        # The strides of a tensor without elements count its empty dimensions as 1.
+        span = math.prod(max(1, n) for n in self.grid.shape) * self.itemsize
+        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or span > MAX_BYTES:
             raise InvalidIndexError(
                 f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
             )

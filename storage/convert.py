@@ -42,6 +42,7 @@ from .open_source import open_source
 from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
+from .read import check_objects
 from .reports import Cast, RankReport, Report
 from .resources import check_budget
 from .retrying_store import retried
@@ -215,6 +216,9 @@ class _Conversion:
         if isinstance(target, SafetensorsTarget):
             self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
             items = [item for item in items if item.kind is Kind.TENSOR]
+        for item in items:
+            if item.kind is not Kind.TENSOR:
+                check_objects(source, [item.source], self._budget)
         self.items, self.units = items, target.units(items)
         stored = ((item, source.entry(item.source).dtype) for item in items if item.kind is Kind.TENSOR)
         self.cast = tuple(

@@ -28,7 +28,17 @@ from .names import Patterns, by_new_name, check_renames, listed, matches_any, ne
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
-from .read import Blob, BoxReads, Given, carry_out, check_is_tensor, counting_metadata, object_wants, read_boxes
+from .read import (
+    Blob,
+    BoxReads,
+    Given,
+    carry_out,
+    check_is_tensor,
+    check_objects,
+    counting_metadata,
+    object_wants,
+    read_boxes,
+)
 from .reports import Cast, RankReport, Report
 from .resources import check_budget
 from .source import Source
@@ -208,7 +218,9 @@ class _Loading:
         self._object_names += [name for name in inside if self._kind(name) is not Kind.TENSOR]
         wants += [Want(self._stored[name], source.entry(self._stored[name]).whole) for name in tensors]
         # All of the metadata is read at once, and checked before memory is taken on its word.
-        source.index([*wants, *object_wants(source, [self._stored[name] for name in self._object_names])])
+        objects = [self._stored[name] for name in self._object_names]
+        check_objects(source, objects, self._options.budget_bytes)
+        source.index([*wants, *object_wants(source, objects)])
         self._built: dict[str, torch.Tensor] = {}
         """Tensors of dicts and lists that the state dict does not have."""
         for name in tensors:
@@ -289,6 +301,7 @@ class _Loading:
     def _take_out(self, inside: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Take values out of the objects that hold them. Returns the leaves whose objects do not."""
         names = [self._stored[name] for name in inside]
+        check_objects(self.source, names, self._options.budget_bytes)
         self.source.index(object_wants(self.source, names))
         blobs = [Blob(self.source, name) for name in names]
         read_boxes(self.source, [], [], blobs=blobs)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..planner.byte_ranges import Gaps
+from ..planner.checks import check_disjoint
 from ..planner.costs import Costs
 from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
@@ -227,6 +228,7 @@ class Manifest:
         try:
             first_regions, where = self._first_regions, self._source.where
             index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
+            check_disjoint(index)
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()

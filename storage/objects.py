@@ -8,19 +8,20 @@ from __future__ import annotations
 import io
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from ..planner.index import Kind
 from .brief import reason
-from .errors import CorruptCheckpointError, UnsafeObjectError
+from .errors import CorruptCheckpointError, UnsafeObjectError, UnsupportedValueError
 from .opaque import ZSTD_MAGIC, decompress, load_checked
 from .plain_json import NotPlainError, from_plain, to_plain
 from .shared_values import is_repetitive
 
-MOST_OBJECT_BYTES = 2**30
-"""What an object may take once it is decompressed."""
+MAX_OBJECT_BYTES = 2**31
+"""How many bytes an object may have, encoded by JSON or torch.save."""
 _REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build")
 
 
@@ -28,13 +29,22 @@ def encode_object(value: Any) -> tuple[Kind, bytes]:
     """Encode a value. One that holds the same containers again and again is pickled: as JSON it could be of any size.
 
     Returns: how the bytes are to be read, and the bytes.
+
+    Raises UnsupportedValueError where there are more than MAX_OBJECT_BYTES.
     """
-    if is_repetitive(value):
-        return Kind.TORCH_SAVE, torch_save(value)
-    try:
-        return Kind.JSON, json.dumps(to_plain(value), separators=(",", ":"), allow_nan=False).encode()
-    except (NotPlainError, RecursionError, UnicodeEncodeError):
-        return Kind.TORCH_SAVE, torch_save(value)
+    kind, data = Kind.TORCH_SAVE, b""
+    if not is_repetitive(value):
+        with suppress(NotPlainError, RecursionError, UnicodeEncodeError):
+            plain = json.dumps(to_plain(value), separators=(",", ":"), allow_nan=False)
+            kind, data = Kind.JSON, plain.encode()
+    if kind is Kind.TORCH_SAVE:
+        data = torch_save(value)
+    if len(data) > MAX_OBJECT_BYTES:
+        raise UnsupportedValueError(
+            f"a {type(value).__name__} takes {len(data)} bytes, and an object may have {MAX_OBJECT_BYTES}: store what "
+            "is large in it as tensors"
+        )
+    return kind, data
 
 
 def needs_pickle(kind: Kind, data: bytes) -> bool:
@@ -57,7 +67,7 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
         if kind is Kind.JSON:
             return from_plain(json.loads(data))
         if data.startswith(ZSTD_MAGIC):  # as DCP's extension leaves it
-            data = decompress(data, MOST_OBJECT_BYTES)
+            data = decompress(data, MAX_OBJECT_BYTES)
         if allow_pickle:
             return torch.load(io.BytesIO(data), weights_only=False, map_location="cpu")
         return load_checked(data)

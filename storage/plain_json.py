@@ -17,12 +17,18 @@ import math
 import pathlib
 import types
 import uuid
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+
+from .brief import brief
+
+MAX_COLLISIONS = 64
+"""How many keys of one dict, or values of one set, may have the same hash."""
+_ARRAY_KINDS = "biufcSUmM"
 
 
 class NotPlainError(TypeError):
@@ -67,7 +73,7 @@ def from_plain(value: Any) -> Any:
     if len(value) != 1 or not word.startswith("$"):
         return {key: from_plain(item) for key, item in value.items()}
     if word not in _READERS:
-        raise ValueError(f"unknown word {word!r}")
+        raise ValueError(f"unknown word {brief(word)}")
     return _READERS[word](value[word])
 
 
@@ -101,6 +107,8 @@ def _bytes_io(value: io.BytesIO) -> list[Any]:
 
 def _read_bytes_io(content: list[Any]) -> io.BytesIO:
     made = io.BytesIO(_decoded(content[0]))
+    if not 0 <= content[1] < 2**48:
+        raise ValueError(f"a position of {brief(content[1])}")
     made.seek(content[1])
     return made
 
@@ -110,15 +118,26 @@ def _decoded(text: str) -> bytes:
 
 
 def _array_to_plain(value: Any) -> Any:
-    if value.dtype.kind not in "biufcSUmM" or value.dtype.hasobject:
+    if value.dtype.kind not in _ARRAY_KINDS or value.dtype.hasobject or not value.dtype.itemsize:
         raise NotPlainError(f"an array of {value.dtype} is not plain data")
     word = "$array" if isinstance(value, np.ndarray) else "$scalar"
     return {word: [value.dtype.str, list(value.shape), _text(np.ascontiguousarray(value).tobytes())]}
 
 
 def _read_array(content: list[Any]) -> Any:
-    dtype, shape, encoded = content
-    return np.frombuffer(_decoded(encoded), np.dtype(dtype)).reshape(shape).copy()
+    text, shape, encoded = content
+    dtype = np.dtype(text)
+    if dtype.str != text or dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
+        raise ValueError(f"{brief(text)} is no dtype of an array")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise ValueError(f"{brief(shape)} is no shape")
+    return np.frombuffer(_decoded(encoded), dtype).reshape(shape).copy()
+
+
+def _read_scalar(content: list[Any]) -> Any:
+    if content[1] != []:
+        raise ValueError(f"a scalar of the shape {brief(content[1])}")
+    return _read_array(content)[()]
 
 
 _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
@@ -155,18 +174,30 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
 
 
 def _read_pairs(content: list[Any]) -> dict[Any, Any]:
-    return {from_plain(key): from_plain(item) for key, item in content}
+    keys = _keys(from_plain(key) for key, _ in content)
+    return {key: from_plain(item) for key, (_, item) in zip(keys, content, strict=True)}
+
+
+def _keys(keys: Iterable[Any]) -> list[Any]:
+    """Return keys. Raises ValueError where many have the same hash: to tell them apart would take quadratic time."""
+    found = list(keys)
+    if len(found) > MAX_COLLISIONS and max(Counter(map(hash, found)).values()) > MAX_COLLISIONS:
+        raise ValueError(f"more than {MAX_COLLISIONS} keys have the same hash")
+    return found
 
 
 def _filled(namespace: Any, content: list[Any]) -> Any:
-    vars(namespace).update(_read_pairs(content))
+    attributes = _read_pairs(content)
+    if not all(type(name) is str for name in attributes):
+        raise TypeError("an attribute has no name")
+    vars(namespace).update(attributes)
     return namespace
 
 
 def _read_dtype(content: str) -> torch.dtype:
-    dtype = getattr(torch, content)
+    dtype = vars(torch).get(content)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"torch.{content} is no dtype")
+        raise TypeError(f"torch.{brief(content)} is no dtype")
     return dtype
 
 
@@ -177,8 +208,8 @@ def _read_time(kind: Any) -> Callable[[list[Any]], Any]:
 _READERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
     "$tuple": lambda content: tuple(map(from_plain, content)),
-    "$set": lambda content: set(map(from_plain, content)),
-    "$frozenset": lambda content: frozenset(map(from_plain, content)),
+    "$set": lambda content: set(_keys(map(from_plain, content))),
+    "$frozenset": lambda content: frozenset(_keys(map(from_plain, content))),
     "$deque": lambda content: deque(map(from_plain, content[0]), content[1]),
     "$dict": _read_pairs,
     "$ordered_dict": lambda content: OrderedDict(_read_pairs(content)),
@@ -206,5 +237,5 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$torch_device": torch.device,
     "$torch_size": torch.Size,
     "$array": _read_array,
-    "$scalar": lambda content: _read_array(content).reshape(-1)[0],
+    "$scalar": _read_scalar,
 }

@@ -17,9 +17,9 @@ from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
 from .casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
-from .errors import DestinationError
+from .errors import ArgumentError, CorruptCheckpointError, DestinationError
 from .logs import logger_of
-from .objects import decode_object
+from .objects import MAX_OBJECT_BYTES, decode_object
 from .overlaps import find_overlaps, overlaps_itself
 from .pieces import in_groups, rows_of
 from .progress import Meter
@@ -47,16 +47,36 @@ def object_wants(source: Source, names: Iterable[str]) -> list[Want]:
     return [Want(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
 
 
-class Blob:
-    """An object of a checkpoint: the tensor of bytes that it is read into, and what they mean.
+def check_objects(source: Source, names: Iterable[str], budget_bytes: int | None) -> None:
+    """Raise ArgumentError if objects that are read together take more bytes than a budget that was given."""
+    if budget_bytes is None:
+        return
+    nbytes = {name: source.entry(name).numel for name in names}
+    total = sum(nbytes.values())
+    if total > budget_bytes:
+        largest = max(nbytes, key=lambda name: nbytes[name])
+        raise ArgumentError(
+            f"the objects of {source.location} that are read take {total} bytes, most of them {largest!r} with "
+            f"{nbytes[largest]}, and budget_bytes is {budget_bytes}: give a budget that holds them"
+        )
 
-    Raises MissingTensorError where the checkpoint has none of this name.
+
+class Blob:
+    """An object of a checkpoint: the bytes that it is read into, and what they mean.
+
+    Raises MissingTensorError where the checkpoint has none of this name, and CorruptCheckpointError where it would be
+    larger than any that is saved.
     """
 
     def __init__(self, source: Source, name: str) -> None:
         entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
+        if entry.numel > MAX_OBJECT_BYTES:
+            raise CorruptCheckpointError(
+                f"object {name!r} in {source.location} has {entry.numel} bytes, and none may have more than "
+                f"{MAX_OBJECT_BYTES}"
+            )
         self.wants = object_wants(source, [name])
         """What is to be read for it: nothing, where it is here."""
         source.index(self.wants)  # what it says is checked before memory is taken on its word

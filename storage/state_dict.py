@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from .brief import brief
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError, UnsupportedValueError
 from .plain_json import NotPlainError, from_plain, to_plain
 
@@ -49,11 +50,20 @@ def path_to_json(path: Path) -> list[Any]:
 
 def path_from_json(parts: Any) -> Path:
     """Turn what `path_to_json` returned back into a path. Raises ValueError, TypeError, LookupError."""
-    path = tuple(Key(from_plain(part["key"])) if isinstance(part, dict) else part for part in parts)
-    if not path or not all(type(part) in (str, int, Key) for part in path):
-        raise ValueError(f"{parts!r} is no path")
-    hash(path)
-    return path
+    if not isinstance(parts, list) or not 0 < len(parts) <= MOST_LEVELS:
+        raise ValueError(f"{brief(parts)} is no path")
+    return tuple(map(_part_from_json, parts))
+
+
+def _part_from_json(part: Any) -> str | int | Key:
+    if type(part) is str or (type(part) is int and 0 <= part < 2**63):
+        return part
+    if not isinstance(part, dict) or part.keys() != {"key"}:
+        raise ValueError(f"{brief(part)} is no part of a path")
+    key = from_plain(part["key"])
+    if isinstance(key, str) or key != key:
+        raise ValueError(f"{brief(part)} is no part of a path")
+    return Key(key)
 
 
 def path_for_dcp(path: Path) -> tuple[str | int, ...]:

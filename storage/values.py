@@ -16,7 +16,7 @@ from ..planner.costs import UNBOUNDED
 from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .errors import UnsafeObjectError
-from .objects import MOST_OBJECT_BYTES, encode_object
+from .objects import MAX_OBJECT_BYTES, encode_object
 from .opaque import ZSTD_MAGIC, decompress
 from .pieces import PIECE_BYTES, Item, Piece, in_groups
 from .ranks import HEED_S, Interrupt, never
@@ -148,7 +148,7 @@ def _decoded(blob: Blob) -> tuple[Kind, bytes, Any]:
         value = blob.value()
     except UnsafeObjectError:
         data = blob.data
-        return blob.kind, decompress(data, MOST_OBJECT_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
+        return blob.kind, decompress(data, MAX_OBJECT_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
     return *encode_object(value), value
 
 
