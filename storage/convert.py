@@ -20,13 +20,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..planner.errors import MissingTensorError
+from ..planner.errors import CheckpointError, MissingTensorError
 from ..planner.index import Entry, Kind, nearest_names
 from ..planner.layout import matches
+from .brief import reason
 from .casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
 from .checksums import checksum
+from .converted import check_converted
 from .dcp import check_codec
-from .errors import ArgumentError, ObjectNotFoundError
+from .errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from .logs import logger_of
 from .names import (
     Patterns,
@@ -280,13 +282,25 @@ class _Conversion:
     def commit(self) -> int:
         """Make the checkpoint whole, and remove what is no part of it. Returns the bytes that were written."""
         conversion, nbytes = self.stand.conversion, 0
-        if not self.stand.committed:
-            done = self.notes.finished(conversion, self.units)
-            data = self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
+        if self.stand.committed:
+            check_converted(self.store, self.target.format, self.items, {})
+        else:
+            data = self._made_of(self.notes.finished(conversion, self.units))
+            check_converted(self.store, self.target.format, self.items, {self.target.commits: data})
             self.notes.commit(conversion, data)
             nbytes = len(data)
         self.notes.clean(conversion)
         return nbytes
+
+    def _made_of(self, done: Sequence[Done]) -> bytes:
+        """Return the object that makes the checkpoint whole. Raises CorruptCheckpointError."""
+        try:
+            return self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
+            raise CorruptCheckpointError(
+                f"the notes of the conversion in {self.store.location} are damaged: {reason(error)}. Remove what is "
+                "there, and convert again"
+            ) from error
 
 
 def _with_written(report: RankReport, nbytes: int) -> RankReport:

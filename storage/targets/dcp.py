@@ -31,6 +31,7 @@ from .target import Done, Unit, in_pieces
 class DcpTarget:
     """Writes a `.distcp` file for each unit, and `.metadata`."""
 
+    format = "dcp"
     commits = METADATA
 
     def units(self, items: Sequence[Item]) -> list[Unit]:

@@ -26,6 +26,7 @@ from .target import Done, Unit, in_pieces
 class NativeTarget:
     """Writes data objects and the manifest."""
 
+    format = "reshard"
     commits = NAME
 
     def __init__(self, codec: str, budget_bytes: int | None) -> None:

@@ -26,6 +26,7 @@ ALIGNMENT = 8
 class SafetensorsTarget:
     """Writes a file for each unit, and the index. Only tensors can be in it."""
 
+    format = "safetensors"
     commits = INDEX
 
     def __init__(self, max_file_bytes: int) -> None:

@@ -33,6 +33,8 @@ size, and the rest is the target's own."""
 class Target(Protocol):
     """A format to write. `units` is a function of the items alone, so that all ranks, and a rerun, agree on them."""
 
+    format: str
+    """What `open_source` calls it."""
     commits: str
     """The object whose presence makes the checkpoint whole."""
 
