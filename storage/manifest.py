@@ -31,6 +31,7 @@ from ..planner.index import ITEMSIZES, NATIVE, CheckpointIndex, Entry, Kind, mis
 from ..planner.read_plan import GAPS, Want
 from ..planner.regions import check_region_parts, regions_met
 from .blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
+from .brief import brief, text_of
 from .checksums import checksum
 from .errors import (
     CorruptCheckpointError,
@@ -59,6 +60,8 @@ MAX_KEPT_BYTES = 64 * 1024 * 1024
 """Blocks that were read are kept for later calls, up to so many bytes."""
 FIRST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
+MAX_HEADER_BYTES = 2**30
+"""No header is longer: that of a million tensors has a tenth of it."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
 """Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
 
@@ -280,7 +283,7 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
         raise UnsupportedVersionError(
             f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
         )
-    if total > MAX_BYTES or _HEADER_START + header_bytes > total:
+    if total > MAX_BYTES or header_bytes > MAX_HEADER_BYTES or _HEADER_START + header_bytes > total:
         raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
     if len(source.first) < FIRST_READ_BYTES and len(source.first) != total:
         raise CorruptCheckpointError(
@@ -296,7 +299,7 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
 
 
 def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
-    return CorruptCheckpointError(f"the manifest {where} contradicts itself: {error}")
+    return CorruptCheckpointError(f"the manifest {where} contradicts itself: {text_of(error)}")
 
 
 def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
@@ -308,11 +311,11 @@ def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
 
 def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
     grid = Grid(_integers(shape), _integers(parts))
-    if type(dtype) is not str:
-        raise ValueError(f"{name!r} has the dtype {dtype!r}")
+    if type(name) is not str or type(dtype) is not str:
+        raise ValueError(f"{brief(name)} has the dtype {brief(dtype)}")
     # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
     itemsize = 0 if dtype in ITEMSIZES else max(1, -(-stored_bytes // max(1, math.prod(grid.shape))))
-    entry = Entry(str(name), Kind(kind), dtype, grid, None, itemsize)
+    entry = Entry(name, Kind(kind), dtype, grid, None, itemsize)
     if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
         raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
     return entry
@@ -347,14 +350,14 @@ def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
 
 def _integers(values: list[Any]) -> tuple[int, ...]:
     if any(type(value) is not int for value in values):
-        raise ValueError(f"{values} should be integers")
+        raise ValueError(f"{brief(values)} should be integers")
     return tuple(values)
 
 
 def _object_name(name: str) -> str:
     """A name that can only be that of a data object, inside the checkpoint's folder."""
     if not DATA_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a data object")
+        raise ValueError(f"{brief(name)} is no name of a data object")
     return name
 
 

@@ -116,8 +116,6 @@ class _Check:
                 f"it has keys that hold more than {MAX_COLLIDING} numbers, of a kind that can be chosen to collide: "
                 "large integers, and tuples of numbers"
             )
-        if self._sets * BYTES_OF_SET > nbytes:
-            raise ValueError("it has more sets than its bytes can fill")
 
     def _follow(self) -> None:
         data = self._data
@@ -229,7 +227,7 @@ class _Check:
             elif operation == 0x51:  # BINPERSID
                 stack[-1] = _ATOM
             elif operation == 0x8F:  # EMPTY_SET
-                self._sets += 1
+                self._count_set()
                 push([0, 0])
             elif operation == 0x90:  # ADDITEMS
                 begin = marks.pop()
@@ -238,7 +236,7 @@ class _Check:
                 self._hash(items)
                 _grow(stack[-1], items)
             elif operation == 0x91:  # FROZENSET
-                self._sets += 1
+                self._count_set()
                 begin = marks.pop()
                 self._hash(stack[begin:])
                 stack[begin:] = [_tuple(stack[begin:])]
@@ -273,6 +271,11 @@ class _Check:
         self._hashed += weight
         self._colliding += sum(part[1] for part in given[1:]) if isinstance(given, tuple) else 0
         return [weight, 0]
+
+    def _count_set(self) -> None:
+        self._sets += 1
+        if self._sets * BYTES_OF_SET > len(self._data):
+            raise ValueError("it has more sets than its bytes can fill")
 
     def _hash(self, keys: list[Any]) -> None:
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ...planner.box import Box
 from ...planner.index import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS, Encoding, Kind
+from ..brief import brief, reason
 from ..errors import CorruptCheckpointError, DtypeError
 from .foreign import ForeignSource, Shards
 from .reads import Reads
@@ -162,7 +163,7 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
         tensors = {name: _tensor(name, row, start + 8 + nbytes, sharding.get(name)) for name, row in header.items()}
         spans = sorted(tuple(row["data_offsets"]) for row in header.values())
     except _CONTRADICTIONS as error:
-        raise CorruptCheckpointError(f"{where} has a header that is none: {error!r}") from error
+        raise CorruptCheckpointError(f"{where} has a header that is none: {reason(error)}") from error
     end = 0
     for begin, until in spans:
         if begin != end:
@@ -188,17 +189,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str, Any] | None) -> Tensor:
     word = row["dtype"]
     if type(word) is not str:
-        raise ValueError(f"{name!r} has the dtype {word!r:.100}")
+        raise ValueError(f"{name!r} has the dtype {brief(word)}")
     dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
     possible = all(type(n) is int and 0 <= n <= MAX_BYTES for n in (*shape, *(offsets or ()), begin, end))
     if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
-        raise ValueError(f"{name!r} has the shape {shape!r:.100} and the bytes [{begin!r:.100}, {end!r:.100})")
+        raise ValueError(f"{name!r} has the shape {brief(shape)} and the bytes [{brief(begin)}, {brief(end)})")
     if not dtype:
         return Tensor(dtype, shape, data_start + begin, offsets, word)
     if dtype.endswith("_x2"):
         if not shape or shape[-1] % 2:
-            raise ValueError(f"{name!r} has the shape {shape} of half bytes")
+            raise ValueError(f"{name!r} has the shape {brief(shape)} of half bytes")
         shape = (*shape[:-1], shape[-1] // 2)
     if Box.whole(shape).numel * ITEMSIZES[dtype] != end - begin:
         raise ValueError(f"{name!r}, {dtype} {shape}, does not take the bytes [{begin}, {end})")

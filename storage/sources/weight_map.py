@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
+from ..brief import reason
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from .foreign import ForeignSource
 from .reads import Reads
@@ -63,7 +65,7 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
     except _CONTRADICTIONS as error:
         kind = "safetensors" if name.endswith(".safetensors.index.json") else "weights"
         raise CorruptCheckpointError(
-            f"{name!r} in {reads.store.location} is no index of {kind}: {error!r}{_weights_beside(beside)}"
+            f"{name!r} in {reads.store.location} is no index of {kind}: {reason(error)}{_weights_beside(beside)}"
         ) from error
 
 
@@ -96,10 +98,12 @@ def check_complete(location: str, names: Iterable[str]) -> None:
             groups.setdefault((prefix, part["count"], part["suffix"]), set()).add(int(part["number"]))
     for (prefix, count, suffix), numbers in sorted(groups.items()):
         first = 0 if 0 in numbers else 1
-        missing = [number for number in range(first, first + int(count)) if number not in numbers]
-        if missing:
-            files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing[:MOST_NAMED]]
-            more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+        due = range(first, first + int(count))
+        lacking = len(due) - sum(number in due for number in numbers)
+        if lacking:
+            missing = islice((number for number in due if number not in numbers), MOST_NAMED)
+            files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing]
+            more = f" and {lacking - MOST_NAMED} more" if lacking > MOST_NAMED else ""
             raise CorruptCheckpointError(
                 f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} "
                 "files is missing. Copy it again, or open one of the files that are there by its own path"
