@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...planner.errors import CheckpointError
 from ...planner.index import Kind
-from ..brief import MAX_CHARS, reason
+from ..brief import MAX_CHARS, brief, reason
 from ..errors import (
     CorruptCheckpointError,
     DestinationError,
@@ -219,7 +219,7 @@ class _File:
             _, kind, key, _, numel = pid
             if key not in storages:
                 if type(key) is not str or type(numel) is not int or numel < 0:
-                    raise pickle.UnpicklingError(f"a storage {key!r} of {numel!r} elements")
+                    raise pickle.UnpicklingError(f"a storage {brief(key)} of {brief(numel)} elements")
                 dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
                 untyped = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
                 storages[key] = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)

@@ -209,7 +209,10 @@ def _is_of_a_checkpoint(name: str) -> bool:
 
 def _is_unit(unit: Any) -> bool:
     """Whether a value of a note is a unit's number and what is in it."""
-    return isinstance(unit, list) and len(unit) == 2 and type(unit[0]) is int and isinstance(unit[1], dict)
+    if not (isinstance(unit, list) and len(unit) == 2 and type(unit[0]) is int and isinstance(unit[1], dict)):
+        return False
+    files = unit[1].get("files")
+    return isinstance(files, list) and all(type(file) is str for file in files)
 
 
 def _note_name(number: int) -> str:

@@ -44,6 +44,18 @@ DCP = (
 )  # fmt: skip
 
 
+def saved(value: Any) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+SLICE = saved(torch.arange(16.0).reshape(4, 4))
+SLICES = SLICE + saved({"a": [1, 2]})
+"""A file of DCP: a tensor of (4, 4), and an object."""
+
+
 class Pickles:
     """A grammar of pickles."""
 
@@ -97,13 +109,16 @@ class Pickles:
         )
         tensor = {"properties": of_tensor, "size": self.sizes(4, 4), "chunks": chunks}
         entries = {name: self.object(DCP[1], tensor) for name in names} | {"o": self.object(DCP[2], {})}
-        info = {"relative_path": self.word("__0_0.distcp"), "offset": self.number(0), "length": self.number(400),
-                "transform_descriptors": b"N"}  # fmt: skip
+        of_file = {"relative_path": self.word("__0_0.distcp"), "transform_descriptors": b"N"}
+        slice = {**of_file, "offset": self.number(0), "length": self.number(len(SLICE))}
+        blob = {**of_file, "offset": self.number(len(SLICE)), "length": self.number(len(SLICES) - len(SLICE))}
         places = b"".join(
             self.object(
                 DCP[3], {"fqn": self.word(name), "offset": b"N" if name == "o" else self.sizes(0, 0), "index": b"N"}
             )
-            + self.mostly(self.object("torch.distributed.checkpoint.filesystem _StorageInfo", info))
+            + self.mostly(
+                self.object("torch.distributed.checkpoint.filesystem _StorageInfo", blob if name == "o" else slice)
+            )
             for name in entries
         )
         paths = {name: b"(" + self.word(name) + b"t" for name in entries}
@@ -307,9 +322,8 @@ def two_directories(rng: random.Random, hidden: bytes) -> bytes:
 def torch_file(rng: random.Random) -> Content:
     """A torch.save file."""
     if rng.random() < 0.3:
-        buffer = io.BytesIO()
-        torch.save({"w": torch.arange(6.0), "o": {"a": [1, 2]}, "b": bytearray(9), "s": {1, 2}}, buffer)
-        return {"model.pt": mutated(rng, buffer.getvalue(), in_place=rng.random() < 0.8)}
+        honest = saved({"w": torch.arange(6.0), "o": {"a": [1, 2]}, "b": bytearray(9), "s": {1, 2}})
+        return {"model.pt": mutated(rng, honest, in_place=rng.random() < 0.8)}
     grammar = Pickles(rng, TORCH, protocol=2)
     pickled = grammar.document(grammar.state_dict if rng.random() < 0.8 else None)
     return {"model.pt": torch_zip(rng, mutated(rng, pickled) if rng.random() < 0.15 else pickled)}
@@ -319,7 +333,7 @@ def dcp_metadata(rng: random.Random) -> Content:
     """A checkpoint of DCP."""
     grammar = Pickles(rng, DCP, protocol=rng.choice((2, 4, 5)))
     data = grammar.document(grammar.metadata if rng.random() < 0.8 else None)
-    return {".metadata": mutated(rng, data) if rng.random() < 0.15 else data, "__0_0.distcp": bytes(400)}
+    return {".metadata": mutated(rng, data) if rng.random() < 0.15 else data, "__0_0.distcp": SLICES}
 
 
 WORDS = (

@@ -21,6 +21,7 @@ from reshard.storage.manifest import encode_manifest
 from reshard.storage.testing import MemoryStore
 from tests.torture.grammars import (
     DCP,
+    SLICES,
     Content,
     Pickles,
     read_manifest,
@@ -77,7 +78,7 @@ def everywhere(name: str, pickled: bytes) -> dict[str, Content]:
 
 
 def metadata(pickled: bytes) -> Content:
-    return {".metadata": pickled, "__0_0.distcp": bytes(400)}
+    return {".metadata": pickled, "__0_0.distcp": SLICES}
 
 
 def get(number: int) -> bytes:
@@ -216,7 +217,7 @@ def memory_for_a_number() -> dict[str, Content]:
     return found
 
 
-@known()
+@known("CorruptCheckpointError", "read")
 def messages_that_show_values_at_length() -> dict[str, Content]:
     grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
     grammar._lies = 0
@@ -299,7 +300,7 @@ def bricks(rows: int, columns: int) -> bytes:
     index = CheckpointIndex(
         (entry,), (("data/a.shard", int(lengths.sum())),), segments, lengths, np.zeros(n, np.uint64)
     )
-    return encode_manifest(index, {}, {})
+    return bytes(encode_manifest(index, {}, {}))
 
 
 @known()
@@ -358,7 +359,7 @@ def _on_each_other(header: dict[str, Any], blocks: bytes) -> bytes:
     first = blocks[starts : starts + 8]
     made = blocks[:starts] + first * segments + blocks[starts + 8 * segments :]
     header["blocks"][0][-1] = f"{checksum(made):016x}"
-    return made
+    return bytes(made)
 
 
 @known()

@@ -39,19 +39,19 @@ def rounds(format: str, count: int, seed: int) -> collections.Counter[str]:
     """
     ended: collections.Counter[str] = collections.Counter()
     command = [sys.executable, "-m", "tests.torture.structure", format, str(seed), str(seed + count)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    number = "none"
-    watch = _Watch(process)
-    for line in process.stdout:
-        watch.fed()
-        number, _, how = line.strip().partition(" ")
-        if how:
-            ended[how] += 1
-    watch.close()
-    error = process.stderr.read()
-    assert process.wait() == 0, f"{format}, input {number}: ended by {process.returncode}: {error[-3000:]}"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        number = "none"
+        watch = _Watch(process)
+        for line in process.stdout:
+            watch.fed()
+            number, _, how = line.strip().partition(" ")
+            if how:
+                ended[how] += 1
+        watch.close()
+        error = process.stderr.read()
+    assert process.returncode == 0, f"{format}, input {number}: ended by {process.returncode}: {error[-3000:]}"
     return ended
 
 
