@@ -21,6 +21,9 @@ from .plain_json import NotPlainError, from_plain, to_plain
 MOST_LEVELS = 100
 """How deeply dicts and lists may be nested."""
 
+CHARS_OF_LEAF = 256
+"""What a value takes in memory, beside its name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -117,7 +120,7 @@ def flatten(state_dict: Mapping[Any, Any], max_chars: int | None = None) -> dict
     """List the values of a state dict by name. A dict without items is a value too.
 
     Args:
-        max_chars: how many characters all names may have together.
+        max_chars: how many characters all names may have together, each CHARS_OF_LEAF more than it has.
 
     Raises:
         DestinationError: two values have the same name.
@@ -161,9 +164,9 @@ def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Le
     else:
         leaf = Leaf(path, container, key, value)
         if room[0] < math.inf:
-            room[0] -= sum(len(str(part)) + 1 for part in path)
+            room[0] -= CHARS_OF_LEAF + sum(len(str(part)) + 1 for part in path)
         if room[0] < 0:
-            raise UnsupportedValueError("the names of its values are many times longer than it is")
+            raise UnsupportedValueError("the names of its values take many times more than it does")
         if leaf.name in leaves:
             raise DestinationError(
                 f"two values of the state dict have the name {leaf.name!r}, at {leaves[leaf.name].path} and {path}"

@@ -63,6 +63,9 @@ def whole_tensor(dtype: str, shape: tuple[int, ...], at: int, start: int) -> Sha
     return Shards.of(rows, len(shape))
 
 
+_NO_SHARDS = Shards.of([], 1)
+
+
 class ForeignSource:
     """A checkpoint of another format: a `Source`."""
 
@@ -123,7 +126,7 @@ class ForeignSource:
     def add_object(self, name: str, value: object) -> None:
         """Another value that is no tensor, which is here already."""
         kind, data = encode_object(value)
-        self.add(name, kind, "uint8", (len(data),), Shards.of([], 1))
+        self.add(name, kind, "uint8", (len(data),), _NO_SHARDS)
         self.inline[name] = data
         self._unread.add(name)
 

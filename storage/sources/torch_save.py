@@ -56,7 +56,7 @@ _LAST_RECORD_BYTES = 22
 FIRST_BYTES = 32
 MAX_NAMES = 64
 """How many characters all names of a file may have, for each byte of its pickle."""
-FREE_NAMES = 1024 * 1024
+FREE_NAMES = 4 * 1024 * 1024
 """How many they may have in any file."""
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """What the files of torch before 1.6 begin with, after the pickle's protocol."""
