@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import fsspec
@@ -169,6 +170,13 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
+def _is_on_disk(filesystem: Any) -> bool:
+    """Return whether a filesystem, or the one that it wraps, is the local disk."""
+    while filesystem is not None and not isinstance(filesystem, LocalFileSystem):
+        filesystem = getattr(filesystem, "fs", None)
+    return filesystem is not None
+
+
 class FsspecStore:
     """The objects below a path of an fsspec filesystem."""
 
@@ -180,6 +188,9 @@ class FsspecStore:
         self._fs = filesystem
         path, self._query = _without_query(path.partition("://")[0], path)
         self._root = path.rstrip("/")
+        self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
+        self._is_on_disk = _is_on_disk(filesystem)
+        self._is_async = filesystem.async_impl and not self._is_on_disk  # one of folders says so of any
 
     @property
     def location(self) -> str:
@@ -189,11 +200,11 @@ class FsspecStore:
 
     @property
     def async_reads(self) -> AsyncReads | None:
-        return _AsyncReads(self) if self._fs.async_impl else None
+        return _AsyncReads(self) if self._is_async else None
 
     def _call(self, method: str, *arguments: Any, nbytes: int = 0, **options: Any) -> Any:
         """A call of the filesystem that moves so many bytes, with a deadline where it is asynchronous."""
-        if not self._fs.async_impl:
+        if not self._is_async:
             return getattr(self._fs, method)(*arguments, **options)
         coroutine = getattr(self._fs, f"_{method}")
         return result_of(coroutine(*arguments, **options), self._fs.loop, deadline_s(nbytes))
@@ -203,6 +214,7 @@ class FsspecStore:
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
+            self._check_regular(name)
             try:
                 data: bytes = self._call("cat_file", self._path(name), nbytes=stop - start, start=start, end=stop)
             except Exception as error:
@@ -210,6 +222,11 @@ class FsspecStore:
                     return b""
                 raise
             return data
+
+    def _check_regular(self, name: str) -> None:
+        """Raises StoreError for what is no file on a local disk: to open a FIFO would wait for ever."""
+        if self._is_on_disk and self._call("info", self._path(name))["type"] != "file":
+            raise StoreError(f"cannot read {name!r} in {self.location}: it is not a file")
 
     def size(self, name: str) -> int:
         with self._errors("read", name):
@@ -288,7 +305,30 @@ class FsspecStore:
             # No more than one slash: a key may have an empty part.
             return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
 
+    def check_delete(self, names: Iterable[str]) -> None:
+        """Check objects of a filesystem that has folders; of its links, those on a local disk are recognised."""
+        seen: set[str] = set()
+        for name in names if self._has_folders else ():
+            with self._errors("delete", name):
+                *folders, _ = accumulate(name.split("/"), "{}/{}".format)
+                for folder in folders:
+                    if folder not in seen and self._info(folder).get("islink"):
+                        raise StoreError(f"cannot delete {name!r} in {self.location}: {folder!r} is a symbolic link")
+                    seen.add(folder)
+                found = self._info(name)
+                if found.get("type") == "directory" and not found.get("islink"):
+                    raise StoreError(f"cannot delete {name!r} in {self.location}: it is a folder; nothing was deleted")
+
+    def _info(self, name: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._call("info", self._path(name))
+        except FileNotFoundError:
+            return {}
+        return found
+
     def delete(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.check_delete(names)
         for name in names:
             with self._errors("delete", name):
                 try:

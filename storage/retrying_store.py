@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from .errors import UnavailableError
 from .logs import logger_of
-from .store import AsyncReads, ObjectWriter, Store, top_names
+from .store import AsyncReads, ObjectWriter, Store, check_delete, top_names
 from .threads import current_stop
 
 T = TypeVar("T")
@@ -148,6 +148,10 @@ class RetryingStore:
 
     def list_top(self) -> Iterable[str]:
         return self._retried(lambda: top_names(self._store))
+
+    def check_delete(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self._retried(lambda: check_delete(self._store, names))
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)

@@ -104,6 +104,20 @@ class ReadsAhead(Protocol):
         """Bytes [start, stop) of an object, for each range, will be read: begin to fetch them. Raises nothing."""
 
 
+@runtime_checkable
+class ChecksDeletes(Protocol):
+    """What a store may have beside: a way to find out what it would refuse to delete."""
+
+    def check_delete(self, names: Iterable[str]) -> None:
+        """Raises StoreError for the first of some objects that `delete` would refuse, and changes nothing."""
+
+
+def check_delete(store: object, names: Iterable[str]) -> None:
+    """Check that objects can be deleted, if the store can tell. Raises StoreError."""
+    if isinstance(store, ChecksDeletes):
+        store.check_delete(names)
+
+
 def is_name(path: str) -> bool:
     """Return whether a key of a bucket can be a name here: others, as "a//b" or the marker "a/", stand for no file."""
     return not {"", ".", ".."}.intersection(path.split("/"))
