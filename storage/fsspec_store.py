@@ -21,7 +21,7 @@ from typing_extensions import Buffer
 from .conditions import put_new, refuse_to_replace
 from .errors import ArgumentError, StoreError, UnsupportedURIError
 from .local_store import LocalStore
-from .obstore_store import open_s3
+from .obstore_store import is_left_behind, open_s3
 from .retrying_store import RetryingStore, deadline_s
 from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
 from .threads import result_of, run_bounded
@@ -60,6 +60,11 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
                 "were given: leave them out, or give the URI that they are for"
             )
         return LocalStore(LocalFileSystem._strip_protocol(uri))
+    return RetryingStore(_open_remote(uri, storage_options), reopen=partial(_open_remote, uri, storage_options))
+
+
+def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
+    """Open the store at a URI. Raises UnsupportedURIError, StoreError."""
     shown = without_secrets(uri)
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
@@ -69,18 +74,24 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
         storage_options = {**given, "config_kwargs": {**S3_CONFIG, **(given.get("config_kwargs") or {})}}
         store = open_s3(path, given, lambda: FsspecStore(*url_to_fs(uri, **storage_options)))
         if store is not None:
-            return RetryingStore(store)
+            return store
     if _without_query(protocol, path)[1]:
         storage_options = {"encoded": True, **storage_options}  # what was signed is sent as it is
     try:
         filesystem, path = _filesystem(uri, protocol, storage_options)
     except ImportError as error:
+        if protocol in ("s3", "s3a") and is_left_behind():
+            raise StoreError(
+                f"cannot open {shown!r}: this process was forked from one that had loaded obstore, whose threads a "
+                "child process does not have. Install s3fs, which is used then, or start the process by spawn or "
+                "forkserver instead (multiprocessing_context= of a DataLoader)"
+            ) from error
         raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from error
     except (ValueError, TypeError) as error:
         raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from error
     except Exception as error:  # one that connects at once
         raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from error
-    return RetryingStore(FsspecStore(filesystem, path))
+    return FsspecStore(filesystem, path)
 
 
 def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:

@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import stat
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
+from .forks import Lock
 from .memory import in_step
 from .store import ObjectWriter, is_name
 from .threads import Pool
@@ -98,7 +98,7 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._open_files: dict[str, _OpenFile] = {}
         """Those used last, in that order."""
 

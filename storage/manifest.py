@@ -13,7 +13,6 @@ import json
 import math
 import re
 import struct
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, chain, compress
@@ -37,6 +36,7 @@ from .errors import (
     ObjectNotFoundError,
     UnsupportedVersionError,
 )
+from .forks import Lock
 from .source import Unreadable, bounded
 from .state_dict import Path, path_from_json, path_to_json
 from .store import Store
@@ -111,7 +111,7 @@ class Manifest:
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
         self._is_small = stop <= len(source.first)
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
         self._kept: dict[int, memoryview] = {}
         """Blocks that were read."""
@@ -248,7 +248,7 @@ class _Bytes:
         self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def read(self, start: int, stop: int) -> memoryview:
         """Raises CorruptCheckpointError where it ends before."""

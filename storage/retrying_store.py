@@ -18,6 +18,7 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from .errors import UnavailableError
+from .forks import generation
 from .logs import logger_of
 from .store import AsyncReads, ObjectWriter, Store, check_delete, top_names
 from .threads import current_stop
@@ -103,15 +104,31 @@ def at_once(store: Store) -> Store:
 
 
 class RetryingStore:
-    """Another store, with its transient failures tried again for `retry_for_s` seconds a call (120 by default)."""
+    """Another store, with its transient failures tried again.
 
-    def __init__(self, store: Store, *, retry_for_s: float | None = None) -> None:
-        self._store = store
+    Args:
+        retry_for_s: for how long, for each call; 120 s by default.
+        reopen: opens the other store again, in a child process after a fork. Without it, the same one is used there.
+    """
+
+    def __init__(
+        self, store: Store, *, retry_for_s: float | None = None, reopen: Callable[[], Store] | None = None
+    ) -> None:
         self._retry_for_s = retry_for_s
+        self._opened = store
+        self._reopen = reopen
+        self._generation = generation()
+
+    @property
+    def _store(self) -> Store:
+        """The store that does the work. In a child process it is opened again, since it may need its own threads."""
+        if self._reopen is not None and self._generation != generation():
+            self._opened, self._generation = self._reopen(), generation()
+        return self._opened
 
     @property
     def location(self) -> str:
-        return self._store.location
+        return self._opened.location
 
     @property
     def concurrent_reads(self) -> int:

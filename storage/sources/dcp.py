@@ -122,6 +122,11 @@ class DcpSource(ForeignSource):
         """Of each shard of a tensor, whether it is known to be read as a whole."""
         self._settled = {name: np.zeros(len(shards.starts), bool) for name, shards in self._shards.items()}
         """Of each shard, whether where it is has been found out, and is known to be there."""
+        self._told = {
+            name: (shards.starts.copy(), shards.lengths.copy(), shards.encodings.copy())
+            for name, shards in self._shards.items()
+        }
+        """Where the shards are by the metadata."""
         self._sized: set[int] = set()
         """Objects whose sizes are from the store; those of the others are what the metadata tells."""
         self._files: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -151,6 +156,11 @@ class DcpSource(ForeignSource):
                 shards = self._shards[want.name]
                 offsets, sizes = intersect_many(shards.offsets, shards.sizes, want.box)
                 rows = np.flatnonzero((sizes > 0).all(axis=1) & ~self._settled[want.name])
+                # A process that was forked while a thread settled a shard has it half settled.
+                for column, told in zip(
+                    (shards.starts, shards.lengths, shards.encodings), self._told[want.name], strict=True
+                ):
+                    column[rows] = told[rows]  # type: ignore[index]
                 apart = self._is_worth_it(want.name, rows, offsets[rows], sizes[rows])
                 for row, worth_it in zip(rows.tolist(), apart.tolist(), strict=True):
                     met[want.name, row] = worth_it or met.get((want.name, row), False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, Segments, missing
 from ...planner.read_plan import Want
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
+from ..forks import Lock
 from ..objects import encode_object
 from ..source import Unreadable, bounded
 from ..state_dict import Path
@@ -80,7 +80,7 @@ class ForeignSource:
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()
         """Names that are in no index: objects that are here."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def add(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TypeVar
 from ...planner.costs import LOCAL, REMOTE, Costs
 from ..checksums import checksum
 from ..errors import CorruptCheckpointError
+from ..forks import Lock
 from ..store import Store
 from ..threads import Pool
 
@@ -35,7 +35,7 @@ class Reads:
         """A checksum of all that was read and asked, whatever the order."""
         self.latency_s: float | None = None
         self.bytes_per_s: float | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """As Store.read."""
