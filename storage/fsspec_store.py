@@ -22,6 +22,7 @@ from .conditions import put_new, refuse_to_replace
 from .errors import ArgumentError, StoreError, UnsupportedURIError
 from .local_store import LocalStore
 from .obstore_store import is_left_behind, open_s3
+from .options import checked_options
 from .retrying_store import RetryingStore, deadline_s
 from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
 from .threads import result_of, run_bounded
@@ -60,12 +61,14 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
                 "were given: leave them out, or give the URI that they are for"
             )
         return LocalStore(LocalFileSystem._strip_protocol(uri))
+    storage_options = checked_options(storage_options, split_protocol(uri)[0] or "")
     return RetryingStore(_open_remote(uri, storage_options), reopen=partial(_open_remote, uri, storage_options))
 
 
 def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
     """Open the store at a URI. Raises UnsupportedURIError, StoreError."""
     shown = without_secrets(uri)
+    storage_options = {name: value for name, value in storage_options.items() if name != "asynchronous"}
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
         raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")

@@ -24,8 +24,9 @@ from typing_extensions import Buffer
 
 from . import retrying_store
 from .conditions import put_new
-from .errors import StoreError
+from .errors import ArgumentError, StoreError
 from .logs import logger_of
+from .options import check_endpoint
 from .store import PART_BYTES, AsyncReads, ListsTop, ObjectWriter, Upload, held, is_name
 from .threads import event_loop, result_of
 from .translate import is_beyond_the_end, translating
@@ -90,6 +91,8 @@ def open_s3(
         session = _session(options.get("profile"), may_call=not given)
         config = _config(dict(options), session)
         return None if config is None else _opened(bucket, folder, config, _ca_bundle(session), open_lister)
+    except ArgumentError:
+        raise
     except Exception as error:
         logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
         return None
@@ -106,9 +109,9 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     profile = options.pop("profile", None)
     if options or client or (session is None and profile is not None) or _is_beyond(session):
         return None
-    endpoint = endpoint or _configured_endpoint(session)
-    if endpoint and "://" not in endpoint:  # obstore would panic
-        return None
+    if not endpoint:
+        endpoint = _configured_endpoint(session)
+        check_endpoint("the endpoint of S3 that the environment or the configuration of AWS sets", endpoint or "")
     region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
     if region is None:
         return None  # s3fs finds out where a bucket is

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from typing_extensions import Buffer
 
 from .errors import ArgumentError
+from .options import checked_options
 from .threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
@@ -217,9 +218,7 @@ def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[
 
     Raises UnsupportedURIError, ArgumentError where there are options for a local path or a Store, StoreError.
     """
-    if storage_options is not None and not isinstance(storage_options, Mapping):
-        raise ArgumentError(f"storage_options must be a mapping of names to values, got {type(storage_options)}")
-    options = dict(storage_options or {})
+    options = checked_options(storage_options)
     if isinstance(target, Store):
         if options:
             raise ArgumentError(
