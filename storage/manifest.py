@@ -37,6 +37,7 @@ from .errors import (
     UnsupportedVersionError,
 )
 from .forks import Lock
+from .retrying_store import read_whole
 from .source import Unreadable, bounded
 from .state_dict import Path, path_from_json, path_to_json
 from .store import Store
@@ -246,6 +247,8 @@ class _Bytes:
         self.store = store
         self.where = f"{store.location}/{NAME}"
         self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
+        if len(self.first) < min(_due(self.first), FIRST_READ_BYTES):
+            self.first = bytes(read_whole(store, NAME, 0, FIRST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
         self._lock = Lock()
@@ -255,6 +258,8 @@ class _Bytes:
         data = self.first[start:stop]
         if stop > len(self.first) == FIRST_READ_BYTES:
             rest = bytes(self.store.read(NAME, start + len(data), stop))
+            if len(rest) < stop - start - len(data):
+                rest = bytes(read_whole(self.store, NAME, start + len(data), stop))
             with self._lock:
                 self.bytes_read += len(rest)
                 self.requests += 1
@@ -264,6 +269,14 @@ class _Bytes:
                 f"the manifest {self.where} ends at byte {start + len(data)}, where it should have {stop} or more"
             )
         return memoryview(data)
+
+
+def _due(first: bytes) -> int:
+    """Return how many bytes a manifest has that begins with these, at least."""
+    if len(first) < _HEADER_START:
+        return _HEADER_START
+    *_, total = _PREFIX.unpack_from(first)
+    return int(total) if first.startswith(MAGIC) else 0
 
 
 def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:

@@ -58,6 +58,28 @@ def deadline_s(nbytes: int) -> float:
     return REQUEST_DEADLINE_S + nbytes / SLOWEST_BYTES_PER_S
 
 
+def read_whole(store: Store, name: str, start: int, stop: int) -> Buffer:
+    """Read bytes of an object, and again if there are fewer than the size of the object tells, as after other failures.
+
+    Takes a request more than `Store.read`: for what would otherwise be called damaged.
+
+    Returns: fewer bytes where the object ends before.
+
+    Raises as `Store.read`; UnavailableError if the answers stay too short.
+    """
+
+    def read() -> Buffer:
+        data = store.read(name, start, stop)
+        found = memoryview(data).nbytes
+        if found < stop - start and found < (due := min(stop, store.size(name)) - start):
+            raise UnavailableError(
+                f"cannot read {name!r} in {store.location} now: the answer had {found} of {due} bytes at {start}"
+            )
+        return data
+
+    return retried(read, retry_for_s=store.retry_for_s if isinstance(store, RetryingStore) else None)
+
+
 class _Pauses:
     """How long to wait before each further try: twice as long each time, with jitter; None once it is given up."""
 
@@ -129,6 +151,10 @@ class RetryingStore:
     @property
     def location(self) -> str:
         return self._opened.location
+
+    @property
+    def retry_for_s(self) -> float | None:
+        return self._retry_for_s
 
     @property
     def concurrent_reads(self) -> int:

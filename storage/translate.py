@@ -64,6 +64,7 @@ _SIGNED = re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]*")
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
+_OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got \d+\.\.\d+")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -126,7 +127,7 @@ def _is_transient(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True
-    if _is_of_obstore(error) and "HTTP error: " in str(error):
+    if _is_of_obstore(error) and ("HTTP error: " in str(error) or _OTHER_RANGE.search(str(error))):
         return True
     causes = (error, error.__cause__, error.__context__)
     return any(kind.__name__ in _TRANSIENT_CLASSES for cause in causes for kind in type(cause).__mro__)

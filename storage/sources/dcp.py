@@ -8,6 +8,7 @@ metadata of each rank; together they are the checkpoint's.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ class DcpSource(ForeignSource):
 
     def _head(self, piece: _Slice) -> bytes:
         nbytes = min(HEAD_BYTES, max(piece.nbytes, 9))  # one of safetensors has the values' size, which may be less
-        return self._reads.read(self.objects[piece.object][0], piece.start, piece.start + nbytes)
+        return self._reads.whole(self.objects[piece.object][0], piece.start, piece.start + nbytes)
 
     def _header(self, place: tuple[int, int]) -> dict[str, Tensor]:
         """The tensors of the safetensors file that begins at a byte of an object and ends with it."""
@@ -269,7 +270,7 @@ class _Slice:
 
 def _read_metadata(reads: Reads, name: str) -> Record:
     try:
-        data = reads.read(name, 0, FIRST_READ_BYTES)
+        data = reads.whole(name, 0, FIRST_READ_BYTES, ending=pickle.STOP)
         if len(data) == FIRST_READ_BYTES:
             data += reads.exactly(name, len(data), max(reads.size(name), len(data) + 1))
     except ObjectNotFoundError:

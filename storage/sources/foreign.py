@@ -173,7 +173,7 @@ class ForeignSource:
     def fingerprint(self) -> str:
         def sample(name: str, nbytes: int) -> None:
             with suppress(ObjectNotFoundError):  # reading a tensor in it will raise the error
-                self._reads.read(name, nbytes // 2, nbytes // 2 + FINGERPRINT_BYTES)
+                self._reads.whole(name, nbytes // 2, min(nbytes // 2 + FINGERPRINT_BYTES, nbytes))
 
         objects = [(name, nbytes) for name, nbytes in self.objects if nbytes][:FINGERPRINT_OBJECTS]
         if objects:

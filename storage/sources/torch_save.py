@@ -125,7 +125,7 @@ class _File:
         self._where = f"the torch.save file {name!r} in {reads.store.location}"
         self.values: dict[str, _Value] = {}
         self._tail_start = max(0, nbytes - TAIL_BYTES)
-        self._tail = reads.read(name, self._tail_start, max(nbytes, 1))
+        self._tail = reads.whole(name, self._tail_start, max(nbytes, 1))
         records = {info.filename.partition("/")[2]: info for info in self._directory()}
         if "data.pkl" not in records:
             raise CorruptCheckpointError(f"{self._where} is a zip, and has no data.pkl: it is not of torch.save")
@@ -152,7 +152,7 @@ class _File:
             self._tail_start = need.start
             return self._directory()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, LookupError, struct.error) as error:
-            start = self._reads.read(self._name, 0, FIRST_BYTES)
+            start = self._reads.whole(self._name, 0, FIRST_BYTES)
             if start[:1] == b"\x80" or LEGACY_MAGIC in start:
                 raise UnsupportedFormatError(
                     f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "

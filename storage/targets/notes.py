@@ -25,6 +25,7 @@ from ..local_store import TEMPORARY
 from ..logs import logger_of
 from ..manifest import DATA_NAME, NAME
 from ..open_source import CONVERSION, is_of_a_checkpoint
+from ..retrying_store import read_whole
 from ..sources.reads import Reads
 from ..store import Store
 from .target import Done, Target, Unit
@@ -100,12 +101,15 @@ class Notes:
 
     def _head(self) -> dict[str, Any] | None:
         try:
-            return self._json(HEAD, self._store.read(HEAD, 0, HEAD_BYTES))
+            data = bytes(self._store.read(HEAD, 0, HEAD_BYTES))
+            if not data.endswith(b"}"):
+                data = bytes(read_whole(self._store, HEAD, 0, HEAD_BYTES))
+            return self._json(HEAD, data)
         except ObjectNotFoundError:
             return None
 
     def _whole(self, name: str) -> Buffer:
-        return self._store.read(name, 0, max(1, self._store.size(name)))
+        return read_whole(self._store, name, 0, max(1, self._store.size(name)))
 
     def _json(self, name: str, data: Buffer) -> dict[str, Any]:
         try:
