@@ -134,7 +134,9 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _is_of_obstore(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] == "obstore"
+    """Return whether an error is obstore's; those of its files are plain OSErrors."""
+    is_of_file = type(error) is OSError and str(error).startswith("Generic S3 error: ")
+    return is_of_file or type(error).__module__.partition(".")[0] == "obstore"
 
 
 def _words(error: BaseException) -> str:
