@@ -48,6 +48,10 @@ _KINDS = {
 }
 
 
+class SpecialFileError(StoreError):
+    """A FIFO, a socket, a device or a folder is in the place of an object."""
+
+
 class _IrregularFileError(OSError):
     """Something that is no regular file is in the place of one."""
 
@@ -299,7 +303,7 @@ class LocalStore:
                 raise StoreError(f"cannot write {name!r}: {self.location} cannot be made: {error}") from error
             raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
         except _IrregularFileError as error:
-            raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from None
+            raise SpecialFileError(f"cannot {doing} {name!r} in {self.location}: {error}") from None
         except PermissionError as error:
             raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error
         except OSError as error:

@@ -21,7 +21,7 @@ from .errors import (
     ObjectNotFoundError,
     StoreError,
 )
-from .local_store import TEMPORARY, LocalStore
+from .local_store import TEMPORARY, LocalStore, SpecialFileError
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
 from .open_source import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
 from .source import Source
@@ -341,18 +341,20 @@ def _is_younger(store: Store, names: Iterable[str], seconds: float) -> bool:
             return store.modified(name)
         except ObjectNotFoundError:
             return time.time()  # it was removed just now: something is going on
+        except SpecialFileError:
+            return 0.0
 
     with Pool(16, "reshard-gc") as pool:
         return max(pool.map(modified, names)) > time.time() - seconds
 
 
 def _sizes(store: Store, names: Iterable[str]) -> list[int | None]:
-    """The bytes of objects; None for one that is gone."""
+    """The bytes of objects; None for one that is gone, or is no file."""
 
     def size(name: str) -> int | None:
         try:
             return store.size(name)
-        except ObjectNotFoundError:
+        except (ObjectNotFoundError, SpecialFileError):
             return None
 
     with Pool(16, "reshard-gc") as pool:

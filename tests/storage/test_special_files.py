@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import reshard
-from tests.storage.test_deletes import of_dcp
+from tests.storage.test_deletes import WRITTEN, of_dcp
 
 ROOT = Path(__file__).parents[2]
 MOST_S = 60
@@ -215,3 +215,23 @@ def test_a_fifo_in_the_place_of_data_can_be_removed(tmp_path: Path) -> None:
     fifo(tmp_path / "run" / "__0_0.distcp")
     reshard.remove(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_gc_passes_over_what_is_no_file(tmp_path: Path) -> None:
+    for at, kind in enumerate((fifo, bound, endless, null, linked_fifo)):
+        folder = tmp_path / str(at)
+        (folder / "data").mkdir(parents=True)
+        kind(folder / WRITTEN)
+        kind(folder / f".manifest.reshard.{'0' * 32}.tmp")
+        (folder / "data" / f"{'f' * 32}-00001.shard").write_bytes(b"RESHARDD")
+    code = """
+    import sys
+    from reshard.storage.places import find_remains, remove_remains
+    found = find_remains(sys.argv[1], older_than_s=0)
+    print(sorted(found[0].names), len(found))
+    remove_remains(found, older_than_s=0)
+    """
+    shown = run(code, tmp_path)
+    assert shown.count("shard") == 1, shown
+    assert shown.split()[-1] == "5"
+    assert not list(tmp_path.glob(f"*/data/{'f' * 32}-00001.shard"))
