@@ -186,7 +186,8 @@ def _removal(source: Source) -> Removal:
 
 def _refuse_others(source: Source, there: Iterable[str]) -> None:
     """Raises ArgumentError if metadata of DCP names what DCP does not write, or what another checkpoint may need."""
-    places = {name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in (NAME, METADATA)}
+    parts = [name.rpartition("/") for name in there]
+    places = {folder for folder, _, base in parts if base in (NAME, METADATA) or RANK_METADATA.fullmatch(base)}
     others = [
         name
         for name, _ in source.objects

@@ -235,8 +235,10 @@ def test_of_dcp_only_what_it_writes_is_removed(name: str, tmp_path: Path) -> Non
     assert names_below(tmp_path) == before
 
 
-def test_objects_of_a_checkpoint_below_are_not_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata", [".metadata", "__0.metadata"])
+def test_objects_of_a_checkpoint_below_are_not_removed(metadata: str, tmp_path: Path) -> None:
     dcp.save(STATE, checkpoint_id=tmp_path / "runs" / "step-1", no_dist=True)
+    (tmp_path / "runs" / "step-1" / ".metadata").rename(tmp_path / "runs" / "step-1" / metadata)
     of_dcp(tmp_path / "runs", "step-1/__0_0.distcp")
     with pytest.raises(ArgumentError, match="of another checkpoint"):
         reshard.remove(tmp_path / "runs")
