@@ -10,7 +10,7 @@ from .errors import CheckpointExistsError, CommitError, ObjectNotFoundError, Sto
 from .logs import logger_of
 from .manifest import DATA_FOLDER, NAME, Manifest
 from .open_source import CONVERSION, is_of_a_checkpoint
-from .store import Store, top_names
+from .store import Store, check_delete, top_names
 
 logger = logger_of(__name__)
 
@@ -56,7 +56,7 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
 
     Raises:
         CheckpointExistsError: another save has committed. This one has not, for certain.
-        StoreError: data objects are gone, or cannot be looked for.
+        StoreError: data objects are gone, or cannot be looked for; or those that are replaced cannot be removed.
         CommitError: the put failed, and the store does not have the manifest now; it may still come.
     """
     replaced: set[str] = set()
@@ -67,6 +67,7 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
     gone = objects - set(store.list(DATA_FOLDER)) if objects else set()
     if gone:
         raise StoreError(f"{_gone(store, gone, rank)}; the checkpoint was not committed")
+    check_delete(store, replaced - objects)
     put_commit(store, NAME, manifest, "the manifest", overwrite=overwrite)
     try:
         store.delete(replaced - objects)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import fsspec
@@ -20,7 +21,8 @@ from typing_extensions import Buffer
 from .conditions import put_new, refuse_to_replace
 from .errors import ArgumentError, StoreError, UnsupportedURIError
 from .local_store import LocalStore
-from .obstore_store import open_s3
+from .obstore_store import is_left_behind, open_s3
+from .options import checked_options
 from .retrying_store import RetryingStore, deadline_s
 from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
 from .threads import result_of, run_bounded
@@ -59,7 +61,14 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
                 "were given: leave them out, or give the URI that they are for"
             )
         return LocalStore(LocalFileSystem._strip_protocol(uri))
+    storage_options = checked_options(storage_options, split_protocol(uri)[0] or "")
+    return RetryingStore(_open_remote(uri, storage_options), reopen=partial(_open_remote, uri, storage_options))
+
+
+def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
+    """Open the store at a URI. Raises UnsupportedURIError, StoreError."""
     shown = without_secrets(uri)
+    storage_options = {name: value for name, value in storage_options.items() if name != "asynchronous"}
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
         raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")
@@ -68,18 +77,24 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
         storage_options = {**given, "config_kwargs": {**S3_CONFIG, **(given.get("config_kwargs") or {})}}
         store = open_s3(path, given, lambda: FsspecStore(*url_to_fs(uri, **storage_options)))
         if store is not None:
-            return RetryingStore(store)
+            return store
     if _without_query(protocol, path)[1]:
         storage_options = {"encoded": True, **storage_options}  # what was signed is sent as it is
     try:
         filesystem, path = _filesystem(uri, protocol, storage_options)
     except ImportError as error:
+        if protocol in ("s3", "s3a") and is_left_behind():
+            raise StoreError(
+                f"cannot open {shown!r}: this process was forked from one that had loaded obstore, whose threads a "
+                "child process does not have. Install s3fs, which is used then, or start the process by spawn or "
+                "forkserver instead (multiprocessing_context= of a DataLoader)"
+            ) from error
         raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from error
     except (ValueError, TypeError) as error:
         raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from error
     except Exception as error:  # one that connects at once
         raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from error
-    return RetryingStore(FsspecStore(filesystem, path))
+    return FsspecStore(filesystem, path)
 
 
 def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
@@ -169,6 +184,13 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
+def _is_on_disk(filesystem: Any) -> bool:
+    """Return whether a filesystem, or the one that it wraps, is the local disk."""
+    while filesystem is not None and not isinstance(filesystem, LocalFileSystem):
+        filesystem = getattr(filesystem, "fs", None)
+    return filesystem is not None
+
+
 class FsspecStore:
     """The objects below a path of an fsspec filesystem."""
 
@@ -180,6 +202,9 @@ class FsspecStore:
         self._fs = filesystem
         path, self._query = _without_query(path.partition("://")[0], path)
         self._root = path.rstrip("/")
+        self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
+        self._is_on_disk = _is_on_disk(filesystem)
+        self._is_async = filesystem.async_impl and not self._is_on_disk  # one of folders says so of any
 
     @property
     def location(self) -> str:
@@ -189,11 +214,11 @@ class FsspecStore:
 
     @property
     def async_reads(self) -> AsyncReads | None:
-        return _AsyncReads(self) if self._fs.async_impl else None
+        return _AsyncReads(self) if self._is_async else None
 
     def _call(self, method: str, *arguments: Any, nbytes: int = 0, **options: Any) -> Any:
         """A call of the filesystem that moves so many bytes, with a deadline where it is asynchronous."""
-        if not self._fs.async_impl:
+        if not self._is_async:
             return getattr(self._fs, method)(*arguments, **options)
         coroutine = getattr(self._fs, f"_{method}")
         return result_of(coroutine(*arguments, **options), self._fs.loop, deadline_s(nbytes))
@@ -203,6 +228,7 @@ class FsspecStore:
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
+            self._check_regular(name)
             try:
                 data: bytes = self._call("cat_file", self._path(name), nbytes=stop - start, start=start, end=stop)
             except Exception as error:
@@ -210,6 +236,11 @@ class FsspecStore:
                     return b""
                 raise
             return data
+
+    def _check_regular(self, name: str) -> None:
+        """Raises StoreError for what is no file on a local disk: to open a FIFO would wait for ever."""
+        if self._is_on_disk and self._call("info", self._path(name))["type"] != "file":
+            raise StoreError(f"cannot read {name!r} in {self.location}: it is not a file")
 
     def size(self, name: str) -> int:
         with self._errors("read", name):
@@ -288,7 +319,30 @@ class FsspecStore:
             # No more than one slash: a key may have an empty part.
             return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
 
+    def check_delete(self, names: Iterable[str]) -> None:
+        """Check objects of a filesystem that has folders; of its links, those on a local disk are recognised."""
+        seen: set[str] = set()
+        for name in names if self._has_folders else ():
+            with self._errors("delete", name):
+                *folders, _ = accumulate(name.split("/"), "{}/{}".format)
+                for folder in folders:
+                    if folder not in seen and self._info(folder).get("islink"):
+                        raise StoreError(f"cannot delete {name!r} in {self.location}: {folder!r} is a symbolic link")
+                    seen.add(folder)
+                found = self._info(name)
+                if found.get("type") == "directory" and not found.get("islink"):
+                    raise StoreError(f"cannot delete {name!r} in {self.location}: it is a folder; nothing was deleted")
+
+    def _info(self, name: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._call("info", self._path(name))
+        except FileNotFoundError:
+            return {}
+        return found
+
     def delete(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.check_delete(names)
         for name in names:
             with self._errors("delete", name):
                 try:

@@ -13,7 +13,6 @@ import json
 import math
 import re
 import struct
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, chain, compress
@@ -39,6 +38,8 @@ from .errors import (
     ObjectNotFoundError,
     UnsupportedVersionError,
 )
+from .forks import Lock
+from .retrying_store import read_whole
 from .source import Unreadable, bounded
 from .state_dict import Path, path_from_json, path_to_json
 from .store import Store
@@ -115,7 +116,7 @@ class Manifest:
         except (*_CONTRADICTIONS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
         self._is_small = stop <= len(source.first)
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
         self._kept: dict[int, memoryview] = {}
         """Blocks that were read."""
@@ -251,15 +252,19 @@ class _Bytes:
         self.store = store
         self.where = f"{store.location}/{NAME}"
         self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
+        if len(self.first) < min(_due(self.first), FIRST_READ_BYTES):
+            self.first = bytes(read_whole(store, NAME, 0, FIRST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def read(self, start: int, stop: int) -> memoryview:
         """Raises CorruptCheckpointError where it ends before."""
         data = self.first[start:stop]
         if stop > len(self.first) == FIRST_READ_BYTES:
             rest = bytes(self.store.read(NAME, start + len(data), stop))
+            if len(rest) < stop - start - len(data):
+                rest = bytes(read_whole(self.store, NAME, start + len(data), stop))
             with self._lock:
                 self.bytes_read += len(rest)
                 self.requests += 1
@@ -269,6 +274,14 @@ class _Bytes:
                 f"the manifest {self.where} ends at byte {start + len(data)}, where it should have {stop} or more"
             )
         return memoryview(data)
+
+
+def _due(first: bytes) -> int:
+    """Return how many bytes a manifest has that begins with these, at least."""
+    if len(first) < _HEADER_START:
+        return _HEADER_START
+    *_, total = _PREFIX.unpack_from(first)
+    return int(total) if first.startswith(MAGIC) else 0
 
 
 def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:

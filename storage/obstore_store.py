@@ -6,10 +6,12 @@ Credentials come from where every AWS client looks for them, by botocore where t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import os
 import re
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ from typing_extensions import Buffer
 
 from . import retrying_store
 from .conditions import put_new
-from .errors import StoreError
+from .errors import ArgumentError, StoreError
 from .logs import logger_of
+from .options import check_endpoint
 from .store import PART_BYTES, AsyncReads, ListsTop, ObjectWriter, Upload, held, is_name
 from .threads import event_loop, result_of
 from .translate import is_beyond_the_end, translating
@@ -44,6 +47,27 @@ CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before botocore is asked again; it renews those that are about to expire."""
 
 
+_left_behind = False
+"""Whether a parent of this process had loaded obstore."""
+
+
+def is_left_behind() -> bool:
+    """Return whether obstore cannot be used, since its threads stayed in the process that this one was forked from.
+
+    It starts them once, for all its clients, and has no way to start them again: every call would wait for ever.
+    """
+    return _left_behind
+
+
+def _in_child() -> None:
+    global _left_behind
+    _left_behind = _left_behind or "obstore" in sys.modules
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 class _Lists(ListsTop, Protocol):
     def list(self, folder: str = "") -> Iterable[str]: ...
 
@@ -51,13 +75,13 @@ class _Lists(ListsTop, Protocol):
 def open_s3(
     path: str, options: Mapping[str, Any], open_lister: Callable[[], _Lists] | None = None
 ) -> ObstoreStore | None:
-    """The store at "bucket/folder"; None where obstore is not installed, or something in the call is beyond it.
+    """The store at "bucket/folder"; None where obstore cannot be used, or something in the call is beyond it.
 
     Args:
         open_lister: opens the same place by s3fs, for listings that obstore gives wrongly or not at all.
     """
     bucket, _, folder = path.rstrip("/").partition("/")
-    if find_spec("obstore") is None:
+    if is_left_behind() or find_spec("obstore") is None:
         return None
     plain = all(_PLAIN.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
     if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
@@ -67,6 +91,8 @@ def open_s3(
         session = _session(options.get("profile"), may_call=not given)
         config = _config(dict(options), session)
         return None if config is None else _opened(bucket, folder, config, _ca_bundle(session), open_lister)
+    except ArgumentError:
+        raise
     except Exception as error:
         logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
         return None
@@ -83,9 +109,9 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     profile = options.pop("profile", None)
     if options or client or (session is None and profile is not None) or _is_beyond(session):
         return None
-    endpoint = endpoint or _configured_endpoint(session)
-    if endpoint and "://" not in endpoint:  # obstore would panic
-        return None
+    if not endpoint:
+        endpoint = _configured_endpoint(session)
+        check_endpoint("the endpoint of S3 that the environment or the configuration of AWS sets", endpoint or "")
     region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
     if region is None:
         return None  # s3fs finds out where a bucket is
@@ -207,6 +233,11 @@ class _Credentials:
         }
 
 
+def _given_up_after_s() -> float:
+    """How long a call may take at most. The client has deadlines of its own, unless its threads do not run."""
+    return 3 * retrying_store.deadline_s(LARGEST_BYTES)
+
+
 class ObstoreStore:
     """The objects below a folder of an S3 bucket."""
 
@@ -245,7 +276,7 @@ class ObstoreStore:
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a call of the client. Its blocking calls cannot be interrupted, and abort a process that exits."""
-        return result_of(coroutine, event_loop())
+        return result_of(coroutine, event_loop(), _given_up_after_s())
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         return self._wait(self._read(name, start, stop))
@@ -385,7 +416,8 @@ class _AsyncReads:
         self.loop = event_loop()
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
-        return await self._store._read(name, start, stop)
+        with self._store._errors("read", name):
+            return await asyncio.wait_for(self._store._read(name, start, stop), _given_up_after_s())
 
 
 @dataclass(frozen=True, slots=True)

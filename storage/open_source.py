@@ -77,7 +77,7 @@ def _file(store: Store, name: str, format: str | None) -> Source | None:
             return _safetensors(reads, read_weight_map(reads, name, ()), ())
         if name.endswith(TORCH_INDEX_SUFFIX) and format in (None, "torch"):
             return _torch(reads, read_weight_map(reads, name, ()), ())
-        begin = b"" if format else reads.read(name, 0, FIRST_BYTES)
+        begin = b"" if format else reads.whole(name, 0, FIRST_BYTES)
     except ObjectNotFoundError:
         return None
     if format == "safetensors" or begin[8:9] == b"{":

@@ -18,8 +18,9 @@ from typing import TypeVar
 from typing_extensions import Buffer
 
 from .errors import UnavailableError
+from .forks import generation
 from .logs import logger_of
-from .store import AsyncReads, ObjectWriter, Store, top_names
+from .store import AsyncReads, ObjectWriter, Store, check_delete, top_names
 from .threads import current_stop
 
 T = TypeVar("T")
@@ -55,6 +56,28 @@ def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
 def deadline_s(nbytes: int) -> float:
     """How long a request that moves so many bytes may take."""
     return REQUEST_DEADLINE_S + nbytes / SLOWEST_BYTES_PER_S
+
+
+def read_whole(store: Store, name: str, start: int, stop: int) -> Buffer:
+    """Read bytes of an object, and again if there are fewer than the size of the object tells, as after other failures.
+
+    Takes a request more than `Store.read`: for what would otherwise be called damaged.
+
+    Returns: fewer bytes where the object ends before.
+
+    Raises as `Store.read`; UnavailableError if the answers stay too short.
+    """
+
+    def read() -> Buffer:
+        data = store.read(name, start, stop)
+        found = memoryview(data).nbytes
+        if found < stop - start and found < (due := min(stop, store.size(name)) - start):
+            raise UnavailableError(
+                f"cannot read {name!r} in {store.location} now: the answer had {found} of {due} bytes at {start}"
+            )
+        return data
+
+    return retried(read, retry_for_s=store.retry_for_s if isinstance(store, RetryingStore) else None)
 
 
 class _Pauses:
@@ -103,15 +126,35 @@ def at_once(store: Store) -> Store:
 
 
 class RetryingStore:
-    """Another store, with its transient failures tried again for `retry_for_s` seconds a call (120 by default)."""
+    """Another store, with its transient failures tried again.
 
-    def __init__(self, store: Store, *, retry_for_s: float | None = None) -> None:
-        self._store = store
+    Args:
+        retry_for_s: for how long, for each call; 120 s by default.
+        reopen: opens the other store again, in a child process after a fork. Without it, the same one is used there.
+    """
+
+    def __init__(
+        self, store: Store, *, retry_for_s: float | None = None, reopen: Callable[[], Store] | None = None
+    ) -> None:
         self._retry_for_s = retry_for_s
+        self._opened = store
+        self._reopen = reopen
+        self._generation = generation()
+
+    @property
+    def _store(self) -> Store:
+        """The store that does the work. In a child process it is opened again, since it may need its own threads."""
+        if self._reopen is not None and self._generation != generation():
+            self._opened, self._generation = self._reopen(), generation()
+        return self._opened
 
     @property
     def location(self) -> str:
-        return self._store.location
+        return self._opened.location
+
+    @property
+    def retry_for_s(self) -> float | None:
+        return self._retry_for_s
 
     @property
     def concurrent_reads(self) -> int:
@@ -148,6 +191,10 @@ class RetryingStore:
 
     def list_top(self) -> Iterable[str]:
         return self._retried(lambda: top_names(self._store))
+
+    def check_delete(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self._retried(lambda: check_delete(self._store, names))
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)

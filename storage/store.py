@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from typing_extensions import Buffer
 
 from .errors import ArgumentError
+from .options import checked_options
 from .threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
@@ -102,6 +103,20 @@ class ReadsAhead(Protocol):
 
     def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         """Bytes [start, stop) of an object, for each range, will be read: begin to fetch them. Raises nothing."""
+
+
+@runtime_checkable
+class ChecksDeletes(Protocol):
+    """What a store may have beside: a way to find out what it would refuse to delete."""
+
+    def check_delete(self, names: Iterable[str]) -> None:
+        """Raises StoreError for the first of some objects that `delete` would refuse, and changes nothing."""
+
+
+def check_delete(store: object, names: Iterable[str]) -> None:
+    """Check that objects can be deleted, if the store can tell. Raises StoreError."""
+    if isinstance(store, ChecksDeletes):
+        store.check_delete(names)
 
 
 def is_name(path: str) -> bool:
@@ -203,9 +218,7 @@ def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[
 
     Raises UnsupportedURIError, ArgumentError where there are options for a local path or a Store, StoreError.
     """
-    if storage_options is not None and not isinstance(storage_options, Mapping):
-        raise ArgumentError(f"storage_options must be a mapping of names to values, got {type(storage_options)}")
-    options = dict(storage_options or {})
+    options = checked_options(storage_options)
     if isinstance(target, Store):
         if options:
             raise ArgumentError(

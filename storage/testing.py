@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from .errors import CheckpointExistsError, ObjectNotFoundError, StoreError
-from .store import ObjectWriter, ReadsAhead, Store, held
+from .store import ObjectWriter, ReadsAhead, Store, check_delete, held
 
 
 class MemoryStore:
@@ -135,6 +135,9 @@ class RecordingStore:
     def list(self, folder: str = "") -> Iterable[str]:
         self._note(Call("list", folder))
         return self._store.list(folder)
+
+    def check_delete(self, names: Iterable[str]) -> None:
+        check_delete(self._store, names)
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)

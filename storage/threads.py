@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import StoreError
+from .forks import Lock, generation
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,7 +97,7 @@ _local = threading.local()
 _unstopped = Stop()
 """Of threads that are not of a pool; never set."""
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-_pools_lock = threading.Lock()
+_pools_lock = Lock()
 
 
 def current_stop() -> Stop:
@@ -241,16 +242,16 @@ def run_bounded(call: Callable[[], object]) -> None:
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
-"""By process: a child has none of its parent's threads."""
-_loops_lock = threading.Lock()
+"""By generation: a child process has none of its parent's threads."""
+_loops_lock = Lock()
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
     """Return the loop of this process for clients that have none of their own. It runs in a daemon thread."""
     with _loops_lock:
-        loop = _loops.get(os.getpid())
+        loop = _loops.get(generation())
         if loop is None:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            loop = _loops[generation()] = asyncio.new_event_loop()
             threading.Thread(target=loop.run_forever, name="reshard-loop", daemon=True).start()
         return loop
 
@@ -270,7 +271,7 @@ def _at_exit() -> None:
         pools = list(_pools)
     for pool in pools:
         pool.abandon()
-    loop = _loops.get(os.getpid())
+    loop = _loops.get(generation())
     if loop is not None:
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(EXIT_S)
@@ -278,3 +279,14 @@ def _at_exit() -> None:
     for thread in threads:  # a daemon thread of the caller's own may be in a client too
         if thread.daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _in_child() -> None:
+    """Forget the parent's threads: what waits for them to end, or to stop, would wait for ever."""
+    global _local, _unstopped
+    _local, _unstopped = threading.local(), Stop()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

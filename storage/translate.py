@@ -64,6 +64,7 @@ _SIGNED = re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]*")
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
+_OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got \d+\.\.\d+")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -126,14 +127,16 @@ def _is_transient(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True
-    if _is_of_obstore(error) and "HTTP error: " in str(error):
+    if _is_of_obstore(error) and ("HTTP error: " in str(error) or _OTHER_RANGE.search(str(error))):
         return True
     causes = (error, error.__cause__, error.__context__)
     return any(kind.__name__ in _TRANSIENT_CLASSES for cause in causes for kind in type(cause).__mro__)
 
 
 def _is_of_obstore(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] == "obstore"
+    """Return whether an error is obstore's; those of its files are plain OSErrors."""
+    is_of_file = type(error) is OSError and str(error).startswith("Generic S3 error: ")
+    return is_of_file or type(error).__module__.partition(".")[0] == "obstore"
 
 
 def _words(error: BaseException) -> str:

@@ -36,6 +36,8 @@ class FailingS3:
     """Method, key, headers in lower case, and body of each."""
     refuses: Callable[[str, str, dict[str, str]], int] = lambda method, key, headers: 0
     """Status code for a request that is refused for its headers."""
+    shortens: Callable[[str, str], str] = lambda method, key: ""
+    """How an answer with an object is too short: "body" breaks off, "length" claims no more, "range" claims all."""
     endpoint: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -132,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         if key not in self.s3.content:
             self._answer(404, _error("NoSuchKey", "there is none"))
             return
-        data, status, more = self.s3.content[key], 200, {}
+        data, status, more, begin = self.s3.content[key], 200, {}, 0
         if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", "")):
             begin, end = int(asked[1]), min(int(asked[2]) + 1, len(data))
             if begin >= len(data):
@@ -140,7 +142,14 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             more = {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
             data, status = data[begin:end], 206
-        self._answer(status, data, more)
+        how = self.s3.shortens(self.command, key) if self.command == "GET" else ""
+        half = data[: len(data) // 2]
+        if how == "body":
+            more["Content-Length"] = str(len(data))
+            self.close_connection = True
+        elif how == "length" and "Content-Range" in more:
+            more["Content-Range"] = f"bytes {begin}-{begin + len(half) - 1}/{len(self.s3.content[key])}"
+        self._answer(status, half if how else data, more)
 
     def _listing(self, query: dict[str, list[str]]) -> bytes:
         (prefix,) = query.get("prefix", [""])
@@ -167,7 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (more or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        if "Content-Length" not in (more or {}):
+            self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", '"0123456789abcdef0123456789abcdef"')
         self.send_header("Last-Modified", "Wed, 01 Jan 2020 00:00:00 GMT")
         self.end_headers()

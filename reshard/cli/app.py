@@ -219,9 +219,17 @@ def rm(
 @app.command()
 def gc(
     uri: Uri,
-    older_than: Annotated[float, typer.Option(min=0, help="Hours; younger data may be of a save in progress.")] = 24.0,
+    older_than: Annotated[
+        float, typer.Option(min=0, help="Hours, 1 or more; younger data may be of a save in progress.")
+    ] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    no_save_running: Annotated[
+        bool,
+        typer.Option(
+            "--no-save-running", help="No save is in progress there: allows less than an hour, which would damage it."
+        ),
+    ] = False,
     storage_option: Options = None,
 ) -> None:
     """Remove data of saves that failed or were killed, at a place and below it; never what a checkpoint is made of.
@@ -230,7 +238,7 @@ def gc(
     """
     from .places import gc as run
 
-    run(uri, older_than, dry_run, yes, storage_option)
+    run(uri, older_than, dry_run, yes, no_save_running, storage_option)
 
 
 @app.command()

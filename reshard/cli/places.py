@@ -8,11 +8,15 @@ from dataclasses import asdict
 
 import typer
 
-from reshard.storage.open_source import open_source
-from reshard.storage.places import REMOVABLE, find_checkpoints, find_remains, remove, remove_remains
+from reshard.storage.places import find_checkpoints, find_remains, find_removal, remove, remove_remains
 
 from ..words import in_bytes, in_time
 from .common import print_json, print_table, storage_options
+
+SHOWN = 10
+"""Names that `rm` shows before it asks; of DCP, all that are unusual."""
+SAFE_HOURS = 1
+"""A save does not take longer from its last write to its commit."""
 
 
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
@@ -43,15 +47,28 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
 
 def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     given = storage_options(options)
-    source = open_source(uri, given)
-    what = f"{source.format} checkpoint of {in_bytes(sum(nbytes for _, nbytes in source.objects))}"
-    asks = source.format in REMOVABLE and not yes  # else it is refused
-    if asks and not typer.confirm(f"Remove the {what} at {uri}?"):
-        raise typer.Exit(1)
-    print(f"{len(remove(uri, given))} objects removed")
+    removal = find_removal(uri, given)
+    if not yes:
+        shown = removal.unusual or removal.names[:SHOWN]
+        for name in shown:
+            print(f"  {name!r}")
+        if len(shown) < len(removal.names):
+            print(f"  and {len(removal.names) - len(shown)} more")
+        what = f"{removal.format} checkpoint of {in_bytes(removal.nbytes)}, {len(removal.names)} objects,"
+        if not typer.confirm(f"Remove the {what} at {uri}?"):
+            raise typer.Exit(1)
+    print(f"{len(remove(uri, given, expected=removal))} objects removed")
 
 
-def gc(uri: str, older_than_hours: float, dry_run: bool, yes: bool, options: list[str] | None) -> None:
+def gc(
+    uri: str, older_than_hours: float, dry_run: bool, yes: bool, no_save_running: bool, options: list[str] | None
+) -> None:
+    if not older_than_hours >= SAFE_HOURS and not (dry_run or no_save_running):
+        raise typer.BadParameter(
+            f"{older_than_hours:g} hours could remove the data of a save that is about to commit, and so damage its "
+            f"checkpoint: give {SAFE_HOURS} or more, or add --no-save-running if no save is in progress there",
+            param_hint="--older-than",
+        )
     given = storage_options(options)
     found = find_remains(uri, given, older_than_s=older_than_hours * 3600)
     for place in found:

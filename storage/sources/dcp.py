@@ -8,6 +8,7 @@ metadata of each rank; together they are the checkpoint's.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -131,6 +132,11 @@ class DcpSource(ForeignSource):
         """Of each shard of a tensor, whether it is known to be read as a whole."""
         self._settled = {name: np.zeros(len(shards.starts), bool) for name, shards in self._shards.items()}
         """Of each shard, whether where it is has been found out, and is known to be there."""
+        self._told = {
+            name: (shards.starts.copy(), shards.lengths.copy(), shards.encodings.copy())
+            for name, shards in self._shards.items()
+        }
+        """Where the shards are by the metadata."""
         self._sized: set[int] = set()
         """Objects whose sizes are from the store; those of the others are what the metadata tells."""
         self._files: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -160,6 +166,11 @@ class DcpSource(ForeignSource):
                 shards = self._shards[want.name]
                 offsets, sizes = intersect_many(shards.offsets, shards.sizes, want.box)
                 rows = np.flatnonzero((sizes > 0).all(axis=1) & ~self._settled[want.name])
+                # A process that was forked while a thread settled a shard has it half settled.
+                for column, told in zip(
+                    (shards.starts, shards.lengths, shards.encodings), self._told[want.name], strict=True
+                ):
+                    column[rows] = told[rows]  # type: ignore[index]
                 apart = self._is_worth_it(want.name, rows, offsets[rows], sizes[rows])
                 for row, worth_it in zip(rows.tolist(), apart.tolist(), strict=True):
                     met[want.name, row] = worth_it or met.get((want.name, row), False)
@@ -225,7 +236,7 @@ class DcpSource(ForeignSource):
 
     def _head(self, piece: _Slice) -> bytes:
         nbytes = min(HEAD_BYTES, max(piece.nbytes, 9))  # one of safetensors has the values' size, which may be less
-        return self._reads.read(self.objects[piece.object][0], piece.start, piece.start + nbytes)
+        return self._reads.whole(self.objects[piece.object][0], piece.start, piece.start + nbytes)
 
     def _header(self, place: tuple[int, int]) -> dict[str, Tensor]:
         """The tensors of the safetensors file that begins at a byte of an object and ends with it."""
@@ -268,7 +279,7 @@ class _Slice:
 
 def _read_metadata(reads: Reads, name: str) -> Record:
     try:
-        data = reads.read(name, 0, FIRST_READ_BYTES)
+        data = reads.whole(name, 0, FIRST_READ_BYTES, ending=pickle.STOP)
         if len(data) == FIRST_READ_BYTES:
             nbytes = reads.size(name)
             if nbytes > MAX_BYTES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ...planner.grid import Grid
 from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, Segments, missing
 from ...planner.read_plan import Want
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
+from ..forks import Lock
 from ..objects import encode_object
 from ..source import Unreadable, bounded
 from ..state_dict import Path
@@ -83,7 +83,7 @@ class ForeignSource:
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()
         """Names that are in no index: objects that are here."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def add(
         self,
@@ -176,7 +176,7 @@ class ForeignSource:
     def fingerprint(self) -> str:
         def sample(name: str, nbytes: int) -> None:
             with suppress(ObjectNotFoundError):  # reading a tensor in it will raise the error
-                self._reads.read(name, nbytes // 2, nbytes // 2 + FINGERPRINT_BYTES)
+                self._reads.whole(name, nbytes // 2, min(nbytes // 2 + FINGERPRINT_BYTES, nbytes))
 
         objects = [(name, nbytes) for name, nbytes in self.objects if nbytes][:FINGERPRINT_OBJECTS]
         if objects:

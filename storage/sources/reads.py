@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +10,8 @@ from typing import TypeVar
 from ...planner.costs import LOCAL, REMOTE, Costs
 from ..checksums import checksum
 from ..errors import CorruptCheckpointError
+from ..forks import Lock
+from ..retrying_store import read_whole
 from ..store import Store
 from ..threads import Pool
 
@@ -35,7 +36,7 @@ class Reads:
         """A checksum of all that was read and asked, whatever the order."""
         self.latency_s: float | None = None
         self.bytes_per_s: float | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """As Store.read."""
@@ -44,9 +45,22 @@ class Reads:
         self._count(len(data), time.perf_counter() - begin, name, start, data)
         return data
 
+    def whole(self, name: str, start: int, stop: int, *, ending: bytes | None = None) -> bytes:
+        """As `read`, and again where there are fewer bytes although the object has more.
+
+        Args:
+            ending: what the object ends with: fewer bytes that end so are taken to be all.
+        """
+        begin = time.perf_counter()
+        data = bytes(self.store.read(name, start, stop))
+        if len(data) < stop - start and (ending is None or not data.endswith(ending)):
+            data = bytes(read_whole(self.store, name, start, stop))
+        self._count(len(data), time.perf_counter() - begin, name, start, data)
+        return data
+
     def exactly(self, name: str, start: int, stop: int) -> bytes:
-        """As `read`. Raises CorruptCheckpointError where the object ends before."""
-        data = self.read(name, start, stop)
+        """As `whole`. Raises CorruptCheckpointError where the object ends before."""
+        data = self.whole(name, start, stop)
         if len(data) != stop - start:
             raise CorruptCheckpointError(
                 f"object {name!r} in {self.store.location} ends at byte {start + len(data)}, where it should have "

@@ -148,7 +148,7 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     Raises CorruptCheckpointError, StoreError.
     """
     where = f"the safetensors file {name!r} in {reads.store.location}"
-    first = reads.read(name, start, min(start + FIRST_READ_BYTES, stop))
+    first = reads.whole(name, start, min(start + FIRST_READ_BYTES, stop))
     nbytes = int.from_bytes(first[:8], "little")
     if len(first) < 8 or nbytes > min(MAX_HEADER_BYTES, stop - start - 8) or first[8:9] != b"{":
         raise CorruptCheckpointError(

@@ -139,7 +139,7 @@ class _File:
         self._where = f"the torch.save file {name!r} in {reads.store.location}"
         self.values: dict[str, _Value] = {}
         self._tail_start = max(0, nbytes - max(TAIL_BYTES, END_BYTES))
-        self._tail = reads.read(name, self._tail_start, max(nbytes, 1))
+        self._tail = reads.whole(name, self._tail_start, max(nbytes, 1))
         try:
             directory = self._directory()
             records = dict(zip(keys_of(directory), directory, strict=True))
@@ -169,7 +169,7 @@ class _File:
 
     def _not_a_zip(self, error: NotAZipError) -> CheckpointError:
         """Return the error for a file that is not what torch.save writes."""
-        start = self._reads.read(self._name, 0, FIRST_BYTES)
+        start = self._reads.whole(self._name, 0, FIRST_BYTES)
         if start[:1] == b"\x80" or LEGACY_MAGIC in start:
             return UnsupportedFormatError(
                 f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "

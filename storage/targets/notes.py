@@ -21,9 +21,11 @@ from typing_extensions import Buffer
 from ..checksums import checksum
 from ..commit import put_commit
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
+from ..local_store import TEMPORARY
 from ..logs import logger_of
 from ..manifest import DATA_NAME, NAME
 from ..open_source import CONVERSION, is_of_a_checkpoint
+from ..retrying_store import read_whole
 from ..sources.reads import Reads
 from ..store import Store
 from .target import Done, Target, Unit
@@ -36,8 +38,6 @@ HEAD_BYTES = 4096
 NOTE_EVERY_S = 1.0
 """A kill loses the units of that time at most."""
 NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
-_TEMPORARY = re.compile(r"\.(\.reshard-convert(-\d{6,})?\.json)\.[0-9a-f]{32}\.tmp")
-"""What a put to a disk leaves that is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,15 @@ class Notes:
 
     def _head(self) -> dict[str, Any] | None:
         try:
-            return self._json(HEAD, self._store.read(HEAD, 0, HEAD_BYTES))
+            data = bytes(self._store.read(HEAD, 0, HEAD_BYTES))
+            if not data.endswith(b"}"):
+                data = bytes(read_whole(self._store, HEAD, 0, HEAD_BYTES))
+            return self._json(HEAD, data)
         except ObjectNotFoundError:
             return None
 
     def _whole(self, name: str) -> Buffer:
-        return self._store.read(name, 0, max(1, self._store.size(name)))
+        return read_whole(self._store, name, 0, max(1, self._store.size(name)))
 
     def _json(self, name: str, data: Buffer) -> dict[str, Any]:
         try:
@@ -191,7 +194,7 @@ class Notes:
         try:
             names = list(self._store.list())
             remains = self._target.orphans(self._store, conversion, names)
-            self._store.delete([*remains, *(n for n in names if NOTE.fullmatch(n) or _TEMPORARY.fullmatch(n))])
+            self._store.delete([*remains, *filter(self._is_own, names)])
             self._store.delete([HEAD])
         except Exception as error:
             logger.warning(
@@ -200,6 +203,12 @@ class Notes:
                 self._store.location,
                 error,
             )
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether a name is a note's, or that of a put which was killed."""
+        killed = TEMPORARY.fullmatch(name)
+        of = killed[1] if killed else ""
+        return NOTE.fullmatch(name) is not None or of in (HEAD, self._target.commits) or NOTE.fullmatch(of) is not None
 
 
 def _is_of_a_checkpoint(name: str) -> bool:

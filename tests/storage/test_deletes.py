@@ -1,0 +1,417 @@
+"""Deletes stay in a checkpoint's folder: through no link, of no other name than a checkpoint has, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from typer.testing import CliRunner
+
+import reshard
+from reshard.cli.app import app
+from reshard.errors import ArgumentError, StoreError
+from reshard.storage import local_store
+from reshard.storage.local_store import LocalStore
+from reshard.storage.places import find_remains, find_removal, remove_remains
+from reshard.storage.store import open_store
+from reshard.storage.testing import Call, RecordingStore
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+STATE = {"w": torch.arange(10)}
+WRITTEN = f"data/{'0123456789abcdef' * 2}-00000.shard"
+
+
+def save_linked(tmp_path: Path) -> tuple[Path, Path]:
+    """Save a good checkpoint, and make another one whose data folder is a link into it."""
+    good, evil = tmp_path / "good", tmp_path / "evil"
+    reshard.save(STATE, good)
+    evil.mkdir()
+    (evil / "manifest.reshard").write_bytes((good / "manifest.reshard").read_bytes())
+    (evil / "data").symlink_to("../good/data")
+    return good, evil
+
+
+def names_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def of_dcp(folder: Path, *names: str) -> Path:
+    """Write metadata of DCP that names some objects, and those that can be written inside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+        f"w{at}": BytesStorageMetadata() for at in range(len(names))
+    }
+    places = {MetadataIndex(f"w{at}"): _StorageInfo(name, 0, 1) for at, name in enumerate(names)}
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=places)))
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda place: reshard.remove(place),
+        lambda place: reshard.save({"w": torch.arange(3)}, place, overwrite=True),
+        lambda place: reshard.save({"step": 3}, place, overwrite=True),
+        lambda place: reshard.save({}, place, overwrite=True),
+        lambda place: LocalStore(place).delete(["manifest.reshard", *LocalStore(place).list("data")]),
+        lambda place: open_store(f"file://{place}").delete(LocalStore(place).list("data")),
+        lambda place: open_store(f"simplecache::file://{place}").delete(LocalStore(place).list("data")),
+        lambda place: reshard.remove(f"simplecache::file://{place}"),
+    ],
+)
+def test_nothing_is_deleted_through_a_linked_folder(call: Callable[[Path], object], tmp_path: Path) -> None:
+    good, evil = save_linked(tmp_path)
+    before = names_below(tmp_path)
+    with pytest.raises(StoreError, match="'data' is a symbolic link"):
+        call(evil)
+    assert names_below(tmp_path) == before
+    assert reshard.open(good).verify() == reshard.open(evil).verify() == []
+
+
+def test_nothing_is_written_into_a_linked_folder(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").symlink_to(other)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        reshard.save(STATE, tmp_path / "run")
+    assert names_below(tmp_path) == {"other", "run", "run/data"}
+
+
+def test_the_folder_that_is_named_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "run"
+    link.symlink_to("disk")
+    reshard.save(STATE, link)
+    reshard.save({"w": torch.arange(3)}, link, overwrite=True)
+    assert len(list((tmp_path / "disk" / "data").iterdir())) == 1
+    reshard.remove(link)
+    assert names_below(tmp_path) == {"disk", "run"}
+
+
+def test_an_object_that_is_a_link_is_removed_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+    reshard.save(STATE, tmp_path / "run")
+    (data,) = (tmp_path / "run" / "data").iterdir()
+    data.rename(tmp_path / "kept")
+    data.symlink_to(tmp_path / "kept")
+    assert reshard.open(tmp_path / "run").verify() == []
+    reshard.remove(tmp_path / "run")
+    assert names_below(tmp_path) == {"kept"}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://", "simplecache::file://"])
+def test_a_folder_in_the_place_of_an_object_stops_a_removal_before_it_begins(scheme: str, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    reshard.save({f"layers.{i}": torch.arange(10) for i in range(3)}, place)
+    (data,) = (place / "data").iterdir()
+    data.unlink()
+    (data / "mine").mkdir(parents=True)
+    before = names_below(tmp_path)
+    for call in (reshard.remove, lambda uri: reshard.save(STATE, uri, overwrite=True)):
+        with pytest.raises(StoreError, match=rf"{re.escape(data.name)}.*is a folder"):
+            call(f"{scheme}{place}")
+    assert names_below(tmp_path) == before
+
+
+def test_a_folder_in_the_place_of_metadata_stops_a_removal_too(tmp_path: Path) -> None:
+    place = of_dcp(tmp_path / "run", "__0_0.distcp", "__1_0.distcp")
+    (place / "__1_0.distcp").unlink()
+    (place / "__1_0.distcp").mkdir()
+    with pytest.raises(StoreError, match="is a folder"):
+        reshard.remove(place)
+    assert names_below(place) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+@pytest.mark.parametrize("name", ["../victim", "a/../../victim", "/etc/victim", "", ".", "a//b", "data/"])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"x")
+    store = LocalStore(tmp_path / "run")
+    store.put("x", b"x", overwrite=True)
+    for call in (
+        lambda: store.delete(["x", name]),
+        lambda: store.put(name, b"", overwrite=True),
+        lambda: store.create(name).__enter__(),
+    ):
+        with pytest.raises(StoreError, match="no name of an object"):
+            call()
+    assert names_below(tmp_path) == {"victim", "run", "run/x"}
+
+
+def test_a_folder_that_is_swapped_for_a_link_meanwhile_is_not_followed(tmp_path: Path) -> None:
+    """Somebody swaps the folder all the time: whatever happens, files outside stay."""
+    outside, inside = tmp_path / "outside", tmp_path / "run" / "data"
+    names = [f"data/{number:04}.shard" for number in range(50)]
+    outside.mkdir()
+    inside.mkdir(parents=True)
+    for name in names:
+        (outside / Path(name).name).write_bytes(b"precious")
+    (tmp_path / "run" / "link").symlink_to(outside)
+    ended = threading.Event()
+
+    def swap() -> None:
+        while not ended.is_set():
+            os.rename(inside, tmp_path / "run" / "aside")
+            os.rename(tmp_path / "run" / "link", inside)
+            os.rename(inside, tmp_path / "run" / "link")
+            os.rename(tmp_path / "run" / "aside", inside)
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    refused = 0
+    try:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            try:
+                LocalStore(tmp_path / "run").delete(names)
+            except StoreError:
+                refused += 1
+    finally:
+        ended.set()
+        swapping.join()
+    assert refused
+    assert len(list(outside.iterdir())) == len(names)
+
+
+def test_a_link_put_there_between_the_check_and_the_delete_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, evil = tmp_path / "good", tmp_path / "evil"
+    reshard.save(STATE, good)
+    reshard.save(STATE, evil)
+    (data,) = (evil / "data").iterdir()
+    (good / "data" / data.name).write_bytes(b"precious")
+    checks = LocalStore.check_delete
+
+    def check(store: LocalStore, names: list[str]) -> None:
+        checks(store, names)
+        if f"data/{data.name}" in names:
+            (evil / "data").rename(evil / "aside")
+            (evil / "data").symlink_to(good / "data")
+
+    monkeypatch.setattr(LocalStore, "check_delete", check)
+    with pytest.raises(StoreError, match="is a symbolic link"):
+        LocalStore(evil).delete([f"data/{data.name}"])
+    assert (good / "data" / data.name).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt",
+        "link/precious.txt",
+        "model.safetensors",
+        "__0_0.distcp.bak",
+        "__0.distcp",
+        "a/__x_0.distcp",
+        ".metadata",
+    ],
+)
+def test_of_dcp_only_what_it_writes_is_removed(name: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious.txt").write_bytes(b"x")
+    place = tmp_path / "run"
+    place.mkdir()
+    (place / "link").symlink_to("../victim")
+    of_dcp(place, "__0_0.distcp", name)
+    before = names_below(tmp_path)
+    for call in (find_removal, reshard.remove):
+        with pytest.raises(ArgumentError, match=f"DCP does not write.*{re.escape(repr(name))}"):
+            call(place)
+    assert names_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("metadata", [".metadata", "__0.metadata"])
+def test_objects_of_a_checkpoint_below_are_not_removed(metadata: str, tmp_path: Path) -> None:
+    dcp.save(STATE, checkpoint_id=tmp_path / "runs" / "step-1", no_dist=True)
+    (tmp_path / "runs" / "step-1" / ".metadata").rename(tmp_path / "runs" / "step-1" / metadata)
+    of_dcp(tmp_path / "runs", "step-1/__0_0.distcp")
+    with pytest.raises(ArgumentError, match="of another checkpoint"):
+        reshard.remove(tmp_path / "runs")
+    assert reshard.open(tmp_path / "runs" / "step-1").read("w").equal(STATE["w"])
+
+
+def test_through_a_link_no_object_of_dcp_is_removed(tmp_path: Path) -> None:
+    dcp.save(STATE, checkpoint_id=tmp_path / "other", no_dist=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "link").symlink_to("../other")
+    of_dcp(tmp_path / "run", "link/__0_0.distcp")
+    with pytest.raises(StoreError, match="'link' is a symbolic link"):
+        reshard.remove(tmp_path / "run")
+    assert reshard.open(tmp_path / "other").read("w").equal(STATE["w"])
+
+
+def test_what_dcp_writes_is_removed_with_its_prefixes(tmp_path: Path) -> None:
+    place = of_dcp(tmp_path / "run", "__0_0.distcp", "10/epoch_5/__11_3.distcp", "model5__0_0.distcp")
+    (place / "__0.metadata").write_bytes((place / ".metadata").read_bytes())
+    (place / "notes.txt").write_text("mine")
+    removal = find_removal(place)
+    assert removal.unusual == ["10/epoch_5/__11_3.distcp", "model5__0_0.distcp"]
+    assert sorted(reshard.remove(place, expected=removal)) == sorted(removal.names)
+    assert {name for name in names_below(place) if (place / name).is_file()} == {"notes.txt"}
+
+
+def test_what_has_changed_since_it_was_shown_is_not_removed(tmp_path: Path) -> None:
+    reshard.save(STATE, tmp_path / "run")
+    removal = find_removal(tmp_path / "run")
+    reshard.save(STATE, tmp_path / "run", overwrite=True)
+    with pytest.raises(ArgumentError, match="has changed meanwhile"):
+        reshard.remove(tmp_path / "run", expected=removal)
+    assert reshard.open(tmp_path / "run").verify() == []
+
+
+def call(*arguments: object, code: int = 0, answer: str | None = None) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=answer)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_rm_shows_what_it_removes_before_it_asks(tmp_path: Path) -> None:
+    place = of_dcp(tmp_path / "run", *(f"__{rank}_0.distcp" for rank in range(30)))
+    shown = call("rm", place, answer="n\n", code=1)
+    assert shown.count(".distcp'") == 9
+    assert "and 21 more" in shown
+    assert "dcp checkpoint of 30 B, 31 objects" in shown
+    names = [f"{rank}/__{rank}_0.distcp" for rank in range(30)]
+    shown = call("rm", of_dcp(tmp_path / "prefixed", "__0_0.distcp", *names), answer="n\n", code=1)
+    assert all(repr(name) in shown for name in names)
+    hostile = of_dcp(tmp_path / "hostile", "\x1b[2J__0_0.distcp")
+    assert "\x1b" not in call("rm", hostile, answer="n\n", code=1)
+    call("rm", place, answer="y\n")
+    assert not place.exists()
+
+
+def test_gc_deletes_through_no_link(tmp_path: Path) -> None:
+    runs, victim = tmp_path / "runs", tmp_path / "victim"
+    for folder in (runs / "step-1", victim):
+        (folder / "data").mkdir(parents=True)
+        (folder / WRITTEN).write_bytes(b"RESHARDD and more")
+    found = find_remains(str(runs), older_than_s=0)
+    (runs / "step-1").rename(runs / "aside")
+    (runs / "step-1").symlink_to(victim)
+    with pytest.raises(StoreError, match="'step-1' is a symbolic link"):
+        remove_remains(found, older_than_s=0)
+    assert (victim / WRITTEN).exists()
+    assert find_remains(str(runs), older_than_s=0)[0].uri == str(runs / "aside"), "nor are remains looked for there"
+
+
+def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
+    for method in ("read", "size", "modified"):
+        place = tmp_path / method
+        reshard.save(STATE, place)
+        (data,) = (place / "data").iterdir()
+        manifest = place / "manifest.reshard"
+        manifest.rename(tmp_path / "aside")
+
+        def commit(call: Call, method: str = method, manifest: Path = manifest, name: str = data.name) -> None:
+            if call.method == method and call.name == f"data/{name}":
+                (tmp_path / "aside").rename(manifest)
+
+        from reshard.storage.places import _remains
+
+        assert _remains(RecordingStore(LocalStore(place), commit), [f"data/{data.name}"], 0) == {}
+        assert reshard.open(place).verify() == []
+
+
+@pytest.mark.parametrize("method", ["read", "size", "modified"])
+def test_what_vanishes_while_gc_looks_is_gone(method: str, tmp_path: Path) -> None:
+    from reshard.storage.places import _remains
+
+    store = LocalStore(tmp_path)
+    other = f"data/{'f' * 32}-00001.shard"
+    for name in (WRITTEN, other):
+        store.put(name, b"RESHARDD", overwrite=True)
+
+    def vanish(call: Call) -> None:
+        if call.method == method and call.name == other:
+            store.delete([other])
+
+    found = _remains(RecordingStore(store, vanish), [WRITTEN, other], 0)
+    assert found == {WRITTEN: 8}
+
+
+@pytest.mark.parametrize("hours", ["0", "0.5", "0.999", "-0"])
+def test_gc_of_what_may_be_of_a_save_in_progress_wants_to_be_told_that_there_is_none(
+    hours: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / WRITTEN).write_bytes(b"RESHARDD")
+    assert "--no-save-running" in call("gc", tmp_path, "--older-than", hours, "--yes", code=2)
+    assert (tmp_path / WRITTEN).exists()
+    os.utime(tmp_path / WRITTEN, (0, 0))
+    assert "1 objects" in call("gc", tmp_path, "--older-than", hours, "--dry-run")
+    call("gc", tmp_path, "--older-than", hours, "--yes", "--no-save-running")
+
+
+def test_ages_that_are_none_are_refused(tmp_path: Path) -> None:
+    for age in (-1.0, float("nan")):
+        with pytest.raises(ArgumentError, match="older_than_s"):
+            find_remains(str(tmp_path), older_than_s=age)
+        with pytest.raises(ArgumentError, match="older_than_s"):
+            remove_remains([], older_than_s=age)
+
+
+TEMPORARIES = [
+    f".manifest.reshard.{'0' * 32}.tmp",
+    f"..metadata.{'1' * 32}.tmp",
+    f".model.safetensors.index.json.{'2' * 32}.tmp",
+    f"..reshard-convert.json.{'3' * 32}.tmp",
+    f"..reshard-convert-000007.json.{'4' * 32}.tmp",
+]
+OTHERS = [".manifest.reshard.tmp", ".metadata.tmp", f".notes.txt.{'0' * 32}.tmp", f".manifest.reshard.{'0' * 31}.tmp"]
+
+
+def test_gc_removes_what_killed_commits_left(tmp_path: Path) -> None:
+    reshard.save(STATE, tmp_path / "run")
+    (tmp_path / "alone").mkdir()
+    for folder in (tmp_path / "run", tmp_path / "alone"):
+        for name in TEMPORARIES + OTHERS:
+            (folder / name).write_bytes(b"half")
+    assert "nothing" in call("gc", tmp_path)
+    old = time.time() - 48 * 3600
+    for folder in (tmp_path / "run", tmp_path / "alone"):
+        for name in TEMPORARIES + OTHERS:
+            os.utime(folder / name, (old, old))
+    assert call("gc", tmp_path, "--yes").count("5 objects, 20 B") == 2
+    for folder in (tmp_path / "run", tmp_path / "alone"):
+        assert not names_below(folder).intersection(TEMPORARIES)
+        assert names_below(folder).issuperset(OTHERS)
+    assert reshard.open(tmp_path / "run").verify() == []
+
+
+def test_a_commit_removes_old_ones_that_were_killed(tmp_path: Path) -> None:
+    reshard.save(STATE, tmp_path)
+    young = f".manifest.reshard.{'9' * 32}.tmp"
+    for name in (*TEMPORARIES, young):
+        (tmp_path / name).write_bytes(b"half")
+    old = time.time() - local_store.OLD_S - 60
+    for name in TEMPORARIES:
+        os.utime(tmp_path / name, (old, old))
+    reshard.save(STATE, tmp_path, overwrite=True)
+    left = names_below(tmp_path)
+    assert not left.intersection(TEMPORARIES[:1])
+    assert left.issuperset([*TEMPORARIES[1:], young])
+
+
+def test_a_conversion_removes_what_its_killed_commits_left(tmp_path: Path) -> None:
+    reshard.save(STATE, tmp_path / "run")
+    (tmp_path / "copy").mkdir()
+    for name in TEMPORARIES:
+        (tmp_path / "copy" / name).write_bytes(b"half")
+    reshard.convert(tmp_path / "run", tmp_path / "copy", format="dcp")
+    left = names_below(tmp_path / "copy").intersection(TEMPORARIES)
+    assert left == {TEMPORARIES[0], TEMPORARIES[2]}, "of commits of other formats"

@@ -1,0 +1,172 @@
+"""Storage options that cannot be meant are refused at once, and named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reshard
+from reshard.errors import ArgumentError
+from reshard.storage.places import find_remains
+from reshard.storage.store import open_store
+from tests.conftest import Place
+
+KEYS = {"key": "k", "secret": "s"}
+ENDPOINTS = [
+    "http://[x",
+    "http://[::1",
+    "http://[zz]",
+    "http://127.0.0.1:99999",
+    "http://127.0.0.1:-1",
+    "http://127.0.0.1:0",
+    "http://127.0.0.1:abc",
+    "http://",
+    "https:///path",
+    "://x",
+    "ftp://127.0.0.1",
+    "file:///etc",
+    "http://a b",
+    "http://127.0.0.1:1\n",
+    "http://\x00",
+    "http://a..b",
+    f"http://{'a' * 70}.b",
+    "localhost:9000",
+    "127.0.0.1",
+    "\x1b[2J",
+]
+GOOD_ENDPOINTS = [
+    "http://127.0.0.1:9",
+    "https://[::1]:9000",
+    "http://minio:9000/",
+    "https://s3.eu.example.com",
+    "HTTP://x",
+]
+WAYS: list[Callable[[Any], dict[str, Any]]] = [
+    lambda endpoint: {**KEYS, "client_kwargs": {"endpoint_url": endpoint}},
+    lambda endpoint: {
+        **KEYS,
+        "client_kwargs": {"endpoint_url": endpoint},
+        "config_kwargs": {"max_pool_connections": 3},
+    },
+    lambda endpoint: {**KEYS, "endpoint_url": endpoint},
+]
+
+
+@pytest.fixture(autouse=True)
+def _soon() -> Any:
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("endpoint", [*ENDPOINTS, 5, [], {}, True, b"http://x"])
+@pytest.mark.parametrize("uri", ["s3://bucket/run", "s3a://bucket/run", "gs://bucket/run"])
+def test_an_endpoint_that_is_none_is_refused(uri: str, endpoint: Any) -> None:
+    for way in WAYS:
+        with pytest.raises(ArgumentError, match="endpoint_url") as caught:
+            reshard.open(uri, storage_options=way(endpoint))
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("endpoint", GOOD_ENDPOINTS)
+def test_an_endpoint_that_can_be_is_taken(endpoint: str) -> None:
+    for way in WAYS:
+        open_store("s3://bucket/run", way(endpoint))
+
+
+def test_a_password_in_an_endpoint_is_not_shown() -> None:
+    for endpoint in ("http://me:hidden@[x", "http://me:hidden@host:99999", "http://host:99999?token=hidden"):
+        with pytest.raises(ArgumentError, match="endpoint_url") as caught:
+            open_store("s3://bucket/run", WAYS[0](endpoint))
+        assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_of_the_environment_is_checked_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "http://[x")
+    with pytest.raises(ArgumentError, match="environment"):
+        open_store("s3://bucket/run", KEYS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        [1],
+        (),
+        "",
+        "key=k",
+        0,
+        5,
+        True,
+        (("key", "k"),),
+        {1: 2},
+        {b"key": "k"},
+        {None: 1},
+        {"client_kwargs": 5},
+        {"client_kwargs": [1]},
+        {"client_kwargs": "x"},
+        {"client_kwargs": {1: 2}},
+        {"config_kwargs": 5},
+        {"config_kwargs": "x"},
+        {"config_kwargs": [["a", 1]]},
+        {"config_kwargs": {1: 2}},
+    ],
+)
+@pytest.mark.parametrize("uri", ["s3://bucket/run", "gs://bucket/run", "memory://run", "http://127.0.0.1:9/run", "run"])
+def test_options_that_are_no_mapping_of_names_are_refused(uri: str, options: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"storage_options"):
+        open_store(uri, options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key": 5, "secret": "s"},
+        {"key": ["k"], "secret": "s"},
+        {"key": "k", "secret": b"s"},
+        {"key": "k\n", "secret": "s"},
+        {"key": "k", "secret": "s\x00"},
+        {"token": 5, "key": "k", "secret": "s"},
+        {"profile": 5},
+        {"client_kwargs": {"region_name": 5}},
+    ],
+)
+def test_credentials_of_s3_are_strings(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"storage_options\["):
+        open_store("s3://bucket/run", options)
+
+
+STATE = {"w": torch.arange(3)}
+CALLS: dict[str, Callable[[Any, Path], object]] = {
+    "open": lambda options, _: reshard.open("s3://b/run", storage_options=options),
+    "load": lambda options, _: reshard.load(dict(STATE), "s3://b/run", storage_options=options),
+    "save": lambda options, _: reshard.save(STATE, "s3://b/run", storage_options=options),
+    "convert from": lambda options, path: reshard.convert("s3://b/run", path / "copy", src_options=options),
+    "convert to": lambda options, path: reshard.convert(path / "run", "s3://b/run", dst_options=options),
+    "remove": lambda options, _: reshard.remove("s3://b/run", options),
+    "find_checkpoints": lambda options, _: reshard.find_checkpoints("s3://b/run", options),
+    "find_remains": lambda options, _: find_remains("s3://b/run", options),
+    "StorageReader": lambda options, _: reshard.StorageReader("s3://b/run", storage_options=options).read_metadata(),
+}
+
+
+@pytest.mark.parametrize("options", [[1], "x", {1: 2}, {"client_kwargs": 5}, WAYS[0]("http://[x")])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_refuses_them(call: str, options: Any, tmp_path: Path) -> None:
+    reshard.save(STATE, tmp_path / "run")
+    with pytest.raises(ArgumentError, match="storage_options"):
+        CALLS[call](options, tmp_path)
+
+
+def test_an_option_that_only_asynchronous_callers_need_is_left_out(s3: Place) -> None:
+    uri, options = s3
+    for more in ({}, {"config_kwargs": {"max_pool_connections": 3}}):
+        store = open_store(uri, {**options, **more, "asynchronous": True})
+        store.put("x", b"x", overwrite=True)
+        assert bytes(store.read("x", 0, 1)) == b"x"

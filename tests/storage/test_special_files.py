@@ -1,0 +1,237 @@
+"""FIFOs, sockets, devices and folders in the place of objects: one error, at once."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+import reshard
+from tests.storage.test_deletes import WRITTEN, of_dcp
+
+ROOT = Path(__file__).parents[2]
+MOST_S = 60
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def bound(path: Path) -> None:
+    """Put a socket there; its path is too long to be bound from elsewhere."""
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def null(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+def linked_fifo(path: Path) -> None:
+    os.mkfifo(path.with_name("fifo"))
+    path.symlink_to("fifo")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+KINDS = (fifo, bound, endless, null, linked_fifo, loop)
+
+
+def native(folder: Path) -> None:
+    reshard.save({"w": torch.arange(1000)}, folder)
+
+
+def of_torch_dcp(folder: Path) -> None:
+    dcp.save({"w": torch.arange(1000)}, checkpoint_id=folder, no_dist=True)
+
+
+def safetensors(folder: Path) -> None:
+    folder.mkdir()
+    save_file({"w": torch.arange(1000)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def indexed(folder: Path) -> None:
+    native(folder.with_name("source"))
+    reshard.convert(folder.with_name("source"), folder, format="safetensors")
+    shutil.rmtree(folder.with_name("source"))
+
+
+def torch_file(folder: Path) -> None:
+    folder.mkdir()
+    torch.save({"w": torch.arange(1000)}, folder / "model.pt")
+
+
+def begun(folder: Path) -> None:
+    """A conversion to DCP that was killed."""
+    folder.mkdir()
+    (folder / ".reshard-convert.json").write_text("{}")
+
+
+PLACES: list[tuple[Callable[[Path], None], str]] = [
+    (native, "manifest.reshard"),
+    (native, "data/*.shard"),
+    (of_torch_dcp, ".metadata"),
+    (of_torch_dcp, "__0_0.distcp"),
+    (safetensors, "model.safetensors"),
+    (safetensors, "config.json"),
+    (indexed, "model.safetensors.index.json"),
+    (indexed, "model-00001-of-00001.safetensors"),
+    (torch_file, "model.pt"),
+    (begun, ".reshard-convert.json"),
+]
+SCRIPT = """
+import contextlib, os, sys, torch, reshard
+from reshard.storage.places import find_remains
+
+uri, copy, other = sys.argv[1:]
+reshard.save({"w": torch.zeros(3)}, other)
+
+def call(what):
+    try:
+        return what()
+    except reshard.errors.CheckpointError as error:
+        print(type(error).__name__, error, flush=True)
+        return error
+
+outcome = []
+for what in (
+    lambda: reshard.open(uri).state_dict(),
+    lambda: reshard.load({"w": torch.zeros(1000, dtype=torch.int64)}, uri),
+    lambda: reshard.open(uri).verify(),
+    lambda: reshard.open(uri).verify(quick=True),
+    lambda: reshard.convert(uri, copy),
+    lambda: reshard.convert(other, uri, format="dcp"),
+    lambda: reshard.save({"w": torch.zeros(3)}, uri),
+    lambda: find_remains(os.path.dirname(uri)),
+):
+    outcome.append(call(what))
+found = {os.path.basename(row.uri): row.state for row in reshard.find_checkpoints(os.path.dirname(uri))}
+print(found)
+assert found["other"] == "whole", found
+failed = [isinstance(it, reshard.errors.CheckpointError) for it in outcome]
+print("failed", *map(int, failed))
+"""
+
+
+def limited() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_S, MOST_S))
+
+
+def run(code: str, *arguments: object) -> str:
+    """Run a script in a process that may not take long. Returns what it prints."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MOST_S, preexec_fn=limited
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_something_else_than_a_file_is_one_error(tmp_path: Path) -> None:
+    """All in one process, whose start takes longer than all the calls."""
+    arguments = []
+    for make, name in PLACES:
+        for kind in KINDS:
+            folder = tmp_path / f"{make.__name__}-{name.strip('.').replace('/', '-')}-{kind.__name__}" / "run"
+            folder.parent.mkdir()
+            make(folder)
+            (path,) = folder.glob(name)
+            path.unlink()
+            kind(path)
+            arguments.append(folder)
+    script = SCRIPT.replace("uri, copy, other = sys.argv[1:]", "").replace("\n", "\n    ")
+    code = (
+        "import sys\nfor uri in sys.argv[1:]:\n    print('==', uri)\n"
+        "    copy, other = uri + '-copy', uri.rpartition('/')[0] + '/other'" + script
+    )
+    outcomes = dict.fromkeys(map(str, arguments), "")
+    for part in run(code, *arguments).split("== ")[1:]:
+        uri, _, outcomes[uri] = part.partition("\n")
+    for uri, shown in outcomes.items():
+        failed = shown.rpartition("failed ")[2].split()
+        if "config" in uri:
+            continue  # nothing reads it, unless a model is fused
+        assert failed[0] == failed[1] == failed[4] == "1", (uri, shown)
+        assert "not a file" in shown or "symbolic links" in shown or "another tool" in shown, (uri, shown)
+        assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("scheme", ["", "file://", "local://", "simplecache::file://", "blockcache::file://"])
+def test_by_whatever_scheme_a_fifo_is_one_error(scheme: str, tmp_path: Path) -> None:
+    native(tmp_path / "run")
+    (tmp_path / "run" / "manifest.reshard").unlink()
+    fifo(tmp_path / "run" / "manifest.reshard")
+    code = """
+    import sys, reshard
+    try:
+        reshard.open(sys.argv[1])
+    except reshard.errors.StoreError as error:
+        print(error)
+    """
+    assert "not a file" in run(code, f"{scheme}{tmp_path / 'run'}")
+
+
+def test_the_command_line_lists_the_neighbours_of_a_fifo(tmp_path: Path) -> None:
+    native(tmp_path / "a")
+    native(tmp_path / "b")
+    (tmp_path / "a" / "manifest.reshard").unlink()
+    fifo(tmp_path / "a" / "manifest.reshard")
+    fifo(tmp_path / "c.pt")
+    shown = run("import sys; from reshard.cli import main; sys.argv[1:] = ['ls', sys.argv[1]]; main()", tmp_path)
+    rows = {row.split("\t")[0]: row.split("\t")[-1] for row in shown.splitlines()}
+    assert rows[str(tmp_path / "b")] == "whole"
+    assert rows[str(tmp_path / "a")].endswith("it is a FIFO, not a file")
+    assert "c.pt" in shown
+
+
+def test_a_fifo_in_the_place_of_data_can_be_removed(tmp_path: Path) -> None:
+    of_dcp(tmp_path / "run", "__0_0.distcp")
+    (tmp_path / "run" / "__0_0.distcp").unlink()
+    fifo(tmp_path / "run" / "__0_0.distcp")
+    reshard.remove(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_gc_passes_over_what_is_no_file(tmp_path: Path) -> None:
+    for at, kind in enumerate((fifo, bound, endless, null, linked_fifo)):
+        folder = tmp_path / str(at)
+        (folder / "data").mkdir(parents=True)
+        kind(folder / WRITTEN)
+        kind(folder / f".manifest.reshard.{'0' * 32}.tmp")
+        (folder / "data" / f"{'f' * 32}-00001.shard").write_bytes(b"RESHARDD")
+    code = """
+    import sys
+    from reshard.storage.places import find_remains, remove_remains
+    found = find_remains(sys.argv[1], older_than_s=0)
+    print(sorted(found[0].names), len(found))
+    remove_remains(found, older_than_s=0)
+    """
+    shown = run(code, tmp_path)
+    assert shown.count("shard") == 1, shown
+    assert shown.split()[-1] == "5"
+    assert not list(tmp_path.glob(f"*/data/{'f' * 32}-00001.shard"))
