@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import available_protocols
 from typing_extensions import Buffer
 
+from ..planner.masking import harmless, masked, remember_secrets
 from .conditions import put_new, refuse_to_replace
 from .errors import ArgumentError, StoreError, UnsupportedURIError
 from .local_store import LocalStore
@@ -24,7 +25,7 @@ from .obstore_store import open_s3
 from .retrying_store import RetryingStore, deadline_s
 from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
 from .threads import result_of, run_bounded
-from .translate import is_beyond_the_end, translating, without_secrets
+from .translate import is_beyond_the_end, translating
 
 S3_CONFIG = {
     "max_pool_connections": 64,
@@ -59,7 +60,7 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
                 "were given: leave them out, or give the URI that they are for"
             )
         return LocalStore(LocalFileSystem._strip_protocol(uri))
-    shown = without_secrets(uri)
+    shown = masked(uri)
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
         raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")
@@ -74,11 +75,11 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
     try:
         filesystem, path = _filesystem(uri, protocol, storage_options)
     except ImportError as error:
-        raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from error
+        raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from harmless(error)
     except (ValueError, TypeError) as error:
-        raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from error
+        raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from harmless(error)
     except Exception as error:  # one that connects at once
-        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from error
+        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from harmless(error)
     return RetryingStore(FsspecStore(filesystem, path))
 
 
@@ -100,10 +101,10 @@ def is_local(uri: str) -> bool:
     lost = [_lost_slash(part) for part in parts]
     if lost[0] or (any(lost) and all(is_lost or _is_link(part) for part, is_lost in zip(parts, lost, strict=True))):
         whole = "::".join(_with_slashes(p) if is_lost else p for p, is_lost in zip(parts, lost, strict=True))
+        remember_secrets(whole)
         raise UnsupportedURIError(
-            f"{without_secrets(uri)!r} would be a local folder: pass the URI as a string, "
-            f"{without_secrets(whole)!r}, not as a Path, which drops a slash. For the local folder, write "
-            f"{'./' + without_secrets(uri)!r}"
+            f"{masked(uri)!r} would be a local folder: pass the URI as a string, {masked(whole)!r}, not as a Path, "
+            f"which drops a slash. For the local folder, write {'./' + masked(uri)!r}"
         )
     return not _is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
 
@@ -184,8 +185,8 @@ class FsspecStore:
     @property
     def location(self) -> str:
         if "://" in self._root:  # as it is of HTTP
-            return without_secrets(self._root)
-        return without_secrets(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
+            return masked(self._root)
+        return masked(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
 
     @property
     def async_reads(self) -> AsyncReads | None:
@@ -297,8 +298,8 @@ class FsspecStore:
                     continue
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
-        """Translate what the filesystem, or the client below it, raises. What signs a URL is in its error, too."""
-        return translating(doing, name, self.location, with_cause=not (self._query or "@" in self._root))
+        """Translate what the filesystem, or the client below it, raises."""
+        return translating(doing, name, self.location)
 
 
 class _AsyncReads:

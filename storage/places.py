@@ -13,6 +13,8 @@ from operator import itemgetter
 from typing import Any
 
 from ..planner.errors import CheckpointError
+from ..planner.masking import masked
+from .ambient import undisturbed
 from .errors import (
     ArgumentError,
     CheckpointNotFoundError,
@@ -36,7 +38,7 @@ REMOVABLE = ("reshard", "dcp")
 WHOLE, UNFINISHED = "whole", "never committed"
 _WRITTEN = re.compile(r"data/[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
 """What data objects are called that reshard writes."""
-_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+_LAST_NUMBER = re.compile(r"(?<![0-9])([0-9]{1,18})[^0-9]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,17 @@ class Found:
     created: datetime.datetime | None
     """When it was saved, as reshard's own tell; of others, when the first of its objects was last written."""
 
+    def __repr__(self) -> str:
+        """It in words, for logs and notebooks: `uri` has the secrets that were given, and this has not."""
+        return masked(f"Found({self.uri!r}, {self.format!r}, {self.state!r}, step={self.step})")
+
     @property
     def is_whole(self) -> bool:
         """Whether it is committed, and all its objects are there; `Checkpoint.verify` tells what they hold."""
         return self.state == WHOLE
 
 
+@undisturbed()
 def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[Found]:
     """The checkpoints at a place and below it, by their names; files of torch.save where there is nothing else.
 
@@ -134,6 +141,7 @@ def _created(source: Source) -> datetime.datetime | None:
     return None
 
 
+@undisturbed()
 def remove(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """Remove a checkpoint of reshard or of DCP: first what makes it one, so that it is never in part, then its data.
 
