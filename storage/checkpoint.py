@@ -342,7 +342,6 @@ class Checkpoint:
         return table(repr(self), columns, rows)
 
 
-@undisturbed()
 def open_checkpoint(
     uri: str | os.PathLike[str] | Store,
     *,
