@@ -48,7 +48,7 @@ _SECRET_PARAMETER = re.compile(rf"(?i){_SECRET}|^(?:sig|pwd|pass|code|jwt|hmac)$
 _NAMED = re.compile(
     rf"(?i)((?:{_SECRET}|(?:(?<![a-z0-9])|(?<=%3f)|(?<=%26))sig(?=[=%]))[\w-]{{0,24}}(?:=|%3D))(?!\*\*\*)([^\s&,;'\"<>)\]}}]+)"
 )
-_QUOTED = re.compile(rf"(?i)((?:{_SECRET})[\w-]{{0,24}}[\"']?\s?[:=]\s?)([\"'])(?!\*\*\*)(.+?)\2")
+_QUOTED = re.compile(rf"(?i)((?:{_SECRET})[\w-]{{0,24}}(?:\\?[\"'])?\s?[:=]\s?)(\\?[\"'])(?!\*\*\*)(.+?)\2")
 _HEADER = re.compile(r"(?i)((?:authorization|x-api-key|(?<![\w-])cookie)[\"']?\s?[:=]\s?[\"']?)([^\"'\r\n]+)")
 _BEARER = re.compile(r"\b(Bearer|Basic) (?=\S*[A-Z0-9=])([A-Za-z0-9+/=_.~-]{6,})")
 _ELEMENT = re.compile(r"(<(?:\w{0,30}(?:Token|Signature|Secret|Credential)[\w-]{0,30}|AWSAccessKeyId)>)[^<]+")
@@ -93,7 +93,8 @@ _remembered = _Remembered()
 
 def _forms(value: str) -> tuple[str, ...]:
     """A value as clients write it in messages and URLs."""
-    return value, unquote(value), quote(value), quote(value, safe=""), quote_plus(value), repr(value)[1:-1]
+    plain = unquote(value)
+    return value, plain, quote(plain), quote(plain, safe=""), quote_plus(plain), quote(value), repr(value)[1:-1]
 
 
 def _as_word(value: str) -> str:
@@ -113,15 +114,22 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
         if _without_user(found) == found[0]:
             continue
         user, colon, password = found[3].removesuffix("@").partition(":")
-        if colon:
-            yield found[3].removesuffix("@")
         if len(user) >= LEAST_OF_A_USER:
             yield user
-        if len(password) >= LEAST_CHARACTERS:
-            yield password
+        if not colon:
+            continue
+        yield found[3].removesuffix("@")
+        pieces = re.split("[/@?#]", password)  # clients take what is before a slash for the whole
+        yield f"{user}:{pieces[0]}"
+        yield from (part for part in (password, *pieces) if len(part) >= LEAST_CHARACTERS or _is_odd(part))
     for parameter in _PARAMETER.finditer(uri):
         if _SECRET_PARAMETER.search(parameter[1]) and len(parameter[3]) >= LEAST_CHARACTERS:
             yield parameter[3]
+
+
+def _is_odd(text: str) -> bool:
+    """Whether a short text is no word, so that it will not be a part of a sentence."""
+    return len(text) >= 4 and not (text.isalpha() and (text.islower() or text.isupper() or text.istitle()))
 
 
 def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterator[str]:
@@ -197,7 +205,7 @@ def _without_values(query: str) -> str:
 
 
 def _shown_parameter(name: str, equals: str, value: str) -> str:
-    if _HARMLESS.fullmatch(name) or name == MASK:
+    if _HARMLESS.fullmatch(name) or name.startswith(MASK) or value.startswith(MASK):
         return f"{name}{equals}{value}"
     if not equals:
         return MASK if name else ""
