@@ -10,6 +10,7 @@ import pty
 import resource
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,28 @@ def test_objects_that_nest_deeply_are_shown_or_refused(tmp_path: Path) -> None:
             call("inspect", tmp_path / "c", "deep", *arguments)
         except CheckpointError as error:
             check_error(error)
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_globals_of_pickles_are_escaped(in_folder: bool, tmp_path: Path) -> None:
+    pickled = b"(dp0\nVx\nc\x1b[2Jevil\nna\tme\n(tRs."
+    place = tmp_path / "m.pt"
+    if in_folder:
+        place = tmp_path / "dcp"
+        place.mkdir()
+        (place / ".metadata").write_bytes(pickled)
+    else:
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/version", "3")
+    with pytest.raises(CheckpointError) as refused:
+        reshard.open(place)
+    check_error(refused.value)
+    call("ls", tmp_path)
+    run = [sys.executable, "-m", "reshard.cli", "--debug", "inspect", str(place)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("part", ["a\0b", "\ud800", "x" * 300])
