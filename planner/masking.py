@@ -65,27 +65,29 @@ class _Remembered:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, None] = {}
-        self._pattern: re.Pattern[str] | None = None
+        self._forms: tuple[str, ...] | None = ()
+        """How the values may be written, the longest first; None before that is worked out."""
 
     def add(self, values: Iterable[str]) -> None:
         with self._lock:
             for value in values:
-                if self._values.pop(value, value) is not None:
-                    self._pattern = None
+                if value not in self._values:
+                    self._forms = None
+                self._values.pop(value, None)
                 self._values[value] = None
             while len(self._values) > MOST_REMEMBERED:
                 del self._values[next(iter(self._values))]
-                self._pattern = None
 
     def masked(self, text: str) -> str:
         with self._lock:
-            if not self._values:
-                return text
-            if self._pattern is None:
-                forms = sorted({form for value in self._values for form in _forms(value)}, key=len, reverse=True)
-                self._pattern = re.compile("|".join(map(_as_word, forms)))
-            pattern = self._pattern
-        return pattern.sub(MASK, text)
+            if self._forms is None:
+                forms = {form for value in self._values for form in _forms(value)}
+                self._forms = tuple(sorted(forms, key=len, reverse=True))
+            forms_now = self._forms
+        for form in forms_now:
+            if form in text:
+                text = re.sub(_as_word(form), MASK, text)
+        return text
 
 
 _remembered = _Remembered()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
 from reshard.errors import AccessDeniedError, CheckpointError, StoreError, UnavailableError, UnsupportedURIError
-from reshard.planner.masking import masked, remember_secrets
+from reshard.planner.masking import MOST_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
 from reshard.storage import retrying_store
 from reshard.storage.places import find_remains
@@ -145,6 +146,17 @@ def test_words_are_not_taken_for_secrets() -> None:
     remember_secrets("abfss://container@account.dfs.core.windows.net/x")
     text = "an anon project in us-east-1 has no file /home/me/key.json, and container@account has a and b"
     assert masked(text) == text
+
+
+def test_what_was_given_last_is_remembered() -> None:
+    for at in range(MOST_REMEMBERED + 10):
+        remember_secrets("s3://bucket", {"secret": f"a-long-secret-{at}-x"})
+        remember_secrets("s3://bucket", {"secret": "used-all-the-time"})
+    assert masked("a-long-secret-0-x") == "a-long-secret-0-x"
+    assert masked(f"<a-long-secret-{MOST_REMEMBERED}-x> used-all-the-time") == "<***> ***"
+    begin = time.monotonic()
+    masked("a-long-secret " * 100_000)
+    assert time.monotonic() - begin < 10
 
 
 class _Answers(BaseHTTPRequestHandler):
