@@ -10,14 +10,20 @@ CheckpointError
 
 from __future__ import annotations
 
+from .text import shown
+
 
 class CheckpointError(Exception):
     """The base of every error that reshard raises of its own.
 
-    `rank` is the rank on which it happened, once a collective call has spread it; None before.
+    `rank` is the rank on which it happened, once a collective call has spread it; None before. The message is as
+    `shown` returns it, whatever it repeats: without secrets, in one line, without characters that a terminal obeys.
     """
 
     rank: int | None = None
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shown(argument) if isinstance(argument, str) else argument for argument in args))
 
     def __str__(self) -> str:
         message = super().__str__()

@@ -5,21 +5,26 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from .text import shown
+
 MOST_ROWS = 64
 """Of a table; of more, the first and the last are shown."""
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a caption. The first column is of words, the others of numbers; every value is escaped."""
+    """A table with a caption. The first column is of words, the others of numbers.
+
+    Every value is as `shown` returns it, and escaped.
+    """
     rows = list(rows)
     if len(rows) > MOST_ROWS:
         rows = [*rows[: MOST_ROWS // 2], ["⋮"] * len(columns), *rows[-MOST_ROWS // 2 :]]
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    head = "".join(f"<th>{html.escape(shown(column))}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, range(len(row)), row))}</tr>" for row in rows)
-    caption = f'<caption style="text-align: left">{html.escape(caption)}</caption>'
+    caption = f'<caption style="text-align: left">{html.escape(shown(caption))}</caption>'
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _cell(column: int, value: object) -> str:
     align = "right" if column else "left"
-    return f'<td style="text-align: {align}">{html.escape(str(value))}</td>'
+    return f'<td style="text-align: {align}">{html.escape(shown(value))}</td>'

@@ -9,6 +9,8 @@ from .errors import LayoutError
 
 _OF_THE_FIRST = re.compile(r"embed|(^|[._])(emb|wte|wpe)([._]|$)", re.IGNORECASE)
 """What the names of tensors contain that come before all layers."""
+_NUMBER = re.compile(r"[0-9]{1,18}")
+"""A part of a name that counts layers. Python reads no integer of more than 4,300 digits, and knows other digits."""
 
 
 def even_stages(names: Iterable[str], stages: int) -> dict[str, int]:
@@ -42,5 +44,5 @@ def even_stages(names: Iterable[str], stages: int) -> dict[str, int]:
 def _layer(name: str) -> tuple[str, int] | None:
     """What a tensor's layer is one of, and its number."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    at = next((i for i, part in enumerate(parts) if _NUMBER.fullmatch(part)), None)
     return None if at is None else (".".join(parts[:at]), int(parts[at]))

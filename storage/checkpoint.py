@@ -18,6 +18,7 @@ from ..planner.index import Kind, missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
+from .ambient import undisturbed
 from .casts import check_dtype, loses_bits, weight_dtype
 from .errors import DestinationError
 from .hf_config import read_tp_plan
@@ -109,6 +110,7 @@ class Checkpoint:
         """Names that files of the checkpoint hold, but its index (`*.index.json`) does not list. They are not read."""
         return self._source.left_out
 
+    @undisturbed()
     def read(
         self, name: str, box: Box | None = None, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -138,7 +140,7 @@ class Checkpoint:
             raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
         self._source.index([Want(name, wanted)])  # what it says is checked before memory is taken on its word
         if out is None:
-            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype))
+            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device="cpu")
         elif tuple(out.shape) != wanted.sizes:
             raise ShapeMismatchError(f"{name!r}: out has shape {tuple(out.shape)}, the box {wanted} has {wanted.sizes}")
         elif dtype not in (None, out.dtype):
@@ -146,6 +148,7 @@ class Checkpoint:
         read_boxes(self._source, [Want(name, wanted)], [out])
         return out
 
+    @undisturbed()
     def read_object(self, name: str, *, allow_pickle: bool = False) -> Any:
         """Read a value that is not a tensor.
 
@@ -160,6 +163,7 @@ class Checkpoint:
         read_boxes(self._source, blob.wants, blob.tensors)
         return blob.value(allow_pickle=allow_pickle)
 
+    @undisturbed()
     def plan(
         self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: Costs | None = None
     ) -> RankPlans:
@@ -176,6 +180,7 @@ class Checkpoint:
         index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
         return plan_ranks(index, layout, names, gaps, self.location)
 
+    @undisturbed()
     def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
         """The shards that a tensor was saved as, and in how many parts each dimension is cut into chunks.
 
@@ -188,6 +193,7 @@ class Checkpoint:
     def _matching(self, names: str) -> list[Want]:
         return [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
 
+    @undisturbed()
     def load_rank(
         self,
         layout: Layout,
@@ -240,7 +246,7 @@ class Checkpoint:
         self._source.index(Want(stored_names[want.name], want.box) for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored = torch_dtype(held.entry.dtype)
-            local = torch.empty(held.local.shape, dtype=weight_dtype(stored, held.entry.shape, dtype))
+            local = torch.empty(held.local.shape, dtype=weight_dtype(stored, held.entry.shape, dtype), device="cpu")
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(Want(stored_names[want.name], want.box))
@@ -255,6 +261,7 @@ class Checkpoint:
             logger.info("%d tensors were cast to fewer bits, to %s: %s, ...", len(rounded), dtype, rounded[0])
         return tensors
 
+    @undisturbed()
     def state_dict(
         self, *, names: str = "*", allow_pickle: bool = False, progress: OnProgress = False
     ) -> dict[Any, Any]:
@@ -280,7 +287,7 @@ class Checkpoint:
         # What it says is checked before memory is taken on its word, and read at once.
         self._source.index([*wants, *object_wants(self._source, objects)])
         blobs = [Blob(self._source, name) for name in objects]
-        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype)) for entry in held]
+        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="cpu") for entry in held]
         with Meter("load", progress, location=self.location) as meter:
             read_boxes(self._source, wants, tensors, blobs=blobs, meter=meter)
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
@@ -288,6 +295,7 @@ class Checkpoint:
         in_order = {entry.name: values[entry.name] for entry in entries}
         return nest(in_order, self._source.paths)
 
+    @undisturbed()
     def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
         """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ..planner.errors import CheckpointError, MissingTensorError
 from ..planner.index import Entry, Kind, nearest_names
 from ..planner.layout import matches
+from .ambient import undisturbed
 from .brief import reason
 from .casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
 from .checksums import checksum
@@ -72,6 +73,7 @@ SAMPLE_BYTES = 4096
 Place = str | os.PathLike[str] | Store
 
 
+@undisturbed()
 def convert(
     src: Place,
     dst: Place,

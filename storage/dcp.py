@@ -46,6 +46,7 @@ from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .agreement import Described, agreed_paths
+from .ambient import undisturbed
 from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .logs import logger_of
@@ -146,6 +147,7 @@ class StorageWriter(dcp.StorageWriter):
         self._written = []
 
     @raises_portable
+    @undisturbed()
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
             raise ArgumentError("reshard commits a checkpoint once for all ranks: it needs use_collectives=True")
@@ -162,16 +164,19 @@ class StorageWriter(dcp.StorageWriter):
         """What is sent to another process, which opens a store of its own."""
         return {**self.__dict__, "_opened": None}
 
+    @undisturbed()
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Describe the values, before the planner has each replica written by one rank."""
         return replace(plan, storage_data=_described(plan))
 
     @raises_portable
+    @undisturbed()
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         agreed_paths([plan.storage_data or {} for plan in plans])
         return [replace(plan, storage_data=None) for plan in plans]
 
     @raises_portable
+    @undisturbed()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         begin = time.perf_counter()
         self.planned_at = begin
@@ -222,6 +227,7 @@ class StorageWriter(dcp.StorageWriter):
         return named
 
     @raises_portable
+    @undisturbed()
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
         by_rank = [rank[0].storage_data if rank else ([], 0.0, []) for rank in results]
         records = [record for records, _, _ in by_rank for record in records]
@@ -324,6 +330,7 @@ class StorageReader(dcp.StorageReader):
         return self._opened
 
     @raises_portable
+    @undisturbed()
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         source = self._open()
         index = source.index()
@@ -353,17 +360,20 @@ class StorageReader(dcp.StorageReader):
         self._rank = kwargs.get("rank", rank_of(None))
 
     @raises_portable
+    @undisturbed()
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         source = self._open()
         fingerprint = source.fingerprint() if is_distributed() else ""
         return replace(plan, storage_data=Opened(source.location, fingerprint))
 
     @raises_portable
+    @undisturbed()
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         check_same_checkpoint([plan.storage_data for plan in plans])
         return plans
 
     @raises_portable
+    @undisturbed()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         refuse_misplaced(getattr(planner, "state_dict", {}))
         source = self._open()

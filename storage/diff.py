@@ -12,6 +12,7 @@ import torch
 from ..planner.box import Box
 from ..planner.index import Entry, Kind
 from ..planner.read_plan import Want
+from .ambient import undisturbed
 from .errors import UnsafeObjectError
 from .objects import encode_object
 from .pieces import Item, Piece, rows_of
@@ -40,11 +41,16 @@ class Difference:
     """The largest absolute difference of two of them."""
 
 
-def diff(a: Source, b: Source) -> Iterator[Difference]:
-    """The differences, by name. Reads what the manifests do not tell to be the same, in pieces, of both at once.
+@undisturbed()
+def diff(a: Source, b: Source) -> list[Difference]:
+    """Return the differences, by name. Reads what the manifests do not tell to be the same, in pieces, of both at once.
 
     Raises CorruptCheckpointError, StoreError.
     """
+    return list(_differences(a, b))
+
+
+def _differences(a: Source, b: Source) -> Iterator[Difference]:
     unreadable = {**b.unreadable, **a.unreadable}
     names = sorted({entry.name for entry in (*a.entries, *b.entries)} | unreadable.keys())
     to_read = _to_read(a, b, [name for name in names if name in a and name in b and name not in unreadable])

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import available_protocols
 from typing_extensions import Buffer
 
+from ..planner.masking import harmless, masked, remember_secrets
 from .conditions import put_new, refuse_to_replace
 from .errors import ArgumentError, StoreError, UnsupportedURIError
 from .local_store import LocalStore
@@ -26,7 +27,7 @@ from .options import checked_options
 from .retrying_store import RetryingStore, deadline_s
 from .store import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
 from .threads import result_of, run_bounded
-from .translate import is_beyond_the_end, translating, without_secrets
+from .translate import is_beyond_the_end, translating
 
 S3_CONFIG = {
     "max_pool_connections": 64,
@@ -67,7 +68,7 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
 
 def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
     """Open the store at a URI. Raises UnsupportedURIError, StoreError."""
-    shown = without_secrets(uri)
+    shown = masked(uri)
     storage_options = {name: value for name, value in storage_options.items() if name != "asynchronous"}
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
@@ -89,11 +90,11 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
                 "child process does not have. Install s3fs, which is used then, or start the process by spawn or "
                 "forkserver instead (multiprocessing_context= of a DataLoader)"
             ) from error
-        raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from error
+        raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from harmless(error)
     except (ValueError, TypeError) as error:
-        raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from error
+        raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from harmless(error)
     except Exception as error:  # one that connects at once
-        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from error
+        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from harmless(error)
     return FsspecStore(filesystem, path)
 
 
@@ -115,10 +116,10 @@ def is_local(uri: str) -> bool:
     lost = [_lost_slash(part) for part in parts]
     if lost[0] or (any(lost) and all(is_lost or _is_link(part) for part, is_lost in zip(parts, lost, strict=True))):
         whole = "::".join(_with_slashes(p) if is_lost else p for p, is_lost in zip(parts, lost, strict=True))
+        remember_secrets(whole)
         raise UnsupportedURIError(
-            f"{without_secrets(uri)!r} would be a local folder: pass the URI as a string, "
-            f"{without_secrets(whole)!r}, not as a Path, which drops a slash. For the local folder, write "
-            f"{'./' + without_secrets(uri)!r}"
+            f"{masked(uri)!r} would be a local folder: pass the URI as a string, {masked(whole)!r}, not as a Path, "
+            f"which drops a slash. For the local folder, write {'./' + masked(uri)!r}"
         )
     return not _is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
 
@@ -209,8 +210,8 @@ class FsspecStore:
     @property
     def location(self) -> str:
         if "://" in self._root:  # as it is of HTTP
-            return without_secrets(self._root)
-        return without_secrets(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
+            return masked(self._root)
+        return masked(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
 
     @property
     def async_reads(self) -> AsyncReads | None:
@@ -351,8 +352,8 @@ class FsspecStore:
                     continue
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
-        """Translate what the filesystem, or the client below it, raises. What signs a URL is in its error, too."""
-        return translating(doing, name, self.location, with_cause=not (self._query or "@" in self._root))
+        """Translate what the filesystem, or the client below it, raises."""
+        return translating(doing, name, self.location)
 
 
 class _AsyncReads:

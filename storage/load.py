@@ -21,6 +21,7 @@ from torch.profiler import record_function
 from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
+from .ambient import undisturbed
 from .casts import check_is_not_scaled, loses_bits, scale_names
 from .errors import ArgumentError, DestinationError
 from .logs import logger_of
@@ -63,6 +64,7 @@ class LoadOptions:
     max_over_read: float | None = None
 
 
+@undisturbed()
 def load(
     state_dict: MutableMapping[str, Any],
     uri: str | os.PathLike[str] | Store,
@@ -225,7 +227,7 @@ class _Loading:
         """Tensors of dicts and lists that the state dict does not have."""
         for name in tensors:
             entry = source.entry(self._stored[name])
-            self._built[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+            self._built[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="cpu")
         for leaf in (*self._objects, *(leaf for leaf, _ in (*self._containers, *self._in_objects))):
             if not isinstance(leaf.container, (MutableMapping, list)):
                 raise DestinationError(

@@ -308,6 +308,10 @@ class LocalStore:
             raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error
         except OSError as error:
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
+        except ValueError as error:  # a path that no file can have, as with a NUL, or half of a UTF-16 pair
+            if doing == "read":
+                raise ObjectNotFoundError(f"{self.location} has no object {name!r}: {error}") from error
+            raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
 
 
 class _NewFile:

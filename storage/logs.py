@@ -6,6 +6,7 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
+from ..planner.text import shown
 from .ranks import is_distributed, rank_of
 
 
@@ -18,6 +19,14 @@ class _OfRank(logging.LoggerAdapter[logging.Logger]):
         return (f"rank {rank}: {msg}" if is_distributed() else msg), kwargs
 
 
+def _as_shown(record: logging.LogRecord) -> bool:
+    """Make a record's message one that may be shown, whatever it repeats."""
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
+
+
 def logger_of(module: str) -> logging.LoggerAdapter[logging.Logger]:
-    """The logger of a module of reshard, by its `__name__`."""
-    return _OfRank(logging.getLogger(module), {})
+    """Return the logger of a module of reshard, by its `__name__`. What it logs is as `shown` returns it."""
+    logger = logging.getLogger(module)
+    logger.addFilter(_as_shown)
+    return _OfRank(logger, {})

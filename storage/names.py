@@ -92,13 +92,15 @@ def new_name(name: str, renames: Mapping[str, str]) -> str:
 def by_new_name(names: Iterable[str], new: Callable[[str], str]) -> dict[str, str]:
     """Names of a checkpoint by their new names.
 
+    A name that is empty stays so.
+
     Raises:
-        ArgumentError: two would have the same new name, or one none.
+        ArgumentError: two would have the same new name, or one would lose its name.
     """
     stored: dict[str, str] = {}
     for name in names:
         becomes = new(name)
-        if not becomes:
+        if not becomes and name:
             raise ArgumentError(f"{name!r} would be left without a name")
         if becomes in stored:
             raise ArgumentError(f"both {stored[becomes]!r} and {name!r} would be named {becomes!r}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from .ambient import undisturbed
 from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
 from .fsspec_store import split_file
 from .manifest import DATA_NAME, NAME, Manifest
@@ -35,6 +36,7 @@ MOST_NAMES = 10_000
 """Objects that are looked at in search of a checkpoint."""
 
 
+@undisturbed()
 def open_source(
     target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None, format: str | None = None
 ) -> Source:

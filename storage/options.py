@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..planner.masking import masked
 from .errors import ArgumentError
-from .translate import without_secrets
 
 _NESTED = ("client_kwargs", "config_kwargs")
 _STRINGS = ("key", "secret", "token", "profile")
@@ -80,4 +80,4 @@ def check_endpoint(what: str, endpoint: str) -> None:
     except ValueError as error:  # UnicodeError, too
         reason = str(error)
     if reason:
-        raise ArgumentError(f"{what} is no URL of a server: {reason}. It is {without_secrets(endpoint)[:200]!r}")
+        raise ArgumentError(f"{what} is no URL of a server: {reason}. It is {masked(endpoint)[:200]!r}")

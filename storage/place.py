@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .ambient import writing_to
 from .codec import Bytes
 from .tensors import UNSIGNED, cast, from_bytes
 
@@ -50,7 +51,7 @@ class Destination:
             target = self._tensor
             if self._staged and whole and target.nbytes <= most_bytes:
                 pinned = self._tensor.device.type == "cuda"
-                target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=pinned)
+                target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu", pin_memory=pinned)
             self._write_to(target)
 
     def _write_to(self, target: torch.Tensor) -> None:
@@ -83,7 +84,8 @@ class Destination:
             if array is not None:
                 array[at] = values.view(array.dtype).reshape(chunk_shape)[part]
             else:
-                target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
+                with writing_to(target):
+                    target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
             return
         # The chunks' own dimension comes first in their bytes; it belongs before the one in which they adjoin.
         shape, before, after = (count, *chunk_shape), chunk_shape[:dim], chunk_shape[dim:]
@@ -91,8 +93,9 @@ class Destination:
         if array is not None:
             array[at].reshape(*before, count, *after)[...] = values.view(array.dtype).reshape(shape).transpose(axes)
         else:
-            split = target[at].unflatten(dim, (count, chunk_shape[dim]))
-            split.copy_(from_bytes(values, self._stored, shape).permute(axes))
+            with writing_to(target):
+                split = target[at].unflatten(dim, (count, chunk_shape[dim]))
+                split.copy_(from_bytes(values, self._stored, shape).permute(axes))
 
     def finish(self) -> None:
         """All boxes are written: what was staged goes to the tensor."""
@@ -105,10 +108,11 @@ class Destination:
 def _copy(staged: torch.Tensor, tensor: torch.Tensor) -> None:
     """Copy to a device: on a stream of our own, so that what else runs there is not waited for."""
     if tensor.device.type != "cuda":
-        tensor.copy_(staged)
+        with writing_to(tensor):
+            tensor.copy_(staged)
         return
     stream = _stream_of(tensor.device)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), writing_to(tensor):
         tensor.copy_(staged, non_blocking=True)
     stream.synchronize()
 

@@ -13,6 +13,8 @@ from operator import itemgetter
 from typing import Any
 
 from ..planner.errors import CheckpointError
+from ..planner.masking import masked
+from .ambient import undisturbed
 from .errors import (
     ArgumentError,
     CheckpointNotFoundError,
@@ -36,12 +38,12 @@ REMOVABLE = ("reshard", "dcp")
 WHOLE, UNFINISHED = "whole", "never committed"
 _WRITTEN = re.compile(r"data/[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
 """What data objects are called that reshard writes."""
-_OF_DCP = re.compile(r"__\d+_\d+\.distcp")
+_OF_DCP = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 """What DCP calls its data objects; a StorageWriter may put a prefix before that, which may have folders."""
 _PREFIXED = re.compile(rf".*{_OF_DCP.pattern}", re.DOTALL)
 _PUT = re.compile(r"manifest\.reshard|\.metadata|\.reshard-convert(-\d{6,})?\.json|model\.safetensors\.index\.json")
 """What reshard puts by way of a temporary file, on a disk."""
-_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+_LAST_NUMBER = re.compile(r"(?<![0-9])([0-9]{1,18})[^0-9]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,17 @@ class Found:
     created: datetime.datetime | None
     """When it was saved, as reshard's own tell; of others, when the first of its objects was last written."""
 
+    def __repr__(self) -> str:
+        """It in words, for logs and notebooks: `uri` has the secrets that were given, and this has not."""
+        return masked(f"Found({self.uri!r}, {self.format!r}, {self.state!r}, step={self.step})")
+
     @property
     def is_whole(self) -> bool:
         """Whether it is committed, and all its objects are there; `Checkpoint.verify` tells what they hold."""
         return self.state == WHOLE
 
 
+@undisturbed()
 def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[Found]:
     """The checkpoints at a place and below it, by their names; files of torch.save where there is nothing else.
 
@@ -163,6 +170,7 @@ class Removal:
         return [name for name, _ in self.data if self.format == "dcp" and not _OF_DCP.fullmatch(name)]
 
 
+@undisturbed()
 def find_removal(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Removal:
     """Find out what `remove` deletes, and change nothing. Raises as `remove`."""
     return _removal(open_source(uri, storage_options))
@@ -201,6 +209,7 @@ def _refuse_others(source: Source, there: Iterable[str]) -> None:
         )
 
 
+@undisturbed()
 def remove(
     uri: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None = None,

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..planner.text import shown
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -140,7 +142,7 @@ class _Bar:
     def _draw(self, progress: Progress) -> None:
         if self._rich is None:
             self._rich = _rich_progress()
-            self._rich.add_task(f"{progress.task} {progress.location}", total=None, rate="")
+            self._rich.add_task(shown(f"{progress.task} {progress.location}"), total=None, rate="")
             if not self._rich.disable:
                 self._rich.start()
         task = self._rich.task_ids[0]

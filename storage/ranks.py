@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..planner.errors import CheckpointError
+from ..planner.masking import harmless
 from .errors import ArgumentError, RankError, StoppedError, nearest
 
 P = ParamSpec("P")
@@ -160,7 +161,7 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
     failures = {at: failure for at, (_, failure) in enumerate(outcomes) if failure is not None}
     if failures:
         at, failure = first_failure(failures)
-        raise failure from (cause if at == rank and cause is not failure else None)
+        raise failure from (harmless(cause) if at == rank and cause and cause is not failure else None)
     return [value for value, _ in outcomes]
 
 
@@ -240,6 +241,6 @@ def raises_portable(method: Callable[P, T]) -> Callable[P, T]:
             found = portable(error)
             if found is error:
                 raise
-            raise found from error
+            raise found from harmless(error)
 
     return wrapped

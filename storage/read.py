@@ -16,6 +16,7 @@ from ..planner.coalesce import MAX_REQUEST_BYTES
 from ..planner.errors import ShapeMismatchError
 from ..planner.index import Kind
 from ..planner.read_plan import Want, plan_reads
+from .ambient import writing_to
 from .casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError
 from .logs import logger_of
@@ -82,7 +83,7 @@ class Blob:
         source.index(self.wants)  # what it says is checked before memory is taken on its word
         here = source.inline.get(name)
         self._tensor = (
-            torch.empty(entry.shape, dtype=torch.uint8)
+            torch.empty(entry.shape, dtype=torch.uint8, device="cpu")
             if here is None
             else from_bytes(np.frombuffer(here, np.uint8), torch.uint8, entry.shape)
         )
@@ -233,7 +234,7 @@ def _same_values(source: Source, first: Want, second: Want) -> bool:
     dtype = torch_dtype(entries[0].dtype)
     for rows in rows_of(first.box.sizes, entries[0].dtype):
         box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
-        parts = [torch.empty(box.sizes, dtype=dtype) for _ in range(2)]
+        parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
         read_boxes(source, [Want(first.name, box), Want(second.name, box)], parts)
         if not _equal(*parts):
             return False
@@ -313,7 +314,8 @@ def carry_out(
         for at in positions:
             want, to = reads.wants[at], reads.destinations[at].dtype
             stored = torch_dtype(source.entry(want.name).dtype)
-            tensors.append(torch.empty(want.box.sizes, dtype=stored if needs_check(stored, to) else to))
+            dtype = stored if needs_check(stored, to) else to
+            tensors.append(torch.empty(want.box.sizes, dtype=dtype, device="cpu"))
         read([reads.wants[at] for at in positions], tensors)
         for at, tensor in zip(positions, tensors, strict=True):
             if needs_check(tensor.dtype, reads.destinations[at].dtype):
@@ -334,7 +336,8 @@ def carry_out(
             copy_into(reads.wants[at].name, destination, tensor.to(destination.device, destination.dtype))
     for group in integers:
         for at, tensor in zip(group, held or staged(group), strict=True):
-            reads.destinations[at].copy_(tensor)
+            with writing_to(reads.destinations[at]):
+                reads.destinations[at].copy_(tensor)
     held.clear()
     read(
         [*(reads.wants[at] for at in reads.direct), *(want for blob in blobs for want in blob.wants)],
@@ -345,7 +348,8 @@ def carry_out(
             values = value.values.to(value.destination.device, value.destination.dtype)
             copy_into(value.name, value.destination, values)
         else:
-            value.destination.copy_(value.values)
+            with writing_to(value.destination):
+                value.destination.copy_(value.values)
     needed = sum(destination.nbytes for destination in reads.destinations)
     needed += sum(tensor.nbytes for blob in blobs for tensor in blob.tensors)
     seconds = {**report.seconds, "total": time.perf_counter() - begin}

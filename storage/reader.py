@@ -22,6 +22,7 @@ from torch.profiler import record_function
 
 from ..planner.errors import CheckpointError
 from ..planner.index import CheckpointIndex
+from ..planner.masking import harmless
 from ..planner.read_plan import ChunkReads, ReadPlan
 from .arranged import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, separate
 from .chunks import place_batch
@@ -320,7 +321,7 @@ class _Execution:
         except CheckpointError:
             raise
         except Exception as error:  # of a read that was repeated, by somebody's own store
-            raise self._failure(StoreError, tensor, f"{where}: {type(error).__name__}: {error}") from error
+            raise self._failure(StoreError, tensor, f"{where}: {type(error).__name__}: {error}") from harmless(error)
         if len(data) != request.nbytes:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
         if damages:
@@ -384,7 +385,7 @@ class _Execution:
         except CheckpointError:
             raise
         except Exception as error:  # of torch, or of the device
-            raise self._failure(RankError, batch.tensor, f"{type(error).__name__}: {error}") from error
+            raise self._failure(RankError, batch.tensor, f"{type(error).__name__}: {error}") from harmless(error)
         with self._lock:
             for request in batch.requests:
                 request.unplaced -= 1

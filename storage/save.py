@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..planner.errors import CheckpointError
+from .ambient import undisturbed
 from .dcp import StorageWriter, check_codec
 from .errors import ArgumentError, CommitError
 from .logs import logger_of
@@ -28,6 +29,7 @@ from .store import Store
 logger = logger_of(__name__)
 
 
+@undisturbed()
 def save(
     state_dict: Mapping[str, Any],
     uri: str | os.PathLike[str] | Store,

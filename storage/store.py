@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
+from ..planner.masking import remember_secrets
 from .errors import ArgumentError
 from .options import checked_options
 from .threads import cleaning_up
@@ -236,4 +237,5 @@ def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[
         raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}")
     if not uri:
         raise ArgumentError('the path or URI is empty; "." is the current folder')
+    remember_secrets(uri, options)
     return open_fsspec(uri, options)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from .ambient import writing_to
 from .checksums import checksum
 from .errors import DestinationError, UnsupportedValueError
 from .tensors import as_array, as_bytes
@@ -100,7 +101,7 @@ def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> Non
     """
     before = _digests(destination)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), writing_to(destination):
             destination.copy_(values)
             written = _reads_back(destination, values) or _digests(destination) != before
             if not written:  # so it is too where rounding leaves what was there: see whether other values arrive

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..planner.errors import CheckpointError
+from ..planner.masking import harmless
 from .errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnavailableError
 
 _REFUSED = frozenset(
@@ -59,8 +60,6 @@ _TRANSIENT_CLASSES = frozenset(
 _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
-_SECRETS = re.compile(r"(?<=://)[^/@]*(?=@)|(?<=\?).*")
-_SIGNED = re.compile(r"(https?://[^\s'\"?]*\?)[^\s'\"]*")
 _XML_CODE = re.compile(r"<Code>(\w+)</Code>")
 _XML_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _SYSTEM_MESSAGE = re.compile(r'message: "([^"]*)"')
@@ -70,13 +69,13 @@ _STATUS = re.compile(r"status code: (\d{3})")
 
 @contextmanager
 def translating(doing: str, name: str, location: str, *, with_cause: bool = True) -> Iterator[None]:
-    """Translate what a block raises; with the client's own error as the cause, unless that shows too much."""
+    """Translate what a block raises; with the client's own error as the cause, unless that shows a secret."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        raise translated(error, doing, name, location) from (error if with_cause else None)
+        raise translated(error, doing, name, location) from (harmless(error) if with_cause else None)
 
 
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
@@ -112,11 +111,6 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
     return StoreError(f"cannot {doing} {where}: {reason}")
 
 
-def without_secrets(location: str) -> str:
-    """A location as errors and logs may show it: without a user's password, or what signs a URL."""
-    return _SECRETS.sub("***", location)
-
-
 def is_beyond_the_end(error: Exception) -> bool:
     """Whether a store refused a range that begins at or after the end of the object."""
     return _code(error) in _BEYOND_THE_END or "Requested Range Not Satisfiable" in str(error)
@@ -143,7 +137,7 @@ def _words(error: BaseException) -> str:
     """What an error says; of obstore's, which show all that was sent and answered, the store's code and message."""
     text = str(error)
     if not _is_of_obstore(error):
-        return _SIGNED.sub(r"\1***", text)
+        return text
     code, message = _XML_CODE.search(text), _XML_MESSAGE.search(text)
     if code:
         return f"{code[1]}: {message[1]}" if message else code[1]

@@ -99,7 +99,7 @@ class Values:
     def read(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
         """The values of pieces of tensors, at once. May be called from several threads. Raises as `read_boxes`."""
         boxes = [whole for group in _of_one_item(pieces) for whole in _joined(group)]
-        tensors = [torch.empty(box.sizes, dtype=item.torch_dtype) for item, box, _ in boxes]
+        tensors = [torch.empty(box.sizes, dtype=item.torch_dtype, device="cpu") for item, box, _ in boxes]
         full = [at for at, (_, box, _) in enumerate(boxes) if box.numel]
         nbytes = sum(piece.nbytes for piece in pieces)
         report = read_boxes(

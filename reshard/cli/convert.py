@@ -13,7 +13,7 @@ import typer
 import reshard
 
 from ..words import first_few, in_bytes
-from .common import options_of, storage_options
+from .common import options_of, storage_options, tell
 
 
 def run(
@@ -65,20 +65,18 @@ def run(
         )
     if report.rank == 0:
         total = report.total
-        print(
+        tell(
             f"{dst}: {in_bytes(total.bytes_needed)} of values, {in_bytes(total.bytes_written)} written, in "
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
-            print(
+            tell(
                 f"{len(report.cast)} tensors were cast to fewer bits: {first_few([cast.name for cast in report.cast])}"
             )
         if report.skipped:
-            print(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
+            tell(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
         if report.left_out:
-            print(
-                f"left out, {len(report.left_out)} names that no pattern or index lists: {first_few(report.left_out)}"
-            )
+            tell(f"left out, {len(report.left_out)} names that no pattern or index lists: {first_few(report.left_out)}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from reshard.storage.diff import diff
 from reshard.storage.open_source import open_source
 
-from .common import options_of, print_json, print_table, storage_options
+from .common import options_of, print_json, print_table, storage_options, tell
 
 
 def run(a: str, b: str, options: list[str] | None, as_json: bool) -> int:
@@ -25,5 +25,5 @@ def run(a: str, b: str, options: list[str] | None, as_json: bool) -> int:
         columns = ("name", "differs in", "A", "B", "values", "largest")
         print_table(columns, rows, right=("values", "largest"))
     else:
-        print("no difference")
+        tell("no difference")
     return int(bool(found))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..words import ranges
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+"""A part of a name that counts layers. Other digits, as in "01", "²" or a thousand of them, are letters."""
+MOST_LEVELS = 32
+"""Of a tree; what is below stays in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,7 @@ def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
     """Fold names by what they have in common: names with other numbers, but the same values, are one."""
     groups: dict[tuple[str, tuple[object, ...]], list[str]] = {}
     for name, alike in tensors.items():
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        pattern = ".".join("*" if _NUMBER.fullmatch(part) else part for part in name.split("."))
         groups.setdefault((pattern, alike), []).append(name)
     return [Folded(_numbered(names), tuple(names), alike) for (_, alike), names in groups.items()]
 
@@ -46,18 +52,18 @@ class _Node:
 def tree(folded: Iterable[Folded]) -> list[tuple[str, Folded | None]]:
     """The lines of a tree of names, each indented, with the tensors that it stands for, or None.
 
-    A name with one thing below it is in one line with that.
+    A name with one thing below it is in one line with that, and so is all that is nested more than MOST_LEVELS deep.
     """
     root = _Node()
     for tensors in folded:
         node = root
-        for part in tensors.name.split("."):
+        for part in tensors.name.split(".", MOST_LEVELS - 1):
             node = node.below.setdefault(part, _Node())
         node.own.append(tensors)
     return list(_lines(root, ""))
 
 
-def _lines(node: _Node, indent: str) -> Iterable[tuple[str, Folded | None]]:
+def _lines(node: _Node, indent: str) -> Iterator[tuple[str, Folded | None]]:
     for name, below in node.below.items():
         while not below.own and len(below.below) == 1:
             ((part, below),) = below.below.items()

@@ -12,7 +12,7 @@ import reshard
 from reshard.storage.checkpoint import Checkpoint
 
 from ..words import in_bytes
-from .common import print_json, print_table, storage_options
+from .common import in_words, print_json, print_table, storage_options, tell
 from .fold import Folded, fold, tree
 
 
@@ -72,8 +72,10 @@ def _row(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def _tell_all(checkpoint: Checkpoint) -> None:
     told = summary(checkpoint)
-    made = ", ".join(f"{key} {told[key]}" for key in ("created", "writer", "torch", "codec", "ranks") if key in told)
-    print(f"{told['location']}: {told['format']}" + (f" ({made})" if made else ""))
+    made = ", ".join(
+        f"{key} {in_words(told[key])}" for key in ("created", "writer", "torch", "codec", "ranks") if key in told
+    )
+    tell(f"{told['location']}: {told['format']}" + (f" ({made})" if made else ""))
     dtypes = [
         (dtype, f"{row['parameters']:,}", in_bytes(row["bytes"]), in_bytes(row["stored_bytes"]), _ratio(row))
         for dtype, row in told["dtypes"].items()
@@ -94,9 +96,10 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     if checkpoint.unreadable:
         print()
         print_table(("cannot be read", "why"), checkpoint.unreadable.items())
-    if others := checkpoint.info.get("files_left_out"):
+    others = checkpoint.info.get("files_left_out")
+    if isinstance(others, list) and others:
         print()
-        print(f"the index does not name these files, which were not read: {', '.join(others)}")
+        tell(f"the index does not name these files, which were not read: {', '.join(map(in_words, others))}")
     if checkpoint.left_out:
         print()
         left_out = fold(dict.fromkeys(checkpoint.left_out, ()))
@@ -129,10 +132,10 @@ def _tell_tensors(checkpoint: Checkpoint, names: list[str], as_json: bool) -> No
         print_json(told)
         return
     for name, row in told.items():
-        print(name)
+        tell(name)
         for key, value in row.items():
-            print(f"  {key}: " + (" x ".join(map(str, value)) if key in ("shape", "grid") else _listed(value)))
+            tell(f"  {key}: " + (" x ".join(map(str, value)) if key in ("shape", "grid") else _listed(value)))
 
 
 def _listed(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(in_words, value)) if isinstance(value, list) else in_words(value)

@@ -8,10 +8,12 @@ from dataclasses import asdict
 
 import typer
 
+from reshard.planner.masking import masked
+from reshard.planner.text import shown
 from reshard.storage.places import find_checkpoints, find_remains, find_removal, remove, remove_remains
 
 from ..words import in_bytes, in_time
-from .common import print_json, print_table, storage_options
+from .common import print_json, print_table, storage_options, tell
 
 SHOWN = 10
 """Names that `rm` shows before it asks; of DCP, all that are unusual."""
@@ -22,10 +24,10 @@ SAFE_HOURS = 1
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
     found = find_checkpoints(uri, storage_options(options))
     if as_json:
-        print_json([asdict(checkpoint) for checkpoint in found])
+        print_json([{**asdict(checkpoint), "uri": masked(checkpoint.uri)} for checkpoint in found])
         return
     if not found:
-        print(f"there is no checkpoint at {uri}, and none below it", file=sys.stderr)
+        tell(f"there is no checkpoint at {uri}, and none below it", file=sys.stderr)
         return
     now = datetime.datetime.now(datetime.UTC)
     rows = [
@@ -49,15 +51,15 @@ def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     given = storage_options(options)
     removal = find_removal(uri, given)
     if not yes:
-        shown = removal.unusual or removal.names[:SHOWN]
-        for name in shown:
-            print(f"  {name!r}")
-        if len(shown) < len(removal.names):
-            print(f"  and {len(removal.names) - len(shown)} more")
+        names = removal.unusual or removal.names[:SHOWN]
+        for name in names:
+            tell(f"  {name!r}")
+        if len(names) < len(removal.names):
+            tell(f"  and {len(removal.names) - len(names)} more")
         what = f"{removal.format} checkpoint of {in_bytes(removal.nbytes)}, {len(removal.names)} objects,"
-        if not typer.confirm(f"Remove the {what} at {uri}?"):
+        if not typer.confirm(shown(f"Remove the {what} at {uri}?")):
             raise typer.Exit(1)
-    print(f"{len(remove(uri, given, expected=removal))} objects removed")
+    tell(f"{len(remove(uri, given, expected=removal))} objects removed")
 
 
 def gc(
@@ -72,12 +74,12 @@ def gc(
     given = storage_options(options)
     found = find_remains(uri, given, older_than_s=older_than_hours * 3600)
     for place in found:
-        print(f"{place.uri}: {len(place.names)} objects, {in_bytes(place.nbytes)}")
+        tell(f"{place.uri}: {len(place.names)} objects, {in_bytes(place.nbytes)}")
     if not found:
-        print(f"nothing that is older than {older_than_hours:g} hours")
+        tell(f"nothing that is older than {older_than_hours:g} hours")
     elif not dry_run:
         total = sum(place.nbytes for place in found)
         if not yes and not typer.confirm(f"Remove {in_bytes(total)} that no checkpoint names?"):
             raise typer.Exit(1)
         remove_remains(found, given, older_than_s=older_than_hours * 3600)
-        print("removed")
+        tell("removed")

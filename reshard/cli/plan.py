@@ -21,7 +21,7 @@ from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
 from ..words import few, in_bytes
-from .common import print_json, print_table, storage_options
+from .common import print_json, print_table, storage_options, tell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,14 +148,14 @@ def _told(plans: RankPlans, link: Link) -> dict[str, object]:
 
 
 def _print(plans: RankPlans, what: str, link: Link) -> None:
-    print(f"{plans.location}: {what}, read by {plans.mesh}")
+    tell(f"{plans.location}: {what}, read by {plans.mesh}")
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
     print_table(COLUMNS, [(few(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
-        print(f"rank {most}: {note}")
+        tell(f"rank {most}: {note}")
 
 
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:

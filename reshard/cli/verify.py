@@ -8,7 +8,7 @@ from dataclasses import asdict
 import reshard
 
 from ..words import in_bytes
-from .common import print_json, storage_options
+from .common import print_json, storage_options, tell
 
 
 def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as_json: bool) -> int:
@@ -19,17 +19,17 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         print_json([{**asdict(damage), "box": str(damage.box)} for damage in damages])
         return int(bool(damages))
     for damage in damages:
-        print(damage)
+        tell(damage)
     others = {name: why for name, why in checkpoint.unreadable.items() if name not in checkpoint.damaged}
     for why in others.values():
-        print(f"cannot be read: {why}")
+        tell(f"cannot be read: {why}")
     if others and checkpoint.format != "reshard":
-        print(f"{len(others)} names that cannot be read were not checked")
+        tell(f"{len(others)} names that cannot be read were not checked")
     stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
     if damages:
         tensors = sorted({damage.tensor for damage in damages})
         missing = f", of them {len(checkpoint.damaged)} tensors as a whole" if checkpoint.damaged else ""
-        print(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing{missing}", file=sys.stderr)
+        tell(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing{missing}", file=sys.stderr)
         return 1
     what = "are right"
     if quick:
@@ -38,5 +38,5 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         what = "are there, and match the CRC-32s of their slices as far as they have some"
     elif checkpoint.format != "reshard":
         what = "are there; the format has no checksums of them that would be looked at"
-    print(f"{checkpoint.location}: all {in_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
+    tell(f"{checkpoint.location}: all {in_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
     return 0

@@ -33,6 +33,7 @@ from reshard.demo.dcp_peer import CountingReader
 from reshard.demo.text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
 from reshard.errors import ArgumentError
+from reshard.planner.masking import masked
 from reshard.storage.store import open_store
 
 FOLDER = Path("demo-run")
@@ -64,7 +65,7 @@ def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "reshard.demo"]
         arguments = [phase, uri, str(steps)]
         subprocess.run([sys.executable, "-m", *launch, *arguments], env=environment, check=True)
-    print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {uri}")
+    print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {masked(uri)}")
 
 
 def main() -> None:

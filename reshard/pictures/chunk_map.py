@@ -15,6 +15,7 @@ from ..errors import MissingTensorError
 from ..planner.box import Box
 from ..planner.rank_plans import RankPlans
 from ..planner.read_plan import ChunkReads, ReadPlan
+from ..planner.text import shortened, shown
 from .colours import NOBODY, grouped, legend
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ MOST_RECTANGLES = 40_000
 MOST_LINES = 1500
 """Chunks that have lines around them and hatches in them; of more, those that are read over are darker."""
 MOST_OUTLINES = 100
+MOST_OF_A_NAME = 120
+"""Characters that a title has room for."""
 
 
 def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: FigureBase) -> None:
@@ -98,6 +101,7 @@ def _title(name: str, dtype: str, shape: tuple[int, ...], reads: list[list[Chunk
     fetched = sum(read.bytes_spanned for of_rank in reads for read in of_rank)
     needed = sum(read.bytes_needed for of_rank in reads for read in of_rank)
     size = " x ".join(map(str, shape)) or "scalar"
+    name = shortened(shown(name), MOST_OF_A_NAME, MOST_OF_A_NAME)
     return f"{name}, {dtype}, {size}, read by {plans.mesh}: {fetched / max(needed, 1):.2f} times what is needed"
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..planner.coalesce import Requests
 from ..planner.rank_plans import RankPlans
+from ..planner.text import shown
 from .colours import NOBODY, SEVERAL, Group, grouped, legend
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _label(axes: Axes, plans: RankPlans, shown: list[int], per_strip: int, touch
 
 def _short(name: str) -> str:
     """The end of a name, which tells who wrote it."""
-    base = name.rpartition("/")[2]
+    base = shown(name.rpartition("/")[2])
     return base if len(base) <= 24 else f"{base[:4]}…{base[-16:]}"
 
 

@@ -34,7 +34,7 @@ from .safetensors import Tensor, read_header
 from .zip_head import HEAD_BYTES, locate_values
 
 METADATA = ".metadata"
-RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+RANK_METADATA = re.compile(r"__([0-9]{1,18})\.metadata")
 TYPED_PATHS = ".reshard.paths"
 """In `planner_data`: the paths, as in a manifest, that have keys which are not strings. A conversion writes it."""
 ZSTD = "stream.zstd"

@@ -12,12 +12,12 @@ from reshard.planner.errors import InvalidIndexError
 from tests.planner.boxes import cuts_of, shapes
 
 
-@given(st.data(), shapes)
-def test_tiling_is_what_a_count_of_elements_says(data: st.DataObject, shape: tuple[int, ...]) -> None:
+@given(st.data(), shapes, st.booleans())
+def test_tiling_is_what_a_count_of_elements_says(data: st.DataObject, shape: tuple[int, ...], moved: bool) -> None:
     boxes = data.draw(cuts_of(shape))
     offsets = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), len(shape))
     sizes = np.array([box.sizes for box in boxes], np.int64).reshape(len(boxes), len(shape))
-    if shape and data.draw(st.integers(0, 1)):
+    if shape and moved:
         row, d = data.draw(st.integers(0, len(boxes) - 1)), data.draw(st.integers(0, len(shape) - 1))
         offsets[row, d] = data.draw(st.integers(0, shape[d] - int(sizes[row, d])))
     counts = np.zeros(shape, np.int64)

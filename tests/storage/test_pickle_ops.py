@@ -88,7 +88,8 @@ def test_what_python_pickles_passes(name: str, protocol: int) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_metadata_of_many_shards_passes_far_from_the_limits(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, places = {}, {}
+    tensors: dict[str, Any] = {}
+    places = {}
     for i in range(50):
         name = f"model.layers.{i}.self_attn.q_proj.weight"
         chunks = [ChunkStorageMetadata(torch.Size([64 * k, 0]), torch.Size([64, 512])) for k in range(40)]
@@ -104,7 +105,7 @@ def test_metadata_of_many_shards_passes_far_from_the_limits(protocol: int, monke
 
 
 def test_tensor_classes_of_torch_are_among_those_that_are_not_called() -> None:
-    for kind in torch._tensor_classes | torch._storage_classes:  # type: ignore[attr-defined]
+    for kind in torch._tensor_classes | torch._storage_classes:
         if kind.__module__ in ("torch", "torch.storage", "torch.sparse", "torch.cuda", "torch.cuda.sparse"):
             call = f"c{kind.__module__}\n{kind.__name__}\n".encode() + b"K\x05\x85R."
             with pytest.raises(ValueError, match="makes a tensor or storage of a size"):

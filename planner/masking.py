@@ -1,0 +1,234 @@
+"""Secrets in text, masked: the one place that knows what they look like.
+
+They are known by where they are: before the host of a URI, as a parameter that signs a URL, behind the name of a
+password. And they are known by their values: those that were given with a URI, or as a storage option, are masked
+wherever they appear.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote
+
+MASK = "***"
+MOST_REMEMBERED = 512
+LEAST_CHARACTERS = 6
+"""Of a value that is masked wherever it appears: a shorter one may be a part of any sentence."""
+LEAST_OF_A_USER = 8
+"""As LEAST_CHARACTERS, of the name of a user or of an access key."""
+MOST_LEVELS = 8
+"""How deeply options may be nested."""
+_NO_SECRETS = frozenset(("anonymous", "browser", "default", "google_default", "latin-1", "latin1", "utf-8"))
+"""Values of options for secrets that are none: ways to find credentials, encodings."""
+_WITHOUT_PORT = frozenset(("s3", "s3a", "gs", "gcs", "oss", "obs"))
+_NAMES_CONTAINER = frozenset(("abfs", "abfss", "wasb", "wasbs"))
+"""Protocols of `container@account`."""
+_BEFORE_HOST = re.compile(
+    r"(?:(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{1,30}))?(:/{1,3})((?:(?!:/)\S)*?@(?:[^\s/?#@]*@)*)"
+)
+_PORT = re.compile(r"\d{1,5}(?:[/?#]|$)")
+_QUERY = re.compile(r"(?i)(\bhttps?:/{1,3}(?:(?!https?:/)[^\s?])*\?)(\S+)")
+_BEHIND_A_URL = re.compile(r"['\")\]>},;:.]*$")
+_HARMLESS = re.compile(
+    r"(?i)alt|comp|continuation-token|delimiter|encoding-type|expires|fields|generation|list-type|marker|max-?keys|"
+    r"maxresults|partnumber|prefix|projection|restype|revision|s[epvrt]|spr|start-after|tagging|uploads|version(?:id|ing)|"
+    r"x-(?:amz|goog)-(?:algorithm|content-sha256|date|expires|signedheaders)"
+)
+"""Parameters of URLs that tell what was asked for, and give no access."""
+_SECRET = (
+    r"signature|credential|secret|passw(?:or)?d|passphrase|(?:security|session|access|auth|refresh|id|sas)[-_]?token|"
+    r"(?:api|access|account|private)[-_]?key|sharedaccess"
+)
+_PARAMETER = re.compile(r"(?<=[?&])([\w.%-]{1,64})(=|%3D)(?!\*\*\*)([^\s&]+)")
+_SECRET_PARAMETER = re.compile(rf"(?i){_SECRET}|^(?:sig|pwd|pass|code|jwt|hmac)$|token|key|auth|policy")
+_NAMED = re.compile(
+    rf"(?i)((?:{_SECRET}|(?:(?<![a-z0-9])|(?<=%3f)|(?<=%26))sig(?=[=%]))[\w-]{{0,24}}(?:=|%3D))(?!\*\*\*)([^\s&,;'\"<>)\]}}]+)"
+)
+_QUOTED = re.compile(rf"(?i)((?:{_SECRET})[\w-]{{0,24}}(?:\\?[\"'])?\s?[:=]\s?)(\\?[\"'])(?!\*\*\*)(.+?)\2")
+_HEADER = re.compile(r"(?i)((?:authorization|x-api-key|(?<![\w-])cookie)[\"']?\s?[:=]\s?[\"']?)([^\"'\r\n]+)")
+_BEARER = re.compile(r"\b(Bearer|Basic) (?=\S*[A-Z0-9=])([A-Za-z0-9+/=_.~-]{6,})")
+_ELEMENT = re.compile(r"(<(?:\w{0,30}(?:Token|Signature|Secret|Credential)[\w-]{0,30}|AWSAccessKeyId)>)[^<]+")
+_HINTS = re.compile(r"(?i)signature|credential|secret|passw|passphrase|token|key|shared|sig|cookie|auth|bearer|basic")
+"""One of these is in whatever _NAMED, _QUOTED, _HEADER, _BEARER or _ELEMENT match."""
+_SECRET_OPTION = re.compile(rf"(?i){_SECRET}|token|pwd|sas|auth|cookie|connection_string|^pass$")
+_USER_OPTION = re.compile(r"(?i)(?:^|[-_.])(?:key|user|username|login|key_id)$")
+_CONNECTION_PART = re.compile(r"(?i)(?:key|signature|password|secret)=([^;]+)")
+
+
+class _Remembered:
+    """The values that were given as secrets, the last MOST_REMEMBERED of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, None] = {}
+        self._forms: tuple[str, ...] | None = ()
+        """How the values may be written, the longest first; None before that is worked out."""
+
+    def add(self, values: Iterable[str]) -> None:
+        with self._lock:
+            for value in values:
+                if value not in self._values:
+                    self._forms = None
+                self._values.pop(value, None)
+                self._values[value] = None
+            while len(self._values) > MOST_REMEMBERED:
+                del self._values[next(iter(self._values))]
+
+    def masked(self, text: str) -> str:
+        with self._lock:
+            if self._forms is None:
+                forms = {form for value in self._values for form in _forms(value)}
+                self._forms = tuple(sorted(forms, key=len, reverse=True))
+            forms_now = self._forms
+        for form in forms_now:
+            if form in text:
+                text = re.sub(_as_word(form), MASK, text)
+        return text
+
+
+_remembered = _Remembered()
+
+
+def _forms(value: str) -> tuple[str, ...]:
+    """A value as clients write it in messages and URLs."""
+    plain = unquote(value)
+    return value, plain, quote(plain), quote(plain, safe=""), quote_plus(plain), quote(value), repr(value)[1:-1]
+
+
+def _as_word(value: str) -> str:
+    """A pattern of a value that is not a part of a longer word."""
+    before = r"(?<![A-Za-z0-9])" if value[:1].isalnum() else ""
+    after = r"(?![A-Za-z0-9])" if value[-1:].isalnum() else ""
+    return f"{before}{re.escape(value)}{after}"
+
+
+def remember_secrets(uri: str, options: Mapping[str, Any] | None = None) -> None:
+    """Have `masked` mask the secrets of a URI and of storage options wherever they appear, for this process."""
+    _remembered.add([*_secrets_of_uri(uri), *_secrets_of_options(options or {})])
+
+
+def _secrets_of_uri(uri: str) -> Iterator[str]:
+    for found in _BEFORE_HOST.finditer(uri):
+        if _without_user(found) == found[0]:
+            continue
+        user, colon, password = found[3].removesuffix("@").partition(":")
+        if len(user) >= LEAST_OF_A_USER:
+            yield user
+        if not colon:
+            continue
+        yield found[3].removesuffix("@")
+        pieces = re.split("[/@?#]", password)  # clients take what is before a slash for the whole
+        yield f"{user}:{pieces[0]}"
+        yield from (part for part in (password, *pieces) if len(part) >= LEAST_CHARACTERS or _is_odd(part))
+    for parameter in _PARAMETER.finditer(uri):
+        if _SECRET_PARAMETER.search(parameter[1]) and len(parameter[3]) >= LEAST_CHARACTERS:
+            yield parameter[3]
+
+
+def _is_odd(text: str) -> bool:
+    """Whether a short text is no word, so that it will not be a part of a sentence."""
+    return len(text) >= 4 and not (text.isalpha() and (text.islower() or text.isupper() or text.istitle()))
+
+
+def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterator[str]:
+    """The secrets in an option of a name, which holds for all that is in it."""
+    if level > MOST_LEVELS:
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            inner = str(key) if level == 0 or not _SECRET_OPTION.search(name) else name
+            yield from _secrets_of_options(item, inner, level + 1)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for item in value:
+            yield from _secrets_of_options(item, name, level + 1)
+    elif isinstance(value, (str, bytes)):
+        text = value if isinstance(value, str) else value.decode(errors="replace")
+        yield from _secrets_of_uri(text)
+        if text.lower() in _NO_SECRETS or _is_file_of_gcsfs(name, text):
+            return
+        if _SECRET_OPTION.search(name):
+            parts = [text, *text.split(), *_CONNECTION_PART.findall(text)]
+            yield from (part for part in parts if len(part) >= LEAST_CHARACTERS)
+        elif _USER_OPTION.search(name) and len(text) >= LEAST_OF_A_USER:
+            yield text
+
+
+def _is_file_of_gcsfs(name: str, value: str) -> bool:
+    return name == "token" and value.startswith(("/", "~", "./")) and value.endswith(".json")
+
+
+def masked(text: str) -> str:
+    """Mask the secrets in a text, as in `https://***@host/model?X-Amz-Signature=***`.
+
+    Masked are users and passwords in URIs, the parameters of URLs but for those that are known to give no access, what
+    stands behind the name of a secret, and the values that `remember_secrets` was given. Hosts, paths and the names of
+    parameters stay. Done again, it changes nothing.
+    """
+    text = _remembered.masked(text)
+    if "@" in text and ":/" in text:
+        text = _BEFORE_HOST.sub(_without_user, text)
+    if "?" in text or "&" in text:
+        text = _QUERY.sub(lambda found: found[1] + _without_values(found[2]), text)
+        text = _PARAMETER.sub(_without_value, text)
+    if _HINTS.search(text):  # to look for these in a text of a megabyte takes a second
+        text = _NAMED.sub(rf"\1{MASK}", text)
+        text = _QUOTED.sub(rf"\1\2{MASK}\2", text)
+        text = _HEADER.sub(rf"\1{MASK}", text)
+        text = _BEARER.sub(rf"\1 {MASK}", text)
+        text = _ELEMENT.sub(rf"\1{MASK}", text)
+    return text
+
+
+def _without_user(found: re.Match[str]) -> str:
+    """The beginning of a URI with its user and password masked, if it has some; `@` may be in a path, too."""
+    protocol, slashes, before = (found[1] or "").lower(), found[2], found[3]
+    user, colon, password = before.removesuffix("@").partition(":")
+    begin = f"{found[1] or ''}{slashes}"
+    if any(mark in user for mark in "/?#") or password.startswith(":"):  # a chain of fsspec
+        return found[0]
+    if not colon:
+        is_user = len(slashes) > 2 and protocol not in _NAMES_CONTAINER
+        return f"{begin}{MASK}@" if is_user else found[0]
+    if _PORT.match(password) and protocol not in _WITHOUT_PORT:
+        return found[0]
+    return f"{begin}{MASK}@"
+
+
+def _without_values(query: str) -> str:
+    """The query of a URL, and what stands behind the URL, with the values of parameters masked."""
+    end = _BEHIND_A_URL.search(query)
+    assert end is not None
+    parts = [part.partition("=") for part in query[: end.start()].split("&")]
+    return "&".join(_shown_parameter(*part) for part in parts) + end[0]
+
+
+def _shown_parameter(name: str, equals: str, value: str) -> str:
+    if _HARMLESS.fullmatch(name) or name.startswith(MASK) or value.startswith(MASK):
+        return f"{name}{equals}{value}"
+    if not equals:
+        return MASK if name else ""
+    return f"{name}={MASK}"
+
+
+def _without_value(found: re.Match[str]) -> str:
+    if not _SECRET_PARAMETER.search(found[1]):
+        return found[0]
+    end = _BEHIND_A_URL.search(found[3])
+    return f"{found[1]}{found[2]}{MASK}{end[0] if end else ''}"
+
+
+def shows_secrets(error: BaseException | None) -> bool:
+    """Whether a traceback of an error would show a secret: in its own text, or in that of one that it came from."""
+    if error is None:
+        return False
+    text = "".join(traceback.format_exception(error))
+    return masked(text) != text
+
+
+def harmless(error: BaseException) -> BaseException | None:
+    """Return an error that may be shown as the cause of another one; None if it would show a secret."""
+    return None if shows_secrets(error) else error
