@@ -7,6 +7,7 @@ wherever they appear.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import traceback
@@ -68,6 +69,10 @@ class _Remembered:
         self._forms: tuple[str, ...] | None = ()
         """How the values may be written, the longest first; None before that is worked out."""
 
+    def renew(self) -> None:
+        """Have a lock that no thread holds: one of the parent process may have held it."""
+        self._lock = threading.Lock()
+
     def add(self, values: Iterable[str]) -> None:
         with self._lock:
             for value in values:
@@ -91,6 +96,8 @@ class _Remembered:
 
 
 _remembered = _Remembered()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remembered.renew)
 
 
 def _forms(value: str) -> tuple[str, ...]:

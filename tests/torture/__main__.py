@@ -1,6 +1,6 @@
 """Torture reshard for as long as you like, and count what it survived.
 
-python -m tests.torture [--kills N] [--damages N] [--faults N] [--seed S]
+python -m tests.torture [--kills N] [--damages N] [--faults N] [--structures N] [--seed S]
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from tests.proxy import Faults
 from tests.ranks import RankPool
 from tests.servers import seaweedfs
-from tests.torture import damage, faults, kills
+from tests.torture import damage, faults, kills, structure
+from tests.torture.grammars import FORMATS
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
     parser.add_argument("--damages", type=int, default=20_000, help="damages to do (default: %(default)s)")
     parser.add_argument("--faults", type=int, default=20, help="rounds through a bad network (default: %(default)s)")
+    parser.add_argument("--structures", type=int, default=5000, help="of each format, to read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")
     arguments = parser.parse_args()
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
@@ -32,6 +34,9 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     show("damages by accident", damage.accidents(arguments.damages * 3 // 4, seed))
     show("manifests that lie", damage.lies(arguments.damages // 4, seed))
+    show("hostile inputs that are known", structure.rounds("known", 1, seed))
+    for format in FORMATS:
+        show(f"hostile inputs, {format}", structure.rounds(format, arguments.structures, seed))
     with tempfile.TemporaryDirectory() as folder:
         with seaweedfs(Path(folder)) as server:
             mixed = Faults(reset=0.02, truncate=0.02, slow_down=0.2, latency_s=0.002, seed=seed)
