@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from .box import IntArray
+from .entries import Entry, Segments
 from .errors import InvalidIndexError
 from .grid import cells
 from .kinds import Encoding, Stream
+from .regions import Regions
 
 MAX_CORNERS = 2**23
 """Of shards that no grid has cut, how many are counted to see whether they overlap."""
-
-if TYPE_CHECKING:
-    from .index import CheckpointIndex, Entry, Segments
-    from .regions import Regions
 
 
 def check_references(segments: Segments, entries: int, objects: int) -> None:
@@ -211,20 +208,3 @@ def _numbered(first: IntArray, second: IntArray) -> IntArray:
     one, two = (np.unique(column, return_inverse=True)[1].astype(np.int64) for column in (first, second))
     numbers: IntArray = np.unique(one * (int(two.max(initial=0)) + 1) + two, return_inverse=True)[1].astype(np.int64)
     return numbers
-
-
-def check_disjoint(index: CheckpointIndex) -> None:
-    """Check that no two segments of an index have bytes of an object in common. Raises InvalidIndexError."""
-    segments, first = index.segments, index.first_chunk[:-1]
-    if len(segments) < 2:
-        return
-    stops = segments.starts + np.add.reduceat(index.lengths, first, dtype=np.int64)
-    order = np.lexsort((segments.starts, segments.objects))
-    objects, starts, stops = segments.objects[order], segments.starts[order], stops[order]
-    shared = (objects[1:] == objects[:-1]) & (starts[1:] < stops[:-1])
-    if bool(shared.any()):
-        at = int(np.argmax(shared))
-        names = [index.entries[int(segments.entries[order[i]])].name for i in (at, at + 1)]
-        raise InvalidIndexError(
-            f"{names[0]!r} and {names[1]!r} have bytes of object {index.objects[int(objects[at])][0]!r} in common"
-        )

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal
 from .byte_ranges import Runs
-from .index import Encoding, Entry
+from .entries import Entry
+from .index import Encoding
 
 
 @dataclass(frozen=True, slots=True)

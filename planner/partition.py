@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, ranges
+from .entries import Segments
 from .grid import Grid
-from .index import CheckpointIndex, Segments, Stream
+from .index import CheckpointIndex, Stream
 from .regions import MAX_REGIONS, Regions
 
 LEAST_CHUNKS = 8

@@ -9,9 +9,10 @@ import numpy as np
 from .box import Box, IntArray
 from .byte_ranges import Gaps, Runs
 from .coalesce import Requests
+from .entries import Entry
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
-from .index import Entry, Kind
+from .index import Kind
 from .read_plan import ChunkReads, ReadPlan, Want
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
 from .byte_ranges import Gaps
+from .entries import Entry
 from .errors import InvalidPlanError, LayoutError, MissingTensorError
 from .html import table
-from .index import CheckpointIndex, Entry, Kind
+from .index import CheckpointIndex, Kind
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
 from .read_plan import GAPS, ReadPlan, Want, plan_reads

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .box import Box, IntArray, columns_equal, unravel
+from .entries import Entry
 from .errors import InvalidIndexError
 from .grid import Grid
-
-if TYPE_CHECKING:
-    from .index import Entry
 
 MAX_REGIONS = 2**12
 """Of one tensor."""

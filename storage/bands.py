@@ -17,7 +17,8 @@ import numpy.typing as npt
 from ..planner.box import IntArray, indexes
 from ..planner.index import NATIVE
 from ..planner.read_plan import TOGETHER, ChunkReads
-from .place import Slices
+
+Slices = tuple[slice, ...]
 
 BAND_BYTES = 1024 * 1024
 """Decoded bytes of a band of several chunks, at most: with fewer, threads wait more for each other."""

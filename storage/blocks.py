@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..planner.box import IntArray, ranges
-from ..planner.index import CheckpointIndex, Entry, Segments
+from ..planner.entries import Entry, Segments
+from ..planner.index import CheckpointIndex
 from ..planner.partition import choose_regions, partition
 from ..planner.regions import Regions
 from .checksums import checksum

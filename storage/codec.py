@@ -29,9 +29,12 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from ..planner.index import ITEMSIZES, Stream
-from .errors import CorruptCheckpointError
+from ..planner.entries import ITEMSIZES
+from ..planner.index import Stream
+from .errors import ArgumentError, CorruptCheckpointError
 from .tensors import cast
+
+CODECS = ("zstd", "none")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -361,3 +364,9 @@ def _decompress(body: memoryview, n: int) -> bytes:
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise CorruptCheckpointError(message)
+
+
+def check_codec(codec: str) -> None:
+    """Raises ArgumentError where there is no such codec."""
+    if codec not in CODECS:
+        raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..planner.entries import Entry
 from ..planner.errors import CheckpointError, MissingTensorError
-from ..planner.index import Entry, Kind, nearest_names
+from ..planner.index import Kind, nearest_names
 from ..planner.layout import matches
 from .ambient import undisturbed
 from .brief import reason
 from .casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
 from .checksums import checksum
+from .codec import check_codec
 from .converted import check_converted
-from .dcp import check_codec
 from .errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from .logs import logger_of
 from .names import (
@@ -42,6 +43,7 @@ from .names import (
     renamed,
 )
 from .open_source import open_source
+from .open_store import open_store
 from .pieces import Item
 from .progress import Meter, OnProgress
 from .ranks import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
@@ -52,7 +54,7 @@ from .retrying_store import retried
 from .source import Source, Unreadable
 from .sources.reads import Reads
 from .state_dict import Path, renamed_path
-from .store import Store, open_store
+from .store import Store
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.notes import Notes, Stand

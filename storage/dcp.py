@@ -47,13 +47,15 @@ from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .agreement import Described, agreed_paths
 from .ambient import undisturbed
+from .codec import check_codec
 from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .logs import logger_of
 from .manifest import encode_manifest
 from .names import listed
-from .objects import encode_object, needs_pickle, torch_save
+from .objects import EncodedObject, encode_object, needs_pickle, torch_save
 from .open_source import open_source
+from .open_store import open_store
 from .progress import Meter
 from .ranks import Alarm, Arrivals, Opened, check_same_checkpoint, is_distributed, raises_portable, rank_of
 from .read import Blob, counting_metadata, read_boxes
@@ -65,7 +67,7 @@ from .sharded import refuse_misplaced, waited
 from .shards import ShardToWrite, part_of
 from .source import Source
 from .state_dict import path_for_dcp
-from .store import Store, open_store
+from .store import Store
 from .tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .tensors import dtype_name, torch_dtype
 from .threads import cleaning_up
@@ -73,26 +75,11 @@ from .version import __version__
 from .writer import write_objects
 
 logger = logger_of(__name__)
-CODECS = ("zstd", "none")
 Target = str | os.PathLike[str] | Store
-
-
-def check_codec(codec: str) -> None:
-    """Raises ArgumentError where there is no such codec."""
-    if codec not in CODECS:
-        raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
 
 
 TARGET_METHODS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
 """Of a LoadPlanner: what decides which tensors are read into."""
-
-
-class EncodedObject(io.BytesIO):
-    """An object as bytes, with the way to read them; what a SavePlanner of reshard resolves objects to."""
-
-    def __init__(self, kind: Kind, data: bytes) -> None:
-        super().__init__(data)
-        self.kind = kind
 
 
 class StorageWriter(dcp.StorageWriter):

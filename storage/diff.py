@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 
 from ..planner.box import Box
-from ..planner.index import Entry, Kind
+from ..planner.entries import Entry
+from ..planner.index import Kind
 from ..planner.read_plan import Want
 from .ambient import undisturbed
 from .errors import UnsafeObjectError

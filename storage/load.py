@@ -24,6 +24,7 @@ from ..planner.read_plan import Want
 from .ambient import undisturbed
 from .casts import check_is_not_scaled, loses_bits, scale_names
 from .errors import ArgumentError, DestinationError
+from .local_shards import local_shards
 from .logs import logger_of
 from .names import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
 from .open_source import open_source
@@ -46,7 +47,7 @@ from .source import Source
 from .state_dict import Key, Leaf, Path, flatten, name_of, nest, renamed_path, state_to_stateful, stateful_to_state
 from .store import Store
 from .tensor_classes import is_whole, missing_memory, overrides_dispatch
-from .tensors import LocalShard, local_shards, torch_dtype
+from .tensors import LocalShard, torch_dtype
 
 logger = logger_of(__name__)
 

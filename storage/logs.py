@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import MutableMapping
 from typing import Any
 
 from ..planner.text import shown
-from .ranks import is_distributed, rank_of
 
 
 class _OfRank(logging.LoggerAdapter[logging.Logger]):
     """Gives every record the attribute `rank`, and, where there are several, begins the message with it."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        rank = rank_of(None)
+        distributed: Any = sys.modules.get("torch.distributed")
+        is_one_of_many = distributed is not None and distributed.is_available() and distributed.is_initialized()
+        rank = distributed.get_rank() if is_one_of_many else 0
         kwargs["extra"] = {**kwargs.get("extra", {}), "rank": rank}
-        return (f"rank {rank}: {msg}" if is_distributed() else msg), kwargs
+        return (f"rank {rank}: {msg}" if is_one_of_many else msg), kwargs
 
 
 def _as_shown(record: logging.LogRecord) -> bool:

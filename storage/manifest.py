@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from ..planner.byte_ranges import Gaps
-from ..planner.checks import check_disjoint
 from ..planner.costs import Costs
+from ..planner.entries import ITEMSIZES, Entry
 from ..planner.errors import InvalidIndexError
 from ..planner.grid import Grid
-from ..planner.index import ITEMSIZES, NATIVE, CheckpointIndex, Entry, Kind, missing
+from ..planner.index import NATIVE, CheckpointIndex, Kind, missing
 from ..planner.read_plan import GAPS, Want
 from ..planner.regions import check_region_parts, regions_met
 from .blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
@@ -232,7 +232,7 @@ class Manifest:
         try:
             first_regions, where = self._first_regions, self._source.where
             index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
-            check_disjoint(index)
+            index.check_disjoint()
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()

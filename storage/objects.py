@@ -25,6 +25,14 @@ MAX_OBJECT_BYTES = 2**31
 _REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build")
 
 
+class EncodedObject(io.BytesIO):
+    """An object as bytes, with the way to read them; what a SavePlanner of reshard resolves objects to."""
+
+    def __init__(self, kind: Kind, data: bytes) -> None:
+        super().__init__(data)
+        self.kind = kind
+
+
 def encode_object(value: Any) -> tuple[Kind, bytes]:
     """Encode a value. One that holds the same containers again and again is pickled: as JSON it could be of any size.
 

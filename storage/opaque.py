@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zstandard
 
-from ..planner.index import ITEMSIZES
+from ..planner.entries import ITEMSIZES
 from .brief import reason
 from .codec import Bytes
 from .errors import CorruptCheckpointError

@@ -11,6 +11,7 @@ from .ambient import undisturbed
 from .errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
 from .fsspec_store import split_file
 from .manifest import DATA_NAME, NAME, Manifest
+from .open_store import open_store
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA, DcpSource
 from .sources.foreign import ForeignSource
@@ -18,7 +19,7 @@ from .sources.reads import Reads
 from .sources.safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .sources.torch_save import LEGACY_MAGIC, TorchSaveSource
 from .sources.weight_map import WeightMap, check_complete, listed, part_groups, read_weight_map
-from .store import Store, open_store
+from .store import Store
 
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}

@@ -9,8 +9,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from ..planner.box import Box
+from ..planner.entries import ITEMSIZES
 from ..planner.grid import Grid
-from ..planner.index import ITEMSIZES, Kind
+from ..planner.index import Kind
 from .tensors import torch_dtype
 
 PIECE_BYTES = 16 * 1024 * 1024

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import torch
 
 from .ambient import writing_to
+from .bands import Slices
 from .codec import Bytes
 from .tensors import UNSIGNED, cast, from_bytes
-
-Slices = tuple[slice, ...]
 
 
 class Destination:

@@ -26,10 +26,11 @@ from .errors import (
 from .local_store import TEMPORARY, LocalStore, SpecialFileError
 from .manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
 from .open_source import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
+from .open_store import open_store
 from .source import Source
 from .sources.dcp import METADATA, RANK_METADATA
 from .sources.weight_map import part_groups
-from .store import Store, check_delete, open_store
+from .store import Store, check_delete
 from .threads import Pool
 from .writer import OBJECT_MAGIC
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..planner.box import Box
+from ..planner.entries import ITEMSIZES, Entry, Segments
 from ..planner.grid import Grid
-from ..planner.index import ITEMSIZES, CheckpointIndex, Entry, Kind, Segments
+from ..planner.index import CheckpointIndex, Kind
 from .errors import ArgumentError
 
 

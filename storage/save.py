@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..planner.errors import CheckpointError
 from .ambient import undisturbed
-from .dcp import StorageWriter, check_codec
+from .codec import check_codec
+from .dcp import StorageWriter
 from .errors import ArgumentError, CommitError
 from .logs import logger_of
 from .progress import Meter, OnProgress

@@ -23,12 +23,12 @@ from ..planner.checks import tile
 from ..planner.errors import CheckpointError
 from .agreement import Described, agreed_paths, differing_names
 from .checksums import checksum
-from .dcp import EncodedObject
 from .errors import ArgumentError, UnsupportedValueError
-from .objects import encode_object, needs_pickle
+from .local_shards import local_shards
+from .objects import EncodedObject, encode_object, needs_pickle
 from .state_dict import Leaf, Path
 from .tensor_classes import check_has_memory, check_storable, is_whole
-from .tensors import as_array, as_bytes, dtype_name, local_shards
+from .tensors import as_array, as_bytes, dtype_name
 
 SMALL_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them, so that what belongs together stays together:

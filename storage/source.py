@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from ..planner.byte_ranges import Gaps
 from ..planner.costs import UNBOUNDED, Costs
+from ..planner.entries import Entry
 from ..planner.errors import CheckpointError
-from ..planner.index import CheckpointIndex, Entry
+from ..planner.index import CheckpointIndex
 from ..planner.layout import matches
 from ..planner.read_plan import Want
 from .errors import ArgumentError, CorruptCheckpointError

@@ -8,16 +8,12 @@ subclasses for whatever goes wrong below them.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
-from ..planner.masking import remember_secrets
-from .errors import ArgumentError
-from .options import checked_options
 from .threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
@@ -212,30 +208,3 @@ def held(put: Callable[[bytes], None], begin: Callable[[], Upload] | None = None
             with suppress(Exception), cleaning_up():  # the first error is the one to tell
                 writer.upload.abort()
         raise
-
-
-def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:
-    """Open the store at a path or URI, or return `target` itself where it is one.
-
-    Raises UnsupportedURIError, ArgumentError where there are options for a local path or a Store, StoreError.
-    """
-    options = checked_options(storage_options)
-    if isinstance(target, Store):
-        if options:
-            raise ArgumentError(
-                f"{', '.join(map(repr, options))} were given as storage options of {target.location}, which is open "
-                "already: leave them out"
-            )
-        return target
-    from .fsspec_store import open_fsspec
-
-    try:
-        uri = os.fspath(target)
-    except TypeError:
-        uri = None
-    if not isinstance(uri, str):
-        raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}")
-    if not uri:
-        raise ArgumentError('the path or URI is empty; "." is the current folder')
-    remember_secrets(uri, options)
-    return open_fsspec(uri, options)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ..planner.box import Box
-from ..planner.index import ITEMSIZES
+from ..planner.entries import ITEMSIZES
 from .errors import DtypeError
 
 LocalShard = tuple[Box, torch.Tensor]
@@ -31,20 +31,6 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise DtypeError(f"this torch {torch.__version__} has no dtype {name}")
     return dtype
-
-
-def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
-    """What this rank holds of a plain tensor, DTensor or ShardedTensor, as views that can be written through.
-
-    A tensor whose class has its own `__torch_dispatch__` is returned as it is: `tensor_classes` knows how to write it.
-
-    Raises LayoutError for a DTensor whose placements are not of shards and replicas.
-    """
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return [(Box.whole(tuple(tensor.shape)), tensor.detach())]
-    from . import sharded  # which takes a second: whoever has no such tensor is spared it
-
-    return sharded.local_shards(name, tensor)
 
 
 ALONE_NUMEL = 32768

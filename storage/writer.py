@@ -28,16 +28,16 @@ from torch.profiler import record_function
 from typing_extensions import Buffer
 
 from ..planner.box import Box, indexes
+from ..planner.entries import Entry
 from ..planner.grid import EIGHTHS, Grid
-from ..planner.index import Encoding, Entry, Stream
-from .bands import continued, cut, extents
+from ..planner.index import Encoding, Stream
+from .bands import Slices, continued, cut, extents
 from .checksums import checksum, page_checksums
 from .codec import encode, streams_of
 from .errors import StoreError
 from .logs import logger_of
 from .manifest import DATA_FOLDER, DATA_SUFFIX
 from .pieces import in_groups
-from .place import Slices
 from .ranks import HEED_S, Interrupt, never
 from .records import ObjectRecord, SegmentRecord, ShardRecord
 from .resources import default_budget, default_threads

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray, intersect_many
 from ...planner.byte_ranges import slabs_of
 from ...planner.coalesce import MAX_REQUEST_BYTES
+from ...planner.entries import ITEMSIZES, Entry
 from ...planner.errors import CheckpointError
-from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind
+from ...planner.index import CheckpointIndex, Encoding, Kind
 from ...planner.read_plan import Want
 from ..brief import brief, text_of
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeObjectError

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray
 from ...planner.byte_ranges import Gaps
 from ...planner.costs import Costs
+from ...planner.entries import ITEMSIZES, Entry, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
-from ...planner.index import ITEMSIZES, CheckpointIndex, Encoding, Entry, Kind, Segments, missing
+from ...planner.index import CheckpointIndex, Encoding, Kind, missing
 from ...planner.read_plan import Want
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from ..forks import Lock

@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...planner.index import ITEMSIZES
+from ...planner.entries import ITEMSIZES
 from ..brief import reason
 from ..errors import CorruptCheckpointError, UnsafeObjectError
 from .pickle_ops import check_pickle

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.index import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS, Encoding, Kind
+from ...planner.entries import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS
+from ...planner.index import Encoding, Kind
 from ..brief import brief, reason
 from ..errors import CorruptCheckpointError, DtypeError
 from .foreign import ForeignSource, Shards

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from ...planner.index import ITEMSIZES
+from ...planner.entries import ITEMSIZES
 from ..errors import CorruptCheckpointError, UnsafeObjectError
 from .inert import SIZE, Dictionary, StandIn, integers, load_inert
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.index import ITEMSIZES
+from ...planner.entries import ITEMSIZES
 from ..errors import ArgumentError, DtypeError
 from ..pieces import Item, Piece, rows_of
 from ..sources.safetensors import INDEX_SUFFIX, NAMES

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...planner.box import Box
+from ...planner.entries import ITEMSIZES
 from ...planner.grid import Grid
-from ...planner.index import ITEMSIZES, Kind
+from ...planner.index import Kind
 from ..pieces import PIECE_BYTES, Item, Piece
 from ..store import Store
 from ..values import Values

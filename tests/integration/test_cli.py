@@ -23,7 +23,7 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
-from reshard.storage.store import open_store
+from reshard.storage.open_store import open_store
 from reshard.words import in_bytes, in_time
 from tests.conftest import Place
 

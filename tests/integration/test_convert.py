@@ -20,7 +20,7 @@ from benchmarks.common import Peak, in_a_fresh_process
 from reshard import errors
 from reshard.storage import store as store_module
 from reshard.storage.local_store import LocalStore
-from reshard.storage.store import open_store
+from reshard.storage.open_store import open_store
 from reshard.storage.testing import Call, RecordingStore
 from tests.conftest import Place
 from tests.integration.models import build, model

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import reshard
-from reshard.planner.index import ITEMSIZES
+from reshard.planner.entries import ITEMSIZES
 from reshard.storage.testing import MemoryStore
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from reshard.planner.box import Box
+from reshard.planner.entries import Entry, Segments
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Encoding, Entry, Kind, Segments, Stream
+from reshard.planner.index import CheckpointIndex, Encoding, Kind, Stream
 from reshard.planner.read_plan import Want, plan_reads
 
 

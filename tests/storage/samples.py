@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import reshard
-from reshard.planner.index import ITEMSIZES
+from reshard.planner.entries import ITEMSIZES
 from reshard.storage.tensors import as_array, as_bytes, torch_dtype
 
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
+from reshard.planner.entries import ITEMSIZES
 from reshard.planner.grid import Grid
-from reshard.planner.index import ITEMSIZES, Kind
+from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage import reader, workers
 from reshard.storage.arranged import arrange

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.planner.index import ITEMSIZES, Stream
+from reshard.planner.entries import ITEMSIZES
+from reshard.planner.index import Stream
 from reshard.storage import codec
 from reshard.storage.codec import decode, decode_heads, decode_heads_and_tails, encode, streams_of
 from reshard.storage.errors import CorruptCheckpointError

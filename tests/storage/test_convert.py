@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import reshard
 from reshard.errors import DtypeError, UnavailableError
-from reshard.planner.index import ITEMSIZES
+from reshard.planner.entries import ITEMSIZES
 from reshard.storage.local_store import LocalStore
 from reshard.storage.open_source import open_source
 from reshard.storage.testing import Call, MemoryStore, RecordingStore

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 import reshard
 from reshard.errors import CorruptCheckpointError, UnsafeObjectError
 from reshard.planner.byte_ranges import Gaps
-from reshard.planner.index import ITEMSIZES
+from reshard.planner.entries import ITEMSIZES
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage.local_store import LocalStore
 from reshard.storage.open_source import open_source

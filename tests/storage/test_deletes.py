@@ -22,8 +22,8 @@ from reshard.cli.app import app
 from reshard.errors import ArgumentError, StoreError
 from reshard.storage import local_store
 from reshard.storage.local_store import LocalStore
+from reshard.storage.open_store import open_store
 from reshard.storage.places import find_remains, find_removal, remove_remains
-from reshard.storage.store import open_store
 from reshard.storage.testing import Call, RecordingStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

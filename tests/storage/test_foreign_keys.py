@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 import reshard
 from reshard.cli.app import app
 from reshard.storage import obstore_store
+from reshard.storage.open_store import open_store
 from reshard.storage.places import find_remains, remove_remains
-from reshard.storage.store import ListsTop, is_name, open_store, top_names
+from reshard.storage.store import ListsTop, is_name, top_names
 from reshard.storage.testing import MemoryStore
 from tests import servers
 from tests.failing_s3 import failing_s3

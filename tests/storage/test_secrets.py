@@ -24,8 +24,8 @@ from reshard.errors import AccessDeniedError, CheckpointError, StoreError, Unava
 from reshard.planner.masking import MOST_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
 from reshard.storage import retrying_store
+from reshard.storage.open_store import open_store
 from reshard.storage.places import find_remains
-from reshard.storage.store import open_store
 from tests.failing_s3 import failing_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -14,8 +14,8 @@ from reshard.storage import store as store_module
 from reshard.storage.dcp import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.local_store import SYNC_BYTES, LocalStore
+from reshard.storage.open_store import open_store
 from reshard.storage.retrying_store import RetryingStore
-from reshard.storage.store import open_store
 from reshard.storage.testing import MemoryStore, RecordingStore, check_store
 from tests import servers
 from tests.conftest import STORES, Place

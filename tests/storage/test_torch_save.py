@@ -27,7 +27,7 @@ from reshard.errors import (
     UnsafeObjectError,
     UnsupportedFormatError,
 )
-from reshard.planner.index import ITEMSIZES
+from reshard.planner.entries import ITEMSIZES
 from reshard.storage.sources import torch_save
 from reshard.storage.testing import MemoryStore, RecordingStore
 from tests.storage.dcp_checkpoints import torch_saved

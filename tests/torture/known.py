@@ -15,8 +15,9 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 import reshard
+from reshard.planner.entries import Entry, Segments
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Entry, Kind, Segments
+from reshard.planner.index import CheckpointIndex, Kind
 from reshard.storage.manifest import encode_manifest
 from reshard.storage.testing import MemoryStore
 from tests.torture.grammars import (

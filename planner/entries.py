@@ -1,0 +1,114 @@
+"""The tensors and values of a checkpoint, and the segments that hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from .box import Box, IntArray, columns_equal
+from .errors import InvalidIndexError
+from .grid import Grid
+from .kinds import Kind
+
+ITEMSIZES: Mapping[str, int] = MappingProxyType(
+    {
+        "bool": 1, "uint8": 1, "int8": 1,
+        "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8,
+        "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+        "float4_e2m1fn_x2": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+        "complex32": 4, "complex64": 8, "complex128": 16,
+    }
+)  # fmt: skip
+"""Bytes an element, by torch's name of the dtype."""
+
+MIN_PAGE_BYTES = 16 * 1024
+"""A raw chunk has a checksum for each page, so that a part of it can be read and verified: a page is the 16th of the
+largest chunk of its tensor, rounded up to a power of two, and no smaller than this."""
+
+MAX_BYTES = 2**60
+"""No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
+
+MAX_DIMENSIONS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor, or one object stored as bytes."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    """torch's name of it, without the `torch.`"""
+    grid: Grid
+    order: tuple[int, ...] | None = None
+    """The dimensions from the outermost to the innermost in its plain chunks, where they are not row-major."""
+    unknown_itemsize: int = 0
+    """Bytes an element of a dtype that ITEMSIZES does not have. Such a tensor can be verified, but not read."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEMSIZES and self.unknown_itemsize < 1:
+            raise InvalidIndexError(f"{self.name!r} has the unknown dtype {self.dtype!r}")
+        possible = all(
+            0 <= n < 2**38 and part <= max(1, min(n, 2**24))
+            for n, part in zip(self.grid.shape, self.grid.parts, strict=True)
+        )
+        # The strides of a tensor without elements count its empty dimensions as 1.
+        span = math.prod(max(1, n) for n in self.grid.shape) * self.itemsize
+        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or span > MAX_BYTES:
+            raise InvalidIndexError(
+                f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
+            )
+        if self.kind is not Kind.TENSOR and (self.dtype != "uint8" or len(self.grid.shape) != 1):
+            raise InvalidIndexError(f"{self.name!r} is an object, and no row of bytes: {self.dtype} {self.grid.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.grid.shape
+
+    @property
+    def whole(self) -> Box:
+        """The box of all of it."""
+        return Box.whole(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZES.get(self.dtype, self.unknown_itemsize)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.grid.shape)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the entry's raw chunks."""
+        sixteenth = -(-self.grid.cell_numel * self.itemsize // 16)
+        return max(MIN_PAGE_BYTES, 1 << (sixteenth - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Segments in columns, sorted by entry. Row i is segment i."""
+
+    entries: IntArray
+    """(n,) the entry's position in CheckpointIndex.entries."""
+    streams: npt.NDArray[np.uint8]
+    encodings: npt.NDArray[np.uint8]
+    objects: IntArray
+    """(n,) the object's position in CheckpointIndex.objects."""
+    starts: IntArray
+    """(n,) where the first chunk begins in the object, in bytes."""
+    offsets: IntArray
+    """The offsets of their boxes in their tensors, ndim values a segment, one after another."""
+    sizes: IntArray
+    """The sizes of their boxes, as `offsets`."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
