@@ -60,6 +60,11 @@ class Mesh:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.sizes) or not self.names or len(set(self.names)) != len(self.names):
             raise LayoutError(f"a mesh needs one distinct name for each size: names {self.names}, sizes {self.sizes}")
+        if any(type(name) is not str for name in self.names) or any(type(size) is not int for size in self.sizes):
+            raise LayoutError(
+                f"a mesh has names that are strings and sizes that are integers, got names {self.names!r} and sizes "
+                f"{self.sizes!r}"
+            )
         if any(size < 1 for size in self.sizes):
             raise LayoutError(f"a mesh dimension has 1 rank or more: {dict(zip(self.names, self.sizes, strict=True))}")
 

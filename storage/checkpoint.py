@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -20,17 +20,18 @@ from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
 from .ambient import undisturbed
 from .casts import check_dtype, loses_bits, weight_dtype
-from .errors import DestinationError
+from .errors import ArgumentError, DestinationError
 from .hf_config import read_tp_plan
 from .logs import logger_of
 from .names import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
 from .open_source import open_source
 from .progress import Meter, OnProgress
 from .ranks import rank_of
-from .read import Blob, check_is_tensor, object_wants, read_boxes
+from .read import Blob, check_is_tensor, check_objects, object_wants, read_boxes
+from .resources import check_budget
 from .source import Source, check_readable
 from .state_dict import nest
-from .store import Store
+from .store import Store, close_store
 from .tensor_classes import missing_memory
 from .tensors import torch_dtype
 from .verify import Damage, verify
@@ -49,15 +50,55 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """A checkpoint open for reading. It keeps the manifest in memory, and reads the rest as it is asked for."""
+    """A checkpoint open for reading. It keeps the manifest in memory, and reads the rest when you ask for it.
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    Use it as a context manager, or call `close`, to close its files at once. It is a collection of names: `in`, `len`,
+    `keys` and iteration cover tensors and other values.
+    """
+
+    def __init__(self, source: Source, *, closes_store: bool = True) -> None:
+        """
+        Args:
+            closes_store: whether `close` closes the store, too. It does not if the caller opened it.
+        """
+        self._opened: Source | None = source
+        self._closes_store = closes_store
         self._tensors = {
             entry.name: TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
             for entry, (chunks, stored) in zip(source.entries, source.sizes, strict=True)
             if entry.kind is Kind.TENSOR
         }
+
+    @property
+    def _source(self) -> Source:
+        if self._opened is None:
+            raise ArgumentError("the checkpoint is closed: open it again with reshard.open")
+        return self._opened
+
+    def close(self) -> None:
+        """Close the files of the checkpoint. Every later read raises ArgumentError; closing again does nothing."""
+        if self._opened is not None and self._closes_store:
+            close_store(self._opened.store)
+        self._opened = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the tensors and of the other values that can be read."""
+        return dict.fromkeys(entry.name for entry in self._source.entries).keys()
 
     @property
     def location(self) -> str:
@@ -112,7 +153,15 @@ class Checkpoint:
 
     @undisturbed()
     def read(
-        self, name: str, box: Box | None = None, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        name: str,
+        box: Box | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        budget_bytes: int | None = None,
+        max_over_read: float | None = None,
     ) -> torch.Tensor:
         """Read a tensor, or a box of it, fetching only the chunks that the box meets.
 
@@ -120,9 +169,11 @@ class Checkpoint:
             name: the tensor's name.
             box: the part to read; the whole tensor by default.
             out: a tensor of the box's sizes to read into, in place, on any device and of any dtype that the stored
-                one can be cast to; a new one on the CPU by default.
+                one can be cast to; a new one by default.
             dtype: of the new tensor; the stored one by default. float32 values are read as bfloat16 from a third of
                 their bytes, with the same result as a cast.
+            device: of the new tensor; the CPU by default.
+            budget_bytes, max_over_read: as of `reshard.load`.
 
         Raises:
             MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the call does not fit the tensor.
@@ -140,27 +191,35 @@ class Checkpoint:
             raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
         self._source.index([Want(name, wanted)])  # what it says is checked before memory is taken on its word
         if out is None:
-            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device="cpu")
+            out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=device or "cpu")
         elif tuple(out.shape) != wanted.sizes:
             raise ShapeMismatchError(f"{name!r}: out has shape {tuple(out.shape)}, the box {wanted} has {wanted.sizes}")
         elif dtype not in (None, out.dtype):
             raise DestinationError(f"{name!r}: out has dtype {out.dtype}, and dtype={dtype} was asked for")
-        read_boxes(self._source, [Want(name, wanted)], [out])
+        elif device is not None and torch.empty(0, device=device).device != out.device:
+            raise DestinationError(f"{name!r}: out is on {out.device}, and device={str(device)!r} was asked for")
+        read_boxes(self._source, [Want(name, wanted)], [out], budget_bytes=budget_bytes, max_over_read=max_over_read)
         return out
 
     @undisturbed()
-    def read_object(self, name: str, *, allow_pickle: bool = False) -> Any:
+    def read_object(self, name: str, *, allow_pickle: bool = False, budget_bytes: int | None = None) -> Any:
         """Read a value that is not a tensor.
 
+        Args:
+            allow_pickle, budget_bytes: as of `reshard.load`.
+
         Raises:
+            ArgumentError: it takes more bytes than `budget_bytes`.
             MissingTensorError: there is none of this name.
             UnsafeObjectError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
                 is False.
         """
         if self._source.entry(name).kind is Kind.TENSOR:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
+        check_budget(budget_bytes)
+        check_objects(self._source, [name], budget_bytes)
         blob = Blob(self._source, name)
-        read_boxes(self._source, blob.wants, blob.tensors)
+        read_boxes(self._source, blob.wants, blob.tensors, budget_bytes=budget_bytes)
         return blob.value(allow_pickle=allow_pickle)
 
     @undisturbed()
@@ -204,9 +263,12 @@ class Checkpoint:
         rename: Mapping[str, str] | None = None,
         allow_missing: Patterns = (),
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        budget_bytes: int | None = None,
+        max_over_read: float | None = None,
         progress: OnProgress = False,
     ) -> dict[str, torch.Tensor]:
-        """The local tensors of one rank of a layout, on the CPU, by name; no process group is needed.
+        """Read the local tensors of one rank of a layout, by name. No process group is needed.
 
         Args:
             names: a pattern as in a layout: "model" leaves out the optimizer beside it.
@@ -216,7 +278,8 @@ class Checkpoint:
             allow_missing: patterns of names that are left out if they cannot be read (see `unreadable`).
             dtype: of floating-point tensors of one dimension or more; the stored one by default. float32 values of a
                 native checkpoint are read as bfloat16 from a third of their bytes.
-            progress: as of `reshard.load`.
+            device: of the tensors; the CPU by default.
+            budget_bytes, max_over_read, progress: as of `reshard.load`.
 
         Raises LayoutError, ArgumentError, DtypeError, CorruptCheckpointError, StoreError, and what `read` raises for a
         name of `unreadable` that the rank would hold.
@@ -246,14 +309,23 @@ class Checkpoint:
         self._source.index(Want(stored_names[want.name], want.box) for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored = torch_dtype(held.entry.dtype)
-            local = torch.empty(held.local.shape, dtype=weight_dtype(stored, held.entry.shape, dtype), device="cpu")
+            to = weight_dtype(stored, held.entry.shape, dtype)
+            local = torch.empty(held.local.shape, dtype=to, device=device or "cpu")
             tensors[held.entry.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
                 wants.append(Want(stored_names[want.name], want.box))
                 views.append(local[Box(at, want.box.sizes).slices])
         draws = rank_of(None) == 0
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
-            read_boxes(self._source, wants, views, rank=rank, meter=meter)
+            read_boxes(
+                self._source,
+                wants,
+                views,
+                rank=rank,
+                budget_bytes=budget_bytes,
+                max_over_read=max_over_read,
+                meter=meter,
+            )
         rounded = [
             name for name, local in tensors.items() if loses_bits(self._tensors[stored_names[name]].dtype, local.dtype)
         ]
@@ -263,16 +335,23 @@ class Checkpoint:
 
     @undisturbed()
     def state_dict(
-        self, *, names: str = "*", allow_pickle: bool = False, progress: OnProgress = False
+        self,
+        *,
+        names: str = "*",
+        allow_pickle: bool = False,
+        device: torch.device | str | None = None,
+        budget_bytes: int | None = None,
+        max_over_read: float | None = None,
+        progress: OnProgress = False,
     ) -> dict[Any, Any]:
-        """All values, whole, on the CPU, in the dicts and lists in which they were saved.
+        """Read all values, whole, into the dicts and lists in which they were saved.
 
         Names stay flat where the format does not tell more, as safetensors; DCP itself makes strings of all keys.
 
         Args:
             names: a pattern as in a layout: "model" leaves out the optimizer beside it.
-            allow_pickle: as of `reshard.load`.
-            progress: as of `reshard.load`.
+            device: of the tensors; the CPU by default.
+            allow_pickle, budget_bytes, max_over_read, progress: as of `reshard.load`.
 
         Raises MissingTensorError where nothing matches, UnsafeObjectError, CorruptCheckpointError, StoreError, and what
         `read` raises for a name of `unreadable` that matches.
@@ -284,12 +363,23 @@ class Checkpoint:
         objects = [entry.name for entry in entries if entry.kind is not Kind.TENSOR]
         held = [entry for entry in entries if entry.kind is Kind.TENSOR]
         wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]
+        check_budget(budget_bytes)
+        check_objects(self._source, objects, budget_bytes)
         # What it says is checked before memory is taken on its word, and read at once.
         self._source.index([*wants, *object_wants(self._source, objects)])
         blobs = [Blob(self._source, name) for name in objects]
-        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="cpu") for entry in held]
+        on = device or "cpu"
+        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=on) for entry in held]
         with Meter("load", progress, location=self.location) as meter:
-            read_boxes(self._source, wants, tensors, blobs=blobs, meter=meter)
+            read_boxes(
+                self._source,
+                wants,
+                tensors,
+                blobs=blobs,
+                budget_bytes=budget_bytes,
+                max_over_read=max_over_read,
+                meter=meter,
+            )
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
         values |= {blob.name: blob.value(allow_pickle=allow_pickle) for blob in blobs}
         in_order = {entry.name: values[entry.name] for entry in entries}
@@ -319,6 +409,8 @@ class Checkpoint:
         return missing + verify(self._source.store, self._source.index(), quick=quick, progress=progress)
 
     def __repr__(self) -> str:
+        if self._opened is None:
+            return "Checkpoint(closed)"
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
         return (
             f"Checkpoint({self.location!r}, {self.format}: {len(self._tensors)} tensors, {len(self.objects)} objects, "
@@ -358,4 +450,4 @@ def open_checkpoint(
     Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError, StoreError,
     UnsupportedURIError.
     """
-    return Checkpoint(open_source(uri, storage_options, format))
+    return Checkpoint(open_source(uri, storage_options, format), closes_store=not isinstance(uri, Store))

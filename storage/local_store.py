@@ -247,6 +247,11 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
+    def close(self) -> None:
+        """Close the files that are kept open. A read opens them again."""
+        with self._lock:
+            self._open_files.clear()
+
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         """What is sent to another process: where it is, and no open file."""
         return LocalStore, (self._root,)

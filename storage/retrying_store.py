@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 from .errors import UnavailableError
 from .forks import generation
 from .logs import logger_of
-from .store import AsyncReads, ObjectWriter, Store, check_delete, top_names
+from .store import AsyncReads, ObjectWriter, Store, check_delete, close_store, top_names
 from .threads import current_stop
 
 T = TypeVar("T")
@@ -191,6 +191,9 @@ class RetryingStore:
 
     def list_top(self) -> Iterable[str]:
         return self._retried(lambda: top_names(self._store))
+
+    def close(self) -> None:
+        close_store(self._store)
 
     def check_delete(self, names: Iterable[str]) -> None:
         names = list(names)

@@ -208,3 +208,10 @@ def held(put: Callable[[bytes], None], begin: Callable[[], Upload] | None = None
             with suppress(Exception), cleaning_up():  # the first error is the one to tell
                 writer.upload.abort()
         raise
+
+
+def close_store(store: Store) -> None:
+    """Close the files and connections that a store keeps, if it can be closed. It may open them again."""
+    close = getattr(store, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,119 @@
+"""What `reshard.open` returns: a collection of names that can be closed, and read to any device within a budget."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reshard
+from reshard.errors import ArgumentError, DestinationError
+from reshard.planner.layout import Layout, Mesh, Shard
+from reshard.storage.testing import MemoryStore
+
+STATE: dict[str, Any] = {"w": torch.arange(24.0).reshape(6, 4), "step": 3, "text": "x" * 3000}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    reshard.save(STATE, tmp_path / "c", codec="none")
+    return tmp_path / "c"
+
+
+def open_files(folder: Path) -> list[str]:
+    links = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+    return [link for link in links if link.startswith(str(folder))]
+
+
+def test_a_checkpoint_is_a_collection_of_names(folder: Path) -> None:
+    checkpoint = reshard.open(folder)
+    assert sorted(checkpoint) == sorted(checkpoint.keys()) == ["step", "text", "w"]
+    assert len(checkpoint) == 3
+    assert "w" in checkpoint
+    assert "v" not in checkpoint
+    assert 5 not in checkpoint
+
+
+def test_the_end_of_a_with_block_closes_files(folder: Path) -> None:
+    with reshard.open(folder) as checkpoint:
+        assert checkpoint.read("w").equal(STATE["w"])
+        assert open_files(folder)
+    assert not open_files(folder)
+    checkpoint.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.read("w"),
+        lambda c: c.read_object("step"),
+        lambda c: c.state_dict(),
+        lambda c: c.verify(),
+        lambda c: c.info,
+        lambda c: c.location,
+        lambda c: c.keys(),
+        lambda c: len(c),
+        lambda c: "w" in c,
+        lambda c: c.plan(Layout(Mesh(("tp",), (1,)), {})),
+    ],
+)
+def test_a_closed_checkpoint_refuses_every_call(call: Any, folder: Path) -> None:
+    checkpoint = reshard.open(folder)
+    checkpoint.close()
+    with pytest.raises(ArgumentError, match=r"the checkpoint is closed: open it again with reshard\.open"):
+        call(checkpoint)
+    assert repr(checkpoint) == "Checkpoint(closed)"
+
+
+def test_a_store_of_the_caller_is_not_closed() -> None:
+    class Closable(MemoryStore):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    store = Closable()
+    reshard.save(STATE, store)
+    with reshard.open(store) as checkpoint:
+        assert checkpoint.read("w").equal(STATE["w"])
+    assert not store.closed
+
+
+def test_tensors_are_made_on_the_device_that_is_given(folder: Path) -> None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    layout = Layout(Mesh(("tp",), (2,)), {"w": Shard(0)})
+    with reshard.open(folder) as checkpoint:
+        found = [
+            checkpoint.read("w", device=device),
+            checkpoint.state_dict(device=str(device))["w"],
+            torch.cat([checkpoint.load_rank(layout, rank, device=device)["w"] for rank in range(2)]),
+        ]
+        assert all(tensor.device.type == device.type and tensor.cpu().equal(STATE["w"]) for tensor in found)
+        with pytest.raises(DestinationError, match="out is on cpu, and device='meta' was asked for"):
+            checkpoint.read("w", out=torch.empty(6, 4), device="meta")
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_a_device_without_memory_is_refused(device: str, folder: Path) -> None:
+    with reshard.open(folder) as checkpoint, pytest.raises(DestinationError, match="'w'"):
+        checkpoint.read("w", device=device)
+
+
+def test_a_budget_that_objects_exceed_is_refused_before_anything_is_read(folder: Path) -> None:
+    with reshard.open(folder) as checkpoint:
+        for call in (
+            lambda: checkpoint.read_object("text", budget_bytes=1000),
+            lambda: checkpoint.state_dict(budget_bytes=1000),
+            lambda: reshard.load({"text": "", "step": 0}, folder, budget_bytes=1000),
+            lambda: reshard.convert(folder, folder.parent / "d", format="dcp", budget_bytes=1000),
+        ):
+            with pytest.raises(ArgumentError, match=r"'text' with 3002, and budget_bytes is 1000: give a budget"):
+                call()
+        assert checkpoint.read_object("text", budget_bytes=10_000) == STATE["text"]
+        assert checkpoint.read("w", budget_bytes=1000, max_over_read=0.5).equal(STATE["w"])
+        assert checkpoint.state_dict(budget_bytes=10_000)["step"] == 3
+    assert not (folder.parent / "d").exists()
