@@ -1,5 +1,6 @@
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -152,3 +153,11 @@ def test_a_layout_that_does_not_fit_names_the_tensor() -> None:
     with pytest.raises(LayoutError, match="rank 2 is not in the mesh tp 2"):
         layout.local("b", (4, 4), rank=2)
     assert Mesh.of({"dp": 2, "tp": 3}).coordinate(4) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes"), [((1,), ("tp",)), (("tp",), ("2",)), (("tp",), (2.0,)), (("tp",), (None,)), ((None,), (2,))]
+)
+def test_a_mesh_of_other_types_is_refused(names: Any, sizes: Any) -> None:
+    with pytest.raises(LayoutError, match="names that are strings and sizes that are integers"):
+        Mesh(names, sizes)
