@@ -174,11 +174,20 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
 
 
 def _read_pairs(content: list[Any]) -> dict[Any, Any]:
-    keys = _keys(from_plain(key) for key, _ in content)
+    keys = checked_keys(from_plain(key) for key, _ in content)
     return {key: from_plain(item) for key, (_, item) in zip(keys, content, strict=True)}
 
 
-def _keys(keys: Iterable[Any]) -> list[Any]:
+def _integers(content: list[Any], count: int | None = None) -> list[int]:
+    """Return integers. Raises ValueError for anything else, and for another number of them."""
+    if not all(type(n) is int for n in content) or count not in (None, len(content)):
+        raise ValueError(f"{brief(content)} should be integers")
+    if count is None and not all(-(2**63) <= n < 2**63 for n in content):
+        raise ValueError(f"{brief(content)} has an integer of more than 64 bits")
+    return content
+
+
+def checked_keys(keys: Iterable[Any]) -> list[Any]:
     """Return keys. Raises ValueError where many have the same hash: to tell them apart would take quadratic time."""
     found = list(keys)
     if len(found) > MAX_COLLISIONS and max(Counter(map(hash, found)).values()) > MAX_COLLISIONS:
@@ -208,8 +217,8 @@ def _read_time(kind: Any) -> Callable[[list[Any]], Any]:
 _READERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
     "$tuple": lambda content: tuple(map(from_plain, content)),
-    "$set": lambda content: set(_keys(map(from_plain, content))),
-    "$frozenset": lambda content: frozenset(_keys(map(from_plain, content))),
+    "$set": lambda content: set(checked_keys(map(from_plain, content))),
+    "$frozenset": lambda content: frozenset(checked_keys(map(from_plain, content))),
     "$deque": lambda content: deque(map(from_plain, content[0]), content[1]),
     "$dict": _read_pairs,
     "$ordered_dict": lambda content: OrderedDict(_read_pairs(content)),
@@ -217,15 +226,15 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$bytearray": lambda content: bytearray(_decoded(content)),
     "$bytes_io": _read_bytes_io,
     "$complex": lambda content: complex(from_plain(content[0]), from_plain(content[1])),
-    "$range": lambda content: range(*content),
+    "$range": lambda content: range(*_integers(content, 3)),
     "$slice": lambda content: slice(*map(from_plain, content)),
     "$datetime": _read_time(datetime.datetime),
     "$date": datetime.date.fromisoformat,
     "$time": _read_time(datetime.time),
-    "$timedelta": lambda content: datetime.timedelta(*content),
+    "$timedelta": lambda content: datetime.timedelta(*_integers(content, 3)),
     "$timezone": lambda content: datetime.timezone(from_plain(content)),
     "$decimal": decimal.Decimal,
-    "$fraction": lambda content: fractions.Fraction(*content),
+    "$fraction": lambda content: fractions.Fraction(*_integers(content, 2)),
     "$uuid": uuid.UUID,
     "$path": pathlib.Path,
     "$pure_posix_path": pathlib.PurePosixPath,
@@ -235,7 +244,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$ellipsis": lambda content: ...,
     "$torch_dtype": _read_dtype,
     "$torch_device": torch.device,
-    "$torch_size": torch.Size,
+    "$torch_size": lambda content: torch.Size(_integers(content)),
     "$array": _read_array,
     "$scalar": _read_scalar,
 }

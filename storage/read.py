@@ -73,14 +73,14 @@ class Blob:
         entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
+        self.wants = object_wants(source, [name])
+        """What is to be read for it: nothing, where it is here."""
+        source.index(self.wants)  # what it says is checked before memory is taken on its word
         if entry.numel > MAX_OBJECT_BYTES:
             raise CorruptCheckpointError(
                 f"object {name!r} in {source.location} has {entry.numel} bytes, and none may have more than "
                 f"{MAX_OBJECT_BYTES}"
             )
-        self.wants = object_wants(source, [name])
-        """What is to be read for it: nothing, where it is here."""
-        source.index(self.wants)  # what it says is checked before memory is taken on its word
         here = source.inline.get(name)
         self._tensor = (
             torch.empty(entry.shape, dtype=torch.uint8, device="cpu")

@@ -14,7 +14,7 @@ import torch
 
 MAX_REPEATED = 16
 """A value may be so many times larger as a tree."""
-FREE_WEIGHT = 64 * 1024
+FREE_WEIGHT = 1024 * 1024
 """As a tree, a value of any size may weigh this: a unit for each value, and for each character and byte of it."""
 SMALL_WEIGHT = 64
 """A string that weighs less is counted each time."""
@@ -41,11 +41,11 @@ def is_repetitive(value: Any) -> bool:
                 weights[id(value)] = own
             total += own if is_new else min(own, SMALL_WEIGHT)
             return own
+        total += 1
         known = weights.get(id(value))
         if known is not None:
             return known
         weights[id(value)] = math.inf  # if it holds itself
-        total += 1
         weights[id(value)] = weight = 1 + sum(map(weigh, children))
         return weight
 
@@ -63,7 +63,7 @@ def _children(value: Any) -> Any:
     if isinstance(value, _SEQUENCES):
         return value
     if isinstance(value, Mapping):
-        return (part for item in value.items() for part in item)
+        return (part for item in type(value).items(value) for part in item)
     if type(value) in _NAMESPACES:
         return vars(value).values()
     return None

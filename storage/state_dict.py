@@ -14,14 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from .brief import brief
+from .brief import brief, reason
 from .errors import ArgumentError, CorruptCheckpointError, DestinationError, UnsupportedValueError
-from .plain_json import NotPlainError, from_plain, to_plain
+from .plain_json import NotPlainError, checked_keys, from_plain, to_plain
 
 MOST_LEVELS = 100
 """How deeply dicts and lists may be nested."""
 
-CHARS_OF_LEAF = 256
+CHARS_OF_LEAF = 2048
 """What a value takes in memory, beside its name."""
 
 
@@ -63,10 +63,13 @@ def _part_from_json(part: Any) -> str | int | Key:
         return part
     if not isinstance(part, dict) or part.keys() != {"key"}:
         raise ValueError(f"{brief(part)} is no part of a path")
-    key = from_plain(part["key"])
-    if isinstance(key, str) or key != key:
-        raise ValueError(f"{brief(part)} is no part of a path")
-    return Key(key)
+    try:
+        key = from_plain(part["key"])
+        if not isinstance(key, str) and key == key:
+            return Key(key)
+    except Exception as error:  # whatever a value that no save has written makes of a constructor
+        raise ValueError(f"{brief(part)} is no part of a path: {reason(error)}") from error
+    raise ValueError(f"{brief(part)} is no part of a path")
 
 
 def path_for_dcp(path: Path) -> tuple[str | int, ...]:
@@ -116,18 +119,19 @@ def renamed_path(path: Path, name: str) -> Path | None:
     return None
 
 
-def flatten(state_dict: Mapping[Any, Any], max_chars: int | None = None) -> dict[str, Leaf]:
+def flatten(state_dict: Mapping[Any, Any], room: list[float] | None = None) -> dict[str, Leaf]:
     """List the values of a state dict by name. A dict without items is a value too.
 
     Args:
-        max_chars: how many characters all names may have together, each CHARS_OF_LEAF more than it has.
+        room: a list of one number, the characters that further names may have together. Each name takes CHARS_OF_LEAF
+            more than it has.
 
     Raises:
         DestinationError: two values have the same name.
         UnsupportedValueError: a key is not plain data, dicts and lists are nested too deeply, or names too long.
     """
     leaves: dict[str, Leaf] = {}
-    room = [math.inf if max_chars is None else max_chars]
+    room = [math.inf] if room is None else room
     for key, value in state_dict.items():
         try:
             _walk((_part((), key),), state_dict, key, value, leaves, room)
@@ -156,7 +160,7 @@ def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Le
     if len(path) > MOST_LEVELS:
         raise UnsupportedValueError(f"more than {MOST_LEVELS} dicts and lists are nested at {name_of(path[:3])!r}")
     if isinstance(value, Mapping) and value:
-        for inner, item in value.items():
+        for inner, item in type(value).items(value):
             _walk((*path, _part(path, inner)), value, inner, item, leaves, room)
     elif isinstance(value, list) and _is_walked(value):
         for position, item in enumerate(value):
@@ -214,7 +218,11 @@ def _with_lists(value: Any) -> Any:
 
 
 def _as_dict(node: Mapping[str | int | Key, Any]) -> dict[Any, Any]:
-    made = {_key(part): _with_lists(item) for part, item in node.items()}
+    try:
+        keys = checked_keys(map(_key, node))
+    except ValueError as error:
+        raise CorruptCheckpointError(f"the keys of a dict collide: {error}") from error
+    made = {key: _with_lists(item) for key, item in zip(keys, node.values(), strict=True)}
     if len(made) != len(node):
         raise CorruptCheckpointError(f"two keys of one dict are equal, of {', '.join(map(str, node))}")
     return made

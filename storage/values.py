@@ -15,7 +15,8 @@ from ..planner.box import Box
 from ..planner.costs import UNBOUNDED
 from ..planner.index import Kind
 from ..planner.read_plan import Want
-from .errors import UnsafeObjectError
+from .brief import reason
+from .errors import CorruptCheckpointError, UnsafeObjectError
 from .objects import MAX_OBJECT_BYTES, encode_object
 from .opaque import ZSTD_MAGIC, decompress
 from .pieces import PIECE_BYTES, Item, Piece, in_groups
@@ -149,7 +150,10 @@ def _decoded(blob: Blob) -> tuple[Kind, bytes, Any]:
     except UnsafeObjectError:
         data = blob.data
         return blob.kind, decompress(data, MAX_OBJECT_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
-    return *encode_object(value), value
+    try:
+        return *encode_object(value), value
+    except Exception as error:  # a value with attributes that no save has given it
+        raise CorruptCheckpointError(f"object {blob.name!r} cannot be written anew: {reason(error)}") from error
 
 
 def _of_one_item(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

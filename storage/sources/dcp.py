@@ -26,6 +26,7 @@ from ...planner.index import CheckpointIndex, Encoding, Kind
 from ...planner.read_plan import Want
 from ..brief import brief, text_of
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeObjectError
+from ..shared_values import is_repetitive
 from ..state_dict import MOST_LEVELS, Path, path_from_json
 from .foreign import ForeignSource, Shards
 from .inert import LAYOUT, SIZE, Dictionary, Record, integers, load_inert, name_of_foreign, record, refused
@@ -44,10 +45,10 @@ FIRST_READ_BYTES = 1024 * 1024
 
 MAX_PATH = 4096
 """Characters of the name of an object."""
+MAX_DTYPE = 1000
+"""Characters of the name of a dtype."""
 MAX_TRANSFORMS = 16
 """What the stream of a slice may have gone through."""
-MAX_REPEATED_SHARDS = 1_000_000
-"""How many shards may be listed again, for another tensor."""
 
 _Metadata = record("Metadata")
 _TensorMetadata = record("TensorStorageMetadata")
@@ -346,8 +347,8 @@ def _merge(
             raise _NeedsForeignError(foreign[0])
         raise ValueError(f"nothing tells where {name!r} is stored" + ("" if offsets is None else f" at {offsets}"))
 
-    listed: set[int] = set()
-    repeated = 0
+    boxes: dict[int, list[Box] | _NeedsForeignError] = {}
+    """Of each list of shards that was met, by its identity: several tensors may have one."""
     for name, entry in _known(metadata.get("state_dict_metadata")).items():
         _name(name)
         try:
@@ -356,6 +357,8 @@ def _merge(
                 continue
             word = _known(entry.get("properties")).state[0]
             dtype = name_of_foreign(word) or _name(word)
+            if len(dtype) > MAX_DTYPE:
+                raise ValueError(f"{name!r} has the dtype {brief(dtype)}")
             if dtype not in ITEMSIZES:
                 reason = f"{name!r} in {where} has the dtype {dtype}, which reshard cannot read: load it with dcp.load"
                 unreadable.setdefault(name, (DtypeError, f"{reason}. The other tensors can be read"))
@@ -364,13 +367,7 @@ def _merge(
             *known, chunks = tensors.setdefault(name, (dtype, shape, {}))
             if known != [dtype, shape]:
                 raise ValueError(f"{name!r} is of {dtype} {shape} to one rank, and of {known} to another")
-            rows = _known(entry.get("chunks"))
-            repeated += len(rows) if id(rows) in listed else 0
-            listed.add(id(rows))
-            if repeated > MAX_REPEATED_SHARDS:
-                raise ValueError("the same shards are listed for one tensor after another")
-            for chunk in map(_known, rows):
-                box = Box(integers(_known(chunk.get("offsets"))), integers(_known(chunk.get("sizes"))))
+            for box in _boxes(_known(entry.get("chunks")), boxes):
                 if box.ndim != len(shape):
                     raise ValueError(f"{name!r} has the shape {shape}, and a shard {box}")
                 if box.numel and box not in chunks:
@@ -378,6 +375,29 @@ def _merge(
         except _NeedsForeignError as error:
             reason = f"{where} describes {name!r} by {error}, a class that reshard does not know and does not run"
             unreadable.setdefault(name, (UnsafeObjectError, f"{reason}. The other names can be read"))
+
+
+def _boxes(chunks: Any, known: dict[int, list[Box] | _NeedsForeignError]) -> list[Box]:
+    """Return the boxes of a list of shards, each once; of those without elements, one of each number of dimensions.
+
+    Args:
+        known: those of the lists that were met before.
+    """
+    found = known.get(id(chunks))
+    if found is None:
+        try:
+            every = dict.fromkeys(
+                Box(integers(_known(chunk.get("offsets"))), integers(_known(chunk.get("sizes"))))
+                for chunk in dict.fromkeys(map(_known, chunks))
+            )
+            empty = {box.ndim: box for box in every if not box.numel}
+            found = [*(box for box in every if box.numel), *empty.values()]
+        except _NeedsForeignError as error:
+            found = error
+        known[id(chunks)] = found
+    if isinstance(found, _NeedsForeignError):
+        raise found
+    return found
 
 
 def _stored(metadata: Record) -> tuple[dict[tuple[str, tuple[int, ...] | None], Any], list[str]]:
@@ -415,6 +435,8 @@ def _paths(planner_data: Any) -> dict[str, Path]:
     }
     typed = planner_data.get(TYPED_PATHS)
     if isinstance(typed, dict):
+        if is_repetitive(typed):
+            raise ValueError("its paths hold the same lists again and again")
         paths |= {name: path_from_json(path) for name, path in typed.items() if type(name) is str}
     return paths
 

@@ -7,7 +7,10 @@ could be caught, and much of it runs in C, where no signal is heeded.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
+
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 MAX_BYTES = 2**30
 """No pickle is larger."""
@@ -19,20 +22,25 @@ MAX_COPIED = 1
 """How many values all that classes and functions are given may hold, for each byte of the pickle."""
 FREE = 64 * 1024
 """How many values both may hold in a pickle of any size."""
+MAX_COLLISIONS = 64
+"""How many keys of one dict, or values of one set, may have the same hash."""
 MAX_COLLIDING = 20_000
-"""How many values those keys may hold that anybody can give the same hash: large integers, and tuples of numbers."""
+"""How many values those keys may hold whose hashes can be chosen, and are not known before they are made."""
 BYTES_OF_SET = 8
 """How many bytes of a pickle each set takes at least, so that a byte is not a set of 216 bytes."""
 TEXT_BYTES = 64
 """Each of these bytes of a string counts as a value."""
 
-# A value is an integer of flags, depth and weight. The weight is the number of values that it holds, those that are
-# shared counted each time. A value that can grow is a list instead: the weight of what was added to it, and of that
-# what can collide. A tuple of such values, or one that can collide itself, is a tuple of its integer and those values.
+# A value is one of these:
+# - bytes: the operation of a constant whose hash anybody can know, as a number or None.
+# - an integer of flags, depth and weight. The weight is the number of values that it holds, those that are shared
+#   counted each time.
+# - a list, where it can grow: the weight of what was added to it, and how many of that have each hash. Both are noted
+#   only if something can copy it.
+# - a tuple, for a tuple: its integer; the constants in it, if it holds nothing else; the values in it that can grow.
 _COLLIDES = 1
-"""Its hash can be chosen. Such a value is never a mere integer."""
-_NUMBER = 2
-"""It is a number, or a tuple of nothing else."""
+"""Its hash can be chosen, and is not known here."""
+_IS_TUPLE = 2
 _ALLOCATES = 4
 """It is a class or function that takes memory by a number. Of a tuple, the first value is."""
 _COPIES = 8
@@ -40,29 +48,34 @@ _COPIES = 8
 _IS_BYTEARRAY = 16
 _BEGINS_WITH_NUMBER = 32
 _CALLABLE = 64
-_DEPTH = 128
+_MANY = 128
+"""More values in it can grow than are followed."""
+_DEPTH = 256
 _DEPTHS = 127 * _DEPTH
 _WEIGHT = 128 * _DEPTH
 _SHIFT = _WEIGHT.bit_length() - 1
 _ATOM = _WEIGHT
-_INTEGER = _WEIGHT | _NUMBER
 _MADE = _WEIGHT | _CALLABLE
 """A class, a function, or what one made."""
-_MOST_GROWING = 256
-"""Of the values in a tuple that can grow, so many are followed: nothing copies what is deeper."""
+_EMPTY_TUPLE = (_WEIGHT | _DEPTH | _IS_TUPLE, (), ())
+_MAX_GROWING = 16
+_MAX_LONG = 128
+"""Bytes of an integer whose hash is worked out."""
+_MAX_CONSTANTS = 1000
+"""In a tuple whose hash is worked out."""
 
-_VALUES = {
-    **dict.fromkeys(b"N\x88\x89)", (0, _ATOM)), b"K"[0]: (1, _INTEGER), b"M"[0]: (2, _INTEGER),
-    b"J"[0]: (4, _INTEGER), b"G"[0]: (8, _INTEGER),
-}  # fmt: skip
-"""Operations that push None, a boolean, a number or an empty tuple; the bytes of their argument, and the value."""
+_CONSTANTS = {**dict.fromkeys(b"N\x88\x89", 0), b"K"[0]: 1, b"M"[0]: 2, b"J"[0]: 4, b"G"[0]: 8}
+"""Operations that push None, a boolean or a number; and the bytes of their argument."""
 _COUNTED = {
     **dict.fromkeys(b"\x8cCU\x8a", 1), **dict.fromkeys(b"XBT\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8),
 }  # fmt: skip
 """Those that push a string, bytes, a bytearray or a long integer; and the bytes of its length."""
 _LONGS = b"\x8a\x8b"
+_NUMBERS = b"KMJG\x8a\x8b"
+_NEVER_COLLIDE = b"N\x88\x89KMJGE"
+"""Constants of which few have one hash, each for itself. E is an empty string."""
 _COPYING = {
-    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
+    *(("builtins", name) for name in ("set", "frozenset", "bytearray")),
     ("collections", "OrderedDict"),
     ("collections", "Counter"),
     ("_codecs", "encode"),
@@ -112,21 +125,17 @@ class _Check:
         if self._hashed > FREE + MAX_HASHED * nbytes:
             raise ValueError("its keys hold the same values again and again")
         if self._colliding > MAX_COLLIDING:
-            raise ValueError(
-                f"it has keys that hold more than {MAX_COLLIDING} numbers, of a kind that can be chosen to collide: "
-                "large integers, and tuples of numbers"
-            )
+            raise ValueError(f"its keys hold more than {MAX_COLLIDING} values that can be chosen to have the same hash")
 
     def _follow(self) -> None:
         data = self._data
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
-        tuples: dict[int, Any] = {}
-        """Of a value, the tuple of it alone."""
         at, most = 0, len(data)
         last = 0
         push, pop = stack.append, stack.pop
+        calls = self._calls
         while True:
             operation = data[at]
             at += 1
@@ -137,42 +146,34 @@ class _Check:
             elif operation == 0x68:  # BINGET
                 push(memo[data[at]])
                 at += 1
-            elif operation in _VALUES:
-                nbytes, value = _VALUES[operation]
-                at += nbytes
-                push(value)
+            elif operation in _CONSTANTS:
+                begin, at = at - 1, at + _CONSTANTS[operation]
+                push(data[begin:at])
             elif operation in _COUNTED:
+                first = at - 1
                 begin = at + _COUNTED[operation]
                 nbytes = int.from_bytes(data[at:begin], "little")
                 at = begin + nbytes
                 if at > most:  # an unpickler takes memory for a bytearray before it reads it
                     raise ValueError(f"it has the operation {operation:#04x} of {nbytes} bytes, and {most} in all")
-                if operation in _LONGS:
-                    value = (1 + nbytes // 8) * _WEIGHT | _NUMBER
-                    push((value | _COLLIDES,) if nbytes > 7 else value)
+                if operation in _LONGS and nbytes <= _MAX_LONG:
+                    push(data[first:at])
+                elif operation in _LONGS:
+                    push((1 + nbytes // 8) * _WEIGHT | _COLLIDES)
                 else:
-                    push((1 + nbytes // TEXT_BYTES) * _WEIGHT)
+                    push((1 + nbytes // TEXT_BYTES) * _WEIGHT if nbytes else b"E")
             elif operation == 0x85:  # TUPLE1
-                value = stack[-1]
-                if type(value) is int:
-                    if value not in tuples:
-                        tuples[value] = _tuple([value])
-                    stack[-1] = tuples[value]
-                else:
-                    stack[-1] = _tuple([value])
+                stack[-1] = _tuple([stack[-1]])
             elif operation == 0x52 or operation == 0x81:  # REDUCE, NEWOBJ
                 given = pop()
-                called = stack[-1]
-                if type(called) is not int or not called & _CALLABLE:
-                    raise ValueError("it calls what is no class and no function")
-                if called & (_COPIES | _ALLOCATES):
-                    stack[-1] = self._call(called, given)
-                else:
-                    self._copied += given >> _SHIFT if type(given) is int else _weight(given)
+                if given is _EMPTY_TUPLE and stack[-1] == _MADE:
                     stack[-1] = _MADE
+                else:
+                    stack[-1] = self._call(stack[-1], given, is_reduced=operation == 0x52)
             elif operation == 0x62:  # BUILD
                 given = pop()
-                self._copied += _weight(given) + _grown_weight(given)
+                if calls:
+                    self._copied += _weight(given) + _grown_weight(given)
                 if not stack:
                     raise IndexError("the stack is empty")
             elif operation == 0x28:  # MARK
@@ -181,15 +182,18 @@ class _Check:
                 begin = marks.pop()
                 items = stack[begin:]
                 del stack[begin:]
-                self._hash(items[::2])
-                _grow(stack[-1], items)
+                if calls:
+                    _grow(stack[-1], items)
+                self._hash(items[::2], stack[-1])
             elif operation == 0x7D or operation == 0x5D:  # EMPTY_DICT, EMPTY_LIST
-                push([0, 0])
+                push([0, None])
             elif operation == 0x86 or operation == 0x87:  # TUPLE2, TUPLE3
                 begin = len(stack) - (2 if operation == 0x86 else 3)
                 if begin < 0:
                     raise IndexError("the stack is empty")
                 stack[begin:] = [_tuple(stack[begin:])]
+            elif operation == 0x29:  # EMPTY_TUPLE
+                push(_EMPTY_TUPLE)
             elif operation == 0x6A:  # LONG_BINGET
                 push(memo[int.from_bytes(data[at : at + 4], "little")])
                 at += 4
@@ -208,43 +212,51 @@ class _Check:
             elif operation == 0x73:  # SETITEM
                 items = stack[-2:]
                 del stack[-2:]
-                self._hash(items[:1])
-                _grow(stack[-1], items)
+                if calls:
+                    _grow(stack[-1], items)
+                self._hash(items[:1], stack[-1])
             elif operation == 0x61:  # APPEND
-                item = pop()
-                _grow(stack[-1], [item])
+                items = [pop()]
+                if calls:
+                    _grow(stack[-1], items)
+                    _note_hashes(items, stack[-1])
             elif operation == 0x65:  # APPENDS
                 begin = marks.pop()
                 items = stack[begin:]
                 del stack[begin:]
-                _grow(stack[-1], items)
+                if calls:
+                    _grow(stack[-1], items)
+                    _note_hashes(items, stack[-1])
             elif operation == 0x63:  # GLOBAL
                 middle = data.index(b"\n", at)
                 end = data.index(b"\n", middle + 1)
                 of = data[at:middle].decode(), data[middle + 1 : end].decode()
-                push(_global(*of) if self._calls else _MADE)
+                push(_global(*of) if calls else _MADE)
                 at = end + 1
             elif operation == 0x51:  # BINPERSID
                 stack[-1] = _ATOM
             elif operation == 0x8F:  # EMPTY_SET
                 self._count_set()
-                push([0, 0])
+                push([0, None])
             elif operation == 0x90:  # ADDITEMS
                 begin = marks.pop()
                 items = stack[begin:]
                 del stack[begin:]
-                self._hash(items)
-                _grow(stack[-1], items)
+                if calls:
+                    _grow(stack[-1], items)
+                self._hash(items, stack[-1])
             elif operation == 0x91:  # FROZENSET
                 self._count_set()
                 begin = marks.pop()
-                self._hash(stack[begin:])
-                stack[begin:] = [_tuple(stack[begin:])]
+                items = stack[begin:]
+                self._hash(items, [0, None])
+                stack[begin:] = [_tuple(items, is_set=True)]
             elif operation == 0x92:  # NEWOBJ_EX
                 named, given = pop(), pop()
-                self._copied += _weight(named) + _grown_weight(named) + _weight(given)
+                self._copied += _weight(named) + _grown_weight(named)
                 if stack[-1] != _MADE:
                     raise ValueError("it calls what takes no arguments by name")
+                stack[-1] = self._call(stack[-1], given, is_reduced=False)
             elif operation == 0x80:  # PROTO
                 at += 1
             elif operation == 0x95:  # FRAME
@@ -257,38 +269,74 @@ class _Check:
                 raise ValueError(f"it has the operation {operation:#04x}, which nothing that is stored here needs")
             last = operation
 
-    def _call(self, called: int, given: Any) -> list[int]:
-        """Return what a class or function makes that takes memory by what it is given: it can grow."""
+    def _call(self, called: Any, given: Any, *, is_reduced: bool) -> Any:
+        """Return what a class or function makes of its arguments."""
+        if type(called) is not int or not called & _CALLABLE:
+            raise ValueError("it calls what is no class and no function")
+        flags = given[0] if type(given) is tuple else given if type(given) is int else 0
+        if not flags & _IS_TUPLE:
+            raise ValueError("it calls a class or function with what is no tuple")
+        self._copied += flags >> _SHIFT
+        if not called & (_COPIES | _ALLOCATES):
+            return _MADE | _COLLIDES if is_reduced or self._calls else _MADE
         if called & _ALLOCATES:
             raise ValueError("it makes a tensor or storage of a size, which has no values in the file")
-        flags = given if isinstance(given, int) else given[0] if isinstance(given, tuple) else 0
         if flags & (_ALLOCATES | _COPIES):
             raise ValueError("it calls a class that takes memory through another one")
         if called & _IS_BYTEARRAY and flags & _BEGINS_WITH_NUMBER:
             raise ValueError("it makes a bytearray by the number of its bytes")
-        weight = _weight(given) + _grown_weight(given)
-        self._copied += weight
+        if flags & _MANY:
+            raise ValueError("it gives a class many lists at once")
+        grown = _grown_weight(given)
+        self._copied += grown
+        self._hashed += grown + (flags >> _SHIFT)
+        for part in given[2] if type(given) is tuple else ():
+            if part[1] and max(part[1].values()) > MAX_COLLISIONS:
+                raise _too_many_collisions()
+        return [grown + (flags >> _SHIFT), None]
+
+    def _hash(self, keys: list[Any], container: Any) -> None:
+        """Count what it takes to make keys of a dict or set of some values."""
+        weight = 0
+        constants: list[Any] = []
+        for key in keys:
+            header = key
+            if type(key) is not int:
+                if type(key) is list:
+                    weight += 1
+                    continue
+                constants.append(key)
+                if type(key) is bytes:
+                    weight += 1 + len(key) // 8
+                    continue
+                header = key[0]
+            weight += header >> _SHIFT
+            if header & _COLLIDES:
+                self._colliding += header >> _SHIFT
         self._hashed += weight
-        self._colliding += sum(part[1] for part in given[1:]) if isinstance(given, tuple) else 0
-        return [weight, 0]
+        if self._hashed > FREE + MAX_HASHED * len(self._data):
+            raise ValueError("its keys hold the same values again and again")
+        if constants:
+            noted = _note_hashes(constants, container)
+            if noted is not None and noted > MAX_COLLISIONS:
+                raise _too_many_collisions()
 
     def _count_set(self) -> None:
         self._sets += 1
         if self._sets * BYTES_OF_SET > len(self._data):
             raise ValueError("it has more sets than its bytes can fill")
 
-    def _hash(self, keys: list[Any]) -> None:
-        try:
-            self._hashed += sum(keys) >> _SHIFT
-        except TypeError:
-            for key in keys:
-                self._hashed += _weight(key)
-                if isinstance(key, tuple) and key[0] & _COLLIDES:
-                    self._colliding += key[0] >> _SHIFT
+
+def _too_many_collisions() -> ValueError:
+    return ValueError(f"more than {MAX_COLLISIONS} keys of a dict or set have the same hash")
 
 
 def _global(module: str, name: str) -> int:
-    """Return the value of a class or function."""
+    """Return the value of a class or function, as torch finds it."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    else:
+        module = IMPORT_MAPPING.get(module, module)
     if (module, name) in _COPYING:
         return _MADE | _COPIES | (_IS_BYTEARRAY if name == "bytearray" else 0)
     is_tensor = module in _TENSOR_MODULES and name.endswith(("Tensor", "Storage"))
@@ -299,57 +347,103 @@ def _global(module: str, name: str) -> int:
 
 def _weight(value: Any) -> int:
     """Return how many values it holds, without those that were added to lists, dicts and sets."""
-    if isinstance(value, tuple):
-        value = value[0]
-    return 1 if isinstance(value, list) else value >> _SHIFT
+    kind = type(value)
+    if kind is int:
+        return int(value >> _SHIFT)
+    if kind is bytes:
+        return 1 + len(value) // 8
+    return int(value[0] >> _SHIFT) if kind is tuple else 1
 
 
 def _grown_weight(value: Any) -> int:
     """Return how many values the lists, dicts and sets in it hold."""
-    if isinstance(value, list):
+    if type(value) is list:
         return int(value[0])
-    return sum(part[0] for part in value[1:]) if isinstance(value, tuple) else 0
+    return sum(part[0] for part in value[2]) if type(value) is tuple else 0
 
 
 def _grow(container: Any, items: list[Any]) -> None:
     """Add items to a list, dict or set."""
-    if not isinstance(container, list):
-        return
-    try:
-        container[0] += sum(items) >> _SHIFT
-    except TypeError:
-        for item in items:
-            container[0] += _weight(item)
-            if isinstance(item, tuple) and item[0] & _COLLIDES:
-                container[1] += item[0] >> _SHIFT
+    if type(container) is list:
+        container[0] += sum(map(_weight, items))
 
 
-def _tuple(values: list[Any]) -> Any:
-    """Return a tuple or a frozenset of some values. Raises ValueError."""
-    depth = flags = 0
-    weight = 1
-    numbers = _NUMBER if values else 0
-    growing: list[Any] = []
-    for at, value in enumerate(values):
-        if isinstance(value, list):
-            growing.append(value)
-            weight += 1
-            numbers = 0
+def _note_hashes(values: list[Any], container: Any) -> int | None:
+    """Count the hashes of values in a list, dict or set. Return the largest count among these, None if there is none.
+
+    Constants of which few can have one hash are left out, and so are values whose hash is not known.
+    """
+    most: int | None = None
+    for value in values:
+        kind = type(value)
+        if kind is bytes:
+            if value[0] in _NEVER_COLLIDE:
+                continue
+        elif kind is not tuple or value[1] is None:
             continue
-        if isinstance(value, tuple):
-            growing.extend(value[1:])
+        if type(container) is not list:
+            return None
+        if container[1] is None:
+            container[1] = {}
+        counts = container[1]
+        found = hash(_constant(value))
+        counts[found] = count = counts.get(found, 0) + 1
+        most = count if most is None or count > most else most
+    return most
+
+
+def _constant(value: Any) -> Any:
+    """Return the Python value of a constant, or of a tuple of them."""
+    if type(value) is tuple:
+        return tuple(map(_constant, value[1]))
+    operation, argument = value[0], value[1:]
+    if operation == 0x4A:
+        return int.from_bytes(argument, "little", signed=True)
+    if operation == 0x47:
+        return struct.unpack(">d", argument)[0] if len(argument) == 8 else 0.0
+    if operation == 0x8A or operation == 0x8B:
+        return int.from_bytes(argument[1 if operation == 0x8A else 4 :], "little", signed=True)
+    if operation == 0x4B or operation == 0x4D:
+        return int.from_bytes(argument, "little")
+    return {0x4E: None, 0x88: True, 0x89: False, 0x45: ""}[operation]
+
+
+def _tuple(values: list[Any], *, is_set: bool = False) -> Any:
+    """Return a tuple or a frozenset of some values. Raises ValueError."""
+    depth = flags = constants = 0
+    weight = 1
+    growing: Any = ()
+    for at, value in enumerate(values):
+        kind = type(value)
+        if kind is bytes:
+            weight += 1 + len(value) // 8
+            constants += 1
+            if at == 0 and value[0] in _NUMBERS:
+                flags |= _BEGINS_WITH_NUMBER
+            continue
+        if kind is list:
+            growing = (*growing, value)
+            weight += 1
+            continue
+        if kind is tuple:
+            if value[2]:
+                growing = (*growing, *value[2]) if growing else value[2]
+            constants += value[1] is not None
             value = value[0]
         depth = max(depth, value & _DEPTHS)
         weight += value >> _SHIFT
-        flags |= value & _COLLIDES
-        numbers &= value
+        flags |= value & (_COLLIDES | _MANY)
         if at == 0:
             flags |= value & (_ALLOCATES | _COPIES)
-            if value & _NUMBER and not value & _DEPTHS:
-                flags |= _BEGINS_WITH_NUMBER
     if depth >= MAX_DEPTH * _DEPTH:
         raise ValueError(f"more than {MAX_DEPTH} tuples are nested in each other")
-    if numbers and weight > 3:
-        flags |= _COLLIDES
-    made = weight << _SHIFT | (depth + _DEPTH) | flags | numbers
-    return (made, *growing[:_MOST_GROWING]) if growing or flags & _COLLIDES else made
+    if len(growing) > _MAX_GROWING:
+        growing, flags = growing[:_MAX_GROWING], flags | _MANY
+    known: Any = None
+    if constants == len(values) and not flags & _COLLIDES:
+        if weight <= _MAX_CONSTANTS and not is_set:
+            known = tuple(values)
+        else:
+            flags |= _COLLIDES
+    made = weight << _SHIFT | (depth + _DEPTH) | flags | (0 if is_set else _IS_TUPLE)
+    return (made, known, growing) if growing or known is not None else made

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...planner.errors import CheckpointError
 from ...planner.index import Kind
-from ..brief import MAX_CHARS, brief, reason
+from ..brief import MAX_CHARS, brief, reason, text_of
 from ..errors import (
     CorruptCheckpointError,
     DestinationError,
@@ -54,10 +54,10 @@ _LAST_RECORD = b"PK\x05\x06"
 _LAST_RECORD_BYTES = 22
 """Without the comment."""
 FIRST_BYTES = 32
-MAX_NAMES = 64
-"""How many characters all names of a file may have, for each byte of its pickle."""
-FREE_NAMES = 4 * 1024 * 1024
-"""How many they may have in any file."""
+MAX_NAMES = 256
+"""How many characters all names of a file may have, for each byte of its pickle. What a value takes counts, too."""
+FREE_NAMES = 128 * 1024 * 1024
+"""How many they may have beside, in all files of a checkpoint together."""
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """What the files of torch before 1.6 begin with, after the pickle's protocol."""
 
@@ -79,7 +79,8 @@ class TorchSaveSource(ForeignSource):
         self._is_folder = weight_map is not None or len(self.objects) > 1
         if self._is_folder:
             self.info |= {"files": len(self.objects)}
-        files = reads.many(lambda at: _File(reads, at, *self.objects[at]), range(len(self.objects)))
+        room: list[float] = [FREE_NAMES]
+        files = reads.many(lambda at: _File(reads, at, *self.objects[at], room), range(len(self.objects)))
         found: Found[_Value] = {}
         for file in files:
             for name, value in file.values.items():
@@ -130,7 +131,11 @@ class _Value:
 class _File:
     """One torch.save file: what it holds, and where."""
 
-    def __init__(self, reads: Reads, at: int, name: str, nbytes: int) -> None:
+    def __init__(self, reads: Reads, at: int, name: str, nbytes: int, room: list[float]) -> None:
+        """
+        Args:
+            room: as of `flatten`, for the names of all files.
+        """
         self._reads = reads
         self.at = at
         """Its position in the source's objects."""
@@ -153,11 +158,20 @@ class _File:
         storages: dict[str, Any] = {}
         state = self._unpickled(pickled, storages)
         if is_repetitive(state):
-            raise CorruptCheckpointError(
-                f"{self._where} has a state dict that has no names: it holds itself, or the same dicts and lists so "
-                "often that their names would take many times its bytes"
-            )
-        self._add_all(state, storages, records, FREE_NAMES + MAX_NAMES * len(pickled))
+            raise self._has_no_names("it holds itself, or the same dicts and lists again and again")
+        room[0] += MAX_NAMES * len(pickled)
+        try:
+            self._add_all(state, storages, records, room)
+        except CheckpointError:
+            raise
+        except Exception as error:  # objects with attributes of other types than torch's own
+            raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
+
+    def _has_no_names(self, why: str) -> UnsupportedFormatError:
+        return UnsupportedFormatError(
+            f"{self._where} has a state dict whose values cannot be listed by name: {why}. Read it with torch.load, "
+            "and save it anew without"
+        )
 
     def _directory(self) -> list[Record]:
         """Return the records. Raises NotAZipError."""
@@ -213,17 +227,27 @@ class _File:
         return first, rest[0].strip() if rest else b""
 
     def _unpickled(self, data: bytes, storages: dict[str, Any]) -> Any:
-        """What was saved, its tensors without memory. `storages` is filled by the keys of their records."""
+        """Return what was saved, its tensors without memory.
+
+        Args:
+            storages: is given the storages, without types and with, by the keys of their records.
+        """
 
         def storage_of(pid: Any) -> Any:
             _, kind, key, _, numel = pid
-            if key not in storages:
-                if type(key) is not str or type(numel) is not int or numel < 0:
+            if type(key) is not str or key not in storages:
+                if type(key) is not str or type(numel) is not int or not 0 <= numel < 2**60:
                     raise pickle.UnpicklingError(f"a storage {brief(key)} of {brief(numel)} elements")
-                dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+                if isinstance(kind, torch.serialization.StorageType):
+                    dtype = kind.dtype
+                elif kind is torch.UntypedStorage:
+                    dtype = torch.uint8
+                else:
+                    raise pickle.UnpicklingError(f"a storage of {brief(kind)}")
                 untyped = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
-                storages[key] = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-            return storages[key]
+                typed = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+                storages[key] = untyped, typed
+            return storages[key][1]
 
         unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.persistent_load = storage_of
@@ -247,16 +271,16 @@ class _File:
                 ) from error
             raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
 
-    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, Record], max_chars: int) -> None:
+    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, Record], room: list[float]) -> None:
         if not isinstance(state, dict):
             state = {"value": state}
-        keys = {storage._untyped_storage._cdata: key for key, storage in storages.items()}
+        keys = {untyped._cdata: key for key, (untyped, _) in storages.items()}
         sizes = {key: records[f"data/{key}"].nbytes for key in storages if f"data/{key}" in records}
-        used = [key for key, nbytes in sizes.items() if storages[key]._untyped_storage.nbytes() == nbytes]
+        used = [key for key, nbytes in sizes.items() if storages[key][0].nbytes() == nbytes]
         begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
         ends = {key: begins[key] + sizes[key] for key in used}
         try:
-            for name, leaf in flatten(state, max_chars).items():
+            for name, leaf in flatten(state, room).items():
                 if isinstance(leaf.value, torch.Tensor):
                     self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
                 elif _has_values(leaf.value):
@@ -264,7 +288,7 @@ class _File:
                 else:
                     self.values[name] = _Value(leaf.path, leaf.value)
         except (RecursionError, DestinationError, UnsupportedValueError) as error:
-            raise CorruptCheckpointError(f"{self._where} has a state dict that has no names: {error}") from error
+            raise self._has_no_names(text_of(error)) from error
 
     def _refuse(self, name: str, path: Path, why: str) -> None:
         """Note that byte ranges do not give a value."""
@@ -291,6 +315,7 @@ class _File:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             self._refuse(name, path, f"as a {type(tensor).__name__} of layout {tensor.layout}")
             return
+        tensor = torch.Tensor.detach(tensor)  # without attributes of its own, which could hide methods
         try:
             dtype = dtype_name(name, tensor.dtype)
         except DtypeError:

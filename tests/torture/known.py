@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
@@ -169,6 +170,42 @@ def keys_that_collide() -> dict[str, Content]:
     }
 
 
+def colliding_pairs(count: int) -> list[tuple[int, int]]:
+    """Pairs of integers that all have one hash as tuples, by the xxHash that CPython 3.8 and later use for them."""
+    prime_1, prime_2, prime_5 = 11400714785074694791, 14029467366897019727, 2870177450012600261
+    mask = 2**64 - 1
+    inverse = pow(prime_2, -1, 2**64)
+
+    def rotated(value: int) -> int:
+        return ((value << 31) | (value >> 33)) & mask
+
+    found: list[tuple[int, int]] = []
+    target = 0x1234_5678_9ABC_DEF0
+    a = 0
+    while len(found) < count:
+        a += 1
+        after = rotated((prime_5 + a * prime_2) & mask) * prime_1 & mask
+        b = (target - after) * inverse & mask
+        if b < 2**61 - 1:
+            found.append((a, b))
+    assert len({hash(pair) for pair in found}) == 1
+    return found
+
+
+@known()
+def tuples_that_collide() -> dict[str, Content]:
+    pairs = dict.fromkeys(colliding_pairs(5000))
+    return {
+        "metadata": metadata(pickle.dumps(pairs, 2)),
+        "metadata of protocol 4": metadata(pickle.dumps(pairs, 4)),
+        "a set, metadata": metadata(pickle.dumps(set(pairs), 4)),
+        **everywhere("a dict", pickle.dumps(pairs, 2)),
+        **everywhere("a set", pickle.dumps(set(pairs), 2)),
+        **everywhere("in a list first", P2 + pickle.dumps(list(pairs), 2)[2:-1] + put(255) + b"0"[:0]
+                     + glob("__builtin__ set") + get(255) + b"\x85R."),
+    }  # fmt: skip
+
+
 @known()
 def values_that_are_copied_again_and_again() -> dict[str, Content]:
     layout, size, ordered = glob("torch.serialization _get_layout"), glob("torch Size"), glob("collections OrderedDict")
@@ -218,6 +255,81 @@ def memory_for_a_number() -> dict[str, Content]:
     return found
 
 
+@known("CorruptCheckpointError", "UnsafeObjectError", "UnsupportedFormatError")
+def calls_with_what_is_no_tuple() -> dict[str, Content]:
+    number = b"\x8a\x05" + (2**33).to_bytes(5, "little")
+    found: dict[str, Content] = {}
+    arguments = {
+        "a list": b"]" + number + b"a",
+        "a dict": b"}" + number + b"Ns",
+        "a size": glob("torch Size") + b"(" + number + b"t\x85R",
+        "a set": glob("__builtin__ set") + b"]" + number + b"a\x85R",
+    }
+    for name, given in arguments.items():
+        found |= everywhere(f"bytearray of {name}", P2 + glob("__builtin__ bytearray") + given + b"R.")
+        rebuilt = glob("torch._tensor _rebuild_from_type_v2")
+        through = rebuilt + b"](" + glob("torch FloatTensor") + glob("torch Tensor") + number + b"\x85}eR"
+        found |= everywhere(f"through another, {name}", P2 + given + put(0) + through + b".")
+    items = b"}(" + b"".join(text(str(i)) + b"N" for i in range(5000)) + b"u" + put(0)
+    for module in ("UserDict", "UserList", "UserString"):
+        ordered = glob(f"{module} OrderedDict")
+        found |= everywhere(f"{module}", P2 + items + b"](" + (ordered + get(0) + b"\x85R") * 3000 + b"e.")
+    return found
+
+
+@known("CorruptCheckpointError", "UnsupportedFormatError", "UnsafeObjectError", "read")
+def attributes_that_hide_methods() -> dict[str, Content]:
+    ordered = glob("collections OrderedDict") + b")R"
+    hidden = ordered + text("a") + b"K\1s}" + text("items") + glob("torch Size") + b"sb"
+    kind = ordered + b"}" + text("dtype") + ordered + b"}" + text("itemsize") + text("x") + b"sbsb"
+    pid = b"(" + text("storage") + kind + text("0") + text("cpu") + b"J\xff\xff\xff\x7ftQ"
+    shape = b"K\0(K\4t(K\1t\x89" + glob("collections OrderedDict") + b")R"
+    honest = b"(" + text("storage") + glob("torch FloatStorage") + text("0") + text("cpu") + b"K\4tQ"
+    found = {
+        "items": {"m.pt": zipped(P2 + b"}" + text("q") + hidden + b"s.")},
+        "a number of items": {"m.pt": zipped(P2 + ordered + b"}" + text("items") + b"K\5sb.")},
+        "a dtype": {"m.pt": zipped(P2 + pid + b".", data__0=bytes(16))},
+        "a storage": {"m.pt": zipped(P2 + b"}" + text("q") + honest + b"}" + text("_untyped_storage") + b"Nsbs.")},
+    }
+    for name in ("is_conj", "stride", "untyped_storage", "dim", "numel", "storage_offset"):
+        made = glob("torch._tensor _rebuild_from_type_v2") + b"(" + glob("torch._utils _rebuild_tensor_v2")
+        made += glob("torch Tensor") + b"(" + honest + shape + b"t}" + text(name) + b"K\5stR"
+        found[name] = {"m.pt": zipped(P2 + b"}" + text("w") + made + b"s.")}
+    return found
+
+
+@known("CorruptCheckpointError")
+def long_words_that_many_names_share() -> dict[str, Content]:
+    grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
+    grammar._lies = 0
+    honest = grammar.metadata() + b"."
+    word = text("x" * 300_000)
+    return {"a dtype": metadata(P2 + honest.replace(b"(ctorch\nfloat32\n", b"(" + word))}
+
+
+@known("CorruptCheckpointError")
+def typed_paths_of_lists_that_are_shared() -> dict[str, Content]:
+    grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
+    grammar._lies = 0
+    honest = grammar.metadata().replace(b"r\x00\x00\x00\x00", b"q\xc8").replace(b"h\x00", b"h\xc8")
+    paths = b"}" + text("w0") + b"]}" + text("key") + get(40) + b"sas"
+    hostile = honest.replace(
+        text("planner_data") + b"}(", text("planner_data") + b"}(" + text(".reshard.paths") + paths
+    )
+    return {"lists": metadata(P2 + LISTS + put(0) + hostile + b".")}
+
+
+@known("CorruptCheckpointError", "UnsupportedFormatError")
+def many_files_of_shared_lists() -> dict[str, Content]:
+    folder: Content = {}
+    for i in range(1, 31):
+        rows: Any = [torch.ones(1)] * 120
+        out = io.BytesIO()
+        torch.save({f"f{i}": [rows] * 120}, out)
+        folder[f"pytorch_model-{i:05}-of-00030.bin"] = out.getvalue()
+    return {"thirty": folder}
+
+
 @known("CorruptCheckpointError", "read")
 def messages_that_show_values_at_length() -> dict[str, Content]:
     grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
@@ -239,7 +351,7 @@ def messages_that_show_values_at_length() -> dict[str, Content]:
     return found
 
 
-@known()
+@known("UnsupportedFormatError")
 def shared_containers_that_are_a_tree_of_names() -> dict[str, Content]:
     value: Any = {"w": 1}
     for _ in range(19):
@@ -335,6 +447,13 @@ def json_of_words_that_no_save_writes() -> dict[str, Content]:
         "a module": {"$torch_dtype": "_dynamo"},
         "a position": {"$bytes_io": ["", 10**15]},
         "an attribute": {"$simple_namespace": [[1, 2]]},
+        "a fraction of a text": {"$fraction": ["1e300000000"]},
+        "a fraction of one number": {"$fraction": [1]},
+        "a fraction of nothing": {"$fraction": [1, 0]},
+        "a size": {"$torch_size": [2**70]},
+        "a device": {"$torch_device": "bogus"},
+        "a scalar dtype": {"$scalar": ["(1,f4", [], ""]},
+        "a scalar text": {"$scalar": ["<U1", [], "////fw=="]},
     }
     deep = "[" * 100_000 + "]" * 100_000
     return {"deep": json_object(deep)} | {name: json_object(json.dumps(value)) for name, value in words.items()}
@@ -371,6 +490,8 @@ def paths_that_no_save_writes() -> dict[str, Content]:
     found = {}
     for i, path in enumerate(
         (5, "ab", [], [None], [1.5], [-1], [True], [[1]], [{}], [{"key": "a"}], [{"key": [1]}], ["a"] * 101,
+         [{"key": {"$fraction": ["1e300000000"]}}], [{"key": {"$torch_device": "bogus"}}],
+         [{"key": {"$scalar": ["(1,f4", [], ""]}}], [{"key": {"$scalar": ["<U1", [], "////fw=="]}}],
          [{"key": {"$float": "nan"}}], [{"key": {"$nothing": 1}}], [{"key": 1, "more": 2}])
     ):  # fmt: skip
         header["entries"][0][5] = path
