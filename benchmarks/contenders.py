@@ -17,7 +17,7 @@ from benchmarks.common import installed
 from benchmarks.places import REGION, Place, credentials
 from reshard.planner.box import Box
 from reshard.planner.grid import Grid
-from reshard.storage.local_shards import local_shards
+from reshard.storage.tensors.local_shards import local_shards
 
 State = dict[str, Any]
 Options = Mapping[str, Any]

@@ -34,11 +34,11 @@ from benchmarks.contenders import State
 from benchmarks.models import TP_PLAN, mlp, under
 from benchmarks.places import NAMES, REGION, Place, opened
 from benchmarks.timing import elapsed
-from reshard.storage.checksums import checksum
-from reshard.storage.fsspec_store import FsspecStore
-from reshard.storage.local_store import LocalStore
-from reshard.storage.memory import in_step
-from reshard.storage.open_source import open_source
+from reshard.storage.formats.detect import open_source
+from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.buffer_pool import in_step
+from reshard.storage.stores.fsspec import FsspecStore
+from reshard.storage.stores.local import LocalStore
 from tests.ranks import RankPool
 from tests.servers import KEY, SECRET
 

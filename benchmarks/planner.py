@@ -29,9 +29,9 @@ from reshard.planner.index import CheckpointIndex, Encoding, Kind, Stream
 from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import rank_tensors
 from reshard.planner.read_plan import plan_reads
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME, encode_manifest
-from reshard.storage.open_source import open_source
+from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.stores.local import LocalStore
 
 RATIO = 0.66
 """Stored bytes over bytes of bf16 weights: see the codec benchmark."""

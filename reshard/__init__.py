@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from .planner.layout import StridedShard as StridedShard
     from .storage.checkpoint import Checkpoint as Checkpoint
     from .storage.checkpoint import open_checkpoint as open
-    from .storage.convert import convert as convert
+    from .storage.conversion.convert import convert as convert
     from .storage.dcp import StorageReader as StorageReader
     from .storage.dcp import StorageWriter as StorageWriter
     from .storage.load import load as load
-    from .storage.places import find_checkpoints as find_checkpoints
-    from .storage.places import remove as remove
-    from .storage.progress import Progress as Progress
-    from .storage.reports import Report as Report
+    from .storage.maintenance.catalog import find_checkpoints as find_checkpoints
+    from .storage.maintenance.catalog import remove as remove
+    from .storage.runtime.progress import Progress as Progress
+    from .storage.runtime.reports import Report as Report
     from .storage.save import save as save
-    from .storage.store import Store as Store
+    from .storage.stores.base import Store as Store
 
 __all__ = [
     "Box",
@@ -66,21 +66,21 @@ _HOMES = {
     "Checkpoint": ("storage.checkpoint", "Checkpoint"),
     "Layout": ("planner.layout", "Layout"),
     "Mesh": ("planner.layout", "Mesh"),
-    "Progress": ("storage.progress", "Progress"),
+    "Progress": ("storage.runtime.progress", "Progress"),
     "Replicate": ("planner.layout", "Replicate"),
-    "Report": ("storage.reports", "Report"),
+    "Report": ("storage.runtime.reports", "Report"),
     "Shard": ("planner.layout", "Shard"),
     "StorageReader": ("storage.dcp", "StorageReader"),
     "StorageWriter": ("storage.dcp", "StorageWriter"),
-    "Store": ("storage.store", "Store"),
+    "Store": ("storage.stores.base", "Store"),
     "StridedShard": ("planner.layout", "StridedShard"),
-    "convert": ("storage.convert", "convert"),
+    "convert": ("storage.conversion.convert", "convert"),
     "errors": ("errors", ""),
-    "find_checkpoints": ("storage.places", "find_checkpoints"),
+    "find_checkpoints": ("storage.maintenance.catalog", "find_checkpoints"),
     "load": ("storage.load", "load"),
     "open": ("storage.checkpoint", "open_checkpoint"),
     "pictures": ("pictures", ""),
-    "remove": ("storage.places", "remove"),
+    "remove": ("storage.maintenance.catalog", "remove"),
     "save": ("storage.save", "save"),
 }
 

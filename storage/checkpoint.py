@@ -18,23 +18,23 @@ from ..planner.index import Kind, missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
-from .ambient import undisturbed
-from .casts import check_dtype, loses_bits, weight_dtype
 from .errors import ArgumentError, DestinationError
-from .hf_config import read_tp_plan
-from .logs import logger_of
-from .names import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
-from .open_source import open_source
-from .progress import Meter, OnProgress
-from .ranks import rank_of
-from .read import Blob, check_is_tensor, check_objects, object_wants, read_boxes
-from .resources import check_budget
-from .source import Source, check_readable
-from .state_dict import nest
-from .store import Store, close_store
-from .tensor_classes import missing_memory
-from .tensors import torch_dtype
-from .verify import Damage, verify
+from .formats.detect import open_source
+from .formats.hf_config import read_tp_plan
+from .formats.source import Source, check_readable
+from .maintenance.verify import Damage, verify
+from .reading.read_tensors import Blob, check_is_tensor, check_objects, object_wants, read_boxes
+from .runtime.limits import check_budget
+from .runtime.logs import logger_of
+from .runtime.process_group import rank_of
+from .runtime.progress import Meter, OnProgress
+from .runtime.torch_modes import undisturbed
+from .stores.base import Store, close_store
+from .tensors.casts import check_dtype, loses_bits, weight_dtype
+from .tensors.classes import missing_memory
+from .tensors.dtypes import torch_dtype
+from .tensors.name_patterns import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
+from .tensors.state_dict import nest
 
 logger = logger_of(__name__)
 

@@ -45,34 +45,42 @@ from ..planner.box import Box
 from ..planner.errors import CheckpointError
 from ..planner.index import Kind
 from ..planner.read_plan import Want
-from .agreement import Described, agreed_paths
-from .ambient import undisturbed
-from .codec import check_codec
-from .commit import commit, refuse_if_there
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
-from .logs import logger_of
-from .manifest import encode_manifest
-from .names import listed
-from .objects import EncodedObject, encode_object, needs_pickle, torch_save
-from .open_source import open_source
-from .open_store import open_store
-from .progress import Meter
-from .ranks import Alarm, Arrivals, Opened, check_same_checkpoint, is_distributed, raises_portable, rank_of
-from .read import Blob, counting_metadata, read_boxes
-from .records import ObjectRecord, assemble_index
-from .reports import RankReport
-from .resources import check_budget
-from .retrying_store import at_once
-from .sharded import refuse_misplaced, waited
-from .shards import ShardToWrite, part_of
-from .source import Source
-from .state_dict import path_for_dcp
-from .store import Store
-from .tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
-from .tensors import dtype_name, torch_dtype
-from .threads import cleaning_up
+from .formats.detect import open_source
+from .formats.native.codec import check_codec
+from .formats.native.commit import commit, refuse_if_there
+from .formats.native.manifest import encode_manifest
+from .formats.native.write_records import ObjectRecord, assemble_index
+from .formats.source import Source
+from .formats.value_codec import EncodedObject, encode_object, needs_pickle, torch_save
+from .reading.read_tensors import Blob, counting_metadata, read_boxes
+from .runtime.limits import check_budget
+from .runtime.logs import logger_of
+from .runtime.process_group import (
+    Alarm,
+    Arrivals,
+    Opened,
+    check_same_checkpoint,
+    is_distributed,
+    raises_portable,
+    rank_of,
+)
+from .runtime.progress import Meter
+from .runtime.reports import RankReport
+from .runtime.threads import cleaning_up
+from .runtime.torch_modes import undisturbed
+from .stores.base import Store
+from .stores.open import open_store
+from .stores.retry import at_once
+from .tensors.classes import as_plain, check_storable, is_whole, overrides_dispatch
+from .tensors.dtypes import dtype_name, torch_dtype
+from .tensors.name_patterns import listed
+from .tensors.sharded import refuse_misplaced, waited
+from .tensors.state_dict import path_for_dcp
 from .version import __version__
-from .writer import write_objects
+from .writing.agreement import Described, agreed_paths
+from .writing.object_layout import ShardToWrite, part_of
+from .writing.object_writer import write_objects
 
 logger = logger_of(__name__)
 Target = str | os.PathLike[str] | Store

@@ -21,16 +21,10 @@ from torch.profiler import record_function
 from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
 from ..planner.index import Kind, nearest_names
 from ..planner.read_plan import Want
-from .ambient import undisturbed
-from .casts import check_is_not_scaled, loses_bits, scale_names
 from .errors import ArgumentError, DestinationError
-from .local_shards import local_shards
-from .logs import logger_of
-from .names import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
-from .open_source import open_source
-from .progress import Meter, OnProgress
-from .ranks import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
-from .read import (
+from .formats.detect import open_source
+from .formats.source import Source
+from .reading.read_tensors import (
     Blob,
     BoxReads,
     Given,
@@ -41,13 +35,29 @@ from .read import (
     object_wants,
     read_boxes,
 )
-from .reports import Cast, RankReport, Report
-from .resources import check_budget
-from .source import Source
-from .state_dict import Key, Leaf, Path, flatten, name_of, nest, renamed_path, state_to_stateful, stateful_to_state
-from .store import Store
-from .tensor_classes import is_whole, missing_memory, overrides_dispatch
-from .tensors import LocalShard, torch_dtype
+from .runtime.limits import check_budget
+from .runtime.logs import logger_of
+from .runtime.process_group import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
+from .runtime.progress import Meter, OnProgress
+from .runtime.reports import Cast, RankReport, Report
+from .runtime.torch_modes import undisturbed
+from .stores.base import Store
+from .tensors.casts import check_is_not_scaled, loses_bits, scale_names
+from .tensors.classes import is_whole, missing_memory, overrides_dispatch
+from .tensors.dtypes import LocalShard, torch_dtype
+from .tensors.local_shards import local_shards
+from .tensors.name_patterns import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
+from .tensors.state_dict import (
+    Key,
+    Leaf,
+    Path,
+    flatten,
+    name_of,
+    nest,
+    renamed_path,
+    state_to_stateful,
+    stateful_to_state,
+)
 
 logger = logger_of(__name__)
 

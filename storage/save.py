@@ -14,18 +14,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..planner.errors import CheckpointError
-from .ambient import undisturbed
-from .codec import check_codec
 from .dcp import StorageWriter
 from .errors import ArgumentError, CommitError
-from .logs import logger_of
-from .progress import Meter, OnProgress
-from .ranks import Alarm, Arrivals, first_failure, is_distributed, naming_lost_ranks, of_rank, on_all_ranks, rank_of
-from .reports import RankReport, Report
-from .resources import check_budget
-from .save_plan import SavePlanner
-from .state_dict import Leaf, flatten, stateful_to_state
-from .store import Store
+from .formats.native.codec import check_codec
+from .runtime.limits import check_budget
+from .runtime.logs import logger_of
+from .runtime.process_group import (
+    Alarm,
+    Arrivals,
+    first_failure,
+    is_distributed,
+    naming_lost_ranks,
+    of_rank,
+    on_all_ranks,
+    rank_of,
+)
+from .runtime.progress import Meter, OnProgress
+from .runtime.reports import RankReport, Report
+from .runtime.torch_modes import undisturbed
+from .stores.base import Store
+from .tensors.state_dict import Leaf, flatten, stateful_to_state
+from .writing.save_plan import SavePlanner
 
 logger = logger_of(__name__)
 

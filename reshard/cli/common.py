@@ -64,7 +64,7 @@ def options_of(uri: str, uris: Sequence[str], options: dict[str, Any]) -> dict[s
 
     A local path takes none. Where all are local, they are returned, so that they are refused.
     """
-    from reshard.storage.fsspec_store import is_local
+    from reshard.storage.stores.fsspec import is_local
 
     return {} if is_local(uri) and not all(map(is_local, uris)) else options
 

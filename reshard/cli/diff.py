@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from reshard.storage.diff import diff
-from reshard.storage.open_source import open_source
+from reshard.storage.formats.detect import open_source
+from reshard.storage.maintenance.diff import diff
 
 from .common import options_of, print_json, print_table, storage_options, tell
 

@@ -10,7 +10,7 @@ import typer
 
 from reshard.planner.masking import masked
 from reshard.planner.text import shown
-from reshard.storage.places import find_checkpoints, find_remains, find_removal, remove, remove_remains
+from reshard.storage.maintenance.catalog import find_checkpoints, find_remains, find_removal, remove, remove_remains
 
 from ..words import in_bytes, in_time
 from .common import print_json, print_table, storage_options, tell

@@ -34,7 +34,7 @@ from reshard.demo.text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
 from reshard.errors import ArgumentError
 from reshard.planner.masking import masked
-from reshard.storage.open_store import open_store
+from reshard.storage.stores.open import open_store
 
 FOLDER = Path("demo-run")
 MARK = ".reshard-demo"

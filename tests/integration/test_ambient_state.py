@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reshard
-from reshard.storage.diff import diff
-from reshard.storage.open_source import open_source
-from reshard.storage.place import Destination
+from reshard.storage.formats.detect import open_source
+from reshard.storage.maintenance.diff import diff
+from reshard.storage.reading.destination import Destination
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -249,7 +249,7 @@ def test_staged_destinations(dtype: torch.dtype, in_inference: bool, mode: str) 
 @contextlib.contextmanager
 def reshard_modes_aside(mode: str) -> Iterator[None]:
     """A mode, left aside as every call of reshard does."""
-    from reshard.storage.ambient import undisturbed
+    from reshard.storage.runtime.torch_modes import undisturbed
 
     with MODES[mode](), undisturbed():
         yield

@@ -11,9 +11,9 @@ import torch
 
 import reshard
 from reshard import errors
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.storage.samples import Custom
 
 SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 import reshard
 from reshard import Box, Layout, Shard, errors
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.conftest import Place
 
 

@@ -23,7 +23,7 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
-from reshard.storage.open_store import open_store
+from reshard.storage.stores.open import open_store
 from reshard.words import in_bytes, in_time
 from tests.conftest import Place
 
@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_read_is_listed(tmp_path: Path, monkeypatch: pytes
         raise reshard.errors.AccessDeniedError("no permission")
 
     assert [os.path.basename(there.uri) for there in reshard.find_checkpoints(tmp_path)] == ["a.pt", "x.pt"]
-    monkeypatch.setattr("reshard.storage.open_source.TorchSaveSource", denied)
+    monkeypatch.setattr("reshard.storage.formats.detect.TorchSaveSource", denied)
     assert [there.state for there in reshard.find_checkpoints(tmp_path)][1] == "no permission"
 
 

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 import reshard
 from benchmarks.common import Peak, in_a_fresh_process
 from reshard import errors
-from reshard.storage import store as store_module
-from reshard.storage.local_store import LocalStore
-from reshard.storage.open_store import open_store
-from reshard.storage.testing import Call, RecordingStore
+from reshard.storage.stores import base as store_module
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.open import open_store
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.conftest import Place
 from tests.integration.models import build, model
 from tests.ranks import RankFailed, RankPool
@@ -114,7 +114,7 @@ def convert_slowly(src: str, dst: str) -> str:
             os.sched_yield()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reshard.storage.ranks.HEED_S", 0.0)
+        patch.setattr("reshard.storage.runtime.process_group.HEED_S", 0.0)
         with pytest.raises(errors.AccessDeniedError) as caught:
             convert_rank(src, RecordingStore(LocalStore(dst), before), format="dcp")
     return str(caught.value)

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import reshard
-from reshard.storage.manifest import NAME
-from reshard.storage.testing import MemoryStore
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores.testing import MemoryStore
 from tests.integration.models import Mlp, build, local_values
 from tests.ranks import RankPool
 from tests.storage.samples import Custom

@@ -20,9 +20,9 @@ from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
 from reshard import errors
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.ranks import RankFailed, RankPool
 
 

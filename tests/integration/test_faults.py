@@ -11,8 +11,8 @@ import fsspec
 import pytest
 
 import reshard
-from reshard.storage import obstore_store, retrying_store
-from reshard.storage.manifest import NAME
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores import obstore, retry
 from tests import servers
 from tests.proxy import Faults, proxied
 from tests.torture.faults import CLIENTS, by_client, rounds, state, through
@@ -40,8 +40,8 @@ def test_faults_that_pass_are_passed(seaweedfs: servers.Server, client: str, fau
 def test_a_server_that_stops_answering_is_given_up_in_time(
     seaweedfs: servers.Server, monkeypatch: pytest.MonkeyPatch, client: str
 ) -> None:
-    monkeypatch.setattr(retrying_store, "REQUEST_DEADLINE_S", 1.0)
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 3.0)
+    monkeypatch.setattr(retry, "REQUEST_DEADLINE_S", 1.0)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 3.0)
     uri = seaweedfs.place(uuid.uuid4().hex)
     reshard.save(state(1), uri, storage_options=seaweedfs.options)
     with proxied(seaweedfs.endpoint, Faults(hang=1)) as (endpoint, _):
@@ -53,7 +53,7 @@ def test_a_server_that_stops_answering_is_given_up_in_time(
 
 @pytest.mark.parametrize(("client", "words"), [("obstore", "Connection refused"), ("s3fs", "Could not connect")])
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, client: str, words: str) -> None:
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.5)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.5)
     (port,) = servers.free_ports(1)
     options = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
     with pytest.raises(reshard.errors.UnavailableError, match=words):
@@ -65,7 +65,7 @@ def test_credentials_that_expire_are_renewed(
     seaweedfs: servers.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, client: str
 ) -> None:
     """Each that are given are about to expire, so that every request asks for new ones."""
-    monkeypatch.setattr(obstore_store, "CREDENTIALS_FOR", datetime.timedelta(seconds=-1))
+    monkeypatch.setattr(obstore, "CREDENTIALS_FOR", datetime.timedelta(seconds=-1))
     asked = tmp_path / "asked"
     script = tmp_path / "credentials.sh"
     script.write_text(

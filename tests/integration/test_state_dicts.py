@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
 from reshard import errors
-from reshard.storage.plain_json import _READERS
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.tensors.plain_json import _READERS
 from tests.storage.samples import Custom, check_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

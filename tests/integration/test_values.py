@@ -14,7 +14,7 @@ from torch import nn
 
 import reshard
 from reshard.planner.entries import ITEMSIZES
-from reshard.storage.testing import MemoryStore
+from reshard.storage.stores.testing import MemoryStore
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import reshard
 from reshard import Progress
-from reshard.storage import progress as progress_of
+from reshard.storage.conversion.targets.dcp import DcpTarget
 from reshard.storage.errors import UnavailableError
-from reshard.storage.progress import Meter
-from reshard.storage.targets.dcp import DcpTarget
-from reshard.storage.testing import MemoryStore
+from reshard.storage.runtime import progress as progress_of
+from reshard.storage.runtime.progress import Meter
+from reshard.storage.stores.testing import MemoryStore
 from tests.conftest import Place
 from tests.ranks import RankPool
 
@@ -140,7 +140,7 @@ def test_what_is_done_again_counts_once(tmp_path: Path, monkeypatch: pytest.Monk
             meters.append(self)
             return self
 
-    monkeypatch.setattr("reshard.storage.convert.Meter", Kept)
+    monkeypatch.setattr("reshard.storage.conversion.convert.Meter", Kept)
     reshard.convert(tmp_path / "a", tmp_path / "b", format="dcp", progress=Seen())
     assert not failures
     assert [meter.done for meter in meters] == [NBYTES]

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 import reshard
-from reshard.storage import pieces, values
-from reshard.storage.manifest import NAME
-from reshard.storage.open_source import open_source
-from reshard.storage.sources.safetensors import NAMES
-from reshard.storage.state_dict import flatten
-from reshard.storage.targets import target
+from reshard.storage.conversion import source_stream
+from reshard.storage.conversion.targets import target
+from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.safetensors import NAMES
+from reshard.storage.tensors import pieces
+from reshard.storage.tensors.state_dict import flatten
 from tests.storage.samples import same, sample
 
 KIB = 1024
@@ -35,7 +36,7 @@ UNSAFE = ("rng", "third")
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
     """Make pieces and units of some KiB."""
-    for module in (pieces, target, values):
+    for module in (pieces, target, source_stream):
         monkeypatch.setattr(module, "PIECE_BYTES", piece)
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 

@@ -13,7 +13,7 @@ import torch
 
 import reshard
 from reshard.planner.entries import ITEMSIZES
-from reshard.storage.tensors import as_array, as_bytes, torch_dtype
+from reshard.storage.tensors.dtypes import as_array, as_bytes, torch_dtype
 
 
 def sample(dtype: str, *shape: int) -> torch.Tensor:

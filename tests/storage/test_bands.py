@@ -17,18 +17,18 @@ from reshard.planner.entries import ITEMSIZES
 from reshard.planner.grid import Grid
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import reader, workers
-from reshard.storage.arranged import arrange
-from reshard.storage.bands import BAND_BYTES, bands_of, continued, cut
-from reshard.storage.codec import decode, decode_heads_and_tails, encode, streams_of
 from reshard.storage.errors import CorruptCheckpointError
-from reshard.storage.manifest import NAME, encode_manifest
-from reshard.storage.open_source import open_source
-from reshard.storage.reader import execute
-from reshard.storage.records import assemble_index
-from reshard.storage.shards import ShardToWrite, part_of
-from reshard.storage.testing import MemoryStore
-from reshard.storage.writer import write_objects
+from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.native.chunk_runs import BAND_BYTES, bands_of, continued, cut
+from reshard.storage.formats.native.codec import decode, decode_heads_and_tails, encode, streams_of
+from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.reading import executor, workers
+from reshard.storage.reading.executor import execute
+from reshard.storage.reading.tasks import arrange
+from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.writing.object_layout import ShardToWrite, part_of
+from reshard.storage.writing.object_writer import write_objects
 from tests.planner.boxes import boxes_in, shapes
 
 
@@ -141,7 +141,7 @@ def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
     last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is the last of all, and the worker that finds it is late to tell."""
-    monkeypatch.setattr(reader, "record_function", SlowToEnd)
+    monkeypatch.setattr(executor, "record_function", SlowToEnd)
     monkeypatch.setattr(workers, "default_threads", lambda: 1)
     store, _ = saved("zstd", torch.bfloat16)
     source = open_source(store)
@@ -154,7 +154,7 @@ def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
     store.content[name] = bytes(content)
-    monkeypatch.setattr("reshard.storage.arranged.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
     chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
     with pytest.raises(
         CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"

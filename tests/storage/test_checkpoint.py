@@ -12,7 +12,7 @@ import torch
 import reshard
 from reshard.errors import ArgumentError, DestinationError
 from reshard.planner.layout import Layout, Mesh, Shard
-from reshard.storage.testing import MemoryStore
+from reshard.storage.stores.testing import MemoryStore
 
 STATE: dict[str, Any] = {"w": torch.arange(24.0).reshape(6, 4), "step": 3, "text": "x" * 3000}
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from reshard.planner.entries import ITEMSIZES
 from reshard.planner.index import Stream
-from reshard.storage import codec
-from reshard.storage.codec import decode, decode_heads, decode_heads_and_tails, encode, streams_of
 from reshard.storage.errors import CorruptCheckpointError
+from reshard.storage.formats.native import codec
+from reshard.storage.formats.native.codec import decode, decode_heads, decode_heads_and_tails, encode, streams_of
 
 Bytes = npt.NDArray[np.uint8]
 

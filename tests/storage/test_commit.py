@@ -13,12 +13,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
 from reshard.errors import CheckpointExistsError, CommitError, NotCommittedError, StoreError
-from reshard.storage import retrying_store
-from reshard.storage.commit import commit
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME
-from reshard.storage.open_source import CONVERSION
-from reshard.storage.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.formats.detect import CONVERSION
+from reshard.storage.formats.native.commit import commit
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores import retry
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
 
@@ -198,7 +198,7 @@ def test_a_commit_names_the_ranks_whose_objects_are_not_there(
 def test_a_commit_that_meets_a_conflict_is_tried_again(
     status: int, code: str, overwrite: bool, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrying_store, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
     failed: list[str] = []
 
     def fails(method: str, key: str) -> bool:
@@ -220,8 +220,8 @@ def test_of_a_conflict_what_is_there_decides(
     status: int, code: str, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The put has come, or another save's has, or neither ever does."""
-    monkeypatch.setattr(retrying_store, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.3)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     there: list[bytes] = []
 
     def fails(method: str, key: str) -> bool:

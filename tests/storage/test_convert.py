@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import reshard
 from reshard.errors import DtypeError, UnavailableError
 from reshard.planner.entries import ITEMSIZES
-from reshard.storage.local_store import LocalStore
-from reshard.storage.open_source import open_source
-from reshard.storage.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.formats.detect import open_source
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
 from tests.storage.conversions import (
     KIB,
     SOURCES,

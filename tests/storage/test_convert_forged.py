@@ -13,8 +13,8 @@ import torch
 
 import reshard
 from reshard.errors import CorruptCheckpointError, StoreError
-from reshard.storage.checksums import checksum
-from reshard.storage.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
 from tests.storage.conversions import COMMITS, KIB, cut_small, save_native
 
 FORMATS = ("reshard", "dcp", "safetensors")

@@ -23,10 +23,10 @@ from reshard.errors import (
     UnavailableError,
     UnsupportedURIError,
 )
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME
-from reshard.storage.targets.notes import HEAD
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.conversion.journal import HEAD
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.storage.conversions import (
     COMMITS,
     KIB,
@@ -368,9 +368,9 @@ def test_a_single_file_is_converted_beside_nothing_of_its_own(tmp_path: Path) ->
 
 
 def test_a_store_that_stays_away_is_given_up(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reshard.storage import retrying_store
+    from reshard.storage.stores import retry
 
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.1)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.1)
     memory = MemoryStore()
     with pytest.raises(UnavailableError, match="away"):
         reshard.convert(src, RecordingStore(memory, failing("create", error=UnavailableError("away"))))

@@ -15,9 +15,9 @@ import torch
 
 import reshard
 from reshard.errors import CheckpointExistsError, StoreError
-from reshard.storage.local_store import LocalStore
-from reshard.storage.targets import notes
-from reshard.storage.testing import Call, RecordingStore
+from reshard.storage.conversion import journal
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.ranks import PRELOADED
 from tests.storage.conversions import (
     COMMITS,
@@ -175,7 +175,7 @@ def test_many_small_units_are_noted_together(format: str, tmp_path: Path, monkey
 
 def test_units_that_take_long_are_noted_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)
-    monkeypatch.setattr(notes, "NOTE_EVERY_S", 0.0)
+    monkeypatch.setattr(journal, "NOTE_EVERY_S", 0.0)
     src = save_native({f"{i:03}": torch.full((1024,), float(i)) for i in range(20)}, tmp_path / "src")
     store = RecordingStore(LocalStore(tmp_path / "dst"))
     reshard.convert(src, store, codec="none")

@@ -22,10 +22,10 @@ from reshard.errors import CorruptCheckpointError, UnsafeObjectError
 from reshard.planner.byte_ranges import Gaps
 from reshard.planner.entries import ITEMSIZES
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage.local_store import LocalStore
-from reshard.storage.open_source import open_source
-from reshard.storage.reader import execute
-from reshard.storage.testing import RecordingStore
+from reshard.storage.formats.detect import open_source
+from reshard.storage.reading.executor import execute
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.storage.dcp_checkpoints import METADATA, OfRank, put_together, rows
 from tests.storage.samples import assert_holds, boxes, same, sample
 

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 import reshard
 from reshard.cli.app import app
 from reshard.errors import ArgumentError, StoreError
-from reshard.storage import local_store
-from reshard.storage.local_store import LocalStore
-from reshard.storage.open_store import open_store
-from reshard.storage.places import find_remains, find_removal, remove_remains
-from reshard.storage.testing import Call, RecordingStore
+from reshard.storage.maintenance.catalog import find_remains, find_removal, remove_remains
+from reshard.storage.stores import local
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.open import open_store
+from reshard.storage.stores.testing import Call, RecordingStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STATE = {"w": torch.arange(10)}
@@ -321,7 +321,7 @@ def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
             if call.method == method and call.name == f"data/{name}":
                 (tmp_path / "aside").rename(manifest)
 
-        from reshard.storage.places import _remains
+        from reshard.storage.maintenance.catalog import _remains
 
         assert _remains(RecordingStore(LocalStore(place), commit), [f"data/{data.name}"], 0) == {}
         assert reshard.open(place).verify() == []
@@ -329,7 +329,7 @@ def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["read", "size", "modified"])
 def test_what_vanishes_while_gc_looks_is_gone(method: str, tmp_path: Path) -> None:
-    from reshard.storage.places import _remains
+    from reshard.storage.maintenance.catalog import _remains
 
     store = LocalStore(tmp_path)
     other = f"data/{'f' * 32}-00001.shard"
@@ -398,7 +398,7 @@ def test_a_commit_removes_old_ones_that_were_killed(tmp_path: Path) -> None:
     young = f".manifest.reshard.{'9' * 32}.tmp"
     for name in (*TEMPORARIES, young):
         (tmp_path / name).write_bytes(b"half")
-    old = time.time() - local_store.OLD_S - 60
+    old = time.time() - local.OLD_S - 60
     for name in TEMPORARIES:
         os.utime(tmp_path / name, (old, old))
     reshard.save(STATE, tmp_path, overwrite=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import reshard
-from reshard.storage.diff import Difference, diff
-from reshard.storage.open_source import open_source
-from reshard.storage.pieces import PIECE_BYTES
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.formats.detect import open_source
+from reshard.storage.maintenance.diff import Difference, diff
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.tensors.pieces import PIECE_BYTES
 from tests.storage.conversions import cut_small
 
 

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 import reshard
 from reshard.cli.app import app
-from reshard.storage import obstore_store
-from reshard.storage.open_store import open_store
-from reshard.storage.places import find_remains, remove_remains
-from reshard.storage.store import ListsTop, is_name, top_names
-from reshard.storage.testing import MemoryStore
+from reshard.storage.maintenance.catalog import find_remains, remove_remains
+from reshard.storage.stores import obstore
+from reshard.storage.stores.base import ListsTop, is_name, top_names
+from reshard.storage.stores.open import open_store
+from reshard.storage.stores.testing import MemoryStore
 from tests import servers
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
@@ -151,7 +151,7 @@ def test_foreign_keys_of_a_real_server(client: str, moto: servers.Server) -> Non
 
 
 def test_without_s3fs_a_foreign_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obstore_store, "find_spec", lambda name: None if name == "s3fs" else find_spec(name))
+    monkeypatch.setattr(obstore, "find_spec", lambda name: None if name == "s3fs" else find_spec(name))
     with failing_s3(fails=lambda method, key: False, content={"run/a": b"x", "run/b/": b""}) as server:
         assert list(open_store("s3://bucket/run", server.options).list()) == ["a", "b"]
         server.content["run//y"] = b"x"

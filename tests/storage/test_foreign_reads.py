@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.costs import LOCAL, REMOTE
-from reshard.storage.local_store import LocalStore
-from reshard.storage.sources.reads import Reads
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.formats.metadata_reads import Reads
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.storage.dcp_checkpoints import put_together, rows
 
 WEIGHTS = torch.arange(512 * 256, dtype=torch.float32).reshape(512, 256)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import reshard
-from reshard.storage import forks
-from reshard.storage.threads import Pool
+from reshard.storage.runtime import forks
+from reshard.storage.runtime.threads import Pool
 from tests import servers
 from tests.conftest import Place
 from tests.failing_s3 import failing_s3
@@ -27,7 +27,7 @@ MOST_S = 100
 STATE = {f"layers.{i}": torch.full((64, 64), float(i)) for i in range(20)}
 PRELUDE = """
 import json, os, signal, sys, threading, time, traceback, warnings, torch, reshard
-from reshard.storage.store import open_store
+from reshard.storage.stores.base import open_store
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of Python, that a process with threads is forked
 MOST_S = 30

@@ -14,8 +14,6 @@ from reshard.planner.box import Box
 from reshard.planner.errors import MissingTensorError
 from reshard.planner.grid import Grid
 from reshard.planner.read_plan import Want
-from reshard.storage import blocks
-from reshard.storage.checksums import checksum
 from reshard.storage.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -23,11 +21,13 @@ from reshard.storage.errors import (
     NotCommittedError,
     UnsupportedVersionError,
 )
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import FIRST_READ_BYTES, NAME, encode_manifest
-from reshard.storage.open_source import open_source
-from reshard.storage.source import Source
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.native import manifest_blocks
+from reshard.storage.formats.native.manifest import FIRST_READ_BYTES, NAME, encode_manifest
+from reshard.storage.formats.source import Source
+from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.planner.indexes import Saved, chunks_read, index_of
 from tests.storage.samples import sample
 
@@ -199,7 +199,7 @@ def test_a_small_manifest_is_one_request_and_a_large_header_one_more() -> None:
 
 
 def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
     tensors = [Saved(f"t{i:03}", Grid((8, 8), (2, 2)), HALVES, "float32", raw=i % 2 == 0) for i in range(200)]
     store = MemoryStore()
     store.content[NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_READ_BYTES})
@@ -225,7 +225,7 @@ def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytes
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 4096)
     rows = [Box((at, 0), (4, 512)) for at in range(0, 512, 4)]
     tensors = [Saved(name, Grid((512, 512), (64, 64)), rows, "float32", raw) for name in "abc"]
     store = MemoryStore()
@@ -250,7 +250,7 @@ def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monk
 
 
 def test_a_region_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
     rows = [Box((at, 0), (1, 64)) for at in range(64)]
     data = encode_manifest(index_of(Saved("t", Grid((64, 64), (16, 16)), rows, raw=False)), {}, {})
     length = struct.unpack_from("<8sIIQ", data)[2]
@@ -311,8 +311,8 @@ def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
 
 
 def test_ranks_load_by_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr("reshard.storage.manifest.FIRST_READ_BYTES", 1000)
+    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_READ_BYTES", 1000)
     state = {name: torch.randn(shape) for name, shape in (("up", (2048, 512)), ("down", (512, 2048)), ("norm", (512,)))}
     reshard.save(state, tmp_path)
     layout = reshard.Layout({"tp": 4}, {"up": "colwise", "down": "rowwise"})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reshard.storage.errors import StoreError
-from reshard.storage.memory import PAGE_BYTES, Memory, in_step
+from reshard.storage.stores.buffer_pool import PAGE_BYTES, Memory, in_step
 
 
 def fill(name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:

@@ -28,11 +28,11 @@ from reshard.errors import (
     NotCommittedError,
     UnsupportedFormatError,
 )
-from reshard.storage import open_source as module
-from reshard.storage.local_store import LocalStore
-from reshard.storage.manifest import NAME
-from reshard.storage.open_source import FORMATS, open_source
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.formats import detect as module
+from reshard.storage.formats.detect import FORMATS, open_source
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.storage.dcp_checkpoints import METADATA, put_together, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

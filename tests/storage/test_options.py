@@ -12,8 +12,8 @@ import torch
 
 import reshard
 from reshard.errors import ArgumentError
-from reshard.storage.open_store import open_store
-from reshard.storage.places import find_remains
+from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.stores.open import open_store
 from tests.conftest import Place
 
 KEYS = {"key": "k", "secret": "s"}

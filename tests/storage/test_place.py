@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from reshard.storage.place import Destination
-from reshard.storage.tensors import ALONE_NUMEL, as_array, as_bytes, cast, from_bytes
+from reshard.storage.reading.destination import Destination
+from reshard.storage.tensors.dtypes import ALONE_NUMEL, as_array, as_bytes, cast, from_bytes
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

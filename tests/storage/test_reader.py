@@ -16,22 +16,22 @@ import reshard
 from reshard.planner.box import Box
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import reader
-from reshard.storage.arranged import Batch, Request, Tensor
-from reshard.storage.chunks import place_batch
 from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
-from reshard.storage.fetch import Fetcher
-from reshard.storage.manifest import NAME, encode_manifest
-from reshard.storage.open_source import open_source
-from reshard.storage.reader import execute
-from reshard.storage.records import assemble_index
-from reshard.storage.shards import ShardToWrite
-from reshard.storage.source import Source
-from reshard.storage.store import Store
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing, slow
-from reshard.storage.threads import Pool
-from reshard.storage.workers import Workers
-from reshard.storage.writer import write_objects
+from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.formats.source import Source
+from reshard.storage.reading import executor
+from reshard.storage.reading.decode import place_batch
+from reshard.storage.reading.executor import execute
+from reshard.storage.reading.fetcher import Fetcher
+from reshard.storage.reading.tasks import Batch, Request, Tensor
+from reshard.storage.reading.workers import Workers
+from reshard.storage.runtime.threads import Pool
+from reshard.storage.stores.base import Store
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing, slow
+from reshard.storage.writing.object_layout import ShardToWrite
+from reshard.storage.writing.object_writer import write_objects
 
 
 def part_of(values: torch.Tensor, box: Box) -> torch.Tensor:
@@ -90,17 +90,17 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
     largest = int((plan.requests.stops - plan.requests.starts).max())
     assert plan.requests.nbytes > 4 * budget
 
-    from reshard.storage import reader
+    from reshard.storage.reading import executor
 
     held: list[int] = []
-    admitted = reader._Execution._admitted
+    admitted = executor._Execution._admitted
 
-    def watching(self: reader._Execution) -> list[Request] | None:
+    def watching(self: executor._Execution) -> list[Request] | None:
         group = admitted(self)
         held.append(self._held)
         return group
 
-    monkeypatch.setattr(reader._Execution, "_admitted", watching)
+    monkeypatch.setattr(executor._Execution, "_admitted", watching)
     out = [torch.zeros_like(values) for _ in wants]
     execute(plan, manifest.index(), store, out, budget_bytes=budget)
     assert all(tensor.equal(values) for tensor in out)
@@ -176,8 +176,8 @@ def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
 
 def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk whose checksum is right, and that cannot be decoded: other chunks are being written then."""
-    monkeypatch.setattr("reshard.storage.workers.default_threads", lambda: 2)
-    monkeypatch.setattr("reshard.storage.arranged.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 2)
+    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
     store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
     want = Want("w", Box.whole((4096, 1024)))
     plan = plan_reads(manifest.index(), [want])
@@ -198,7 +198,7 @@ def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pyte
             assert failed.wait(20)
             place_batch(batch, damage)
 
-    monkeypatch.setattr(reader, "place_batch", place)
+    monkeypatch.setattr(executor, "place_batch", place)
     with pytest.raises(CorruptCheckpointError, match=r"cannot be decoded.*a part of the tensor was overwritten"):
         execute(plan, manifest.index(), store, [torch.zeros(4096, 1024)])
 
@@ -260,7 +260,7 @@ def test_an_error_stops_what_has_not_begun() -> None:
 
 def test_executions_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose store does not answer holds neither the values of another back, nor its error."""
-    monkeypatch.setattr("reshard.storage.workers.default_threads", lambda: 1)
+    monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 1)
     store, manifest = saved("zstd", TENSORS)
     name = manifest.index().objects[0][0]
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
@@ -401,6 +401,6 @@ def test_what_torch_raises_while_values_are_placed_names_the_tensor(monkeypatch:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(reader, "place_batch", fail)
+    monkeypatch.setattr(executor, "place_batch", fail)
     with pytest.raises(RankError, match=r"^'w': RuntimeError: no device"):
         reshard.load({"w": torch.zeros(40, 30)}, memory)

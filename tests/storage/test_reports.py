@@ -1,4 +1,4 @@
-from reshard.storage.reports import RankReport, Report
+from reshard.storage.runtime.reports import RankReport, Report
 
 
 def rank(number: int) -> RankReport:

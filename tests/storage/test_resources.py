@@ -10,35 +10,35 @@ import torch
 
 import reshard
 from reshard.errors import ArgumentError
-from reshard.storage import resources
+from reshard.storage.runtime import limits
 
 
 def test_the_ranks_of_a_machine_share_its_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_available", lambda: 64 * 1024**3)
+    monkeypatch.setattr(limits, "_available", lambda: 64 * 1024**3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert (resources.default_budget(), resources.default_threads()) == (2 * 1024**3, 16)
+    assert (limits.default_budget(), limits.default_threads()) == (2 * 1024**3, 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert (resources.default_budget(), resources.default_threads()) == (256 * 1024**2, 2)
+    assert (limits.default_budget(), limits.default_threads()) == (256 * 1024**2, 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert (resources.default_budget(), resources.default_threads()) == (64 * 1024**2, 1)
+    assert (limits.default_budget(), limits.default_threads()) == (64 * 1024**2, 1)
 
 
 def test_the_budget_is_a_tenth_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(resources, "_available", lambda: 10 * 1024**3)
-    assert resources.default_budget() == 1024**3
+    monkeypatch.setattr(limits, "_available", lambda: 10 * 1024**3)
+    assert limits.default_budget() == 1024**3
 
 
 def test_what_is_available_is_less_than_what_the_machine_has() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < resources._available() <= total
+    assert 0 < limits._available() <= total
 
 
 @pytest.mark.parametrize("given", ["", " ", "1", " 1 "])
 def test_an_empty_number_of_local_ranks_is_one(given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
-    assert resources.local_ranks() == 1
+    assert limits.local_ranks() == 1
     reshard.save({"w": torch.ones(3)}, tmp_path / "x")
     assert reshard.open(tmp_path / "x").read("w").tolist() == [1, 1, 1]
 
@@ -50,8 +50,8 @@ def test_a_number_of_local_ranks_that_is_none_is_named(
     reshard.save({"w": torch.ones(3)}, tmp_path / "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
     calls = (
-        lambda: resources.default_threads(),
-        lambda: resources.default_budget(),
+        lambda: limits.default_threads(),
+        lambda: limits.default_budget(),
         lambda: reshard.save({"w": torch.ones(3)}, tmp_path / "y"),
         lambda: reshard.load({"w": torch.ones(3)}, tmp_path / "x"),
     )

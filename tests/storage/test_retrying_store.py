@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import reshard
-from reshard.storage import retrying_store
 from reshard.storage.errors import AccessDeniedError, StoreError, UnavailableError
-from reshard.storage.retrying_store import RetryingStore, retried
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, check_store, failing
+from reshard.storage.stores import retry
+from reshard.storage.stores.retry import RetryingStore, retried
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, check_store, failing
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying_store, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
 
 
 class Flaky:

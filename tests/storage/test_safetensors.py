@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import reshard
 from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError
-from reshard.storage.sources.safetensors import NAMES
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.formats.safetensors import NAMES
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.storage.samples import assert_holds, boxes, same, sample
 
 ROW = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

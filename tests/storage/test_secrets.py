@@ -23,9 +23,9 @@ import reshard
 from reshard.errors import AccessDeniedError, CheckpointError, StoreError, UnavailableError, UnsupportedURIError
 from reshard.planner.masking import MOST_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
-from reshard.storage import retrying_store
-from reshard.storage.open_store import open_store
-from reshard.storage.places import find_remains
+from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.stores import retry
+from reshard.storage.stores.open import open_store
 from tests.failing_s3 import failing_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -187,7 +187,7 @@ def host() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.15)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.15)
 
 
 def calls(place: str, options: dict[str, Any], folder: Path) -> list[Callable[[], object]]:

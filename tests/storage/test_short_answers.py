@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import reshard
 from reshard.errors import CorruptCheckpointError, UnavailableError
-from reshard.storage import retrying_store
-from reshard.storage.retrying_store import RetryingStore, read_whole
-from reshard.storage.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.stores import retry
+from reshard.storage.stores.retry import RetryingStore, read_whole
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
 
@@ -83,7 +83,7 @@ def test_metadata_that_came_short_is_read_again(make: Callable[[Path], None], tm
 def test_metadata_that_always_comes_short_is_given_up(
     make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 0.3)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     make(tmp_path / "run")
     with pytest.raises(UnavailableError, match="the answer had"):
         reshard.open(RetryingStore(ShortStore(tmp_path / "run", lambda name, count: True)))
@@ -111,7 +111,7 @@ def test_what_is_there_costs_no_request_more(tmp_path: Path) -> None:
 
 
 def test_a_large_manifest_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reshard.storage.manifest.FIRST_READ_BYTES", 4096)
+    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_READ_BYTES", 4096)
     native(tmp_path / "run")
     assert (tmp_path / "run" / "manifest.reshard").stat().st_size > 8192
     for short in range(1, 5):

@@ -105,7 +105,7 @@ PLACES: list[tuple[Callable[[Path], None], str]] = [
 ]
 SCRIPT = """
 import contextlib, os, sys, torch, reshard
-from reshard.storage.places import find_remains
+from reshard.storage.maintenance.catalog import find_remains
 
 uri, copy, other = sys.argv[1:]
 reshard.save({"w": torch.zeros(3)}, other)
@@ -226,7 +226,7 @@ def test_gc_passes_over_what_is_no_file(tmp_path: Path) -> None:
         (folder / "data" / f"{'f' * 32}-00001.shard").write_bytes(b"RESHARDD")
     code = """
     import sys
-    from reshard.storage.places import find_remains, remove_remains
+    from reshard.storage.maintenance.catalog import find_remains, remove_remains
     found = find_remains(sys.argv[1], older_than_s=0)
     print(sorted(found[0].names), len(found))
     remove_remains(found, older_than_s=0)

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from reshard.storage.errors import CorruptCheckpointError, DestinationError, UnsupportedValueError
-from reshard.storage.state_dict import Key, flatten, nest, path_from_json, path_to_json, renamed_path
+from reshard.storage.tensors.state_dict import Key, flatten, nest, path_from_json, path_to_json, renamed_path
 
 
 def test_names_are_those_of_dcp() -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from reshard.storage import conditions, obstore_store
-from reshard.storage import store as store_module
 from reshard.storage.dcp import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
-from reshard.storage.local_store import SYNC_BYTES, LocalStore
-from reshard.storage.open_store import open_store
-from reshard.storage.retrying_store import RetryingStore
-from reshard.storage.testing import MemoryStore, RecordingStore, check_store
+from reshard.storage.stores import base as store_module
+from reshard.storage.stores import conditional_put, obstore
+from reshard.storage.stores.local import SYNC_BYTES, LocalStore
+from reshard.storage.stores.open import open_store
+from reshard.storage.stores.retry import RetryingStore
+from reshard.storage.stores.testing import MemoryStore, RecordingStore, check_store
 from tests import servers
 from tests.conftest import STORES, Place
 
@@ -112,7 +112,7 @@ def test_obstore_takes_s3_where_it_understands_all_options(
 def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of-somebody-else")
     options = {"key": "a", "secret": "b", "client_kwargs": {"region_name": "eu-west-1"}}
-    config = obstore_store._config(options, obstore_store._session(None))
+    config = obstore._config(options, obstore._session(None))
     assert config is not None
     assert set(config) == {"region", "skip_signature", "unsigned_payload", "credential_provider"}
     assert config["credential_provider"]()["token"] is None
@@ -120,7 +120,7 @@ def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monk
 
 @pytest.mark.parametrize(("endpoint", "unsigned"), [(None, True), ("https://host", True), ("http://host", False)])
 def test_what_is_sent_is_hashed_for_its_signature_where_there_is_no_tls(endpoint: str | None, unsigned: bool) -> None:
-    config = obstore_store._config(
+    config = obstore._config(
         {"key": "a", "secret": "b", "endpoint_url": endpoint, "client_kwargs": {"region_name": "eu-west-1"}}, None
     )
     assert config is not None
@@ -140,9 +140,9 @@ def test_what_botocore_is_configured_to_do_is_left_to_it(
 ) -> None:
     (tmp_path / "config").write_text(f"[default]\nregion = eu-west-1\n{configured}\n")
     keys = {"key": "a", "secret": "b"}
-    assert obstore_store.open_s3("bucket/x", keys) is not None
+    assert obstore.open_s3("bucket/x", keys) is not None
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    assert obstore_store.open_s3("bucket/x", keys) is None
+    assert obstore.open_s3("bucket/x", keys) is None
 
 
 def test_an_error_of_obstore_does_not_show_what_was_answered(seaweedfs: servers.Server) -> None:
@@ -253,7 +253,7 @@ def test_no_permission_is_access_denied(tmp_path: Path) -> None:
 def test_a_store_that_ignores_conditions_is_found_out_once(
     place: Place, store_name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditions, "_probed", set())
+    monkeypatch.setattr(conditional_put, "_probed", set())
     store = open_store(*place)
     for name in ("a", "b"):
         store.put(name, b"x", overwrite=False)

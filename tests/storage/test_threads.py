@@ -11,10 +11,10 @@ import torch
 
 import reshard
 from reshard.errors import StoreError, UnavailableError
-from reshard.storage.progress import Progress
-from reshard.storage.retrying_store import RetryingStore, retried
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, slow
-from reshard.storage.threads import Pool, Stop, cleaning_up, current_stop, event_loop, result_of
+from reshard.storage.runtime.progress import Progress
+from reshard.storage.runtime.threads import Pool, Stop, cleaning_up, current_stop, event_loop, result_of
+from reshard.storage.stores.retry import RetryingStore, retried
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, slow
 
 
 def unavailable() -> None:

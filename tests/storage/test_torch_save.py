@@ -28,8 +28,8 @@ from reshard.errors import (
     UnsupportedFormatError,
 )
 from reshard.planner.entries import ITEMSIZES
-from reshard.storage.sources import torch_save
-from reshard.storage.testing import MemoryStore, RecordingStore
+from reshard.storage.formats.torch_save import source
+from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.storage.dcp_checkpoints import torch_saved
 from tests.storage.samples import Runs, assert_holds, boxes, same, sample
 
@@ -423,12 +423,12 @@ def test_values_of_the_other_byte_order_are_refused() -> None:
 @pytest.mark.parametrize("tail_bytes", [0, 70_000, 100_000])
 def test_a_directory_larger_than_the_first_read_is_read_on(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(3000)}
-    monkeypatch.setattr(torch_save, "TAIL_BYTES", tail_bytes)
+    monkeypatch.setattr(source, "TAIL_BYTES", tail_bytes)
     assert_holds(opened(torch_saved(tensors)), tensors)
 
 
 def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_save, "TAIL_BYTES", 4096)
+    monkeypatch.setattr(source, "TAIL_BYTES", 4096)
     values = torch.randn(1000, 1000)
     store = RecordingStore(stored(torch_saved({"w": values, "v": torch.ones(2)})))
     checkpoint = reshard.open(store)

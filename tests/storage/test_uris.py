@@ -27,10 +27,10 @@ from reshard.errors import (
     CheckpointNotFoundError,
     UnsupportedURIError,
 )
-from reshard.storage.fsspec_store import is_local, split_file
-from reshard.storage.local_store import LocalStore
-from reshard.storage.open_store import open_store
-from reshard.storage.places import find_remains
+from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.stores.fsspec import is_local, split_file
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.open import open_store
 from tests.conftest import Place
 from tests.failing_s3 import failing_s3
 

@@ -13,15 +13,16 @@ from reshard.planner.box import Box
 from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import retrying_store, writer
-from reshard.storage import shards as to_write
 from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
-from reshard.storage.reader import execute
-from reshard.storage.records import assemble_index
-from reshard.storage.retrying_store import RetryingStore
-from reshard.storage.shards import ShardToWrite, part_of
-from reshard.storage.testing import Call, MemoryStore, RecordingStore, failing
-from reshard.storage.writer import write_objects
+from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.reading.executor import execute
+from reshard.storage.stores import retry
+from reshard.storage.stores.retry import RetryingStore
+from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.writing import object_layout as to_write
+from reshard.storage.writing import object_writer
+from reshard.storage.writing.object_layout import ShardToWrite, part_of
+from reshard.storage.writing.object_writer import write_objects
 
 
 def shard(name: str, values: torch.Tensor) -> ShardToWrite:
@@ -119,8 +120,8 @@ def test_a_shard_that_is_not_its_box_is_named() -> None:
 def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 3: at most a window of values is encoded ahead of what the store has taken."""
     window = 1 << 22
-    monkeypatch.setattr(writer, "WINDOW_BYTES", window)
-    encode = writer._encode
+    monkeypatch.setattr(object_writer, "WINDOW_BYTES", window)
+    encode = object_writer._encode
     lock = threading.Lock()
     encoded = written = ahead = 0
 
@@ -138,10 +139,10 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
             with lock:
                 written += call.stop
 
-    monkeypatch.setattr(writer, "_encode", counting)
+    monkeypatch.setattr(object_writer, "_encode", counting)
     write_objects(RecordingStore(MemoryStore(), before), "00000", [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
-    assert window / 2 < ahead <= window + 8 + writer.TASK_BYTES
+    assert window / 2 < ahead <= window + 8 + object_writer.TASK_BYTES
 
 
 def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +173,7 @@ def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.Mon
 
 def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 12)
-    monkeypatch.setattr(writer, "LET_END_S", 60.0)
+    monkeypatch.setattr(object_writer, "LET_END_S", 60.0)
     memory = MemoryStore()
     memory.holds_objects = True
     shards = [shard(f"t{i}", torch.randn(64, 64)) for i in range(200)]
@@ -194,7 +195,7 @@ def test_objects_that_something_else_removes_are_missed_before_the_commit() -> N
 
 
 def test_to_tidy_up_takes_no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying_store, "RETRY_FOR_S", 1.0)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 1.0)
     error = UnavailableError("nobody there")
 
     def down(call: Call) -> None:

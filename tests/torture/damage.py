@@ -21,11 +21,11 @@ import torch
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.read_plan import Want, plan_reads
-from reshard.storage import shards
-from reshard.storage.checksums import checksum
-from reshard.storage.manifest import NAME
-from reshard.storage.open_source import open_source
-from reshard.storage.testing import MemoryStore
+from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.writing import object_layout
 
 Content = dict[str, bytes]
 MOST_MEMORY = 64 * 1024 * 1024
@@ -45,11 +45,11 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
     }
     store = MemoryStore()
     store.holds_objects = True
-    least, shards.LEAST_OBJECT_BYTES = shards.LEAST_OBJECT_BYTES, 50_000
+    least, object_layout.LEAST_OBJECT_BYTES = object_layout.LEAST_OBJECT_BYTES, 50_000
     try:
         reshard.save(state, store, codec=codec)
     finally:
-        shards.LEAST_OBJECT_BYTES = least
+        object_layout.LEAST_OBJECT_BYTES = least
     return store.content, state
 
 

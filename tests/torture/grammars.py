@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import reshard
-from reshard.storage.checksums import checksum
-from reshard.storage.testing import MemoryStore
+from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.testing import MemoryStore
 
 Content = dict[str, bytes]
 NUMBERS = (0, 1, -1, 2, 64, 255, 2**31 - 1, 2**31, 2**32, 2**61 - 1, 2**62, 2**63, 2**64, 2**70, 10**30)

@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import reshard
-from reshard.storage.local_store import LocalStore
-from reshard.storage.testing import Call, RecordingStore
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.ranks import RankFailed, RankPool
 
 RANKS = 3

@@ -19,8 +19,8 @@ import reshard
 from reshard.planner.entries import Entry, Segments
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex, Kind
-from reshard.storage.manifest import encode_manifest
-from reshard.storage.testing import MemoryStore
+from reshard.storage.formats.native.manifest import encode_manifest
+from reshard.storage.stores.testing import MemoryStore
 from tests.torture.grammars import (
     DCP,
     SLICES,
@@ -472,7 +472,7 @@ def objects_that_claim_too_much() -> dict[str, Content]:
 
 def _on_each_other(header: dict[str, Any], blocks: bytes) -> bytes:
     """The blocks, with all segments at one byte of the object."""
-    from reshard.storage.checksums import checksum
+    from reshard.storage.runtime.checksums import checksum
 
     segments, extents = header["blocks"][0][1:3]
     starts = 16 * extents

@@ -17,7 +17,7 @@ from typing import Any
 
 import reshard
 from reshard.errors import CheckpointError, RankError
-from reshard.storage.testing import MemoryStore
+from reshard.storage.stores.testing import MemoryStore
 from tests.torture.grammars import FORMATS, Content
 from tests.torture.known import GROUPS
 

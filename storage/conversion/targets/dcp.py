@@ -1,0 +1,92 @@
+"""torch.distributed.checkpoint's own format as the target of a conversion: what `dcp.load` reads without reshard."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ....planner.index import Kind
+from ...formats.dcp import METADATA, TYPED_PATHS
+from ...formats.value_codec import torch_save
+from ...stores.base import Store
+from ...tensors.pieces import Item
+from ...tensors.state_dict import path_for_dcp, path_to_json
+from ..source_stream import Values
+from .target import Done, Unit, in_pieces
+
+
+class DcpTarget:
+    """Writes a `.distcp` file for each unit, and `.metadata`."""
+
+    format = "dcp"
+    commits = METADATA
+
+    def units(self, items: Sequence[Item]) -> list[Unit]:
+        return in_pieces(items)
+
+    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+        file = f"__{unit.number}_0.distcp"
+        store.delete([file])
+        slices: list[dict[str, Any]] = []
+        at = 0
+        tensors = values.stream(piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR)
+        objects = values.objects(piece for piece in unit.pieces if piece.item.kind is not Kind.TENSOR)
+        with store.create(file) as out:
+            for piece in unit.pieces:
+                interrupt()
+                item, box = piece.item, piece.box
+                if item.kind is Kind.TENSOR:
+                    data = torch_save(
+                        next(tensors).clone(memory_format=torch.contiguous_format)
+                    )  # not all that it is part of
+                else:
+                    kind, encoded, value = next(objects)
+                    data = encoded if kind is Kind.TORCH_SAVE else torch_save(value)
+                out.write(data)
+                slices.append({"name": item.name, "offsets": box.offsets, "sizes": box.sizes, "length": len(data)})
+                at += len(data)
+        return {"files": [file], "bytes": at, "slices": slices}
+
+    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        tensors = {item.name for item in items if item.kind is Kind.TENSOR}
+        for unit in done:
+            at = 0
+            for piece in unit["slices"]:
+                name, offsets = piece["name"], torch.Size(piece["offsets"])
+                index = MetadataIndex(name, offsets) if name in tensors else MetadataIndex(name)
+                chunks.setdefault(name, []).append(ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
+                storage[index] = _StorageInfo(unit["files"][0], at, piece["length"])
+                at += piece["length"]
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for item in items:
+            if item.kind is not Kind.TENSOR:
+                entries[item.name] = BytesStorageMetadata()
+                continue
+            shape = torch.Size(item.shape)
+            empty = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+            properties = TensorProperties(dtype=item.torch_dtype)
+            entries[item.name] = TensorStorageMetadata(properties, shape, chunks.get(item.name, [empty]))
+        planner_data: dict[str, Any] = {item.name: path_for_dcp(paths.get(item.name, (item.name,))) for item in items}
+        typed = {name: path_to_json(path) for name, path in paths.items() if path_for_dcp(path) != path}
+        if typed:  # DCP passes over what is not the name of an entry
+            planner_data[TYPED_PATHS] = typed
+        metadata = Metadata(entries, planner_data, storage, StorageMeta(location), CURRENT_DCP_VERSION)
+        return pickle.dumps(metadata)
+
+    def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
+        return []

@@ -1,0 +1,119 @@
+"""safetensors as the target of a conversion: files of bounded size and their index, as Hugging Face lays them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ....planner.box import Box
+from ....planner.entries import ITEMSIZES
+from ...errors import ArgumentError, DtypeError
+from ...formats.safetensors import INDEX_SUFFIX, NAMES
+from ...stores.base import Store
+from ...tensors.dtypes import as_array, as_bytes
+from ...tensors.pieces import Item, Piece, rows_of
+from ..source_stream import Values
+from .target import Done, Unit
+
+INDEX = f"model{INDEX_SUFFIX}"
+NOTES = "__metadata__"
+"""What the header has beside the tensors."""
+ALIGNMENT = 8
+"""The header is padded with spaces to a multiple of it."""
+
+
+class SafetensorsTarget:
+    """Writes a file for each unit, and the index. Only tensors can be in it."""
+
+    format = "safetensors"
+    commits = INDEX
+
+    def __init__(self, max_file_bytes: int) -> None:
+        self._max_file_bytes = max_file_bytes
+        self._files = 0
+
+    def units(self, items: Sequence[Item]) -> list[Unit]:
+        """Raises DtypeError, ArgumentError."""
+        _check_dtypes(items)
+        files: list[list[Piece]] = [[]]
+        held = 0
+        for item in items:
+            _check(item)
+            if files[-1] and held + item.nbytes > self._max_file_bytes:
+                files.append([])
+                held = 0
+            files[-1].append(Piece(item, Box.whole(item.shape)))
+            held += item.nbytes
+        self._files = len(files)
+        return [Unit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
+
+    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+        name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
+        store.delete([name])
+        header = _header([piece.item for piece in unit.pieces])
+        nbytes = len(header)
+        with store.create(name) as out:
+            out.write(header)
+            pieces = (
+                Piece(piece.item, box) for piece in unit.pieces for box in rows_of(piece.item.shape, piece.item.dtype)
+            )
+            for tensor in values.stream(pieces):
+                interrupt()
+                data = as_bytes(as_array(tensor))
+                out.write(data.data)
+                nbytes += len(data)
+        return {"files": [name], "bytes": nbytes, "tensors": [piece.item.name for piece in unit.pieces]}
+
+    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+        index = {
+            "metadata": {"total_size": sum(item.nbytes for item in items)},
+            "weight_map": {name: unit["files"][0] for unit in done for name in unit["tensors"]},
+        }
+        return json.dumps(index, indent=2).encode()
+
+    def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
+        return []
+
+
+def _check_dtypes(items: Sequence[Item]) -> None:
+    """Check that safetensors has the dtype of every item. Raises DtypeError naming the first that it does not have."""
+    lacking = [item for item in items if item.dtype not in NAMES]
+    if not lacking:
+        return
+    first = lacking[0]
+    more = f", and so do {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
+    cast = " Or cast it to complex64 before it is saved." if first.dtype == "complex128" else ""
+    raise DtypeError(
+        f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with names= or "
+        f"exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'.{cast}"
+    )
+
+
+def _check(item: Item) -> None:
+    if item.dtype.endswith("_x2") and not item.shape:
+        raise DtypeError(
+            f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
+            "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
+        )
+    if item.name == NOTES:
+        raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")
+
+
+def _rank(piece: Piece) -> tuple[int, str]:
+    """Large elements come first, so that each tensor begins at a multiple of its own's size."""
+    return -ITEMSIZES[piece.item.dtype], piece.item.name
+
+
+def _header(items: Sequence[Item]) -> bytes:
+    header: dict[str, Any] = {NOTES: {"format": "pt"}}
+    at = 0
+    for item in items:
+        shape = list(item.shape)
+        if item.dtype.endswith("_x2"):  # two values an element
+            shape[-1] *= 2
+        header[item.name] = {"dtype": NAMES[item.dtype], "shape": shape, "data_offsets": [at, at + item.nbytes]}
+        at += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

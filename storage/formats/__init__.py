@@ -1,0 +1,1 @@
+"""Checkpoint formats: how each one says what it has, and where."""

@@ -1,0 +1,218 @@
+"""Which format a checkpoint has, by what lies at its place; and the source that reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from ..runtime.torch_modes import undisturbed
+from ..stores.base import Store
+from ..stores.fsspec import split_file
+from ..stores.open import open_store
+from .dcp import METADATA, RANK_METADATA, DcpSource
+from .foreign import ForeignSource
+from .hf_index import WeightMap, check_complete, listed, part_groups, read_weight_map
+from .metadata_reads import Reads
+from .native.manifest import DATA_NAME, NAME, Manifest
+from .safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
+from .source import Source
+from .torch_save.source import LEGACY_MAGIC, TorchSaveSource
+
+FORMATS = ("reshard", "dcp", "safetensors", "torch")
+FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
+"""The formats of single files, by how their names end."""
+HF_FILE = "pytorch_model.bin"
+"""What transformers calls a model's file of torch.save, beside others."""
+TORCH_INDEX_SUFFIX = ".bin.index.json"
+MAIN_INDEXES = (f"model{INDEX_SUFFIX}", f"pytorch_model{TORCH_INDEX_SUFFIX}")
+"""What transformers calls a model's index. It counts if there are others beside it."""
+FIRST_BYTES = 32
+"""Of a file, to tell its format."""
+CONVERSION = ".reshard-convert.json"
+"""What a conversion keeps at its place until it has come to its end."""
+MOST_NAMES = 10_000
+"""Objects that are looked at in search of a checkpoint."""
+
+
+@undisturbed()
+def open_source(
+    target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None, format: str | None = None
+) -> Source:
+    """Open the checkpoint at a path or URI, or in a store.
+
+    Args:
+        format: one of FORMATS; found out by default.
+
+    Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError,
+    UnsafeObjectError, UnsupportedURIError, ArgumentError, StoreError.
+    """
+    if format not in (None, *FORMATS):
+        raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
+    store = open_store(target, storage_options)
+    if isinstance(target, Store) or format == "reshard":
+        return _in_folder(store, format)
+    folder, name = split_file(os.fspath(target))
+    suffix = os.path.splitext(name)[1]
+    if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
+        source = _file(open_store(folder, storage_options), name, FILE_SUFFIXES[suffix])
+        if source is not None:
+            return source
+    try:
+        return _in_folder(store, format)
+    except NotCommittedError:
+        raise
+    except CheckpointNotFoundError:
+        source = _file(open_store(folder, storage_options), name, format) if name else None
+        if source is None:
+            raise
+        return source
+
+
+def _file(store: Store, name: str, format: str | None) -> Source | None:
+    """The source that a single file is; None where it is not there, or is none."""
+    reads = Reads(store)
+    try:
+        reads.size(name)
+        if name.endswith(INDEX_SUFFIX) and format in (None, "safetensors"):
+            return _safetensors(reads, read_weight_map(reads, name, ()), ())
+        if name.endswith(TORCH_INDEX_SUFFIX) and format in (None, "torch"):
+            return _torch(reads, read_weight_map(reads, name, ()), ())
+        begin = b"" if format else reads.whole(name, 0, FIRST_BYTES)
+    except ObjectNotFoundError:
+        return None
+    if format == "safetensors" or begin[8:9] == b"{":
+        return SafetensorsSource(reads, [name])
+    if format == "torch" or begin.startswith(b"PK") or LEGACY_MAGIC in begin:
+        return TorchSaveSource(reads, [name])
+    return None
+
+
+def _safetensors(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
+    return _noting_others(SafetensorsSource(reads, weight_map.names or beside, weight_map), beside)
+
+
+def _torch(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
+    return _noting_others(TorchSaveSource(reads, weight_map.names or beside, weight_map), beside)
+
+
+def _noting_others(source: ForeignSource, beside: Sequence[str]) -> Source:
+    """Note in the source's `info` which weight files beside it its index does not name."""
+    others = sorted(set(beside).difference(name for name, _ in source.objects))
+    if others:
+        source.info["files_left_out"] = others
+    return source
+
+
+def _in_folder(store: Store, format: str | None) -> Source:
+    if format in (None, "reshard"):
+        manifest = Manifest.find(store)
+        if manifest is not None:
+            return manifest
+    reads = Reads(store)
+    names = list(islice(store.list(), MOST_NAMES))
+    cut = len(names) == MOST_NAMES
+    if cut:
+        names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
+    top = sorted(name for name in names if "/" not in name)
+    if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
+        raise NotCommittedError(
+            f"the checkpoint at {store.location} is being converted, or its conversion was interrupted: it has "
+            f"{CONVERSION}. The same call of reshard.convert goes on with it"
+        )
+    ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
+    indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
+    torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
+    if cut and METADATA not in top and not indexes and not torch_indexes:
+        raise CheckpointNotFoundError(
+            f"{store.location} has more than {MOST_NAMES} objects, too many to find a checkpoint among: give its own "
+            "folder, or its file"
+        )
+    if format in (None, "dcp") and (METADATA in top or ranks):
+        return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank))
+    files = [name for name in top if name.endswith(SUFFIX)]
+    if format in (None, "safetensors") and (files or indexes):
+        if indexes:
+            return _safetensors(reads, read_weight_map(reads, _index_of(store, indexes), files), files)
+        check_complete(store.location, files)
+        return SafetensorsSource(reads, files)
+    files = [name for name in top if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    if format in (None, "torch") and (files or torch_indexes):
+        if torch_indexes:
+            return _torch(reads, read_weight_map(reads, _index_of(store, torch_indexes), files), files)
+        files = _of_one_model(store, files)
+        if files:
+            return TorchSaveSource(reads, files)
+    raise _not_found(store, names, format)
+
+
+def _index_of(store: Store, indexes: Sequence[str]) -> str:
+    """The index that counts. Raises CheckpointNotFoundError if that is not clear."""
+    found = [name for name in indexes if name in MAIN_INDEXES] or indexes
+    if len(found) > 1:
+        raise CheckpointNotFoundError(
+            f"{store.location} has {len(found)} indexes, {listed(found)}: open one of them, as "
+            f"'{store.location}/{found[0]}'"
+        )
+    return found[0]
+
+
+def _of_one_model(store: Store, files: list[str]) -> list[str]:
+    """The files of torch.save that are one model: a single one, or numbered ones. None if that is not clear.
+
+    Raises CorruptCheckpointError if numbered ones are missing.
+    """
+    if HF_FILE in files or len(files) == 1:
+        files = [HF_FILE] if HF_FILE in files else files
+        check_complete(store.location, files)
+        return files
+    groups = part_groups(files)
+    numbered = [name for group in groups.values() for name in group]
+    check_complete(store.location, numbered)
+    return numbered if len(groups) == 1 else []
+
+
+def is_of_a_checkpoint(name: str) -> bool:
+    """Return whether a name at the top of a folder is one that a checkpoint of another format, or a conversion, has."""
+    known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
+    is_top = "/" not in name
+    return is_top and (
+        known
+        or name.endswith((".distcp", INDEX_SUFFIX, TORCH_INDEX_SUFFIX))
+        or os.path.splitext(name)[1] in FILE_SUFFIXES
+    )
+
+
+def _is_there(reads: Reads, name: str) -> bool:
+    try:
+        reads.size(name)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _rank(name: str) -> int:
+    found = RANK_METADATA.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
+def _not_found(store: Store, names: list[str], format: str | None) -> CheckpointNotFoundError:
+    remains = sum(1 for name in names if DATA_NAME.fullmatch(name))
+    if remains and format in (None, "reshard"):
+        return NotCommittedError(
+            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
+            "The save was interrupted, or is still running. `reshard gc` removes what is left, once it is a day old"
+        )
+    if any(name.endswith(".distcp") for name in names if "/" not in name) and format in (None, "dcp"):
+        return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
+    files = [name for name in names if "/" not in name and FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    if files and format in (None, "torch"):
+        return CheckpointNotFoundError(
+            f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"
+        )
+    looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
+    marks = {"reshard": NAME, "dcp": METADATA, "safetensors": f"*{SUFFIX}", "torch": "single file of torch.save"}
+    lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
+    return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}")

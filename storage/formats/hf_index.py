@@ -1,0 +1,183 @@
+"""Models that are stored as several files: which files belong together, and the index that says where each tensor is.
+
+Hugging Face numbers the files (`model-00001-of-00003.safetensors`) and writes an index beside them. The index decides:
+a tensor is read from the file that the index names, whatever other files hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from ..errors import CorruptCheckpointError, ObjectNotFoundError
+from ..runtime.brief import reason
+from .foreign import ForeignSource
+from .metadata_reads import Reads
+
+MAX_INDEX_BYTES = 100_000_000
+MOST_NAMED = 8
+"""Files that an error names."""
+_PLAIN_NAME = re.compile(r"[^/\\\0]+")
+_PART = re.compile(r"(?P<prefix>.*[-_.])?(?P<number>\d{1,7})[-_]of[-_](?P<count>\d{1,7})(?P<suffix>(?:\.\w+)+)")
+_OF_RANK = re.compile(r"shard-\d+-")
+"""How the names begin that torch's HuggingFaceStorageWriter gives to the files of one rank."""
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+P = TypeVar("P")
+Found = dict[str, list[tuple[int, P]]]
+"""What files hold by name: the position of the file in the source's objects, and what it says of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """An index: which file holds which tensor."""
+
+    index: str
+    """The index's own name."""
+    files: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """The files."""
+        return sorted(set(self.files.values()))
+
+
+def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap:
+    """Read an index of Hugging Face.
+
+    Args:
+        beside: files of weights in the same folder, for the error.
+
+    Raises CorruptCheckpointError, ObjectNotFoundError, StoreError.
+    """
+    try:
+        nbytes = reads.size(name)
+        if nbytes > MAX_INDEX_BYTES:
+            raise ValueError(f"it has {nbytes} bytes")
+        weight_map = json.loads(reads.exactly(name, 0, nbytes))["weight_map"]
+        files = {str(tensor): file.removeprefix("./") for tensor, file in weight_map.items()}
+        if not all(_is_inside(file) for file in files.values()):
+            raise ValueError(f"a file is not one of this folder, of {sorted(set(files.values()))}")
+        return WeightMap(name, files)
+    except _CONTRADICTIONS as error:
+        kind = "safetensors" if name.endswith(".safetensors.index.json") else "weights"
+        raise CorruptCheckpointError(
+            f"{name!r} in {reads.store.location} is no index of {kind}: {reason(error)}{_weights_beside(beside)}"
+        ) from error
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a name is that of a file in a folder, or in one below it."""
+    return all(_PLAIN_NAME.fullmatch(part) and part not in (".", "..") for part in file.split("/"))
+
+
+def _weights_beside(files: Sequence[str]) -> str:
+    if not files:
+        return ""
+    return f". Beside it are the weights {listed(files)}: restore the index, or remove it to read all of them"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(map(repr, names[:MOST_NAMED])) + more
+
+
+def check_complete(location: str, names: Iterable[str]) -> None:
+    """Check that no file named `…-00001-of-00003.…` is missing. Raises CorruptCheckpointError naming those that are."""
+    groups: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        part = _PART.fullmatch(name)
+        if part:
+            # A rank writes only the files that it has shards for.
+            prefix = _OF_RANK.sub("shard-*-", part["prefix"] or "", count=1)
+            groups.setdefault((prefix, part["count"], part["suffix"]), set()).add(int(part["number"]))
+    for (prefix, count, suffix), numbers in sorted(groups.items()):
+        first = 0 if 0 in numbers else 1
+        due = range(first, first + int(count))
+        lacking = len(due) - sum(number in due for number in numbers)
+        if lacking:
+            missing = islice((number for number in due if number not in numbers), MOST_NAMED)
+            files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing]
+            more = f" and {lacking - MOST_NAMED} more" if lacking > MOST_NAMED else ""
+            raise CorruptCheckpointError(
+                f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} "
+                "files is missing. Copy it again, or open one of the files that are there by its own path"
+            )
+
+
+def part_groups(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """The files named `…-00001-of-00003.…`, by what is before and after the first number."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        part = _PART.fullmatch(name)
+        if part:
+            groups.setdefault((part["prefix"] or "", part["count"] + part["suffix"]), []).append(name)
+    return groups
+
+
+def present(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
+    """The files that are there, with their sizes.
+
+    Raises ObjectNotFoundError if one is missing and no index names it, CorruptCheckpointError if all that an index
+    names are missing.
+    """
+
+    def size(name: str) -> int | None:
+        try:
+            return reads.size(name)
+        except ObjectNotFoundError:
+            if weight_map is None:
+                raise
+            return None
+
+    sizes = reads.many(size, names)
+    found = [(name, nbytes) for name, nbytes in zip(names, sizes, strict=True) if nbytes is not None]
+    if weight_map is not None and not found:
+        said = "names no tensors"
+        if names:
+            said = (
+                "says that tensors are in a file that is missing"
+                if len(names) == 1
+                else "names files that all are missing"
+            )
+        raise CorruptCheckpointError(
+            f"the index {weight_map.index!r} in {reads.store.location} {said}{': ' if names else ''}{listed(names)}"
+        )
+    return found
+
+
+def select(source: ForeignSource, found: Found[P], weight_map: WeightMap) -> Found[P]:
+    """Return what the index selects of what the files hold.
+
+    What the index names and is missing becomes unreadable; what it does not name is noted as left out.
+    Raises CorruptCheckpointError if it names nothing and the files hold tensors.
+    """
+    where = f"the index {weight_map.index!r} in {source.store.location}"
+    if found and not weight_map.files:
+        files = [source.objects[at][0] for at in sorted({at for parts in found.values() for at, _ in parts})]
+        raise CorruptCheckpointError(f"{where} names no tensors{_weights_beside(files)}")
+    there = {name for name, _ in source.objects}
+    selected: Found[P] = {}
+    for name, file in weight_map.files.items():
+        parts = [part for part in found.get(name, ()) if source.objects[part[0]][0] == file]
+        if parts:
+            selected[name] = parts
+            continue
+        why = "does not have it" if file in there else "is missing"
+        reason = f"{where} says that {name!r} is in {file!r}, which {why}. Copy the file again, or leave this name out"
+        source.refuse(name, CorruptCheckpointError, reason, file)
+    source.left_out = tuple(sorted(found.keys() - weight_map.files.keys()))
+    return selected
+
+
+def two_files(source: ForeignSource, name: str, files: Sequence[str]) -> CorruptCheckpointError:
+    """The error for a tensor that several files have, and no index to decide between them."""
+    return source.contradiction(
+        f"two files have the tensor {name!r}: {' and '.join(map(repr, files[:2]))}. Open one of them, as "
+        f"'{source.store.location}/{files[0]}', or add an index that says which one counts"
+    )

@@ -1,0 +1,1 @@
+"""reshard's own format."""

@@ -1,0 +1,388 @@
+"""The manifest: the index of a checkpoint as one object, the only commit point of a save.
+
+    magic, version, lengths, checksum | header, JSON | blocks
+
+The header names the tensors, the objects and the blocks. A block has the columns of CheckpointIndex for a run of
+tensors, or of regions of one, so that of a large manifest a rank reads what its own boxes meet; and opening one takes a
+small multiple of the bytes that are read, whatever it claims. No pickle. docs/FORMAT.md has it byte by byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import accumulate, chain, compress
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ....planner.byte_ranges import Gaps
+from ....planner.costs import Costs
+from ....planner.entries import ITEMSIZES, Entry
+from ....planner.errors import InvalidIndexError
+from ....planner.grid import Grid
+from ....planner.index import NATIVE, CheckpointIndex, Kind, missing
+from ....planner.read_plan import GAPS, Want
+from ....planner.regions import check_region_parts, regions_met
+from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
+from ...runtime.brief import brief, text_of
+from ...runtime.checksums import checksum
+from ...runtime.forks import Lock
+from ...runtime.threads import Pool
+from ...stores.base import Store
+from ...stores.retry import read_whole
+from ...tensors.dtypes import torch_dtype
+from ...tensors.state_dict import Path, path_from_json, path_to_json
+from ..source import Unreadable, bounded
+from .manifest_blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
+
+NAME = "manifest.reshard"
+DATA_FOLDER = "data"
+DATA_SUFFIX = ".shard"
+MAGIC = b"RESHARD\n"
+VERSION = 4
+READABLE_VERSIONS = (3, 4)
+"""Version 3 has no keys but strings in paths, and fewer words in its JSON objects."""
+READ_BYTES = 8 * 1024 * 1024
+"""How much of a large manifest one further request asks for, or a little more."""
+MAX_GAP = 0.125
+"""Blocks between those needed are read over to save a request, up to this part of what the request has already."""
+MAX_KEPT_BYTES = 64 * 1024 * 1024
+"""Blocks that were read are kept for later calls, up to so many bytes."""
+FIRST_READ_BYTES = 1024 * 1024
+"""How much of the manifest the first request asks for; it fetches a small one whole."""
+MAX_HEADER_BYTES = 2**30
+"""No header is longer: that of a million tensors has a tenth of it."""
+MAX_CHUNK_BYTES = 16 * 1024 * 1024
+"""Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
+
+DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises where a header is not what it should be."""
+_PREFIX = struct.Struct("<8sIIQ")
+_CHECKSUM = struct.Struct("<Q")
+_HEADER_START = _PREFIX.size + _CHECKSUM.size
+
+
+class Manifest:
+    """What a checkpoint is made of. Of a large one, it reads what it is asked for."""
+
+    format = "reshard"
+    inline: Mapping[str, bytes] = MappingProxyType({})
+    left_out: tuple[str, ...] = ()
+
+    def __init__(self, source: _Bytes) -> None:
+        """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
+        self._source = source
+        header, blocks_start, stop = _read_header(source)
+        try:
+            self._sizes = [_sizes(*row[6:8]) for row in header["entries"]]
+            """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
+            self._entries = tuple(
+                _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
+            )
+            self.unreadable = _unreadable(self._entries, source.where)
+            readable = [entry.name not in self.unreadable for entry in self._entries]
+            self.entries = tuple(compress(self._entries, readable))
+            self.sizes = tuple(compress(self._sizes, readable))
+            self.paths: dict[str, Path] = {
+                str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
+            }
+            """Where entries are in the state dict that was saved."""
+            self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
+            """Name and size in bytes of each data object."""
+            self.info: dict[str, Any] = dict(header["info"])
+            """By what it was written, and when."""
+            self._positions = {entry.name: position for position, entry in enumerate(self._entries)}
+            if len(self._entries) != len(self._positions):
+                raise ValueError("two tensors have the same name")
+            self._parts = [_parts(e, *row[8:]) for e, row in zip(self._entries, header["entries"], strict=True)]
+            self._first_regions = np.array(list(accumulate(map(math.prod, self._parts), initial=0)), np.int64)
+            firsts = self._first_regions.tolist()
+            empty = [first for first, e in zip(firsts, self._entries, strict=False) if not e.numel]
+            self._blocks = Blocks.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
+            if int(self._blocks.starts[-1]) != stop:
+                raise ValueError(f"the blocks do not end at byte {stop}")
+        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+            raise _contradiction(source.where, error) from error
+        self._is_small = stop <= len(source.first)
+        self._lock = Lock()
+        self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
+        self._kept: dict[int, memoryview] = {}
+        """Blocks that were read."""
+
+    @classmethod
+    def find(cls, store: Store) -> Manifest | None:
+        """The manifest in a store, by one request where it is small; None where there is none.
+
+        Raises CorruptCheckpointError, UnsupportedVersionError, StoreError.
+        """
+        try:
+            source = _Bytes(store)
+        except ObjectNotFoundError:
+            return None
+        return cls(source)
+
+    @property
+    def store(self) -> Store:
+        return self._source.store
+
+    @property
+    def location(self) -> str:
+        return self.store.location
+
+    def fingerprint(self) -> str:
+        return f"{_CHECKSUM.unpack_from(self._source.first, _PREFIX.size)[0]:016x}"
+
+    def observe(self, nbytes: int, seconds: float) -> None:
+        """Nothing depends on it: gaps between chunks are few."""
+
+    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
+        return GAPS if most_over_read is None else replace(GAPS, most_over_read=bounded(most_over_read))
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the manifest, so far."""
+        return self._source.bytes_read
+
+    @property
+    def requests(self) -> int:
+        """Reads that it took, so far."""
+        return self._source.requests
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._positions
+
+    def entry(self, name: str) -> Entry:
+        """The entry of this name. Raises MissingTensorError, or what `unreadable` has for the name."""
+        if name in self.unreadable:
+            raise self.unreadable[name].error()
+        return self._entries[self._position(name)]
+
+    def _position(self, name: str) -> int:
+        if name not in self._positions:
+            raise missing(name, self._positions)
+        return self._positions[name]
+
+    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+        """An index that has the regions that these wants meet, or all; it may have more.
+
+        Raises CorruptCheckpointError, StoreError; MissingTensorError, where names are looked at, in a large manifest.
+        """
+        if wants is None or self._is_small:
+            wanted = frozenset(range(len(self._blocks)))
+        else:
+            wanted = frozenset(block for want in wants for block in self._blocks_of(want))
+        with self._lock:
+            if self._loaded is None or not wanted <= self._loaded[0]:
+                self._loaded = wanted, self._load(sorted(wanted))
+            return self._loaded[1]
+
+    def _blocks_of(self, want: Want) -> list[int]:
+        """The blocks that hold the regions that it meets."""
+        position = self._position(want.name)
+        met = regions_met(self._entries[position].shape, self._parts[position], want.box)
+        return self._blocks.holding(met + self._first_regions[position])
+
+    def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
+        """Blocks, each with its bytes; those that are not kept are read, many by one request."""
+        missing = [at for at in blocks if at not in self._kept]
+        runs: list[list[int]] = []
+        starts = self._blocks.starts.tolist()
+        for at in missing:
+            if runs:
+                begin, end = starts[runs[-1][0]], starts[runs[-1][-1] + 1]
+                if starts[at] - end <= MAX_GAP * (end - begin) and starts[at + 1] - begin <= READ_BYTES:
+                    runs[-1].append(at)
+                    continue
+            runs.append([at])
+
+        def read(some: list[list[int]]) -> dict[int, memoryview]:
+            found: dict[int, memoryview] = {}
+            for run in some:
+                first = starts[run[0]]
+                data = self._source.read(first, starts[run[-1] + 1])
+                found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
+            return found
+
+        readers = min(len(runs), self.store.concurrent_reads)
+        if readers <= 1:
+            found = read(runs)
+        else:
+            with Pool(readers, "reshard-manifest") as pool:
+                parts = pool.map(read, [runs[at::readers] for at in range(readers)])
+                found = dict(chain.from_iterable(part.items() for part in parts))
+        here = [(at, found[at] if at in found else self._kept[at]) for at in blocks]
+        if sum(map(len, self._kept.values())) + sum(map(len, found.values())) <= MAX_KEPT_BYTES:
+            self._kept |= found
+        return here
+
+    def _load(self, blocks: list[int]) -> CheckpointIndex:
+        read = self._read(blocks)
+        try:
+            first_regions, where = self._first_regions, self._source.where
+            index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
+            index.check_disjoint()
+            if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
+                raise ValueError("a segment has the encoding of another format")
+            held = np.bincount(index.regions.entries).tolist()
+            for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):
+                if known == math.prod(parts) and found != self._sizes[self._positions[entry.name]]:
+                    raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
+            return index
+        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+            raise _contradiction(self._source.where, error) from error
+
+
+class _Bytes:
+    """The manifest's bytes, as they are asked for: its first MiB is read at once, and kept."""
+
+    def __init__(self, store: Store) -> None:
+        """Raises ObjectNotFoundError, StoreError."""
+        self.store = store
+        self.where = f"{store.location}/{NAME}"
+        self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
+        if len(self.first) < min(_due(self.first), FIRST_READ_BYTES):
+            self.first = bytes(read_whole(store, NAME, 0, FIRST_READ_BYTES))
+        self.bytes_read = len(self.first)
+        self.requests = 1
+        self._lock = Lock()
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Raises CorruptCheckpointError where it ends before."""
+        data = self.first[start:stop]
+        if stop > len(self.first) == FIRST_READ_BYTES:
+            rest = bytes(self.store.read(NAME, start + len(data), stop))
+            if len(rest) < stop - start - len(data):
+                rest = bytes(read_whole(self.store, NAME, start + len(data), stop))
+            with self._lock:
+                self.bytes_read += len(rest)
+                self.requests += 1
+            data += rest
+        if len(data) != stop - start:
+            raise CorruptCheckpointError(
+                f"the manifest {self.where} ends at byte {start + len(data)}, where it should have {stop} or more"
+            )
+        return memoryview(data)
+
+
+def _due(first: bytes) -> int:
+    """Return how many bytes a manifest has that begins with these, at least."""
+    if len(first) < _HEADER_START:
+        return _HEADER_START
+    *_, total = _PREFIX.unpack_from(first)
+    return int(total) if first.startswith(MAGIC) else 0
+
+
+def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
+    """The header, where it ends, and where the manifest should."""
+    if len(source.first) < _HEADER_START or not source.first.startswith(MAGIC):
+        raise CorruptCheckpointError(
+            f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
+        )
+    _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise UnsupportedVersionError(
+            f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
+        )
+    if total > MAX_BYTES or header_bytes > MAX_HEADER_BYTES or _HEADER_START + header_bytes > total:
+        raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
+    if len(source.first) < FIRST_READ_BYTES and len(source.first) != total:
+        raise CorruptCheckpointError(
+            f"the manifest {source.where} has {len(source.first)} bytes where it should have {total}"
+        )
+    text = source.read(_HEADER_START, _HEADER_START + header_bytes)
+    if _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0] != checksum(source.first[: _PREFIX.size] + bytes(text)):
+        raise CorruptCheckpointError(f"the header of the manifest {source.where} does not match its checksum")
+    try:
+        return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
+    except _CONTRADICTIONS as error:
+        raise _contradiction(source.where, error) from error
+
+
+def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"the manifest {where} contradicts itself: {text_of(error)}")
+
+
+def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
+    sizes = _integers([chunks, stored_bytes])
+    if min(sizes) < 0:
+        raise ValueError(f"{sizes} chunks and bytes")
+    return sizes[0], sizes[1]
+
+
+def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
+    grid = Grid(_integers(shape), _integers(parts))
+    if type(name) is not str or type(dtype) is not str:
+        raise ValueError(f"{brief(name)} has the dtype {brief(dtype)}")
+    # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
+    itemsize = 0 if dtype in ITEMSIZES else max(1, -(-stored_bytes // max(1, math.prod(grid.shape))))
+    entry = Entry(name, Kind(kind), dtype, grid, None, itemsize)
+    if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
+        raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
+    return entry
+
+
+def _unreadable(entries: Iterable[Entry], where: str) -> dict[str, Unreadable]:
+    """The tensors whose dtype this reshard or this torch does not have."""
+    lacking: dict[str, str] = {}
+    for dtype in {entry.dtype for entry in entries}:
+        try:
+            torch_dtype(dtype)
+            if dtype not in ITEMSIZES:
+                lacking[dtype] = "this reshard does not know it. Upgrade reshard"
+        except DtypeError as error:
+            lacking[dtype] = f"{error}. Upgrade torch or reshard, whichever is older"
+    return {
+        entry.name: Unreadable(
+            DtypeError, f"{entry.name!r} in {where} has the dtype {entry.dtype!r}: {lacking[entry.dtype]}"
+        )
+        for entry in entries
+        if entry.dtype in lacking
+    }
+
+
+def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
+    """In how many parts each dimension is cut into regions."""
+    if parts is None:
+        return (1,) * len(entry.shape)
+    check_region_parts(entry, _integers(parts))
+    return tuple(parts)
+
+
+def _integers(values: list[Any]) -> tuple[int, ...]:
+    if any(type(value) is not int for value in values):
+        raise ValueError(f"{brief(values)} should be integers")
+    return tuple(values)
+
+
+def _object_name(name: str) -> str:
+    """A name that can only be that of a data object, inside the checkpoint's folder."""
+    if not DATA_NAME.fullmatch(name):
+        raise ValueError(f"{brief(name)} is no name of a data object")
+    return name
+
+
+def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dict[str, Any]) -> bytes:
+    """The manifest's bytes."""
+    parts, blocks, encoded = encode_blocks(index)
+    found = {name: path_to_json(path) for name, path in paths.items()}
+    entries = [
+        [
+            *(e.name, int(e.kind), e.dtype, e.grid.shape, e.grid.parts, found.get(e.name)),
+            *sizes,
+            of_one if math.prod(of_one) > 1 else None,
+        ]
+        for e, sizes, of_one in zip(index.entries, index.sizes, parts, strict=True)
+    ]
+    told = {"info": info, "objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
+    header = json.dumps(told, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + _HEADER_START) % 8)
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + sum(map(len, encoded)))
+    return b"".join([prefix, _CHECKSUM.pack(checksum(prefix + header)), header, *encoded])

@@ -1,0 +1,252 @@
+"""Blocks of a manifest: the columns of a CheckpointIndex, for a run of its regions, as bytes.
+
+Block after block, whatever the layout that saved them; a reader takes those of the regions that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ....planner.box import IntArray, ranges
+from ....planner.entries import Entry, Segments
+from ....planner.index import CheckpointIndex
+from ....planner.partition import choose_regions, partition
+from ....planner.regions import Regions
+from ...errors import CorruptCheckpointError
+from ...runtime.checksums import checksum
+
+BLOCK_BYTES = 64 * 1024
+"""A block has regions up to this, or one that is larger; a tensor that takes more is cut into regions."""
+MAX_BYTES = 2**36
+"""No manifest is longer."""
+COLUMNS = (
+    ("offsets", "<i8", "extents"),
+    ("sizes", "<i8", "extents"),
+    ("starts", "<i8", "segments"),
+    ("checksums", "<u8", "checksums"),
+    ("regions", "<u4", "segments"),
+    ("objects", "<u4", "segments"),
+    ("lengths", "<u4", "chunks"),
+    ("streams", "|u1", "segments"),
+    ("encodings", "|u1", "segments"),
+)
+"""Name, type, and what the column has one value for. Regions are counted from the first of the block."""
+COUNTS = ("regions", "segments", "extents", "chunks", "checksums")
+"""What is counted of a block. Extents are the dimensions of all its segments together."""
+
+
+def _column_bytes(counts: IntArray) -> IntArray:
+    """Bytes of the columns of blocks, given their (n, 5) counts; padded to a multiple of 8."""
+    each = [sum(np.dtype(dtype).itemsize for _, dtype, of in COLUMNS if of == name) for name in COUNTS]
+    nbytes: IntArray = -(-(counts @ np.array(each)) // 8) * 8
+    return nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Where the blocks of a manifest are, and what they hold, in columns. Row i is block i."""
+
+    firsts: IntArray
+    """(n + 1,) its first region, of those of all entries, one entry after another."""
+    starts: IntArray
+    """(n + 1,) its first byte in the manifest."""
+    counts: IntArray
+    """(n, 5) of each of COUNTS."""
+    checksums: tuple[str, ...]
+    """XXH3-64 of its bytes, in hexadecimal."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def holding(self, regions: IntArray) -> list[int]:
+        """The blocks that hold some regions, given in order."""
+        blocks: list[int] = np.unique(np.searchsorted(self.firsts, regions, "right") - 1).tolist()
+        return blocks
+
+    @classmethod
+    def of(cls, counts: IntArray, checksums: Sequence[str], start: int) -> Blocks:
+        """Those of these counts, one after another from a byte on."""
+        nbytes, regions = _column_bytes(counts), counts[:, 0]
+        return cls(
+            np.concatenate(([0], np.cumsum(regions))),
+            start + np.concatenate(([0], np.cumsum(nbytes))),
+            counts,
+            tuple(checksums),
+        )
+
+    @classmethod
+    def from_json(cls, rows: Any, start: int, regions: int, empty: Sequence[int]) -> Blocks:
+        """Those of so many regions, of which some are of tensors without elements. Raises ValueError where none can be.
+
+        A region of elements has a segment, so that what is counted is no more than what is read.
+        """
+        numbers = [row[:-1] for row in rows]
+        fit = all(
+            len(row) == len(COUNTS) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in row) for row in numbers
+        )
+        if not fit or sum(map(sum, numbers)) > MAX_BYTES:
+            raise ValueError("a block has impossible counts")
+        counts = np.array(numbers, np.int64).reshape(-1, len(COUNTS))
+        blocks = cls.of(counts, [str(row[-1]) for row in rows], start)
+        without = np.diff(np.searchsorted(np.array(empty, np.int64), blocks.firsts))
+        if bool(((counts[:, 0] == 0) | (counts[:, 0] > counts[:, 1] + without)).any()):
+            raise ValueError("a block has more regions than it can have")
+        if int(blocks.firsts[-1]) != regions:
+            raise ValueError(f"the blocks do not hold {regions} tensors and regions of them")
+        return blocks
+
+    def to_json(self) -> list[list[Any]]:
+        """For `from_json`."""
+        return [[*counts, text] for counts, text in zip(self.counts.tolist(), self.checksums, strict=True)]
+
+
+def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], Blocks, list[bytes]]:
+    """An index as blocks.
+
+    Args:
+        index: each entry one region.
+
+    Returns: in how many parts each dimension of each entry is cut into regions; the blocks, as if the first began at
+    byte 0; the bytes of each.
+    """
+    sizes = _region_bytes(index)
+    parts = choose_regions(index, [-(-nbytes // BLOCK_BYTES) for nbytes in sizes])
+    if max(map(math.prod, parts), default=1) > 1:
+        index = partition(index, parts)
+        sizes = _region_bytes(index)
+    totals = _totals(index)
+    counts: list[IntArray] = []
+    encoded: list[bytes] = []
+    for first, last in pairwise([*_firsts(sizes), len(sizes)]):
+        counts.append(totals[last] - totals[first])
+        encoded.append(_encode(index, totals[first], totals[last]))
+    table = np.array(counts, np.int64).reshape(-1, len(COUNTS))
+    return parts, Blocks.of(table, [f"{checksum(data):016x}" for data in encoded], 0), encoded
+
+
+def _totals(index: CheckpointIndex) -> IntArray:
+    """(regions + 1, 5) what COUNTS are before each region, and in all."""
+    segments = np.concatenate(([0], np.cumsum(index.regions.segments)))
+    columns = (
+        np.arange(len(segments)),
+        segments,
+        index.first_extent[segments],
+        index.first_chunk[segments],
+        index.first_checksum[segments],
+    )
+    return np.stack(columns, axis=1)
+
+
+def _region_bytes(index: CheckpointIndex) -> list[int]:
+    sizes: list[int] = _column_bytes(np.diff(_totals(index), axis=0)).tolist()
+    return sizes
+
+
+def _firsts(sizes: Sequence[int]) -> list[int]:
+    """The regions with which blocks begin."""
+    firsts: list[int] = []
+    room = 0
+    for at, nbytes in enumerate(sizes):
+        if not firsts or nbytes > room:
+            firsts.append(at)
+            room = BLOCK_BYTES
+        room -= nbytes
+    return firsts
+
+
+def _encode(index: CheckpointIndex, begin: IntArray, end: IntArray) -> bytes:
+    """The bytes of the block of regions that `_totals` are given for."""
+    slices = {of: slice(*bounds) for of, *bounds in zip(COUNTS, begin.tolist(), end.tolist(), strict=True)}
+    regions = index.regions.segments[slices["regions"]]
+    values = {
+        "regions": np.repeat(np.arange(len(regions)), regions),
+        "lengths": index.lengths[slices["chunks"]],
+        "checksums": index.checksums[slices["checksums"]],
+    }
+    parts = [
+        np.ascontiguousarray(values[name] if name in values else getattr(index.segments, name)[slices[of]], dtype)
+        for name, dtype, of in COLUMNS
+    ]
+    data = b"".join(part.tobytes() for part in parts)
+    return data + bytes(-len(data) % 8)
+
+
+def decode_blocks(
+    blocks: Blocks,
+    read: Sequence[tuple[int, memoryview]],
+    entries: Sequence[Entry],
+    parts: Sequence[tuple[int, ...]],
+    first_regions: IntArray,
+    objects: tuple[tuple[str, int], ...],
+    where: str,
+) -> CheckpointIndex:
+    """The index of the regions that some blocks hold.
+
+    Args:
+        read: which blocks, in order, each with its bytes.
+        entries, objects: of the whole checkpoint.
+        parts: in how many parts each dimension of each entry is cut into regions.
+        first_regions: (entries + 1,) of the regions of all entries, one entry after another, each entry's first.
+        where: what errors call the manifest.
+
+    Raises CorruptCheckpointError, InvalidIndexError.
+    """
+    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in COLUMNS}
+    known = 0
+    for at, data in read:
+        start, stop = blocks.starts[at : at + 2].tolist()
+        if len(data) != stop - start or f"{checksum(data):016x}" != blocks.checksums[at]:
+            raise CorruptCheckpointError(
+                f"the manifest {where} does not match its checksum: bytes [{start}, {stop}) are damaged"
+            )
+        counts = dict(zip(COUNTS, blocks.counts[at].tolist(), strict=True))
+        begin = 0
+        for name, dtype, of in COLUMNS:
+            values = np.frombuffer(data, dtype, counts[of], begin)
+            found[name].append(values)
+            begin += values.nbytes
+        owners = found["regions"][-1]
+        if len(owners) and (int(owners[-1]) >= counts["regions"] or bool((owners[1:] < owners[:-1]).any())):
+            raise CorruptCheckpointError(f"the manifest {where} contradicts itself: a segment belongs to no tensor")
+        found["regions"][-1] = owners.astype(np.int64) + known
+        known += counts["regions"]
+
+    def column(name: str, dtype: Any) -> npt.NDArray[Any]:
+        pieces = found[name]
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype), *pieces])
+        return whole.astype(dtype, copy=False)
+
+    rows = [at for at, _ in read]
+    regions = ranges(blocks.firsts[rows], blocks.counts[rows, 0])
+    owners = np.searchsorted(first_regions, regions, "right") - 1
+    held, entry_of = np.unique(owners, return_inverse=True)
+    region_of = column("regions", np.int64)
+    segments = Segments(
+        entries=entry_of[region_of],
+        streams=column("streams", np.uint8),
+        encodings=column("encodings", np.uint8),
+        objects=column("objects", np.int64),
+        starts=column("starts", np.int64),
+        offsets=column("offsets", np.int64),
+        sizes=column("sizes", np.int64),
+    )
+    return CheckpointIndex(
+        tuple(entries[at] for at in held.tolist()),
+        objects,
+        segments,
+        column("lengths", np.uint32),
+        column("checksums", np.uint64),
+        Regions(
+            tuple(parts[at] for at in held.tolist()),
+            entry_of,
+            regions - first_regions[owners],
+            np.bincount(region_of, minlength=known),
+        ),
+    )

@@ -1,0 +1,207 @@
+"""safetensors files as a source: one, or those of a folder as Hugging Face lays them out.
+
+A file is 8 bytes of header size, a header of JSON, and the tensors, row-major, one after another without a gap. What
+the header says is checked as the format demands: https://github.com/huggingface/safetensors#format. Files that torch's
+HuggingFaceStorageWriter wrote for each rank hold shards; their headers say of which part of the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...planner.box import Box
+from ...planner.entries import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS
+from ...planner.index import Encoding, Kind
+from ..errors import CorruptCheckpointError, DtypeError
+from ..runtime.brief import brief, reason
+from .foreign import ForeignSource, Shards
+from .hf_index import MOST_NAMED, WeightMap, present, select, two_files
+from .metadata_reads import Reads
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound."""
+FIRST_READ_BYTES = 64 * 1024
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+"""torch's names of the format's dtypes."""
+NAMES = {name: word for word, name in DTYPES.items()}
+"""The format's names of torch's dtypes."""
+REMAINS = (
+    "files of another save remain in the folder, or a file is missing. Remove the files of the other save, or save "
+    "again into an empty folder"
+)
+"""Why shards of a tensor can fail to make up a tensor, and what to do."""
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, in the file."""
+    offsets: tuple[int, ...] | None
+    """Where it belongs, where it is a shard that DCP saved."""
+    unknown: str | None = None
+    """The format's name of its dtype, if it is none of DTYPES. `dtype` is then empty."""
+
+
+class SafetensorsSource(ForeignSource):
+    """The tensors of safetensors files."""
+
+    format = "safetensors"
+
+    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
+        """
+        Args:
+            names: the files.
+            weight_map: the index that says which of them holds which tensor.
+
+        Raises CorruptCheckpointError, ObjectNotFoundError, StoreError.
+        """
+        super().__init__(reads, present(reads, names, weight_map))
+        self._is_folder = weight_map is not None or len(self.objects) > 1
+        self._has_shards = False
+        columns = zip(*self.objects, strict=True) if self.objects else ((), ())
+        headers = reads.many(lambda name, size: read_header(reads, name, 0, size), *map(list, columns))
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        for at, (tensors, notes) in enumerate(headers):
+            self.info |= notes
+            for name, tensor in tensors.items():
+                found.setdefault(name, []).append((at, tensor))
+        self.info |= {"files": len(self.objects)}
+        if weight_map is not None:
+            selected = select(self, found, weight_map)
+            for name, parts in selected.items():
+                if parts[0][1].offsets is not None:  # an index has one file for each tensor, and shards are in several
+                    selected[name] = [part for part in found[name] if part[1].offsets is not None]
+            found = selected
+        for name, parts in sorted(found.items()):
+            self._add(name, parts)
+
+    @property
+    def location(self) -> str:
+        return self.store.location if self._is_folder else f"{self.store.location}/{self.objects[0][0]}"
+
+    def contradiction(self, what: object) -> CorruptCheckpointError:
+        return super().contradiction(f"{what}; {REMAINS}" if self._has_shards else what)
+
+    def _add(self, name: str, parts: list[tuple[int, Tensor]]) -> None:
+        first = parts[0][1]
+        files = [self.objects[at][0] for at, _ in parts]
+        if len(parts) > 1 and any(tensor.offsets is None for _, tensor in parts):
+            raise two_files(self, name, files)
+        unknown = next((at for at, (_, tensor) in enumerate(parts) if tensor.unknown is not None), None)
+        if unknown is not None:
+            self.refuse(
+                name,
+                DtypeError,
+                f"the safetensors file {files[unknown]!r} in {self.store.location}: {name!r} has the dtype "
+                f"{parts[unknown][1].unknown!r} of safetensors, which reshard cannot read. The other tensors can be "
+                "read",
+            )
+            return
+        boxes = [Box(tensor.offsets or (0,) * len(tensor.shape), tensor.shape) for _, tensor in parts]
+        self._has_shards |= first.offsets is not None
+        if any(
+            tensor.dtype != first.dtype or box.ndim != boxes[0].ndim
+            for box, (_, tensor) in zip(boxes, parts, strict=True)
+        ):
+            self._refuse_shards(name, f"the shards of {name!r} do not fit each other", boxes, files)
+            return
+        shape = tuple(max(box.offsets[d] + box.sizes[d] for box in boxes) for d in range(boxes[0].ndim))
+        rows = [
+            (box, at, tensor.start, box.numel * ITEMSIZES[tensor.dtype], Encoding.PLAIN)
+            for box, (at, tensor) in zip(boxes, parts, strict=True)
+            if box.numel
+        ]
+        held = sum(box.numel for box in boxes)
+        self.check(name, Kind.TENSOR, first.dtype, shape)
+        if held != math.prod(shape) or len({row[0] for row in rows}) != len(rows):
+            what = f"the shards of {name!r} hold {held} elements, its shape {shape} has {math.prod(shape)}"
+            self._refuse_shards(name, what, boxes, files)
+            return
+        self.add(name, Kind.TENSOR, first.dtype, shape, Shards.of(rows, len(shape)))
+
+    def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
+        """Make a tensor unreadable whose shards do not make up a tensor."""
+        held = [f"{file!r} holds {box}" for box, file in zip(boxes, files, strict=True)]
+        more = f" and {len(held) - MOST_NAMED} more" if len(held) > MOST_NAMED else ""
+        reason = f"{what}: {', '.join(held[:MOST_NAMED])}{more}, in {self.store.location}; {REMAINS}"
+        self.refuse(name, CorruptCheckpointError, reason, files[0])
+
+
+def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a safetensors file, which lies in bytes [start, stop) of an object.
+
+    Raises CorruptCheckpointError, StoreError.
+    """
+    where = f"the safetensors file {name!r} in {reads.store.location}"
+    first = reads.whole(name, start, min(start + FIRST_READ_BYTES, stop))
+    nbytes = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or nbytes > min(MAX_HEADER_BYTES, stop - start - 8) or first[8:9] != b"{":
+        raise CorruptCheckpointError(
+            f"{where} has no header: it begins with {first[:9]!r}, and has {stop - start} bytes"
+        )
+    if 8 + nbytes > len(first):
+        first += reads.exactly(name, start + len(first), start + 8 + nbytes)
+    try:
+        header = json.loads(first[8 : 8 + nbytes], object_pairs_hook=_once)
+        notes = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        sharding = json.loads(notes.pop("DCP_SHARDING_INFO", "{}"))
+        tensors = {name: _tensor(name, row, start + 8 + nbytes, sharding.get(name)) for name, row in header.items()}
+        spans = sorted(tuple(row["data_offsets"]) for row in header.values())
+    except _CONTRADICTIONS as error:
+        raise CorruptCheckpointError(f"{where} has a header that is none: {reason(error)}") from error
+    end = 0
+    for begin, until in spans:
+        if begin != end:
+            raise CorruptCheckpointError(f"{where} has a gap or an overlap at byte {begin} of its data")
+        end = until
+    due = 8 + nbytes + end
+    if start + due != stop:
+        why = "it was cut short"
+        if stop - start > due:
+            why = f"{stop - start - due} bytes too many follow the last tensor, so that the file is not what it was"
+        raise CorruptCheckpointError(f"{where} has {stop - start} bytes where its header tells of {due}: {why}")
+    return tensors, notes
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for two values of one name."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("two values have the same name")
+    return made
+
+
+def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str, Any] | None) -> Tensor:
+    word = row["dtype"]
+    if type(word) is not str:
+        raise ValueError(f"{name!r} has the dtype {brief(word)}")
+    dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
+    offsets = None if sharding is None else tuple(sharding["saved_offsets"])
+    possible = all(type(n) is int and 0 <= n <= MAX_BYTES for n in (*shape, *(offsets or ()), begin, end))
+    if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
+        raise ValueError(f"{name!r} has the shape {brief(shape)} and the bytes [{brief(begin)}, {brief(end)})")
+    if not dtype:
+        return Tensor(dtype, shape, data_start + begin, offsets, word)
+    if dtype.endswith("_x2"):
+        if not shape or shape[-1] % 2:
+            raise ValueError(f"{name!r} has the shape {brief(shape)} of half bytes")
+        shape = (*shape[:-1], shape[-1] // 2)
+    if Box.whole(shape).numel * ITEMSIZES[dtype] != end - begin:
+        raise ValueError(f"{name!r}, {dtype} {shape}, does not take the bytes [{begin}, {end})")
+    return Tensor(dtype, shape, data_start + begin, offsets)

@@ -1,0 +1,387 @@
+"""A file of torch.save as a source: read by byte ranges, as far as torch.load(weights_only=True) would read it.
+
+The file is a zip. Its structure, a pickle, is read by torch's own unpickler with its allow-list, with storages that
+have no memory; its values, one uncompressed record for each storage, stay where they are. The zip's directory, at the
+end, tells where the records are.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._weights_only_unpickler import Unpickler
+from torch.overrides import TorchFunctionMode
+
+from ....planner.errors import CheckpointError
+from ....planner.index import Kind
+from ...errors import (
+    CorruptCheckpointError,
+    DestinationError,
+    DtypeError,
+    UnsafeObjectError,
+    UnsupportedFormatError,
+    UnsupportedValueError,
+)
+from ...runtime.brief import MAX_CHARS, brief, reason, text_of
+from ...tensors.dtypes import dtype_name
+from ...tensors.state_dict import Path, flatten
+from ..foreign import ForeignSource, whole_tensor
+from ..hf_index import Found, WeightMap, present, select, two_files
+from ..metadata_reads import Reads
+from ..shared_values import is_repetitive
+from .pickle_scan import MAX_BYTES, check_pickle
+from .zip_layout import is_row_major
+from .zip_records import (
+    END_BYTES,
+    LOCAL_BYTES,
+    NotAZipError,
+    Record,
+    content_begins,
+    find_directory,
+    keys_of,
+    read_directory,
+)
+
+TAIL_BYTES = 1024 * 1024
+"""What the first request reads: the directory of some thousand tensors."""
+_LAST_RECORD = b"PK\x05\x06"
+_LAST_RECORD_BYTES = 22
+"""Without the comment."""
+FIRST_BYTES = 32
+MAX_NAMES = 256
+"""How many characters all names of a file may have, for each byte of its pickle. What a value takes counts, too."""
+FREE_NAMES = 128 * 1024 * 1024
+"""How many they may have beside, in all files of a checkpoint together."""
+LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""What the files of torch before 1.6 begin with, after the pickle's protocol."""
+
+
+class TorchSaveSource(ForeignSource):
+    """The tensors of torch.save files, by the names that they have in the state dict of their file."""
+
+    format = "torch"
+
+    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
+        """
+        Args:
+            names: the files: one, or several that hold parts of one state dict.
+            weight_map: the index that says which of them holds which tensor.
+
+        Raises CorruptCheckpointError, UnsafeObjectError, UnsupportedFormatError, ObjectNotFoundError, StoreError.
+        """
+        super().__init__(reads, present(reads, names, weight_map))
+        self._is_folder = weight_map is not None or len(self.objects) > 1
+        if self._is_folder:
+            self.info |= {"files": len(self.objects)}
+        room: list[float] = [FREE_NAMES]
+        files = reads.many(lambda at: _File(reads, at, *self.objects[at], room), range(len(self.objects)))
+        found: Found[_Value] = {}
+        for file in files:
+            for name, value in file.values.items():
+                found.setdefault(name, []).append((file.at, value))
+        for name, parts in (found if weight_map is None else select(self, found, weight_map)).items():
+            if len(parts) > 1:
+                raise two_files(self, name, [self.objects[at][0] for at, _ in parts])
+            self._add(name, *parts[0])
+
+    def _add(self, name: str, at: int, value: _Value) -> None:
+        if value.refused is not None:
+            self.refuse(name, *value.refused, self.objects[at][0])
+            return
+        self.paths[name] = value.path
+        if not isinstance(value.value, _Stored):
+            self.add_object(name, value.value)
+            return
+        dtype, shape, order = value.value.dtype, value.value.shape, value.value.order
+        row_major = order == tuple(range(len(shape)))
+        shards = whole_tensor(dtype, shape, at, value.value.start)
+        self.add(name, Kind.TENSOR, dtype, shape, shards, None if row_major else order)
+
+    @property
+    def location(self) -> str:
+        return self.store.location if self._is_folder else f"{self.store.location}/{self.objects[0][0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor whose values are one range of bytes of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    order: tuple[int, ...]
+    """The dimensions from the outermost to the innermost in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What a file has under one name: a `_Stored`, or an object; or why it cannot be read."""
+
+    path: Path
+    value: Any = None
+    refused: tuple[type[CheckpointError], str] | None = None
+
+
+class _File:
+    """One torch.save file: what it holds, and where."""
+
+    def __init__(self, reads: Reads, at: int, name: str, nbytes: int, room: list[float]) -> None:
+        """
+        Args:
+            room: as of `flatten`, for the names of all files.
+        """
+        self._reads = reads
+        self.at = at
+        """Its position in the source's objects."""
+        self._name = name
+        self._nbytes = nbytes
+        self._where = f"the torch.save file {name!r} in {reads.store.location}"
+        self.values: dict[str, _Value] = {}
+        self._tail_start = max(0, nbytes - max(TAIL_BYTES, END_BYTES))
+        self._tail = reads.whole(name, self._tail_start, max(nbytes, 1))
+        try:
+            directory = self._directory()
+            records = dict(zip(keys_of(directory), directory, strict=True))
+        except NotAZipError as error:
+            raise self._not_a_zip(error) from error
+        if "data.pkl" not in records:
+            raise CorruptCheckpointError(f"{self._where} is a zip, and has no data.pkl: it is not of torch.save")
+        pickled, order = self._contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
+        if order not in (b"", b"little"):
+            raise UnsupportedFormatError(f"{self._where} has values of byte order {order!r}")
+        storages: dict[str, Any] = {}
+        state = self._unpickled(pickled, storages)
+        if is_repetitive(state):
+            raise self._has_no_names("it holds itself, or the same dicts and lists again and again")
+        room[0] += MAX_NAMES * len(pickled)
+        try:
+            self._add_all(state, storages, records, room)
+        except CheckpointError:
+            raise
+        except Exception as error:  # objects with attributes of other types than torch's own
+            raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
+
+    def _has_no_names(self, why: str) -> UnsupportedFormatError:
+        return UnsupportedFormatError(
+            f"{self._where} has a state dict whose values cannot be listed by name: {why}. Read it with torch.load, "
+            "and save it anew without"
+        )
+
+    def _directory(self) -> list[Record]:
+        """Return the records. Raises NotAZipError."""
+        place = find_directory(self._tail, self._nbytes)
+        if place.start < self._tail_start:
+            self._tail = self._reads.exactly(self._name, place.start, self._tail_start) + self._tail
+            self._tail_start = place.start
+        return read_directory(self._tail[place.start - self._tail_start : place.stop - self._tail_start], place)
+
+    def _not_a_zip(self, error: NotAZipError) -> CheckpointError:
+        """Return the error for a file that is not what torch.save writes."""
+        start = self._reads.whole(self._name, 0, FIRST_BYTES)
+        if start[:1] == b"\x80" or LEGACY_MAGIC in start:
+            return UnsupportedFormatError(
+                f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
+                "read it with torch.load and save it anew"
+            )
+        end = self._end()
+        why = str(error)
+        if end is not None and end < self._nbytes:
+            why = f"{self._nbytes - end} bytes too many follow its end at byte {end}"
+        return CorruptCheckpointError(f"{self._where} is no zip, as torch.save writes it: {why}")
+
+    def _end(self) -> int | None:
+        """Where the zip seems to end, by the record that is the last of it; None if that is not in the last bytes."""
+        at = self._tail.rfind(_LAST_RECORD)
+        if at < 0 or at + _LAST_RECORD_BYTES > len(self._tail):
+            return None
+        (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _LAST_RECORD_BYTES - 2)
+        return self._tail_start + at + _LAST_RECORD_BYTES + int(comment_bytes)
+
+    def _begins(self, records: list[Record]) -> list[int]:
+        """Where the contents of records begin: behind their local headers, which are padded."""
+
+        def begin(record: Record) -> int:
+            stop = record.header + LOCAL_BYTES + record.name_bytes
+            header = self._reads.exactly(self._name, record.header, stop)
+            try:
+                return content_begins(record, header)
+            except NotAZipError as error:
+                raise CorruptCheckpointError(f"{self._where} contradicts itself: {error}") from error
+
+        return self._reads.many(begin, records)
+
+    def _contents(self, records: list[Record]) -> tuple[bytes, bytes]:
+        for record, most in zip(records, (MAX_BYTES, FIRST_BYTES), strict=False):
+            if not 0 < record.nbytes <= most:
+                raise CorruptCheckpointError(
+                    f"{self._where} has a record {record.name!r} of {record.nbytes} bytes; it should have 1 to {most}"
+                )
+        pairs = zip(records, self._begins(records), strict=True)
+        first, *rest = [self._reads.exactly(self._name, at, at + record.nbytes) for record, at in pairs]
+        return first, rest[0].strip() if rest else b""
+
+    def _unpickled(self, data: bytes, storages: dict[str, Any]) -> Any:
+        """Return what was saved, its tensors without memory.
+
+        Args:
+            storages: is given the storages, without types and with, by the keys of their records.
+        """
+
+        def storage_of(pid: Any) -> Any:
+            _, kind, key, _, numel = pid
+            if type(key) is not str or key not in storages:
+                if type(key) is not str or type(numel) is not int or not 0 <= numel < 2**60:
+                    raise pickle.UnpicklingError(f"a storage {brief(key)} of {brief(numel)} elements")
+                if isinstance(kind, torch.serialization.StorageType):
+                    dtype = kind.dtype
+                elif kind is torch.UntypedStorage:
+                    dtype = torch.uint8
+                else:
+                    raise pickle.UnpicklingError(f"a storage of {brief(kind)}")
+                untyped = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
+                typed = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+                storages[key] = untyped, typed
+            return storages[key][1]
+
+        unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
+        unpickler.persistent_load = storage_of
+        try:
+            check_pickle(data)
+            try:
+                with _WithoutValues():
+                    return unpickler.load()
+            finally:
+                _forget_sparse()
+        except NotImplementedError as error:
+            raise UnsupportedFormatError(
+                f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {reason(error)}"
+            ) from error
+        except Exception as error:
+            text = str(error)
+            if "GLOBAL" in text or "Unsupported" in text or "weights_only" in text:
+                raise UnsafeObjectError(
+                    f"{self._where} needs more of pickle than torch.load(weights_only=True) allows: "
+                    f"{text.splitlines()[0][:MAX_CHARS]}"
+                ) from error
+            raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
+
+    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, Record], room: list[float]) -> None:
+        if not isinstance(state, dict):
+            state = {"value": state}
+        keys = {untyped._cdata: key for key, (untyped, _) in storages.items()}
+        sizes = {key: records[f"data/{key}"].nbytes for key in storages if f"data/{key}" in records}
+        used = [key for key, nbytes in sizes.items() if storages[key][0].nbytes() == nbytes]
+        begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
+        ends = {key: begins[key] + sizes[key] for key in used}
+        try:
+            for name, leaf in flatten(state, room).items():
+                if isinstance(leaf.value, torch.Tensor):
+                    self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
+                elif _has_values(leaf.value):
+                    self._refuse(name, leaf.path, "as tensors inside of a value that is no dict and no list")
+                else:
+                    self.values[name] = _Value(leaf.path, leaf.value)
+        except (RecursionError, DestinationError, UnsupportedValueError) as error:
+            raise self._has_no_names(text_of(error)) from error
+
+    def _refuse(self, name: str, path: Path, why: str) -> None:
+        """Note that byte ranges do not give a value."""
+        reason = (
+            f"{self._where} has {name!r} {why}, which byte ranges do not give: read it with torch.load, and save it as "
+            "a contiguous tensor"
+        )
+        self.values[name] = _Value(path, refused=(UnsupportedFormatError, reason))
+
+    def _add_tensor(
+        self,
+        name: str,
+        path: Path,
+        tensor: torch.Tensor,
+        keys: dict[int, str],
+        begins: dict[str, int],
+        ends: dict[str, int],
+    ) -> None:
+        if isinstance(tensor, _NeedsValues):
+            self._refuse(
+                name, path, "as a tensor of a kind that can only be read whole, by torch.load (quantized, nested)"
+            )
+            return
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            self._refuse(name, path, f"as a {type(tensor).__name__} of layout {tensor.layout}")
+            return
+        tensor = torch.Tensor.detach(tensor)  # without attributes of its own, which could hide methods
+        try:
+            dtype = dtype_name(name, tensor.dtype)
+        except DtypeError:
+            reason = (
+                f"{self._where} has {name!r} of dtype {tensor.dtype}, which reshard cannot read: read it with "
+                "torch.load. The other tensors can be read"
+            )
+            self.values[name] = _Value(path, refused=(DtypeError, reason))
+            return
+        shape, key, order = tuple(tensor.shape), keys.get(tensor.untyped_storage()._cdata), _order_of(tensor)
+        if tensor.is_conj() or tensor.is_neg():
+            self._refuse(name, path, "as the conjugate or the negative of what is stored")
+        elif tensor.numel() and key is None:
+            self._refuse(name, path, "without values")
+        elif order is None and tensor.numel():
+            self._refuse(name, path, f"with strides {tensor.stride()} for its shape {shape}")
+        else:
+            start = begins.get(key or "", 0) + int(tensor.storage_offset()) * tensor.itemsize
+            if tensor.numel() and (key not in begins or start + tensor.nbytes > ends[key]):
+                raise CorruptCheckpointError(f"{self._where} does not have the values of {name!r}")
+            stored = _Stored(dtype, shape, start, order or tuple(range(len(shape))))
+            self.values[name] = _Value(path, stored)
+
+
+def _forget_sparse() -> None:
+    """Take the sparse tensors without memory out of those that the next `torch.load` of this process would check."""
+    to_validate = torch._utils._sparse_tensors_to_validate
+    if any(tensor.is_meta for tensor in to_validate):
+        to_validate[:] = [tensor for tensor in to_validate if not tensor.is_meta]
+
+
+class _NeedsValues(torch.Tensor):
+    """Stands for a tensor that torch makes only where its values are."""
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Take no storage: it has no values."""
+        return self
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Makes a `_NeedsValues` of each tensor that torch cannot make without memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except NotImplementedError:
+            return torch.empty(0, device="meta").as_subclass(_NeedsValues)
+
+
+def _has_values(value: Any) -> bool:
+    """Whether a value that is no tensor has tensors inside, or bytes of one: their values are not here."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, (torch.Tensor, torch.UntypedStorage, torch.storage.TypedStorage)):
+            return True
+        if isinstance(current, (Mapping, list, tuple)) and id(current) not in seen:
+            seen.add(id(current))
+            waiting += current.values() if isinstance(current, Mapping) else current
+    return False
+
+
+def _order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """A tensor's dimensions from the outermost to the innermost in memory; None where it has gaps, or overlaps."""
+    strides = [0 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    order = tuple(sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] != 1, -strides[d])))
+    dense = is_row_major(tuple(tensor.shape[d] for d in order), tuple(strides[d] for d in order))
+    return order if dense else None

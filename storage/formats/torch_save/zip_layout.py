@@ -1,0 +1,133 @@
+"""Where the values of a tensor lie in the file that torch.save made of it, by the file's first bytes.
+
+Such a file is a zip: the pickle of the tensor, which tells its dtype, shape and strides, then records of the writer's
+version and byte order, then the values, uncompressed (torch/serialization.py, caffe2/serialize/inline_container.h).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from ....planner.entries import ITEMSIZES
+from ...errors import CorruptCheckpointError, UnsafeObjectError
+from .inert_unpickler import SIZE, Dictionary, StandIn, integers, load_inert
+
+HEAD_BYTES = 1024
+"""The values of a tensor, saved alone, begin before."""
+_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+_LOCAL_MAGIC = b"PK\x03\x04"
+_STORAGES = {
+    "BoolStorage": "bool", "ByteStorage": "uint8", "CharStorage": "int8", "ShortStorage": "int16",
+    "IntStorage": "int32", "LongStorage": "int64", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "FloatStorage": "float32",
+    "DoubleStorage": "float64", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    key: str
+    dtype: str
+    """Empty where it has none."""
+    numel: int
+    """In elements of the dtype; in bytes where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+# Both have one argument more where the values are not the stored ones but their conjugates or negatives: that fails.
+def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any) -> _Tensor:
+    return _rebuilt_typed(storage, offset, shape, strides, grad, hooks, storage.dtype)
+
+
+def _rebuilt_typed(
+    storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str
+) -> _Tensor:
+    (first,) = integers((offset,))
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor has no storage")
+    return _Tensor(storage, first, integers(shape), integers(strides), dtype)
+
+
+_ALLOWED = {
+    ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuilt),
+    ("torch._utils", "_rebuild_tensor_v3"): StandIn(_rebuilt_typed),
+    ("collections", "OrderedDict"): Dictionary,
+    ("torch", "Size"): SIZE,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): "",
+}
+
+
+def _storage(pid: Any) -> _Storage:
+    _, dtype, key, _, numel = pid
+    if type(key) is not str:
+        raise TypeError("a storage has no name")
+    return _Storage(key, dtype, *integers((numel,)))
+
+
+def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Where the values of a tensor begin in a torch.save file: row-major, in one piece.
+
+    Args:
+        head: the file's first HEAD_BYTES, or all of it.
+        nbytes: of the file.
+        dtype, shape: the tensor's.
+
+    Returns None where they lie otherwise, or the head does not tell.
+    """
+    name, at = _local_header(head, 0)
+    if not name.endswith("/data.pkl"):
+        return None
+    try:
+        tensor, end = load_inert(head[at:], _ALLOWED, "the tensor's pickle", _storage)
+    except (CorruptCheckpointError, UnsafeObjectError):
+        return None
+    if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+        return None
+    stored = tensor.storage.numel if tensor.storage.dtype else tensor.storage.numel // ITEMSIZES[dtype]
+    if not is_row_major(shape, tensor.strides) or tensor.offset + math.prod(shape) > stored:
+        return None
+    record = f"{name.removesuffix('data.pkl')}data/{tensor.storage.key}"
+    at += end
+    while (at := head.find(_LOCAL_MAGIC, at)) >= 0:
+        found, begin = _local_header(head, at)
+        if found.endswith("/byteorder") and not head.startswith(b"little", begin):
+            return None
+        if found == record:
+            first = begin + tensor.offset * ITEMSIZES[dtype]
+            fits = first + math.prod(shape) * ITEMSIZES[dtype] <= nbytes
+            return first if fits else None
+        at += len(_LOCAL_MAGIC)
+    return None
+
+
+def _local_header(head: bytes, at: int) -> tuple[str, int]:
+    """The name of the record whose local header is at a byte, empty where none is, and where its content begins."""
+    if len(head) < at + _LOCAL_HEADER.size or not head.startswith(_LOCAL_MAGIC, at):
+        return "", at
+    fields = _LOCAL_HEADER.unpack_from(head, at)
+    method, name_bytes, extra_bytes = fields[3], fields[9], fields[10]
+    begin = at + _LOCAL_HEADER.size
+    name = head[begin : begin + name_bytes].decode("utf-8", "replace")
+    return ("" if method else name), begin + name_bytes + extra_bytes
+
+
+def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements with these strides lie row-major without a gap."""
+    due = list(accumulate(reversed(shape), lambda a, b: a * b, initial=1))[-2::-1] if shape else []
+    return len(strides) == len(shape) and all(
+        n == 1 or stride == want for n, stride, want in zip(shape, strides, due, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""Verify, compare, list and remove checkpoints."""

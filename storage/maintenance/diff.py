@@ -1,0 +1,163 @@
+"""In what two checkpoints differ: by their manifests where those tell, by their values where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from ...planner.box import Box
+from ...planner.entries import Entry
+from ...planner.index import Kind
+from ...planner.read_plan import Want
+from ..conversion.source_stream import Values
+from ..errors import UnsafeObjectError
+from ..formats.source import Source
+from ..formats.value_codec import encode_object
+from ..reading.read_tensors import Blob, read_boxes
+from ..reading.same_chunks import same_chunks
+from ..runtime.torch_modes import undisturbed
+from ..tensors.pieces import Item, Piece, rows_of
+
+MOST_CHARACTERS = 40
+"""Of a value that is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One name in which they differ."""
+
+    name: str
+    what: str
+    """ "only in A", "only in B", "shape", "dtype", "object", "values", or "unreadable" where it cannot be compared."""
+    a: str = ""
+    b: str = ""
+    """What it is in each, in words."""
+    changed: int = 0
+    """Values that differ."""
+    largest: float = 0.0
+    """The largest absolute difference of two of them."""
+
+
+@undisturbed()
+def diff(a: Source, b: Source) -> list[Difference]:
+    """Return the differences, by name. Reads what the manifests do not tell to be the same, in pieces, of both at once.
+
+    Raises CorruptCheckpointError, StoreError.
+    """
+    return list(_differences(a, b))
+
+
+def _differences(a: Source, b: Source) -> Iterator[Difference]:
+    unreadable = {**b.unreadable, **a.unreadable}
+    names = sorted({entry.name for entry in (*a.entries, *b.entries)} | unreadable.keys())
+    to_read = _to_read(a, b, [name for name in names if name in a and name in b and name not in unreadable])
+    with closing(_of_values(a, b, to_read)) as values:
+        for name in names:
+            if name in unreadable:
+                why_a, why_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
+                yield Difference(name, "unreadable", why_a, why_b)
+            elif name not in b:
+                yield Difference(name, "only in A", _in_words(a.entry(name)))
+            elif name not in a:
+                yield Difference(name, "only in B", "", _in_words(b.entry(name)))
+            elif name in to_read:
+                yield from next(values)
+            elif not _is_tensor(a, name) or not _is_tensor(b, name):
+                one, two = _object(a, name), _object(b, name)
+                if one != two:
+                    yield Difference(name, "object", _in_words(a.entry(name), *one), _in_words(b.entry(name), *two))
+            elif a.entry(name).shape != b.entry(name).shape:
+                yield Difference(name, "shape", _in_words(a.entry(name)), _in_words(b.entry(name)))
+
+
+def _is_tensor(source: Source, name: str) -> bool:
+    return source.entry(name).kind is Kind.TENSOR
+
+
+def _to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tuple[Entry, Entry]]:
+    """The tensors of both, of one shape, that the manifests do not tell to be the same."""
+    both = {name: (a.entry(name), b.entry(name)) for name in names if _is_tensor(a, name) and _is_tensor(b, name)}
+    both = {name: (mine, other) for name, (mine, other) in both.items() if mine.shape == other.shape}
+    told = [name for name, (mine, other) in both.items() if mine.dtype == other.dtype]
+    if not told or (a.format, b.format) != ("reshard", "reshard"):
+        return both
+    of_a, of_b = (source.index([Want(name, Box.whole(both[name][0].shape)) for name in told]) for source in (a, b))
+    same = {name for name in told if same_chunks(of_a, name, of_b, name)}
+    return {name: entries for name, entries in both.items() if name not in same}
+
+
+def _of_values(
+    a: Source, b: Source, names: Mapping[str, tuple[Entry, Entry]]
+) -> Generator[list[Difference], None, None]:
+    """What differs in each tensor, if anything does, in order."""
+    boxes = {name: list(rows_of(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
+
+    def pieces(which: int) -> Iterator[Piece]:
+        for name, entries in names.items():
+            item = Item(name, name, Kind.TENSOR, entries[which].dtype, entries[which].shape)
+            yield from (Piece(item, box) for box in boxes[name])
+
+    with closing(Values(a, 0, None, _ignore)) as values_a, closing(Values(b, 0, None, _ignore)) as values_b:
+        pairs = zip(values_a.stream(pieces(0)), values_b.stream(pieces(1)), strict=True)
+        for name, (mine, other) in names.items():
+            changed, largest = 0, 0.0
+            for one, two in islice(pairs, len(boxes[name])):
+                more, apart = _compared(one, two)
+                changed, largest = changed + more, max(largest, apart)
+            words = _in_words(mine), _in_words(other)
+            if mine.dtype != other.dtype:
+                yield [Difference(name, "dtype", *words, changed, largest)]
+            else:
+                yield [Difference(name, "values", *words, changed, largest)] if changed else []
+
+
+def _ignore(nbytes: int) -> None:
+    pass
+
+
+def _compared(one: torch.Tensor, two: torch.Tensor) -> tuple[int, float]:
+    """How many values differ, and by how much at most; two NaNs do not."""
+    if one.dtype == two.dtype and torch.equal(_bits(one), _bits(two)):
+        return 0, 0.0
+    one, two = _comparable(one), _comparable(two)
+    unequal = (one != two) & ~(one.isnan() & two.isnan())
+    apart = (_wide(one[unequal]) - _wide(two[unequal])).abs()
+    return int(unequal.sum()), float(apart.nan_to_num(float("inf")).max()) if len(apart) else 0.0
+
+
+def _comparable(values: torch.Tensor) -> torch.Tensor:
+    """torch does not compare floats of a byte."""
+    return values.to(torch.float64) if values.dtype.is_floating_point and values.itemsize == 1 else values
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _object(source: Source, name: str) -> tuple[Kind, bytes]:
+    """What is to be compared of an object: how reshard would store it; of one that needs pickle, its bytes."""
+    if source.entry(name).kind is Kind.TENSOR:
+        return Kind.TENSOR, b""
+    blob = Blob(source, name)
+    read_boxes(source, blob.wants, blob.tensors)
+    try:
+        return encode_object(blob.value())
+    except UnsafeObjectError:
+        return blob.kind, blob.data
+
+
+def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
+    if kind is Kind.JSON:
+        text = data.decode()
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+    if entry.kind is not Kind.TENSOR:
+        return f"object of {entry.numel} bytes"
+    return f"{entry.dtype} {list(entry.shape)}"

@@ -1,0 +1,117 @@
+"""Every byte of a checkpoint against its checksums, without decoding or placing any.
+
+Of other formats: the slices of DCP against the CRC-32s of their records; of the rest, that it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...planner.box import Box
+from ...planner.index import NATIVE, CheckpointIndex, Encoding, Kind
+from ...planner.read_plan import Want, plan_reads
+from ..errors import ObjectNotFoundError
+from ..formats.torch_save.blob import damage_of
+from ..reading.tasks import DAMAGED, Batch, ByteRange, Request, arrange
+from ..runtime.limits import default_budget
+from ..runtime.logs import logger_of
+from ..runtime.progress import Meter, OnProgress
+from ..runtime.threads import Pool
+from ..stores.base import Store
+
+logger = logger_of(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A chunk that cannot be read as it was written."""
+
+    tensor: str
+    box: Box
+    """The chunk's, in the tensor."""
+    object: str
+    start: int
+    stop: int
+    """Where its bytes are, or should be: [start, stop) of the object; both 0 if all of the tensor is missing."""
+    reason: str
+
+    def __str__(self) -> str:
+        if self.start == self.stop:
+            return self.reason
+        where = f"bytes [{self.start}, {self.stop}) of object {self.object!r}"
+        return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
+
+
+def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
+    """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
+
+    Args:
+        quick: ask for the objects' sizes alone, and list what lies in those that are missing or cut short.
+        progress: True for a bar, or a function that is called with a `Progress`.
+
+    Raises StoreError where the store fails otherwise than by not having an object.
+    """
+    plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
+    _, requests = arrange(plan)
+
+    def check(request: Request) -> list[Damage]:
+        name = index.objects[request.object][0]
+        parts = _cut_off(index, request, sizes[name]) if quick else _damages(store, index, name, request)
+        return [Damage(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
+
+    largest = max((request.nbytes for request in requests), default=1)
+    at_once = max(1, min(store.concurrent_reads, default_budget() // largest))
+    meter = Meter("verify", progress, location=store.location)
+    meter.expect(sum(request.nbytes for request in requests))
+    found: list[Damage] = []
+    with meter, Pool(at_once, "reshard-verify") as pool:
+        names = [name for name, _ in index.objects] if quick else []
+        sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
+        for request, damages in zip(requests, pool.map(check, requests), strict=True):
+            found += damages
+            meter.add(request.nbytes)
+            meter.tick()
+    logger.info("verified %s: %d chunks are damaged or missing", store.location, len(found))
+    return found
+
+
+def _size(store: Store, name: str) -> int | None:
+    try:
+        return store.size(name)
+    except ObjectNotFoundError:
+        return None
+
+
+def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ByteRange, str]]:
+    """What of a request lies beyond the end of its object, which has so many bytes, or is missing."""
+    parts = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
+    reason = "the object is missing" if nbytes is None else "the object is cut short"
+    return [(part, reason) for part in parts if nbytes is None or part.stop > nbytes]
+
+
+def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ByteRange, str]]:
+    try:
+        data = memoryview(store.read(name, request.start, request.stop))
+    except ObjectNotFoundError:
+        return [(part, "the object is missing") for part in request.damages(memoryview(b""), index)]
+    damages = [
+        (part, "the object is cut short" if part.stop - request.start > len(data) else DAMAGED)
+        for part in request.damages(data, index)
+    ]
+    return damages or [(part, reason) for batch, _ in request.parts for part, reason in _crcs(batch, request, data)]
+
+
+def _crcs(batch: Batch, request: Request, data: memoryview) -> Iterator[tuple[ByteRange, str]]:
+    """What of a batch's slices, files of torch.save, does not match its CRC-32."""
+    read, first = batch.read, batch.rows.start
+    whole = read.encodings[batch.rows] == Encoding.OPAQUE
+    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE):
+        whole |= (read.chunk_sizes[batch.rows] == read.entry.shape).all(axis=1)
+    for row in np.flatnonzero(whole).tolist():
+        start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])
+        reason = damage_of(data[start - request.start : stop - request.start])
+        if reason:
+            yield ByteRange(batch.tensor, batch.chunk_box(row), start, stop), reason

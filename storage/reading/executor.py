@@ -1,0 +1,415 @@
+"""A read plan carried out: fetch, verify, decode, place, each overlapping the others.
+
+Many requests are under way at once; what arrives is verified against its checksums, decoded and placed, straight into
+the destination tensors, by as many workers as this rank has cores. A tensor is written only once all its
+bytes have arrived and been verified, so that damage leaves it as it was; what waits for that is held within a budget.
+A tensor that is larger than the budget is written as its chunks arrive.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.profiler import record_function
+
+from ...planner.errors import CheckpointError
+from ...planner.index import CheckpointIndex
+from ...planner.masking import harmless
+from ...planner.read_plan import ChunkReads, ReadPlan
+from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
+from ..runtime.limits import default_budget
+from ..runtime.process_group import HEED_S, Interrupt, never
+from ..stores.base import Store
+from ..tensors.dtypes import torch_dtype
+from .decode import place_batch
+from .destination import Destination
+from .fetcher import Found, Ranges, read_ranges
+from .tasks import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, separate
+from .workers import Workers
+
+GROUPS_AHEAD = 4
+"""Groups of requests that a store which reads ahead is told of before their turn."""
+STOPPED = "the reading was stopped"
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """What reading took. Seconds are summed over the requests, and over the threads."""
+
+    fetch_s: float = 0.0
+    decode_s: float = 0.0
+
+
+def execute(
+    plan: ReadPlan,
+    index: CheckpointIndex,
+    store: Store,
+    destinations: Sequence[torch.Tensor],
+    *,
+    budget_bytes: int | None = None,
+    interrupt: Interrupt = never,
+    placed: Callable[[int], None] = lambda nbytes: None,
+    workers: Workers | None = None,
+) -> ReadStats:
+    """Carry out a plan: fill each destination with the box that was wanted in its place.
+
+    Args:
+        destinations: one tensor for each of `plan.reads`, of its box's sizes, on any device, of a dtype that the
+            stored one can be cast to. Written in place.
+        budget_bytes: of what was fetched and is not placed yet; `default_budget()` by default.
+        interrupt: called now and then, by this thread; what it raises stops the reading.
+        placed: called with the stored bytes of a request once all its values are where they belong, by any thread.
+        workers: threads and memory that other calls use too; some of its own by default.
+
+    Raises:
+        CorruptCheckpointError: bytes are damaged or missing. The tensor that it names is as it was, unless the
+            message says that a part of it was overwritten.
+        StoreError: the store failed.
+    """
+    budget = default_budget() if budget_bytes is None else budget_bytes
+    execution = _Execution(plan, index, store, destinations, budget, interrupt, placed)
+    with Workers(store) if workers is None else nullcontext(workers) as used:
+        execution.run(used)
+    return execution.stats
+
+
+class _Execution:
+    """The state of one plan while it is carried out; `_lock` guards all that the threads share.
+
+    A worker does, again and again, what is nearest to an end, until there is nothing to do: place what is verified,
+    verify what has arrived, and, where the fetcher reads in the thread that asks, read more, so that bytes are worked
+    on by the core that read them. Of other fetchers the thread that called asks for more.
+    """
+
+    def __init__(
+        self,
+        plan: ReadPlan,
+        index: CheckpointIndex,
+        store: Store,
+        destinations: Sequence[torch.Tensor],
+        budget_bytes: int,
+        interrupt: Interrupt,
+        placed: Callable[[int], None],
+    ) -> None:
+        self.stats = ReadStats()
+        self._index = index
+        self._store = store
+        self._budget = budget_bytes
+        self._interrupt = interrupt
+        self._placed = placed
+        self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
+        self._lock = threading.RLock()  # taken again where a read has ended by the time that it was started
+        self._caller = threading.Condition(self._lock)
+        """Notified of what the thread that called waits for."""
+        self._held = 0
+        self._fetching = 0
+        self._called = 0
+        """Workers that have been called and not left yet."""
+        self._working = 0
+        """Of them, those that do something."""
+        self._reading = 0
+        """Of those, the ones that read."""
+        self._arrived: deque[tuple[list[Request], Sequence[Found]]] = deque()
+        self._verified: deque[Batch] = deque()
+        self._error: BaseException | None = None
+        self._failed_at: dict[BaseException, Tensor] = {}
+
+    def run(self, workers: Workers) -> None:
+        self._workers, self._fetcher = workers, workers.fetcher
+        self._groups = deque(self._grouped())
+        self._untold = deque(self._groups)  # those that the store has not been told of
+        try:
+            with self._lock:
+                self._call_workers()
+                while self._error is None and not self._ended:
+                    group = None if self._fetcher.reads_here else self._admitted()
+                    if group is not None:
+                        self._fetcher.start(self._wanted(group), partial(self._fetched, group, time.perf_counter()))
+                    else:
+                        self._pause()
+        except BaseException as error:
+            self._fail(error)
+        if self._error is not None:
+            with self._lock:
+                while self._working > self._reading:  # what is being written is to be as the error says
+                    self._caller.wait()
+            for request in self._requests:
+                if request.data is not None:
+                    self._fetcher.release(request.data)
+        separate(self._tensors, self._requests)
+        if self._error is not None:
+            tensor = self._failed_at.get(self._error)
+            if tensor is not None and tensor.touched:
+                self._error.args = (f"{self._error}; a part of the tensor was overwritten",)
+            raise self._error
+
+    def _grouped(self) -> Iterator[list[Request]]:
+        """The requests, some of them together."""
+        most = min(self._fetcher.together_bytes, self._budget // 4)
+        group, nbytes = list[Request](), 0
+        for request in self._requests:
+            group.append(request)
+            nbytes += request.nbytes
+            if nbytes >= most:
+                yield group
+                group, nbytes = [], 0
+        if group:
+            yield group
+
+    def _wanted(self, group: list[Request]) -> list[Ranges]:
+        return [(self._index.objects[request.object][0], request.ranges) for request in group]
+
+    @property
+    def _ended(self) -> bool:
+        idle = not (self._fetching or self._working)
+        return idle and not (self._groups or self._arrived or self._verified)
+
+    def _admitted(self) -> list[Request] | None:
+        """The requests to fetch next, if the store takes more and the budget has room for them. Holds the lock."""
+        if not self._groups or self._fetching >= self._fetcher.at_once:
+            return None
+        nbytes = sum(request.nbytes for request in self._groups[0])
+        if self._held and self._held + nbytes > self._budget:
+            if self._fetching or self._working or self._arrived or self._verified:
+                return None
+            self._place_what_is_here()
+            if self._verified:
+                return None
+            # Nothing can make room: one oversize request passes alone.
+        self._fetching += 1
+        self._held += nbytes
+        return self._groups.popleft()
+
+    def _pause(self) -> None:
+        """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
+        self._caller.wait(HEED_S)
+        if self._workers.stopped:  # what was to be done for this one may never be
+            raise StoreError(STOPPED)
+        self._lock.release()
+        try:
+            self._interrupt()
+        finally:
+            self._lock.acquire()
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, (RuntimeError, CancelledError)) and self._workers.stopped:  # their pools take nothing more
+            error = StoreError(STOPPED)
+        with self._lock:
+            self._error = self._error or error
+            self._caller.notify()
+
+    def _call_workers(self) -> None:
+        """Have as many workers as there is something to do for. Holds the lock."""
+        waiting = len(self._verified) + len(self._arrived)
+        if self._fetcher.reads_here:
+            waiting += len(self._groups)
+        for _ in range(min(self._workers.count - self._called, waiting)):
+            self._workers.pool.submit(self._work)
+            self._called += 1
+
+    def _work(self) -> None:
+        """What each worker does."""
+        try:
+            with record_function("reshard.decode"):
+                while (task := self._next()) is not None:
+                    self._do(task)
+        except BaseException as error:
+            self._fail(error)
+
+    def _do(self, task: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        failed: BaseException | None = None
+        try:
+            task()
+        except BaseException as error:
+            failed = error
+        with self._lock:  # that it failed is known no later than that it is over
+            if failed is not None:
+                self._fail(failed)
+            self.stats.decode_s += time.perf_counter() - begin
+            self._working -= 1
+            if self._error is None:
+                self._call_workers()
+            if self._ended or self._error is not None or not self._fetcher.reads_here:
+                self._caller.notify()
+
+    def _next(self) -> Callable[[], None] | None:
+        """A task; None where there is nothing to do now: whoever finds more calls again."""
+        with self._lock:
+            task: Callable[[], None] | None = None
+            if self._error is None and not self._workers.stopped:
+                group = None
+                if self._fetcher.reads_here and not (self._verified or self._arrived):
+                    group = self._admitted()
+                if group is not None:
+                    task = partial(self._read, group)
+                elif self._verified:
+                    task = partial(self._place, self._verified.popleft())
+                elif self._arrived:
+                    task = partial(self._arrive, *self._arrived.popleft())
+            if task is None:
+                self._called -= 1
+                self._caller.notify()
+            else:
+                self._working += 1
+            return task
+
+    def _read(self, group: list[Request]) -> None:
+        begin = time.perf_counter()
+        with self._lock:
+            count = len(self._untold) - len(self._groups) + GROUPS_AHEAD
+            soon = [self._untold.popleft() for _ in range(min(count, len(self._untold)))]
+            self._reading += 1
+            if self._error is not None:
+                self._caller.notify()
+        try:
+            for later in soon:
+                self._fetcher.will_read(self._wanted(later))
+            found = self._fetcher.read(self._wanted(group))
+        finally:
+            took = time.perf_counter() - begin
+            with self._lock:
+                self.stats.fetch_s += took
+                self.stats.decode_s -= took
+                self._fetching -= 1
+                self._reading -= 1
+        self._arrive(group, found)
+
+    def _fetched(self, group: list[Request], begin: float, future: Future[list[Found]]) -> None:
+        """Leave what was read to the workers. Called by the thread that read it."""
+        with self._lock:
+            self.stats.fetch_s += time.perf_counter() - begin
+            self._fetching -= 1
+            try:
+                self._arrived.append((group, future.result()))
+                self._call_workers()
+            except BaseException as error:  # it was cancelled, or there can be no more threads
+                self._fail(error)
+            self._caller.notify()
+
+    def _arrive(self, group: list[Request], found: Sequence[Found]) -> None:
+        """Verify what was read, and pass on what is complete by it."""
+        for request, data in zip(group, found, strict=True):
+            if self._error is None:
+                try:
+                    self._take(request, data)
+                except BaseException as error:
+                    self._fail(error)
+            elif not isinstance(data, StoreError):
+                self._fetcher.release(memoryview(data))
+
+    def _take(self, request: Request, found: Found) -> None:
+        name = self._index.objects[request.object][0]
+        where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
+        tensor = request.parts[0][0].tensor
+        try:
+            if isinstance(found, StoreError):
+                raise found
+            data, damages = self._checked(request, memoryview(found), name)
+        except ObjectNotFoundError as error:
+            raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
+        except StoreError as error:
+            raise self._failure(nearest(error), tensor, f"{where}: {error}") from error
+        except CheckpointError:
+            raise
+        except Exception as error:  # of a read that was repeated, by somebody's own store
+            raise self._failure(StoreError, tensor, f"{where}: {type(error).__name__}: {error}") from harmless(error)
+        if len(data) != request.nbytes:
+            raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
+        if damages:
+            where = f"{damages[0]} of object {name!r} in {self._store.location}"
+            raise self._damage(damages[0].tensor, f"{where}: {DAMAGED}")
+        with self._lock:
+            if self._error is not None:
+                self._fetcher.release(data)
+                return
+            request.data = data
+            for batch, _ in request.parts:
+                batch.tensor.missing -= 1
+                if batch.tensor.missing == 0:
+                    self._place_later(batch.tensor.batches)
+                elif batch.tensor.piecemeal:
+                    self._place_later([batch])
+
+    def _checked(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ByteRange]]:
+        """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
+        damages = request.damages(data, self._index)
+        if damages:
+            self._fetcher.release(data)
+            with self._lock:
+                self._reading += 1
+                self._caller.notify()
+            try:
+                data = memoryview(read_ranges(self._store, name, request.ranges))
+            finally:
+                with self._lock:
+                    self._reading -= 1
+            damages = request.damages(data, self._index)
+        return data, damages
+
+    def _damage(self, tensor: Tensor, message: str) -> Exception:
+        return self._failure(CorruptCheckpointError, tensor, message)
+
+    def _failure(self, kind: type[Exception], tensor: Tensor, message: str) -> Exception:
+        """An error of a tensor; whether a part was overwritten is told once nothing writes to it any more."""
+        error = kind(f"{tensor.name!r}: {message}")
+        self._failed_at[error] = tensor
+        return error
+
+    def _place_what_is_here(self) -> None:
+        """Make room: write what is complete of tensors that are not. Holds the lock."""
+        for tensor in self._tensors:
+            if tensor.missing and any(batch.is_here for batch in tensor.batches):
+                tensor.piecemeal = True
+                self._place_later(tensor.batches)
+
+    def _place_later(self, batches: list[Batch]) -> None:
+        """Have those batches placed that are here. Holds the lock."""
+        for batch in batches:
+            if batch.is_here and not batch.submitted:
+                batch.submitted = True
+                self._verified.append(batch)
+        self._call_workers()
+
+    def _place(self, batch: Batch) -> None:
+        try:
+            self._write(batch)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of torch, or of the device
+            raise self._failure(RankError, batch.tensor, f"{type(error).__name__}: {error}") from harmless(error)
+        with self._lock:
+            for request in batch.requests:
+                request.unplaced -= 1
+                if request.unplaced == 0:
+                    assert request.data is not None
+                    self._fetcher.release(request.data)
+                    request.data = None
+                    self._held -= request.nbytes
+                    self._placed(request.nbytes)
+
+    def _write(self, batch: Batch) -> None:
+        """Write the values of a batch; the last of a tensor completes it."""
+        tensor, destination = batch.tensor, batch.destination
+        assert destination is not None
+        destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
+        place_batch(batch, self._damage)
+        with self._lock:
+            tensor.unplaced -= 1
+            complete = tensor.unplaced == 0
+        if complete:
+            for destination in {id(batch.destination): batch.destination for batch in tensor.batches}.values():
+                assert destination is not None
+                destination.finish()
+
+
+def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:
+    return Destination(tensor, torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype))

@@ -1,0 +1,29 @@
+"""What carries out reads: threads, and what fetches for them. Several plans may share them, also at once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from ..runtime.limits import default_threads
+from ..runtime.threads import Pool
+from ..stores.base import Store
+from .fetcher import Fetcher
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """The threads that verify, decode and place, what fetches for them, and the memory that is fetched into."""
+
+    def __init__(self, store: Store) -> None:
+        self.count = default_threads()
+        self.pool = Pool(self.count, "reshard-read")
+        self.fetcher = Fetcher(store)
+        self.stopped = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop the reads that still run, and do not wait for them."""
+        self.stopped = True
+        self.fetcher.__exit__(kind, error, traceback)
+        self.pool.abandon()

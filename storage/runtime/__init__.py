@@ -1,0 +1,1 @@
+"""What every part uses: threads, ranks, limits, progress, reports."""

@@ -1,1 +1,0 @@
-"""Checkpoints of other formats as sources: read by the same planner and the same reader as reshard's own."""

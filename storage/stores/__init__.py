@@ -1,0 +1,1 @@
+"""Where objects are kept: disks and object stores. Does not import torch."""

@@ -1,0 +1,376 @@
+"""Which store a path or URI is, and the store on whatever fsspec opens: S3, GCS, ... The only importer of fsspec."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import available_protocols
+from typing_extensions import Buffer
+
+from ...planner.masking import harmless, masked, remember_secrets
+from ..errors import ArgumentError, StoreError, UnsupportedURIError
+from ..runtime.threads import result_of, run_bounded
+from .base import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
+from .client_errors import is_beyond_the_end, translating
+from .conditional_put import put_new, refuse_to_replace
+from .local import LocalStore
+from .obstore import is_left_behind, open_s3
+from .options import checked_options
+from .retry import RetryingStore, deadline_s
+
+S3_CONFIG = {
+    "max_pool_connections": 64,
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+    "connect_timeout": 10,
+    "read_timeout": 20,
+}
+"""botocore's default of 10 connections would let no more than ten requests run at once. What is read has checksums of
+its own, and some servers answer a range with the checksum of the whole object; others refuse checksums of requests."""
+OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
+S3_LARGEST_PUT = 5 * 1024**3
+
+
+LOCAL_PROTOCOLS = ("file", "local")
+WRAPPERS = frozenset(
+    ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
+)
+"""Filesystems that read from another, which fsspec also lets be a plain path: "zip://x::/y.zip"."""
+_NO_PARENT = OBJECT_STORES | {"http", "https"}
+_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?!//)")
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How a URI of any protocol begins that lost a slash; a single letter may be a drive."""
+
+
+def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
+    """Open the store at a path or URI. Raises UnsupportedURIError, ArgumentError, StoreError."""
+    if is_local(uri):
+        if storage_options:
+            raise ArgumentError(
+                f"{uri!r} is a local path, which takes no storage options, and {', '.join(map(repr, storage_options))} "
+                "were given: leave them out, or give the URI that they are for"
+            )
+        return LocalStore(LocalFileSystem._strip_protocol(uri))
+    storage_options = checked_options(storage_options, split_protocol(uri)[0] or "")
+    return RetryingStore(_open_remote(uri, storage_options), reopen=partial(_open_remote, uri, storage_options))
+
+
+def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
+    """Open the store at a URI. Raises UnsupportedURIError, StoreError."""
+    shown = masked(uri)
+    storage_options = {name: value for name, value in storage_options.items() if name != "asynchronous"}
+    protocol, path = split_protocol(uri)
+    if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
+        raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")
+    if protocol in ("s3", "s3a"):
+        given = storage_options
+        storage_options = {**given, "config_kwargs": {**S3_CONFIG, **(given.get("config_kwargs") or {})}}
+        store = open_s3(path, given, lambda: FsspecStore(*url_to_fs(uri, **storage_options)))
+        if store is not None:
+            return store
+    if _without_query(protocol, path)[1]:
+        storage_options = {"encoded": True, **storage_options}  # what was signed is sent as it is
+    try:
+        filesystem, path = _filesystem(uri, protocol, storage_options)
+    except ImportError as error:
+        if protocol in ("s3", "s3a") and is_left_behind():
+            raise StoreError(
+                f"cannot open {shown!r}: this process was forked from one that had loaded obstore, whose threads a "
+                "child process does not have. Install s3fs, which is used then, or start the process by spawn or "
+                "forkserver instead (multiprocessing_context= of a DataLoader)"
+            ) from error
+        raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from harmless(error)
+    except (ValueError, TypeError) as error:
+        raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from harmless(error)
+    except Exception as error:  # one that connects at once
+        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from harmless(error)
+    return FsspecStore(filesystem, path)
+
+
+def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
+    """The filesystem of fsspec for a URI, and the path in it."""
+    if "::" not in uri or _is_chain(uri) or protocol in WRAPPERS:
+        filesystem, path = url_to_fs(uri, **options)
+        return filesystem, path
+    kind = fsspec.get_filesystem_class(protocol)  # fsspec would take the "::" in a name for a chain
+    return fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(uri), **options}), kind._strip_protocol(uri)
+
+
+def is_local(uri: str) -> bool:
+    """Return whether a path or URI is on a local disk.
+
+    Raises UnsupportedURIError for a URI that lost a slash, as `Path("s3://bucket")` does: it would be a local folder.
+    """
+    parts = uri.split("::")
+    lost = [_lost_slash(part) for part in parts]
+    if lost[0] or (any(lost) and all(is_lost or _is_link(part) for part, is_lost in zip(parts, lost, strict=True))):
+        whole = "::".join(_with_slashes(p) if is_lost else p for p, is_lost in zip(parts, lost, strict=True))
+        remember_secrets(whole)
+        raise UnsupportedURIError(
+            f"{masked(uri)!r} would be a local folder: pass the URI as a string, {masked(whole)!r}, not as a Path, "
+            f"which drops a slash. For the local folder, write {'./' + masked(uri)!r}"
+        )
+    return not _is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
+
+
+def _lost_slash(part: str) -> bool:
+    found = _LOST_SLASH.match(part)  # "file:/x" is read as a URI
+    if found is None or found[1] in LOCAL_PROTOCOLS:
+        return False
+    is_unknown = _ONE_SLASH.match(part) is not None and not os.path.lexists(f"{found[1]}:")
+    return found[1].lower() in _known_protocols() or is_unknown
+
+
+def _with_slashes(part: str) -> str:
+    protocol, _, path = part.partition(":")
+    protocol = protocol.lower()
+    return f"{protocol}://{path if protocol in LOCAL_PROTOCOLS else path.lstrip('/')}"
+
+
+def _known_protocols() -> set[str]:
+    return {*available_protocols(), *OBJECT_STORES}
+
+
+def _is_chain(uri: str) -> bool:
+    parts = uri.split("::")
+    return len(parts) > 1 and all(map(_is_link, parts))
+
+
+def _is_link(part: str) -> bool:
+    """Whether a part of a chain is a protocol, or a URI of one."""
+    return part.partition("://")[0] in _known_protocols() or part.startswith(("file:", "local:"))
+
+
+def split_file(uri: str) -> tuple[str, str]:
+    """Split the path or URI of a file into its folder, which keeps a query, and its name; "" where it has no folder."""
+    return _split(LocalFileSystem._strip_protocol(uri) if is_local(uri) else uri)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    first, chained, rest = uri.partition("::") if _is_chain(uri) else (uri, "", "")
+    if chained and "://" not in first:
+        folder, name = _split(rest)
+        return f"{first}::{folder}", name
+    protocol, mark, path = first.partition("://")
+    if not mark:
+        protocol, path = "", first
+    path, query = _without_query(protocol, path)
+    folder, slash, name = path.rstrip("/").rpartition("/")
+    if not slash and protocol in _NO_PARENT:
+        return uri, ""
+    return f"{protocol}{mark}{folder or slash}{query}{chained}{rest}", name
+
+
+def _without_query(protocol: str, path: str) -> tuple[str, str]:
+    """A path and its query, as in "model.safetensors?signature=…"; other protocols than HTTP have none."""
+    if protocol not in ("http", "https"):
+        return path, ""
+    path, mark, query = path.partition("?")
+    return path, mark + query
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _is_on_disk(filesystem: Any) -> bool:
+    """Return whether a filesystem, or the one that it wraps, is the local disk."""
+    while filesystem is not None and not isinstance(filesystem, LocalFileSystem):
+        filesystem = getattr(filesystem, "fs", None)
+    return filesystem is not None
+
+
+class FsspecStore:
+    """The objects below a path of an fsspec filesystem."""
+
+    concurrent_reads = 32
+    read_into = None
+    holds_objects = True
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._fs = filesystem
+        path, self._query = _without_query(path.partition("://")[0], path)
+        self._root = path.rstrip("/")
+        self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
+        self._is_on_disk = _is_on_disk(filesystem)
+        self._is_async = filesystem.async_impl and not self._is_on_disk  # one of folders says so of any
+
+    @property
+    def location(self) -> str:
+        if "://" in self._root:  # as it is of HTTP
+            return masked(self._root)
+        return masked(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
+
+    @property
+    def async_reads(self) -> AsyncReads | None:
+        return _AsyncReads(self) if self._is_async else None
+
+    def _call(self, method: str, *arguments: Any, nbytes: int = 0, **options: Any) -> Any:
+        """A call of the filesystem that moves so many bytes, with a deadline where it is asynchronous."""
+        if not self._is_async:
+            return getattr(self._fs, method)(*arguments, **options)
+        coroutine = getattr(self._fs, f"_{method}")
+        return result_of(coroutine(*arguments, **options), self._fs.loop, deadline_s(nbytes))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}{self._query}"
+
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        with self._errors("read", name):
+            self._check_regular(name)
+            try:
+                data: bytes = self._call("cat_file", self._path(name), nbytes=stop - start, start=start, end=stop)
+            except Exception as error:
+                if is_beyond_the_end(error):
+                    return b""
+                raise
+            return data
+
+    def _check_regular(self, name: str) -> None:
+        """Raises StoreError for what is no file on a local disk: to open a FIFO would wait for ever."""
+        if self._is_on_disk and self._call("info", self._path(name))["type"] != "file":
+            raise StoreError(f"cannot read {name!r} in {self.location}: it is not a file")
+
+    def size(self, name: str) -> int:
+        with self._errors("read", name):
+            self._fs.invalidate_cache()
+            found = self._call("info", self._path(name))
+            if found["type"] != "file":
+                raise FileNotFoundError(name)
+            return int(found["size"])
+
+    def modified(self, name: str) -> float:
+        with self._errors("read", name):
+            self._fs.invalidate_cache()
+            return float(self._fs.modified(self._path(name)).timestamp())
+
+    def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
+        return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
+
+    def _upload(self, name: str) -> Upload:
+        errors = partial(self._errors, "write", name)
+        with errors():
+            file = self._fs.open(self._path(name), "wb", block_size=PART_BYTES)
+
+        def abort() -> None:
+            run_bounded(file.discard)
+            with contextlib.suppress(AttributeError):
+                file.closed = True  # or it would be closed, and come into being, once nobody holds it
+            self.delete([name])  # a filesystem that is no object store shows what is written so far
+
+        return Upload(file, errors, abort)
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        if overwrite:
+            self._put(name, data, "overwrite")
+        elif OBJECT_STORES.intersection(_protocols(self._fs)):
+            bucket = (self._fs._fs_token, self._root.partition("/")[0])
+            put_new(self, bucket, lambda name, data: self._put(name, data, "create"), name, data)
+        else:
+            refuse_to_replace(self, name)
+            self._put(name, data, "create")
+
+    def _put(self, name: str, data: bytes, mode: str) -> None:
+        path = self._path(name)
+        # By one request: the condition of a multipart upload is ignored by some servers.
+        options: dict[str, Any] = {"nbytes": len(data)}
+        if "s3" in _protocols(self._fs):
+            options["chunksize"] = S3_LARGEST_PUT
+        with self._errors("write", name):
+            try:
+                self._call("pipe_file", path, data, mode=mode, **options)
+            except FileNotFoundError:
+                self._make_folder(path)
+                self._call("pipe_file", path, data, mode=mode, **options)
+
+    def _make_folder(self, path: str) -> None:
+        """For a filesystem that has folders, and wants them made. Raises FileNotFoundError for one that has buckets."""
+        if OBJECT_STORES.intersection(_protocols(self._fs)):
+            raise FileNotFoundError(path)  # to make a bucket is not ours
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def list(self, folder: str = "") -> Iterable[str]:
+        return self._listed("find", folder)
+
+    def list_top(self) -> Iterable[str]:
+        return [name for name in self._listed("ls", "") if "/" not in name]
+
+    def _listed(self, method: str, folder: str) -> Iterable[str]:
+        with self._errors("list", folder):
+            self._fs.invalidate_cache()
+            root = self._fs._strip_protocol(self._root)
+            try:
+                found = self._call(method, f"{self._root}/{folder}".rstrip("/") + self._query, detail=True)
+            except FileNotFoundError:
+                return []
+            entries = found.values() if isinstance(found, dict) else found
+            paths = [entry["name"] for entry in entries if entry["type"] == "file"]
+            # No more than one slash: a key may have an empty part.
+            return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
+
+    def check_delete(self, names: Iterable[str]) -> None:
+        """Check objects of a filesystem that has folders; of its links, those on a local disk are recognised."""
+        seen: set[str] = set()
+        for name in names if self._has_folders else ():
+            with self._errors("delete", name):
+                *folders, _ = accumulate(name.split("/"), "{}/{}".format)
+                for folder in folders:
+                    if folder not in seen and self._info(folder).get("islink"):
+                        raise StoreError(f"cannot delete {name!r} in {self.location}: {folder!r} is a symbolic link")
+                    seen.add(folder)
+                found = self._info(name)
+                if found.get("type") == "directory" and not found.get("islink"):
+                    raise StoreError(f"cannot delete {name!r} in {self.location}: it is a folder; nothing was deleted")
+
+    def _info(self, name: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._call("info", self._path(name))
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def delete(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.check_delete(names)
+        for name in names:
+            with self._errors("delete", name):
+                try:
+                    self._call("rm_file", self._path(name))
+                except FileNotFoundError:
+                    continue
+
+    def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
+        """Translate what the filesystem, or the client below it, raises."""
+        return translating(doing, name, self.location)
+
+
+class _AsyncReads:
+    """Reads on the event loop of an asynchronous filesystem."""
+
+    def __init__(self, store: FsspecStore) -> None:
+        self._store = store
+        self.loop: asyncio.AbstractEventLoop = store._fs.loop
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        store = self._store
+        with store._errors("read", name):
+            try:
+                reading = store._fs._cat_file(store._path(name), start=start, end=stop)
+                data: bytes = await asyncio.wait_for(reading, deadline_s(stop - start))
+            except Exception as error:
+                if is_beyond_the_end(error):
+                    return b""
+                raise
+            return data

@@ -1,0 +1,428 @@
+"""A store on S3 by obstore, a client in Rust: the same objects as through s3fs, for less of the processor.
+
+It is taken where obstore is installed and understands all of the storage options; fsspec's S3 takes what it does not.
+Credentials come from where every AWS client looks for them, by botocore where that is installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import re
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from typing_extensions import Buffer
+
+from ..errors import ArgumentError, StoreError
+from ..runtime.logs import logger_of
+from ..runtime.threads import event_loop, result_of
+from . import retry
+from .base import PART_BYTES, AsyncReads, ListsTop, ObjectWriter, Upload, held, is_name
+from .client_errors import is_beyond_the_end, translating
+from .conditional_put import put_new
+from .options import check_endpoint
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
+
+T = TypeVar("T")
+logger = logger_of(__name__)
+_MEANS_NOTHING_HERE = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
+"""Options of fsspec."""
+_PLAIN = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
+"""A part of a key that both clients write alike: obstore encodes some characters."""
+LARGEST_BYTES = 64 * 1024**2
+"""What one request moves at most, but for a large manifest: the deadline of all of it is made for that."""
+CREDENTIALS_FOR = datetime.timedelta(minutes=5)
+"""How long credentials are used before botocore is asked again; it renews those that are about to expire."""
+
+
+_left_behind = False
+"""Whether a parent of this process had loaded obstore."""
+
+
+def is_left_behind() -> bool:
+    """Return whether obstore cannot be used, since its threads stayed in the process that this one was forked from.
+
+    It starts them once, for all its clients, and has no way to start them again: every call would wait for ever.
+    """
+    return _left_behind
+
+
+def _in_child() -> None:
+    global _left_behind
+    _left_behind = _left_behind or "obstore" in sys.modules
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+class _Lists(ListsTop, Protocol):
+    def list(self, folder: str = "") -> Iterable[str]: ...
+
+
+def open_s3(
+    path: str, options: Mapping[str, Any], open_lister: Callable[[], _Lists] | None = None
+) -> ObstoreStore | None:
+    """The store at "bucket/folder"; None where obstore cannot be used, or something in the call is beyond it.
+
+    Args:
+        open_lister: opens the same place by s3fs, for listings that obstore gives wrongly or not at all.
+    """
+    bucket, _, folder = path.rstrip("/").partition("/")
+    if is_left_behind() or find_spec("obstore") is None:
+        return None
+    plain = all(_PLAIN.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
+    if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
+        return None
+    try:
+        given = options.get("key") is not None or bool(options.get("anon"))
+        session = _session(options.get("profile"), may_call=not given)
+        config = _config(dict(options), session)
+        return None if config is None else _opened(bucket, folder, config, _ca_bundle(session), open_lister)
+    except ArgumentError:
+        raise
+    except Exception as error:
+        logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
+        return None
+
+
+def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
+    """obstore's configuration for storage options of s3fs; None where they, or the environment, are beyond it."""
+    options = {name: value for name, value in options.items() if name not in _MEANS_NOTHING_HERE}
+    client = dict(options.pop("client_kwargs", {}))
+    anonymous = bool(options.pop("anon", False))
+    endpoint = options.pop("endpoint_url", None) or client.pop("endpoint_url", None)
+    region = client.pop("region_name", None)
+    keys = {name: options.pop(name, None) for name in ("key", "secret", "token")}
+    profile = options.pop("profile", None)
+    if options or client or (session is None and profile is not None) or _is_beyond(session):
+        return None
+    if not endpoint:
+        endpoint = _configured_endpoint(session)
+        check_endpoint("the endpoint of S3 that the environment or the configuration of AWS sets", endpoint or "")
+    region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
+    if region is None:
+        return None  # s3fs finds out where a bucket is
+    # As botocore: over TLS what is sent needs no SHA-256 of its own, which would take a core a second for some 1.5 GB.
+    plain = str(endpoint or "").startswith("http:")
+    config: dict[str, Any] = {"region": region, "skip_signature": anonymous, "unsigned_payload": not plain}
+    if endpoint:
+        config["endpoint"] = endpoint
+    if keys["key"] is not None:
+        # By a provider, since obstore would take what these do not name, a session's token, from the environment.
+        config["credential_provider"] = _Credentials(_Fixed(keys["key"], keys["secret"], keys["token"]))
+    elif session is not None and not anonymous:
+        credentials = session.get_credentials()
+        if credentials is None:
+            return None
+        config["credential_provider"] = _Credentials(credentials)
+    return config
+
+
+def _opened(
+    bucket: str,
+    folder: str,
+    config: dict[str, Any],
+    bundle: str | None,
+    open_lister: Callable[[], _Lists] | None,
+) -> ObstoreStore:
+    from obstore.store import S3Store
+
+    silence = datetime.timedelta(seconds=retry.REQUEST_DEADLINE_S)
+    writing: ClientConfig = {
+        "allow_http": True,
+        "timeout": datetime.timedelta(seconds=retry.deadline_s(LARGEST_BYTES)),
+        "connect_timeout": min(silence, datetime.timedelta(seconds=10)),
+    }
+    if bundle and not str(config.get("endpoint", "")).startswith("http:"):
+        writing["root_certificate"] = Path(bundle).read_bytes()
+    reading: ClientConfig = {**writing, "read_timeout": silence}  # while an object is sent, nothing is read
+    # Our own retries see what happened, and stop when they are told to.
+    retries: RetryConfig = {"max_retries": 1, "retry_timeout": silence}
+    client = partial(S3Store, bucket, **config, retry_config=retries)
+    return ObstoreStore(
+        client(client_options=reading),
+        lambda: client(client_options=writing),
+        bucket,
+        folder,
+        str(config.get("endpoint")),
+        open_lister if find_spec("s3fs") else None,
+    )
+
+
+def _session(profile: str | None, *, may_call: bool = True) -> Any:
+    """botocore's session, which knows of profiles, files, roles and the instance's metadata; None without botocore.
+
+    Args:
+        may_call: whether credentials are asked of it, for which it may call a service: that takes longer to prepare.
+    """
+    try:
+        from botocore.session import Session
+    except ImportError:
+        return None
+    return Session(profile=profile, include_builtin_handlers=may_call)
+
+
+def _ca_bundle(session: Any) -> str | None:
+    configured: str | None = None if session is None else session.get_config_variable("ca_bundle")
+    return configured or os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+
+
+def _is_beyond(session: Any) -> bool:
+    """Whether botocore is configured, by the environment or its file, to do what obstore does not."""
+    if session is None:
+        return any(name in os.environ for name in ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"))
+    variables = ("use_fips_endpoint", "use_dualstack_endpoint")
+    return "s3" in session.get_scoped_config() or any(session.get_config_variable(name) for name in variables)
+
+
+def _configured_endpoint(session: Any) -> str | None:
+    if session is None:
+        return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    from botocore.configprovider import ConfiguredEndpointProvider
+
+    if session.get_config_variable("ignore_configured_endpoint_urls"):
+        return None
+    provider = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3")
+    endpoint: str | None = provider.provide()
+    return endpoint
+
+
+def _configured_region(session: Any) -> str | None:
+    region: str | None = None if session is None else session.get_config_variable("region")
+    return region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """Credentials that do not change, with the names that botocore has for them."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+    def get_frozen_credentials(self) -> _Fixed:
+        return self
+
+
+class _Credentials:
+    """What obstore asks for credentials, now and then."""
+
+    def __init__(self, credentials: Any) -> None:
+        self._credentials = credentials
+
+    def __call__(self) -> S3Credential:
+        frozen = self._credentials.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.datetime.now(datetime.UTC) + CREDENTIALS_FOR,
+        }
+
+
+def _given_up_after_s() -> float:
+    """How long a call may take at most. The client has deadlines of its own, unless its threads do not run."""
+    return 3 * retry.deadline_s(LARGEST_BYTES)
+
+
+class ObstoreStore:
+    """The objects below a folder of an S3 bucket."""
+
+    concurrent_reads = 32
+    read_into = None
+    holds_objects = True
+
+    def __init__(
+        self,
+        reading: S3Store,
+        open_writing: Callable[[], S3Store],
+        bucket: str,
+        folder: str,
+        endpoint: str,
+        open_lister: Callable[[], _Lists] | None,
+    ) -> None:
+        self._reading = reading
+        self._open_writing = open_writing
+        self._bucket = bucket
+        self._prefix = f"{folder}/" if folder else ""
+        self._endpoint = endpoint
+        self._open_lister = open_lister
+
+    @property
+    def location(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @cached_property
+    def _writing(self) -> S3Store:
+        """A client of its own, which takes some ms to make: it reads the certificates of the system."""
+        return self._open_writing()
+
+    @property
+    def async_reads(self) -> AsyncReads:
+        return _AsyncReads(self)
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a call of the client. Its blocking calls cannot be interrupted, and abort a process that exits."""
+        return result_of(coroutine, event_loop(), _given_up_after_s())
+
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        return self._wait(self._read(name, start, stop))
+
+    async def _read(self, name: str, start: int, stop: int) -> Buffer:
+        import obstore
+
+        with self._errors("read", name):
+            try:
+                return await obstore.get_range_async(self._reading, self._prefix + name, start=start, end=stop)
+            except Exception as error:
+                if is_beyond_the_end(error):
+                    return b""
+                if "non-partial response" in str(error):  # some servers so answer a range that is the whole object
+                    whole = await obstore.get_async(self._reading, self._prefix + name)
+                    return memoryview(await whole.bytes_async())[start:stop]
+                raise
+
+    def size(self, name: str) -> int:
+        return self._head(name)["size"]
+
+    def modified(self, name: str) -> float:
+        return self._head(name)["last_modified"].timestamp()
+
+    def _head(self, name: str) -> ObjectMeta:
+        import obstore
+
+        async def head() -> ObjectMeta:
+            return await obstore.head_async(self._reading, self._prefix + name)
+
+        with self._errors("read", name):
+            return self._wait(head())
+
+    def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
+        return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
+
+    def _upload(self, name: str) -> Upload:
+        """The parts of one that is aborted stay until the bucket's rule for incomplete uploads removes them."""
+        import obstore
+
+        errors = partial(self._errors, "write", name)
+        with errors():
+            file = obstore.open_writer_async(
+                self._writing, self._prefix + name, buffer_size=PART_BYTES, max_concurrency=4
+            )
+
+        async def write(data: bytes) -> None:
+            await file.write(data)
+
+        async def close() -> None:
+            await file.close()
+
+        async def abort() -> None:
+            await file.__aexit__(StoreError, StoreError("aborted"), None)
+
+        blocking = _BlockingFile(lambda data: self._wait(write(data)), lambda: self._wait(close()))
+        return Upload(blocking, errors, lambda: self._wait(abort()))
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        if overwrite:
+            self._put(name, data, "overwrite")
+        else:
+            bucket = (self._endpoint, self._bucket)
+            put_new(self, bucket, lambda name, data: self._put(name, data, "create"), name, data)
+
+    def _put(self, name: str, data: bytes, mode: Any) -> None:
+        import obstore
+
+        async def put() -> None:
+            await obstore.put_async(self._writing, self._prefix + name, data, mode=mode, use_multipart=False)
+
+        with self._errors("write", name):
+            self._wait(put())
+
+    def list(self, folder: str = "") -> Iterable[str]:
+        import obstore
+
+        prefix = f"{self._prefix}{folder.rstrip('/')}/" if folder else self._prefix
+
+        async def listed() -> Sequence[ObjectMeta]:
+            return [entry async for batch in obstore.list(self._reading, prefix or None) for entry in batch]
+
+        return self._names(listed, lambda lister: lister.list(folder))
+
+    def list_top(self) -> Iterable[str]:
+        import obstore
+
+        async def listed() -> Sequence[ObjectMeta]:
+            return (await obstore.list_with_delimiter_async(self._reading, self._prefix or None))["objects"]
+
+        return self._names(listed, lambda lister: lister.list_top())
+
+    def _names(
+        self, listed: Callable[[], Coroutine[Any, Any, Sequence[ObjectMeta]]], by: Callable[[_Lists], Iterable[str]]
+    ) -> Iterable[str]:
+        """The names that the client lists; by s3fs, where there are keys that it takes for others, or refuses.
+
+        It gives "a/", the empty marker of a folder, as "a", and, in a whole bucket, "/a" too; "a//b" is an error.
+        """
+        if not self._prefix and self._open_lister is not None:
+            return by(self._open_lister())
+        try:
+            with self._errors("list", ""):
+                found = self._wait(listed())
+        except StoreError as error:
+            if "invalid path" not in str(error):
+                raise
+            if self._open_lister is None:
+                raise StoreError(f"{error}; install s3fs, which can list such a name, or remove that object") from None
+            return by(self._open_lister())
+        if self._open_lister is not None and any(entry["size"] == 0 for entry in found):
+            return by(self._open_lister())
+        return [name for entry in found if is_name(name := entry["path"][len(self._prefix) :])]
+
+    def delete(self, names: Iterable[str]) -> None:
+        import obstore
+
+        paths = [self._prefix + name for name in names]
+
+        async def delete() -> None:
+            await obstore.delete_async(self._writing, paths)  # S3 takes a thousand by one request
+
+        if paths:
+            with self._errors("delete", paths[0]), contextlib.suppress(FileNotFoundError):
+                self._wait(delete())
+
+    def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
+        """Translate what the client raises, which shows all that was sent and answered, a session's token included."""
+        return translating(doing, name, self.location, with_cause=False)
+
+
+class _AsyncReads:
+    """Reads on the event loop of this process."""
+
+    def __init__(self, store: ObstoreStore) -> None:
+        self._store = store
+        self.loop = event_loop()
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        with self._store._errors("read", name):
+            return await asyncio.wait_for(self._store._read(name, start, stop), _given_up_after_s())
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockingFile:
+    """An upload of the client, as `Upload` calls it."""
+
+    write: Callable[[bytes], None]
+    close: Callable[[], None]

@@ -1,1 +1,0 @@
-"""What `reshard.convert` writes: one module for each format."""

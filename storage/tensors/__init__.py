@@ -1,0 +1,1 @@
+"""Tensors and state dicts of this process."""

@@ -1,0 +1,147 @@
+"""Casts between dtypes: which are allowed, which lose bits, and whether integers fit."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentError, DtypeError
+
+_SCALE = re.compile(r"scale|absmax|amax|quant_state|(?:^|[._])scb$", re.IGNORECASE)
+"""What the name of a scale of quantised values has in it."""
+_OF_ACTIVATIONS = re.compile(r"(?:input|output|act|activation|[qkv])_")
+"""How the names of scales begin that are not of weights."""
+_OF_MODULE = re.compile(r"(?:q?weight|q?scales?|scb|absmax|amax|quant|zeros)", re.IGNORECASE)
+"""How the names of scales begin that are of the only quantised tensor of their module."""
+_VALUES = re.compile(r"[._]*(?:q?weight|(?:int_|q)?data|(?<![^_])q|blocks|packed|quantized)$", re.IGNORECASE)
+"""How the name of quantised values ends, behind what their scale's name has too."""
+
+
+def check_dtype(dtype: object) -> None:
+    """Check that an argument is a dtype of torch, or None. Raises ArgumentError."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"dtype must be a torch.dtype, as torch.bfloat16, got {dtype!r}")
+
+
+def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:
+    """Check that torch casts a stored dtype to another (`torch.can_cast`).
+
+    Raises:
+        DtypeError: it does not. Two values a byte (`float4_e2m1fn_x2`) are never cast.
+    """
+    packed = any("_x2" in str(dtype) for dtype in (stored, to))
+    if stored != to and (packed or not torch.can_cast(stored, to)):
+        raise DtypeError(f"{name!r} is stored as {stored}, which cannot be cast to the destination's {to}")
+
+
+def weight_dtype(stored: torch.dtype, shape: Sequence[int], dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a tensor where all weights are to have one: that of counters, which are scalars, stays."""
+    is_weight = stored.is_floating_point and len(shape) > 0 and "_x2" not in str(stored)
+    return dtype if dtype is not None and is_weight else stored
+
+
+def loses_bits(stored: torch.dtype, to: torch.dtype) -> bool:
+    """Whether a cast between two floating-point dtypes may round values, or exceed the range."""
+    if stored == to or not _is_floating(stored) or not _is_floating(to):
+        return False
+    a, b = torch.finfo(stored), torch.finfo(to)
+    return b.eps > a.eps or b.max < a.max or b.smallest_normal > a.smallest_normal
+
+
+def needs_check(stored: torch.dtype, to: torch.dtype) -> bool:
+    """Whether integers of one dtype may not fit into another."""
+    if stored == to or stored is torch.bool or _is_floating(stored):
+        return False
+    least, most = _range(stored)
+    if _is_floating(to):
+        return max(-least, most) > 2 ** _precision(to) or most > torch.finfo(to).max
+    return to is not torch.bool and (least < _range(to)[0] or most > _range(to)[1])
+
+
+def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
+    """Check that integers keep their values in another dtype.
+
+    Args:
+        values: of an integer dtype, on any device.
+
+    Raises:
+        DtypeError: one does not. The message has the first of them.
+    """
+    array = np.atleast_1d(values.detach().cpu().numpy())
+    if _is_floating(to):
+        odd = array // np.where(array == 0, 1, array & (~array + array.dtype.type(1)))  # without trailing zero bits
+        most = 2 ** _precision(to)
+        wrong = (odd >= most) | ((odd <= -most) if array.dtype.kind == "i" else False)
+        wrong |= array > np.float64(torch.finfo(to).max)
+        wrong |= array < -np.float64(torch.finfo(to).max)
+    else:
+        least, most = _range(to)
+        wrong = np.zeros(array.shape, bool)
+        if array.size and int(array.max()) > most:
+            wrong |= array > most
+        if array.size and int(array.min()) < least:
+            wrong |= array < least
+    if bool(wrong.any()):
+        at = np.unravel_index(int(np.argmax(wrong)), array.shape)
+        where = f" at {[int(i) for i in at]}" if values.dim() else ""
+        raise DtypeError(
+            f"{name!r} is stored as {values.dtype}, and the destination is {to}: {int(array[at])}{where} does not fit. "
+            f"Give it a destination of {values.dtype}"
+        )
+
+
+def scale_names(names: Iterable[str]) -> list[str]:
+    """Those of the names of a checkpoint that may be scales of quantised values."""
+    return [name for name in names if _SCALE.search(name)]
+
+
+def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales: Iterable[str]) -> None:
+    """Check that a cast does not use quantised values as if they were weights.
+
+    Args:
+        scales: what `scale_names` gives for the checkpoint.
+
+    Raises:
+        DtypeError: the stored dtype has 8 bits or fewer, and the checkpoint has a scale for the tensor.
+    """
+    if stored == to or stored.itemsize > 1 or stored is torch.bool:
+        return
+    for other in scales:
+        if other != name and _is_scale_of(name, other):
+            raise DtypeError(
+                f"{name!r} is quantised: it is stored as {stored}, and {other!r} has its scale. reshard does not apply "
+                f"scales: load both as they are stored (a destination of {stored}, no dtype=), and scale the values "
+                "yourself; or leave it out"
+            )
+
+
+def _is_scale_of(name: str, other: str) -> bool:
+    module, _, last = name.rpartition(".")
+    if module and not other.startswith(f"{module}."):
+        return False
+    rest = other[len(module) + 1 if module else 0 :].lstrip("._")
+    if not _SCALE.search(rest) or _OF_ACTIVATIONS.match(rest):
+        return False
+    stem = _VALUES.sub("", last).strip("._")
+    return rest.startswith((last, stem)) if stem else _OF_MODULE.match(rest) is not None or rest.startswith(last)
+
+
+def _is_floating(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+@functools.cache
+def _range(dtype: torch.dtype) -> tuple[int, int]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+@functools.cache
+def _precision(dtype: torch.dtype) -> int:
+    """Integers up to 2 to the power of this are exact."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps))

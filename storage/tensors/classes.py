@@ -1,0 +1,165 @@
+"""Which tensors have their values in memory that can be read and written, and how to write to those that have not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from ..errors import DestinationError, UnsupportedValueError
+from ..runtime.checksums import checksum
+from ..runtime.torch_modes import writing_to
+from .dtypes import as_array, as_bytes
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def overrides_dispatch(tensor: torch.Tensor) -> bool:
+    """Whether the class of a tensor has its own `__torch_dispatch__`.
+
+    Such a class decides what its values are. They need not be at its data pointer: torchao's quantised tensors hold
+    integers and scales, and have no memory of their own.
+    """
+    kind = type(tensor)
+    return kind not in _PLAIN and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a rank has all of a tensor; not of one that is sharded over ranks, of any class."""
+    shards = "local_shards", "__create_chunk_list__"  # of ShardedTensor, and of torch's protocol of such classes
+    return type(tensor) in _PLAIN or not any(hasattr(type(tensor), attribute) for attribute in shards)
+
+
+def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a detached view of a tensor's memory, of the class torch.Tensor.
+
+    Args:
+        tensor: one whose class has no `__torch_dispatch__` of its own.
+    """
+    if type(tensor) in _PLAIN:
+        return tensor.detach()
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(torch.Tensor)
+
+
+def missing_memory(tensor: torch.Tensor) -> str:
+    """Return why a tensor has no values in dense memory. Empty if it has, or if only its class knows."""
+    name = type(tensor).__name__
+    if is_lazy(tensor):
+        return f"is an {name}, which has no shape yet: run the module once, or give it a shape"
+    if _derives_from(tensor, "FakeTensor", "torch._subclasses"):
+        return "is a FakeTensor, which has no values"
+    if _derives_from(tensor, "MaskedTensor", "torch.masked"):
+        return "is a MaskedTensor, of which some values are masked: use its get_data() and get_mask()"
+    if tensor.is_nested:
+        return "is a nested tensor: use its values() and offsets()"
+    if tensor.is_quantized:
+        return f"is a quantised tensor of {tensor.dtype}: use its int_repr() and its scales, or dequantize() it"
+    if tensor.device.type == "meta":
+        return "is on the meta device: give it memory first (to_empty)"
+    if tensor.layout is not torch.strided:
+        return f"has the layout {tensor.layout}: only dense tensors are supported"
+    if overrides_dispatch(tensor) or tensor.numel() == 0:
+        return ""
+    try:
+        end = tensor.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.untyped_storage().data_ptr() and tensor.untyped_storage().nbytes() >= end * tensor.itemsize:
+            return ""
+    except RuntimeError:  # torch's own: it is a zero tensor, or a wrapper's storage
+        pass
+    return "has no memory of its own, as a parameter that FSDP has freed"
+
+
+def check_has_memory(name: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor has values in dense memory, or that its class has them. Raises UnsupportedValueError."""
+    reason = missing_memory(tensor)
+    if reason:
+        raise UnsupportedValueError(f"{name!r} cannot be stored: it {reason}")
+
+
+def check_storable(name: str, tensor: torch.Tensor) -> None:
+    """Check that a local tensor's values can be stored as they are.
+
+    Raises:
+        UnsupportedValueError: they are not in dense memory, or the tensor's class decides what they are.
+    """
+    check_has_memory(name, tensor)
+    if overrides_dispatch(tensor):
+        raise UnsupportedValueError(
+            f"{name!r} cannot be stored: it is of the class {_full_name(tensor)}, which keeps its values in a form of "
+            "its own: save the tensors that it is made of, or a plain tensor of its values"
+        )
+
+
+def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> None:
+    """Write to a tensor whose class decides how, by its own `copy_`.
+
+    Raises:
+        DestinationError: the class has none that works: it raised, or changed nothing.
+    """
+    before = _digests(destination)
+    try:
+        with torch.no_grad(), writing_to(destination):
+            destination.copy_(values)
+            written = _reads_back(destination, values) or _digests(destination) != before
+            if not written:  # so it is too where rounding leaves what was there: see whether other values arrive
+                for other in (torch.zeros_like(values), torch.ones_like(values)):
+                    destination.copy_(other)
+                    written = written or _digests(destination) != before
+                destination.copy_(values)
+    except Exception as error:
+        raise DestinationError(
+            f"{name!r} is of the class {_full_name(destination)}, whose copy_ failed: {type(error).__name__}: {error}. "
+            "Load into a plain tensor, and make one of that class from it"
+        ) from error
+    if destination.numel() and not written:
+        raise DestinationError(
+            f"{name!r} is of the class {_full_name(destination)}, whose copy_ does not write to it. Load into a plain "
+            "tensor, and make one of that class from it"
+        )
+
+
+def _reads_back(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    found = torch.empty_like(values)
+    try:
+        found.copy_(tensor)
+    except Exception:  # the class may not support it
+        return False
+    return type(found) is torch.Tensor and bool(np.array_equal(as_array(found), as_array(values)))
+
+
+def _digests(tensor: torch.Tensor) -> list[int]:
+    """Checksums of the tensors that a tensor is made of."""
+    found: list[int] = []
+    for inner in _inner(tensor):
+        if overrides_dispatch(inner):
+            found += _digests(inner)
+        elif not missing_memory(inner):
+            found.append(checksum(as_bytes(as_array(inner)).data))
+    return found
+
+
+def _inner(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if hasattr(tensor, "__tensor_flatten__"):
+        flattened: Any = tensor.__tensor_flatten__()
+        return [getattr(tensor, attribute) for attribute in flattened[0]]
+    return [value for value in vars(tensor).values() if isinstance(value, torch.Tensor)]
+
+
+def _derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
+    """Whether a class of torch is among a tensor's, without importing it."""
+    return any(kind.__name__ == name and kind.__module__.startswith(package) for kind in type(tensor).__mro__)
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The plain tensor whose memory holds a tensor's values: itself, or the largest that it is made of."""
+    if not overrides_dispatch(tensor):
+        return None if missing_memory(tensor) else tensor
+    inner = [found for part in _inner(tensor) if (found := memory_of(part)) is not None]
+    return max(inner, key=lambda part: part.nbytes, default=None)
+
+
+def _full_name(tensor: torch.Tensor) -> str:
+    return f"{type(tensor).__module__}.{type(tensor).__qualname__}"

@@ -1,0 +1,218 @@
+"""What each rank of `reshard.save` writes: by DCP's default planner, with descriptions of the values.
+
+Every rank describes the values of its state dict. The coordinator compares the descriptions before anything is written
+(`agreement`), and then gives each replica to one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Replicate
+
+from ...planner.checks import tile
+from ...planner.errors import CheckpointError
+from ..errors import ArgumentError, UnsupportedValueError
+from ..formats.value_codec import EncodedObject, encode_object, needs_pickle
+from ..runtime.checksums import checksum
+from ..tensors.classes import check_has_memory, check_storable, is_whole
+from ..tensors.dtypes import as_array, as_bytes, dtype_name
+from ..tensors.local_shards import local_shards
+from ..tensors.state_dict import Leaf, Path
+from .agreement import Described, agreed_paths, differing_names
+
+SMALL_BYTES = 64 * 1024
+"""Replicas up to this size are written by the lowest rank that has them, so that what belongs together stays together:
+the parts of a random state, or the mean and the variance of a BatchNorm. Larger ones are spread over the ranks."""
+
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's default planner for the leaves of a state dict, with a few differences.
+
+    The ranks' state dicts are compared. Small replicas and objects are written by the lowest rank that has them.
+    Objects that are plain data are not pickled. A DTensor is written as the boxes that this rank really holds, which
+    are not always those that DTensor computes (see `planner.layout.held_tensor`).
+
+    Args:
+        leaves: of this rank's state dict, by name.
+        strict_objects: whether an object that can only be loaded with `allow_pickle=True` is an error.
+    """
+
+    holds_boxes = True
+    """Tells StorageWriter that its plans have the boxes that ranks really hold."""
+
+    def __init__(self, leaves: Mapping[str, Leaf], *, strict_objects: bool = False) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._leaves = leaves
+        self._strict_objects = strict_objects
+        self._views: dict[MetadataIndex, torch.Tensor] = {}
+        self._encoded: dict[str, EncodedObject] = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        # DCP flattens sharded tensors that hold sharded tensors. Of other values it would lose empty dicts.
+        tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+        super().set_up_planner(tensors, storage_meta, is_coordinator)
+        self.state_dict = {**state_dict, **self.state_dict}
+
+    def create_local_plan(self) -> SavePlan:
+        described = {name: self._described(name, leaf) for name, leaf in self._leaves.items()}
+        plan = super().create_local_plan()
+        items = [held for item in plan.items for held in self._as_held(item)]
+        self.plan = replace(plan, items=items, planner_data=described)
+        return self.plan
+
+    def _as_held(self, item: WriteItem) -> list[WriteItem]:
+        name, tensor = item.index.fqn, self.state_dict[item.index.fqn]
+        if not isinstance(tensor, DTensor) or item.tensor_data is None:
+            return [item]
+        if hasattr(tensor._local_tensor, "__create_chunk_list__"):  # an item is one of its chunks
+            return [item]
+        shards = local_shards(name, tensor)
+        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in shards]
+        if chunks == [item.tensor_data.chunk] or not (chunks or item.tensor_data.chunk.sizes.numel()):
+            return [item]
+        items = []
+        for chunk, (_, view) in zip(chunks, shards, strict=True):
+            index = MetadataIndex(name, chunk.offsets)
+            self._views[index] = view
+            items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
+        return items
+
+    def _described(self, name: str, leaf: Leaf) -> Described:
+        try:
+            if isinstance(leaf.value, torch.Tensor):
+                return _describe_tensor(name, leaf.path, leaf.value)
+            self._encoded[name] = self._encode(name, leaf)
+            digest = checksum(self._encoded[name].getbuffer())
+            return Described(leaf.path, "empty dict" if leaf.is_empty_dict else "object", digests=(((), digest),))
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise UnsupportedValueError(
+                f"{name!r}, of {type(leaf.value)}, cannot be stored: {type(error).__name__}: {error}"
+            ) from error
+
+    def _encode(self, name: str, leaf: Leaf) -> EncodedObject:
+        kind, data = encode_object({} if leaf.is_empty_dict else leaf.value)
+        if self._strict_objects and needs_pickle(kind, data):
+            raise UnsupportedValueError(
+                f"{name!r}, of {type(leaf.value)}, could only be loaded with allow_pickle=True, which "
+                "strict_objects=True forbids: use plain data instead, or leave it out"
+            )
+        return EncodedObject(kind, data)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        described = [plan.planner_data for plan in all_plans]
+        paths = agreed_paths(described)
+        plans = assign_replicas([[item for item in plan.items if item.index.fqn in paths] for plan in all_plans])
+        check_coverage(plans, paths)
+        self.global_plan, metadata = create_default_global_save_plan([SavePlan(items) for items in plans])
+        self.metadata = replace(metadata, planner_data=paths, storage_data=differing_names(described))
+        return self.global_plan, self.metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        written = {item.index.fqn for item in new_plan.items}
+        self._encoded = {name: encoded for name, encoded in self._encoded.items() if name in written}
+        return super().finish_plan(new_plan)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._views[index] if index in self._views else super().lookup_object(index)
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return self._encoded[write_item.index.fqn]
+        return super().transform_object(write_item, object)
+
+
+def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
+    is_sharded = not is_whole(tensor)
+    if not is_sharded:
+        check_has_memory(name, tensor)
+    shards = local_shards(name, tensor)
+    for _, local in shards:
+        check_storable(name, local)
+    may_repeat = not is_sharded or (
+        isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
+    )
+    digests = tuple(
+        (box.offsets, checksum(as_bytes(as_array(local)).data))
+        for box, local in shards
+        if may_repeat and local.nbytes <= SMALL_BYTES
+    )
+    dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
+    return Described(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
+
+
+def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
+    """Have each of the items that several ranks could write written by one.
+
+    Args:
+        plans: the items of each rank.
+
+    Returns: the items that each rank is to write.
+    """
+    holders: dict[MetadataIndex, list[int]] = defaultdict(list)
+    sizes: dict[MetadataIndex, int] = {}
+    for rank, items in enumerate(plans):
+        for item in items:
+            holders[item.index].append(rank)
+            sizes[item.index] = _nbytes(item)
+    writers: dict[MetadataIndex, int] = {}
+    loads = [0] * len(plans)
+    for index in sorted(holders, key=lambda index: len(holders[index]) > 1 and sizes[index] > SMALL_BYTES):
+        ranks = holders[index]
+        is_small = sizes[index] <= SMALL_BYTES
+        writers[index] = min(ranks) if is_small else min(ranks, key=lambda rank: loads[rank])
+        loads[writers[index]] += sizes[index]
+    return [[item for item in items if writers[item.index] == rank] for rank, items in enumerate(plans)]
+
+
+def _nbytes(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def check_coverage(plans: Sequence[Sequence[WriteItem]], names: Iterable[str]) -> None:
+    """Check that what the ranks are to write of each value is all of it.
+
+    Raises:
+        ArgumentError: they hold more or less than a tensor has, as where their placements differ.
+    """
+    written = {item.index.fqn for items in plans for item in items}
+    for name in names:
+        if name not in written:
+            raise ArgumentError(
+                f"no rank of the process group holds a part of {name!r}, so that nothing would be saved"
+            )
+    boxes: dict[str, list[tuple[list[int], list[int]]]] = defaultdict(list)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for item in (item for items in plans for item in items):
+        data = item.tensor_data
+        if data is None:
+            continue
+        name, offsets, sizes = item.index.fqn, [*data.chunk.offsets], [*data.chunk.sizes]
+        shapes[name] = tuple(data.size)
+        if any(offset + size > n for offset, size, n in zip(offsets, sizes, data.size, strict=True)):
+            raise ArgumentError(f"{name!r} has the shape {[*data.size]}, and a rank holds {sizes} at {offsets} of it")
+        if data.chunk.sizes.numel():
+            boxes[name].append((offsets, sizes))
+    for name, shape in shapes.items():
+        held, numel = boxes[name], sum(math.prod(sizes) for _, sizes in boxes[name])
+        columns = [np.array(column, np.int64) for column in zip(*held, strict=True)]
+        if numel != math.prod(shape) or (len(held) > 1 and not tile(shape, *columns)):
+            raise ArgumentError(
+                f"the ranks hold {numel} elements of {name!r}, which has {math.prod(shape)}: its shards overlap or "
+                "leave gaps. All ranks of the process group must save it, with the same mesh and placements"
+            )
