@@ -27,7 +27,7 @@ MOST_S = 100
 STATE = {f"layers.{i}": torch.full((64, 64), float(i)) for i in range(20)}
 PRELUDE = """
 import json, os, signal, sys, threading, time, traceback, warnings, torch, reshard
-from reshard.storage.stores.base import open_store
+from reshard.storage.stores.open import open_store
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of Python, that a process with threads is forked
 MOST_S = 30
@@ -222,7 +222,7 @@ def test_a_fork_amid_loads_of_other_threads(saved: Place, tmp_path: Path) -> Non
 def test_locks_that_another_thread_holds_are_free_in_a_child(saved: Place, tmp_path: Path) -> None:
     code = """
     import torch.distributed.checkpoint as dcp
-    from reshard.storage import forks
+    from reshard.storage.runtime import forks
     warnings.simplefilter("ignore")
     dcp.save(state(3.0), checkpoint_id=uri + "-dcp", no_dist=True)
     checkpoints = [reshard.open(uri), reshard.open(uri + "-dcp")]

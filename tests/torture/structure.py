@@ -23,7 +23,7 @@ from tests.torture.known import GROUPS
 
 MEMORY_PER_BYTE = 256
 """Bytes of memory that opening and reading may take for each byte of input, at most."""
-FREE_MEMORY = 96 * 1024 * 1024
+FREE_MEMORY = 192 * 1024 * 1024
 """Bytes of memory that any input may take."""
 MOST_CHARS = 20_000
 """Of a message."""
