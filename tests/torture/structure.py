@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import logging
 import random
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,9 +41,11 @@ def rounds(format: str, count: int, seed: int) -> collections.Counter[str]:
     """
     ended: collections.Counter[str] = collections.Counter()
     command = [sys.executable, "-m", "tests.torture.structure", format, str(seed), str(seed + count)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         assert process.stdout is not None
-        assert process.stderr is not None
         number = "none"
         watch = _Watch(process)
         for line in process.stdout:
@@ -50,7 +54,9 @@ def rounds(format: str, count: int, seed: int) -> collections.Counter[str]:
             if how:
                 ended[how] += 1
         watch.close()
-        error = process.stderr.read()
+        process.wait()
+        errors.seek(0)
+        error = errors.read()
     assert process.returncode == 0, f"{format}, input {number}: ended by {process.returncode}: {error[-3000:]}"
     return ended
 
@@ -91,6 +97,7 @@ def main() -> None:
     parser.add_argument("last", type=int)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable()
     limit = 8 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
