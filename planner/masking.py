@@ -31,6 +31,8 @@ _NAMES_CONTAINER = frozenset(("abfs", "abfss", "wasb", "wasbs"))
 _BEFORE_HOST = re.compile(
     r"(?:(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{1,30}))?(:/{1,3})((?:(?!:/)\S)*?@(?:[^\s/?#@]*@)*)"
 )
+_ANY_BEFORE_HOST = re.compile(r"://([^/?#:@]*):(?!\d{1,5}[/?#])([^@]*)@", re.DOTALL)
+"""A user and a password in a URI alone, where they may have blanks."""
 _PORT = re.compile(r"\d{1,5}(?:[/?#]|$)")
 _QUERY = re.compile(r"(?i)(\bhttps?:/{1,3}(?:(?!https?:/)[^\s?])*\?)(\S+)")
 _BEHIND_A_URL = re.compile(r"['\")\]>},;:.]*$")
@@ -44,7 +46,7 @@ _SECRET = (
     r"signature|credential|secret|passw(?:or)?d|passphrase|(?:security|session|access|auth|refresh|id|sas)[-_]?token|"
     r"(?:api|access|account|private)[-_]?key|sharedaccess"
 )
-_PARAMETER = re.compile(r"(?<=[?&])([\w.%-]{1,64})(=|%3D)(?!\*\*\*)([^\s&]+)")
+_PARAMETER = re.compile(r"(?<=[?&#])([\w.%-]{1,64})(=|%3D)(?!\*\*\*)([^\s&]+)")
 _SECRET_PARAMETER = re.compile(rf"(?i){_SECRET}|^(?:sig|pwd|pass|code|jwt|hmac)$|token|key|auth|policy")
 _NAMED = re.compile(
     rf"(?i)((?:{_SECRET}|(?:(?<![a-z0-9])|(?<=%3f)|(?<=%26))sig(?=[=%]))[\w-]{{0,24}}(?:=|%3D))(?!\*\*\*)([^\s&,;'\"<>)\]}}]+)"
@@ -127,10 +129,13 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
             yield user
         if not colon:
             continue
-        yield found[3].removesuffix("@")
         pieces = re.split("[/@?#]", password)  # clients take what is before a slash for the whole
-        yield f"{user}:{pieces[0]}"
+        yield from (pair for pair in (f"{user}:{password}", f"{user}:{pieces[0]}") if len(pair) >= LEAST_CHARACTERS)
         yield from (part for part in (password, *pieces) if len(part) >= LEAST_CHARACTERS or _is_odd(part))
+    before = _ANY_BEFORE_HOST.search(uri)
+    if before is not None and "::" not in uri.partition("@")[0].replace(f"{before[1]}:{before[2]}", ""):
+        password = before[2].lstrip(":/")
+        yield from (part for part in (before[2], password) if len(part) >= LEAST_CHARACTERS)
     for parameter in _PARAMETER.finditer(uri):
         if _SECRET_PARAMETER.search(parameter[1]) and len(parameter[3]) >= LEAST_CHARACTERS:
             yield parameter[3]
@@ -178,7 +183,7 @@ def masked(text: str) -> str:
     text = _remembered.masked(text)
     if "@" in text and ":/" in text:
         text = _BEFORE_HOST.sub(_without_user, text)
-    if "?" in text or "&" in text:
+    if any(mark in text for mark in "?&#"):
         text = _QUERY.sub(lambda found: found[1] + _without_values(found[2]), text)
         text = _PARAMETER.sub(_without_value, text)
     if _HINTS.search(text):  # to look for these in a text of a megabyte takes a second

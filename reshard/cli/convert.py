@@ -57,7 +57,7 @@ def run(
             allow_missing=allow_missing,
             dtype=wanted,
             codec=codec,
-            max_file_bytes=int(max_file_gb * 1e9),
+            max_file_bytes=int(min(max_file_gb * 1e9, 2**62)) if max_file_gb == max_file_gb else 0,
             src_format=format,
             src_options=options_of(src, takers, given),
             progress=True,

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, 
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
-from ..stores.open import open_store
+from ..stores.open import open_found_store, open_store
 from .dcp import METADATA, RANK_METADATA, DcpSource
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_complete, listed, part_groups, read_weight_map
@@ -39,25 +39,31 @@ MOST_NAMES = 10_000
 
 @undisturbed()
 def open_source(
-    target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None, format: str | None = None
+    target: str | os.PathLike[str] | Store,
+    storage_options: Mapping[str, Any] | None = None,
+    format: str | None = None,
+    *,
+    is_found: bool = False,
 ) -> Source:
     """Open the checkpoint at a path or URI, or in a store.
 
     Args:
         format: one of FORMATS; found out by default.
+        is_found: whether the URI was found in a listing: then what looks like a password in it is none.
 
     Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError,
     UnsafeObjectError, UnsupportedURIError, ArgumentError, StoreError.
     """
     if format not in (None, *FORMATS):
         raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
-    store = open_store(target, storage_options)
+    opened = open_found_store if is_found and isinstance(target, str) else open_store
+    store = opened(target, storage_options)  # type: ignore[arg-type]
     if isinstance(target, Store) or format == "reshard":
         return _in_folder(store, format)
     folder, name = split_file(os.fspath(target))
     suffix = os.path.splitext(name)[1]
     if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
-        source = _file(open_store(folder, storage_options), name, FILE_SUFFIXES[suffix])
+        source = _file(opened(folder, storage_options), name, FILE_SUFFIXES[suffix])
         if source is not None:
             return source
     try:
@@ -65,7 +71,7 @@ def open_source(
     except NotCommittedError:
         raise
     except CheckpointNotFoundError:
-        source = _file(open_store(folder, storage_options), name, format) if name else None
+        source = _file(opened(folder, storage_options), name, format) if name else None
         if source is None:
             raise
         return source

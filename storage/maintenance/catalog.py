@@ -31,7 +31,7 @@ from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store, check_delete
 from ..stores.local import TEMPORARY, LocalStore, SpecialFileError
-from ..stores.open import open_store
+from ..stores.open import open_found_store, open_store
 from ..writing.object_writer import OBJECT_MAGIC
 
 REMOVABLE = ("reshard", "dcp")
@@ -122,7 +122,7 @@ def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] 
     number = _LAST_NUMBER.search(uri.rpartition("/")[2])
     step = int(number[1]) if number else None
     try:
-        source = open_source(uri, storage_options)
+        source = open_source(uri, storage_options, is_found=True)
     except NotCommittedError:
         return Found(uri, "", UNFINISHED, step, None, None, None)
     except CheckpointError as error:
@@ -284,7 +284,7 @@ def find_remains(
     found = []
     for folder in sorted(folders.keys() - converted):
         place = f"{uri.rstrip('/')}/{folder}".rstrip("/")
-        remains = _remains(open_store(place, storage_options), folders[folder], older_than_s)
+        remains = _remains(open_found_store(place, storage_options), folders[folder], older_than_s)
         if remains:
             found.append(Remains(place, tuple(remains), sum(remains.values()), uri, folder))
     return found
@@ -302,7 +302,7 @@ def remove_remains(
     """
     _check_age(older_than_s)
     for place in remains:
-        names = _remains(open_store(place.uri, storage_options), place.names, older_than_s)
+        names = _remains(open_found_store(place.uri, storage_options), place.names, older_than_s)
         # From the place that the caller named: the store follows no link below that.
         open_store(place.root, storage_options).delete([f"{place.folder}/{name}".lstrip("/") for name in names])
 

@@ -236,7 +236,7 @@ class FsspecStore:
                 if is_beyond_the_end(error):
                     return b""
                 raise
-            return data
+            return _range_of(data, start, stop, name)
 
     def _check_regular(self, name: str) -> None:
         """Raises StoreError for what is no file on a local disk: to open a FIFO would wait for ever."""
@@ -373,4 +373,13 @@ class _AsyncReads:
                 if is_beyond_the_end(error):
                     return b""
                 raise
-            return data
+            return _range_of(data, start, stop, name)
+
+
+def _range_of(data: bytes, start: int, stop: int, name: str) -> bytes:
+    """Return the range that was asked for. A server that knows no ranges, as one of HTTP may, answers all of a file."""
+    if len(data) <= stop - start:
+        return data
+    if start == 0 or len(data) >= stop:
+        return data[start:stop]
+    raise StoreError(f"the server answered {len(data)} bytes of {name!r} for the range [{start}, {stop})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +38,8 @@ def checked_options(options: Mapping[str, Any] | None, protocol: str = "") -> di
             _check_string(shown, where[name])
             if name == "endpoint_url":
                 check_endpoint(shown, where[name])
+            elif not where[name].isprintable():
+                raise ArgumentError(f"{shown} has a line break, or another such character")
     for name in _STRINGS if protocol in ("s3", "s3a") else ():
         if found.get(name) is not None:
             _check_string(f"storage_options[{name!r}]", found[name])
@@ -75,9 +79,23 @@ def check_endpoint(what: str, endpoint: str) -> None:
             reason = "it names no server"
         elif url.port == 0:
             reason = "its port is 0"
-        elif "[" not in url.netloc:
-            url.hostname.encode("idna")
+        elif not _is_host(url.hostname, url.netloc):
+            reason = f"{url.hostname!r} cannot be a server"
     except ValueError as error:  # UnicodeError, too
         reason = str(error)
     if reason:
-        raise ArgumentError(f"{what} is no URL of a server: {reason}. It is {masked(endpoint)[:200]!r}")
+        shown = re.sub(r"[^/\s]*@", "***@", endpoint.split()[0] if endpoint.split() else endpoint)
+        raise ArgumentError(f"{what} is no URL of a server: {reason}. It is {masked(shown)[:200]!r}")
+
+
+def _is_host(host: str, netloc: str) -> bool:
+    """Return whether a client can look up the host of a URL. Raises ValueError for some that none can."""
+    if "[" in netloc:
+        ipaddress.IPv6Address(host)
+        return re.fullmatch(r"(:\d{1,5})?", netloc.rpartition("]")[2]) is not None and "%" not in host
+    host.encode("idna")
+    if not host.isascii():
+        return True
+    if re.fullmatch(r"[0-9.]+", host):
+        ipaddress.IPv4Address(host)
+    return re.fullmatch(r"[A-Za-z0-9._-]+", host) is not None and not host.endswith("xn--")

@@ -170,3 +170,13 @@ def test_an_option_that_only_asynchronous_callers_need_is_left_out(s3: Place) ->
         store = open_store(uri, {**options, **more, "asynchronous": True})
         store.put("x", b"x", overwrite=True)
         assert bytes(store.read("x", 0, 1)) == b"x"
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://256.1.1.1", "http://1.2.3.4.5", "http://[::1]x", "http://[fe80::1%25eth0]", "http://{}", "http://h|x",
+     "http://h%41", "http://<x>", "http://xn--", "http://h^x"],
+)  # fmt: skip
+def test_a_host_that_cannot_be_is_refused_before_a_client_is_opened(endpoint: str) -> None:
+    with pytest.raises(ArgumentError, match="is no URL of a server"):
+        reshard.open("s3://b/x", storage_options={"key": "k", "secret": "s", "endpoint_url": endpoint})

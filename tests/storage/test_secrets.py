@@ -20,7 +20,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
-from reshard.errors import AccessDeniedError, CheckpointError, StoreError, UnavailableError, UnsupportedURIError
+from reshard.errors import (
+    AccessDeniedError,
+    ArgumentError,
+    CheckpointError,
+    StoreError,
+    UnavailableError,
+    UnsupportedURIError,
+)
 from reshard.planner.masking import MOST_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
 from reshard.storage.maintenance.catalog import find_remains
@@ -359,3 +366,38 @@ def test_what_commands_print(command: str, host: str, tmp_path: Path) -> None:
             told = done.stdout + done.stderr
             assert told
             assert not any(piece in told for piece in (SECRET, QUOTED, *PIECES)), told
+
+
+def test_words_in_the_names_of_folders_are_nobodys_secrets(tmp_path: Path) -> None:
+    reshard.save({"a": torch.ones(2)}, tmp_path / "step-1000")
+    for word in ("u:missing", "u:step-1000", ":"):
+        folder = tmp_path / "a:" / f"{word}@x"
+        folder.mkdir(parents=True)
+        (folder / "manifest.reshard").write_text("x")
+    found = {Path(found.uri).name: found.step for found in reshard.find_checkpoints(tmp_path)}
+    assert found["step-1000"] == 1000
+    assert masked("step-1000 is missing: x") == "step-1000 is missing: x"
+
+
+@pytest.mark.parametrize("uri", ["https://:@h/y", "https://key:/x@h/y", "http://:@h"])
+def test_an_empty_password_masks_no_other_text(uri: str) -> None:
+    remember_secrets(uri)
+    assert masked("a: b, the key: value") == "a: b, the key: value"
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_passwords_with_blanks_and_marks_are_masked(number: int) -> None:
+    secret = f"Zq9{number}vXw7Kp"
+    uri = (
+        f"http://u:a b{secret}@127.0.0.1:9/x", f"memory://u: {secret}@h/x", f"http://u::{secret}@127.0.0.1:9/x",
+        f"http://127.0.0.1:9/x#token={secret}", f"http://u:/{secret}@127.0.0.1:9/x",
+    )[number]  # fmt: skip
+    remember_secrets(uri)
+    assert secret not in masked(f"cannot open {uri}: no answer")
+
+
+@pytest.mark.parametrize("endpoint", ["minio:S3cretPw99@h:9000", "//u:S3cretPw99@h", "ftp://u:S3cretPw99@h"])
+def test_an_endpoint_without_its_protocol_is_shown_without_its_password(endpoint: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        reshard.open("s3://b/x", storage_options={"key": "a", "secret": "s", "endpoint_url": endpoint})
+    assert "S3cretPw99" not in str(caught.value)
