@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def run(
     wanted = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(wanted, torch.dtype):
         raise typer.BadParameter(f"torch has no dtype {dtype!r}", param_hint="--dtype")
+    if not math.isfinite(max_file_gb * 1e9):
+        raise typer.BadParameter(f"{max_file_gb} GB is no size of a file", param_hint="--max-file-gb")
     given = storage_options(src_options)
     takers = [src, dst] if dst_options is None else [src]
     with _process_group():
@@ -57,7 +60,7 @@ def run(
             allow_missing=allow_missing,
             dtype=wanted,
             codec=codec,
-            max_file_bytes=int(min(max_file_gb * 1e9, 2**62)) if max_file_gb == max_file_gb else 0,
+            max_file_bytes=int(max_file_gb * 1e9),
             src_format=format,
             src_options=options_of(src, takers, given),
             progress=True,
