@@ -133,7 +133,7 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
         yield from (pair for pair in (f"{user}:{password}", f"{user}:{pieces[0]}") if len(pair) >= LEAST_CHARACTERS)
         yield from (part for part in (password, *pieces) if len(part) >= LEAST_CHARACTERS or _is_odd(part))
     before = _ANY_BEFORE_HOST.search(uri)
-    if before is not None and "::" not in uri.partition("@")[0].replace(f"{before[1]}:{before[2]}", ""):
+    if before is not None and "::" not in uri[: before.start()]:
         password = before[2].lstrip(":/")
         yield from (part for part in (before[2], password) if len(part) >= LEAST_CHARACTERS)
     for parameter in _PARAMETER.finditer(uri):

@@ -1,4 +1,4 @@
-"""Open what a conversion has written before it counts: its notes lie in the open, and anybody may change them."""
+"""Check the result of a conversion before the commit, since anybody who can write there can change its notes."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def open_source(
 
     Args:
         format: one of FORMATS; found out by default.
-        is_found: whether the URI was found in a listing: then what looks like a password in it is none.
+        is_found: whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
 
     Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError,
     UnsafeObjectError, UnsupportedURIError, ArgumentError, StoreError.

@@ -26,7 +26,7 @@ MAX_DIMENSIONS = 64
 
 
 class Record:
-    """What stands for an object of a class: the state that was set."""
+    """An object of a class in a pickle, reduced to its state."""
 
     __slots__ = ("state",)
 
@@ -89,7 +89,7 @@ class _NoSize(Foreign):
 
 
 class StandIn:
-    """What stands for a function. A pickle can call it, and cannot change it."""
+    """A replacement for a function. A pickle can call it but cannot change it."""
 
     __slots__ = ("_make",)
 

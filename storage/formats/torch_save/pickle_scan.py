@@ -1,8 +1,8 @@
 """Check a pickle before an unpickler reads it: what it would make a process hash, copy, and take memory for.
 
-An unpickler does as it is told. A few bytes can have it hash a tuple that holds another one twice, forty times over;
-copy one list again and again; or take memory for a number of bytes that nobody sends. None of this is an error that
-could be caught, and much of it runs in C, where no signal is heeded.
+A few bytes can make an unpickler hash a tuple that contains another one twice, forty levels deep; copy one list many
+times; or allocate memory for bytes that do not follow. None of this raises an error, and much of it runs in C, where
+Python does not handle signals.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _COUNTED = {
 _LONGS = b"\x8a\x8b"
 _NUMBERS = b"KMJG\x8a\x8b"
 _NEVER_COLLIDE = b"N\x88\x89KMJGE"
-"""Constants of which few have one hash, each for itself. E is an empty string."""
+"""Constants of which only a few different ones have the same hash. E is an empty string."""
 _COPYING = {
     *(("builtins", name) for name in ("set", "frozenset", "bytearray")),
     ("collections", "OrderedDict"),
@@ -89,7 +89,7 @@ _ALLOCATING = {
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"),
 }
 _TENSOR_MODULES = {"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse", "torch.storage"}
-"""Where the classes are of which each can be called with a size, as torch.FloatTensor(10)."""
+"""Modules with classes that can be called with a size, as torch.FloatTensor(10)."""
 
 
 def check_pickle(data: bytes, *, calls: bool = True) -> None:
