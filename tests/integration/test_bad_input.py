@@ -14,7 +14,7 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
-from tests.storage.samples import Custom
+from tests.samples import Custom
 
 SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}
 

@@ -23,9 +23,9 @@ from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
 from reshard.storage.stores.testing import Call, RecordingStore
 from tests.conftest import Place
+from tests.conversion.samples import COMMITS, KIB, assert_clean, assert_converted, cut_small, names_in, save_native
 from tests.integration.models import build, model
 from tests.ranks import RankFailed, RankPool
-from tests.storage.conversions import COMMITS, KIB, assert_clean, assert_converted, cut_small, names_in, save_native
 
 FORMATS = ("reshard", "dcp", "safetensors")
 MIB = 1024 * 1024

@@ -27,7 +27,7 @@ from reshard.storage.formats.native.manifest import NAME
 from reshard.storage.stores.testing import MemoryStore
 from tests.integration.models import Mlp, build, local_values
 from tests.ranks import RankPool
-from tests.storage.samples import Custom
+from tests.samples import Custom
 
 
 def full(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

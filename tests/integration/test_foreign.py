@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import reshard
 from tests.conftest import Place
+from tests.dcp_checkpoints import OfRank
 from tests.integration.models import build, local_values, model
 from tests.integration.test_layouts import load_rank
 from tests.ranks import RankPool
-from tests.storage.dcp_checkpoints import OfRank
 
 Layout = tuple[str, int]
 WAYS: dict[str, Callable[[str], FileSystemWriter]] = {

@@ -27,7 +27,7 @@ import reshard
 from reshard import errors
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from reshard.storage.tensors.plain_json import _READERS
-from tests.storage.samples import Custom, check_equal
+from tests.samples import Custom, check_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -17,7 +17,7 @@ from reshard.planner.costs import LOCAL, REMOTE
 from reshard.storage.formats.metadata_reads import Reads
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from tests.storage.dcp_checkpoints import put_together, rows
+from tests.dcp_checkpoints import put_together, rows
 
 WEIGHTS = torch.arange(512 * 256, dtype=torch.float32).reshape(512, 256)
 LAYOUT = reshard.Layout(4, {"w": "rowwise"})

@@ -12,7 +12,7 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.maintenance.diff import Difference, diff
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from reshard.storage.tensors.pieces import PIECE_BYTES
-from tests.storage.conversions import cut_small
+from tests.conversion.samples import cut_small
 
 
 def saved(state: dict[str, torch.Tensor]) -> RecordingStore:

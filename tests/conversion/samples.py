@@ -23,7 +23,7 @@ from reshard.storage.formats.native.manifest import NAME
 from reshard.storage.formats.safetensors import NAMES
 from reshard.storage.tensors import pieces
 from reshard.storage.tensors.state_dict import flatten
-from tests.storage.samples import same, sample
+from tests.samples import same, sample
 
 KIB = 1024
 COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}

@@ -27,7 +27,7 @@ from reshard.storage.conversion.journal import HEAD
 from reshard.storage.formats.native.manifest import NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
-from tests.storage.conversions import (
+from tests.conversion.samples import (
     COMMITS,
     KIB,
     SOURCES,

@@ -30,8 +30,8 @@ from reshard.errors import (
 from reshard.planner.entries import ITEMSIZES
 from reshard.storage.formats.torch_save import source
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from tests.storage.dcp_checkpoints import torch_saved
-from tests.storage.samples import Runs, assert_holds, boxes, same, sample
+from tests.dcp_checkpoints import torch_saved
+from tests.samples import Runs, assert_holds, boxes, same, sample
 
 
 def stored(data: bytes) -> MemoryStore:

@@ -33,7 +33,7 @@ from reshard.storage.formats.detect import FORMATS, open_source
 from reshard.storage.formats.native.manifest import NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from tests.storage.dcp_checkpoints import METADATA, put_together, rows
+from tests.dcp_checkpoints import METADATA, put_together, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

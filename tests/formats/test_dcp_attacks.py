@@ -34,8 +34,8 @@ import reshard
 from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError, UnsafeObjectError
 from reshard.planner.box import Box
 from reshard.storage.stores.testing import MemoryStore
-from tests.storage.dcp_checkpoints import METADATA, put_together, rows, torch_saved
-from tests.storage.samples import Runs, running, same
+from tests.dcp_checkpoints import METADATA, put_together, rows, torch_saved
+from tests.samples import Runs, running, same
 
 W = torch.arange(24.0).reshape(6, 4)
 V = torch.arange(24.0).reshape(6, 4) + 100

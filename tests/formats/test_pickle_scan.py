@@ -24,7 +24,7 @@ from reshard.storage.formats.shared_values import is_repetitive
 from reshard.storage.formats.torch_save import pickle_scan
 from reshard.storage.formats.torch_save.pickle_scan import check_pickle
 from reshard.storage.formats.value_codec import decode_object, encode_object
-from tests.storage.test_objects import same
+from tests.formats.test_value_codec import same
 
 RNG = random.Random(0)
 

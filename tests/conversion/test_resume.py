@@ -18,8 +18,7 @@ from reshard.errors import CheckpointExistsError, StoreError
 from reshard.storage.conversion import journal
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
-from tests.ranks import PRELOADED
-from tests.storage.conversions import (
+from tests.conversion.samples import (
     COMMITS,
     KIB,
     assert_clean,
@@ -29,6 +28,7 @@ from tests.storage.conversions import (
     of_names,
     save_native,
 )
+from tests.ranks import PRELOADED
 
 UNIT = 100 * KIB
 NOTE = ".reshard-convert-"

@@ -21,7 +21,7 @@ import reshard
 from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError
 from reshard.storage.formats.safetensors import NAMES
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from tests.storage.samples import assert_holds, boxes, same, sample
+from tests.samples import assert_holds, boxes, same, sample
 
 ROW = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 INDEX = "model.safetensors.index.json"

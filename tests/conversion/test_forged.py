@@ -15,7 +15,7 @@ import reshard
 from reshard.errors import CorruptCheckpointError, StoreError
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
-from tests.storage.conversions import COMMITS, KIB, cut_small, save_native
+from tests.conversion.samples import COMMITS, KIB, cut_small, save_native
 
 FORMATS = ("reshard", "dcp", "safetensors")
 HEAD = ".reshard-convert.json"

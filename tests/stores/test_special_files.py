@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import reshard
-from tests.storage.test_deletes import WRITTEN, of_dcp
+from tests.stores.test_deletes import WRITTEN, of_dcp
 
 ROOT = Path(__file__).parents[2]
 MOST_S = 60

@@ -10,7 +10,7 @@ import torch
 
 import reshard
 from tests.checkpoints import state
-from tests.storage.samples import check_equal, same
+from tests.samples import check_equal, same
 
 FOLDER = Path(__file__).parent / "checkpoints"
 

@@ -22,7 +22,7 @@ from reshard.planner.entries import ITEMSIZES
 from reshard.storage.formats.detect import open_source
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
-from tests.storage.conversions import (
+from tests.conversion.samples import (
     KIB,
     SOURCES,
     UNSAFE,
@@ -36,7 +36,7 @@ from tests.storage.conversions import (
     save_native,
     tensors_of,
 )
-from tests.storage.samples import same, sample
+from tests.samples import same, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reshard.planner.index import Kind
 from reshard.storage.errors import CorruptCheckpointError, UnsafeObjectError
 from reshard.storage.formats.value_codec import decode_object, encode_object
-from tests.storage.samples import Custom
+from tests.samples import Custom
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
 values = st.recursive(

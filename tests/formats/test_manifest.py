@@ -29,7 +29,7 @@ from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.planner.indexes import Saved, chunks_read, index_of
-from tests.storage.samples import sample
+from tests.samples import sample
 
 HALVES = [Box((0, 0), (4, 8)), Box((4, 0), (4, 8))]
 INDEX = index_of(

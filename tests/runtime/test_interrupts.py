@@ -1,6 +1,6 @@
 """A save that is interrupted ends its process soon at any of its steps, and leaves a whole checkpoint.
 
-Beside tests/storage/test_exit.py, which interrupts the other calls, and a save while it writes.
+Beside tests/runtime/test_exit.py, which interrupts the other calls, and a save while it writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import reshard
 from reshard.storage.stores.testing import MemoryStore
 from tests.failing_s3 import failing_s3
-from tests.storage.test_exit import ANSWERS, MOST_S, check_end, child, content, everything, interrupted, saved
+from tests.runtime.test_exit import ANSWERS, MOST_S, check_end, child, content, everything, interrupted, saved
 
 __all__ = ["saved"]
 SAVE = "reshard.save(state(), uri, storage_options=options, overwrite=True)"

@@ -26,8 +26,8 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import RecordingStore
-from tests.storage.dcp_checkpoints import METADATA, OfRank, put_together, rows
-from tests.storage.samples import assert_holds, boxes, same, sample
+from tests.dcp_checkpoints import METADATA, OfRank, put_together, rows
+from tests.samples import assert_holds, boxes, same, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
