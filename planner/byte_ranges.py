@@ -25,9 +25,9 @@ SPAN_BYTES = 4 * SLAB_BYTES
 class Gaps:
     """Which gaps between two ranges are read over, so that one request fetches both."""
 
-    most_bytes: int
+    max_bytes: int
     """The largest gap."""
-    most_over_read: float
+    max_over_read: float
     """All that is read over, as a fraction of the bytes wanted."""
 
 
@@ -107,7 +107,7 @@ def slabs_of(
     several = (outer >= 0) & (run_bytes < SLAB_BYTES)
     strides = row_bytes[at, outer]
     gap = np.where(several, strides - run_bytes, 0)
-    joined = (gap <= gaps.most_bytes) & (gap <= gaps.most_over_read * run_bytes)
+    joined = (gap <= gaps.max_bytes) & (gap <= gaps.max_over_read * run_bytes)
 
     # A slab is a block of the piece: one index of the dimensions before `axis`, some of it, all of those after it.
     axis = np.where(several, outer, inner)

@@ -20,7 +20,7 @@ class Costs:
     """What all its requests together bring, once they are answered."""
     concurrent_requests: int
     """How many are under way at once."""
-    most_over_read: float
+    max_over_read: float
     """The bound that holds where the user gives none, as a fraction of the bytes wanted."""
 
     @property
@@ -28,17 +28,17 @@ class Costs:
         """The gap that takes as long to read over as a request of its own takes: latency / concurrency x bandwidth."""
         return int(self.latency_s / self.concurrent_requests * self.bytes_per_s)
 
-    def gaps(self, most_over_read: float | None = None) -> Gaps:
+    def gaps(self, max_over_read: float | None = None) -> Gaps:
         """Which gaps to read over, under the user's bound or the default one."""
-        return Gaps(self.gap_bytes, self.most_over_read if most_over_read is None else most_over_read)
+        return Gaps(self.gap_bytes, self.max_over_read if max_over_read is None else max_over_read)
 
     def measured(self, latency_s: float | None, bytes_per_s: float | None) -> Costs:
         """The same with what was seen, as far as it was."""
         return replace(self, latency_s=latency_s or self.latency_s, bytes_per_s=bytes_per_s or self.bytes_per_s)
 
 
-LOCAL = Costs(latency_s=2e-6, bytes_per_s=2e9, concurrent_requests=1, most_over_read=0.25)
+LOCAL = Costs(latency_s=2e-6, bytes_per_s=2e9, concurrent_requests=1, max_over_read=0.25)
 """A call of the system on a local disk: a gap of 4 KB, about a page. More bytes would be read than are needed, without
 being faster where they do not come from a cache."""
-REMOTE = Costs(latency_s=0.03, bytes_per_s=200e6, concurrent_requests=32, most_over_read=UNBOUNDED)
+REMOTE = Costs(latency_s=0.03, bytes_per_s=200e6, concurrent_requests=32, max_over_read=UNBOUNDED)
 """An object store in the same region, until something else is seen: a gap of 190 KB."""

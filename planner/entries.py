@@ -63,8 +63,12 @@ class Entry:
             raise InvalidIndexError(
                 f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
             )
-        if self.kind is not Kind.TENSOR and (self.dtype != "uint8" or len(self.grid.shape) != 1):
+        if not self.is_tensor and (self.dtype != "uint8" or len(self.grid.shape) != 1):
             raise InvalidIndexError(f"{self.name!r} is an object, and no row of bytes: {self.dtype} {self.grid.shape}")
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.kind is Kind.TENSOR
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .text import shown
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 """Of a table; of more, the first and the last are shown."""
 
 
@@ -17,8 +17,8 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
     Every value is as `shown` returns it, and escaped.
     """
     rows = list(rows)
-    if len(rows) > MOST_ROWS:
-        rows = [*rows[: MOST_ROWS // 2], ["⋮"] * len(columns), *rows[-MOST_ROWS // 2 :]]
+    if len(rows) > MAX_ROWS:
+        rows = [*rows[: MAX_ROWS // 2], ["⋮"] * len(columns), *rows[-MAX_ROWS // 2 :]]
     head = "".join(f"<th>{html.escape(shown(column))}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(map(_cell, range(len(row)), row))}</tr>" for row in rows)
     caption = f'<caption style="text-align: left">{html.escape(shown(caption))}</caption>'

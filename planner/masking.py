@@ -16,12 +16,12 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 MASK = "***"
-MOST_REMEMBERED = 512
-LEAST_CHARACTERS = 6
+MAX_REMEMBERED = 512
+MIN_CHARACTERS = 6
 """Of a value that is masked wherever it appears: a shorter one may be a part of any sentence."""
-LEAST_OF_A_USER = 8
-"""As LEAST_CHARACTERS, of the name of a user or of an access key."""
-MOST_LEVELS = 8
+MIN_OF_A_USER = 8
+"""As MIN_CHARACTERS, of the name of a user or of an access key."""
+MAX_LEVELS = 8
 """How deeply options may be nested."""
 _NO_SECRETS = frozenset(("anonymous", "browser", "default", "google_default", "latin-1", "latin1", "utf-8"))
 """Values of options for secrets that are none: ways to find credentials, encodings."""
@@ -63,7 +63,7 @@ _CONNECTION_PART = re.compile(r"(?i)(?:key|signature|password|secret)=([^;]+)")
 
 
 class _Remembered:
-    """The values that were given as secrets, the last MOST_REMEMBERED of them."""
+    """The values that were given as secrets, the last MAX_REMEMBERED of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,7 +82,7 @@ class _Remembered:
                     self._forms = None
                 self._values.pop(value, None)
                 self._values[value] = None
-            while len(self._values) > MOST_REMEMBERED:
+            while len(self._values) > MAX_REMEMBERED:
                 del self._values[next(iter(self._values))]
 
     def masked(self, text: str) -> str:
@@ -125,19 +125,19 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
         if _without_user(found) == found[0]:
             continue
         user, colon, password = found[3].removesuffix("@").partition(":")
-        if len(user) >= LEAST_OF_A_USER:
+        if len(user) >= MIN_OF_A_USER:
             yield user
         if not colon:
             continue
         pieces = re.split("[/@?#]", password)  # clients take what is before a slash for the whole
-        yield from (pair for pair in (f"{user}:{password}", f"{user}:{pieces[0]}") if len(pair) >= LEAST_CHARACTERS)
-        yield from (part for part in (password, *pieces) if len(part) >= LEAST_CHARACTERS or _is_odd(part))
+        yield from (pair for pair in (f"{user}:{password}", f"{user}:{pieces[0]}") if len(pair) >= MIN_CHARACTERS)
+        yield from (part for part in (password, *pieces) if len(part) >= MIN_CHARACTERS or _is_odd(part))
     before = _ANY_BEFORE_HOST.search(uri)
     if before is not None and "::" not in uri[: before.start()]:
         password = before[2].lstrip(":/")
-        yield from (part for part in (before[2], password) if len(part) >= LEAST_CHARACTERS)
+        yield from (part for part in (before[2], password) if len(part) >= MIN_CHARACTERS)
     for parameter in _PARAMETER.finditer(uri):
-        if _SECRET_PARAMETER.search(parameter[1]) and len(parameter[3]) >= LEAST_CHARACTERS:
+        if _SECRET_PARAMETER.search(parameter[1]) and len(parameter[3]) >= MIN_CHARACTERS:
             yield parameter[3]
 
 
@@ -148,7 +148,7 @@ def _is_odd(text: str) -> bool:
 
 def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterator[str]:
     """The secrets in an option of a name, which holds for all that is in it."""
-    if level > MOST_LEVELS:
+    if level > MAX_LEVELS:
         return
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -164,8 +164,8 @@ def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterat
             return
         if _SECRET_OPTION.search(name):
             parts = [text, *text.split(), *_CONNECTION_PART.findall(text)]
-            yield from (part for part in parts if len(part) >= LEAST_CHARACTERS)
-        elif _USER_OPTION.search(name) and len(text) >= LEAST_OF_A_USER:
+            yield from (part for part in parts if len(part) >= MIN_CHARACTERS)
+        elif _USER_OPTION.search(name) and len(text) >= MIN_OF_A_USER:
             yield text
 
 

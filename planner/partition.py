@@ -20,7 +20,7 @@ from .grid import Grid
 from .index import CheckpointIndex, Stream
 from .regions import MAX_REGIONS, Regions
 
-LEAST_CHUNKS = 8
+MIN_CHUNKS = 8
 """Cutting adds at most one segment for so many chunks: a segment of a matrix takes 50 bytes, so many chunks take 96."""
 LAYERS = 32
 """How many kinds of tensors are remembered meanwhile: the layers of a model were cut alike, and are cut alike here."""
@@ -64,7 +64,7 @@ def choose_regions(index: CheckpointIndex, counts: Sequence[int]) -> list[tuple[
 
 def _choose(saved: _Saved, count: int) -> tuple[int, ...]:
     grid = saved.grid
-    most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // LEAST_CHUNKS
+    most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // MIN_CHUNKS
     parts = (1,) * len(grid.shape)
     while math.prod(parts) < count:
         for d in sorted(grid.order, key=lambda d: -grid.shape[d] / parts[d]):

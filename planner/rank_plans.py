@@ -12,7 +12,7 @@ from .byte_ranges import Gaps
 from .entries import Entry
 from .errors import InvalidPlanError, LayoutError, MissingTensorError
 from .html import table
-from .index import CheckpointIndex, Kind
+from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
 from .read_plan import GAPS, ReadPlan, Want, plan_reads
@@ -112,7 +112,7 @@ def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str
 
     Raises MissingTensorError where none does, LayoutError where none matches a rule of the layout, or one does not fit.
     """
-    entries = [entry for entry in entries if entry.kind is Kind.TENSOR and matches(names, entry.name)]
+    entries = [entry for entry in entries if entry.is_tensor and matches(names, entry.name)]
     if not entries and names != "*":
         raise MissingTensorError(f"the checkpoint has no tensor whose name matches {names!r}")
     patterns = [pattern for pattern, _ in layout.rules]

@@ -66,7 +66,7 @@ class ReadPlan:
             requests=self.requests.ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(self.requests.objects)),
-            max_gap_bytes=self.gaps.most_bytes,
+            max_gap_bytes=self.gaps.max_bytes,
             opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
         )
 
@@ -119,12 +119,12 @@ def plan_reads(
             spanned += read.bytes_spanned - ranges
         first += read.objects.size
     # What slabs read over already counts.
-    left = max(0.0, gaps.most_over_read * wanted - (spanned - wanted))
+    left = max(0.0, gaps.max_over_read * wanted - (spanned - wanted))
     requests = coalesce(
         column("objects"),
         starts,
         stops,
-        max_gap_bytes=gaps.most_bytes,
+        max_gap_bytes=gaps.max_bytes,
         max_over_read=left / max(spanned, 1),
         max_request_bytes=max_request_bytes,
         free_gap_bytes=FREE_GAP_BYTES if gaps is GAPS else 0,

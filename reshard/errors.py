@@ -19,7 +19,7 @@ from .storage.errors import ObjectNotFoundError as ObjectNotFoundError
 from .storage.errors import RankError as RankError
 from .storage.errors import StoreError as StoreError
 from .storage.errors import UnavailableError as UnavailableError
-from .storage.errors import UnsafeObjectError as UnsafeObjectError
+from .storage.errors import UnsafeValueError as UnsafeValueError
 from .storage.errors import UnsupportedFormatError as UnsupportedFormatError
 from .storage.errors import UnsupportedURIError as UnsupportedURIError
 from .storage.errors import UnsupportedValueError as UnsupportedValueError

@@ -30,14 +30,14 @@ def first_few(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(map(repr, names[:most])) + more
 
 
-MOST_RUNS = 3
+MAX_RUNS = 3
 
 
 def few(numbers: Iterable[int]) -> str:
     """Numbers as ranges, of many the first and how many there are: `0,2,4,… (32)`."""
     numbers = sorted(set(numbers))
     words = ranges(numbers).split(",")
-    return ",".join(words) if len(words) <= MOST_RUNS + 1 else f"{','.join(words[:MOST_RUNS])},… ({len(numbers)})"
+    return ",".join(words) if len(words) <= MAX_RUNS + 1 else f"{','.join(words[:MAX_RUNS])},… ({len(numbers)})"
 
 
 def ranges(numbers: Iterable[int]) -> str:

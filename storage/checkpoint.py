@@ -14,7 +14,7 @@ from ..planner.box import Box
 from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
-from ..planner.index import Kind, missing
+from ..planner.index import missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.read_plan import Want
@@ -23,7 +23,7 @@ from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import Damage, verify
-from .reading.read_tensors import Blob, check_is_tensor, check_objects, object_wants, read_boxes
+from .reading.read_tensors import StoredValue, check_is_tensor, check_values, read_boxes, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import rank_of
@@ -66,7 +66,7 @@ class Checkpoint:
         self._tensors = {
             entry.name: TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
             for entry, (chunks, stored) in zip(source.entries, source.sizes, strict=True)
-            if entry.kind is Kind.TENSOR
+            if entry.is_tensor
         }
 
     @property
@@ -131,7 +131,7 @@ class Checkpoint:
     @property
     def objects(self) -> tuple[str, ...]:
         """The names of the values that are not tensors."""
-        return tuple(entry.name for entry in self._source.entries if entry.kind is not Kind.TENSOR)
+        return tuple(entry.name for entry in self._source.entries if not entry.is_tensor)
 
     @property
     def unreadable(self) -> Mapping[str, str]:
@@ -202,7 +202,7 @@ class Checkpoint:
         return out
 
     @undisturbed()
-    def read_object(self, name: str, *, allow_pickle: bool = False, budget_bytes: int | None = None) -> Any:
+    def read_value(self, name: str, *, allow_pickle: bool = False, budget_bytes: int | None = None) -> Any:
         """Read a value that is not a tensor.
 
         Args:
@@ -211,14 +211,14 @@ class Checkpoint:
         Raises:
             ArgumentError: it takes more bytes than `budget_bytes`.
             MissingTensorError: there is none of this name.
-            UnsafeObjectError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
+            UnsafeValueError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
                 is False.
         """
-        if self._source.entry(name).kind is Kind.TENSOR:
+        if self._source.entry(name).is_tensor:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         check_budget(budget_bytes)
-        check_objects(self._source, [name], budget_bytes)
-        blob = Blob(self._source, name)
+        check_values(self._source, [name], budget_bytes)
+        blob = StoredValue(self._source, name)
         read_boxes(self._source, blob.wants, blob.tensors, budget_bytes=budget_bytes)
         return blob.value(allow_pickle=allow_pickle)
 
@@ -296,7 +296,7 @@ class Checkpoint:
         taken = [
             entry
             for entry in self._source.entries
-            if entry.kind is Kind.TENSOR and matches(names, entry.name) and not matches_any(excluded, entry.name)
+            if entry.is_tensor and matches(names, entry.name) and not matches_any(excluded, entry.name)
         ]
         if not taken and names != "*":
             raise missing(names, self._tensors)
@@ -353,21 +353,21 @@ class Checkpoint:
             device: of the tensors; the CPU by default.
             allow_pickle, budget_bytes, max_over_read, progress: as of `reshard.load`.
 
-        Raises MissingTensorError where nothing matches, UnsafeObjectError, CorruptCheckpointError, StoreError, and what
+        Raises MissingTensorError where nothing matches, UnsafeValueError, CorruptCheckpointError, StoreError, and what
         `read` raises for a name of `unreadable` that matches.
         """
         check_readable(self._source, names)
         entries = [entry for entry in self._source.entries if matches(names, entry.name)]
         if not entries and names != "*":
             raise missing(names, (entry.name for entry in self._source.entries))
-        objects = [entry.name for entry in entries if entry.kind is not Kind.TENSOR]
-        held = [entry for entry in entries if entry.kind is Kind.TENSOR]
+        objects = [entry.name for entry in entries if not entry.is_tensor]
+        held = [entry for entry in entries if entry.is_tensor]
         wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]
         check_budget(budget_bytes)
-        check_objects(self._source, objects, budget_bytes)
+        check_values(self._source, objects, budget_bytes)
         # What it says is checked before memory is taken on its word, and read at once.
-        self._source.index([*wants, *object_wants(self._source, objects)])
-        blobs = [Blob(self._source, name) for name in objects]
+        self._source.index([*wants, *value_wants(self._source, objects)])
+        blobs = [StoredValue(self._source, name) for name in objects]
         on = device or "cpu"
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=on) for entry in held]
         with Meter("load", progress, location=self.location) as meter:

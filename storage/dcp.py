@@ -52,8 +52,8 @@ from .formats.native.commit import commit, refuse_if_there
 from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, assemble_index
 from .formats.source import Source
-from .formats.value_codec import EncodedObject, encode_object, needs_pickle, torch_save
-from .reading.read_tensors import Blob, counting_metadata, read_boxes
+from .formats.value_codec import EncodedValue, encode_value, needs_pickle, torch_save
+from .reading.read_tensors import StoredValue, counting_metadata, read_boxes
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -71,7 +71,7 @@ from .runtime.threads import cleaning_up
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .stores.open import open_store
-from .stores.retry import at_once
+from .stores.retry import without_retries
 from .tensors.classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .tensors.dtypes import dtype_name, torch_dtype
 from .tensors.name_patterns import listed
@@ -83,7 +83,7 @@ from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
 logger = logger_of(__name__)
-Target = str | os.PathLike[str] | Store
+Location = str | os.PathLike[str] | Store
 
 
 TARGET_METHODS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
@@ -100,27 +100,27 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: whether a checkpoint that is there may be replaced, as DCP's own writers do. It stays readable
             until the new one is committed, and its data is removed after that. Checkpoints of other tools, and
             unfinished conversions, are never replaced: the save raises CheckpointExistsError.
-        strict_objects, budget_bytes: as of `reshard.save`.
+        allow_pickle, budget_bytes: as of `reshard.save`.
     """
 
     def __init__(
         self,
-        uri: Target,
+        uri: Location,
         *,
         codec: str = "zstd",
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = True,
-        strict_objects: bool = False,
+        allow_pickle: bool = True,
         budget_bytes: int | None = None,
     ) -> None:
         check_codec(codec)
         check_budget(budget_bytes)
-        self.checkpoint_id: Target = uri
+        self.checkpoint_id: Location = uri
         self.save_id = uuid.uuid4().hex
         self._codec = codec
         self._storage_options = storage_options
         self._overwrite = overwrite
-        self._strict_objects = strict_objects
+        self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
         self._rank = 0
         self._opened: Store | None = None
@@ -214,9 +214,9 @@ class StorageWriter(dcp.StorageWriter):
             for shard in shards
             if shard.kind is Kind.TORCH_SAVE and needs_pickle(shard.kind, bytes(shard.load(shard.box).numpy()))
         ]
-        if named and self._strict_objects:
+        if named and not self._allow_pickle:
             raise UnsupportedValueError(
-                f"{listed(named)} could only be loaded with allow_pickle=True, which strict_objects=True forbids: "
+                f"{listed(named)} needs pickle, and this save has allow_pickle=False: "
                 "use plain data instead, or leave it out"
             )
         return named
@@ -265,7 +265,7 @@ class StorageWriter(dcp.StorageWriter):
         if names:
             try:
                 with cleaning_up():
-                    at_once(self._store()).delete(names)
+                    without_retries(self._store()).delete(names)
             except Exception as error:
                 logger.warning("data objects of a failed save remain, %s: %s", ", ".join(names), error)
 
@@ -292,7 +292,7 @@ class StorageReader(dcp.StorageReader):
 
     def __init__(
         self,
-        uri: Target,
+        uri: Location,
         *,
         storage_options: Mapping[str, Any] | None = None,
         allow_pickle: bool = False,
@@ -301,7 +301,7 @@ class StorageReader(dcp.StorageReader):
         format: str | None = None,
     ) -> None:
         check_budget(budget_bytes)
-        self.checkpoint_id: Target = uri
+        self.checkpoint_id: Location = uri
         self._storage_options = storage_options
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
@@ -334,7 +334,7 @@ class StorageReader(dcp.StorageReader):
         for position, entry in enumerate(index.entries):
             if entry.name in source.unreadable:
                 continue
-            if entry.kind is not Kind.TENSOR:
+            if not entry.is_tensor:
                 entries[entry.name] = BytesStorageMetadata()
                 continue
             chunks = [
@@ -376,7 +376,7 @@ class StorageReader(dcp.StorageReader):
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         wanted = {item.storage_index.fqn: None for item in plan.items}
         source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
-        blobs = [Blob(source, item.storage_index.fqn) for item in objects]
+        blobs = [StoredValue(source, item.storage_index.fqn) for item in objects]
         wants, destinations, commits = _wants(tensors, planner)
         report = read_boxes(
             source,
@@ -396,7 +396,7 @@ class StorageReader(dcp.StorageReader):
         future.set_result(None)
         return future
 
-    def _for_planner(self, blob: Blob) -> io.BytesIO:
+    def _for_planner(self, blob: StoredValue) -> io.BytesIO:
         """An object as planners expect it, written by torch.save.
 
         DCP's planner unpickles without an allow-list. What it gets here is written anew from a value that was read
@@ -496,7 +496,7 @@ def _read_box(item: ReadItem) -> Box:
 def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     name = item.index.fqn
     if item.type is WriteItemType.BYTE_IO:
-        kind, data = _encoded_object(item, planner)
+        kind, data = _encoded_value(item, planner)
         blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return ShardToWrite(
             name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda part: blob[part.slices]
@@ -522,7 +522,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
 
 
-def _encoded_object(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
+def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
     """An object as it is stored. DCP's own planner pickles all; what is plain data is asked of it before that."""
     asks_default = isinstance(planner, DefaultSavePlanner) and (
         type(planner).resolve_data is DefaultSavePlanner.resolve_data
@@ -532,14 +532,14 @@ def _encoded_object(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]
         assert isinstance(planner, DefaultSavePlanner)
         value = planner.lookup_object(item.index)
         try:
-            return encode_object(value)
+            return encode_value(value)
         except Exception as error:
             raise UnsupportedValueError(
                 f"{item.index.fqn!r}, of {type(value)}, cannot be stored: {type(error).__name__}: {error}"
             ) from error
     resolved = planner.resolve_data(item)
     assert isinstance(resolved, io.BytesIO)
-    return resolved.kind if isinstance(resolved, EncodedObject) else Kind.TORCH_SAVE, resolved.getvalue()
+    return resolved.kind if isinstance(resolved, EncodedValue) else Kind.TORCH_SAVE, resolved.getvalue()
 
 
 def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:

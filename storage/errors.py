@@ -16,7 +16,7 @@ CheckpointError
 ├── DestinationError         fix the call: the destination cannot be written in place
 ├── UnsupportedValueError    fix the call: a value of the state dict cannot be stored
 ├── ArgumentError            fix the call: an argument is none of those that there are
-├── UnsafeObjectError        decide: reading the object would run pickled code
+├── UnsafeValueError        decide: reading the object would run pickled code
 ├── CorruptCheckpointError   refuse: bytes are damaged, cut short or contradict themselves
 └── RankError                look there: something that is not of reshard failed on a rank
     └── StoppedError         (between ranks only: what is raised is the error of the rank that failed)
@@ -93,7 +93,7 @@ class ArgumentError(CheckpointError, ValueError):
     """An argument of a call is none of those that there are."""
 
 
-class UnsafeObjectError(CheckpointError):
+class UnsafeValueError(CheckpointError):
     """An object is pickled in a way that torch.load(weights_only=True) refuses."""
 
 

@@ -25,15 +25,15 @@ from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.source import Source
 from .reading.read_tensors import (
-    Blob,
     BoxReads,
-    Given,
+    StoredValue,
+    TensorCopy,
     carry_out,
     check_is_tensor,
-    check_objects,
+    check_values,
     counting_metadata,
-    object_wants,
     read_boxes,
+    value_wants,
 )
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
@@ -129,7 +129,7 @@ def load(
         ArgumentError: an argument is wrong, or the ranks opened different checkpoints. Nothing was changed.
         CorruptCheckpointError, StoreError: the bytes are not to be had. The tensor that the error names is as it
             was, unless the message says otherwise; others may have been loaded.
-        UnsafeObjectError: an object needs `allow_pickle`.
+        UnsafeValueError: an object needs `allow_pickle`.
     """
     rank = rank_of(process_group)
     alarm, meter = Alarm(process_group), Meter("load", progress, rank=rank)
@@ -175,7 +175,7 @@ def load(
     finally:
         alarm.close()
     done = loading[0]
-    done.put_objects()
+    done.put_values()
     state_to_stateful(state_dict, done.states)
     report = Report(rank, tuple(reports), done.skipped, done.unread)
     if rank == 0:
@@ -199,7 +199,7 @@ class _Loading:
         self._stored = by_new_name(there, lambda name: new_name(name, options.rename))
         """What the checkpoint has, by the name in the state dict, and the name there."""
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored and not self._may_miss(name)}
-        self._in_objects: list[tuple[Leaf, Any]] = []
+        self._inside_values: list[tuple[Leaf, Any]] = []
         """Leaves that are a part of an object of the checkpoint, each with its value."""
         self._opened: dict[Path, Any] = {}
         """The values in those objects, by the path in the state dict."""
@@ -227,19 +227,19 @@ class _Loading:
         inside = [name for _, names in self._containers for name in names]
         tensors = [name for name in inside if self._kind(name) is Kind.TENSOR]
         self._objects = [leaf for leaf in present.values() if self._kind(leaf.name) is not Kind.TENSOR]
-        self._object_names = [leaf.name for leaf in self._objects]
-        self._object_names += [name for name in inside if self._kind(name) is not Kind.TENSOR]
+        self._value_names = [leaf.name for leaf in self._objects]
+        self._value_names += [name for name in inside if self._kind(name) is not Kind.TENSOR]
         wants += [Want(self._stored[name], source.entry(self._stored[name]).whole) for name in tensors]
         # All of the metadata is read at once, and checked before memory is taken on its word.
-        objects = [self._stored[name] for name in self._object_names]
-        check_objects(source, objects, self._options.budget_bytes)
-        source.index([*wants, *object_wants(source, objects)])
+        objects = [self._stored[name] for name in self._value_names]
+        check_values(source, objects, self._options.budget_bytes)
+        source.index([*wants, *value_wants(source, objects)])
         self._built: dict[str, torch.Tensor] = {}
         """Tensors of dicts and lists that the state dict does not have."""
         for name in tensors:
             entry = source.entry(self._stored[name])
             self._built[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="cpu")
-        for leaf in (*self._objects, *(leaf for leaf, _ in (*self._containers, *self._in_objects))):
+        for leaf in (*self._objects, *(leaf for leaf, _ in (*self._containers, *self._inside_values))):
             if not isinstance(leaf.container, (MutableMapping, list)):
                 raise DestinationError(
                     f"{leaf.name!r} is in a {type(leaf.container).__name__}, where no value can be replaced: use a dict"
@@ -260,16 +260,16 @@ class _Loading:
                 self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
         return wants, destinations
 
-    def _given(self) -> list[Given]:
+    def _given(self) -> list[TensorCopy]:
         """The tensors that were taken out of objects, and where they go."""
-        given: list[Given] = []
+        given: list[TensorCopy] = []
         scales = scale_names(map(name_of, self._opened))
-        for leaf, value in self._in_objects:
+        for leaf, value in self._inside_values:
             if isinstance(value, torch.Tensor):
                 for box, tensor in _local_shards(leaf, tuple(value.shape)):
                     check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
                     self._note_cast(leaf.name, value.dtype, tensor.dtype)
-                    given.append(Given(leaf.name, value.detach()[box.slices], tensor))
+                    given.append(TensorCopy(leaf.name, value.detach()[box.slices], tensor))
         return given
 
     def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
@@ -314,9 +314,9 @@ class _Loading:
     def _take_out(self, inside: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Take values out of the objects that hold them. Returns the leaves whose objects do not."""
         names = [self._stored[name] for name in inside]
-        check_objects(self.source, names, self._options.budget_bytes)
-        self.source.index(object_wants(self.source, names))
-        blobs = [Blob(self.source, name) for name in names]
+        check_values(self.source, names, self._options.budget_bytes)
+        self.source.index(value_wants(self.source, names))
+        blobs = [StoredValue(self.source, name) for name in names]
         read_boxes(self.source, [], [], blobs=blobs)
         lost = []
         for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
@@ -334,17 +334,17 @@ class _Loading:
                         f"{leaf.name!r} is {type(found).__name__} in the checkpoint, and {type(leaf.value).__name__} "
                         "in the state dict"
                     )
-                self._in_objects.append((leaf, found))
+                self._inside_values.append((leaf, found))
         return lost
 
     def _unread(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
         inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
         taken = {name for _, names in self._containers for name in names}
-        in_objects = [name_of(path) for path in self._opened]
+        inside_values = [name_of(path) for path in self._opened]
         opened = {name_of(path[:length]) for path in self._opened for length in range(1, len(path))}
         return tuple(
             name
-            for name in dict.fromkeys((*self._stored, *in_objects))
+            for name in dict.fromkeys((*self._stored, *inside_values))
             if name not in named
             and name.startswith(inner)
             and name not in taken
@@ -355,7 +355,7 @@ class _Loading:
     def run(self, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
         """Read. Raises what `load` raises for the bytes."""
         options = self._options
-        blobs = {name: Blob(self.source, self._stored[name]) for name in self._object_names}
+        blobs = {name: StoredValue(self.source, self._stored[name]) for name in self._value_names}
         report = carry_out(
             self.source,
             self._reads,
@@ -383,9 +383,9 @@ class _Loading:
             paths[name] = (top, *(path[len(leaf.path) :] if known else (name[len(leaf.name) + 1 :],)))
         return nest(parts, paths)[top]
 
-    def put_objects(self) -> None:
+    def put_values(self) -> None:
         """Put the values that are not tensors into the state dict, once all ranks have read."""
-        for leaf, value in (*self._values, *self._in_objects):
+        for leaf, value in (*self._values, *self._inside_values):
             if not isinstance(leaf.value, torch.Tensor):
                 leaf.replace(value)
 
@@ -446,7 +446,7 @@ def _shards_to_load(leaf: Leaf, source: Source, stored: str) -> list[LocalShard]
     """What this rank holds of a leaf's tensor; nothing of an object. Raises where it does not fit the checkpoint."""
     entry = source.entry(stored)
     if not isinstance(leaf.value, torch.Tensor):
-        if entry.kind is Kind.TENSOR:
+        if entry.is_tensor:
             raise DestinationError(
                 f"{leaf.name!r} is a tensor of shape {entry.shape} in the checkpoint, and {type(leaf.value).__name__} "
                 "in the state dict: give it a tensor to load into"

@@ -48,7 +48,7 @@ def save(
     storage_options: Mapping[str, Any] | None = None,
     process_group: dist.ProcessGroup | None = None,
     overwrite: bool = False,
-    strict_objects: bool = False,
+    allow_pickle: bool = True,
     budget_bytes: int | None = None,
     progress: OnProgress = False,
 ) -> Report:
@@ -69,8 +69,8 @@ def save(
         storage_options: passed to fsspec.
         process_group: the ranks that save together; the default group where there is one, else this process alone.
         overwrite: replace a checkpoint that is there.
-        strict_objects: refuse objects that could only be loaded with `allow_pickle=True`; by default they are stored,
-            and the report and a warning list their names.
+        allow_pickle: whether values that need pickle are stored. They can only be loaded with `allow_pickle=True`; the
+            report and a warning list their names. If False, they raise UnsupportedValueError.
         budget_bytes: of memory that this rank may use beside the state; by default the smaller of 2 GiB and a tenth of
             what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
         progress: True for a bar on rank 0, or a function that is called with a `Progress` on every rank.
@@ -112,7 +112,7 @@ def save(
             metadata = dcp_save(
                 {name: leaf.value for name, leaf in leaves.items()},
                 storage_writer=writer,
-                planner=SavePlanner(leaves, strict_objects=strict_objects),
+                planner=SavePlanner(leaves, allow_pickle=allow_pickle),
                 process_group=process_group,
                 no_dist=not is_distributed(),
             )

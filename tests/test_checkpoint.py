@@ -49,7 +49,7 @@ def test_the_end_of_a_with_block_closes_files(folder: Path) -> None:
     "call",
     [
         lambda c: c.read("w"),
-        lambda c: c.read_object("step"),
+        lambda c: c.read_value("step"),
         lambda c: c.state_dict(),
         lambda c: c.verify(),
         lambda c: c.info,
@@ -106,14 +106,14 @@ def test_a_device_without_memory_is_refused(device: str, folder: Path) -> None:
 def test_a_budget_that_objects_exceed_is_refused_before_anything_is_read(folder: Path) -> None:
     with reshard.open(folder) as checkpoint:
         for call in (
-            lambda: checkpoint.read_object("text", budget_bytes=1000),
+            lambda: checkpoint.read_value("text", budget_bytes=1000),
             lambda: checkpoint.state_dict(budget_bytes=1000),
             lambda: reshard.load({"text": "", "step": 0}, folder, budget_bytes=1000),
             lambda: reshard.convert(folder, folder.parent / "d", format="dcp", budget_bytes=1000),
         ):
             with pytest.raises(ArgumentError, match=r"'text' with 3002, and budget_bytes is 1000: give a budget"):
                 call()
-        assert checkpoint.read_object("text", budget_bytes=10_000) == STATE["text"]
+        assert checkpoint.read_value("text", budget_bytes=10_000) == STATE["text"]
         assert checkpoint.read("w", budget_bytes=1000, max_over_read=0.5).equal(STATE["w"])
         assert checkpoint.state_dict(budget_bytes=10_000)["step"] == 3
     assert not (folder.parent / "d").exists()

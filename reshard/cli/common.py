@@ -18,7 +18,7 @@ from rich.text import Text
 from reshard.errors import UnsupportedValueError
 from reshard.planner.text import shown
 
-MOST_OF_A_LINE = 1_000_000
+MAX_OF_A_LINE = 1_000_000
 """Characters."""
 _OPTION_NAME = re.compile(r"[A-Za-z_.]{0,32}")
 Uri = Annotated[str, typer.Argument(metavar="URI", help="A path, or a URI that fsspec opens.", show_default=False)]
@@ -71,7 +71,7 @@ def options_of(uri: str, uris: Sequence[str], options: dict[str, Any]) -> dict[s
 
 def tell(line: object, *, file: TextIO | None = None) -> None:
     """Print a line, as `shown` returns it: what a checkpoint holds cannot add lines, or move the cursor."""
-    print(shown(line, MOST_OF_A_LINE), file=file)
+    print(shown(line, MAX_OF_A_LINE), file=file)
 
 
 def print_json(value: object) -> None:

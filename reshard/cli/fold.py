@@ -10,7 +10,7 @@ from ..words import ranges
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 """A part of a name that counts layers. Other digits, as in "01", "²" or a thousand of them, are letters."""
-MOST_LEVELS = 32
+MAX_LEVELS = 32
 """Of a tree; what is below stays in one line."""
 
 
@@ -52,12 +52,12 @@ class _Node:
 def tree(folded: Iterable[Folded]) -> list[tuple[str, Folded | None]]:
     """The lines of a tree of names, each indented, with the tensors that it stands for, or None.
 
-    A name with one thing below it is in one line with that, and so is all that is nested more than MOST_LEVELS deep.
+    A name with one thing below it is in one line with that, and so is all that is nested more than MAX_LEVELS deep.
     """
     root = _Node()
     for tensors in folded:
         node = root
-        for part in tensors.name.split(".", MOST_LEVELS - 1):
+        for part in tensors.name.split(".", MAX_LEVELS - 1):
             node = node.below.setdefault(part, _Node())
         node.own.append(tensors)
     return list(_lines(root, ""))

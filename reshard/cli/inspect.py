@@ -124,7 +124,7 @@ def _tell_tensors(checkpoint: Checkpoint, names: list[str], as_json: bool) -> No
     there = [*checkpoint.tensors, *checkpoint.objects]
     for name in (found for given in names for found in fnmatch.filter(there, given) or [given]):
         if name in checkpoint.objects:
-            told[name] = {"value": checkpoint.read_object(name)}
+            told[name] = {"value": checkpoint.read_value(name)}
             continue
         shards, grid = checkpoint.layout_of(name)
         told[name] = _row(checkpoint, name) | {"grid": list(grid), "shards": [str(box) for box in shards]}

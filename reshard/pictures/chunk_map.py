@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 Rectangle = tuple[int, int, int, int]
 """Left, top, width, height."""
-MOST_RECTANGLES = 40_000
-MOST_LINES = 1500
+MAX_RECTANGLES = 40_000
+MAX_LINES = 1500
 """Chunks that have lines around them and hatches in them; of more, those that are read over are darker."""
-MOST_OUTLINES = 100
-MOST_OF_A_NAME = 120
+MAX_OUTLINES = 100
+MAX_OF_A_NAME = 120
 """Characters that a title has room for."""
 
 
@@ -49,11 +49,11 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
         for read in reads[group.ranks[0]]:
             box = read.want.box
             _add(axes, flat.of(np.array([box.offsets]), np.array([box.sizes])), facecolor=group.colour, alpha=0.85)
-            if len(chunks) < MOST_RECTANGLES:
+            if len(chunks) < MAX_RECTANGLES:
                 chunks.update(flat.of(read.chunk_offsets, read.chunk_sizes))
             more = read.bytes_over > 0
             over.update(flat.of(read.chunk_offsets[more], read.chunk_sizes[more]))
-    dense = len(chunks) > MOST_LINES
+    dense = len(chunks) > MAX_LINES
     if not dense:
         _add(axes, chunks, facecolor="none", edgecolor="white", linewidth=0.4)
     looks = {"facecolor": "black", "alpha": 0.35} if dense else {"facecolor": "none", "hatch": "////", "alpha": 0.6}
@@ -65,7 +65,7 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
         itertools.chain.from_iterable(outlines),
         facecolor="none",
         edgecolor="black",
-        linewidth=1.2 if len(boxes) <= MOST_OUTLINES else 0.2,
+        linewidth=1.2 if len(boxes) <= MAX_OUTLINES else 0.2,
     )
     axes.set_xlim(0, flat.columns)
     axes.set_ylim(flat.rows, 0)
@@ -82,7 +82,7 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     legend(figure, axes, groups, further)
 
 
-def most_over_read(plans: RankPlans) -> str | None:
+def max_over_read(plans: RankPlans) -> str | None:
     """The tensor of which the ranks read most that they do not want; the largest, where they read nothing such."""
     over: Counter[str] = Counter()
     needed: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def _title(name: str, dtype: str, shape: tuple[int, ...], reads: list[list[Chunk
     fetched = sum(read.bytes_spanned for of_rank in reads for read in of_rank)
     needed = sum(read.bytes_needed for of_rank in reads for read in of_rank)
     size = " x ".join(map(str, shape)) or "scalar"
-    name = shortened(shown(name), MOST_OF_A_NAME, MOST_OF_A_NAME)
+    name = shortened(shown(name), MAX_OF_A_NAME, MAX_OF_A_NAME)
     return f"{name}, {dtype}, {size}, read by {plans.mesh}: {fetched / max(needed, 1):.2f} times what is needed"
 
 
@@ -140,7 +140,7 @@ class _Flat:
             rows = _runs(low[: self._at], extent[: self._at], self._shape[: self._at])
             columns = _runs(low[self._at :], extent[self._at :], self._shape[self._at :])
             found += [(x, y, width, height) for (y, height), (x, width) in itertools.product(rows, columns)]
-            if len(found) > MOST_RECTANGLES:
+            if len(found) > MAX_RECTANGLES:
                 break  # no eye tells them apart
         return found
 

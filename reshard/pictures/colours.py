@@ -19,8 +19,8 @@ NOBODY: Colour = (0.92, 0.92, 0.92, 1.0)
 DCP: Colour = (0.85, 0.33, 0.10, 1.0)
 NEEDED: Colour = (0.55, 0.55, 0.55, 1.0)
 FETCHED: Colour = (0.12, 0.47, 0.71, 1.0)
-MOST_COLUMNS = 6
-MOST_NAMED = 12
+MAX_COLUMNS = 6
+MAX_NAMED = 12
 """Groups that a legend names one by one; of more it shows the scale."""
 
 
@@ -44,7 +44,7 @@ def grouped(keys: Sequence[Hashable]) -> list[Group]:
     for rank, key in enumerate(keys):
         if key is not None:
             found.setdefault(key, []).append(rank)
-    few = len(found) <= MOST_NAMED
+    few = len(found) <= MAX_NAMED
     colours = matplotlib.colormaps["tab20" if few else "turbo"]
     return [
         Group(tuple(of), colours((2 * i % 20 + i // 10) if few else i / len(found)))
@@ -61,12 +61,12 @@ def legend(
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch
 
-    named = groups if len(groups) <= MOST_NAMED else []
+    named = groups if len(groups) <= MAX_NAMED else []
     handles = [Patch(color=group.colour, label=group.label) for group in named]
     handles += [Patch(label=label, **looks) for label, looks in further]
     if len(named) < len(groups):
         scale = ScalarMappable(Normalize(0, groups[-1].ranks[0]), matplotlib.colormaps["turbo"])
         figure.colorbar(scale, ax=axes, label="rank", fraction=0.03, pad=0.01)
     if handles:
-        columns = math.ceil(len(handles) / math.ceil(len(handles) / MOST_COLUMNS))
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / MAX_COLUMNS))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)

@@ -22,10 +22,10 @@ Array = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int32]
 BINS = 720
 """Of the longest object."""
-MOST_LANES = 160
+MAX_LANES = 160
 """Up to so many each group of ranks has a lane of its own in each object's strip."""
-MOST_NAMED = 32
-MOST_STRIPS = 2000
+MAX_NAMED = 32
+MAX_STRIPS = 2000
 FAINTEST = 0.3
 """How a bin is seen of which little is read."""
 
@@ -38,12 +38,12 @@ def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
         return
     requests = [plans[group.ranks[0]].requests for group in groups]
     touched = sorted({int(at) for of in requests for at in np.unique(of.objects)}, key=_by_writer(plans))
-    shown = touched[:: -(-len(touched) // MOST_STRIPS)]
+    shown = touched[:: -(-len(touched) // MAX_STRIPS)]
     nbytes = np.array([plans.objects[at][1] for at in shown])
     edges = np.linspace(0, max(int(nbytes.max()), 1), BINS + 1)
     inside = nbytes[:, None] > edges[:-1]
-    lanes = len(groups) if len(shown) * len(groups) <= MOST_LANES else 1
-    gap = 1 if len(shown) * lanes <= MOST_LANES else 0
+    lanes = len(groups) if len(shown) * len(groups) <= MAX_LANES else 1
+    gap = 1 if len(shown) * lanes <= MAX_LANES else 0
     image = np.ones((len(shown), lanes + gap, BINS, 4))
     # Of each bin, what is read most of it by one group, by which, and by how many.
     most, who, many = (np.zeros((lanes, len(shown), BINS), kind) for kind in (np.float32, np.int32, np.int32))
@@ -73,7 +73,7 @@ def _label(axes: Axes, plans: RankPlans, shown: list[int], per_strip: int, touch
     axes.set_title(objects + (f", {len(shown)} shown" if len(shown) < touched else ""), fontsize="medium", loc="left")
     axes.set_xlabel("MB of the object")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    if len(shown) <= MOST_NAMED:
+    if len(shown) <= MAX_NAMED:
         names = [_short(plans.objects[at][0]) for at in shown]
         axes.set_yticks([(i + 0.5) * per_strip for i in range(len(shown))], names, fontsize="x-small", parse_math=False)
         axes.tick_params(axis="y", length=0)

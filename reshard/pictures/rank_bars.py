@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-MOST_BARS = 48
+MAX_BARS = 48
 """Ranks that have bars of their own; more are drawn as steps."""
 
 
@@ -29,7 +29,7 @@ def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBas
     above, *below = figure.subplots(1 + len(further), 1, sharex=True, height_ratios=[3] + [1] * len(further))
     above.set_title(_title(needed, fetched, whole), fontsize="medium", loc="left")
     _bars(above, [("needed", needed, NEEDED), ("fetched", fetched, FETCHED), ("in whole shards (DCP)", whole, DCP)])
-    if over.sum() > 0.001 * fetched.sum() and len(plans) <= MOST_BARS:
+    if over.sum() > 0.001 * fetched.sum() and len(plans) <= MAX_BARS:
         places = np.arange(len(plans))
         above.bar(
             places, over, 0.27, fetched - over, color=FETCHED, edgecolor="white", hatch="////", label="of it, in gaps"
@@ -68,7 +68,7 @@ def _most(values: np.ndarray, unit: str = "") -> str:
 
 def _bars(axes: Axes, values: list[tuple[str, np.ndarray, tuple[float, ...]]]) -> None:
     count = len(values[0][1])
-    if count > MOST_BARS:
+    if count > MAX_BARS:
         edges = np.arange(count + 1) - 0.5
         for label, heights, colour in values:
             axes.stairs(heights, edges, color=colour, label=label, linewidth=1.5)

@@ -22,14 +22,14 @@ import torch.distributed as dist
 
 from ...planner.entries import Entry
 from ...planner.errors import CheckpointError, MissingTensorError
-from ...planner.index import Kind, nearest_names
+from ...planner.index import nearest_names
 from ...planner.layout import matches
 from ..errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.source import Source, Unreadable
-from ..reading.read_tensors import check_objects
+from ..reading.read_tensors import check_values
 from ..runtime.brief import reason
 from ..runtime.checksums import checksum
 from ..runtime.limits import check_budget
@@ -220,13 +220,13 @@ class _Conversion:
         items, left_out = _items(source, selection, dtype)
         self.left_out = (*left_out, *source.left_out)
         if isinstance(target, SafetensorsTarget):
-            self.skipped = tuple(item.name for item in items if item.kind is not Kind.TENSOR)
-            items = [item for item in items if item.kind is Kind.TENSOR]
+            self.skipped = tuple(item.name for item in items if not item.is_tensor)
+            items = [item for item in items if item.is_tensor]
         for item in items:
-            if item.kind is not Kind.TENSOR:
-                check_objects(source, [item.source], self._budget)
+            if not item.is_tensor:
+                check_values(source, [item.source], self._budget)
         self.items, self.units = items, target.units(items)
-        stored = ((item, source.entry(item.source).dtype) for item in items if item.kind is Kind.TENSOR)
+        stored = ((item, source.entry(item.source).dtype) for item in items if item.is_tensor)
         self.cast = tuple(
             Cast(item.name, dtype, item.dtype)
             for item, dtype in stored
@@ -382,7 +382,7 @@ class Selection:
         Raises:
             MissingTensorError: a pattern matches no name.
             ArgumentError: two names would become one.
-            DtypeError, UnsupportedFormatError, CorruptCheckpointError, UnsafeObjectError: one cannot be read.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError, UnsafeValueError: one cannot be read.
         """
         self._check_patterns(there)
         names = [name for name in there if self._takes(name)]
@@ -445,7 +445,7 @@ def _items(source: Source, selection: Selection, dtype: torch.dtype | None) -> t
 
 def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str:
     """The dtype to write, by the planner's name. Raises DtypeError."""
-    if entry.kind is not Kind.TENSOR or dtype is None:
+    if not entry.is_tensor or dtype is None:
         return entry.dtype
     stored = torch_dtype(entry.dtype)
     to = weight_dtype(stored, entry.shape, dtype)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing_extensions import Buffer
 
 from ...planner.errors import CheckpointError
-from ...planner.index import Kind
 from ..errors import CorruptCheckpointError, StoreError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
@@ -19,7 +18,7 @@ from ..tensors.name_patterns import listed
 from ..tensors.pieces import Item
 
 
-class _WithObject(RetryingStore):
+class _WithValue(RetryingStore):
     """A store as if it had one more object."""
 
     def __init__(self, store: Store, name: str, data: bytes) -> None:
@@ -51,7 +50,7 @@ def check_converted(store: Store, format: str, items: Sequence[Item], commit: Ma
     """
     looked_at = store
     for name, data in commit.items():
-        looked_at = _WithObject(store, name, data)
+        looked_at = _WithValue(store, name, data)
     try:
         source = open_source(looked_at, format=format)
         why = _difference(source, items) or _missing_bytes(source)
@@ -68,8 +67,8 @@ def check_converted(store: Store, format: str, items: Sequence[Item], commit: Ma
 
 def _difference(source: Source, items: Sequence[Item]) -> str:
     """Return what a checkpoint has otherwise than it should, empty where that is nothing."""
-    due = {item.name: (item.dtype, item.shape) if item.kind is Kind.TENSOR else None for item in items}
-    found = {entry.name: (entry.dtype, entry.shape) if entry.kind is Kind.TENSOR else None for entry in source.entries}
+    due = {item.name: (item.dtype, item.shape) if item.is_tensor else None for item in items}
+    found = {entry.name: (entry.dtype, entry.shape) if entry.is_tensor else None for entry in source.entries}
     for names, what in ((due.keys() - found.keys(), "it lacks"), (found.keys() - due.keys(), "it has")):
         if names:
             return f"{what} {listed(sorted(names))}"

@@ -15,11 +15,11 @@ from ...planner.box import Box
 from ...planner.costs import UNBOUNDED
 from ...planner.index import Kind
 from ...planner.read_plan import Want
-from ..errors import CorruptCheckpointError, UnsafeObjectError
+from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
 from ..formats.torch_save.blob import ZSTD_MAGIC, decompress
-from ..formats.value_codec import MAX_OBJECT_BYTES, encode_object
-from ..reading.read_tensors import Blob, counting_metadata, read_boxes
+from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
+from ..reading.read_tensors import StoredValue, counting_metadata, read_boxes
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
@@ -28,7 +28,7 @@ from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
 from ..tensors.pieces import PIECE_BYTES, Item, Piece, in_groups
 
-MOST_GROUP_BYTES = 256 * 1024 * 1024
+MAX_GROUP_BYTES = 256 * 1024 * 1024
 """Values that are read at once, at most."""
 SMALL_BYTES = 1024 * 1024
 """Of less than this together, whatever lies between is read over: it costs less than requests."""
@@ -54,7 +54,7 @@ class Values:
         budget = default_budget() if budget_bytes is None else budget_bytes
         self._source = source
         self._lock = threading.Lock()
-        self.group_bytes = max(PIECE_BYTES, min(MOST_GROUP_BYTES, budget // READ_PARTS))
+        self.group_bytes = max(PIECE_BYTES, min(MAX_GROUP_BYTES, budget // READ_PARTS))
         """Values that are read at once."""
         self._pool = Pool(1, "reshard-convert")
         self._workers = Workers(source.store)
@@ -125,7 +125,7 @@ class Values:
         """
         for group in in_groups(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
-            blobs = [Blob(self._source, piece.item.source) for piece in group]
+            blobs = [StoredValue(self._source, piece.item.source) for piece in group]
             report = read_boxes(
                 self._source,
                 [],
@@ -144,14 +144,14 @@ class Values:
         self._was_read(nbytes)
 
 
-def _decoded(blob: Blob) -> tuple[Kind, bytes, Any]:
+def _decoded(blob: StoredValue) -> tuple[Kind, bytes, Any]:
     try:
         value = blob.value()
-    except UnsafeObjectError:
+    except UnsafeValueError:
         data = blob.data
-        return blob.kind, decompress(data, MAX_OBJECT_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
+        return blob.kind, decompress(data, MAX_VALUE_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
     try:
-        return *encode_object(value), value
+        return *encode_value(value), value
     except Exception as error:  # a value with attributes that no save has given it
         raise CorruptCheckpointError(f"object {blob.name!r} cannot be written anew: {reason(error)}") from error
 

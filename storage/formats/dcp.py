@@ -24,12 +24,12 @@ from ...planner.entries import ITEMSIZES, Entry
 from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex, Encoding, Kind
 from ...planner.read_plan import Want
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeObjectError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeValueError
 from ..runtime.brief import brief, text_of
-from ..tensors.state_dict import MOST_LEVELS, Path, path_from_json
+from ..tensors.state_dict import MAX_LEVELS, Path, path_from_json
 from .foreign import ForeignSource, Shards
 from .metadata_reads import Reads
-from .safetensors import Tensor, read_header
+from .safetensors import TensorHeader, read_header
 from .shared_values import is_repetitive
 from .torch_save.inert_unpickler import (
     LAYOUT,
@@ -101,7 +101,7 @@ class DcpSource(ForeignSource):
         Args:
             names: the metadata: one, or that of each rank.
 
-        Raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeObjectError, StoreError.
+        Raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeValueError, StoreError.
         """
         tensors: dict[str, tuple[str, tuple[int, ...], dict[Box, _Chunk]]] = {}
         blobs: dict[str, _Chunk] = {}
@@ -151,7 +151,7 @@ class DcpSource(ForeignSource):
         """Where the shards are by the metadata."""
         self._sized: set[int] = set()
         """Objects whose sizes are from the store; those of the others are what the metadata tells."""
-        self._files: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._files: dict[tuple[int, int], dict[str, TensorHeader]] = {}
         """The tensors of safetensors files, by object and first byte."""
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
@@ -250,7 +250,7 @@ class DcpSource(ForeignSource):
         nbytes = min(HEAD_BYTES, max(piece.nbytes, 9))  # one of safetensors has the values' size, which may be less
         return self._reads.whole(self.objects[piece.object][0], piece.start, piece.start + nbytes)
 
-    def _header(self, place: tuple[int, int]) -> dict[str, Tensor]:
+    def _header(self, place: tuple[int, int]) -> dict[str, TensorHeader]:
         """The tensors of the safetensors file that begins at a byte of an object and ends with it."""
         name, end = self.objects[place[0]]
         return read_header(self._reads, name, place[1], end)[0]
@@ -384,7 +384,7 @@ def _merge(
                     chunks[box] = (box, *place(name, box.offsets))
         except _NeedsForeignError as error:
             reason = f"{where} describes {name!r} by {error}, a class that reshard does not know and does not run"
-            unreadable.setdefault(name, (UnsafeObjectError, f"{reason}. The other names can be read"))
+            unreadable.setdefault(name, (UnsafeValueError, f"{reason}. The other names can be read"))
 
 
 def _boxes(chunks: Any, known: dict[int, list[Box] | _NeedsForeignError]) -> list[Box]:
@@ -440,7 +440,7 @@ def _paths(planner_data: Any) -> dict[str, Path]:
         for name, path in planner_data.items()
         if type(name) is str
         and type(path) is tuple
-        and 0 < len(path) <= MOST_LEVELS
+        and 0 < len(path) <= MAX_LEVELS
         and all(type(key) in (str, int) for key in path)
     }
     typed = planner_data.get(TYPED_PATHS)

@@ -33,7 +33,7 @@ FIRST_BYTES = 32
 """Of a file, to tell its format."""
 CONVERSION = ".reshard-convert.json"
 """What a conversion keeps at its place until it has come to its end."""
-MOST_NAMES = 10_000
+MAX_NAMES = 10_000
 """Objects that are looked at in search of a checkpoint."""
 
 
@@ -52,7 +52,7 @@ def open_source(
         is_found: whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
 
     Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError,
-    UnsafeObjectError, UnsupportedURIError, ArgumentError, StoreError.
+    UnsafeValueError, UnsupportedURIError, ArgumentError, StoreError.
     """
     if format not in (None, *FORMATS):
         raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
@@ -118,8 +118,8 @@ def _in_folder(store: Store, format: str | None) -> Source:
         if manifest is not None:
             return manifest
     reads = Reads(store)
-    names = list(islice(store.list(), MOST_NAMES))
-    cut = len(names) == MOST_NAMES
+    names = list(islice(store.list(), MAX_NAMES))
+    cut = len(names) == MAX_NAMES
     if cut:
         names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
     top = sorted(name for name in names if "/" not in name)
@@ -133,7 +133,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
     if cut and METADATA not in top and not indexes and not torch_indexes:
         raise CheckpointNotFoundError(
-            f"{store.location} has more than {MOST_NAMES} objects, too many to find a checkpoint among: give its own "
+            f"{store.location} has more than {MAX_NAMES} objects, too many to find a checkpoint among: give its own "
             "folder, or its file"
         )
     if format in (None, "dcp") and (METADATA in top or ranks):

@@ -25,7 +25,7 @@ from ..tensors.dtypes import torch_dtype
 from ..tensors.state_dict import Path
 from .metadata_reads import Reads
 from .source import Unreadable, bounded
-from .value_codec import encode_object
+from .value_codec import encode_value
 
 FINGERPRINT_OBJECTS = 4
 FINGERPRINT_BYTES = 4096
@@ -124,9 +124,9 @@ class ForeignSource:
             raise self.contradiction(f"two tensors have the name {name!r}")
         self.unreadable[name] = Unreadable(kind, reason, object)
 
-    def add_object(self, name: str, value: object) -> None:
+    def add_value(self, name: str, value: object) -> None:
         """Another value that is no tensor, which is here already."""
-        kind, data = encode_object(value)
+        kind, data = encode_value(value)
         self.add(name, kind, "uint8", (len(data),), _NO_SHARDS)
         self.inline[name] = data
         self._unread.add(name)
@@ -187,8 +187,8 @@ class ForeignSource:
     def observe(self, nbytes: int, seconds: float) -> None:
         self._reads.observe(nbytes, seconds)
 
-    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        bound = None if most_over_read is None else bounded(most_over_read)
+    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+        bound = None if max_over_read is None else bounded(max_over_read)
         return (costs or self._reads.costs).gaps(bound)
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:

@@ -8,7 +8,7 @@ from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from ..stores.base import Store
 
 NAME = "config.json"
-MOST_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 16 * 1024 * 1024
 KEYS = ("base_model_tp_plan", "tp_plan")
 """What a plan is called: of the model below the head, whose names then lack the head's prefix, and of all."""
 
@@ -20,7 +20,7 @@ def read_tp_plan(store: Store) -> dict[str, str]:
     Raises CorruptCheckpointError where the file is not what it should be, StoreError.
     """
     try:
-        data = bytes(store.read(NAME, 0, MOST_BYTES))
+        data = bytes(store.read(NAME, 0, MAX_BYTES))
     except ObjectNotFoundError:
         return {}
     try:

@@ -19,7 +19,7 @@ from .foreign import ForeignSource
 from .metadata_reads import Reads
 
 MAX_INDEX_BYTES = 100_000_000
-MOST_NAMED = 8
+MAX_NAMED = 8
 """Files that an error names."""
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
 _PART = re.compile(r"(?P<prefix>.*[-_.])?(?P<number>\d{1,7})[-_]of[-_](?P<count>\d{1,7})(?P<suffix>(?:\.\w+)+)")
@@ -27,7 +27,7 @@ _OF_RANK = re.compile(r"shard-\d+-")
 """How the names begin that torch's HuggingFaceStorageWriter gives to the files of one rank."""
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 P = TypeVar("P")
-Found = dict[str, list[tuple[int, P]]]
+TensorsByName = dict[str, list[tuple[int, P]]]
 """What files hold by name: the position of the file in the source's objects, and what it says of the tensor."""
 
 
@@ -83,8 +83,8 @@ def _weights_beside(files: Sequence[str]) -> str:
 def listed(names: Iterable[str]) -> str:
     """Return the first of some names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(map(repr, names[:MOST_NAMED])) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(map(repr, names[:MAX_NAMED])) + more
 
 
 def check_complete(location: str, names: Iterable[str]) -> None:
@@ -101,9 +101,9 @@ def check_complete(location: str, names: Iterable[str]) -> None:
         due = range(first, first + int(count))
         lacking = len(due) - sum(number in due for number in numbers)
         if lacking:
-            missing = islice((number for number in due if number not in numbers), MOST_NAMED)
+            missing = islice((number for number in due if number not in numbers), MAX_NAMED)
             files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing]
-            more = f" and {lacking - MOST_NAMED} more" if lacking > MOST_NAMED else ""
+            more = f" and {lacking - MAX_NAMED} more" if lacking > MAX_NAMED else ""
             raise CorruptCheckpointError(
                 f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} "
                 "files is missing. Copy it again, or open one of the files that are there by its own path"
@@ -151,7 +151,7 @@ def present(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) ->
     return found
 
 
-def select(source: ForeignSource, found: Found[P], weight_map: WeightMap) -> Found[P]:
+def select(source: ForeignSource, found: TensorsByName[P], weight_map: WeightMap) -> TensorsByName[P]:
     """Return what the index selects of what the files hold.
 
     What the index names and is missing becomes unreadable; what it does not name is noted as left out.
@@ -162,7 +162,7 @@ def select(source: ForeignSource, found: Found[P], weight_map: WeightMap) -> Fou
         files = [source.objects[at][0] for at in sorted({at for parts in found.values() for at, _ in parts})]
         raise CorruptCheckpointError(f"{where} names no tensors{_weights_beside(files)}")
     there = {name for name, _ in source.objects}
-    selected: Found[P] = {}
+    selected: TensorsByName[P] = {}
     for name, file in weight_map.files.items():
         parts = [part for part in found.get(name, ()) if source.objects[part[0]][0] == file]
         if parts:

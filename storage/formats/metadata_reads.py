@@ -19,7 +19,7 @@ T = TypeVar("T")
 SMALL_BYTES = 64 * 1024
 """The time of a read of this size, or a smaller one, is the store's latency."""
 LARGE_BYTES = 16 * 1024 * 1024
-MOST_AT_ONCE = 64
+MAX_CONCURRENT = 64
 
 
 class Reads:
@@ -93,7 +93,7 @@ class Reads:
         """A call for each row, many at once."""
         if len(columns[0]) <= 1:
             return list(map(call, *columns))
-        with Pool(min(MOST_AT_ONCE, len(columns[0])), "reshard-open") as pool:
+        with Pool(min(MAX_CONCURRENT, len(columns[0])), "reshard-open") as pool:
             return list(pool.map(call, *columns))
 
     @property
@@ -101,5 +101,5 @@ class Reads:
         """What a request costs, by what was seen."""
         if self.store.read_into is not None:
             return LOCAL
-        at_once = self.store.concurrent_reads
-        return replace(REMOTE.measured(self.latency_s, self.bytes_per_s), concurrent_requests=at_once)
+        concurrent = self.store.concurrent_reads
+        return replace(REMOTE.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)

@@ -19,7 +19,7 @@ from ...planner.index import Encoding, Kind
 from ..errors import CorruptCheckpointError, DtypeError
 from ..runtime.brief import brief, reason
 from .foreign import ForeignSource, Shards
-from .hf_index import MOST_NAMED, WeightMap, present, select, two_files
+from .hf_index import MAX_NAMED, WeightMap, present, select, two_files
 from .metadata_reads import Reads
 
 SUFFIX = ".safetensors"
@@ -45,7 +45,7 @@ _CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, Recursion
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorHeader:
     """A tensor of a file."""
 
     dtype: str
@@ -76,7 +76,7 @@ class SafetensorsSource(ForeignSource):
         self._has_shards = False
         columns = zip(*self.objects, strict=True) if self.objects else ((), ())
         headers = reads.many(lambda name, size: read_header(reads, name, 0, size), *map(list, columns))
-        found: dict[str, list[tuple[int, Tensor]]] = {}
+        found: dict[str, list[tuple[int, TensorHeader]]] = {}
         for at, (tensors, notes) in enumerate(headers):
             self.info |= notes
             for name, tensor in tensors.items():
@@ -98,7 +98,7 @@ class SafetensorsSource(ForeignSource):
     def contradiction(self, what: object) -> CorruptCheckpointError:
         return super().contradiction(f"{what}; {REMAINS}" if self._has_shards else what)
 
-    def _add(self, name: str, parts: list[tuple[int, Tensor]]) -> None:
+    def _add(self, name: str, parts: list[tuple[int, TensorHeader]]) -> None:
         first = parts[0][1]
         files = [self.objects[at][0] for at, _ in parts]
         if len(parts) > 1 and any(tensor.offsets is None for _, tensor in parts):
@@ -138,12 +138,12 @@ class SafetensorsSource(ForeignSource):
     def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
         """Make a tensor unreadable whose shards do not make up a tensor."""
         held = [f"{file!r} holds {box}" for box, file in zip(boxes, files, strict=True)]
-        more = f" and {len(held) - MOST_NAMED} more" if len(held) > MOST_NAMED else ""
-        reason = f"{what}: {', '.join(held[:MOST_NAMED])}{more}, in {self.store.location}; {REMAINS}"
+        more = f" and {len(held) - MAX_NAMED} more" if len(held) > MAX_NAMED else ""
+        reason = f"{what}: {', '.join(held[:MAX_NAMED])}{more}, in {self.store.location}; {REMAINS}"
         self.refuse(name, CorruptCheckpointError, reason, files[0])
 
 
-def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[str, TensorHeader], dict[str, Any]]:
     """The tensors and the metadata of a safetensors file, which lies in bytes [start, stop) of an object.
 
     Raises CorruptCheckpointError, StoreError.
@@ -187,7 +187,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str, Any] | None) -> Tensor:
+def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str, Any] | None) -> TensorHeader:
     word = row["dtype"]
     if type(word) is not str:
         raise ValueError(f"{name!r} has the dtype {brief(word)}")
@@ -197,11 +197,11 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
     if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
         raise ValueError(f"{name!r} has the shape {brief(shape)} and the bytes [{brief(begin)}, {brief(end)})")
     if not dtype:
-        return Tensor(dtype, shape, data_start + begin, offsets, word)
+        return TensorHeader(dtype, shape, data_start + begin, offsets, word)
     if dtype.endswith("_x2"):
         if not shape or shape[-1] % 2:
             raise ValueError(f"{name!r} has the shape {brief(shape)} of half bytes")
         shape = (*shape[:-1], shape[-1] // 2)
     if Box.whole(shape).numel * ITEMSIZES[dtype] != end - begin:
         raise ValueError(f"{name!r}, {dtype} {shape}, does not take the bytes [{begin}, {end})")
-    return Tensor(dtype, shape, data_start + begin, offsets)
+    return TensorHeader(dtype, shape, data_start + begin, offsets)

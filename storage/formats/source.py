@@ -21,11 +21,11 @@ from ..stores.base import Store
 from ..tensors.state_dict import Path
 
 
-def bounded(most_over_read: float) -> float:
+def bounded(max_over_read: float) -> float:
     """A user's bound on what is read over. Raises ArgumentError where it is none."""
-    if not most_over_read >= 0:
-        raise ArgumentError(f"max_over_read must be 0 or more, got {most_over_read}")
-    return min(most_over_read, UNBOUNDED)
+    if not max_over_read >= 0:
+        raise ArgumentError(f"max_over_read must be 0 or more, got {max_over_read}")
+    return min(max_over_read, UNBOUNDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Source(Protocol):
     def observe(self, nbytes: int, seconds: float) -> None:
         """Learn from a reading how fast the store is, for those that follow."""
 
-    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
+    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
         """Which gaps are worth reading over, under the user's bound or the default one.
 
         Args:

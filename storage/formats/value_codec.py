@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from ...planner.index import Kind
-from ..errors import CorruptCheckpointError, UnsafeObjectError, UnsupportedValueError
+from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedValueError
 from ..runtime.brief import reason
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain
 from .shared_values import is_repetitive
 from .torch_save.blob import ZSTD_MAGIC, decompress, load_checked
 
-MAX_OBJECT_BYTES = 2**31
+MAX_VALUE_BYTES = 2**31
 """How many bytes an object may have, encoded by JSON or torch.save."""
 _REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build")
 
 
-class EncodedObject(io.BytesIO):
+class EncodedValue(io.BytesIO):
     """An object as bytes, with the way to read them; what a SavePlanner of reshard resolves objects to."""
 
     def __init__(self, kind: Kind, data: bytes) -> None:
@@ -33,12 +33,12 @@ class EncodedObject(io.BytesIO):
         self.kind = kind
 
 
-def encode_object(value: Any) -> tuple[Kind, bytes]:
+def encode_value(value: Any) -> tuple[Kind, bytes]:
     """Encode a value. One that holds the same containers again and again is pickled: as JSON it could be of any size.
 
     Returns: how the bytes are to be read, and the bytes.
 
-    Raises UnsupportedValueError where there are more than MAX_OBJECT_BYTES.
+    Raises UnsupportedValueError where there are more than MAX_VALUE_BYTES.
     """
     kind, data = Kind.TORCH_SAVE, b""
     if not is_repetitive(value):
@@ -47,9 +47,9 @@ def encode_object(value: Any) -> tuple[Kind, bytes]:
             kind, data = Kind.JSON, plain.encode()
     if kind is Kind.TORCH_SAVE:
         data = torch_save(value)
-    if len(data) > MAX_OBJECT_BYTES:
+    if len(data) > MAX_VALUE_BYTES:
         raise UnsupportedValueError(
-            f"a {type(value).__name__} takes {len(data)} bytes, and an object may have {MAX_OBJECT_BYTES}: store what "
+            f"a {type(value).__name__} takes {len(data)} bytes, and an object may have {MAX_VALUE_BYTES}: store what "
             "is large in it as tensors"
         )
     return kind, data
@@ -58,24 +58,24 @@ def encode_object(value: Any) -> tuple[Kind, bytes]:
 def needs_pickle(kind: Kind, data: bytes) -> bool:
     """Whether an encoded object can only be read with `allow_pickle=True`."""
     try:
-        decode_object("", kind, data)
-    except UnsafeObjectError:
+        decode_value("", kind, data)
+    except UnsafeValueError:
         return True
     return False
 
 
-def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = False) -> Any:
+def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = False) -> Any:
     """The value that was encoded.
 
     Raises:
-        UnsafeObjectError: it is pickled in a way that weights_only=True refuses, and `allow_pickle` is False.
+        UnsafeValueError: it is pickled in a way that weights_only=True refuses, and `allow_pickle` is False.
         CorruptCheckpointError: the bytes are no such encoding.
     """
     try:
         if kind is Kind.JSON:
             return from_plain(json.loads(data))
         if data.startswith(ZSTD_MAGIC):  # as DCP's extension leaves it
-            data = decompress(data, MAX_OBJECT_BYTES)
+            data = decompress(data, MAX_VALUE_BYTES)
         if allow_pickle:
             return torch.load(io.BytesIO(data), weights_only=False, map_location="cpu")
         return load_checked(data)
@@ -85,7 +85,7 @@ def decode_object(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fa
             raise CorruptCheckpointError(
                 f"object {name!r} is not what its encoding should be: {reason(error)}"
             ) from error
-        raise UnsafeObjectError(
+        raise UnsafeValueError(
             f"object {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
             f"{refused.rstrip(' ./')}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
         ) from error

@@ -48,7 +48,7 @@ _LAST_NUMBER = re.compile(r"(?<![0-9])([0-9]{1,18})[^0-9]*$")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint, or what is left of one."""
 
     uri: str
@@ -66,7 +66,7 @@ class Found:
 
     def __repr__(self) -> str:
         """It in words, for logs and notebooks: `uri` has the secrets that were given, and this has not."""
-        return masked(f"Found({self.uri!r}, {self.format!r}, {self.state!r}, step={self.step})")
+        return masked(f"FoundCheckpoint({self.uri!r}, {self.format!r}, {self.state!r}, step={self.step})")
 
     @property
     def is_whole(self) -> bool:
@@ -75,7 +75,9 @@ class Found:
 
 
 @undisturbed()
-def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> list[Found]:
+def find_checkpoints(
+    uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> list[FoundCheckpoint]:
     """The checkpoints at a place and below it, by their names; files of torch.save where there is nothing else.
 
     Raises StoreError, UnsupportedURIError.
@@ -94,7 +96,7 @@ def find_checkpoints(uri: str | os.PathLike[str], storage_options: Mapping[str, 
             places += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
     with Pool(16, "reshard-ls") as pool:
 
-        def look(place: tuple[str, set[str] | None]) -> Found | None:
+        def look(place: tuple[str, set[str] | None]) -> FoundCheckpoint | None:
             return _found(f"{uri.rstrip('/')}/{place[0]}".rstrip("/"), place[1], storage_options)
 
         return [
@@ -117,25 +119,25 @@ def _tells(name: str) -> bool:
     return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
-def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> Found | None:
+def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> FoundCheckpoint | None:
     """None for a file that only has a name like those of torch.save. `names` are those of a folder, None of a file."""
     number = _LAST_NUMBER.search(uri.rpartition("/")[2])
     step = int(number[1]) if number else None
     try:
         source = open_source(uri, storage_options, is_found=True)
     except NotCommittedError:
-        return Found(uri, "", UNFINISHED, step, None, None, None)
+        return FoundCheckpoint(uri, "", UNFINISHED, step, None, None, None)
     except CheckpointError as error:
         if names is None and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
             return None
-        return Found(uri, "", str(error), step, None, None, None)
+        return FoundCheckpoint(uri, "", str(error), step, None, None, None)
     nbytes = sum(nbytes for _, nbytes in source.objects)
     missing = 0 if names is None else sum(name not in names for name, _ in source.objects)
     damaged = sum(found.is_damage for found in source.unreadable.values())
     state = f"{damaged} tensors are missing" if damaged else WHOLE
     if missing:
         state = f"{missing} of {len(source.objects)} objects are missing"
-    return Found(uri, source.format, state, step, nbytes, len(source.entries), _created(source))
+    return FoundCheckpoint(uri, source.format, state, step, nbytes, len(source.entries), _created(source))
 
 
 def _created(source: Source) -> datetime.datetime | None:

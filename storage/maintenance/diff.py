@@ -14,15 +14,15 @@ from ...planner.entries import Entry
 from ...planner.index import Kind
 from ...planner.read_plan import Want
 from ..conversion.source_stream import Values
-from ..errors import UnsafeObjectError
+from ..errors import UnsafeValueError
 from ..formats.source import Source
-from ..formats.value_codec import encode_object
-from ..reading.read_tensors import Blob, read_boxes
+from ..formats.value_codec import encode_value
+from ..reading.read_tensors import StoredValue, read_boxes
 from ..reading.same_chunks import same_chunks
 from ..runtime.torch_modes import undisturbed
 from ..tensors.pieces import Item, Piece, rows_of
 
-MOST_CHARACTERS = 40
+MAX_CHARACTERS = 40
 """Of a value that is shown."""
 
 
@@ -75,7 +75,7 @@ def _differences(a: Source, b: Source) -> Iterator[Difference]:
 
 
 def _is_tensor(source: Source, name: str) -> bool:
-    return source.entry(name).kind is Kind.TENSOR
+    return source.entry(name).is_tensor
 
 
 def _to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tuple[Entry, Entry]]:
@@ -144,20 +144,20 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _object(source: Source, name: str) -> tuple[Kind, bytes]:
     """What is to be compared of an object: how reshard would store it; of one that needs pickle, its bytes."""
-    if source.entry(name).kind is Kind.TENSOR:
+    if source.entry(name).is_tensor:
         return Kind.TENSOR, b""
-    blob = Blob(source, name)
+    blob = StoredValue(source, name)
     read_boxes(source, blob.wants, blob.tensors)
     try:
-        return encode_object(blob.value())
-    except UnsafeObjectError:
+        return encode_value(blob.value())
+    except UnsafeValueError:
         return blob.kind, blob.data
 
 
 def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
     if kind is Kind.JSON:
         text = data.decode()
-        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
-    if entry.kind is not Kind.TENSOR:
+        return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+    if not entry.is_tensor:
         return f"object of {entry.numel} bytes"
     return f"{entry.dtype} {list(entry.shape)}"

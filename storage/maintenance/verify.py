@@ -63,11 +63,11 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progres
         return [Damage(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
 
     largest = max((request.nbytes for request in requests), default=1)
-    at_once = max(1, min(store.concurrent_reads, default_budget() // largest))
+    concurrent = max(1, min(store.concurrent_reads, default_budget() // largest))
     meter = Meter("verify", progress, location=store.location)
     meter.expect(sum(request.nbytes for request in requests))
     found: list[Damage] = []
-    with meter, Pool(at_once, "reshard-verify") as pool:
+    with meter, Pool(concurrent, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
         for request, damages in zip(requests, pool.map(check, requests), strict=True):

@@ -13,10 +13,10 @@ from ..errors import CorruptCheckpointError
 from ..formats.native.chunk_runs import BAND_BYTES, Band
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.blob import decode_opaque
-from .tasks import Batch, Tensor
+from .tasks import Batch, TensorRead
 
 
-def place_batch(batch: Batch, damage: Callable[[Tensor, str], Exception]) -> None:
+def place_batch(batch: Batch, damage: Callable[[TensorRead, str], Exception]) -> None:
     """Decode a batch's chunks, whose bytes are here, and write them to its destination.
 
     Args:

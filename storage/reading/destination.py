@@ -37,18 +37,18 @@ class Destination:
         if not self._staged:
             self._write_to(self._tensor)
 
-    def begin(self, *, whole: bool, most_bytes: int) -> None:
+    def begin(self, *, whole: bool, max_bytes: int) -> None:
         """Make ready to be written. Any further call does nothing.
 
         Args:
             whole: whether `finish` will follow soon.
-            most_bytes: of host memory to stage the tensor in; a larger one is written on the device, box by box.
+            max_bytes: of host memory to stage the tensor in; a larger one is written on the device, box by box.
         """
         with self._lock:
             if self._target is not None:
                 return
             target = self._tensor
-            if self._staged and whole and target.nbytes <= most_bytes:
+            if self._staged and whole and target.nbytes <= max_bytes:
                 pinned = self._tensor.device.type == "cuda"
                 target = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, device="cpu", pin_memory=pinned)
             self._write_to(target)

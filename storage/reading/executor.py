@@ -31,8 +31,8 @@ from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from .decode import place_batch
 from .destination import Destination
-from .fetcher import Found, Ranges, read_ranges
-from .tasks import DAMAGED, Batch, ByteRange, Request, Tensor, arrange, separate
+from .fetcher import Fetched, Ranges, read_ranges
+from .tasks import DAMAGED, Batch, ByteRange, Request, TensorRead, arrange, separate
 from .workers import Workers
 
 GROUPS_AHEAD = 4
@@ -117,10 +117,10 @@ class _Execution:
         """Of them, those that do something."""
         self._reading = 0
         """Of those, the ones that read."""
-        self._arrived: deque[tuple[list[Request], Sequence[Found]]] = deque()
+        self._arrived: deque[tuple[list[Request], Sequence[Fetched]]] = deque()
         self._verified: deque[Batch] = deque()
         self._error: BaseException | None = None
-        self._failed_at: dict[BaseException, Tensor] = {}
+        self._failed_at: dict[BaseException, TensorRead] = {}
 
     def run(self, workers: Workers) -> None:
         self._workers, self._fetcher = workers, workers.fetcher
@@ -174,7 +174,7 @@ class _Execution:
 
     def _admitted(self) -> list[Request] | None:
         """The requests to fetch next, if the store takes more and the budget has room for them. Holds the lock."""
-        if not self._groups or self._fetching >= self._fetcher.at_once:
+        if not self._groups or self._fetching >= self._fetcher.max_requests:
             return None
         nbytes = sum(request.nbytes for request in self._groups[0])
         if self._held and self._held + nbytes > self._budget:
@@ -283,7 +283,7 @@ class _Execution:
                 self._reading -= 1
         self._arrive(group, found)
 
-    def _fetched(self, group: list[Request], begin: float, future: Future[list[Found]]) -> None:
+    def _fetched(self, group: list[Request], begin: float, future: Future[list[Fetched]]) -> None:
         """Leave what was read to the workers. Called by the thread that read it."""
         with self._lock:
             self.stats.fetch_s += time.perf_counter() - begin
@@ -295,7 +295,7 @@ class _Execution:
                 self._fail(error)
             self._caller.notify()
 
-    def _arrive(self, group: list[Request], found: Sequence[Found]) -> None:
+    def _arrive(self, group: list[Request], found: Sequence[Fetched]) -> None:
         """Verify what was read, and pass on what is complete by it."""
         for request, data in zip(group, found, strict=True):
             if self._error is None:
@@ -306,7 +306,7 @@ class _Execution:
             elif not isinstance(data, StoreError):
                 self._fetcher.release(memoryview(data))
 
-    def _take(self, request: Request, found: Found) -> None:
+    def _take(self, request: Request, found: Fetched) -> None:
         name = self._index.objects[request.object][0]
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
         tensor = request.parts[0][0].tensor
@@ -355,10 +355,10 @@ class _Execution:
             damages = request.damages(data, self._index)
         return data, damages
 
-    def _damage(self, tensor: Tensor, message: str) -> Exception:
+    def _damage(self, tensor: TensorRead, message: str) -> Exception:
         return self._failure(CorruptCheckpointError, tensor, message)
 
-    def _failure(self, kind: type[Exception], tensor: Tensor, message: str) -> Exception:
+    def _failure(self, kind: type[Exception], tensor: TensorRead, message: str) -> Exception:
         """An error of a tensor; whether a part was overwritten is told once nothing writes to it any more."""
         error = kind(f"{tensor.name!r}: {message}")
         self._failed_at[error] = tensor
@@ -400,7 +400,7 @@ class _Execution:
         """Write the values of a batch; the last of a tensor completes it."""
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
-        destination.begin(whole=not tensor.piecemeal, most_bytes=self._budget // 4)
+        destination.begin(whole=not tensor.piecemeal, max_bytes=self._budget // 4)
         place_batch(batch, self._damage)
         with self._lock:
             tensor.unplaced -= 1

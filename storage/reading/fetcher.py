@@ -20,7 +20,7 @@ from ..stores.buffer_pool import Memory
 
 Ranges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and bytes of it: [start, stop) each."""
-Found = Buffer | StoreError
+Fetched = Buffer | StoreError
 """The bytes of some ranges, one after another, or why they are not to be had."""
 TOGETHER_BYTES = 4 * 1024 * 1024
 """To ask for more, and to have what was read verified, takes as long as to read some 100 KiB of a file."""
@@ -34,7 +34,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self._pool: Pool | None = None
         if store.async_reads is None and store.read_into is None:
             self._pool = Pool(store.concurrent_reads, "reshard-fetch")
-        self._running: set[Future[list[Found]]] = set()
+        self._running: set[Future[list[Fetched]]] = set()
         self._memory = Memory()
         self._turns = asyncio.Semaphore(store.concurrent_reads)
 
@@ -44,7 +44,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         return self._store.read_into is not None
 
     @property
-    def at_once(self) -> int:
+    def max_requests(self) -> int:
         """How many calls may be under way."""
         return sys.maxsize if self.reads_here else self._store.concurrent_reads
 
@@ -53,7 +53,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         """What one call best asks for: several ranges, where each takes no longer than a call."""
         return TOGETHER_BYTES if self.reads_here else 0
 
-    def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Found]]], None]) -> None:
+    def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Fetched]]], None]) -> None:
         """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""
         reads = self._store.async_reads
         if reads is not None:
@@ -72,14 +72,16 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 if len(ranges) == 1:  # not those of thousands of runs: each would be a call of the system
                     self._store.will_read(name, ranges)
 
-    def read(self, wanted: Sequence[Ranges]) -> list[Found]:
+    def read(self, wanted: Sequence[Ranges]) -> list[Fetched]:
         """Read byte ranges of objects into memory that is used again."""
         into = self._store.read_into
         assert into is not None
         return self._read(wanted, partial(self._memory.filled, into))
 
-    def _read(self, wanted: Sequence[Ranges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]) -> list[Found]:
-        found = list[Found]()
+    def _read(
+        self, wanted: Sequence[Ranges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
+    ) -> list[Fetched]:
+        found = list[Fetched]()
         for name, ranges in wanted:
             try:
                 found.append(read(name, ranges))
@@ -87,12 +89,12 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 found.append(_of_store(error))
         return found
 
-    async def _read_by(self, reads: AsyncReads, wanted: Sequence[Ranges]) -> list[Found]:
+    async def _read_by(self, reads: AsyncReads, wanted: Sequence[Ranges]) -> list[Fetched]:
         async def read(name: str, start: int, stop: int) -> Buffer:
             async with self._turns:
                 return await reads.read(name, start, stop)
 
-        found: list[Found] = []
+        found: list[Fetched] = []
         for name, ranges in wanted:
             try:
                 found.append(_packed(await asyncio.gather(*(read(name, start, stop) for start, stop in ranges))))

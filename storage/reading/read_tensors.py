@@ -14,11 +14,10 @@ from torch.profiler import record_function
 from ...planner.box import Box
 from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import ShapeMismatchError
-from ...planner.index import Kind
 from ...planner.read_plan import Want, plan_reads
 from ..errors import ArgumentError, CorruptCheckpointError, DestinationError
 from ..formats.source import Source
-from ..formats.value_codec import MAX_OBJECT_BYTES, decode_object
+from ..formats.value_codec import MAX_VALUE_BYTES, decode_value
 from ..runtime.limits import check_budget, default_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Interrupt, never
@@ -39,16 +38,16 @@ logger = logger_of(__name__)
 
 def check_is_tensor(source: Source, name: str) -> None:
     """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
-    if source.entry(name).kind is not Kind.TENSOR:
+    if not source.entry(name).is_tensor:
         raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
 
 
-def object_wants(source: Source, names: Iterable[str]) -> list[Want]:
+def value_wants(source: Source, names: Iterable[str]) -> list[Want]:
     """What is to be read for objects: nothing for those whose bytes are here. Raises MissingTensorError."""
     return [Want(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
 
 
-def check_objects(source: Source, names: Iterable[str], budget_bytes: int | None) -> None:
+def check_values(source: Source, names: Iterable[str], budget_bytes: int | None) -> None:
     """Raise ArgumentError if objects that are read together take more bytes than a budget that was given."""
     if budget_bytes is None:
         return
@@ -62,7 +61,7 @@ def check_objects(source: Source, names: Iterable[str], budget_bytes: int | None
         )
 
 
-class Blob:
+class StoredValue:
     """An object of a checkpoint: the bytes that it is read into, and what they mean.
 
     Raises MissingTensorError where the checkpoint has none of this name, and CorruptCheckpointError where it would be
@@ -73,13 +72,13 @@ class Blob:
         entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
-        self.wants = object_wants(source, [name])
+        self.wants = value_wants(source, [name])
         """What is to be read for it: nothing, where it is here."""
         source.index(self.wants)  # what it says is checked before memory is taken on its word
-        if entry.numel > MAX_OBJECT_BYTES:
+        if entry.numel > MAX_VALUE_BYTES:
             raise CorruptCheckpointError(
                 f"object {name!r} in {source.location} has {entry.numel} bytes, and none may have more than "
-                f"{MAX_OBJECT_BYTES}"
+                f"{MAX_VALUE_BYTES}"
             )
         here = source.inline.get(name)
         self._tensor = (
@@ -94,12 +93,12 @@ class Blob:
         return bytes(self._tensor.numpy())
 
     def value(self, *, allow_pickle: bool = False) -> Any:
-        """The object. Raises UnsafeObjectError, CorruptCheckpointError."""
-        return decode_object(self.name, self.kind, self.data, allow_pickle=allow_pickle)
+        """The object. Raises UnsafeValueError, CorruptCheckpointError."""
+        return decode_value(self.name, self.kind, self.data, allow_pickle=allow_pickle)
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class TensorCopy:
     """Values that are in memory already, as those of an object of the checkpoint, and the tensor that they go to."""
 
     name: str
@@ -123,11 +122,15 @@ class BoxReads:
     """Which hold integers that may not fit."""
     through_class: tuple[int, ...]
     """Which are written by their class's own `copy_`."""
-    given: tuple[Given, ...]
+    given: tuple[TensorCopy, ...]
 
     @classmethod
     def of(
-        cls, source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[Given] = ()
+        cls,
+        source: Source,
+        wants: Sequence[Want],
+        destinations: Sequence[torch.Tensor],
+        given: Sequence[TensorCopy] = (),
     ) -> BoxReads:
         """Check that boxes can be read into tensors. Nothing is changed.
 
@@ -191,7 +194,7 @@ def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype
 
 
 def _repeated(
-    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[Given]
+    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[TensorCopy]
 ) -> set[int]:
     """Which wants need not be read, for their destination is that of another one with the same values.
 
@@ -251,7 +254,7 @@ def read_boxes(
     wants: Sequence[Want],
     destinations: Sequence[torch.Tensor],
     *,
-    blobs: Sequence[Blob] = (),
+    blobs: Sequence[StoredValue] = (),
     rank: int = 0,
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
@@ -280,7 +283,7 @@ def carry_out(
     source: Source,
     reads: BoxReads,
     *,
-    blobs: Sequence[Blob] = (),
+    blobs: Sequence[StoredValue] = (),
     rank: int = 0,
     budget_bytes: int | None = None,
     max_over_read: float | None = None,

@@ -59,7 +59,7 @@ class Request:
 class Batch:
     """Consecutive chunks of one read, whose bytes lie in one request; in two, where heads and tails are both read."""
 
-    tensor: Tensor
+    tensor: TensorRead
     read: ChunkReads
     rows: slice
     bands: Bands
@@ -108,7 +108,7 @@ class Batch:
 class ByteRange:
     """The bytes of one stream of one chunk."""
 
-    tensor: Tensor
+    tensor: TensorRead
     box: Box
     start: int
     stop: int
@@ -118,7 +118,7 @@ class ByteRange:
 
 
 @dataclass(slots=True)
-class Tensor:
+class TensorRead:
     """All batches of one name: what is written together, or not at all."""
 
     name: str
@@ -134,7 +134,7 @@ class Tensor:
 
 def arrange(
     plan: ReadPlan, destinations: Sequence[Destination | None] | None = None
-) -> tuple[list[Tensor], list[Request]]:
+) -> tuple[list[TensorRead], list[Request]]:
     """The tensors of a plan, and its requests in the order in which tensors are completed.
 
     `destinations` has one for each of `plan.reads`; without, the plan can be verified, but not placed.
@@ -144,12 +144,12 @@ def arrange(
     requests = [Request(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     for at, sparse in plan.requests.sparse.items():
         requests[at].sparse = sparse
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorRead] = {}
     ordered: dict[int, Request] = {}
     requests_of = list(plan.requests_of())
     all_bands = bands_of(plan.reads, requests_of)
     for read, request_of, bands, destination in zip(plan.reads, requests_of, all_bands, destinations, strict=True):
-        tensor = tensors.setdefault(read.want.name, Tensor(read.want.name))
+        tensor = tensors.setdefault(read.want.name, TensorRead(read.want.name))
         for rows, of_bands in _batches(read, bands, request_of):
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
             batch = Batch(tensor, read, rows, bands, of_bands, destination, held)
@@ -162,7 +162,7 @@ def arrange(
     return list(tensors.values()), list(ordered.values())
 
 
-def separate(tensors: Iterable[Tensor], requests: Iterable[Request]) -> None:
+def separate(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None:
     """Let them refer to each other no more: destinations would be kept in memory until cycles are collected."""
     for tensor in tensors:
         tensor.batches.clear()

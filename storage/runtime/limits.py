@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..errors import ArgumentError
 
-MOST_BUDGET_BYTES = 2 * 1024**3
-LEAST_BUDGET_BYTES = 64 * 1024**2
+MAX_BUDGET_BYTES = 2 * 1024**3
+MIN_BUDGET_BYTES = 64 * 1024**2
 
 
 def local_ranks() -> int:
@@ -51,7 +51,7 @@ def default_budget() -> int:
     The smaller of 2 GiB and a tenth of the memory that is available, shared by the ranks of this machine; 64 MiB at
     least.
     """
-    return max(LEAST_BUDGET_BYTES, min(MOST_BUDGET_BYTES, _available() // 10) // local_ranks())
+    return max(MIN_BUDGET_BYTES, min(MAX_BUDGET_BYTES, _available() // 10) // local_ranks())
 
 
 def give_back_memory() -> None:
@@ -62,7 +62,7 @@ def give_back_memory() -> None:
 
 def _available() -> int:
     """Bytes of memory that this process could take, by the machine and by its control group."""
-    found = [MOST_BUDGET_BYTES * 10]
+    found = [MAX_BUDGET_BYTES * 10]
     with contextlib.suppress(OSError, ValueError, IndexError):
         line = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
         found.append(int(line.split()[0]) * 1024)

@@ -31,7 +31,7 @@ ADVISED_BYTES = 512 * 1024
 """Linux heeds no more of one piece of advice than the device takes at once, most often some 100 KiB to a MiB."""
 WRITE_BYTES = 1024 * 1024
 """What is waited for before a file that is written is written to."""
-MOST_PARTS = 512
+MAX_PARTS = 512
 """Of one call of the system; Linux takes 1024."""
 SYNC_BYTES = 8 * 1024 * 1024
 """What is written of a file before the disk is told to keep it, at least."""
@@ -339,7 +339,7 @@ class _NewFile:
         if len(view):
             self._waiting.append(view)
             self._nbytes += len(view)
-        if self._nbytes >= WRITE_BYTES or len(self._waiting) >= MOST_PARTS:
+        if self._nbytes >= WRITE_BYTES or len(self._waiting) >= MAX_PARTS:
             with self._errors():
                 self.flush()
 

@@ -120,7 +120,7 @@ class _RetryingReads:
             await asyncio.sleep(pause)
 
 
-def at_once(store: Store) -> Store:
+def without_retries(store: Store) -> Store:
     """A store without its retries: for what is worth no wait, as to tidy up after a failure."""
     return store._store if isinstance(store, RetryingStore) else store
 

@@ -31,6 +31,10 @@ class Item:
     shape: tuple[int, ...]
 
     @property
+    def is_tensor(self) -> bool:
+        return self.kind is Kind.TENSOR
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return torch_dtype(self.dtype)
 
@@ -59,11 +63,11 @@ class _HasBytes(Protocol):
 _Grouped = TypeVar("_Grouped", bound=_HasBytes)
 
 
-def in_groups(items: Iterable[_Grouped], most_bytes: int) -> Iterator[list[_Grouped]]:
+def in_groups(items: Iterable[_Grouped], max_bytes: int) -> Iterator[list[_Grouped]]:
     """Consecutive items of at most so many bytes together, or a single one that is larger."""
     group, nbytes = list[_Grouped](), 0
     for item in items:
-        if group and nbytes + item.nbytes > most_bytes:
+        if group and nbytes + item.nbytes > max_bytes:
             yield group
             group, nbytes = [], 0
         group.append(item)

@@ -14,9 +14,9 @@ from ...planner.index import Kind
 
 CONCURRENT_OBJECTS = 8
 """Objects that are written at once to a store that holds each in memory."""
-LEAST_OBJECT_BYTES = 8 * 1024 * 1024
+MIN_OBJECT_BYTES = 8 * 1024 * 1024
 """Where there are several, none is made smaller for that."""
-MOST_OBJECT_BYTES = 64 * 1024 * 1024
+MAX_OBJECT_BYTES = 64 * 1024 * 1024
 PIECE_BYTES = 64 * 1024 * 1024
 """Values that are taken from a device at once."""
 TOGETHER_BYTES = 16 * 1024 * 1024
@@ -24,7 +24,7 @@ TOGETHER_BYTES = 16 * 1024 * 1024
 
 Where a store holds objects: on a disk a request costs little.
 """
-LEAST_EIGHTH_BYTES = 256 * 1024
+MIN_EIGHTH_BYTES = 256 * 1024
 """A shard with smaller ones is not taken apart: each part costs some 50 bytes of manifest."""
 
 
@@ -46,10 +46,10 @@ class ShardToWrite:
     def nbytes(self) -> int:
         return self.box.numel * self.dtype.itemsize
 
-    def pieces(self, most_bytes: int, codec: str) -> list[ShardToWrite]:
+    def pieces(self, max_bytes: int, codec: str) -> list[ShardToWrite]:
         """The shard as several that have at most so many bytes, as far as the grid lets it be cut."""
         boxes = grid_of(self.shape, self.dtype.itemsize, codec).split(
-            self.box, max(1, most_bytes // self.dtype.itemsize)
+            self.box, max(1, max_bytes // self.dtype.itemsize)
         )
         return [replace(self, box=box) for box in boxes]
 
@@ -75,8 +75,8 @@ def in_objects(
         pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4), codec)]
         return [pieces] if pieces else []
     total = sum(shard.nbytes for shard in shards)
-    share = max(total // CONCURRENT_OBJECTS, LEAST_OBJECT_BYTES)
-    most = min(share, MOST_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
+    share = max(total // CONCURRENT_OBJECTS, MIN_OBJECT_BYTES)
+    most = min(share, MAX_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
     groups: list[list[ShardToWrite]] = []
     room = 0
     for piece in (piece for shard in shards for piece in shard.pieces(most, codec)):

@@ -42,10 +42,10 @@ from ..runtime.logs import logger_of
 from ..runtime.process_group import HEED_S, Interrupt, never
 from ..runtime.threads import Pool, cleaning_up
 from ..stores.base import Store
-from ..stores.retry import at_once, retried
+from ..stores.retry import retried, without_retries
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.pieces import in_groups
-from .object_layout import CONCURRENT_OBJECTS, LEAST_EIGHTH_BYTES, TOGETHER_BYTES, ShardToWrite, grid_of, in_objects
+from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, TOGETHER_BYTES, ShardToWrite, grid_of, in_objects
 
 logger = logger_of(__name__)
 
@@ -172,7 +172,7 @@ def write_objects(
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
             with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
-                at_once(store).delete(written)
+                without_retries(store).delete(written)
             raise
         finally:
             writing.shutdown(wait=False)
@@ -231,7 +231,7 @@ class _ObjectWriter:
         except BaseException:
             self._wrote(-taken)
             with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
-                at_once(self._store).delete([record.name])
+                without_retries(self._store).delete([record.name])
             raise
         encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
         record.shards = [shard.record(encoding) for shard in begun]
@@ -281,7 +281,7 @@ class _ObjectWriter:
                 torch.accelerator.synchronize(values.device)  # what its own stream still computes
             array = as_array(values)
             eighths = grid.eighths(source.box)
-            if len(group) == 1 or values.nbytes < EIGHTHS * LEAST_EIGHTH_BYTES:
+            if len(group) == 1 or values.nbytes < EIGHTHS * MIN_EIGHTH_BYTES:
                 eighths = [(eighths[0][0], source.box)]
             for eighth, box in eighths:
                 cuts = _cut(grid, box, values.itemsize)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ...planner.checks import tile
 from ...planner.errors import CheckpointError
 from ..errors import ArgumentError, UnsupportedValueError
-from ..formats.value_codec import EncodedObject, encode_object, needs_pickle
+from ..formats.value_codec import EncodedValue, encode_value, needs_pickle
 from ..runtime.checksums import checksum
 from ..tensors.classes import check_has_memory, check_storable, is_whole
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
@@ -44,18 +44,18 @@ class SavePlanner(DefaultSavePlanner):
 
     Args:
         leaves: of this rank's state dict, by name.
-        strict_objects: whether an object that can only be loaded with `allow_pickle=True` is an error.
+        allow_pickle: whether values that need pickle are stored. If not, they are an error.
     """
 
     holds_boxes = True
     """Tells StorageWriter that its plans have the boxes that ranks really hold."""
 
-    def __init__(self, leaves: Mapping[str, Leaf], *, strict_objects: bool = False) -> None:
+    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True) -> None:
         super().__init__(flatten_state_dict=False)
         self._leaves = leaves
-        self._strict_objects = strict_objects
+        self._allow_pickle = allow_pickle
         self._views: dict[MetadataIndex, torch.Tensor] = {}
-        self._encoded: dict[str, EncodedObject] = {}
+        self._encoded: dict[str, EncodedValue] = {}
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -103,14 +103,14 @@ class SavePlanner(DefaultSavePlanner):
                 f"{name!r}, of {type(leaf.value)}, cannot be stored: {type(error).__name__}: {error}"
             ) from error
 
-    def _encode(self, name: str, leaf: Leaf) -> EncodedObject:
-        kind, data = encode_object({} if leaf.is_empty_dict else leaf.value)
-        if self._strict_objects and needs_pickle(kind, data):
+    def _encode(self, name: str, leaf: Leaf) -> EncodedValue:
+        kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
+        if not self._allow_pickle and needs_pickle(kind, data):
             raise UnsupportedValueError(
-                f"{name!r}, of {type(leaf.value)}, could only be loaded with allow_pickle=True, which "
-                "strict_objects=True forbids: use plain data instead, or leave it out"
+                f"{name!r}, of {type(leaf.value)}, needs pickle, and this save has allow_pickle=False: use plain data "
+                "instead, or leave it out"
             )
-        return EncodedObject(kind, data)
+        return EncodedValue(kind, data)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         described = [plan.planner_data for plan in all_plans]

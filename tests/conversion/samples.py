@@ -128,7 +128,7 @@ def assert_converted(place: Any, expected: dict[str, Any], format: str, **option
             assert checkpoint.tensors[name].shape == value.shape
             assert_equal(checkpoint.read(name), value)
         else:
-            assert_equal(checkpoint.read_object(name, allow_pickle=True), value)
+            assert_equal(checkpoint.read_value(name, allow_pickle=True), value)
     if format == "reshard":
         assert checkpoint.verify() == []
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 import reshard
-from reshard.errors import CorruptCheckpointError, UnsafeObjectError
+from reshard.errors import CorruptCheckpointError, UnsafeValueError
 from reshard.planner.byte_ranges import Gaps
 from reshard.planner.entries import ITEMSIZES
 from reshard.planner.read_plan import Want, plan_reads
@@ -45,12 +45,12 @@ def save(state: dict[str, Any], folder: Path, **options: Any) -> str:
     return str(folder)
 
 
-def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, most_over_read: float) -> torch.Tensor:
+def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, max_over_read: float) -> torch.Tensor:
     """A box, with gaps read over as far as that."""
     source = open_source(checkpoint)
     index = source.index([Want(name, box)])
     out = torch.empty(box.sizes, dtype=dtype)
-    gaps = Gaps(10**9 if most_over_read else 0, most_over_read)
+    gaps = Gaps(10**9 if max_over_read else 0, max_over_read)
     execute(plan_reads(index, [Want(name, box)], gaps=gaps), index, source.store, [out])
     return out
 
@@ -111,16 +111,16 @@ def test_values_that_are_no_tensors_come_back(way: str, tmp_path: Path) -> None:
     }
     checkpoint = reshard.open(save(state, tmp_path / "x", **WAYS[way]))
     assert checkpoint.read("w").equal(torch.ones(3))
-    found = {name: checkpoint.read_object(name) for name in checkpoint.objects if name not in ("when", "pickled")}
+    found = {name: checkpoint.read_value(name) for name in checkpoint.objects if name not in ("when", "pickled")}
     assert found == {
         "step": 7, "rate": 0.5, "name": "x", "nothing": None, "nested.betas": (0.9, 0.95),
         "nested.list": [1, [2, 3]], "nested.bytes": b"\x00\xff",
     }  # fmt: skip
     for name in ("when", "pickled"):
-        with pytest.raises(UnsafeObjectError, match=f"'{name}'"):
-            checkpoint.read_object(name)
-    assert checkpoint.read_object("when", allow_pickle=True) == state["when"]
-    assert checkpoint.read_object("pickled", allow_pickle=True).value == 5
+        with pytest.raises(UnsafeValueError, match=f"'{name}'"):
+            checkpoint.read_value(name)
+    assert checkpoint.read_value("when", allow_pickle=True) == state["when"]
+    assert checkpoint.read_value("pickled", allow_pickle=True).value == 5
 
 
 def test_names_of_nested_state_are_those_of_dcp_and_lead_back(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_only_slices_that_are_needed_are_looked_at(tmp_path: Path) -> None:
 
 def test_a_save_without_collectives_leaves_metadata_of_each_rank(tmp_path: Path) -> None:
     dcp.save({"step": 1}, storage_writer=FileSystemWriter(tmp_path / "torch"), use_collectives=False)
-    assert reshard.open(tmp_path / "torch").read_object("step") == 1
+    assert reshard.open(tmp_path / "torch").read_value("step") == 1
     for rank in range(12):
         state = {f"of rank {rank}": torch.full((3,), float(rank)), "shared": torch.ones(2), "step": rank}
         dcp.save(state, storage_writer=OfRank(str(tmp_path / "x"), rank), use_collectives=False)
@@ -204,7 +204,7 @@ def test_a_save_without_collectives_leaves_metadata_of_each_rank(tmp_path: Path)
     checkpoint = reshard.open(tmp_path / "x")
     expected = {f"of rank {rank}": torch.full((3,), float(rank)) for rank in range(12)}
     assert_holds(checkpoint, {**expected, "shared": torch.ones(2)})
-    assert checkpoint.read_object("step") == 0
+    assert checkpoint.read_value("step") == 0
 
 
 def test_ranks_that_do_not_agree_on_a_tensor_are_refused(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_metadata_of_other_versions_of_torch_is_read(change: Any, protocol: int,
     (tmp_path / METADATA).write_bytes(pickle.dumps(metadata, protocol))
     checkpoint = reshard.open(tmp_path)
     assert checkpoint.tensors["w"].shape == (3,)
-    assert checkpoint.read_object("step") == 4
+    assert checkpoint.read_value("step") == 4
 
 
 def test_many_tensors_in_few_files_come_back(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import reshard
-from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError, UnsafeObjectError
+from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError, UnsafeValueError
 from reshard.planner.box import Box
 from reshard.storage.stores.testing import MemoryStore
 from tests.dcp_checkpoints import METADATA, put_together, rows, torch_saved
@@ -51,7 +51,7 @@ def read_all(store: MemoryStore) -> None:
     checkpoint = reshard.open(store)
     assert same(checkpoint.read("w"), W)
     assert same(checkpoint.read("v"), V)
-    assert checkpoint.read_object("step") == 7
+    assert checkpoint.read_value("step") == 7
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def test_metadata_that_would_run_something_is_refused(
         arguments = ("os", "getcwd")
     store = whole()
     store.content[METADATA] = running(function, *arguments, protocol=protocol)
-    with pytest.raises(UnsafeObjectError, match=r"'\.metadata' in memory names .*: it was refused"):
+    with pytest.raises(UnsafeValueError, match=r"'\.metadata' in memory names .*: it was refused"):
         reshard.open(store)
     assert list(tmp_path.iterdir()) == []
 
@@ -228,7 +228,7 @@ def test_a_class_that_only_looks_like_it_is_refused(state: Any) -> None:
     if isinstance(state, dict):
         options.__dict__.update(state)
     store.content[METADATA] = pickle.dumps(options)
-    with pytest.raises(UnsafeObjectError, match=r"'\.metadata' in memory names .*Options"):
+    with pytest.raises(UnsafeValueError, match=r"'\.metadata' in memory names .*Options"):
         reshard.open(store)
 
 
@@ -278,12 +278,12 @@ NEEDED: dict[str, Callable[[Any], object]] = {
 def test_a_tensor_whose_own_metadata_needs_a_class_that_is_not_known_is_refused_alone(case: str) -> None:
     checkpoint = reshard.open(whole(NEEDED[case]))
     assert same(checkpoint.read("v"), V)
-    assert checkpoint.read_object("step") == 7
+    assert checkpoint.read_value("step") == 7
     assert set(checkpoint.unreadable) == {"w"}
     message = r"'\.metadata' in memory describes 'w' by .*(Options|system), a class that reshard does not know"
-    with pytest.raises(UnsafeObjectError, match=message):
+    with pytest.raises(UnsafeValueError, match=message):
         checkpoint.read("w")
-    with pytest.raises(UnsafeObjectError, match=message):
+    with pytest.raises(UnsafeValueError, match=message):
         checkpoint.state_dict()
     assert not os.path.exists("RAN")
 
@@ -298,7 +298,7 @@ def test_a_tensor_of_a_dtype_that_is_not_known_is_refused_alone(dtype: torch.dty
 
 @pytest.mark.parametrize("field", ["state_dict_metadata", "storage_data"])
 def test_metadata_that_is_all_of_a_class_that_is_not_known_is_refused(field: str) -> None:
-    with pytest.raises(UnsafeObjectError, match=r"'\.metadata' in memory names .*Options"):
+    with pytest.raises(UnsafeValueError, match=r"'\.metadata' in memory names .*Options"):
         reshard.open(whole(lambda metadata: setattr(metadata, field, Options())))
 
 
@@ -379,7 +379,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_read(flips: list[tuple[int, in
         for name in checkpoint.tensors:
             checkpoint.read(name)
         for name in checkpoint.objects:
-            checkpoint.read_object(name)
+            checkpoint.read_value(name)
 
 
 @settings(max_examples=300, deadline=None)
@@ -496,7 +496,7 @@ def test_an_object_larger_than_its_file_takes_no_memory() -> None:
         lambda metadata: metadata.storage_data.update({MetadataIndex("step"): _StorageInfo("__0_0.distcp", 0, 2**37)})
     )
     with pytest.raises(CorruptCheckpointError, match=r"^'step': object '__0_0\.distcp'"):
-        reshard.open(store).read_object("step")
+        reshard.open(store).read_value("step")
 
 
 def test_a_slice_of_no_bytes_is_refused() -> None:

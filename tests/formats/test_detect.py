@@ -257,7 +257,7 @@ def test_a_native_checkpoint_is_opened_by_one_request(tmp_path: Path) -> None:
 
 
 def test_metadata_among_very_many_files_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_NAMES", 3)
+    monkeypatch.setattr(module, "MAX_NAMES", 3)
     whole = put_together({"w": (VALUES, rows(1, 4, 3))})
     store = MemoryStore()
     store.content = {**{name: data for name, data in whole.content.items() if name != METADATA}}
@@ -272,7 +272,7 @@ def test_what_is_open_answers_for_names_that_it_has_not(tmp_path: Path) -> None:
     with pytest.raises(MissingTensorError, match="the checkpoint has no 'ww'"):
         checkpoint.read("ww")
     with pytest.raises(CheckpointError, match="is a tensor"):
-        checkpoint.read_object("w")
+        checkpoint.read_value("w")
 
 
 def test_something_else_than_a_place_is_refused() -> None:
@@ -331,7 +331,7 @@ def test_a_conversion_that_has_not_ended_is_no_checkpoint(tmp_path: Path) -> Non
 
 def test_where_there_is_too_much_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listing that was cut short may lack files of a model."""
-    monkeypatch.setattr(module, "MOST_NAMES", 3)
+    monkeypatch.setattr(module, "MAX_NAMES", 3)
     store = MemoryStore()
     store.content = {f"logs/{i}": b"" for i in range(5)} | {"model.safetensors": as_safetensors({"w": VALUES})}
     with pytest.raises(CheckpointNotFoundError, match="more than 3 objects"):

@@ -354,7 +354,7 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(
     checkpoint = reshard.open(store)
     assert set(checkpoint.tensors) == {"m.w"}
     assert checkpoint.read("m.w").equal(w)
-    assert checkpoint.read_object("step") == 5
+    assert checkpoint.read_value("step") == 5
     message = rf"'m\.odd' in memory/manifest\.reshard has the dtype '{dtype}': this torch .* has no dtype {dtype}"
     assert re.search(message, checkpoint.unreadable["m.odd"])
     for ask in (

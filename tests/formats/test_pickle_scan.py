@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from reshard.storage.formats.shared_values import is_repetitive
 from reshard.storage.formats.torch_save import pickle_scan
 from reshard.storage.formats.torch_save.pickle_scan import check_pickle
-from reshard.storage.formats.value_codec import decode_object, encode_object
+from reshard.storage.formats.value_codec import decode_value, encode_value
 from tests.formats.test_value_codec import same
 
 RNG = random.Random(0)
@@ -130,9 +130,9 @@ def test_containers_that_hold_one_again_and_again_are_pickled_and_stay_shared(ma
     assert is_repetitive(value)
     if isinstance(value, collections.deque):
         return  # torch.load(weights_only=True) has none
-    kind, data = encode_object(value)
+    kind, data = encode_value(value)
     assert len(data) < 20_000
-    back = decode_object("x", kind, data)
+    back = decode_value("x", kind, data)
     first, second = back.values() if isinstance(back, dict) else back
     assert first is second
 
@@ -151,4 +151,4 @@ def test_a_value_that_holds_itself_is_repetitive() -> None:
 
 @pytest.mark.parametrize("name", ["one text many times", "one list many times"])
 def test_what_is_repetitive_comes_back(name: str) -> None:
-    assert same(decode_object("x", *encode_object(HONEST[name])), HONEST[name])
+    assert same(decode_value("x", *encode_value(HONEST[name])), HONEST[name])

@@ -241,7 +241,7 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, t
     layout = reshard.Layout({"tp": 2})
     for ask in (
         lambda: checkpoint.read("a"),
-        lambda: checkpoint.read_object("a"),
+        lambda: checkpoint.read_value("a"),
         lambda: checkpoint.state_dict(),
         lambda: checkpoint.state_dict(names="a"),
         lambda: checkpoint.load_rank(layout, 0),

@@ -24,7 +24,7 @@ from reshard.errors import (
     CheckpointError,
     CorruptCheckpointError,
     DtypeError,
-    UnsafeObjectError,
+    UnsafeValueError,
     UnsupportedFormatError,
 )
 from reshard.planner.entries import ITEMSIZES
@@ -46,7 +46,7 @@ def opened(data: bytes) -> reshard.Checkpoint:
 
 def read_all(checkpoint: reshard.Checkpoint) -> dict[str, Any]:
     values: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return values | {name: checkpoint.read_object(name) for name in checkpoint.objects}
+    return values | {name: checkpoint.read_value(name) for name in checkpoint.objects}
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -78,7 +78,7 @@ def test_nested_state_has_the_names_that_dcp_gives() -> None:
             "rng": torch.arange(5, dtype=torch.uint8),
         },
     )
-    assert {name: checkpoint.read_object(name) for name in checkpoint.objects} == {
+    assert {name: checkpoint.read_value(name) for name in checkpoint.objects} == {
         "optim.state.0.step": 5,
         "optim.groups.0.betas": (0.9, 0.95),
         "list.1": "x",
@@ -99,7 +99,7 @@ def test_a_real_model_and_its_optimizer_come_back() -> None:
     for key, state in optimizer.state_dict()["state"].items():
         for name, values in state.items():
             assert same(checkpoint.read(f"optim.state.{key}.{name}"), values)
-    assert checkpoint.read_object("optim.param_groups.0.betas") == (0.9, 0.999)
+    assert checkpoint.read_value("optim.param_groups.0.betas") == (0.9, 0.999)
 
 
 WHOLE = torch.randn(10, 12)
@@ -149,7 +149,7 @@ REFUSED = {
 def test_what_byte_ranges_do_not_give_is_refused_when_it_is_read(case: str) -> None:
     value, message = REFUSED[case]
     checkpoint = opened(torch_saved({"odd": value, "w": torch.ones(3)}))
-    read = checkpoint.read if "odd" in checkpoint.tensors else checkpoint.read_object
+    read = checkpoint.read if "odd" in checkpoint.tensors else checkpoint.read_value
     with pytest.raises(UnsupportedFormatError, match=rf"'model\.pt' in memory has 'odd' {message}"):
         read("odd")
     assert checkpoint.read("w").equal(torch.ones(3))
@@ -227,7 +227,7 @@ def test_a_file_of_something_else_than_a_dict_has_it_as_value(value: Any, tensor
 
 
 def test_a_file_of_a_number_has_it_as_value() -> None:
-    assert opened(torch_saved(5)).read_object("value") == 5
+    assert opened(torch_saved(5)).read_value("value") == 5
 
 
 @pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), {"m": torch.nn.Linear(2, 2)}, Runs(os.system, "touch RAN")])
@@ -235,7 +235,7 @@ def test_what_needs_more_of_pickle_is_refused_and_nothing_runs(
     value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UnsafeObjectError, match=r"'model\.pt' in memory needs more of pickle .*(Linear|system)"):
+    with pytest.raises(UnsafeValueError, match=r"'model\.pt' in memory needs more of pickle .*(Linear|system)"):
         opened(torch_saved(value))
     assert list(tmp_path.iterdir()) == []
 
@@ -244,7 +244,7 @@ def test_what_needs_more_of_pickle_is_refused_and_nothing_runs(
 def test_protocols_that_torch_itself_does_not_load_are_refused(protocol: int) -> None:
     buffer = io.BytesIO()
     torch.save({"w": torch.ones(2)}, buffer, pickle_protocol=protocol)
-    with pytest.raises(UnsafeObjectError, match="needs more of pickle"):
+    with pytest.raises(UnsafeValueError, match="needs more of pickle"):
         opened(buffer.getvalue())
 
 
@@ -287,8 +287,8 @@ def test_containers_that_are_shared_a_few_hundred_times_are_read() -> None:
     state = {"layers": {str(i): {"config": config} for i in range(100)}, "shapes": [shape] * 20_000, "w": torch.ones(1)}
     checkpoint = opened(torch_saved(state))
     assert len(checkpoint.objects) == 100 * 200 + 1
-    assert checkpoint.read_object("shapes") == state["shapes"]
-    assert checkpoint.read_object("layers.99.config.199") == 199
+    assert checkpoint.read_value("shapes") == state["shapes"]
+    assert checkpoint.read_value("layers.99.config.199") == 199
 
 
 DATA = torch_saved({"w": torch.arange(6.0).reshape(2, 3), "v": torch.arange(4), "step": 3})

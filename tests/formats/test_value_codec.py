@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.index import Kind
-from reshard.storage.errors import CorruptCheckpointError, UnsafeObjectError
-from reshard.storage.formats.value_codec import decode_object, encode_object
+from reshard.storage.errors import CorruptCheckpointError, UnsafeValueError
+from reshard.storage.formats.value_codec import decode_value, encode_value
 from tests.samples import Custom
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
@@ -42,11 +42,11 @@ def same(a: Any, b: Any) -> bool:
 @given(values)
 def test_what_state_dicts_hold_comes_back_without_pickle(value: Any) -> None:
     try:
-        kind, data = encode_object(value)
+        kind, data = encode_value(value)
     except UnicodeEncodeError:
         return
     if kind is Kind.JSON:
-        assert same(decode_object("x", kind, data), value)
+        assert same(decode_value("x", kind, data), value)
     else:
         assert "\\ud" in ascii(value), "only lone surrogates are beyond UTF-8"
 
@@ -64,9 +64,9 @@ def test_what_state_dicts_hold_comes_back_without_pickle(value: Any) -> None:
     ],
 )
 def test_states_of_random_generators_and_numpy_values_need_no_pickle(value: Any) -> None:
-    kind, data = encode_object(value)
+    kind, data = encode_value(value)
     assert kind is Kind.JSON
-    assert same(decode_object("x", kind, data), value)
+    assert same(decode_value("x", kind, data), value)
 
 
 @pytest.mark.parametrize(
@@ -76,19 +76,19 @@ def test_states_of_random_generators_and_numpy_values_need_no_pickle(value: Any)
     ],
 )
 def test_what_torch_knows_is_read_with_weights_only(value: Any) -> None:
-    kind, data = encode_object(value)
+    kind, data = encode_value(value)
     assert kind is Kind.TORCH_SAVE
-    back = decode_object("x", kind, data)
+    back = decode_value("x", kind, data)
     assert type(back) is type(value)
     assert str(back) == str(value)
 
 
 def test_pickle_that_needs_trust_names_the_way_out() -> None:
     value = Custom(3)
-    kind, data = encode_object(value)
-    with pytest.raises(UnsafeObjectError, match=r"'extra\.when'.*Custom.*allow_pickle=True"):
-        decode_object("extra.when", kind, data)
-    assert decode_object("extra.when", kind, data, allow_pickle=True) == value
+    kind, data = encode_value(value)
+    with pytest.raises(UnsafeValueError, match=r"'extra\.when'.*Custom.*allow_pickle=True"):
+        decode_value("extra.when", kind, data)
+    assert decode_value("extra.when", kind, data, allow_pickle=True) == value
 
 
 @pytest.mark.parametrize(
@@ -109,19 +109,19 @@ def test_pickle_that_needs_trust_names_the_way_out() -> None:
 )
 def test_json_that_is_none_is_refused(data: bytes) -> None:
     with pytest.raises(CorruptCheckpointError, match="'x'"):
-        decode_object("x", Kind.JSON, data)
+        decode_value("x", Kind.JSON, data)
 
 
 def test_a_damaged_torch_file_is_damage_and_no_advice_to_trust_it() -> None:
-    _, data = encode_object(collections.OrderedDict(a=torch.arange(100), b="text"))
+    _, data = encode_value(collections.OrderedDict(a=torch.arange(100), b="text"))
     rng = random.Random(0)
     for _ in range(300):
         damaged = bytearray(data)
         for _ in range(rng.randint(1, 20)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         try:
-            decode_object("x", Kind.TORCH_SAVE, bytes(damaged[: rng.randint(1, len(damaged))]))
-        except (CorruptCheckpointError, UnsafeObjectError):
+            decode_value("x", Kind.TORCH_SAVE, bytes(damaged[: rng.randint(1, len(damaged))]))
+        except (CorruptCheckpointError, UnsafeValueError):
             continue
     with pytest.raises(CorruptCheckpointError, match="'x' is not what its encoding should be"):
-        decode_object("x", Kind.TORCH_SAVE, b"garbage")
+        decode_value("x", Kind.TORCH_SAVE, b"garbage")

@@ -153,7 +153,7 @@ def test_reads(format: str, mode: str, places: dict[str, Path]) -> None:
         state = checkpoint.state_dict()
         of_rank = checkpoint.load_rank(reshard.Layout({"tp": 2}, {"w": "rowwise"}), 1)
         damages = checkpoint.verify()
-        step = checkpoint.read_object("step") if has_objects else 7
+        step = checkpoint.read_value("step") if has_objects else 7
         reshard.load(loaded, place)
         reshard.load(cast, place)
         if has_objects:
@@ -238,7 +238,7 @@ def test_staged_destinations(dtype: torch.dtype, in_inference: bool, mode: str) 
         tensor = torch.zeros(4, 6, dtype=dtype)
     with reshard_modes_aside(mode):
         destination = Destination(tensor, dtype, staged=True)
-        destination.begin(whole=True, most_bytes=2**20)
+        destination.begin(whole=True, max_bytes=2**20)
         destination.write(
             (slice(0, 4), slice(0, 6)), values.reshape(-1).view(torch.uint8).numpy(), (4, 6), (slice(4), slice(6))
         )

@@ -272,9 +272,9 @@ def test_an_object_that_needs_pickle() -> None:
     store = MemoryStore()
     reshard.save({"when": Custom(2)}, store)
     state: dict[str, Any] = {"when": None}
-    with pytest.raises(errors.UnsafeObjectError, match=r"'when'.*allow_pickle=True"):
+    with pytest.raises(errors.UnsafeValueError, match=r"'when'.*allow_pickle=True"):
         reshard.load(state, store)
     assert state["when"] is None
     reshard.load(state, store, allow_pickle=True)
     assert state["when"] == Custom(2)
-    assert reshard.open(store).read_object("when", allow_pickle=True) == state["when"]
+    assert reshard.open(store).read_value("when", allow_pickle=True) == state["when"]

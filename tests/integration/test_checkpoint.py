@@ -38,7 +38,7 @@ def test_what_it_says_of_itself(saved: tuple[RecordingStore, dict[str, torch.Ten
     assert (info.shape, info.dtype, info.chunks) == ((2048, 512), torch.bfloat16, 32)
     assert 0.6 < info.stored_bytes / (2048 * 512 * 2) < 0.8
     assert checkpoint.objects == ("config.lr", "step")
-    assert checkpoint.read_object("step") == 3
+    assert checkpoint.read_value("step") == 3
     assert checkpoint.info["codec"] == "zstd"
     assert checkpoint.location == "memory"
     assert "reshard: 3 tensors, 2 objects" in repr(checkpoint)
@@ -78,7 +78,7 @@ def test_calls_that_do_not_fit(saved: tuple[RecordingStore, dict[str, torch.Tens
     with pytest.raises(errors.DestinationError, match="'step' is an object"):
         checkpoint.read("step")
     with pytest.raises(errors.DestinationError, match="'norm' is a tensor"):
-        checkpoint.read_object("norm")
+        checkpoint.read_value("norm")
     with pytest.raises(errors.LayoutError, match="'norm'"):
         checkpoint.plan(Layout(2, {"norm": Shard(1)}))
 
@@ -115,7 +115,7 @@ def test_a_copy_is_the_same_checkpoint(tmp_path: Path, s3: Place) -> None:
     for place, storage_options in ((tmp_path / "there", None), (uri, options)):
         checkpoint = reshard.open(place, storage_options=storage_options)
         assert checkpoint.read("w").equal(state["w"])
-        assert checkpoint.read_object("step") == 3
+        assert checkpoint.read_value("step") == 3
         assert checkpoint.verify() == []
 
 

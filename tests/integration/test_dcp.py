@@ -298,7 +298,7 @@ def test_pickled_code_does_not_reach_dcps_unpickler() -> None:
     state: dict[str, Any] = {"when": Custom(1), "t": torch.zeros(2)}
     dcp.save(state, storage_writer=reshard.StorageWriter(store))
     loaded: dict[str, Any] = {"when": None, "t": torch.ones(2)}
-    with pytest.raises(CheckpointException, match=r"UnsafeObjectError: .*'when'.*allow_pickle=True"):
+    with pytest.raises(CheckpointException, match=r"UnsafeValueError: .*'when'.*allow_pickle=True"):
         dcp.load(loaded, storage_reader=reshard.StorageReader(store))
     assert loaded["when"] is None
     dcp.load(loaded, storage_reader=reshard.StorageReader(store, allow_pickle=True))

@@ -25,4 +25,4 @@ def test_train_save_serve_and_resume(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("1. Train", "2. Load", "3. Resume", "logits: agree", "losses of the next 5 steps: agree"):
         assert line in done.stdout
-    assert reshard.open(uri).read_object("step") == 10
+    assert reshard.open(uri).read_value("step") == 10

@@ -28,7 +28,7 @@ from reshard.errors import (
     UnavailableError,
     UnsupportedURIError,
 )
-from reshard.planner.masking import MOST_REMEMBERED, masked, remember_secrets
+from reshard.planner.masking import MAX_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
 from reshard.storage.maintenance.catalog import find_remains
 from reshard.storage.stores import retry
@@ -156,11 +156,11 @@ def test_words_are_not_taken_for_secrets() -> None:
 
 
 def test_what_was_given_last_is_remembered() -> None:
-    for at in range(MOST_REMEMBERED + 10):
+    for at in range(MAX_REMEMBERED + 10):
         remember_secrets("s3://bucket", {"secret": f"a-long-secret-{at}-x"})
         remember_secrets("s3://bucket", {"secret": "used-all-the-time"})
     assert masked("a-long-secret-0-x") == "a-long-secret-0-x"
-    assert masked(f"<a-long-secret-{MOST_REMEMBERED}-x> used-all-the-time") == "<***> ***"
+    assert masked(f"<a-long-secret-{MAX_REMEMBERED}-x> used-all-the-time") == "<***> ***"
     begin = time.monotonic()
     masked("a-long-secret " * 100_000)
     assert time.monotonic() - begin < 10

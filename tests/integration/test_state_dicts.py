@@ -175,9 +175,9 @@ def test_plain_data_needs_no_pickle(value: Any, *, by_dcp: bool) -> None:
     store = MemoryStore()
     state = {"x": {"value": value}} if not isinstance(value, dict) else {"x": {"value": (value,)}}
     if by_dcp:
-        dcp.save(state, storage_writer=reshard.StorageWriter(store, strict_objects=True))
+        dcp.save(state, storage_writer=reshard.StorageWriter(store, allow_pickle=False))
     else:
-        assert reshard.save(state, store, strict_objects=True).pickled == ()
+        assert reshard.save(state, store, allow_pickle=False).pickled == ()
     found = reshard.open(store).state_dict()["x"]["value"]
     check_plain(found[0] if isinstance(value, dict) else found, value)
     if not isinstance(value, dict):
@@ -198,21 +198,21 @@ def test_what_needs_pickle_is_warned_of_once(value: Any, caplog: pytest.LogCaptu
     warnings = [record for record in caplog.records if "allow_pickle=True" in record.getMessage()]
     assert len(warnings) == 1
     assert "'x.again', 'x.value'" in warnings[0].getMessage()
-    with pytest.raises(errors.UnsafeObjectError, match=r"'x\.(value|again)'.*allow_pickle=True"):
+    with pytest.raises(errors.UnsafeValueError, match=r"'x\.(value|again)'.*allow_pickle=True"):
         reshard.open(store).state_dict()
     assert reshard.open(store).state_dict(allow_pickle=True)["x"]["value"] == value
 
 
 @pytest.mark.parametrize("by_dcp", [False, True], ids=["reshard", "dcp"])
-def test_strict_objects_refuses_what_needs_pickle(*, by_dcp: bool) -> None:
+def test_a_save_with_allow_pickle_false_refuses_what_needs_pickle(*, by_dcp: bool) -> None:
     store = MemoryStore()
     state = {"x": {"value": Custom(1)}, "t": torch.ones(2)}
     if by_dcp:
-        with pytest.raises(CheckpointException, match=r"'x\.value' could only be loaded with allow_pickle=True"):
-            dcp.save(state, storage_writer=reshard.StorageWriter(store, strict_objects=True))
+        with pytest.raises(CheckpointException, match=r"'x\.value' needs pickle"):
+            dcp.save(state, storage_writer=reshard.StorageWriter(store, allow_pickle=False))
     else:
-        with pytest.raises(errors.UnsupportedValueError, match=r"'x\.value'.* could only be loaded with allow_pickle"):
-            reshard.save(state, store, strict_objects=True)
+        with pytest.raises(errors.UnsupportedValueError, match=r"'x\.value'.* needs pickle"):
+            reshard.save(state, store, allow_pickle=False)
     assert not store.content
 
 
@@ -371,7 +371,7 @@ def test_rename_for_a_rank_and_a_conversion(tmp_path: Path) -> None:
     report = reshard.convert(compiled(), tmp_path / "c", rename=RENAME, exclude=["head.*"])
     checkpoint = reshard.open(tmp_path / "c")
     assert sorted(checkpoint.tensors) == ["layers.0.w", "layers.1.w"]
-    assert checkpoint.read_object("meta.epoch") == 3
+    assert checkpoint.read_value("meta.epoch") == 3
     assert report.left_out == ("head.w",)
     wrong: list[dict[str, Any]] = [{"rename": {"nothing.*": "*"}}, {"exclude": "nothing.*"}]
     for argument in wrong:
@@ -531,7 +531,7 @@ def test_thousands_of_objects_take_a_handful_of_requests(large_manifest: MemoryS
         checkpoint = reshard.open(store)
         for name in template:
             if "_extra_state" in name and "layers.3" in name:
-                checkpoint.read_object(f"model.{name}")
+                checkpoint.read_value(f"model.{name}")
     manifest = [call for call in store.calls if call.method == "read" and call.name == "manifest.reshard"]
     assert len(manifest) <= (12 if how == "one by one" else 4), len(manifest)
     assert sum(call.stop - call.start for call in manifest) < 2 * len(large_manifest.content["manifest.reshard"])

@@ -96,7 +96,7 @@ def test_what_is_read_and_not_wanted_is_hatched() -> None:
     read_over = plans_of(4, columns, gaps=Gaps(1 << 20, 10.0))
     assert "more is read than is wanted" in labels(pictures.chunk_map(read_over, "a.down"))
     both = plans_of(5, saved("a.up", (250, 512), raw=True), saved("b.up", (256, 512), raw=False))
-    assert pictures.most_over_read(both) == "b.up"
+    assert pictures.max_over_read(both) == "b.up"
 
 
 def test_bytes_over_are_those_of_the_ranges() -> None:

@@ -60,7 +60,7 @@ SHARD = [Box.whole((1024, 4096))]
 
 
 @pytest.mark.parametrize(
-    ("most_bytes", "over_read", "fetched", "ranges"),
+    ("max_bytes", "over_read", "fetched", "ranges"),
     [
         (0, 0.0, 1.0, 1024),  # each run by itself
         (2**20, 1e9, 4.0, 1),  # all in one
@@ -68,9 +68,9 @@ SHARD = [Box.whole((1024, 4096))]
         (100, 1e9, 1.0, 1024),  # and larger than a request costs
     ],
 )
-def test_columns_are_read_alone_or_over(most_bytes: int, over_read: float, fetched: float, ranges: int) -> None:
+def test_columns_are_read_alone_or_over(max_bytes: int, over_read: float, fetched: float, ranges: int) -> None:
     wanted = Box((0, 1024), (1024, 1024))
-    report = plan_of((1024, 4096), SHARD, wanted, Gaps(most_bytes, over_read)).report
+    report = plan_of((1024, 4096), SHARD, wanted, Gaps(max_bytes, over_read)).report
     assert report.amplification == pytest.approx(fetched, rel=0.001)
     assert report.requests == ranges
     assert report.bytes_wanted == wanted.numel * 4

@@ -11,7 +11,7 @@ def test_a_tensor_on_a_device_is_written_in_host_memory_first(stored: torch.dtyp
     tensor, values = torch.zeros(4, 6), torch.arange(24.0).reshape(4, 6)
     destination = Destination(tensor, stored, staged=True)
     for columns in (slice(0, 2), slice(2, 6)):
-        destination.begin(whole=True, most_bytes=1000)
+        destination.begin(whole=True, max_bytes=1000)
         part = values[:, columns].to(stored)
         destination.write(
             (slice(0, 4), columns), as_bytes(as_array(part)), tuple(part.shape), (slice(None), slice(None))
@@ -21,11 +21,11 @@ def test_a_tensor_on_a_device_is_written_in_host_memory_first(stored: torch.dtyp
     assert tensor.equal(values)
 
 
-@pytest.mark.parametrize(("whole", "most_bytes"), [(False, 1000), (True, 15)])
-def test_a_tensor_beyond_the_budget_is_written_at_once(whole: bool, most_bytes: int) -> None:
+@pytest.mark.parametrize(("whole", "max_bytes"), [(False, 1000), (True, 15)])
+def test_a_tensor_beyond_the_budget_is_written_at_once(whole: bool, max_bytes: int) -> None:
     tensor = torch.zeros(4)
     destination = Destination(tensor, torch.float32, staged=True)
-    destination.begin(whole=whole, most_bytes=most_bytes)
+    destination.begin(whole=whole, max_bytes=max_bytes)
     destination.write((slice(0, 2),), as_bytes(as_array(torch.ones(2))), (2,), (slice(None),))
     assert tensor.tolist() == [1, 1, 0, 0]
     destination.finish()

@@ -25,7 +25,7 @@ from reshard.storage.reading import executor
 from reshard.storage.reading.decode import place_batch
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.fetcher import Fetcher
-from reshard.storage.reading.tasks import Batch, Request, Tensor
+from reshard.storage.reading.tasks import Batch, Request, TensorRead
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
 from reshard.storage.stores.base import Store
@@ -186,7 +186,7 @@ def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pyte
     store.content[first] = content[:start] + bytes([255] * 4) + content[start + 4 :]
     others, failed = threading.Event(), threading.Event()
 
-    def place(batch: Batch, damage: Callable[[Tensor, str], Exception]) -> None:
+    def place(batch: Batch, damage: Callable[[TensorRead, str], Exception]) -> None:
         if batch.rows.start == 0:
             try:
                 assert others.wait(20)
@@ -310,7 +310,7 @@ def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MemoryStore, "concurrent_reads", at_once)
-    monkeypatch.setattr(Fetcher, "at_once", 16)
+    monkeypatch.setattr(Fetcher, "max_requests", 16)
     store, manifest = saved("zstd", TENSORS)
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
     assert len(plan.requests) > 1

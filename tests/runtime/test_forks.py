@@ -23,14 +23,14 @@ from tests.failing_s3 import failing_s3
 from tests.torture.faults import by_client
 
 ROOT = Path(__file__).parents[2]
-MOST_S = 100
+MAX_S = 100
 STATE = {f"layers.{i}": torch.full((64, 64), float(i)) for i in range(20)}
 PRELUDE = """
 import json, os, signal, sys, threading, time, traceback, warnings, torch, reshard
 from reshard.storage.stores.open import open_store
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of Python, that a process with threads is forked
-MOST_S = 30
+MAX_S = 30
 
 def state(value=0.0):
     return {f"layers.{i}": torch.full((64, 64), value) for i in range(20)}
@@ -39,7 +39,7 @@ def check(values):
     assert all(values[f"layers.{i}"].eq(i).all() for i in range(20))
 
 def wait(pid):
-    until = time.monotonic() + MOST_S
+    until = time.monotonic() + MAX_S
     while time.monotonic() < until:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -91,7 +91,7 @@ def run(code: str, place: Place, tmp_path: Path) -> str:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=MOST_S,
+        timeout=MAX_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

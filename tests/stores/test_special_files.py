@@ -21,7 +21,7 @@ import reshard
 from tests.stores.test_deletes import WRITTEN, of_dcp
 
 ROOT = Path(__file__).parents[2]
-MOST_S = 60
+MAX_S = 60
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -138,7 +138,7 @@ print("failed", *map(int, failed))
 
 
 def limited() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (MOST_S, MOST_S))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_S, MAX_S))
 
 
 def run(code: str, *arguments: object) -> str:
@@ -146,7 +146,7 @@ def run(code: str, *arguments: object) -> str:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MOST_S, preexec_fn=limited
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MAX_S, preexec_fn=limited
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

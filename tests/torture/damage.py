@@ -28,7 +28,7 @@ from reshard.storage.stores.testing import MemoryStore
 from reshard.storage.writing import object_layout
 
 Content = dict[str, bytes]
-MOST_MEMORY = 64 * 1024 * 1024
+MAX_MEMORY = 64 * 1024 * 1024
 """More than a load of the small checkpoint takes, and what one decoded chunk may."""
 
 
@@ -45,11 +45,11 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
     }
     store = MemoryStore()
     store.holds_objects = True
-    least, object_layout.LEAST_OBJECT_BYTES = object_layout.LEAST_OBJECT_BYTES, 50_000
+    least, object_layout.MIN_OBJECT_BYTES = object_layout.MIN_OBJECT_BYTES, 50_000
     try:
         reshard.save(state, store, codec=codec)
     finally:
-        object_layout.LEAST_OBJECT_BYTES = least
+        object_layout.MIN_OBJECT_BYTES = least
     return store.content, state
 
 
@@ -67,7 +67,7 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
         for name in checkpoint.tensors:
             checkpoint.read(name)
         for name in checkpoint.objects:
-            checkpoint.read_object(name)
+            checkpoint.read_value(name)
         assert checkpoint.verify() == []
     except reshard.errors.RankError as error:
         raise AssertionError("what is not of reshard was raised") from error
@@ -218,6 +218,6 @@ def lies(count: int, seed: int) -> collections.Counter[str]:
         except AssertionError:
             ended["other values"] += 1
         taken = tracemalloc.get_traced_memory()[1] - before
-        assert taken < MOST_MEMORY, f"a lie took {taken} bytes"
+        assert taken < MAX_MEMORY, f"a lie took {taken} bytes"
     tracemalloc.stop()
     return ended

@@ -56,7 +56,7 @@ def what_is_there(folder: Path) -> float:
     checkpoint = reshard.open(folder)
     assert checkpoint.verify() == []
     values = {float(value) for name in checkpoint.tensors for value in checkpoint.read(name).unique()}
-    values.add(float(checkpoint.read_object("step")))
+    values.add(float(checkpoint.read_value("step")))
     assert len(values) == 1, f"a mixture of saves: {values}"
     return values.pop()
 

@@ -238,7 +238,7 @@ def values_that_are_copied_again_and_again() -> dict[str, Content]:
     return found
 
 
-@known("CorruptCheckpointError", "UnsafeObjectError")
+@known("CorruptCheckpointError", "UnsafeValueError")
 def memory_for_a_number() -> dict[str, Content]:
     number = b"\x8a\x05" + (2**33).to_bytes(5, "little")
     found: dict[str, Content] = {}
@@ -255,7 +255,7 @@ def memory_for_a_number() -> dict[str, Content]:
     return found
 
 
-@known("CorruptCheckpointError", "UnsafeObjectError", "UnsupportedFormatError")
+@known("CorruptCheckpointError", "UnsafeValueError", "UnsupportedFormatError")
 def calls_with_what_is_no_tuple() -> dict[str, Content]:
     number = b"\x8a\x05" + (2**33).to_bytes(5, "little")
     found: dict[str, Content] = {}
@@ -277,7 +277,7 @@ def calls_with_what_is_no_tuple() -> dict[str, Content]:
     return found
 
 
-@known("CorruptCheckpointError", "UnsupportedFormatError", "UnsafeObjectError", "read")
+@known("CorruptCheckpointError", "UnsupportedFormatError", "UnsafeValueError", "read")
 def attributes_that_hide_methods() -> dict[str, Content]:
     ordered = glob("collections OrderedDict") + b")R"
     hidden = ordered + text("a") + b"K\1s}" + text("items") + glob("torch Size") + b"sb"
@@ -379,7 +379,7 @@ def shared_containers_that_torch_reads() -> dict[str, Content]:
     }
 
 
-@known("CorruptCheckpointError", "UnsafeObjectError")
+@known("CorruptCheckpointError", "UnsafeValueError")
 def pickles_that_change_what_stands_for_a_function() -> dict[str, Content]:
     states = (b"N}" + text("__defaults__") + text("x") + b"\x85s\x86", b"}" + text("of") + text("x") + b"s")
     return {

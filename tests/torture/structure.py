@@ -27,7 +27,7 @@ MEMORY_PER_BYTE = 256
 """Bytes of memory that opening and reading may take for each byte of input, at most."""
 FREE_MEMORY = 192 * 1024 * 1024
 """Bytes of memory that any input may take."""
-MOST_CHARS = 20_000
+MAX_CHARS = 20_000
 """Of a message."""
 SECONDS = 20.0
 """How long one input may take, on a busy machine; most take some milliseconds."""
@@ -143,7 +143,7 @@ def read_all(content: dict[str, bytes]) -> str:
         tensors = [name for name in checkpoint.tensors if _nbytes(checkpoint, name) <= small]
         calls = [checkpoint.verify]
         calls += [partial(checkpoint.read, name) for name in tensors]
-        calls += [partial(checkpoint.read_object, name) for name in checkpoint.objects]
+        calls += [partial(checkpoint.read_value, name) for name in checkpoint.objects]
         for call in calls[:200]:
             how = _tried(call) or how
     return how or "read"
@@ -156,7 +156,7 @@ def _tried(call: Callable[[], object]) -> str:
     except RankError:
         raise
     except CheckpointError as error:
-        if len(str(error)) > MOST_CHARS:
+        if len(str(error)) > MAX_CHARS:
             raise AssertionError(f"a message of {len(str(error))} characters") from None
         return type(error).__name__
     return ""

@@ -58,7 +58,7 @@ def test_what_a_tp_rank_needs_of_shards_that_lie_together_is_one_run_a_stream(
     codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks of FSDP wrote them; what is saved is told as whole shards all the same."""
-    monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 24)
+    monkeypatch.setattr(to_write, "MIN_OBJECT_BYTES", 1 << 24)
     store = MemoryStore()
     store.holds_objects = True
     values = {name: torch.randn(512, 4096).to(dtype) for name in ("down 0", "down 1", "down 2")}
@@ -147,7 +147,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are cut between chunks, small ones are put together, and no object is larger than its share."""
-    monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 18)
+    monkeypatch.setattr(to_write, "MIN_OBJECT_BYTES", 1 << 18)
     together, calls = threading.Barrier(3), itertools.count()
 
     def before(call: Call) -> None:
@@ -172,7 +172,7 @@ def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.Mon
 
 
 def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_write, "LEAST_OBJECT_BYTES", 1 << 12)
+    monkeypatch.setattr(to_write, "MIN_OBJECT_BYTES", 1 << 12)
     monkeypatch.setattr(object_writer, "LET_END_S", 60.0)
     memory = MemoryStore()
     memory.holds_objects = True

@@ -42,13 +42,13 @@ class DcpTarget:
         store.delete([file])
         slices: list[dict[str, Any]] = []
         at = 0
-        tensors = values.stream(piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR)
-        objects = values.objects(piece for piece in unit.pieces if piece.item.kind is not Kind.TENSOR)
+        tensors = values.stream(piece for piece in unit.pieces if piece.item.is_tensor)
+        objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         with store.create(file) as out:
             for piece in unit.pieces:
                 interrupt()
                 item, box = piece.item, piece.box
-                if item.kind is Kind.TENSOR:
+                if item.is_tensor:
                     data = torch_save(
                         next(tensors).clone(memory_format=torch.contiguous_format)
                     )  # not all that it is part of
@@ -63,7 +63,7 @@ class DcpTarget:
     def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
-        tensors = {item.name for item in items if item.kind is Kind.TENSOR}
+        tensors = {item.name for item in items if item.is_tensor}
         for unit in done:
             at = 0
             for piece in unit["slices"]:
@@ -74,7 +74,7 @@ class DcpTarget:
                 at += piece["length"]
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for item in items:
-            if item.kind is not Kind.TENSOR:
+            if not item.is_tensor:
                 entries[item.name] = BytesStorageMetadata()
                 continue
             shape = torch.Size(item.shape)

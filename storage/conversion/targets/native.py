@@ -38,7 +38,7 @@ class NativeTarget:
 
     def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
         load = _Shared(unit, values).load if store.holds_objects else _in_order(unit, values)
-        objects = values.objects(piece for piece in unit.pieces if piece.item.kind is not Kind.TENSOR)
+        objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
         return {
@@ -49,7 +49,7 @@ class NativeTarget:
 
     def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
         records = [record_from_json(record) for unit in done for record in unit["objects"]]
-        empty = {item.name: (item.dtype, item.shape) for item in items if item.kind is Kind.TENSOR and not item.nbytes}
+        empty = {item.name: (item.dtype, item.shape) for item in items if item.is_tensor and not item.nbytes}
         index = assemble_index(records, empty)
         info = {
             "writer": f"reshard {__version__}",
@@ -74,7 +74,7 @@ class _Shared:
     def __init__(self, unit: Unit, values: Values) -> None:
         self._groups: dict[str, list[tuple[Piece, _Group]]] = {}
         """Of each item, its pieces and the groups that they are in."""
-        tensors = (piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR)
+        tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
         for pieces in in_groups(tensors, values.group_bytes // 2):
             group = _Group(pieces, values)
             for piece in pieces:
@@ -110,7 +110,7 @@ class _Group:
 
 def _in_order(unit: Unit, values: Values) -> Load:
     """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
-    tensors = [piece for piece in unit.pieces if piece.item.kind is Kind.TENSOR]
+    tensors = [piece for piece in unit.pieces if piece.item.is_tensor]
     stream = values.stream(tensors)
     at = 0
     tensor: torch.Tensor | None = None
@@ -134,7 +134,7 @@ def _has(piece: Piece, item: Item, box: Box) -> bool:
 
 def _shard(piece: Piece, objects: Iterator[tuple[Kind, bytes, Any]], load: Load) -> ShardToWrite:
     item = piece.item
-    if item.kind is Kind.TENSOR:
+    if item.is_tensor:
         return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
     kind, data, _ = next(objects)
     blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)

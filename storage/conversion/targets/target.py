@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from ....planner.box import Box
 from ....planner.entries import ITEMSIZES
 from ....planner.grid import Grid
-from ....planner.index import Kind
 from ...stores.base import Store
 from ...tensors.pieces import PIECE_BYTES, Item, Piece
 from ..source_stream import Values
@@ -74,7 +73,7 @@ def in_pieces(items: Sequence[Item]) -> list[Unit]:
     for item in items:
         whole, itemsize = Box.whole(item.shape), ITEMSIZES[item.dtype]
         boxes = [whole]
-        if item.kind is Kind.TENSOR:
+        if item.is_tensor:
             boxes = Grid.choose(item.shape, itemsize).split(whole, PIECE_BYTES // itemsize) if whole.numel else []
         for box in boxes:
             pieces.append(Piece(item, box))

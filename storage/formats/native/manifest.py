@@ -142,8 +142,8 @@ class Manifest:
     def observe(self, nbytes: int, seconds: float) -> None:
         """Nothing depends on it: gaps between chunks are few."""
 
-    def gaps(self, most_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        return GAPS if most_over_read is None else replace(GAPS, most_over_read=bounded(most_over_read))
+    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+        return GAPS if max_over_read is None else replace(GAPS, max_over_read=bounded(max_over_read))
 
     @property
     def bytes_read(self) -> int:

@@ -25,7 +25,7 @@ from .zip_layout import HEAD_BYTES, locate_values
 from .zip_records import NotAZipError, Record, contents, keys_of
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-MOST_OVERHEAD = 64 * 1024
+MAX_OVERHEAD = 64 * 1024
 """Bytes that a torch.save file has beside its values."""
 
 
@@ -44,7 +44,7 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     expected = f"a tensor of {dtype} {shape}"
     content = bytes(data)
     if content.startswith(ZSTD_MAGIC):
-        content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MOST_OVERHEAD)
+        content = decompress(content, torch.Size(shape).numel() * ITEMSIZES[dtype] + MAX_OVERHEAD)
     try:
         tensor = load_checked(content)
     except Exception as error:
@@ -112,13 +112,13 @@ def damage_of(data: memoryview) -> str:
     return f"its record {damaged!r} does not match its CRC-32" if damaged else ""
 
 
-def decompress(data: bytes, most_bytes: int) -> bytes:
+def decompress(data: bytes, max_bytes: int) -> bytes:
     """What a zstd stream holds. Raises CorruptCheckpointError where it is none, or holds more than that."""
     try:
         with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as stream:
-            content = stream.read(most_bytes + 1)
+            content = stream.read(max_bytes + 1)
     except zstandard.ZstdError as error:
         raise CorruptCheckpointError(f"it is no zstd stream: {error}") from error
-    if len(content) > most_bytes:
-        raise CorruptCheckpointError(f"it holds more than the {most_bytes} bytes that it should")
+    if len(content) > max_bytes:
+        raise CorruptCheckpointError(f"it holds more than the {max_bytes} bytes that it should")
     return content

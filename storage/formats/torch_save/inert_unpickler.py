@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ....planner.entries import ITEMSIZES
-from ...errors import CorruptCheckpointError, UnsafeObjectError
+from ...errors import CorruptCheckpointError, UnsafeValueError
 from ...runtime.brief import reason
 from .pickle_scan import check_pickle
 
-MOST_FOREIGN = 1000
+MAX_FOREIGN = 1000
 """Classes and functions that are told apart by name."""
 MAX_NAME = 200
 """How much of the name of a class is kept, in characters."""
@@ -145,9 +145,9 @@ def integers(values: Any) -> tuple[int, ...]:
     return values
 
 
-def refused(where: str, name: str) -> UnsafeObjectError:
+def refused(where: str, name: str) -> UnsafeValueError:
     """The error for a pickle that needs a class or function that is not known."""
-    return UnsafeObjectError(f"{where} names {name[:MAX_NAME]}, which such metadata never does: it was refused")
+    return UnsafeValueError(f"{where} names {name[:MAX_NAME]}, which such metadata never does: it was refused")
 
 
 def load_inert(
@@ -169,7 +169,7 @@ def load_inert(
 
     Returns: what was pickled, and the byte after the pickle's end.
 
-    Raises UnsafeObjectError where it names anything else; CorruptCheckpointError where it is no pickle.
+    Raises UnsafeValueError where it names anything else; CorruptCheckpointError where it is no pickle.
     """
 
     foreign: dict[tuple[str, str], type[Foreign]] = {}
@@ -183,7 +183,7 @@ def load_inert(
             if not takes_foreign:
                 raise refused(where, f"{module}.{name}")
             if (module, name) not in foreign:
-                if len(foreign) == MOST_FOREIGN:  # a class takes more memory than its name in the pickle
+                if len(foreign) == MAX_FOREIGN:  # a class takes more memory than its name in the pickle
                     return Foreign
                 of = f"{module[:MAX_NAME]}.{name[:MAX_NAME]}"
                 foreign[module, name] = type("Foreign", (Foreign,), {"of": of, "__slots__": ()})
@@ -198,7 +198,7 @@ def load_inert(
     try:
         check_pickle(data, calls=False)
         found = Inert(stream).load()
-    except UnsafeObjectError:
+    except UnsafeValueError:
         raise
     except Exception as error:  # whatever bytes that are no pickle make of the machine
         raise CorruptCheckpointError(f"{where} cannot be read: {reason(error)}") from error

@@ -24,7 +24,7 @@ from ...errors import (
     CorruptCheckpointError,
     DestinationError,
     DtypeError,
-    UnsafeObjectError,
+    UnsafeValueError,
     UnsupportedFormatError,
     UnsupportedValueError,
 )
@@ -32,7 +32,7 @@ from ...runtime.brief import MAX_CHARS, brief, reason, text_of
 from ...tensors.dtypes import dtype_name
 from ...tensors.state_dict import Path, flatten
 from ..foreign import ForeignSource, whole_tensor
-from ..hf_index import Found, WeightMap, present, select, two_files
+from ..hf_index import TensorsByName, WeightMap, present, select, two_files
 from ..metadata_reads import Reads
 from ..shared_values import is_repetitive
 from .pickle_scan import MAX_BYTES, check_pickle
@@ -73,7 +73,7 @@ class TorchSaveSource(ForeignSource):
             names: the files: one, or several that hold parts of one state dict.
             weight_map: the index that says which of them holds which tensor.
 
-        Raises CorruptCheckpointError, UnsafeObjectError, UnsupportedFormatError, ObjectNotFoundError, StoreError.
+        Raises CorruptCheckpointError, UnsafeValueError, UnsupportedFormatError, ObjectNotFoundError, StoreError.
         """
         super().__init__(reads, present(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
@@ -81,7 +81,7 @@ class TorchSaveSource(ForeignSource):
             self.info |= {"files": len(self.objects)}
         room: list[float] = [FREE_NAMES]
         files = reads.many(lambda at: _File(reads, at, *self.objects[at], room), range(len(self.objects)))
-        found: Found[_Value] = {}
+        found: TensorsByName[_Value] = {}
         for file in files:
             for name, value in file.values.items():
                 found.setdefault(name, []).append((file.at, value))
@@ -96,7 +96,7 @@ class TorchSaveSource(ForeignSource):
             return
         self.paths[name] = value.path
         if not isinstance(value.value, _Stored):
-            self.add_object(name, value.value)
+            self.add_value(name, value.value)
             return
         dtype, shape, order = value.value.dtype, value.value.shape, value.value.order
         row_major = order == tuple(range(len(shape)))
@@ -265,7 +265,7 @@ class _File:
         except Exception as error:
             text = str(error)
             if "GLOBAL" in text or "Unsupported" in text or "weights_only" in text:
-                raise UnsafeObjectError(
+                raise UnsafeValueError(
                     f"{self._where} needs more of pickle than torch.load(weights_only=True) allows: "
                     f"{text.splitlines()[0][:MAX_CHARS]}"
                 ) from error

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from ....planner.entries import ITEMSIZES
-from ...errors import CorruptCheckpointError, UnsafeObjectError
+from ...errors import CorruptCheckpointError, UnsafeValueError
 from .inert_unpickler import SIZE, Dictionary, StandIn, integers, load_inert
 
 HEAD_BYTES = 1024
@@ -93,7 +93,7 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
         return None
     try:
         tensor, end = load_inert(head[at:], _ALLOWED, "the tensor's pickle", _storage)
-    except (CorruptCheckpointError, UnsafeObjectError):
+    except (CorruptCheckpointError, UnsafeValueError):
         return None
     if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:
         return None
