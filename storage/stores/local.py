@@ -303,6 +303,8 @@ class LocalStore:
         """Translate what the operating system raises."""
         try:
             yield
+        except StoreError:
+            raise
         except (FileNotFoundError, NotADirectoryError) as error:
             if doing == "write":
                 raise StoreError(f"cannot write {name!r}: {self.location} cannot be made: {error}") from error
