@@ -58,7 +58,7 @@ from ..tensors.state_dict import Path, renamed_path
 from ..version import __version__
 from .journal import Notes, Stand
 from .result_check import check_converted
-from .source_stream import Values
+from .source_stream import SourceStream
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
@@ -251,7 +251,7 @@ class _Conversion:
         own = missing[self._rank :: self._world]
         self._meter.location = self.store.location
         self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
-        with closing(Values(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
+        with closing(SourceStream(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
             try:
                 for unit in own:
                     interrupt()
@@ -273,7 +273,7 @@ class _Conversion:
             cast=self.cast,
         )
 
-    def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
+    def _write(self, unit: Unit, values: SourceStream, interrupt: Interrupt) -> Done:
         conversion, before = self.stand.conversion, self._meter.done
         try:
             done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)

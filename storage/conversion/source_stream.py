@@ -36,7 +36,7 @@ READ_PARTS = 6
 """A group takes this part of the budget: one is used, another is read, and its bytes arrive in as much memory."""
 
 
-class Values:
+class SourceStream:
     """Reads pieces of a source, within half of the budget.
 
     Pieces are small, so that what is written can be cut; but chunks of a file lie in another order than the pieces, and

@@ -13,7 +13,7 @@ from ...planner.box import Box
 from ...planner.entries import Entry
 from ...planner.index import Kind
 from ...planner.read_plan import Want
-from ..conversion.source_stream import Values
+from ..conversion.source_stream import SourceStream
 from ..errors import UnsafeValueError
 from ..formats.source import Source
 from ..formats.value_codec import encode_value
@@ -101,7 +101,7 @@ def _of_values(
             item = Item(name, name, Kind.TENSOR, entries[which].dtype, entries[which].shape)
             yield from (Piece(item, box) for box in boxes[name])
 
-    with closing(Values(a, 0, None, _ignore)) as values_a, closing(Values(b, 0, None, _ignore)) as values_b:
+    with closing(SourceStream(a, 0, None, _ignore)) as values_a, closing(SourceStream(b, 0, None, _ignore)) as values_b:
         pairs = zip(values_a.stream(pieces(0)), values_b.stream(pieces(1)), strict=True)
         for name, (mine, other) in names.items():
             changed, largest = 0, 0.0

@@ -24,7 +24,7 @@ from ...formats.value_codec import torch_save
 from ...stores.base import Store
 from ...tensors.pieces import Item
 from ...tensors.state_dict import path_for_dcp, path_to_json
-from ..source_stream import Values
+from ..source_stream import SourceStream
 from .target import Done, Unit, in_pieces
 
 
@@ -37,7 +37,7 @@ class DcpTarget:
     def units(self, items: Sequence[Item]) -> list[Unit]:
         return in_pieces(items)
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(self, store: Store, label: str, unit: Unit, values: SourceStream, interrupt: Callable[[], None]) -> Done:
         file = f"__{unit.number}_0.distcp"
         store.delete([file])
         slices: list[dict[str, Any]] = []

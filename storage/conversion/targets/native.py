@@ -19,7 +19,7 @@ from ...tensors.pieces import Item, Piece, in_groups
 from ...version import __version__
 from ...writing.object_layout import ShardToWrite
 from ...writing.object_writer import write_objects
-from ..source_stream import Values
+from ..source_stream import SourceStream
 from .target import Done, Unit, in_pieces
 
 
@@ -36,7 +36,7 @@ class NativeTarget:
     def units(self, items: Sequence[Item]) -> list[Unit]:
         return in_pieces(items)
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(self, store: Store, label: str, unit: Unit, values: SourceStream, interrupt: Callable[[], None]) -> Done:
         load = _Shared(unit, values).load if store.holds_objects else _in_order(unit, values)
         objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
@@ -71,7 +71,7 @@ Load = Callable[[Item, Box], torch.Tensor]
 class _Shared:
     """Loads for objects that are written at once: who needs a piece first reads it, and those near it, for all."""
 
-    def __init__(self, unit: Unit, values: Values) -> None:
+    def __init__(self, unit: Unit, values: SourceStream) -> None:
         self._groups: dict[str, list[tuple[Piece, _Group]]] = {}
         """Of each item, its pieces and the groups that they are in."""
         tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
@@ -88,7 +88,7 @@ class _Shared:
 class _Group:
     """Pieces that are read at once, and kept until all of them were loaded."""
 
-    def __init__(self, pieces: list[Piece], values: Values) -> None:
+    def __init__(self, pieces: list[Piece], values: SourceStream) -> None:
         self._pieces = pieces
         self._values = values
         self._lock = threading.Lock()
@@ -108,7 +108,7 @@ class _Group:
             return part
 
 
-def _in_order(unit: Unit, values: Values) -> Load:
+def _in_order(unit: Unit, values: SourceStream) -> Load:
     """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
     tensors = [piece for piece in unit.pieces if piece.item.is_tensor]
     stream = values.stream(tensors)

@@ -13,7 +13,7 @@ from ...formats.safetensors import INDEX_SUFFIX, NAMES
 from ...stores.base import Store
 from ...tensors.dtypes import as_array, as_bytes
 from ...tensors.pieces import Item, Piece, rows_of
-from ..source_stream import Values
+from ..source_stream import SourceStream
 from .target import Done, Unit
 
 INDEX = f"model{INDEX_SUFFIX}"
@@ -48,7 +48,7 @@ class SafetensorsTarget:
         self._files = len(files)
         return [Unit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(self, store: Store, label: str, unit: Unit, values: SourceStream, interrupt: Callable[[], None]) -> Done:
         name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
         store.delete([name])
         header = _header([piece.item for piece in unit.pieces])

@@ -11,7 +11,7 @@ from ....planner.entries import ITEMSIZES
 from ....planner.grid import Grid
 from ...stores.base import Store
 from ...tensors.pieces import PIECE_BYTES, Item, Piece
-from ..source_stream import Values
+from ..source_stream import SourceStream
 
 UNIT_BYTES = 256 * 1024 * 1024
 """Values of a unit, or a little more: what is done again at most after a kill."""
@@ -41,7 +41,7 @@ class Target(Protocol):
     def units(self, items: Sequence[Item]) -> list[Unit]:
         """All work."""
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(self, store: Store, label: str, unit: Unit, values: SourceStream, interrupt: Callable[[], None]) -> Done:
         """Write a unit's objects; what a killed try left of them is replaced.
 
         Args:
