@@ -62,7 +62,7 @@ from .source_stream import SourceStream
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
-from .targets.target import Done, Target, Unit
+from .targets.target import ConversionTarget, UnitRecord, WorkUnit
 
 logger = logger_of(__name__)
 
@@ -143,7 +143,7 @@ def convert(
         check_budget(budget_bytes)
         _check(format, codec, dtype, max_file_bytes)
         selection = Selection.of(names, exclude, rename, allow_missing)
-        target: Target = DcpTarget()
+        target: ConversionTarget = DcpTarget()
         if format == "reshard":
             target = NativeTarget(codec, budget_bytes)
         elif format == "safetensors":
@@ -189,10 +189,10 @@ class _Conversion:
     """One rank's part of a conversion."""
 
     source: Source
-    target: Target
+    target: ConversionTarget
     store: Store
     items: list[Item]
-    units: list[Unit]
+    units: list[WorkUnit]
     notes: Notes
     stand: Stand
     """As rank 0 found it."""
@@ -210,7 +210,7 @@ class _Conversion:
         self,
         source: Source,
         store: Store,
-        target: Target,
+        target: ConversionTarget,
         selection: Selection,
         dtype: torch.dtype | None,
         what: list[Any],
@@ -273,7 +273,7 @@ class _Conversion:
             cast=self.cast,
         )
 
-    def _write(self, unit: Unit, values: SourceStream, interrupt: Interrupt) -> Done:
+    def _write(self, unit: WorkUnit, values: SourceStream, interrupt: Interrupt) -> UnitRecord:
         conversion, before = self.stand.conversion, self._meter.done
         try:
             done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
@@ -296,7 +296,7 @@ class _Conversion:
         self.notes.clean(conversion)
         return nbytes
 
-    def _made_of(self, done: Sequence[Done]) -> bytes:
+    def _made_of(self, done: Sequence[UnitRecord]) -> bytes:
         """Return the object that makes the checkpoint whole. Raises CorruptCheckpointError."""
         try:
             return self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))

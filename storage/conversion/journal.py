@@ -28,7 +28,7 @@ from ..runtime.logs import logger_of
 from ..stores.base import Store
 from ..stores.local import TEMPORARY
 from ..stores.retry import read_whole
-from .targets.target import Done, Target, Unit
+from .targets.target import ConversionTarget, UnitRecord, WorkUnit
 
 logger = logger_of(__name__)
 
@@ -55,12 +55,12 @@ class Stand:
 class Notes:
     """What one rank knows of it."""
 
-    def __init__(self, store: Store, target: Target) -> None:
+    def __init__(self, store: Store, target: ConversionTarget) -> None:
         self._store = store
         self._target = target
-        self._done: dict[int, Done] = {}
+        self._done: dict[int, UnitRecord] = {}
         """Of units that stand, as far as this rank wrote them, or read their notes."""
-        self._unnoted: dict[int, Done] = {}
+        self._unnoted: dict[int, UnitRecord] = {}
         """Of them, those that are in no note yet."""
         self._noted_at = -math.inf
 
@@ -117,10 +117,10 @@ class Notes:
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{name!r} in {self._store.location} is not of a conversion") from error
 
-    def _notes(self, conversion: str, names: Iterable[str]) -> dict[int, Done]:
+    def _notes(self, conversion: str, names: Iterable[str]) -> dict[int, UnitRecord]:
         """What stands by the notes that are among some names."""
 
-        def read(name: str) -> dict[int, Done]:
+        def read(name: str) -> dict[int, UnitRecord]:
             note = self._json(name, self._whole(name))
             units = note.get("units")
             if note.get("conversion") != conversion or not isinstance(units, list) or not all(map(_is_unit, units)):
@@ -130,7 +130,7 @@ class Notes:
             return dict(units)
 
         notes = sorted(name for name in names if NOTE.fullmatch(name))
-        units: dict[int, Done] = {}
+        units: dict[int, UnitRecord] = {}
         for of_note in Reads(self._store).many(read, notes):
             units |= of_note
         return units
@@ -146,7 +146,7 @@ class Notes:
                 f"{HEAD!r} was removed"
             )
 
-    def note(self, conversion: str, unit: Unit, done: Done) -> None:
+    def note(self, conversion: str, unit: WorkUnit, done: UnitRecord) -> None:
         """A unit stands. It is put into a note at once, or with others that follow within a second."""
         self._done[unit.number] = self._unnoted[unit.number] = done
         if time.monotonic() - self._noted_at >= NOTE_EVERY_S:
@@ -161,7 +161,7 @@ class Notes:
         self._unnoted = {}
         self._noted_at = time.monotonic()
 
-    def finished(self, conversion: str, units: Sequence[Unit]) -> list[Done]:
+    def finished(self, conversion: str, units: Sequence[WorkUnit]) -> list[UnitRecord]:
         """What was written of all units, in order.
 
         Raises CorruptCheckpointError where some of it is missing, CheckpointExistsError as `check`, StoreError.

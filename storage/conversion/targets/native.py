@@ -20,7 +20,7 @@ from ...version import __version__
 from ...writing.object_layout import ShardToWrite
 from ...writing.object_writer import write_objects
 from ..source_stream import SourceStream
-from .target import Done, Unit, in_pieces
+from .target import UnitRecord, WorkUnit, in_pieces
 
 
 class NativeTarget:
@@ -33,10 +33,12 @@ class NativeTarget:
         self._codec = codec
         self._budget_bytes = budget_bytes
 
-    def units(self, items: Sequence[Item]) -> list[Unit]:
+    def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         return in_pieces(items)
 
-    def write(self, store: Store, label: str, unit: Unit, values: SourceStream, interrupt: Callable[[], None]) -> Done:
+    def write(
+        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+    ) -> UnitRecord:
         load = _Shared(unit, values).load if store.holds_objects else _in_order(unit, values)
         objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
@@ -47,7 +49,9 @@ class NativeTarget:
             "objects": [record_to_json(record) for record in records],
         }
 
-    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+    def commit(
+        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+    ) -> bytes:
         records = [record_from_json(record) for unit in done for record in unit["objects"]]
         empty = {item.name: (item.dtype, item.shape) for item in items if item.is_tensor and not item.nbytes}
         index = assemble_index(records, empty)
@@ -71,7 +75,7 @@ Load = Callable[[Item, Box], torch.Tensor]
 class _Shared:
     """Loads for objects that are written at once: who needs a piece first reads it, and those near it, for all."""
 
-    def __init__(self, unit: Unit, values: SourceStream) -> None:
+    def __init__(self, unit: WorkUnit, values: SourceStream) -> None:
         self._groups: dict[str, list[tuple[Piece, _Group]]] = {}
         """Of each item, its pieces and the groups that they are in."""
         tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
@@ -108,7 +112,7 @@ class _Group:
             return part
 
 
-def _in_order(unit: Unit, values: SourceStream) -> Load:
+def _in_order(unit: WorkUnit, values: SourceStream) -> Load:
     """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
     tensors = [piece for piece in unit.pieces if piece.item.is_tensor]
     stream = values.stream(tensors)

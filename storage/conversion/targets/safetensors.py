@@ -14,7 +14,7 @@ from ...stores.base import Store
 from ...tensors.dtypes import as_array, as_bytes
 from ...tensors.pieces import Item, Piece, rows_of
 from ..source_stream import SourceStream
-from .target import Done, Unit
+from .target import UnitRecord, WorkUnit
 
 INDEX = f"model{INDEX_SUFFIX}"
 NOTES = "__metadata__"
@@ -33,7 +33,7 @@ class SafetensorsTarget:
         self._max_file_bytes = max_file_bytes
         self._files = 0
 
-    def units(self, items: Sequence[Item]) -> list[Unit]:
+    def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         """Raises DtypeError, ArgumentError."""
         _check_dtypes(items)
         files: list[list[Piece]] = [[]]
@@ -46,9 +46,11 @@ class SafetensorsTarget:
             files[-1].append(Piece(item, Box.whole(item.shape)))
             held += item.nbytes
         self._files = len(files)
-        return [Unit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
+        return [WorkUnit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
 
-    def write(self, store: Store, label: str, unit: Unit, values: SourceStream, interrupt: Callable[[], None]) -> Done:
+    def write(
+        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+    ) -> UnitRecord:
         name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
         store.delete([name])
         header = _header([piece.item for piece in unit.pieces])
@@ -65,7 +67,9 @@ class SafetensorsTarget:
                 nbytes += len(data)
         return {"files": [name], "bytes": nbytes, "tensors": [piece.item.name for piece in unit.pieces]}
 
-    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+    def commit(
+        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+    ) -> bytes:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in items)},
             "weight_map": {name: unit["files"][0] for unit in done for name in unit["tensors"]},
