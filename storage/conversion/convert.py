@@ -56,7 +56,7 @@ from ..tensors.name_patterns import (
 from ..tensors.pieces import Item
 from ..tensors.state_dict import Path, renamed_path
 from ..version import __version__
-from .journal import Notes, Stand
+from .journal import Journal, JournalState
 from .result_check import check_converted
 from .source_stream import SourceStream
 from .targets.dcp import DcpTarget
@@ -193,8 +193,8 @@ class _Conversion:
     store: Store
     items: list[Item]
     units: list[WorkUnit]
-    notes: Notes
-    stand: Stand
+    notes: Journal
+    stand: JournalState
     """As rank 0 found it."""
 
     def __init__(self, rank: int, world: int, budget_bytes: int | None, meter: Meter) -> None:
@@ -232,16 +232,16 @@ class _Conversion:
             for item, dtype in stored
             if dtype != item.dtype and loses_bits(torch_dtype(dtype), item.torch_dtype)
         )
-        self.notes = Notes(store, target)
+        self.journal = Journal(store, target)
         self._reads = Reads(source.store)
         cut = [len(unit.pieces) for unit in self.units]
         of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
         self._told = _checksum([what, of_source, [repr(item) for item in items], cut])
         return self._told, store.location
 
-    def begin(self) -> Stand:
-        """Take the place, or find out what stands there already. By one rank. Raises as `Notes.begin`."""
-        return self.notes.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
+    def begin(self) -> JournalState:
+        """Take the place, or find out what stands there already. By one rank. Raises as `Journal.begin`."""
+        return self.journal.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
@@ -255,13 +255,13 @@ class _Conversion:
             try:
                 for unit in own:
                     interrupt()
-                    self.notes.check(self.stand.conversion)
+                    self.journal.check(self.stand.conversion)
                     written += retried(partial(self._write, unit, values, interrupt))["bytes"]
             except BaseException:
                 with suppress(Exception):  # the first error is the one to tell
-                    self.notes.write(self.stand.conversion)
+                    self.journal.write(self.stand.conversion)
                 raise
-            retried(partial(self.notes.write, self.stand.conversion))
+            retried(partial(self.journal.write, self.stand.conversion))
         report = values.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
@@ -277,7 +277,7 @@ class _Conversion:
         conversion, before = self.stand.conversion, self._meter.done
         try:
             done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-            self.notes.note(conversion, unit, done)
+            self.journal.note(conversion, unit, done)
         except BaseException:
             self._meter.add(before - self._meter.done)
             raise
@@ -289,11 +289,11 @@ class _Conversion:
         if self.stand.committed:
             check_converted(self.store, self.target.format, self.items, {})
         else:
-            data = self._made_of(self.notes.finished(conversion, self.units))
+            data = self._made_of(self.journal.finished(conversion, self.units))
             check_converted(self.store, self.target.format, self.items, {self.target.commits: data})
-            self.notes.commit(conversion, data)
+            self.journal.commit(conversion, data)
             nbytes = len(data)
-        self.notes.clean(conversion)
+        self.journal.clean(conversion)
         return nbytes
 
     def _made_of(self, done: Sequence[UnitRecord]) -> bytes:

@@ -41,7 +41,7 @@ NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class JournalState:
     """How far a conversion is."""
 
     conversion: str
@@ -52,7 +52,7 @@ class Stand:
     """Only what it kept for itself is still to be removed."""
 
 
-class Notes:
+class Journal:
     """What one rank knows of it."""
 
     def __init__(self, store: Store, target: ConversionTarget) -> None:
@@ -64,7 +64,7 @@ class Notes:
         """Of them, those that are in no note yet."""
         self._noted_at = -math.inf
 
-    def begin(self, conversion: str) -> Stand:
+    def begin(self, conversion: str) -> JournalState:
         """Take the place for a conversion, or find out how far it is there. By one rank.
 
         Raises CheckpointExistsError where anything else is there, CorruptCheckpointError, StoreError.
@@ -86,10 +86,10 @@ class Notes:
         if self._target.commits in names:
             if head.get("commit") != _told_apart(self._whole(self._target.commits)):
                 raise CheckpointExistsError(self._told(self._target.commits))
-            return Stand(conversion, frozenset(), committed=True)
+            return JournalState(conversion, frozenset(), committed=True)
         notes = self._notes(conversion, names)
         self._done = {number: done for number, done in notes.items() if names.issuperset(done["files"])}
-        return Stand(conversion, frozenset(self._done), committed=False)
+        return JournalState(conversion, frozenset(self._done), committed=False)
 
     def _refuse_if_there(self, names: Iterable[str]) -> None:
         there = next(filter(_is_of_a_checkpoint, sorted(names)), None)
