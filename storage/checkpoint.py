@@ -23,7 +23,7 @@ from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import Damage, verify
-from .reading.read_tensors import StoredValue, check_is_tensor, check_values, read_boxes, value_wants
+from .reading.read_tensors import ValueRead, check_is_tensor, check_values, read_boxes, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import rank_of
@@ -218,7 +218,7 @@ class Checkpoint:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         check_budget(budget_bytes)
         check_values(self._source, [name], budget_bytes)
-        blob = StoredValue(self._source, name)
+        blob = ValueRead(self._source, name)
         read_boxes(self._source, blob.wants, blob.tensors, budget_bytes=budget_bytes)
         return blob.value(allow_pickle=allow_pickle)
 
@@ -367,7 +367,7 @@ class Checkpoint:
         check_values(self._source, objects, budget_bytes)
         # What it says is checked before memory is taken on its word, and read at once.
         self._source.index([*wants, *value_wants(self._source, objects)])
-        blobs = [StoredValue(self._source, name) for name in objects]
+        blobs = [ValueRead(self._source, name) for name in objects]
         on = device or "cpu"
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=on) for entry in held]
         with Meter("load", progress, location=self.location) as meter:

@@ -53,7 +53,7 @@ from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, assemble_index
 from .formats.source import Source
 from .formats.value_codec import EncodedValue, encode_value, needs_pickle, torch_save
-from .reading.read_tensors import StoredValue, counting_metadata, read_boxes
+from .reading.read_tensors import ValueRead, counting_metadata, read_boxes
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -376,7 +376,7 @@ class StorageReader(dcp.StorageReader):
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         wanted = {item.storage_index.fqn: None for item in plan.items}
         source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
-        blobs = [StoredValue(source, item.storage_index.fqn) for item in objects]
+        blobs = [ValueRead(source, item.storage_index.fqn) for item in objects]
         wants, destinations, commits = _wants(tensors, planner)
         report = read_boxes(
             source,
@@ -396,7 +396,7 @@ class StorageReader(dcp.StorageReader):
         future.set_result(None)
         return future
 
-    def _for_planner(self, blob: StoredValue) -> io.BytesIO:
+    def _for_planner(self, blob: ValueRead) -> io.BytesIO:
         """An object as planners expect it, written by torch.save.
 
         DCP's planner unpickles without an allow-list. What it gets here is written anew from a value that was read

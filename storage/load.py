@@ -26,8 +26,8 @@ from .formats.detect import open_source
 from .formats.source import Source
 from .reading.read_tensors import (
     BoxReads,
-    StoredValue,
-    TensorCopy,
+    DecodedTensor,
+    ValueRead,
     carry_out,
     check_is_tensor,
     check_values,
@@ -260,16 +260,16 @@ class _Loading:
                 self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
         return wants, destinations
 
-    def _given(self) -> list[TensorCopy]:
+    def _given(self) -> list[DecodedTensor]:
         """The tensors that were taken out of objects, and where they go."""
-        given: list[TensorCopy] = []
+        given: list[DecodedTensor] = []
         scales = scale_names(map(name_of, self._opened))
         for leaf, value in self._inside_values:
             if isinstance(value, torch.Tensor):
                 for box, tensor in _local_shards(leaf, tuple(value.shape)):
                     check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
                     self._note_cast(leaf.name, value.dtype, tensor.dtype)
-                    given.append(TensorCopy(leaf.name, value.detach()[box.slices], tensor))
+                    given.append(DecodedTensor(leaf.name, value.detach()[box.slices], tensor))
         return given
 
     def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
@@ -316,7 +316,7 @@ class _Loading:
         names = [self._stored[name] for name in inside]
         check_values(self.source, names, self._options.budget_bytes)
         self.source.index(value_wants(self.source, names))
-        blobs = [StoredValue(self.source, name) for name in names]
+        blobs = [ValueRead(self.source, name) for name in names]
         read_boxes(self.source, [], [], blobs=blobs)
         lost = []
         for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
@@ -355,7 +355,7 @@ class _Loading:
     def run(self, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
         """Read. Raises what `load` raises for the bytes."""
         options = self._options
-        blobs = {name: StoredValue(self.source, self._stored[name]) for name in self._value_names}
+        blobs = {name: ValueRead(self.source, self._stored[name]) for name in self._value_names}
         report = carry_out(
             self.source,
             self._reads,

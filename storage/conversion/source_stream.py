@@ -19,7 +19,7 @@ from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
 from ..formats.torch_save.blob import ZSTD_MAGIC, decompress
 from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
-from ..reading.read_tensors import StoredValue, counting_metadata, read_boxes
+from ..reading.read_tensors import ValueRead, counting_metadata, read_boxes
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
@@ -125,7 +125,7 @@ class SourceStream:
         """
         for group in in_groups(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
-            blobs = [StoredValue(self._source, piece.item.source) for piece in group]
+            blobs = [ValueRead(self._source, piece.item.source) for piece in group]
             report = read_boxes(
                 self._source,
                 [],
@@ -144,7 +144,7 @@ class SourceStream:
         self._was_read(nbytes)
 
 
-def _decoded(blob: StoredValue) -> tuple[Kind, bytes, Any]:
+def _decoded(blob: ValueRead) -> tuple[Kind, bytes, Any]:
     try:
         value = blob.value()
     except UnsafeValueError:

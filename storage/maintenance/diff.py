@@ -17,7 +17,7 @@ from ..conversion.source_stream import SourceStream
 from ..errors import UnsafeValueError
 from ..formats.source import Source
 from ..formats.value_codec import encode_value
-from ..reading.read_tensors import StoredValue, read_boxes
+from ..reading.read_tensors import ValueRead, read_boxes
 from ..reading.same_chunks import same_chunks
 from ..runtime.torch_modes import undisturbed
 from ..tensors.pieces import Item, Piece, rows_of
@@ -146,7 +146,7 @@ def _object(source: Source, name: str) -> tuple[Kind, bytes]:
     """What is to be compared of an object: how reshard would store it; of one that needs pickle, its bytes."""
     if source.entry(name).is_tensor:
         return Kind.TENSOR, b""
-    blob = StoredValue(source, name)
+    blob = ValueRead(source, name)
     read_boxes(source, blob.wants, blob.tensors)
     try:
         return encode_value(blob.value())

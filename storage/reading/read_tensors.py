@@ -61,7 +61,7 @@ def check_values(source: Source, names: Iterable[str], budget_bytes: int | None)
         )
 
 
-class StoredValue:
+class ValueRead:
     """An object of a checkpoint: the bytes that it is read into, and what they mean.
 
     Raises MissingTensorError where the checkpoint has none of this name, and CorruptCheckpointError where it would be
@@ -98,7 +98,7 @@ class StoredValue:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorCopy:
+class DecodedTensor:
     """Values that are in memory already, as those of an object of the checkpoint, and the tensor that they go to."""
 
     name: str
@@ -122,7 +122,7 @@ class BoxReads:
     """Which hold integers that may not fit."""
     through_class: tuple[int, ...]
     """Which are written by their class's own `copy_`."""
-    given: tuple[TensorCopy, ...]
+    given: tuple[DecodedTensor, ...]
 
     @classmethod
     def of(
@@ -130,7 +130,7 @@ class BoxReads:
         source: Source,
         wants: Sequence[Want],
         destinations: Sequence[torch.Tensor],
-        given: Sequence[TensorCopy] = (),
+        given: Sequence[DecodedTensor] = (),
     ) -> BoxReads:
         """Check that boxes can be read into tensors. Nothing is changed.
 
@@ -194,7 +194,7 @@ def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype
 
 
 def _repeated(
-    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[TensorCopy]
+    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[DecodedTensor]
 ) -> set[int]:
     """Which wants need not be read, for their destination is that of another one with the same values.
 
@@ -254,7 +254,7 @@ def read_boxes(
     wants: Sequence[Want],
     destinations: Sequence[torch.Tensor],
     *,
-    blobs: Sequence[StoredValue] = (),
+    blobs: Sequence[ValueRead] = (),
     rank: int = 0,
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
@@ -283,7 +283,7 @@ def carry_out(
     source: Source,
     reads: BoxReads,
     *,
-    blobs: Sequence[StoredValue] = (),
+    blobs: Sequence[ValueRead] = (),
     rank: int = 0,
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
