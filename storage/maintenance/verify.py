@@ -15,7 +15,7 @@ from ...planner.index import NATIVE, CheckpointIndex, Encoding, Kind
 from ...planner.read_plan import Want, plan_reads
 from ..errors import ObjectNotFoundError
 from ..formats.torch_save.blob import damage_of
-from ..reading.tasks import DAMAGED, Batch, ByteRange, Request, arrange
+from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
 from ..runtime.progress import Meter, OnProgress
@@ -85,14 +85,14 @@ def _size(store: Store, name: str) -> int | None:
         return None
 
 
-def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ByteRange, str]]:
+def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ChunkRange, str]]:
     """What of a request lies beyond the end of its object, which has so many bytes, or is missing."""
     parts = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
     reason = "the object is missing" if nbytes is None else "the object is cut short"
     return [(part, reason) for part in parts if nbytes is None or part.stop > nbytes]
 
 
-def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ByteRange, str]]:
+def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ChunkRange, str]]:
     try:
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
@@ -104,7 +104,7 @@ def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) 
     return damages or [(part, reason) for batch, _ in request.parts for part, reason in _crcs(batch, request, data)]
 
 
-def _crcs(batch: Batch, request: Request, data: memoryview) -> Iterator[tuple[ByteRange, str]]:
+def _crcs(batch: ChunkBatch, request: Request, data: memoryview) -> Iterator[tuple[ChunkRange, str]]:
     """What of a batch's slices, files of torch.save, does not match its CRC-32."""
     read, first = batch.read, batch.rows.start
     whole = read.encodings[batch.rows] == Encoding.OPAQUE
@@ -114,4 +114,4 @@ def _crcs(batch: Batch, request: Request, data: memoryview) -> Iterator[tuple[By
         start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])
         reason = damage_of(data[start - request.start : stop - request.start])
         if reason:
-            yield ByteRange(batch.tensor, batch.chunk_box(row), start, stop), reason
+            yield ChunkRange(batch.tensor, batch.chunk_box(row), start, stop), reason

@@ -13,10 +13,10 @@ from ..errors import CorruptCheckpointError
 from ..formats.native.chunk_runs import BAND_BYTES, Band
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.blob import decode_opaque
-from .tasks import Batch, TensorRead
+from .tasks import ChunkBatch, TensorRead
 
 
-def place_batch(batch: Batch, damage: Callable[[TensorRead, str], Exception]) -> None:
+def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
     """Decode a batch's chunks, whose bytes are here, and write them to its destination.
 
     Args:
@@ -68,7 +68,7 @@ class _Stream:
     """Where each chunk's bytes are in the data."""
 
     @classmethod
-    def of(cls, batch: Batch, stream: int) -> _Stream:
+    def of(cls, batch: ChunkBatch, stream: int) -> _Stream:
         data = batch.requests[stream].data
         assert data is not None
         begins = batch.read.starts[batch.rows, stream] - batch.requests[stream].start

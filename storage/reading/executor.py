@@ -29,10 +29,10 @@ from ..runtime.limits import default_budget
 from ..runtime.process_group import HEED_S, Interrupt, never
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
-from .decode import place_batch
+from .decode import place_chunk_batch
 from .destination import Destination
 from .fetcher import Fetched, Ranges, read_ranges
-from .tasks import DAMAGED, Batch, ByteRange, Request, TensorRead, arrange, separate
+from .tasks import DAMAGED, ChunkBatch, ChunkRange, Request, TensorRead, arrange, separate
 from .workers import Workers
 
 GROUPS_AHEAD = 4
@@ -118,7 +118,7 @@ class _Execution:
         self._reading = 0
         """Of those, the ones that read."""
         self._arrived: deque[tuple[list[Request], Sequence[Fetched]]] = deque()
-        self._verified: deque[Batch] = deque()
+        self._verified: deque[ChunkBatch] = deque()
         self._error: BaseException | None = None
         self._failed_at: dict[BaseException, TensorRead] = {}
 
@@ -339,7 +339,7 @@ class _Execution:
                 elif batch.tensor.piecemeal:
                     self._place_later([batch])
 
-    def _checked(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ByteRange]]:
+    def _checked(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ChunkRange]]:
         """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
         damages = request.damages(data, self._index)
         if damages:
@@ -371,7 +371,7 @@ class _Execution:
                 tensor.piecemeal = True
                 self._place_later(tensor.batches)
 
-    def _place_later(self, batches: list[Batch]) -> None:
+    def _place_later(self, batches: list[ChunkBatch]) -> None:
         """Have those batches placed that are here. Holds the lock."""
         for batch in batches:
             if batch.is_here and not batch.submitted:
@@ -379,7 +379,7 @@ class _Execution:
                 self._verified.append(batch)
         self._call_workers()
 
-    def _place(self, batch: Batch) -> None:
+    def _place(self, batch: ChunkBatch) -> None:
         try:
             self._write(batch)
         except CheckpointError:
@@ -396,12 +396,12 @@ class _Execution:
                     self._held -= request.nbytes
                     self._placed(request.nbytes)
 
-    def _write(self, batch: Batch) -> None:
+    def _write(self, batch: ChunkBatch) -> None:
         """Write the values of a batch; the last of a tensor completes it."""
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
         destination.begin(whole=not tensor.piecemeal, max_bytes=self._budget // 4)
-        place_batch(batch, self._damage)
+        place_chunk_batch(batch, self._damage)
         with self._lock:
             tensor.unplaced -= 1
             complete = tensor.unplaced == 0

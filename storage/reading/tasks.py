@@ -30,7 +30,7 @@ class Request:
     stop: int
     sparse: tuple[int, int, int] | None = None
     """Where runs alone are fetched, one after another: their count, bytes and stride."""
-    parts: list[tuple[Batch, int]] = field(default_factory=list)
+    parts: list[tuple[ChunkBatch, int]] = field(default_factory=list)
     """Batches, each with which of its streams the request holds."""
     unplaced: int = 0
     """Parts that are not in their destination yet; until there are none, the request's bytes are held."""
@@ -50,13 +50,13 @@ class Request:
         """Bytes that are fetched."""
         return self.stop - self.start if self.sparse is None else self.sparse[0] * self.sparse[1]
 
-    def damages(self, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
+    def damages(self, data: memoryview, index: CheckpointIndex) -> list[ChunkRange]:
         """The chunks whose bytes in `data`, the request's, do not match their checksums or are not there."""
         return [damage for batch, stream in self.parts for damage in batch.damages(stream, self.start, data, index)]
 
 
 @dataclass(slots=True)
-class Batch:
+class ChunkBatch:
     """Consecutive chunks of one read, whose bytes lie in one request; in two, where heads and tails are both read."""
 
     tensor: TensorRead
@@ -73,7 +73,7 @@ class Batch:
     def is_here(self) -> bool:
         return all(request.data is not None for request in self.requests)
 
-    def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ByteRange]:
+    def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ChunkRange]:
         """The chunks whose bytes of a stream do not match. `data` begins at byte `start` of the object."""
         read, rows = self.read, self.rows
         begins, nbytes = read.starts[rows, stream].tolist(), read.packed_bytes(rows)[:, stream].tolist()
@@ -94,7 +94,7 @@ class Batch:
                 intact = checksum(view) == expected[i]
             if not intact or len(view) != size:
                 damaged.append(
-                    ByteRange(self.tensor, self.chunk_box(i), begin, int(read.stops[rows.start + i, stream]))
+                    ChunkRange(self.tensor, self.chunk_box(i), begin, int(read.stops[rows.start + i, stream]))
                 )
         return damaged
 
@@ -105,7 +105,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class ByteRange:
+class ChunkRange:
     """The bytes of one stream of one chunk."""
 
     tensor: TensorRead
@@ -122,7 +122,7 @@ class TensorRead:
     """All batches of one name: what is written together, or not at all."""
 
     name: str
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[ChunkBatch] = field(default_factory=list)
     missing: int = 0
     """Parts of requests that have not arrived."""
     unplaced: int = 0
@@ -152,7 +152,7 @@ def arrange(
         tensor = tensors.setdefault(read.want.name, TensorRead(read.want.name))
         for rows, of_bands in _batches(read, bands, request_of):
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
-            batch = Batch(tensor, read, rows, bands, of_bands, destination, held)
+            batch = ChunkBatch(tensor, read, rows, bands, of_bands, destination, held)
             tensor.batches.append(batch)
             tensor.unplaced += 1
             for stream, request in enumerate(held):

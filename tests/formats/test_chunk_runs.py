@@ -154,7 +154,7 @@ def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
     store.content[name] = bytes(content)
-    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
     chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
     with pytest.raises(
         CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"

@@ -22,10 +22,10 @@ from reshard.storage.formats.native.manifest import NAME, encode_manifest
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.formats.source import Source
 from reshard.storage.reading import executor
-from reshard.storage.reading.decode import place_batch
+from reshard.storage.reading.decode import place_chunk_batch
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.fetcher import Fetcher
-from reshard.storage.reading.tasks import Batch, Request, TensorRead
+from reshard.storage.reading.tasks import ChunkBatch, Request, TensorRead
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
 from reshard.storage.stores.base import Store
@@ -177,7 +177,7 @@ def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
 def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk whose checksum is right, and that cannot be decoded: other chunks are being written then."""
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 2)
-    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
     store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
     want = Want("w", Box.whole((4096, 1024)))
     plan = plan_reads(manifest.index(), [want])
@@ -186,19 +186,19 @@ def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pyte
     store.content[first] = content[:start] + bytes([255] * 4) + content[start + 4 :]
     others, failed = threading.Event(), threading.Event()
 
-    def place(batch: Batch, damage: Callable[[TensorRead, str], Exception]) -> None:
+    def place(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
         if batch.rows.start == 0:
             try:
                 assert others.wait(20)
-                place_batch(batch, damage)
+                place_chunk_batch(batch, damage)
             finally:
                 failed.set()
         else:
             others.set()
             assert failed.wait(20)
-            place_batch(batch, damage)
+            place_chunk_batch(batch, damage)
 
-    monkeypatch.setattr(executor, "place_batch", place)
+    monkeypatch.setattr(executor, "place_chunk_batch", place)
     with pytest.raises(CorruptCheckpointError, match=r"cannot be decoded.*a part of the tensor was overwritten"):
         execute(plan, manifest.index(), store, [torch.zeros(4096, 1024)])
 
@@ -401,6 +401,6 @@ def test_what_torch_raises_while_values_are_placed_names_the_tensor(monkeypatch:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(executor, "place_batch", fail)
+    monkeypatch.setattr(executor, "place_chunk_batch", fail)
     with pytest.raises(RankError, match=r"^'w': RuntimeError: no device"):
         reshard.load({"w": torch.zeros(40, 30)}, memory)
