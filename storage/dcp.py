@@ -78,7 +78,7 @@ from .tensors.name_patterns import listed
 from .tensors.sharded import refuse_misplaced, waited
 from .tensors.state_dict import path_for_dcp
 from .version import __version__
-from .writing.agreement import Described, agreed_paths
+from .writing.agreement import ValueDescription, agreed_paths
 from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
@@ -460,22 +460,22 @@ def _whole_target(items: Sequence[ReadItem], planner: LoadPlanner) -> torch.Tens
     return local if overrides_dispatch(local) else as_plain(local)
 
 
-def _described(plan: SavePlan) -> dict[str, Described]:
+def _described(plan: SavePlan) -> dict[str, ValueDescription]:
     """What a plan of DCP says of its values. Its paths are known where its planner has flattened the state dict."""
     paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-    if any(isinstance(path, Described) for path in paths.values()):  # reshard's own planner has done it
+    if any(isinstance(path, ValueDescription) for path in paths.values()):  # reshard's own planner has done it
         return {}
-    described: dict[str, Described] = {}
+    described: dict[str, ValueDescription] = {}
     for item in plan.items:
         name, data = item.index.fqn, item.tensor_data
         path = paths.get(name)
         path = path if isinstance(path, tuple) else (name,)
         if data is None:
-            described[name] = Described(path, "object")
+            described[name] = ValueDescription(path, "object")
         else:
             kind = "tensor" if item.type is WriteItemType.TENSOR else "sharded tensor"
             dtype = str(data.properties.dtype).removeprefix("torch.")
-            described[name] = Described(path, kind, dtype, tuple(data.size))
+            described[name] = ValueDescription(path, kind, dtype, tuple(data.size))
     return described
 
 

@@ -11,7 +11,7 @@ from ..tensors.state_dict import Key, Path, name_of
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class ValueDescription:
     """What one rank says of one value."""
 
     path: Path
@@ -22,7 +22,7 @@ class Described:
     digests: tuple[tuple[tuple[int, ...], int], ...] = ()
     """The offsets and a checksum of each part that other ranks may hold too; none of large ones."""
 
-    def agrees_with(self, other: Described) -> bool:
+    def agrees_with(self, other: ValueDescription) -> bool:
         """Whether they describe one value, but for what its bytes are."""
         return (self.path, self.kind, self.dtype, self.shape) == (other.path, other.kind, other.dtype, other.shape)
 
@@ -31,7 +31,7 @@ class Described:
         return f"{'an' if self.kind[0] in 'eo' else 'a'} {self.kind}{what}, at {self.path}"
 
 
-def agreed_paths(described: Sequence[Mapping[str, Described]]) -> dict[str, Path]:
+def agreed_paths(described: Sequence[Mapping[str, ValueDescription]]) -> dict[str, Path]:
     """The path of every value of a save.
 
     A dict that is empty on one rank may have items on another.
@@ -42,7 +42,7 @@ def agreed_paths(described: Sequence[Mapping[str, Described]]) -> dict[str, Path
     Raises:
         ArgumentError: two ranks disagree about a name.
     """
-    first: dict[str, tuple[int, Described]] = {}
+    first: dict[str, tuple[int, ValueDescription]] = {}
     containers: dict[Path, tuple[bool, int, Path]] = {}
     """Of each dict and list: whether it is a list, a rank that has a value in it, and that value's path."""
     keys: dict[tuple[Path, Any], tuple[Key, int]] = {}
@@ -83,7 +83,7 @@ def _disagreement(name: str, rank: int, value: object, other_rank: int, other: o
     )
 
 
-def differing_names(described: Sequence[Mapping[str, Described]]) -> list[str]:
+def differing_names(described: Sequence[Mapping[str, ValueDescription]]) -> list[str]:
     """Names of small values and parts that several ranks hold, and whose bytes are not the same on all of them."""
     known: dict[tuple[str, tuple[int, ...]], int] = {}
     differing: dict[str, None] = {}
@@ -95,7 +95,7 @@ def differing_names(described: Sequence[Mapping[str, Described]]) -> list[str]:
     return list(differing)
 
 
-def _check_key(name: str, rank: int, value: Described, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
+def _check_key(name: str, rank: int, value: ValueDescription, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
     """Raises ArgumentError where a key on the way to a value equals another rank's, and is of another type."""
     for at, part in enumerate(value.path):
         if isinstance(part, Key):

@@ -28,7 +28,7 @@ from ..tensors.classes import check_has_memory, check_storable, is_whole
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path
-from .agreement import Described, agreed_paths, differing_names
+from .agreement import ValueDescription, agreed_paths, differing_names
 
 SMALL_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them, so that what belongs together stays together:
@@ -89,13 +89,15 @@ class SavePlanner(DefaultSavePlanner):
             items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
         return items
 
-    def _described(self, name: str, leaf: Leaf) -> Described:
+    def _described(self, name: str, leaf: Leaf) -> ValueDescription:
         try:
             if isinstance(leaf.value, torch.Tensor):
                 return _describe_tensor(name, leaf.path, leaf.value)
             self._encoded[name] = self._encode(name, leaf)
             digest = checksum(self._encoded[name].getbuffer())
-            return Described(leaf.path, "empty dict" if leaf.is_empty_dict else "object", digests=(((), digest),))
+            return ValueDescription(
+                leaf.path, "empty dict" if leaf.is_empty_dict else "object", digests=(((), digest),)
+            )
         except CheckpointError:
             raise
         except Exception as error:
@@ -135,7 +137,7 @@ class SavePlanner(DefaultSavePlanner):
         return super().transform_object(write_item, object)
 
 
-def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
+def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> ValueDescription:
     is_sharded = not is_whole(tensor)
     if not is_sharded:
         check_has_memory(name, tensor)
@@ -151,7 +153,7 @@ def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
         if may_repeat and local.nbytes <= SMALL_BYTES
     )
     dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
-    return Described(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
+    return ValueDescription(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
 
 
 def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
