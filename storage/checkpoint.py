@@ -22,7 +22,7 @@ from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
-from .maintenance.verify import Damage, verify
+from .maintenance.verify import DamagedChunk, verify
 from .reading.read_tensors import ValueRead, check_is_tensor, check_values, read_boxes, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
@@ -386,7 +386,7 @@ class Checkpoint:
         return nest(in_order, self._source.paths)
 
     @undisturbed()
-    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
+    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[DamagedChunk]:
         """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
 
         Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
@@ -402,7 +402,7 @@ class Checkpoint:
         Raises StoreError where the store fails otherwise than by not having an object.
         """
         missing = [
-            Damage(name, Box((), ()), found.object, 0, 0, found.reason)
+            DamagedChunk(name, Box((), ()), found.object, 0, 0, found.reason)
             for name, found in self._source.unreadable.items()
             if found.is_damage
         ]

@@ -26,7 +26,7 @@ logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class DamagedChunk:
     """A chunk that cannot be read as it was written."""
 
     tensor: str
@@ -45,7 +45,9 @@ class Damage:
         return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
 
 
-def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
+def verify(
+    store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False
+) -> list[DamagedChunk]:
     """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
 
     Args:
@@ -57,16 +59,16 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progres
     plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
     _, requests = arrange(plan)
 
-    def check(request: Request) -> list[Damage]:
+    def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]
         parts = _cut_off(index, request, sizes[name]) if quick else _damages(store, index, name, request)
-        return [Damage(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
+        return [DamagedChunk(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
 
     largest = max((request.nbytes for request in requests), default=1)
     concurrent = max(1, min(store.concurrent_reads, default_budget() // largest))
     meter = Meter("verify", progress, location=store.location)
     meter.expect(sum(request.nbytes for request in requests))
-    found: list[Damage] = []
+    found: list[DamagedChunk] = []
     with meter, Pool(concurrent, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
