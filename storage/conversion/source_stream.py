@@ -30,7 +30,7 @@ from ..tensors.pieces import PIECE_BYTES, Item, Piece, in_groups
 
 MAX_GROUP_BYTES = 256 * 1024 * 1024
 """Values that are read at once, at most."""
-SMALL_BYTES = 1024 * 1024
+SMALL_READ_BYTES = 1024 * 1024
 """Of less than this together, whatever lies between is read over: it costs less than requests."""
 READ_PARTS = 6
 """A group takes this part of the budget: one is used, another is read, and its bytes arrive in as much memory."""
@@ -108,7 +108,7 @@ class SourceStream:
             [Want(boxes[at][0].source, boxes[at][1]) for at in full],
             [tensors[at] for at in full],
             budget_bytes=self.group_bytes,
-            max_over_read=UNBOUNDED if nbytes < SMALL_BYTES else None,
+            max_over_read=UNBOUNDED if nbytes < SMALL_READ_BYTES else None,
             workers=self._workers,
         )
         self._note(report, nbytes)

@@ -22,7 +22,7 @@ from ..reading.same_chunks import same_chunks
 from ..runtime.torch_modes import undisturbed
 from ..tensors.pieces import Item, Piece, rows_of
 
-MAX_CHARACTERS = 40
+MAX_SHOWN_VALUE_CHARACTERS = 40
 """Of a value that is shown."""
 
 
@@ -157,7 +157,7 @@ def _object(source: Source, name: str) -> tuple[Kind, bytes]:
 def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
     if kind is Kind.JSON:
         text = data.decode()
-        return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+        return text if len(text) <= MAX_SHOWN_VALUE_CHARACTERS else f"{text[:MAX_SHOWN_VALUE_CHARACTERS]}…"
     if not entry.is_tensor:
         return f"object of {entry.numel} bytes"
     return f"{entry.dtype} {list(entry.shape)}"

@@ -153,7 +153,7 @@ class _Execution:
 
     def _grouped(self) -> Iterator[list[Request]]:
         """The requests, some of them together."""
-        most = min(self._fetcher.together_bytes, self._budget // 4)
+        most = min(self._fetcher.group_bytes, self._budget // 4)
         group, nbytes = list[Request](), 0
         for request in self._requests:
             group.append(request)

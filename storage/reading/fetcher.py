@@ -22,7 +22,7 @@ Ranges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and bytes of it: [start, stop) each."""
 Fetched = Buffer | StoreError
 """The bytes of some ranges, one after another, or why they are not to be had."""
-TOGETHER_BYTES = 4 * 1024 * 1024
+FETCH_GROUP_BYTES = 4 * 1024 * 1024
 """To ask for more, and to have what was read verified, takes as long as to read some 100 KiB of a file."""
 
 
@@ -49,9 +49,9 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         return sys.maxsize if self.reads_here else self._store.concurrent_reads
 
     @property
-    def together_bytes(self) -> int:
+    def group_bytes(self) -> int:
         """What one call best asks for: several ranges, where each takes no longer than a call."""
-        return TOGETHER_BYTES if self.reads_here else 0
+        return FETCH_GROUP_BYTES if self.reads_here else 0
 
     def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Fetched]]], None]) -> None:
         """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""

@@ -17,9 +17,9 @@ CONCURRENT_OBJECTS = 8
 MIN_OBJECT_BYTES = 8 * 1024 * 1024
 """Where there are several, none is made smaller for that."""
 MAX_OBJECT_BYTES = 64 * 1024 * 1024
-PIECE_BYTES = 64 * 1024 * 1024
+MAX_DEVICE_COPY_BYTES = 64 * 1024 * 1024
 """Values that are taken from a device at once."""
-TOGETHER_BYTES = 16 * 1024 * 1024
+SHARD_GROUP_BYTES = 16 * 1024 * 1024
 """Values of shards that are taken apart and lie together, by eighths: a rank reads its part of all by one request.
 
 Where a store holds objects: on a disk a request costs little.
@@ -72,7 +72,9 @@ def in_objects(
 ) -> list[list[ShardToWrite]]:
     """What each object is to hold: all, or, where `several` are better, as much as makes many, and not too small."""
     if not several:
-        pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4), codec)]
+        pieces = [
+            piece for shard in shards for piece in shard.pieces(min(MAX_DEVICE_COPY_BYTES, budget_bytes // 4), codec)
+        ]
         return [pieces] if pieces else []
     total = sum(shard.nbytes for shard in shards)
     share = max(total // CONCURRENT_OBJECTS, MIN_OBJECT_BYTES)

@@ -45,7 +45,7 @@ from ..stores.base import Store
 from ..stores.retry import retried, without_retries
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.pieces import in_groups
-from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, TOGETHER_BYTES, ShardToWrite, grid_of, in_objects
+from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, grid_of, in_objects
 
 logger = logger_of(__name__)
 
@@ -195,7 +195,7 @@ class _ObjectWriter:
         self._label = label
         self._codec = codec
         self._window = min(WINDOW_BYTES, budget_bytes)
-        self._together = min(TOGETHER_BYTES, budget_bytes // 4) if store.holds_objects else 0
+        self._together = min(SHARD_GROUP_BYTES, budget_bytes // 4) if store.holds_objects else 0
         self._encoding = encoding
         self._stopped = stopped
         """Set where nobody waits for the objects any more."""

@@ -30,7 +30,7 @@ from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path
 from .agreement import ValueDescription, agreed_paths, differing_names
 
-SMALL_BYTES = 64 * 1024
+SMALL_REPLICA_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them, so that what belongs together stays together:
 the parts of a random state, or the mean and the variance of a BatchNorm. Larger ones are spread over the ranks."""
 
@@ -150,7 +150,7 @@ def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> ValueDescri
     digests = tuple(
         (box.offsets, checksum(as_bytes(as_array(local)).data))
         for box, local in shards
-        if may_repeat and local.nbytes <= SMALL_BYTES
+        if may_repeat and local.nbytes <= SMALL_REPLICA_BYTES
     )
     dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
     return ValueDescription(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
@@ -172,9 +172,9 @@ def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem
             sizes[item.index] = _nbytes(item)
     writers: dict[MetadataIndex, int] = {}
     loads = [0] * len(plans)
-    for index in sorted(holders, key=lambda index: len(holders[index]) > 1 and sizes[index] > SMALL_BYTES):
+    for index in sorted(holders, key=lambda index: len(holders[index]) > 1 and sizes[index] > SMALL_REPLICA_BYTES):
         ranks = holders[index]
-        is_small = sizes[index] <= SMALL_BYTES
+        is_small = sizes[index] <= SMALL_REPLICA_BYTES
         writers[index] = min(ranks) if is_small else min(ranks, key=lambda rank: loads[rank])
         loads[writers[index]] += sizes[index]
     return [[item for item in items if writers[item.index] == rank] for rank, items in enumerate(plans)]
