@@ -141,7 +141,7 @@ def convert(
 
     def prepare() -> tuple[str, str]:
         check_budget(budget_bytes)
-        _check(format, codec, dtype, max_file_bytes)
+        _check_arguments(format, codec, dtype, max_file_bytes)
         selection = Selection.of(names, exclude, rename, allow_missing)
         target: ConversionTarget = DcpTarget()
         if format == "reshard":
@@ -173,7 +173,7 @@ def convert(
     return Report(rank, tuple(ranks), conversion.skipped, left_out=conversion.left_out)
 
 
-def _check(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
+def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
     """Raises ArgumentError for what cannot be, whatever is to be converted."""
     check_codec(codec)
     check_dtype(dtype)
@@ -217,7 +217,7 @@ class _Conversion:
     ) -> tuple[str, str]:
         """Find out what is to be done; what tells it from any other conversion, and where. Raises as `convert`."""
         self.source, self.store, self.target = source, store, target
-        items, left_out = _items(source, selection, dtype)
+        items, left_out = _select_items(source, selection, dtype)
         self.left_out = (*left_out, *source.left_out)
         if isinstance(target, SafetensorsTarget):
             self.skipped = tuple(item.name for item in items if not item.is_tensor)
@@ -299,7 +299,7 @@ class _Conversion:
     def _made_of(self, done: Sequence[UnitRecord]) -> bytes:
         """Return the object that makes the checkpoint whole. Raises CorruptCheckpointError."""
         try:
-            return self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
+            return self.target.commit(self.store.location, self.items, done, _item_paths(self.source, self.items))
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
             raise CorruptCheckpointError(
                 f"the notes of the conversion in {self.store.location} are damaged: {reason(error)}. Remove what is "
@@ -430,7 +430,7 @@ class Selection:
             )
 
 
-def _items(source: Source, selection: Selection, dtype: torch.dtype | None) -> tuple[list[Item], list[str]]:
+def _select_items(source: Source, selection: Selection, dtype: torch.dtype | None) -> tuple[list[Item], list[str]]:
     """What is to be written, by its new names, and the names that are not taken. Raises as `Selection.taken`."""
     there = [*(entry.name for entry in source.entries), *source.unreadable]
     taken = selection.taken(there, source.unreadable)
@@ -453,7 +453,7 @@ def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str
     return dtype_name(entry.name, to)
 
 
-def _paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
+def _item_paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
     """The paths of items in the state dict that was saved, as far as their names still follow them.
 
     New names may be those of containers of others: then only items that keep their names have paths.

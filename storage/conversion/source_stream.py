@@ -136,7 +136,7 @@ class SourceStream:
                 workers=self._workers,
             )
             self._note(report, sum(piece.nbytes for piece in group))
-            yield from map(_decoded, blobs)
+            yield from map(_decode_value, blobs)
 
     def _note(self, report: RankReport, nbytes: int) -> None:
         with self._lock:
@@ -144,7 +144,7 @@ class SourceStream:
         self._was_read(nbytes)
 
 
-def _decoded(blob: ValueRead) -> tuple[Kind, bytes, Any]:
+def _decode_value(blob: ValueRead) -> tuple[Kind, bytes, Any]:
     try:
         value = blob.value()
     except UnsafeValueError:

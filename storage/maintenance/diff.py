@@ -61,17 +61,17 @@ def _differences(a: Source, b: Source) -> Iterator[Difference]:
                 why_a, why_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
                 yield Difference(name, "unreadable", why_a, why_b)
             elif name not in b:
-                yield Difference(name, "only in A", _in_words(a.entry(name)))
+                yield Difference(name, "only in A", _describe(a.entry(name)))
             elif name not in a:
-                yield Difference(name, "only in B", "", _in_words(b.entry(name)))
+                yield Difference(name, "only in B", "", _describe(b.entry(name)))
             elif name in to_read:
                 yield from next(values)
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
                 one, two = _object(a, name), _object(b, name)
                 if one != two:
-                    yield Difference(name, "object", _in_words(a.entry(name), *one), _in_words(b.entry(name), *two))
+                    yield Difference(name, "object", _describe(a.entry(name), *one), _describe(b.entry(name), *two))
             elif a.entry(name).shape != b.entry(name).shape:
-                yield Difference(name, "shape", _in_words(a.entry(name)), _in_words(b.entry(name)))
+                yield Difference(name, "shape", _describe(a.entry(name)), _describe(b.entry(name)))
 
 
 def _is_tensor(source: Source, name: str) -> bool:
@@ -108,7 +108,7 @@ def _of_values(
             for one, two in islice(pairs, len(boxes[name])):
                 more, apart = _compared(one, two)
                 changed, largest = changed + more, max(largest, apart)
-            words = _in_words(mine), _in_words(other)
+            words = _describe(mine), _describe(other)
             if mine.dtype != other.dtype:
                 yield [Difference(name, "dtype", *words, changed, largest)]
             else:
@@ -154,7 +154,7 @@ def _object(source: Source, name: str) -> tuple[Kind, bytes]:
         return blob.kind, blob.data
 
 
-def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
+def _describe(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
     if kind is Kind.JSON:
         text = data.decode()
         return text if len(text) <= MAX_SHOWN_VALUE_CHARACTERS else f"{text[:MAX_SHOWN_VALUE_CHARACTERS]}…"

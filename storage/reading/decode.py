@@ -24,15 +24,15 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
     """
     read, destination = batch.read, batch.destination
     assert destination is not None
-    streams = [_Stream.of(batch, stream) for stream in range(len(batch.requests))]
+    streams = [_StreamBytes.of(batch, stream) for stream in range(len(batch.requests))]
     for bands in _together(read, batch.bands.select(batch.band_rows)):
         try:
-            values = _values(read, bands, streams)
+            values = _decode_runs(read, bands, streams)
         except CorruptCheckpointError as error:
             at, told = _first_damaged(read, bands, streams) or (bands[0].row, error)
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
             raise damage(batch.tensor, message) from error
-        batch.tensor.touched = True
+        batch.tensor.overwritten = True
         begin = 0
         for band in bands:
             end = begin + band.count * band.numel * read.itemsize
@@ -57,7 +57,7 @@ def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
+class _StreamBytes:
     """One stream of a batch's chunks."""
 
     data: memoryview
@@ -68,7 +68,7 @@ class _Stream:
     """Where each chunk's bytes are in the data."""
 
     @classmethod
-    def of(cls, batch: ChunkBatch, stream: int) -> _Stream:
+    def of(cls, batch: ChunkBatch, stream: int) -> _StreamBytes:
         data = batch.requests[stream].data
         assert data is not None
         begins = batch.read.starts[batch.rows, stream] - batch.requests[stream].start
@@ -88,19 +88,19 @@ class _Stream:
 
 
 def _first_damaged(
-    read: ChunkReads, bands: list[Band], streams: list[_Stream]
+    read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]
 ) -> tuple[int, CorruptCheckpointError] | None:
     """The row of the first chunk that cannot be decoded, and why."""
     for band in bands:
         for row in range(band.row, band.row + band.count):
             try:
-                _values(read, [replace(band, row=row, count=1)], streams)
+                _decode_runs(read, [replace(band, row=row, count=1)], streams)
             except CorruptCheckpointError as error:
                 return row, error
     return None
 
 
-def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Bytes:
+def _decode_runs(read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]) -> Bytes:
     """The bytes of the values of bands that `_together` gives: each chunk row-major, one after another."""
     encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
     count = sum(band.count for band in bands)
@@ -111,13 +111,13 @@ def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Byte
         return decode_heads(chunks[0], numel) if read.heads_only else decode(chunks[0], read.entry.dtype, numel)
     data = streams[0].together(row, count)
     if encoding == Encoding.RAW:
-        return _raw(data, count * numel * read.itemsize, int(read.skipped[row]))
+        return _decode_raw(data, count * numel * read.itemsize, int(read.skipped[row]))
     if encoding == Encoding.OPAQUE:
         return decode_opaque(data, read.entry.dtype, bands[0].sizes)
-    return _plain(read, row, np.frombuffer(data, np.uint8))
+    return _decode_plain(read, row, np.frombuffer(data, np.uint8))
 
 
-def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
+def _decode_raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
     """The bytes of raw chunks' values; where one was read in part, only that part is set."""
     values = np.frombuffer(data, np.uint8)
     if len(values) == nbytes:
@@ -127,7 +127,7 @@ def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
     return whole
 
 
-def _plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
+def _decode_plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
     """The bytes of a slab's values, from its runs and what lies between them where that was read."""
     assert read.runs is not None
     nbytes, runs = int(read.runs.nbytes[row]), int(read.runs.counts[row])

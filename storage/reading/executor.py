@@ -31,7 +31,7 @@ from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from .decode import place_chunk_batch
 from .destination import Destination
-from .fetcher import Fetched, Ranges, read_ranges
+from .fetcher import Fetched, ObjectRanges, read_ranges
 from .tasks import DAMAGED, ChunkBatch, ChunkRange, Request, TensorRead, arrange, separate
 from .workers import Workers
 
@@ -125,7 +125,7 @@ class _Execution:
     def run(self, workers: Workers) -> None:
         self._workers, self._fetcher = workers, workers.fetcher
         self._groups = deque(self._grouped())
-        self._untold = deque(self._groups)  # those that the store has not been told of
+        self._unannounced = deque(self._groups)  # those that the store has not been told of
         try:
             with self._lock:
                 self._call_workers()
@@ -147,7 +147,7 @@ class _Execution:
         separate(self._tensors, self._requests)
         if self._error is not None:
             tensor = self._failed_at.get(self._error)
-            if tensor is not None and tensor.touched:
+            if tensor is not None and tensor.overwritten:
                 self._error.args = (f"{self._error}; a part of the tensor was overwritten",)
             raise self._error
 
@@ -164,7 +164,7 @@ class _Execution:
         if group:
             yield group
 
-    def _wanted(self, group: list[Request]) -> list[Ranges]:
+    def _wanted(self, group: list[Request]) -> list[ObjectRanges]:
         return [(self._index.objects[request.object][0], request.ranges) for request in group]
 
     @property
@@ -180,7 +180,7 @@ class _Execution:
         if self._held and self._held + nbytes > self._budget:
             if self._fetching or self._working or self._arrived or self._verified:
                 return None
-            self._place_what_is_here()
+            self._place_incomplete_tensors()
             if self._verified:
                 return None
             # Nothing can make room: one oversize request passes alone.
@@ -265,8 +265,8 @@ class _Execution:
     def _read(self, group: list[Request]) -> None:
         begin = time.perf_counter()
         with self._lock:
-            count = len(self._untold) - len(self._groups) + GROUPS_AHEAD
-            soon = [self._untold.popleft() for _ in range(min(count, len(self._untold)))]
+            count = len(self._unannounced) - len(self._groups) + GROUPS_AHEAD
+            soon = [self._unannounced.popleft() for _ in range(min(count, len(self._unannounced)))]
             self._reading += 1
             if self._error is not None:
                 self._caller.notify()
@@ -364,17 +364,17 @@ class _Execution:
         self._failed_at[error] = tensor
         return error
 
-    def _place_what_is_here(self) -> None:
+    def _place_incomplete_tensors(self) -> None:
         """Make room: write what is complete of tensors that are not. Holds the lock."""
         for tensor in self._tensors:
-            if tensor.missing and any(batch.is_here for batch in tensor.batches):
+            if tensor.missing and any(batch.has_arrived for batch in tensor.batches):
                 tensor.piecemeal = True
                 self._place_later(tensor.batches)
 
     def _place_later(self, batches: list[ChunkBatch]) -> None:
         """Have those batches placed that are here. Holds the lock."""
         for batch in batches:
-            if batch.is_here and not batch.submitted:
+            if batch.has_arrived and not batch.submitted:
                 batch.submitted = True
                 self._verified.append(batch)
         self._call_workers()

@@ -18,7 +18,7 @@ from ..runtime.threads import Pool
 from ..stores.base import AsyncReads, ReadsAhead, Store
 from ..stores.buffer_pool import Memory
 
-Ranges = tuple[str, Sequence[tuple[int, int]]]
+ObjectRanges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and bytes of it: [start, stop) each."""
 Fetched = Buffer | StoreError
 """The bytes of some ranges, one after another, or why they are not to be had."""
@@ -53,7 +53,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         """What one call best asks for: several ranges, where each takes no longer than a call."""
         return FETCH_GROUP_BYTES if self.reads_here else 0
 
-    def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Fetched]]], None]) -> None:
+    def start(self, wanted: Sequence[ObjectRanges], done: Callable[[Future[list[Fetched]]], None]) -> None:
         """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""
         reads = self._store.async_reads
         if reads is not None:
@@ -65,21 +65,21 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
 
-    def will_read(self, wanted: Sequence[Ranges]) -> None:
+    def will_read(self, wanted: Sequence[ObjectRanges]) -> None:
         """Tell the store what `read` will be called for soon."""
         if isinstance(self._store, ReadsAhead):
             for name, ranges in wanted:
                 if len(ranges) == 1:  # not those of thousands of runs: each would be a call of the system
                     self._store.will_read(name, ranges)
 
-    def read(self, wanted: Sequence[Ranges]) -> list[Fetched]:
+    def read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
         """Read byte ranges of objects into memory that is used again."""
         into = self._store.read_into
         assert into is not None
         return self._read(wanted, partial(self._memory.filled, into))
 
     def _read(
-        self, wanted: Sequence[Ranges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
+        self, wanted: Sequence[ObjectRanges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
     ) -> list[Fetched]:
         found = list[Fetched]()
         for name, ranges in wanted:
@@ -89,7 +89,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 found.append(_of_store(error))
         return found
 
-    async def _read_by(self, reads: AsyncReads, wanted: Sequence[Ranges]) -> list[Fetched]:
+    async def _read_by(self, reads: AsyncReads, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
         async def read(name: str, start: int, stop: int) -> Buffer:
             async with self._turns:
                 return await reads.read(name, start, stop)

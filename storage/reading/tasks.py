@@ -70,7 +70,7 @@ class ChunkBatch:
     submitted: bool = False
 
     @property
-    def is_here(self) -> bool:
+    def has_arrived(self) -> bool:
         return all(request.data is not None for request in self.requests)
 
     def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ChunkRange]:
@@ -129,7 +129,7 @@ class TensorRead:
     """Batches that are not written yet."""
     piecemeal: bool = False
     """It does not fit the budget: chunks are placed as they arrive."""
-    touched: bool = False
+    overwritten: bool = False
 
 
 def arrange(

@@ -64,7 +64,7 @@ _Band = tuple[Slices, list[int], int, int]
 
 
 @dataclass(slots=True)
-class _Segment:
+class _UnfinishedSegment:
     """A segment while its chunks are being written."""
 
     stream: Stream
@@ -84,13 +84,13 @@ class _Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class _UnfinishedShard:
     """A shard while its segments are being written."""
 
     source: ShardToWrite
     dtype: str
     grid: Grid
-    segments: list[_Segment]
+    segments: list[_UnfinishedSegment]
     chunks: int
 
     def record(self, encoding: Encoding) -> ShardRecord:
@@ -100,23 +100,23 @@ class _Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _SegmentInput:
     """One stream of a shard, or of what it has of an eighth of its tensor."""
 
     eighth: int
     values: npt.NDArray[Any]
     entry: Entry
-    segment: _Segment
+    segment: _UnfinishedSegment
     streams: int
     """That the values are stored in."""
     tasks: list[tuple[list[_Band], int]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _EncodingTask:
     """Chunks of a segment that are being encoded."""
 
-    segment: _Segment
+    segment: _UnfinishedSegment
     held_nbytes: int
     """Values that are held for it."""
     values_nbytes: int
@@ -205,7 +205,7 @@ class _ObjectWriter:
         """One object of these shards. What was begun is removed where that fails."""
         # What differs comes first: stores spread their load by the beginning of a key.
         record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._label}{DATA_SUFFIX}")
-        begun: list[_Shard] = []
+        begun: list[_UnfinishedShard] = []
         encode_s = write_s = 0.0
         taken = 0
         try:
@@ -246,9 +246,9 @@ class _ObjectWriter:
         if self._stopped.is_set():
             raise StoreError("the save was stopped")
 
-    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_Shard]) -> Iterator[_Batch]:
+    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> Iterator[_EncodingTask]:
         """All chunks in the order of the file, some at a time; the pool works at most a window ahead."""
-        waiting: deque[_Batch] = deque()
+        waiting: deque[_EncodingTask] = deque()
         held = 0
         try:
             for group in in_groups(shards, self._together):
@@ -258,8 +258,12 @@ class _ObjectWriter:
                         while waiting and held + nbytes > self._window:
                             held -= waiting[0].held_nbytes
                             yield waiting.popleft()
-                        encoding = partial(_encode, part.values, bands, part.entry, part.segment.stream, self._codec)
-                        batch = _Batch(part.segment, nbytes, nbytes // part.streams, self._encoding.submit(encoding))
+                        encoding = partial(
+                            _encode_runs, part.values, bands, part.entry, part.segment.stream, self._codec
+                        )
+                        batch = _EncodingTask(
+                            part.segment, nbytes, nbytes // part.streams, self._encoding.submit(encoding)
+                        )
                         waiting.append(batch)
                         held += nbytes
             while waiting:
@@ -268,7 +272,7 @@ class _ObjectWriter:
             for left in waiting:
                 left.encoded.cancel()
 
-    def _in_order(self, group: Sequence[ShardToWrite], begun: list[_Shard]) -> list[_Part]:
+    def _in_order(self, group: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> list[_SegmentInput]:
         """The parts of shards that lie together, as they lie: heads before tails, then eighth by eighth."""
         parts = []
         for source in group:
@@ -284,16 +288,18 @@ class _ObjectWriter:
             if len(group) == 1 or values.nbytes < EIGHTHS * MIN_EIGHTH_BYTES:
                 eighths = [(eighths[0][0], source.box)]
             for eighth, box in eighths:
-                cuts = _cut(grid, box, values.itemsize)
-                segments = [_Segment(stream) for stream in streams]
-                begun.append(_Shard(replace(source, box=box), dtype, grid, segments, cuts.chunks))
+                cuts = _encoding_tasks(grid, box, values.itemsize)
+                segments = [_UnfinishedSegment(stream) for stream in streams]
+                begun.append(_UnfinishedShard(replace(source, box=box), dtype, grid, segments, cuts.chunks))
                 inside = array[box.relative_to(source.box).slices]
-                parts += [_Part(eighth, inside, entry, segment, len(streams), cuts.tasks) for segment in segments]
+                parts += [
+                    _SegmentInput(eighth, inside, entry, segment, len(streams), cuts.tasks) for segment in segments
+                ]
         return sorted(parts, key=lambda part: (part.segment.stream is Stream.TAIL, part.eighth))
 
 
 @dataclass(frozen=True, slots=True)
-class _Cuts:
+class _EncodingTasks:
     """How a shard is cut."""
 
     chunks: int
@@ -302,7 +308,7 @@ class _Cuts:
 
 
 @functools.lru_cache(maxsize=64)
-def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
+def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _EncodingTasks:
     """Remembered, since the layers of a model are cut alike."""
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
@@ -313,10 +319,10 @@ def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
     band_bytes = chunk_bytes[firsts] * counts
     ends = (np.flatnonzero(np.diff(np.cumsum(band_bytes) // TASK_BYTES)) + 1).tolist()
     tasks = [(bands[begin:end], int(band_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(bands)])]
-    return _Cuts(len(offsets), tasks)
+    return _EncodingTasks(len(offsets), tasks)
 
 
-def _encode(
+def _encode_runs(
     values: npt.NDArray[Any],
     bands: Sequence[_Band],
     entry: Entry,

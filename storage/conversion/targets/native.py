@@ -39,7 +39,7 @@ class NativeTarget:
     def write(
         self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
-        load = _Shared(unit, values).load if store.holds_objects else _in_order(unit, values)
+        load = _SharedReads(unit, values).load if store.holds_objects else _load_in_order(unit, values)
         objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
@@ -72,15 +72,15 @@ class NativeTarget:
 Load = Callable[[Item, Box], torch.Tensor]
 
 
-class _Shared:
+class _SharedReads:
     """Loads for objects that are written at once: who needs a piece first reads it, and those near it, for all."""
 
     def __init__(self, unit: WorkUnit, values: SourceStream) -> None:
-        self._groups: dict[str, list[tuple[Piece, _Group]]] = {}
+        self._groups: dict[str, list[tuple[Piece, _PieceGroup]]] = {}
         """Of each item, its pieces and the groups that they are in."""
         tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
         for pieces in in_groups(tensors, values.group_bytes // 2):
-            group = _Group(pieces, values)
+            group = _PieceGroup(pieces, values)
             for piece in pieces:
                 self._groups.setdefault(piece.item.name, []).append((piece, group))
 
@@ -89,7 +89,7 @@ class _Shared:
         return group.load(piece, box)
 
 
-class _Group:
+class _PieceGroup:
     """Pieces that are read at once, and kept until all of them were loaded."""
 
     def __init__(self, pieces: list[Piece], values: SourceStream) -> None:
@@ -112,7 +112,7 @@ class _Group:
             return part
 
 
-def _in_order(unit: WorkUnit, values: SourceStream) -> Load:
+def _load_in_order(unit: WorkUnit, values: SourceStream) -> Load:
     """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
     tensors = [piece for piece in unit.pieces if piece.item.is_tensor]
     stream = values.stream(tensors)

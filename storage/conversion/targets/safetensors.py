@@ -17,7 +17,7 @@ from ..source_stream import SourceStream
 from .target import UnitRecord, WorkUnit
 
 INDEX = f"model{INDEX_SUFFIX}"
-NOTES = "__metadata__"
+METADATA_KEY = "__metadata__"
 """What the header has beside the tensors."""
 ALIGNMENT = 8
 """The header is padded with spaces to a multiple of it."""
@@ -39,14 +39,14 @@ class SafetensorsTarget:
         files: list[list[Piece]] = [[]]
         held = 0
         for item in items:
-            _check(item)
+            _check_item(item)
             if files[-1] and held + item.nbytes > self._max_file_bytes:
                 files.append([])
                 held = 0
             files[-1].append(Piece(item, Box.whole(item.shape)))
             held += item.nbytes
         self._files = len(files)
-        return [WorkUnit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
+        return [WorkUnit(number, tuple(sorted(pieces, key=_file_order))) for number, pieces in enumerate(files)]
 
     def write(
         self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
@@ -94,23 +94,23 @@ def _check_dtypes(items: Sequence[Item]) -> None:
     )
 
 
-def _check(item: Item) -> None:
+def _check_item(item: Item) -> None:
     if item.dtype.endswith("_x2") and not item.shape:
         raise DtypeError(
             f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
             "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
         )
-    if item.name == NOTES:
-        raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")
+    if item.name == METADATA_KEY:
+        raise ArgumentError(f"safetensors has no tensor of the name {METADATA_KEY!r}: give it another one by `names`")
 
 
-def _rank(piece: Piece) -> tuple[int, str]:
+def _file_order(piece: Piece) -> tuple[int, str]:
     """Large elements come first, so that each tensor begins at a multiple of its own's size."""
     return -ITEMSIZES[piece.item.dtype], piece.item.name
 
 
 def _header(items: Sequence[Item]) -> bytes:
-    header: dict[str, Any] = {NOTES: {"format": "pt"}}
+    header: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
     at = 0
     for item in items:
         shape = list(item.shape)
