@@ -23,7 +23,8 @@ from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
-from .reading.read_tensors import ValueRead, check_is_tensor, check_values, read_boxes, value_wants
+from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
+from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import rank_of
@@ -198,7 +199,8 @@ class Checkpoint:
             raise DestinationError(f"{name!r}: out has dtype {out.dtype}, and dtype={dtype} was asked for")
         elif device is not None and torch.empty(0, device=device).device != out.device:
             raise DestinationError(f"{name!r}: out is on {out.device}, and device={str(device)!r} was asked for")
-        read_boxes(self._source, [Want(name, wanted)], [out], budget_bytes=budget_bytes, max_over_read=max_over_read)
+        options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read)
+        read_boxes(self._source, [Want(name, wanted)], [out], options=options)
         return out
 
     @undisturbed()
@@ -219,7 +221,7 @@ class Checkpoint:
         check_budget(budget_bytes)
         check_values(self._source, [name], budget_bytes)
         blob = ValueRead(self._source, name)
-        read_boxes(self._source, blob.wants, blob.tensors, budget_bytes=budget_bytes)
+        read_boxes(self._source, blob.wants, blob.tensors, options=ReadOptions(budget_bytes=budget_bytes))
         return blob.value(allow_pickle=allow_pickle)
 
     @undisturbed()
@@ -317,15 +319,8 @@ class Checkpoint:
                 views.append(local[Box(at, want.box.sizes).slices])
         draws = rank_of(None) == 0
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
-            read_boxes(
-                self._source,
-                wants,
-                views,
-                rank=rank,
-                budget_bytes=budget_bytes,
-                max_over_read=max_over_read,
-                meter=meter,
-            )
+            options = ReadOptions(rank, budget_bytes, max_over_read, meter=meter)
+            read_boxes(self._source, wants, views, options=options)
         rounded = [
             name for name, local in tensors.items() if loses_bits(self._tensors[stored_names[name]].dtype, local.dtype)
         ]
@@ -371,15 +366,8 @@ class Checkpoint:
         on = device or "cpu"
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=on) for entry in held]
         with Meter("load", progress, location=self.location) as meter:
-            read_boxes(
-                self._source,
-                wants,
-                tensors,
-                blobs=blobs,
-                budget_bytes=budget_bytes,
-                max_over_read=max_over_read,
-                meter=meter,
-            )
+            options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read, meter=meter)
+            read_boxes(self._source, wants, tensors, blobs, options)
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
         values |= {blob.name: blob.value(allow_pickle=allow_pickle) for blob in blobs}
         in_order = {entry.name: values[entry.name] for entry in entries}

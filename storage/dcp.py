@@ -53,7 +53,8 @@ from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, assemble_index
 from .formats.source import Source
 from .formats.value_codec import EncodedValue, encode_value, needs_pickle, torch_save
-from .reading.read_tensors import ValueRead, counting_metadata, read_boxes
+from .reading.read_tensors import ReadOptions, counting_metadata, read_boxes
+from .reading.value_reads import ValueRead
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -378,15 +379,8 @@ class StorageReader(dcp.StorageReader):
         source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
         blobs = [ValueRead(source, item.storage_index.fqn) for item in objects]
         wants, destinations, commits = _wants(tensors, planner)
-        report = read_boxes(
-            source,
-            wants,
-            destinations,
-            blobs=blobs,
-            rank=self._rank,
-            budget_bytes=self._budget_bytes,
-            max_over_read=self._max_over_read,
-        )
+        options = ReadOptions(self._rank, self._budget_bytes, self._max_over_read)
+        report = read_boxes(source, wants, destinations, blobs, options)
         self.report = counting_metadata(report, source)
         for item, target in commits:
             planner.commit_tensor(item, target)

@@ -27,14 +27,13 @@ from .formats.source import Source
 from .reading.read_tensors import (
     BoxReads,
     DecodedTensor,
-    ValueRead,
-    carry_out,
+    ReadOptions,
     check_is_tensor,
-    check_values,
     counting_metadata,
+    execute_reads,
     read_boxes,
-    value_wants,
 )
+from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
@@ -317,7 +316,7 @@ class _Loading:
         check_values(self.source, names, self._options.budget_bytes)
         self.source.index(value_wants(self.source, names))
         blobs = [ValueRead(self.source, name) for name in names]
-        read_boxes(self.source, [], [], blobs=blobs)
+        read_boxes(self.source, [], [], blobs)
         lost = []
         for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
             value = blob.value(allow_pickle=self._options.allow_pickle)
@@ -356,16 +355,8 @@ class _Loading:
         """Read. Raises what `load` raises for the bytes."""
         options = self._options
         blobs = {name: ValueRead(self.source, self._stored[name]) for name in self._value_names}
-        report = carry_out(
-            self.source,
-            self._reads,
-            blobs=list(blobs.values()),
-            rank=rank,
-            budget_bytes=options.budget_bytes,
-            max_over_read=options.max_over_read,
-            interrupt=alarm.check,
-            meter=meter,
-        )
+        reading = ReadOptions(rank, options.budget_bytes, options.max_over_read, alarm.check, meter)
+        report = execute_reads(self.source, self._reads, list(blobs.values()), reading)
         values = {name: blob.value(allow_pickle=options.allow_pickle) for name, blob in blobs.items()}
         self._values = [(leaf, values[leaf.name]) for leaf in self._objects]
         for leaf, names in self._containers:

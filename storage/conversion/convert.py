@@ -29,7 +29,7 @@ from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.source import Source, Unreadable
-from ..reading.read_tensors import check_values
+from ..reading.value_reads import check_values
 from ..runtime.brief import reason
 from ..runtime.checksums import checksum
 from ..runtime.limits import check_budget

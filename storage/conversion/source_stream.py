@@ -19,7 +19,8 @@ from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
 from ..formats.torch_save.blob import ZSTD_MAGIC, decompress
 from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
-from ..reading.read_tensors import ValueRead, counting_metadata, read_boxes
+from ..reading.read_tensors import ReadOptions, counting_metadata, read_boxes
+from ..reading.value_reads import ValueRead
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
@@ -107,9 +108,7 @@ class SourceStream:
             self._source,
             [Want(boxes[at][0].source, boxes[at][1]) for at in full],
             [tensors[at] for at in full],
-            budget_bytes=self.group_bytes,
-            max_over_read=UNBOUNDED if nbytes < SMALL_READ_BYTES else None,
-            workers=self._workers,
+            options=self._options(UNBOUNDED if nbytes < SMALL_READ_BYTES else None),
         )
         self._note(report, nbytes)
         return [
@@ -126,17 +125,12 @@ class SourceStream:
         for group in in_groups(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
             blobs = [ValueRead(self._source, piece.item.source) for piece in group]
-            report = read_boxes(
-                self._source,
-                [],
-                [],
-                blobs=blobs,
-                max_over_read=UNBOUNDED,
-                budget_bytes=self.group_bytes,
-                workers=self._workers,
-            )
+            report = read_boxes(self._source, [], [], blobs, self._options(UNBOUNDED))
             self._note(report, sum(piece.nbytes for piece in group))
             yield from map(_decode_value, blobs)
+
+    def _options(self, max_over_read: float | None) -> ReadOptions:
+        return ReadOptions(budget_bytes=self.group_bytes, max_over_read=max_over_read, workers=self._workers)
 
     def _note(self, report: RankReport, nbytes: int) -> None:
         with self._lock:

@@ -17,8 +17,9 @@ from ..conversion.source_stream import SourceStream
 from ..errors import UnsafeValueError
 from ..formats.source import Source
 from ..formats.value_codec import encode_value
-from ..reading.read_tensors import ValueRead, read_boxes
+from ..reading.read_tensors import read_boxes
 from ..reading.same_chunks import same_chunks
+from ..reading.value_reads import ValueRead
 from ..runtime.torch_modes import undisturbed
 from ..tensors.pieces import Item, Piece, rows_of
 

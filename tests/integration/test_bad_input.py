@@ -37,7 +37,7 @@ def saved() -> MemoryStore:
         ),
         ({"c": torch.zeros(2)}, errors.DtypeError, r"'c' is stored as torch.complex64.*torch.float32"),
         ({"w": None}, errors.DestinationError, r"'w' is a tensor of shape \(3, 4\) in the checkpoint, and NoneType"),
-        ({"step": torch.zeros(1)}, errors.DestinationError, "'step' is an object in the checkpoint"),
+        ({"step": torch.zeros(1)}, errors.DestinationError, "'step' is a value in the checkpoint"),
         ({"w": torch.zeros(1, 4).expand(3, 4)}, errors.DestinationError, "'w' is expanded"),
         ({"w": torch.zeros(3, 4, device="meta")}, errors.DestinationError, "'w' is on the meta device"),
         ({"w": torch.zeros(3, 4).to_sparse()}, errors.DestinationError, "'w' has the layout torch.sparse_coo"),

@@ -121,7 +121,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
     """Law 3: at most a window of values is encoded ahead of what the store has taken."""
     window = 1 << 22
     monkeypatch.setattr(object_writer, "WINDOW_BYTES", window)
-    encode = object_writer._encode
+    encode = object_writer._encode_runs
     lock = threading.Lock()
     encoded = written = ahead = 0
 
@@ -139,7 +139,7 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
             with lock:
                 written += call.stop
 
-    monkeypatch.setattr(object_writer, "_encode", counting)
+    monkeypatch.setattr(object_writer, "_encode_runs", counting)
     write_objects(RecordingStore(MemoryStore(), before), "00000", [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
     assert window / 2 < ahead <= window + 8 + object_writer.TASK_BYTES
