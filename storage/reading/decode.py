@@ -1,4 +1,4 @@
-"""The chunks of a batch, decoded, some bands of them together, and written where they belong, band by band."""
+"""Decodes the chunks of a batch and writes them to their destination, one chunk run at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .tasks import ChunkBatch, TensorRead
 
 
 def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
-    """Decode a batch's chunks, whose bytes are here, and write them to its destination.
+    """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination.
 
     Args:
-        damage: gives the error for a tensor, from what is wrong with it.
+        damage: Returns the error to raise for a tensor and a message.
     """
     read, destination = batch.read, batch.destination
     assert destination is not None
@@ -29,8 +29,8 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
         try:
             values = _decode_runs(read, bands, streams)
         except CorruptCheckpointError as error:
-            at, told = _first_damaged(read, bands, streams) or (bands[0].row, error)
-            message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
+            at, cause = _first_damaged(read, bands, streams) or (bands[0].row, error)
+            message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {cause}"
             raise damage(batch.tensor, message) from error
         batch.tensor.overwritten = True
         begin = 0
@@ -41,7 +41,7 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
 
 
 def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
-    """Bands whose planes are joined together: of chunks of as many values, one after another, BAND_BYTES at most."""
+    """Group chunk runs that one call decodes: their chunks have equally many values, BAND_BYTES at most in all."""
     together: list[Band] = []
     chunks = 0
     for band in bands:
@@ -58,14 +58,14 @@ def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
 
 @dataclass(frozen=True, slots=True)
 class _StreamBytes:
-    """One stream of a batch's chunks."""
+    """The bytes of one stream of a batch."""
 
     data: memoryview
     first: int
-    """The row of the batch's first chunk."""
+    """The row of the first chunk of the batch."""
     begins: list[int]
     ends: list[int]
-    """Where each chunk's bytes are in the data."""
+    """The byte range [begin, end) of each chunk in `data`."""
 
     @classmethod
     def of(cls, batch: ChunkBatch, stream: int) -> _StreamBytes:
@@ -77,12 +77,12 @@ class _StreamBytes:
         )
 
     def together(self, row: int, count: int) -> memoryview:
-        """The bytes of chunks, which are one range."""
+        """Return the bytes of consecutive chunks that are one byte range."""
         at = row - self.first
         return self.data[self.begins[at] : self.ends[at + count - 1]]
 
     def each(self, row: int, count: int) -> list[memoryview]:
-        """The bytes of each of some chunks."""
+        """Return the bytes of each of some chunks."""
         at = row - self.first
         return [self.data[self.begins[i] : self.ends[i]] for i in range(at, at + count)]
 
@@ -90,7 +90,7 @@ class _StreamBytes:
 def _first_damaged(
     read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]
 ) -> tuple[int, CorruptCheckpointError] | None:
-    """The row of the first chunk that cannot be decoded, and why."""
+    """Return the row of the first chunk that cannot be decoded, and the error. None if all can be decoded."""
     for band in bands:
         for row in range(band.row, band.row + band.count):
             try:
@@ -101,7 +101,7 @@ def _first_damaged(
 
 
 def _decode_runs(read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]) -> Bytes:
-    """The bytes of the values of bands that `_together` gives: each chunk row-major, one after another."""
+    """Decode chunk runs that `_together` grouped. Return the values of the chunks, each row-major, one after another."""
     encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
     count = sum(band.count for band in bands)
     if encoding == Encoding.PLANES:
@@ -118,7 +118,7 @@ def _decode_runs(read: ChunkReads, bands: list[Band], streams: list[_StreamBytes
 
 
 def _decode_raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
-    """The bytes of raw chunks' values; where one was read in part, only that part is set."""
+    """Return the values of raw chunks. If a chunk was read in part, the other values are not initialised."""
     values = np.frombuffer(data, np.uint8)
     if len(values) == nbytes:
         return values
@@ -128,7 +128,7 @@ def _decode_raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
 
 
 def _decode_plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
-    """The bytes of a slab's values, from its runs and what lies between them where that was read."""
+    """Return the values of a plain chunk. Bytes that were read between its byte ranges are skipped."""
     assert read.runs is not None
     nbytes, runs = int(read.runs.nbytes[row]), int(read.runs.counts[row])
     if len(values) != runs * nbytes:
