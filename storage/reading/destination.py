@@ -59,7 +59,8 @@ class Destination:
     def _write_to(self, target: torch.Tensor) -> None:
         plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
         if plain and not target.dtype.is_complex:
-            # torch copies on its thread pool, which the threads that call this would compete for. numpy does not.
+            # torch copies on its thread pool, which the threads that call this would compete for. numpy does not
+            # (`benchmarks/overhead.py`).
             self._array = target.view(UNSIGNED[target.itemsize]).numpy()
         self._target = target
 

@@ -23,7 +23,8 @@ ObjectRanges = tuple[str, Sequence[tuple[int, int]]]
 Fetched = Buffer | StoreError
 """The bytes of the byte ranges, one after another, or the error that the read raised."""
 FETCH_GROUP_BYTES = 4 * 1024 * 1024
-"""Bytes that one call reads from a file. Each call, and passing its result on, costs as much as reading 100 KiB."""
+"""Bytes that one call reads from a file. Each call, and passing its result on, costs as much as reading 100 KiB
+(`benchmarks/overhead.py`)."""
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
