@@ -101,7 +101,7 @@ def _first_damaged(
 
 
 def _decode_runs(read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]) -> Bytes:
-    """Decode chunk runs that `_together` grouped. Return the values of the chunks, each row-major, one after another."""
+    """Decode chunk runs that `_together` grouped. Return the values of each chunk, row-major, one after another."""
     encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
     count = sum(band.count for band in bands)
     if encoding == Encoding.PLANES:

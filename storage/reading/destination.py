@@ -90,7 +90,7 @@ class Destination:
                 with writing_to(target):
                     target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
             return
-        # `values` has the dimension that counts the chunks first. Move it before the dimension in which they are adjacent.
+        # The first dimension of `values` counts the chunks. Move it before the dimension in which they are adjacent.
         shape, before, after = (count, *chunk_shape), chunk_shape[:dim], chunk_shape[dim:]
         axes = (*range(1, dim + 1), 0, *range(dim + 1, len(shape)))
         if array is not None:

@@ -2,8 +2,8 @@
 
 Many requests run concurrently. As many workers as this rank has cores verify the bytes against their checksums, decode
 them, and write the values straight into the destination tensors. A tensor is written only after all its bytes have
-arrived and been verified, so damage leaves it unchanged. The bytes that wait for this stay within a budget. A tensor that
-is larger than the budget is written as its chunks arrive.
+arrived and been verified, so damage leaves it unchanged. The bytes that wait for this stay within a budget. A tensor
+that is larger than the budget is written as its chunks arrive.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class _Execution:
         return idle and not (self._groups or self._arrived or self._verified)
 
     def _admitted(self) -> list[Request] | None:
-        """Return the requests to fetch next. None if the store or the budget allows no more. The caller holds the lock."""
+        """Return the requests to fetch next, or None if the store or the budget is full. The caller holds the lock."""
         if not self._groups or self._fetching >= self._fetcher.max_requests:
             return None
         nbytes = sum(request.nbytes for request in self._groups[0])
@@ -367,7 +367,7 @@ class _Execution:
         return self._failure(CorruptCheckpointError, tensor, message)
 
     def _failure(self, kind: type[Exception], tensor: TensorRead, message: str) -> Exception:
-        """Return an error that names a tensor. `run` adds whether a part was overwritten, after all writes have ended."""
+        """Return an error that names a tensor. `run` adds whether a part was overwritten, once all writes have ended."""
         error = kind(f"{tensor.name!r}: {message}")
         self._failed_at[error] = tensor
         return error

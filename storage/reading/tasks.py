@@ -184,7 +184,7 @@ def separate(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None
 
 
 def _batches(read: ChunkReads, bands: Bands, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows of each batch, and the chunk runs they consist of. A batch needs the bytes of one or two requests."""
+    """Yield the rows of each batch, and the chunk runs in it. A batch needs the bytes of one or two requests."""
     requests, rows = request_of[bands.firsts].tolist(), [*bands.firsts.tolist(), len(read)]
     begin = nbytes = 0
     for end, size in enumerate([*bands.nbytes.tolist(), 0]):
