@@ -367,7 +367,7 @@ class _Execution:
         return self._failure(CorruptCheckpointError, tensor, message)
 
     def _failure(self, kind: type[Exception], tensor: TensorRead, message: str) -> Exception:
-        """Return an error that names a tensor. `run` adds whether a part was overwritten, once all writes have ended."""
+        """Return an error that names a tensor. `run` adds whether a part of it was overwritten."""
         error = kind(f"{tensor.name!r}: {message}")
         self._failed_at[error] = tensor
         return error
