@@ -465,7 +465,7 @@ def _described(plan: SavePlan) -> dict[str, ValueDescription]:
         path = paths.get(name)
         path = path if isinstance(path, tuple) else (name,)
         if data is None:
-            described[name] = ValueDescription(path, "object")
+            described[name] = ValueDescription(path, "value")
         else:
             kind = "tensor" if item.type is WriteItemType.TENSOR else "sharded tensor"
             dtype = str(data.properties.dtype).removeprefix("torch.")

@@ -1,9 +1,9 @@
-"""Shards to data objects: cut into chunks, encode on all cores, write in order, hold little.
+"""Writes shards to data objects: cuts them into chunks, encodes these on all cores, and writes them in order.
 
-One rank writes one object, as a stream, where the store takes one; several at once where it holds each in memory until
-all of it is there. Chunks are encoded by a pool of threads that runs at most a window ahead of the writing, so that a
-slow store slows the encoding down, and neither the size of a tensor nor that of a shard adds to what is held. What was
-written comes back as records, from which the manifest is made.
+If the store accepts a stream, a rank writes one object. If the store holds each object in memory until it is complete,
+a rank writes several objects concurrently. A pool of threads encodes the chunks, at most a window ahead of the writer.
+So a slow store also slows down the encoding, and memory does not grow with the size of a tensor or shard. The result
+consists of records, from which the manifest is made.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ logger = logger_of(__name__)
 
 OBJECT_MAGIC = b"RESHARDD"
 WINDOW_BYTES = 16 * 1024 * 1024
-"""Values that may be waiting, encoded or being encoded, for an object to take them."""
+"""The most bytes of values that are being encoded, or wait to be written, for one object."""
 TASK_BYTES = 1024 * 1024
-"""Values that one task encodes, or a little more."""
+"""The bytes of values that one task encodes, at least. A task ends with the chunk run that reaches this size."""
 LET_END_S = 2.0
-"""How long a save that has failed waits for what is under way, to remove it."""
+"""How long a failed save waits for objects that are being written, to remove them."""
 
 Encoded = tuple[Buffer, list[int], list[int]]
-"""The bytes of a chunk, or of several one after another; the length of each; their checksums."""
+"""The bytes of one or more chunks, one after another, the length of each chunk, and their checksums."""
 _Band = tuple[Slices, list[int], int, int]
-"""Chunks that adjoin: where they lie in the shard, the sizes of each, their number, in which dimension they adjoin."""
+"""A chunk run: its position in the shard, the sizes of each chunk, their number, and the dimension of the run."""
 
 
 @dataclass(slots=True)
 class _UnfinishedSegment:
-    """A segment while its chunks are being written."""
+    """A segment whose chunks are being written."""
 
     stream: Stream
     start: int = -1
@@ -85,7 +85,7 @@ class _UnfinishedSegment:
 
 @dataclass(frozen=True, slots=True)
 class _UnfinishedShard:
-    """A shard while its segments are being written."""
+    """A shard whose segments are being written."""
 
     source: ShardToWrite
     dtype: str
@@ -101,15 +101,16 @@ class _UnfinishedShard:
 
 @dataclass(frozen=True, slots=True)
 class _SegmentInput:
-    """One stream of a shard, or of what it has of an eighth of its tensor."""
+    """The values of one segment: one stream of a shard, or of the part of a shard in one eighth of its tensor."""
 
     eighth: int
     values: npt.NDArray[Any]
     entry: Entry
     segment: _UnfinishedSegment
     streams: int
-    """That the values are stored in."""
+    """The number of streams that the values are stored in."""
     tasks: list[tuple[list[_Band], int]]
+    """As in `_EncodingTasks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,9 @@ class _EncodingTask:
 
     segment: _UnfinishedSegment
     held_nbytes: int
-    """Values that are held for it."""
+    """Bytes of values that stay in memory for it."""
     values_nbytes: int
-    """Its part of the values: a shard's heads and tails have half of them each."""
+    """Bytes of values that count as written with it. If a shard has heads and tails, each counts half."""
     encoded: Future[list[Encoded]]
 
 
@@ -135,20 +136,26 @@ def write_objects(
     failed: Callable[[BaseException], None] = lambda error: None,
     wrote: Callable[[int], None] = lambda nbytes: None,
 ) -> list[ObjectRecord]:
-    """Write shards into new objects of a store: none where there is nothing to write.
+    """Write shards to new data objects of a store. If all shards are empty, no object is written.
 
-    Their names are unique, so that nothing that exists is touched. Where the store fails in a way that may pass, the
-    object that it failed at is begun anew, under another name.
+    The objects have unique names, so that no existing object changes. If the store fails with a temporary error, the
+    object is written again under another name. If the call fails, the objects that it wrote are removed.
 
     Args:
-        label: what their names end with, the rank's number; it makes them no more unique.
-        budget_bytes: of values that may be held; `default_budget()` by default.
-        interrupt: called now and then, by this thread; what it raises stops the writing.
-        failed: called as soon as it fails, before anything is removed.
-        wrote: called with the bytes of values that the store has taken, by any thread; with a negative number of them
-            where an object has failed, and is begun anew.
+        label: The end of the object names, usually the rank.
+        budget_bytes: Memory for values that wait to be written. `default_budget()` by default.
+        interrupt: Called regularly by this thread. If it raises an error, the writing stops with this error.
+        failed: Called with the first error, before any object is removed.
+        wrote: Called by any thread, with the bytes of values that the store has accepted. If an object has to be
+            written again, it is called with the negative number.
 
-    Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
+    Returns:
+        A record for each object.
+
+    Raises:
+        StoreError: The store failed.
+        DtypeError: A dtype cannot be stored.
+        ShapeMismatchError: `load` returned values of another shape or dtype.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
     groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.holds_objects)
@@ -171,7 +178,7 @@ def write_objects(
             writing.abandon()
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
-            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
+            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to raise
                 without_retries(store).delete(written)
             raise
         finally:
@@ -179,7 +186,7 @@ def write_objects(
 
 
 class _ObjectWriter:
-    """Writes objects, several at once, with one pool of threads that encodes."""
+    """Writes objects, several concurrently, that share one pool of threads for encoding."""
 
     def __init__(
         self,
@@ -198,12 +205,12 @@ class _ObjectWriter:
         self._together = min(SHARD_GROUP_BYTES, budget_bytes // 4) if store.holds_objects else 0
         self._encoding = encoding
         self._stopped = stopped
-        """Set where nobody waits for the objects any more."""
+        """Set when the save has failed."""
         self._wrote = wrote
 
     def write(self, shards: Sequence[ShardToWrite]) -> ObjectRecord:
-        """One object of these shards. What was begun is removed where that fails."""
-        # What differs comes first: stores spread their load by the beginning of a key.
+        """Write one object that contains these shards. If this fails, the object is removed."""
+        # Object names start with random characters, because stores distribute their load by the start of a key.
         record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._label}{DATA_SUFFIX}")
         begun: list[_UnfinishedShard] = []
         encode_s = write_s = 0.0
@@ -230,7 +237,7 @@ class _ObjectWriter:
             self._check_wanted()
         except BaseException:
             self._wrote(-taken)
-            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
+            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to raise
                 without_retries(self._store).delete([record.name])
             raise
         encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
@@ -247,7 +254,7 @@ class _ObjectWriter:
             raise StoreError("the save was stopped")
 
     def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> Iterator[_EncodingTask]:
-        """All chunks in the order of the file, some at a time; the pool works at most a window ahead."""
+        """Yield tasks in the order in which their chunks are stored. The pool encodes at most a window ahead."""
         waiting: deque[_EncodingTask] = deque()
         held = 0
         try:
@@ -273,7 +280,10 @@ class _ObjectWriter:
                 left.encoded.cancel()
 
     def _in_order(self, group: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> list[_SegmentInput]:
-        """The parts of shards that lie together, as they lie: heads before tails, then eighth by eighth."""
+        """Return the segments of a group of shards in the order in which they are stored.
+
+        Heads come before tails. Each of them is sorted by eighths.
+        """
         parts = []
         for source in group:
             values = source.load(source.box)
@@ -282,7 +292,7 @@ class _ObjectWriter:
             entry = Entry(source.name, source.kind, dtype, grid)
             streams = streams_of(dtype, self._codec)
             if values.device.type != "cpu":
-                torch.accelerator.synchronize(values.device)  # what its own stream still computes
+                torch.accelerator.synchronize(values.device)  # another stream may still write the values
             array = as_array(values)
             eighths = grid.eighths(source.box)
             if len(group) == 1 or values.nbytes < EIGHTHS * MIN_EIGHTH_BYTES:
@@ -300,16 +310,16 @@ class _ObjectWriter:
 
 @dataclass(frozen=True, slots=True)
 class _EncodingTasks:
-    """How a shard is cut."""
+    """The tasks that encode a shard."""
 
     chunks: int
     tasks: list[tuple[list[_Band], int]]
-    """Bands that are encoded together, and the bytes of their values."""
+    """For each task, its chunk runs and the bytes of their values."""
 
 
 @functools.lru_cache(maxsize=64)
 def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _EncodingTasks:
-    """Remembered, since the layers of a model are cut alike."""
+    """Cut a shard into tasks. The result is cached because the layers of a model are cut in the same way."""
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
     firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
@@ -329,11 +339,11 @@ def _encode_runs(
     stream: Stream,
     codec: str,
 ) -> list[Encoded]:
-    """Chunks of a shard, whose values these are."""
+    """Encode chunk runs of a shard. `values` are the values of the whole shard."""
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
     for place, sizes, count, dim in bands:
-        # What of the values is one chunk after another, each row-major.
+        # Copy the run so that its chunks follow each other, each row-major.
         split = values[place].reshape(*sizes[:dim], count, *sizes[dim:])
         plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))
         nbytes = len(plain) // count
