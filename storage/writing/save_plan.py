@@ -63,7 +63,7 @@ class SavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        # DCP flattens sharded tensors that contain sharded tensors. Pass only tensors, because it would drop empty dicts.
+        # DCP flattens sharded tensors that contain sharded tensors. Pass tensors only: it would drop empty dicts.
         tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
         super().set_up_planner(tensors, storage_meta, is_coordinator)
         self.state_dict = {**state_dict, **self.state_dict}
