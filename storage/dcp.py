@@ -72,11 +72,11 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .stores.open import open_store
 from .stores.retry import without_retries
-from .tensors.classes import as_plain, check_storable, is_whole, overrides_dispatch
+from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name, torch_dtype
 from .tensors.name_patterns import listed
-from .tensors.sharded import refuse_misplaced, waited
 from .tensors.state_dict import path_for_dcp
+from .tensors.tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .version import __version__
 from .writing.agreement import Described, agreed_paths
 from .writing.object_layout import ShardToWrite, part_of

@@ -30,7 +30,6 @@ from ..tensors.state_dict import MAX_LEVELS, Path, path_from_json
 from .foreign import ForeignSource, Shards
 from .metadata_reads import Reads
 from .safetensors import TensorHeader, read_header
-from .shared_values import is_repetitive
 from .torch_save.inert_unpickler import (
     LAYOUT,
     SIZE,
@@ -44,6 +43,7 @@ from .torch_save.inert_unpickler import (
 )
 from .torch_save.pickle_scan import MAX_BYTES
 from .torch_save.zip_layout import HEAD_BYTES, locate_values
+from .tree_size import is_repetitive
 
 METADATA = ".metadata"
 RANK_METADATA = re.compile(r"__([0-9]{1,18})\.metadata")

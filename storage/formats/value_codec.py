@@ -17,8 +17,8 @@ from ...planner.index import Kind
 from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedValueError
 from ..runtime.brief import reason
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain
-from .shared_values import is_repetitive
-from .torch_save.blob import ZSTD_MAGIC, decompress, load_checked
+from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked
+from .tree_size import is_repetitive
 
 MAX_VALUE_BYTES = 2**31
 """How many bytes an object may have, encoded by JSON or torch.save."""

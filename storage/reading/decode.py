@@ -12,7 +12,7 @@ from ...planner.read_plan import ChunkReads
 from ..errors import CorruptCheckpointError
 from ..formats.native.chunk_runs import BAND_BYTES, Band
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
-from ..formats.torch_save.blob import decode_opaque
+from ..formats.torch_save.safe_load import decode_opaque
 from .tasks import Batch, TensorRead
 
 

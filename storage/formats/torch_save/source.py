@@ -34,7 +34,7 @@ from ...tensors.state_dict import Path, flatten
 from ..foreign import ForeignSource, whole_tensor
 from ..hf_index import TensorsByName, WeightMap, present, select, two_files
 from ..metadata_reads import Reads
-from ..shared_values import is_repetitive
+from ..tree_size import is_repetitive
 from .pickle_scan import MAX_BYTES, check_pickle
 from .zip_layout import is_row_major
 from .zip_records import (

@@ -21,8 +21,8 @@ from torch.distributed.tensor.placement_types import _StridedShard as TorchStrid
 from ...planner import layout
 from ...planner.box import Box
 from ...planner.errors import LayoutError
-from .classes import as_plain, overrides_dispatch
 from .dtypes import LocalShard
+from .tensor_classes import as_plain, overrides_dispatch
 
 
 def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
