@@ -16,7 +16,7 @@ from .dcp import METADATA, RANK_METADATA, DcpSource
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_complete, listed, part_groups, read_weight_map
 from .metadata_reads import Reads
-from .native.manifest import DATA_NAME, NAME, Manifest
+from .native.manifest import DATA_NAME, MANIFEST_NAME, Manifest
 from .safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .source import Source
 from .torch_save.source import LEGACY_MAGIC, TorchSaveSource
@@ -208,7 +208,7 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
     remains = sum(1 for name in names if DATA_NAME.fullmatch(name))
     if remains and format in (None, "reshard"):
         return NotCommittedError(
-            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
+            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {MANIFEST_NAME}. "
             "The save was interrupted, or is still running. `reshard gc` removes what is left, once it is a day old"
         )
     if any(name.endswith(".distcp") for name in names if "/" not in name) and format in (None, "dcp"):
@@ -219,6 +219,6 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
             f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"
         )
     looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
-    marks = {"reshard": NAME, "dcp": METADATA, "safetensors": f"*{SUFFIX}", "torch": "single file of torch.save"}
+    marks = {"reshard": MANIFEST_NAME, "dcp": METADATA, "safetensors": f"*{SUFFIX}", "torch": "single file of torch.save"}
     lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
     return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}")

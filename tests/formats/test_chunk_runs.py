@@ -21,7 +21,7 @@ from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.chunk_runs import BAND_BYTES, bands_of, continued, cut
 from reshard.storage.formats.native.codec import decode, decode_heads_and_tails, encode, streams_of
-from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.reading import executor, workers
 from reshard.storage.reading.executor import execute
@@ -91,7 +91,7 @@ def saved(codec: str, dtype: torch.dtype, rows_of: int = 2) -> tuple[MemoryStore
             load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, f"{rank:05}", shards, codec)
-    store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
     return store, tensors
 
 

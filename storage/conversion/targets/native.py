@@ -12,7 +12,7 @@ import torch
 
 from ....planner.box import Box
 from ....planner.index import Kind
-from ...formats.native.manifest import DATA_NAME, NAME, Manifest, encode_manifest
+from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
 from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
 from ...stores.base import Store
 from ...tensors.pieces import Item, Piece, in_groups
@@ -27,7 +27,7 @@ class NativeTarget:
     """Writes data objects and the manifest."""
 
     format = "reshard"
-    commits = NAME
+    commits = MANIFEST_NAME
 
     def __init__(self, codec: str, budget_bytes: int | None) -> None:
         self._codec = codec

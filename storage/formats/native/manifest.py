@@ -41,7 +41,7 @@ from ...tensors.state_dict import Path, path_from_json, path_to_json
 from ..source import Unreadable, bounded
 from .manifest_blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
 
-NAME = "manifest.reshard"
+MANIFEST_NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
@@ -245,10 +245,10 @@ class _Bytes:
     def __init__(self, store: Store) -> None:
         """Raises ObjectNotFoundError, StoreError."""
         self.store = store
-        self.where = f"{store.location}/{NAME}"
-        self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
+        self.where = f"{store.location}/{MANIFEST_NAME}"
+        self.first = bytes(store.read(MANIFEST_NAME, 0, FIRST_READ_BYTES))
         if len(self.first) < min(_due(self.first), FIRST_READ_BYTES):
-            self.first = bytes(read_whole(store, NAME, 0, FIRST_READ_BYTES))
+            self.first = bytes(read_whole(store, MANIFEST_NAME, 0, FIRST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
         self._lock = Lock()
@@ -257,9 +257,9 @@ class _Bytes:
         """Raises CorruptCheckpointError where it ends before."""
         data = self.first[start:stop]
         if stop > len(self.first) == FIRST_READ_BYTES:
-            rest = bytes(self.store.read(NAME, start + len(data), stop))
+            rest = bytes(self.store.read(MANIFEST_NAME, start + len(data), stop))
             if len(rest) < stop - start - len(data):
-                rest = bytes(read_whole(self.store, NAME, start + len(data), stop))
+                rest = bytes(read_whole(self.store, MANIFEST_NAME, start + len(data), stop))
             with self._lock:
                 self.bytes_read += len(rest)
                 self.requests += 1
