@@ -497,10 +497,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     name = item.index.fqn
     if item.type is WriteItemType.BYTE_IO:
         kind, data = _encoded_value(item, planner)
-        blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return ShardToWrite(
-            name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda part: blob[part.slices]
-        )
+        return ShardToWrite.of_value(name, kind, data)
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))

@@ -24,7 +24,7 @@ from ..errors import (
 )
 from ..formats.dcp import METADATA, RANK_METADATA
 from ..formats.detect import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
-from ..formats.hf_index import part_groups
+from ..formats.hf_index import group_numbered_files
 from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME, Manifest
 from ..formats.source import Source
 from ..runtime.threads import Pool
@@ -115,7 +115,7 @@ def _in_its_place(name: str) -> tuple[str, str]:
 def _tells(name: str) -> bool:
     """Whether a name is one of a checkpoint's."""
     known = name in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
-    of_many = name.endswith(TORCH_INDEX_SUFFIX) or part_groups([name])
+    of_many = name.endswith(TORCH_INDEX_SUFFIX) or group_numbered_files([name])
     return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 

@@ -1,4 +1,4 @@
-"""The chunks of a batch, decoded, some bands of them together, and written where they belong, band by band."""
+"""The chunks of a batch, decoded, some runs of them together, and written where they belong, run by run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ...planner.index import Encoding
 from ...planner.read_plan import ChunkReads
 from ..errors import CorruptCheckpointError
-from ..formats.native.chunk_runs import BAND_BYTES, Band
+from ..formats.native.chunk_runs import MAX_CHUNK_RUN_BYTES, ChunkRun
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.safe_load import decode_opaque
 from .tasks import Batch, TensorRead
@@ -25,33 +25,33 @@ def place_batch(batch: Batch, damage: Callable[[TensorRead, str], Exception]) ->
     read, destination = batch.read, batch.destination
     assert destination is not None
     streams = [_Stream.of(batch, stream) for stream in range(len(batch.requests))]
-    for bands in _together(read, batch.bands.select(batch.band_rows)):
+    for runs in _together(read, batch.chunk_runs.select(batch.run_rows)):
         try:
-            values = _values(read, bands, streams)
+            values = _values(read, runs, streams)
         except CorruptCheckpointError as error:
-            at, told = _first_damaged(read, bands, streams) or (bands[0].row, error)
+            at, told = _first_damaged(read, runs, streams) or (runs[0].row, error)
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
             raise damage(batch.tensor, message) from error
         batch.tensor.touched = True
         begin = 0
-        for band in bands:
-            end = begin + band.count * band.numel * read.itemsize
-            destination.write(band.place, values[begin:end], band.sizes, band.part, band.count, band.dim)
+        for run in runs:
+            end = begin + run.count * run.numel * read.itemsize
+            destination.write(run.place, values[begin:end], run.sizes, run.part, run.count, run.dim)
             begin = end
 
 
-def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
-    """Bands whose planes are joined together: of chunks of as many values, one after another, BAND_BYTES at most."""
-    together: list[Band] = []
+def _together(read: ChunkReads, runs: Iterable[ChunkRun]) -> Iterator[list[ChunkRun]]:
+    """Group chunk runs whose planes are joined together: consecutive, equal numels, at most MAX_CHUNK_RUN_BYTES."""
+    together: list[ChunkRun] = []
     chunks = 0
-    for band in bands:
-        first = together[0] if together else band
-        joined = band.encoding == first.encoding == Encoding.PLANES and band.numel == first.numel
-        if together and not (joined and (chunks + band.count) * band.numel * read.itemsize <= BAND_BYTES):
+    for run in runs:
+        first = together[0] if together else run
+        joined = run.encoding == first.encoding == Encoding.PLANES and run.numel == first.numel
+        if together and not (joined and (chunks + run.count) * run.numel * read.itemsize <= MAX_CHUNK_RUN_BYTES):
             yield together
             together, chunks = [], 0
-        together.append(band)
-        chunks += band.count
+        together.append(run)
+        chunks += run.count
     if together:
         yield together
 
@@ -88,22 +88,22 @@ class _Stream:
 
 
 def _first_damaged(
-    read: ChunkReads, bands: list[Band], streams: list[_Stream]
+    read: ChunkReads, runs: list[ChunkRun], streams: list[_Stream]
 ) -> tuple[int, CorruptCheckpointError] | None:
     """The row of the first chunk that cannot be decoded, and why."""
-    for band in bands:
-        for row in range(band.row, band.row + band.count):
+    for run in runs:
+        for row in range(run.row, run.row + run.count):
             try:
-                _values(read, [replace(band, row=row, count=1)], streams)
+                _values(read, [replace(run, row=row, count=1)], streams)
             except CorruptCheckpointError as error:
                 return row, error
     return None
 
 
-def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Bytes:
-    """The bytes of the values of bands that `_together` gives: each chunk row-major, one after another."""
-    encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
-    count = sum(band.count for band in bands)
+def _values(read: ChunkReads, runs: list[ChunkRun], streams: list[_Stream]) -> Bytes:
+    """The bytes of the values of runs that `_together` gives: each chunk row-major, one after another."""
+    encoding, numel, row = runs[0].encoding, runs[0].numel, runs[0].row
+    count = sum(run.count for run in runs)
     if encoding == Encoding.PLANES:
         chunks = [stream.each(row, count) for stream in streams]
         if len(chunks) == 2:
@@ -113,7 +113,7 @@ def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Byte
     if encoding == Encoding.RAW:
         return _raw(data, count * numel * read.itemsize, int(read.skipped[row]))
     if encoding == Encoding.OPAQUE:
-        return decode_opaque(data, read.entry.dtype, bands[0].sizes)
+        return decode_opaque(data, read.entry.dtype, runs[0].sizes)
     return _plain(read, row, np.frombuffer(data, np.uint8))
 
 

@@ -19,4 +19,4 @@ def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
         return [(Box.whole(tuple(tensor.shape)), tensor.detach())]
     from . import distributed_tensors
 
-    return distributed_tensors.local_shards(name, tensor)
+    return distributed_tensors.distributed_shards(name, tensor)

@@ -257,7 +257,7 @@ def test_a_native_checkpoint_is_opened_by_one_request(tmp_path: Path) -> None:
 
 
 def test_metadata_among_very_many_files_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_NAMES", 3)
+    monkeypatch.setattr(module, "MAX_OBJECTS_SEARCHED", 3)
     whole = put_together({"w": (VALUES, rows(1, 4, 3))})
     store = MemoryStore()
     store.content = {**{name: data for name, data in whole.content.items() if name != METADATA}}
@@ -331,7 +331,7 @@ def test_a_conversion_that_has_not_ended_is_no_checkpoint(tmp_path: Path) -> Non
 
 def test_where_there_is_too_much_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listing that was cut short may lack files of a model."""
-    monkeypatch.setattr(module, "MAX_NAMES", 3)
+    monkeypatch.setattr(module, "MAX_OBJECTS_SEARCHED", 3)
     store = MemoryStore()
     store.content = {f"logs/{i}": b"" for i in range(5)} | {"model.safetensors": as_safetensors({"w": VALUES})}
     with pytest.raises(CheckpointNotFoundError, match="more than 3 objects"):

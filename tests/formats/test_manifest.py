@@ -23,7 +23,7 @@ from reshard.storage.errors import (
 )
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native import manifest_blocks
-from reshard.storage.formats.native.manifest import FIRST_READ_BYTES, MANIFEST_NAME, encode_manifest
+from reshard.storage.formats.native.manifest import FIRST_MANIFEST_READ_BYTES, MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.source import Source
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.local import LocalStore
@@ -160,7 +160,7 @@ def test_a_manifest_that_lies_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37, 100])
 def test_a_manifest_that_claims_an_impossible_length_is_refused(total: int) -> None:
     store = MemoryStore()
-    store.content[MANIFEST_NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 3, 100, total) + b"x" * FIRST_READ_BYTES
+    store.content[MANIFEST_NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 3, 100, total) + b"x" * FIRST_MANIFEST_READ_BYTES
     with pytest.raises(CorruptCheckpointError, match=f"claims to have {total} bytes"):
         open_source(store)
 
@@ -186,12 +186,12 @@ def test_a_small_manifest_is_one_request_and_a_large_header_one_more() -> None:
     recording = RecordingStore(store)
     store.content[MANIFEST_NAME] = DATA
     open_source(recording).index()
-    assert [(call.start, call.stop) for call in recording.calls] == [(0, FIRST_READ_BYTES)]
+    assert [(call.start, call.stop) for call in recording.calls] == [(0, FIRST_MANIFEST_READ_BYTES)]
 
-    store.content[MANIFEST_NAME] = encode_manifest(INDEX, {}, {"padding": "x" * FIRST_READ_BYTES})
+    store.content[MANIFEST_NAME] = encode_manifest(INDEX, {}, {"padding": "x" * FIRST_MANIFEST_READ_BYTES})
     recording.calls.clear()
     manifest = open_source(recording)
-    assert len(manifest.info["padding"]) == FIRST_READ_BYTES
+    assert len(manifest.info["padding"]) == FIRST_MANIFEST_READ_BYTES
     assert len(recording.calls) == 2
     assert manifest.index() == INDEX
     assert manifest.requests == len(recording.calls) == 3
@@ -202,7 +202,7 @@ def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytes
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
     tensors = [Saved(f"t{i:03}", Grid((8, 8), (2, 2)), HALVES, "float32", raw=i % 2 == 0) for i in range(200)]
     store = MemoryStore()
-    store.content[MANIFEST_NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_READ_BYTES})
+    store.content[MANIFEST_NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_MANIFEST_READ_BYTES})
     recording = RecordingStore(store)
     manifest = open_source(recording)
     recording.calls.clear()
@@ -229,7 +229,7 @@ def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monk
     rows = [Box((at, 0), (4, 512)) for at in range(0, 512, 4)]
     tensors = [Saved(name, Grid((512, 512), (64, 64)), rows, "float32", raw) for name in "abc"]
     store = MemoryStore()
-    store.content[MANIFEST_NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_READ_BYTES})
+    store.content[MANIFEST_NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_MANIFEST_READ_BYTES})
     recording = RecordingStore(store)
     manifest = open_source(recording)
     total, opening = len(store.content[MANIFEST_NAME]) - manifest.bytes_read, manifest.bytes_read
@@ -312,7 +312,7 @@ def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
 
 def test_ranks_load_by_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 200)
-    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_READ_BYTES", 1000)
+    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_MANIFEST_READ_BYTES", 1000)
     state = {name: torch.randn(shape) for name, shape in (("up", (2048, 512)), ("down", (512, 2048)), ("norm", (512,)))}
     reshard.save(state, tmp_path)
     layout = reshard.Layout({"tp": 4}, {"up": "colwise", "down": "rowwise"})

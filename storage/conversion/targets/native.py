@@ -137,6 +137,4 @@ def _shard(piece: Piece, objects: Iterator[tuple[Kind, bytes, Any]], load: Load)
     if item.is_tensor:
         return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
     kind, data, _ = next(objects)
-    blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    whole = Box.whole((len(blob),))
-    return ShardToWrite(item.name, kind, blob.dtype, whole.sizes, whole, lambda box: blob[box.slices])
+    return ShardToWrite.of_value(item.name, kind, data)

@@ -97,14 +97,14 @@ def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bo
     try:
         store.put(name, data, overwrite=overwrite)
     except Exception as error:
-        found = _read_back(store, name, len(data))
+        found = _read_or_none(store, name, len(data))
         if found != data:
             if isinstance(error, CheckpointExistsError) and found is not None:
                 raise
             raise CommitError(f"{what} may or may not have been written: {error}") from error
 
 
-def _read_back(store: Store, name: str, nbytes: int) -> bytes | None:
+def _read_or_none(store: Store, name: str, nbytes: int) -> bytes | None:
     """The object that is there, as far as `nbytes` and one more; None where it cannot be read."""
     try:
         return bytes(store.read(name, 0, nbytes + 1))
