@@ -32,10 +32,10 @@ from .runtime.progress import Meter, OnProgress
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store, close_store
 from .tensors.casts import check_dtype, loses_bits, weight_dtype
-from .tensors.classes import missing_memory
 from .tensors.dtypes import torch_dtype
 from .tensors.name_patterns import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
 from .tensors.state_dict import nest
+from .tensors.tensor_classes import missing_memory
 
 logger = logger_of(__name__)
 

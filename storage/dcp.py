@@ -73,11 +73,11 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .stores.open import open_store
 from .stores.retry import without_retries
-from .tensors.classes import as_plain, check_storable, is_whole, overrides_dispatch
+from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name, torch_dtype
 from .tensors.name_patterns import listed
-from .tensors.sharded import refuse_misplaced, waited
 from .tensors.state_dict import path_for_dcp
+from .tensors.tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .version import __version__
 from .writing.agreement import ValueDescription, agreed_paths
 from .writing.object_layout import ShardToWrite, part_of
@@ -491,10 +491,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     name = item.index.fqn
     if item.type is WriteItemType.BYTE_IO:
         kind, data = _encoded_value(item, planner)
-        blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return ShardToWrite(
-            name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda part: blob[part.slices]
-        )
+        return ShardToWrite.of_value(name, kind, data)
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))

@@ -42,7 +42,6 @@ from .runtime.reports import Cast, RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.casts import check_is_not_scaled, loses_bits, scale_names
-from .tensors.classes import is_whole, missing_memory, overrides_dispatch
 from .tensors.dtypes import LocalShard, torch_dtype
 from .tensors.local_shards import local_shards
 from .tensors.name_patterns import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
@@ -57,6 +56,7 @@ from .tensors.state_dict import (
     state_to_stateful,
     stateful_to_state,
 )
+from .tensors.tensor_classes import is_whole, missing_memory, overrides_dispatch
 
 logger = logger_of(__name__)
 

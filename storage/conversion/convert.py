@@ -42,7 +42,7 @@ from ..stores.base import Store
 from ..stores.open import open_store
 from ..stores.retry import retried
 from ..tensors.casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
-from ..tensors.dtypes import dtype_name, torch_dtype
+from ..tensors.dtypes import dtype_name, is_packed, torch_dtype
 from ..tensors.name_patterns import (
     Patterns,
     by_new_name,
@@ -179,7 +179,7 @@ def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_fil
     check_dtype(dtype)
     if format not in TARGETS:
         raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
-    if dtype is not None and (not dtype.is_floating_point or "_x2" in str(dtype)):
+    if dtype is not None and (not dtype.is_floating_point or is_packed(dtype)):
         raise ArgumentError(f"floating-point tensors cannot be cast to {dtype}")
     if max_file_bytes < 1:
         raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")

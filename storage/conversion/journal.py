@@ -22,7 +22,7 @@ from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFou
 from ..formats.detect import CONVERSION, is_of_a_checkpoint
 from ..formats.metadata_reads import Reads
 from ..formats.native.commit import put_commit
-from ..formats.native.manifest import DATA_NAME, NAME
+from ..formats.native.manifest import DATA_NAME, MANIFEST_NAME
 from ..runtime.checksums import checksum
 from ..runtime.logs import logger_of
 from ..stores.base import Store
@@ -213,7 +213,7 @@ class Journal:
 
 def _is_of_a_checkpoint(name: str) -> bool:
     """Return whether a name is one that a checkpoint of some format has in its folder."""
-    return name == NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
+    return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
 
 
 def _is_unit(unit: Any) -> bool:

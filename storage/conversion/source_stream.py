@@ -17,7 +17,7 @@ from ...planner.index import Kind
 from ...planner.read_plan import Want
 from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
-from ..formats.torch_save.blob import ZSTD_MAGIC, decompress
+from ..formats.torch_save.safe_load import ZSTD_MAGIC, decompress
 from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
 from ..reading.read_tensors import ReadOptions, counting_metadata, read_boxes
 from ..reading.value_reads import ValueRead

@@ -24,8 +24,8 @@ from ..errors import (
 )
 from ..formats.dcp import METADATA, RANK_METADATA
 from ..formats.detect import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
-from ..formats.hf_index import part_groups
-from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
+from ..formats.hf_index import group_numbered_files
+from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME, Manifest
 from ..formats.source import Source
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
@@ -114,8 +114,8 @@ def _in_its_place(name: str) -> tuple[str, str]:
 
 def _tells(name: str) -> bool:
     """Whether a name is one of a checkpoint's."""
-    known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
-    of_many = name.endswith(TORCH_INDEX_SUFFIX) or part_groups([name])
+    known = name in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
+    of_many = name.endswith(TORCH_INDEX_SUFFIX) or group_numbered_files([name])
     return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
@@ -185,7 +185,7 @@ def _removal(source: Source) -> Removal:
             f"{source.location} is of format {source.format!r}: only checkpoints of reshard and of DCP are removed, "
             "whose metadata tells what they are made of"
         )
-    first = [NAME]
+    first = [MANIFEST_NAME]
     if source.format == "dcp":
         there = list(source.store.list())
         first = [name for name in there if name == METADATA or RANK_METADATA.fullmatch(name)]
@@ -198,7 +198,7 @@ def _removal(source: Source) -> Removal:
 def _refuse_others(source: Source, there: Iterable[str]) -> None:
     """Raises ArgumentError if metadata of DCP names what DCP does not write, or what another checkpoint may need."""
     parts = [name.rpartition("/") for name in there]
-    places = {folder for folder, _, base in parts if base in (NAME, METADATA) or RANK_METADATA.fullmatch(base)}
+    places = {folder for folder, _, base in parts if base in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(base)}
     others = [
         name
         for name, _ in source.objects

@@ -14,7 +14,7 @@ from ...planner.box import Box
 from ...planner.index import NATIVE, CheckpointIndex, Encoding, Kind
 from ...planner.read_plan import Want, plan_reads
 from ..errors import ObjectNotFoundError
-from ..formats.torch_save.blob import damage_of
+from ..formats.torch_save.safe_load import damage_of
 from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of

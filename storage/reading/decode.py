@@ -10,9 +10,9 @@ import numpy as np
 from ...planner.index import Encoding
 from ...planner.read_plan import ChunkReads
 from ..errors import CorruptCheckpointError
-from ..formats.native.chunk_runs import BAND_BYTES, Band
+from ..formats.native.chunk_runs import MAX_CHUNK_RUN_BYTES, ChunkRun
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
-from ..formats.torch_save.blob import decode_opaque
+from ..formats.torch_save.safe_load import decode_opaque
 from .tasks import ChunkBatch, TensorRead
 
 
@@ -25,33 +25,33 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
     read, destination = batch.read, batch.destination
     assert destination is not None
     streams = [_StreamBytes.of(batch, stream) for stream in range(len(batch.requests))]
-    for bands in _together(read, batch.bands.select(batch.band_rows)):
+    for runs in _together(read, batch.chunk_runs.select(batch.run_rows)):
         try:
-            values = _decode_runs(read, bands, streams)
+            values = _decode_runs(read, runs, streams)
         except CorruptCheckpointError as error:
-            at, cause = _first_damaged(read, bands, streams) or (bands[0].row, error)
+            at, cause = _first_damaged(read, runs, streams) or (runs[0].row, error)
             message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {cause}"
             raise damage(batch.tensor, message) from error
         batch.tensor.overwritten = True
         begin = 0
-        for band in bands:
-            end = begin + band.count * band.numel * read.itemsize
-            destination.write(band.place, values[begin:end], band.sizes, band.part, band.count, band.dim)
+        for run in runs:
+            end = begin + run.count * run.numel * read.itemsize
+            destination.write(run.place, values[begin:end], run.sizes, run.part, run.count, run.dim)
             begin = end
 
 
-def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
-    """Group chunk runs that one call decodes: their chunks have equally many values, BAND_BYTES at most in all."""
-    together: list[Band] = []
+def _together(read: ChunkReads, runs: Iterable[ChunkRun]) -> Iterator[list[ChunkRun]]:
+    """Group chunk runs for one call of the codec: equal numbers of values, at most MAX_CHUNK_RUN_BYTES together."""
+    together: list[ChunkRun] = []
     chunks = 0
-    for band in bands:
-        first = together[0] if together else band
-        joined = band.encoding == first.encoding == Encoding.PLANES and band.numel == first.numel
-        if together and not (joined and (chunks + band.count) * band.numel * read.itemsize <= BAND_BYTES):
+    for run in runs:
+        first = together[0] if together else run
+        joined = run.encoding == first.encoding == Encoding.PLANES and run.numel == first.numel
+        if together and not (joined and (chunks + run.count) * run.numel * read.itemsize <= MAX_CHUNK_RUN_BYTES):
             yield together
             together, chunks = [], 0
-        together.append(band)
-        chunks += band.count
+        together.append(run)
+        chunks += run.count
     if together:
         yield together
 
@@ -88,22 +88,22 @@ class _StreamBytes:
 
 
 def _first_damaged(
-    read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]
+    read: ChunkReads, runs: list[ChunkRun], streams: list[_StreamBytes]
 ) -> tuple[int, CorruptCheckpointError] | None:
     """Return the row of the first chunk that cannot be decoded, and the error. None if all can be decoded."""
-    for band in bands:
-        for row in range(band.row, band.row + band.count):
+    for run in runs:
+        for row in range(run.row, run.row + run.count):
             try:
-                _decode_runs(read, [replace(band, row=row, count=1)], streams)
+                _decode_runs(read, [replace(run, row=row, count=1)], streams)
             except CorruptCheckpointError as error:
                 return row, error
     return None
 
 
-def _decode_runs(read: ChunkReads, bands: list[Band], streams: list[_StreamBytes]) -> Bytes:
+def _decode_runs(read: ChunkReads, runs: list[ChunkRun], streams: list[_StreamBytes]) -> Bytes:
     """Decode chunk runs that `_together` grouped. Return the values of each chunk, row-major, one after another."""
-    encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
-    count = sum(band.count for band in bands)
+    encoding, numel, row = runs[0].encoding, runs[0].numel, runs[0].row
+    count = sum(run.count for run in runs)
     if encoding == Encoding.PLANES:
         chunks = [stream.each(row, count) for stream in streams]
         if len(chunks) == 2:
@@ -113,7 +113,7 @@ def _decode_runs(read: ChunkReads, bands: list[Band], streams: list[_StreamBytes
     if encoding == Encoding.RAW:
         return _decode_raw(data, count * numel * read.itemsize, int(read.skipped[row]))
     if encoding == Encoding.OPAQUE:
-        return decode_opaque(data, read.entry.dtype, bands[0].sizes)
+        return decode_opaque(data, read.entry.dtype, runs[0].sizes)
     return _decode_plain(read, row, np.frombuffer(data, np.uint8))
 
 

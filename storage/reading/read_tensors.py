@@ -26,10 +26,10 @@ from ..runtime.progress import Meter
 from ..runtime.reports import RankReport, added
 from ..runtime.torch_modes import writing_to
 from ..tensors.casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
-from ..tensors.classes import copy_into, memory_of, missing_memory, overrides_dispatch
 from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
 from ..tensors.pieces import in_groups, rows_of
+from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
 from .executor import execute
 from .same_chunks import same_chunks
 from .value_reads import ValueRead

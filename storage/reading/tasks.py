@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ...planner.box import Box, IntArray
 from ...planner.index import NATIVE, CheckpointIndex, Encoding
 from ...planner.read_plan import ChunkReads, ReadPlan
-from ..formats.native.chunk_runs import Bands, bands_of
+from ..formats.native.chunk_runs import ChunkRuns, find_chunk_runs
 from ..runtime.checksums import checksum, page_checksums
 from .destination import Destination
 
@@ -66,9 +66,9 @@ class ChunkBatch:
     tensor: TensorRead
     read: ChunkReads
     rows: slice
-    bands: Bands
-    band_rows: slice
-    """The rows of `bands` that belong to the batch."""
+    chunk_runs: ChunkRuns
+    run_rows: slice
+    """The rows of `chunk_runs` that belong to the batch."""
     destination: Destination | None
     requests: list[Request]
     submitted: bool = False
@@ -157,12 +157,12 @@ def arrange(
     tensors: dict[str, TensorRead] = {}
     ordered: dict[int, Request] = {}
     requests_of = list(plan.requests_of())
-    all_bands = bands_of(plan.reads, requests_of)
-    for read, request_of, bands, destination in zip(plan.reads, requests_of, all_bands, destinations, strict=True):
+    all_runs = find_chunk_runs(plan.reads, requests_of)
+    for read, request_of, runs, destination in zip(plan.reads, requests_of, all_runs, destinations, strict=True):
         tensor = tensors.setdefault(read.want.name, TensorRead(read.want.name))
-        for rows, of_bands in _batches(read, bands, request_of):
+        for rows, of_runs in _batches(read, runs, request_of):
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
-            batch = ChunkBatch(tensor, read, rows, bands, of_bands, destination, held)
+            batch = ChunkBatch(tensor, read, rows, runs, of_runs, destination, held)
             tensor.batches.append(batch)
             tensor.unplaced += 1
             for stream, request in enumerate(held):
@@ -183,11 +183,11 @@ def separate(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None
         request.parts.clear()
 
 
-def _batches(read: ChunkReads, bands: Bands, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
+def _batches(read: ChunkReads, runs: ChunkRuns, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
     """Yield the rows of each batch, and the chunk runs in it. A batch needs the bytes of one or two requests."""
-    requests, rows = request_of[bands.firsts].tolist(), [*bands.firsts.tolist(), len(read)]
+    requests, rows = request_of[runs.firsts].tolist(), [*runs.firsts.tolist(), len(read)]
     begin = nbytes = 0
-    for end, size in enumerate([*bands.nbytes.tolist(), 0]):
+    for end, size in enumerate([*runs.nbytes.tolist(), 0]):
         if nbytes and (end == len(requests) or nbytes >= BATCH_BYTES or requests[end] != requests[begin]):
             yield slice(rows[begin], rows[end]), slice(begin, end)
             begin, nbytes = end, 0

@@ -44,6 +44,13 @@ class ShardToWrite:
     load: Callable[[Box], torch.Tensor]
     """Returns the values of a box inside the shard, on any device. It is called just before the box is written."""
 
+    @classmethod
+    def of_value(cls, name: str, kind: Kind, data: bytes) -> ShardToWrite:
+        """Return the shard of an encoded value: a tensor of its bytes, as a whole."""
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        whole = Box.whole((len(data),))
+        return cls(name, kind, values.dtype, whole.sizes, whole, lambda box: values[box.slices])
+
     @property
     def nbytes(self) -> int:
         return self.box.numel * self.dtype.itemsize

@@ -32,7 +32,7 @@ from ...planner.entries import Entry
 from ...planner.grid import EIGHTHS, Grid
 from ...planner.index import Encoding, Stream
 from ..errors import StoreError
-from ..formats.native.chunk_runs import Slices, continued, cut, extents
+from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
 from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
@@ -59,7 +59,7 @@ LET_END_S = 2.0
 
 Encoded = tuple[Buffer, list[int], list[int]]
 """The bytes of one or more chunks, one after another, the length of each chunk, and their checksums."""
-_Band = tuple[Slices, list[int], int, int]
+_Run = tuple[Slices, list[int], int, int]
 """A chunk run: its position in the shard, the sizes of each chunk, their number, and the dimension of the run."""
 
 
@@ -109,7 +109,7 @@ class _SegmentInput:
     segment: _UnfinishedSegment
     streams: int
     """The number of streams that the values are stored in."""
-    tasks: list[tuple[list[_Band], int]]
+    tasks: list[tuple[list[_Run], int]]
     """As in `_EncodingTasks`."""
 
 
@@ -260,13 +260,13 @@ class _ObjectWriter:
         try:
             for group in in_groups(shards, self._together):
                 for part in self._in_order(group, begun):
-                    for bands, nbytes in part.tasks:
+                    for runs, nbytes in part.tasks:
                         self._check_wanted()
                         while waiting and held + nbytes > self._window:
                             held -= waiting[0].held_nbytes
                             yield waiting.popleft()
                         encoding = partial(
-                            _encode_runs, part.values, bands, part.entry, part.segment.stream, self._codec
+                            _encode_runs, part.values, runs, part.entry, part.segment.stream, self._codec
                         )
                         batch = _EncodingTask(
                             part.segment, nbytes, nbytes // part.streams, self._encoding.submit(encoding)
@@ -313,7 +313,7 @@ class _EncodingTasks:
     """The tasks that encode a shard."""
 
     chunks: int
-    tasks: list[tuple[list[_Band], int]]
+    tasks: list[tuple[list[_Run], int]]
     """For each task, its chunk runs and the bytes of their values."""
 
 
@@ -322,19 +322,19 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _EncodingTasks:
     """Cut a shard into tasks. The result is cached because the layers of a model are cut in the same way."""
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
-    firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
+    firsts, counts, dims = group_into_runs(continued_dims(offsets, sizes), chunk_bytes)
     starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
-    places = indexes(starts, extents(sizes[firsts], counts, dims))
-    bands = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
-    band_bytes = chunk_bytes[firsts] * counts
-    ends = (np.flatnonzero(np.diff(np.cumsum(band_bytes) // TASK_BYTES)) + 1).tolist()
-    tasks = [(bands[begin:end], int(band_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(bands)])]
+    places = indexes(starts, run_sizes(sizes[firsts], counts, dims))
+    runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
+    run_bytes = chunk_bytes[firsts] * counts
+    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
+    tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
     return _EncodingTasks(len(offsets), tasks)
 
 
 def _encode_runs(
     values: npt.NDArray[Any],
-    bands: Sequence[_Band],
+    runs: Sequence[_Run],
     entry: Entry,
     stream: Stream,
     codec: str,
@@ -342,7 +342,7 @@ def _encode_runs(
     """Encode chunk runs of a shard. `values` are the values of the whole shard."""
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
-    for place, sizes, count, dim in bands:
+    for place, sizes, count, dim in runs:
         # Copy the run so that its chunks follow each other, each row-major.
         split = values[place].reshape(*sizes[:dim], count, *sizes[dim:])
         plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))

@@ -24,10 +24,10 @@ from ...planner.errors import CheckpointError
 from ..errors import ArgumentError, UnsupportedValueError
 from ..formats.value_codec import EncodedValue, encode_value, needs_pickle
 from ..runtime.checksums import checksum
-from ..tensors.classes import check_has_memory, check_storable, is_whole
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path
+from ..tensors.tensor_classes import check_has_memory, check_storable, is_whole
 from .agreement import ValueDescription, agreed_paths, differing_names
 
 SMALL_REPLICA_BYTES = 64 * 1024

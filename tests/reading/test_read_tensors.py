@@ -18,7 +18,7 @@ from reshard.planner.index import Kind
 from reshard.planner.read_plan import Want, plan_reads
 from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.formats.source import Source
 from reshard.storage.reading import executor
@@ -50,7 +50,7 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
             load = functools.partial(part_of, values)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, f"{rank:05}", shards, codec)
-    store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
     return store, open_source(store)
 
 
@@ -122,7 +122,7 @@ def test_requests_run_concurrently() -> None:
 
 def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
     """Change the first data object, and return its name."""
-    name = next(name for name in store.content if name != NAME)
+    name = next(name for name in store.content if name != MANIFEST_NAME)
     store.content[name] = change(store.content[name])
     return name
 
@@ -158,7 +158,7 @@ def test_corrupt_error_names_tensor_and_object_and_tensor_is_unchanged(
 
 def test_missing_object_raises_corrupt_error() -> None:
     store, manifest = saved("zstd", TENSORS)
-    name = next(name for name in store.content if name != NAME)
+    name = next(name for name in store.content if name != MANIFEST_NAME)
     del store.content[name]
     with pytest.raises(CorruptCheckpointError, match=f"'w': object '{name}' is missing"):
         read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])

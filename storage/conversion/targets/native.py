@@ -12,7 +12,7 @@ import torch
 
 from ....planner.box import Box
 from ....planner.index import Kind
-from ...formats.native.manifest import DATA_NAME, NAME, Manifest, encode_manifest
+from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
 from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
 from ...stores.base import Store
 from ...tensors.pieces import Item, Piece, in_groups
@@ -27,7 +27,7 @@ class NativeTarget:
     """Writes data objects and the manifest."""
 
     format = "reshard"
-    commits = NAME
+    commits = MANIFEST_NAME
 
     def __init__(self, codec: str, budget_bytes: int | None) -> None:
         self._codec = codec
@@ -141,6 +141,4 @@ def _shard(piece: Piece, objects: Iterator[tuple[Kind, bytes, Any]], load: Load)
     if item.is_tensor:
         return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
     kind, data, _ = next(objects)
-    blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    whole = Box.whole((len(blob),))
-    return ShardToWrite(item.name, kind, blob.dtype, whole.sizes, whole, lambda box: blob[box.slices])
+    return ShardToWrite.of_value(item.name, kind, data)

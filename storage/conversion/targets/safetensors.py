@@ -11,7 +11,7 @@ from ....planner.entries import ITEMSIZES
 from ...errors import ArgumentError, DtypeError
 from ...formats.safetensors import INDEX_SUFFIX, NAMES
 from ...stores.base import Store
-from ...tensors.dtypes import as_array, as_bytes
+from ...tensors.dtypes import as_array, as_bytes, is_packed
 from ...tensors.pieces import Item, Piece, rows_of
 from ..source_stream import SourceStream
 from .target import UnitRecord, WorkUnit
@@ -95,7 +95,7 @@ def _check_dtypes(items: Sequence[Item]) -> None:
 
 
 def _check_item(item: Item) -> None:
-    if item.dtype.endswith("_x2") and not item.shape:
+    if is_packed(item.dtype) and not item.shape:
         raise DtypeError(
             f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
             "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
@@ -114,7 +114,7 @@ def _header(items: Sequence[Item]) -> bytes:
     at = 0
     for item in items:
         shape = list(item.shape)
-        if item.dtype.endswith("_x2"):  # two values an element
+        if is_packed(item.dtype):  # two values an element
             shape[-1] *= 2
         header[item.name] = {"dtype": NAMES[item.dtype], "shape": shape, "data_offsets": [at, at + item.nbytes]}
         at += item.nbytes
