@@ -20,7 +20,7 @@ from reshard.planner.report import PlanReport, WholeShards
 from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
-from ..words import few, in_bytes
+from ..humanize import format_bytes, format_ranks
 from .common import print_json, print_table, storage_options, tell
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
-    print_table(COLUMNS, [(few(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
+    print_table(COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
         tell(f"rank {most}: {note}")
@@ -161,14 +161,14 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
     needed = max(report.bytes_needed, 1)
     return (
-        in_bytes(report.bytes_needed),
-        in_bytes(report.bytes_fetched),
+        format_bytes(report.bytes_needed),
+        format_bytes(report.bytes_fetched),
         f"{report.amplification:.3f}",
         str(report.requests),
         str(report.objects),
         f"{link.seconds_of(report):.2f}",
         _in_dollars(link.dollars_of(report)),
-        in_bytes(whole.nbytes),
+        format_bytes(whole.nbytes),
         f"{whole.nbytes / needed:.2f}",
         f"{link.seconds(whole.nbytes, whole.shards, at_once=1):.2f}",
     )

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..words import few
+from ..humanize import format_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -33,7 +33,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        return ("rank " if len(self.ranks) == 1 else "ranks ") + few(self.ranks)
+        return ("rank " if len(self.ranks) == 1 else "ranks ") + format_ranks(self.ranks)
 
 
 def grouped(keys: Sequence[Hashable]) -> list[Group]:
