@@ -73,13 +73,13 @@ def run(
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
-            names = format_names(cast.name for cast in report.cast)
-            tell(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
+            name_list = format_names(cast.name for cast in report.cast)
+            tell(f"{len(report.cast)} tensors were cast to fewer bits: {name_list}")
         if report.skipped:
             tell(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
         if report.left_out:
-            names = format_names(report.left_out)
-            tell(f"left out, {len(report.left_out)} names that no pattern or index lists: {names}")
+            name_list = format_names(report.left_out)
+            tell(f"left out, {len(report.left_out)} names that no pattern or index lists: {name_list}")
 
 
 @contextmanager
