@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import IntArray
-from .entries import Entry, Segments
+from .entries import Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError
 from .grid import cells
-from .kinds import Encoding, Stream
 from .regions import Regions
 
 MAX_CORNERS = 2**23

@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal
 from .byte_ranges import Runs
-from .entries import Entry
-from .index import Encoding
+from .entries import Encoding, Entry
 
 
 @dataclass(frozen=True, slots=True)

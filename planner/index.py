@@ -20,12 +20,8 @@ import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal, ranges
 from .checks import check_references, count_chunks
-from .entries import MAX_BYTES, Entry, Segments
+from .entries import MAX_BYTES, NATIVE_ENCODINGS, Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError, MissingTensorError
-from .kinds import NATIVE as NATIVE
-from .kinds import Encoding as Encoding
-from .kinds import Kind as Kind
-from .kinds import Stream as Stream
 from .regions import Regions
 from .shards import joined
 
@@ -151,7 +147,7 @@ class CheckpointIndex:
         counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
         encodings = np.repeat(self.segments.encodings[segments], counts)
         found: IntArray = np.where(encodings == Encoding.RAW, -(-lengths // np.repeat(pages, counts)), 1)
-        found[encodings > max(NATIVE)] = 0
+        found[encodings > max(NATIVE_ENCODINGS)] = 0
         return found
 
     def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:

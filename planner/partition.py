@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, ranges
-from .entries import Segments
+from .entries import Segments, Stream
 from .grid import Grid
-from .index import CheckpointIndex, Stream
+from .index import CheckpointIndex
 from .regions import MAX_REGIONS, Regions
 
 MIN_CHUNKS = 8

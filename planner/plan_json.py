@@ -8,12 +8,12 @@ import numpy as np
 
 from .box import Box, IntArray
 from .byte_ranges import Gaps, Runs
+from .chunk_reads import ChunkReads, Want
 from .coalesce import Requests
-from .entries import Entry
+from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
-from .index import Kind
-from .read_plan import ChunkReads, ReadPlan, Want
+from .read_plan import ReadPlan
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
 """Columns of (n, s)."""

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
 from .byte_ranges import Gaps
+from .chunk_reads import Want
 from .entries import Entry
 from .errors import InvalidPlanError, LayoutError, MissingTensorError
 from .html import table
 from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
-from .read_plan import GAPS, ReadPlan, Want, plan_reads
+from .read_plan import GAPS, ReadPlan, plan_reads
 from .report import COLUMNS, WholeShards
 
 

@@ -19,11 +19,11 @@ from .byte_ranges import Gaps, Runs, slabs_of
 from .chunk_reads import ChunkReads as ChunkReads
 from .chunk_reads import Want as Want
 from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
-from .entries import Entry
+from .entries import Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
 from .html import table
-from .index import CheckpointIndex, Encoding, Stream
+from .index import CheckpointIndex
 from .report import PlanReport
 
 GAPS = Gaps(MAX_GAP_BYTES, MAX_OVER_READ)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..planner.box import Box
+from ..planner.chunk_reads import Want
 from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
 from ..planner.index import missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
-from ..planner.read_plan import Want
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan

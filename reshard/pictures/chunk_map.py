@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ..errors import MissingTensorError
 from ..planner.box import Box
+from ..planner.chunk_reads import ChunkReads
 from ..planner.rank_plans import RankPlans
-from ..planner.read_plan import ChunkReads, ReadPlan
+from ..planner.read_plan import ReadPlan
 from ..planner.text import shortened, shown
 from .colours import NOBODY, grouped, legend
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ...planner.box import Box
+from ...planner.chunk_reads import Want
 from ...planner.costs import UNBOUNDED
-from ...planner.index import Kind
-from ...planner.read_plan import Want
+from ...planner.entries import Kind
 from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
 from ..formats.torch_save.blob import ZSTD_MAGIC, decompress

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from ...planner.box import Box, IntArray, intersect_many
 from ...planner.byte_ranges import slabs_of
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
-from ...planner.entries import ITEMSIZES, Entry
+from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind
 from ...planner.errors import CheckpointError
-from ...planner.index import CheckpointIndex, Encoding, Kind
-from ...planner.read_plan import Want
+from ...planner.index import CheckpointIndex
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeValueError
 from ..runtime.brief import brief, text_of
 from ..tensors.state_dict import MAX_LEVELS, Path, path_from_json

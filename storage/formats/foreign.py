@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from ...planner.box import Box, IntArray
 from ...planner.byte_ranges import Gaps
+from ...planner.chunk_reads import Want
 from ...planner.costs import Costs
-from ...planner.entries import ITEMSIZES, Entry, Segments
+from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
-from ...planner.index import CheckpointIndex, Encoding, Kind, missing
-from ...planner.read_plan import Want
+from ...planner.index import CheckpointIndex, missing
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from ..runtime.forks import Lock
 from ..stores.base import Store

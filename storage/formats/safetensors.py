@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.entries import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS
-from ...planner.index import Encoding, Kind
+from ...planner.entries import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS, Encoding, Kind
 from ..errors import CorruptCheckpointError, DtypeError
 from ..runtime.brief import brief, reason
 from .foreign import ForeignSource, Shards

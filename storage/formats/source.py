@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...planner.byte_ranges import Gaps
+from ...planner.chunk_reads import Want
 from ...planner.costs import UNBOUNDED, Costs
 from ...planner.entries import Entry
 from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex
 from ...planner.layout import matches
-from ...planner.read_plan import Want
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..stores.base import Store
 from ..tensors.state_dict import Path

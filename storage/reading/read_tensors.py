@@ -12,9 +12,10 @@ import torch
 from torch.profiler import record_function
 
 from ...planner.box import Box
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import ShapeMismatchError
-from ...planner.read_plan import Want, plan_reads
+from ...planner.read_plan import plan_reads
 from ..errors import ArgumentError, CorruptCheckpointError, DestinationError
 from ..formats.source import Source
 from ..formats.value_codec import MAX_VALUE_BYTES, decode_value

@@ -28,9 +28,8 @@ from torch.profiler import record_function
 from typing_extensions import Buffer
 
 from ...planner.box import Box, indexes
-from ...planner.entries import Entry
+from ...planner.entries import Encoding, Entry, Stream
 from ...planner.grid import EIGHTHS, Grid
-from ...planner.index import Encoding, Stream
 from ..errors import StoreError
 from ..formats.native.chunk_runs import Slices, continued, cut, extents
 from ..formats.native.codec import encode, streams_of

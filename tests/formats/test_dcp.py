@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 import reshard
 from reshard.errors import CorruptCheckpointError, UnsafeValueError
 from reshard.planner.byte_ranges import Gaps
+from reshard.planner.chunk_reads import Want
 from reshard.planner.entries import ITEMSIZES
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores.local import LocalStore

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from reshard.planner import byte_ranges
 from reshard.planner.box import Box
 from reshard.planner.byte_ranges import Gaps
+from reshard.planner.chunk_reads import ChunkReads, Want
 from reshard.planner.costs import LOCAL, REMOTE
 from reshard.planner.grid import Grid
-from reshard.planner.read_plan import ChunkReads, ReadPlan, Want, plan_reads
+from reshard.planner.read_plan import ReadPlan, plan_reads
 from tests.planner.boxes import boxes_in, cuts_of, paint, shapes
 from tests.planner.indexes import Saved, index_of
 

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import Want
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
 from reshard.planner.layout import Layout
 from reshard.planner.partition import choose_regions, partition
 from reshard.planner.rank_plans import plan_ranks
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.planner.regions import MAX_REGIONS, Regions, regions_met
 from reshard.planner.shards import joined
 from tests.planner.boxes import boxes_in, cuts_of, shapes

@@ -9,12 +9,13 @@ import pytest
 
 from reshard.planner.box import Box
 from reshard.planner.byte_ranges import Gaps
+from reshard.planner.chunk_reads import Want
 from reshard.planner.errors import InvalidPlanError
 from reshard.planner.grid import Grid
 from reshard.planner.layout import Layout, Shard
 from reshard.planner.plan_json import plan_from_json, plan_to_json
 from reshard.planner.rank_plans import RankPlans, plan_ranks
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from tests.planner.indexes import Saved, index_of
 
 SHAPE = (1024, 2048)

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ....planner.box import IntArray, indexes
-from ....planner.index import NATIVE
-from ....planner.read_plan import TOGETHER, ChunkReads
+from ....planner.chunk_reads import ChunkReads
+from ....planner.entries import NATIVE_ENCODINGS
+from ....planner.read_plan import TOGETHER
 
 Slices = tuple[slice, ...]
 
@@ -110,7 +111,7 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
     stops = np.concatenate([read.stops[:, 0] for read in reads])
     requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
 
-    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE))
+    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE_ENCODINGS))
     alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
     alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
     dims = continued(offsets, sizes)

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from ....planner.byte_ranges import Gaps
+from ....planner.chunk_reads import Want
 from ....planner.costs import Costs
-from ....planner.entries import ITEMSIZES, Entry
+from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
-from ....planner.index import NATIVE, CheckpointIndex, Kind, missing
-from ....planner.read_plan import GAPS, Want
+from ....planner.index import CheckpointIndex, missing
+from ....planner.read_plan import GAPS
 from ....planner.regions import check_region_parts, regions_met
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
@@ -228,7 +229,7 @@ class Manifest:
             first_regions, where = self._first_regions, self._source.where
             index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
             index.check_disjoint()
-            if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
+            if int(index.segments.encodings.max(initial=0)) > max(NATIVE_ENCODINGS):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()
             for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):
