@@ -17,6 +17,16 @@ MAX_OVER_READ = 0.005
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class GapLimits:
+    """Limits on the gaps that a request may read over, so that one request fetches the byte ranges on both sides."""
+
+    max_gap_bytes: int
+    """The largest gap."""
+    max_over_read: float
+    """The sum of all gaps that are read over, as a fraction of the bytes wanted."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Requests:
     """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i], or runs of them."""

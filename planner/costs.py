@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .byte_ranges import Gaps
+from .coalesce import GapLimits
 
 UNBOUNDED = 1e9
 """An over-read that nothing but the costs bounds."""
@@ -28,9 +28,9 @@ class Costs:
         """The gap that takes as long to read over as a request of its own takes: latency / concurrency x bandwidth."""
         return int(self.latency_s / self.concurrent_requests * self.bytes_per_s)
 
-    def gaps(self, max_over_read: float | None = None) -> Gaps:
+    def gap_limits(self, max_over_read: float | None = None) -> GapLimits:
         """Which gaps to read over, under the user's bound or the default one."""
-        return Gaps(self.gap_bytes, self.max_over_read if max_over_read is None else max_over_read)
+        return GapLimits(self.gap_bytes, self.max_over_read if max_over_read is None else max_over_read)
 
     def measured(self, latency_s: float | None, bytes_per_s: float | None) -> Costs:
         """The same with what was seen, as far as it was."""

@@ -236,8 +236,8 @@ class Checkpoint:
         Raises LayoutError, and what `read` raises for a name of `unreadable` that matches.
         """
         check_readable(self._source, names)
-        index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
-        return plan_ranks(index, layout, names, gaps, self.location)
+        index, gap_limits = self._source.index(self._matching(names)), self._source.gap_limits(max_over_read, costs)
+        return plan_ranks(index, layout, names, gap_limits, self.location)
 
     @undisturbed()
     def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:

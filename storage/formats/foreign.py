@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray
-from ...planner.byte_ranges import Gaps
 from ...planner.chunk_reads import Want
+from ...planner.coalesce import GapLimits
 from ...planner.costs import Costs
 from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
@@ -187,9 +187,9 @@ class ForeignSource:
     def observe(self, nbytes: int, seconds: float) -> None:
         self._reads.observe(nbytes, seconds)
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+    def gap_limits(self, max_over_read: float | None, costs: Costs | None = None) -> GapLimits:
         bound = None if max_over_read is None else bounded(max_over_read)
-        return (costs or self._reads.costs).gaps(bound)
+        return (costs or self._reads.costs).gap_limits(bound)
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...planner.byte_ranges import Gaps
 from ...planner.chunk_reads import Want
+from ...planner.coalesce import GapLimits
 from ...planner.costs import UNBOUNDED, Costs
 from ...planner.entries import Entry
 from ...planner.errors import CheckpointError
@@ -137,7 +137,7 @@ class Source(Protocol):
     def observe(self, nbytes: int, seconds: float) -> None:
         """Learn from a reading how fast the store is, for those that follow."""
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+    def gap_limits(self, max_over_read: float | None, costs: Costs | None = None) -> GapLimits:
         """Which gaps are worth reading over, under the user's bound or the default one.
 
         Args:

@@ -391,7 +391,7 @@ def _read(
     index = source.index(wants)
     most = min(MAX_REQUEST_BYTES, budget // 4)  # so that several are under way, whatever the budget
     with record_function("reshard.plan"):
-        plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read), max_request_bytes=max(most, 1))
+        plan = plan_reads(index, narrowed, gap_limits=source.gap_limits(max_over_read), max_request_bytes=max(most, 1))
     meter.expect(plan.requests.nbytes)
     logger.debug("%s: %r", source.location, plan)
     planned = time.perf_counter()

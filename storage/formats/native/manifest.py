@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from ....planner.byte_ranges import Gaps
 from ....planner.chunk_reads import Want
+from ....planner.coalesce import GapLimits
 from ....planner.costs import Costs
 from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex, missing
-from ....planner.read_plan import GAPS
+from ....planner.read_plan import NATIVE_GAP_LIMITS
 from ....planner.regions import check_region_parts, regions_met
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
@@ -143,8 +143,12 @@ class Manifest:
     def observe(self, nbytes: int, seconds: float) -> None:
         """Nothing depends on it: gaps between chunks are few."""
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        return GAPS if max_over_read is None else replace(GAPS, max_over_read=bounded(max_over_read))
+    def gap_limits(self, max_over_read: float | None, costs: Costs | None = None) -> GapLimits:
+        return (
+            NATIVE_GAP_LIMITS
+            if max_over_read is None
+            else replace(NATIVE_GAP_LIMITS, max_over_read=bounded(max_over_read))
+        )
 
     @property
     def bytes_read(self) -> int:
