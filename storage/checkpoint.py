@@ -12,12 +12,12 @@ import torch
 
 from ..planner.box import Box
 from ..planner.chunk_reads import Want
-from ..planner.costs import Costs
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
 from ..planner.index import missing
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
+from ..planner.request_costs import RequestCosts
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
@@ -224,7 +224,7 @@ class Checkpoint:
 
     @undisturbed()
     def plan(
-        self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: Costs | None = None
+        self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: RequestCosts | None = None
     ) -> RankPlans:
         """What every rank of a layout would read, from the manifest alone.
 

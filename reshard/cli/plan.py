@@ -13,10 +13,10 @@ import typer
 
 import reshard
 from reshard import pictures
-from reshard.planner.costs import UNBOUNDED, Costs
 from reshard.planner.layout import Layout, Rule, Shard, StridedShard
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
+from reshard.planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
@@ -113,7 +113,11 @@ def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
     words = _words(checkpoint, wanted.tp_plan, mesh.get("tp", 1))
     stages = even_stages(checkpoint.tensors, mesh["pp"]) if "pp" in mesh else None
     layout = Layout(mesh, _rules(checkpoint, mesh, words), stages)
-    costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED) if link.is_given else None
+    costs = (
+        RequestCosts(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED_OVER_READ)
+        if link.is_given
+        else None
+    )
     return checkpoint.plan(layout, names=wanted.names, max_over_read=wanted.max_over_read, costs=costs)
 
 

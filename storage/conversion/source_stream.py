@@ -13,8 +13,8 @@ import torch
 
 from ...planner.box import Box
 from ...planner.chunk_reads import Want
-from ...planner.costs import UNBOUNDED
 from ...planner.entries import Kind
+from ...planner.request_costs import UNBOUNDED_OVER_READ
 from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
 from ..formats.torch_save.blob import ZSTD_MAGIC, decompress
@@ -108,7 +108,7 @@ class Values:
             [Want(boxes[at][0].source, boxes[at][1]) for at in full],
             [tensors[at] for at in full],
             budget_bytes=self.group_bytes,
-            max_over_read=UNBOUNDED if nbytes < SMALL_BYTES else None,
+            max_over_read=UNBOUNDED_OVER_READ if nbytes < SMALL_BYTES else None,
             workers=self._workers,
         )
         self._note(report, nbytes)
@@ -131,7 +131,7 @@ class Values:
                 [],
                 [],
                 blobs=blobs,
-                max_over_read=UNBOUNDED,
+                max_over_read=UNBOUNDED_OVER_READ,
                 budget_bytes=self.group_bytes,
                 workers=self._workers,
             )

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from ...planner.box import Box, IntArray
 from ...planner.chunk_reads import Want
 from ...planner.coalesce import GapLimits
-from ...planner.costs import Costs
 from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
 from ...planner.index import CheckpointIndex, missing
+from ...planner.request_costs import RequestCosts
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from ..runtime.forks import Lock
 from ..stores.base import Store
@@ -187,7 +187,7 @@ class ForeignSource:
     def observe(self, nbytes: int, seconds: float) -> None:
         self._reads.observe(nbytes, seconds)
 
-    def gap_limits(self, max_over_read: float | None, costs: Costs | None = None) -> GapLimits:
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         bound = None if max_over_read is None else bounded(max_over_read)
         return (costs or self._reads.costs).gap_limits(bound)
 

@@ -9,9 +9,9 @@ from reshard.planner import slabs
 from reshard.planner.box import Box
 from reshard.planner.chunk_reads import ChunkReads, Want
 from reshard.planner.coalesce import GapLimits
-from reshard.planner.costs import LOCAL, REMOTE
 from reshard.planner.grid import Grid
 from reshard.planner.read_plan import ReadPlan, plan_reads
+from reshard.planner.request_costs import LOCAL_COSTS, REMOTE_COSTS
 from tests.planner.boxes import boxes_in, cuts_of, paint, shapes
 from tests.planner.indexes import Saved, index_of
 
@@ -91,8 +91,8 @@ def test_a_row_longer_than_a_slab_is_cut() -> None:
 
 
 def test_what_a_gap_may_be() -> None:
-    assert LOCAL.gap_limits() == GapLimits(4000, 0.25)
-    assert REMOTE.gap_bytes == 187_500
-    assert REMOTE.measured(0.001, None).gap_bytes == 6250
-    assert REMOTE.measured(None, 400e6).gap_bytes == 375_000
-    assert REMOTE.gap_limits(0.5) == GapLimits(187_500, 0.5)
+    assert LOCAL_COSTS.gap_limits() == GapLimits(4000, 0.25)
+    assert REMOTE_COSTS.gap_bytes == 187_500
+    assert REMOTE_COSTS.measured(0.001, None).gap_bytes == 6250
+    assert REMOTE_COSTS.measured(None, 400e6).gap_bytes == 375_000
+    assert REMOTE_COSTS.gap_limits(0.5) == GapLimits(187_500, 0.5)

@@ -23,13 +23,13 @@ import numpy as np
 
 from ....planner.chunk_reads import Want
 from ....planner.coalesce import GapLimits
-from ....planner.costs import Costs
 from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex, missing
 from ....planner.read_plan import NATIVE_GAP_LIMITS
 from ....planner.regions import check_region_parts, regions_met
+from ....planner.request_costs import RequestCosts
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
 from ...runtime.checksums import checksum
@@ -143,7 +143,7 @@ class Manifest:
     def observe(self, nbytes: int, seconds: float) -> None:
         """Nothing depends on it: gaps between chunks are few."""
 
-    def gap_limits(self, max_over_read: float | None, costs: Costs | None = None) -> GapLimits:
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         return (
             NATIVE_GAP_LIMITS
             if max_over_read is None
