@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal, ranges
-from .checks import check_references, count_chunks
 from .entries import MAX_BYTES, NATIVE_ENCODINGS, Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError, MissingTensorError
+from .index_checks import check_references, count_chunks
 from .regions import Regions
-from .shards import joined
+from .shard_boxes import join_segments
 
 
 def nearest_names(name: str, names: Iterable[str], count: int) -> list[str]:
@@ -210,7 +210,7 @@ class CheckpointIndex:
         rows = self.segments_of(position)
         once = self.segments.streams[rows] != Stream.TAIL
         columns = (self.segments.objects[rows], self.segments.starts[rows], *self.segment_boxes(position))
-        return joined(*(column[once] for column in columns))
+        return join_segments(*(column[once] for column in columns))
 
     def shards_of(self, position: int) -> list[Box]:
         """`shards` as boxes."""
