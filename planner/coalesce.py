@@ -53,7 +53,7 @@ class Requests:
         return int(spans.sum()) - left_out
 
     @property
-    def ranges(self) -> int:
+    def byte_ranges(self) -> int:
         """Byte ranges that the store is asked for: one a request, or one a run."""
         return len(self) + sum(count - 1 for count, _, _ in self.sparse.values())
 

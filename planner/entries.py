@@ -30,10 +30,10 @@ MIN_PAGE_BYTES = 16 * 1024
 """A raw chunk has a checksum for each page, so that a part of it can be read and verified: a page is the 16th of the
 largest chunk of its tensor, rounded up to a power of two, and no smaller than this."""
 
-MAX_BYTES = 2**60
+MAX_TOTAL_BYTES = 2**60
 """No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
 
-MAX_DIMENSIONS = 32
+MAX_TENSOR_DIMENSIONS = 32
 
 
 class Kind(IntEnum):
@@ -92,7 +92,7 @@ class Entry:
         )
         # The strides of a tensor without elements count its empty dimensions as 1.
         span = math.prod(max(1, n) for n in self.grid.shape) * self.itemsize
-        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or span > MAX_BYTES:
+        if not possible or len(self.grid.shape) > MAX_TENSOR_DIMENSIONS or span > MAX_TOTAL_BYTES:
             raise InvalidIndexError(
                 f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
             )

@@ -17,7 +17,7 @@ from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
 from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, plan_reads
-from .report import COLUMNS, WholeShards
+from .report import REPORT_COLUMNS, WholeShards
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class RankPlans:
             (f"rank {rank}", *plan.report.row, f"{shards.nbytes / 1e6:.2f}")
             for rank, (plan, shards) in enumerate(zip(self.plans, self.whole_shards, strict=True))
         ]
-        return table(f"{self.location} read by {self.mesh}", ("", *COLUMNS, "MB in whole shards"), rows)
+        return table(f"{self.location} read by {self.mesh}", ("", *REPORT_COLUMNS, "MB in whole shards"), rows)
 
 
 def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:

@@ -30,7 +30,7 @@ NATIVE_GAP_LIMITS = GapLimits(MAX_GAP_BYTES, MAX_OVER_READ)
 FREE_GAP_BYTES = 4096
 """Under NATIVE_GAP_LIMITS, gaps of at most this size are always read over, whatever their sum: a request costs more on
 every store. Checkpoints with thousands of small objects have many such gaps."""
-TOGETHER = 64
+BOXES_PER_CALL = 64
 """Wants that are planned by one call of numpy each step: enough that such calls cost little, and few temporaries."""
 
 
@@ -60,7 +60,7 @@ class ReadPlan:
             bytes_needed=sum(read.bytes_needed for read in self.reads),
             bytes_wanted=sum(read.bytes_read for read in self.reads),
             bytes_fetched=self.requests.nbytes,
-            requests=self.requests.ranges,
+            requests=self.requests.byte_ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(self.requests.objects)),
             max_gap_bytes=self.gap_limits.max_gap_bytes,
@@ -143,8 +143,8 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapL
         groups.setdefault(key, []).append((position, at))
     found: dict[int, ChunkReads] = {}
     for (_, _, split, heads_only), members in groups.items():
-        for first in range(0, len(members), TOGETHER):
-            positions, places = zip(*members[first : first + TOGETHER], strict=True)
+        for first in range(0, len(members), BOXES_PER_CALL):
+            positions, places = zip(*members[first : first + BOXES_PER_CALL], strict=True)
             named = [Want(wants[at].name, wants[at].box, heads_only) for at in places]
             found |= zip(places, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))

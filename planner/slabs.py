@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray, columns_equal, ranges, unravel
+from .box import IntArray, columns_equal, concat_ranges, unravel
 from .coalesce import GapLimits
 
 SLAB_BYTES = 1024 * 1024
@@ -109,7 +109,7 @@ def slabs_of(
     blocks = -(-piece_sizes // block)
     counts = blocks.prod(axis=1)
     chunks = np.repeat(at, counts)
-    place = unravel(ranges(0, counts), blocks, chunks, range(ndim))
+    place = unravel(concat_ranges(0, counts), blocks, chunks, range(ndim))
     offsets = piece_offsets[chunks] + place * block[chunks]
     sizes = np.minimum(block[chunks], (piece_offsets + piece_sizes)[chunks] - offsets)
     begins = ((offsets - chunk_offsets[chunks]) * row_bytes[chunks]).sum(axis=1)

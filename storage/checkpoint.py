@@ -14,7 +14,7 @@ from ..planner.box import Box
 from ..planner.chunk_reads import Want
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
-from ..planner.index import missing
+from ..planner.index import missing_tensor
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.request_costs import RequestCosts
@@ -299,7 +299,7 @@ class Checkpoint:
             if entry.is_tensor and matches(names, entry.name) and not matches_any(excluded, entry.name)
         ]
         if not taken and names != "*":
-            raise missing(names, self._tensors)
+            raise missing_tensor(names, self._tensors)
         stored_names = by_new_name((entry.name for entry in taken), lambda name: new_name(name, rename or {}))
         entries = [replace(entry, name=new) for new, entry in zip(stored_names, taken, strict=True)]
         tensors: dict[str, torch.Tensor] = {}
@@ -359,7 +359,7 @@ class Checkpoint:
         check_readable(self._source, names)
         entries = [entry for entry in self._source.entries if matches(names, entry.name)]
         if not entries and names != "*":
-            raise missing(names, (entry.name for entry in self._source.entries))
+            raise missing_tensor(names, (entry.name for entry in self._source.entries))
         objects = [entry.name for entry in entries if not entry.is_tensor]
         held = [entry for entry in entries if entry.is_tensor]
         wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]

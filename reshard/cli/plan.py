@@ -122,7 +122,7 @@ def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
 
 
 def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
-    name = tensor or pictures.max_over_read(plans)
+    name = tensor or pictures.most_over_read(plans)
     shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
     seconds = [link.seconds_of(plan.report) for plan in plans]
     return pictures.overview(plans, name=name, shards=shards, seconds=seconds)

@@ -16,7 +16,7 @@ from ...planner.coalesce import GapLimits
 from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
-from ...planner.index import CheckpointIndex, missing
+from ...planner.index import CheckpointIndex, missing_tensor
 from ...planner.request_costs import RequestCosts
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from ..runtime.forks import Lock
@@ -171,7 +171,7 @@ class ForeignSource:
         if name in self.unreadable:
             raise self.unreadable[name].error()
         if name not in self._entries:
-            raise missing(name, self._entries)
+            raise missing_tensor(name, self._entries)
         return self._entries[name]
 
     def fingerprint(self) -> str:

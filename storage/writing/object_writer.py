@@ -27,7 +27,7 @@ import torch
 from torch.profiler import record_function
 from typing_extensions import Buffer
 
-from ...planner.box import Box, indexes
+from ...planner.box import Box, box_slices
 from ...planner.entries import Encoding, Entry, Stream
 from ...planner.grid import EIGHTHS, Grid
 from ..errors import StoreError
@@ -307,7 +307,7 @@ def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
     chunk_bytes = sizes.prod(axis=1) * itemsize
     firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
     starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
-    places = indexes(starts, extents(sizes[firsts], counts, dims))
+    places = box_slices(starts, extents(sizes[firsts], counts, dims))
     bands = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
     band_bytes = chunk_bytes[firsts] * counts
     ends = (np.flatnonzero(np.diff(np.cumsum(band_bytes) // TASK_BYTES)) + 1).tolist()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from reshard import pictures
 from reshard.errors import ArgumentError, MissingTensorError
 from reshard.pictures.chunk_map import _Flat, _runs
-from reshard.pictures.colours import NOBODY, SEVERAL, grouped
+from reshard.pictures.colours import SEVERAL, UNREAD, group_ranks
 from reshard.pictures.object_map import _coloured, _covered
 from reshard.planner.box import Box
 from reshard.planner.coalesce import GapLimits, Requests, coalesce
@@ -95,7 +95,7 @@ def test_what_is_read_and_not_wanted_is_hatched() -> None:
     read_over = plans_of(4, columns, gap_limits=GapLimits(1 << 20, 10.0))
     assert "more is read than is wanted" in labels(pictures.chunk_map(read_over, "a.down"))
     both = plans_of(5, saved("a.up", (250, 512), raw=True), saved("b.up", (256, 512), raw=False))
-    assert pictures.max_over_read(both) == "b.up"
+    assert pictures.most_over_read(both) == "b.up"
 
 
 def test_bytes_over_are_those_of_the_ranges() -> None:
@@ -118,12 +118,12 @@ def test_coverage_is_the_part_of_each_bin_that_is_fetched() -> None:
 
 
 def test_a_bin_has_the_colour_of_who_reads_it() -> None:
-    groups = grouped(["x", "y", "x", None])
+    groups = group_ranks(["x", "y", "x", None])
     assert [group.ranks for group in groups] == [(0, 2), (1,)]
     most, who, many = np.array([[1.0, 1.0, 1.0, 0.0]]), np.array([[0, 1, 1, 0]]), np.array([[1, 1, 2, 0]])
     inside = np.array([[True, True, True, True]])
     colours = _coloured(most, who.astype(np.int32), many.astype(np.int32), groups, inside)[0]
-    assert [tuple(colour) for colour in colours] == [groups[0].colour, groups[1].colour, SEVERAL, NOBODY]
+    assert [tuple(colour) for colour in colours] == [groups[0].colour, groups[1].colour, SEVERAL, UNREAD]
 
 
 @pytest.mark.parametrize("name", ["x$\\bad{$", "w$a$b", "<b>&", "ü_^{"])

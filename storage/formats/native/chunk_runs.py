@@ -14,10 +14,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ....planner.box import IntArray, indexes
+from ....planner.box import IntArray, box_slices
 from ....planner.chunk_reads import ChunkReads
 from ....planner.entries import NATIVE_ENCODINGS
-from ....planner.read_plan import TOGETHER
+from ....planner.read_plan import BOXES_PER_CALL
 
 Slices = tuple[slice, ...]
 
@@ -71,8 +71,8 @@ class Bands:
         columns = (
             column[bands].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
         )
-        parts = indexes(self.part_offsets[bands], self.part_sizes[bands])
-        places = indexes(self.place_offsets[bands], self.place_sizes[bands])
+        parts = box_slices(self.part_offsets[bands], self.part_sizes[bands])
+        places = box_slices(self.place_offsets[bands], self.place_sizes[bands])
         return map(Band, *columns, map(tuple, self.sizes[bands].tolist()), parts, places)
 
 
@@ -87,8 +87,8 @@ def bands_of(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> It
         groups.setdefault(len(read.want.box.sizes), []).append(at)
     found: dict[int, Bands] = {}
     for members in groups.values():
-        for first in range(0, len(members), TOGETHER):
-            places = members[first : first + TOGETHER]
+        for first in range(0, len(members), BOXES_PER_CALL):
+            places = members[first : first + BOXES_PER_CALL]
             bands = _of_one_ndim([reads[at] for at in places], [requests_of[at] for at in places])
             found |= zip(places, bands, strict=True)
     return (found[at] for at in range(len(reads)))

@@ -26,7 +26,7 @@ from ....planner.coalesce import GapLimits
 from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
-from ....planner.index import CheckpointIndex, missing
+from ....planner.index import CheckpointIndex, missing_tensor
 from ....planner.read_plan import NATIVE_GAP_LIMITS
 from ....planner.regions import check_region_parts, regions_met
 from ....planner.request_costs import RequestCosts
@@ -171,7 +171,7 @@ class Manifest:
 
     def _position(self, name: str) -> int:
         if name not in self._positions:
-            raise missing(name, self._positions)
+            raise missing_tensor(name, self._positions)
         return self._positions[name]
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
