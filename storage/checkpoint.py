@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..planner.box import Box
-from ..planner.costs import Costs
+from ..planner.chunk_reads import Want
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
-from ..planner.index import missing
+from ..planner.index import missing_tensor
 from ..planner.layout import Layout, matches
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
-from ..planner.read_plan import Want
+from ..planner.request_costs import RequestCosts
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
@@ -226,7 +226,7 @@ class Checkpoint:
 
     @undisturbed()
     def plan(
-        self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: Costs | None = None
+        self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: RequestCosts | None = None
     ) -> RankPlans:
         """What every rank of a layout would read, from the manifest alone.
 
@@ -238,8 +238,8 @@ class Checkpoint:
         Raises LayoutError, and what `read` raises for a name of `unreadable` that matches.
         """
         check_readable(self._source, names)
-        index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
-        return plan_ranks(index, layout, names, gaps, self.location)
+        index, gap_limits = self._source.index(self._matching(names)), self._source.gap_limits(max_over_read, costs)
+        return plan_ranks(index, layout, names, gap_limits, self.location)
 
     @undisturbed()
     def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
@@ -301,7 +301,7 @@ class Checkpoint:
             if entry.is_tensor and matches(names, entry.name) and not matches_any(excluded, entry.name)
         ]
         if not taken and names != "*":
-            raise missing(names, self._tensors)
+            raise missing_tensor(names, self._tensors)
         stored_names = by_new_name((entry.name for entry in taken), lambda name: new_name(name, rename or {}))
         entries = [replace(entry, name=new) for new, entry in zip(stored_names, taken, strict=True)]
         tensors: dict[str, torch.Tensor] = {}
@@ -354,7 +354,7 @@ class Checkpoint:
         check_readable(self._source, names)
         entries = [entry for entry in self._source.entries if matches(names, entry.name)]
         if not entries and names != "*":
-            raise missing(names, (entry.name for entry in self._source.entries))
+            raise missing_tensor(names, (entry.name for entry in self._source.entries))
         objects = [entry.name for entry in entries if not entry.is_tensor]
         held = [entry for entry in entries if entry.is_tensor]
         wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]

@@ -42,9 +42,9 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ..planner.box import Box
+from ..planner.chunk_reads import Want
+from ..planner.entries import Kind
 from ..planner.errors import CheckpointError
-from ..planner.index import Kind
-from ..planner.read_plan import Want
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .formats.detect import open_source
 from .formats.native.codec import check_codec

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from ..planner.chunk_reads import Want
+from ..planner.entries import Kind
 from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
-from ..planner.index import Kind, nearest_names
-from ..planner.read_plan import Want
+from ..planner.index import nearest_names
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.source import Source

@@ -13,7 +13,7 @@ import typer
 
 import reshard
 
-from ..words import first_few, in_bytes
+from ..humanize import format_bytes, format_names
 from .common import options_of, storage_options, tell
 
 
@@ -69,17 +69,17 @@ def run(
     if report.rank == 0:
         total = report.total
         tell(
-            f"{dst}: {in_bytes(total.bytes_needed)} of values, {in_bytes(total.bytes_written)} written, in "
+            f"{dst}: {format_bytes(total.bytes_needed)} of values, {format_bytes(total.bytes_written)} written, in "
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
-            tell(
-                f"{len(report.cast)} tensors were cast to fewer bits: {first_few([cast.name for cast in report.cast])}"
-            )
+            name_list = format_names(cast.name for cast in report.cast)
+            tell(f"{len(report.cast)} tensors were cast to fewer bits: {name_list}")
         if report.skipped:
             tell(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
         if report.left_out:
-            tell(f"left out, {len(report.left_out)} names that no pattern or index lists: {first_few(report.left_out)}")
+            name_list = format_names(report.left_out)
+            tell(f"left out, {len(report.left_out)} names that no pattern or index lists: {name_list}")
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ...planner.box import Box
-from ...planner.costs import UNBOUNDED
-from ...planner.index import Kind
-from ...planner.read_plan import Want
+from ...planner.chunk_reads import Want
+from ...planner.entries import Kind
+from ...planner.request_costs import UNBOUNDED_OVER_READ
 from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
 from ..formats.torch_save.safe_load import ZSTD_MAGIC, decompress
@@ -108,7 +108,7 @@ class SourceStream:
             self._source,
             [Want(boxes[at][0].source, boxes[at][1]) for at in full],
             [tensors[at] for at in full],
-            options=self._options(UNBOUNDED if nbytes < SMALL_READ_BYTES else None),
+            options=self._options(UNBOUNDED_OVER_READ if nbytes < SMALL_READ_BYTES else None),
         )
         self._note(report, nbytes)
         return [
@@ -125,7 +125,7 @@ class SourceStream:
         for group in in_groups(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
             blobs = [ValueRead(self._source, piece.item.source) for piece in group]
-            report = read_boxes(self._source, [], [], blobs, self._options(UNBOUNDED))
+            report = read_boxes(self._source, [], [], blobs, self._options(UNBOUNDED_OVER_READ))
             self._note(report, sum(piece.nbytes for piece in group))
             yield from map(_decode_value, blobs)
 

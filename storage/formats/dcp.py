@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray, intersect_many
-from ...planner.byte_ranges import slabs_of
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
-from ...planner.entries import ITEMSIZES, Entry
+from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind
 from ...planner.errors import CheckpointError
-from ...planner.index import CheckpointIndex, Encoding, Kind
-from ...planner.read_plan import Want
+from ...planner.index import CheckpointIndex
+from ...planner.slabs import slabs_of
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeValueError
 from ..runtime.brief import brief, text_of
 from ..tensors.state_dict import MAX_NESTING, Path, path_from_json
@@ -217,7 +217,7 @@ class DcpSource(ForeignSource):
         # A slice that has no more bytes than its values is one of a safetensors file, whose header has to be read.
         some = np.flatnonzero(apart & (lengths > values) & (lengths <= MAX_REQUEST_BYTES))
         boxes = shards.offsets[rows[some]], shards.sizes[rows[some]], offsets[some], sizes[some]
-        slabs = slabs_of(*boxes, itemsize, costs.gaps())
+        slabs = slabs_of(*boxes, itemsize, costs.gap_limits())
         nbytes = np.where(slabs.runs.sparse, slabs.runs.packed_bytes, slabs.runs.spans)
         apart[some] = lengths[some] - np.bincount(slabs.chunks, nbytes, len(some)) > costs.gap_bytes
         return apart

@@ -10,9 +10,8 @@ from itertools import islice
 import torch
 
 from ...planner.box import Box
-from ...planner.entries import Entry
-from ...planner.index import Kind
-from ...planner.read_plan import Want
+from ...planner.chunk_reads import Want
+from ...planner.entries import Entry, Kind
 from ..conversion.source_stream import SourceStream
 from ..errors import UnsafeValueError
 from ..formats.source import Source

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...planner.box import Box
-from ...planner.index import NATIVE, CheckpointIndex, Encoding, Kind
-from ...planner.read_plan import Want, plan_reads
+from ...planner.chunk_reads import Want
+from ...planner.entries import NATIVE_ENCODINGS, Encoding, Kind
+from ...planner.index import CheckpointIndex
+from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
 from ..formats.torch_save.safe_load import damage_of
 from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
@@ -110,7 +112,7 @@ def _crcs(batch: ChunkBatch, request: Request, data: memoryview) -> Iterator[tup
     """What of a batch's slices, files of torch.save, does not match its CRC-32."""
     read, first = batch.read, batch.rows.start
     whole = read.encodings[batch.rows] == Encoding.OPAQUE
-    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE):
+    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE_ENCODINGS):
         whole |= (read.chunk_sizes[batch.rows] == read.entry.shape).all(axis=1)
     for row in np.flatnonzero(whole).tolist():
         start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...planner.index import Encoding
-from ...planner.read_plan import ChunkReads
+from ...planner.chunk_reads import ChunkReads
+from ...planner.entries import Encoding
 from ..errors import CorruptCheckpointError
 from ..formats.native.chunk_runs import MAX_CHUNK_RUN_BYTES, ChunkRun
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails

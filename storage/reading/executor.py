@@ -20,10 +20,11 @@ from functools import partial
 import torch
 from torch.profiler import record_function
 
+from ...planner.chunk_reads import ChunkReads
 from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex
 from ...planner.masking import harmless
-from ...planner.read_plan import ChunkReads, ReadPlan
+from ...planner.read_plan import ReadPlan
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
 from ..runtime.limits import default_budget
 from ..runtime.process_group import HEED_S, Interrupt, never

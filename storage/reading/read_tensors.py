@@ -14,9 +14,10 @@ import torch
 from torch.profiler import record_function
 
 from ...planner.box import Box
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import ShapeMismatchError
-from ...planner.read_plan import Want, plan_reads
+from ...planner.read_plan import plan_reads
 from ..errors import DestinationError
 from ..formats.source import Source
 from ..runtime.limits import check_budget, default_budget
@@ -342,8 +343,8 @@ class _ReadRun:
         index = source.index(wants)
         most = min(MAX_REQUEST_BYTES, self._budget // 4)  # several requests run at once, whatever the budget
         with record_function("reshard.plan"):
-            gaps = source.gaps(self._options.max_over_read)
-            plan = plan_reads(index, narrowed, gaps=gaps, max_request_bytes=max(most, 1))
+            gap_limits = source.gap_limits(self._options.max_over_read)
+            plan = plan_reads(index, narrowed, gap_limits=gap_limits, max_request_bytes=max(most, 1))
         meter.expect(plan.requests.nbytes)
         logger.debug("%s: %r", source.location, plan)
         planned = time.perf_counter()

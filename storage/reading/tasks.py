@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ...planner.box import Box, IntArray
-from ...planner.index import NATIVE, CheckpointIndex, Encoding
-from ...planner.read_plan import ChunkReads, ReadPlan
+from ...planner.chunk_reads import ChunkReads
+from ...planner.entries import NATIVE_ENCODINGS, Encoding
+from ...planner.index import CheckpointIndex
+from ...planner.read_plan import ReadPlan
 from ..formats.native.chunk_runs import ChunkRuns, find_chunk_runs
 from ..runtime.checksums import checksum, page_checksums
 from .destination import Destination
@@ -86,7 +88,7 @@ class ChunkBatch:
         read, rows = self.read, self.rows
         begins, nbytes = read.starts[rows, stream].tolist(), read.packed_bytes(rows)[:, stream].tolist()
         encodings, firsts = read.encodings[rows].tolist(), read.checksums[rows, stream]
-        native = max(encodings, default=0) <= max(NATIVE)
+        native = max(encodings, default=0) <= max(NATIVE_ENCODINGS)
         expected = index.checksums[firsts].tolist() if native else encodings
         page_bytes = read.entry.page_bytes
         damaged = []

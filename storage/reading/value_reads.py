@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...planner.box import Box
-from ...planner.read_plan import Want
+from ...planner.chunk_reads import Want
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.source import Source
 from ..formats.value_codec import MAX_VALUE_BYTES, decode_value

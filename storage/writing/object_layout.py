@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...planner.box import Box
+from ...planner.entries import Kind
 from ...planner.errors import ShapeMismatchError
 from ...planner.grid import Grid
-from ...planner.index import Kind
 
 CONCURRENT_OBJECTS = 8
 """The number of objects that are written concurrently to a store that holds each object in memory."""

@@ -27,10 +27,9 @@ import torch
 from torch.profiler import record_function
 from typing_extensions import Buffer
 
-from ...planner.box import Box, indexes
-from ...planner.entries import Entry
+from ...planner.box import Box, box_slices
+from ...planner.entries import Encoding, Entry, Stream
 from ...planner.grid import EIGHTHS, Grid
-from ...planner.index import Encoding, Stream
 from ..errors import StoreError
 from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
 from ..formats.native.codec import encode, streams_of
@@ -324,7 +323,7 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _EncodingTasks:
     chunk_bytes = sizes.prod(axis=1) * itemsize
     firsts, counts, dims = group_into_runs(continued_dims(offsets, sizes), chunk_bytes)
     starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
-    places = indexes(starts, run_sizes(sizes[firsts], counts, dims))
+    places = box_slices(starts, run_sizes(sizes[firsts], counts, dims))
     runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
     run_bytes = chunk_bytes[firsts] * counts
     ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()

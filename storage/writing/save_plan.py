@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate
 
-from ...planner.checks import tile
 from ...planner.errors import CheckpointError
+from ...planner.index_checks import tile
 from ..errors import ArgumentError, UnsupportedValueError
 from ..formats.value_codec import EncodedValue, encode_value, needs_pickle
 from ..runtime.checksums import checksum

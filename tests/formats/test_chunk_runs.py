@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.entries import ITEMSIZES
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import ITEMSIZES, Kind
 from reshard.planner.grid import Grid
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.chunk_runs import (

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import reshard
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import Want
 from reshard.planner.errors import MissingTensorError
 from reshard.planner.grid import Grid
-from reshard.planner.read_plan import Want
 from reshard.storage.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

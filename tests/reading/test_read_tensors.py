@@ -14,8 +14,9 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import Kind
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest

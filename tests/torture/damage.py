@@ -20,7 +20,8 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime.checksums import checksum

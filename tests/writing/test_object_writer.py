@@ -10,9 +10,10 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import Kind
 from reshard.planner.errors import ShapeMismatchError
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.reading.executor import execute

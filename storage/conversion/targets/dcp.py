@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ....planner.index import Kind
+from ....planner.entries import Kind
 from ...formats.dcp import METADATA, TYPED_PATHS
 from ...formats.value_codec import torch_save
 from ...stores.base import Store

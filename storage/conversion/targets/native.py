@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ....planner.box import Box
-from ....planner.index import Kind
+from ....planner.entries import Kind
 from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
 from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
 from ...stores.base import Store

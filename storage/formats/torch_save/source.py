@@ -18,8 +18,8 @@ import torch
 from torch._weights_only_unpickler import Unpickler
 from torch.overrides import TorchFunctionMode
 
+from ....planner.entries import Kind
 from ....planner.errors import CheckpointError
-from ....planner.index import Kind
 from ...errors import (
     CorruptCheckpointError,
     DestinationError,
