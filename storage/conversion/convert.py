@@ -246,6 +246,7 @@ class _Conversion:
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
         begin = time.perf_counter()
+        self.journal.join(self.stand)
         written = 0
         missing = [unit for unit in self.units if unit.number not in self.stand.units and not self.stand.committed]
         own = missing[self._rank :: self._world]
@@ -255,13 +256,13 @@ class _Conversion:
             try:
                 for unit in own:
                     interrupt()
-                    self.journal.check(self.stand.conversion)
+                    self.journal.check()
                     written += retried(partial(self._write, unit, values, interrupt))["bytes"]
             except BaseException:
-                with suppress(Exception):  # the first error is the one to tell
-                    self.journal.write(self.stand.conversion)
+                with suppress(Exception):  # the first error is the one to raise
+                    self.journal.flush()
                 raise
-            retried(partial(self.journal.write, self.stand.conversion))
+            retried(self.journal.flush)
         report = values.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
@@ -274,10 +275,10 @@ class _Conversion:
         )
 
     def _write(self, unit: WorkUnit, values: SourceStream, interrupt: Interrupt) -> UnitRecord:
-        conversion, before = self.stand.conversion, self._meter.done
+        before = self._meter.done
         try:
-            done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-            self.journal.note(conversion, unit, done)
+            done = self.target.write(self.store, f"{self.stand.conversion}-{self._rank:05}", unit, values, interrupt)
+            self.journal.add(unit, done)
         except BaseException:
             self._meter.add(before - self._meter.done)
             raise
@@ -285,15 +286,15 @@ class _Conversion:
 
     def commit(self) -> int:
         """Make the checkpoint whole, and remove what is no part of it. Returns the bytes that were written."""
-        conversion, nbytes = self.stand.conversion, 0
+        nbytes = 0
         if self.stand.committed:
             check_converted(self.store, self.target.format, self.items, {})
         else:
-            data = self._made_of(self.journal.finished(conversion, self.units))
+            data = self._made_of(self.journal.finished(self.units))
             check_converted(self.store, self.target.format, self.items, {self.target.commits: data})
-            self.journal.commit(conversion, data)
+            self.journal.commit(data)
             nbytes = len(data)
-        self.journal.clean(conversion)
+        self.journal.clean()
         return nbytes
 
     def _made_of(self, done: Sequence[UnitRecord]) -> bytes:
