@@ -76,6 +76,7 @@ def _codes(*opcodes: bytes) -> list[int]:
     return [opcode[0] for opcode in opcodes]
 
 
+_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _BINGET, _MEMOIZE, _STOP = _codes(pickle.BINGET, pickle.MEMOIZE, pickle.STOP)
 _BININT, _BININT1, _BININT2, _BINFLOAT = _codes(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT)
 _LONG1, _LONG4 = _codes(pickle.LONG1, pickle.LONG4)
@@ -436,8 +437,7 @@ class _Scan:
 
 
 def _opcode_name(opcode: int) -> str:
-    known = pickletools.code2op.get(chr(opcode))
-    return f"{known.name} ({opcode:#04x})" if known else f"{opcode:#04x}"
+    return f"{_OPCODE_NAMES[opcode]} ({opcode:#04x})" if opcode in _OPCODE_NAMES else f"{opcode:#04x}"
 
 
 def _too_many_hashed() -> ValueError:
