@@ -53,7 +53,6 @@ from ..tensors.name_patterns import (
     patterns_of,
     renamed,
 )
-from ..tensors.pieces import Item
 from ..tensors.state_dict import Path, renamed_path
 from ..version import __version__
 from .journal import Notes, Stand
@@ -63,6 +62,7 @@ from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
 from .targets.target import Done, Target, Unit
+from .work_items import Item
 
 logger = logger_of(__name__)
 

@@ -14,13 +14,14 @@ from ...planner.entries import Entry
 from ...planner.index import Kind
 from ...planner.read_plan import Want
 from ..conversion.source_stream import Values
+from ..conversion.work_items import Item, Piece
 from ..errors import UnsafeValueError
 from ..formats.source import Source
 from ..formats.value_codec import encode_value
 from ..reading.read_tensors import StoredValue, read_boxes
 from ..reading.same_chunks import same_chunks
 from ..runtime.torch_modes import undisturbed
-from ..tensors.pieces import Item, Piece, rows_of
+from ..tensors.splitting import row_boxes
 
 MAX_CHARACTERS = 40
 """Of a value that is shown."""
@@ -94,7 +95,7 @@ def _of_values(
     a: Source, b: Source, names: Mapping[str, tuple[Entry, Entry]]
 ) -> Generator[list[Difference], None, None]:
     """What differs in each tensor, if anything does, in order."""
-    boxes = {name: list(rows_of(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
+    boxes = {name: list(row_boxes(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
 
     def pieces(which: int) -> Iterator[Piece]:
         for name, entries in names.items():

@@ -11,7 +11,7 @@ import reshard
 from reshard.storage.formats.detect import open_source
 from reshard.storage.maintenance.diff import Difference, diff
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from reshard.storage.tensors.pieces import PIECE_BYTES
+from reshard.storage.tensors.splitting import PIECE_BYTES
 from tests.conversion.samples import cut_small
 
 
