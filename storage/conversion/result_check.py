@@ -14,8 +14,8 @@ from ..formats.source import Source
 from ..runtime.brief import reason
 from ..stores.base import Store, top_names
 from ..stores.retry import RetryingStore
-from ..tensors.name_patterns import listed
-from ..tensors.pieces import Item
+from ..tensors.name_patterns import quoted
+from .work_items import Item
 
 
 class _StoreWithObject(RetryingStore):
@@ -72,9 +72,9 @@ def _find_difference(source: Source, items: Sequence[Item]) -> str:
     expected = {item.name: (item.dtype, item.shape) if item.is_tensor else None for item in items}
     found = {entry.name: (entry.dtype, entry.shape) if entry.is_tensor else None for entry in source.entries}
     if missing := expected.keys() - found.keys():
-        return f"it has no {listed(sorted(missing))}"
+        return f"it has no {quoted(sorted(missing))}"
     if unexpected := found.keys() - expected.keys():
-        return f"it has the unexpected {listed(sorted(unexpected))}"
+        return f"it has the unexpected {quoted(sorted(unexpected))}"
     wrong = next((name for name in expected if expected[name] != found[name]), None)
     if wrong is not None:
         return f"{wrong!r} is {found[wrong] or 'a value'}, expected {expected[wrong] or 'a value'}"

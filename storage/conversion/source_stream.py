@@ -27,7 +27,8 @@ from ..runtime.limits import default_budget, give_back_memory
 from ..runtime.process_group import HEED_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
-from ..tensors.pieces import PIECE_BYTES, Item, Piece, in_groups
+from ..tensors.splitting import PIECE_BYTES, group_by_bytes
+from .work_items import Item, Piece
 
 MAX_GROUP_BYTES = 256 * 1024 * 1024
 """The most bytes of values that are read together."""
@@ -86,7 +87,7 @@ class SourceStream:
         Raises:
             CheckpointError: As `read_boxes`.
         """
-        groups = in_groups(pieces, self.group_bytes)
+        groups = group_by_bytes(pieces, self.group_bytes)
         waiting: deque[Future[list[torch.Tensor]]] = deque()
         try:
             waiting += [self._pool.submit(self.read, group) for group in islice(groups, 1)]
@@ -139,7 +140,7 @@ class SourceStream:
         Raises:
             CheckpointError: As `read_boxes`.
         """
-        for group in in_groups(pieces, self.group_bytes):
+        for group in group_by_bytes(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
             reads = [ValueRead(self._source, piece.item.source) for piece in group]
             report = read_boxes(self._source, [], [], reads, self._options(UNBOUNDED_OVER_READ))

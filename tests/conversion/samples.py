@@ -21,7 +21,7 @@ from reshard.storage.conversion.targets import target
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.formats.safetensors import NAMES
-from reshard.storage.tensors import pieces
+from reshard.storage.tensors import splitting
 from reshard.storage.tensors.state_dict import flatten
 from tests.samples import same, sample
 
@@ -34,8 +34,8 @@ UNSAFE = ("rng", "third")
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
-    """Cut pieces and units of a few KiB."""
-    for module in (pieces, target, source_stream):
+    """Make pieces and units of some KiB."""
+    for module in (splitting, target, source_stream):
         monkeypatch.setattr(module, "PIECE_BYTES", piece)
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 
@@ -121,7 +121,7 @@ def assert_converted(location: Any, expected: dict[str, Any], format: str, **opt
     """Assert that a checkpoint has exactly these entries."""
     checkpoint = reshard.open(location, **options)
     assert checkpoint.format == format
-    assert {*checkpoint.tensors, *checkpoint.objects} == expected.keys()
+    assert {*checkpoint.tensors, *checkpoint.value_names} == expected.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             assert checkpoint.tensors[name].shape == value.shape
