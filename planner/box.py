@@ -110,7 +110,7 @@ def intersect_pairs(
     return starts, stops - starts
 
 
-def ranges(begins: IntArray | int, counts: IntArray) -> IntArray:
+def concat_ranges(begins: IntArray | int, counts: IntArray) -> IntArray:
     """The integers of ranges, one range after another: counts[i] of them from begins[i] on."""
     before = np.cumsum(counts) - counts
     every: IntArray = np.arange(int(counts.sum())) + np.repeat(begins - before, counts)
@@ -137,7 +137,7 @@ def unravel(ordinals: IntArray, counts: IntArray, grids: IntArray, order: Sequen
     return places
 
 
-def indexes(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
+def box_slices(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
     """Boxes as indexes of a tensor: (n, ndim) offsets and sizes to n tuples of slices."""
     stops = (offsets + sizes).tolist()
     return [tuple(map(slice, begin, end)) for begin, end in zip(offsets.tolist(), stops, strict=True)]

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal
-from .byte_ranges import Runs
-from .entries import Entry
-from .index import Encoding
+from .entries import Encoding, Entry
+from .slabs import ByteRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class ChunkReads:
     piece_offsets: IntArray
     """(n, ndim) the part of the chunk's box that is wanted, in the global tensor."""
     piece_sizes: IntArray
-    runs: Runs | None = None
+    runs: ByteRuns | None = None
     """Of the plain chunks of other formats, which are slabs here: how their bytes lie in the range."""
 
     def __len__(self) -> int:

@@ -17,6 +17,16 @@ MAX_OVER_READ = 0.005
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class GapLimits:
+    """Limits on the gaps that a request may read over, so that one request fetches the byte ranges on both sides."""
+
+    max_gap_bytes: int
+    """The largest gap."""
+    max_over_read: float
+    """The sum of all gaps that are read over, as a fraction of the bytes wanted."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Requests:
     """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i], or runs of them."""
@@ -43,7 +53,7 @@ class Requests:
         return int(spans.sum()) - left_out
 
     @property
-    def ranges(self) -> int:
+    def byte_ranges(self) -> int:
         """Byte ranges that the store is asked for: one a request, or one a run."""
         return len(self) + sum(count - 1 for count, _, _ in self.sparse.values())
 

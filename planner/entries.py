@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -13,7 +14,6 @@ import numpy.typing as npt
 from .box import Box, IntArray, columns_equal
 from .errors import InvalidIndexError
 from .grid import Grid
-from .kinds import Kind
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -30,10 +30,43 @@ MIN_PAGE_BYTES = 16 * 1024
 """A raw chunk has a checksum for each page, so that a part of it can be read and verified: a page is the 16th of the
 largest chunk of its tensor, rounded up to a power of two, and no smaller than this."""
 
-MAX_BYTES = 2**60
+MAX_TOTAL_BYTES = 2**60
 """No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
 
-MAX_DIMENSIONS = 32
+MAX_TENSOR_DIMENSIONS = 32
+
+
+class Kind(IntEnum):
+    """What an entry is. A value that is not a tensor is stored as a one-dimensional tensor of bytes."""
+
+    TENSOR = 0
+    JSON = 1
+    TORCH_SAVE = 2
+
+
+class Stream(IntEnum):
+    """Which bits of its values a segment stores."""
+
+    WHOLE = 0
+    HEAD = 1
+    """The bfloat16 rounding of float32 values."""
+    TAIL = 2
+    """The remaining bits of float32 values. The segment of the tails is the row after the segment of their heads."""
+
+
+class Encoding(IntEnum):
+    """How the chunks of a segment are encoded. `docs/FORMAT.md` specifies the first two."""
+
+    RAW = 0
+    PLANES = 1
+    PLAIN = 2
+    """Written by another tool: row-major values without checksums. Any byte range can be read alone."""
+    OPAQUE = 3
+    """Written by another tool: serialised values that must be read and decoded as a whole."""
+
+
+NATIVE_ENCODINGS = (Encoding.RAW, Encoding.PLANES)
+"""The encodings that reshard writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +92,7 @@ class Entry:
         )
         # The strides of a tensor without elements count its empty dimensions as 1.
         span = math.prod(max(1, n) for n in self.grid.shape) * self.itemsize
-        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or span > MAX_BYTES:
+        if not possible or len(self.grid.shape) > MAX_TENSOR_DIMENSIONS or span > MAX_TOTAL_BYTES:
             raise InvalidIndexError(
                 f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
             )

@@ -20,9 +20,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from .box import Box, IntArray, intersect_pairs, ranges, unravel
+from .box import Box, IntArray, concat_ranges, intersect_pairs, unravel
 
-MAX_PARTS = 16
+INITIAL_PARTS = 16
 """Cells of a dimension before refinement: the edges serve TP 2, 4, 8 and 16."""
 FLOOR_BYTES = 64 * 1024
 """A cell smaller than this is merged with a neighbour: a chunk costs 12 bytes of manifest and one decoding."""
@@ -67,7 +67,7 @@ class Grid:
         64 KiB, of raw chunks below 128 KiB; cuts along the longest while it is above 1 MiB.
         """
         floor = RAW_FLOOR_BYTES if raw else FLOOR_BYTES
-        parts = [max(1, min(MAX_PARTS, n)) for n in shape]
+        parts = [max(1, min(INITIAL_PARTS, n)) for n in shape]
         edges = [n / part for n, part in zip(shape, parts, strict=True)]
         while math.prod(edges) * itemsize < floor:
             mergeable = [d for d, part in enumerate(parts) if part > 1]
@@ -162,7 +162,7 @@ class Grid:
         chunks = count_met.prod(axis=1, dtype=np.int64)
         shards = np.repeat(np.arange(len(chunks)), chunks)
         # A chunk's number among those of its shard that meet the box, taken apart into its cell in each dimension.
-        cells = unravel(ranges(0, chunks), count_met, shards, self.order) + first_met[shards]
+        cells = unravel(concat_ranges(0, chunks), count_met, shards, self.order) + first_met[shards]
         ordinals = np.zeros(len(shards), np.int64)
         for d in self.order:
             ordinals = ordinals * count[shards, d] + cells[:, d] - first[shards, d]

@@ -18,16 +18,12 @@ from dataclasses import InitVar, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray, columns_equal, ranges
-from .checks import check_references, count_chunks
-from .entries import MAX_BYTES, Entry, Segments
+from .box import Box, IntArray, columns_equal, concat_ranges
+from .entries import MAX_TOTAL_BYTES, NATIVE_ENCODINGS, Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError, MissingTensorError
-from .kinds import NATIVE as NATIVE
-from .kinds import Encoding as Encoding
-from .kinds import Kind as Kind
-from .kinds import Stream as Stream
+from .index_checks import check_references, count_chunks
 from .regions import Regions
-from .shards import joined
+from .shard_boxes import join_segments
 
 
 def nearest_names(name: str, names: Iterable[str], count: int) -> list[str]:
@@ -35,7 +31,7 @@ def nearest_names(name: str, names: Iterable[str], count: int) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=count)
 
 
-def missing(name: str, names: Iterable[str]) -> MissingTensorError:
+def missing_tensor(name: str, names: Iterable[str]) -> MissingTensorError:
     """The error for a name that is none of those that there are."""
     near = ", ".join(map(repr, nearest_names(name, names, 3)))
     return MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}"))
@@ -74,7 +70,7 @@ class CheckpointIndex:
         assign(self, "_positions", {entry.name: i for i, entry in enumerate(self.entries)})
         if len(self._positions) != len(self.entries):
             raise InvalidIndexError("two tensors of the checkpoint have the same name")
-        if any(not 0 <= nbytes <= MAX_BYTES for _, nbytes in self.objects):
+        if any(not 0 <= nbytes <= MAX_TOTAL_BYTES for _, nbytes in self.objects):
             raise InvalidIndexError("a data object has an impossible size")
         check_references(self.segments, len(self.entries), len(self.objects))
         owners = self.segments.entries
@@ -102,7 +98,7 @@ class CheckpointIndex:
         """No chunk takes more bytes than its values and what an encoding may add to them."""
         largest = [entry.grid.cell_numel * (entry.itemsize + 8) + 64 for entry in self.entries]
         most = np.array(largest, np.int64)[self.segments.entries]
-        most[self.segments.encodings == Encoding.OPAQUE] = MAX_BYTES
+        most[self.segments.encodings == Encoding.OPAQUE] = MAX_TOTAL_BYTES
         first = self.first_chunk[:-1]
         wrong = (np.minimum.reduceat(self.lengths, first) < 1) | (np.maximum.reduceat(self.lengths, first) > most)
         if bool(wrong.any()):
@@ -151,7 +147,7 @@ class CheckpointIndex:
         counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
         encodings = np.repeat(self.segments.encodings[segments], counts)
         found: IntArray = np.where(encodings == Encoding.RAW, -(-lengths // np.repeat(pages, counts)), 1)
-        found[encodings > max(NATIVE)] = 0
+        found[encodings > max(NATIVE_ENCODINGS)] = 0
         return found
 
     def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:
@@ -165,7 +161,7 @@ class CheckpointIndex:
         touched, which = segments[opens], np.cumsum(opens) - 1
         counts = self.first_chunk[touched + 1] - self.first_chunk[touched]
         base = np.cumsum(counts) - counts
-        lengths = self.lengths[ranges(self.first_chunk[touched], counts)].astype(np.int64)
+        lengths = self.lengths[concat_ranges(self.first_chunk[touched], counts)].astype(np.int64)
         rows = base[which] + ordinals
 
         def counted_in_segment(values: IntArray) -> IntArray:
@@ -188,7 +184,7 @@ class CheckpointIndex:
     def position(self, name: str) -> int:
         """Where the entry of this name stands. Raises MissingTensorError."""
         if name not in self._positions:
-            raise missing(name, self._positions)
+            raise missing_tensor(name, self._positions)
         return self._positions[name]
 
     def entry(self, name: str) -> Entry:
@@ -214,7 +210,7 @@ class CheckpointIndex:
         rows = self.segments_of(position)
         once = self.segments.streams[rows] != Stream.TAIL
         columns = (self.segments.objects[rows], self.segments.starts[rows], *self.segment_boxes(position))
-        return joined(*(column[once] for column in columns))
+        return join_segments(*(column[once] for column in columns))
 
     def shards_of(self, position: int) -> list[Box]:
         """`shards` as boxes."""

@@ -19,9 +19,9 @@ MASK = "***"
 MAX_REMEMBERED = 512
 MIN_CHARACTERS = 6
 """Of a value that is masked wherever it appears: a shorter one may be a part of any sentence."""
-MIN_OF_A_USER = 8
+MIN_USER_CHARACTERS = 8
 """As MIN_CHARACTERS, of the name of a user or of an access key."""
-MAX_LEVELS = 8
+MAX_OPTION_LEVELS = 8
 """How deeply options may be nested."""
 _NO_SECRETS = frozenset(("anonymous", "browser", "default", "google_default", "latin-1", "latin1", "utf-8"))
 """Values of options for secrets that are none: ways to find credentials, encodings."""
@@ -125,7 +125,7 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
         if _without_user(found) == found[0]:
             continue
         user, colon, password = found[3].removesuffix("@").partition(":")
-        if len(user) >= MIN_OF_A_USER:
+        if len(user) >= MIN_USER_CHARACTERS:
             yield user
         if not colon:
             continue
@@ -148,7 +148,7 @@ def _is_odd(text: str) -> bool:
 
 def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterator[str]:
     """The secrets in an option of a name, which holds for all that is in it."""
-    if level > MAX_LEVELS:
+    if level > MAX_OPTION_LEVELS:
         return
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -165,7 +165,7 @@ def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterat
         if _SECRET_OPTION.search(name):
             parts = [text, *text.split(), *_CONNECTION_PART.findall(text)]
             yield from (part for part in parts if len(part) >= MIN_CHARACTERS)
-        elif _USER_OPTION.search(name) and len(text) >= MIN_OF_A_USER:
+        elif _USER_OPTION.search(name) and len(text) >= MIN_USER_CHARACTERS:
             yield text
 
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray, ranges
-from .entries import Segments
+from .box import Box, IntArray, concat_ranges
+from .entries import Segments, Stream
 from .grid import Grid
-from .index import CheckpointIndex, Stream
+from .index import CheckpointIndex
 from .regions import MAX_REGIONS, Regions
 
-MIN_CHUNKS = 8
+MIN_CHUNKS_PER_SEGMENT = 8
 """Cutting adds at most one segment for so many chunks: a segment of a matrix takes 50 bytes, so many chunks take 96."""
-LAYERS = 32
+MAX_CACHED_CUTS = 32
 """How many kinds of tensors are remembered meanwhile: the layers of a model were cut alike, and are cut alike here."""
 
 
@@ -55,7 +55,7 @@ class _Saved:
 
 def choose_regions(index: CheckpointIndex, counts: Sequence[int]) -> list[tuple[int, ...]]:
     """In how many parts to cut each dimension of each entry, to have so many regions of it, as far as that can be."""
-    choose = functools.lru_cache(LAYERS)(_choose)
+    choose = functools.lru_cache(MAX_CACHED_CUTS)(_choose)
     return [
         choose(_Saved.of(index, position), min(count, MAX_REGIONS)) if count > 1 else (1,) * len(entry.shape)
         for position, (entry, count) in enumerate(zip(index.entries, counts, strict=True))
@@ -64,7 +64,7 @@ def choose_regions(index: CheckpointIndex, counts: Sequence[int]) -> list[tuple[
 
 def _choose(saved: _Saved, count: int) -> tuple[int, ...]:
     grid = saved.grid
-    most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // MIN_CHUNKS
+    most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // MIN_CHUNKS_PER_SEGMENT
     parts = (1,) * len(grid.shape)
     while math.prod(parts) < count:
         for d in sorted(grid.order, key=lambda d: -grid.shape[d] / parts[d]):
@@ -84,7 +84,7 @@ def partition(index: CheckpointIndex, parts: Sequence[tuple[int, ...]]) -> Check
         index: each entry one region.
         parts: in how many to cut each dimension of each entry.
     """
-    cut_alike = functools.lru_cache(LAYERS)(_cut)
+    cut_alike = functools.lru_cache(MAX_CACHED_CUTS)(_cut_segments)
     cuts = [cut_alike(_Saved.of(index, position), of_one) for position, of_one in enumerate(parts)]
     old = index.segments
     rows = np.concatenate([cut.rows + index.segments_of(position).start for position, cut in enumerate(cuts)])
@@ -120,7 +120,7 @@ def _moved(
     before = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     opens = index.first_chunk[segments] - chunks.start
     counts = index.checksum_counts(np.arange(segments.start, segments.stop), lengths.astype(np.int64))
-    moved = ranges((np.cumsum(counts) - counts)[cut.chunks], counts[cut.chunks])
+    moved = concat_ranges((np.cumsum(counts) - counts)[cut.chunks], counts[cut.chunks])
     return starts[cut.rows] + before[cut.first] - before[opens[cut.rows]], lengths[cut.chunks], checksums[moved]
 
 
@@ -140,7 +140,7 @@ class _Cut:
     """How many segments each region has."""
 
 
-def _cut(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
+def _cut_segments(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
     grid = saved.grid
     shards, offsets, sizes = _pieces(saved, parts)
     counts = saved.chunks(offsets, sizes)
@@ -151,7 +151,7 @@ def _cut(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
     streams = np.frombuffer(saved.streams, np.uint8)[shards]
     pieces = np.arange(len(shards)) - np.searchsorted(shards, shards)
     order = np.lexsort((streams, pieces, shards - (streams == Stream.TAIL), regions))
-    chunks, of_region = ranges(first[order], counts[order]), np.bincount(regions, minlength=math.prod(parts))
+    chunks, of_region = concat_ranges(first[order], counts[order]), np.bincount(regions, minlength=math.prod(parts))
     return _Cut(shards[order], first[order], chunks, offsets[order], sizes[order], of_region)
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from .box import Box, IntArray
-from .byte_ranges import Gaps, Runs
-from .coalesce import Requests
-from .entries import Entry
+from .chunk_reads import ChunkReads, Want
+from .coalesce import GapLimits, Requests
+from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
-from .index import Kind
-from .read_plan import ChunkReads, ReadPlan, Want
+from .read_plan import ReadPlan
+from .slabs import ByteRuns
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
 """Columns of (n, s)."""
@@ -34,7 +34,7 @@ def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
             "request_of_range": requests.request_of_range.tolist(),
             "sparse": [[at, *runs] for at, runs in requests.sparse.items()],
         },
-        "gaps": [plan.gaps.max_bytes, plan.gaps.max_over_read],
+        "gaps": [plan.gap_limits.max_gap_bytes, plan.gap_limits.max_over_read],
     }
 
 
@@ -46,14 +46,14 @@ def plan_from_json(value: Any) -> ReadPlan:
         columns = {name: _column(requests[name]).reshape(count) for name in ("objects", "starts", "stops")}
         of_range = _column(requests["request_of_range"])
         sparse = {int(at): (int(count), int(nbytes), int(stride)) for at, count, nbytes, stride in requests["sparse"]}
-        max_bytes, max_over_read = value["gaps"]
+        max_gap_bytes, max_over_read = value["gaps"]
         reads = tuple(_read_from_json(read) for read in value["reads"])
         if of_range.shape != (sum(read.objects.size for read in reads),) or not _within(of_range, count):
             raise ValueError("the ranges and their requests differ in number")
         if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
             raise ValueError("a request has an impossible place")
         fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
-        return ReadPlan(reads, fetched, Gaps(int(max_bytes), float(max_over_read)))
+        return ReadPlan(reads, fetched, GapLimits(int(max_gap_bytes), float(max_over_read)))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
         raise InvalidPlanError(f"this is no read plan: {type(error).__name__}: {error}") from error
 
@@ -100,7 +100,7 @@ def _read_from_json(value: Any) -> ChunkReads:
         **by_dimension,
         runs=None
         if runs is None
-        else Runs(
+        else ByteRuns(
             **{name: _column(runs[name]).reshape(count) for name in _OF_RUNS},
             sparse=np.array(runs["sparse"], np.bool_).reshape(count),
         ),

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
-from .byte_ranges import Gaps
+from .chunk_reads import Want
+from .coalesce import GapLimits
 from .entries import Entry
 from .errors import InvalidPlanError, LayoutError
 from .html import table
 from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
-from .read_plan import GAPS, ReadPlan, Want, plan_reads
-from .report import COLUMNS, WholeShards
+from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, plan_reads
+from .report import REPORT_COLUMNS, WholeShards
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class RankPlans:
             (f"rank {rank}", *plan.report.row, f"{shards.nbytes / 1e6:.2f}")
             for rank, (plan, shards) in enumerate(zip(self.plans, self.whole_shards, strict=True))
         ]
-        return table(f"{self.location} read by {self.mesh}", ("", *COLUMNS, "MB in whole shards"), rows)
+        return table(f"{self.location} read by {self.mesh}", ("", *REPORT_COLUMNS, "MB in whole shards"), rows)
 
 
 def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> list[RankTensor]:
@@ -132,7 +133,7 @@ def plan_ranks(
     index: CheckpointIndex,
     layout: Layout,
     entries: Mapping[str, Entry] | None = None,
-    gaps: Gaps = GAPS,
+    gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     location: str = "",
 ) -> RankPlans:
     """Plan what every rank of a layout reads.
@@ -150,7 +151,7 @@ def plan_ranks(
         for rank in range(layout.world_size)
     ]
     each_once = dict.fromkeys(wants)  # replicas want the same
-    plans = {of_rank: plan_reads(index, of_rank, gaps=gaps) for of_rank in each_once}
+    plans = {of_rank: plan_reads(index, of_rank, gap_limits=gap_limits) for of_rank in each_once}
     shards_of = functools.cache(index.shards)
     shards = {of_rank: _whole_shards(index, of_rank, shards_of) for of_rank in each_once}
     return RankPlans(

@@ -15,25 +15,22 @@ from itertools import pairwise
 import numpy as np
 
 from .box import IntArray, intersect_pairs
-from .byte_ranges import Gaps, Runs, slabs_of
-from .chunk_reads import ChunkReads as ChunkReads
-from .chunk_reads import Want as Want
-from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
-from .entries import Entry
+from .chunk_reads import ChunkReads, Want
+from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
+from .entries import Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
 from .html import table
-from .index import CheckpointIndex, Encoding, Stream
+from .index import CheckpointIndex
 from .report import PlanReport
+from .slabs import ByteRuns, slabs_of
 
-GAPS = Gaps(MAX_GAP_BYTES, MAX_OVER_READ)
+NATIVE_GAP_LIMITS = GapLimits(MAX_GAP_BYTES, MAX_OVER_READ)
 """Between the chunks of a native checkpoint, whose order leaves few."""
 FREE_GAP_BYTES = 4096
-"""Under GAPS, gaps up to this are always read over: a request costs more on any store. Thousands of small objects have
-as many between them."""
-
-
-TOGETHER = 64
+"""Under NATIVE_GAP_LIMITS, gaps of at most this size are always read over, whatever their sum: a request costs more on
+every store. Checkpoints with thousands of small objects have many such gaps."""
+BOXES_PER_CALL = 64
 """Wants that are planned by one call of numpy each step: enough that such calls cost little, and few temporaries."""
 
 
@@ -45,7 +42,7 @@ class ReadPlan:
     """One for each want, in its order."""
     requests: Requests
     """`request_of_range` follows the rows of `reads`, each row's ranges together."""
-    gaps: Gaps = GAPS
+    gap_limits: GapLimits = NATIVE_GAP_LIMITS
     """Which gaps between ranges were read over."""
 
     def requests_of(self) -> Iterator[IntArray]:
@@ -63,10 +60,10 @@ class ReadPlan:
             bytes_needed=sum(read.bytes_needed for read in self.reads),
             bytes_wanted=sum(read.bytes_read for read in self.reads),
             bytes_fetched=self.requests.nbytes,
-            requests=self.requests.ranges,
+            requests=self.requests.byte_ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(self.requests.objects)),
-            max_gap_bytes=self.gaps.max_bytes,
+            max_gap_bytes=self.gap_limits.max_gap_bytes,
             opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
         )
 
@@ -85,13 +82,13 @@ def plan_reads(
     index: CheckpointIndex,
     wants: Sequence[Want],
     *,
-    gaps: Gaps = GAPS,
+    gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> ReadPlan:
     """Plan the reading of boxes of a checkpoint's tensors.
 
     Args:
-        gaps: which are read over, between chunks, and between the runs of plain ones.
+        gap_limits: which gaps to read over, between chunks and between the byte runs of plain chunks.
         max_request_bytes: a request is closed once it spans this.
 
     Raises:
@@ -99,7 +96,7 @@ def plan_reads(
         ShapeMismatchError: a box does not fit in its tensor.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
-    reads = _chunk_reads(index, wants, gaps)
+    reads = _chunk_reads(index, wants, gap_limits)
 
     def column(name: str) -> IntArray:
         parts = [getattr(read, name).reshape(-1) for read in reads]
@@ -119,21 +116,21 @@ def plan_reads(
             spanned += read.bytes_spanned - ranges
         first += read.objects.size
     # What slabs read over already counts.
-    left = max(0.0, gaps.max_over_read * wanted - (spanned - wanted))
+    left = max(0.0, gap_limits.max_over_read * wanted - (spanned - wanted))
     requests = coalesce(
         column("objects"),
         starts,
         stops,
-        max_gap_bytes=gaps.max_bytes,
+        max_gap_bytes=gap_limits.max_gap_bytes,
         max_over_read=left / max(spanned, 1),
         max_request_bytes=max_request_bytes,
-        free_gap_bytes=FREE_GAP_BYTES if gaps is GAPS else 0,
+        free_gap_bytes=FREE_GAP_BYTES if gap_limits is NATIVE_GAP_LIMITS else 0,
         sparse=sparse,
     )
-    return ReadPlan(reads, requests, gaps)
+    return ReadPlan(reads, requests, gap_limits)
 
 
-def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gaps: Gaps) -> tuple[ChunkReads, ...]:
+def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
     """What each want reads. Those of tensors with one grid, as the layers of a model have, are found together."""
     groups: dict[tuple[Grid, int, bool, bool], list[tuple[int, int]]] = {}
     for at, want in enumerate(wants):
@@ -146,12 +143,14 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gaps: Gaps) -> t
         groups.setdefault(key, []).append((position, at))
     found: dict[int, ChunkReads] = {}
     for (_, _, split, heads_only), members in groups.items():
-        for first in range(0, len(members), TOGETHER):
-            positions, places = zip(*members[first : first + TOGETHER], strict=True)
+        for first in range(0, len(members), BOXES_PER_CALL):
+            positions, places = zip(*members[first : first + BOXES_PER_CALL], strict=True)
             named = [Want(wants[at].name, wants[at].box, heads_only) for at in places]
             found |= zip(places, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))
-    return tuple(_in_slabs(read, gaps) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads)
+    return tuple(
+        _in_slabs(read, gap_limits) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads
+    )
 
 
 def _of_one_grid(
@@ -251,7 +250,7 @@ def _byte_ranges(
     return starts, stops, skipped, checksums
 
 
-def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
+def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
     """The same with its plain chunks cut into slabs, which are what is wanted of them."""
     plain = np.flatnonzero(read.encodings == Encoding.PLAIN)
     order = list(read.entry.order or range(read.chunk_sizes.shape[1]))
@@ -261,7 +260,7 @@ def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
         read.piece_offsets[plain][:, order],
         read.piece_sizes[plain][:, order],
         read.entry.itemsize,
-        gaps,
+        gap_limits,
     )
     back = np.argsort(order).astype(int)
     slab_offsets, slab_sizes = slabs.offsets[:, back], slabs.sizes[:, back]
@@ -278,7 +277,7 @@ def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
     stops[:count, 0] = starts[:count, 0] + slabs.runs.spans
     once = np.ones(len(other), np.int64)
     spans = read.stops[other, 0] - read.starts[other, 0]
-    runs = Runs(
+    runs = ByteRuns(
         np.concatenate([slabs.runs.counts, once]),
         np.concatenate([slabs.runs.nbytes, spans]),
         np.concatenate([slabs.runs.strides, spans]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .html import table
 
-COLUMNS = ("MB needed", "MB fetched", "fetched / needed", "requests", "objects", "chunks")
+REPORT_COLUMNS = ("MB needed", "MB fetched", "fetched / needed", "requests", "objects", "chunks")
 """What `PlanReport.row` has the values of."""
 
 
@@ -42,7 +42,7 @@ class PlanReport:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """The values of COLUMNS, in words."""
+        """The values of REPORT_COLUMNS, in words."""
         return (
             f"{self.bytes_needed / 1e6:.2f}",
             f"{self.bytes_fetched / 1e6:.2f}",
@@ -53,7 +53,7 @@ class PlanReport:
         )
 
     def _repr_html_(self) -> str:
-        return table("", COLUMNS, [self.row])
+        return table("", REPORT_COLUMNS, [self.row])
 
     def __str__(self) -> str:
         notes = ""

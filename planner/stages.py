@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from .errors import LayoutError
 
-_OF_THE_FIRST = re.compile(r"embed|(^|[._])(emb|wte|wpe)([._]|$)", re.IGNORECASE)
+_EMBEDDING = re.compile(r"embed|(^|[._])(emb|wte|wpe)([._]|$)", re.IGNORECASE)
 """What the names of tensors contain that come before all layers."""
-_NUMBER = re.compile(r"[0-9]{1,18}")
+_LAYER_NUMBER = re.compile(r"[0-9]{1,18}")
 """A part of a name that counts layers. Python reads no integer of more than 4,300 digits, and knows other digits."""
 
 
@@ -37,12 +37,12 @@ def even_stages(names: Iterable[str], stages: int) -> dict[str, int]:
             of_stack = places[found[0]]
             dealt[name] = of_stack[found[1]] * stages // len(of_stack)
         else:
-            dealt[name] = 0 if _OF_THE_FIRST.search(name) else stages - 1
+            dealt[name] = 0 if _EMBEDDING.search(name) else stages - 1
     return dealt
 
 
 def _layer(name: str) -> tuple[str, int] | None:
     """What a tensor's layer is one of, and its number."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if _NUMBER.fullmatch(part)), None)
+    at = next((i for i, part in enumerate(parts) if _LAYER_NUMBER.fullmatch(part)), None)
     return None if at is None else (".".join(parts[:at]), int(parts[at]))

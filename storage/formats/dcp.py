@@ -18,39 +18,39 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray, intersect_many
-from ...planner.byte_ranges import slabs_of
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
-from ...planner.entries import ITEMSIZES, Entry
+from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind
 from ...planner.errors import CheckpointError
-from ...planner.index import CheckpointIndex, Encoding, Kind
-from ...planner.read_plan import Want
+from ...planner.index import CheckpointIndex
+from ...planner.slabs import slabs_of
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeValueError
 from ..runtime.brief import brief, text_of
-from ..tensors.state_dict import MAX_LEVELS, Path, path_from_json
+from ..tensors.state_dict import MAX_NESTING, Path, path_from_json
 from .foreign import ForeignSource, Shards
-from .metadata_reads import Reads
+from .metadata_reads import MALFORMED_ERRORS, Reads
 from .safetensors import TensorHeader, read_header
-from .shared_values import is_repetitive
 from .torch_save.inert_unpickler import (
-    LAYOUT,
-    SIZE,
-    Dictionary,
-    Record,
-    integers,
+    INERT_LAYOUT,
+    INERT_SIZE,
+    InertDict,
+    InertObject,
+    checked_sizes,
+    inert_class,
     load_inert,
-    name_of_foreign,
-    record,
-    refused,
+    refused_global_error,
+    unknown_name,
 )
-from .torch_save.pickle_scan import MAX_BYTES
-from .torch_save.zip_layout import HEAD_BYTES, locate_values
+from .torch_save.pickle_scan import MAX_PICKLE_BYTES
+from .torch_save.zip_layout import MAX_PREAMBLE_BYTES, locate_values
+from .tree_size import is_repetitive
 
 METADATA = ".metadata"
 RANK_METADATA = re.compile(r"__([0-9]{1,18})\.metadata")
 TYPED_PATHS = ".reshard.paths"
 """In `planner_data`: the paths, as in a manifest, that have keys which are not strings. A conversion writes it."""
 ZSTD = "stream.zstd"
-FIRST_READ_BYTES = 1024 * 1024
+FIRST_METADATA_READ_BYTES = 1024 * 1024
 """Of the metadata, which most are smaller than."""
 
 MAX_PATH = 4096
@@ -60,31 +60,34 @@ MAX_DTYPE = 1000
 MAX_TRANSFORMS = 16
 """What the stream of a slice may have gone through."""
 
-_Metadata = record("Metadata")
-_TensorMetadata = record("TensorStorageMetadata")
-_BytesMetadata = record("BytesStorageMetadata")
+_Metadata = inert_class("Metadata")
+_TensorMetadata = inert_class("TensorStorageMetadata")
+_BytesMetadata = inert_class("BytesStorageMetadata")
 _HOME = "torch.distributed.checkpoint.metadata"
 _OLD_HOME = "torch.distributed._shard.sharded_tensor.metadata"
-_ALLOWED: dict[tuple[str, str], Any] = {
+_METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     (_HOME, "Metadata"): _Metadata,
     (_HOME, "TensorStorageMetadata"): _TensorMetadata,
     (_HOME, "BytesStorageMetadata"): _BytesMetadata,
-    **{(_HOME, name): Record for name in ("ChunkStorageMetadata", "MetadataIndex", "StorageMeta")},
-    **{(home, "TensorProperties"): Record for home in (_HOME, _OLD_HOME)},
-    **{(home, name): Record for home in (_HOME, _OLD_HOME) for name in ("_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING")},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Record,
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): Record,
-    ("torch.serialization", "_get_layout"): LAYOUT,
-    ("torch", "Size"): SIZE,
-    ("collections", "OrderedDict"): Dictionary,
-    ("collections", "defaultdict"): Dictionary,
+    **{(_HOME, name): InertObject for name in ("ChunkStorageMetadata", "MetadataIndex", "StorageMeta")},
+    **{(home, "TensorProperties"): InertObject for home in (_HOME, _OLD_HOME)},
     **{
-        (module, name): Record
+        (home, name): InertObject
+        for home in (_HOME, _OLD_HOME)
+        for name in ("_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING")
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): InertObject,
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): InertObject,
+    ("torch.serialization", "_get_layout"): INERT_LAYOUT,
+    ("torch", "Size"): INERT_SIZE,
+    ("collections", "OrderedDict"): InertDict,
+    ("collections", "defaultdict"): InertDict,
+    **{
+        (module, name): InertObject
         for module in ("pathlib", "pathlib._local")
         for name in ("PosixPath", "WindowsPath", "PurePosixPath")
     },
 }
-_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _Chunk = tuple[Box, str, int, int, tuple[str, ...]]
 """A box, and where it is: object, first byte, length, and what was done to the stream."""
 _Refused = tuple[type[CheckpointError], str]
@@ -111,10 +114,10 @@ class DcpSource(ForeignSource):
             metadata = _read_metadata(reads, name)
             try:
                 _merge(metadata, f"{name!r} in {reads.store.location}", tensors, blobs, unreadable)
-                paths |= _paths(metadata.get("planner_data"))
-            except _NeedsForeignError as error:
-                raise refused(f"{name!r} in {reads.store.location}", str(error)) from error
-            except _CONTRADICTIONS as error:
+                paths |= _planner_paths(metadata.get("planner_data"))
+            except _UnknownClassError as error:
+                raise refused_global_error(f"{name!r} in {reads.store.location}", str(error)) from error
+            except MALFORMED_ERRORS as error:
                 where = f"{name!r} in {reads.store.location}"
                 raise CorruptCheckpointError(f"{where} contradicts itself: {text_of(error)}") from error
         for name in unreadable:
@@ -214,7 +217,7 @@ class DcpSource(ForeignSource):
         # A slice that has no more bytes than its values is one of a safetensors file, whose header has to be read.
         some = np.flatnonzero(apart & (lengths > values) & (lengths <= MAX_REQUEST_BYTES))
         boxes = shards.offsets[rows[some]], shards.sizes[rows[some]], offsets[some], sizes[some]
-        slabs = slabs_of(*boxes, itemsize, costs.gaps())
+        slabs = slabs_of(*boxes, itemsize, costs.gap_limits())
         nbytes = np.where(slabs.runs.sparse, slabs.runs.packed_bytes, slabs.runs.spans)
         apart[some] = lengths[some] - np.bincount(slabs.chunks, nbytes, len(some)) > costs.gap_bytes
         return apart
@@ -247,7 +250,9 @@ class DcpSource(ForeignSource):
             raise CorruptCheckpointError(f"{tensor!r}: object {name!r} is missing in {self.store.location}") from error
 
     def _head(self, piece: _Slice) -> bytes:
-        nbytes = min(HEAD_BYTES, max(piece.nbytes, 9))  # one of safetensors has the values' size, which may be less
+        nbytes = min(
+            MAX_PREAMBLE_BYTES, max(piece.nbytes, 9)
+        )  # one of safetensors has the values' size, which may be less
         return self._reads.whole(self.objects[piece.object][0], piece.start, piece.start + nbytes)
 
     def _header(self, place: tuple[int, int]) -> dict[str, TensorHeader]:
@@ -289,26 +294,26 @@ class _Slice:
     nbytes: int
 
 
-def _read_metadata(reads: Reads, name: str) -> Record:
+def _read_metadata(reads: Reads, name: str) -> InertObject:
     try:
-        data = reads.whole(name, 0, FIRST_READ_BYTES, ending=pickle.STOP)
-        if len(data) == FIRST_READ_BYTES:
+        data = reads.whole(name, 0, FIRST_METADATA_READ_BYTES, ending=pickle.STOP)
+        if len(data) == FIRST_METADATA_READ_BYTES:
             nbytes = reads.size(name)
-            if nbytes > MAX_BYTES:
+            if nbytes > MAX_PICKLE_BYTES:
                 raise CorruptCheckpointError(
-                    f"{name!r} in {reads.store.location} has {nbytes} bytes; metadata may have {MAX_BYTES}"
+                    f"{name!r} in {reads.store.location} has {nbytes} bytes; metadata may have {MAX_PICKLE_BYTES}"
                 )
             data += reads.exactly(name, len(data), max(nbytes, len(data) + 1))
     except ObjectNotFoundError:
         where = reads.store.location
         raise CheckpointNotFoundError(f"there is no checkpoint of DCP at {where}: it has no {name}") from None
     where = f"{name!r} in {reads.store.location}"
-    metadata, _ = load_inert(data, _ALLOWED, where, takes_foreign=True)
-    foreign = name_of_foreign(metadata)
+    metadata, _ = load_inert(data, _METADATA_GLOBALS, where, allow_unknown=True)
+    foreign = unknown_name(metadata)
     if foreign is not None:
         state = getattr(metadata, "state", None)
         if not isinstance(state, dict) or not state.keys() >= {"state_dict_metadata", "storage_data"}:
-            raise refused(where, foreign)
+            raise refused_global_error(where, foreign)
         metadata = _Metadata()  # of a class of its own that derives from it, as Megatron's
         metadata.state = state
     if not isinstance(metadata, _Metadata):
@@ -316,27 +321,27 @@ def _read_metadata(reads: Reads, name: str) -> Record:
     return metadata
 
 
-class _NeedsForeignError(Exception):
+class _UnknownClassError(Exception):
     """What a tensor's own metadata says is an object of a class that is not known."""
 
 
 def _name(value: Any) -> str:
     """Return a name. Raises TypeError for what is no string."""
     if type(value) is not str:
-        raise TypeError(f"a name is of {name_of_foreign(value) or type(value).__name__}")
+        raise TypeError(f"a name is of {unknown_name(value) or type(value).__name__}")
     return value
 
 
 def _known(value: Any) -> Any:
-    """Return a value of the metadata. Raises _NeedsForeignError if it is of a class that is not known."""
-    foreign = name_of_foreign(value)
+    """Return a value of the metadata. Raises _UnknownClassError if it is of a class that is not known."""
+    foreign = unknown_name(value)
     if foreign is not None:
-        raise _NeedsForeignError(foreign)
+        raise _UnknownClassError(foreign)
     return value
 
 
 def _merge(
-    metadata: Record,
+    metadata: InertObject,
     where: str,
     tensors: dict[str, tuple[str, tuple[int, ...], dict[Box, _Chunk]]],
     blobs: dict[str, _Chunk],
@@ -354,10 +359,10 @@ def _merge(
         if (name, offsets) in stored:
             return _place(_known(stored[name, offsets]))
         if foreign:
-            raise _NeedsForeignError(foreign[0])
+            raise _UnknownClassError(foreign[0])
         raise ValueError(f"nothing tells where {name!r} is stored" + ("" if offsets is None else f" at {offsets}"))
 
-    boxes: dict[int, list[Box] | _NeedsForeignError] = {}
+    boxes: dict[int, list[Box] | _UnknownClassError] = {}
     """Of each list of shards that was met, by its identity: several tensors may have one."""
     for name, entry in _known(metadata.get("state_dict_metadata")).items():
         _name(name)
@@ -366,14 +371,14 @@ def _merge(
                 blobs.setdefault(name, (Box((), ()), *place(name, None)))
                 continue
             word = _known(entry.get("properties")).state[0]
-            dtype = name_of_foreign(word) or _name(word)
+            dtype = unknown_name(word) or _name(word)
             if len(dtype) > MAX_DTYPE:
                 raise ValueError(f"{name!r} has the dtype {brief(dtype)}")
             if dtype not in ITEMSIZES:
                 reason = f"{name!r} in {where} has the dtype {dtype}, which reshard cannot read: load it with dcp.load"
                 unreadable.setdefault(name, (DtypeError, f"{reason}. The other tensors can be read"))
                 continue
-            shape = integers(_known(entry.get("size")))
+            shape = checked_sizes(_known(entry.get("size")))
             *known, chunks = tensors.setdefault(name, (dtype, shape, {}))
             if known != [dtype, shape]:
                 raise ValueError(f"{name!r} is of {dtype} {shape} to one rank, and of {known} to another")
@@ -382,12 +387,12 @@ def _merge(
                     raise ValueError(f"{name!r} has the shape {shape}, and a shard {box}")
                 if box.numel and box not in chunks:
                     chunks[box] = (box, *place(name, box.offsets))
-        except _NeedsForeignError as error:
+        except _UnknownClassError as error:
             reason = f"{where} describes {name!r} by {error}, a class that reshard does not know and does not run"
             unreadable.setdefault(name, (UnsafeValueError, f"{reason}. The other names can be read"))
 
 
-def _boxes(chunks: Any, known: dict[int, list[Box] | _NeedsForeignError]) -> list[Box]:
+def _boxes(chunks: Any, known: dict[int, list[Box] | _UnknownClassError]) -> list[Box]:
     """Return the boxes of a list of shards, each once; of those without elements, one of each number of dimensions.
 
     Args:
@@ -397,41 +402,44 @@ def _boxes(chunks: Any, known: dict[int, list[Box] | _NeedsForeignError]) -> lis
     if found is None:
         try:
             every = dict.fromkeys(
-                Box(integers(_known(chunk.get("offsets"))), integers(_known(chunk.get("sizes"))))
+                Box(checked_sizes(_known(chunk.get("offsets"))), checked_sizes(_known(chunk.get("sizes"))))
                 for chunk in dict.fromkeys(map(_known, chunks))
             )
             empty = {box.ndim: box for box in every if not box.numel}
             found = [*(box for box in every if box.numel), *empty.values()]
-        except _NeedsForeignError as error:
+        except _UnknownClassError as error:
             found = error
         known[id(chunks)] = found
-    if isinstance(found, _NeedsForeignError):
+    if isinstance(found, _UnknownClassError):
         raise found
     return found
 
 
-def _stored(metadata: Record) -> tuple[dict[tuple[str, tuple[int, ...] | None], Any], list[str]]:
+def _stored(metadata: InertObject) -> tuple[dict[tuple[str, tuple[int, ...] | None], Any], list[str]]:
     """What tells where slices are, by name and offsets; and the classes that are not known of what else there is."""
     stored: dict[tuple[str, tuple[int, ...] | None], Any] = {}
     foreign: list[str] = []
     for index, info in _known(metadata.get("storage_data")).items():
         try:
             name, offset = _known(_known(index).get("fqn")), _known(index.get("offset"))
-        except _NeedsForeignError as error:
+        except _UnknownClassError as error:
             foreign.append(str(error))
             continue
-        stored[_name(name), None if offset is None else integers(offset)] = info
+        stored[_name(name), None if offset is None else checked_sizes(offset)] = info
     return stored, foreign
 
 
-def _identity(metadata: Record) -> dict[str, str]:
+def _identity(metadata: InertObject) -> dict[str, str]:
     """What DCP calls its format and the save, as far as the metadata has it."""
     meta = metadata.get("storage_meta")
-    found = {"version": metadata.get("version"), "save_id": meta.get("save_id") if isinstance(meta, Record) else None}
+    found = {
+        "version": metadata.get("version"),
+        "save_id": meta.get("save_id") if isinstance(meta, InertObject) else None,
+    }
     return {key: value for key, value in found.items() if type(value) is str}
 
 
-def _paths(planner_data: Any) -> dict[str, Path]:
+def _planner_paths(planner_data: Any) -> dict[str, Path]:
     """The paths of values in the state dict that was saved, as far as DCP's planner has recorded them."""
     if not isinstance(planner_data, dict):
         return {}
@@ -440,7 +448,7 @@ def _paths(planner_data: Any) -> dict[str, Path]:
         for name, path in planner_data.items()
         if type(name) is str
         and type(path) is tuple
-        and 0 < len(path) <= MAX_LEVELS
+        and 0 < len(path) <= MAX_NESTING
         and all(type(key) in (str, int) for key in path)
     }
     typed = planner_data.get(TYPED_PATHS)
@@ -451,14 +459,14 @@ def _paths(planner_data: Any) -> dict[str, Path]:
     return paths
 
 
-def _place(info: Record) -> tuple[str, int, int, tuple[str, ...]]:
+def _place(info: InertObject) -> tuple[str, int, int, tuple[str, ...]]:
     """Where a slice is. Raises ValueError where that cannot be."""
     name = _known(info.get("relative_path"))
     is_path = type(name) is str and len(name) <= MAX_PATH and "\\" not in name and "\0" not in name
     parts = name.split("/") if is_path else []
     if not parts or not all(parts) or {".", ".."}.intersection(parts):
         raise ValueError(f"{brief(name)} is no object of this folder")
-    start, length = integers((_known(info.get("offset")), _known(info.get("length"))))
+    start, length = checked_sizes((_known(info.get("offset")), _known(info.get("length"))))
     descriptors = _known(info.get("transform_descriptors")) or ()
     transforms = tuple(map(_known, descriptors[:MAX_TRANSFORMS]))
     if any(type(word) is not str or word.partition("/")[0] != ZSTD for word in transforms):

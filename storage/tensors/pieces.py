@@ -9,9 +9,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from ...planner.box import Box
-from ...planner.entries import ITEMSIZES
+from ...planner.entries import ITEMSIZES, Kind
 from ...planner.grid import Grid
-from ...planner.index import Kind
 from .dtypes import torch_dtype
 
 PIECE_BYTES = 16 * 1024 * 1024

@@ -412,8 +412,8 @@ def test_values_beyond_those_of_a_slice_are_not_read(change: bytes) -> None:
             (placed(relative_path=path), "is no object of this folder")
             for path in ("../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "..\\x", 7, None, ["a"])
         ),
-        *((placed(offset=n), "a size or an offset is none") for n in (-1, 2**60, 2**200, 1.0, "0", None, True)),
-        *((placed(length=n), "a size or an offset is none") for n in (-1, 2**60, 2**200, 1.0, "0", None, True)),
+        *((placed(offset=n), "a size or an offset is invalid") for n in (-1, 2**60, 2**200, 1.0, "0", None, True)),
+        *((placed(length=n), "a size or an offset is invalid") for n in (-1, 2**60, 2**200, 1.0, "0", None, True)),
         (placed(transform_descriptors=["stream.xz"]), "'stream.xz'.*of which reshard knows 'stream.zstd'"),
         (lambda metadata: metadata.storage_data.pop(FIRST), r"nothing tells where 'w' is stored at \(0, 0\)"),
         (lambda metadata: metadata.storage_data.pop(MetadataIndex("step")), "nothing tells where 'step' is stored"),
@@ -424,7 +424,10 @@ def test_values_beyond_those_of_a_slice_are_not_read(change: bytes) -> None:
             lambda metadata: metadata.state_dict_metadata.update({7: metadata.state_dict_metadata["w"]}),
             "a name is of int",
         ),
-        (lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (6.0, 4)), "a size or an offset is none"),
+        (
+            lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (6.0, 4)),
+            "a size or an offset is invalid",
+        ),
         (lambda metadata: setattr(metadata.state_dict_metadata["w"], "chunks", 3), "contradicts itself"),
         (lambda metadata: setattr(metadata.state_dict_metadata["w"], "properties", 3), "contradicts itself"),
         (lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (6, 4, 1)), "contradicts itself"),

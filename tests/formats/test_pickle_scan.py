@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from reshard.storage.formats.shared_values import is_repetitive
 from reshard.storage.formats.torch_save import pickle_scan
 from reshard.storage.formats.torch_save.pickle_scan import check_pickle
+from reshard.storage.formats.tree_size import is_repetitive
 from reshard.storage.formats.value_codec import decode_value, encode_value
 from tests.formats.test_value_codec import same
 

@@ -23,8 +23,8 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
+from reshard.humanize import format_age, format_bytes
 from reshard.storage.stores.open import open_store
-from reshard.words import in_bytes, in_time
 from tests.conftest import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -446,7 +446,7 @@ def test_names_are_a_tree() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [in_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
     ]  # fmt: skip
 
@@ -464,7 +464,7 @@ def test_the_shell_completes_commands() -> None:
 
 
 def test_spans_of_time_in_words() -> None:
-    assert [in_time(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
+    assert [format_age(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
 
 
 def test_options_nest_by_dots() -> None:

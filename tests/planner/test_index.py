@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.entries import Entry, Segments
+from reshard.planner.entries import Entry, Kind, Segments
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Kind
+from reshard.planner.index import CheckpointIndex
 from tests.planner.boxes import cuts_of, shapes
 from tests.planner.indexes import Saved, index_of
 

@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import Want
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
 from reshard.planner.layout import Layout
 from reshard.planner.partition import choose_regions, partition
 from reshard.planner.rank_plans import plan_ranks
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.planner.regions import MAX_REGIONS, Regions, regions_met
-from reshard.planner.shards import joined
+from reshard.planner.shard_boxes import join_segments
 from tests.planner.boxes import boxes_in, cuts_of, shapes
 from tests.planner.indexes import Saved, chunks_read, index_of
 
@@ -116,9 +117,9 @@ def test_shards_beside_each_other_that_make_up_no_box_stay_apart() -> None:
         np.array([[2, 4], [2, 4], [2, 4], [2, 4], [4, 2]]),
     )
     starts = np.arange(5) * 8
-    found = joined(np.zeros(5, int), starts, offsets, sizes)
+    found = join_segments(np.zeros(5, int), starts, offsets, sizes)
     assert [column.tolist() for column in found] == [[[0, 0], [4, 0]], [[4, 8], [4, 2]]]
-    found = joined(np.arange(5), starts, offsets, sizes)
+    found = join_segments(np.arange(5), starts, offsets, sizes)
     assert found[0].tolist() == offsets.tolist()
 
 

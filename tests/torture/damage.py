@@ -20,9 +20,10 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.testing import MemoryStore
 from reshard.storage.writing import object_layout
@@ -80,7 +81,7 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
 
 
 def data_of(content: Content) -> list[str]:
-    return [name for name in content if name != NAME]
+    return [name for name in content if name != MANIFEST_NAME]
 
 
 def flip(rng: random.Random, content: Content, other: Content) -> None:
@@ -142,7 +143,7 @@ def foreign_data(rng: random.Random, content: Content, other: Content) -> None:
 
 def foreign_manifest(rng: random.Random, content: Content, other: Content) -> None:
     """The manifest of an older save, whose data is gone."""
-    content[NAME] = other[NAME]
+    content[MANIFEST_NAME] = other[MANIFEST_NAME]
 
 
 def swap_objects(rng: random.Random, content: Content, other: Content) -> None:
@@ -214,7 +215,7 @@ def lies(count: int, seed: int) -> collections.Counter[str]:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:
-            ended[outcome({**content, NAME: lie(rng, content[NAME])}, state)] += 1
+            ended[outcome({**content, MANIFEST_NAME: lie(rng, content[MANIFEST_NAME])}, state)] += 1
         except AssertionError:
             ended["other values"] += 1
         taken = tracemalloc.get_traced_memory()[1] - before

@@ -29,8 +29,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from ....planner.entries import ITEMSIZES
-from ....planner.index import Stream
+from ....planner.entries import ITEMSIZES, Stream
 from ...errors import ArgumentError, CorruptCheckpointError
 from ...tensors.dtypes import cast
 
@@ -210,10 +209,10 @@ def decode_heads_and_tails(heads: Sequence[Buffer], tails: Sequence[Buffer], num
     for at, tail in enumerate(tails):
         split, rest = _split_planes(tail, 2, numel)
         planes.append(split)
-        _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
+        _require(len(rest) % 8 == 0, "the list of exceptions is cut short")
         listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
         if len(listed):
-            _check(int(listed[:, 0].max()) < numel, "an exception lies outside the chunk")
+            _require(int(listed[:, 0].max()) < numel, "an exception lies outside the chunk")
             exceptions.append((listed[:, 0] + np.uint32(at * numel), listed[:, 1]))
     low = _scratch.take(2, 2 * len(high)).view(np.uint32)
     np.copyto(low, _join_bytes(planes, numel).view(np.int16), casting="unsafe")
@@ -348,7 +347,7 @@ def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memory
 def _whole_planes(data: Buffer, count: int, n: int) -> list[Bytes]:
     """The planes of a stream that holds nothing else, `n` bytes each."""
     planes, rest = _split_planes(data, count, n)
-    _check(len(rest) == 0, "bytes are left over after the last plane")
+    _require(len(rest) == 0, "bytes are left over after the last plane")
     return planes
 
 
@@ -361,7 +360,7 @@ def _decompress(body: memoryview, n: int) -> bytes:
         raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
 
 
-def _check(condition: bool, message: str) -> None:
+def _require(condition: bool, message: str) -> None:
     if not condition:
         raise CorruptCheckpointError(message)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
-MAX_BYTES = 2**30
+from ...tensors.plain_json import MAX_HASH_COLLISIONS
+
+MAX_PICKLE_BYTES = 2**30
 """No pickle is larger."""
 MAX_DEPTH = 100
 """How deeply tuples and frozensets may be nested in each other."""
@@ -22,8 +24,6 @@ MAX_COPIED = 1
 """How many values all that classes and functions are given may hold, for each byte of the pickle."""
 FREE = 64 * 1024
 """How many values both may hold in a pickle of any size."""
-MAX_COLLISIONS = 64
-"""How many keys of one dict, or values of one set, may have the same hash."""
 MAX_COLLIDING = 20_000
 """How many values those keys may hold whose hashes can be chosen, and are not known before they are made."""
 BYTES_OF_SET = 8
@@ -100,8 +100,8 @@ def check_pickle(data: bytes, *, calls: bool = True) -> None:
 
     Raises ValueError or LookupError where it does what no honest one does.
     """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"the pickle has {len(data)} bytes, more than {MAX_BYTES}")
+    if len(data) > MAX_PICKLE_BYTES:
+        raise ValueError(f"the pickle has {len(data)} bytes, more than {MAX_PICKLE_BYTES}")
     _Check(data, calls).run()
 
 
@@ -291,7 +291,7 @@ class _Check:
         self._copied += grown
         self._hashed += grown + (flags >> _SHIFT)
         for part in given[2] if type(given) is tuple else ():
-            if part[1] and max(part[1].values()) > MAX_COLLISIONS:
+            if part[1] and max(part[1].values()) > MAX_HASH_COLLISIONS:
                 raise _too_many_collisions()
         return [grown + (flags >> _SHIFT), None]
 
@@ -318,7 +318,7 @@ class _Check:
             raise ValueError("its keys hold the same values again and again")
         if constants:
             noted = _note_hashes(constants, container)
-            if noted is not None and noted > MAX_COLLISIONS:
+            if noted is not None and noted > MAX_HASH_COLLISIONS:
                 raise _too_many_collisions()
 
     def _count_set(self) -> None:
@@ -328,7 +328,7 @@ class _Check:
 
 
 def _too_many_collisions() -> ValueError:
-    return ValueError(f"more than {MAX_COLLISIONS} keys of a dict or set have the same hash")
+    return ValueError(f"more than {MAX_HASH_COLLISIONS} keys of a dict or set have the same hash")
 
 
 def _global(module: str, name: str) -> int:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray, columns_equal, ranges, unravel
+from .box import IntArray, columns_equal, concat_ranges, unravel
+from .coalesce import GapLimits
 
 SLAB_BYTES = 1024 * 1024
 """Values of a slab, at most, where one run is not longer."""
@@ -21,18 +22,8 @@ SPAN_BYTES = 4 * SLAB_BYTES
 """From the first to the last byte of a slab whose gaps are read over."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gaps:
-    """Which gaps between two ranges are read over, so that one request fetches both."""
-
-    max_bytes: int
-    """The largest gap."""
-    max_over_read: float
-    """All that is read over, as a fraction of the bytes wanted."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Runs:
+class ByteRuns:
     """The bytes of slabs, in columns: slab i has `counts[i]` runs of `nbytes[i]` bytes, `strides[i]` bytes apart."""
 
     counts: IntArray
@@ -67,7 +58,7 @@ class Slabs:
     sizes: IntArray
     begins: IntArray
     """(n,) the first byte, counted from that of the chunk."""
-    runs: Runs
+    runs: ByteRuns
 
 
 def slabs_of(
@@ -76,7 +67,7 @@ def slabs_of(
     piece_offsets: IntArray,
     piece_sizes: IntArray,
     itemsize: int,
-    gaps: Gaps,
+    gap_limits: GapLimits,
 ) -> Slabs:
     """The slabs of pieces of row-major chunks.
 
@@ -84,12 +75,12 @@ def slabs_of(
         chunk_offsets, chunk_sizes: (n, ndim) the chunks, in the tensor.
         piece_offsets, piece_sizes: (n, ndim) the part of each that is wanted, inside it and not empty.
         itemsize: bytes an element.
-        gaps: which of them are read over.
+        gap_limits: which of them are read over.
     """
     n, ndim = chunk_sizes.shape
     if ndim == 0:  # a scalar is a row of one element
         one = np.ones((n, 1), np.int64)
-        slabs = slabs_of(0 * one, one, 0 * one, one, itemsize, gaps)
+        slabs = slabs_of(0 * one, one, 0 * one, one, itemsize, gap_limits)
         return Slabs(slabs.chunks, chunk_offsets, chunk_sizes, slabs.begins, slabs.runs)
     # row_bytes[:, d] is the distance between neighbours along dimension d.
     row_bytes = np.empty((n, ndim), np.int64)
@@ -107,7 +98,7 @@ def slabs_of(
     several = (outer >= 0) & (run_bytes < SLAB_BYTES)
     strides = row_bytes[at, outer]
     gap = np.where(several, strides - run_bytes, 0)
-    joined = (gap <= gaps.max_bytes) & (gap <= gaps.max_over_read * run_bytes)
+    joined = (gap <= gap_limits.max_gap_bytes) & (gap <= gap_limits.max_over_read * run_bytes)
 
     # A slab is a block of the piece: one index of the dimensions before `axis`, some of it, all of those after it.
     axis = np.where(several, outer, inner)
@@ -118,12 +109,12 @@ def slabs_of(
     blocks = -(-piece_sizes // block)
     counts = blocks.prod(axis=1)
     chunks = np.repeat(at, counts)
-    place = unravel(ranges(0, counts), blocks, chunks, range(ndim))
+    place = unravel(concat_ranges(0, counts), blocks, chunks, range(ndim))
     offsets = piece_offsets[chunks] + place * block[chunks]
     sizes = np.minimum(block[chunks], (piece_offsets + piece_sizes)[chunks] - offsets)
     begins = ((offsets - chunk_offsets[chunks]) * row_bytes[chunks]).sum(axis=1)
     several = several[chunks]
     counts = np.where(several, sizes[np.arange(len(chunks)), axis[chunks]], 1)
     nbytes = sizes.prod(axis=1) * itemsize // counts
-    runs = Runs(counts, nbytes, np.where(counts > 1, strides[chunks], nbytes), (counts > 1) & ~joined[chunks])
+    runs = ByteRuns(counts, nbytes, np.where(counts > 1, strides[chunks], nbytes), (counts > 1) & ~joined[chunks])
     return Slabs(chunks, offsets, sizes, begins, runs)

@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import IntArray
-from .entries import Entry, Segments
+from .entries import Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError
 from .grid import cells
-from .kinds import Encoding, Stream
 from .regions import Regions
 
 MAX_CORNERS = 2**23
@@ -185,9 +184,9 @@ def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDAr
         if 2 * len(boxes) > MAX_CORNERS:
             raise InvalidIndexError(f"{len(offsets)} shards are cut along {len(cut)} dimensions, and not by a grid")
         ends_of = np.concatenate((lows[boxes, d], highs[boxes, d]))
-        points = _numbered(np.concatenate((points, points)), ends_of)
+        points = _pair_numbers(np.concatenate((points, points)), ends_of)
         boxes, signs = np.concatenate((boxes, boxes)), np.concatenate((signs, -signs))
-        _, first, of = np.unique(_numbered(points, rest[d + 1][boxes]), return_index=True, return_inverse=True)
+        _, first, of = np.unique(_pair_numbers(points, rest[d + 1][boxes]), return_index=True, return_inverse=True)
         sums = np.zeros(len(first), np.int64)
         np.add.at(sums, of, signs)
         kept = first[sums != 0]
@@ -199,11 +198,11 @@ def _numbers_of_rests(lows: IntArray, highs: IntArray) -> list[IntArray]:
     """For each dimension, (n,) numbers of the boxes, equal for those that are the same from that dimension on."""
     rests = [np.zeros(len(lows), np.int64)]
     for d in reversed(range(lows.shape[1])):
-        rests.append(_numbered(_numbered(lows[:, d], highs[:, d]), rests[-1]))
+        rests.append(_pair_numbers(_pair_numbers(lows[:, d], highs[:, d]), rests[-1]))
     return rests[::-1]
 
 
-def _numbered(first: IntArray, second: IntArray) -> IntArray:
+def _pair_numbers(first: IntArray, second: IntArray) -> IntArray:
     """(n,) numbers below n of pairs, equal for equal pairs."""
     one, two = (np.unique(column, return_inverse=True)[1].astype(np.int64) for column in (first, second))
     numbers: IntArray = np.unique(one * (int(two.max(initial=0)) + 1) + two, return_inverse=True)[1].astype(np.int64)
