@@ -41,7 +41,6 @@ from ..stores.retry import retried
 from ..tensors.casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
 from ..tensors.dtypes import dtype_name, is_packed, torch_dtype
 from ..tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
-from ..tensors.pieces import Item
 from ..tensors.state_dict import Path, renamed_path
 from ..version import __version__
 from .journal import Journal, JournalState
@@ -51,6 +50,7 @@ from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
 from .targets.target import ConversionTarget, UnitRecord, WorkUnit
+from .work_items import Item
 
 logger = logger_of(__name__)
 

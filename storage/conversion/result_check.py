@@ -15,7 +15,7 @@ from ..runtime.brief import reason
 from ..stores.base import Store, top_names
 from ..stores.retry import RetryingStore
 from ..tensors.name_patterns import quoted
-from ..tensors.pieces import Item
+from .work_items import Item
 
 
 class _WithValue(RetryingStore):

@@ -27,7 +27,8 @@ from ..runtime.limits import default_budget, give_back_memory
 from ..runtime.process_group import HEED_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
-from ..tensors.pieces import PIECE_BYTES, Item, Piece, in_groups
+from ..tensors.splitting import PIECE_BYTES, group_by_bytes
+from .work_items import Item, Piece
 
 MAX_GROUP_BYTES = 256 * 1024 * 1024
 """Values that are read at once, at most."""
@@ -78,7 +79,7 @@ class SourceStream:
 
         Raises as `read_boxes`.
         """
-        groups = in_groups(pieces, self.group_bytes)
+        groups = group_by_bytes(pieces, self.group_bytes)
         waiting: deque[Future[list[torch.Tensor]]] = deque()
         try:
             waiting += [self._pool.submit(self.read, group) for group in islice(groups, 1)]
@@ -122,7 +123,7 @@ class SourceStream:
 
         The value is None where that needs more than a safe pickle. Raises as `read_boxes`.
         """
-        for group in in_groups(pieces, self.group_bytes):
+        for group in group_by_bytes(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
             blobs = [ValueRead(self._source, piece.item.source) for piece in group]
             report = read_boxes(self._source, [], [], blobs, self._options(UNBOUNDED_OVER_READ))

@@ -15,6 +15,7 @@ from ...planner.box import Box
 from ...planner.chunk_reads import Want
 from ...planner.entries import Entry, Kind
 from ..conversion.source_stream import SourceStream
+from ..conversion.work_items import Item, Piece
 from ..errors import UnsafeValueError
 from ..formats.detect import open_source
 from ..formats.source import Source
@@ -24,7 +25,7 @@ from ..reading.same_chunks import same_chunks
 from ..reading.value_reads import ValueRead
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
-from ..tensors.pieces import Item, Piece, rows_of
+from ..tensors.splitting import row_boxes
 
 MAX_SHOWN_VALUE_CHARACTERS = 40
 """Of a value that is shown."""
@@ -112,7 +113,7 @@ def _of_values(
     a: Source, b: Source, names: Mapping[str, tuple[Entry, Entry]]
 ) -> Generator[list[Difference], None, None]:
     """What differs in each tensor, if anything does, in order."""
-    boxes = {name: list(rows_of(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
+    boxes = {name: list(row_boxes(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
 
     def pieces(which: int) -> Iterator[Piece]:
         for name, entries in names.items():

@@ -29,7 +29,7 @@ from ..runtime.torch_modes import writing_to
 from ..tensors.casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
 from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
-from ..tensors.pieces import in_groups, rows_of
+from ..tensors.splitting import group_by_bytes, row_boxes
 from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
 from .executor import execute
 from .same_chunks import same_chunks
@@ -216,7 +216,7 @@ def _have_same_values(source: Source, first: Want, second: Want) -> bool:
     if same_chunks(index, first.name, index, second.name):
         return True
     dtype = torch_dtype(entries[0].dtype)
-    for rows in rows_of(first.box.sizes, entries[0].dtype):
+    for rows in row_boxes(first.box.sizes, entries[0].dtype):
         box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
         parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
         read_boxes(source, [Want(first.name, box), Want(second.name, box)], parts)
@@ -307,7 +307,7 @@ class _ReadRun:
 
     def _in_budget(self, positions: Sequence[int]) -> list[list[int]]:
         """Split positions into groups whose temporary tensors fit the budget."""
-        groups = in_groups([_Staged(at, self._reads.destinations[at]) for at in positions], self._budget)
+        groups = group_by_bytes([_Staged(at, self._reads.destinations[at]) for at in positions], self._budget)
         return [[part.at for part in group] for group in groups]
 
     def _staged(self, positions: Sequence[int]) -> list[torch.Tensor]:

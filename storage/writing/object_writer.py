@@ -43,7 +43,7 @@ from ..runtime.threads import Pool, cleaning_up
 from ..stores.base import Store
 from ..stores.retry import retried, without_retries
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
-from ..tensors.pieces import in_groups
+from ..tensors.splitting import group_by_bytes
 from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, grid_of, in_objects
 
 logger = logger_of(__name__)
@@ -257,7 +257,7 @@ class _ObjectWriter:
         waiting: deque[_EncodingTask] = deque()
         held = 0
         try:
-            for group in in_groups(shards, self._together):
+            for group in group_by_bytes(shards, self._together):
                 for part in self._in_order(group, begun):
                     for runs, nbytes in part.tasks:
                         self._check_wanted()

@@ -21,7 +21,7 @@ from reshard.storage.conversion.targets import target
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.formats.safetensors import NAMES
-from reshard.storage.tensors import pieces
+from reshard.storage.tensors import splitting
 from reshard.storage.tensors.state_dict import flatten
 from tests.samples import same, sample
 
@@ -36,7 +36,7 @@ UNSAFE = ("rng", "third")
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
     """Make pieces and units of some KiB."""
-    for module in (pieces, target, source_stream):
+    for module in (splitting, target, source_stream):
         monkeypatch.setattr(module, "PIECE_BYTES", piece)
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 

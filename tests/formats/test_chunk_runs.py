@@ -83,15 +83,15 @@ def test_chunks_encoded_together_are_those_encoded_alone(dtype: str, content: st
 SHAPES = {"up": (2048, 512), "down": (512, 2048), "cube": (4, 512, 256), "row": (300_000,), "uneven": (1030, 517)}
 
 
-def saved(codec: str, dtype: torch.dtype, rows_of: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
+def saved(codec: str, dtype: torch.dtype, row_boxes: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
     """Tensors that two ranks have saved in rows."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
     store, records = MemoryStore(), []
-    for rank in range(rows_of):
+    for rank in range(row_boxes):
         shards = []
         for name, values in tensors.items():
-            rows = len(values) // rows_of
+            rows = len(values) // row_boxes
             box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
             load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))

@@ -100,9 +100,9 @@ def test_metadata_of_many_shards_passes_far_from_the_limits(protocol: int, monke
             index = MetadataIndex(name, torch.Size([64 * k, 0]), k)
             places[index] = _StorageInfo(f"__{k}_0.distcp", 1000 * i, 1000)
     data = pickle.dumps(Metadata(tensors, {name: tuple(name.split(".")) for name in tensors}, places), protocol)
-    monkeypatch.setattr(pickle_scan, "FREE", 0)
-    monkeypatch.setattr(pickle_scan, "MAX_COPIED", 0.5)
-    monkeypatch.setattr(pickle_scan, "MAX_HASHED", 2)
+    monkeypatch.setattr(pickle_scan, "FREE_VALUES", 0)
+    monkeypatch.setattr(pickle_scan, "MAX_COPIED_PER_BYTE", 0.5)
+    monkeypatch.setattr(pickle_scan, "MAX_HASHED_PER_BYTE", 2)
     check_pickle(data, calls=False)
 
 

@@ -22,9 +22,9 @@ from ....planner.entries import Kind
 from ...formats.dcp import METADATA, TYPED_PATHS
 from ...formats.value_codec import torch_save
 from ...stores.base import Store
-from ...tensors.pieces import Item
 from ...tensors.state_dict import path_for_dcp, path_to_json
 from ..source_stream import SourceStream
+from ..work_items import Item
 from .target import UnitRecord, WorkUnit, in_pieces
 
 

@@ -15,11 +15,12 @@ from ....planner.entries import Kind
 from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
 from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
 from ...stores.base import Store
-from ...tensors.pieces import Item, Piece, in_groups
+from ...tensors.splitting import group_by_bytes
 from ...version import __version__
 from ...writing.object_layout import ShardToWrite
 from ...writing.object_writer import write_objects
 from ..source_stream import SourceStream
+from ..work_items import Item, Piece
 from .target import UnitRecord, WorkUnit, in_pieces
 
 
@@ -79,7 +80,7 @@ class _SharedReads:
         self._groups: dict[str, list[tuple[Piece, _PieceGroup]]] = {}
         """Of each item, its pieces and the groups that they are in."""
         tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
-        for pieces in in_groups(tensors, values.group_bytes // 2):
+        for pieces in group_by_bytes(tensors, values.group_bytes // 2):
             group = _PieceGroup(pieces, values)
             for piece in pieces:
                 self._groups.setdefault(piece.item.name, []).append((piece, group))

@@ -12,8 +12,9 @@ from ...errors import ArgumentError, DtypeError
 from ...formats.safetensors import INDEX_SUFFIX, NAMES
 from ...stores.base import Store
 from ...tensors.dtypes import as_array, as_bytes, is_packed
-from ...tensors.pieces import Item, Piece, rows_of
+from ...tensors.splitting import row_boxes
 from ..source_stream import SourceStream
+from ..work_items import Item, Piece
 from .target import UnitRecord, WorkUnit
 
 INDEX = f"model{INDEX_SUFFIX}"
@@ -58,7 +59,7 @@ class SafetensorsTarget:
         with store.create(name) as out:
             out.write(header)
             pieces = (
-                Piece(piece.item, box) for piece in unit.pieces for box in rows_of(piece.item.shape, piece.item.dtype)
+                Piece(piece.item, box) for piece in unit.pieces for box in row_boxes(piece.item.shape, piece.item.dtype)
             )
             for tensor in values.stream(pieces):
                 interrupt()

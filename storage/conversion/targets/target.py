@@ -10,8 +10,9 @@ from ....planner.box import Box
 from ....planner.entries import ITEMSIZES
 from ....planner.grid import Grid
 from ...stores.base import Store
-from ...tensors.pieces import PIECE_BYTES, Item, Piece
+from ...tensors.splitting import PIECE_BYTES
 from ..source_stream import SourceStream
+from ..work_items import Item, Piece
 
 UNIT_BYTES = 256 * 1024 * 1024
 """Values of a unit, or a little more: what is done again at most after a kill."""
