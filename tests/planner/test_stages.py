@@ -66,5 +66,5 @@ def test_stages_that_are_none_are_refused() -> None:
     for wrong in (1.5, "x", None):
         with pytest.raises(LayoutError, match="'a' is on stage"):
             Layout({"pp": 2}, stages={"a": wrong})  # type: ignore[dict-item]
-    with pytest.raises(LayoutError, match="1 stage or more"):
+    with pytest.raises(LayoutError, match="at least 1 stage"):
         even_stages([], 0)
