@@ -15,8 +15,8 @@ from typing_extensions import Buffer
 from ...planner.errors import CheckpointError
 from ..errors import StoreError
 from ..runtime.threads import Pool
-from ..stores.base import AsyncReads, ReadsAhead, Store
-from ..stores.buffer_pool import Memory
+from ..stores.base import AsyncReads, Store
+from ..stores.buffer_pool import BufferPool
 
 Ranges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and bytes of it: [start, stop) each."""
@@ -31,22 +31,23 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._capabilities = can = store.capabilities
         self._pool: Pool | None = None
-        if store.async_reads is None and store.read_into is None:
-            self._pool = Pool(store.concurrent_reads, "reshard-fetch")
+        if can.async_reads is None and can.read_into is None:
+            self._pool = Pool(can.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Fetched]]] = set()
-        self._memory = Memory()
-        self._turns = asyncio.Semaphore(store.concurrent_reads)
+        self._buffers = BufferPool()
+        self._turns = asyncio.Semaphore(can.concurrent_reads)
 
     @property
     def reads_here(self) -> bool:
         """Whether `read` is the way to read, in the thread that wants the bytes; else, `start` is."""
-        return self._store.read_into is not None
+        return self._capabilities.read_into is not None
 
     @property
     def max_requests(self) -> int:
         """How many calls may be under way."""
-        return sys.maxsize if self.reads_here else self._store.concurrent_reads
+        return sys.maxsize if self.reads_here else self._capabilities.concurrent_reads
 
     @property
     def together_bytes(self) -> int:
@@ -55,7 +56,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Fetched]]], None]) -> None:
         """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""
-        reads = self._store.async_reads
+        reads = self._capabilities.async_reads
         if reads is not None:
             future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
         else:
@@ -67,16 +68,17 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def will_read(self, wanted: Sequence[Ranges]) -> None:
         """Tell the store what `read` will be called for soon."""
-        if isinstance(self._store, ReadsAhead):
+        will_read = self._capabilities.will_read
+        if will_read is not None:
             for name, ranges in wanted:
                 if len(ranges) == 1:  # not those of thousands of runs: each would be a call of the system
-                    self._store.will_read(name, ranges)
+                    will_read(name, ranges)
 
     def read(self, wanted: Sequence[Ranges]) -> list[Fetched]:
         """Read byte ranges of objects into memory that is used again."""
-        into = self._store.read_into
+        into = self._capabilities.read_into
         assert into is not None
-        return self._read(wanted, partial(self._memory.filled, into))
+        return self._read(wanted, partial(self._buffers.read, into))
 
     def _read(
         self, wanted: Sequence[Ranges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
@@ -104,7 +106,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def release(self, data: memoryview) -> None:
         """Give back what a read gave: nothing refers to it any more."""
-        self._memory.give(data)
+        self._buffers.release(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

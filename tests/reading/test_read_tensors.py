@@ -28,7 +28,7 @@ from reshard.storage.reading.fetcher import Fetcher
 from reshard.storage.reading.tasks import Batch, Request, TensorRead
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
-from reshard.storage.stores.base import Store
+from reshard.storage.stores.base import Capabilities, Store
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing, slow
 from reshard.storage.writing.object_layout import ShardToWrite
 from reshard.storage.writing.object_writer import write_objects
@@ -109,7 +109,7 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
 
 def test_requests_run_at_once() -> None:
     store, manifest = saved("none", {"w": torch.randn(2048, 1024)})
-    at_once = store.concurrent_reads
+    at_once = store.capabilities.concurrent_reads
     together = threading.Barrier(at_once)
 
     def before(call: Call) -> None:
@@ -238,7 +238,7 @@ def test_memory_comes_back_from_a_load_that_fails(tmp_path: Path) -> None:
         with pytest.raises(CorruptCheckpointError, match="cut short"):
             execute(plan, source.index([want]), source.store, [torch.zeros(4096, 1024)], workers=workers)
         workers.pool.shutdown()
-        assert workers.fetcher._memory._lent == {}
+        assert workers.fetcher._buffers._lent == {}
 
 
 def test_an_error_of_the_store_arrives_with_tensor_object_and_range() -> None:
@@ -255,7 +255,7 @@ def test_an_error_stops_what_has_not_begun() -> None:
     failed = RecordingStore(store, lambda call: (slowly(call), fails(call))[0])
     with pytest.raises(StoreError, match="injected"):
         execute(plan, manifest.index(), failed, [torch.empty(4096, 1024)])
-    assert len(failed.calls) < 4 * store.concurrent_reads < len(plan.requests)
+    assert len(failed.calls) < 4 * store.capabilities.concurrent_reads < len(plan.requests)
 
 
 def test_executions_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ def test_executions_end_when_their_workers_are_stopped(tmp_path: Path) -> None:
 def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MemoryStore, "concurrent_reads", at_once)
+    monkeypatch.setattr(MemoryStore, "capabilities", Capabilities(concurrent_reads=at_once))
     monkeypatch.setattr(Fetcher, "max_requests", 16)
     store, manifest = saved("zstd", TENSORS)
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])

@@ -37,7 +37,7 @@ class NativeTarget:
         return in_pieces(items)
 
     def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
-        load = _Shared(unit, values).load if store.holds_objects else _in_order(unit, values)
+        load = _Shared(unit, values).load if store.capabilities.buffers_objects else _in_order(unit, values)
         objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
