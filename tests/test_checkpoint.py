@@ -12,6 +12,7 @@ import torch
 import reshard
 from reshard.errors import ArgumentError, DestinationError
 from reshard.planner.layout import Layout, Mesh, Shard
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
 
 STATE: dict[str, Any] = {"w": torch.arange(24.0).reshape(6, 4), "step": 3, "text": "x" * 3000}
@@ -70,9 +71,12 @@ def test_a_closed_checkpoint_refuses_every_call(call: Any, folder: Path) -> None
 
 def test_a_store_of_the_caller_is_not_closed() -> None:
     class Closable(MemoryStore):
-        closed = False
+        def __init__(self) -> None:
+            super().__init__()
+            self.closed = False
+            self.capabilities = Capabilities(close=self._close)
 
-        def close(self) -> None:
+        def _close(self) -> None:
             self.closed = True
 
     store = Closable()

@@ -210,7 +210,7 @@ class DcpSource(ForeignSource):
         if name not in self._whole:
             return apart
         apart[:] = ~self._whole[name][rows]
-        if self.store.read_into is not None:
+        if self.store.capabilities.read_into is not None:
             return apart  # on a disk, to ask costs nothing, and to decode does
         shards, itemsize, costs = self._shards[name], self._entries[name].itemsize, self._reads.costs
         lengths, values = shards.lengths[rows], shards.sizes[rows].prod(axis=1) * itemsize

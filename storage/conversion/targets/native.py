@@ -40,7 +40,7 @@ class NativeTarget:
     def write(
         self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
-        load = _SharedReads(unit, values).load if store.holds_objects else _load_in_order(unit, values)
+        load = _SharedReads(unit, values).load if store.capabilities.buffers_objects else _load_in_order(unit, values)
         objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
