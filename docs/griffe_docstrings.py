@@ -23,4 +23,6 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             text = _RAISES.sub(_as_list, obj.docstring.value)
-            obj.docstring.value = _TREE.sub(lambda found: f"```text\n{found[0].rstrip()}\n```\n", text)
+            obj.docstring.value = _TREE.sub(
+                lambda found: f"```text\n{found[0].rstrip()}\n```\n", text
+            )

@@ -33,7 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(
+    markdown: str, page: Any, config: MkDocsConfig, files: Files
+) -> str:
     uri: str = page.file.src_uri
     folder = posixpath.dirname(_INSIDE.get(uri, f"docs/{uri}"))
 
