@@ -1,11 +1,11 @@
-"""The errors of planning, and the base of every error that reshard raises of its own.
+"""The errors of planning, and the base class of every error that reshard raises. The right column says what to do:
 
 CheckpointError
-├── LayoutError          fix the call: the layout cannot be applied to these tensors
-├── MissingTensorError   fix the call: the checkpoint has no tensor of that name
-├── ShapeMismatchError   fix the call: the tensor has another shape in the checkpoint
-├── InvalidPlanError     fix the call: what was to be read back is no saved plan
-└── InvalidIndexError    refuse: the checkpoint's own metadata contradicts itself
+├── LayoutError                      fix the call: the layout does not fit these tensors
+├── MissingTensorError (KeyError)    fix the call: the checkpoint has no tensor of that name
+├── ShapeMismatchError               fix the call: the tensor has another shape in the checkpoint
+├── InvalidPlanError                 fix the call: the text is not a saved plan
+└── InvalidIndexError                do not use it: the checkpoint's metadata contradicts itself
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .text import shown
 
 
 class CheckpointError(Exception):
-    """The base of every error that reshard raises of its own.
+    """The base class of every error that reshard raises.
 
-    `rank` is the rank on which it happened, once a collective call has spread it; None before. The message is as
-    `shown` returns it, whatever it repeats: without secrets, in one line, without characters that a terminal obeys.
+    `rank` is the rank on which the error occurred, if a collective call raised it on all ranks, and None otherwise.
+    The message contains no secrets, no line breaks and no control characters (see `shown`).
     """
 
     rank: int | None = None
@@ -26,16 +26,16 @@ class CheckpointError(Exception):
         super().__init__(*(shown(argument) if isinstance(argument, str) else argument for argument in args))
 
     def __str__(self) -> str:
-        message = super().__str__()
+        message = Exception.__str__(self)  # not that of KeyError, which shows the repr of the message
         return message if self.rank is None else f"rank {self.rank}: {message}"
 
 
 class LayoutError(CheckpointError):
-    """A layout is malformed, or does not fit the tensors that it is applied to."""
+    """A layout is not valid, or does not fit the tensors that it is applied to."""
 
 
-class MissingTensorError(CheckpointError):
-    """The checkpoint has no tensor or object of a name that was asked for."""
+class MissingTensorError(CheckpointError, KeyError):
+    """The checkpoint has no tensor or value of the requested name."""
 
 
 class ShapeMismatchError(CheckpointError):
@@ -43,7 +43,7 @@ class ShapeMismatchError(CheckpointError):
 
 
 class InvalidPlanError(CheckpointError):
-    """A value is not a plan that was saved as JSON."""
+    """A text is not a plan that was saved as JSON."""
 
 
 class InvalidIndexError(CheckpointError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
 from .byte_ranges import Gaps
 from .entries import Entry
-from .errors import InvalidPlanError, LayoutError, MissingTensorError
+from .errors import InvalidPlanError, LayoutError
 from .html import table
 from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
@@ -21,8 +21,10 @@ from .report import COLUMNS, WholeShards
 
 @dataclass(frozen=True, slots=True)
 class RankTensor:
-    """One tensor of a rank: what it holds of it under a layout."""
+    """The part of a tensor that one rank holds under a layout."""
 
+    name: str
+    """The name that the layout has for the tensor."""
     entry: Entry
     local: LocalTensor
 
@@ -107,30 +109,44 @@ class RankPlans:
         return table(f"{self.location} read by {self.mesh}", ("", *COLUMNS, "MB in whole shards"), rows)
 
 
-def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
-    """What a rank holds of every tensor whose name matches a pattern.
+def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> list[RankTensor]:
+    """Return what a rank holds of tensors.
 
-    Raises MissingTensorError where none does, LayoutError where none matches a rule of the layout, or one does not fit.
+    Args:
+        entries: the tensors of a checkpoint, by the names that the layout has for them.
+
+    Raises:
+        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
     """
-    entries = [entry for entry in entries if entry.is_tensor and matches(names, entry.name)]
-    if not entries and names != "*":
-        raise MissingTensorError(f"the checkpoint has no tensor whose name matches {names!r}")
     patterns = [pattern for pattern, _ in layout.rules]
-    if entries and patterns and not any(matches(pattern, entry.name) for entry in entries for pattern in patterns):
-        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {entries[0].name!r}, ...")
-    held = [entry for entry in entries if layout.holds(entry.name, rank)]
-    return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in held]
+    if entries and patterns and not any(matches(pattern, name) for name in entries for pattern in patterns):
+        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {next(iter(entries))!r}, ...")
+    return [
+        RankTensor(name, entry, layout.local(name, entry.shape, rank))
+        for name, entry in entries.items()
+        if layout.holds(name, rank)
+    ]
 
 
 def plan_ranks(
-    index: CheckpointIndex, layout: Layout, names: str = "*", gaps: Gaps = GAPS, location: str = ""
+    index: CheckpointIndex,
+    layout: Layout,
+    entries: Mapping[str, Entry] | None = None,
+    gaps: Gaps = GAPS,
+    location: str = "",
 ) -> RankPlans:
-    """Plan what every rank of a layout reads of the tensors whose names match a pattern.
+    """Plan what every rank of a layout reads.
 
-    Raises MissingTensorError, LayoutError, InvalidIndexError.
+    Args:
+        entries: the tensors to read, by the names that the layout has for them; by default, all of the index.
+
+    Raises:
+        LayoutError, InvalidIndexError.
     """
+    if entries is None:
+        entries = {entry.name: entry for entry in index.entries if entry.is_tensor}
     wants = [
-        tuple(want for tensor in rank_tensors(index.entries, layout, rank, names) for want in tensor.wants)
+        tuple(want for tensor in rank_tensors(entries, layout, rank) for want in tensor.wants)
         for rank in range(layout.world_size)
     ]
     each_once = dict.fromkeys(wants)  # replicas want the same

@@ -1,25 +1,27 @@
-"""The errors of storage. With those of planning they make one tree, by what the caller would do:
+"""The errors of storage. Together with the errors of planning they form one tree. The right column says what to do:
 
 CheckpointError
-├── StoreError               mend the store: it did not answer as it should
-│   ├── UnavailableError     retry: it was slow, overloaded or out of reach, and stayed so
-│   ├── ObjectNotFoundError
-│   ├── AccessDeniedError    mend the credentials or the permissions
-│   └── CommitError          look: the manifest may or may not have been written
-├── CheckpointNotFoundError  fix the call: there is no checkpoint at this place
-│   └── NotCommittedError    ... but the remains of a save that never finished
-├── CheckpointExistsError    fix the call: a checkpoint is there and overwriting was not asked for
-├── UnsupportedURIError      fix the call, or install what the protocol needs
-├── UnsupportedVersionError  upgrade: a newer reshard wrote it
-├── UnsupportedFormatError   rewrite it: reshard does not read this part of another tool's format
-├── DtypeError               fix the call: the stored dtype cannot be cast to the one asked for
-├── DestinationError         fix the call: the destination cannot be written in place
-├── UnsupportedValueError    fix the call: a value of the state dict cannot be stored
-├── ArgumentError            fix the call: an argument is none of those that there are
-├── UnsafeValueError        decide: reading the object would run pickled code
-├── CorruptCheckpointError   refuse: bytes are damaged, cut short or contradict themselves
-└── RankError                look there: something that is not of reshard failed on a rank
-    └── StoppedError         (between ranks only: what is raised is the error of the rank that failed)
+├── StoreError (OSError)                            fix the store: it returned an error
+│   ├── UnavailableError                            try again later: the store was slow, overloaded or unreachable
+│   ├── ObjectNotFoundError (FileNotFoundError)
+│   ├── AccessDeniedError (PermissionError)         fix the credentials or the permissions
+│   └── CommitError                                 check the location: the manifest may have been written or not
+├── CheckpointNotFoundError (FileNotFoundError)     fix the call: there is no checkpoint at this location
+│   └── NotCommittedError                           save again: there is only what an unfinished save wrote
+├── CheckpointExistsError (FileExistsError)         fix the call: pass overwrite=True to replace the checkpoint
+├── UnsupportedURIError                             fix the call, or install the package for the protocol
+├── UnsupportedVersionError                         upgrade: a newer reshard wrote the checkpoint
+├── UnsupportedFormatError                          convert the checkpoint with the tool that wrote it
+├── DtypeError                                      fix the call: the stored dtype cannot be cast to the requested one
+├── DestinationError                                fix the call: the destination cannot be written in place
+├── UnsupportedValueError                           fix the call: a value of the state dict cannot be stored
+├── ArgumentError (ValueError)                      fix the call: an argument is not valid
+├── UnsafeValueError                                decide: reading the value would run pickled code
+├── CorruptCheckpointError                          do not use it: bytes are damaged, missing or contradictory
+└── RankError                                       fix that rank: an error from outside reshard occurred on it
+    └── StoppedError                                (internal: this rank stopped because another one failed)
+
+The names in parentheses are the built-in exceptions that an error also derives from.
 """
 
 from __future__ import annotations
@@ -28,53 +30,53 @@ from ..planner.errors import CheckpointError
 
 
 def nearest(error: CheckpointError) -> type[CheckpointError]:
-    """The class of reshard that an error is, or that somebody's own subclass derives from."""
+    """Return the class of reshard that an error is, or derives from."""
     ours = (__name__, CheckpointError.__module__)
     return next(kind for kind in type(error).__mro__ if kind.__module__ in ours)
 
 
-class StoreError(CheckpointError):
+class StoreError(CheckpointError, OSError):
     """The store failed to read, write, list or delete."""
 
 
 class UnavailableError(StoreError):
-    """The store timed out, broke the connection or asked to slow down: it may pass if it is tried again."""
+    """The store timed out, closed the connection or asked to slow down. The same call may succeed later."""
 
 
-class ObjectNotFoundError(StoreError):
+class ObjectNotFoundError(StoreError, FileNotFoundError):
     """The store has no object of this name."""
 
 
-class AccessDeniedError(StoreError):
+class AccessDeniedError(StoreError, PermissionError):
     """The store refused the credentials, or they do not permit the operation."""
 
 
 class CommitError(StoreError):
-    """The store failed while the manifest was being put: the checkpoint may or may not stand."""
+    """The store failed while it wrote the manifest. The checkpoint may or may not exist."""
 
 
-class CheckpointNotFoundError(CheckpointError):
-    """There is no checkpoint at this place."""
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at this location."""
 
 
 class NotCommittedError(CheckpointNotFoundError):
-    """A save began at this place, but never finished: there is data, but no manifest."""
+    """A save to this location did not finish: there is data, but no manifest."""
 
 
-class CheckpointExistsError(CheckpointError):
-    """A checkpoint is there already, and the save was not told to overwrite it."""
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """A checkpoint exists at this location, and `overwrite` is False."""
 
 
 class UnsupportedURIError(CheckpointError):
-    """No filesystem is known, or installed, for the protocol of the URI."""
+    """No filesystem for the protocol of the URI is known or installed."""
 
 
 class UnsupportedVersionError(CheckpointError):
-    """The checkpoint has a format version that this reshard cannot read."""
+    """The checkpoint has a format version that this version of reshard cannot read."""
 
 
 class UnsupportedFormatError(CheckpointError):
-    """Another tool's checkpoint holds what reshard cannot read of its format, and the tool itself can."""
+    """A checkpoint of another tool uses a part of its format that reshard cannot read."""
 
 
 class DtypeError(CheckpointError):
@@ -86,24 +88,24 @@ class DestinationError(CheckpointError):
 
 
 class UnsupportedValueError(CheckpointError):
-    """A value that is no tensor cannot be stored, not even by pickle."""
+    """A value that is not a tensor cannot be stored, not even by pickle."""
 
 
 class ArgumentError(CheckpointError, ValueError):
-    """An argument of a call is none of those that there are."""
+    """An argument of a call is not valid."""
 
 
 class UnsafeValueError(CheckpointError):
-    """An object is pickled in a way that torch.load(weights_only=True) refuses."""
+    """A value is pickled in a way that torch.load(weights_only=True) refuses."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """Stored bytes are damaged, cut short, or contradict themselves."""
+    """Stored bytes are damaged or missing, or contradict each other."""
 
 
 class RankError(CheckpointError):
-    """An error that is not of reshard stopped a rank; `rank` names it, and the message says what it was."""
+    """An error from outside reshard stopped a rank. `rank` is that rank; the message contains the error."""
 
 
 class StoppedError(RankError):
-    """This rank stopped because another had failed."""
+    """This rank stopped because another one failed."""

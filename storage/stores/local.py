@@ -16,6 +16,7 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
+from ...planner.errors import CheckpointError
 from ..errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
 from ..runtime.forks import Lock
 from ..runtime.threads import Pool
@@ -303,6 +304,8 @@ class LocalStore:
         """Translate what the operating system raises."""
         try:
             yield
+        except CheckpointError:
+            raise
         except (FileNotFoundError, NotADirectoryError) as error:
             if doing == "write":
                 raise StoreError(f"cannot write {name!r}: {self.location} cannot be made: {error}") from error

@@ -131,8 +131,8 @@ def test_a_layout_travels_between_processes() -> None:
     ("mesh", "rules", "message"),
     [
         (2, {"a": "columnwise"}, "unknown tensor-parallel word 'columnwise'"),
-        ({"x": 2, "y": 2}, {"a": "colwise"}, "Name one of them 'tp'"),
-        ({"dp": 2, "tp": 2}, {"a": [Shard(0)]}, "1 placements for the 2"),
+        ({"x": 2, "y": 2}, {"a": "colwise"}, "none of them is named 'tp'"),
+        ({"dp": 2, "tp": 2}, {"a": [Shard(0)]}, "has 2 dimensions, got 1 placements"),
         ({"dp": 2, "tp": 2}, {"a": {"pp": Shard(0)}}, "'pp'"),
         ({}, {}, "a mesh needs"),
         ("tp", {}, "a mesh is a size"),
