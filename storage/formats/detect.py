@@ -12,7 +12,8 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
 from ..stores.open import open_found_store, open_store
-from .dcp import METADATA, RANK_METADATA, DcpSource
+from .dcp import DcpSource
+from .dcp_metadata import METADATA, RANK_METADATA
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_numbered_files, describe_files, group_numbered_files, read_weight_map
 from .metadata_reads import Reads

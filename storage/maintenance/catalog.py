@@ -20,7 +20,7 @@ from ..errors import (
     NotCommittedError,
     StoreError,
 )
-from ..formats.dcp import METADATA, RANK_METADATA
+from ..formats.dcp_metadata import METADATA, RANK_METADATA
 from ..formats.detect import FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
 from ..formats.hf_index import group_numbered_files
 from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME

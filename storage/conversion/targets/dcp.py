@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ....planner.entries import Kind
-from ...formats.dcp import METADATA, TYPED_PATHS
+from ...formats.dcp_metadata import METADATA, TYPED_PATHS
 from ...formats.value_codec import torch_save
 from ...stores.base import Store
 from ...tensors.state_dict import path_for_dcp, path_to_json
