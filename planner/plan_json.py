@@ -1,4 +1,4 @@
-"""Read plans as values of JSON, and back: to keep one, to compare it with another, to draw it elsewhere."""
+"""Convert read plans to JSON and back, so that a plan can be stored, compared with another one, or drawn elsewhere."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .read_plan import ReadPlan
 from .slabs import ByteRuns
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
-"""Columns of (n, s)."""
+"""The columns of shape (n, s)."""
 _BY_DIMENSION = ("chunk_offsets", "chunk_sizes", "piece_offsets", "piece_sizes")
-"""Columns of (n, ndim)."""
+"""The columns of shape (n, ndim)."""
 _OF_RUNS = ("counts", "nbytes", "strides")
 
 
 def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
-    """A plan as dicts, lists and numbers."""
+    """Convert a plan to dicts, lists and numbers."""
     requests = plan.requests
     return {
         "reads": [_read_to_json(read) for read in plan.reads],
@@ -39,7 +39,11 @@ def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
 
 
 def plan_from_json(value: Any) -> ReadPlan:
-    """The plan that such a value is of. Raises InvalidPlanError where it is of none."""
+    """Convert the result of `plan_to_json` back to a plan.
+
+    Raises:
+        InvalidPlanError: the value is not a valid plan.
+    """
     try:
         requests = value["requests"]
         count = len(requests["objects"])
@@ -49,13 +53,13 @@ def plan_from_json(value: Any) -> ReadPlan:
         max_gap_bytes, max_over_read = value["gaps"]
         reads = tuple(_read_from_json(read) for read in value["reads"])
         if of_range.shape != (sum(read.objects.size for read in reads),) or not _within(of_range, count):
-            raise ValueError("the ranges and their requests differ in number")
+            raise ValueError("request_of_range does not name one request for each byte range")
         if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
-            raise ValueError("a request has an impossible place")
+            raise ValueError("a request starts before its object, or a sparse request does not exist")
         fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
         return ReadPlan(reads, fetched, GapLimits(int(max_gap_bytes), float(max_over_read)))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
-        raise InvalidPlanError(f"this is no read plan: {type(error).__name__}: {error}") from error
+        raise InvalidPlanError(f"this is not a valid read plan: {type(error).__name__}: {error}") from error
 
 
 def _read_to_json(read: ChunkReads) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _read_from_json(value: Any) -> ChunkReads:
     by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
     runs = value["runs"]
     if not isinstance(value["encodings"], list):
-        raise ValueError("encodings are a list")
+        raise ValueError(f"encodings must be a list, got {type(value['encodings']).__name__}")
     return ChunkReads(
         want=Want(entry.name, box, bool(value["heads_only"])),
         entry=entry,

@@ -1,4 +1,4 @@
-"""What every rank of a layout reads of a checkpoint, from metadata alone."""
+"""Plan what each rank of a layout reads of a checkpoint. This needs metadata only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RankTensor:
 
     @property
     def wants(self) -> list[Want]:
-        """One for each box of the local tensor that has elements."""
+        """The boxes that the rank wants to read: one for each box of the local tensor."""
         return [Want(self.entry.name, box) for box in self.local.boxes]
 
 
@@ -42,20 +42,21 @@ class RankPlans:
     mesh: Mesh
     plans: tuple[ReadPlan, ...]
     whole_shards: tuple[WholeShards, ...]
-    """What each rank would read that takes saved shards whole, as DCP does."""
+    """What each rank would read if it read whole saved shards, as DCP does."""
     objects: tuple[tuple[str, int], ...]
-    """Name and size in bytes of each data object; the plans count them by their place here."""
+    """The name and the size in bytes of each data object. The plans refer to objects by their position here."""
     location: str = ""
-    """Of the checkpoint."""
+    """The location of the checkpoint."""
 
     def __post_init__(self) -> None:
         if not len(self.plans) == len(self.whole_shards) == self.mesh.world_size:
             raise InvalidPlanError(
-                f"a mesh of {self.mesh} has as many ranks as plans, got {len(self.plans)}, {len(self.whole_shards)}"
+                f"the mesh {self.mesh} needs {self.mesh.world_size} plans, got {len(self.plans)} plans and "
+                f"{len(self.whole_shards)} counts of whole shards"
             )
         named = [plan.requests.objects for plan in self.plans]
         if any(bool(((objects < 0) | (objects >= len(self.objects))).any()) for objects in named):
-            raise InvalidPlanError(f"a plan reads an object that is none of the {len(self.objects)}")
+            raise InvalidPlanError(f"a plan reads an object that is not one of the {len(self.objects)} listed")
 
     def __getitem__(self, rank: int) -> ReadPlan:
         return self.plans[rank]
@@ -67,7 +68,8 @@ class RankPlans:
         return iter(self.plans)
 
     def to_json(self) -> str:
-        """The plans as JSON, which `from_json` reads back to an equal value: some 100 bytes a chunk and rank."""
+        """Return the plans as JSON, about 100 bytes per chunk and rank. `from_json` converts it back to an equal
+        value."""
         value = {
             "location": self.location,
             "mesh": dict(zip(self.mesh.names, self.mesh.sizes, strict=True)),
@@ -79,7 +81,7 @@ class RankPlans:
 
     @classmethod
     def from_json(cls, text: str) -> RankPlans:
-        """The plans that `to_json` has written. Raises InvalidPlanError."""
+        """Return the plans that `to_json` wrote. Raises InvalidPlanError."""
         try:
             value = json.loads(text)
             return cls(
@@ -90,7 +92,7 @@ class RankPlans:
                 str(value["location"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, LayoutError) as error:
-            raise InvalidPlanError(f"these are no read plans: {type(error).__name__}: {error}") from error
+            raise InvalidPlanError(f"these are not valid read plans: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         lines = [f"{self.mesh}: {len(self)} ranks"]
@@ -166,7 +168,7 @@ def plan_ranks(
 def _whole_shards(
     index: CheckpointIndex, wants: Sequence[Want], shards_of: Callable[[int], tuple[IntArray, IntArray]]
 ) -> WholeShards:
-    """The shards that these boxes meet, given those of each entry."""
+    """Count the shards that these boxes overlap, and their bytes. `shards_of` returns the shards of an entry."""
     shards = nbytes = 0
     for want in wants:
         position = index.position(want.name)

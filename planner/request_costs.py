@@ -1,4 +1,4 @@
-"""What a request costs at a store, from which follows how large a gap is worth reading over."""
+"""What a request to a store costs. The costs determine how large a gap is worth reading over."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass, replace
 from .coalesce import GapLimits
 
 UNBOUNDED_OVER_READ = 1e9
-"""An over-read that nothing but the costs bounds."""
+"""A value of `max_over_read` that imposes no limit: the costs alone decide which gaps are read over."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestCosts:
-    """The figures of a store, as one rank sees it."""
+    """The latency and bandwidth of a store, as one rank observes them."""
 
     latency_s: float
-    """Seconds until a request is answered."""
+    """Seconds that a small request takes."""
     bytes_per_s: float
-    """What all its requests together bring, once they are answered."""
+    """The bandwidth of all concurrent requests together."""
     concurrent_requests: int
-    """How many are under way at once."""
+    """The number of requests that are in flight at a time."""
     max_over_read: float
-    """The bound that holds where the user gives none, as a fraction of the bytes wanted."""
+    """The default limit of the over-read, as a fraction of the bytes wanted."""
 
     @property
     def gap_bytes(self) -> int:
-        """The gap that takes as long to read over as a request of its own takes: latency / concurrency x bandwidth."""
+        """The gap that takes as long to read over as another request takes: latency / concurrency x bandwidth."""
         return int(self.latency_s / self.concurrent_requests * self.bytes_per_s)
 
     def gap_limits(self, max_over_read: float | None = None) -> GapLimits:
-        """Which gaps to read over, under the user's bound or the default one."""
+        """Return the limits of gaps, with the user's limit of the over-read or the default one."""
         return GapLimits(self.gap_bytes, self.max_over_read if max_over_read is None else max_over_read)
 
     def measured(self, latency_s: float | None, bytes_per_s: float | None) -> RequestCosts:
-        """The same with what was seen, as far as it was."""
+        """Return these costs with the measured latency and bandwidth. None means not measured."""
         return replace(self, latency_s=latency_s or self.latency_s, bytes_per_s=bytes_per_s or self.bytes_per_s)
 
 
 LOCAL_COSTS = RequestCosts(latency_s=2e-6, bytes_per_s=2e9, concurrent_requests=1, max_over_read=0.25)
-"""A call of the system on a local disk: a gap of 4 KB, about a page. More bytes would be read than are needed, without
-being faster where they do not come from a cache."""
+"""A local disk: a request is a system call, and a gap of 4 KB, about a page, is worth reading over. A larger
+`max_over_read` reads more bytes and is no faster, unless they come from the page cache."""
 REMOTE_COSTS = RequestCosts(
     latency_s=0.03, bytes_per_s=200e6, concurrent_requests=32, max_over_read=UNBOUNDED_OVER_READ
 )
-"""An object store in the same region, until something else is seen: a gap of 190 KB."""
+"""An object store in the same region, before anything is measured: a gap of 190 KB is worth reading over."""

@@ -1,9 +1,10 @@
-"""Boxes of plain chunks to runs of bytes, and what is read over between them.
+"""Slabs: how parts of plain chunks are read, as byte runs at a regular distance.
 
-A plain chunk is another format's: the values of a shard in row-major order, of any size, without checksums. A part of
-it is runs of bytes at a regular distance: rows, where it was cut in rows; pieces of rows, where it was cut in columns.
-A wanted part is taken as **slabs** of about a MiB, each with runs of one length and one distance. The gaps between
-the runs of a slab are read over where a request costs more than they do; else the runs are fetched alone, and packed.
+A plain chunk was written by another tool. It holds the values of a shard in row-major order, has any size, and has no
+checksums. A part of it consists of byte runs at a regular distance: whole rows if the part is cut by rows, pieces of
+rows if it is cut by columns. A wanted part is split into **slabs** of about 1 MiB (a slab is a box, like a hyperslab of
+HDF5). All byte runs of a slab have the same size and the same distance. If a request costs more than the gaps between
+the runs, one request reads over the gaps. Otherwise only the runs are read and packed.
 """
 
 from __future__ import annotations
@@ -17,30 +18,31 @@ from .box import IntArray, columns_equal, concat_ranges, unravel
 from .coalesce import GapLimits
 
 SLAB_BYTES = 1024 * 1024
-"""Values of a slab, at most, where one run is not longer."""
+"""The maximum bytes of the values of a slab. Only a slab of a single byte run may have more."""
 SPAN_BYTES = 4 * SLAB_BYTES
-"""From the first to the last byte of a slab whose gaps are read over."""
+"""The maximum bytes from the first to the last byte of a slab whose gaps are read over."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteRuns:
-    """The bytes of slabs, in columns: slab i has `counts[i]` runs of `nbytes[i]` bytes, `strides[i]` bytes apart."""
+    """The byte runs of slabs, in columns: slab i has `counts[i]` runs of `nbytes[i]` bytes, `strides[i]` bytes
+    apart."""
 
     counts: IntArray
     nbytes: IntArray
     strides: IntArray
-    """From the first byte of a run to that of the next."""
+    """(n,) the distance in bytes from the start of a run to the start of the next."""
     sparse: npt.NDArray[np.bool_]
-    """Whether the runs alone are fetched; else what lies between them, too."""
+    """(n,) whether only the runs are read. Otherwise the gaps between them are read, too."""
 
     @property
     def packed_bytes(self) -> IntArray:
-        """(n,) bytes of the runs."""
+        """(n,) the bytes of all runs of a slab."""
         return self.counts * self.nbytes
 
     @property
     def spans(self) -> IntArray:
-        """(n,) bytes from the first run's begin to the last one's end."""
+        """(n,) the bytes from the start of the first run to the end of the last one."""
         return (self.counts - 1) * self.strides + self.nbytes
 
     __eq__ = columns_equal
@@ -49,15 +51,15 @@ class ByteRuns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slabs:
-    """Parts of plain chunks, in columns. Their values, run after run, are row-major in the slab's own box."""
+    """Parts of plain chunks, in columns. The values of a slab, run after run, are row-major in the box of the slab."""
 
     chunks: IntArray
-    """(n,) the row of the chunk that each is a part of, ascending."""
+    """(n,) the row of the chunk that each slab is a part of, ascending."""
     offsets: IntArray
-    """(n, ndim) in the tensor."""
+    """(n, ndim) the offsets in the tensor."""
     sizes: IntArray
     begins: IntArray
-    """(n,) the first byte, counted from that of the chunk."""
+    """(n,) the first byte, relative to the first byte of the chunk."""
     runs: ByteRuns
 
 
@@ -69,26 +71,27 @@ def slabs_of(
     itemsize: int,
     gap_limits: GapLimits,
 ) -> Slabs:
-    """The slabs of pieces of row-major chunks.
+    """Split wanted parts of row-major chunks into slabs.
 
     Args:
-        chunk_offsets, chunk_sizes: (n, ndim) the chunks, in the tensor.
-        piece_offsets, piece_sizes: (n, ndim) the part of each that is wanted, inside it and not empty.
-        itemsize: bytes an element.
-        gap_limits: which of them are read over.
+        chunk_offsets, chunk_sizes: (n, ndim) the boxes of the chunks, in the tensor.
+        piece_offsets, piece_sizes: (n, ndim) the wanted part of each chunk: inside it and not empty.
+        itemsize: bytes per element.
+        gap_limits: which gaps between byte runs to read over.
     """
     n, ndim = chunk_sizes.shape
-    if ndim == 0:  # a scalar is a row of one element
+    if ndim == 0:  # treat a scalar as one row of one element
         one = np.ones((n, 1), np.int64)
         slabs = slabs_of(0 * one, one, 0 * one, one, itemsize, gap_limits)
         return Slabs(slabs.chunks, chunk_offsets, chunk_sizes, slabs.begins, slabs.runs)
-    # row_bytes[:, d] is the distance between neighbours along dimension d.
+    # row_bytes[:, d] is the distance in bytes between neighbours along dimension d.
     row_bytes = np.empty((n, ndim), np.int64)
     row_bytes[:, -1] = itemsize
     for d in range(ndim - 1, 0, -1):
         row_bytes[:, d - 1] = row_bytes[:, d] * chunk_sizes[:, d]
     at = np.arange(n)
-    # A run covers dimension `inner` in part, and all of those after it; one that is too long is cut along a later one.
+    # A byte run covers a part of dimension `inner` and all dimensions after it. If its rows are too long, cut it along
+    # a later dimension.
     inner = np.where(piece_sizes != chunk_sizes, np.arange(ndim), 0).max(axis=1)
     for _ in range(ndim - 1):
         inner = np.where((row_bytes[at, inner] > SLAB_BYTES) & (inner < ndim - 1), inner + 1, inner)
@@ -100,7 +103,8 @@ def slabs_of(
     gap = np.where(several, strides - run_bytes, 0)
     joined = (gap <= gap_limits.max_gap_bytes) & (gap <= gap_limits.max_over_read * run_bytes)
 
-    # A slab is a block of the piece: one index of the dimensions before `axis`, some of it, all of those after it.
+    # A slab is a block of the piece: one index in the dimensions before `axis`, a range of `axis`, and all of the
+    # dimensions after it.
     axis = np.where(several, outer, inner)
     each = np.where(several, np.where(joined, strides * SLAB_BYTES // SPAN_BYTES, run_bytes), row_bytes[at, inner])
     each = np.where(several & joined, np.maximum(each, run_bytes), each)
@@ -109,8 +113,8 @@ def slabs_of(
     blocks = -(-piece_sizes // block)
     counts = blocks.prod(axis=1)
     chunks = np.repeat(at, counts)
-    place = unravel(concat_ranges(0, counts), blocks, chunks, range(ndim))
-    offsets = piece_offsets[chunks] + place * block[chunks]
+    position = unravel(concat_ranges(0, counts), blocks, chunks, range(ndim))
+    offsets = piece_offsets[chunks] + position * block[chunks]
     sizes = np.minimum(block[chunks], (piece_offsets + piece_sizes)[chunks] - offsets)
     begins = ((offsets - chunk_offsets[chunks]) * row_bytes[chunks]).sum(axis=1)
     several = several[chunks]

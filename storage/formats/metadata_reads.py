@@ -101,7 +101,7 @@ class Reads:
     @property
     def costs(self) -> RequestCosts:
         """What a request costs, by what was seen."""
-        if self.store.read_into is not None:
+        if self.store.capabilities.read_into is not None:
             return LOCAL_COSTS
-        concurrent = self.store.concurrent_reads
+        concurrent = self.store.capabilities.concurrent_reads
         return replace(REMOTE_COSTS.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)

@@ -67,7 +67,7 @@ def verify(
         return [DamagedChunk(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
 
     largest = max((request.nbytes for request in requests), default=1)
-    concurrent = max(1, min(store.concurrent_reads, default_budget() // largest))
+    concurrent = max(1, min(store.capabilities.concurrent_reads, default_budget() // largest))
     meter = Meter("verify", progress, location=store.location)
     meter.expect(sum(request.nbytes for request in requests))
     found: list[DamagedChunk] = []

@@ -15,8 +15,8 @@ from typing_extensions import Buffer
 from ...planner.errors import CheckpointError
 from ..errors import StoreError
 from ..runtime.threads import Pool
-from ..stores.base import AsyncReads, ReadsAhead, Store
-from ..stores.buffer_pool import Memory
+from ..stores.base import AsyncReads, Store
+from ..stores.buffer_pool import BufferPool
 
 ObjectRanges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and byte ranges [start, stop) of it."""
@@ -32,22 +32,23 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._capabilities = can = store.capabilities
         self._pool: Pool | None = None
-        if store.async_reads is None and store.read_into is None:
-            self._pool = Pool(store.concurrent_reads, "reshard-fetch")
+        if can.async_reads is None and can.read_into is None:
+            self._pool = Pool(can.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Fetched]]] = set()
-        self._memory = Memory()
-        self._turns = asyncio.Semaphore(store.concurrent_reads)
+        self._buffers = BufferPool()
+        self._turns = asyncio.Semaphore(can.concurrent_reads)
 
     @property
     def reads_here(self) -> bool:
         """Whether the worker threads call `read`. Otherwise the thread that executes the plan calls `start`."""
-        return self._store.read_into is not None
+        return self._capabilities.read_into is not None
 
     @property
     def max_requests(self) -> int:
         """The maximum number of calls that may run at the same time."""
-        return sys.maxsize if self.reads_here else self._store.concurrent_reads
+        return sys.maxsize if self.reads_here else self._capabilities.concurrent_reads
 
     @property
     def group_bytes(self) -> int:
@@ -56,7 +57,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def start(self, wanted: Sequence[ObjectRanges], done: Callable[[Future[list[Fetched]]], None]) -> None:
         """Start to read byte ranges of objects. When all have arrived, `done` is called, from any thread."""
-        reads = self._store.async_reads
+        reads = self._capabilities.async_reads
         if reads is not None:
             future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
         else:
@@ -68,16 +69,17 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def will_read(self, wanted: Sequence[ObjectRanges]) -> None:
         """Announce to the store which byte ranges will be read soon."""
-        if isinstance(self._store, ReadsAhead):
+        will_read = self._capabilities.will_read
+        if will_read is not None:
             for name, ranges in wanted:
                 if len(ranges) == 1:  # thousands of byte ranges would need as many system calls
-                    self._store.will_read(name, ranges)
+                    will_read(name, ranges)
 
     def read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
         """Read byte ranges of objects into buffers that are reused."""
-        into = self._store.read_into
+        into = self._capabilities.read_into
         assert into is not None
-        return self._read(wanted, partial(self._memory.filled, into))
+        return self._read(wanted, partial(self._buffers.read, into))
 
     def _read(
         self, wanted: Sequence[ObjectRanges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
@@ -105,7 +107,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def release(self, data: memoryview) -> None:
         """Return a buffer that `read` returned, so that it can be reused."""
-        self._memory.give(data)
+        self._buffers.release(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

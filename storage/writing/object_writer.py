@@ -157,7 +157,9 @@ def write_objects(
         ShapeMismatchError: `load` returned values of another shape or dtype.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
-    groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.holds_objects)
+    groups = in_objects(
+        [shard for shard in shards if shard.box.numel > 0], codec, budget, several=store.capabilities.buffers_objects
+    )
     stopped = threading.Event()
     with Pool(default_threads(), "reshard-encode") as encoding:
         writing = Pool(CONCURRENT_OBJECTS, "reshard-write")
@@ -201,7 +203,8 @@ class _ObjectWriter:
         self._label = label
         self._codec = codec
         self._window = min(WINDOW_BYTES, budget_bytes)
-        self._together = min(SHARD_GROUP_BYTES, budget_bytes // 4) if store.holds_objects else 0
+        self._buffers_objects = store.capabilities.buffers_objects
+        self._together = min(SHARD_GROUP_BYTES, budget_bytes // 4) if self._buffers_objects else 0
         self._encoding = encoding
         self._stopped = stopped
         """Set when the save has failed."""
@@ -226,7 +229,7 @@ class _ObjectWriter:
                         out.write(data)
                         batch.segment.add(record.nbytes, lengths, checksums)
                         record.nbytes += sum(lengths)
-                    if not self._store.holds_objects:
+                    if not self._buffers_objects:
                         self._wrote(batch.values_nbytes)
                         taken += batch.values_nbytes
                     encode_s += encoded_at - clock

@@ -144,7 +144,7 @@ def test_star_in_a_name_is_not_a_pattern(tmp_path: Path) -> None:
         (
             {"rename": {"model.norm": "__metadata__"}, "format": "safetensors"},
             ArgumentError,
-            "no tensor in safetensors can have the name '__metadata__'",
+            "safetensors cannot have a tensor named '__metadata__'",
         ),
     ],
 )

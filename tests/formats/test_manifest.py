@@ -171,7 +171,7 @@ def test_more_chunks_than_integers_can_count_are_refused() -> None:
     body += struct.pack("<16I", *range(16)) + bytes(4 * 16 + 16 + 16)
     rows = [[16, 16, 48, 0, 0, f"{checksum(body):x}"]]
     parts = {"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "blocks": rows}
-    with pytest.raises(CorruptCheckpointError, match="chunks or more, but there are 0"):
+    with pytest.raises(CorruptCheckpointError, match="chunks, but the index has 0"):
         opened(sealed(json.dumps(parts).encode(), body))
 
 
@@ -278,7 +278,7 @@ def test_regions_that_no_segment_pays_for_take_no_memory(
 ) -> None:
     entries = [[f"{i}", 0, "uint8", shape, [max(n, 1) for n in shape], None, 0, 0, regions] for i in range(100)]
     parts = {"info": {}, "objects": [["data/x.shard", 9]], "entries": entries, "blocks": rows}
-    with pytest.raises(CorruptCheckpointError, match=r"more regions than it can have|it has no .* regions"):
+    with pytest.raises(CorruptCheckpointError, match=r"more regions than it can have|cannot be cut into .* regions"):
         opened(sealed(json.dumps(parts).encode(), bytes(48)))
 
 

@@ -43,5 +43,5 @@ def test_what_no_grid_has_cut_tiles_too() -> None:
 
 def test_too_many_corners_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_checks, "MAX_CORNERS", 1000)
-    with pytest.raises(InvalidIndexError, match="1000 shards are cut along 2 dimensions, and not by a grid"):
+    with pytest.raises(InvalidIndexError, match="1000 shards are cut along 2 dimensions, but not by a grid"):
         tile(*pinwheel(200))

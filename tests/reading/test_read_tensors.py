@@ -29,7 +29,7 @@ from reshard.storage.reading.fetcher import Fetcher
 from reshard.storage.reading.tasks import ChunkBatch, Request, TensorRead
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
-from reshard.storage.stores.base import Store
+from reshard.storage.stores.base import Capabilities, Store
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing, slow
 from reshard.storage.writing.object_layout import ShardToWrite
 from reshard.storage.writing.object_writer import write_objects
@@ -110,7 +110,7 @@ def test_fetched_bytes_stay_within_the_budget(codec: str, monkeypatch: pytest.Mo
 
 def test_requests_run_concurrently() -> None:
     store, manifest = saved("none", {"w": torch.randn(2048, 1024)})
-    concurrent = store.concurrent_reads
+    concurrent = store.capabilities.concurrent_reads
     barrier = threading.Barrier(concurrent)
 
     def before(call: Call) -> None:
@@ -239,7 +239,7 @@ def test_failed_load_releases_its_buffers(tmp_path: Path) -> None:
         with pytest.raises(CorruptCheckpointError, match="cut short"):
             execute(plan, source.index([want]), source.store, [torch.zeros(4096, 1024)], workers=workers)
         workers.pool.shutdown()
-        assert workers.fetcher._memory._lent == {}
+        assert workers.fetcher._buffers._lent == {}
 
 
 def test_store_error_names_tensor_object_and_byte_range() -> None:
@@ -256,7 +256,7 @@ def test_error_stops_requests_that_have_not_started() -> None:
     failed = RecordingStore(store, lambda call: (slowly(call), fails(call))[0])
     with pytest.raises(StoreError, match="injected"):
         execute(plan, manifest.index(), failed, [torch.empty(4096, 1024)])
-    assert len(failed.calls) < 4 * store.concurrent_reads < len(plan.requests)
+    assert len(failed.calls) < 4 * store.capabilities.concurrent_reads < len(plan.requests)
 
 
 def test_plans_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_execute_raises_if_its_workers_are_stopped(tmp_path: Path) -> None:
 def test_execute_that_waits_for_the_store_ends_when_its_workers_are_stopped(
     concurrent_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MemoryStore, "concurrent_reads", concurrent_reads)
+    monkeypatch.setattr(MemoryStore, "capabilities", Capabilities(concurrent_reads=concurrent_reads))
     monkeypatch.setattr(Fetcher, "max_requests", 16)
     store, manifest = saved("zstd", TENSORS)
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])

@@ -18,6 +18,7 @@ from reshard.storage.errors import ArgumentError, DtypeError, StoreError, Unavai
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores import retry
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.retry import RetryingStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from reshard.storage.writing import object_layout, object_writer
@@ -60,7 +61,7 @@ def test_tp_rank_reads_its_part_of_grouped_shards_with_one_request_per_stream(
     """Two FSDP ranks wrote the shards. The index still reports whole shards as saved."""
     monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 24)
     store = MemoryStore()
-    store.holds_objects = True
+    store.capabilities = Capabilities(buffers_objects=True)
     values = {name: torch.randn(512, 4096).to(dtype) for name in ("down 0", "down 1", "down 2")}
     held = [Box((0, 0), (256, 4096)), Box((256, 0), (256, 4096))]
     records = []
@@ -155,7 +156,7 @@ def test_several_objects_are_written_concurrently_if_the_store_holds_objects(mon
             barrier.wait(timeout=20)
 
     memory = MemoryStore()
-    memory.holds_objects = True
+    memory.capabilities = Capabilities(buffers_objects=True)
     values = {"large": torch.randn(1024, 512), **{f"small{i}": torch.randn(64, 64) for i in range(63)}}
     records = write_objects(
         RecordingStore(memory, before), "00000", [shard(name, tensor) for name, tensor in values.items()], "none"
@@ -175,7 +176,7 @@ def test_failed_save_does_not_wait_for_objects_that_have_not_started(monkeypatch
     monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 12)
     monkeypatch.setattr(object_writer, "LET_END_S", 60.0)
     memory = MemoryStore()
-    memory.holds_objects = True
+    memory.capabilities = Capabilities(buffers_objects=True)
     shards = [shard(f"t{i}", torch.randn(64, 64)) for i in range(200)]
     begin = time.monotonic()
     with pytest.raises(StoreError, match="injected"):

@@ -40,7 +40,7 @@ class NativeTarget:
     def write(
         self, store: Store, label: str, unit: WorkUnit, stream: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
-        load = _SharedReads(unit, stream).load if store.holds_objects else _load_in_order(unit, stream)
+        load = _SharedReads(unit, stream).load if store.capabilities.buffers_objects else _load_in_order(unit, stream)
         values = stream.values(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, values, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)

@@ -112,7 +112,7 @@ def _check_item(item: Item) -> None:
         )
     if item.name == METADATA_KEY:
         raise ArgumentError(
-            f"no tensor in safetensors can have the name {METADATA_KEY!r}: rename it with rename= (--rename)"
+            f"safetensors cannot have a tensor named {METADATA_KEY!r}: give it another name with rename= (--rename)"
         )
 
 

@@ -214,7 +214,7 @@ class Manifest:
                 found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
             return found
 
-        readers = min(len(runs), self.store.concurrent_reads)
+        readers = min(len(runs), self.store.capabilities.concurrent_reads)
         if readers <= 1:
             found = read(runs)
         else:
