@@ -217,7 +217,9 @@ def test_destination_that_is_a_file_raises_store_error(src: Path, tmp_path: Path
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("other", [{"format": "dcp"}, {"codec": "none"}, {"include": "model"}, {"dtype": torch.float16}])
+@pytest.mark.parametrize(
+    "other", [{"format": "dcp"}, {"codec": "none"}, {"include": "model"}, {"dtype": torch.float16}]
+)
 def test_unfinished_conversion_with_other_arguments_raises(other: dict[str, Any], src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     with pytest.raises(CommitError, match=rf"'{MANIFEST_NAME}' may or may not have been written: injected"):
