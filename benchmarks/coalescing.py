@@ -69,7 +69,7 @@ def run(cases: list[str]) -> list[Row]:
     for case in cases:
         model, ranks, tp, raw = CASES[case]
         index = saved(transformer(**model), ranks, raw=raw)
-        tensors = rank_tensors(index.entries, Layout({"tp": tp}, TP_PLAN), 0)
+        tensors = rank_tensors({entry.name: entry for entry in index.entries}, Layout({"tp": tp}, TP_PLAN), 0)
         wants = [want for tensor in tensors for want in tensor.wants]
         for gap, over in LIMITS:
             report = plan_reads(index, wants, gap_limits=GapLimits(gap, over)).report

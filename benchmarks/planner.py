@@ -122,7 +122,7 @@ def plan_rank(case: Case, folder: str) -> Row:
         begin = time.perf_counter()
         manifest = open_source(LocalStore(folder))
         layout = Layout({"tp": case.tp}, TP_PLAN)
-        held = rank_tensors([manifest.entry(name) for name in case.wanted()], layout, case.tp // 2)
+        held = rank_tensors({name: manifest.entry(name) for name in case.wanted()}, layout, case.tp // 2)
         wants = [want for tensor in held for want in tensor.wants]
         index = manifest.index(wants)
         opened = time.perf_counter()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
 from .chunk_reads import Want
 from .coalesce import GapLimits
 from .entries import Entry
-from .errors import InvalidPlanError, LayoutError, MissingTensorError
+from .errors import InvalidPlanError, LayoutError
 from .html import table
 from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
@@ -24,6 +24,8 @@ from .report import REPORT_COLUMNS, WholeShards
 class RankTensor:
     """The part of a tensor that one rank holds under a layout."""
 
+    name: str
+    """The name of the tensor in the layout. It may differ from the name in the checkpoint."""
     entry: Entry
     local: LocalTensor
 
@@ -110,39 +112,51 @@ class RankPlans:
         return table(f"{self.location} read by {self.mesh}", ("", *REPORT_COLUMNS, "MB in whole shards"), rows)
 
 
-def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
-    """Return the part that a rank holds of each tensor whose name matches a pattern.
+def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> list[RankTensor]:
+    """Return the part of each tensor that a rank holds under a layout.
+
+    Args:
+        entries: the tensors of a checkpoint, by their names in the layout.
+        layout: the layout.
+        rank: the rank.
 
     Raises:
-        MissingTensorError: no tensor matches the pattern.
-        LayoutError: no tensor matches a rule of the layout, or a rule does not fit a tensor.
+        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
     """
-    entries = [entry for entry in entries if entry.is_tensor and matches(names, entry.name)]
-    if not entries and names != "*":
-        raise MissingTensorError(f"the checkpoint has no tensor whose name matches {names!r}")
     patterns = [pattern for pattern, _ in layout.rules]
-    if entries and patterns and not any(matches(pattern, entry.name) for entry in entries for pattern in patterns):
-        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {entries[0].name!r}, ...")
-    held = [entry for entry in entries if layout.holds(entry.name, rank)]
-    return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in held]
+    if entries and patterns and not any(matches(pattern, name) for name in entries for pattern in patterns):
+        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {next(iter(entries))!r}, ...")
+    return [
+        RankTensor(name, entry, layout.local(name, entry.shape, rank))
+        for name, entry in entries.items()
+        if layout.holds(name, rank)
+    ]
 
 
 def plan_ranks(
     index: CheckpointIndex,
     layout: Layout,
-    names: str = "*",
+    entries: Mapping[str, Entry] | None = None,
     gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     location: str = "",
 ) -> RankPlans:
-    """Plan what each rank of a layout reads of the tensors whose names match a pattern.
+    """Plan what each rank of a layout reads.
+
+    Args:
+        index: the index of the checkpoint.
+        layout: the layout.
+        entries: the tensors to read, by their names in the layout. By default, all tensors of the index.
+        gap_limits: which gaps between byte ranges to read over.
+        location: the location of the checkpoint.
 
     Raises:
-        MissingTensorError: no tensor matches the pattern.
-        LayoutError: no tensor matches a rule of the layout, or a rule does not fit a tensor.
+        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
+    if entries is None:
+        entries = {entry.name: entry for entry in index.entries if entry.is_tensor}
     wants = [
-        tuple(want for tensor in rank_tensors(index.entries, layout, rank, names) for want in tensor.wants)
+        tuple(want for tensor in rank_tensors(entries, layout, rank) for want in tensor.wants)
         for rank in range(layout.world_size)
     ]
     each_once = dict.fromkeys(wants)  # replicas want the same boxes

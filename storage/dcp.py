@@ -74,7 +74,7 @@ from .stores.open import open_store
 from .stores.retry import without_retries
 from .tensors.classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .tensors.dtypes import dtype_name, torch_dtype
-from .tensors.name_patterns import listed
+from .tensors.name_patterns import quoted
 from .tensors.sharded import refuse_misplaced, waited
 from .tensors.state_dict import path_for_dcp
 from .version import __version__
@@ -216,7 +216,7 @@ class StorageWriter(dcp.StorageWriter):
         ]
         if named and not self._allow_pickle:
             raise UnsupportedValueError(
-                f"{listed(named)} needs pickle, and this save has allow_pickle=False: "
+                f"{quoted(named)} needs pickle, and this save has allow_pickle=False: "
                 "use plain data instead, or leave it out"
             )
         return named
@@ -248,14 +248,14 @@ class StorageWriter(dcp.StorageWriter):
             logger.warning(
                 "%d objects can only be loaded with allow_pickle=True, which may run code: %s",
                 len(pickled),
-                listed(pickled),
+                quoted(pickled),
             )
         if differing:
             logger.warning(
                 "%d values differ between the ranks that hold them, and those of the lowest rank are stored: %s. Give "
                 "each rank a name of its own for what belongs to it alone, as a random state",
                 len(differing),
-                listed(differing),
+                quoted(differing),
             )
         commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
 

@@ -47,7 +47,7 @@ from .tensors.casts import check_is_not_scaled, loses_bits, scale_names
 from .tensors.classes import is_whole, missing_memory, overrides_dispatch
 from .tensors.dtypes import LocalShard, torch_dtype
 from .tensors.local_shards import local_shards
-from .tensors.name_patterns import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
+from .tensors.name_patterns import Patterns, by_new_name, check_renames, matches_any, patterns_of, quoted
 from .tensors.state_dict import (
     Key,
     Leaf,
@@ -178,7 +178,7 @@ def load(
     done = loading[0]
     done.put_values()
     state_to_stateful(state_dict, done.states)
-    report = Report(rank, tuple(reports), done.skipped, done.unread)
+    report = Report(rank, tuple(reports), done.missing_keys, done.unexpected_keys)
     if rank == 0:
         done.log(report)
     return report
@@ -197,7 +197,7 @@ class _Loading:
         named = flatten(self.states)
         leaves = {name: leaf for name, leaf in named.items() if not matches_any(options.exclude, name)}
         there = [*(entry.name for entry in source.entries), *source.unreadable]
-        self._stored = by_new_name(there, lambda name: new_name(name, options.rename))
+        self._stored = by_new_name(there, options.rename)
         """What the checkpoint has, by the name in the state dict, and the name there."""
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored and not self._may_miss(name)}
         self._inside_values: list[tuple[Leaf, Any]] = []
@@ -206,10 +206,10 @@ class _Loading:
         """The values in those objects, by the path in the state dict."""
         self._containers: list[tuple[Leaf, list[str]]] = []
         """Leaves that are dicts or lists in the checkpoint, each with the names in it."""
-        self.skipped: tuple[str, ...] = ()
+        self.missing_keys: tuple[str, ...] = ()
         """Names that are not in the checkpoint."""
         self._find_others({name: leaf for name, leaf in leaves.items() if name not in present}, present)
-        self.unread = self._unread(named)
+        self.unexpected_keys = self._find_unexpected(named)
         """Names that the checkpoint has below a key of the state dict, which itself has not."""
         self._cast: dict[str, Cast] = {}
         self._values: list[tuple[Leaf, Any]] = []
@@ -303,7 +303,7 @@ class _Loading:
         fatal = [leaf for leaf in lost if options.strict and not matches_any(options.allow_missing, leaf.name)]
         if fatal:
             raise MissingTensorError(self._describe_missing(fatal, present))
-        self.skipped = tuple(leaf.name for leaf in lost)
+        self.missing_keys = tuple(leaf.name for leaf in lost)
 
     def _below(self, name: str) -> list[str]:
         """The names of the checkpoint below another one, but for those that are excluded."""
@@ -338,7 +338,7 @@ class _Loading:
                 self._inside_values.append((leaf, found))
         return lost
 
-    def _unread(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
+    def _find_unexpected(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
         inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
         taken = {name for _, names in self._containers for name in names}
         inside_values = [name_of(path) for path in self._opened]
@@ -392,9 +392,10 @@ class _Loading:
 
     def log(self, report: Report) -> None:
         """Log what a caller may not expect, each once."""
-        if self.unread:
-            message = f"{len(self.unread)} names of the checkpoint were not in the state dict: {_first(self.unread)}"
-            logger.warning("%s", "; ".join(filter(None, (message, self._resized(self.unread[0], "list")))))
+        if self.unexpected_keys:
+            unexpected = self.unexpected_keys
+            message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {_first(unexpected)}"
+            logger.warning("%s", "; ".join(filter(None, (message, self._resized(unexpected[0], "list")))))
         if report.cast:
             shown = [f"{cast.name} ({cast.stored} → {cast.to})" for cast in report.cast]
             logger.warning("%d tensors were cast to fewer bits: %s", len(report.cast), _first(shown))
@@ -416,7 +417,7 @@ class _Loading:
     def _describe_missing(self, missing: list[Leaf], present: Mapping[str, Leaf]) -> str:
         """Which names are missing, and where they may be meant to be."""
         names = list(self._stored)
-        message = f"the checkpoint has no {listed([leaf.name for leaf in missing])}"
+        message = f"the checkpoint has no {quoted([leaf.name for leaf in missing])}"
         memories = {memory: leaf.name for leaf in present.values() if (memory := _memory(leaf))}
         for leaf in missing:
             if tied := memories.get(_memory(leaf)):

@@ -14,7 +14,7 @@ from ..formats.source import Source
 from ..runtime.brief import reason
 from ..stores.base import Store, top_names
 from ..stores.retry import RetryingStore
-from ..tensors.name_patterns import listed
+from ..tensors.name_patterns import quoted
 from ..tensors.pieces import Item
 
 
@@ -71,7 +71,7 @@ def _difference(source: Source, items: Sequence[Item]) -> str:
     found = {entry.name: (entry.dtype, entry.shape) if entry.is_tensor else None for entry in source.entries}
     for names, what in ((due.keys() - found.keys(), "it lacks"), (found.keys() - due.keys(), "it has")):
         if names:
-            return f"{what} {listed(sorted(names))}"
+            return f"{what} {quoted(sorted(names))}"
     wrong = next((name for name in due if due[name] != found[name]), None)
     if wrong is not None:
         return f"{wrong!r} is {found[wrong] or 'an object'}, and should be {due[wrong] or 'an object'}"

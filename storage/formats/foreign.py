@@ -79,7 +79,7 @@ class ForeignSource:
         self.paths: dict[str, Path] = {}
         self.inline: dict[str, bytes] = {}
         self.unreadable: dict[str, Unreadable] = {}
-        self.left_out: tuple[str, ...] = ()
+        self.unindexed: tuple[str, ...] = ()
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()

@@ -171,7 +171,7 @@ def select(source: ForeignSource, found: TensorsByName[P], weight_map: WeightMap
         why = "does not have it" if file in there else "is missing"
         reason = f"{where} says that {name!r} is in {file!r}, which {why}. Copy the file again, or leave this name out"
         source.refuse(name, CorruptCheckpointError, reason, file)
-    source.left_out = tuple(sorted(found.keys() - weight_map.files.keys()))
+    source.unindexed = tuple(sorted(found.keys() - weight_map.files.keys()))
     return selected
 
 

@@ -1,11 +1,13 @@
-"""In what two checkpoints differ: by their manifests where those tell, by their values where they do not."""
+"""Comparing two checkpoints, by their metadata if that is sufficient, otherwise by their values."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -14,11 +16,13 @@ from ...planner.chunk_reads import Want
 from ...planner.entries import Entry, Kind
 from ..conversion.source_stream import Values
 from ..errors import UnsafeValueError
+from ..formats.detect import open_source
 from ..formats.source import Source
 from ..formats.value_codec import encode_value
 from ..reading.read_tensors import StoredValue, read_boxes
 from ..reading.same_chunks import same_chunks
 from ..runtime.torch_modes import undisturbed
+from ..stores.base import Store
 from ..tensors.pieces import Item, Piece, rows_of
 
 MAX_CHARACTERS = 40
@@ -27,27 +31,41 @@ MAX_CHARACTERS = 40
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One name in which they differ."""
+    """A name for which two checkpoints differ."""
 
     name: str
     what: str
-    """ "only in A", "only in B", "shape", "dtype", "object", "values", or "unreadable" where it cannot be compared."""
+    """One of "only in A", "only in B", "shape", "dtype", "value", "elements" and "unreadable" (not comparable)."""
     a: str = ""
     b: str = ""
-    """What it is in each, in words."""
+    """A description of the tensor or value in each checkpoint."""
     changed: int = 0
-    """Values that differ."""
+    """The number of elements that differ."""
     largest: float = 0.0
-    """The largest absolute difference of two of them."""
+    """The largest absolute difference of two elements."""
 
 
 @undisturbed()
-def diff(a: Source, b: Source) -> list[Difference]:
-    """Return the differences, by name. Reads what the manifests do not tell to be the same, in pieces, of both at once.
+def diff(
+    a: str | os.PathLike[str] | Store,
+    b: str | os.PathLike[str] | Store,
+    *,
+    a_options: Mapping[str, Any] | None = None,
+    b_options: Mapping[str, Any] | None = None,
+) -> list[Difference]:
+    """Return the names, shapes, dtypes and values that differ between two checkpoints of any format, sorted by name.
 
-    Raises CorruptCheckpointError, StoreError.
+    Tensors that are equal according to the checksums of two native checkpoints are not read. Others are read in pieces.
+
+    Args:
+        a, b: paths, URIs that fsspec can open, or Stores.
+        a_options, b_options: options for fsspec.
+
+    Raises:
+        CorruptCheckpointError, StoreError: the bytes cannot be read.
+        Also what `reshard.open` raises.
     """
-    return list(_differences(a, b))
+    return list(_differences(open_source(a, a_options), open_source(b, b_options)))
 
 
 def _differences(a: Source, b: Source) -> Iterator[Difference]:
@@ -68,7 +86,7 @@ def _differences(a: Source, b: Source) -> Iterator[Difference]:
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
                 one, two = _object(a, name), _object(b, name)
                 if one != two:
-                    yield Difference(name, "object", _in_words(a.entry(name), *one), _in_words(b.entry(name), *two))
+                    yield Difference(name, "value", _in_words(a.entry(name), *one), _in_words(b.entry(name), *two))
             elif a.entry(name).shape != b.entry(name).shape:
                 yield Difference(name, "shape", _in_words(a.entry(name)), _in_words(b.entry(name)))
 
@@ -111,7 +129,7 @@ def _of_values(
             if mine.dtype != other.dtype:
                 yield [Difference(name, "dtype", *words, changed, largest)]
             else:
-                yield [Difference(name, "values", *words, changed, largest)] if changed else []
+                yield [Difference(name, "elements", *words, changed, largest)] if changed else []
 
 
 def _ignore(nbytes: int) -> None:
@@ -158,5 +176,5 @@ def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
         text = data.decode()
         return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
     if not entry.is_tensor:
-        return f"object of {entry.numel} bytes"
+        return f"value of {entry.numel} bytes"
     return f"{entry.dtype} {list(entry.shape)}"

@@ -122,7 +122,7 @@ def assert_converted(place: Any, expected: dict[str, Any], format: str, **option
     """A checkpoint has these values, by name, and nothing is left of the conversion that wrote it."""
     checkpoint = reshard.open(place, **options)
     assert checkpoint.format == format
-    assert {*checkpoint.tensors, *checkpoint.objects} == expected.keys()
+    assert {*checkpoint.tensors, *checkpoint.value_names} == expected.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             assert checkpoint.tensors[name].shape == value.shape

@@ -112,7 +112,7 @@ def test_values_that_are_no_tensors_come_back(way: str, tmp_path: Path) -> None:
     }
     checkpoint = reshard.open(save(state, tmp_path / "x", **WAYS[way]))
     assert checkpoint.read("w").equal(torch.ones(3))
-    found = {name: checkpoint.read_value(name) for name in checkpoint.objects if name not in ("when", "pickled")}
+    found = {name: checkpoint.read_value(name) for name in checkpoint.value_names if name not in ("when", "pickled")}
     assert found == {
         "step": 7, "rate": 0.5, "name": "x", "nothing": None, "nested.betas": (0.9, 0.95),
         "nested.list": [1, [2, 3]], "nested.bytes": b"\x00\xff",

@@ -378,7 +378,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_read(flips: list[tuple[int, in
         checkpoint = reshard.open(store)
         for name in checkpoint.tensors:
             checkpoint.read(name)
-        for name in checkpoint.objects:
+        for name in checkpoint.value_names:
             checkpoint.read_value(name)
 
 

@@ -403,7 +403,7 @@ def test_the_index_of_a_bin_folder_decides(tmp_path: Path) -> None:
     checkpoint = reshard.open(tmp_path)
     assert set(checkpoint.tensors) == {"a", "b"}
     assert checkpoint.read("a").equal(torch.full((4, 2), 9.0))
-    assert checkpoint.left_out == ("deep.c", "x")
+    assert checkpoint.unindexed == ("deep.c", "x")
 
 
 def test_what_the_index_of_a_bin_folder_names_and_is_missing_does_not_hide_the_rest(tmp_path: Path) -> None:

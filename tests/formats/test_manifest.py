@@ -361,16 +361,16 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(
         lambda: checkpoint.read("m.odd"),
         lambda: checkpoint.state_dict(),
         lambda: checkpoint.plan(reshard.Layout({"tp": 2})),
-        lambda: checkpoint.load_rank(reshard.Layout({"tp": 2}), 0, names="m"),
+        lambda: checkpoint.load_rank(reshard.Layout({"tp": 2}), 0, include="m"),
         lambda: reshard.load({"m": {"odd": odd.clone(), "w": w}}, store),
         lambda: reshard.convert(store, MemoryStore(), format="dcp"),
     ):
         with pytest.raises(DtypeError, match=message):
             ask()
-    assert checkpoint.state_dict(names="m.w")["m"]["w"].equal(w)
-    assert len(checkpoint.plan(reshard.Layout({"tp": 2}), names="m.w")) == 2
-    assert reshard.load({"m": {"w": torch.zeros(300, 200)}}, store).unread == ("m.odd",)
-    assert reshard.convert(store, MemoryStore(), names={"m.w": "w", "step": "s"}).left_out == ("m.odd",)
+    assert checkpoint.state_dict(include="m.w")["m"]["w"].equal(w)
+    assert len(checkpoint.plan(reshard.Layout({"tp": 2}), include="m.w")) == 2
+    assert reshard.load({"m": {"w": torch.zeros(300, 200)}}, store).unexpected_keys == ("m.odd",)
+    assert reshard.convert(store, MemoryStore(), include=["m.w", "step"]).dropped == ("m.odd",)
     metadata = reshard.StorageReader(store).read_metadata()
     assert set(metadata.state_dict_metadata) == {"m.odd", "m.w", "step"}
     assert checkpoint.verify() == []
@@ -384,7 +384,7 @@ def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypat
     reshard.save({"a": sample("float8_e5m2", 9), "b": torch.ones(3)}, store)
     monkeypatch.delattr(torch, "float8_e5m2")
     checkpoint = reshard.open(store)
-    assert checkpoint.state_dict(names="b")["b"].equal(torch.ones(3))
+    assert checkpoint.state_dict(include="b")["b"].equal(torch.ones(3))
     with pytest.raises(
         DtypeError, match=r"'a' in memory/manifest\.reshard .*'float8_e5m2': this torch .* has no dtype"
     ):

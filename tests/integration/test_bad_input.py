@@ -237,7 +237,7 @@ def test_what_a_fresh_optimizer_has_no_place_for_is_told(caplog: pytest.LogCaptu
     store = MemoryStore()
     reshard.save({"optimizer": {"state": {"0": torch.ones(3)}, "lr": 0.1}, "other": 1}, store)
     report = reshard.load({"optimizer": {"lr": 0}}, store)
-    assert report.unread == ("optimizer.state.0",)
+    assert report.unexpected_keys == ("optimizer.state.0",)
     assert "1 names of the checkpoint were not in the state dict: optimizer.state.0" in caplog.text
 
 

@@ -129,7 +129,7 @@ def test_a_child_can_do_all_that_its_parent_can(saved: Place, tmp_path: Path) ->
         copy = f"{uri}-copy"
         reshard.save(loaded, copy, **arguments)
         reshard.save(loaded, copy, overwrite=True, **arguments)
-        assert [row.is_whole for row in reshard.find_checkpoints(copy, options)] == [True]
+        assert [row.is_complete for row in reshard.find_checkpoints(copy, options)] == [True]
         reshard.remove(copy, options)
 
     in_child(of_before, of_its_own)

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import reshard
 from reshard.cli.app import app
 from reshard.errors import ArgumentError, StoreError
-from reshard.storage.maintenance.catalog import find_remains, find_removal, remove_remains
+from reshard.storage.maintenance.catalog import find_removal
+from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import local
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
@@ -321,7 +322,7 @@ def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
             if call.method == method and call.name == f"data/{name}":
                 (tmp_path / "aside").rename(manifest)
 
-        from reshard.storage.maintenance.catalog import _remains
+        from reshard.storage.maintenance.gc import _remains
 
         assert _remains(RecordingStore(LocalStore(place), commit), [f"data/{data.name}"], 0) == {}
         assert reshard.open(place).verify() == []
@@ -329,7 +330,7 @@ def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["read", "size", "modified"])
 def test_what_vanishes_while_gc_looks_is_gone(method: str, tmp_path: Path) -> None:
-    from reshard.storage.maintenance.catalog import _remains
+    from reshard.storage.maintenance.gc import _remains
 
     store = LocalStore(tmp_path)
     other = f"data/{'f' * 32}-00001.shard"

@@ -67,7 +67,7 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
         checkpoint = reshard.open(store)
         for name in checkpoint.tensors:
             checkpoint.read(name)
-        for name in checkpoint.objects:
+        for name in checkpoint.value_names:
             checkpoint.read_value(name)
         assert checkpoint.verify() == []
     except reshard.errors.RankError as error:

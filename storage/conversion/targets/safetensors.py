@@ -85,8 +85,8 @@ def _check_dtypes(items: Sequence[Item]) -> None:
     more = f", and so do {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
     cast = " Or cast it to complex64 before it is saved." if first.dtype == "complex128" else ""
     raise DtypeError(
-        f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with names= or "
-        f"exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'.{cast}"
+        f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with "
+        f"exclude= (--exclude), or write format='reshard' or 'dcp'.{cast}"
     )
 
 
@@ -94,10 +94,12 @@ def _check(item: Item) -> None:
     if item.dtype.endswith("_x2") and not item.shape:
         raise DtypeError(
             f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
-            "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
+            "out with exclude= (--exclude), or write format='reshard' or 'dcp'"
         )
     if item.name == NOTES:
-        raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")
+        raise ArgumentError(
+            f"safetensors cannot have a tensor named {NOTES!r}: give it another name with rename= (--rename)"
+        )
 
 
 def _rank(piece: Piece) -> tuple[int, str]:

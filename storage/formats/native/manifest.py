@@ -75,7 +75,7 @@ class Manifest:
 
     format = "reshard"
     inline: Mapping[str, bytes] = MappingProxyType({})
-    left_out: tuple[str, ...] = ()
+    unindexed: tuple[str, ...] = ()
 
     def __init__(self, source: _Bytes) -> None:
         """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
