@@ -40,9 +40,9 @@ class Link:
     is_given: bool
     """Whether to plan for it; else for what the checkpoint's own store is known to be."""
 
-    def seconds(self, nbytes: int, requests: int, at_once: int | None = None) -> float:
+    def seconds(self, nbytes: int, requests: int, concurrent: int | None = None) -> float:
         """How long a rank takes for its requests: their latencies, so many at once, and their bytes."""
-        rounds = -(-requests // (at_once or self.concurrent_requests))
+        rounds = -(-requests // (concurrent or self.concurrent_requests))
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
     def seconds_of(self, report: PlanReport) -> float:
@@ -183,7 +183,7 @@ def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
         _in_dollars(link.dollars_of(report)),
         format_bytes(whole.nbytes),
         f"{whole.nbytes / needed:.2f}",
-        f"{link.seconds(whole.nbytes, whole.shards, at_once=1):.2f}",
+        f"{link.seconds(whole.nbytes, whole.shards, concurrent=1):.2f}",
     )
 
 

@@ -254,7 +254,7 @@ def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None
     }
     for path in others:
         path.write_bytes(b"somebody's")
-    assert "nothing" in call("gc", tmp_path)
+    assert "no data" in call("gc", tmp_path)
     old = time.time() - 48 * 3600
     for folder in (place, other):
         for path in (folder / "data").iterdir():
@@ -293,7 +293,7 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
 
 def test_what_does_not_tell_what_it_is_made_of_is_not_removed(tmp_path: Path) -> None:
     place = saved(of_safetensors, tmp_path)
-    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and of DCP are removed"):
+    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and DCP can be removed"):
         call("rm", place, "--yes")
     assert len(reshard.open(place).tensors) == 6
 

@@ -39,10 +39,11 @@ from ...stores.base import Store
 from ...stores.retry import read_whole
 from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json, path_to_json
+from ..metadata_reads import MALFORMED_ERRORS
 from ..source import Unreadable, bounded
-from .manifest_blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
+from .manifest_blocks import MAX_MANIFEST_BYTES, Blocks, decode_blocks, encode_blocks
 
-NAME = "manifest.reshard"
+MANIFEST_NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
@@ -55,16 +56,14 @@ MAX_GAP = 0.125
 """Blocks between those needed are read over to save a request, up to this part of what the request has already."""
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 """Blocks that were read are kept for later calls, up to so many bytes."""
-FIRST_READ_BYTES = 1024 * 1024
+FIRST_MANIFEST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
-MAX_HEADER_BYTES = 2**30
+MAX_MANIFEST_HEADER_BYTES = 2**30
 """No header is longer: that of a million tensors has a tenth of it."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
 """Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
 
 DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
-_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What Python raises where a header is not what it should be."""
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _HEADER_START = _PREFIX.size + _CHECKSUM.size
@@ -82,7 +81,7 @@ class Manifest:
         self._source = source
         header, blocks_start, stop = _read_header(source)
         try:
-            self._sizes = [_sizes(*row[6:8]) for row in header["entries"]]
+            self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
             """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self._entries = tuple(
                 _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
@@ -95,7 +94,7 @@ class Manifest:
                 str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
             }
             """Where entries are in the state dict that was saved."""
-            self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
+            self.objects = tuple((_object_name(name), _as_integers([nbytes])[0]) for name, nbytes in header["objects"])
             """Name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
             """By what it was written, and when."""
@@ -109,7 +108,7 @@ class Manifest:
             self._blocks = Blocks.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
             if int(self._blocks.starts[-1]) != stop:
                 raise ValueError(f"the blocks do not end at byte {stop}")
-        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+        except (*MALFORMED_ERRORS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
         self._is_small = stop <= len(source.first)
         self._lock = Lock()
@@ -215,7 +214,7 @@ class Manifest:
                 found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
             return found
 
-        readers = min(len(runs), self.store.concurrent_reads)
+        readers = min(len(runs), self.store.capabilities.concurrent_reads)
         if readers <= 1:
             found = read(runs)
         else:
@@ -240,7 +239,7 @@ class Manifest:
                 if known == math.prod(parts) and found != self._sizes[self._positions[entry.name]]:
                     raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
             return index
-        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+        except (*MALFORMED_ERRORS, InvalidIndexError) as error:
             raise _contradiction(self._source.where, error) from error
 
 
@@ -250,10 +249,10 @@ class _Bytes:
     def __init__(self, store: Store) -> None:
         """Raises ObjectNotFoundError, StoreError."""
         self.store = store
-        self.where = f"{store.location}/{NAME}"
-        self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
-        if len(self.first) < min(_due(self.first), FIRST_READ_BYTES):
-            self.first = bytes(read_whole(store, NAME, 0, FIRST_READ_BYTES))
+        self.where = f"{store.location}/{MANIFEST_NAME}"
+        self.first = bytes(store.read(MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
+        if len(self.first) < min(_due(self.first), FIRST_MANIFEST_READ_BYTES):
+            self.first = bytes(read_whole(store, MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
         self._lock = Lock()
@@ -261,10 +260,10 @@ class _Bytes:
     def read(self, start: int, stop: int) -> memoryview:
         """Raises CorruptCheckpointError where it ends before."""
         data = self.first[start:stop]
-        if stop > len(self.first) == FIRST_READ_BYTES:
-            rest = bytes(self.store.read(NAME, start + len(data), stop))
+        if stop > len(self.first) == FIRST_MANIFEST_READ_BYTES:
+            rest = bytes(self.store.read(MANIFEST_NAME, start + len(data), stop))
             if len(rest) < stop - start - len(data):
-                rest = bytes(read_whole(self.store, NAME, start + len(data), stop))
+                rest = bytes(read_whole(self.store, MANIFEST_NAME, start + len(data), stop))
             with self._lock:
                 self.bytes_read += len(rest)
                 self.requests += 1
@@ -296,9 +295,9 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
         raise UnsupportedVersionError(
             f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
         )
-    if total > MAX_BYTES or header_bytes > MAX_HEADER_BYTES or _HEADER_START + header_bytes > total:
+    if total > MAX_MANIFEST_BYTES or header_bytes > MAX_MANIFEST_HEADER_BYTES or _HEADER_START + header_bytes > total:
         raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
-    if len(source.first) < FIRST_READ_BYTES and len(source.first) != total:
+    if len(source.first) < FIRST_MANIFEST_READ_BYTES and len(source.first) != total:
         raise CorruptCheckpointError(
             f"the manifest {source.where} has {len(source.first)} bytes where it should have {total}"
         )
@@ -307,7 +306,7 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
         raise CorruptCheckpointError(f"the header of the manifest {source.where} does not match its checksum")
     try:
         return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
-    except _CONTRADICTIONS as error:
+    except MALFORMED_ERRORS as error:
         raise _contradiction(source.where, error) from error
 
 
@@ -315,15 +314,15 @@ def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"the manifest {where} contradicts itself: {text_of(error)}")
 
 
-def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
-    sizes = _integers([chunks, stored_bytes])
+def _checked_sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
+    sizes = _as_integers([chunks, stored_bytes])
     if min(sizes) < 0:
         raise ValueError(f"{sizes} chunks and bytes")
     return sizes[0], sizes[1]
 
 
 def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
-    grid = Grid(_integers(shape), _integers(parts))
+    grid = Grid(_as_integers(shape), _as_integers(parts))
     if type(name) is not str or type(dtype) is not str:
         raise ValueError(f"{brief(name)} has the dtype {brief(dtype)}")
     # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
@@ -357,11 +356,11 @@ def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
     """In how many parts each dimension is cut into regions."""
     if parts is None:
         return (1,) * len(entry.shape)
-    check_region_parts(entry, _integers(parts))
+    check_region_parts(entry, _as_integers(parts))
     return tuple(parts)
 
 
-def _integers(values: list[Any]) -> tuple[int, ...]:
+def _as_integers(values: list[Any]) -> tuple[int, ...]:
     if any(type(value) is not int for value in values):
         raise ValueError(f"{brief(values)} should be integers")
     return tuple(values)
