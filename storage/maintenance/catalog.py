@@ -20,10 +20,10 @@ from ..errors import (
     NotCommittedError,
     StoreError,
 )
-from ..formats.dcp import METADATA, RANK_METADATA
+from ..formats.dcp_metadata import METADATA, RANK_METADATA
 from ..formats.detect import FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
-from ..formats.hf_index import part_groups
-from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, NAME
+from ..formats.hf_index import group_numbered_files
+from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME
 from ..formats.source import Source
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
@@ -116,8 +116,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _is_of_checkpoint(name: str) -> bool:
     """Return whether a folder that contains an object of this name may be a checkpoint."""
-    known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
-    of_many = name.endswith(TORCH_INDEX_SUFFIX) or part_groups([name])
+    known = name in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
+    of_many = name.endswith(TORCH_INDEX_SUFFIX) or group_numbered_files([name])
     return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
@@ -191,7 +191,7 @@ def _removal(source: Source) -> Removal:
             f"{source.location} has the format {source.format!r}: only checkpoints of reshard and DCP can be removed, "
             "because their metadata lists all their objects"
         )
-    metadata = [NAME]
+    metadata = [MANIFEST_NAME]
     if source.format == "dcp":
         names = list(source.store.list())
         metadata = [name for name in names if name == METADATA or RANK_METADATA.fullmatch(name)]
@@ -208,7 +208,9 @@ def _check_names_of_dcp(source: Source, names: Iterable[str]) -> None:
         ArgumentError: it lists an object that DCP does not write, or that another checkpoint may need.
     """
     parts = [name.rpartition("/") for name in names]
-    folders = {folder for folder, _, base in parts if base in (NAME, METADATA) or RANK_METADATA.fullmatch(base)}
+    folders = {
+        folder for folder, _, base in parts if base in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(base)
+    }
     others = [
         name
         for name, _ in source.objects

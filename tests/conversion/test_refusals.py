@@ -22,8 +22,8 @@ from reshard.errors import (
     UnavailableError,
     UnsupportedURIError,
 )
-from reshard.storage.conversion.journal import HEAD
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.conversion.journal import CLAIM
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.conversion.samples import (
@@ -220,10 +220,10 @@ def test_a_file_is_no_place(src: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [{"format": "dcp"}, {"codec": "none"}, {"names": "model"}, {"dtype": torch.float16}])
 def test_the_remains_of_another_conversion_are_told(other: dict[str, Any], src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
-    with pytest.raises(CommitError, match=rf"'{NAME}' may or may not have been written: injected"):
+    with pytest.raises(CommitError, match=rf"'{MANIFEST_NAME}' may or may not have been written: injected"):
         reshard.convert(src, RecordingStore(LocalStore(dst), failing("put", after=3)))
     before = content_of(dst)
-    assert len(before) == 3  # the head, a note and its object
+    assert len(before) == 3  # the claim, a note and its object
     with pytest.raises(CheckpointExistsError, match=r"another conversion was begun at .*dst, of another checkpoint or"):
         reshard.convert(src, dst, **other)
     assert content_of(dst) == before
@@ -271,7 +271,7 @@ def test_a_store_that_fails_is_told_and_a_rerun_completes(
             told = str(error)
         assert (COMMITS[format] in store.content) == (told == "")
         assert "injected" in told or not told
-        if HEAD in store.content or told:
+        if CLAIM in store.content or told:
             reshard.convert(src, store, format=format, **options)
         assert_converted(store, state, format)
         assert_clean(set(store.content), store, format)
@@ -284,7 +284,7 @@ def test_a_commit_whose_answer_was_lost_is_recognised(format: str, src: Path, tm
     class Losing(RecordingStore):
         def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
             super().put(name, data, overwrite=overwrite)
-            if name in (COMMITS[format], HEAD) and not overwrite:
+            if name in (COMMITS[format], CLAIM) and not overwrite:
                 raise CheckpointExistsError(f"{name} exists")  # as a second try finds
 
     reshard.convert(src, Losing(memory), format=format)
@@ -296,15 +296,15 @@ def test_a_checkpoint_that_came_meanwhile_is_not_replaced(src: Path) -> None:
     memory = MemoryStore()
 
     def commit_before(call: Call) -> None:
-        if call.method == "put" and call.name == NAME:
-            memory.content[NAME] = b"of somebody else"
+        if call.method == "put" and call.name == MANIFEST_NAME:
+            memory.content[MANIFEST_NAME] = b"of somebody else"
 
     with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
         reshard.convert(src, RecordingStore(memory, commit_before))
-    assert memory.content[NAME] == b"of somebody else"
+    assert memory.content[MANIFEST_NAME] == b"of somebody else"
     with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
         reshard.convert(src, memory)
-    assert memory.content[NAME] == b"of somebody else"
+    assert memory.content[MANIFEST_NAME] == b"of somebody else"
 
 
 @pytest.mark.parametrize("unit", [50 * KIB, 10000 * KIB])
@@ -316,12 +316,12 @@ def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monke
 
     def end_before(call: Call) -> None:
         if call.method == "create":
-            memory.content.pop(HEAD, None)
+            memory.content.pop(CLAIM, None)
 
     store = RecordingStore(memory, end_before)
     with pytest.raises(CheckpointExistsError, match="does not belong to this conversion any more"):
         reshard.convert(src, store)
-    assert NAME not in memory.content
+    assert MANIFEST_NAME not in memory.content
     assert sum(call.method == "create" for call in store.calls) == 1
 
 
@@ -335,7 +335,7 @@ def test_an_object_that_vanished_is_found_before_the_commit(src: Path) -> None:
 
     with pytest.raises(CorruptCheckpointError, match=r"'data/.*shard', which the conversion has written, is missing"):
         reshard.convert(src, RecordingStore(memory, lose_before))
-    assert NAME not in memory.content
+    assert MANIFEST_NAME not in memory.content
     reshard.convert(src, memory)
     assert_converted(memory, of_names(STATE), "reshard")
 
@@ -348,10 +348,10 @@ def test_a_note_that_is_none_is_told(content: bytes, src: Path) -> None:
     memory.content[".reshard-convert-000000.json"] = content
     with pytest.raises(CorruptCheckpointError, match=r"'\.reshard-convert-000000\.json' in memory is not of"):
         reshard.convert(src, memory)
-    memory.content[HEAD] = content
+    memory.content[CLAIM] = content
     with pytest.raises((CorruptCheckpointError, CheckpointExistsError), match=r"is not of a conv|another conversion"):
         reshard.convert(src, memory)
-    assert NAME not in memory.content
+    assert MANIFEST_NAME not in memory.content
 
 
 @pytest.mark.parametrize("format", TARGETS)
@@ -395,4 +395,4 @@ def test_a_store_that_stays_away_is_given_up(src: Path, monkeypatch: pytest.Monk
     memory = MemoryStore()
     with pytest.raises(UnavailableError, match="away"):
         reshard.convert(src, RecordingStore(memory, failing("create", error=UnavailableError("away"))))
-    assert set(memory.content) == {HEAD}
+    assert set(memory.content) == {CLAIM}

@@ -11,7 +11,7 @@ import reshard
 from reshard.cli.app import app
 from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import obstore
-from reshard.storage.stores.base import ListsTop, is_name, top_names
+from reshard.storage.stores.base import is_name, top_names
 from reshard.storage.stores.open import open_store
 from reshard.storage.stores.testing import MemoryStore
 from tests import servers
@@ -164,5 +164,5 @@ def test_without_s3fs_a_foreign_key_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_names_at_the_top_are_those_in_no_folder() -> None:
     store = MemoryStore()
     store.content = {"a": b"", "b/c": b"", "b/d/e": b""}
-    assert not isinstance(store, ListsTop)
+    assert store.capabilities.list_top is None
     assert top_names(store) == ["a"]

@@ -10,7 +10,7 @@ import torch
 import reshard
 from reshard.storage.maintenance.diff import Difference, diff
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from reshard.storage.tensors.pieces import PIECE_BYTES
+from reshard.storage.tensors.splitting import PIECE_BYTES
 from tests.conversion.samples import cut_small
 
 

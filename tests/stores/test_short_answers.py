@@ -111,7 +111,7 @@ def test_what_is_there_costs_no_request_more(tmp_path: Path) -> None:
 
 
 def test_a_large_manifest_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_READ_BYTES", 4096)
+    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_MANIFEST_READ_BYTES", 4096)
     native(tmp_path / "run")
     assert (tmp_path / "run" / "manifest.reshard").stat().st_size > 8192
     for short in range(1, 5):

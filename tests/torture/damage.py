@@ -20,10 +20,12 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
 from reshard.storage.writing import object_layout
 
@@ -44,7 +46,7 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
         "config": {"name": f"run {seed}", "betas": (0.9, 0.95)},
     }
     store = MemoryStore()
-    store.holds_objects = True
+    store.capabilities = Capabilities(buffers_objects=True)
     least, object_layout.MIN_OBJECT_BYTES = object_layout.MIN_OBJECT_BYTES, 50_000
     try:
         reshard.save(state, store, codec=codec)
@@ -80,7 +82,7 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
 
 
 def data_of(content: Content) -> list[str]:
-    return [name for name in content if name != NAME]
+    return [name for name in content if name != MANIFEST_NAME]
 
 
 def flip(rng: random.Random, content: Content, other: Content) -> None:
@@ -142,7 +144,7 @@ def foreign_data(rng: random.Random, content: Content, other: Content) -> None:
 
 def foreign_manifest(rng: random.Random, content: Content, other: Content) -> None:
     """The manifest of an older save, whose data is gone."""
-    content[NAME] = other[NAME]
+    content[MANIFEST_NAME] = other[MANIFEST_NAME]
 
 
 def swap_objects(rng: random.Random, content: Content, other: Content) -> None:
@@ -214,7 +216,7 @@ def lies(count: int, seed: int) -> collections.Counter[str]:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:
-            ended[outcome({**content, NAME: lie(rng, content[NAME])}, state)] += 1
+            ended[outcome({**content, MANIFEST_NAME: lie(rng, content[MANIFEST_NAME])}, state)] += 1
         except AssertionError:
             ended["other values"] += 1
         taken = tracemalloc.get_traced_memory()[1] - before
