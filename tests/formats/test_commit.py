@@ -186,7 +186,7 @@ def test_a_commit_names_the_ranks_whose_objects_are_not_there(
         commit(store, b"manifest", named(*written), overwrite=False, rank=rank)
     assert "was not committed" in str(caught.value)
     of_others = words.startswith("rank")
-    assert ("all ranks must write to the same shared place" in str(caught.value)) is of_others
+    assert ("all ranks must write to the same shared location" in str(caught.value)) is of_others
     assert MANIFEST_NAME not in store.content
 
 

@@ -144,20 +144,20 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "a header of nothing": (bytes(8), "has no header"),
     "a list": (file_of([1, 2]), "has no header"),
     "a list in spaces": (file_of(b" [1]"), "has no header"),
-    "half a header": (file_of(b'{"a": {"dtype"'), "a header that is none"),
-    "no text": (file_of(b'{"\xff\xfe": 1}'), "a header that is none"),
-    "depth": (file_of(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "a header that is none"),
-    "a number of 5000 digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "a header that is none"),
+    "half a header": (file_of(b'{"a": {"dtype"'), "a malformed header"),
+    "no text": (file_of(b'{"\xff\xfe": 1}'), "a malformed header"),
+    "depth": (file_of(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "a malformed header"),
+    "a number of 5000 digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "a malformed header"),
     "one name twice": (file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ROW).encode(),) * 2)), "the same name"),
     "a gap": (file_of({"a": {**ROW, "data_offsets": [8, 32]}}, bytes(32)), "a gap or an overlap at byte 8"),
     "an overlap": (file_of({"a": ROW, "b": {**ROW, "data_offsets": [20, 44]}}, bytes(44)), "overlap at byte 20"),
     "two in one place": (file_of({"a": ROW, "b": ROW}), "overlap at byte 0"),
     "bytes beyond the end": (file_of({"a": ROW}, bytes(23)), "was cut short"),
-    "a byte more": (file_of({"a": ROW}, bytes(25)), "is not what it was"),
-    "sharding that is none": (file_of({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "a": ROW}), "header that is none"),
-    "metadata that is none": (file_of({"__metadata__": [], "a": ROW}), "a header that is none"),
+    "a byte more": (file_of({"a": ROW}, bytes(25)), "so the file was changed"),
+    "sharding that is none": (file_of({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "a": ROW}), "a malformed header"),
+    "metadata that is none": (file_of({"__metadata__": [], "a": ROW}), "a malformed header"),
     **{
-        f"{key} = {value!r:.40}": (file_of({"a": {**ROW, key: value}}), "a header that is none")
+        f"{key} = {value!r:.40}": (file_of({"a": {**ROW, key: value}}), "a malformed header")
         for key, value in (
             ("data_offsets", [-24, 0]),
             ("data_offsets", [24, 0]),
@@ -184,18 +184,18 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     **{
         f"half bytes in {shape}": (
             file_of({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, 1]}}, bytes(1)),
-            "a header that is none",
+            "a malformed header",
         )
         for shape in ([], [3], [True])
     },
     **{
-        f"a tensor that is {row!r}": (file_of({"a": row}), "a header that is none")
+        f"a tensor that is {row!r}": (file_of({"a": row}), "a malformed header")
         for row in list[object]((None, 1, "x", [], {}, {"dtype": "F32"}))
     },
     **{
         f"a shard at {offsets!r}": (
             file_of({"__metadata__": {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": offsets}})}, "a": ROW}),
-            "a header that is none",
+            "a malformed header",
         )
         for offsets in ([0], [0, 0, 0], [-1, 0], [2**80, 0], ["0", "0"], [0.5, 0], None)
     },
@@ -397,7 +397,7 @@ def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
     assert_holds(reshard.open(tmp_path), {"a": whole, "b": whole})
     (tmp_path / "shard-00001-model-00001-of-00002.safetensors").unlink()
     with pytest.raises(
-        CorruptCheckpointError, match=r"'shard-\*-model-00001-of-00002\.safetensors' of 2 files is missing"
+        CorruptCheckpointError, match=r"of 2 files, 'shard-\*-model-00001-of-00002\.safetensors' is missing"
     ):
         reshard.open(tmp_path)
 
@@ -405,27 +405,30 @@ def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "../x.safetensors"}}, r"is no index of safetensors.*'\.\./x\.safetensors'"),
-        ({"weight_map": {"a": "/etc/x.safetensors"}}, "is no index of safetensors.*'/etc/x.safetensors'"),
-        ({"weight_map": {"a": "sub\\x.safetensors"}}, "is no index of safetensors"),
-        ({"weight_map": {"a": ".."}}, "is no index of safetensors"),
-        ({"weight_map": {"a": ""}}, "is no index of safetensors"),
-        ({"weight_map": {"a": 1}}, "is no index of safetensors"),
-        ({"weight_map": ["a"]}, "is no index of safetensors"),
-        ({"weight_map": None}, "is no index of safetensors"),
-        ({}, "is no index of safetensors"),
-        ([], "is no index of safetensors"),
-        (b"{", "is no index of safetensors"),
-        (b"\xff", "is no index of safetensors"),
-        (b"[" * 100_000, "is no index of safetensors"),
-        ({"weight_map": {"a": "two.safetensors"}}, "tensors are in a file that is missing.*'two.safetensors'"),
+        ({"weight_map": {"a": "../x.safetensors"}}, r"is not an index of safetensors.*'\.\./x\.safetensors'"),
+        ({"weight_map": {"a": "/etc/x.safetensors"}}, "is not an index of safetensors.*'/etc/x.safetensors'"),
+        ({"weight_map": {"a": "sub\\x.safetensors"}}, "is not an index of safetensors"),
+        ({"weight_map": {"a": ".."}}, "is not an index of safetensors"),
+        ({"weight_map": {"a": ""}}, "is not an index of safetensors"),
+        ({"weight_map": {"a": 1}}, "is not an index of safetensors"),
+        ({"weight_map": ["a"]}, "is not an index of safetensors"),
+        ({"weight_map": None}, "is not an index of safetensors"),
+        ({}, "is not an index of safetensors"),
+        ([], "is not an index of safetensors"),
+        (b"{", "is not an index of safetensors"),
+        (b"\xff", "is not an index of safetensors"),
+        (b"[" * 100_000, "is not an index of safetensors"),
+        ({"weight_map": {"a": "two.safetensors"}}, "names a file that is missing.*'two.safetensors'"),
         (
             {"weight_map": {"a": "two.safetensors", "b": "x.safetensors"}},
-            "files that all are missing: 'two.*', 'x.safe",
+            "files that are all missing: 'two.*', 'x.safe",
         ),
-        ({"weight_map": {}}, r"names no tensors\. Beside it are the weights 'one\.safetensors'"),
-        ({"weight_map": []}, r"is no index of safetensors.*Beside it are the weights 'one\.safetensors'"),
-        ({"weight_map": "one.safetensors"}, r"is no index of safetensors.*Beside it are the weights"),
+        ({"weight_map": {}}, r"names no tensors\. The folder also has the weight files 'one\.safetensors'"),
+        (
+            {"weight_map": []},
+            r"is not an index of safetensors.*The folder also has the weight files 'one\.safetensors'",
+        ),
+        ({"weight_map": "one.safetensors"}, r"is not an index of safetensors.*The folder also has the weight files"),
     ],
 )
 def test_an_index_that_lies_is_refused(index: object, message: str) -> None:
@@ -438,7 +441,7 @@ def test_a_file_that_is_too_short_or_too_long_is_refused(change: int) -> None:
     data = save({"w": torch.ones(10)})
     changed = data[:change] if change < 0 else data + bytes(change)
     why = "it was cut short" if change < 0 else f"{change} bytes too many follow the last tensor"
-    message = f"has {len(changed)} bytes where its header tells of {len(data)}: {why}"
+    message = f"has {len(changed)} bytes, but its header describes {len(data)}: {why}"
     with pytest.raises(CorruptCheckpointError, match=re.escape(message)):
         opened(one=changed)
 
@@ -547,7 +550,7 @@ def test_a_folder_that_lacks_numbered_files_is_refused(
     for number in lost:
         (tmp_path / names[number]).unlink()
     wanted = ", ".join(re.escape(repr(names[number])) for number in lost)
-    with pytest.raises(CorruptCheckpointError, match=rf"is incomplete: {wanted} of 3 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=rf"is incomplete: of 3 files, {wanted} (is|are) missing"):
         reshard.open(tmp_path)
     with pytest.raises(CorruptCheckpointError, match="is incomplete"):
         reshard.convert(tmp_path, tmp_path / "dst")
@@ -564,7 +567,7 @@ def test_files_of_two_models_are_counted_apart() -> None:
     }
     assert len(opened(**files).tensors) == 5
     del files["image-00003-of-00003"]
-    with pytest.raises(CorruptCheckpointError, match=r"'image-00003-of-00003\.safetensors' of 3 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"of 3 files, 'image-00003-of-00003\.safetensors' is missing"):
         opened(**files)
 
 
@@ -605,7 +608,7 @@ def test_flipped_bytes_of_a_header_are_refused_or_read(flips: list[tuple[int, in
 )
 def test_missing_files_are_noticed_by_other_ways_to_number_them(name: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / name)
-    with pytest.raises(CorruptCheckpointError, match="of 2 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"of 2 files, .* is missing"):
         reshard.open(tmp_path)
     save_file({"b": torch.ones(2)}, tmp_path / name.replace("1_of", "2_of").replace("1-of", "2-of"))
     assert sorted(reshard.open(tmp_path).tensors) == ["a", "b"]
@@ -620,5 +623,5 @@ def test_an_index_may_name_files_of_folders_below(tmp_path: Path) -> None:
     assert_holds(reshard.open(tmp_path), {"a": torch.ones(2), "b": torch.zeros(2)})
     for outside in ("../m.safetensors", "/m.safetensors", "sub/../../m.safetensors", "sub//m.safetensors", ".", ""):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": outside}}))
-        with pytest.raises(CorruptCheckpointError, match="is not one of this folder"):
+        with pytest.raises(CorruptCheckpointError, match="it names files outside its folder"):
             reshard.open(tmp_path)

@@ -139,7 +139,7 @@ REFUSED = {
     "negative": (torch.randn(3, dtype=torch.complex64).conj().imag, "as the conjugate or the negative"),
     "sparse": (torch.eye(3).to_sparse(), "as a Tensor of layout torch.sparse_coo"),
     "on meta": (torch.empty(3, device="meta"), "without values"),
-    "in a tuple": ((1, torch.ones(2)), "as tensors inside of a value that is no dict and no list"),
+    "in a tuple": ((1, torch.ones(2)), "as tensors inside a value that is neither a dict nor a list"),
     "in a list in a tuple": (({"x": [torch.ones(2)]},), "as tensors inside of a value"),
     "storage": (torch.UntypedStorage(4), "as tensors inside of a value"),
 }
@@ -252,7 +252,7 @@ def test_the_format_before_torch_1_6_is_told_apart() -> None:
     buffer = io.BytesIO()
     torch.save({"w": torch.ones(2)}, buffer, _use_new_zipfile_serialization=False)
     with pytest.raises(
-        UnsupportedFormatError, match=r"'model\.pt' in memory was written before torch 1\.6.*save it anew"
+        UnsupportedFormatError, match=r"'model\.pt' in memory was written before torch 1\.6.*save it again"
     ):
         opened(buffer.getvalue())
 
@@ -387,9 +387,9 @@ DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
         (zipped(data_pkl=tensor_pickle(size=-4), data__0=bytes(16)), "cannot be read"),
         (zipped(data_pkl=tensor_pickle(key="../../x"), data__0=bytes(16)), "does not have the values"),
         (b"PK\x05\x06" + bytes(18), r"has no data\.pkl"),
-        (b"PK\x03\x04" + bytes(500), "is no zip, as torch.save writes it"),
-        (b"not a zip at all", "is no zip, as torch.save writes it"),
-        (b"", "is no zip, as torch.save writes it"),
+        (b"PK\x03\x04" + bytes(500), "is not a zip as torch.save writes it"),
+        (b"not a zip at all", "is not a zip as torch.save writes it"),
+        (b"", "is not a zip as torch.save writes it"),
     ],
 )
 def test_a_zip_that_lies_is_refused(data: bytes, message: str) -> None:

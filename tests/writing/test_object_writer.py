@@ -48,7 +48,7 @@ def test_raw_chunks_are_larger_and_one_tensor_is_not_cut_in_two_ways() -> None:
     encoded, raw = (write_objects(store, "00000", [shard("t", values)], codec) for codec in ("zstd", "none"))
     assert assemble_index(encoded).entry("t").grid.parts == (8, 8)
     assert assemble_index(raw).entry("t").grid.parts == (8, 4)
-    with pytest.raises(ArgumentError, match=r"'t' was cut in \(8, 4\) parts by one rank and in \(8, 8\) by another"):
+    with pytest.raises(ArgumentError, match=r"one rank divided 't' into \(8, 4\) parts, another into \(8, 8\)"):
         assemble_index([*encoded, *raw])
 
 
