@@ -289,7 +289,7 @@ def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypat
 def test_a_tensor_that_two_files_have_is_refused() -> None:
     message = (
         r"two files have the tensor 'a': 'one\.safetensors' and 'two\.safetensors'\. "
-        r"Open one of them, as 'memory/one\.safetensors'"
+        r"Open one of them, for example 'memory/one\.safetensors'"
     )
     with pytest.raises(CorruptCheckpointError, match=message):
         opened(one=file_of({"a": ROW}), two=file_of({"a": ROW}))

@@ -140,8 +140,8 @@ REFUSED = {
     "sparse": (torch.eye(3).to_sparse(), "as a Tensor of layout torch.sparse_coo"),
     "on meta": (torch.empty(3, device="meta"), "without values"),
     "in a tuple": ((1, torch.ones(2)), "as tensors inside a value that is neither a dict nor a list"),
-    "in a list in a tuple": (({"x": [torch.ones(2)]},), "as tensors inside of a value"),
-    "storage": (torch.UntypedStorage(4), "as tensors inside of a value"),
+    "in a list in a tuple": (({"x": [torch.ones(2)]},), "as tensors inside a value"),
+    "storage": (torch.UntypedStorage(4), "as tensors inside a value"),
 }
 
 
@@ -182,7 +182,7 @@ def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, t
     assert set(checkpoint.unreadable) == {"deep.odd"}
     assert checkpoint.damaged == ()
     assert checkpoint.verify() == []
-    message = r"'model\.pt' in .* has 'deep\.odd' as a tensor of a kind that can only be read whole, by torch\.load"
+    message = r"'model\.pt' in .* has 'deep\.odd' as a tensor of a kind that only torch\.load can read"
     with pytest.raises(UnsupportedFormatError, match=message):
         checkpoint.read("deep.odd")
     with pytest.raises(UnsupportedFormatError, match=message):
@@ -370,7 +370,7 @@ DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (zipped(readme=b"x"), r"has no data\.pkl: it is not of torch\.save"),
+        (zipped(readme=b"x"), r"is a zip without data\.pkl: torch\.save did not write it"),
         (zipped(zipfile.ZIP_DEFLATED, data_pkl=tensor_pickle(), data__0=bytes(16)), "torch.save compresses none"),
         (zipped(data_pkl=b""), "of 0 bytes; it should have 1 to"),
         (zipped(data_pkl=NO_PICKLE), "cannot be read"),
@@ -386,7 +386,7 @@ DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
         (zipped(data_pkl=tensor_pickle(numel=5), data__0=bytes(16)), "does not have the values"),
         (zipped(data_pkl=tensor_pickle(size=-4), data__0=bytes(16)), "cannot be read"),
         (zipped(data_pkl=tensor_pickle(key="../../x"), data__0=bytes(16)), "does not have the values"),
-        (b"PK\x05\x06" + bytes(18), r"has no data\.pkl"),
+        (b"PK\x05\x06" + bytes(18), r"is a zip without data\.pkl"),
         (b"PK\x03\x04" + bytes(500), "is not a zip as torch.save writes it"),
         (b"not a zip at all", "is not a zip as torch.save writes it"),
         (b"", "is not a zip as torch.save writes it"),

@@ -123,5 +123,5 @@ def test_a_part_of_a_list_is_by_position() -> None:
     ],
 )
 def test_paths_that_cannot_be_are_refused(paths: dict[str, Any]) -> None:
-    with pytest.raises(CorruptCheckpointError, match="cannot stand at"):
+    with pytest.raises(CorruptCheckpointError, match="cannot be at"):
         nest({"a": {"y": 1}, "b": 2}, paths)
