@@ -92,9 +92,9 @@ def find_chunk_runs(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]
     found: dict[int, ChunkRuns] = {}
     for members in groups.values():
         for first in range(0, len(members), TOGETHER):
-            places = members[first : first + TOGETHER]
-            runs = _of_one_ndim([reads[at] for at in places], [requests_of[at] for at in places])
-            found |= zip(places, runs, strict=True)
+            positions = members[first : first + TOGETHER]
+            runs = _of_one_ndim([reads[at] for at in positions], [requests_of[at] for at in positions])
+            found |= zip(positions, runs, strict=True)
     return (found[at] for at in range(len(reads)))
 
 

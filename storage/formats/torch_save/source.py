@@ -190,11 +190,11 @@ class _File:
 
     def _directory(self) -> list[ZipRecord]:
         """Return the records of the zip. Raise NotATorchZipError."""
-        place = find_directory(self._tail, self._nbytes)
-        if place.start < self._tail_start:
-            self._tail = self._reads.exactly(self._name, place.start, self._tail_start) + self._tail
-            self._tail_start = place.start
-        return read_directory(self._tail[place.start - self._tail_start : place.stop - self._tail_start], place)
+        directory = find_directory(self._tail, self._nbytes)
+        if directory.start < self._tail_start:
+            self._tail = self._reads.exactly(self._name, directory.start, self._tail_start) + self._tail
+            self._tail_start = directory.start
+        return read_directory(self._tail[directory.start - self._tail_start : directory.stop - self._tail_start], directory)
 
     def _not_a_zip(self, error: NotATorchZipError) -> CheckpointError:
         """Return the error for a file that is not what torch.save writes."""
