@@ -36,13 +36,14 @@ from benchmarks.places import NAMES, REGION, Place, opened
 from benchmarks.timing import elapsed
 from reshard.storage.formats.detect import open_source
 from reshard.storage.runtime.checksums import checksum
-from reshard.storage.stores.buffer_pool import in_step
-from reshard.storage.stores.fsspec import FsspecStore
-from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.buffer_pool import aligned_buffer
+from reshard.storage.stores.open import open_store
 from tests.ranks import RankPool
 from tests.servers import KEY, SECRET
 
 SAVED_BY = 4
+LOCAL_READS = open_store(".").capabilities.concurrent_reads
+REMOTE_READS = open_store("memory://reads").capabilities.concurrent_reads
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def buffers_of_threads() -> Callable[[Piece], memoryview]:
     def buffer(piece: Piece) -> memoryview:
         found: memoryview = getattr(own, "buffer", memoryview(b""))
         if len(found) < piece.nbytes:
-            own.buffer = found = in_step(0, piece.nbytes)
+            own.buffer = found = aligned_buffer(0, piece.nbytes)
         return found[: piece.nbytes]
 
     return buffer
@@ -97,7 +98,7 @@ def buffers_of_threads() -> Callable[[Piece], memoryview]:
 def by_preadv(options: dict[str, Any]) -> Bare:
     """Threads, each with a buffer of its own."""
     buffer = buffers_of_threads()
-    pool = ThreadPoolExecutor(LocalStore.concurrent_reads)
+    pool = ThreadPoolExecutor(LOCAL_READS)
     return lambda pieces: list(pool.map(lambda piece: read_into(buffer(piece), piece), pieces))
 
 
@@ -110,7 +111,7 @@ def by_preadv_kept(options: dict[str, Any], *, verified: bool = False, copied: b
     """
     places: list[memoryview] = []
     buffer = buffers_of_threads()
-    pool = ThreadPoolExecutor(LocalStore.concurrent_reads)
+    pool = ThreadPoolExecutor(LOCAL_READS)
 
     def read(place: memoryview, piece: Piece) -> None:
         into = buffer(piece) if copied else place
@@ -121,7 +122,7 @@ def by_preadv_kept(options: dict[str, Any], *, verified: bool = False, copied: b
             np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(into, np.uint8))
 
     def fetch(pieces: Sequence[Piece]) -> None:
-        places.extend(in_step(0, piece.nbytes) for piece in pieces[len(places) :])
+        places.extend(aligned_buffer(0, piece.nbytes) for piece in pieces[len(places) :])
         list(pool.map(read, places, pieces))
 
     return fetch
@@ -140,7 +141,7 @@ def by_obstore(options: dict[str, Any]) -> Bare:
         data = obstore.get_range(stores[parts.netloc], parts.path.lstrip("/"), start=piece.start, end=piece.stop)
         assert len(data) == piece.nbytes
 
-    pool = ThreadPoolExecutor(FsspecStore.concurrent_reads)
+    pool = ThreadPoolExecutor(REMOTE_READS)
 
     def fetch(pieces: Sequence[Piece]) -> None:
         for bucket in {urlsplit(piece.path).netloc for piece in pieces} - set(stores):
@@ -162,7 +163,7 @@ def by_s3fs(options: dict[str, Any]) -> Bare:
     filesystem = fsspec.filesystem("s3", **options, config_kwargs={"max_pool_connections": 64})
 
     async def fetch(pieces: Sequence[Piece]) -> None:
-        room = asyncio.Semaphore(FsspecStore.concurrent_reads)
+        room = asyncio.Semaphore(REMOTE_READS)
 
         async def read(piece: Piece) -> None:
             async with room:

@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.common import Peak, Row, arguments_of, header, in_a_fresh_process, line, write
 from benchmarks.shapes import TP_PLAN, fsdp_rows, transformer
 from reshard.planner.box import Box, IntArray
-from reshard.planner.entries import Entry, Segments
+from reshard.planner.entries import Encoding, Entry, Kind, Segments, Stream
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Encoding, Kind, Stream
+from reshard.planner.index import CheckpointIndex
 from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import rank_tensors
 from reshard.planner.read_plan import plan_reads

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .storage.maintenance.diff import diff as diff
     from .storage.maintenance.gc import Remains as Remains
     from .storage.maintenance.gc import gc as gc
-    from .storage.maintenance.verify import Damage as Damage
+    from .storage.maintenance.verify import DamagedChunk as DamagedChunk
     from .storage.runtime.progress import Progress as Progress
     from .storage.runtime.reports import Cast as Cast
     from .storage.runtime.reports import RankReport as RankReport
@@ -54,7 +54,7 @@ __all__ = [
     "Box",
     "Cast",
     "Checkpoint",
-    "Damage",
+    "DamagedChunk",
     "Difference",
     "FoundCheckpoint",
     "Layout",
@@ -98,7 +98,7 @@ _HOMES = {
     "storage.maintenance.catalog": ("FoundCheckpoint", "Removal", "find_checkpoints", "find_removal", "remove"),
     "storage.maintenance.diff": ("Difference", "diff"),
     "storage.maintenance.gc": ("Remains", "gc"),
-    "storage.maintenance.verify": ("Damage",),
+    "storage.maintenance.verify": ("DamagedChunk",),
     "storage.runtime.progress": ("Progress",),
     "storage.runtime.reports": ("Cast", "RankReport", "Report"),
     "storage.save": ("save",),

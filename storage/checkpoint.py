@@ -11,19 +11,20 @@ from typing import Any
 import torch
 
 from ..planner.box import Box
-from ..planner.costs import Costs
+from ..planner.chunk_reads import Want
 from ..planner.entries import Entry
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
 from ..planner.layout import Layout
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
-from ..planner.read_plan import Want
+from ..planner.request_costs import RequestCosts
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
-from .maintenance.verify import Damage, verify
-from .reading.read_tensors import StoredValue, check_is_tensor, check_values, read_boxes, value_wants
+from .maintenance.verify import DamagedChunk, verify
+from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
+from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import rank_of
@@ -206,7 +207,8 @@ class Checkpoint:
             raise DestinationError(f"{name!r}: out has dtype {out.dtype}, but dtype={dtype} was passed")
         elif device is not None and torch.empty(0, device=device).device != out.device:
             raise DestinationError(f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed")
-        read_boxes(self._source, [Want(name, wanted)], [out], budget_bytes=budget_bytes, max_over_read=max_over_read)
+        options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read)
+        read_boxes(self._source, [Want(name, wanted)], [out], options=options)
         return out
 
     @undisturbed()
@@ -227,8 +229,8 @@ class Checkpoint:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         check_budget(budget_bytes)
         check_values(self._source, [name], budget_bytes)
-        blob = StoredValue(self._source, name)
-        read_boxes(self._source, blob.wants, blob.tensors, budget_bytes=budget_bytes)
+        blob = ValueRead(self._source, name)
+        read_boxes(self._source, blob.wants, blob.tensors, options=ReadOptions(budget_bytes=budget_bytes))
         return blob.value(allow_pickle=allow_pickle)
 
     @undisturbed()
@@ -240,7 +242,7 @@ class Checkpoint:
         exclude: Patterns = (),
         rename: Mapping[str, str] | None = None,
         max_over_read: float | None = None,
-        costs: Costs | None = None,
+        costs: RequestCosts | None = None,
     ) -> RankPlans:
         """Plan what every rank of a layout would read. This reads metadata only.
 
@@ -259,7 +261,7 @@ class Checkpoint:
         check_readable(self._source, selection.includes)
         entries = self._selected_tensors(selection)
         index = self._source.index(Want(entry.name, entry.whole) for entry in entries.values())
-        return plan_ranks(index, layout, entries, self._source.gaps(max_over_read, costs), self.location)
+        return plan_ranks(index, layout, entries, self._source.gap_limits(max_over_read, costs), self.location)
 
     def _selected_tensors(self, selection: Selection) -> dict[str, Entry]:
         """Return the selected tensors by their new names. Raises MissingTensorError, ArgumentError."""
@@ -343,15 +345,8 @@ class Checkpoint:
                 views.append(local[Box(at, want.box.sizes).slices])
         draws = rank_of(None) == 0
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
-            read_boxes(
-                self._source,
-                wants,
-                views,
-                rank=rank,
-                budget_bytes=budget_bytes,
-                max_over_read=max_over_read,
-                meter=meter,
-            )
+            options = ReadOptions(rank, budget_bytes, max_over_read, meter=meter)
+            read_boxes(self._source, wants, views, options=options)
         rounded = [name for name, local in tensors.items() if loses_bits(stored[name], local.dtype)]
         if rounded and draws:
             logger.info("%d tensors were cast to fewer bits, to %s: %s, ...", len(rounded), dtype, rounded[0])
@@ -395,24 +390,17 @@ class Checkpoint:
         check_values(self._source, value_names, budget_bytes)
         # Reads all metadata at once, and checks it before memory is allocated by it.
         self._source.index([*wants, *value_wants(self._source, value_names)])
-        stored_values = [StoredValue(self._source, name) for name in value_names]
+        stored_values = [ValueRead(self._source, name) for name in value_names]
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]
         with Meter("load", progress, location=self.location) as meter:
-            read_boxes(
-                self._source,
-                wants,
-                tensors,
-                blobs=stored_values,
-                budget_bytes=budget_bytes,
-                max_over_read=max_over_read,
-                meter=meter,
-            )
+            options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read, meter=meter)
+            read_boxes(self._source, wants, tensors, stored_values, options)
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
         values |= {value.name: value.value(allow_pickle=allow_pickle) for value in stored_values}
         return nest({entry.name: values[entry.name] for entry in entries}, self._source.paths)
 
     @undisturbed()
-    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
+    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[DamagedChunk]:
         """Read the whole checkpoint and return the chunks that are damaged or missing.
 
         Other formats have no checksums of chunks. Shards of DCP are compared with the CRC-32s of their zip records,
@@ -429,7 +417,7 @@ class Checkpoint:
             StoreError: the store failed, other than by not having an object.
         """
         missing = [
-            Damage(name, Box((), ()), found.object, 0, 0, found.reason)
+            DamagedChunk(name, Box((), ()), found.object, 0, 0, found.reason)
             for name, found in self._source.unreadable.items()
             if found.is_damage
         ]

@@ -18,23 +18,23 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from ..planner.chunk_reads import Want
+from ..planner.entries import Kind
 from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
-from ..planner.index import Kind, nearest_names
-from ..planner.read_plan import Want
+from ..planner.index import nearest_names
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.source import Source
 from .reading.read_tensors import (
     BoxReads,
-    StoredValue,
-    TensorCopy,
-    carry_out,
+    DecodedTensor,
+    ReadOptions,
     check_is_tensor,
-    check_values,
     counting_metadata,
+    execute_reads,
     read_boxes,
-    value_wants,
 )
+from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
@@ -260,16 +260,16 @@ class _Loading:
                 self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
         return wants, destinations
 
-    def _given(self) -> list[TensorCopy]:
+    def _given(self) -> list[DecodedTensor]:
         """The tensors that were taken out of objects, and where they go."""
-        given: list[TensorCopy] = []
+        given: list[DecodedTensor] = []
         scales = scale_names(map(name_of, self._opened))
         for leaf, value in self._inside_values:
             if isinstance(value, torch.Tensor):
                 for box, tensor in _local_shards(leaf, tuple(value.shape)):
                     check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
                     self._note_cast(leaf.name, value.dtype, tensor.dtype)
-                    given.append(TensorCopy(leaf.name, value.detach()[box.slices], tensor))
+                    given.append(DecodedTensor(leaf.name, value.detach()[box.slices], tensor))
         return given
 
     def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
@@ -316,8 +316,8 @@ class _Loading:
         names = [self._stored[name] for name in inside]
         check_values(self.source, names, self._options.budget_bytes)
         self.source.index(value_wants(self.source, names))
-        blobs = [StoredValue(self.source, name) for name in names]
-        read_boxes(self.source, [], [], blobs=blobs)
+        blobs = [ValueRead(self.source, name) for name in names]
+        read_boxes(self.source, [], [], blobs)
         lost = []
         for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
             value = blob.value(allow_pickle=self._options.allow_pickle)
@@ -355,17 +355,9 @@ class _Loading:
     def run(self, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
         """Read. Raises what `load` raises for the bytes."""
         options = self._options
-        blobs = {name: StoredValue(self.source, self._stored[name]) for name in self._value_names}
-        report = carry_out(
-            self.source,
-            self._reads,
-            blobs=list(blobs.values()),
-            rank=rank,
-            budget_bytes=options.budget_bytes,
-            max_over_read=options.max_over_read,
-            interrupt=alarm.check,
-            meter=meter,
-        )
+        blobs = {name: ValueRead(self.source, self._stored[name]) for name in self._value_names}
+        reading = ReadOptions(rank, options.budget_bytes, options.max_over_read, alarm.check, meter)
+        report = execute_reads(self.source, self._reads, list(blobs.values()), reading)
         values = {name: blob.value(allow_pickle=options.allow_pickle) for name, blob in blobs.items()}
         self._values = [(leaf, values[leaf.name]) for leaf in self._objects]
         for leaf, names in self._containers:

@@ -12,6 +12,7 @@ import torch
 import reshard
 from reshard.errors import ArgumentError, DestinationError
 from reshard.planner.layout import Layout, Mesh, Shard
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
 
 STATE: dict[str, Any] = {"w": torch.arange(24.0).reshape(6, 4), "step": 3, "text": "x" * 3000}
@@ -70,9 +71,12 @@ def test_a_closed_checkpoint_refuses_every_call(call: Any, folder: Path) -> None
 
 def test_a_store_of_the_caller_is_not_closed() -> None:
     class Closable(MemoryStore):
-        closed = False
+        def __init__(self) -> None:
+            super().__init__()
+            self.closed = False
+            self.capabilities = Capabilities(close=self._close)
 
-        def close(self) -> None:
+        def _close(self) -> None:
             self.closed = True
 
     store = Closable()
@@ -93,7 +97,7 @@ def test_tensors_are_made_on_the_device_that_is_given(folder: Path) -> None:
             torch.cat([checkpoint.load_rank(layout, rank, device=device)["w"] for rank in range(2)]),
         ]
         assert all(tensor.device.type == device.type and tensor.cpu().equal(STATE["w"]) for tensor in found)
-        with pytest.raises(DestinationError, match="out is on cpu, and device='meta' was asked for"):
+        with pytest.raises(DestinationError, match="out is on cpu, but device='meta' was passed"):
             checkpoint.read("w", out=torch.empty(6, 4), device="meta")
 
 

@@ -16,11 +16,9 @@ app = typer.Typer(
 )
 Include = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="PATTERN", help="Names to read; 'model' includes all names below it. May be repeated. Default: all."
-    ),
+    typer.Option(metavar="PATTERN", help="Names to read. Repeatable."),
 ]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names to leave out. May be repeated.")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names to leave out. Repeatable.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,43 +63,38 @@ def inspect(
 @app.command()
 def plan(
     uri: Uri,
-    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Number of tensor-parallel ranks.")] = 1,
-    fsdp: Annotated[int, typer.Option(min=1, metavar="N", help="Number of FSDP ranks.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, metavar="N", help="Number of pipeline stages.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, metavar="N", help="Number of data-parallel replicas.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="TP ranks.")] = 1,
+    fsdp: Annotated[int, typer.Option(min=1, metavar="N", help="FSDP ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, metavar="N", help="Pipeline stages.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, metavar="N", help="Replicas.")] = 1,
     tp_plan: Annotated[
         list[str] | None,
-        typer.Option("--tp-plan", metavar="RULE|FILE", help="A rule such as '*.up=colwise', or a JSON file of rules."),
+        typer.Option("--tp-plan", metavar="RULE|FILE", help="'*.up=colwise', or a JSON file."),
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
-    latency: Annotated[
-        float | None, typer.Option(min=0, metavar="MS", help="Latency of a request to the store. Default: 20.")
-    ] = None,
+    latency: Annotated[float | None, typer.Option(min=0, metavar="MS", help="Request latency. Default: 20.")] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(min=0.001, metavar="MB/S", help="Bandwidth of a rank. Default: 1000.")
+        float | None, typer.Option(min=0.001, metavar="MB/S", help="Of a rank. Default: 1000.")
     ] = None,
-    concurrent_requests: Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent requests of a rank.")] = 32,
+    concurrent_requests: Annotated[int, typer.Option(min=1, metavar="N", help="Of a rank.")] = 32,
     price: Annotated[
-        float, typer.Option("--price-per-1000-gets", min=0, metavar="DOLLARS", help="Price of 1000 GET requests.")
+        float, typer.Option("--price-per-1000-gets", min=0, metavar="DOLLARS", help="Price of the requests.")
     ] = 0.0004,
     max_over_read: Annotated[
         float | None,
-        typer.Option(min=0, metavar="FRACTION", help="Unneeded bytes to read per needed byte, to save requests."),
+        typer.Option(min=0, metavar="FRACTION", help="Over-read bytes per needed byte."),
     ] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the plan as a .png, .svg or .pdf.")] = None,
-    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="The tensor whose chunks --plot draws.")] = None,
-    save: Annotated[
-        str | None, typer.Option(metavar="FILE.json", help="Save the plan. Pass the file as URI to show it again.")
-    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor for --plot.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE.json", help="Save the plan; usable as URI.")] = None,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what each rank of a layout would read and what it would cost. This reads metadata only.
+    """Show what each rank of a layout would read, from metadata only, and what DCP would read (whole shards).
 
-    The last columns show the same for DCP, which reads whole shards. If --tp-plan is missing, the plan in the model's
-    config.json is used. If --latency or --bandwidth is given, the plan is made for a store with these costs.
+    Without --tp-plan, the plan in config.json is used. --latency and --bandwidth plan for another store.
 
     Example: reshard plan s3://bucket/run/step-1000 --tp 8 --tp-plan '*.up=colwise' --tp-plan '*.down=rowwise'
     """
@@ -148,25 +141,21 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="OLD=NEW",
-            help="Rename names, such as 'model.*=*'. Other names stay. May be repeated.",
+            help="'model.*=*'; others stay. Repeatable.",
         ),
     ] = None,
     allow_missing: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Names to skip if they cannot be read. May be repeated."),
+        typer.Option(metavar="PATTERN", help="Skip if unreadable. Repeatable."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Cast floating-point tensors to this dtype, such as bfloat16.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Cast floats, as to bfloat16.")] = None,
     codec: Annotated[str, typer.Option(help="zstd or none.")] = "zstd",
-    max_file_gb: Annotated[float, typer.Option(min=0.001, help="Largest size of a safetensors file.")] = 5.0,
+    max_file_gb: Annotated[float, typer.Option(min=0.001, help="Size of safetensors files.")] = 5.0,
     format: Format = None,
     src_option: Options = None,
     dst_option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--dst-option", metavar="KEY=VALUE", help="A storage option of DST, if it differs from those of SRC."
-        ),
+        typer.Option("--dst-option", metavar="KEY=VALUE", help="Options of DST, if different."),
     ] = None,
 ) -> None:
     """Convert a checkpoint to another format, dtype or names. An interrupted conversion continues if run again.

@@ -14,7 +14,7 @@ from reshard.planner.text import shown
 from reshard.storage.maintenance.catalog import find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
 
-from ..words import in_bytes, in_time
+from ..humanize import format_age, format_bytes
 from .common import print_json, print_table, storage_options, tell
 
 SHOWN_NAMES = 10
@@ -35,9 +35,9 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
             checkpoint.uri,
             checkpoint.format,
             "" if checkpoint.step is None else checkpoint.step,
-            "" if checkpoint.nbytes is None else in_bytes(checkpoint.nbytes),
+            "" if checkpoint.nbytes is None else format_bytes(checkpoint.nbytes),
             "" if checkpoint.entries is None else checkpoint.entries,
-            "" if checkpoint.created is None else in_time((now - checkpoint.created).total_seconds()),
+            "" if checkpoint.created is None else format_age((now - checkpoint.created).total_seconds()),
             checkpoint.state,
         )
         for checkpoint in sorted(found, key=lambda checkpoint: (checkpoint.step or 0, checkpoint.uri))
@@ -56,7 +56,7 @@ def rm(uri: str, yes: bool, options: list[str] | None) -> None:
             tell(f"  {name!r}")
         if len(names) < len(removal.names):
             tell(f"  and {len(removal.names) - len(names)} more")
-        what = f"{removal.format} checkpoint of {in_bytes(removal.nbytes)}, {len(removal.names)} objects,"
+        what = f"{removal.format} checkpoint of {format_bytes(removal.nbytes)}, {len(removal.names)} objects,"
         if not typer.confirm(shown(f"Remove the {what} at {uri}?")):
             raise typer.Exit(1)
     tell(f"{len(reshard.remove(uri, given, expected=removal))} objects removed")
@@ -75,12 +75,12 @@ def gc(
     given = storage_options(options)
     found = reshard.gc(uri, given, older_than_s=older_than_s, dry_run=True)
     for remains in found:
-        tell(f"{remains.uri}: {len(remains.names)} objects, {in_bytes(remains.nbytes)}")
+        tell(f"{remains.uri}: {len(remains.names)} objects, {format_bytes(remains.nbytes)}")
     if not found:
         tell(f"no data that is older than {older_than_hours:g} hours")
     elif not dry_run:
         total = sum(remains.nbytes for remains in found)
-        if not yes and not typer.confirm(f"Remove {in_bytes(total)} that no checkpoint uses?"):
+        if not yes and not typer.confirm(f"Remove {format_bytes(total)} that no checkpoint uses?"):
             raise typer.Exit(1)
         remove_remains(found, given, older_than_s=older_than_s)
         tell("removed")

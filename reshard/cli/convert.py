@@ -14,7 +14,7 @@ import typer
 
 import reshard
 
-from ..words import first_few, in_bytes
+from ..humanize import format_bytes, format_names
 from .common import options_of, storage_options, tell
 
 
@@ -84,15 +84,15 @@ def run(
     if report.rank == 0:
         total = report.total
         tell(
-            f"{dst}: {in_bytes(total.bytes_needed)} of values, {in_bytes(total.bytes_written)} written, in "
+            f"{dst}: {format_bytes(total.bytes_needed)} of values, {format_bytes(total.bytes_written)} written, in "
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
-            names = first_few([cast.name for cast in report.cast])
+            names = format_names([cast.name for cast in report.cast])
             tell(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
         if report.dropped:
             why = "; safetensors stores tensors only" if options.to == "safetensors" else ""
-            tell(f"{len(report.dropped)} names were not converted: {first_few(report.dropped)}{why}")
+            tell(f"{len(report.dropped)} names were not converted: {format_names(report.dropped)}{why}")
 
 
 @contextmanager

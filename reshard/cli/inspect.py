@@ -11,7 +11,7 @@ from typing import Any
 import reshard
 from reshard.storage.checkpoint import Checkpoint
 
-from ..words import in_bytes
+from ..humanize import format_bytes
 from .common import in_words, print_json, print_table, storage_options, tell
 from .fold import Folded, fold, tree
 
@@ -77,10 +77,16 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     )
     tell(f"{told['location']}: {told['format']}" + (f" ({made})" if made else ""))
     dtypes = [
-        (dtype, f"{row['parameters']:,}", in_bytes(row["bytes"]), in_bytes(row["stored_bytes"]), _ratio(row))
+        (dtype, f"{row['parameters']:,}", format_bytes(row["bytes"]), format_bytes(row["stored_bytes"]), _ratio(row))
         for dtype, row in told["dtypes"].items()
     ]
-    total = ("all", f"{told['parameters']:,}", in_bytes(told["bytes"]), in_bytes(told["stored_bytes"]), _ratio(told))
+    total = (
+        "all",
+        f"{told['parameters']:,}",
+        format_bytes(told["bytes"]),
+        format_bytes(told["stored_bytes"]),
+        _ratio(told),
+    )
     columns = ("dtype", "values", "raw", "stored", "ratio")
     print_table(columns, [*dtypes, total] if len(dtypes) != 1 else dtypes, right=columns[1:])
     print()
@@ -111,7 +117,7 @@ def _about(checkpoint: Checkpoint, tensors: Folded | None) -> tuple[object, ...]
         return ("",) * 5
     infos = [checkpoint.tensors[name] for name in tensors.names]
     shape = " x ".join(map(str, infos[0].shape)) or "scalar"
-    stored = in_bytes(sum(info.stored_bytes for info in infos))
+    stored = format_bytes(sum(info.stored_bytes for info in infos))
     return _short(infos[0].dtype), shape, tensors.count, sum(info.chunks for info in infos), stored
 
 

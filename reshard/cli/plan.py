@@ -13,14 +13,14 @@ import typer
 
 import reshard
 from reshard import pictures
-from reshard.planner.costs import UNBOUNDED, Costs
 from reshard.planner.layout import Layout, Rule, Shard, StridedShard
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
+from reshard.planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
-from ..words import few, in_bytes
+from ..humanize import format_bytes, format_ranks
 from .common import print_json, print_table, storage_options, tell
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class Link:
     is_given: bool
     """Whether to plan for it; else for what the checkpoint's own store is known to be."""
 
-    def seconds(self, nbytes: int, requests: int, at_once: int | None = None) -> float:
+    def seconds(self, nbytes: int, requests: int, concurrent: int | None = None) -> float:
         """How long a rank takes for its requests: their latencies, so many at once, and their bytes."""
-        rounds = -(-requests // (at_once or self.concurrent_requests))
+        rounds = -(-requests // (concurrent or self.concurrent_requests))
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
     def seconds_of(self, report: PlanReport) -> float:
@@ -120,14 +120,18 @@ def _planned(checkpoint: Checkpoint, options: PlanOptions, link: Link) -> RankPl
     words = _words(checkpoint, options.tp_plan, mesh.get("tp", 1))
     stages = even_stages(checkpoint.tensors, mesh["pp"]) if "pp" in mesh else None
     layout = Layout(mesh, _rules(checkpoint, mesh, words), stages)
-    costs = Costs(link.latency_s, link.bytes_per_s, link.concurrent_requests, UNBOUNDED) if link.is_given else None
+    costs = (
+        RequestCosts(link.latency_s, link.bytes_per_s, link.concurrent_requests, UNBOUNDED_OVER_READ)
+        if link.is_given
+        else None
+    )
     return checkpoint.plan(
         layout, include=options.include, exclude=options.exclude, max_over_read=options.max_over_read, costs=costs
     )
 
 
 def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
-    name = tensor or pictures.max_over_read(plans)
+    name = tensor or pictures.most_over_read(plans)
     shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
     seconds = [link.seconds_of(plan.report) for plan in plans]
     return pictures.overview(plans, name=name, shards=shards, seconds=seconds)
@@ -161,7 +165,7 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
-    print_table(COLUMNS, [(few(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
+    print_table(COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
         tell(f"rank {most}: {note}")
@@ -170,16 +174,16 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
     needed = max(report.bytes_needed, 1)
     return (
-        in_bytes(report.bytes_needed),
-        in_bytes(report.bytes_fetched),
+        format_bytes(report.bytes_needed),
+        format_bytes(report.bytes_fetched),
         f"{report.amplification:.3f}",
         str(report.requests),
         str(report.objects),
         f"{link.seconds_of(report):.2f}",
         _in_dollars(link.dollars_of(report)),
-        in_bytes(whole.nbytes),
+        format_bytes(whole.nbytes),
         f"{whole.nbytes / needed:.2f}",
-        f"{link.seconds(whole.nbytes, whole.shards, at_once=1):.2f}",
+        f"{link.seconds(whole.nbytes, whole.shards, concurrent=1):.2f}",
     )
 
 

@@ -26,7 +26,7 @@ from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.source import Source
-from ..reading.read_tensors import check_values
+from ..reading.value_reads import check_values
 from ..runtime.brief import reason
 from ..runtime.checksums import checksum
 from ..runtime.limits import check_budget
@@ -43,13 +43,13 @@ from ..tensors.dtypes import dtype_name, is_packed, torch_dtype
 from ..tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
 from ..tensors.state_dict import Path, renamed_path
 from ..version import __version__
-from .journal import Notes, Stand
+from .journal import Journal, JournalState
 from .result_check import check_converted
-from .source_stream import Values
+from .source_stream import SourceStream
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
-from .targets.target import Done, Target, Unit
+from .targets.target import ConversionTarget, UnitRecord, WorkUnit
 from .work_items import Item
 
 logger = logger_of(__name__)
@@ -130,10 +130,10 @@ def convert(
 
     def prepare() -> tuple[str, str]:
         check_budget(budget_bytes)
-        _check(format, codec, dtype, max_file_bytes)
+        _check_arguments(format, codec, dtype, max_file_bytes)
         selection = Selection.of(include, exclude, rename)
         may_miss = patterns_of("allow_missing", allow_missing)
-        target: Target = DcpTarget()
+        target: ConversionTarget = DcpTarget()
         if format == "reshard":
             target = NativeTarget(codec, budget_bytes)
         elif format == "safetensors":
@@ -162,7 +162,7 @@ def convert(
     return Report(rank, tuple(ranks), dropped=conversion.dropped)
 
 
-def _check(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
+def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
     """Raises ArgumentError for what cannot be, whatever is to be converted."""
     check_codec(codec)
     check_dtype(dtype)
@@ -178,12 +178,12 @@ class _Conversion:
     """One rank's part of a conversion."""
 
     source: Source
-    target: Target
+    target: ConversionTarget
     store: Store
     items: list[Item]
-    units: list[Unit]
-    notes: Notes
-    stand: Stand
+    units: list[WorkUnit]
+    notes: Journal
+    stand: JournalState
     """As rank 0 found it."""
 
     def __init__(self, rank: int, world: int, budget_bytes: int | None, meter: Meter) -> None:
@@ -198,7 +198,7 @@ class _Conversion:
         self,
         source: Source,
         store: Store,
-        target: Target,
+        target: ConversionTarget,
         selection: Selection,
         may_miss: Sequence[str],
         dtype: torch.dtype | None,
@@ -222,16 +222,16 @@ class _Conversion:
             for item, dtype in stored
             if dtype != item.dtype and loses_bits(torch_dtype(dtype), item.torch_dtype)
         )
-        self.notes = Notes(store, target)
+        self.journal = Journal(store, target)
         self._reads = Reads(source.store)
         cut = [len(unit.pieces) for unit in self.units]
         of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
         self._told = _checksum([what, of_source, [repr(item) for item in items], cut])
         return self._told, store.location
 
-    def begin(self) -> Stand:
-        """Take the place, or find out what stands there already. By one rank. Raises as `Notes.begin`."""
-        return self.notes.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
+    def begin(self) -> JournalState:
+        """Take the place, or find out what stands there already. By one rank. Raises as `Journal.begin`."""
+        return self.journal.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
@@ -241,17 +241,17 @@ class _Conversion:
         own = missing[self._rank :: self._world]
         self._meter.location = self.store.location
         self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
-        with closing(Values(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
+        with closing(SourceStream(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
             try:
                 for unit in own:
                     interrupt()
-                    self.notes.check(self.stand.conversion)
+                    self.journal.check(self.stand.conversion)
                     written += retried(partial(self._write, unit, values, interrupt))["bytes"]
             except BaseException:
                 with suppress(Exception):  # the first error is the one to tell
-                    self.notes.write(self.stand.conversion)
+                    self.journal.write(self.stand.conversion)
                 raise
-            retried(partial(self.notes.write, self.stand.conversion))
+            retried(partial(self.journal.write, self.stand.conversion))
         report = values.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
@@ -263,11 +263,11 @@ class _Conversion:
             cast=self.cast,
         )
 
-    def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
+    def _write(self, unit: WorkUnit, values: SourceStream, interrupt: Interrupt) -> UnitRecord:
         conversion, before = self.stand.conversion, self._meter.done
         try:
             done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-            self.notes.note(conversion, unit, done)
+            self.journal.note(conversion, unit, done)
         except BaseException:
             self._meter.add(before - self._meter.done)
             raise
@@ -279,17 +279,17 @@ class _Conversion:
         if self.stand.committed:
             check_converted(self.store, self.target.format, self.items, {})
         else:
-            data = self._made_of(self.notes.finished(conversion, self.units))
+            data = self._made_of(self.journal.finished(conversion, self.units))
             check_converted(self.store, self.target.format, self.items, {self.target.commits: data})
-            self.notes.commit(conversion, data)
+            self.journal.commit(conversion, data)
             nbytes = len(data)
-        self.notes.clean(conversion)
+        self.journal.clean(conversion)
         return nbytes
 
-    def _made_of(self, done: Sequence[Done]) -> bytes:
+    def _made_of(self, done: Sequence[UnitRecord]) -> bytes:
         """Return the object that makes the checkpoint whole. Raises CorruptCheckpointError."""
         try:
-            return self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
+            return self.target.commit(self.store.location, self.items, done, _item_paths(self.source, self.items))
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
             raise CorruptCheckpointError(
                 f"the notes of the conversion in {self.store.location} are damaged: {reason(error)}. Remove what is "
@@ -360,7 +360,7 @@ def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str
     return dtype_name(entry.name, to)
 
 
-def _paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
+def _item_paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
     """The paths of items in the state dict that was saved, as far as their names still follow them.
 
     New names may be those of containers of others: then only items that keep their names have paths.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from typing_extensions import Buffer
 
@@ -12,19 +13,23 @@ from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.source import Source
 from ..runtime.brief import reason
-from ..stores.base import Store, top_names
-from ..stores.retry import RetryingStore
+from ..stores.base import Capabilities, Store, top_names
+from ..stores.wrapped import WrappedStore
 from ..tensors.name_patterns import quoted
 from .work_items import Item
 
 
-class _WithValue(RetryingStore):
+class _WithValue(WrappedStore):
     """A store as if it had one more object."""
 
     def __init__(self, store: Store, name: str, data: bytes) -> None:
         super().__init__(store)
         self._name = name
         self._data = data
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, list_top=lambda: {*top_names(self.inner), self._name})
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         return self._data[start:stop] if name == self._name else super().read(name, start, stop)
@@ -34,9 +39,6 @@ class _WithValue(RetryingStore):
 
     def list(self, folder: str = "") -> Iterable[str]:
         return {*super().list(folder), self._name}
-
-    def list_top(self) -> Iterable[str]:
-        return {*top_names(self._store), self._name}
 
 
 def check_converted(store: Store, format: str, items: Sequence[Item], commit: Mapping[str, bytes]) -> None:

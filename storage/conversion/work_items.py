@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...planner.box import Box
-from ...planner.entries import ITEMSIZES
-from ...planner.index import Kind
+from ...planner.entries import ITEMSIZES, Kind
 from ..tensors.dtypes import torch_dtype
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray, intersect_many
-from ...planner.byte_ranges import slabs_of
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
-from ...planner.entries import Entry
-from ...planner.index import CheckpointIndex, Encoding, Kind
-from ...planner.read_plan import Want
+from ...planner.entries import Encoding, Entry, Kind
+from ...planner.index import CheckpointIndex
+from ...planner.slabs import slabs_of
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from .dcp_metadata import METADATA, DcpMetadata, SerializedShard
 from .foreign import ForeignSource, Shards
@@ -148,14 +148,14 @@ class DcpSource(ForeignSource):
         if name not in self._must_read_whole:
             return worthwhile
         worthwhile[:] = ~self._must_read_whole[name][rows]
-        if self.store.read_into is not None:
+        if self.store.capabilities.read_into is not None:
             return worthwhile  # on a disk, a request costs less than decoding
         shards, itemsize, costs = self._shards[name], self._entries[name].itemsize, self._reads.costs
         lengths, values = shards.lengths[rows], shards.sizes[rows].prod(axis=1) * itemsize
         # A shard that has no more bytes than its values is in a safetensors file, and the header must be read.
         some = np.flatnonzero(worthwhile & (lengths > values) & (lengths <= MAX_REQUEST_BYTES))
         boxes = shards.offsets[rows[some]], shards.sizes[rows[some]], offsets[some], sizes[some]
-        slabs = slabs_of(*boxes, itemsize, costs.gaps())
+        slabs = slabs_of(*boxes, itemsize, costs.gap_limits())
         nbytes = np.where(slabs.runs.sparse, slabs.runs.packed_bytes, slabs.runs.spans)
         worthwhile[some] = lengths[some] - np.bincount(slabs.chunks, nbytes, len(some)) > costs.gap_bytes
         return worthwhile

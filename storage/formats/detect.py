@@ -26,7 +26,7 @@ FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
 """The formats of single files, by the suffix of their names."""
 HF_FILE = "pytorch_model.bin"
-"""The name that transformers gives to the torch.save file of a model. Other torch.save files in its folder are ignored."""
+"""The name that transformers gives to a torch.save file of a model. Other such files in its folder are ignored."""
 TORCH_INDEX_SUFFIX = ".bin.index.json"
 MAIN_INDEXES = (f"model{INDEX_SUFFIX}", f"pytorch_model{TORCH_INDEX_SUFFIX}")
 """The names that transformers gives to the index of a model. Other indexes in the folder are ignored."""

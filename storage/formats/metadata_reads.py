@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from ...planner.costs import LOCAL, REMOTE, Costs
+from ...planner.request_costs import LOCAL_COSTS, REMOTE_COSTS, RequestCosts
 from ..errors import CorruptCheckpointError
 from ..runtime.checksums import checksum
 from ..runtime.forks import Lock
@@ -102,9 +102,9 @@ class Reads:
             return list(pool.map(call, *columns))
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> RequestCosts:
         """The cost of a request, from the measured latency and throughput."""
-        if self.store.read_into is not None:
-            return LOCAL
-        concurrent = self.store.concurrent_reads
-        return replace(REMOTE.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)
+        if self.store.capabilities.read_into is not None:
+            return LOCAL_COSTS
+        concurrent = self.store.capabilities.concurrent_reads
+        return replace(REMOTE_COSTS.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.entries import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS
-from ...planner.index import Encoding, Kind
+from ...planner.entries import ITEMSIZES, MAX_TENSOR_DIMENSIONS, MAX_TOTAL_BYTES, Encoding, Kind
 from ..errors import CorruptCheckpointError, DtypeError
 from ..runtime.brief import brief, reason
 from ..tensors.dtypes import is_packed
@@ -212,8 +211,8 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
         raise ValueError(f"{name!r} has the dtype {brief(word)}")
     dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
-    possible = all(type(n) is int and 0 <= n <= MAX_BYTES for n in (*shape, *(offsets or ()), begin, end))
-    if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
+    possible = all(type(n) is int and 0 <= n <= MAX_TOTAL_BYTES for n in (*shape, *(offsets or ()), begin, end))
+    if not possible or len(shape) > MAX_TENSOR_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
         raise ValueError(f"{name!r} has the shape {brief(shape)} and the bytes [{brief(begin)}, {brief(end)})")
     if not dtype:
         return TensorHeader(dtype, shape, data_start + begin, offsets, word)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...planner.byte_ranges import Gaps
-from ...planner.costs import UNBOUNDED, Costs
+from ...planner.chunk_reads import Want
+from ...planner.coalesce import GapLimits
 from ...planner.entries import Entry
 from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex
-from ...planner.read_plan import Want
+from ...planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..stores.base import Store
 from ..tensors.state_dict import Path
@@ -24,7 +24,7 @@ def bounded(max_over_read: float) -> float:
     """Return a user's bound on over-reads. Raise ArgumentError if it is negative or not a number."""
     if not max_over_read >= 0:
         raise ArgumentError(f"max_over_read must be 0 or more, got {max_over_read}")
-    return min(max_over_read, UNBOUNDED)
+    return min(max_over_read, UNBOUNDED_OVER_READ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class Source(Protocol):
     def observe(self, nbytes: int, seconds: float) -> None:
         """Learn how fast the store is from a finished reading of `nbytes` bytes."""
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         """Return which gaps between byte ranges are worth reading over.
 
         Args:

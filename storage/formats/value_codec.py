@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...planner.index import Kind
+from ...planner.entries import Kind
 from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedValueError
 from ..runtime.brief import reason
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain

@@ -1,8 +1,6 @@
-"""A store: the few things that a checkpoint needs of a place that keeps objects.
+"""What a checkpoint needs from a store: the `Store` protocol, the `Capabilities` of a store, and `held`.
 
-Anything that has these methods can be given where a URI is expected. Names are relative to the store's root, with
-"/" between their parts. All methods may be called from several threads at once, and raise StoreError or one of its
-subclasses for whatever goes wrong below them.
+An instance of any class that has the methods of `Store` can be passed where a URI is expected.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
@@ -17,137 +16,165 @@ from typing_extensions import Buffer
 from ..runtime.threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
-"""Reads bytes [start, stop) of an object, for each of some ranges, one after another into a buffer of their size, and
-tells how many bytes were there. Raises as Store.read."""
+"""Reads byte ranges [start, stop) of the named object, one after another, into a buffer of their total size.
+
+Returns the number of bytes that were read, which is smaller if the object ends early. Raises like `Store.read`."""
 
 
 class AsyncReads(Protocol):
-    """The reads of a store that needs no thread for each."""
+    """Reads on an event loop, for a client that does not need a thread per request."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Where they run, in a thread of its own."""
+        """The event loop that runs the reads. It runs in another thread."""
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
-        """As Store.read."""
+        """Do what `Store.read` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """How a store is best used, and which optional methods it has.
+
+    The defaults are right for a store that has only the methods of `Store`. An optional method is called only if it is
+    set here.
+    """
+
+    concurrent_reads: int = 16
+    """The number of concurrent reads that serves the store best."""
+    buffers_objects: bool = False
+    """Whether the store holds an object in memory until it is complete. If so, a save writes several small objects
+    instead of one large object."""
+    async_reads: AsyncReads | None = None
+    """Reads on an event loop. If set, they replace `Store.read` for bulk data."""
+    read_into: ReadInto | None = None
+    """Reads into memory of the caller. If set, it replaces `Store.read` for data objects, which never change. The
+    store is then treated as a local disk: requests are cheap, and the threads that decode also read."""
+    will_read: Callable[[str, Sequence[tuple[int, int]]], None] | None = None
+    """Starts to fetch byte ranges [start, stop) of the named object, which will be read soon. Raises nothing."""
+    list_top: Callable[[], Iterable[str]] | None = None
+    """Lists the objects at the root without those in folders. Raises what `Store.list` raises."""
+    check_delete: Callable[[Iterable[str]], None] | None = None
+    """Raises StoreError for the first object that `Store.delete` would refuse to delete. Changes nothing."""
+    close: Callable[[], None] | None = None
+    """Closes files and connections. The store may open them again when it is used."""
+
+    def __post_init__(self) -> None:
+        if self.concurrent_reads < 1:
+            raise ValueError(f"concurrent_reads must be at least 1, got {self.concurrent_reads}")
 
 
 class ObjectWriter(Protocol):
-    """One object being written."""
+    """An object that is being written."""
 
     def write(self, data: Buffer, /) -> object:
-        """Append bytes. They must stay as they are until the object stands."""
+        """Append bytes. The caller must not change them before the object is complete."""
 
 
 @runtime_checkable
 class Store(Protocol):
-    """Objects below one root."""
+    """Objects below one root.
+
+    The name of an object is relative to the root, with "/" between its parts. All methods may be called from several
+    threads at once. They raise StoreError or one of its subclasses for every failure.
+    """
 
     @property
     def location(self) -> str:
-        """The root, as errors should name it. Holds no secret."""
+        """The root, as error messages show it. It must contain no secret."""
 
     @property
-    def concurrent_reads(self) -> int:
-        """How many reads at once serve it best."""
-
-    @property
-    def async_reads(self) -> AsyncReads | None:
-        """Reads that need no thread, where it has them."""
-
-    @property
-    def read_into(self) -> ReadInto | None:
-        """A read into memory that is given, where it has one; of data objects, which never change."""
-
-    @property
-    def holds_objects(self) -> bool:
-        """Whether an object is held in memory until all of it is there: then several small ones are better."""
+    def capabilities(self) -> Capabilities:
+        """How the store is best used. `Capabilities()` is right for a simple store."""
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
-        """Bytes [start, stop) of an object, 0 <= start < stop; fewer where the object ends before.
+        """Return the bytes [start, stop) of an object, or fewer if the object ends before `stop`.
 
-        Raises ObjectNotFoundError, AccessDeniedError, StoreError.
+        Args:
+            name: The object.
+            start: The first byte, at least 0. It may be past the end of the object.
+            stop: The byte after the last one, greater than `start`.
+
+        Raises:
+            ObjectNotFoundError: There is no such object.
+            AccessDeniedError: The store refuses the request.
+            StoreError: The read fails for any other reason.
         """
 
     def size(self, name: str) -> int:
-        """Bytes of an object. Raises ObjectNotFoundError, AccessDeniedError, StoreError."""
+        """Return the size of an object in bytes. Raises what `read` raises."""
 
     def modified(self, name: str) -> float:
-        """When an object was written, in seconds since 1970. Raises as `size`."""
+        """Return when an object was last written, in seconds since 1970. Raises what `read` raises."""
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        """Write a new object. It stands, durably, once the block is left; left by an error, it need not exist."""
+        """Return a context manager that writes a new object.
+
+        The object is complete and durable when the block ends. If the block raises, the object need not exist.
+        """
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
-        """Write a whole object atomically: readers see the old one or the new one.
+        """Write a whole object atomically: a reader sees either the old object or the new one.
 
-        Raises CheckpointExistsError where an object of this name is there and `overwrite` is False.
+        Raises:
+            CheckpointExistsError: `overwrite` is False and an object of this name exists.
         """
 
     def list(self, folder: str = "") -> Iterable[str]:
-        """The names of all objects below the root, or below a folder of it; none where there is no such place.
+        """Return the names of all objects below the root, or below one of its folders.
 
-        Keys that no file could have (see `is_name`) are left out.
+        The result is empty if the folder does not exist. Keys for which `is_name` is False are omitted.
         """
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; those that are not there are passed over."""
-
-
-@runtime_checkable
-class ReadsAhead(Protocol):
-    """What a store may have beside: a way to be told what will be read soon."""
-
-    def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
-        """Bytes [start, stop) of an object, for each range, will be read: begin to fetch them. Raises nothing."""
-
-
-@runtime_checkable
-class ChecksDeletes(Protocol):
-    """What a store may have beside: a way to find out what it would refuse to delete."""
-
-    def check_delete(self, names: Iterable[str]) -> None:
-        """Raises StoreError for the first of some objects that `delete` would refuse, and changes nothing."""
-
-
-def check_delete(store: object, names: Iterable[str]) -> None:
-    """Check that objects can be deleted, if the store can tell. Raises StoreError."""
-    if isinstance(store, ChecksDeletes):
-        store.check_delete(names)
+        """Delete objects. Names of objects that do not exist are ignored."""
 
 
 def is_name(path: str) -> bool:
-    """Return whether a key of a bucket can be a name here: others, as "a//b" or the marker "a/", stand for no file."""
+    """Return whether a key of a bucket can be the name of an object.
+
+    Keys such as "a//b" and "a/" (a marker of an empty folder) correspond to no file and are not names.
+    """
     return not {"", ".", ".."}.intersection(path.split("/"))
 
 
-@runtime_checkable
-class ListsTop(Protocol):
-    """What a store may have beside: a listing that does not go into folders."""
-
-    def list_top(self) -> Iterable[str]:
-        """The names of the objects at the root; none where there is no such place. Raises as `Store.list`."""
-
-
 def top_names(store: Store) -> list[str]:
-    """Return the names of the objects at the root of a store, which are in no folder. Raises as `Store.list`."""
-    if isinstance(store, ListsTop):
-        return list(store.list_top())
+    """Return the names of the objects at the root of a store, without those in folders.
+
+    Raises what `Store.list` raises.
+    """
+    list_top = store.capabilities.list_top
+    if list_top is not None:
+        return list(list_top())
     return [name for name in store.list() if "/" not in name]
 
 
-HELD_BYTES = 80 * 1024 * 1024
-"""An object that grows larger is sent in parts while it is written."""
+def check_delete(store: Store, names: Iterable[str]) -> None:
+    """Raise StoreError if a store knows in advance that it would refuse to delete one of these objects."""
+    check = store.capabilities.check_delete
+    if check is not None:
+        check(names)
+
+
+def close_store(store: Store) -> None:
+    """Close the files and connections of a store. The store may open them again when it is used."""
+    close = store.capabilities.close
+    if close is not None:
+        close()
+
+
+MAX_HELD_BYTES = 80 * 1024 * 1024
+"""An object that grows larger than this is uploaded in parts while it is written."""
 PART_BYTES = 16 * 1024 * 1024
 
 
-class Upload:
-    """An object that is sent in parts, by a client's file.
+class MultipartUpload:
+    """An object that a client's file uploads in parts.
 
     Args:
-        file: has write and close; once it is closed, the object comes into being.
-        errors: translates what the client raises.
-        abort: has the client end it otherwise.
+        file: A file of the client, with the methods `write` and `close`. `close` completes the object.
+        errors: Returns a context manager that translates the client's exceptions.
+        abort: Cancels the upload.
     """
 
     def __init__(
@@ -166,38 +193,43 @@ class Upload:
             self._file.close()
 
 
-class _Held:
-    """An ObjectWriter that holds what it is given; once that is too much, it sends it in parts."""
+class _HoldingWriter:
+    """An ObjectWriter that holds the bytes in memory, and uploads them in parts if they are many."""
 
-    def __init__(self, begin: Callable[[], Upload] | None) -> None:
-        self._begin = begin
+    def __init__(self, begin_upload: Callable[[], MultipartUpload] | None) -> None:
+        self._begin_upload = begin_upload
         self._nbytes = 0
-        self.parts: list[Buffer] = []
-        self.upload: Upload | None = None
+        self.held: list[Buffer] = []
+        self.upload: MultipartUpload | None = None
 
     def write(self, data: Buffer, /) -> None:
-        self.parts.append(data)
+        self.held.append(data)
         self._nbytes += memoryview(data).nbytes
-        if self.upload is None and self._begin is not None and self._nbytes > HELD_BYTES:
-            self.upload = self._begin()
+        if self.upload is None and self._begin_upload is not None and self._nbytes > MAX_HELD_BYTES:
+            self.upload = self._begin_upload()
             self._nbytes = PART_BYTES
         if self.upload is not None and self._nbytes >= PART_BYTES:
-            self.upload.write(b"".join(self.parts))
-            self.parts, self._nbytes = [], 0
+            self.upload.write(b"".join(self.held))
+            self.held, self._nbytes = [], 0
 
 
 @contextmanager
-def held(put: Callable[[bytes], None], begin: Callable[[], Upload] | None = None) -> Iterator[ObjectWriter]:
-    """A `Store.create` for a store that takes an object whole: it is put once the block is left without an error.
+def held(
+    put: Callable[[bytes], None], begin_upload: Callable[[], MultipartUpload] | None = None
+) -> Iterator[ObjectWriter]:
+    """Implement `Store.create` for a client that accepts only whole objects.
+
+    The object is held in memory and put when the block ends without an error.
 
     Args:
-        put: puts a whole object.
-        begin: begins one that is sent in parts, where the store can do that: what is large is.
+        put: Puts a whole object.
+        begin_upload: Begins an upload in parts, for objects larger than MAX_HELD_BYTES. If None, every object is held
+            as a whole.
     """
-    writer = _Held(begin)
+    writer = _HoldingWriter(begin_upload)
     try:
         yield writer
-        rest = b"".join(writer.parts)
+        rest = b"".join(writer.held)
         if writer.upload is None:
             put(rest)
         else:
@@ -205,13 +237,6 @@ def held(put: Callable[[bytes], None], begin: Callable[[], Upload] | None = None
             writer.upload.close()
     except BaseException:
         if writer.upload is not None:
-            with suppress(Exception), cleaning_up():  # the first error is the one to tell
+            with suppress(Exception), cleaning_up():  # the caller needs the first error, not one of the clean-up
                 writer.upload.abort()
         raise
-
-
-def close_store(store: Store) -> None:
-    """Close the files and connections that a store keeps, if it can be closed. It may open them again."""
-    close = getattr(store, "close", None)
-    if close is not None:
-        close()

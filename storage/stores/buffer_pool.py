@@ -1,4 +1,7 @@
-"""Memory to read into that is used again: fresh pages cost more than filling them."""
+"""Reusable memory for reads from a local disk.
+
+Faulting in new pages takes longer than filling pages that are already mapped (benchmarks/overhead.py).
+"""
 
 from __future__ import annotations
 
@@ -10,66 +13,69 @@ import numpy.typing as npt
 
 from .base import ReadInto
 
-Array = npt.NDArray[np.uint8]
+ByteArray = npt.NDArray[np.uint8]
 PAGE_BYTES = 4096
 
 
-def in_step(start: int, nbytes: int) -> memoryview:
-    """Fresh memory for what lies in a file from byte `start`, as far into a page as it is there.
+def aligned_buffer(start: int, nbytes: int) -> memoryview:
+    """Return new memory for bytes from `start` of a file, at the same offset in a page as in the file.
 
-    Where memory lies up to 63 bytes further into its page than what is copied to it, AMD's Zen 3 and 4 copy five times
-    as slowly (glibc's bug 30994), and that is where the C library puts large memory: 16 bytes into a page.
+    On AMD's Zen 3 and 4, a copy is five times as slow if its destination is up to 63 bytes further into a page than its
+    source (glibc bug 30994). The C library allocates large memory exactly there: 16 bytes into a page.
     """
-    into_page = start % PAGE_BYTES
-    return _whole_pages(into_page + nbytes).data[into_page:]
+    page_offset = start % PAGE_BYTES
+    return _page_aligned(page_offset + nbytes).data[page_offset:]
 
 
-def _whole_pages(nbytes: int) -> Array:
-    """Fresh memory that begins with a page."""
+def _page_aligned(nbytes: int) -> ByteArray:
+    """Return a new array that begins at the start of a page."""
     array = np.empty(nbytes + PAGE_BYTES, np.uint8)
     return array[-array.ctypes.data % PAGE_BYTES :][:nbytes]
 
 
-class Memory:
-    """Memory that is used again, in few sizes; never more of it than was lent at once."""
+class BufferPool:
+    """Buffers of a few sizes that are used again. It never keeps more bytes than were lent at the same time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free: dict[int, list[Array]] = {}
-        """By size, that given back last at the end: it is the likeliest to be in the cache."""
-        self._lent: dict[int, Array] = {}
-        """By what `id` gives."""
-        self._lent_bytes = self._free_bytes = self._most_bytes = 0
+        self._free: dict[int, list[ByteArray]] = {}
+        """Free arrays by size. The array that was released last is at the end: it is most likely in the cache."""
+        self._lent: dict[int, ByteArray] = {}
+        """Lent arrays by their `id`."""
+        self._lent_bytes = self._free_bytes = self._max_bytes = 0
 
-    def filled(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
-        """What `read_into` gives of some ranges, one after another. Raises what it raises."""
+    def read(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
+        """Read byte ranges of an object into a buffer of the pool. Raises what `read_into` raises.
+
+        Pass the result to `release` when nothing refers to it any more.
+        """
         nbytes = sum(stop - start for start, stop in ranges)
-        data = self._lend(nbytes).data[ranges[0][0] % PAGE_BYTES :]  # as `in_step` has it
+        data = self._lend(nbytes).data[ranges[0][0] % PAGE_BYTES :]  # the alignment of `aligned_buffer`
         try:
             return data[: read_into(name, ranges, data[:nbytes])]
         except BaseException:
-            self.give(data)
+            self.release(data)
             raise
 
-    def _lend(self, nbytes: int) -> Array:
-        """At least as many bytes, and a page."""
+    def _lend(self, nbytes: int) -> ByteArray:
+        """Return an array of at least `nbytes` bytes and one page."""
         step = 1 << max(0, (nbytes - 1).bit_length() - 4)
-        size = -(-nbytes // step) * step + PAGE_BYTES  # at most an eighth more
+        size = -(-nbytes // step) * step + PAGE_BYTES  # rounding up adds at most an eighth
         with self._lock:
             if free := self._free.get(size):
                 array = free.pop()
                 self._free_bytes -= size
             else:
-                array = _whole_pages(size)
+                array = _page_aligned(size)
             self._lent[id(array)] = array
             self._lent_bytes += size
-            self._most_bytes = max(self._most_bytes, self._lent_bytes)
-            self._drop()
+            self._max_bytes = max(self._max_bytes, self._lent_bytes)
+            self._drop_excess()
         return array
 
-    def _drop(self) -> None:
-        """Let go of what is too much, of the size that was given back longest ago."""
-        while self._free_bytes + self._lent_bytes > self._most_bytes:
+    def _drop_excess(self) -> None:
+        """Drop free arrays beyond the limit, first those of the size that was released longest ago."""
+        while self._free_bytes + self._lent_bytes > self._max_bytes:
             size, free = next(iter(self._free.items()))
             if free:
                 free.pop(0)
@@ -77,8 +83,8 @@ class Memory:
             if not free:
                 del self._free[size]
 
-    def give(self, data: memoryview) -> None:
-        """Take back what was lent; anything else is left alone."""
+    def release(self, data: memoryview) -> None:
+        """Take back a buffer that `read` returned. Other memory is ignored."""
         with self._lock:
             array = self._lent.pop(id(data.obj), None)
             if array is not None:
@@ -86,5 +92,5 @@ class Memory:
                 self._free_bytes += array.nbytes
                 free = self._free.pop(array.nbytes, [])
                 free.append(array)
-                self._free[array.nbytes] = free  # the last of the sizes
-                self._drop()
+                self._free[array.nbytes] = free  # moves this size to the end of the dict
+                self._drop_excess()

@@ -1,8 +1,8 @@
-"""What the clients of stores raise, as errors of reshard: the one place that knows their words.
+"""Translate the exceptions of store clients into reshard's errors. No other module knows the clients' messages.
 
-s3fs hides botocore's answer behind an OSError, whose cause still has it; gcsfs has an error with a number; obstore has
-the store's answer in its message; aiohttp and botocore have classes of their own for what goes wrong on the way. Told
-apart: not there, not permitted, refused by a condition, beyond the end, and what may pass if it is tried again.
+s3fs raises an OSError whose cause has botocore's answer, gcsfs an error with a number, obstore an error with the
+store's answer in its message. aiohttp and botocore have their own classes for network errors. The translation
+distinguishes: not found, access denied, condition failed, range past the end, and transient failures.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ...planner.errors import CheckpointError
 from ...planner.masking import harmless
 from ..errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError, UnavailableError
 
-_REFUSED = frozenset(
+_ACCESS_DENIED_CODES = frozenset(
     ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "401", "403")
 )
-_DENIED = frozenset(("PermissionDeniedError", "UnauthenticatedError"))
-"""Classes of obstore."""
+_ACCESS_DENIED_CLASSES = frozenset(("PermissionDeniedError", "UnauthenticatedError"))
+"""Exceptions of obstore."""
 _CONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
 _CONFLICTS = frozenset(("ConditionalRequestConflict", "OperationAborted", "409"))
-"""What S3 answers to one of two conditional writes at the same time; it says nothing of which one wins."""
+"""S3's answers to one of two simultaneous conditional writes. They do not say which write succeeds."""
 _BEYOND_THE_END = frozenset(("InvalidRange", "416"))
 _GONE = ("404", "410")
 _TRANSIENT = frozenset(
@@ -56,7 +56,7 @@ _TRANSIENT_CLASSES = frozenset(
         "ServerDisconnectedError",
     ]
 )
-"""Of aiohttp, botocore, urllib3 and requests, whose packages need not be here."""
+"""Exceptions of aiohttp, botocore, urllib3 and requests, by name, since these packages may not be installed."""
 _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
@@ -69,7 +69,14 @@ _STATUS = re.compile(r"status code: (\d{3})")
 
 @contextmanager
 def translating(doing: str, name: str, location: str, *, with_cause: bool = True) -> Iterator[None]:
-    """Translate what a block raises; with the client's own error as the cause, unless that shows a secret."""
+    """Translate the exceptions that a block raises.
+
+    Args:
+        doing: What the block does: "read", "write", "list" or "delete".
+        name: The object.
+        location: The root of the store.
+        with_cause: Whether to keep the client's exception as the cause. False if it may contain a secret.
+    """
     try:
         yield
     except CheckpointError:
@@ -79,29 +86,30 @@ def translating(doing: str, name: str, location: str, *, with_cause: bool = True
 
 
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
-    """The error of reshard for what a client raised while `doing` ("read", "write", ...) an object of a store."""
+    """Return reshard's error for an exception of a client. The arguments are those of `translating`."""
     where = f"{name!r} in {location}"
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in ("", *_GONE):
-        error = cause  # fsspec takes any answer to a look for a file as a no
+        error = cause  # fsspec raises this for any failed look-up
     if isinstance(error, FileNotFoundError):
         if doing == "write":
             return StoreError(f"cannot write {where}: there is no such bucket or folder")
         return ObjectNotFoundError(f"{location} has no object {name!r}")
     kind = type(error).__name__
-    reason = f"{kind}: {_words(error)}"
-    if isinstance(error, PermissionError) or "Credential" in kind or kind in _DENIED or _code(error) in _REFUSED:
+    reason = f"{kind}: {_message(error)}"
+    is_denied = isinstance(error, PermissionError) or "Credential" in kind or kind in _ACCESS_DENIED_CLASSES
+    if is_denied or _code(error) in _ACCESS_DENIED_CODES:
         return AccessDeniedError(
             f"{location} refused to {doing} {name!r}: {reason}; "
             "check the credentials in the environment or in storage_options"
         )
     if doing == "write" and (_code(error) in _CONFLICTS or _status(error) == "410"):
         return UnavailableError(f"cannot write {where} now: {reason}")
-    exists = isinstance(error, FileExistsError) or kind == "AlreadyExistsError"  # the latter of obstore
+    exists = isinstance(error, FileExistsError) or kind == "AlreadyExistsError"  # the latter is obstore's
     if doing == "write" and (exists or _code(error) in _CONDITION_FAILED):
         return CheckpointExistsError(f"{name!r} exists in {location}")
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-        reason = f"the client does not know what storage_options have: {error}"
+        reason = f"storage_options has an option that the client does not know: {error}"
     if _code(error) == "NoSuchBucket":
         reason = "there is no such bucket"
     if "Received redirect without LOCATION" in str(error):
@@ -112,7 +120,7 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
 
 
 def is_beyond_the_end(error: Exception) -> bool:
-    """Whether a store refused a range that begins at or after the end of the object."""
+    """Return whether an error means that the range begins at or after the end of the object."""
     return _code(error) in _BEYOND_THE_END or "Requested Range Not Satisfiable" in str(error)
 
 
@@ -121,22 +129,25 @@ def _is_transient(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True
-    if _is_of_obstore(error) and ("HTTP error: " in str(error) or _OTHER_RANGE.search(str(error))):
+    if _is_from_obstore(error) and ("HTTP error: " in str(error) or _OTHER_RANGE.search(str(error))):
         return True
     causes = (error, error.__cause__, error.__context__)
     return any(kind.__name__ in _TRANSIENT_CLASSES for cause in causes for kind in type(cause).__mro__)
 
 
-def _is_of_obstore(error: BaseException) -> bool:
-    """Return whether an error is obstore's; those of its files are plain OSErrors."""
-    is_of_file = type(error) is OSError and str(error).startswith("Generic S3 error: ")
-    return is_of_file or type(error).__module__.partition(".")[0] == "obstore"
+def _is_from_obstore(error: BaseException) -> bool:
+    """Return whether obstore raised an error. Its files raise plain OSErrors."""
+    is_from_file = type(error) is OSError and str(error).startswith("Generic S3 error: ")
+    return is_from_file or type(error).__module__.partition(".")[0] == "obstore"
 
 
-def _words(error: BaseException) -> str:
-    """What an error says; of obstore's, which show all that was sent and answered, the store's code and message."""
+def _message(error: BaseException) -> str:
+    """Return the message of an error.
+
+    The messages of obstore show the whole request and answer. Only the store's code and message are kept of them.
+    """
     text = str(error)
-    if not _is_of_obstore(error):
+    if not _is_from_obstore(error):
         return text
     code, message = _XML_CODE.search(text), _XML_MESSAGE.search(text)
     if code:
@@ -146,8 +157,8 @@ def _words(error: BaseException) -> str:
 
 
 def _code(error: BaseException) -> str:
-    """The store's own word for an error: of S3's clients in a response, of gcsfs as a number."""
-    if _is_of_obstore(error):
+    """Return the store's error code, such as "NoSuchKey", or the HTTP status if there is no code."""
+    if _is_from_obstore(error):
         found = _XML_CODE.search(str(error))
         return found[1] if found else _status(error)
     response = _response(error)
@@ -157,10 +168,10 @@ def _code(error: BaseException) -> str:
 
 
 def _status(error: BaseException | None) -> str:
-    """The number of an answer of HTTP: obstore's errors have it in their words, others as an attribute."""
+    """Return the HTTP status of the answer that caused an error, or "" if it is not known."""
     if error is None:
         return ""
-    if _is_of_obstore(error):
+    if _is_from_obstore(error):
         found = _STATUS.search(str(error))
         return found[1] if found else ""
     response = _response(error)
@@ -171,5 +182,5 @@ def _status(error: BaseException | None) -> str:
 
 
 def _response(error: BaseException) -> object:
-    """What botocore keeps of an answer."""
+    """Return the answer that botocore attaches to an error or to its cause."""
     return getattr(error.__cause__, "response", None) or getattr(error, "response", None)

@@ -1,59 +1,59 @@
-"""Putting an object only where there is none, on stores of which some ignore the condition."""
+"""Put an object only if it does not exist yet, also on stores that ignore the condition of a write."""
 
 from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable
-from typing import Protocol
-
-from typing_extensions import Buffer
+from collections.abc import Callable
 
 from ..errors import CheckpointExistsError, ObjectNotFoundError
 from ..runtime.logs import logger_of
 from ..runtime.threads import cleaning_up
+from .base import Store
 
 logger = logger_of(__name__)
 _probed: set[object] = set()
-"""The buckets that were asked whether they heed conditions."""
+"""The buckets for which it is known whether they respect conditions."""
 
 
-class _Objects(Protocol):
-    @property
-    def location(self) -> str: ...
-    def read(self, name: str, start: int, stop: int) -> Buffer: ...
-    def delete(self, names: Iterable[str]) -> None: ...
+def put_new(store: Store, bucket: object, put: Callable[[str, bytes], None], name: str, data: bytes) -> None:
+    """Put an object that does not exist yet.
 
+    Args:
+        store: The store of the object.
+        bucket: Identifies the bucket. The first call for a bucket checks whether it respects conditions, and logs a
+            warning if it does not.
+        put: Puts an object on the condition that it does not exist.
+        name: The object.
+        data: Its content.
 
-def put_new(store: _Objects, bucket: object, put: Callable[[str, bytes], None], name: str, data: bytes) -> None:
-    """Put an object by `put`, a conditional write, after looking whether it is there, and whether conditions count.
-
-    `bucket` is what is asked once a process. Raises CheckpointExistsError.
+    Raises:
+        CheckpointExistsError: The object exists.
     """
-    refuse_to_replace(store, name)  # some stores take a condition for granted, and overwrite
+    refuse_to_replace(store, name)  # some stores ignore the condition and overwrite
     if bucket not in _probed:
         _probe(store, put)
         _probed.add(bucket)
     put(name, data)
 
 
-def refuse_to_replace(store: _Objects, name: str) -> None:
-    """Raises CheckpointExistsError where the object is there."""
+def refuse_to_replace(store: Store, name: str) -> None:
+    """Raise CheckpointExistsError if an object exists."""
     with contextlib.suppress(ObjectNotFoundError):
         store.read(name, 0, 1)
         raise CheckpointExistsError(f"{name!r} exists in {store.location}")
 
 
-def _probe(store: _Objects, put: Callable[[str, bytes], None]) -> None:
+def _probe(store: Store, put: Callable[[str, bytes], None]) -> None:
     name = f"data/probe-{uuid.uuid4().hex}"
     try:
-        with contextlib.suppress(CheckpointExistsError):  # the answer to the first try of the client was lost
+        with contextlib.suppress(CheckpointExistsError):  # the client retried a put whose first answer was lost
             put(name, b"reshard")
         with contextlib.suppress(CheckpointExistsError):
             put(name, b"reshard")
             logger.warning(
-                "%s ignores conditional writes: of two saves to one place at the same time, the later wins, and "
-                "neither is told",
+                "%s ignores conditional writes: if two saves write to one location at the same time, the later one "
+                "wins, and neither raises an error",
                 store.location,
             )
     finally:

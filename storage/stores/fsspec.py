@@ -1,4 +1,4 @@
-"""Which store a path or URI is, and the store on whatever fsspec opens: S3, GCS, ... The only importer of fsspec."""
+"""Open paths and URIs, and a store on any filesystem of fsspec: S3, GCS, ... No other module imports fsspec."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from typing_extensions import Buffer
 from ...planner.masking import harmless, masked, remember_secrets
 from ..errors import ArgumentError, StoreError, UnsupportedURIError
 from ..runtime.threads import result_of, run_bounded
-from .base import PART_BYTES, AsyncReads, ObjectWriter, Store, Upload, held, is_name
+from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, held, is_name
 from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new, refuse_to_replace
 from .local import LocalStore
-from .obstore import is_left_behind, open_s3
+from .obstore import is_lost_in_fork, open_s3
 from .options import checked_options
 from .retry import RetryingStore, deadline_s
 
@@ -36,30 +36,30 @@ S3_CONFIG = {
     "connect_timeout": 10,
     "read_timeout": 20,
 }
-"""botocore's default of 10 connections would let no more than ten requests run at once. What is read has checksums of
-its own, and some servers answer a range with the checksum of the whole object; others refuse checksums of requests."""
+"""botocore's default of 10 connections allows only ten requests at once. Its checksums are off because reshard has its
+own, and because some servers answer a range with the checksum of the whole object, and others refuse checksums."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
-S3_LARGEST_PUT = 5 * 1024**3
+S3_MAX_PUT_BYTES = 5 * 1024**3
 
 
 LOCAL_PROTOCOLS = ("file", "local")
 WRAPPERS = frozenset(
     ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
 )
-"""Filesystems that read from another, which fsspec also lets be a plain path: "zip://x::/y.zip"."""
+"""Filesystems that read from another one. In their chains, the other one may be a plain path: "zip://x::/y.zip"."""
 _NO_PARENT = OBJECT_STORES | {"http", "https"}
 _LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?!//)")
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How a URI of any protocol begins that lost a slash; a single letter may be a drive."""
+"""The beginning of a URI that has lost a slash. A single letter would be a drive."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
-    """Open the store at a path or URI. Raises UnsupportedURIError, ArgumentError, StoreError."""
+    """Open the store at a path or URI. Raise UnsupportedURIError, ArgumentError or StoreError."""
     if is_local(uri):
         if storage_options:
             raise ArgumentError(
-                f"{uri!r} is a local path, which takes no storage options, and {', '.join(map(repr, storage_options))} "
-                "were given: leave them out, or give the URI that they are for"
+                f"{uri!r} is a local path, which takes no storage_options, "
+                f"got {', '.join(map(repr, storage_options))}: omit them, or pass the URI that they are for"
             )
         return LocalStore(LocalFileSystem._strip_protocol(uri))
     storage_options = checked_options(storage_options, split_protocol(uri)[0] or "")
@@ -67,7 +67,7 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
 
 
 def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
-    """Open the store at a URI. Raises UnsupportedURIError, StoreError."""
+    """Open the store at a URI that is not local. Raise UnsupportedURIError or StoreError."""
     shown = masked(uri)
     storage_options = {name: value for name, value in storage_options.items() if name != "asynchronous"}
     protocol, path = split_protocol(uri)
@@ -80,52 +80,55 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
         if store is not None:
             return store
     if _without_query(protocol, path)[1]:
-        storage_options = {"encoded": True, **storage_options}  # what was signed is sent as it is
+        storage_options = {"encoded": True, **storage_options}  # a signed URL must not be encoded again
     try:
         filesystem, path = _filesystem(uri, protocol, storage_options)
     except ImportError as error:
-        if protocol in ("s3", "s3a") and is_left_behind():
+        if protocol in ("s3", "s3a") and is_lost_in_fork():
             raise StoreError(
-                f"cannot open {shown!r}: this process was forked from one that had loaded obstore, whose threads a "
-                "child process does not have. Install s3fs, which is used then, or start the process by spawn or "
-                "forkserver instead (multiprocessing_context= of a DataLoader)"
+                f"cannot open {shown!r}: this process was forked from one that had loaded obstore, and a forked "
+                "process does not have obstore's threads. Install s3fs, which is then used instead, or start the "
+                "process with spawn or forkserver (multiprocessing_context= of a DataLoader)"
             ) from error
         raise UnsupportedURIError(f"{shown!r} needs a package that is not installed: {error}") from harmless(error)
     except (ValueError, TypeError) as error:
         raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from harmless(error)
-    except Exception as error:  # one that connects at once
-        raise StoreError(f"a place of {protocol}:// cannot be opened: {error}") from harmless(error)
+    except Exception as error:  # some filesystems connect when they are opened
+        raise StoreError(f"cannot open a location of {protocol}://: {error}") from harmless(error)
     return FsspecStore(filesystem, path)
 
 
 def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
-    """The filesystem of fsspec for a URI, and the path in it."""
+    """Return fsspec's filesystem for a URI, and the path in it."""
     if "::" not in uri or _is_chain(uri) or protocol in WRAPPERS:
         filesystem, path = url_to_fs(uri, **options)
         return filesystem, path
-    kind = fsspec.get_filesystem_class(protocol)  # fsspec would take the "::" in a name for a chain
+    kind = fsspec.get_filesystem_class(protocol)  # `url_to_fs` would split the URI at a "::" in a name
     return fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(uri), **options}), kind._strip_protocol(uri)
 
 
 def is_local(uri: str) -> bool:
     """Return whether a path or URI is on a local disk.
 
-    Raises UnsupportedURIError for a URI that lost a slash, as `Path("s3://bucket")` does: it would be a local folder.
+    Raises:
+        UnsupportedURIError: A URI has lost a slash, as in `Path("s3://bucket")`. It would be a local folder.
     """
     parts = uri.split("::")
     lost = [_lost_slash(part) for part in parts]
-    if lost[0] or (any(lost) and all(is_lost or _is_link(part) for part, is_lost in zip(parts, lost, strict=True))):
+    if lost[0] or (
+        any(lost) and all(is_lost or _is_chain_part(part) for part, is_lost in zip(parts, lost, strict=True))
+    ):
         whole = "::".join(_with_slashes(p) if is_lost else p for p, is_lost in zip(parts, lost, strict=True))
         remember_secrets(whole)
         raise UnsupportedURIError(
             f"{masked(uri)!r} would be a local folder: pass the URI as a string, {masked(whole)!r}, not as a Path, "
-            f"which drops a slash. For the local folder, write {'./' + masked(uri)!r}"
+            f"which drops a slash. For the local folder, pass {'./' + masked(uri)!r}"
         )
     return not _is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
 
 
 def _lost_slash(part: str) -> bool:
-    found = _LOST_SLASH.match(part)  # "file:/x" is read as a URI
+    found = _LOST_SLASH.match(part)  # "file:/x" is a valid URI
     if found is None or found[1] in LOCAL_PROTOCOLS:
         return False
     is_unknown = _ONE_SLASH.match(part) is not None and not os.path.lexists(f"{found[1]}:")
@@ -144,23 +147,26 @@ def _known_protocols() -> set[str]:
 
 def _is_chain(uri: str) -> bool:
     parts = uri.split("::")
-    return len(parts) > 1 and all(map(_is_link, parts))
+    return len(parts) > 1 and all(map(_is_chain_part, parts))
 
 
-def _is_link(part: str) -> bool:
-    """Whether a part of a chain is a protocol, or a URI of one."""
+def _is_chain_part(part: str) -> bool:
+    """Return whether a string between two "::" is a protocol or a URI."""
     return part.partition("://")[0] in _known_protocols() or part.startswith(("file:", "local:"))
 
 
 def split_file(uri: str) -> tuple[str, str]:
-    """Split the path or URI of a file into its folder, which keeps a query, and its name; "" where it has no folder."""
-    return _split(LocalFileSystem._strip_protocol(uri) if is_local(uri) else uri)
+    """Split the path or URI of a file into its folder and its name.
+
+    The folder keeps the query of the URI. If the URI has no folder, the name is "".
+    """
+    return _split_remote(LocalFileSystem._strip_protocol(uri) if is_local(uri) else uri)
 
 
-def _split(uri: str) -> tuple[str, str]:
+def _split_remote(uri: str) -> tuple[str, str]:
     first, chained, rest = uri.partition("::") if _is_chain(uri) else (uri, "", "")
     if chained and "://" not in first:
-        folder, name = _split(rest)
+        folder, name = _split_remote(rest)
         return f"{first}::{folder}", name
     protocol, mark, path = first.partition("://")
     if not mark:
@@ -173,7 +179,7 @@ def _split(uri: str) -> tuple[str, str]:
 
 
 def _without_query(protocol: str, path: str) -> tuple[str, str]:
-    """A path and its query, as in "model.safetensors?signature=…"; other protocols than HTTP have none."""
+    """Split a path of HTTP at its query, as in "model.safetensors?signature=…". Other protocols have no query."""
     if protocol not in ("http", "https"):
         return path, ""
     path, mark, query = path.partition("?")
@@ -186,18 +192,19 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 
 def _is_on_disk(filesystem: Any) -> bool:
-    """Return whether a filesystem, or the one that it wraps, is the local disk."""
+    """Return whether a filesystem is the local disk, or wraps it."""
     while filesystem is not None and not isinstance(filesystem, LocalFileSystem):
         filesystem = getattr(filesystem, "fs", None)
     return filesystem is not None
 
 
 class FsspecStore:
-    """The objects below a path of an fsspec filesystem."""
+    """Objects below a path of a filesystem of fsspec.
 
-    concurrent_reads = 32
-    read_into = None
-    holds_objects = True
+    Args:
+        filesystem: The filesystem.
+        path: The root, as a path in the filesystem.
+    """
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self._fs = filesystem
@@ -205,20 +212,26 @@ class FsspecStore:
         self._root = path.rstrip("/")
         self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
         self._is_on_disk = _is_on_disk(filesystem)
-        self._is_async = filesystem.async_impl and not self._is_on_disk  # one of folders says so of any
+        self._is_async = filesystem.async_impl and not self._is_on_disk  # DirFileSystem is async for any filesystem
 
     @property
     def location(self) -> str:
-        if "://" in self._root:  # as it is of HTTP
+        if "://" in self._root:  # HTTP
             return masked(self._root)
         return masked(f"{_protocols(self._fs)[0]}://{self._root.lstrip('/')}")
 
     @property
-    def async_reads(self) -> AsyncReads | None:
-        return _AsyncReads(self) if self._is_async else None
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            concurrent_reads=32,
+            buffers_objects=True,
+            async_reads=_FsspecReads(self) if self._is_async else None,
+            list_top=self.list_top,
+            check_delete=self.check_delete,
+        )
 
     def _call(self, method: str, *arguments: Any, nbytes: int = 0, **options: Any) -> Any:
-        """A call of the filesystem that moves so many bytes, with a deadline where it is asynchronous."""
+        """Call a method of the filesystem. An asynchronous one has a deadline for the `nbytes` that it transfers."""
         if not self._is_async:
             return getattr(self._fs, method)(*arguments, **options)
         coroutine = getattr(self._fs, f"_{method}")
@@ -239,7 +252,7 @@ class FsspecStore:
             return _range_of(data, start, stop, name)
 
     def _check_regular(self, name: str) -> None:
-        """Raises StoreError for what is no file on a local disk: to open a FIFO would wait for ever."""
+        """Raise StoreError if the object is on a local disk and not a file: opening a FIFO would wait forever."""
         if self._is_on_disk and self._call("info", self._path(name))["type"] != "file":
             raise StoreError(f"cannot read {name!r} in {self.location}: it is not a file")
 
@@ -259,7 +272,7 @@ class FsspecStore:
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
 
-    def _upload(self, name: str) -> Upload:
+    def _upload(self, name: str) -> MultipartUpload:
         errors = partial(self._errors, "write", name)
         with errors():
             file = self._fs.open(self._path(name), "wb", block_size=PART_BYTES)
@@ -267,10 +280,10 @@ class FsspecStore:
         def abort() -> None:
             run_bounded(file.discard)
             with contextlib.suppress(AttributeError):
-                file.closed = True  # or it would be closed, and come into being, once nobody holds it
-            self.delete([name])  # a filesystem that is no object store shows what is written so far
+                file.closed = True  # else its finalizer would close it, which completes the object
+            self.delete([name])  # a filesystem that is not an object store has an incomplete file
 
-        return Upload(file, errors, abort)
+        return MultipartUpload(file, errors, abort)
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -284,10 +297,10 @@ class FsspecStore:
 
     def _put(self, name: str, data: bytes, mode: str) -> None:
         path = self._path(name)
-        # By one request: the condition of a multipart upload is ignored by some servers.
+        # One request, since some servers ignore the condition of a multipart upload.
         options: dict[str, Any] = {"nbytes": len(data)}
         if "s3" in _protocols(self._fs):
-            options["chunksize"] = S3_LARGEST_PUT
+            options["chunksize"] = S3_MAX_PUT_BYTES
         with self._errors("write", name):
             try:
                 self._call("pipe_file", path, data, mode=mode, **options)
@@ -296,9 +309,9 @@ class FsspecStore:
                 self._call("pipe_file", path, data, mode=mode, **options)
 
     def _make_folder(self, path: str) -> None:
-        """For a filesystem that has folders, and wants them made. Raises FileNotFoundError for one that has buckets."""
+        """Create the folder of a path. Raise FileNotFoundError on an object store: reshard creates no buckets."""
         if OBJECT_STORES.intersection(_protocols(self._fs)):
-            raise FileNotFoundError(path)  # to make a bucket is not ours
+            raise FileNotFoundError(path)
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def list(self, folder: str = "") -> Iterable[str]:
@@ -317,11 +330,11 @@ class FsspecStore:
                 return []
             entries = found.values() if isinstance(found, dict) else found
             paths = [entry["name"] for entry in entries if entry["type"] == "file"]
-            # No more than one slash: a key may have an empty part.
+            # Remove only one slash: a key may have an empty part.
             return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
 
     def check_delete(self, names: Iterable[str]) -> None:
-        """Check objects of a filesystem that has folders; of its links, those on a local disk are recognised."""
+        """Check objects on a filesystem that has folders. Symbolic links are recognised only on a local disk."""
         seen: set[str] = set()
         for name in names if self._has_folders else ():
             with self._errors("delete", name):
@@ -352,16 +365,20 @@ class FsspecStore:
                     continue
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
-        """Translate what the filesystem, or the client below it, raises."""
+        """Translate the exceptions of the filesystem and of its client."""
         return translating(doing, name, self.location)
 
 
-class _AsyncReads:
+class _FsspecReads:
     """Reads on the event loop of an asynchronous filesystem."""
 
     def __init__(self, store: FsspecStore) -> None:
         self._store = store
-        self.loop: asyncio.AbstractEventLoop = store._fs.loop
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = self._store._fs.loop
+        return loop
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         store = self._store
@@ -377,9 +394,9 @@ class _AsyncReads:
 
 
 def _range_of(data: bytes, start: int, stop: int, name: str) -> bytes:
-    """Return the range that was asked for. A server that knows no ranges, as one of HTTP may, answers all of a file."""
+    """Return the bytes [start, stop) from an answer, which is the whole file if the server does not support ranges."""
     if len(data) <= stop - start:
         return data
     if start == 0 or len(data) >= stop:
         return data[start:stop]
-    raise StoreError(f"the server answered {len(data)} bytes of {name!r} for the range [{start}, {stop})")
+    raise StoreError(f"the server answered with {len(data)} bytes of {name!r} for the range [{start}, {stop})")

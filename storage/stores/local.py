@@ -1,4 +1,4 @@
-"""A store on a local disk: reads by pread, objects made durable by fsync, the commit by rename or link."""
+"""A store on a local disk. It reads with preadv, syncs objects with fsync, and commits with a rename or a link."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ...planner.errors import CheckpointError
 from ..errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
 from ..runtime.forks import Lock
 from ..runtime.threads import Pool
-from .base import ObjectWriter, is_name
-from .buffer_pool import in_step
+from .base import Capabilities, ObjectWriter, is_name
+from .buffer_pool import aligned_buffer
 
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
-"""What a put calls a file before it is whole; the group is the object's name."""
+"""The name of the file that `put` writes before it renames it. The group is the name of the object."""
 OLD_S = 24 * 3600
-"""A temporary file of that age is one of a put that was killed."""
-OPEN_FILES = 64
-ADVISED_BYTES = 512 * 1024
-"""Linux heeds no more of one piece of advice than the device takes at once, most often some 100 KiB to a MiB."""
-WRITE_BYTES = 1024 * 1024
-"""What is waited for before a file that is written is written to."""
-MAX_PARTS = 512
-"""Of one call of the system; Linux takes 1024."""
-SYNC_BYTES = 8 * 1024 * 1024
-"""What is written of a file before the disk is told to keep it, at least."""
+"""A temporary file of this age was left by a put that was killed."""
+MAX_OPEN_FILES = 64
+MAX_ADVICE_BYTES = 512 * 1024
+"""Linux ignores the part of an advice that exceeds what the device accepts at once, usually 100 KiB to 1 MiB."""
+MIN_WRITE_BYTES = 1024 * 1024
+"""Data is collected up to this size before the file is written to."""
+MAX_BUFFERS_PER_WRITE = 512
+"""Linux accepts 1024 buffers per `writev`."""
+MIN_SYNC_BYTES = 8 * 1024 * 1024
+"""A file is synced in the background each time that this much has been written."""
 
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -50,26 +50,26 @@ _KINDS = {
 
 
 class SpecialFileError(StoreError):
-    """A FIFO, a socket, a device or a folder is in the place of an object."""
+    """An object is a FIFO, a socket, a device or a folder instead of a file."""
 
 
 class _IrregularFileError(OSError):
-    """Something that is no regular file is in the place of one."""
+    """A path leads to something that is not a regular file."""
 
 
 def _check_regular(found: os.stat_result) -> os.stat_result:
-    """Return what `stat` found. Raises _IrregularFileError if it is no regular file."""
+    """Return a result of `stat`. Raise _IrregularFileError if it is not of a regular file."""
     if not stat.S_ISREG(found.st_mode):
         raise _IrregularFileError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, not a file")
     return found
 
 
 class _OpenFile:
-    """A file open for reading, which is closed once nobody holds it."""
+    """A file that is open for reading. It is closed when the last reference to it is gone."""
 
     def __init__(self, path: str) -> None:
-        """Open a file. Raises _IrregularFileError for a FIFO, a device and so on, without waiting for it."""
-        _check_regular(os.stat(path))  # to open a device may change its state
+        """Open a file. Raise _IrregularFileError for a FIFO, a device and so on, without waiting for it."""
+        _check_regular(os.stat(path))  # before `open`, which may change the state of a device
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         _check_regular(os.fstat(self.descriptor))
 
@@ -82,40 +82,51 @@ class _OpenFile:
         return done
 
     def is_cached(self, at: int) -> bool:
-        """Whether a byte is in memory, where that can be told."""
+        """Return whether a byte is in the page cache. False if the system cannot report it."""
         try:
             return os.preadv(self.descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
-        except (OSError, AttributeError):  # AttributeError where the system has no such reads
+        except (OSError, AttributeError):  # AttributeError if the system has no RWF_NOWAIT
             return False
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # it could not be opened
+        with contextlib.suppress(AttributeError):  # `__init__` failed
             os.close(self.descriptor)
 
 
 class LocalStore:
-    """A folder. It is made when the first object is written."""
+    """Objects as files below a folder, which is created when the first object is written.
 
-    concurrent_reads = 4
-    """Where they are not made by the threads that decode: more would only take turns at the interpreter."""
-    async_reads = None
-    holds_objects = False
+    Args:
+        root: The folder.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
         self._lock = Lock()
         self._open_files: dict[str, _OpenFile] = {}
-        """Those used last, in that order."""
+        """The files that were used last, in the order of use."""
 
     @property
     def location(self) -> str:
         return str(self._root)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        # For reads outside of the decoding threads: more than 4 threads would only wait for each other's GIL.
+        return Capabilities(
+            concurrent_reads=4,
+            read_into=self.read_into,
+            will_read=self.will_read,
+            list_top=self.list_top,
+            check_delete=self.check_delete,
+            close=self.close,
+        )
+
     def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._errors("read", name):
             file = _OpenFile(f"{self._root}/{name}")
             stop = max(start, min(stop, os.fstat(file.descriptor).st_size))
-            data = in_step(start, stop - start)
+            data = aligned_buffer(start, stop - start)
             return data[: file.read_into([(start, stop)], data)]
 
     def size(self, name: str) -> int:
@@ -136,22 +147,23 @@ class LocalStore:
             return self._open(name).read_into(ranges, buffer)
 
     def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
-        """Have the kernel begin to read from the disk what it does not hold yet, where it can be told to."""
+        """Ask the kernel to read byte ranges ahead if they are not in the page cache."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError, StoreError), self._errors("read", name):
                 file = self._open(name)
                 for start, stop in ranges:
                     if file.is_cached(stop - 1):
-                        continue  # to give advice on cached pages would take half as long as to read them
-                    for at in range(start, stop, ADVISED_BYTES):
-                        os.posix_fadvise(file.descriptor, at, min(ADVISED_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
+                        continue  # advice on cached pages takes half as long as to read them
+                    for at in range(start, stop, MAX_ADVICE_BYTES):
+                        nbytes = min(MAX_ADVICE_BYTES, stop - at)
+                        os.posix_fadvise(file.descriptor, at, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _open(self, name: str) -> _OpenFile:
-        """The file, kept open: to open one takes as long as to read some MB of it."""
+        """Return an open file and keep it open, since opening a file takes as long as reading a few MB of it."""
         with self._lock:
             file = self._open_files.pop(name, None) or _OpenFile(f"{self._root}/{name}")
             self._open_files[name] = file
-            if len(self._open_files) > OPEN_FILES:
+            if len(self._open_files) > MAX_OPEN_FILES:
                 del self._open_files[next(iter(self._open_files))]
         return file
 
@@ -192,14 +204,18 @@ class LocalStore:
 
     @contextmanager
     def _folder(self, doing: str, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
-        """Open the folder that holds an object, and follow no link below the root.
+        """Open the folder of an object without following a symbolic link below the root.
 
         Args:
-            make: whether to make the folders that are missing.
+            doing: The operation, for error messages.
+            name: The object.
+            make: Whether to create missing folders.
 
-        Returns: the folder's descriptor, and the object's name in it.
+        Yields:
+            The descriptor of the folder, and the name of the object's file in it.
 
-        Raises StoreError for a folder that is a link, and what `_errors` does.
+        Raises:
+            StoreError: A folder is a symbolic link, or any error of `_errors`.
         """
         self._check_name(doing, name)
         *folders, base = name.split("/")
@@ -216,7 +232,7 @@ class LocalStore:
                         below = os.open(folder, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
                 except StoreError:
                     if _is_link(folder, descriptor):
-                        raise StoreError(self._told_link(doing, name, "/".join(folders[: at + 1]))) from None
+                        raise StoreError(self._link_message(doing, name, "/".join(folders[: at + 1]))) from None
                     raise
                 os.close(descriptor)
                 descriptor = below
@@ -226,13 +242,13 @@ class LocalStore:
 
     def _check_name(self, doing: str, name: str) -> None:
         if not is_name(name):
-            raise StoreError(f"cannot {doing} {name!r} in {self.location}: it is no name of an object")
+            raise StoreError(f"cannot {doing} {name!r} in {self.location}: this cannot be the name of an object")
 
-    def _told_link(self, doing: str, name: str, folder: str) -> str:
+    def _link_message(self, doing: str, name: str, folder: str) -> str:
         return (
-            f"cannot {doing} {name!r} in {self.location}: its folder {folder!r} is a symbolic link. Links below a "
-            "checkpoint's own folder are followed to read, never to write or to delete: put a folder in the place of "
-            "the link, or make the checkpoint's own folder the link"
+            f"cannot {doing} {name!r} in {self.location}: its folder {folder!r} is a symbolic link. Links below the "
+            "folder of a checkpoint are followed to read, never to write or to delete: replace the link by a folder, "
+            "or make the folder of the checkpoint itself the link"
         )
 
     def list(self, folder: str = "") -> Iterable[str]:
@@ -249,12 +265,12 @@ class LocalStore:
                 return []
 
     def close(self) -> None:
-        """Close the files that are kept open. A read opens them again."""
+        """Close the open files. A read opens them again."""
         with self._lock:
             self._open_files.clear()
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
-        """What is sent to another process: where it is, and no open file."""
+        """Pickle only the root: another process opens its own files."""
         return LocalStore, (self._root,)
 
     def check_delete(self, names: Iterable[str]) -> None:
@@ -271,16 +287,16 @@ class LocalStore:
                 continue
 
     def _refuse_folder(self, name: str, base: str, folder: int) -> None:
-        """Raises StoreError if what has an object's name is a folder."""
+        """Raise StoreError if a folder has the name of an object."""
         with self._errors("delete", name), contextlib.suppress(FileNotFoundError):
             if stat.S_ISDIR(os.stat(base, dir_fd=folder, follow_symlinks=False).st_mode):
                 raise StoreError(
-                    f"cannot delete {name!r} in {self.location}: it is a folder, where an object should be. Nothing "
-                    "was deleted; remove that folder by other means"
+                    f"cannot delete {name!r} in {self.location}: it is a folder instead of an object. Nothing was "
+                    "deleted; remove that folder by other means"
                 )
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects, after checking all of them. An object that is a link is removed, and not what it leads to."""
+        """Delete objects after checking all of them. Of a symbolic link, the link itself is deleted."""
         names = list(names)
         self.check_delete(names)
         with self._lock:
@@ -293,22 +309,22 @@ class LocalStore:
                         os.unlink(base, dir_fd=descriptor)
 
     def delete_if_empty(self, folder: str = "") -> None:
-        """Remove a folder that holds nothing, as object stores do by themselves; not the one that we are in."""
+        """Remove a folder that is empty, as an object store would. The current folder is not removed."""
         path = self._root / folder
-        with contextlib.suppress(OSError):  # it holds something
+        with contextlib.suppress(OSError):  # it is not empty
             if not path.samefile(os.curdir):
                 os.rmdir(path)
 
     @contextmanager
     def _errors(self, doing: str, name: str) -> Iterator[None]:
-        """Translate what the operating system raises."""
+        """Translate the exceptions of the operating system."""
         try:
             yield
         except CheckpointError:
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
             if doing == "write":
-                raise StoreError(f"cannot write {name!r}: {self.location} cannot be made: {error}") from error
+                raise StoreError(f"cannot write {name!r}: {self.location} cannot be created: {error}") from error
             raise ObjectNotFoundError(f"{self.location} has no object {name!r}") from error
         except _IrregularFileError as error:
             raise SpecialFileError(f"cannot {doing} {name!r} in {self.location}: {error}") from None
@@ -316,16 +332,21 @@ class LocalStore:
             raise AccessDeniedError(f"no permission to {doing} {name!r} in {self.location}: {error}") from error
         except OSError as error:
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
-        except ValueError as error:  # a path that no file can have, as with a NUL, or half of a UTF-16 pair
+        except ValueError as error:  # an invalid path, for example with a NUL or an unpaired surrogate
             if doing == "read":
                 raise ObjectNotFoundError(f"{self.location} has no object {name!r}: {error}") from error
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
 
 
 class _NewFile:
-    """A file being written, some MiB by one call of the system; what that raises is translated.
+    """A file that is being written, about a MiB per system call.
 
-    A thread has the disk keep what is written while more is: at the end that would take as long again.
+    Another thread syncs the file meanwhile. A single sync at the end would take as long as the writes.
+
+    Args:
+        name: The name of the file in its folder.
+        folder: A descriptor of the folder.
+        errors: Returns a context manager that translates the exceptions of the operating system.
     """
 
     def __init__(self, name: str, folder: int, errors: Callable[[], AbstractContextManager[None]]) -> None:
@@ -342,7 +363,7 @@ class _NewFile:
         if len(view):
             self._waiting.append(view)
             self._nbytes += len(view)
-        if self._nbytes >= WRITE_BYTES or len(self._waiting) >= MAX_PARTS:
+        if self._nbytes >= MIN_WRITE_BYTES or len(self._waiting) >= MAX_BUFFERS_PER_WRITE:
             with self._errors():
                 self.flush()
 
@@ -355,18 +376,18 @@ class _NewFile:
                 done -= len(self._waiting.pop(0))
             if done:
                 self._waiting[0] = self._waiting[0][done:]
-        if self._unsynced >= SYNC_BYTES and (self._synced is None or self._synced.done()):
+        if self._unsynced >= MIN_SYNC_BYTES and (self._synced is None or self._synced.done()):
             self._wait_for_sync()
             self._synced = self._syncing.submit(_sync_data, self.descriptor)
             self._unsynced = 0
 
     def _wait_for_sync(self) -> None:
-        """Raises what it raised: the system tells of a write that failed only once."""
+        """Wait for the background sync and raise its error: the system reports a failed write only once."""
         if self._synced is not None:
             self._synced.result()
 
     def sync(self) -> None:
-        """Wait until the disk keeps all of it."""
+        """Write what is left, and wait until the whole file is durable."""
         self.flush()
         self._wait_for_sync()
         os.fsync(self.descriptor)
@@ -377,43 +398,43 @@ class _NewFile:
 
 
 def _create(temporary: Path, path: Path) -> None:
-    """Give a file its name, atomically. Raises FileExistsError where the name is taken."""
+    """Move a file to its final path atomically. Raise FileExistsError if the path exists."""
     try:
         os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
-        # A filesystem without hard links: the check and the renaming are two steps.
+        # This filesystem has no hard links: the check and the rename are two steps.
         if os.path.lexists(path):
             raise FileExistsError(str(path)) from None
         os.replace(temporary, path)
 
 
 def _sync_data(descriptor: int) -> None:
-    """Without its times, where the system knows the difference."""
+    """Sync the content of a file without its timestamps, if the system can."""
     (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and the parents that it lacks, and make the names of all durable."""
+    """Create a folder and its missing parents, and make their names durable."""
     new = []
     while not path.exists():
         new.append(path)
         path = path.parent
     for folder in reversed(new):
-        folder.mkdir(exist_ok=True)  # another rank may make it at the same time
+        folder.mkdir(exist_ok=True)  # another rank may create it at the same time
         _sync_folder(folder.parent)
 
 
 def _make_folder_in(parent: int, name: str) -> None:
-    """Make a folder in one that is open, if it is not there, and make its name durable."""
+    """Create a folder in an open folder if it does not exist, and make its name durable."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, dir_fd=parent)
         os.fsync(parent)
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names of the files in a folder durable."""
     descriptor = os.open(path, _FOLDER)
     try:
         os.fsync(descriptor)
@@ -429,7 +450,7 @@ def _is_link(name: str, folder: int) -> bool:
 
 
 def _by_folder(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group names by their folders, which end with a slash, or are empty."""
+    """Return the names grouped by folder. A folder ends with a slash or is empty."""
     found: dict[str, list[str]] = {}
     for name in names:
         folder, slash, base = name.rpartition("/")
@@ -438,7 +459,7 @@ def _by_folder(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _remove_old_temporaries(folder: int, base: str) -> None:
-    """Remove what puts of an object left that were killed, if it is old."""
+    """Remove old temporary files of an object, which puts left that were killed."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = TEMPORARY.fullmatch(entry.name)

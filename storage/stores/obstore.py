@@ -1,7 +1,7 @@
-"""A store on S3 by obstore, a client in Rust: the same objects as through s3fs, for less of the processor.
+"""A store on S3 through obstore, a client in Rust. It stores the same objects as s3fs and needs less CPU time.
 
-It is taken where obstore is installed and understands all of the storage options; fsspec's S3 takes what it does not.
-Credentials come from where every AWS client looks for them, by botocore where that is installed.
+It is used if obstore is installed and supports all of the storage options; otherwise s3fs is used. botocore finds the
+credentials if it is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import Buffer
 
@@ -26,7 +26,7 @@ from ..errors import ArgumentError, StoreError
 from ..runtime.logs import logger_of
 from ..runtime.threads import event_loop, result_of
 from . import retry
-from .base import PART_BYTES, AsyncReads, ListsTop, ObjectWriter, Upload, held, is_name
+from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, held, is_name, top_names
 from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new
 from .options import check_endpoint
@@ -37,54 +37,53 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logger_of(__name__)
-_MEANS_NOTHING_HERE = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
-"""Options of fsspec."""
-_PLAIN = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
-"""A part of a key that both clients write alike: obstore encodes some characters."""
-LARGEST_BYTES = 64 * 1024**2
-"""What one request moves at most, but for a large manifest: the deadline of all of it is made for that."""
+_IGNORED_OPTIONS = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
+"""Options of fsspec that have no effect here."""
+_PLAIN_KEY_PART = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
+"""A part of a key that obstore and s3fs write alike. obstore encodes some other characters."""
+MAX_REQUEST_BYTES = 64 * 1024**2
+"""The size of the largest usual request. The deadline of all requests is that of this size."""
 CREDENTIALS_FOR = datetime.timedelta(minutes=5)
-"""How long credentials are used before botocore is asked again; it renews those that are about to expire."""
+"""How long credentials are used before botocore returns them again. botocore renews those that are about to expire."""
 
 
-_left_behind = False
-"""Whether a parent of this process had loaded obstore."""
+_lost_in_fork = False
+"""Whether a parent of this process had loaded obstore before the fork."""
 
 
-def is_left_behind() -> bool:
-    """Return whether obstore cannot be used, since its threads stayed in the process that this one was forked from.
+def is_lost_in_fork() -> bool:
+    """Return whether obstore cannot be used because this process was forked from one that had loaded it.
 
-    It starts them once, for all its clients, and has no way to start them again: every call would wait for ever.
+    obstore starts its threads once per process. A forked child does not have them and cannot start them again, so
+    every call would wait forever.
     """
-    return _left_behind
+    return _lost_in_fork
 
 
-def _in_child() -> None:
-    global _left_behind
-    _left_behind = _left_behind or "obstore" in sys.modules
+def _note_fork() -> None:
+    global _lost_in_fork
+    _lost_in_fork = _lost_in_fork or "obstore" in sys.modules
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
-
-
-class _Lists(ListsTop, Protocol):
-    def list(self, folder: str = "") -> Iterable[str]: ...
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def open_s3(
-    path: str, options: Mapping[str, Any], open_lister: Callable[[], _Lists] | None = None
+    path: str, options: Mapping[str, Any], open_lister: Callable[[], Store] | None = None
 ) -> ObstoreStore | None:
-    """The store at "bucket/folder"; None where obstore cannot be used, or something in the call is beyond it.
+    """Open the store at "bucket/folder". Return None if obstore cannot be used or does not support an option.
 
     Args:
-        open_lister: opens the same place by s3fs, for listings that obstore gives wrongly or not at all.
+        path: The bucket and the folder.
+        options: Storage options of s3fs.
+        open_lister: Opens the same location with s3fs, for listings that obstore returns wrongly or not at all.
     """
     bucket, _, folder = path.rstrip("/").partition("/")
-    if is_left_behind() or find_spec("obstore") is None:
+    if is_lost_in_fork() or find_spec("obstore") is None:
         return None
-    plain = all(_PLAIN.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
-    if not plain or bucket.endswith("--x-s3"):  # those buckets have a protocol of their own
+    plain = all(_PLAIN_KEY_PART.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
+    if not plain or bucket.endswith("--x-s3"):  # directory buckets need another protocol
         return None
     try:
         given = options.get("key") is not None or bool(options.get("anon"))
@@ -94,13 +93,16 @@ def open_s3(
     except ArgumentError:
         raise
     except Exception as error:
-        logger.debug("obstore cannot open s3://%s, s3fs is tried: %s", path, error)
+        logger.debug("obstore cannot open s3://%s, trying s3fs: %s", path, error)
         return None
 
 
 def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
-    """obstore's configuration for storage options of s3fs; None where they, or the environment, are beyond it."""
-    options = {name: value for name, value in options.items() if name not in _MEANS_NOTHING_HERE}
+    """Return obstore's configuration for storage options of s3fs.
+
+    Return None if obstore does not support an option, or a setting of the environment.
+    """
+    options = {name: value for name, value in options.items() if name not in _IGNORED_OPTIONS}
     client = dict(options.pop("client_kwargs", {}))
     anonymous = bool(options.pop("anon", False))
     endpoint = options.pop("endpoint_url", None) or client.pop("endpoint_url", None)
@@ -111,23 +113,24 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
         return None
     if not endpoint:
         endpoint = _configured_endpoint(session)
-        check_endpoint("the endpoint of S3 that the environment or the configuration of AWS sets", endpoint or "")
+        check_endpoint("the endpoint of S3 in the environment or in the AWS configuration", endpoint or "")
     region = region or _configured_region(session) or ("us-east-1" if endpoint else None)
     if region is None:
-        return None  # s3fs finds out where a bucket is
-    # As botocore: over TLS what is sent needs no SHA-256 of its own, which would take a core a second for some 1.5 GB.
+        return None  # s3fs finds out the region of a bucket
+    # Like botocore: over TLS the payload needs no SHA-256, which would take a core one second per 1.5 GB or so.
     plain = str(endpoint or "").startswith("http:")
     config: dict[str, Any] = {"region": region, "skip_signature": anonymous, "unsigned_payload": not plain}
     if endpoint:
         config["endpoint"] = endpoint
     if keys["key"] is not None:
-        # By a provider, since obstore would take what these do not name, a session's token, from the environment.
-        config["credential_provider"] = _Credentials(_Fixed(keys["key"], keys["secret"], keys["token"]))
+        # A provider, since obstore would read a missing session token from the environment.
+        credentials = _StaticCredentials(keys["key"], keys["secret"], keys["token"])
+        config["credential_provider"] = _CredentialProvider(credentials)
     elif session is not None and not anonymous:
         credentials = session.get_credentials()
         if credentials is None:
             return None
-        config["credential_provider"] = _Credentials(credentials)
+        config["credential_provider"] = _CredentialProvider(credentials)
     return config
 
 
@@ -136,20 +139,20 @@ def _opened(
     folder: str,
     config: dict[str, Any],
     bundle: str | None,
-    open_lister: Callable[[], _Lists] | None,
+    open_lister: Callable[[], Store] | None,
 ) -> ObstoreStore:
     from obstore.store import S3Store
 
     silence = datetime.timedelta(seconds=retry.REQUEST_DEADLINE_S)
     writing: ClientConfig = {
         "allow_http": True,
-        "timeout": datetime.timedelta(seconds=retry.deadline_s(LARGEST_BYTES)),
+        "timeout": datetime.timedelta(seconds=retry.deadline_s(MAX_REQUEST_BYTES)),
         "connect_timeout": min(silence, datetime.timedelta(seconds=10)),
     }
     if bundle and not str(config.get("endpoint", "")).startswith("http:"):
         writing["root_certificate"] = Path(bundle).read_bytes()
-    reading: ClientConfig = {**writing, "read_timeout": silence}  # while an object is sent, nothing is read
-    # Our own retries see what happened, and stop when they are told to.
+    reading: ClientConfig = {**writing, "read_timeout": silence}  # not for writes: nothing is read during an upload
+    # RetryingStore retries instead: it logs, and it stops when the call is stopped.
     retries: RetryConfig = {"max_retries": 1, "retry_timeout": silence}
     client = partial(S3Store, bucket, **config, retry_config=retries)
     return ObstoreStore(
@@ -163,10 +166,12 @@ def _opened(
 
 
 def _session(profile: str | None, *, may_call: bool = True) -> Any:
-    """botocore's session, which knows of profiles, files, roles and the instance's metadata; None without botocore.
+    """Return a session of botocore, which reads profiles, files, roles and instance metadata; None without botocore.
 
     Args:
-        may_call: whether credentials are asked of it, for which it may call a service: that takes longer to prepare.
+        profile: The AWS profile, or None.
+        may_call: Whether the session is used for credentials. It may call a service for them, and takes longer to
+            prepare.
     """
     try:
         from botocore.session import Session
@@ -181,7 +186,7 @@ def _ca_bundle(session: Any) -> str | None:
 
 
 def _is_beyond(session: Any) -> bool:
-    """Whether botocore is configured, by the environment or its file, to do what obstore does not."""
+    """Return whether the environment or the AWS configuration requires something that obstore does not support."""
     if session is None:
         return any(name in os.environ for name in ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"))
     variables = ("use_fips_endpoint", "use_dualstack_endpoint")
@@ -206,19 +211,19 @@ def _configured_region(session: Any) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fixed:
-    """Credentials that do not change, with the names that botocore has for them."""
+class _StaticCredentials:
+    """Credentials that do not change, with the attributes and the method of botocore's credentials."""
 
     access_key: str
     secret_key: str
     token: str | None
 
-    def get_frozen_credentials(self) -> _Fixed:
+    def get_frozen_credentials(self) -> _StaticCredentials:
         return self
 
 
-class _Credentials:
-    """What obstore asks for credentials, now and then."""
+class _CredentialProvider:
+    """A function that obstore calls for credentials. It returns those of botocore."""
 
     def __init__(self, credentials: Any) -> None:
         self._credentials = credentials
@@ -233,17 +238,13 @@ class _Credentials:
         }
 
 
-def _given_up_after_s() -> float:
-    """How long a call may take at most. The client has deadlines of its own, unless its threads do not run."""
-    return 3 * retry.deadline_s(LARGEST_BYTES)
+def _call_deadline_s() -> float:
+    """Return how many seconds a call may take. The client has its own deadlines, but they need its threads to run."""
+    return 3 * retry.deadline_s(MAX_REQUEST_BYTES)
 
 
 class ObstoreStore:
-    """The objects below a folder of an S3 bucket."""
-
-    concurrent_reads = 32
-    read_into = None
-    holds_objects = True
+    """Objects below a folder of an S3 bucket."""
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class ObstoreStore:
         bucket: str,
         folder: str,
         endpoint: str,
-        open_lister: Callable[[], _Lists] | None,
+        open_lister: Callable[[], Store] | None,
     ) -> None:
         self._reading = reading
         self._open_writing = open_writing
@@ -267,16 +268,18 @@ class ObstoreStore:
 
     @cached_property
     def _writing(self) -> S3Store:
-        """A client of its own, which takes some ms to make: it reads the certificates of the system."""
+        """The client for writes, opened when it is first used: to read the system's certificates takes some ms."""
         return self._open_writing()
 
     @property
-    def async_reads(self) -> AsyncReads:
-        return _AsyncReads(self)
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            concurrent_reads=32, buffers_objects=True, async_reads=_ObstoreReads(self), list_top=self.list_top
+        )
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a call of the client. Its blocking calls cannot be interrupted, and abort a process that exits."""
-        return result_of(coroutine, event_loop(), _given_up_after_s())
+        return result_of(coroutine, event_loop(), _call_deadline_s())
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         return self._wait(self._read(name, start, stop))
@@ -290,7 +293,7 @@ class ObstoreStore:
             except Exception as error:
                 if is_beyond_the_end(error):
                     return b""
-                if "non-partial response" in str(error):  # some servers so answer a range that is the whole object
+                if "non-partial response" in str(error):  # some servers answer so if the range is the whole object
                     whole = await obstore.get_async(self._reading, self._prefix + name)
                     return memoryview(await whole.bytes_async())[start:stop]
                 raise
@@ -313,8 +316,11 @@ class ObstoreStore:
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
 
-    def _upload(self, name: str) -> Upload:
-        """The parts of one that is aborted stay until the bucket's rule for incomplete uploads removes them."""
+    def _upload(self, name: str) -> MultipartUpload:
+        """Begin an upload in parts.
+
+        The parts of an aborted upload remain until the bucket's rule for incomplete uploads removes them.
+        """
         import obstore
 
         errors = partial(self._errors, "write", name)
@@ -333,7 +339,7 @@ class ObstoreStore:
             await file.__aexit__(StoreError, StoreError("aborted"), None)
 
         blocking = _BlockingFile(lambda data: self._wait(write(data)), lambda: self._wait(close()))
-        return Upload(blocking, errors, lambda: self._wait(abort()))
+        return MultipartUpload(blocking, errors, lambda: self._wait(abort()))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if overwrite:
@@ -367,17 +373,24 @@ class ObstoreStore:
         async def listed() -> Sequence[ObjectMeta]:
             return (await obstore.list_with_delimiter_async(self._reading, self._prefix or None))["objects"]
 
-        return self._names(listed, lambda lister: lister.list_top())
+        return self._names(listed, top_names)
 
     def _names(
-        self, listed: Callable[[], Coroutine[Any, Any, Sequence[ObjectMeta]]], by: Callable[[_Lists], Iterable[str]]
+        self,
+        listed: Callable[[], Coroutine[Any, Any, Sequence[ObjectMeta]]],
+        list_with: Callable[[Store], Iterable[str]],
     ) -> Iterable[str]:
-        """The names that the client lists; by s3fs, where there are keys that it takes for others, or refuses.
+        """Return the names that obstore lists, or those that s3fs lists if obstore changes or refuses some keys.
 
-        It gives "a/", the empty marker of a folder, as "a", and, in a whole bucket, "/a" too; "a//b" is an error.
+        obstore returns "a/", the empty marker of a folder, as "a". In the root of a bucket it also returns "/a" as "a".
+        It raises an error for "a//b".
+
+        Args:
+            listed: Lists with obstore.
+            list_with: Lists with the store that it gets.
         """
         if not self._prefix and self._open_lister is not None:
-            return by(self._open_lister())
+            return list_with(self._open_lister())
         try:
             with self._errors("list", ""):
                 found = self._wait(listed())
@@ -386,9 +399,9 @@ class ObstoreStore:
                 raise
             if self._open_lister is None:
                 raise StoreError(f"{error}; install s3fs, which can list such a name, or remove that object") from None
-            return by(self._open_lister())
+            return list_with(self._open_lister())
         if self._open_lister is not None and any(entry["size"] == 0 for entry in found):
-            return by(self._open_lister())
+            return list_with(self._open_lister())
         return [name for entry in found if is_name(name := entry["path"][len(self._prefix) :])]
 
     def delete(self, names: Iterable[str]) -> None:
@@ -397,32 +410,35 @@ class ObstoreStore:
         paths = [self._prefix + name for name in names]
 
         async def delete() -> None:
-            await obstore.delete_async(self._writing, paths)  # S3 takes a thousand by one request
+            await obstore.delete_async(self._writing, paths)  # S3 deletes up to a thousand per request
 
         if paths:
             with self._errors("delete", paths[0]), contextlib.suppress(FileNotFoundError):
                 self._wait(delete())
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
-        """Translate what the client raises, which shows all that was sent and answered, a session's token included."""
+        """Translate the client's exceptions. Their text may contain a session token, so they are not kept as causes."""
         return translating(doing, name, self.location, with_cause=False)
 
 
-class _AsyncReads:
+class _ObstoreReads:
     """Reads on the event loop of this process."""
 
     def __init__(self, store: ObstoreStore) -> None:
         self._store = store
-        self.loop = event_loop()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return event_loop()
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._store._errors("read", name):
-            return await asyncio.wait_for(self._store._read(name, start, stop), _given_up_after_s())
+            return await asyncio.wait_for(self._store._read(name, start, stop), _call_deadline_s())
 
 
 @dataclass(frozen=True, slots=True)
 class _BlockingFile:
-    """An upload of the client, as `Upload` calls it."""
+    """The methods of the client's file that `MultipartUpload` calls, as blocking calls."""
 
     write: Callable[[bytes], None]
     close: Callable[[], None]

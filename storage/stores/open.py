@@ -13,25 +13,28 @@ from .fsspec import open_fsspec
 from .options import checked_options
 
 
-def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:
-    """Open the store at a path or URI, or return `target` itself where it is one.
+def open_store(location: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:
+    """Open the store at a path or URI. A Store is returned as it is.
 
-    Raises UnsupportedURIError, ArgumentError where there are options for a local path or a Store, StoreError.
+    Raises:
+        UnsupportedURIError: No store for this URI is installed, or the URI is malformed.
+        ArgumentError: Storage options were passed for a local path or for a Store, or `location` is none of these.
+        StoreError: The store cannot be opened.
     """
     options = checked_options(storage_options)
-    if isinstance(target, Store):
+    if isinstance(location, Store):
         if options:
             raise ArgumentError(
-                f"{', '.join(map(repr, options))} were given as storage options of {target.location}, which is open "
-                "already: leave them out"
+                f"storage_options {', '.join(map(repr, options))} were passed for {location.location}, which is an "
+                "open Store: omit them"
             )
-        return target
+        return location
     try:
-        uri = os.fspath(target)
+        uri = os.fspath(location)
     except TypeError:
         uri = None
     if not isinstance(uri, str):
-        raise ArgumentError(f"expected a path, a URI or a Store, got {target!r}")
+        raise ArgumentError(f"expected a path, a URI or a Store, got {location!r}")
     if not uri:
         raise ArgumentError('the path or URI is empty; "." is the current folder')
     remember_secrets(uri, options)
@@ -39,7 +42,7 @@ def open_store(target: str | os.PathLike[str] | Store, storage_options: Mapping[
 
 
 def open_found_store(uri: str, storage_options: Mapping[str, Any] | None = None) -> Store:
-    """Open the store at a URI that was found in a listing: its words are nobody's secrets. Raises as `open_store`."""
+    """Open the store at a URI from a listing, whose path is not masked as a secret. Raises what `open_store` raises."""
     options = checked_options(storage_options)
     remember_secrets("", options)
     return open_fsspec(uri, options)

@@ -1,4 +1,4 @@
-"""Which storage options cannot be meant: found out before a client is opened, some of which abort or wait for them."""
+"""Check storage options before a client is opened. Some clients abort or hang on invalid ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from ...planner.masking import masked
 from ..errors import ArgumentError
 
 _NESTED = ("client_kwargs", "config_kwargs")
-_STRINGS = ("key", "secret", "token", "profile")
-"""Of S3, where they are given at all."""
+_S3_STRINGS = ("key", "secret", "token", "profile")
+"""Options of S3 that must be strings."""
 
 
 def checked_options(options: Mapping[str, Any] | None, protocol: str = "") -> dict[str, Any]:
     """Return storage options as a dict.
 
     Args:
-        protocol: of the URI that they are for.
+        options: The options. None is an empty dict.
+        protocol: The protocol of the URI that they are for.
 
-    Raises ArgumentError for options that are no mapping of names, and for values that no client takes.
+    Raises:
+        ArgumentError: The options are not a mapping with strings as keys, or a value cannot be used by any client.
     """
     if options is None:
         return {}
@@ -39,12 +41,12 @@ def checked_options(options: Mapping[str, Any] | None, protocol: str = "") -> di
             if name == "endpoint_url":
                 check_endpoint(shown, where[name])
             elif not where[name].isprintable():
-                raise ArgumentError(f"{shown} has a line break, or another such character")
-    for name in _STRINGS if protocol in ("s3", "s3a") else ():
+                raise ArgumentError(f"{shown} contains a line break or another control character")
+    for name in _S3_STRINGS if protocol in ("s3", "s3a") else ():
         if found.get(name) is not None:
             _check_string(f"storage_options[{name!r}]", found[name])
             if not found[name].isprintable():
-                raise ArgumentError(f"storage_options[{name!r}] has a line break, or another such character")
+                raise ArgumentError(f"storage_options[{name!r}] contains a line break or another control character")
     return found
 
 
@@ -53,7 +55,7 @@ def _check_mapping(what: str, value: object) -> None:
         raise ArgumentError(f"{what} must be a mapping of names to values, got {type(value)}")
     for name in value:
         if not isinstance(name, str):
-            raise ArgumentError(f"{what} must have strings as names, got one of {type(name)}")
+            raise ArgumentError(f"{what} must have strings as names, got a name of {type(name)}")
 
 
 def _check_string(what: str, value: object) -> None:
@@ -62,9 +64,13 @@ def _check_string(what: str, value: object) -> None:
 
 
 def check_endpoint(what: str, endpoint: str) -> None:
-    """Check that an endpoint is the URL of a server; none where it is empty. Raises ArgumentError that calls it `what`.
+    """Raise ArgumentError if an endpoint is not the URL of a server. An empty endpoint is accepted.
 
-    A client would wait for a server that cannot be, or abort.
+    A client would hang on some invalid endpoints, and abort on others.
+
+    Args:
+        what: How the error message calls the endpoint.
+        endpoint: The URL.
     """
     if not endpoint:
         return
@@ -72,24 +78,24 @@ def check_endpoint(what: str, endpoint: str) -> None:
         url = urlsplit(endpoint)
         reason = ""
         if url.scheme not in ("http", "https"):
-            reason = "it does not begin with http:// or https://"
+            reason = "it must begin with http:// or https://"
         elif not endpoint.isprintable() or " " in endpoint:
-            reason = "it has a blank, or a character that cannot be printed"
+            reason = "it contains a space or a character that cannot be printed"
         elif not url.hostname:
-            reason = "it names no server"
+            reason = "it has no host"
         elif url.port == 0:
             reason = "its port is 0"
         elif not _is_host(url.hostname, url.netloc):
-            reason = f"{url.hostname!r} cannot be a server"
-    except ValueError as error:  # UnicodeError, too
+            reason = f"{url.hostname!r} cannot be a host"
+    except ValueError as error:  # includes UnicodeError
         reason = str(error)
     if reason:
         shown = re.sub(r"[^/\s]*@", "***@", endpoint.split()[0] if endpoint.split() else endpoint)
-        raise ArgumentError(f"{what} is no URL of a server: {reason}. It is {masked(shown)[:200]!r}")
+        raise ArgumentError(f"{what} must be the URL of a server, got {masked(shown)[:200]!r}: {reason}")
 
 
 def _is_host(host: str, netloc: str) -> bool:
-    """Return whether a client can look up the host of a URL. Raises ValueError for some that none can."""
+    """Return whether a client can look up the host of a URL. Raises ValueError for some invalid hosts."""
     if "[" in netloc:
         ipaddress.IPv6Address(host)
         return re.fullmatch(r"(:\d{1,5})?", netloc.rpartition("]")[2]) is not None and "%" not in host

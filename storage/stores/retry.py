@@ -1,8 +1,8 @@
-"""A store whose transient failures are tried again: slow-downs, resets, time-outs.
+"""Retry transient failures of a store, such as throttling, connection resets and time-outs.
 
-What is tried again is whole: a range, the manifest, a listing, a removal. An object that is being written cannot be;
-its writer begins another one (`writer.write_objects`). A conditional put whose first answer was lost fails when it is
-tried again; the commit looks at what is there.
+Only whole calls are retried: a byte range, a put, a listing, a deletion. An object that is being written cannot be
+retried; `write_objects` in writing/object_writer.py begins a new one. If the answer to a conditional put is lost, the
+retry fails because the object exists; the commit then reads the object to find out who wrote it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TypeVar
 
 from typing_extensions import Buffer
@@ -21,27 +21,33 @@ from ..errors import UnavailableError
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
 from ..runtime.threads import current_stop
-from .base import AsyncReads, ObjectWriter, Store, check_delete, close_store, top_names
+from .base import AsyncReads, Capabilities, Store, check_delete, close_store, top_names
+from .wrapped import WrappedStore
 
 T = TypeVar("T")
 logger = logger_of(__name__)
 
 RETRY_FOR_S = 120.0
-"""A call that has failed for so long is given up."""
+"""A call is retried for this long."""
 REQUEST_DEADLINE_S = 60.0
-"""A request that has not been answered in full by then has failed; it may be tried again."""
+"""A request that is not complete by then fails, and may be retried."""
 SLOWEST_BYTES_PER_S = 1_000_000
-"""What is large is given more time than that, at this rate."""
+"""The deadline of a large request is longer, by its size at this rate."""
 QUIET_S = 5.0
-"""What fails for longer is worth a warning."""
+"""Failures for longer than this are logged as warnings."""
 FIRST_WAIT_S = 0.1
-LONGEST_WAIT_S = 10.0
+MAX_WAIT_S = 10.0
 
 
 def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
-    """Call until it does not raise UnavailableError, for so many seconds (RETRY_FOR_S by default).
+    """Call a function until it does not raise UnavailableError, and return its result.
 
-    Gives up at once when the work of this thread is stopped.
+    Args:
+        call: The function.
+        retry_for_s: How long to retry, in seconds. None is RETRY_FOR_S.
+
+    Raises:
+        UnavailableError: The function still fails after that time, or the work of this thread was stopped.
     """
     pauses = _Pauses(retry_for_s)
     while True:
@@ -54,26 +60,30 @@ def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
 
 
 def deadline_s(nbytes: int) -> float:
-    """How long a request that moves so many bytes may take."""
+    """Return how many seconds a request that transfers `nbytes` bytes may take."""
     return REQUEST_DEADLINE_S + nbytes / SLOWEST_BYTES_PER_S
 
 
 def read_whole(store: Store, name: str, start: int, stop: int) -> Buffer:
-    """Read bytes of an object, and again if there are fewer than the size of the object tells, as after other failures.
+    """Read bytes of an object, and retry if the answer is shorter than the size of the object implies.
 
-    Takes a request more than `Store.read`: for what would otherwise be called damaged.
+    A short answer costs one more request than `Store.read`, for the size. Use this function where a short answer would
+    otherwise be reported as damage.
 
-    Returns: fewer bytes where the object ends before.
+    Returns:
+        The bytes [start, stop), or fewer if the object ends before `stop`.
 
-    Raises as `Store.read`; UnavailableError if the answers stay too short.
+    Raises:
+        UnavailableError: The answers remain too short.
+        StoreError: Any other error of `Store.read`.
     """
 
     def read() -> Buffer:
         data = store.read(name, start, stop)
         found = memoryview(data).nbytes
-        if found < stop - start and found < (due := min(stop, store.size(name)) - start):
+        if found < stop - start and found < (expected := min(stop, store.size(name)) - start):
             raise UnavailableError(
-                f"cannot read {name!r} in {store.location} now: the answer had {found} of {due} bytes at {start}"
+                f"cannot read {name!r} in {store.location} now: the answer had {found} of {expected} bytes at {start}"
             )
         return data
 
@@ -81,7 +91,7 @@ def read_whole(store: Store, name: str, start: int, stop: int) -> Buffer:
 
 
 class _Pauses:
-    """How long to wait before each further try: twice as long each time, with jitter; None once it is given up."""
+    """The time to wait before each retry: it doubles each time, with jitter. None ends the retries."""
 
     def __init__(self, retry_for_s: float | None) -> None:
         self._retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
@@ -89,25 +99,28 @@ class _Pauses:
         self._wait = FIRST_WAIT_S
 
     def next(self, error: UnavailableError) -> float | None:
-        if self._deadline is None:  # what the first try took does not count
+        if self._deadline is None:  # the time that the first attempt took does not count
             self._deadline = time.monotonic() + self._retry_for_s
         pause = self._wait * random.uniform(0.5, 1)
-        self._wait = min(2 * self._wait, LONGEST_WAIT_S)
+        self._wait = min(2 * self._wait, MAX_WAIT_S)
         if time.monotonic() + pause > self._deadline:
             return None
         failing_s = self._retry_for_s - (self._deadline - time.monotonic())
         level = logging.WARNING if failing_s > QUIET_S else logging.INFO
-        logger.log(level, "failing for %.0f s, tried again in %.1f s: %s", failing_s, pause, error)
+        logger.log(level, "failing for %.0f s, retrying in %.1f s: %s", failing_s, pause, error)
         return pause
 
 
-class _RetryingReads:
-    """Asynchronous reads, whose transient failures are tried again."""
+class _RetryingAsyncReads:
+    """Reads on an event loop whose transient failures are retried."""
 
     def __init__(self, reads: AsyncReads, retry_for_s: float | None) -> None:
         self._reads = reads
         self._retry_for_s = retry_for_s
-        self.loop = reads.loop
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._reads.loop
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         pauses = _Pauses(self._retry_for_s)
@@ -121,87 +134,71 @@ class _RetryingReads:
 
 
 def without_retries(store: Store) -> Store:
-    """A store without its retries: for what is worth no wait, as to tidy up after a failure."""
-    return store._store if isinstance(store, RetryingStore) else store
+    """Return a store without its retries, for calls that are not worth a wait, such as a clean-up after a failure."""
+    return store.inner if isinstance(store, RetryingStore) else store
 
 
-class RetryingStore:
-    """Another store, with its transient failures tried again.
+class RetryingStore(WrappedStore):
+    """Another store whose transient failures are retried.
 
     Args:
-        retry_for_s: for how long, for each call; 120 s by default.
-        reopen: opens the other store again, in a child process after a fork. Without it, the same one is used there.
+        store: The store that does the work.
+        retry_for_s: How long each call is retried, in seconds. None is RETRY_FOR_S.
+        reopen: Opens the store again in a child process after a fork, since its client may need threads that the child
+            does not have. None uses the same store there.
     """
 
     def __init__(
         self, store: Store, *, retry_for_s: float | None = None, reopen: Callable[[], Store] | None = None
     ) -> None:
+        super().__init__(store)
         self._retry_for_s = retry_for_s
-        self._opened = store
         self._reopen = reopen
         self._generation = generation()
 
     @property
-    def _store(self) -> Store:
-        """The store that does the work. In a child process it is opened again, since it may need its own threads."""
+    def inner(self) -> Store:
         if self._reopen is not None and self._generation != generation():
-            self._opened, self._generation = self._reopen(), generation()
-        return self._opened
-
-    @property
-    def location(self) -> str:
-        return self._opened.location
+            self._inner, self._generation = self._reopen(), generation()
+        return self._inner
 
     @property
     def retry_for_s(self) -> float | None:
         return self._retry_for_s
 
     @property
-    def concurrent_reads(self) -> int:
-        return self._store.concurrent_reads
-
-    @property
-    def async_reads(self) -> AsyncReads | None:
-        reads = self._store.async_reads
-        return None if reads is None else _RetryingReads(reads, self._retry_for_s)
-
-    read_into = None
-
-    @property
-    def holds_objects(self) -> bool:
-        return self._store.holds_objects
+    def capabilities(self) -> Capabilities:
+        reads = self.inner.capabilities.async_reads
+        return replace(
+            super().capabilities,
+            async_reads=None if reads is None else _RetryingAsyncReads(reads, self._retry_for_s),
+            list_top=lambda: self._retried(lambda: top_names(self.inner)),
+            check_delete=self._check_delete,
+            close=lambda: close_store(self.inner),
+        )
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
-        return self._retried(lambda: self._store.read(name, start, stop))
+        return self._retried(lambda: self.inner.read(name, start, stop))
 
     def size(self, name: str) -> int:
-        return self._retried(lambda: self._store.size(name))
+        return self._retried(lambda: self.inner.size(name))
 
     def modified(self, name: str) -> float:
-        return self._retried(lambda: self._store.modified(name))
-
-    def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return self._store.create(name)
+        return self._retried(lambda: self.inner.modified(name))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
-        self._retried(lambda: self._store.put(name, data, overwrite=overwrite))
+        self._retried(lambda: self.inner.put(name, data, overwrite=overwrite))
 
     def list(self, folder: str = "") -> Iterable[str]:
-        return self._retried(lambda: list(self._store.list(folder)))
+        return self._retried(lambda: list(self.inner.list(folder)))
 
-    def list_top(self) -> Iterable[str]:
-        return self._retried(lambda: top_names(self._store))
-
-    def close(self) -> None:
-        close_store(self._store)
-
-    def check_delete(self, names: Iterable[str]) -> None:
+    def _check_delete(self, names: Iterable[str]) -> None:
         names = list(names)
-        self._retried(lambda: check_delete(self._store, names))
+        self._retried(lambda: check_delete(self.inner, names))
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)
-        self._retried(lambda: self._store.delete(names))
+        self._retried(lambda: self.inner.delete(names))
 
     def _retried(self, call: Callable[[], T]) -> T:
         return retried(call, retry_for_s=self._retry_for_s)

@@ -1,7 +1,4 @@
-"""For those who test against stores, or write one: stores in memory, that record, fail and lag, and the contract.
-
-`check_store(store)` is what every Store must pass; run it on your own.
-"""
+"""Stores for tests: in memory, recording, failing and slow. `check_store` checks that a store keeps its contract."""
 
 from __future__ import annotations
 
@@ -15,16 +12,19 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from ..errors import CheckpointExistsError, ObjectNotFoundError, StoreError
-from .base import ObjectWriter, ReadsAhead, Store, check_delete, held
+from .base import Capabilities, ObjectWriter, Store, check_delete, held, top_names
+from .wrapped import WrappedStore
 
 
 class MemoryStore:
-    """A store in this process's memory. `content` is what it holds: change it to damage a checkpoint."""
+    """A store in the memory of this process.
 
-    concurrent_reads = 16
-    async_reads = None
-    read_into = None
-    holds_objects = False
+    Attributes:
+        content: The objects by name. Change it to damage a checkpoint.
+        capabilities: May be replaced, also on an instance.
+    """
+
+    capabilities = Capabilities()
 
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
@@ -55,8 +55,8 @@ class MemoryStore:
         self.content[name] = data
 
     def list(self, folder: str = "") -> Iterable[str]:
-        below = f"{folder.rstrip('/')}/" if folder else ""
-        return [name for name in self.content if name.startswith(below)]
+        prefix = f"{folder.rstrip('/')}/" if folder else ""
+        return [name for name in self.content if name.startswith(prefix)]
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -65,7 +65,7 @@ class MemoryStore:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a store."""
+    """A call of a method of a store, or one write to an object ("write"). The bytes are [start, stop)."""
 
     method: str
     name: str
@@ -73,91 +73,79 @@ class Call:
     stop: int = 0
 
 
-class RecordingStore:
-    """Another store, with its calls recorded, and a hook before each that may wait or raise.
+class RecordingStore(WrappedStore):
+    """Another store whose calls are recorded, with a hook before each call.
 
     Args:
-        store: does the work.
-        before: called before each call, and before each write to an object, on the thread that makes it.
+        store: The store that does the work.
+        before: Called before each call, and before each write to an object, in the same thread. It may wait or raise.
     """
 
     def __init__(self, store: Store, before: Callable[[Call], None] = lambda call: None) -> None:
-        self._store = store
+        super().__init__(store)
         self._before = before
         self._lock = threading.Lock()
         self.calls: list[Call] = []
 
-    async_reads = None
-    read_into = None
-
-    @property
-    def location(self) -> str:
-        return self._store.location
-
-    @property
-    def concurrent_reads(self) -> int:
-        return self._store.concurrent_reads
-
-    @property
-    def holds_objects(self) -> bool:
-        return self._store.holds_objects
-
-    def _note(self, call: Call) -> None:
+    def _record(self, call: Call) -> None:
         with self._lock:
             self.calls.append(call)
         self._before(call)
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
-        self._note(Call("read", name, start, stop))
-        return self._store.read(name, start, stop)
+        self._record(Call("read", name, start, stop))
+        return super().read(name, start, stop)
 
     def size(self, name: str) -> int:
-        self._note(Call("size", name))
-        return self._store.size(name)
+        self._record(Call("size", name))
+        return super().size(name)
 
     def modified(self, name: str) -> float:
-        self._note(Call("modified", name))
-        return self._store.modified(name)
+        self._record(Call("modified", name))
+        return super().modified(name)
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        self._note(Call("create", name))
-        return self._noting_writes(name)
+        self._record(Call("create", name))
+        return self._recording_writes(name)
 
     @contextmanager
-    def _noting_writes(self, name: str) -> Iterator[ObjectWriter]:
-        with self._store.create(name) as out:
-            yield _Noting(out, lambda size: self._note(Call("write", name, 0, size)))
+    def _recording_writes(self, name: str) -> Iterator[ObjectWriter]:
+        with super().create(name) as out:
+            yield _RecordingWriter(out, lambda size: self._record(Call("write", name, 0, size)))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
-        self._note(Call("put", name, 0, len(data)))
-        self._store.put(name, data, overwrite=overwrite)
+        self._record(Call("put", name, 0, len(data)))
+        super().put(name, data, overwrite=overwrite)
 
     def list(self, folder: str = "") -> Iterable[str]:
-        self._note(Call("list", folder))
-        return self._store.list(folder)
-
-    def check_delete(self, names: Iterable[str]) -> None:
-        check_delete(self._store, names)
+        self._record(Call("list", folder))
+        return super().list(folder)
 
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)
         for name in names:
-            self._note(Call("delete", name))
-        self._store.delete(names)
+            self._record(Call("delete", name))
+        super().delete(names)
 
 
-class _Noting:
-    def __init__(self, out: ObjectWriter, note: Callable[[int], None]) -> None:
+class _RecordingWriter:
+    def __init__(self, out: ObjectWriter, record: Callable[[int], None]) -> None:
         self._out = out
-        self._note = note
+        self._record = record
 
     def write(self, data: Buffer, /) -> None:
-        self._note(memoryview(data).nbytes)
+        self._record(memoryview(data).nbytes)
         self._out.write(data)
 
 
 def failing(method: str, *, after: int = 0, error: Exception | None = None) -> Callable[[Call], None]:
-    """A hook that lets `after` calls of a method pass and fails all that follow."""
+    """Return a hook that fails the calls of a method.
+
+    Args:
+        method: The method, as in `Call.method`.
+        after: The number of calls that succeed before.
+        error: The exception to raise. None is a StoreError.
+    """
     lock = threading.Lock()
     left = after
 
@@ -174,7 +162,7 @@ def failing(method: str, *, after: int = 0, error: Exception | None = None) -> C
 
 
 def slow(method: str, seconds: float) -> Callable[[Call], None]:
-    """A hook that makes each call of a method take longer."""
+    """Return a hook that delays each call of a method."""
 
     def before(call: Call) -> None:
         if call.method == method:
@@ -183,44 +171,113 @@ def slow(method: str, seconds: float) -> Callable[[Call], None]:
     return before
 
 
+_OBJECT = "data/a.shard"
+_CONTENT = bytes(range(256)) * 1024
+
+
 def check_store(store: Store) -> None:
-    """The contract of a Store, on an empty one; it is left empty. Raises AssertionError."""
+    """Check that a store keeps the contract of `Store`, including the optional methods in its capabilities.
+
+    Args:
+        store: An empty store. It is empty again afterwards.
+
+    Raises:
+        AssertionError: The store breaks the contract.
+    """
     assert isinstance(store, Store)
     assert store.location
+    _check_empty(store)
+    _check_create_and_read(store)
+    _check_size_and_time(store)
+    _check_read_into(store)
+    _check_reads_ahead(store)
+    _check_async_reads(store)
+    _check_put_and_list(store)
+    _check_concurrent_reads(store)
+    _check_deletes(store)
+
+
+def _check_empty(store: Store) -> None:
     assert list(store.list()) == []
+    assert top_names(store) == []
     _expect(ObjectNotFoundError, lambda: store.read("absent", 0, 1))
     _expect(ObjectNotFoundError, lambda: store.read("deep/absent", 0, 1))
     store.delete(["absent"])
 
-    content = bytes(range(256)) * 1024
-    with store.create("data/a.shard") as out:
+
+def _check_create_and_read(store: Store) -> None:
+    """`_OBJECT` is what was written, and remains for the checks that follow."""
+    with store.create(_OBJECT) as out:
         out.write(b"")
-        out.write(bytearray(content[:1000]))
-        out.write(memoryview(content)[1000:])
-    assert set(store.list()) == {"data/a.shard"}
-    for start, stop in ((0, 1), (1000, 1001), (5, len(content)), (len(content) - 1, len(content))):
-        assert bytes(store.read("data/a.shard", start, stop)) == content[start:stop]
-    assert bytes(store.read("data/a.shard", len(content) - 3, len(content) + 5)) == content[-3:]
-    assert bytes(store.read("data/a.shard", len(content) + 5, len(content) + 9)) == b""
+        out.write(bytearray(_CONTENT[:1000]))
+        out.write(memoryview(_CONTENT)[1000:])
+    assert set(store.list()) == {_OBJECT}
+    nbytes = len(_CONTENT)
+    for start, stop in ((0, 1), (1000, 1001), (5, nbytes), (nbytes - 1, nbytes)):
+        assert bytes(store.read(_OBJECT, start, stop)) == _CONTENT[start:stop]
+    assert bytes(store.read(_OBJECT, nbytes - 3, nbytes + 5)) == _CONTENT[-3:]
+    assert bytes(store.read(_OBJECT, nbytes + 5, nbytes + 9)) == b""
 
-    assert store.size("data/a.shard") == len(content)
+
+def _check_size_and_time(store: Store) -> None:
+    assert store.size(_OBJECT) == len(_CONTENT)
     _expect(ObjectNotFoundError, lambda: store.size("absent"))
-    assert abs(store.modified("data/a.shard") - time.time()) < 3600
+    assert abs(store.modified(_OBJECT) - time.time()) < 3600
     _expect(ObjectNotFoundError, lambda: store.modified("absent"))
-    _check_other_reads(store, content)
 
+
+def _check_read_into(store: Store) -> None:
+    read_into = store.capabilities.read_into
+    if read_into is None:
+        return
+    nbytes, buffer = len(_CONTENT), bytearray(100)
+    assert read_into(_OBJECT, [(1000, 1060), (7, 47)], memoryview(buffer)) == 100
+    assert buffer == _CONTENT[1000:1060] + _CONTENT[7:47]
+    assert read_into(_OBJECT, [(nbytes - 3, nbytes + 97)], memoryview(buffer)) == 3
+    assert buffer[:3] == _CONTENT[-3:]
+    assert read_into(_OBJECT, [(nbytes + 5, nbytes + 105)], memoryview(buffer)) == 0
+    _expect(ObjectNotFoundError, lambda: read_into("absent", [(0, 100)], memoryview(buffer)))
+
+
+def _check_reads_ahead(store: Store) -> None:
+    will_read = store.capabilities.will_read
+    if will_read is not None:
+        will_read(_OBJECT, [(0, 1000), (2000, len(_CONTENT) + 5)])
+        will_read("absent", [(0, 1000)])
+
+
+def _check_async_reads(store: Store) -> None:
+    reads = store.capabilities.async_reads
+    if reads is None:
+        return
+
+    def read(name: str, start: int, stop: int) -> bytes:
+        return bytes(asyncio.run_coroutine_threadsafe(reads.read(name, start, stop), reads.loop).result())
+
+    nbytes = len(_CONTENT)
+    assert read(_OBJECT, 1000, 70000) == _CONTENT[1000:70000]
+    assert read(_OBJECT, nbytes - 3, nbytes + 5) == _CONTENT[-3:]
+    assert read(_OBJECT, nbytes + 5, nbytes + 9) == b""
+    _expect(ObjectNotFoundError, lambda: read("absent", 0, 1))
+
+
+def _check_put_and_list(store: Store) -> None:
+    """An object "manifest" remains for the checks that follow."""
     store.put("manifest", b"one", overwrite=False)
     _expect(CheckpointExistsError, lambda: store.put("manifest", b"two", overwrite=False))
     assert bytes(store.read("manifest", 0, 10)) == b"one"
     store.put("manifest", b"three", overwrite=True)
     assert bytes(store.read("manifest", 0, 10)) == b"three"
-    assert set(store.list()) == {"data/a.shard", "manifest"}
-    assert list(store.list("data")) == ["data/a.shard"]
+    assert set(store.list()) == {_OBJECT, "manifest"}
+    assert list(store.list("data")) == [_OBJECT]
     assert list(store.list("nothing")) == []
+    assert top_names(store) == ["manifest"]
 
+
+def _check_concurrent_reads(store: Store) -> None:
     results: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: results.append(bytes(store.read("data/a.shard", 7, 70000)) == content[7:70000]))
+        threading.Thread(target=lambda: results.append(bytes(store.read(_OBJECT, 7, 70000)) == _CONTENT[7:70000]))
         for _ in range(8)
     ]
     for thread in threads:
@@ -229,39 +286,17 @@ def check_store(store: Store) -> None:
         thread.join()
     assert results == [True] * 8
 
-    store.delete(["data/a.shard", "absent", "manifest"])
+
+def _check_deletes(store: Store) -> None:
+    check_delete(store, [_OBJECT, "absent", "manifest"])
+    assert set(store.list()) == {_OBJECT, "manifest"}
+    store.delete([_OBJECT, "absent", "manifest"])
     assert list(store.list()) == []
     store.delete([])
-    into = store.read_into
-    if into is not None:
-        _expect(ObjectNotFoundError, lambda: into("data/a.shard", [(0, 1)], memoryview(bytearray(1))))
+    read_into = store.capabilities.read_into
+    if read_into is not None:
+        _expect(ObjectNotFoundError, lambda: read_into(_OBJECT, [(0, 1)], memoryview(bytearray(1))))
     _expect(ObjectNotFoundError, lambda: store.read("manifest", 0, 1))
-
-
-def _check_other_reads(store: Store, content: bytes) -> None:
-    """Reads into memory, and on an event loop, give what `read` gives of "data/a.shard"; where the store has them."""
-    past = len(content) + 5
-    into, reads = store.read_into, store.async_reads
-    if into is not None:
-        buffer = bytearray(100)
-        assert into("data/a.shard", [(1000, 1060), (7, 47)], memoryview(buffer)) == 100
-        assert buffer == content[1000:1060] + content[7:47]
-        assert into("data/a.shard", [(len(content) - 3, len(content) + 97)], memoryview(buffer)) == 3
-        assert buffer[:3] == content[-3:]
-        assert into("data/a.shard", [(past, past + 100)], memoryview(buffer)) == 0
-        _expect(ObjectNotFoundError, lambda: into("absent", [(0, 100)], memoryview(buffer)))
-    if isinstance(store, ReadsAhead):
-        store.will_read("data/a.shard", [(0, 1000), (2000, past)])
-        store.will_read("absent", [(0, 1000)])
-    if reads is not None:
-
-        def read(name: str, start: int, stop: int) -> bytes:
-            return bytes(asyncio.run_coroutine_threadsafe(reads.read(name, start, stop), reads.loop).result())
-
-        assert read("data/a.shard", 1000, 70000) == content[1000:70000]
-        assert read("data/a.shard", len(content) - 3, past) == content[-3:]
-        assert read("data/a.shard", past, past + 4) == b""
-        _expect(ObjectNotFoundError, lambda: read("absent", 0, 1))
 
 
 def _expect(error: type[Exception], call: Callable[[], object]) -> None:

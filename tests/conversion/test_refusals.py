@@ -22,7 +22,7 @@ from reshard.errors import (
     UnavailableError,
     UnsupportedURIError,
 )
-from reshard.storage.conversion.journal import HEAD
+from reshard.storage.conversion.journal import CLAIM
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
@@ -223,7 +223,7 @@ def test_the_remains_of_another_conversion_are_told(other: dict[str, Any], src: 
     with pytest.raises(CommitError, match=rf"'{MANIFEST_NAME}' may or may not have been written: injected"):
         reshard.convert(src, RecordingStore(LocalStore(dst), failing("put", after=3)))
     before = content_of(dst)
-    assert len(before) == 3  # the head, a note and its object
+    assert len(before) == 3  # the claim, a note and its object
     with pytest.raises(CheckpointExistsError, match=r"another conversion was begun at .*dst, of another checkpoint or"):
         reshard.convert(src, dst, **other)
     assert content_of(dst) == before
@@ -271,7 +271,7 @@ def test_a_store_that_fails_is_told_and_a_rerun_completes(
             told = str(error)
         assert (COMMITS[format] in store.content) == (told == "")
         assert "injected" in told or not told
-        if HEAD in store.content or told:
+        if CLAIM in store.content or told:
             reshard.convert(src, store, format=format, **options)
         assert_converted(store, state, format)
         assert_clean(set(store.content), store, format)
@@ -284,7 +284,7 @@ def test_a_commit_whose_answer_was_lost_is_recognised(format: str, src: Path, tm
     class Losing(RecordingStore):
         def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
             super().put(name, data, overwrite=overwrite)
-            if name in (COMMITS[format], HEAD) and not overwrite:
+            if name in (COMMITS[format], CLAIM) and not overwrite:
                 raise CheckpointExistsError(f"{name} exists")  # as a second try finds
 
     reshard.convert(src, Losing(memory), format=format)
@@ -316,7 +316,7 @@ def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monke
 
     def end_before(call: Call) -> None:
         if call.method == "create":
-            memory.content.pop(HEAD, None)
+            memory.content.pop(CLAIM, None)
 
     store = RecordingStore(memory, end_before)
     with pytest.raises(CheckpointExistsError, match="does not belong to this conversion any more"):
@@ -348,7 +348,7 @@ def test_a_note_that_is_none_is_told(content: bytes, src: Path) -> None:
     memory.content[".reshard-convert-000000.json"] = content
     with pytest.raises(CorruptCheckpointError, match=r"'\.reshard-convert-000000\.json' in memory is not of"):
         reshard.convert(src, memory)
-    memory.content[HEAD] = content
+    memory.content[CLAIM] = content
     with pytest.raises((CorruptCheckpointError, CheckpointExistsError), match=r"is not of a conv|another conversion"):
         reshard.convert(src, memory)
     assert MANIFEST_NAME not in memory.content
@@ -395,4 +395,4 @@ def test_a_store_that_stays_away_is_given_up(src: Path, monkeypatch: pytest.Monk
     memory = MemoryStore()
     with pytest.raises(UnavailableError, match="away"):
         reshard.convert(src, RecordingStore(memory, failing("create", error=UnavailableError("away"))))
-    assert set(memory.content) == {HEAD}
+    assert set(memory.content) == {CLAIM}

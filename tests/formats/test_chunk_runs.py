@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.entries import ITEMSIZES
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import ITEMSIZES, Kind
 from reshard.planner.grid import Grid
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.chunk_runs import (
@@ -159,7 +159,7 @@ def test_error_names_the_damaged_chunk_of_a_run(last: bool, monkeypatch: pytest.
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
     store.content[name] = bytes(content)
-    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
     chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
     with pytest.raises(
         CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"

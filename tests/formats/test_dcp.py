@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 import reshard
 from reshard.errors import CorruptCheckpointError, UnsafeValueError
-from reshard.planner.byte_ranges import Gaps
+from reshard.planner.chunk_reads import Want
+from reshard.planner.coalesce import GapLimits
 from reshard.planner.entries import ITEMSIZES
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores.local import LocalStore
@@ -50,8 +51,8 @@ def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, m
     source = open_source(checkpoint)
     index = source.index([Want(name, box)])
     out = torch.empty(box.sizes, dtype=dtype)
-    gaps = Gaps(10**9 if max_over_read else 0, max_over_read)
-    execute(plan_reads(index, [Want(name, box)], gaps=gaps), index, source.store, [out])
+    gap_limits = GapLimits(10**9 if max_over_read else 0, max_over_read)
+    execute(plan_reads(index, [Want(name, box)], gap_limits=gap_limits), index, source.store, [out])
     return out
 
 

@@ -458,8 +458,8 @@ def chunks(*parts: Box) -> Callable[[Metadata], None]:
         ([*rows(2, 6, 4)[:2]], "hold 16 elements, its shape"),
         ([Box((0, 0), (4, 4)), Box((2, 0), (4, 4))], "hold 32 elements, its shape"),
         ([Box((0, 0), (3, 4)), Box((2, 0), (3, 4))], "overlap"),
-        ([Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((5, 0), (2, 4))], "lies outside its shape"),
-        ([Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((2**50, 0), (2, 4))], "lies outside its shape"),
+        ([Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((5, 0), (2, 4))], "is outside its shape"),
+        ([Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((2**50, 0), (2, 4))], "is outside its shape"),
         ([], "hold 0 elements, its shape"),
     ],
 )

@@ -12,7 +12,7 @@ import reshard
 from reshard.cli.app import app
 from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import obstore
-from reshard.storage.stores.base import ListsTop, is_name, top_names
+from reshard.storage.stores.base import is_name, top_names
 from reshard.storage.stores.open import open_store
 from reshard.storage.stores.testing import MemoryStore
 from tests import servers
@@ -165,5 +165,5 @@ def test_error_without_s3fs_names_the_unusual_key(monkeypatch: pytest.MonkeyPatc
 def test_top_names_are_those_outside_folders() -> None:
     store = MemoryStore()
     store.content = {"a": b"", "b/c": b"", "b/d/e": b""}
-    assert not isinstance(store, ListsTop)
+    assert store.capabilities.list_top is None
     assert top_names(store) == ["a"]

@@ -42,7 +42,7 @@ def test_what_it_says_of_itself(saved: tuple[RecordingStore, dict[str, torch.Ten
     assert checkpoint.read_value("step") == 3
     assert checkpoint.info["codec"] == "zstd"
     assert checkpoint.location == "memory"
-    assert "reshard: 3 tensors, 2 objects" in repr(checkpoint)
+    assert "reshard: 3 tensors, 2 values" in repr(checkpoint)
     assert checkpoint._repr_html_().count("<tr>") == 1 + 3
 
 
@@ -68,7 +68,7 @@ def test_calls_that_do_not_fit(saved: tuple[RecordingStore, dict[str, torch.Tens
     checkpoint = reshard.open(saved[0])
     with pytest.raises(errors.MissingTensorError, match="'nothing'"):
         checkpoint.read("nothing")
-    with pytest.raises(errors.ShapeMismatchError, match=r"'norm' has shape \(512,\), \[500:520\]"):
+    with pytest.raises(errors.ShapeMismatchError, match=r"'norm' has shape \(512,\), and \[500:520\]"):
         checkpoint.read("norm", Box((500,), (20,)))
     with pytest.raises(errors.ShapeMismatchError, match=r"out has shape \(3,\)"):
         checkpoint.read("norm", out=torch.zeros(3))
@@ -76,7 +76,7 @@ def test_calls_that_do_not_fit(saved: tuple[RecordingStore, dict[str, torch.Tens
         checkpoint.read("norm", dtype=torch.int64)
     with pytest.raises(errors.DestinationError, match=r"out has dtype torch\.float32"):
         checkpoint.read("norm", out=torch.zeros(512), dtype=torch.float16)
-    with pytest.raises(errors.DestinationError, match="'step' is an object"):
+    with pytest.raises(errors.DestinationError, match="'step' is a value in the checkpoint"):
         checkpoint.read("step")
     with pytest.raises(errors.DestinationError, match="'norm' is a tensor"):
         checkpoint.read_value("norm")

@@ -23,8 +23,8 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
+from reshard.humanize import format_age, format_bytes
 from reshard.storage.stores.open import open_store
-from reshard.words import in_bytes, in_time
 from tests.conftest import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -254,7 +254,7 @@ def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None
     }
     for path in others:
         path.write_bytes(b"somebody's")
-    assert "nothing" in call("gc", tmp_path)
+    assert "no data" in call("gc", tmp_path)
     old = time.time() - 48 * 3600
     for folder in (place, other):
         for path in (folder / "data").iterdir():
@@ -293,7 +293,7 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
 
 def test_what_does_not_tell_what_it_is_made_of_is_not_removed(tmp_path: Path) -> None:
     place = saved(of_safetensors, tmp_path)
-    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and of DCP are removed"):
+    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and DCP can be removed"):
         call("rm", place, "--yes")
     assert len(reshard.open(place).tensors) == 6
 
@@ -446,7 +446,7 @@ def test_names_are_a_tree() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [in_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
     ]  # fmt: skip
 
@@ -464,7 +464,7 @@ def test_the_shell_completes_commands() -> None:
 
 
 def test_spans_of_time_in_words() -> None:
-    assert [in_time(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
+    assert [format_age(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
 
 
 def test_options_nest_by_dots() -> None:

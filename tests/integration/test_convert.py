@@ -177,7 +177,7 @@ def test_ranks_that_are_given_different_arguments_are_told(ranks: RankPool, tmp_
 @pytest.mark.filterwarnings("ignore:Sending a large body directly")  # of the client of GCS
 @pytest.mark.parametrize("store_name", ["moto", "moto by s3fs", "seaweedfs", "gcs"])
 def test_a_large_file_goes_up_in_parts(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "HELD_BYTES", 6 * MIB)
+    monkeypatch.setattr(store_module, "MAX_HELD_BYTES", 6 * MIB)
     uri, options = place
     state = {"a": torch.randn(9, 1000, 1000), "b": torch.randn(7)}
     src = save_native(state, tmp_path / "src")

@@ -32,6 +32,7 @@ from reshard.planner.masking import MAX_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
 from reshard.storage.maintenance.gc import find_remains
 from reshard.storage.stores import retry
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.open import open_store
 from tests.failing_s3 import failing_s3
 
@@ -315,10 +316,7 @@ class _Telling:
     """Somebody's own store, whose client tells everything."""
 
     location = f"telling://user:{SECRET}@host"
-    concurrent_reads = 1
-    async_reads = None
-    read_into = None
-    holds_objects = True
+    capabilities = Capabilities(concurrent_reads=1, buffers_objects=True)
 
     def _fail(self, *args: object, **options: object) -> Any:
         try:

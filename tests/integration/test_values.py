@@ -14,6 +14,7 @@ from torch import nn
 
 import reshard
 from reshard.planner.entries import ITEMSIZES
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
 
 
@@ -195,7 +196,7 @@ def test_any_memory_budget_gives_the_same_result(codec: str) -> None:
     saved = {"large": torch.randn(1500, 700), "half": torch.randn(900, 300).to(torch.bfloat16), "small": torch.ones(3)}
     for several in (False, True):
         store = MemoryStore()
-        store.holds_objects = several
+        store.capabilities = Capabilities(buffers_objects=several)
         reshard.save(saved, store, codec=codec, budget_bytes=1 << 20)
         assert len(store.content) > 20 if several else len(store.content) == 2
         loaded = {name: torch.zeros_like(values) for name, values in saved.items()}

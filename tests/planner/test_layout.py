@@ -136,7 +136,7 @@ def test_a_layout_travels_between_processes() -> None:
         ({"dp": 2, "tp": 2}, {"a": {"pp": Shard(0)}}, "'pp'"),
         ({}, {}, "a mesh needs"),
         ("tp", {}, "a mesh is a size"),
-        (2, {"a": 3}, "expected a tensor-parallel word .* got 3"),
+        (2, {"a": 3}, "expected a tensor-parallel word, .* got 3"),
         (2, {"a": [object()]}, "expected a tensor-parallel word"),
         (0, {}, "1 rank or more"),
     ],

@@ -52,7 +52,7 @@ OTHER_CALLS = {
     ),
     "a large file": (
         writes,
-        "import reshard.storage.stores.base; reshard.storage.stores.base.HELD_BYTES = 100_000; "
+        "import reshard.storage.stores.base; reshard.storage.stores.base.MAX_HELD_BYTES = 100_000; "
         "reshard.convert(sys.argv[2], uri + '-copy', dst_options=options, format='safetensors')",
     ),
     "metadata": (

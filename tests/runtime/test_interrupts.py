@@ -24,7 +24,7 @@ BY_DCP = (
     "torch.distributed.checkpoint.save(state(), storage_writer="
     "reshard.StorageWriter(uri, storage_options=options), no_dist=True)"
 )
-IN_PARTS = "import reshard.storage.stores.base; reshard.storage.stores.base.HELD_BYTES = 100_000; "
+IN_PARTS = "import reshard.storage.stores.base; reshard.storage.stores.base.MAX_HELD_BYTES = 100_000; "
 LARGE = f"{IN_PARTS}reshard.save({{'w': torch.randn(2000, 1000)}}, uri, storage_options=options, overwrite=True)"
 
 
@@ -110,7 +110,7 @@ def test_a_large_object_that_the_store_did_not_take_is_begun_anew() -> None:
         return of_data(method, key) and sum(map(of_data, ["PUT"] * len(seen), seen)) <= 2
 
     with failing_s3(fails=fails) as server, pytest.MonkeyPatch.context() as patched:
-        patched.setattr("reshard.storage.stores.base.HELD_BYTES", 100_000)
+        patched.setattr("reshard.storage.stores.base.MAX_HELD_BYTES", 100_000)
         values = torch.randn(1000, 1000)
         reshard.save({"w": values}, "s3://bucket/run", storage_options=server.options)
         assert reshard.open("s3://bucket/run", storage_options=server.options).read("w").equal(values)

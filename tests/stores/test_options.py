@@ -178,5 +178,5 @@ def test_an_option_that_only_asynchronous_callers_need_is_left_out(s3: Place) ->
      "http://h%41", "http://<x>", "http://xn--", "http://h^x"],
 )  # fmt: skip
 def test_a_host_that_cannot_be_is_refused_before_a_client_is_opened(endpoint: str) -> None:
-    with pytest.raises(ArgumentError, match="is no URL of a server"):
+    with pytest.raises(ArgumentError, match="must be the URL of a server"):
         reshard.open("s3://b/x", storage_options={"key": "k", "secret": "s", "endpoint_url": endpoint})

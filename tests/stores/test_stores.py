@@ -13,7 +13,7 @@ from reshard.storage.dcp import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.stores import base as store_module
 from reshard.storage.stores import conditional_put, obstore
-from reshard.storage.stores.local import SYNC_BYTES, LocalStore
+from reshard.storage.stores.local import MIN_SYNC_BYTES, LocalStore
 from reshard.storage.stores.open import open_store
 from reshard.storage.stores.retry import RetryingStore
 from reshard.storage.stores.testing import MemoryStore, RecordingStore, check_store
@@ -33,7 +33,7 @@ def test_a_store_keeps_the_contract(place: Place) -> None:
 @pytest.mark.parametrize("store_name", STORES)
 @pytest.mark.filterwarnings("ignore:Sending a large body")  # gcsfs, of its own parts
 def test_a_large_object_is_sent_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "HELD_BYTES", 6 << 20)
+    monkeypatch.setattr(store_module, "MAX_HELD_BYTES", 6 << 20)
     uri, options = place
     store = open_store(uri, options)
     mib = bytes(range(256)) * 4096
@@ -87,7 +87,7 @@ def test_obstore_takes_s3_where_it_understands_all_options(
     def client(**more: object) -> str:
         store = open_store(uri, {**options, **more})
         assert isinstance(store, RetryingStore)
-        return type(store._store).__name__
+        return type(store.inner).__name__
 
     assert client() == client(anon=True) == "ObstoreStore"
     assert client(config_kwargs={"max_pool_connections": 3}) == client(requester_pays=True) == "FsspecStore"
@@ -98,12 +98,12 @@ def test_obstore_takes_s3_where_it_understands_all_options(
             changed.setenv(name, value)
             assert client() == "FsspecStore"
     for path in ("a b", "a#b", "ü", "a//b", "..", "a%20b"):
-        assert type(open_store(f"s3://bucket/{path}", options)._store).__name__ == "FsspecStore", path  # type: ignore[attr-defined]
+        assert type(open_store(f"s3://bucket/{path}", options).inner).__name__ == "FsspecStore", path  # type: ignore[attr-defined]
     (tmp_path / "config").write_text(f"[default]\nendpoint_url = {options['client_kwargs']['endpoint_url']}\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     keys = {"key": options["key"], "secret": options["secret"]}
     configured = open_store(uri, keys)
-    assert type(configured._store).__name__ == "ObstoreStore"  # type: ignore[attr-defined]
+    assert type(configured.inner).__name__ == "ObstoreStore"  # type: ignore[attr-defined]
     check_store(configured)
     monkeypatch.setitem(sys.modules, "obstore", None)
     assert client() == "FsspecStore"
@@ -233,7 +233,7 @@ def test_what_a_disk_failed_to_keep_is_told_at_the_end(tmp_path: Path, monkeypat
         pytest.raises(StoreError, match=r"cannot write 'data/x.shard'.*Input/output error"),
         LocalStore(tmp_path).create("data/x.shard") as out,
     ):
-        out.write(bytes(SYNC_BYTES))
+        out.write(bytes(MIN_SYNC_BYTES))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="checks the refusal through another user's rights")

@@ -263,15 +263,13 @@ def test_options_of_a_local_path_are_refused(form: str, tmp_path: Path) -> None:
         lambda: reshard.find_checkpoints(there, OPTIONS),
         lambda: reshard.remove(there, OPTIONS),
     ):
-        with pytest.raises(
-            ArgumentError, match="is a local path, which takes no storage options, and 'key' were given"
-        ):
+        with pytest.raises(ArgumentError, match="is a local path, which takes no storage_options, got 'key'"):
             call()
     writer = reshard.StorageWriter(new, storage_options=OPTIONS)
-    with pytest.raises(CheckpointException, match="takes no storage options"):
+    with pytest.raises(CheckpointException, match="takes no storage_options"):
         dcp.save(STATE, storage_writer=writer)
     reader = reshard.StorageReader(there, storage_options=OPTIONS)
-    with pytest.raises(CheckpointException, match="takes no storage options"):
+    with pytest.raises(CheckpointException, match="takes no storage_options"):
         dcp.load(dict(STATE), storage_reader=reader)
     assert not (tmp_path / "new").exists()
     empty: dict[str, Any] = {}
@@ -281,7 +279,7 @@ def test_options_of_a_local_path_are_refused(form: str, tmp_path: Path) -> None:
 
 
 def test_options_of_an_open_store_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"'key' were given as storage options of .*, which is open already"):
+    with pytest.raises(ArgumentError, match=r"storage_options 'key' were passed for .*, which is an open Store"):
         reshard.save(STATE, LocalStore(tmp_path / "x"), storage_options=OPTIONS)
     assert not (tmp_path / "x").exists()
     with pytest.raises(ArgumentError, match="storage_options must be a mapping"):
@@ -328,13 +326,13 @@ def test_commands_refuse_options_that_no_place_takes(tmp_path: Path) -> None:
     there, new = tmp_path / "c", tmp_path / "new"
     for command in commands(str(there), tmp_path):
         if command[0] != "demo":
-            with pytest.raises(ArgumentError, match="takes no storage options"):
+            with pytest.raises(ArgumentError, match="takes no storage_options"):
                 run(*command, "-o", "key=a")
-    with pytest.raises(ArgumentError, match="takes no storage options"):
+    with pytest.raises(ArgumentError, match="takes no storage_options"):
         run("convert", there, new, "--dst-option", "key=a")
-    with pytest.raises(ArgumentError, match="takes no storage options"):
+    with pytest.raises(ArgumentError, match="takes no storage_options"):
         run("convert", there, "memory://new", "-o", "key=a", "--dst-option", "x=1")
-    with pytest.raises(ArgumentError, match="takes no storage options"):
+    with pytest.raises(ArgumentError, match="takes no storage_options"):
         run("demo", "-o", "key=a")
     run("plan", there, "--save", tmp_path / "plan.json")
     run("plan", tmp_path / "plan.json", "-o", "key=a", code=2)

@@ -20,10 +20,12 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime.checksums import checksum
+from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
 from reshard.storage.writing import object_layout
 
@@ -44,7 +46,7 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
         "config": {"name": f"run {seed}", "betas": (0.9, 0.95)},
     }
     store = MemoryStore()
-    store.holds_objects = True
+    store.capabilities = Capabilities(buffers_objects=True)
     least, object_layout.MIN_OBJECT_BYTES = object_layout.MIN_OBJECT_BYTES, 50_000
     try:
         reshard.save(state, store, codec=codec)

@@ -16,9 +16,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ....planner.box import IntArray, indexes
-from ....planner.index import NATIVE
-from ....planner.read_plan import TOGETHER, ChunkReads
+from ....planner.box import IntArray, box_slices
+from ....planner.chunk_reads import ChunkReads
+from ....planner.entries import NATIVE_ENCODINGS
+from ....planner.read_plan import BOXES_PER_CALL
 
 Slices = tuple[slice, ...]
 
@@ -73,8 +74,8 @@ class ChunkRuns:
         columns = (
             column[runs].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
         )
-        parts = indexes(self.part_offsets[runs], self.part_sizes[runs])
-        places = indexes(self.place_offsets[runs], self.place_sizes[runs])
+        parts = box_slices(self.part_offsets[runs], self.part_sizes[runs])
+        places = box_slices(self.place_offsets[runs], self.place_sizes[runs])
         return map(ChunkRun, *columns, map(tuple, self.sizes[runs].tolist()), parts, places)
 
 
@@ -91,8 +92,8 @@ def find_chunk_runs(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]
         groups.setdefault(len(read.want.box.sizes), []).append(at)
     found: dict[int, ChunkRuns] = {}
     for members in groups.values():
-        for first in range(0, len(members), TOGETHER):
-            positions = members[first : first + TOGETHER]
+        for first in range(0, len(members), BOXES_PER_CALL):
+            positions = members[first : first + BOXES_PER_CALL]
             runs = _of_one_ndim([reads[at] for at in positions], [requests_of[at] for at in positions])
             found |= zip(positions, runs, strict=True)
     return (found[at] for at in range(len(reads)))
@@ -115,7 +116,7 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
     stops = np.concatenate([read.stops[:, 0] for read in reads])
     requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
 
-    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE))
+    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE_ENCODINGS))
     alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
     alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
     dims = continued_dims(offsets, sizes)

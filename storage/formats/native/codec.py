@@ -31,8 +31,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from ....planner.entries import ITEMSIZES
-from ....planner.index import Stream
+from ....planner.entries import ITEMSIZES, Stream
 from ...errors import ArgumentError, CorruptCheckpointError
 from ...tensors.dtypes import cast
 

@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from ....planner.byte_ranges import Gaps
-from ....planner.costs import Costs
-from ....planner.entries import ITEMSIZES, Entry
+from ....planner.chunk_reads import Want
+from ....planner.coalesce import GapLimits
+from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
-from ....planner.index import NATIVE, CheckpointIndex, Kind, missing
-from ....planner.read_plan import GAPS, Want
+from ....planner.index import CheckpointIndex, missing_tensor
+from ....planner.read_plan import NATIVE_GAP_LIMITS
 from ....planner.regions import check_region_parts, regions_met
+from ....planner.request_costs import RequestCosts
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
 from ...runtime.checksums import checksum
@@ -144,8 +145,12 @@ class Manifest:
     def observe(self, nbytes: int, seconds: float) -> None:
         """Ignore the speed of the store: there are few gaps between chunks."""
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        return GAPS if max_over_read is None else replace(GAPS, max_over_read=bounded(max_over_read))
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
+        return (
+            NATIVE_GAP_LIMITS
+            if max_over_read is None
+            else replace(NATIVE_GAP_LIMITS, max_over_read=bounded(max_over_read))
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -168,7 +173,7 @@ class Manifest:
 
     def _position(self, name: str) -> int:
         if name not in self._positions:
-            raise missing(name, self._positions)
+            raise missing_tensor(name, self._positions)
         return self._positions[name]
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
@@ -214,7 +219,7 @@ class Manifest:
                 found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
             return found
 
-        readers = min(len(runs), self.store.concurrent_reads)
+        readers = min(len(runs), self.store.capabilities.concurrent_reads)
         if readers <= 1:
             found = read(runs)
         else:
@@ -232,7 +237,7 @@ class Manifest:
             first_regions, where = self._first_regions, self._source.where
             index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
             index.check_disjoint()
-            if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
+            if int(index.segments.encodings.max(initial=0)) > max(NATIVE_ENCODINGS):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()
             for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ....planner.box import IntArray, ranges
+from ....planner.box import IntArray, concat_ranges
 from ....planner.entries import Entry, Segments
 from ....planner.index import CheckpointIndex
 from ....planner.partition import choose_regions, partition
@@ -239,7 +239,7 @@ def decode_blocks(
         return whole.astype(dtype, copy=False)
 
     rows = [at for at, _ in read]
-    regions = ranges(blocks.firsts[rows], blocks.counts[rows, 0])
+    regions = concat_ranges(blocks.firsts[rows], blocks.counts[rows, 0])
     owners = np.searchsorted(first_regions, regions, "right") - 1
     held, entry_of = np.unique(owners, return_inverse=True)
     region_of = column("regions", np.int64)

@@ -18,8 +18,8 @@ import torch
 from torch._weights_only_unpickler import Unpickler
 from torch.overrides import TorchFunctionMode
 
+from ....planner.entries import Kind
 from ....planner.errors import CheckpointError
-from ....planner.index import Kind
 from ...errors import (
     CorruptCheckpointError,
     DestinationError,
@@ -194,7 +194,9 @@ class _File:
         if directory.start < self._tail_start:
             self._tail = self._reads.exactly(self._name, directory.start, self._tail_start) + self._tail
             self._tail_start = directory.start
-        return read_directory(self._tail[directory.start - self._tail_start : directory.stop - self._tail_start], directory)
+        return read_directory(
+            self._tail[directory.start - self._tail_start : directory.stop - self._tail_start], directory
+        )
 
     def _not_a_zip(self, error: NotATorchZipError) -> CheckpointError:
         """Return the error for a file that is not what torch.save writes."""
