@@ -36,7 +36,7 @@ UNSAFE = ("rng", "third")
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
     """Make pieces and units of some KiB."""
     for module in (splitting, target, source_stream):
-        monkeypatch.setattr(module, "PIECE_BYTES", piece)
+        monkeypatch.setattr(module, "MAX_PIECE_BYTES", piece)
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 
 
