@@ -37,7 +37,7 @@ from .reading.read_tensors import (
 )
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
+from .runtime.process_group import Alarm, OpenedCheckpoint, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import Cast, RankReport, Report
 from .runtime.torch_modes import undisturbed
@@ -136,7 +136,7 @@ def load(
     begin = time.perf_counter()
     loading: list[_Loading] = []
 
-    def prepare() -> Opened:
+    def prepare() -> OpenedCheckpoint:
         if not isinstance(strict, bool):
             raise ArgumentError(
                 f"strict must be True or False, got {strict!r}; allow_missing= takes patterns of names that may be "
@@ -155,7 +155,7 @@ def load(
         )
         with record_function("reshard.open"):
             source = open_source(uri, storage_options, format)
-        opened = Opened(source.location, source.fingerprint() if is_distributed() else "")
+        opened = OpenedCheckpoint(source.location, source.fingerprint() if is_distributed() else "")
         loading.append(_Loading(state_dict, source, options))
         return opened
 

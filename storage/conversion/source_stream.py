@@ -23,7 +23,7 @@ from ..reading.read_tensors import StoredValue, counting_metadata, read_boxes
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
 from ..tensors.pieces import PIECE_BYTES, Item, Piece, in_groups
@@ -93,7 +93,7 @@ class Values:
     def _result(self, future: Future[list[torch.Tensor]]) -> list[torch.Tensor]:
         """What a read gives. Raises as `read_boxes`, and what interrupts the waiting."""
         while not future.done():
-            wait([future], HEED_S)
+            wait([future], CHECK_EVERY_S)
             self._interrupt()
         return future.result()
 

@@ -26,7 +26,7 @@ from ...planner.masking import harmless
 from ...planner.read_plan import ChunkReads, ReadPlan
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
 from ..runtime.limits import default_budget
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from .decode import place_batch
@@ -190,7 +190,7 @@ class _Execution:
 
     def _pause(self) -> None:
         """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
-        self._caller.wait(HEED_S)
+        self._caller.wait(CHECK_EVERY_S)
         if self._workers.stopped:  # what was to be done for this one may never be
             raise StoreError(STOPPED)
         self._lock.release()
