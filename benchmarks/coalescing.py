@@ -17,8 +17,7 @@ import numpy as np
 from benchmarks.common import Row, arguments_of, header, line, write
 from benchmarks.shapes import TP_PLAN, fsdp_rows, transformer
 from reshard.planner.box import Box
-from reshard.planner.byte_ranges import Gaps
-from reshard.planner.coalesce import MAX_GAP_BYTES, MAX_OVER_READ
+from reshard.planner.coalesce import MAX_GAP_BYTES, MAX_OVER_READ, GapLimits
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
 from reshard.planner.layout import Layout
@@ -70,10 +69,10 @@ def run(cases: list[str]) -> list[Row]:
     for case in cases:
         model, ranks, tp, raw = CASES[case]
         index = saved(transformer(**model), ranks, raw=raw)
-        tensors = rank_tensors(index.entries, Layout({"tp": tp}, TP_PLAN), 0)
+        tensors = rank_tensors({entry.name: entry for entry in index.entries}, Layout({"tp": tp}, TP_PLAN), 0)
         wants = [want for tensor in tensors for want in tensor.wants]
         for gap, over in LIMITS:
-            report = plan_reads(index, wants, gaps=Gaps(gap, over)).report
+            report = plan_reads(index, wants, gap_limits=GapLimits(gap, over)).report
             row: Row = {"case": case, "max_gap_bytes": gap, "max_over_read": over, "requests": report.requests}
             row["bytes_fetched"] = report.bytes_fetched
             row["over_read"] = report.bytes_fetched - report.bytes_wanted

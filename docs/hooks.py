@@ -1,7 +1,7 @@
-"""Brings pages from outside of docs/ into the site, and turns the links between them into links of the site.
+"""Add pages from outside of docs/ to the site, and adapt the links between pages.
 
-A link is written as it is right in the repository. One to a file that the site does not have becomes plain text. What
-`tests/test_docs.py` reads of a block's first line is taken out.
+Links on a page are those of the repository. A link to a file that the site does not contain becomes plain text.
+The reason why a block does not run (see `tests/docs/blocks.py`) is removed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ OUTSIDE = {
     "README.md": "readme.md",
     "benchmarks/README.md": "benchmarks.md",
 }
-"""Pages outside of docs/, and what the site calls them."""
-_INSIDE = {page: path for path, page in OUTSIDE.items()}
+"""Pages outside of docs/, and their names on the site."""
+_REPOSITORY_PATHS = {page: path for path, page in OUTSIDE.items()}
 _LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#:]+)(#[^)]*)?\)")
 _NO_RUN = re.compile(r'^( *```\w+) no_run="[^"]*"$', re.MULTILINE)
 
@@ -33,18 +33,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(
+    markdown: str, page: Any, config: MkDocsConfig, files: Files
+) -> str:
     uri: str = page.file.src_uri
-    folder = posixpath.dirname(_INSIDE.get(uri, f"docs/{uri}"))
+    folder = posixpath.dirname(_REPOSITORY_PATHS.get(uri, f"docs/{uri}"))
 
-    def link(found: re.Match[str]) -> str:
-        image, words, anchor = found[1], found[2], found[4] or ""
-        path = posixpath.normpath(posixpath.join(folder, found[3]))
-        there = OUTSIDE.get(path, path.removeprefix("docs/"))
-        if files.get_file_from_path(there) is None:
+    def adapt(link: re.Match[str]) -> str:
+        image, text, anchor = link[1], link[2], link[4] or ""
+        path = posixpath.normpath(posixpath.join(folder, link[3]))
+        target = OUTSIDE.get(path, path.removeprefix("docs/"))
+        if files.get_file_from_path(target) is None:
             if not (ROOT / path).exists():
-                raise FileNotFoundError(f"{uri} links to {path}, which is not there")
-            return words
-        return f"{image}[{words}]({posixpath.relpath(there, posixpath.dirname(uri) or '.')}{anchor})"
+                raise FileNotFoundError(
+                    f"{uri} links to {path}, which does not exist: correct the link"
+                )
+            return text
+        relative = posixpath.relpath(target, posixpath.dirname(uri) or ".")
+        return f"{image}[{text}]({relative}{anchor})"
 
-    return _LINK.sub(link, _NO_RUN.sub(r"\1", markdown))
+    return _LINK.sub(adapt, _NO_RUN.sub(r"\1", markdown))

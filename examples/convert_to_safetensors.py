@@ -19,8 +19,10 @@ import reshard
 
 
 def main(src: str, dst: str) -> None:
-    # Names below "model" lose it; what matches nothing, the optimizer, is left out.
-    report = reshard.convert(src, dst, format="safetensors", names={"model.*": "*"}, dtype=torch.bfloat16)
+    # Convert the model without the optimizer, and remove the prefix "model." from its names.
+    report = reshard.convert(
+        src, dst, format="safetensors", include="model", rename={"model.*": "*"}, dtype=torch.bfloat16
+    )
     if report.rank == 0:
         print(report.total)
         for name, info in reshard.open(dst).tensors.items():

@@ -61,7 +61,7 @@ def newest(run: str) -> str | None:
     """The newest checkpoint that is whole, as rank 0 sees it, the same on every rank."""
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
-        whole = [there for there in reshard.find_checkpoints(run) if there.is_whole]
+        whole = [there for there in reshard.find_checkpoints(run) if there.is_complete]
         found = [max(whole, key=lambda there: there.step or 0).uri if whole else None]
     dist.broadcast_object_list(found)
     return found[0]

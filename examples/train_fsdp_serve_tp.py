@@ -67,7 +67,7 @@ def serve(mesh: DeviceMesh, uri: str) -> None:
     say(f"loaded: {report.total}")
 
     layout = reshard.Layout({"tp": mesh.size()}, RULES)
-    tensors = reshard.open(uri).load_rank(layout, dist.get_rank(), names="model")
+    tensors = reshard.open(uri).load_rank(layout, dist.get_rank(), include="model")
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert parameter.to_local().equal(tensors[f"model.{name}"]), name

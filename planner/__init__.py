@@ -1,1 +1,4 @@
-"""Planning: from the metadata of a checkpoint to what each rank reads. Pure: numpy and the standard library only."""
+"""Planning: compute from the metadata of a checkpoint what each rank reads.
+
+The planner does no I/O and imports only numpy and the standard library.
+"""

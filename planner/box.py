@@ -1,7 +1,7 @@
-"""A box: the axis-aligned part of a tensor that a shard, a chunk or a read covers. The only geometry there is.
+"""Boxes: rectangular parts of tensors, which shards, chunks and reads cover.
 
-Offsets and sizes are in elements, one for each dimension, as in DCP's `ChunkStorageMetadata`.
-The functions over arrays do the same for many boxes at once: row i of an (n, ndim) array is box i.
+Offsets and sizes are in elements, one per dimension, as in DCP's `ChunkStorageMetadata`. The functions over arrays work
+on many boxes at once: row i of an (n, ndim) array is box i.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A half-open box: in dimension d it covers [offsets[d], offsets[d] + sizes[d])."""
+    """A rectangular part of a tensor: it covers [offsets[d], offsets[d] + sizes[d]) in dimension d."""
 
     offsets: tuple[int, ...]
-    """Where it starts, in elements of the tensor."""
+    """The first element, counted in the tensor."""
     sizes: tuple[int, ...]
-    """How far it extends, in elements; 0 makes it empty."""
+    """The number of elements. A size of 0 makes the box empty."""
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.sizes):
-            raise ValueError(f"offsets {self.offsets} and sizes {self.sizes} differ in length")
+            raise ValueError(f"a box needs as many offsets as sizes, got offsets {self.offsets} and sizes {self.sizes}")
         if any(offset < 0 for offset in self.offsets) or any(size < 0 for size in self.sizes):
-            raise ValueError(f"a box cannot be negative: offsets {self.offsets}, sizes {self.sizes}")
+            raise ValueError(
+                f"a box cannot have negative offsets or sizes, got offsets {self.offsets} and sizes {self.sizes}"
+            )
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Box:
-        """The box that covers a tensor of this shape."""
+        """Return the box that covers a tensor of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -42,7 +44,7 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Elements inside; 1 for a box of no dimensions (a scalar)."""
+        """The number of elements inside. It is 1 for a box without dimensions (a scalar)."""
         return math.prod(self.sizes)
 
     @property
@@ -51,13 +53,13 @@ class Box:
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it lies inside a tensor of this shape."""
+        """Return whether the box is inside a tensor of this shape."""
         return len(shape) == self.ndim and all(
             o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
     def intersect(self, other: Box) -> Box | None:
-        """What both cover, or None where that is empty."""
+        """Return the box that both cover, or None if they do not overlap."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         stops = (
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -67,17 +69,17 @@ class Box:
 
     @property
     def columns(self) -> tuple[IntArray, IntArray]:
-        """The box as one of many: (1, ndim) offsets and sizes."""
+        """The offsets and the sizes as arrays of shape (1, ndim)."""
         return np.array([self.offsets], np.int64), np.array([self.sizes], np.int64)
 
     def with_extent(self, dim: int, begin: int, end: int) -> Box:
-        """The same box, but [begin, end) in one dimension."""
+        """Return the same box, but with [begin, end) in one dimension."""
         offsets, sizes = list(self.offsets), list(self.sizes)
         offsets[dim], sizes[dim] = begin, end - begin
         return Box(tuple(offsets), tuple(sizes))
 
     def relative_to(self, origin: Box) -> Box:
-        """The same box, with offsets counted from those of `origin`."""
+        """Return the same box, with offsets relative to those of `origin`."""
         return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)
 
     def __str__(self) -> str:
@@ -85,7 +87,7 @@ class Box:
 
 
 def columns_equal(a: object, b: object) -> bool:
-    """Whether two values of one dataclass have the same fields, arrays compared by their elements."""
+    """Return whether two dataclass instances have equal fields. Arrays are compared element by element."""
     if type(a) is not type(b):
         return False
     names = [field.name for field in fields(a)]  # type: ignore[arg-type]
@@ -94,9 +96,14 @@ def columns_equal(a: object, b: object) -> bool:
 
 
 def intersect_many(offsets: IntArray, sizes: IntArray, box: Box) -> tuple[IntArray, IntArray]:
-    """The intersection of each of n boxes with `box`.
+    """Intersect each of n boxes with one box.
 
-    Args and returns: (n, ndim) offsets and sizes. Where a box does not meet `box`, a size is 0 or less.
+    Args:
+        offsets, sizes: (n, ndim) the boxes.
+        box: the box to intersect them with.
+
+    Returns:
+        (n, ndim) offsets and sizes. If a box does not overlap `box`, at least one of its sizes is 0 or less.
     """
     return intersect_pairs(offsets, sizes, *box.columns)
 
@@ -104,40 +111,41 @@ def intersect_many(offsets: IntArray, sizes: IntArray, box: Box) -> tuple[IntArr
 def intersect_pairs(
     offsets: IntArray, sizes: IntArray, other_offsets: IntArray, other_sizes: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """The intersection of each of n boxes with another: (n, ndim) offsets and sizes, as above."""
+    """Intersect box i of the first n boxes with box i of the second: see `intersect_many`."""
     starts = np.maximum(offsets, other_offsets)
     stops = np.minimum(offsets + sizes, other_offsets + other_sizes)
     return starts, stops - starts
 
 
-def ranges(begins: IntArray | int, counts: IntArray) -> IntArray:
-    """The integers of ranges, one range after another: counts[i] of them from begins[i] on."""
+def concat_ranges(begins: IntArray | int, counts: IntArray) -> IntArray:
+    """Concatenate ranges of integers: range i has counts[i] integers and starts at begins[i]."""
     before = np.cumsum(counts) - counts
     every: IntArray = np.arange(int(counts.sum())) + np.repeat(begins - before, counts)
     return every
 
 
 def unravel(ordinals: IntArray, counts: IntArray, grids: IntArray, order: Sequence[int]) -> IntArray:
-    """Ordinals of cells, as places in their grids.
+    """Convert the numbers of grid cells to coordinates, as `numpy.unravel_index` does, for several grids at once.
 
     Args:
-        ordinals: (n,)
-        counts: (m, ndim) the cells of m grids in each dimension.
-        grids: (n,) which of them each ordinal is of.
+        ordinals: (n,) the number of each cell in its grid.
+        counts: (m, ndim) the number of cells of each of m grids in each dimension.
+        grids: (n,) the grid that each cell belongs to: a row of `counts`.
         order: the dimensions, from the outermost to the innermost.
 
-    Returns: (n, ndim)
+    Returns:
+        (n, ndim) the coordinates of each cell.
     """
-    places = np.empty((len(ordinals), counts.shape[1]), np.int64)
+    coordinates = np.empty((len(ordinals), counts.shape[1]), np.int64)
     left = ordinals
     for d in reversed(order):
         count = counts[grids, d]
-        places[:, d] = left % count
+        coordinates[:, d] = left % count
         left = left // count
-    return places
+    return coordinates
 
 
-def indexes(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
-    """Boxes as indexes of a tensor: (n, ndim) offsets and sizes to n tuples of slices."""
+def box_slices(offsets: IntArray, sizes: IntArray) -> list[tuple[slice, ...]]:
+    """Convert n boxes, (n, ndim) offsets and sizes, to n tuples of slices that index a tensor."""
     stops = (offsets + sizes).tolist()
     return [tuple(map(slice, begin, end)) for begin, end in zip(offsets.tolist(), stops, strict=True)]

@@ -1,4 +1,4 @@
-"""What a plan says of one wanted box: its chunks, the byte ranges that hold them, and what of them is wanted."""
+"""The part of a plan for one wanted box: its chunks, the byte ranges that store them, and the wanted part of each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal
-from .byte_ranges import Runs
-from .entries import Entry
-from .index import Encoding
+from .entries import Encoding, Entry
+from .slabs import ByteRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,40 +18,42 @@ class Want:
 
     name: str
     box: Box
-    """In the global tensor."""
+    """The box, in the global tensor."""
     heads_only: bool = False
-    """Of float32 values saved with heads and tails: read them as bfloat16, from the heads alone."""
+    """Read float32 values as bfloat16, from the heads alone. Only for values that were saved as heads and tails."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkReads:
-    """The chunks that one wanted box meets, in columns. Row i is chunk i.
+    """The chunks that one wanted box overlaps, in columns: row i is chunk i.
 
-    A chunk has one byte range for each stream that is read: s = 1, or 2 where heads and tails are both read.
+    A chunk has s byte ranges, one for each stream that is read: s is 2 if both heads and tails are read, and 1
+        otherwise.
     """
 
     want: Want
     entry: Entry
     encodings: npt.NDArray[np.uint8]
-    """(n,) how the chunk's bytes hold its values: an Encoding."""
+    """(n,) the Encoding of the chunk."""
     objects: IntArray
-    """(n, s) the object that holds the range."""
+    """(n, s) the object that stores the range: a position in `CheckpointIndex.objects`."""
     starts: IntArray
     """(n, s) the first byte of the range in the object."""
     stops: IntArray
-    """(n, s) the byte after its last."""
+    """(n, s) the byte after the last byte of the range."""
     skipped: IntArray
-    """(n,) bytes of a raw chunk that lie before the range."""
+    """(n,) the number of bytes of a raw chunk that precede the range."""
     checksums: IntArray
-    """(n, s) the first checksum of the range; the pages of a raw range have one each. Other formats have none."""
+    """(n, s) the position of the first checksum of the range. A raw range has one checksum per page; chunks of other
+    formats have none."""
     chunk_offsets: IntArray
     """(n, ndim) the chunk's box in the global tensor."""
     chunk_sizes: IntArray
     piece_offsets: IntArray
-    """(n, ndim) the part of the chunk's box that is wanted, in the global tensor."""
+    """(n, ndim) the wanted part of the chunk's box, in the global tensor."""
     piece_sizes: IntArray
-    runs: Runs | None = None
-    """Of the plain chunks of other formats, which are slabs here: how their bytes lie in the range."""
+    runs: ByteRuns | None = None
+    """If there are plain chunks, which are cut into slabs here: the byte runs of each row."""
 
     def __len__(self) -> int:
         return len(self.encodings)
@@ -62,7 +63,7 @@ class ChunkReads:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element of what is read: 2 where only the heads of float32 values are."""
+        """Bytes per element that is read: 2 if only the heads of float32 values are read."""
         return 2 if self.heads_only else self.entry.itemsize
 
     @property
@@ -71,20 +72,20 @@ class ChunkReads:
 
     @property
     def bytes_needed(self) -> int:
-        """Bytes of the wanted box, decoded."""
+        """Bytes of the wanted box after decoding."""
         return self.want.box.numel * self.itemsize
 
     @property
     def bytes_read(self) -> int:
-        """Stored bytes of the ranges, without the gaps between runs."""
+        """Stored bytes of the ranges, without the gaps between byte runs."""
         return int((self.stops - self.starts).sum() if self.runs is None else self.runs.packed_bytes.sum())
 
     @property
     def bytes_over(self) -> IntArray:
-        """(n,) bytes of the chunks' values that have to be read beside those wanted, as they are before encoding.
+        """(n,) bytes of each chunk that are read but not wanted, measured before encoding.
 
-        Of a chunk that is decoded as a whole: what is not wanted of it. Of one that is not: the pages around what is
-        wanted, or what lies between its runs.
+        If a chunk must be decoded as a whole, these are all its unwanted values. Otherwise they are the rest of the
+        pages around the wanted values (raw chunks), or the gaps between the byte runs (plain chunks).
         """
         whole: IntArray = (self.chunk_sizes.prod(axis=1) - self.piece_sizes.prod(axis=1)) * self.itemsize
         pages = (self.stops - self.starts).sum(axis=1) - self.piece_sizes.prod(axis=1) * self.itemsize
@@ -96,11 +97,11 @@ class ChunkReads:
 
     @property
     def bytes_spanned(self) -> int:
-        """Stored bytes of the ranges, with the gaps between those runs that are not fetched alone."""
+        """Stored bytes of the ranges, with the gaps between byte runs that are read over."""
         return int(self.packed_bytes(slice(None)).sum())
 
     def packed_bytes(self, rows: slice) -> IntArray:
-        """(m, s) what is fetched for some rows: their ranges; of a sparse one, its runs."""
+        """Return the (m, s) bytes that are fetched for some rows: only the byte runs if a range is sparse."""
         spans: IntArray = self.stops[rows] - self.starts[rows]
         if self.runs is not None:
             spans[:, 0] = np.where(self.runs.sparse[rows], self.runs.packed_bytes[rows], spans[:, 0])

@@ -1,7 +1,7 @@
-"""Byte ranges to requests: neighbours are joined, small gaps are read over, and no request grows without bound.
+"""Join byte ranges into requests: reading over a small gap is cheaper than another request.
 
-Every gap that is read over is a byte fetched and thrown away, so gaps are closed from the smallest up, and only
-while their sum stays within `max_over_read` of the bytes wanted.
+Bytes in a gap are fetched and discarded. So the smallest gaps are closed first, and only while their sum is within
+`max_over_read` of the bytes wanted. `benchmarks/coalescing.py` compares the limits.
 """
 
 from __future__ import annotations
@@ -17,17 +17,30 @@ MAX_OVER_READ = 0.005
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class GapLimits:
+    """Limits on the gaps that a request may read over, so that one request fetches the byte ranges on both sides."""
+
+    max_gap_bytes: int
+    """The largest gap."""
+    max_over_read: float
+    """The sum of all gaps that are read over, as a fraction of the bytes wanted."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Requests:
-    """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i], or runs of them."""
+    """Requests in columns: request i reads bytes [starts[i], stops[i]) of object objects[i].
+
+    A sparse request reads only byte runs in this range.
+    """
 
     objects: IntArray
     starts: IntArray
     stops: IntArray
     request_of_range: IntArray
-    """For each range that was coalesced, the request that reads it."""
+    """For each byte range that was joined, the request that reads it."""
     sparse: dict[int, tuple[int, int, int]]
-    """Of a request that fetches runs alone, one after another: their count, bytes and stride."""
+    """For each sparse request: the number of its byte runs, their size and their stride, in bytes."""
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -37,14 +50,15 @@ class Requests:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the requests fetch in all."""
+        """Bytes that all requests fetch together."""
         spans = self.stops - self.starts
         left_out = sum(int(spans[at]) - count * nbytes for at, (count, nbytes, _) in self.sparse.items())
         return int(spans.sum()) - left_out
 
     @property
-    def ranges(self) -> int:
-        """Byte ranges that the store is asked for: one a request, or one a run."""
+    def byte_ranges(self) -> int:
+        """The number of byte ranges that are read from the store: one per request, or one per run of a sparse
+        request."""
         return len(self) + sum(count - 1 for count, _, _ in self.sparse.values())
 
 
@@ -63,11 +77,11 @@ def coalesce(
 
     Args:
         objects, starts, stops: (n,) columns; range i is [starts[i], stops[i]) of object objects[i].
-        sparse: ranges of which only runs are fetched, as in Requests; each makes a request of its own.
+        sparse: the ranges of which only byte runs are read, as in `Requests`. Each becomes one request.
         max_gap_bytes: the largest gap between two ranges that one request may read over.
-        max_over_read: all gaps read over, as a fraction of the bytes of all ranges, at most.
-        max_request_bytes: a request is closed once it spans this; a range is never split.
-        free_gap_bytes: gaps up to this are read over whatever their sum.
+        max_over_read: the maximum sum of all gaps that are read over, as a fraction of the bytes of all ranges.
+        max_request_bytes: a request that spans this many bytes is closed. A range is never split.
+        free_gap_bytes: gaps of at most this size are always read over, whatever their sum.
     """
     n = len(objects)
     if sparse:
@@ -95,10 +109,11 @@ def coalesce(
     if n == 0:
         empty = np.empty(0, np.int64)
         return Requests(empty, empty, empty, empty, {})
-    by_place = np.lexsort((stops, starts, objects))
-    obj, lo, hi = objects[by_place], starts[by_place], stops[by_place]
+    order = np.lexsort((stops, starts, objects))
+    obj, lo, hi = objects[order], starts[order], stops[order]
 
-    # The furthest byte that the ranges before reach in the same object: each object is laid beyond the one before.
+    # Ranges may overlap, so a gap starts where the furthest earlier range of its object ends. To take the running
+    # maximum over all objects at once, shift each object beyond the one before it.
     same_object = obj[1:] == obj[:-1]
     first_of_object = np.flatnonzero(np.concatenate(([True], ~same_object)))
     extents = np.maximum.reduceat(hi, first_of_object)
@@ -118,5 +133,5 @@ def coalesce(
     opens = np.concatenate(([True], (runs[1:] != runs[:-1]) | (part[1:] != part[:-1])))
     first = np.flatnonzero(opens)
     request_of_range = np.empty(n, np.int64)
-    request_of_range[by_place] = np.cumsum(opens) - 1
+    request_of_range[order] = np.cumsum(opens) - 1
     return Requests(obj[first], lo[first], np.maximum.reduceat(hi, first), request_of_range, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from types import MappingProxyType
 
 import numpy as np
@@ -13,7 +14,6 @@ import numpy.typing as npt
 from .box import Box, IntArray, columns_equal
 from .errors import InvalidIndexError
 from .grid import Grid
-from .kinds import Kind
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {
@@ -24,47 +24,84 @@ ITEMSIZES: Mapping[str, int] = MappingProxyType(
         "complex32": 4, "complex64": 8, "complex128": 16,
     }
 )  # fmt: skip
-"""Bytes an element, by torch's name of the dtype."""
+"""Bytes per element, by torch's name of the dtype."""
 
 MIN_PAGE_BYTES = 16 * 1024
-"""A raw chunk has a checksum for each page, so that a part of it can be read and verified: a page is the 16th of the
-largest chunk of its tensor, rounded up to a power of two, and no smaller than this."""
+"""The minimum size of a page. A raw chunk has one checksum per page, so that a part of it can be read and verified. A
+page is a 16th of the largest chunk of its tensor, rounded up to a power of two, but at least this large."""
 
-MAX_BYTES = 2**60
-"""No object, tensor or sum of them is larger: sums of 64-bit integers cannot overflow below it."""
+MAX_TOTAL_BYTES = 2**60
+"""The maximum size of an object, of a tensor, and of all of them together. Below it, sums of int64 cannot overflow."""
 
-MAX_DIMENSIONS = 32
+MAX_TENSOR_DIMENSIONS = 32
+
+
+class Kind(IntEnum):
+    """What an entry is. A value that is not a tensor is stored as a one-dimensional tensor of bytes."""
+
+    TENSOR = 0
+    JSON = 1
+    TORCH_SAVE = 2
+
+
+class Stream(IntEnum):
+    """Which bits of its values a segment stores."""
+
+    WHOLE = 0
+    HEAD = 1
+    """The bfloat16 rounding of float32 values."""
+    TAIL = 2
+    """The remaining bits of float32 values. The segment of the tails is the row after the segment of their heads."""
+
+
+class Encoding(IntEnum):
+    """How the chunks of a segment are encoded. `docs/FORMAT.md` specifies the first two."""
+
+    RAW = 0
+    PLANES = 1
+    PLAIN = 2
+    """Written by another tool: row-major values without checksums. Any byte range can be read alone."""
+    OPAQUE = 3
+    """Written by another tool: serialised values that must be read and decoded as a whole."""
+
+
+NATIVE_ENCODINGS = (Encoding.RAW, Encoding.PLANES)
+"""The encodings that reshard writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor, or one object stored as bytes."""
+    """A tensor of a checkpoint, or a value that is stored as bytes."""
 
     name: str
     kind: Kind
     dtype: str
-    """torch's name of it, without the `torch.`"""
+    """torch's name of the dtype, without `torch.`"""
     grid: Grid
     order: tuple[int, ...] | None = None
-    """The dimensions from the outermost to the innermost in its plain chunks, where they are not row-major."""
+    """If the plain chunks of this tensor are not row-major: the dimensions from the outermost to the innermost."""
     unknown_itemsize: int = 0
-    """Bytes an element of a dtype that ITEMSIZES does not have. Such a tensor can be verified, but not read."""
+    """Bytes per element of a dtype that is not in ITEMSIZES. Such a tensor can be verified, but not read."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZES and self.unknown_itemsize < 1:
-            raise InvalidIndexError(f"{self.name!r} has the unknown dtype {self.dtype!r}")
+            raise InvalidIndexError(
+                f"{self.name!r} has the unknown dtype {self.dtype!r}; known are {', '.join(ITEMSIZES)}"
+            )
         possible = all(
             0 <= n < 2**38 and part <= max(1, min(n, 2**24))
             for n, part in zip(self.grid.shape, self.grid.parts, strict=True)
         )
-        # The strides of a tensor without elements count its empty dimensions as 1.
+        # An empty dimension counts as 1, as in the strides of a tensor without elements.
         span = math.prod(max(1, n) for n in self.grid.shape) * self.itemsize
-        if not possible or len(self.grid.shape) > MAX_DIMENSIONS or span > MAX_BYTES:
+        if not possible or len(self.grid.shape) > MAX_TENSOR_DIMENSIONS or span > MAX_TOTAL_BYTES:
             raise InvalidIndexError(
-                f"{self.name!r} has the impossible shape {self.grid.shape}, in {self.grid.parts} parts"
+                f"{self.name!r} has the impossible shape {self.grid.shape}, cut into {self.grid.parts} parts"
             )
         if not self.is_tensor and (self.dtype != "uint8" or len(self.grid.shape) != 1):
-            raise InvalidIndexError(f"{self.name!r} is an object, and no row of bytes: {self.dtype} {self.grid.shape}")
+            raise InvalidIndexError(
+                f"the value {self.name!r} must be stored as one dimension of uint8, got {self.dtype} {self.grid.shape}"
+            )
 
     @property
     def is_tensor(self) -> bool:
@@ -76,7 +113,7 @@ class Entry:
 
     @property
     def whole(self) -> Box:
-        """The box of all of it."""
+        """The box that covers the whole tensor."""
         return Box.whole(self.shape)
 
     @property
@@ -89,27 +126,30 @@ class Entry:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page of the entry's raw chunks."""
+        """The size of a page of the raw chunks of this entry."""
         sixteenth = -(-self.grid.cell_numel * self.itemsize // 16)
         return max(MIN_PAGE_BYTES, 1 << (sixteenth - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Segments in columns, sorted by entry. Row i is segment i."""
+    """Segments in columns, sorted by entry: row i is segment i.
+
+    A segment is the chunks of one shard that one object stores, one after another.
+    """
 
     entries: IntArray
-    """(n,) the entry's position in CheckpointIndex.entries."""
+    """(n,) the position of the entry in CheckpointIndex.entries."""
     streams: npt.NDArray[np.uint8]
     encodings: npt.NDArray[np.uint8]
     objects: IntArray
-    """(n,) the object's position in CheckpointIndex.objects."""
+    """(n,) the position of the object in CheckpointIndex.objects."""
     starts: IntArray
-    """(n,) where the first chunk begins in the object, in bytes."""
+    """(n,) the first byte of the first chunk in the object."""
     offsets: IntArray
-    """The offsets of their boxes in their tensors, ndim values a segment, one after another."""
+    """The offsets of the boxes of all segments in their tensors, concatenated: ndim values per segment."""
     sizes: IntArray
-    """The sizes of their boxes, as `offsets`."""
+    """The sizes of the boxes, in the same format as `offsets`."""
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -1,14 +1,14 @@
-"""How a shard is cut into chunks, and in which order they lie in the file.
+"""The chunk grid of a tensor: how its shards are cut into chunks, and the order of the chunks in an object.
 
-The grid lies over the tensor, not over the shard, so that its lines fall where tensor parallelism will cut,
-whatever saved the shard. Dimension d of n elements has `parts[d]` cells; cell i covers
-[i * n // parts, (i + 1) * n // parts). A shard's chunks are the intersections of its box with the cells.
+The grid covers the whole tensor, not one shard. So its lines are where tensor parallelism cuts the tensor, whatever
+layout saved it. Dimension d of n elements has `parts[d]` cells; cell i covers [i * n // parts, (i + 1) * n // parts).
+The chunks of a shard are the intersections of its box with the cells.
 
-The chunks of a shard are ordered so that a cut of the dimension that is most likely to be cut is contiguous in the
-file: the longer of the last two dimensions is outermost (up projections are colwise, down projections rowwise, and
-each is longest where it is cut); of two equals, the last. Dimensions before those two (experts) go further out.
-Small shards that lie together are taken apart by the eighths of their tensors: what a rank of tensor parallelism needs
-of all of them is then contiguous, too.
+Tensor parallelism usually cuts the longer of the last two dimensions: up projections are colwise, down projections
+rowwise. So this dimension is the outermost one in the order of the chunks, and the part that one rank needs is
+contiguous in the object. If both are equally long, the last one is outermost. The dimensions before those two (experts)
+are further out. Small shards that share an object are interleaved by the eighths of their tensors, so that the parts of
+all shards that one rank needs are contiguous, too.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from itertools import pairwise
 
 import numpy as np
 
-from .box import Box, IntArray, intersect_pairs, ranges, unravel
+from .box import Box, IntArray, concat_ranges, intersect_pairs, unravel
 
-MAX_PARTS = 16
-"""Cells of a dimension before refinement: the edges serve TP 2, 4, 8 and 16."""
+INITIAL_PARTS = 16
+"""The number of cells of a dimension before merging and cutting: the edges fit TP 2, 4, 8 and 16."""
 FLOOR_BYTES = 64 * 1024
-"""A cell smaller than this is merged with a neighbour: a chunk costs 12 bytes of manifest and one decoding."""
+"""A smaller cell is merged with a neighbour: each chunk costs 12 bytes in the manifest and one call of the decoder."""
 RAW_FLOOR_BYTES = 128 * 1024
-"""The same of raw chunks, of which a part can be read: fewer of them are as good for a rank that needs a few rows."""
+"""The same for raw chunks. It is larger because a part of a raw chunk can be read alone."""
 TARGET_BYTES = 1024 * 1024
-"""A cell larger than this is cut further: a chunk is what has to be read for any part of it."""
+"""A larger cell is cut further: an encoded chunk must be read as a whole, even if only a part of it is needed."""
 EIGHTHS = 8
-"""Parts of a tensor by which shards lie together in a file: what a rank of TP 2, 4 or 8 needs of all is one run."""
+"""The number of parts by which small shards in one object are interleaved. What a rank of TP 2, 4 or 8 needs of all
+these shards is then contiguous."""
 
 
 def cells(shapes: IntArray, parts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
-    """The first cell that each box meets in each dimension, and how many it meets: none, where its extent is empty.
+    """Return the first cell that each box overlaps in each dimension, and the number of cells that it overlaps.
 
-    Args and returns: (n, ndim) arrays; shapes and parts may also be (ndim,), those of one tensor.
+    Args:
+        shapes, parts: (n, ndim) the shape and the grid of the tensor of each box, or (ndim,) for one tensor.
+        offsets, sizes: (n, ndim) the boxes.
+
+    Returns:
+        Two (n, ndim) arrays. The number of cells is 0 in a dimension in which the box is empty.
     """
     extent = np.maximum(shapes, 1)
     first = ((offsets + 1) * parts - 1) // extent
@@ -50,30 +56,39 @@ class Grid:
     """The chunk grid of one tensor."""
 
     shape: tuple[int, ...]
-    """The tensor's global shape."""
+    """The global shape of the tensor."""
     parts: tuple[int, ...]
-    """Cells in each dimension, 1 or more."""
+    """The number of cells in each dimension, at least 1."""
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.parts) or any(part < 1 for part in self.parts):
-            raise ValueError(f"parts {self.parts} do not make a grid over shape {self.shape}")
+            raise ValueError(
+                f"a grid needs one number of parts, at least 1, for each dimension: got parts {self.parts} for shape "
+                f"{self.shape}"
+            )
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)  # the tensors of a model have few shapes
     def choose(shape: tuple[int, ...], itemsize: int, *, raw: bool = False) -> Grid:
-        """The grid for a tensor of this shape, with elements of `itemsize` bytes, whose chunks are `raw` or encoded.
+        """Choose the grid for a tensor of this shape.
 
-        Starts from 16 equal parts of each dimension; merges along the shortest cell edge while a cell is below
-        64 KiB, of raw chunks below 128 KiB; cuts along the longest while it is above 1 MiB.
+        The choice starts with 16 equal parts of each dimension. It merges cells along their shortest edge while a cell
+        is smaller than 64 KiB (128 KiB for raw chunks), and cuts them along their longest edge while a cell is larger
+        than 1 MiB.
+
+        Args:
+            shape: the global shape.
+            itemsize: bytes per element.
+            raw: whether the chunks are raw, not encoded.
         """
         floor = RAW_FLOOR_BYTES if raw else FLOOR_BYTES
-        parts = [max(1, min(MAX_PARTS, n)) for n in shape]
+        parts = [max(1, min(INITIAL_PARTS, n)) for n in shape]
         edges = [n / part for n, part in zip(shape, parts, strict=True)]
         while math.prod(edges) * itemsize < floor:
             mergeable = [d for d, part in enumerate(parts) if part > 1]
             if not mergeable:
                 break
-            # Of two equal edges the last dimension is merged: colwise cuts the first, and is the more frequent.
+            # If two edges are equal, merge the last dimension: colwise cuts the first one, and is more frequent.
             shortest = min(mergeable, key=lambda d: (edges[d], -d))
             parts[shortest] //= 2
             edges[shortest] = shape[shortest] / parts[shortest]
@@ -87,27 +102,27 @@ class Grid:
 
     @property
     def cell_numel(self) -> int:
-        """Elements in the largest cell."""
+        """The number of elements in the largest cell."""
         return math.prod(-(-n // part) for n, part in zip(self.shape, self.parts, strict=True))
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The dimensions from the outermost to the innermost in the file."""
+        """The dimensions from the outermost to the innermost, in the order of chunks in an object."""
         dims = list(range(len(self.shape)))
         if len(dims) >= 2 and self.shape[-1] >= self.shape[-2]:
             dims[-2:] = [dims[-1], dims[-2]]
         return tuple(dims)
 
     def cells(self, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
-        """`cells` of this grid."""
+        """Apply the function `cells` to boxes of this tensor."""
         return cells(np.array(self.shape, np.int64), np.array(self.parts, np.int64), offsets, sizes)
 
-    def split(self, shard: Box, most: int) -> list[Box]:
-        """A shard as boxes of at most `most` elements, cut between chunks; one chunk may have more.
+    def split(self, shard: Box, max_numel: int) -> list[Box]:
+        """Split a shard between chunks into boxes of at most `max_numel` elements. A box of one chunk may have more.
 
-        The chunks of the boxes, one box after another, are those of the shard in file order.
+        The chunks of all boxes, one box after another, are the chunks of the shard in the order of the object.
         """
-        if shard.numel <= most:
+        if shard.numel <= max_numel:
             return [shard]
         first, count = (column[0].tolist() for column in self.cells(*shard.columns))
         dim = next((d for d in self.order if count[d] > 1), None)
@@ -116,13 +131,16 @@ class Grid:
         middle = (first[dim] + count[dim] // 2) * self.shape[dim] // self.parts[dim]
         begin, end = shard.offsets[dim], shard.offsets[dim] + shard.sizes[dim]
         low, high = shard.with_extent(dim, begin, middle), shard.with_extent(dim, middle, end)
-        return self.split(low, most) + self.split(high, most)
+        return self.split(low, max_numel) + self.split(high, max_numel)
 
     def eighths(self, shard: Box) -> list[tuple[int, Box]]:
-        """A shard cut where the tensor's eighths end, in its outermost dimension: each part with the eighth it is of.
+        """Cut a shard along its outermost dimension into the eighths of the tensor.
 
-        They end at lines of the grid: where it has fewer there, or others, some eighths are one part. The parts, one
-        after another, have the chunks of the shard in file order.
+        Cuts are at lines of the grid. If an eighth does not end at such a line, neighbouring eighths form one part.
+
+        Returns:
+            The number of the eighth and the box of each part. The chunks of all parts, one part after another, are the
+            chunks of the shard in the order of the object.
         """
         dim = next((d for d in self.order if self.parts[d] > 1), None)
         if dim is None:
@@ -137,23 +155,29 @@ class Grid:
         return found
 
     def chunks(self, shard: Box, within: Box | None = None) -> tuple[IntArray, IntArray, IntArray]:
-        """The chunks of a shard, in file order; only those that meet `within`, where it is given.
+        """Return the chunks of a shard, in the order of the object.
 
-        Returns: (n,) ordinals among the shard's chunks, (n, ndim) offsets in the tensor, (n, ndim) sizes.
+        Args:
+            shard: the box of the shard.
+            within: return only the chunks that overlap this box.
+
+        Returns:
+            (n,) positions among the chunks of the shard, (n, ndim) offsets in the tensor, (n, ndim) sizes.
         """
         return self.chunks_of_many(*shard.columns, *(within or Box.whole(self.shape)).columns)[1:]
 
     def chunks_of_many(
         self, offsets: IntArray, sizes: IntArray, within_offsets: IntArray, within_sizes: IntArray
     ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        """The chunks of m shards that meet a box each: shard after shard, each in file order.
+        """Return the chunks of m shards that overlap a box: shard after shard, each in the order of the object.
 
         Args:
             offsets, sizes: (m, ndim) the shards.
-            within_offsets, within_sizes: (m, ndim) the boxes, or (1, ndim), one for all.
+            within_offsets, within_sizes: (m, ndim) one box for each shard, or (1, ndim) one box for all.
 
-        Returns: (n,) the shard of each chunk, (n,) its ordinal among that shard's chunks, (n, ndim) its offsets in
-        the tensor, (n, ndim) its sizes.
+        Returns:
+            (n,) the shard of each chunk, (n,) its position among the chunks of that shard, (n, ndim) its offsets in the
+            tensor, (n, ndim) its sizes.
         """
         meeting_offsets, meeting_sizes = intersect_pairs(offsets, sizes, within_offsets, within_sizes)
         meeting_sizes = np.where((meeting_sizes > 0).all(axis=1, keepdims=True), meeting_sizes, 0)
@@ -161,8 +185,8 @@ class Grid:
         first_met, count_met = self.cells(meeting_offsets, meeting_sizes)
         chunks = count_met.prod(axis=1, dtype=np.int64)
         shards = np.repeat(np.arange(len(chunks)), chunks)
-        # A chunk's number among those of its shard that meet the box, taken apart into its cell in each dimension.
-        cells = unravel(ranges(0, chunks), count_met, shards, self.order) + first_met[shards]
+        # Number the chunks of each shard that overlap the box, and convert each number to the coordinates of its cell.
+        cells = unravel(concat_ranges(0, chunks), count_met, shards, self.order) + first_met[shards]
         ordinals = np.zeros(len(shards), np.int64)
         for d in self.order:
             ordinals = ordinals * count[shards, d] + cells[:, d] - first[shards, d]

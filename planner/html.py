@@ -1,4 +1,4 @@
-"""Tables of HTML, as notebooks show values."""
+"""HTML tables, in which notebooks show plans and reports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from .text import shown
 
 MAX_ROWS = 64
-"""Of a table; of more, the first and the last are shown."""
+"""A table with more rows shows only the first and the last ones."""
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table with a caption. The first column is of words, the others of numbers.
+    """Return a table with a caption. The first column is left-aligned (text), the others right-aligned (numbers).
 
-    Every value is as `shown` returns it, and escaped.
+    Every value is cleaned with `shown` and escaped.
     """
     rows = list(rows)
     if len(rows) > MAX_ROWS:

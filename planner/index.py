@@ -1,12 +1,12 @@
-"""The index of a checkpoint: which chunks hold which box of which tensor, and where their bytes are.
+"""The index of a checkpoint: which chunk stores which box of which tensor, and where its bytes are.
 
-A tensor was saved as shards; a shard lies in the file as **segments**: one, or several where it is large or meets
-several regions; and two for each where the heads and the tails of fp32 values are apart, so that either can be read
-alone. A segment is a run of encoded **chunks** of one box, in the order of the tensor's grid. So a chunk needs no box
-of its own in the index: its place in the segment gives it.
+A tensor was saved as shards. A shard is stored as one **segment**, or as several if it is large or overlaps several
+regions. If float32 values are stored as heads and tails, each of these segments becomes two, so that the heads can be
+read alone. A segment consists of the **chunks** of one box, in the order of the grid of the tensor. So the index stores
+no boxes of chunks: the position in the segment determines the box.
 
-Everything that grows with the number of shards or chunks is a column, a numpy array. What the columns say is checked
-once, here, against the tensors and the sizes of the objects; whoever holds a CheckpointIndex can rely on it.
+Everything that grows with the number of shards or chunks is a column, that is, a numpy array. The constructor checks
+the columns against the tensors and the sizes of the objects, so a CheckpointIndex is always consistent.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from dataclasses import InitVar, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray, columns_equal, ranges
-from .checks import check_references, count_chunks
-from .entries import MAX_BYTES, Entry, Segments
+from .box import Box, IntArray, columns_equal, concat_ranges
+from .entries import MAX_TOTAL_BYTES, NATIVE_ENCODINGS, Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError, MissingTensorError
-from .kinds import NATIVE as NATIVE
-from .kinds import Encoding as Encoding
-from .kinds import Kind as Kind
-from .kinds import Stream as Stream
+from .index_checks import check_references, count_chunks
 from .regions import Regions
-from .shards import joined
+from .shard_boxes import join_segments
 
 
 def nearest_names(name: str, names: Iterable[str], count: int) -> list[str]:
-    """The names most like one that is not there."""
+    """Return up to `count` names that are similar to a name that does not exist."""
     return difflib.get_close_matches(name, list(names), n=count)
 
 
-def missing(name: str, names: Iterable[str]) -> MissingTensorError:
-    """The error for a name that is none of those that there are."""
+def missing_tensor(name: str, names: Iterable[str]) -> MissingTensorError:
+    """Return the error for a name that the checkpoint does not have; it suggests similar names."""
     near = ", ".join(map(repr, nearest_names(name, names, 3)))
     return MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointIndex:
-    """All that a plan needs to know of a checkpoint. Raises InvalidIndexError if it contradicts itself."""
+    """The metadata of a checkpoint that planning needs.
+
+    Raises:
+        InvalidIndexError: the columns contradict each other.
+    """
 
     entries: tuple[Entry, ...]
     objects: tuple[tuple[str, int], ...]
-    """Name and size in bytes of each data object."""
+    """The name and the size in bytes of each data object."""
     segments: Segments
     lengths: npt.NDArray[np.uint32] | IntArray
-    """Encoded bytes of each chunk, segment after segment."""
+    """The encoded bytes of each chunk, segment after segment."""
     checksums: npt.NDArray[np.uint64]
-    """One for each chunk; of raw chunks, one for each page; of those of other formats, none."""
+    """One checksum per encoded chunk, one per page of a raw chunk, none for chunks of other formats."""
     held: InitVar[Regions | None] = None
-    """The regions that it knows; all of each entry by default."""
+    """The regions of tensors that this index covers. By default, it covers whole tensors."""
 
     regions: Regions = field(init=False)
     first_chunk: IntArray = field(init=False, repr=False)
-    """(segments + 1,) where a segment's chunks begin in `lengths`."""
+    """(segments + 1,) the position of the first chunk of each segment in `lengths`."""
     first_checksum: IntArray = field(init=False, repr=False)
-    """(segments + 1,) where the checksums of a segment's chunks begin in `checksums`."""
+    """(segments + 1,) the position of the first checksum of each segment in `checksums`."""
     _positions: dict[str, int] = field(init=False, repr=False)
     _first_segment: IntArray = field(init=False, repr=False)
     first_extent: IntArray = field(init=False, repr=False)
-    """(segments + 1,) where the box of a segment begins in `segments.offsets` and `segments.sizes`."""
+    """(segments + 1,) the position of the box of each segment in `segments.offsets` and `segments.sizes`."""
 
     __eq__ = columns_equal
     __hash__ = None  # type: ignore[assignment]
@@ -73,9 +73,12 @@ class CheckpointIndex:
         assign = object.__setattr__
         assign(self, "_positions", {entry.name: i for i, entry in enumerate(self.entries)})
         if len(self._positions) != len(self.entries):
-            raise InvalidIndexError("two tensors of the checkpoint have the same name")
-        if any(not 0 <= nbytes <= MAX_BYTES for _, nbytes in self.objects):
-            raise InvalidIndexError("a data object has an impossible size")
+            raise InvalidIndexError("two entries of the checkpoint have the same name")
+        if any(not 0 <= nbytes <= MAX_TOTAL_BYTES for _, nbytes in self.objects):
+            name, nbytes = next(pair for pair in self.objects if not 0 <= pair[1] <= MAX_TOTAL_BYTES)
+            raise InvalidIndexError(
+                f"object {name!r} has the impossible size of {nbytes} bytes; it must be from 0 to {MAX_TOTAL_BYTES}"
+            )
         check_references(self.segments, len(self.entries), len(self.objects))
         owners = self.segments.entries
         assign(self, "regions", Regions.whole(self.entries, owners) if held is None else held)
@@ -85,38 +88,43 @@ class CheckpointIndex:
         ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
         assign(self, "first_extent", np.concatenate(([0], np.cumsum(ndims))))
         if len(self.segments.offsets) != ndims.sum() or len(self.segments.sizes) != ndims.sum():
-            raise InvalidIndexError("the shards' boxes and the tensors' dimensions differ in number")
+            raise InvalidIndexError(
+                f"the boxes of the shards need {ndims.sum()} offsets and sizes, got {len(self.segments.offsets)} and "
+                f"{len(self.segments.sizes)}"
+            )
         counts = count_chunks(self.entries, self.segments, self.regions, self.first_extent)
         most = int(counts.max(initial=0))
         total = int(counts.sum()) if most <= len(self.lengths) else most
         if total != len(self.lengths):
             raise InvalidIndexError(
-                f"the shards have {total} chunks or more, but there are {len(self.lengths)} lengths"
+                f"the shards have at least {total} chunks, but the index has {len(self.lengths)} lengths"
             )
         assign(self, "first_chunk", np.concatenate(([0], np.cumsum(counts))))
         if len(counts):
             self._check_lengths()
-        self._check_places(counts)
+        self._check_positions(counts)
 
     def _check_lengths(self) -> None:
-        """No chunk takes more bytes than its values and what an encoding may add to them."""
+        """Check that no chunk has more bytes than its values plus the maximum overhead of an encoding."""
         largest = [entry.grid.cell_numel * (entry.itemsize + 8) + 64 for entry in self.entries]
         most = np.array(largest, np.int64)[self.segments.entries]
-        most[self.segments.encodings == Encoding.OPAQUE] = MAX_BYTES
+        most[self.segments.encodings == Encoding.OPAQUE] = MAX_TOTAL_BYTES
         first = self.first_chunk[:-1]
         wrong = (np.minimum.reduceat(self.lengths, first) < 1) | (np.maximum.reduceat(self.lengths, first) > most)
         if bool(wrong.any()):
             name = self.entries[int(self.segments.entries[np.argmax(wrong)])].name
-            raise InvalidIndexError(f"a chunk of {name!r} has an impossible length")
+            raise InvalidIndexError(
+                f"a chunk of {name!r} has an impossible length: none, or more than its values can need"
+            )
 
-    def _check_places(self, counts: IntArray) -> None:
-        """All segments lie inside their objects, and all chunks have their checksums."""
+    def _check_positions(self, counts: IntArray) -> None:
+        """Check that all segments are inside their objects, and that all chunks have their checksums."""
         segments, first = self.segments, self.first_chunk[:-1]
         nbytes = np.add.reduceat(self.lengths, first, dtype=np.int64) if len(first) else first
         object_bytes = np.array([nbytes for _, nbytes in self.objects], np.int64)[segments.objects]
         starts = segments.starts
         if bool(((starts < 0) | (starts > object_bytes) | (nbytes > object_bytes - starts)).any()):
-            raise InvalidIndexError("a segment reaches beyond the end of its data object")
+            raise InvalidIndexError("a segment extends beyond the end of its data object")
         checksums = counts
         if bool((segments.encodings != Encoding.PLANES).any()):
             checksums = np.add.reduceat(
@@ -125,11 +133,11 @@ class CheckpointIndex:
         object.__setattr__(self, "first_checksum", np.concatenate(([0], np.cumsum(checksums))))
         if int(self.first_checksum[-1]) != len(self.checksums):
             raise InvalidIndexError(
-                f"the chunks need {int(self.first_checksum[-1])} checksums, there are {len(self.checksums)}"
+                f"the chunks need {int(self.first_checksum[-1])} checksums, but the index has {len(self.checksums)}"
             )
 
     def check_disjoint(self) -> None:
-        """Check that no two segments have bytes of an object in common. Raises InvalidIndexError."""
+        """Check that no two segments share bytes of an object. Raises InvalidIndexError."""
         if len(self.segments) < 2:
             return
         segments = self.segments
@@ -141,23 +149,29 @@ class CheckpointIndex:
             at = int(np.argmax(shared))
             names = [self.entries[int(segments.entries[order[i]])].name for i in (at, at + 1)]
             raise InvalidIndexError(
-                f"{names[0]!r} and {names[1]!r} have bytes of object {self.objects[int(objects[at])][0]!r} in common"
+                f"{names[0]!r} and {names[1]!r} share bytes of object {self.objects[int(objects[at])][0]!r}"
             )
 
     def checksum_counts(self, segments: IntArray, lengths: IntArray) -> IntArray:
-        """How many checksums each chunk of some segments has, given the lengths of all their chunks."""
+        """Return the number of checksums of each chunk of some segments, given the lengths of all their chunks."""
         owners, of = np.unique(self.segments.entries[segments], return_inverse=True)
         pages = np.array([self.entries[owner].page_bytes for owner in owners.tolist()], np.int64)[of]
         counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
         encodings = np.repeat(self.segments.encodings[segments], counts)
         found: IntArray = np.where(encodings == Encoding.RAW, -(-lengths // np.repeat(pages, counts)), 1)
-        found[encodings > max(NATIVE)] = 0
+        found[encodings > max(NATIVE_ENCODINGS)] = 0
         return found
 
     def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Where chunks are, that are given by their segment and their place in it.
+        """Return where chunks are stored.
 
-        Returns, (n,) each: the first byte in the object, the length in bytes, the place of the first checksum.
+        Args:
+            segments: (n,) the segment of each chunk, ascending.
+            ordinals: (n,) the position of each chunk in its segment.
+
+        Returns:
+            Three arrays of shape (n,): the first byte in the object, the length in bytes, and the position of the first
+            checksum in `checksums`.
         """
         if len(segments) == 0:
             return segments, segments, segments
@@ -165,7 +179,7 @@ class CheckpointIndex:
         touched, which = segments[opens], np.cumsum(opens) - 1
         counts = self.first_chunk[touched + 1] - self.first_chunk[touched]
         base = np.cumsum(counts) - counts
-        lengths = self.lengths[ranges(self.first_chunk[touched], counts)].astype(np.int64)
+        lengths = self.lengths[concat_ranges(self.first_chunk[touched], counts)].astype(np.int64)
         rows = base[which] + ordinals
 
         def counted_in_segment(values: IntArray) -> IntArray:
@@ -186,49 +200,50 @@ class CheckpointIndex:
         return name in self._positions
 
     def position(self, name: str) -> int:
-        """Where the entry of this name stands. Raises MissingTensorError."""
+        """Return the position of an entry in `entries`. Raises MissingTensorError."""
         if name not in self._positions:
-            raise missing(name, self._positions)
+            raise missing_tensor(name, self._positions)
         return self._positions[name]
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name. Raises MissingTensorError."""
+        """Return the entry with this name. Raises MissingTensorError."""
         return self.entries[self.position(name)]
 
     def segments_of(self, position: int) -> slice:
-        """The rows of `segments` that belong to an entry."""
+        """Return the rows of `segments` that belong to an entry."""
         return slice(int(self._first_segment[position]), int(self._first_segment[position + 1]))
 
     def segment_boxes(self, position: int) -> tuple[IntArray, IntArray]:
-        """The (n, ndim) offsets and sizes of the segments of an entry."""
+        """Return the (n, ndim) offsets and sizes of the segments of an entry."""
         rows = self.segments_of(position)
         extents = slice(int(self.first_extent[rows.start]), int(self.first_extent[rows.stop]))
         shape = (rows.stop - rows.start, len(self.entries[position].shape))
         return self.segments.offsets[extents].reshape(shape), self.segments.sizes[extents].reshape(shape)
 
     def shards(self, position: int) -> tuple[IntArray, IntArray]:
-        """The (n, ndim) offsets and sizes of the shards that an entry was saved as, each once.
+        """Return the (n, ndim) offsets and sizes of the shards that an entry was saved as.
 
-        Segments are shards, or parts of them; those that lie in one object, and make up a box, are told as one.
+        A segment is a shard or a part of one. Adjacent segments of one object that form a box together count as one
+        shard.
         """
         rows = self.segments_of(position)
         once = self.segments.streams[rows] != Stream.TAIL
         columns = (self.segments.objects[rows], self.segments.starts[rows], *self.segment_boxes(position))
-        return joined(*(column[once] for column in columns))
+        return join_segments(*(column[once] for column in columns))
 
     def shards_of(self, position: int) -> list[Box]:
-        """`shards` as boxes."""
+        """Return the shards that an entry was saved as, as boxes."""
         offsets, sizes = (column.tolist() for column in self.shards(position))
         return [Box(tuple(offset), tuple(size)) for offset, size in zip(offsets, sizes, strict=True)]
 
     def chunks_of(self, position: int) -> slice:
-        """The rows of `lengths` that belong to an entry."""
+        """Return the rows of `lengths` that belong to an entry."""
         rows = self.segments_of(position)
         return slice(int(self.first_chunk[rows.start]), int(self.first_chunk[rows.stop]))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Of each entry: how many chunks it has, the head and the tail of one counted once; their encoded bytes."""
+        """The number of chunks (a head and its tail count as one) and the encoded bytes of each entry."""
         bounds = self._first_segment
         once = self.segments.streams != Stream.TAIL
         chunks = np.concatenate(([0], np.cumsum(np.where(once, np.diff(self.first_chunk), 0))))[bounds]

@@ -1,11 +1,12 @@
-"""Which boxes of a tensor a rank holds: meshes and placements, without a GPU and without processes.
+"""Layouts: which part of each tensor each rank holds. This needs no GPU, no processes and no torch.
 
-A placement says how one mesh dimension cuts a tensor, in the meaning of torch.distributed.tensor: `Shard` splits a
-dimension into ceil-sized parts as torch.chunk does, `StridedShard` is what FSDP over TP gives to a dimension that TP
-has cut already, `Replicate` leaves it whole. The placements apply from the first mesh dimension to the last.
+A placement describes how one mesh dimension splits a tensor, as in torch.distributed.tensor. `Shard` splits a dimension
+into parts of equal size, rounded up, as torch.chunk does. `StridedShard` describes FSDP over a dimension that TP has
+already split. `Replicate` keeps the tensor whole. The placements of a tensor apply from the first mesh dimension to the
+last.
 
-A `Layout` assigns placements to tensors by the pattern of their names, in placements or in the words of
-tensor-parallel plans ("colwise", "rowwise", "replicate"), as in the `tp_plan` of a Hugging Face config.
+A `Layout` assigns placements to tensors by patterns of their names. A rule is a placement of torch, or a word of a
+tensor-parallel plan ("colwise", "rowwise", "replicate"), as in the `tp_plan` of a Hugging Face config.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,14 +26,15 @@ from .errors import LayoutError
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Dimension `dim` of the tensor is split over the mesh dimension; negative counts from the last."""
+    """Dimension `dim` of the tensor is split over the mesh dimension. A negative `dim` counts from the last."""
 
     dim: int
 
 
 @dataclass(frozen=True, slots=True)
 class StridedShard:
-    """As `Shard`, applied to each of `split_factor` parts of dimension `dim`: DTensor's `_StridedShard`."""
+    """Each of `split_factor` equal parts of dimension `dim` is split over the mesh dimension, as by torch's
+    `_StridedShard`."""
 
     dim: int
     split_factor: int
@@ -43,16 +46,38 @@ class StridedShard:
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """The tensor is whole on every rank of the mesh dimension."""
+    """Every rank of the mesh dimension holds the whole tensor."""
 
 
 Placement = Shard | StridedShard | Replicate
 REPLICATE = Replicate()
 
 
+class TorchPlacement(Protocol):
+    """A placement of torch.distributed.tensor: `Shard`, `Replicate` or `_StridedShard`.
+
+    The planner does not import torch, so it recognizes torch's classes by these methods.
+    """
+
+    def is_shard(self, dim: int | None = None) -> bool: ...
+
+    def is_replicate(self) -> bool: ...
+
+
+class TorchMesh(Protocol):
+    """A torch.distributed.device_mesh.DeviceMesh."""
+
+    @property
+    def mesh(self) -> Any:
+        """A tensor of the global ranks, with one dimension for each mesh dimension."""
+
+    @property
+    def mesh_dim_names(self) -> tuple[str, ...] | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks in a grid of named dimensions, the last varying fastest, as in torch's DeviceMesh."""
+    """Ranks in a grid of named dimensions. The last dimension varies fastest, as in torch's DeviceMesh."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -69,22 +94,48 @@ class Mesh:
             raise LayoutError(f"a mesh dimension has 1 rank or more: {dict(zip(self.names, self.sizes, strict=True))}")
 
     @classmethod
-    def of(cls, mesh: Mesh | Mapping[str, int] | int) -> Mesh:
-        """A mesh from `{"dp": 2, "tp": 4}`, or from a size, which is the size of "tp" alone."""
+    def of(cls, mesh: Mesh | TorchMesh | Mapping[str, int] | int) -> Mesh:
+        """Return a mesh.
+
+        Args:
+            mesh: the sizes by name, as `{"dp": 2, "tp": 4}`; the size of a mesh with the single dimension "tp"; or a
+                DeviceMesh with the ranks 0 to n - 1 in order.
+
+        Raises:
+            LayoutError: it is none of these.
+        """
         if isinstance(mesh, Mesh):
             return mesh
         if isinstance(mesh, int):
             return cls(("tp",), (mesh,))
-        if not isinstance(mesh, Mapping):
-            raise LayoutError(f'a mesh is a size, or sizes by name as in {{"dp": 2, "tp": 4}}, got {mesh!r}')
-        return cls(tuple(mesh), tuple(mesh.values()))
+        if isinstance(mesh, Mapping):
+            return cls(tuple(mesh), tuple(mesh.values()))
+        if not hasattr(mesh, "mesh_dim_names") or not hasattr(mesh, "mesh"):
+            raise LayoutError(
+                f'a mesh is a size, sizes by name such as {{"dp": 2, "tp": 4}}, or a DeviceMesh, got {mesh!r}'
+            )
+        return cls._of_torch(mesh)
+
+    @classmethod
+    def _of_torch(cls, mesh: TorchMesh) -> Mesh:
+        ranks, sizes = mesh.mesh.flatten().tolist(), tuple(mesh.mesh.shape)
+        names = mesh.mesh_dim_names or (("tp",) if len(sizes) == 1 else None)
+        if names is None:
+            raise LayoutError(f"the dimensions of {mesh} have no names: pass mesh_dim_names to init_device_mesh")
+        if ranks != list(range(len(ranks))):
+            sizes_by_name = dict(zip(names, sizes, strict=True))
+            raise LayoutError(
+                f"a layout counts ranks from 0 in the order of the mesh, but this mesh has the ranks {ranks}: pass the "
+                f"sizes instead, as {sizes_by_name}, and each rank's position in the mesh as its rank"
+            )
+        return cls(tuple(names), sizes)
 
     @property
     def world_size(self) -> int:
         return math.prod(self.sizes)
 
     def coordinate(self, rank: int) -> tuple[int, ...]:
-        """Where a rank stands in the mesh. Raises LayoutError."""
+        """Return the position of a rank in each mesh dimension. Raises LayoutError."""
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is not in the mesh {self}, which has ranks 0 to {self.world_size - 1}")
         return tuple(int(i) for i in np.unravel_index(rank, self.sizes))
@@ -95,23 +146,24 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
-    """What one rank holds of a tensor."""
+    """The part of a tensor that one rank holds."""
 
     shape: tuple[int, ...]
-    """Of the local tensor."""
+    """The shape of the local tensor."""
     boxes: tuple[Box, ...]
-    """The parts of the global tensor that it is made of: one, or none where it is empty; more only where a strided
-    split of uneven parts leaves gaps between them."""
+    """The boxes of the global tensor that form the local tensor: one box, or none if the local tensor is empty. There
+    are several boxes only if a strided split of uneven parts leaves gaps between them."""
     local_offsets: tuple[tuple[int, ...], ...]
-    """Where each box begins in the local tensor."""
+    """The offsets of each box in the local tensor."""
 
 
 def local_tensor(
     shape: Sequence[int], mesh_sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> LocalTensor:
-    """What the rank at `coordinate` of a mesh holds of a tensor of this global shape, as DTensor computes it.
+    """Return the part of a tensor that the rank at `coordinate` of a mesh holds, as DTensor computes it.
 
-    Raises LayoutError.
+    Raises:
+        LayoutError: the placements do not fit the mesh or the shape.
     """
     if not len(mesh_sizes) == len(coordinate) == len(placements):
         raise LayoutError(f"a mesh of {len(mesh_sizes)} dimensions needs as many placements, got {placements}")
@@ -125,18 +177,17 @@ def held_tensor(
     placements: Sequence[Placement],
     order: Sequence[int] | None = None,
 ) -> LocalTensor:
-    """What a rank really holds of a DTensor: `local_tensor`, but for what FSDP has split after TP.
+    """Return the part of a DTensor that a rank really holds. It differs from `local_tensor` for uneven FSDP over TP.
 
-    FSDP2 states such a split as a strided shard, whose factor is the size of the mesh dimensions after it that shard
-    the same dimension of the tensor; what it does is to split TP's part. Both are the same where TP's parts are even.
-    Where they are not, the placements give what no rank holds: of 28 rows under FSDP 4 x TP 3, rank (3, 0) holds row
-    9, and DTensor computes rows 9 and 19 (torch 2.13).
+    FSDP2 splits the part that TP left. It records this as a strided shard, with the number of TP parts as split factor.
+    The two agree if TP's parts are equal. If they are not, the placements describe a part that no rank holds: of 28
+    rows under FSDP 4 x TP 3, rank (3, 0) holds row 9, but DTensor computes rows 9 and 19 (torch 2.13).
 
     Args:
-        order: the mesh dimensions in the order in which they split the tensor, where that is not from the first to the
-            last.
+        order: the mesh dimensions in the order in which they split the tensor. Default: from the first to the last.
 
-    Raises LayoutError.
+    Raises:
+        LayoutError: the placements do not fit the mesh or the shape.
     """
     if order is not None:
         return _apply(shape, [(mesh_sizes[at], coordinate[at], placements[at]) for at in order])
@@ -157,7 +208,7 @@ def held_tensor(
 
 
 def _shards_after(at: int, dim: int, mesh_sizes: Sequence[int], placements: Sequence[Placement]) -> int:
-    """Into how many parts the mesh dimensions after `at` split a dimension of the tensor."""
+    """Return the number of parts that the mesh dimensions after `at` split a dimension of the tensor into."""
     return math.prod(
         size
         for size, placement in zip(mesh_sizes[at + 1 :], placements[at + 1 :], strict=True)
@@ -194,7 +245,7 @@ def _apply(shape: Sequence[int], steps: Sequence[tuple[int, int, Placement]]) ->
 
 
 def _split(runs: list[tuple[int, int]], factor: int, size: int, at: int) -> list[tuple[int, int]]:
-    """Part `at` of `size` of the indices in `runs`, taken from each of `factor` equal pieces of them."""
+    """Cut the indices in `runs` into `factor` equal pieces, and return part `at` of `size` of each piece."""
     total = sum(stop - start for start, stop in runs)
     piece = -(-total // factor)
     taken: list[tuple[int, int]] = []
@@ -212,7 +263,7 @@ def _split(runs: list[tuple[int, int]], factor: int, size: int, at: int) -> list
 
 
 def _take(runs: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    """The indices at positions [begin, end) of those in `runs`."""
+    """Return the indices at the positions [begin, end) of `runs`."""
     taken = []
     position = 0
     for start, stop in runs:
@@ -243,13 +294,16 @@ TP_WORDS: Mapping[str, tuple[Placement, Placement]] = MappingProxyType(
         "sequence_parallel": _REPLICATE,
     }
 )
-"""The placements of a weight of two dimensions or more, and of a bias, by the words of tensor-parallel plans: those
-of torch.distributed.tensor.parallel's ColwiseParallel and RowwiseParallel for Linear, and of Hugging Face's tp_plan.
-Of an Embedding the same classes of torch split the other dimension: there, say "embedding_colwise" and so on.
-Counted from the last dimension, so that they serve stacked experts too.
+"""The placements of a weight (two dimensions or more) and of a bias, by the words of tensor-parallel plans.
+
+The words are those of Hugging Face's tp_plan. They mean what ColwiseParallel and RowwiseParallel of
+torch.distributed.tensor.parallel do to a Linear module. These classes split the other dimension of an Embedding: use
+"embedding_colwise" and "embedding_rowwise" for it. Dimensions count from the last, so that the words also fit stacked
+experts.
 """
 
-Rule = str | Placement | Sequence[Placement] | Mapping[str, Placement]
+AnyPlacement = Placement | TorchPlacement
+Rule = str | AnyPlacement | Sequence[AnyPlacement] | Mapping[str, AnyPlacement]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,19 +318,21 @@ class Layout:
 
     mesh: Mesh
     rules: tuple[tuple[str, Rule], ...]
-    """Patterns and rules; the first pattern that matches decides, and a tensor that none matches is replicated.
+    """Patterns and their rules. The first pattern that matches a tensor counts. A tensor that no pattern matches is
+    replicated.
 
-    A pattern is matched against the tensor's name and against the names of the modules that hold it; `*` stands for
-    anything. A rule is a tensor-parallel word, a placement for the "tp" dimension (or the only one), placements by
-    mesh dimension, or one placement for each mesh dimension. Dimensions that a rule does not name are replicated."""
+    A pattern is compared with the name of the tensor and with the names of the modules that contain it. `*` matches any
+    text. A rule is one of: a tensor-parallel word; a placement for the mesh dimension "tp", or for the only one;
+    placements by mesh dimension; a sequence with one placement for each mesh dimension. The tensor is replicated over
+    mesh dimensions that a rule does not name. Placements are those of torch.distributed.tensor."""
     stages: tuple[tuple[str, int], ...]
-    """Which coordinate of the mesh dimension "pp" holds a tensor, by its name; one that is not here is on all of
-    them. `planner.stages.even_stages` deals layers evenly."""
+    """Names of tensors and the coordinate of the mesh dimension "pp" that holds each. A tensor that is not listed is on
+    all stages. `even_stages` distributes layers evenly."""
     _stage_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __init__(
         self,
-        mesh: Mesh | Mapping[str, int] | int,
+        mesh: Mesh | TorchMesh | Mapping[str, int] | int,
         rules: Mapping[str, Rule] | None = None,
         stages: Mapping[str, int] | None = None,
     ) -> None:
@@ -296,29 +352,29 @@ class Layout:
         if not self.stages:
             return
         if "pp" not in self.mesh.names:
-            raise LayoutError(f'stages are of the mesh dimension "pp", which {self.mesh} does not have')
+            raise LayoutError(f'stages need the mesh dimension "pp", but the mesh is {self.mesh}')
         size = self.mesh.sizes[self.mesh.names.index("pp")]
         for name, stage in self.stages:
             if not isinstance(stage, int) or not 0 <= stage < size:
                 raise LayoutError(
-                    f"{name!r} is on stage {stage!r}, and the mesh {self.mesh} has stages 0 to {size - 1}"
+                    f"{name!r} is on stage {stage!r}, but the mesh {self.mesh} has the stages 0 to {size - 1}"
                 )
 
     def holds(self, name: str, rank: int) -> bool:
-        """Whether a rank is of the stage that holds a tensor. Raises LayoutError."""
+        """Return whether a rank is on the stage that holds a tensor. Raises LayoutError."""
         if name not in self._stage_of:
             return True
         return self._stage_of[name] == self.mesh.coordinate(rank)[self.mesh.names.index("pp")]
 
     def placements(self, name: str, ndim: int) -> tuple[Placement, ...]:
-        """One placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""
+        """Return one placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""
         for pattern, rule in self.rules:
             if matches(pattern, name):
                 return self._placements(pattern, rule, ndim)
         return (REPLICATE,) * len(self.mesh.sizes)
 
     def local(self, name: str, shape: Sequence[int], rank: int) -> LocalTensor:
-        """What a rank holds of the tensor of this name and global shape. Raises LayoutError."""
+        """Return what a rank holds of the tensor of this name and global shape. Raises LayoutError."""
         placements = self.placements(name, len(shape))
         try:
             return local_tensor(shape, self.mesh.sizes, self.mesh.coordinate(rank), placements)
@@ -329,39 +385,56 @@ class Layout:
         if isinstance(rule, Sequence) and not isinstance(rule, str):
             if len(rule) != len(self.mesh.sizes):
                 raise LayoutError(
-                    f"{pattern!r}: {len(rule)} placements for the {len(self.mesh.sizes)} of mesh {self.mesh}"
+                    f"{pattern!r}: mesh {self.mesh} has {len(self.mesh.sizes)} dimensions, got {len(rule)} placements"
                 )
             return tuple(_placement(pattern, placement, ndim) for placement in rule)
         by_name = rule if isinstance(rule, Mapping) else {self._tp_dimension(pattern): _placement(pattern, rule, ndim)}
         unknown = set(by_name) - set(self.mesh.names)
         if unknown:
-            raise LayoutError(f"{pattern!r} places {sorted(unknown)}, which the mesh {self.mesh} does not have")
+            raise LayoutError(
+                f"{pattern!r} has placements for {sorted(unknown)}, which the mesh {self.mesh} does not have"
+            )
         return tuple(_placement(pattern, by_name.get(name, REPLICATE), ndim) for name in self.mesh.names)
 
     def _tp_dimension(self, pattern: str) -> str:
         if len(self.mesh.names) == 1:
             return self.mesh.names[0]
         if "tp" not in self.mesh.names:
-            raise LayoutError(f"{pattern!r}: which dimension of mesh {self.mesh} is it for? Name one of them 'tp'")
+            raise LayoutError(
+                f"{pattern!r}: the rule does not name a dimension of mesh {self.mesh}, and none of them is named 'tp'"
+            )
         return "tp"
 
 
-def _placement(pattern: str, rule: str | Placement, ndim: int) -> Placement:
-    if isinstance(rule, Shard | StridedShard | Replicate):
-        return rule
+def _placement(pattern: str, rule: str | AnyPlacement, ndim: int) -> Placement:
     if not isinstance(rule, str):
-        raise LayoutError(
-            f"{pattern!r}: expected a tensor-parallel word or reshard's Shard, StridedShard or Replicate, got {rule!r}"
-        )
+        return _of_torch(pattern, rule)
     if rule not in TP_WORDS:
-        raise LayoutError(f"{pattern!r}: unknown tensor-parallel word {rule!r}; known are {', '.join(TP_WORDS)}")
+        raise LayoutError(f"{pattern!r}: unknown tensor-parallel word {rule!r}; known words are {', '.join(TP_WORDS)}")
     weight, bias = TP_WORDS[rule]
     if ndim == 0:
         return REPLICATE
     return weight if ndim >= 2 else bias
 
 
+def _of_torch(pattern: str, placement: AnyPlacement) -> Placement:
+    """Return the planner's placement for one of torch. Raises LayoutError."""
+    if isinstance(placement, Shard | StridedShard | Replicate):
+        return placement
+    dim, split_factor = getattr(placement, "dim", None), getattr(placement, "split_factor", None)
+    if isinstance(dim, int) and isinstance(split_factor, int):
+        return StridedShard(dim, split_factor)
+    if hasattr(placement, "is_shard") and isinstance(dim, int) and placement.is_shard():
+        return Shard(dim)
+    if hasattr(placement, "is_replicate") and placement.is_replicate():
+        return REPLICATE
+    raise LayoutError(
+        f"{pattern!r}: expected a tensor-parallel word, or Shard or Replicate of torch.distributed.tensor, got "
+        f"{placement!r}"
+    )
+
+
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a tensor's name, or that of a module that holds it."""
+    """Return whether a pattern matches a name, or the name of a module that contains it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))

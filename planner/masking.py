@@ -1,8 +1,8 @@
-"""Secrets in text, masked: the one place that knows what they look like.
+"""Mask secrets in text. All knowledge about what secrets look like is in this module.
 
-They are known by where they are: before the host of a URI, as a parameter that signs a URL, behind the name of a
-password. And they are known by their values: those that were given with a URI, or as a storage option, are masked
-wherever they appear.
+A secret is recognised by its position: before the host of a URI, as a parameter that signs a URL, or after a word such
+as "password". It is also recognised by its value: secrets that came with a URI or a storage option are masked wherever
+they appear.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from urllib.parse import quote, quote_plus, unquote
 MASK = "***"
 MAX_REMEMBERED = 512
 MIN_CHARACTERS = 6
-"""Of a value that is masked wherever it appears: a shorter one may be a part of any sentence."""
-MIN_OF_A_USER = 8
-"""As MIN_CHARACTERS, of the name of a user or of an access key."""
-MAX_LEVELS = 8
-"""How deeply options may be nested."""
+"""The minimum length of a value that is masked wherever it appears: a shorter one may be a part of any sentence."""
+MIN_USER_CHARACTERS = 8
+"""The same for the name of a user or of an access key."""
+MAX_OPTION_LEVELS = 8
+"""The maximum depth of nested options; secrets in deeper ones are not remembered."""
 _NO_SECRETS = frozenset(("anonymous", "browser", "default", "google_default", "latin-1", "latin1", "utf-8"))
-"""Values of options for secrets that are none: ways to find credentials, encodings."""
+"""Values of secret options that are not secret: names of methods to find credentials, and encodings."""
 _WITHOUT_PORT = frozenset(("s3", "s3a", "gs", "gcs", "oss", "obs"))
 _NAMES_CONTAINER = frozenset(("abfs", "abfss", "wasb", "wasbs"))
-"""Protocols of `container@account`."""
+"""Protocols whose URIs have the form `container@account`."""
 _BEFORE_HOST = re.compile(
     r"(?:(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{1,30}))?(:/{1,3})((?:(?!:/)\S)*?@(?:[^\s/?#@]*@)*)"
 )
 _ANY_BEFORE_HOST = re.compile(r"://([^/?#:@]*):(?!\d{1,5}[/?#])([^@]*)@", re.DOTALL)
-"""A user and a password in a URI alone, where they may have blanks."""
+"""A user and a password in a text that is only a URI. They may contain spaces."""
 _PORT = re.compile(r"\d{1,5}(?:[/?#]|$)")
 _QUERY = re.compile(r"(?i)(\bhttps?:/{1,3}(?:(?!https?:/)[^\s?])*\?)(\S+)")
 _BEHIND_A_URL = re.compile(r"['\")\]>},;:.]*$")
@@ -41,7 +41,7 @@ _HARMLESS = re.compile(
     r"maxresults|partnumber|prefix|projection|restype|revision|s[epvrt]|spr|start-after|tagging|uploads|version(?:id|ing)|"
     r"x-(?:amz|goog)-(?:algorithm|content-sha256|date|expires|signedheaders)"
 )
-"""Parameters of URLs that tell what was asked for, and give no access."""
+"""Parameters of URLs that describe a request and grant no access."""
 _SECRET = (
     r"signature|credential|secret|passw(?:or)?d|passphrase|(?:security|session|access|auth|refresh|id|sas)[-_]?token|"
     r"(?:api|access|account|private)[-_]?key|sharedaccess"
@@ -56,23 +56,23 @@ _HEADER = re.compile(r"(?i)((?:authorization|x-api-key|(?<![\w-])cookie)[\"']?\s
 _BEARER = re.compile(r"\b(Bearer|Basic) (?=\S*[A-Z0-9=])([A-Za-z0-9+/=_.~-]{6,})")
 _ELEMENT = re.compile(r"(<(?:\w{0,30}(?:Token|Signature|Secret|Credential)[\w-]{0,30}|AWSAccessKeyId)>)[^<]+")
 _HINTS = re.compile(r"(?i)signature|credential|secret|passw|passphrase|token|key|shared|sig|cookie|auth|bearer|basic")
-"""One of these is in whatever _NAMED, _QUOTED, _HEADER, _BEARER or _ELEMENT match."""
+"""Every match of _NAMED, _QUOTED, _HEADER, _BEARER or _ELEMENT contains one of these words."""
 _SECRET_OPTION = re.compile(rf"(?i){_SECRET}|token|pwd|sas|auth|cookie|connection_string|^pass$")
 _USER_OPTION = re.compile(r"(?i)(?:^|[-_.])(?:key|user|username|login|key_id)$")
 _CONNECTION_PART = re.compile(r"(?i)(?:key|signature|password|secret)=([^;]+)")
 
 
 class _Remembered:
-    """The values that were given as secrets, the last MAX_REMEMBERED of them."""
+    """The last MAX_REMEMBERED values that were given as secrets."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[str, None] = {}
         self._forms: tuple[str, ...] | None = ()
-        """How the values may be written, the longest first; None before that is worked out."""
+        """All forms in which the values may be written, the longest first; None if they must be computed again."""
 
     def renew(self) -> None:
-        """Have a lock that no thread holds: one of the parent process may have held it."""
+        """Replace the lock after a fork: a thread of the parent process may have held it."""
         self._lock = threading.Lock()
 
     def add(self, values: Iterable[str]) -> None:
@@ -103,20 +103,20 @@ if hasattr(os, "register_at_fork"):
 
 
 def _forms(value: str) -> tuple[str, ...]:
-    """A value as clients write it in messages and URLs."""
+    """Return the forms in which clients write a value in messages and URLs."""
     plain = unquote(value)
     return value, plain, quote(plain), quote(plain, safe=""), quote_plus(plain), quote(value), repr(value)[1:-1]
 
 
 def _as_word(value: str) -> str:
-    """A pattern of a value that is not a part of a longer word."""
+    """Return a pattern that matches a value unless it is a part of a longer word."""
     before = r"(?<![A-Za-z0-9])" if value[:1].isalnum() else ""
     after = r"(?![A-Za-z0-9])" if value[-1:].isalnum() else ""
     return f"{before}{re.escape(value)}{after}"
 
 
 def remember_secrets(uri: str, options: Mapping[str, Any] | None = None) -> None:
-    """Have `masked` mask the secrets of a URI and of storage options wherever they appear, for this process."""
+    """Make `masked` mask the secrets of a URI and of storage options wherever they appear in this process."""
     _remembered.add([*_secrets_of_uri(uri), *_secrets_of_options(options or {})])
 
 
@@ -125,11 +125,11 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
         if _without_user(found) == found[0]:
             continue
         user, colon, password = found[3].removesuffix("@").partition(":")
-        if len(user) >= MIN_OF_A_USER:
+        if len(user) >= MIN_USER_CHARACTERS:
             yield user
         if not colon:
             continue
-        pieces = re.split("[/@?#]", password)  # clients take what is before a slash for the whole
+        pieces = re.split("[/@?#]", password)  # some clients take the part before a slash as the password
         yield from (pair for pair in (f"{user}:{password}", f"{user}:{pieces[0]}") if len(pair) >= MIN_CHARACTERS)
         yield from (part for part in (password, *pieces) if len(part) >= MIN_CHARACTERS or _is_odd(part))
     before = _ANY_BEFORE_HOST.search(uri)
@@ -142,13 +142,13 @@ def _secrets_of_uri(uri: str) -> Iterator[str]:
 
 
 def _is_odd(text: str) -> bool:
-    """Whether a short text is no word, so that it will not be a part of a sentence."""
+    """Return whether a short text is not a word, so that sentences will not contain it."""
     return len(text) >= 4 and not (text.isalpha() and (text.islower() or text.isupper() or text.istitle()))
 
 
 def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterator[str]:
-    """The secrets in an option of a name, which holds for all that is in it."""
-    if level > MAX_LEVELS:
+    """Yield the secrets in an option. A name that marks a secret applies to everything nested in the option."""
+    if level > MAX_OPTION_LEVELS:
         return
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -165,7 +165,7 @@ def _secrets_of_options(value: object, name: str = "", level: int = 0) -> Iterat
         if _SECRET_OPTION.search(name):
             parts = [text, *text.split(), *_CONNECTION_PART.findall(text)]
             yield from (part for part in parts if len(part) >= MIN_CHARACTERS)
-        elif _USER_OPTION.search(name) and len(text) >= MIN_OF_A_USER:
+        elif _USER_OPTION.search(name) and len(text) >= MIN_USER_CHARACTERS:
             yield text
 
 
@@ -176,9 +176,9 @@ def _is_file_of_gcsfs(name: str, value: str) -> bool:
 def masked(text: str) -> str:
     """Mask the secrets in a text, as in `https://***@host/model?X-Amz-Signature=***`.
 
-    Masked are users and passwords in URIs, the parameters of URLs but for those that are known to give no access, what
-    stands behind the name of a secret, and the values that `remember_secrets` was given. Hosts, paths and the names of
-    parameters stay. Done again, it changes nothing.
+    It masks users and passwords in URIs, the parameters of URLs (except those that are known to grant no access), the
+    text after the name of a secret, and the values that were passed to `remember_secrets`. It keeps hosts, paths and
+    the names of parameters. Masking a masked text changes nothing.
     """
     text = _remembered.masked(text)
     if "@" in text and ":/" in text:
@@ -186,7 +186,7 @@ def masked(text: str) -> str:
     if any(mark in text for mark in "?&#"):
         text = _QUERY.sub(lambda found: found[1] + _without_values(found[2]), text)
         text = _PARAMETER.sub(_without_value, text)
-    if _HINTS.search(text):  # to look for these in a text of a megabyte takes a second
+    if _HINTS.search(text):  # searching a megabyte of text for these patterns takes a second
         text = _NAMED.sub(rf"\1{MASK}", text)
         text = _QUOTED.sub(rf"\1\2{MASK}\2", text)
         text = _HEADER.sub(rf"\1{MASK}", text)
@@ -196,7 +196,7 @@ def masked(text: str) -> str:
 
 
 def _without_user(found: re.Match[str]) -> str:
-    """The beginning of a URI with its user and password masked, if it has some; `@` may be in a path, too."""
+    """Mask the user and the password at the beginning of a URI, if it has any. An `@` may also be part of a path."""
     protocol, slashes, before = (found[1] or "").lower(), found[2], found[3]
     user, colon, password = before.removesuffix("@").partition(":")
     begin = f"{found[1] or ''}{slashes}"
@@ -211,7 +211,7 @@ def _without_user(found: re.Match[str]) -> str:
 
 
 def _without_values(query: str) -> str:
-    """The query of a URL, and what stands behind the URL, with the values of parameters masked."""
+    """Mask the values of parameters in the query of a URL. Keep punctuation after the URL."""
     end = _BEHIND_A_URL.search(query)
     assert end is not None
     parts = [part.partition("=") for part in query[: end.start()].split("&")]
@@ -234,7 +234,7 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def shows_secrets(error: BaseException | None) -> bool:
-    """Whether a traceback of an error would show a secret: in its own text, or in that of one that it came from."""
+    """Return whether the traceback of an error, with its causes, would show a secret."""
     if error is None:
         return False
     text = "".join(traceback.format_exception(error))
@@ -242,5 +242,5 @@ def shows_secrets(error: BaseException | None) -> bool:
 
 
 def harmless(error: BaseException) -> BaseException | None:
-    """Return an error that may be shown as the cause of another one; None if it would show a secret."""
+    """Return an error if it may be shown as the cause of another one. Return None if it would show a secret."""
     return None if shows_secrets(error) else error

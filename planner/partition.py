@@ -1,7 +1,9 @@
-"""An index cut into regions, that its manifest may be read in parts: one segment becomes several where it has to.
+"""Partition an index into regions, so that a rank can read a part of the manifest.
 
-A rank of tensor parallelism wants a range of one dimension, most likely of the longest. So regions are made by halving
-the tensor along its longest edge, as long as the segments that this adds stay few beside the chunks.
+A region is a part of a tensor: see `regions.py`. If a segment overlaps several regions, it is cut into several
+    segments. A rank of tensor parallelism needs a range of one dimension, usually the longest. So the regions result
+    from halving the tensor along its longest edge, as long as few segments are added in proportion to the number of
+    chunks. `benchmarks/planner.py` measures what a rank reads of the manifest.
 """
 
 from __future__ import annotations
@@ -14,26 +16,27 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .box import Box, IntArray, ranges
-from .entries import Segments
+from .box import Box, IntArray, concat_ranges
+from .entries import Segments, Stream
 from .grid import Grid
-from .index import CheckpointIndex, Stream
+from .index import CheckpointIndex
 from .regions import MAX_REGIONS, Regions
 
-MIN_CHUNKS = 8
-"""Cutting adds at most one segment for so many chunks: a segment of a matrix takes 50 bytes, so many chunks take 96."""
-LAYERS = 32
-"""How many kinds of tensors are remembered meanwhile: the layers of a model were cut alike, and are cut alike here."""
+MIN_CHUNKS_PER_SEGMENT = 8
+"""Cutting adds at most one segment per this many chunks. A segment of a matrix takes 50 bytes of manifest, eight chunks
+take 96."""
+MAX_CACHED_CUTS = 32
+"""The size of the caches: the layers of a model were cut in the same way, so the result for one serves all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """How a tensor was saved."""
+    """How a tensor was saved: its grid, and its segments as bytes, so that it can be a key of a cache."""
 
     grid: Grid
     streams: bytes
     boxes: bytes
-    """The offsets of all its segments, then the sizes."""
+    """The offsets of all segments of the tensor, followed by their sizes."""
 
     @classmethod
     def of(cls, index: CheckpointIndex, position: int) -> _Saved:
@@ -48,14 +51,14 @@ class _Saved:
         return offsets, sizes
 
     def chunks(self, offsets: IntArray, sizes: IntArray) -> IntArray:
-        """How many each box has."""
+        """Return the number of chunks of each box."""
         counts: IntArray = self.grid.cells(offsets, sizes)[1].prod(axis=1, dtype=np.int64)
         return counts
 
 
 def choose_regions(index: CheckpointIndex, counts: Sequence[int]) -> list[tuple[int, ...]]:
-    """In how many parts to cut each dimension of each entry, to have so many regions of it, as far as that can be."""
-    choose = functools.lru_cache(LAYERS)(_choose)
+    """Choose into how many parts to cut each dimension of each entry, for `counts[i]` regions of entry i or fewer."""
+    choose = functools.lru_cache(MAX_CACHED_CUTS)(_choose)
     return [
         choose(_Saved.of(index, position), min(count, MAX_REGIONS)) if count > 1 else (1,) * len(entry.shape)
         for position, (entry, count) in enumerate(zip(index.entries, counts, strict=True))
@@ -64,7 +67,7 @@ def choose_regions(index: CheckpointIndex, counts: Sequence[int]) -> list[tuple[
 
 def _choose(saved: _Saved, count: int) -> tuple[int, ...]:
     grid = saved.grid
-    most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // MIN_CHUNKS
+    most = len(saved.streams) + int(saved.chunks(*saved.columns).sum()) // MIN_CHUNKS_PER_SEGMENT
     parts = (1,) * len(grid.shape)
     while math.prod(parts) < count:
         for d in sorted(grid.order, key=lambda d: -grid.shape[d] / parts[d]):
@@ -78,13 +81,13 @@ def _choose(saved: _Saved, count: int) -> tuple[int, ...]:
 
 
 def partition(index: CheckpointIndex, parts: Sequence[tuple[int, ...]]) -> CheckpointIndex:
-    """The same index in regions, with all of them.
+    """Return the same index with its tensors partitioned into regions.
 
     Args:
-        index: each entry one region.
-        parts: in how many to cut each dimension of each entry.
+        index: an index in which each entry is one region.
+        parts: the number of parts into which each dimension of each entry is cut.
     """
-    cut_alike = functools.lru_cache(LAYERS)(_cut)
+    cut_alike = functools.lru_cache(MAX_CACHED_CUTS)(_cut_segments)
     cuts = [cut_alike(_Saved.of(index, position), of_one) for position, of_one in enumerate(parts)]
     old = index.segments
     rows = np.concatenate([cut.rows + index.segments_of(position).start for position, cut in enumerate(cuts)])
@@ -111,7 +114,7 @@ def partition(index: CheckpointIndex, parts: Sequence[tuple[int, ...]]) -> Check
 def _moved(
     index: CheckpointIndex, position: int, cut: _Cut
 ) -> tuple[IntArray, npt.NDArray[np.uint32] | IntArray, npt.NDArray[np.uint64]]:
-    """The starts of an entry's new segments, and the lengths and the checksums of all their chunks."""
+    """Return the starts of the new segments of an entry, and the lengths and checksums of all their chunks."""
     segments, chunks = index.segments_of(position), index.chunks_of(position)
     first, last = index.first_checksum[[segments.start, segments.stop]].tolist()
     starts, lengths, checksums = index.segments.starts[segments], index.lengths[chunks], index.checksums[first:last]
@@ -120,49 +123,52 @@ def _moved(
     before = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     opens = index.first_chunk[segments] - chunks.start
     counts = index.checksum_counts(np.arange(segments.start, segments.stop), lengths.astype(np.int64))
-    moved = ranges((np.cumsum(counts) - counts)[cut.chunks], counts[cut.chunks])
+    moved = concat_ranges((np.cumsum(counts) - counts)[cut.chunks], counts[cut.chunks])
     return starts[cut.rows] + before[cut.first] - before[opens[cut.rows]], lengths[cut.chunks], checksums[moved]
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """The segments that those of an entry become, in columns, region after region. Counted from the entry's first."""
+    """The new segments of an entry, in columns, region after region. Old segments and chunks count from the entry's
+    first."""
 
     rows: IntArray
-    """The segment that each is part of."""
+    """(n,) the old segment that each new one is a part of."""
     first: IntArray
-    """Its first chunk."""
+    """(n,) the first chunk of each."""
     chunks: IntArray
-    """All its chunks, segment after segment."""
+    """The chunks of all new segments, segment after segment."""
     offsets: IntArray
     sizes: IntArray
     regions: IntArray
-    """How many segments each region has."""
+    """The number of new segments in each region."""
 
 
-def _cut(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
+def _cut_segments(saved: _Saved, parts: tuple[int, ...]) -> _Cut:
     grid = saved.grid
     shards, offsets, sizes = _pieces(saved, parts)
     counts = saved.chunks(offsets, sizes)
     first = np.cumsum(counts) - counts
     corner, shape = (np.broadcast_to(column, offsets.shape) for column in Box.whole(grid.shape).columns)
-    regions = Grid(grid.shape, parts).chunks_of_many(corner, shape, offsets, sizes)[1]  # each piece meets one
-    # A tail comes right after the head of the same box.
+    regions = Grid(grid.shape, parts).chunks_of_many(corner, shape, offsets, sizes)[1]  # each piece overlaps one region
+    # The segment of the tails follows the segment of the heads of the same box.
     streams = np.frombuffer(saved.streams, np.uint8)[shards]
     pieces = np.arange(len(shards)) - np.searchsorted(shards, shards)
     order = np.lexsort((streams, pieces, shards - (streams == Stream.TAIL), regions))
-    chunks, of_region = ranges(first[order], counts[order]), np.bincount(regions, minlength=math.prod(parts))
+    chunks, of_region = concat_ranges(first[order], counts[order]), np.bincount(regions, minlength=math.prod(parts))
     return _Cut(shards[order], first[order], chunks, offsets[order], sizes[order], of_region)
 
 
 def _pieces(saved: _Saved, parts: tuple[int, ...]) -> tuple[IntArray, IntArray, IntArray]:
-    """The shards cut so that each piece lies in one region, and its chunks are a run of those of its shard.
+    """Cut shards into pieces so that each piece is in one region and its chunks are consecutive chunks of its shard.
 
-    Returns: (n,) the shard of each piece, (n, ndim) offsets and sizes; shard after shard, in the order of its chunks.
+    Returns:
+        (n,) the shard of each piece, (n, ndim) offsets and sizes; shard after shard, in the order of its chunks.
     """
     grid, (offsets, sizes) = saved.grid, saved.columns
     met = Grid(grid.shape, parts).cells(offsets, sizes)[1]
-    # Of the dimensions in which a shard meets several regions, the innermost: in all further out, a piece is one chunk.
+    # Find the innermost dimension in which a shard overlaps several regions. In all dimensions further out, a piece
+    # must be one chunk wide, or its chunks would not be consecutive.
     innermost = np.full(len(offsets), -1)
     for place, d in enumerate(grid.order):
         innermost[met[:, d] > 1] = place

@@ -1,4 +1,4 @@
-"""Read plans as values of JSON, and back: to keep one, to compare it with another, to draw it elsewhere."""
+"""Convert read plans to JSON and back, so that a plan can be stored, compared with another one, or drawn elsewhere."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 
 from .box import Box, IntArray
-from .byte_ranges import Gaps, Runs
-from .coalesce import Requests
-from .entries import Entry
+from .chunk_reads import ChunkReads, Want
+from .coalesce import GapLimits, Requests
+from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
-from .index import Kind
-from .read_plan import ChunkReads, ReadPlan, Want
+from .read_plan import ReadPlan
+from .slabs import ByteRuns
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
-"""Columns of (n, s)."""
+"""The columns of shape (n, s)."""
 _BY_DIMENSION = ("chunk_offsets", "chunk_sizes", "piece_offsets", "piece_sizes")
-"""Columns of (n, ndim)."""
+"""The columns of shape (n, ndim)."""
 _OF_RUNS = ("counts", "nbytes", "strides")
 
 
 def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
-    """A plan as dicts, lists and numbers."""
+    """Convert a plan to dicts, lists and numbers."""
     requests = plan.requests
     return {
         "reads": [_read_to_json(read) for read in plan.reads],
@@ -34,28 +34,32 @@ def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
             "request_of_range": requests.request_of_range.tolist(),
             "sparse": [[at, *runs] for at, runs in requests.sparse.items()],
         },
-        "gaps": [plan.gaps.max_bytes, plan.gaps.max_over_read],
+        "gaps": [plan.gap_limits.max_gap_bytes, plan.gap_limits.max_over_read],
     }
 
 
 def plan_from_json(value: Any) -> ReadPlan:
-    """The plan that such a value is of. Raises InvalidPlanError where it is of none."""
+    """Convert the result of `plan_to_json` back to a plan.
+
+    Raises:
+        InvalidPlanError: the value is not a valid plan.
+    """
     try:
         requests = value["requests"]
         count = len(requests["objects"])
         columns = {name: _column(requests[name]).reshape(count) for name in ("objects", "starts", "stops")}
         of_range = _column(requests["request_of_range"])
         sparse = {int(at): (int(count), int(nbytes), int(stride)) for at, count, nbytes, stride in requests["sparse"]}
-        max_bytes, max_over_read = value["gaps"]
+        max_gap_bytes, max_over_read = value["gaps"]
         reads = tuple(_read_from_json(read) for read in value["reads"])
         if of_range.shape != (sum(read.objects.size for read in reads),) or not _within(of_range, count):
-            raise ValueError("the ranges and their requests differ in number")
+            raise ValueError("request_of_range does not name one request for each byte range")
         if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
-            raise ValueError("a request has an impossible place")
+            raise ValueError("a request starts before its object, or a sparse request does not exist")
         fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
-        return ReadPlan(reads, fetched, Gaps(int(max_bytes), float(max_over_read)))
+        return ReadPlan(reads, fetched, GapLimits(int(max_gap_bytes), float(max_over_read)))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
-        raise InvalidPlanError(f"this is no read plan: {type(error).__name__}: {error}") from error
+        raise InvalidPlanError(f"this is not a valid read plan: {type(error).__name__}: {error}") from error
 
 
 def _read_to_json(read: ChunkReads) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _read_from_json(value: Any) -> ChunkReads:
     by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
     runs = value["runs"]
     if not isinstance(value["encodings"], list):
-        raise ValueError("encodings are a list")
+        raise ValueError(f"encodings must be a list, got {type(value['encodings']).__name__}")
     return ChunkReads(
         want=Want(entry.name, box, bool(value["heads_only"])),
         entry=entry,
@@ -100,7 +104,7 @@ def _read_from_json(value: Any) -> ChunkReads:
         **by_dimension,
         runs=None
         if runs is None
-        else Runs(
+        else ByteRuns(
             **{name: _column(runs[name]).reshape(count) for name in _OF_RUNS},
             sparse=np.array(runs["sparse"], np.bool_).reshape(count),
         ),

@@ -1,34 +1,37 @@
-"""What every rank of a layout reads of a checkpoint, from metadata alone."""
+"""Plan what each rank of a layout reads of a checkpoint. This needs metadata only."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
-from .byte_ranges import Gaps
+from .chunk_reads import Want
+from .coalesce import GapLimits
 from .entries import Entry
-from .errors import InvalidPlanError, LayoutError, MissingTensorError
+from .errors import InvalidPlanError, LayoutError
 from .html import table
 from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
-from .read_plan import GAPS, ReadPlan, Want, plan_reads
-from .report import COLUMNS, WholeShards
+from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, plan_reads
+from .report import REPORT_COLUMNS, WholeShards
 
 
 @dataclass(frozen=True, slots=True)
 class RankTensor:
-    """One tensor of a rank: what it holds of it under a layout."""
+    """The part of a tensor that one rank holds under a layout."""
 
+    name: str
+    """The name that the layout has for the tensor."""
     entry: Entry
     local: LocalTensor
 
     @property
     def wants(self) -> list[Want]:
-        """One for each box of the local tensor that has elements."""
+        """The boxes that the rank wants to read: one for each box of the local tensor."""
         return [Want(self.entry.name, box) for box in self.local.boxes]
 
 
@@ -39,20 +42,21 @@ class RankPlans:
     mesh: Mesh
     plans: tuple[ReadPlan, ...]
     whole_shards: tuple[WholeShards, ...]
-    """What each rank would read that takes saved shards whole, as DCP does."""
+    """What each rank would read if it read whole saved shards, as DCP does."""
     objects: tuple[tuple[str, int], ...]
-    """Name and size in bytes of each data object; the plans count them by their place here."""
+    """The name and the size in bytes of each data object. The plans refer to objects by their position here."""
     location: str = ""
-    """Of the checkpoint."""
+    """The location of the checkpoint."""
 
     def __post_init__(self) -> None:
         if not len(self.plans) == len(self.whole_shards) == self.mesh.world_size:
             raise InvalidPlanError(
-                f"a mesh of {self.mesh} has as many ranks as plans, got {len(self.plans)}, {len(self.whole_shards)}"
+                f"the mesh {self.mesh} needs {self.mesh.world_size} plans, got {len(self.plans)} plans and "
+                f"{len(self.whole_shards)} counts of whole shards"
             )
         named = [plan.requests.objects for plan in self.plans]
         if any(bool(((objects < 0) | (objects >= len(self.objects))).any()) for objects in named):
-            raise InvalidPlanError(f"a plan reads an object that is none of the {len(self.objects)}")
+            raise InvalidPlanError(f"a plan reads an object that is not one of the {len(self.objects)} listed")
 
     def __getitem__(self, rank: int) -> ReadPlan:
         return self.plans[rank]
@@ -64,7 +68,8 @@ class RankPlans:
         return iter(self.plans)
 
     def to_json(self) -> str:
-        """The plans as JSON, which `from_json` reads back to an equal value: some 100 bytes a chunk and rank."""
+        """Return the plans as JSON, about 100 bytes per chunk and rank. `from_json` converts it back to an equal
+        value."""
         value = {
             "location": self.location,
             "mesh": dict(zip(self.mesh.names, self.mesh.sizes, strict=True)),
@@ -76,7 +81,7 @@ class RankPlans:
 
     @classmethod
     def from_json(cls, text: str) -> RankPlans:
-        """The plans that `to_json` has written. Raises InvalidPlanError."""
+        """Return the plans that `to_json` wrote. Raises InvalidPlanError."""
         try:
             value = json.loads(text)
             return cls(
@@ -87,7 +92,7 @@ class RankPlans:
                 str(value["location"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, LayoutError) as error:
-            raise InvalidPlanError(f"these are no read plans: {type(error).__name__}: {error}") from error
+            raise InvalidPlanError(f"these are not valid read plans: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         lines = [f"{self.mesh}: {len(self)} ranks"]
@@ -104,37 +109,51 @@ class RankPlans:
             (f"rank {rank}", *plan.report.row, f"{shards.nbytes / 1e6:.2f}")
             for rank, (plan, shards) in enumerate(zip(self.plans, self.whole_shards, strict=True))
         ]
-        return table(f"{self.location} read by {self.mesh}", ("", *COLUMNS, "MB in whole shards"), rows)
+        return table(f"{self.location} read by {self.mesh}", ("", *REPORT_COLUMNS, "MB in whole shards"), rows)
 
 
-def rank_tensors(entries: Iterable[Entry], layout: Layout, rank: int, names: str = "*") -> list[RankTensor]:
-    """What a rank holds of every tensor whose name matches a pattern.
+def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> list[RankTensor]:
+    """Return what a rank holds of tensors.
 
-    Raises MissingTensorError where none does, LayoutError where none matches a rule of the layout, or one does not fit.
+    Args:
+        entries: the tensors of a checkpoint, by the names that the layout has for them.
+
+    Raises:
+        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
     """
-    entries = [entry for entry in entries if entry.is_tensor and matches(names, entry.name)]
-    if not entries and names != "*":
-        raise MissingTensorError(f"the checkpoint has no tensor whose name matches {names!r}")
     patterns = [pattern for pattern, _ in layout.rules]
-    if entries and patterns and not any(matches(pattern, entry.name) for entry in entries for pattern in patterns):
-        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {entries[0].name!r}, ...")
-    held = [entry for entry in entries if layout.holds(entry.name, rank)]
-    return [RankTensor(entry, layout.local(entry.name, entry.shape, rank)) for entry in held]
+    if entries and patterns and not any(matches(pattern, name) for name in entries for pattern in patterns):
+        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {next(iter(entries))!r}, ...")
+    return [
+        RankTensor(name, entry, layout.local(name, entry.shape, rank))
+        for name, entry in entries.items()
+        if layout.holds(name, rank)
+    ]
 
 
 def plan_ranks(
-    index: CheckpointIndex, layout: Layout, names: str = "*", gaps: Gaps = GAPS, location: str = ""
+    index: CheckpointIndex,
+    layout: Layout,
+    entries: Mapping[str, Entry] | None = None,
+    gap_limits: GapLimits = NATIVE_GAP_LIMITS,
+    location: str = "",
 ) -> RankPlans:
-    """Plan what every rank of a layout reads of the tensors whose names match a pattern.
+    """Plan what every rank of a layout reads.
 
-    Raises MissingTensorError, LayoutError, InvalidIndexError.
+    Args:
+        entries: the tensors to read, by the names that the layout has for them; by default, all of the index.
+
+    Raises:
+        LayoutError, InvalidIndexError.
     """
+    if entries is None:
+        entries = {entry.name: entry for entry in index.entries if entry.is_tensor}
     wants = [
-        tuple(want for tensor in rank_tensors(index.entries, layout, rank, names) for want in tensor.wants)
+        tuple(want for tensor in rank_tensors(entries, layout, rank) for want in tensor.wants)
         for rank in range(layout.world_size)
     ]
-    each_once = dict.fromkeys(wants)  # replicas want the same
-    plans = {of_rank: plan_reads(index, of_rank, gaps=gaps) for of_rank in each_once}
+    each_once = dict.fromkeys(wants)  # replicas want the same boxes
+    plans = {of_rank: plan_reads(index, of_rank, gap_limits=gap_limits) for of_rank in each_once}
     shards_of = functools.cache(index.shards)
     shards = {of_rank: _whole_shards(index, of_rank, shards_of) for of_rank in each_once}
     return RankPlans(
@@ -149,7 +168,7 @@ def plan_ranks(
 def _whole_shards(
     index: CheckpointIndex, wants: Sequence[Want], shards_of: Callable[[int], tuple[IntArray, IntArray]]
 ) -> WholeShards:
-    """The shards that these boxes meet, given those of each entry."""
+    """Count the shards that these boxes overlap, and their bytes. `shards_of` returns the shards of an entry."""
     shards = nbytes = 0
     for want in wants:
         position = index.position(want.name)

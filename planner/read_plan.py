@@ -1,9 +1,9 @@
-"""Index and wanted boxes to a plan: which chunks to read, which bytes of them, and where their values go.
+"""Plan which chunks to read for wanted boxes, which of their bytes, and with which requests.
 
-For each wanted box the plan names the chunks of the saved shards that it meets, found by arithmetic on the tensor's
-grid, and the byte ranges that hold them; the ranges of all boxes are then joined into requests. A chunk that is
-encoded is read whole; of a raw chunk, only the pages that hold the rows wanted. Planning touches nothing but the
-index: a plan is a value that another function executes.
+For each wanted box, arithmetic on the grid of the tensor finds the chunks that the box overlaps, and the index returns
+the byte ranges that store them. Then the ranges of all boxes are joined into requests. An encoded chunk is read as a
+whole; of a raw chunk, only the pages with wanted rows are read. Planning uses only the index. The plan is a value that
+another function executes.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from itertools import pairwise
 import numpy as np
 
 from .box import IntArray, intersect_pairs
-from .byte_ranges import Gaps, Runs, slabs_of
-from .chunk_reads import ChunkReads as ChunkReads
-from .chunk_reads import Want as Want
-from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, Requests, coalesce
-from .entries import Entry
+from .chunk_reads import ChunkReads, Want
+from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
+from .entries import Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
 from .html import table
-from .index import CheckpointIndex, Encoding, Stream
+from .index import CheckpointIndex
 from .report import PlanReport
+from .slabs import ByteRuns, slabs_of
 
-GAPS = Gaps(MAX_GAP_BYTES, MAX_OVER_READ)
-"""Between the chunks of a native checkpoint, whose order leaves few."""
+NATIVE_GAP_LIMITS = GapLimits(MAX_GAP_BYTES, MAX_OVER_READ)
+"""The limits for native checkpoints. The order of their chunks leaves few gaps (`benchmarks/coalescing.py`)."""
 FREE_GAP_BYTES = 4096
-"""Under GAPS, gaps up to this are always read over: a request costs more on any store. Thousands of small objects have
-as many between them."""
-
-
-TOGETHER = 64
-"""Wants that are planned by one call of numpy each step: enough that such calls cost little, and few temporaries."""
+"""Under NATIVE_GAP_LIMITS, gaps of at most this size are always read over, whatever their sum: a request costs more on
+every store. Checkpoints with thousands of small objects have many such gaps."""
+BOXES_PER_CALL = 64
+"""The number of boxes that are planned together: many enough that the overhead of numpy calls is small, few enough that
+the temporary arrays are small (`benchmarks/planner.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +40,14 @@ class ReadPlan:
     """What one rank reads: the chunks of every wanted box, and the requests that fetch them."""
 
     reads: tuple[ChunkReads, ...]
-    """One for each want, in its order."""
+    """One item per wanted box, in the order of `wants`."""
     requests: Requests
-    """`request_of_range` follows the rows of `reads`, each row's ranges together."""
-    gaps: Gaps = GAPS
-    """Which gaps between ranges were read over."""
+    """The requests. `request_of_range` has the byte ranges of all `reads`, one after another, row by row."""
+    gap_limits: GapLimits = NATIVE_GAP_LIMITS
+    """The limits under which gaps between byte ranges are read over."""
 
     def requests_of(self) -> Iterator[IntArray]:
-        """For each of `reads`, the (n, s) requests that fetch its ranges."""
+        """Yield for each item of `reads` the (n, s) requests that fetch its byte ranges."""
         begin = 0
         for read in self.reads:
             count = read.objects.size
@@ -58,15 +56,15 @@ class ReadPlan:
 
     @property
     def report(self) -> PlanReport:
-        """The plan in numbers."""
+        """The bytes, requests and chunks of the plan."""
         return PlanReport(
             bytes_needed=sum(read.bytes_needed for read in self.reads),
             bytes_wanted=sum(read.bytes_read for read in self.reads),
             bytes_fetched=self.requests.nbytes,
-            requests=self.requests.ranges,
+            requests=self.requests.byte_ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(self.requests.objects)),
-            max_gap_bytes=self.gaps.max_bytes,
+            max_gap_bytes=self.gap_limits.max_gap_bytes,
             opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
         )
 
@@ -85,21 +83,23 @@ def plan_reads(
     index: CheckpointIndex,
     wants: Sequence[Want],
     *,
-    gaps: Gaps = GAPS,
+    gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> ReadPlan:
-    """Plan the reading of boxes of a checkpoint's tensors.
+    """Plan how to read boxes of the tensors of a checkpoint.
 
     Args:
-        gaps: which are read over, between chunks, and between the runs of plain ones.
-        max_request_bytes: a request is closed once it spans this.
+        index: the index of the checkpoint.
+        wants: the boxes to read.
+        gap_limits: which gaps to read over, between chunks and between the byte runs of plain chunks.
+        max_request_bytes: a request that spans this many bytes is closed.
 
     Raises:
-        MissingTensorError: the checkpoint has no tensor of a name.
-        ShapeMismatchError: a box does not fit in its tensor.
+        MissingTensorError: the checkpoint has no tensor of this name.
+        ShapeMismatchError: a box is not inside its tensor.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
-    reads = _chunk_reads(index, wants, gaps)
+    reads = _chunk_reads(index, wants, gap_limits)
 
     def column(name: str) -> IntArray:
         parts = [getattr(read, name).reshape(-1) for read in reads]
@@ -118,50 +118,55 @@ def plan_reads(
             wanted += read.bytes_read - ranges
             spanned += read.bytes_spanned - ranges
         first += read.objects.size
-    # What slabs read over already counts.
-    left = max(0.0, gaps.max_over_read * wanted - (spanned - wanted))
+    # The gaps that are read over inside slabs count toward the limit, too.
+    left = max(0.0, gap_limits.max_over_read * wanted - (spanned - wanted))
     requests = coalesce(
         column("objects"),
         starts,
         stops,
-        max_gap_bytes=gaps.max_bytes,
+        max_gap_bytes=gap_limits.max_gap_bytes,
         max_over_read=left / max(spanned, 1),
         max_request_bytes=max_request_bytes,
-        free_gap_bytes=FREE_GAP_BYTES if gaps is GAPS else 0,
+        free_gap_bytes=FREE_GAP_BYTES if gap_limits is NATIVE_GAP_LIMITS else 0,
         sparse=sparse,
     )
-    return ReadPlan(reads, requests, gaps)
+    return ReadPlan(reads, requests, gap_limits)
 
 
-def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gaps: Gaps) -> tuple[ChunkReads, ...]:
-    """What each want reads. Those of tensors with one grid, as the layers of a model have, are found together."""
+def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
+    """Find the chunks of each wanted box. Tensors with the same grid, such as the layers of a model, are processed
+    together."""
     groups: dict[tuple[Grid, int, bool, bool], list[tuple[int, int]]] = {}
     for at, want in enumerate(wants):
         position = index.position(want.name)
         entry, rows = index.entries[position], index.segments_of(position)
         if not want.box.fits(entry.shape):
-            raise ShapeMismatchError(f"{want.name!r} has shape {entry.shape}, {want.box} is not inside it")
+            raise ShapeMismatchError(f"{want.name!r} has shape {entry.shape}, the box {want.box} is not inside it")
         split = rows.stop > rows.start and bool(index.segments.streams[rows.start] == Stream.HEAD)
         key = (entry.grid, entry.itemsize, split, want.heads_only and split)
         groups.setdefault(key, []).append((position, at))
     found: dict[int, ChunkReads] = {}
     for (_, _, split, heads_only), members in groups.items():
-        for first in range(0, len(members), TOGETHER):
-            positions, places = zip(*members[first : first + TOGETHER], strict=True)
+        for first in range(0, len(members), BOXES_PER_CALL):
+            positions, places = zip(*members[first : first + BOXES_PER_CALL], strict=True)
             named = [Want(wants[at].name, wants[at].box, heads_only) for at in places]
             found |= zip(places, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))
-    return tuple(_in_slabs(read, gaps) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads)
+    return tuple(
+        _in_slabs(read, gap_limits) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads
+    )
 
 
 def _of_one_grid(
     index: CheckpointIndex, wants: Sequence[Want], positions: Sequence[int], *, wide: bool
 ) -> Iterator[ChunkReads]:
-    """What each want reads.
+    """Find the chunks of each wanted box of tensors with the same grid.
 
     Args:
-        positions: of the wants' entries, which have one grid.
-        wide: whether both streams of each chunk are read, heads and tails.
+        index: the index of the checkpoint.
+        wants: the boxes.
+        positions: the positions of their entries in the index.
+        wide: whether both the heads and the tails of each chunk are read.
     """
     entries = [index.entries[position] for position in positions]
     slices = [index.segments_of(position) for position in positions]
@@ -186,7 +191,7 @@ def _of_one_grid(
     for want, numel in zip(wants, covered.tolist(), strict=True):
         if numel != want.box.numel:
             raise InvalidIndexError(
-                f"the shards of {want.name!r} cover {numel} of the {want.box.numel} elements of {want.box}"
+                f"the shards of {want.name!r} cover {numel} of the {want.box.numel} elements of the box {want.box}"
             )
     segments = np.stack([rows, rows + 1], axis=1) if wide else rows[:, None]
     boxed = (chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
@@ -221,15 +226,18 @@ def _byte_ranges(
     piece_offsets: IntArray,
     piece_sizes: IntArray,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """`starts`, `stops`, `skipped` and `checksums` of ChunkReads.
+    """Compute `starts`, `stops`, `skipped` and `checksums` of ChunkReads.
 
     Args:
-        entry: one of those that the chunks belong to, which have one grid and element size.
-        segments: (n, s) that hold each chunk's streams.
-        ordinals: (n,) its place in them.
+        index: the index of the checkpoint.
+        entry: any entry that the chunks belong to: all have the same grid and element size.
+        segments: (n, s) the segments that store the streams of each chunk.
+        ordinals: (n,) the position of each chunk in its segment.
+        chunk_offsets, chunk_sizes: (n, ndim) the box of each chunk.
+        piece_offsets, piece_sizes: (n, ndim) the wanted part of it.
     """
-    places = [index.locate(column, ordinals) for column in segments.T]
-    starts, lengths, checksums = (np.stack(columns, axis=1) for columns in zip(*places, strict=True))
+    stored = [index.locate(column, ordinals) for column in segments.T]
+    starts, lengths, checksums = (np.stack(columns, axis=1) for columns in zip(*stored, strict=True))
     stops, skipped = starts + lengths, np.zeros(len(starts), np.int64)
     encodings, streams = index.segments.encodings[segments[:, 0]], index.segments.streams[segments[:, 0]]
     raw = encodings == Encoding.RAW
@@ -239,7 +247,7 @@ def _byte_ranges(
         wrong = as_they_are & ((streams == Stream.HEAD) | (lengths[:, 0] != nbytes))
         if bool(wrong.any()):
             name = index.entries[int(index.segments.entries[segments[np.argmax(wrong), 0]])].name
-            raise InvalidIndexError(f"a raw chunk of {name!r} has not the size of its box")
+            raise InvalidIndexError(f"a raw chunk of {name!r} does not have as many bytes as its box")
     if bool(raw.any()):
         first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
         page = entry.page_bytes
@@ -251,8 +259,8 @@ def _byte_ranges(
     return starts, stops, skipped, checksums
 
 
-def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
-    """The same with its plain chunks cut into slabs, which are what is wanted of them."""
+def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
+    """Replace the plain chunks by slabs, which contain only their wanted parts."""
     plain = np.flatnonzero(read.encodings == Encoding.PLAIN)
     order = list(read.entry.order or range(read.chunk_sizes.shape[1]))
     slabs = slabs_of(
@@ -261,7 +269,7 @@ def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
         read.piece_offsets[plain][:, order],
         read.piece_sizes[plain][:, order],
         read.entry.itemsize,
-        gaps,
+        gap_limits,
     )
     back = np.argsort(order).astype(int)
     slab_offsets, slab_sizes = slabs.offsets[:, back], slabs.sizes[:, back]
@@ -278,7 +286,7 @@ def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
     stops[:count, 0] = starts[:count, 0] + slabs.runs.spans
     once = np.ones(len(other), np.int64)
     spans = read.stops[other, 0] - read.starts[other, 0]
-    runs = Runs(
+    runs = ByteRuns(
         np.concatenate([slabs.runs.counts, once]),
         np.concatenate([slabs.runs.nbytes, spans]),
         np.concatenate([slabs.runs.strides, spans]),
@@ -303,7 +311,7 @@ def _in_slabs(read: ChunkReads, gaps: Gaps) -> ChunkReads:
 def _row_span(
     chunk_offsets: IntArray, chunk_sizes: IntArray, piece_offsets: IntArray, piece_sizes: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """The first and the last element of each piece, counted in its row-major chunk."""
+    """Return the first and the last element of each piece, counted in its row-major chunk."""
     first = np.zeros(len(chunk_offsets), np.int64)
     last = np.zeros_like(first)
     for d in range(chunk_offsets.shape[1]):

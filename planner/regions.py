@@ -1,7 +1,8 @@
-"""Regions: the parts of tensors that an index knows, so that a rank can hold of a large one what it reads.
+"""Regions: the parts of tensors that an index covers, so that a rank can load only the part of a large index that it
+needs.
 
-A region is a cell of a coarse grid over its tensor, whose lines are lines of the grid of chunks; the segments of a
-region tile it. Where an index knows all of a tensor, that is one region, or all of several.
+A region is one cell of a coarse grid over a tensor. The lines of this grid are also lines of the chunk grid, and the
+segments of a region tile it. A whole tensor is one region or several. The blocks of the manifest contain whole regions.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from .errors import InvalidIndexError
 from .grid import Grid
 
 MAX_REGIONS = 2**12
-"""Of one tensor."""
+"""The maximum number of regions of one tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regions:
-    """Regions in columns, sorted by entry, those of one in the order of its chunks."""
+    """Regions in columns, sorted by entry, and in the order of chunks within an entry: row i is region i."""
 
     parts: tuple[tuple[int, ...], ...]
-    """In how many parts each dimension of each entry is cut into regions: divisors of those of its grid of chunks."""
+    """The number of parts into which each dimension of each entry is cut. They divide the parts of its chunk grid."""
     entries: IntArray
-    """(n,) the entry's position in CheckpointIndex.entries: each has one region or more."""
+    """(n,) the position of the entry in CheckpointIndex.entries. Each entry has at least one region."""
     cells: IntArray
-    """(n,) which of its entry's regions it is."""
+    """(n,) the number of the region among those of its entry."""
     segments: IntArray
-    """(n,) how many segments it has."""
+    """(n,) the number of segments in the region."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -42,13 +43,17 @@ class Regions:
 
     @classmethod
     def whole(cls, entries: Sequence[Entry], owners: IntArray) -> Regions:
-        """One for each entry, given the entries that segments belong to."""
+        """Return one region per entry. `owners` are the entries that the segments belong to."""
         n = len(entries)
         parts = tuple((1,) * len(entry.shape) for entry in entries)
         return cls(parts, np.arange(n), np.zeros(n, np.int64), np.bincount(owners, minlength=n))
 
     def check(self, entries: Sequence[Entry], owners: IntArray) -> None:
-        """Raises InvalidIndexError where they contradict the entries, or those that the segments belong to."""
+        """Check the regions against the entries, and against `owners`, the entries that the segments belong to.
+
+        Raises:
+            InvalidIndexError: they contradict each other.
+        """
         if len(self.parts) != len(entries) or not np.array_equal(np.unique(self.entries), np.arange(len(entries))):
             raise InvalidIndexError("a tensor has no regions")
         for entry, parts in zip(entries, self.parts, strict=True):
@@ -60,15 +65,16 @@ class Regions:
         if not bool(ascending.all()) or bool(((self.cells < 0) | (self.cells >= counts)).any()):
             raise InvalidIndexError("the regions of a tensor are not in order")
         if not np.array_equal(np.repeat(self.entries, self.segments), owners):
-            raise InvalidIndexError("the segments of a region are not those of its tensor")
+            raise InvalidIndexError("a region has segments that are not those of its tensor")
 
     def boxes(self, entries: Sequence[Entry], ndim: int) -> tuple[IntArray, IntArray, IntArray]:
-        """Those of the entries of so many dimensions: their (k,) rows, and their (k, ndim) offsets and sizes."""
+        """Return the regions of all entries with `ndim` dimensions: their (k,) rows, and their (k, ndim) offsets and
+        sizes."""
         alike = np.flatnonzero([len(parts) == ndim for parts in self.parts])
-        place = np.full(len(self.parts), -1)
-        place[alike] = np.arange(len(alike))
-        rows = np.flatnonzero(place[self.entries] >= 0)
-        of = place[self.entries[rows]]
+        row_of = np.full(len(self.parts), -1)
+        row_of[alike] = np.arange(len(alike))
+        rows = np.flatnonzero(row_of[self.entries] >= 0)
+        of = row_of[self.entries[rows]]
 
         def column(values: list[tuple[int, ...]]) -> IntArray:
             return np.array(values, np.int64).reshape(len(alike), ndim)
@@ -84,15 +90,19 @@ class Regions:
 
 
 def check_region_parts(entry: Entry, parts: tuple[int, ...]) -> None:
-    """Raises InvalidIndexError where an entry cannot be cut into such regions."""
+    """Raise InvalidIndexError if an entry cannot be cut into this number of parts."""
     chunked = entry.grid.parts
     fit = len(parts) == len(chunked) and not any(n < 1 or many % n for many, n in zip(chunked, parts, strict=True))
     if not fit or math.prod(parts) > (MAX_REGIONS if entry.numel else 1):
-        raise InvalidIndexError(f"{entry.name!r} is cut into {chunked} chunks, it has no {parts} regions of them")
+        raise InvalidIndexError(
+            f"{entry.name!r} has {chunked} chunks and cannot be cut into {parts} regions: the regions of a dimension "
+            f"must divide its chunks, and a tensor has at most {MAX_REGIONS}"
+        )
 
 
 def regions_met(shape: tuple[int, ...], parts: tuple[int, ...], box: Box) -> IntArray:
-    """Which regions of a tensor a box meets, in order; the first, where it is empty or does not fit."""
+    """Return the regions of a tensor that a box overlaps, ascending; the first one if the box is empty or does not
+    fit."""
     if math.prod(parts) > 1 and box.fits(shape) and box.numel:
         return Grid(shape, parts).chunks(Box.whole(shape), box)[0]
     return np.zeros(1, np.int64)

@@ -1,4 +1,4 @@
-"""A plan in numbers."""
+"""The numbers of a plan: bytes, requests, chunks."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from dataclasses import dataclass
 
 from .html import table
 
-COLUMNS = ("MB needed", "MB fetched", "fetched / needed", "requests", "objects", "chunks")
-"""What `PlanReport.row` has the values of."""
+REPORT_COLUMNS = ("MB needed", "MB fetched", "fetched / needed", "requests", "objects", "chunks")
+"""The titles of the values in `PlanReport.row`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What one rank's plan reads, in bytes and requests."""
+    """The bytes and requests that the plan of one rank reads."""
 
     bytes_needed: int
-    """Bytes of the wanted boxes, decoded."""
+    """Bytes of the wanted boxes after decoding."""
     bytes_wanted: int
-    """Stored bytes of the chunks, or parts of chunks, that hold them."""
+    """Stored bytes of the chunks, or parts of chunks, that contain the wanted boxes."""
     bytes_fetched: int
-    """Bytes that the requests ask for: those wanted, each once, and the gaps read over between them."""
+    """Bytes that the requests read: each wanted byte once, and the gaps between them that are read over."""
     requests: int
-    """Byte ranges asked of the store."""
+    """The number of byte ranges that are read from the store."""
     chunks: int
     objects: int
-    """Data objects that the requests read from."""
+    """The number of data objects that the requests read."""
     max_gap_bytes: int = 0
-    """Gaps of up to so many bytes between ranges were read over, to save requests."""
+    """The largest gap between byte ranges that a request may read over."""
     opaque_chunks: int = 0
-    """Chunks of other formats that have to be decoded, and so are read, as a whole."""
+    """The number of opaque chunks (of other formats): they are read and decoded as a whole."""
 
     @property
     def bytes_over_read(self) -> int:
-        """Bytes fetched that lie between those wanted."""
+        """Bytes that are fetched but not wanted, in the gaps between byte ranges."""
         return max(0, self.bytes_fetched - self.bytes_wanted)
 
     @property
     def amplification(self) -> float:
-        """Bytes fetched over bytes needed; below 1 where compression saves more than the grid costs."""
+        """Bytes fetched divided by bytes needed. It is below 1 if compression saves more than the grid costs."""
         return self.bytes_fetched / self.bytes_needed if self.bytes_needed else 0.0
 
     @property
     def row(self) -> tuple[str, ...]:
-        """The values of COLUMNS, in words."""
+        """The values of REPORT_COLUMNS, formatted."""
         return (
             f"{self.bytes_needed / 1e6:.2f}",
             f"{self.bytes_fetched / 1e6:.2f}",
@@ -53,7 +53,7 @@ class PlanReport:
         )
 
     def _repr_html_(self) -> str:
-        return table("", COLUMNS, [self.row])
+        return table("", REPORT_COLUMNS, [self.row])
 
     def __str__(self) -> str:
         notes = ""
@@ -70,8 +70,8 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class WholeShards:
-    """What one rank would read that takes saved shards as a whole, as DCP's readers do."""
+    """What a rank would read if it read whole saved shards, as DCP's readers do."""
 
     shards: int
     nbytes: int
-    """Of their values, as they are before encoding."""
+    """Bytes of the values of these shards, before encoding."""

@@ -1,4 +1,4 @@
-"""Text from outside as it may be shown: without secrets, in one line, and without what a terminal obeys."""
+"""Make text from outside safe to show: no secrets, one line, no terminal control characters."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ import re
 
 from .masking import masked
 
-MAX_CHARACTERS = 20_000
-"""Of a text that is shown."""
-MAX_OF_A_WORD = 600
-"""Characters without a space between them: longer words, as a tensor's name of a megabyte, are shortened."""
-_LONG_WORD = re.compile(rf"\S{{{MAX_OF_A_WORD + 1},}}")
+MAX_SHOWN_CHARACTERS = 20_000
+"""The maximum length of a text that is shown."""
+MAX_WORD_CHARACTERS = 600
+"""The maximum number of characters without a space. Longer words, such as a tensor name of a megabyte, are
+shortened."""
+_LONG_WORD = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1},}}")
 _WITHOUT_WIDTH = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]"
 )
-"""Characters that Python takes for printable, and that have no width, or no ink."""
+"""Characters that Python considers printable although they are invisible."""
 
 
-def shown(value: object, most: int = MAX_CHARACTERS) -> str:
-    """Return a value's text as messages, logs and tables show it.
+def shown(value: object, max_characters: int = MAX_SHOWN_CHARACTERS) -> str:
+    """Return the text of a value in the form in which messages, logs and tables show it.
 
-    Secrets are masked (see `masked`), characters are escaped (see `printable`), and what is too long is shortened.
-    Done again, it changes nothing.
+    Secrets are masked (see `masked`), control characters are escaped (see `printable`), and long text is shortened.
+    Applying it twice has no further effect.
+
+    Args:
+        value: any value; its text is `str(value)`.
+        max_characters: the maximum number of characters.
     """
-    return shortened(printable(masked(str(value))), most)
+    return shortened(printable(masked(str(value))), max_characters)
 
 
 def printable(text: str) -> str:
-    """Escape the characters of a text that a terminal obeys, hides, or breaks the line at, as Python's literals do.
+    """Escape the characters that a terminal interprets, hides, or breaks a line at, as in Python literals.
 
-    Those are control characters, separators of lines and paragraphs, surrogates, marks that change the direction of
-    writing, and characters without a width. Letters of all scripts and emoji stay as they are; so does a backslash.
+    These are control characters, line and paragraph separators, surrogates, marks that change the direction of writing,
+    and invisible characters. Letters of all scripts, emoji and backslashes stay unchanged.
     """
     if text.isprintable() and _WITHOUT_WIDTH.search(text) is None:
         return text
@@ -40,14 +45,14 @@ def printable(text: str) -> str:
     )
 
 
-def shortened(text: str, most: int = MAX_CHARACTERS, max_word: int = MAX_OF_A_WORD) -> str:
-    """Leave out the middle of what is too long, of words first, and say how long it was."""
+def shortened(text: str, max_characters: int = MAX_SHOWN_CHARACTERS, max_word: int = MAX_WORD_CHARACTERS) -> str:
+    """Replace the middle of a text that is too long by its length. Shorten long words first, then the whole text."""
     if len(text) > max_word:
-        pattern = _LONG_WORD if max_word == MAX_OF_A_WORD else re.compile(rf"\S{{{max_word + 1},}}")
-        text = pattern.sub(lambda found: _middle_left_out(found[0], max_word), text)
-    return _middle_left_out(text, most) if len(text) > most else text
+        pattern = _LONG_WORD if max_word == MAX_WORD_CHARACTERS else re.compile(rf"\S{{{max_word + 1},}}")
+        text = pattern.sub(lambda found: _shorten_middle(found[0], max_word), text)
+    return _shorten_middle(text, max_characters) if len(text) > max_characters else text
 
 
-def _middle_left_out(text: str, most: int) -> str:
-    begin, end = most // 2, most // 4
+def _shorten_middle(text: str, max_characters: int) -> str:
+    begin, end = max_characters // 2, max_characters // 4
     return f"{text[:begin]}…({len(text)} characters)…{text[-end:]}"

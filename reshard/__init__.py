@@ -1,11 +1,11 @@
 """Sharded, compressed, checksummed checkpoints for PyTorch.
 
     reshard.save(state_dict, "s3://bucket/run/step-1000")     under FSDP, on N ranks
-    reshard.load(state_dict, "s3://bucket/run/step-1000")     under TP, on M ranks: each fetches only what it needs
+    reshard.load(state_dict, "s3://bucket/run/step-1000")     under TP, on M ranks: each rank fetches only what it needs
     reshard.open("s3://bucket/run/step-1000")                 without a process group
     reshard.convert("s3://bucket/run/step-1000", "model", format="safetensors")
 
-Names are imported when they are first used, so that `import reshard` is light.
+Names are imported when they are first used, so that `import reshard` is fast.
 """
 
 from __future__ import annotations
@@ -17,81 +17,105 @@ from .storage.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import errors as errors
+    from . import formats as formats
+    from . import layout as layout
     from . import pictures as pictures
+    from . import plans as plans
+    from . import stores as stores
+    from . import testing as testing
     from .planner.box import Box as Box
     from .planner.layout import Layout as Layout
     from .planner.layout import Mesh as Mesh
-    from .planner.layout import Replicate as Replicate
-    from .planner.layout import Shard as Shard
-    from .planner.layout import StridedShard as StridedShard
     from .storage.checkpoint import Checkpoint as Checkpoint
+    from .storage.checkpoint import TensorInfo as TensorInfo
     from .storage.checkpoint import open_checkpoint as open
     from .storage.conversion.convert import convert as convert
     from .storage.dcp import StorageReader as StorageReader
     from .storage.dcp import StorageWriter as StorageWriter
     from .storage.load import load as load
+    from .storage.maintenance.catalog import FoundCheckpoint as FoundCheckpoint
+    from .storage.maintenance.catalog import Removal as Removal
     from .storage.maintenance.catalog import find_checkpoints as find_checkpoints
+    from .storage.maintenance.catalog import find_removal as find_removal
     from .storage.maintenance.catalog import remove as remove
+    from .storage.maintenance.diff import Difference as Difference
+    from .storage.maintenance.diff import diff as diff
+    from .storage.maintenance.gc import Remains as Remains
+    from .storage.maintenance.gc import gc as gc
+    from .storage.maintenance.verify import DamagedChunk as DamagedChunk
     from .storage.runtime.progress import Progress as Progress
+    from .storage.runtime.reports import Cast as Cast
+    from .storage.runtime.reports import RankReport as RankReport
     from .storage.runtime.reports import Report as Report
     from .storage.save import save as save
     from .storage.stores.base import Store as Store
 
 __all__ = [
     "Box",
+    "Cast",
     "Checkpoint",
+    "DamagedChunk",
+    "Difference",
+    "FoundCheckpoint",
     "Layout",
     "Mesh",
     "Progress",
-    "Replicate",
+    "RankReport",
+    "Remains",
+    "Removal",
     "Report",
-    "Shard",
     "StorageReader",
     "StorageWriter",
     "Store",
-    "StridedShard",
+    "TensorInfo",
     "__version__",
     "convert",
+    "diff",
     "errors",
     "find_checkpoints",
+    "find_removal",
+    "formats",
+    "gc",
+    "layout",
     "load",
     "open",
     "pictures",
+    "plans",
     "remove",
     "save",
+    "stores",
+    "testing",
 ]
 
+_MODULES = ("errors", "formats", "layout", "pictures", "plans", "stores", "testing")
 _HOMES = {
-    "Box": ("planner.box", "Box"),
-    "Checkpoint": ("storage.checkpoint", "Checkpoint"),
-    "Layout": ("planner.layout", "Layout"),
-    "Mesh": ("planner.layout", "Mesh"),
-    "Progress": ("storage.runtime.progress", "Progress"),
-    "Replicate": ("planner.layout", "Replicate"),
-    "Report": ("storage.runtime.reports", "Report"),
-    "Shard": ("planner.layout", "Shard"),
-    "StorageReader": ("storage.dcp", "StorageReader"),
-    "StorageWriter": ("storage.dcp", "StorageWriter"),
-    "Store": ("storage.stores.base", "Store"),
-    "StridedShard": ("planner.layout", "StridedShard"),
-    "convert": ("storage.conversion.convert", "convert"),
-    "errors": ("errors", ""),
-    "find_checkpoints": ("storage.maintenance.catalog", "find_checkpoints"),
-    "load": ("storage.load", "load"),
-    "open": ("storage.checkpoint", "open_checkpoint"),
-    "pictures": ("pictures", ""),
-    "remove": ("storage.maintenance.catalog", "remove"),
-    "save": ("storage.save", "save"),
+    "planner.box": ("Box",),
+    "planner.layout": ("Layout", "Mesh"),
+    "storage.checkpoint": ("Checkpoint", "TensorInfo"),
+    "storage.conversion.convert": ("convert",),
+    "storage.dcp": ("StorageReader", "StorageWriter"),
+    "storage.load": ("load",),
+    "storage.maintenance.catalog": ("FoundCheckpoint", "Removal", "find_checkpoints", "find_removal", "remove"),
+    "storage.maintenance.diff": ("Difference", "diff"),
+    "storage.maintenance.gc": ("Remains", "gc"),
+    "storage.maintenance.verify": ("DamagedChunk",),
+    "storage.runtime.progress": ("Progress",),
+    "storage.runtime.reports": ("Cast", "RankReport", "Report"),
+    "storage.save": ("save",),
+    "storage.stores.base": ("Store",),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name == "open":
+        value = importlib.import_module(".storage.checkpoint", __name__).open_checkpoint
+    elif name in _HOME_OF:
+        value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    value = importlib.import_module(f".{module}", __name__)
-    if attribute:
-        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

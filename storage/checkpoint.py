@@ -1,29 +1,30 @@
-"""A checkpoint that is open for reading: what `reshard.open` returns. Needs no process group."""
+"""`Checkpoint`: a checkpoint that is open for reading, as `reshard.open` returns it. It needs no process group."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, KeysView, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..planner.box import Box
-from ..planner.costs import Costs
+from ..planner.chunk_reads import Want
+from ..planner.entries import Entry
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
-from ..planner.index import missing
-from ..planner.layout import Layout, matches
+from ..planner.layout import Layout
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
-from ..planner.read_plan import Want
+from ..planner.request_costs import RequestCosts
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
-from .maintenance.verify import Damage, verify
-from .reading.read_tensors import StoredValue, check_is_tensor, check_values, read_boxes, value_wants
+from .maintenance.verify import DamagedChunk, verify
+from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
+from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import rank_of
@@ -31,35 +32,38 @@ from .runtime.progress import Meter, OnProgress
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store, close_store
 from .tensors.casts import check_dtype, loses_bits, weight_dtype
-from .tensors.classes import missing_memory
 from .tensors.dtypes import torch_dtype
-from .tensors.name_patterns import Patterns, by_new_name, check_renames, matches_any, new_name, patterns_of
+from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of
 from .tensors.state_dict import nest
+from .tensors.tensor_classes import missing_memory
 
 logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a checkpoint says of one tensor."""
+    """The metadata of one tensor of a checkpoint."""
 
     shape: tuple[int, ...]
+    """The global shape."""
     dtype: torch.dtype
     chunks: int
+    """The number of chunks that the tensor is stored as."""
     stored_bytes: int
+    """The size of the chunks as stored, in bytes."""
 
 
 class Checkpoint:
-    """A checkpoint open for reading. It keeps the manifest in memory, and reads the rest when you ask for it.
+    """A checkpoint that is open for reading.
 
-    Use it as a context manager, or call `close`, to close its files at once. It is a collection of names: `in`, `len`,
-    `keys` and iteration cover tensors and other values.
+    It keeps the metadata in memory and reads tensors when you call one of its methods. Use it as a context manager, or
+    call `close`, to close its files. `in`, `len`, `keys` and iteration cover the names of tensors and other values.
     """
 
     def __init__(self, source: Source, *, closes_store: bool = True) -> None:
         """
         Args:
-            closes_store: whether `close` closes the store, too. It does not if the caller opened it.
+            closes_store: whether `close` also closes the store. Pass False if the caller opened the store.
         """
         self._opened: Source | None = source
         self._closes_store = closes_store
@@ -76,7 +80,7 @@ class Checkpoint:
         return self._opened
 
     def close(self) -> None:
-        """Close the files of the checkpoint. Every later read raises ArgumentError; closing again does nothing."""
+        """Close the files of the checkpoint. Later reads raise ArgumentError. Closing twice has no effect."""
         if self._opened is not None and self._closes_store:
             close_store(self._opened.store)
         self._opened = None
@@ -102,54 +106,56 @@ class Checkpoint:
 
     @property
     def location(self) -> str:
-        """Where it is."""
+        """The path or URI of the checkpoint."""
         return self._source.location
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """By what it was written, when, with which codec and from how many ranks."""
+        """What the writer recorded: its version, the time, the codec, the number of ranks."""
         return MappingProxyType(self._source.info)
 
     @property
     def format(self) -> str:
-        """ "reshard", "dcp", "safetensors" or "torch"."""
+        """The format: "reshard", "dcp", "safetensors" or "torch"."""
         return self._source.format
 
     @property
     def tp_plan(self) -> dict[str, str]:
-        """The tensor-parallel plan in the `config.json` beside it, as rules for a Layout; empty where there is none.
+        """The tensor-parallel plan of the model's `config.json`, as rules for a Layout. Empty if there is no plan.
 
-        Raises CorruptCheckpointError where it is none, StoreError.
+        Raises:
+            CorruptCheckpointError: the file or its plan is not valid.
+            StoreError: the file cannot be read.
         """
         return read_tp_plan(self._source.store)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors by name."""
+        """The metadata of the tensors, by name."""
         return MappingProxyType(self._tensors)
 
     @property
-    def objects(self) -> tuple[str, ...]:
+    def value_names(self) -> tuple[str, ...]:
         """The names of the values that are not tensors."""
         return tuple(entry.name for entry in self._source.entries if not entry.is_tensor)
 
     @property
     def unreadable(self) -> Mapping[str, str]:
-        """The names that cannot be read, and why. They are in neither `tensors` nor `objects`.
+        """The names that cannot be read, and the reasons. They are not in `tensors` or `value_names`.
 
-        Asking for one of them raises an error with this message; the other names can be read.
+        Reading one of them raises an error with this reason. All other names can be read.
         """
         return MappingProxyType({name: found.reason for name, found in self._source.unreadable.items()})
 
     @property
     def damaged(self) -> tuple[str, ...]:
-        """The names in `unreadable` whose values are missing or contradict each other, as after an incomplete copy."""
+        """The names in `unreadable` whose data is missing or contradictory, for example after an incomplete copy."""
         return tuple(name for name, found in self._source.unreadable.items() if found.is_damage)
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """Names that files of the checkpoint hold, but its index (`*.index.json`) does not list. They are not read."""
-        return self._source.left_out
+    def unindexed(self) -> tuple[str, ...]:
+        """Names that are in the files but not in the checkpoint's index (`*.index.json`). They are not read."""
+        return self._source.unindexed
 
     @undisturbed()
     def read(
@@ -163,23 +169,26 @@ class Checkpoint:
         budget_bytes: int | None = None,
         max_over_read: float | None = None,
     ) -> torch.Tensor:
-        """Read a tensor, or a box of it, fetching only the chunks that the box meets.
+        """Read a tensor, or a box of it. Only the chunks that overlap the box are fetched.
 
         Args:
-            name: the tensor's name.
-            box: the part to read; the whole tensor by default.
-            out: a tensor of the box's sizes to read into, in place, on any device and of any dtype that the stored
-                one can be cast to; a new one by default.
-            dtype: of the new tensor; the stored one by default. float32 values are read as bfloat16 from a third of
-                their bytes, with the same result as a cast.
-            device: of the new tensor; the CPU by default.
-            budget_bytes, max_over_read: as of `reshard.load`.
+            name: the name of the tensor.
+            box: the part to read. Default: the whole tensor.
+            out: a tensor to read into, with the sizes of the box. Its dtype and device may differ from the stored ones.
+                Default: a new tensor.
+            dtype: the dtype of the new tensor. Default: the stored dtype. Reading float32 values of a native checkpoint
+                as bfloat16 fetches about a third of the bytes; the result is the same as a cast.
+            device: the device of the new tensor. Default: the CPU.
+            budget_bytes, max_over_read: see `reshard.load`.
+
+        Returns:
+            `out`, or the new tensor.
 
         Raises:
-            MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the call does not fit the tensor.
-            DtypeError, UnsupportedFormatError, CorruptCheckpointError: the name is one of `unreadable`.
-            CorruptCheckpointError, StoreError: the bytes are not to be had; `out` is as it was, unless the message
-                says otherwise.
+            MissingTensorError, ShapeMismatchError, DtypeError, DestinationError: the arguments do not fit the tensor.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError: the name is in `unreadable`.
+            CorruptCheckpointError, StoreError: the bytes cannot be read. `out` is unchanged, unless the message says
+                otherwise.
         """
         check_is_tensor(self._source, name)
         check_dtype(dtype)
@@ -188,17 +197,18 @@ class Checkpoint:
         entry = self._source.entry(name)
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
-            raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, {wanted} is not inside it")
-        self._source.index([Want(name, wanted)])  # what it says is checked before memory is taken on its word
+            raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, and {wanted} is not inside it")
+        self._source.index([Want(name, wanted)])  # checks the metadata before memory is allocated by it
         if out is None:
             out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=device or "cpu")
         elif tuple(out.shape) != wanted.sizes:
             raise ShapeMismatchError(f"{name!r}: out has shape {tuple(out.shape)}, the box {wanted} has {wanted.sizes}")
         elif dtype not in (None, out.dtype):
-            raise DestinationError(f"{name!r}: out has dtype {out.dtype}, and dtype={dtype} was asked for")
+            raise DestinationError(f"{name!r}: out has dtype {out.dtype}, but dtype={dtype} was passed")
         elif device is not None and torch.empty(0, device=device).device != out.device:
-            raise DestinationError(f"{name!r}: out is on {out.device}, and device={str(device)!r} was asked for")
-        read_boxes(self._source, [Want(name, wanted)], [out], budget_bytes=budget_bytes, max_over_read=max_over_read)
+            raise DestinationError(f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed")
+        options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read)
+        read_boxes(self._source, [Want(name, wanted)], [out], options=options)
         return out
 
     @undisturbed()
@@ -206,51 +216,69 @@ class Checkpoint:
         """Read a value that is not a tensor.
 
         Args:
-            allow_pickle, budget_bytes: as of `reshard.load`.
+            allow_pickle, budget_bytes: see `reshard.load`.
 
         Raises:
-            ArgumentError: it takes more bytes than `budget_bytes`.
-            MissingTensorError: there is none of this name.
-            UnsafeValueError: it is pickled in a way that torch.load(weights_only=True) refuses, and `allow_pickle`
-                is False.
+            ArgumentError: the value has more bytes than `budget_bytes`.
+            DestinationError: the name is a tensor.
+            MissingTensorError: the checkpoint has no such name.
+            UnsafeValueError: the value is pickled in a way that torch.load(weights_only=True) refuses, and
+                `allow_pickle` is False.
         """
         if self._source.entry(name).is_tensor:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         check_budget(budget_bytes)
         check_values(self._source, [name], budget_bytes)
-        blob = StoredValue(self._source, name)
-        read_boxes(self._source, blob.wants, blob.tensors, budget_bytes=budget_bytes)
+        blob = ValueRead(self._source, name)
+        read_boxes(self._source, blob.wants, blob.tensors, options=ReadOptions(budget_bytes=budget_bytes))
         return blob.value(allow_pickle=allow_pickle)
 
     @undisturbed()
     def plan(
-        self, layout: Layout, *, names: str = "*", max_over_read: float | None = None, costs: Costs | None = None
+        self,
+        layout: Layout,
+        *,
+        include: Patterns = "*",
+        exclude: Patterns = (),
+        rename: Mapping[str, str] | None = None,
+        max_over_read: float | None = None,
+        costs: RequestCosts | None = None,
     ) -> RankPlans:
-        """What every rank of a layout would read, from the manifest alone.
+        """Plan what every rank of a layout would read. This reads metadata only.
 
         Args:
-            names: a pattern as in a layout: "model" stands for all below it.
-            max_over_read: as of `reshard.load`.
-            costs: what requests cost at another store, to plan for; of this one, as far as it is known, by default.
+            include, exclude, rename: the tensors to plan for; see `load_rank`.
+            max_over_read: see `reshard.load`.
+            costs: the costs of requests to another store, to plan for that store. Default: those of this checkpoint's
+                store, as far as they are known.
 
-        Raises LayoutError, and what `read` raises for a name of `unreadable` that matches.
+        Raises:
+            ArgumentError, MissingTensorError, LayoutError: the arguments do not fit the checkpoint.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError: a selected name is in `unreadable`.
+            StoreError: the metadata cannot be read.
         """
-        check_readable(self._source, names)
-        index, gaps = self._source.index(self._matching(names)), self._source.gaps(max_over_read, costs)
-        return plan_ranks(index, layout, names, gaps, self.location)
+        selection = Selection.of(include, exclude, rename)
+        check_readable(self._source, selection.includes)
+        entries = self._selected_tensors(selection)
+        index = self._source.index(Want(entry.name, entry.whole) for entry in entries.values())
+        return plan_ranks(index, layout, entries, self._source.gap_limits(max_over_read, costs), self.location)
+
+    def _selected_tensors(self, selection: Selection) -> dict[str, Entry]:
+        """Return the selected tensors by their new names. Raises MissingTensorError, ArgumentError."""
+        tensors = {entry.name: entry for entry in self._source.entries if entry.is_tensor}
+        selection.check_include([*tensors, *self._source.unreadable])
+        return {new: tensors[name] for new, name in selection.select(tensors).items()}
 
     @undisturbed()
     def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
-        """The shards that a tensor was saved as, and in how many parts each dimension is cut into chunks.
+        """Return the shards that a tensor was saved as, and the number of parts that each dimension is cut into.
 
-        Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        Raises:
+            MissingTensorError, CorruptCheckpointError, StoreError.
         """
         entry = self._source.entry(name)
         index = self._source.index([Want(name, Box.whole(entry.shape))])
         return index.shards_of(index.position(name)), entry.grid.parts
-
-    def _matching(self, names: str) -> list[Want]:
-        return [Want(name, Box.whole(info.shape)) for name, info in self._tensors.items() if matches(names, name)]
 
     @undisturbed()
     def load_rank(
@@ -258,7 +286,7 @@ class Checkpoint:
         layout: Layout,
         rank: int,
         *,
-        names: str = "*",
+        include: Patterns = "*",
         exclude: Patterns = (),
         rename: Mapping[str, str] | None = None,
         allow_missing: Patterns = (),
@@ -268,67 +296,58 @@ class Checkpoint:
         max_over_read: float | None = None,
         progress: OnProgress = False,
     ) -> dict[str, torch.Tensor]:
-        """Read the local tensors of one rank of a layout, by name. No process group is needed.
+        """Read the local tensors of one rank of a layout. This needs no process group.
 
         Args:
-            names: a pattern as in a layout: "model" leaves out the optimizer beside it.
-            exclude: patterns of names that are left out.
-            rename: patterns of names, and what the tensors are called instead, as of `reshard.load`. The rules of the
-                layout are for the new names.
-            allow_missing: patterns of names that are left out if they cannot be read (see `unreadable`).
-            dtype: of floating-point tensors of one dimension or more; the stored one by default. float32 values of a
-                native checkpoint are read as bfloat16 from a third of their bytes.
-            device: of the tensors; the CPU by default.
-            budget_bytes, max_over_read, progress: as of `reshard.load`.
+            layout: which part of each tensor each rank holds.
+            rank: the rank whose tensors are read, from 0 to `layout.world_size - 1`.
+            include: patterns of the names to read. `*` matches any text, and "model" also matches every name below it,
+                such as "model.w".
+            exclude: patterns of names that are not read, even if `include` matches them.
+            rename: patterns of names and what the tensors are called instead; see `reshard.load`. The rules of the
+                layout apply to the new names.
+            allow_missing: patterns of names that are skipped if they cannot be read (see `unreadable`).
+            dtype: the dtype of floating-point tensors with at least one dimension. Default: the stored dtype. Reading
+                float32 values of a native checkpoint as bfloat16 fetches about a third of the bytes.
+            device: the device of the tensors. Default: the CPU.
+            budget_bytes, max_over_read, progress: see `reshard.load`.
 
-        Raises LayoutError, ArgumentError, DtypeError, CorruptCheckpointError, StoreError, and what `read` raises for a
-        name of `unreadable` that the rank would hold.
+        Returns:
+            The rank's local tensors by their new names.
+
+        Raises:
+            ArgumentError, MissingTensorError, LayoutError, DtypeError: the arguments do not fit the checkpoint.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError: a name that the rank would hold is in
+                `unreadable`.
+            CorruptCheckpointError, StoreError: the bytes cannot be read.
         """
-        excluded, may_miss = patterns_of("exclude", exclude), patterns_of("allow_missing", allow_missing)
+        selection, may_miss = Selection.of(include, exclude, rename), patterns_of("allow_missing", allow_missing)
         check_dtype(dtype)
-        check_renames("rename", rename or {})
 
         def is_held(name: str) -> bool:
-            is_taken = not matches_any(excluded, name) and not matches_any(may_miss, name)
-            return is_taken and layout.holds(new_name(name, rename or {}), rank)
+            is_wanted = selection.includes(name) and not matches_any(may_miss, name)
+            return is_wanted and layout.holds(selection.new_name(name), rank)
 
-        check_readable(self._source, names, is_held)
-        taken = [
-            entry
-            for entry in self._source.entries
-            if entry.is_tensor and matches(names, entry.name) and not matches_any(excluded, entry.name)
-        ]
-        if not taken and names != "*":
-            raise missing(names, self._tensors)
-        stored_names = by_new_name((entry.name for entry in taken), lambda name: new_name(name, rename or {}))
-        entries = [replace(entry, name=new) for new, entry in zip(stored_names, taken, strict=True)]
+        check_readable(self._source, is_held)
         tensors: dict[str, torch.Tensor] = {}
+        stored: dict[str, torch.dtype] = {}
         wants: list[Want] = []
         views: list[torch.Tensor] = []
-        held_tensors = rank_tensors(entries, layout, rank)
-        self._source.index(Want(stored_names[want.name], want.box) for held in held_tensors for want in held.wants)
+        held_tensors = rank_tensors(self._selected_tensors(selection), layout, rank)
+        self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
-            stored = torch_dtype(held.entry.dtype)
-            to = weight_dtype(stored, held.entry.shape, dtype)
+            stored[held.name] = torch_dtype(held.entry.dtype)
+            to = weight_dtype(stored[held.name], held.entry.shape, dtype)
             local = torch.empty(held.local.shape, dtype=to, device=device or "cpu")
-            tensors[held.entry.name] = local
+            tensors[held.name] = local
             for want, at in zip(held.wants, held.local.local_offsets, strict=True):
-                wants.append(Want(stored_names[want.name], want.box))
+                wants.append(want)
                 views.append(local[Box(at, want.box.sizes).slices])
         draws = rank_of(None) == 0
         with Meter("load", progress, location=self.location, rank=rank, draws=draws) as meter:
-            read_boxes(
-                self._source,
-                wants,
-                views,
-                rank=rank,
-                budget_bytes=budget_bytes,
-                max_over_read=max_over_read,
-                meter=meter,
-            )
-        rounded = [
-            name for name, local in tensors.items() if loses_bits(self._tensors[stored_names[name]].dtype, local.dtype)
-        ]
+            options = ReadOptions(rank, budget_bytes, max_over_read, meter=meter)
+            read_boxes(self._source, wants, views, options=options)
+        rounded = [name for name, local in tensors.items() if loses_bits(stored[name], local.dtype)]
         if rounded and draws:
             logger.info("%d tensors were cast to fewer bits, to %s: %s, ...", len(rounded), dtype, rounded[0])
         return tensors
@@ -337,72 +356,68 @@ class Checkpoint:
     def state_dict(
         self,
         *,
-        names: str = "*",
+        include: Patterns = "*",
+        exclude: Patterns = (),
         allow_pickle: bool = False,
         device: torch.device | str | None = None,
         budget_bytes: int | None = None,
         max_over_read: float | None = None,
         progress: OnProgress = False,
     ) -> dict[Any, Any]:
-        """Read all values, whole, into the dicts and lists in which they were saved.
+        """Read whole tensors and values into the nested dicts and lists that they were saved from.
 
-        Names stay flat where the format does not tell more, as safetensors; DCP itself makes strings of all keys.
+        Names stay flat if the format does not record the nesting (safetensors). DCP turns all keys into strings.
 
         Args:
-            names: a pattern as in a layout: "model" leaves out the optimizer beside it.
-            device: of the tensors; the CPU by default.
-            allow_pickle, budget_bytes, max_over_read, progress: as of `reshard.load`.
+            include, exclude: patterns of the names to read; see `load_rank`.
+            allow_pickle, budget_bytes, max_over_read, progress: see `reshard.load`.
+            device: the device of the tensors. Default: the CPU.
 
-        Raises MissingTensorError where nothing matches, UnsafeValueError, CorruptCheckpointError, StoreError, and what
-        `read` raises for a name of `unreadable` that matches.
+        Raises:
+            ArgumentError, MissingTensorError: the arguments do not fit the checkpoint.
+            DtypeError, UnsupportedFormatError, CorruptCheckpointError: a selected name is in `unreadable`.
+            UnsafeValueError: a value needs `allow_pickle`.
+            CorruptCheckpointError, StoreError: the bytes cannot be read.
         """
-        check_readable(self._source, names)
-        entries = [entry for entry in self._source.entries if matches(names, entry.name)]
-        if not entries and names != "*":
-            raise missing(names, (entry.name for entry in self._source.entries))
-        objects = [entry.name for entry in entries if not entry.is_tensor]
+        selection = Selection.of(include, exclude)
+        check_readable(self._source, selection.includes)
+        selection.check_include([*(entry.name for entry in self._source.entries), *self._source.unreadable])
+        entries = [entry for entry in self._source.entries if selection.includes(entry.name)]
+        value_names = [entry.name for entry in entries if not entry.is_tensor]
         held = [entry for entry in entries if entry.is_tensor]
-        wants = [Want(entry.name, Box.whole(entry.shape)) for entry in held]
+        wants = [Want(entry.name, entry.whole) for entry in held]
         check_budget(budget_bytes)
-        check_values(self._source, objects, budget_bytes)
-        # What it says is checked before memory is taken on its word, and read at once.
-        self._source.index([*wants, *value_wants(self._source, objects)])
-        blobs = [StoredValue(self._source, name) for name in objects]
-        on = device or "cpu"
-        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=on) for entry in held]
+        check_values(self._source, value_names, budget_bytes)
+        # Reads all metadata at once, and checks it before memory is allocated by it.
+        self._source.index([*wants, *value_wants(self._source, value_names)])
+        stored_values = [ValueRead(self._source, name) for name in value_names]
+        tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]
         with Meter("load", progress, location=self.location) as meter:
-            read_boxes(
-                self._source,
-                wants,
-                tensors,
-                blobs=blobs,
-                budget_bytes=budget_bytes,
-                max_over_read=max_over_read,
-                meter=meter,
-            )
+            options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read, meter=meter)
+            read_boxes(self._source, wants, tensors, stored_values, options)
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
-        values |= {blob.name: blob.value(allow_pickle=allow_pickle) for blob in blobs}
-        in_order = {entry.name: values[entry.name] for entry in entries}
-        return nest(in_order, self._source.paths)
+        values |= {value.name: value.value(allow_pickle=allow_pickle) for value in stored_values}
+        return nest({entry.name: values[entry.name] for entry in entries}, self._source.paths)
 
     @undisturbed()
-    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
-        """Read all that the checkpoint is made of, several requests at once; the chunks that are damaged or missing.
+    def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[DamagedChunk]:
+        """Read the whole checkpoint and return the chunks that are damaged or missing.
 
-        Other formats have no checksums of chunks: slices of DCP are held against the CRC-32s of their records (which
-        torch writes unless it is told not to, by `set_crc32_options`), and of the rest it is seen that it is there.
+        Other formats have no checksums of chunks. Shards of DCP are compared with the CRC-32s of their zip records,
+        which torch writes unless `torch.serialization.set_crc32_options` turns them off. Of safetensors and torch.save
+        files, only the sizes are checked.
 
-        Names that are missing (`damaged`) are listed too. Other names of `unreadable` are checked in a native
-        checkpoint only.
+        Names in `damaged` are in the result too. Other names in `unreadable` are only checked in a native checkpoint.
 
         Args:
-            quick: look at the objects' sizes alone; what it lists may then be several chunks at once.
-            progress: True for a bar, or a function that is called with a `Progress`.
+            quick: check only the sizes of the objects. One entry of the result may then cover several chunks.
+            progress: True for a progress bar, or a function that is called with a `Progress`.
 
-        Raises StoreError where the store fails otherwise than by not having an object.
+        Raises:
+            StoreError: the store failed, other than by not having an object.
         """
         missing = [
-            Damage(name, Box((), ()), found.object, 0, 0, found.reason)
+            DamagedChunk(name, Box((), ()), found.object, 0, 0, found.reason)
             for name, found in self._source.unreadable.items()
             if found.is_damage
         ]
@@ -413,8 +428,8 @@ class Checkpoint:
             return "Checkpoint(closed)"
         stored = sum(tensor.stored_bytes for tensor in self._tensors.values())
         return (
-            f"Checkpoint({self.location!r}, {self.format}: {len(self._tensors)} tensors, {len(self.objects)} objects, "
-            f"{stored / 1e6:.1f} MB stored"
+            f"Checkpoint({self.location!r}, {self.format}: {len(self._tensors)} tensors, "
+            f"{len(self.value_names)} values, {stored / 1e6:.1f} MB stored"
             + (f"; {len(self._source.unreadable)} names cannot be read" if self._source.unreadable else "")
             + ")"
         )
@@ -440,14 +455,16 @@ def open_checkpoint(
     storage_options: Mapping[str, Any] | None = None,
     format: str | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint of any format for reading; fetches its metadata. Needs no process group.
+    """Open a checkpoint of any format for reading. This reads its metadata and needs no process group.
 
     Args:
-        uri: a path, a URI that fsspec opens, or a Store.
-        storage_options: passed to fsspec.
-        format: "reshard", "dcp", "safetensors" or "torch"; by default what is found there.
+        uri: a path, a URI that fsspec can open, or a Store.
+        storage_options: options for fsspec.
+        format: "reshard", "dcp", "safetensors" or "torch". Default: detect the format.
 
-    Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError, StoreError,
-    UnsupportedURIError.
+    Raises:
+        CheckpointNotFoundError, NotCommittedError: there is no checkpoint.
+        CorruptCheckpointError, UnsupportedVersionError, UnsupportedFormatError: it cannot be read.
+        StoreError, UnsupportedURIError: the location cannot be read.
     """
     return Checkpoint(open_source(uri, storage_options, format), closes_store=not isinstance(uri, Store))

@@ -42,9 +42,9 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ..planner.box import Box
+from ..planner.chunk_reads import Want
+from ..planner.entries import Kind
 from ..planner.errors import CheckpointError
-from ..planner.index import Kind
-from ..planner.read_plan import Want
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .formats.detect import open_source
 from .formats.native.codec import check_codec
@@ -53,7 +53,8 @@ from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, assemble_index
 from .formats.source import Source
 from .formats.value_codec import EncodedValue, encode_value, needs_pickle, torch_save
-from .reading.read_tensors import StoredValue, counting_metadata, read_boxes
+from .reading.read_tensors import ReadOptions, counting_metadata, read_boxes
+from .reading.value_reads import ValueRead
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -72,13 +73,13 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .stores.open import open_store
 from .stores.retry import without_retries
-from .tensors.classes import as_plain, check_storable, is_whole, overrides_dispatch
+from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name, torch_dtype
-from .tensors.name_patterns import listed
-from .tensors.sharded import refuse_misplaced, waited
+from .tensors.name_patterns import quoted
 from .tensors.state_dict import path_for_dcp
+from .tensors.tensor_classes import as_plain, check_storable, is_whole, overrides_dispatch
 from .version import __version__
-from .writing.agreement import Described, agreed_paths
+from .writing.agreement import ValueDescription, agreed_paths
 from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
@@ -216,7 +217,7 @@ class StorageWriter(dcp.StorageWriter):
         ]
         if named and not self._allow_pickle:
             raise UnsupportedValueError(
-                f"{listed(named)} needs pickle, and this save has allow_pickle=False: "
+                f"{quoted(named)} needs pickle, and this save has allow_pickle=False: "
                 "use plain data instead, or leave it out"
             )
         return named
@@ -248,14 +249,14 @@ class StorageWriter(dcp.StorageWriter):
             logger.warning(
                 "%d objects can only be loaded with allow_pickle=True, which may run code: %s",
                 len(pickled),
-                listed(pickled),
+                quoted(pickled),
             )
         if differing:
             logger.warning(
                 "%d values differ between the ranks that hold them, and those of the lowest rank are stored: %s. Give "
                 "each rank a name of its own for what belongs to it alone, as a random state",
                 len(differing),
-                listed(differing),
+                quoted(differing),
             )
         commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
 
@@ -376,17 +377,10 @@ class StorageReader(dcp.StorageReader):
         objects = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         wanted = {item.storage_index.fqn: None for item in plan.items}
         source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
-        blobs = [StoredValue(source, item.storage_index.fqn) for item in objects]
+        blobs = [ValueRead(source, item.storage_index.fqn) for item in objects]
         wants, destinations, commits = _wants(tensors, planner)
-        report = read_boxes(
-            source,
-            wants,
-            destinations,
-            blobs=blobs,
-            rank=self._rank,
-            budget_bytes=self._budget_bytes,
-            max_over_read=self._max_over_read,
-        )
+        options = ReadOptions(self._rank, self._budget_bytes, self._max_over_read)
+        report = read_boxes(source, wants, destinations, blobs, options)
         self.report = counting_metadata(report, source)
         for item, target in commits:
             planner.commit_tensor(item, target)
@@ -396,7 +390,7 @@ class StorageReader(dcp.StorageReader):
         future.set_result(None)
         return future
 
-    def _for_planner(self, blob: StoredValue) -> io.BytesIO:
+    def _for_planner(self, blob: ValueRead) -> io.BytesIO:
         """An object as planners expect it, written by torch.save.
 
         DCP's planner unpickles without an allow-list. What it gets here is written anew from a value that was read
@@ -460,22 +454,22 @@ def _whole_target(items: Sequence[ReadItem], planner: LoadPlanner) -> torch.Tens
     return local if overrides_dispatch(local) else as_plain(local)
 
 
-def _described(plan: SavePlan) -> dict[str, Described]:
+def _described(plan: SavePlan) -> dict[str, ValueDescription]:
     """What a plan of DCP says of its values. Its paths are known where its planner has flattened the state dict."""
     paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-    if any(isinstance(path, Described) for path in paths.values()):  # reshard's own planner has done it
+    if any(isinstance(path, ValueDescription) for path in paths.values()):  # reshard's own planner has done it
         return {}
-    described: dict[str, Described] = {}
+    described: dict[str, ValueDescription] = {}
     for item in plan.items:
         name, data = item.index.fqn, item.tensor_data
         path = paths.get(name)
         path = path if isinstance(path, tuple) else (name,)
         if data is None:
-            described[name] = Described(path, "object")
+            described[name] = ValueDescription(path, "value")
         else:
             kind = "tensor" if item.type is WriteItemType.TENSOR else "sharded tensor"
             dtype = str(data.properties.dtype).removeprefix("torch.")
-            described[name] = Described(path, kind, dtype, tuple(data.size))
+            described[name] = ValueDescription(path, kind, dtype, tuple(data.size))
     return described
 
 
@@ -497,10 +491,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     name = item.index.fqn
     if item.type is WriteItemType.BYTE_IO:
         kind, data = _encoded_value(item, planner)
-        blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return ShardToWrite(
-            name, kind, blob.dtype, (len(blob),), Box.whole((len(blob),)), lambda part: blob[part.slices]
-        )
+        return ShardToWrite.of_value(name, kind, data)
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
     box = Box(tuple(chunk.offsets), tuple(chunk.sizes))

@@ -18,23 +18,23 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from ..planner.chunk_reads import Want
+from ..planner.entries import Kind
 from ..planner.errors import CheckpointError, MissingTensorError, ShapeMismatchError
-from ..planner.index import Kind, nearest_names
-from ..planner.read_plan import Want
+from ..planner.index import nearest_names
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.source import Source
 from .reading.read_tensors import (
     BoxReads,
-    StoredValue,
-    TensorCopy,
-    carry_out,
+    DecodedTensor,
+    ReadOptions,
     check_is_tensor,
-    check_values,
     counting_metadata,
+    execute_reads,
     read_boxes,
-    value_wants,
 )
+from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, OpenedCheckpoint, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
@@ -43,10 +43,9 @@ from .runtime.reports import Cast, RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.casts import check_is_not_scaled, loses_bits, scale_names
-from .tensors.classes import is_whole, missing_memory, overrides_dispatch
 from .tensors.dtypes import LocalShard, torch_dtype
 from .tensors.local_shards import local_shards
-from .tensors.name_patterns import Patterns, by_new_name, check_renames, listed, matches_any, new_name, patterns_of
+from .tensors.name_patterns import Patterns, by_new_name, check_renames, matches_any, patterns_of, quoted
 from .tensors.state_dict import (
     Key,
     Leaf,
@@ -58,6 +57,7 @@ from .tensors.state_dict import (
     state_to_stateful,
     stateful_to_state,
 )
+from .tensors.tensor_classes import is_whole, missing_memory, overrides_dispatch
 
 logger = logger_of(__name__)
 
@@ -177,7 +177,7 @@ def load(
     done = loading[0]
     done.put_values()
     state_to_stateful(state_dict, done.states)
-    report = Report(rank, tuple(reports), done.skipped, done.unread)
+    report = Report(rank, tuple(reports), done.missing_keys, done.unexpected_keys)
     if rank == 0:
         done.log(report)
     return report
@@ -196,7 +196,7 @@ class _Loading:
         named = flatten(self.states)
         leaves = {name: leaf for name, leaf in named.items() if not matches_any(options.exclude, name)}
         there = [*(entry.name for entry in source.entries), *source.unreadable]
-        self._stored = by_new_name(there, lambda name: new_name(name, options.rename))
+        self._stored = by_new_name(there, options.rename)
         """What the checkpoint has, by the name in the state dict, and the name there."""
         present = {name: leaf for name, leaf in leaves.items() if name in self._stored and not self._may_miss(name)}
         self._inside_values: list[tuple[Leaf, Any]] = []
@@ -205,10 +205,10 @@ class _Loading:
         """The values in those objects, by the path in the state dict."""
         self._containers: list[tuple[Leaf, list[str]]] = []
         """Leaves that are dicts or lists in the checkpoint, each with the names in it."""
-        self.skipped: tuple[str, ...] = ()
+        self.missing_keys: tuple[str, ...] = ()
         """Names that are not in the checkpoint."""
         self._find_others({name: leaf for name, leaf in leaves.items() if name not in present}, present)
-        self.unread = self._unread(named)
+        self.unexpected_keys = self._find_unexpected(named)
         """Names that the checkpoint has below a key of the state dict, which itself has not."""
         self._cast: dict[str, Cast] = {}
         self._values: list[tuple[Leaf, Any]] = []
@@ -260,16 +260,16 @@ class _Loading:
                 self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
         return wants, destinations
 
-    def _given(self) -> list[TensorCopy]:
+    def _given(self) -> list[DecodedTensor]:
         """The tensors that were taken out of objects, and where they go."""
-        given: list[TensorCopy] = []
+        given: list[DecodedTensor] = []
         scales = scale_names(map(name_of, self._opened))
         for leaf, value in self._inside_values:
             if isinstance(value, torch.Tensor):
                 for box, tensor in _local_shards(leaf, tuple(value.shape)):
                     check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
                     self._note_cast(leaf.name, value.dtype, tensor.dtype)
-                    given.append(TensorCopy(leaf.name, value.detach()[box.slices], tensor))
+                    given.append(DecodedTensor(leaf.name, value.detach()[box.slices], tensor))
         return given
 
     def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
@@ -302,7 +302,7 @@ class _Loading:
         fatal = [leaf for leaf in lost if options.strict and not matches_any(options.allow_missing, leaf.name)]
         if fatal:
             raise MissingTensorError(self._describe_missing(fatal, present))
-        self.skipped = tuple(leaf.name for leaf in lost)
+        self.missing_keys = tuple(leaf.name for leaf in lost)
 
     def _below(self, name: str) -> list[str]:
         """The names of the checkpoint below another one, but for those that are excluded."""
@@ -316,8 +316,8 @@ class _Loading:
         names = [self._stored[name] for name in inside]
         check_values(self.source, names, self._options.budget_bytes)
         self.source.index(value_wants(self.source, names))
-        blobs = [StoredValue(self.source, name) for name in names]
-        read_boxes(self.source, [], [], blobs=blobs)
+        blobs = [ValueRead(self.source, name) for name in names]
+        read_boxes(self.source, [], [], blobs)
         lost = []
         for (name, leaves), blob in zip(inside.items(), blobs, strict=True):
             value = blob.value(allow_pickle=self._options.allow_pickle)
@@ -337,7 +337,7 @@ class _Loading:
                 self._inside_values.append((leaf, found))
         return lost
 
-    def _unread(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
+    def _find_unexpected(self, named: Mapping[str, Leaf]) -> tuple[str, ...]:
         inner = tuple(f"{key}." for key, state in self.states.items() if isinstance(state, (Mapping, list)))
         taken = {name for _, names in self._containers for name in names}
         inside_values = [name_of(path) for path in self._opened]
@@ -355,17 +355,9 @@ class _Loading:
     def run(self, rank: int, alarm: Alarm, meter: Meter) -> RankReport:
         """Read. Raises what `load` raises for the bytes."""
         options = self._options
-        blobs = {name: StoredValue(self.source, self._stored[name]) for name in self._value_names}
-        report = carry_out(
-            self.source,
-            self._reads,
-            blobs=list(blobs.values()),
-            rank=rank,
-            budget_bytes=options.budget_bytes,
-            max_over_read=options.max_over_read,
-            interrupt=alarm.check,
-            meter=meter,
-        )
+        blobs = {name: ValueRead(self.source, self._stored[name]) for name in self._value_names}
+        reading = ReadOptions(rank, options.budget_bytes, options.max_over_read, alarm.check, meter)
+        report = execute_reads(self.source, self._reads, list(blobs.values()), reading)
         values = {name: blob.value(allow_pickle=options.allow_pickle) for name, blob in blobs.items()}
         self._values = [(leaf, values[leaf.name]) for leaf in self._objects]
         for leaf, names in self._containers:
@@ -391,9 +383,10 @@ class _Loading:
 
     def log(self, report: Report) -> None:
         """Log what a caller may not expect, each once."""
-        if self.unread:
-            message = f"{len(self.unread)} names of the checkpoint were not in the state dict: {_first(self.unread)}"
-            logger.warning("%s", "; ".join(filter(None, (message, self._resized(self.unread[0], "list")))))
+        if self.unexpected_keys:
+            unexpected = self.unexpected_keys
+            message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {_first(unexpected)}"
+            logger.warning("%s", "; ".join(filter(None, (message, self._resized(unexpected[0], "list")))))
         if report.cast:
             shown = [f"{cast.name} ({cast.stored} → {cast.to})" for cast in report.cast]
             logger.warning("%d tensors were cast to fewer bits: %s", len(report.cast), _first(shown))
@@ -415,7 +408,7 @@ class _Loading:
     def _describe_missing(self, missing: list[Leaf], present: Mapping[str, Leaf]) -> str:
         """Which names are missing, and where they may be meant to be."""
         names = list(self._stored)
-        message = f"the checkpoint has no {listed([leaf.name for leaf in missing])}"
+        message = f"the checkpoint has no {quoted([leaf.name for leaf in missing])}"
         memories = {memory: leaf.name for leaf in present.values() if (memory := _memory(leaf))}
         for leaf in missing:
             if tied := memories.get(_memory(leaf)):

@@ -97,7 +97,7 @@ def test_tensors_are_made_on_the_device_that_is_given(folder: Path) -> None:
             torch.cat([checkpoint.load_rank(layout, rank, device=device)["w"] for rank in range(2)]),
         ]
         assert all(tensor.device.type == device.type and tensor.cpu().equal(STATE["w"]) for tensor in found)
-        with pytest.raises(DestinationError, match="out is on cpu, and device='meta' was asked for"):
+        with pytest.raises(DestinationError, match="out is on cpu, but device='meta' was passed"):
             checkpoint.read("w", out=torch.empty(6, 4), device="meta")
 
 

@@ -1,15 +1,17 @@
-"""The pages say what is true: every block of python, and every call of the command line, runs as it stands.
+"""The pages are true: every Python block and every `reshard` command runs.
 
-Each page runs in a process and a folder of its own, after `tests/docs/setup/<page>.py`, which makes what the page
-takes for granted: a model, a checkpoint of another tool. `s3://bucket` is a bucket of a mocked S3, `gs://bucket` one
-of a GCS in memory, found by the environment as every client finds them; addresses under `example.org` are replaced by
-those of servers on loopback. A page that makes a process group has one of one rank; what takes more is in `examples/`.
+Each page runs in its own process and folder, after `tests/docs/setup/<page>.py`, which creates what the page assumes: a
+model, or a checkpoint of another tool. `s3://bucket` is a bucket of a mocked S3 and `gs://bucket` a bucket of an
+emulated GCS, both configured through the environment. Addresses under `example.org` are replaced with those of servers
+on loopback. A page that creates a process group has a group of one rank; `examples/` covers several ranks.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import multiprocessing
+import re
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -20,13 +22,13 @@ import pytest
 
 import reshard
 from tests import servers
-from tests.docs.blocks import LANGUAGES, REASONS, blocks
+from tests.docs.blocks import LANGUAGES, MAX_COLUMNS, REASONS, blocks
 from tests.docs.files import FileRanges
 from tests.docs.run import run_page
 from tests.ranks import PRELOADED
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+GUIDES = sorted(path for folder in ("guides", "extending") for path in (ROOT / "docs" / folder).glob("*.md"))
 PAGES = [
     *GUIDES,
     ROOT / "docs" / "index.md",
@@ -34,15 +36,23 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
 ]
+ALL_PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+]
+STABLE_MODULES = frozenset(
+    f"reshard{name}" for name in ("", ".errors", ".formats", ".layout", ".plans", ".stores", ".testing")
+)
+"""The modules of reshard that a page may import from."""
 WITHOUT_OBSTORE = ("getting-started", "credentials")
-"""Pages that run once more by s3fs."""
+"""Pages that run a second time with s3fs."""
 RUNS = [(page, "") for page in PAGES] + [(page, "obstore") for page in PAGES if page.stem in WITHOUT_OBSTORE]
 SECONDS = 400
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder, and the address at which a server of HTTP has its files."""
+    """Yield a folder and the address at which an HTTP server serves its files."""
     folder = tmp_path / "served"
     folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(FileRanges, folder=folder)) as server:
@@ -51,8 +61,8 @@ def files(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         server.shutdown()
 
 
-def empty(server: servers.Server) -> None:
-    """Make the bucket of the pages, or take all out of it."""
+def empty_bucket(server: servers.Server) -> None:
+    """Create the bucket of the pages, or remove everything from it."""
     filesystem = fsspec.filesystem(server.protocol, **server.options)
     filesystem.invalidate_cache()
     if filesystem.exists("bucket"):
@@ -63,17 +73,17 @@ def empty(server: servers.Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "without"), RUNS, ids=lambda value: value.stem if isinstance(value, Path) else f"without-{value or 'none'}"
+    ("page", "hidden"), RUNS, ids=lambda value: value.stem if isinstance(value, Path) else f"without-{value or 'none'}"
 )
-def test_a_page_runs(
+def test_page_runs(
     page: Path,
-    without: str,
+    hidden: str,
     tmp_path: Path,
     moto: servers.Server,
     files: tuple[Path, str],
     request: pytest.FixtureRequest,
 ) -> None:
-    empty(moto)
+    empty_bucket(moto)
     served, address = files
     (port,) = servers.free_ports(1)
     environment = {
@@ -94,14 +104,14 @@ def test_a_page_runs(
     }
     if any("gs://" in block.text for block in blocks(page) if block.runs):
         gcs: servers.Server = request.getfixturevalue("gcs")
-        empty(gcs)
+        empty_bucket(gcs)
         environment["STORAGE_EMULATOR_HOST"] = gcs.endpoint
-    instead = {"https://models.example.org": address, "https://minio.example.org:9000": moto.endpoint}
+    replacements = {"https://models.example.org": address, "https://minio.example.org:9000": moto.endpoint}
     folder, log = tmp_path / "here", tmp_path / "log"
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=run_page, args=(page, folder, environment, instead, without, log))
+    process = context.Process(target=run_page, args=(page, folder, environment, replacements, hidden, log))
     process.start()
     process.join(SECONDS)
     if process.exitcode is None:
@@ -111,26 +121,73 @@ def test_a_page_runs(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_is_left_out_says_why(page: Path) -> None:
-    left_out = {block.left_out for block in blocks(page)} - {None}
-    assert left_out <= REASONS
+def test_block_that_does_not_run_says_why(page: Path) -> None:
+    reasons = {block.no_run for block in blocks(page)} - {None}
+    assert reasons <= REASONS
     assert {block.language for block in blocks(page)} <= LANGUAGES
 
 
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.stem)
+def test_code_fits_the_width_of_the_site(page: Path) -> None:
+    lines = [(block.line + i, line) for block in blocks(page) for i, line in enumerate(block.text.splitlines())]
+    assert [f"{page.name}:{number}" for number, line in lines if len(line) > MAX_COLUMNS] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_imports_from_stable_modules(page: Path) -> None:
+    for block in blocks(page):
+        if block.language != "python" or block.text.lstrip().startswith(">>>"):
+            continue
+        for node in ast.walk(ast.parse(block.text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            ours = {name for name in names if name.partition(".")[0] == "reshard"}
+            assert ours <= STABLE_MODULES, f"{page.name}:{block.line}"
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """A page may name a module by the end of its path (`formats/detect.py`) and a test by its name after `::`."""
+    known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "build" not in path.parts]
+    for path, test in re.findall(r"`([\w/-]+\.py)(?:::(\w+))?`", page.read_text()):
+        found = [name for name in known if name == path or name.endswith(f"/{path}")]
+        assert found or page.name == "CHANGELOG.md", f"{page.name} names {path}, which does not exist"
+        if test:
+            assert any(f"def {test}(" in (ROOT / name).read_text() for name in found), f"{path} has no {test}"
+
+
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
-def test_a_guide_asserts_something(page: Path) -> None:
+def test_guide_asserts_something(page: Path) -> None:
     assert any("assert " in block.text or ">>> " in block.text for block in blocks(page) if block.runs)
 
 
-def test_the_api_has_every_public_name() -> None:
-    shown = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    for name in set(reshard.__all__) - {"__version__", "errors"}:
-        assert f"heading: reshard.{name}}}" in shown or f"heading: reshard.{name}," in shown, name
-        assert getattr(reshard, name).__doc__
+def public_names() -> Iterator[tuple[str, object]]:
+    """Yield the stable address and the value of everything that users may import."""
+    for name in reshard.__all__:
+        value = getattr(reshard, name)
+        if f"reshard.{name}" not in STABLE_MODULES and name not in ("__version__", "pictures"):
+            yield f"reshard.{name}", value
+    for module in sorted(STABLE_MODULES - {"reshard"}):
+        for name, value in vars(getattr(reshard, module.removeprefix("reshard."))).items():
+            if not name.startswith("_") and name != "annotations":
+                yield f"{module}.{name}", value
 
 
-def test_a_page_that_is_wrong_fails(tmp_path: Path) -> None:
-    """What runs the pages sees a wrong value, a wrong output and a wrong call."""
+def test_api_pages_document_every_public_name() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    members = dict(re.findall(r"^::: (\S+)\n    options: \{members: \[([^\]]*)\]", pages, re.MULTILINE))
+    documented |= {f"{module}.{name}" for module, names in members.items() for name in names.split(", ")}
+    undocumented = [
+        address for address, _ in public_names() if address not in documented and f"`{address}`" not in pages
+    ]
+    assert undocumented == []
+    assert [address for address, value in public_names() if isinstance(value, type) and not value.__doc__] == []
+
+
+def test_page_that_is_wrong_fails(tmp_path: Path) -> None:
+    """A wrong value, a wrong output and a wrong command each make the page fail."""
     for text in ("```python\nassert 1 > 2\n```", "```python\n>>> print('a')\nb\n```", "```\nreshard inspect none\n```"):
         page, log = tmp_path / "page.md", tmp_path / "log"
         page.write_text(text)

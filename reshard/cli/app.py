@@ -1,4 +1,4 @@
-"""The commands and their options. What they do is imported when they run, so that `--help` is quick."""
+"""The commands and their options. Each command imports its implementation when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Checkpoints for PyTorch: look into them, plan how ranks read them, verify, convert, compare, tidy up.",
+    help="Inspect, plan, verify, convert, compare and clean up checkpoints of PyTorch models.",
 )
-Names = Annotated[str, typer.Option("--names", help="A pattern of tensors; 'model' stands for all below it.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Names to read. Repeatable."),
+]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Names to leave out. Repeatable.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -26,8 +30,8 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def everywhere(
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+def options_of_all_commands(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -39,13 +43,15 @@ def everywhere(
 def inspect(
     uri: Uri,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Tensors to tell all of, or patterns.", show_default=False)
+        list[str] | None, typer.Argument(help="Names or patterns of tensors to show in detail.", show_default=False)
     ] = None,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint is: format, sizes by dtype, tensors with like layers folded. Exit code 1 if some are missing.
+    """Show the format, the sizes by dtype and the tensors of a checkpoint. Similar layers are shown as one row.
+
+    The exit code is 1 if tensors are missing.
 
     Example: reshard inspect s3://bucket/run/step-1000 model.layers.0.up.weight
     """
@@ -57,62 +63,65 @@ def inspect(
 @app.command()
 def plan(
     uri: Uri,
-    tp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of TP.")] = 1,
-    fsdp: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of FSDP.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, metavar="N", help="Stages of a pipeline.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="TP ranks.")] = 1,
+    fsdp: Annotated[int, typer.Option(min=1, metavar="N", help="FSDP ranks.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, metavar="N", help="Pipeline stages.")] = 1,
     dp: Annotated[int, typer.Option(min=1, metavar="N", help="Replicas.")] = 1,
     tp_plan: Annotated[
         list[str] | None,
-        typer.Option("--tp-plan", metavar="RULE|FILE", help="'*.up=colwise', or a JSON file of such."),
+        typer.Option("--tp-plan", metavar="RULE|FILE", help="'*.up=colwise', or a JSON file."),
     ] = None,
-    names: Names = "*",
-    latency: Annotated[
-        float | None, typer.Option(min=0, metavar="MS", help="Of a request; 20 for the seconds.")
+    include: Include = None,
+    exclude: Exclude = None,
+    latency: Annotated[float | None, typer.Option(min=0, metavar="MS", help="Request latency. Default: 20.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0.001, metavar="MB/S", help="Of a rank. Default: 1000.")
     ] = None,
-    bandwidth: Annotated[float | None, typer.Option(min=0.001, metavar="MB/S", help="Of a rank; 1000.")] = None,
-    requests_at_once: Annotated[int, typer.Option(min=1, metavar="N", help="Of a rank.")] = 32,
-    price: Annotated[float, typer.Option("--price-per-1000-gets", min=0, metavar="DOLLARS")] = 0.0004,
+    concurrent_requests: Annotated[int, typer.Option(min=1, metavar="N", help="Of a rank.")] = 32,
+    price: Annotated[
+        float, typer.Option("--price-per-1000-gets", min=0, metavar="DOLLARS", help="Price of the requests.")
+    ] = 0.0004,
     max_over_read: Annotated[
-        float | None, typer.Option(min=0, metavar="FRACTION", help="Bytes, per byte needed.")
+        float | None,
+        typer.Option(min=0, metavar="FRACTION", help="Over-read bytes per needed byte."),
     ] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
-    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Whose chunks to draw.")] = None,
-    save: Annotated[str | None, typer.Option(metavar="FILE.json", help="Keep it; give it as URI later.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor for --plot.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE.json", help="Save the plan; usable as URI.")] = None,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """What each rank would read under another layout, and what it costs; beside it DCP, which reads whole shards.
+    """Show what each rank of a layout would read, from metadata only, and what DCP would read (whole shards).
 
-    Without --tp-plan the plan in the checkpoint's config.json is taken. With --latency or --bandwidth it is planned
-    for such a store, else for the one that it is on.
+    Without --tp-plan, the plan in config.json is used. --latency and --bandwidth plan for another store.
 
     Example: reshard plan s3://bucket/run/step-1000 --tp 8 --tp-plan '*.up=colwise' --tp-plan '*.down=rowwise'
     """
-    from .plan import Link, Wanted, run
+    from .plan import Link, PlanOptions, run
 
     sizes = {"pp": pp, "dp": dp, "fsdp": fsdp, "tp": tp}
     mesh = {name: size for name, size in sizes.items() if size > 1}
-    wanted = Wanted(mesh, tp_plan or [], names, max_over_read, tensor)
+    options = PlanOptions(mesh, tp_plan or [], include or ["*"], exclude or [], max_over_read, tensor)
     link = Link(
         (20.0 if latency is None else latency) / 1e3,
         (1000.0 if bandwidth is None else bandwidth) * 1e6,
-        requests_at_once,
+        concurrent_requests,
         price,
         is_given=latency is not None or bandwidth is not None,
     )
-    run(uri, wanted, link, plot, save, format, storage_option, as_json)
+    run(uri, options, link, plot, save, format, storage_option, as_json)
 
 
 @app.command()
 def verify(
     uri: Uri,
-    quick: Annotated[bool, typer.Option("--quick", help="Sizes only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only the sizes of the objects.")] = False,
     format: Format = None,
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every chunk against its checksum, as far as the format has some; exit code 1 where any is damaged or missing.
+    """Compare every chunk with its checksum, if the format has checksums. The exit code is 1 if there is damage.
 
     Example: reshard verify s3://bucket/run/step-1000
     """
@@ -124,64 +133,55 @@ def verify(
 @app.command()
 def convert(
     src: Annotated[str, typer.Argument(help="A checkpoint of any format.", show_default=False)],
-    dst: Annotated[str, typer.Argument(help="An empty place.", show_default=False)],
+    dst: Annotated[str, typer.Argument(help="A location without a checkpoint.", show_default=False)],
     to: Annotated[str, typer.Option(help="reshard, dcp or safetensors.")] = "reshard",
-    names: Names = "*",
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Names that are left out. May be repeated.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option(metavar="OLD=NEW", help="Patterns with stars: 'model.*=*'. Other names are left out."),
+        typer.Option(
+            metavar="OLD=NEW",
+            help="'model.*=*'; others stay. Repeatable.",
+        ),
     ] = None,
-    keep_others: Annotated[
-        bool, typer.Option("--keep-others", help="With --rename: names that no pattern matches stay as they are.")
-    ] = False,
     allow_missing: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Names that are left out where they cannot be read. May be repeated."),
+        typer.Option(metavar="PATTERN", help="Skip if unreadable. Repeatable."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of floating-point tensors, as bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Cast floats, as to bfloat16.")] = None,
     codec: Annotated[str, typer.Option(help="zstd or none.")] = "zstd",
-    max_file_gb: Annotated[float, typer.Option(min=0.001, help="Of safetensors files.")] = 5.0,
+    max_file_gb: Annotated[float, typer.Option(min=0.001, help="Size of safetensors files.")] = 5.0,
     format: Format = None,
     src_option: Options = None,
     dst_option: Annotated[
-        list[str] | None, typer.Option("--dst-option", metavar="KEY=VALUE", help="Of DST, where they differ.")
+        list[str] | None,
+        typer.Option("--dst-option", metavar="KEY=VALUE", help="Options of DST, if different."),
     ] = None,
 ) -> None:
-    """Into another format, dtype or other names. Made again after a kill, it goes on. torchrun shares the work.
+    """Convert a checkpoint to another format, dtype or names. An interrupted conversion continues if run again.
 
-    Example: reshard convert s3://bucket/run/step-1000 model --to safetensors --rename 'model.*=*' --dtype bfloat16
+    Under torchrun, the ranks share the work.
+
+    Example: reshard convert s3://bucket/run/step-1000 model --to safetensors --include model --rename 'model.*=*'
     """
-    from .convert import run
+    from .convert import ConvertOptions, run
 
-    run(
-        src,
-        dst,
-        to,
-        names,
-        exclude or [],
-        rename or [],
-        keep_others,
-        allow_missing or [],
-        dtype,
-        codec,
-        max_file_gb,
-        format,
-        src_option,
-        dst_option,
+    options = ConvertOptions(
+        to, include or ["*"], exclude or [], rename or [], allow_missing or [], dtype, codec, max_file_gb
     )
+    run(src, dst, options, format, src_option, dst_option)
 
 
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="A checkpoint.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="Another.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="Another checkpoint.", show_default=False)],
     storage_option: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Names, shapes, dtypes and values in which two checkpoints differ, the largest changes first; exit code 1 if any.
+    """Show the names, shapes, dtypes and values that differ between two checkpoints, the largest differences first.
+
+    The exit code is 1 if there are differences.
 
     Example: reshard diff step-1000 step-2000
     """
@@ -192,11 +192,11 @@ def diff(
 
 @app.command()
 def ls(uri: Uri, storage_option: Options = None, as_json: AsJson = False) -> None:
-    """The checkpoints at a place and below it: format, step, size, age, and whether they are whole.
+    """List the checkpoints at and below a location: format, step, size, age, and whether they are complete.
 
     Example: reshard ls s3://bucket/run
     """
-    from .places import ls as run
+    from .catalog import ls as run
 
     run(uri, storage_option, as_json)
 
@@ -204,14 +204,14 @@ def ls(uri: Uri, storage_option: Options = None, as_json: AsJson = False) -> Non
 @app.command()
 def rm(
     uri: Uri,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     storage_option: Options = None,
 ) -> None:
-    """Remove a checkpoint of reshard or DCP: first what makes it one, then its data.
+    """Remove a checkpoint of reshard or DCP. Its metadata is removed first, then its data.
 
     Example: reshard rm s3://bucket/run/step-1000
     """
-    from .places import rm as run
+    from .catalog import rm as run
 
     run(uri, yes, storage_option)
 
@@ -220,36 +220,37 @@ def rm(
 def gc(
     uri: Uri,
     older_than: Annotated[
-        float, typer.Option(min=0, help="Hours, 1 or more; younger data may be of a save in progress.")
+        float,
+        typer.Option(min=0, help="Minimum age in hours, at least 1. Younger data may belong to a running save."),
     ] = 24.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     no_save_running: Annotated[
         bool,
         typer.Option(
-            "--no-save-running", help="No save is in progress there: allows less than an hour, which would damage it."
+            "--no-save-running", help="Allow less than an hour. This would damage a save that is running there."
         ),
     ] = False,
     storage_option: Options = None,
 ) -> None:
-    """Remove data of saves that failed or were killed, at a place and below it; never what a checkpoint is made of.
+    """Remove data that failed or killed saves left at and below a location. Complete checkpoints are not touched.
 
     Example: reshard gc s3://bucket/run --dry-run
     """
-    from .places import gc as run
+    from .catalog import gc as run
 
     run(uri, older_than, dry_run, yes, no_save_running, storage_option)
 
 
 @app.command()
 def demo(
-    uri: Annotated[str | None, typer.Option(help="Where to save; demo-run/checkpoint by default.")] = None,
+    uri: Annotated[str | None, typer.Option(help="Where to save. Default: demo-run/checkpoint.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps before the save.")] = 60,
     storage_option: Options = None,
 ) -> None:
-    """The main job on real input: train under FSDP on 4 processes, save, serve under TP on 2, resume on 3.
+    """Train with FSDP on 4 processes, save, serve with TP on 2, and resume on 3.
 
-    Takes a minute on two cores, and writes to ./demo-run, which it makes; what an earlier demo left there goes.
+    This takes about a minute on two cores. It writes to ./demo-run and removes what an earlier demo left there.
 
     Example: reshard demo --uri s3://bucket/demo
     """

@@ -21,19 +21,17 @@ from reshard.planner.text import shown
 MAX_OF_A_LINE = 1_000_000
 """Characters."""
 _OPTION_NAME = re.compile(r"[A-Za-z_.]{0,32}")
-Uri = Annotated[str, typer.Argument(metavar="URI", help="A path, or a URI that fsspec opens.", show_default=False)]
+Uri = Annotated[str, typer.Argument(metavar="URI", help="A path, or a URI that fsspec can open.", show_default=False)]
 Options = Annotated[
     list[str] | None,
     typer.Option(
         "--storage-option",
         "-o",
         metavar="KEY=VALUE",
-        help="Passed to fsspec; dots nest: -o client_kwargs.endpoint_url=http://…",
+        help="For fsspec; dots nest: -o a.b=1.",
     ),
 ]
-Format = Annotated[
-    str | None, typer.Option("--format", help="reshard, dcp, safetensors or torch; found out by default.")
-]
+Format = Annotated[str | None, typer.Option("--format", help="reshard, dcp, safetensors, torch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

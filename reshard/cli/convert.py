@@ -1,4 +1,4 @@
-"""`reshard convert`; under torchrun, its ranks share the work."""
+"""`reshard convert`. Under torchrun, the ranks share the work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,54 +14,68 @@ import typer
 
 import reshard
 
-from ..words import first_few, in_bytes
+from ..humanize import format_bytes, format_names
 from .common import options_of, storage_options, tell
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What to convert, and into what."""
+
+    to: str
+    include: list[str]
+    exclude: list[str]
+    rename: list[str]
+    """As OLD=NEW."""
+    allow_missing: list[str]
+    dtype: str | None
+    codec: str
+    max_file_gb: float
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        dtype = getattr(torch, self.dtype, None) if self.dtype else None
+        if self.dtype and not isinstance(dtype, torch.dtype):
+            raise typer.BadParameter(f"torch has no dtype {self.dtype!r}", param_hint="--dtype")
+        return dtype
+
+    @property
+    def new_names(self) -> dict[str, str]:
+        pairs = [pair.partition("=") for pair in self.rename]
+        if not all(equals for _, equals, _ in pairs):
+            raise typer.BadParameter("expected OLD=NEW", param_hint="--rename")
+        return {old: new for old, _, new in pairs}
+
+    @property
+    def max_file_bytes(self) -> int:
+        if not math.isfinite(self.max_file_gb * 1e9):
+            raise typer.BadParameter(f"{self.max_file_gb} GB is not a file size", param_hint="--max-file-gb")
+        return int(self.max_file_gb * 1e9)
 
 
 def run(
     src: str,
     dst: str,
-    to: str,
-    names: str,
-    exclude: list[str],
-    rename: list[str],
-    keep_others: bool,
-    allow_missing: list[str],
-    dtype: str | None,
-    codec: str,
-    max_file_gb: float,
+    options: ConvertOptions,
     format: str | None,
     src_options: list[str] | None,
     dst_options: list[str] | None,
 ) -> None:
-    pairs = [pair.partition("=") for pair in rename]
-    if not all(equals for _, equals, _ in pairs):
-        raise typer.BadParameter("expected OLD=NEW", param_hint="--rename")
-    if keep_others and not pairs:
-        raise typer.BadParameter("it is for --rename", param_hint="--keep-others")
-    if pairs and names != "*" and not keep_others:
-        message = "--rename says what is taken: leave out --names, or add --keep-others"
-        raise typer.BadParameter(message, param_hint="--names")
-    new_names = {old: new for old, _, new in pairs}
-    wanted = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(wanted, torch.dtype):
-        raise typer.BadParameter(f"torch has no dtype {dtype!r}", param_hint="--dtype")
-    if not math.isfinite(max_file_gb * 1e9):
-        raise typer.BadParameter(f"{max_file_gb} GB is no size of a file", param_hint="--max-file-gb")
+    rename, dtype, max_file_bytes = options.new_names, options.torch_dtype, options.max_file_bytes
     given = storage_options(src_options)
     takers = [src, dst] if dst_options is None else [src]
     with _process_group():
         report = reshard.convert(
             src,
             dst,
-            format=to,
-            names=names if keep_others or not pairs else new_names,
-            exclude=exclude,
-            rename=new_names if keep_others else None,
-            allow_missing=allow_missing,
-            dtype=wanted,
-            codec=codec,
-            max_file_bytes=int(max_file_gb * 1e9),
+            format=options.to,
+            include=options.include,
+            exclude=options.exclude,
+            rename=rename,
+            allow_missing=options.allow_missing,
+            dtype=dtype,
+            codec=options.codec,
+            max_file_bytes=max_file_bytes,
             src_format=format,
             src_options=options_of(src, takers, given),
             progress=True,
@@ -69,22 +84,20 @@ def run(
     if report.rank == 0:
         total = report.total
         tell(
-            f"{dst}: {in_bytes(total.bytes_needed)} of values, {in_bytes(total.bytes_written)} written, in "
+            f"{dst}: {format_bytes(total.bytes_needed)} of values, {format_bytes(total.bytes_written)} written, in "
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
-            tell(
-                f"{len(report.cast)} tensors were cast to fewer bits: {first_few([cast.name for cast in report.cast])}"
-            )
-        if report.skipped:
-            tell(f"left out, for {to} holds tensors only: {', '.join(report.skipped)}")
-        if report.left_out:
-            tell(f"left out, {len(report.left_out)} names that no pattern or index lists: {first_few(report.left_out)}")
+            names = format_names([cast.name for cast in report.cast])
+            tell(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
+        if report.dropped:
+            why = "; safetensors stores tensors only" if options.to == "safetensors" else ""
+            tell(f"{len(report.dropped)} names were not converted: {format_names(report.dropped)}{why}")
 
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """The ranks that torchrun has started, if it has."""
+    """Join the process group of the ranks that torchrun started, if it did."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return

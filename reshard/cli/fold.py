@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ..words import ranges
+from ..humanize import format_ranges
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 """A part of a name that counts layers. Other digits, as in "01", "²" or a thousand of them, are letters."""
@@ -40,7 +40,9 @@ def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
 
 def _numbered(names: list[str]) -> str:
     columns = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(column[0] if len(set(column)) == 1 else f"[{ranges(map(int, column))}]" for column in columns)
+    return ".".join(
+        column[0] if len(set(column)) == 1 else f"[{format_ranges(map(int, column))}]" for column in columns
+    )
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 import reshard
 from reshard.storage.checkpoint import Checkpoint
 
-from ..words import in_bytes
+from ..humanize import format_bytes
 from .common import in_words, print_json, print_table, storage_options, tell
 from .fold import Folded, fold, tree
 
@@ -45,10 +45,10 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(parameters.values()),
         "bytes": sum(raw.values()),
         "stored_bytes": sum(stored.values()),
-        "objects": list(checkpoint.objects),
+        "values": list(checkpoint.value_names),
         "unreadable": dict(checkpoint.unreadable),
         "missing": list(checkpoint.damaged),
-        "left_out": list(checkpoint.left_out),
+        "unindexed": list(checkpoint.unindexed),
         "dtypes": {
             dtype: {"parameters": parameters[dtype], "bytes": raw[dtype], "stored_bytes": stored[dtype]}
             for dtype in sorted(parameters)
@@ -77,10 +77,16 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     )
     tell(f"{told['location']}: {told['format']}" + (f" ({made})" if made else ""))
     dtypes = [
-        (dtype, f"{row['parameters']:,}", in_bytes(row["bytes"]), in_bytes(row["stored_bytes"]), _ratio(row))
+        (dtype, f"{row['parameters']:,}", format_bytes(row["bytes"]), format_bytes(row["stored_bytes"]), _ratio(row))
         for dtype, row in told["dtypes"].items()
     ]
-    total = ("all", f"{told['parameters']:,}", in_bytes(told["bytes"]), in_bytes(told["stored_bytes"]), _ratio(told))
+    total = (
+        "all",
+        f"{told['parameters']:,}",
+        format_bytes(told["bytes"]),
+        format_bytes(told["stored_bytes"]),
+        _ratio(told),
+    )
     columns = ("dtype", "values", "raw", "stored", "ratio")
     print_table(columns, [*dtypes, total] if len(dtypes) != 1 else dtypes, right=columns[1:])
     print()
@@ -89,10 +95,10 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     rows = [(name, *_about(checkpoint, tensors)) for name, tensors in lines]
     about = ("dtype", "shape", "count", "chunks", "stored")
     print_table(("tensor", *about), rows, right=about[2:])
-    if checkpoint.objects:
+    if checkpoint.value_names:
         print()
-        objects = fold(dict.fromkeys(checkpoint.objects, ()))
-        print_table(("object", "count"), [(value.name, value.count) for value in objects], right=("count",))
+        values = fold(dict.fromkeys(checkpoint.value_names, ()))
+        print_table(("value", "count"), [(value.name, value.count) for value in values], right=("count",))
     if checkpoint.unreadable:
         print()
         print_table(("cannot be read", "why"), checkpoint.unreadable.items())
@@ -100,10 +106,10 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     if isinstance(others, list) and others:
         print()
         tell(f"the index does not name these files, which were not read: {', '.join(map(in_words, others))}")
-    if checkpoint.left_out:
+    if checkpoint.unindexed:
         print()
-        left_out = fold(dict.fromkeys(checkpoint.left_out, ()))
-        print_table(("left out by the index", "count"), [(of.name, of.count) for of in left_out], right=("count",))
+        unindexed = fold(dict.fromkeys(checkpoint.unindexed, ()))
+        print_table(("not in the index", "count"), [(of.name, of.count) for of in unindexed], right=("count",))
 
 
 def _about(checkpoint: Checkpoint, tensors: Folded | None) -> tuple[object, ...]:
@@ -111,7 +117,7 @@ def _about(checkpoint: Checkpoint, tensors: Folded | None) -> tuple[object, ...]
         return ("",) * 5
     infos = [checkpoint.tensors[name] for name in tensors.names]
     shape = " x ".join(map(str, infos[0].shape)) or "scalar"
-    stored = in_bytes(sum(info.stored_bytes for info in infos))
+    stored = format_bytes(sum(info.stored_bytes for info in infos))
     return _short(infos[0].dtype), shape, tensors.count, sum(info.chunks for info in infos), stored
 
 
@@ -121,9 +127,9 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def _tell_tensors(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
     told: dict[str, Any] = {}
-    there = [*checkpoint.tensors, *checkpoint.objects]
+    there = [*checkpoint.tensors, *checkpoint.value_names]
     for name in (found for given in names for found in fnmatch.filter(there, given) or [given]):
-        if name in checkpoint.objects:
+        if name in checkpoint.value_names:
             told[name] = {"value": checkpoint.read_value(name)}
             continue
         shards, grid = checkpoint.layout_of(name)

@@ -13,14 +13,14 @@ import typer
 
 import reshard
 from reshard import pictures
-from reshard.planner.costs import UNBOUNDED, Costs
 from reshard.planner.layout import Layout, Rule, Shard, StridedShard
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
+from reshard.planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
-from ..words import few, in_bytes
+from ..humanize import format_bytes, format_ranks
 from .common import print_json, print_table, storage_options, tell
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ class Link:
 
     latency_s: float
     bytes_per_s: float
-    requests_at_once: int
+    concurrent_requests: int
     dollars_per_1000: float
     is_given: bool
     """Whether to plan for it; else for what the checkpoint's own store is known to be."""
 
-    def seconds(self, nbytes: int, requests: int, at_once: int | None = None) -> float:
+    def seconds(self, nbytes: int, requests: int, concurrent: int | None = None) -> float:
         """How long a rank takes for its requests: their latencies, so many at once, and their bytes."""
-        rounds = -(-requests // (at_once or self.requests_at_once))
+        rounds = -(-requests // (concurrent or self.concurrent_requests))
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
     def seconds_of(self, report: PlanReport) -> float:
@@ -53,13 +53,14 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PlanOptions:
     """What is to be planned."""
 
     mesh: Mapping[str, int]
     """Sizes of "pp", "dp", "fsdp" and "tp", where they are more than 1."""
     tp_plan: list[str]
-    names: str
+    include: list[str]
+    exclude: list[str]
     max_over_read: float | None
     tensor: str | None
     """To be drawn chunk by chunk."""
@@ -67,30 +68,30 @@ class Wanted:
 
 def run(
     uri: str,
-    wanted: Wanted,
+    options: PlanOptions,
     link: Link,
     plot: str | None,
     save: str | None,
     format: str | None,
-    options: list[str] | None,
+    storage_option: list[str] | None,
     as_json: bool,
 ) -> None:
     checkpoint: Checkpoint | None = None
-    if wanted.tensor and not plot:
+    if options.tensor and not plot:
         raise typer.BadParameter("it is what --plot draws", param_hint="--tensor")
     if save and not save.endswith(".json"):
         raise typer.BadParameter("end its name with .json, by which it is known again", param_hint="--save")
     if uri.endswith(".json") and not uri.endswith(".index.json") and os.path.isfile(uri):
-        if options:
+        if storage_option:
             raise typer.BadParameter("a saved plan is a local file: leave them out", param_hint="--storage-option")
-        plans = _read_back(uri, wanted)
+        plans = _read_back(uri, options)
     else:
-        checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
-        plans = _planned(checkpoint, wanted, link)
+        checkpoint = reshard.open(uri, storage_options=storage_options(storage_option), format=format)
+        plans = _planned(checkpoint, options, link)
     if save:
         _write(save, "--save", lambda: Path(save).write_text(plans.to_json()))
     if plot:
-        figure = _drawn(checkpoint, plans, wanted.tensor, link)
+        figure = _drawn(checkpoint, plans, options.tensor, link)
         _write(plot, "--plot", lambda: figure.savefig(plot, dpi=120))
     if as_json:
         print_json(_told(plans, link))
@@ -98,8 +99,14 @@ def run(
         _print(plans, checkpoint.format if checkpoint else "a saved plan", link)
 
 
-def _read_back(path: str, wanted: Wanted) -> RankPlans:
-    if wanted.mesh or wanted.tp_plan or wanted.names != "*" or wanted.max_over_read is not None:
+def _read_back(path: str, options: PlanOptions) -> RankPlans:
+    if (
+        options.mesh
+        or options.tp_plan
+        or options.include != ["*"]
+        or options.exclude
+        or options.max_over_read is not None
+    ):
         raise typer.BadParameter("a saved plan has its ranks and rules: leave them out", param_hint="URI")
     try:
         text = Path(path).read_text()
@@ -108,17 +115,23 @@ def _read_back(path: str, wanted: Wanted) -> RankPlans:
     return RankPlans.from_json(text)
 
 
-def _planned(checkpoint: Checkpoint, wanted: Wanted, link: Link) -> RankPlans:
-    mesh = wanted.mesh or {"tp": 1}
-    words = _words(checkpoint, wanted.tp_plan, mesh.get("tp", 1))
+def _planned(checkpoint: Checkpoint, options: PlanOptions, link: Link) -> RankPlans:
+    mesh = options.mesh or {"tp": 1}
+    words = _words(checkpoint, options.tp_plan, mesh.get("tp", 1))
     stages = even_stages(checkpoint.tensors, mesh["pp"]) if "pp" in mesh else None
     layout = Layout(mesh, _rules(checkpoint, mesh, words), stages)
-    costs = Costs(link.latency_s, link.bytes_per_s, link.requests_at_once, UNBOUNDED) if link.is_given else None
-    return checkpoint.plan(layout, names=wanted.names, max_over_read=wanted.max_over_read, costs=costs)
+    costs = (
+        RequestCosts(link.latency_s, link.bytes_per_s, link.concurrent_requests, UNBOUNDED_OVER_READ)
+        if link.is_given
+        else None
+    )
+    return checkpoint.plan(
+        layout, include=options.include, exclude=options.exclude, max_over_read=options.max_over_read, costs=costs
+    )
 
 
 def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
-    name = tensor or pictures.max_over_read(plans)
+    name = tensor or pictures.most_over_read(plans)
     shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
     seconds = [link.seconds_of(plan.report) for plan in plans]
     return pictures.overview(plans, name=name, shards=shards, seconds=seconds)
@@ -152,7 +165,7 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
-    print_table(COLUMNS, [(few(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
+    print_table(COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
         tell(f"rank {most}: {note}")
@@ -161,16 +174,16 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
     needed = max(report.bytes_needed, 1)
     return (
-        in_bytes(report.bytes_needed),
-        in_bytes(report.bytes_fetched),
+        format_bytes(report.bytes_needed),
+        format_bytes(report.bytes_fetched),
         f"{report.amplification:.3f}",
         str(report.requests),
         str(report.objects),
         f"{link.seconds_of(report):.2f}",
         _in_dollars(link.dollars_of(report)),
-        in_bytes(whole.nbytes),
+        format_bytes(whole.nbytes),
         f"{whole.nbytes / needed:.2f}",
-        f"{link.seconds(whole.nbytes, whole.shards, at_once=1):.2f}",
+        f"{link.seconds(whole.nbytes, whole.shards, concurrent=1):.2f}",
     )
 
 

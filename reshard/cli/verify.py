@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import reshard
 
-from ..words import in_bytes
+from ..humanize import format_bytes
 from .common import print_json, storage_options, tell
 
 
@@ -38,5 +38,5 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         what = "are there, and match the CRC-32s of their slices as far as they have some"
     elif checkpoint.format != "reshard":
         what = "are there; the format has no checksums of them that would be looked at"
-    tell(f"{checkpoint.location}: all {in_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
+    tell(f"{checkpoint.location}: all {format_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
     return 0

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 import reshard
 from reshard.demo.dcp_peer import CountingReader
-from reshard.demo.text import batch, corpus
+from reshard.demo.training_text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer, shard_for_serving, shard_for_training
 from reshard.errors import ArgumentError
 from reshard.planner.masking import masked
@@ -47,7 +47,7 @@ MORE_STEPS = 5
 """Steps after the save: taken by the run that saved, and again by the one that resumes."""
 
 
-def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
+def run_demo(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
     """All phases, one after another, each under torchrun.
 
     Raises ArgumentError where the folder is somebody's, CalledProcessError where a phase fails.
@@ -68,18 +68,18 @@ def run(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
     print(f"\nDone in {time.perf_counter() - begin:.0f} s. The checkpoint is at {masked(uri)}")
 
 
-def main() -> None:
+def run_phase() -> None:
     phase, uri, steps = sys.argv[1:]
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    place = Place(uri, json.loads(os.environ[OPTIONS]))
-    {"train": train, "serve": serve, "resume": resume}[phase](mesh, place, int(steps))
+    checkpoint = CheckpointLocation(uri, json.loads(os.environ[OPTIONS]))
+    {"train": train, "serve": serve, "resume": resume}[phase](mesh, checkpoint, int(steps))
     dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
     dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLocation:
     """Where the checkpoint is."""
 
     uri: str
@@ -125,20 +125,22 @@ class Training:
         self.step = state["step"]
 
 
-def train(mesh: DeviceMesh, place: Place, steps: int) -> None:
+def train(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
     say(f"1. Train under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=0)
     training.run(steps)
     logits, loss = evaluate(training.model)
-    report = reshard.save(training.state_dict(), place.uri, storage_options=place.storage_options, progress=True)
-    say(f"  saved to {place.uri}: {report.total}")
+    report = reshard.save(
+        training.state_dict(), checkpoint.uri, storage_options=checkpoint.storage_options, progress=True
+    )
+    say(f"  saved to {checkpoint.uri}: {report.total}")
     dcp.save(training.state_dict(), storage_writer=FsspecWriter(str(FOLDER / "dcp")))  # the peer, to compare reads
     losses = training.run(MORE_STEPS)
     if dist.get_rank() == 0:
         torch.save({"logits": logits, "loss": loss, "losses": losses}, FOLDER / "expected.pt")
 
 
-def serve(mesh: DeviceMesh, place: Place, steps: int) -> None:
+def serve(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
     say(f"\n2. Load under tensor parallelism on {mesh.size()} processes")
     torch.manual_seed(1)
     model = Transformer()
@@ -148,7 +150,7 @@ def serve(mesh: DeviceMesh, place: Place, steps: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    report = reshard.load({"model": model.state_dict()}, place.uri, storage_options=place.storage_options)
+    report = reshard.load({"model": model.state_dict()}, checkpoint.uri, storage_options=checkpoint.storage_options)
     dcp_bytes: list[Any] = [None] * mesh.size()
     dist.all_gather_object(dcp_bytes, reader.bytes)
     for rank, by_dcp in zip(report.ranks, dcp_bytes, strict=True):
@@ -162,11 +164,11 @@ def serve(mesh: DeviceMesh, place: Place, steps: int) -> None:
     check("loss", loss, expected["loss"])
 
 
-def resume(mesh: DeviceMesh, place: Place, steps: int) -> None:
+def resume(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
     say(f"\n3. Resume training under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=2)
     state = training.state_dict()
-    report = reshard.load(state, place.uri, storage_options=place.storage_options)
+    report = reshard.load(state, checkpoint.uri, storage_options=checkpoint.storage_options)
     training.load_state_dict(state)
     say(f"  {report.total}")
     expected = torch.load(FOLDER / "expected.pt")
@@ -202,4 +204,4 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_phase()

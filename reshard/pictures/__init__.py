@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from ..errors import ArgumentError
 from ..planner.box import Box
 from ..planner.rank_plans import RankPlans
-from .chunk_map import draw_chunk_map, max_over_read
+from .chunk_map import draw_chunk_map, most_over_read
 from .object_map import draw_object_map
 from .rank_bars import draw_rank_bars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["chunk_map", "max_over_read", "object_map", "overview", "rank_bars"]
+__all__ = ["chunk_map", "most_over_read", "object_map", "overview", "rank_bars"]
 
 
 def chunk_map(plans: RankPlans, name: str, *, shards: Iterable[Box] = ()) -> Figure:
@@ -79,7 +79,7 @@ def overview(
     left, right = above.subfigures(1, 2, squeeze=False)[0]
     draw_rank_bars(plans, seconds, left)
     draw_object_map(plans, right)
-    shown = name or max_over_read(plans)
+    shown = name or most_over_read(plans)
     if shown is not None:
         draw_chunk_map(plans, shown, list(shards), below)
     return figure

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from ..errors import MissingTensorError
 from ..planner.box import Box
+from ..planner.chunk_reads import ChunkReads
 from ..planner.rank_plans import RankPlans
-from ..planner.read_plan import ChunkReads, ReadPlan
+from ..planner.read_plan import ReadPlan
 from ..planner.text import shortened, shown
-from .colours import NOBODY, grouped, legend
+from .colours import UNREAD, group_ranks, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,13 +37,13 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     from matplotlib.ticker import MaxNLocator
 
     reads = [_reads_of(plan, name) for plan in plans]
-    groups = grouped([tuple(read.want.box for read in of_rank) or None for of_rank in reads])
+    groups = group_ranks([tuple(read.want.box for read in of_rank) or None for of_rank in reads])
     if not groups:
         raise MissingTensorError(f"no rank reads {name!r} under this plan")
     entry = reads[groups[0].ranks[0]][0].entry
     flat = _Flat(entry.shape)
     axes = figure.subplots()
-    _add(axes, flat.whole, facecolor=NOBODY)
+    _add(axes, flat.whole, facecolor=UNREAD)
     chunks: set[Rectangle] = set()
     over: set[Rectangle] = set()
     for group in groups:
@@ -75,14 +76,14 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     axes.set_xlabel(flat.column_label)
     axes.set_ylabel(flat.row_label)
     axes.set_title(
-        _title(name, entry.dtype, entry.shape, reads, plans), fontsize="medium", loc="left", parse_math=False
+        _chunk_map_title(name, entry.dtype, entry.shape, reads, plans), fontsize="medium", loc="left", parse_math=False
     )
     further = [("more is read than is wanted", {"facecolor": "white"} | looks)] if over else []
     further += [("a saved shard", {"facecolor": "none", "edgecolor": "black"})] if shards else []
     legend(figure, axes, groups, further)
 
 
-def max_over_read(plans: RankPlans) -> str | None:
+def most_over_read(plans: RankPlans) -> str | None:
     """The tensor of which the ranks read most that they do not want; the largest, where they read nothing such."""
     over: Counter[str] = Counter()
     needed: Counter[str] = Counter()
@@ -97,7 +98,9 @@ def _reads_of(plan: ReadPlan, name: str) -> list[ChunkReads]:
     return [read for read in plan.reads if read.want.name == name and len(read)]
 
 
-def _title(name: str, dtype: str, shape: tuple[int, ...], reads: list[list[ChunkReads]], plans: RankPlans) -> str:
+def _chunk_map_title(
+    name: str, dtype: str, shape: tuple[int, ...], reads: list[list[ChunkReads]], plans: RankPlans
+) -> str:
     fetched = sum(read.bytes_spanned for of_rank in reads for read in of_rank)
     needed = sum(read.bytes_needed for of_rank in reads for read in of_rank)
     size = " x ".join(map(str, shape)) or "scalar"

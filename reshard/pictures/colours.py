@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..words import few
+from ..humanize import format_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 Colour = tuple[float, float, float, float]
 SEVERAL: Colour = (0.35, 0.35, 0.35, 1.0)
 """What several groups read alike."""
-NOBODY: Colour = (0.92, 0.92, 0.92, 1.0)
+UNREAD: Colour = (0.92, 0.92, 0.92, 1.0)
 DCP: Colour = (0.85, 0.33, 0.10, 1.0)
 NEEDED: Colour = (0.55, 0.55, 0.55, 1.0)
 FETCHED: Colour = (0.12, 0.47, 0.71, 1.0)
 MAX_COLUMNS = 6
-MAX_NAMED = 12
+MAX_NAMED_GROUPS = 12
 """Groups that a legend names one by one; of more it shows the scale."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RankGroup:
     """Ranks that read the same."""
 
     ranks: tuple[int, ...]
@@ -33,10 +33,10 @@ class Group:
 
     @property
     def label(self) -> str:
-        return ("rank " if len(self.ranks) == 1 else "ranks ") + few(self.ranks)
+        return ("rank " if len(self.ranks) == 1 else "ranks ") + format_ranks(self.ranks)
 
 
-def grouped(keys: Sequence[Hashable]) -> list[Group]:
+def group_ranks(keys: Sequence[Hashable]) -> list[RankGroup]:
     """The ranks by what they read: rank i reads `keys[i]`; None reads nothing, and is of no group."""
     import matplotlib
 
@@ -44,16 +44,16 @@ def grouped(keys: Sequence[Hashable]) -> list[Group]:
     for rank, key in enumerate(keys):
         if key is not None:
             found.setdefault(key, []).append(rank)
-    few = len(found) <= MAX_NAMED
+    few = len(found) <= MAX_NAMED_GROUPS
     colours = matplotlib.colormaps["tab20" if few else "turbo"]
     return [
-        Group(tuple(of), colours((2 * i % 20 + i // 10) if few else i / len(found)))
+        RankGroup(tuple(of), colours((2 * i % 20 + i // 10) if few else i / len(found)))
         for i, of in enumerate(found.values())
     ]
 
 
 def legend(
-    figure: FigureBase, axes: Any, groups: Sequence[Group], further: Iterable[tuple[str, dict[str, Any]]]
+    figure: FigureBase, axes: Any, groups: Sequence[RankGroup], further: Iterable[tuple[str, dict[str, Any]]]
 ) -> None:
     """Say below the axes which colour is whose, and what else there is to see."""
     import matplotlib
@@ -61,7 +61,7 @@ def legend(
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch
 
-    named = groups if len(groups) <= MAX_NAMED else []
+    named = groups if len(groups) <= MAX_NAMED_GROUPS else []
     handles = [Patch(color=group.colour, label=group.label) for group in named]
     handles += [Patch(label=label, **looks) for label, looks in further]
     if len(named) < len(groups):

@@ -12,19 +12,19 @@ import numpy.typing as npt
 from ..planner.coalesce import Requests
 from ..planner.rank_plans import RankPlans
 from ..planner.text import shown
-from .colours import NOBODY, SEVERAL, Group, grouped, legend
+from .colours import SEVERAL, UNREAD, RankGroup, group_ranks, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-Array = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int32]
 BINS = 720
 """Of the longest object."""
 MAX_LANES = 160
 """Up to so many each group of ranks has a lane of its own in each object's strip."""
-MAX_NAMED = 32
+MAX_NAMED_OBJECTS = 32
 MAX_STRIPS = 2000
 FAINTEST = 0.3
 """How a bin is seen of which little is read."""
@@ -32,7 +32,7 @@ FAINTEST = 0.3
 
 def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
     axes = figure.subplots()
-    groups = grouped([_key(plan.requests) for plan in plans])
+    groups = group_ranks([_requests_key(plan.requests) for plan in plans])
     if not groups:
         axes.set_title("No rank reads anything", fontsize="medium", loc="left")
         return
@@ -63,7 +63,7 @@ def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
         interpolation="nearest",
     )
     _label(axes, plans, shown, lanes + gap, len(touched))
-    further = [("not read", {"color": NOBODY})]
+    further = [("not read", {"color": UNREAD})]
     further += [("several ranks", {"color": SEVERAL})] if lanes == 1 and len(groups) > 1 else []
     legend(figure, axes, groups, further)
 
@@ -73,8 +73,8 @@ def _label(axes: Axes, plans: RankPlans, shown: list[int], per_strip: int, touch
     axes.set_title(objects + (f", {len(shown)} shown" if len(shown) < touched else ""), fontsize="medium", loc="left")
     axes.set_xlabel("MB of the object")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    if len(shown) <= MAX_NAMED:
-        names = [_short(plans.objects[at][0]) for at in shown]
+    if len(shown) <= MAX_NAMED_OBJECTS:
+        names = [_short_object_name(plans.objects[at][0]) for at in shown]
         axes.set_yticks([(i + 0.5) * per_strip for i in range(len(shown))], names, fontsize="x-small", parse_math=False)
         axes.tick_params(axis="y", length=0)
     else:
@@ -82,7 +82,7 @@ def _label(axes: Axes, plans: RankPlans, shown: list[int], per_strip: int, touch
         axes.set_ylabel("objects, by the rank that wrote them")
 
 
-def _short(name: str) -> str:
+def _short_object_name(name: str) -> str:
     """The end of a name, which tells who wrote it."""
     base = shown(name.rpartition("/")[2])
     return base if len(base) <= 24 else f"{base[:4]}…{base[-16:]}"
@@ -96,12 +96,12 @@ def _by_writer(plans: RankPlans) -> Callable[[int], tuple[list[tuple[int, str]],
     return key
 
 
-def _key(requests: Requests) -> object:
+def _requests_key(requests: Requests) -> object:
     columns = (requests.objects, requests.starts, requests.stops)
     return tuple(column.tobytes() for column in columns) if len(requests) else None
 
 
-def _covered(requests: Requests, shown: Sequence[int], edges: Array) -> Iterator[tuple[int, Array]]:
+def _covered(requests: Requests, shown: Sequence[int], edges: FloatArray) -> Iterator[tuple[int, FloatArray]]:
     """The strips of which something is fetched, and the part of each of their bins: (bins,) values of 0 to 1."""
     order = np.lexsort((requests.starts, requests.objects))
     objects, starts, stops = requests.objects[order], requests.starts[order], requests.stops[order]
@@ -116,11 +116,13 @@ def _covered(requests: Requests, shown: Sequence[int], edges: Array) -> Iterator
         after = np.cumsum(nbytes[begin:end])
         places = np.stack([starts[begin:end], stops[begin:end]], axis=1).reshape(-1)
         fetched = np.stack([after - nbytes[begin:end], after], axis=1).reshape(-1)
-        parts: Array = np.diff(np.interp(edges, places, fetched)) / (edges[1] - edges[0])
+        parts: FloatArray = np.diff(np.interp(edges, places, fetched)) / (edges[1] - edges[0])
         yield strip, np.minimum(parts, 1)
 
 
-def _coloured(most: Array, who: Counts, many: Counts, groups: list[Group], inside: npt.NDArray[np.bool_]) -> Array:
+def _coloured(
+    most: FloatArray, who: Counts, many: Counts, groups: list[RankGroup], inside: npt.NDArray[np.bool_]
+) -> FloatArray:
     """(strips, bins, 4): the colour of the one group that reads a bin, that of several, or of nobody.
 
     Args, (strips, bins) each:
@@ -132,7 +134,7 @@ def _coloured(most: Array, who: Counts, many: Counts, groups: list[Group], insid
     colours = np.array([group.colour for group in groups])[who]
     colours[many > 1] = SEVERAL
     strength = np.where(many > 0, FAINTEST + (1 - FAINTEST) * most, 0)[..., None]
-    background = np.where(inside[..., None], np.array(NOBODY), 1.0)
-    mixed: Array = strength * colours + (1 - strength) * background
+    background = np.where(inside[..., None], np.array(UNREAD), 1.0)
+    mixed: FloatArray = strength * colours + (1 - strength) * background
     mixed[..., 3] = 1
     return mixed

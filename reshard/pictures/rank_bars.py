@@ -27,7 +27,7 @@ def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBas
     further = {"requests": np.array([report.requests for report in reports])}
     further |= {"seconds": np.array(seconds)} if len(seconds) else {}
     above, *below = figure.subplots(1 + len(further), 1, sharex=True, height_ratios=[3] + [1] * len(further))
-    above.set_title(_title(needed, fetched, whole), fontsize="medium", loc="left")
+    above.set_title(_rank_bars_title(needed, fetched, whole), fontsize="medium", loc="left")
     _bars(above, [("needed", needed, NEEDED), ("fetched", fetched, FETCHED), ("in whole shards (DCP)", whole, DCP)])
     if over.sum() > 0.001 * fetched.sum() and len(plans) <= MAX_BARS:
         places = np.arange(len(plans))
@@ -50,7 +50,7 @@ def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBas
         below[-1].xaxis.get_major_locator().set_params(integer=True)
 
 
-def _title(needed: np.ndarray, fetched: np.ndarray, whole: np.ndarray) -> str:
+def _rank_bars_title(needed: np.ndarray, fetched: np.ndarray, whole: np.ndarray) -> str:
     least = float(max(needed.sum(), 1e-9))
     times = f"Read {fetched.sum() / least:.2f} times what is needed (whole shards {whole.sum() / least:.2f})"
     return f"{times}; {_most(fetched, ' MB')}"

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,15 +20,13 @@ import torch
 import torch.distributed as dist
 
 from ...planner.entries import Entry
-from ...planner.errors import CheckpointError, MissingTensorError
-from ...planner.index import nearest_names
-from ...planner.layout import matches
+from ...planner.errors import CheckpointError
 from ..errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
-from ..formats.source import Source, Unreadable
-from ..reading.read_tensors import check_values
+from ..formats.source import Source
+from ..reading.value_reads import check_values
 from ..runtime.brief import reason
 from ..runtime.checksums import checksum
 from ..runtime.limits import check_budget
@@ -42,27 +39,18 @@ from ..stores.base import Store
 from ..stores.open import open_store
 from ..stores.retry import retried
 from ..tensors.casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
-from ..tensors.dtypes import dtype_name, torch_dtype
-from ..tensors.name_patterns import (
-    Patterns,
-    by_new_name,
-    check_first_matches,
-    check_renames,
-    matches_any,
-    new_name,
-    patterns_of,
-    renamed,
-)
-from ..tensors.pieces import Item
+from ..tensors.dtypes import dtype_name, is_packed, torch_dtype
+from ..tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
 from ..tensors.state_dict import Path, renamed_path
 from ..version import __version__
-from .journal import Notes, Stand
+from .journal import Journal, JournalState
 from .result_check import check_converted
-from .source_stream import Values
+from .source_stream import SourceStream
 from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
-from .targets.target import Done, Target, Unit
+from .targets.target import ConversionTarget, UnitRecord, WorkUnit
+from .work_items import Item
 
 logger = logger_of(__name__)
 
@@ -81,7 +69,7 @@ def convert(
     dst: Place,
     *,
     format: str = "reshard",
-    names: str | Mapping[str, str] = "*",
+    include: Patterns = "*",
     exclude: Patterns = (),
     rename: Mapping[str, str] | None = None,
     allow_missing: Patterns = (),
@@ -95,44 +83,45 @@ def convert(
     budget_bytes: int | None = None,
     progress: OnProgress = False,
 ) -> Report:
-    """Convert a checkpoint. Collective where there is a process group: its ranks share the work.
+    """Convert a checkpoint to another format. If there is a process group, all ranks call this and share the work.
 
-    Values are read and written in pieces of some 16 MiB, whatever their size. A call that was killed can be made again,
-    with the same arguments, and goes on where it was.
+    Values are read and written in pieces of about 16 MiB. If a call was interrupted, call again with the same
+    arguments: it continues where the first call stopped.
 
     Args:
-        src: the checkpoint to read, of any format; a path, a URI that fsspec opens, or a Store.
-        dst: a place without a checkpoint, or one that the same conversion has begun.
-        format: what to write: "reshard", "dcp" or "safetensors".
-        names: a pattern, as in a layout, of what is taken; or patterns and what becomes of them, as in
-            `{"model.*": "*"}`: the first that matches a name gives the new one, whose "*" is what the pattern's stood
-            for; of several, each for its own. Names that match none are left out, and listed in the report. A pattern
-            that matches no name is an error.
-        exclude: patterns of names in `src` that are left out.
-        rename: as `names` with new names, but what no pattern matches is taken too, and keeps its name; and the
-            patterns are applied one after another.
-        allow_missing: patterns of names in `src` that are left out if they are missing or cannot be read (see
+        src: the checkpoint to read, of any format: a path, a URI that fsspec can open, or a Store.
+        dst: a location without a checkpoint, or one at which the same conversion was interrupted.
+        format: the format to write: "reshard", "dcp" or "safetensors".
+        include: patterns of the names in `src` to convert. `*` matches any text, and "model" also matches every name
+            below it, such as "model.w".
+        exclude: patterns of names in `src` that are not converted, even if `include` matches them.
+        rename: patterns of names in `src` and their new names, for example `{"model.*": "*"}`. The patterns are applied
+            one after another. Each star of the new name is replaced by the text that the star at the same position of
+            the pattern matched. Names that no pattern matches keep their names.
+        allow_missing: patterns of names in `src` that are skipped if they are missing or cannot be read (see
             `Checkpoint.unreadable`).
-        dtype: what floating-point tensors of one dimension or more are cast to, but for those that are packed, two
-            values a byte. float32 values of a native checkpoint are read as bfloat16 from a third of their bytes.
-        codec: of "reshard": "zstd" or "none".
-        max_file_bytes: of "safetensors": a file has no more of values, unless for one tensor.
-        src_format: what `src` is, as `reshard.open` takes it.
-        src_options, dst_options: passed to fsspec.
-        process_group, budget_bytes, progress: as of `reshard.load`.
+        dtype: the dtype to cast floating-point tensors with at least one dimension to, except packed ones (two values
+            in a byte). Casting float32 values of a native checkpoint to bfloat16 reads about a third of the bytes.
+        codec: the codec of the format "reshard": "zstd" or "none".
+        max_file_bytes: the largest size of a file of the format "safetensors". A larger tensor gets its own file.
+        src_format: the format of `src`; see `reshard.open`.
+        src_options, dst_options: options for fsspec.
+        process_group, budget_bytes, progress: see `reshard.load`.
 
-    Returns: what each rank did. `skipped` are the objects that the format has no place for: safetensors has tensors
-    only. `left_out` are the names of the source that were not taken. `cast` are the tensors that `dtype` rounds.
+    Returns:
+        What each rank did. `dropped` lists the names in `src` that were not converted: those that `include` does not
+        match or `exclude` matches, those that the index of `src` does not list, and, if the format is "safetensors",
+        values that are not tensors. `cast` lists the tensors that were rounded to `dtype`.
 
     Raises, on every rank and naming the rank that failed:
-        CheckpointExistsError: there is a checkpoint at `dst`, or the remains of one, or of another conversion.
-        MissingTensorError: nothing matches `names`, or one of its patterns.
-        DtypeError, UnsupportedFormatError, CorruptCheckpointError: a name that would be taken cannot be read (see
+        CheckpointExistsError: `dst` contains a checkpoint, or a part of one or of another conversion.
+        MissingTensorError: a pattern of `include`, `exclude` or `rename` matches no name.
+        DtypeError, UnsupportedFormatError, CorruptCheckpointError: a selected name cannot be read (see
             `Checkpoint.unreadable`), or the format that is written does not have its dtype.
-        ArgumentError: an argument is none of those that there are, two tensors would have the same name, or the ranks
-            were given different arguments.
-        CommitError: the store failed in the very moment of the commit; the same call again finds out.
-        and what `reshard.open` and `reshard.load` raise.
+        ArgumentError: an argument is not valid, two tensors would have the same name, or the ranks passed different
+            arguments.
+        CommitError: the store failed during the commit. Call again to find out whether the commit succeeded.
+        Also what `reshard.open` and `reshard.load` raise.
     """
     rank, alarm = rank_of(process_group), Alarm(process_group)
     world = dist.get_world_size(process_group) if is_distributed() else 1
@@ -141,16 +130,17 @@ def convert(
 
     def prepare() -> tuple[str, str]:
         check_budget(budget_bytes)
-        _check(format, codec, dtype, max_file_bytes)
-        selection = Selection.of(names, exclude, rename, allow_missing)
-        target: Target = DcpTarget()
+        _check_arguments(format, codec, dtype, max_file_bytes)
+        selection = Selection.of(include, exclude, rename)
+        may_miss = patterns_of("allow_missing", allow_missing)
+        target: ConversionTarget = DcpTarget()
         if format == "reshard":
             target = NativeTarget(codec, budget_bytes)
         elif format == "safetensors":
             target = SafetensorsTarget(max_file_bytes)
         source = open_source(src, src_options, src_format)
         what = [format, codec, max_file_bytes, __version__]
-        return conversion.prepare(source, open_store(dst, dst_options), target, selection, dtype, what)
+        return conversion.prepare(source, open_store(dst, dst_options), target, selection, may_miss, dtype, what)
 
     def work() -> RankReport:
         with alarm, meter:
@@ -167,19 +157,18 @@ def convert(
         alarm.close()
     ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
     logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank].words)
-    if conversion.left_out and rank == 0:
-        shown = ", ".join(conversion.left_out[:3]) + (", ..." if len(conversion.left_out) > 3 else "")
-        logger.info("%d names of the source were left out: %s", len(conversion.left_out), shown)
-    return Report(rank, tuple(ranks), conversion.skipped, left_out=conversion.left_out)
+    if conversion.dropped and rank == 0:
+        logger.info("%d names were not converted: %s", len(conversion.dropped), quoted(conversion.dropped))
+    return Report(rank, tuple(ranks), dropped=conversion.dropped)
 
 
-def _check(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
+def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
     """Raises ArgumentError for what cannot be, whatever is to be converted."""
     check_codec(codec)
     check_dtype(dtype)
     if format not in TARGETS:
         raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
-    if dtype is not None and (not dtype.is_floating_point or "_x2" in str(dtype)):
+    if dtype is not None and (not dtype.is_floating_point or is_packed(dtype)):
         raise ArgumentError(f"floating-point tensors cannot be cast to {dtype}")
     if max_file_bytes < 1:
         raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
@@ -189,12 +178,12 @@ class _Conversion:
     """One rank's part of a conversion."""
 
     source: Source
-    target: Target
+    target: ConversionTarget
     store: Store
     items: list[Item]
-    units: list[Unit]
-    notes: Notes
-    stand: Stand
+    units: list[WorkUnit]
+    notes: Journal
+    stand: JournalState
     """As rank 0 found it."""
 
     def __init__(self, rank: int, world: int, budget_bytes: int | None, meter: Meter) -> None:
@@ -202,26 +191,27 @@ class _Conversion:
         self._world = world
         self._budget = budget_bytes
         self._meter = meter
-        self.skipped: tuple[str, ...] = ()
-        self.left_out: tuple[str, ...] = ()
+        self.dropped: tuple[str, ...] = ()
         self.cast: tuple[Cast, ...] = ()
 
     def prepare(
         self,
         source: Source,
         store: Store,
-        target: Target,
+        target: ConversionTarget,
         selection: Selection,
+        may_miss: Sequence[str],
         dtype: torch.dtype | None,
         what: list[Any],
     ) -> tuple[str, str]:
         """Find out what is to be done; what tells it from any other conversion, and where. Raises as `convert`."""
         self.source, self.store, self.target = source, store, target
-        items, left_out = _items(source, selection, dtype)
-        self.left_out = (*left_out, *source.left_out)
+        items = _items(source, selection, may_miss, dtype)
         if isinstance(target, SafetensorsTarget):
-            self.skipped = tuple(item.name for item in items if not item.is_tensor)
             items = [item for item in items if item.is_tensor]
+        converted = {item.source for item in items}
+        names = (*(entry.name for entry in source.entries), *source.unreadable, *source.unindexed)
+        self.dropped = tuple(name for name in names if name not in converted)
         for item in items:
             if not item.is_tensor:
                 check_values(source, [item.source], self._budget)
@@ -232,16 +222,16 @@ class _Conversion:
             for item, dtype in stored
             if dtype != item.dtype and loses_bits(torch_dtype(dtype), item.torch_dtype)
         )
-        self.notes = Notes(store, target)
+        self.journal = Journal(store, target)
         self._reads = Reads(source.store)
         cut = [len(unit.pieces) for unit in self.units]
         of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
         self._told = _checksum([what, of_source, [repr(item) for item in items], cut])
         return self._told, store.location
 
-    def begin(self) -> Stand:
-        """Take the place, or find out what stands there already. By one rank. Raises as `Notes.begin`."""
-        return self.notes.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
+    def begin(self) -> JournalState:
+        """Take the place, or find out what stands there already. By one rank. Raises as `Journal.begin`."""
+        return self.journal.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's units that do not stand yet."""
@@ -251,17 +241,17 @@ class _Conversion:
         own = missing[self._rank :: self._world]
         self._meter.location = self.store.location
         self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
-        with closing(Values(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
+        with closing(SourceStream(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
             try:
                 for unit in own:
                     interrupt()
-                    self.notes.check(self.stand.conversion)
+                    self.journal.check(self.stand.conversion)
                     written += retried(partial(self._write, unit, values, interrupt))["bytes"]
             except BaseException:
                 with suppress(Exception):  # the first error is the one to tell
-                    self.notes.write(self.stand.conversion)
+                    self.journal.write(self.stand.conversion)
                 raise
-            retried(partial(self.notes.write, self.stand.conversion))
+            retried(partial(self.journal.write, self.stand.conversion))
         report = values.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
@@ -273,11 +263,11 @@ class _Conversion:
             cast=self.cast,
         )
 
-    def _write(self, unit: Unit, values: Values, interrupt: Interrupt) -> Done:
+    def _write(self, unit: WorkUnit, values: SourceStream, interrupt: Interrupt) -> UnitRecord:
         conversion, before = self.stand.conversion, self._meter.done
         try:
             done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-            self.notes.note(conversion, unit, done)
+            self.journal.note(conversion, unit, done)
         except BaseException:
             self._meter.add(before - self._meter.done)
             raise
@@ -289,17 +279,17 @@ class _Conversion:
         if self.stand.committed:
             check_converted(self.store, self.target.format, self.items, {})
         else:
-            data = self._made_of(self.notes.finished(conversion, self.units))
+            data = self._made_of(self.journal.finished(conversion, self.units))
             check_converted(self.store, self.target.format, self.items, {self.target.commits: data})
-            self.notes.commit(conversion, data)
+            self.journal.commit(conversion, data)
             nbytes = len(data)
-        self.notes.clean(conversion)
+        self.journal.clean(conversion)
         return nbytes
 
-    def _made_of(self, done: Sequence[Done]) -> bytes:
+    def _made_of(self, done: Sequence[UnitRecord]) -> bytes:
         """Return the object that makes the checkpoint whole. Raises CorruptCheckpointError."""
         try:
-            return self.target.commit(self.store.location, self.items, done, _paths(self.source, self.items))
+            return self.target.commit(self.store.location, self.items, done, _item_paths(self.source, self.items))
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
             raise CorruptCheckpointError(
                 f"the notes of the conversion in {self.store.location} are damaged: {reason(error)}. Remove what is "
@@ -338,109 +328,26 @@ def _samples(source: Source, reads: Reads) -> list[str]:
     return reads.many(sample, *map(list, zip(*wanted, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which names of a checkpoint a conversion takes, and what they become."""
+def _items(source: Source, selection: Selection, may_miss: Sequence[str], dtype: torch.dtype | None) -> list[Item]:
+    """Return what to write, sorted by new names.
 
-    pattern: str
-    """What is taken."""
-    renames: Mapping[str, str]
-    keeps_others: bool
-    """Whether names that no pattern of `renames` matches are taken too."""
-    exclude: tuple[str, ...]
-    allow_missing: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        names: str | Mapping[str, str],
-        exclude: Patterns,
-        rename: Mapping[str, str] | None,
-        allow_missing: Patterns,
-    ) -> Selection:
-        """Check the arguments of `convert`. Raises ArgumentError."""
-        check_renames("rename", rename or {})
-        if not isinstance(names, str):
-            check_renames("names", names)
-            check_first_matches("names", names)
-            if rename:
-                raise ArgumentError("names= gives new names already: give a pattern for it, or no rename=")
-        return cls(
-            names if isinstance(names, str) else "*",
-            (rename or {}) if isinstance(names, str) else names,
-            isinstance(names, str),
-            patterns_of("exclude", exclude),
-            patterns_of("allow_missing", allow_missing),
-        )
-
-    def taken(self, there: Sequence[str], unreadable: Mapping[str, Unreadable]) -> dict[str, str]:
-        """The names that are taken, by their new names.
-
-        Args:
-            there: all names of the checkpoint.
-
-        Raises:
-            MissingTensorError: a pattern matches no name.
-            ArgumentError: two names would become one.
-            DtypeError, UnsupportedFormatError, CorruptCheckpointError, UnsafeValueError: one cannot be read.
-        """
-        self._check_patterns(there)
-        names = [name for name in there if self._takes(name)]
-        for name in [name for name in names if name in unreadable]:
-            if not matches_any(self.allow_missing, name):
-                raise unreadable[name].kind(
-                    f"{unreadable[name].reason}. To convert the rest, leave {name!r} out by names= or exclude= "
-                    "(--names, --rename, --exclude)"
-                )
-            names.remove(name)
-        return by_new_name(names, self._new_name)
-
-    def _new_name(self, name: str) -> str:
-        """Of `rename`, patterns are applied one after another; of `names`, the first that matches counts."""
-        if self.keeps_others:
-            return new_name(name, self.renames)
-        found = renamed(name, self.renames)
-        return name if found is None else found
-
-    def _takes(self, name: str) -> bool:
-        is_chosen = matches(self.pattern, name) and not matches_any(self.exclude, name)
-        return is_chosen and (self.keeps_others or renamed(name, self.renames) is not None)
-
-    def _check_patterns(self, there: Sequence[str]) -> None:
-        """Raises MissingTensorError naming the patterns that match no name."""
-        if not there:
-            return
-        if not (self.keeps_others or self.renames):
-            raise MissingTensorError("the checkpoint has no name that names={} takes: it has no pattern")
-        unused = [pattern for pattern in (self.pattern, *self.exclude) if not any(matches(pattern, n) for n in there)]
-        current = there
-        for pattern, new in self.renames.items():
-            found = [renamed(name, {pattern: new}) for name in current]
-            if all(made is None for made in found):
-                unused.append(pattern)
-            if self.keeps_others:
-                current = [name if made is None else made for name, made in zip(current, found, strict=True)]
-        unused = [pattern for pattern in unused if not matches_any(self.allow_missing, pattern)]
-        if unused:
-            parents = {name[: at.start()] + ".*" for name in there for at in re.finditer(r"\.", name)}
-            near = nearest_names(unused[0], [*there, *sorted(parents)], 3) or there[:3]
-            raise MissingTensorError(
-                f"the checkpoint has no {', '.join(unused)!r}: no name matches the pattern; nearest are "
-                f"{', '.join(map(repr, near))}"
-            )
-
-
-def _items(source: Source, selection: Selection, dtype: torch.dtype | None) -> tuple[list[Item], list[str]]:
-    """What is to be written, by its new names, and the names that are not taken. Raises as `Selection.taken`."""
-    there = [*(entry.name for entry in source.entries), *source.unreadable]
-    taken = selection.taken(there, source.unreadable)
-    scales = scale_names(there)
+    Raises:
+        MissingTensorError: a pattern matches no name.
+        ArgumentError: two names would become the same.
+        DtypeError, UnsupportedFormatError, CorruptCheckpointError, UnsafeValueError: a selected name cannot be read.
+    """
+    names = [*(entry.name for entry in source.entries), *source.unreadable]
+    selection.check_all(names, may_miss)
+    for name, unreadable in source.unreadable.items():
+        if selection.includes(name) and not matches_any(may_miss, name):
+            raise unreadable.kind(f"{unreadable.reason}. To convert the rest, pass exclude={name!r} (--exclude)")
+    scales = scale_names(names)
+    selected = selection.select(name for name in names if name not in source.unreadable)
     items = []
-    for new, name in sorted(taken.items()):
+    for new, name in sorted(selected.items()):
         entry = source.entry(name)
         items.append(Item(new, name, entry.kind, _cast(entry, dtype, scales), entry.shape))
-    names = set(taken.values())
-    return items, [name for name in there if name not in names]
+    return items
 
 
 def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str:
@@ -453,7 +360,7 @@ def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str
     return dtype_name(entry.name, to)
 
 
-def _paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
+def _item_paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
     """The paths of items in the state dict that was saved, as far as their names still follow them.
 
     New names may be those of containers of others: then only items that keep their names have paths.

@@ -1,8 +1,8 @@
 """What a conversion keeps beside its target while it is under way: whose the place is, and which units stand.
 
-A head, put before anything else and removed last, names the conversion that the place belongs to. A note says what is
+A claim, put before anything else and removed last, names the conversion that the place belongs to. A note says what is
 in the units that stand; one is put once a second at most, for all units since the last one. Just before the commit the
-head is given the checksum of what is about to be put, so that a run that was killed right after it finds that it had
+claim is given the checksum of what is about to be put, so that a run that was killed right after it finds that it had
 come to its end.
 """
 
@@ -22,18 +22,18 @@ from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFou
 from ..formats.detect import CONVERSION, is_of_a_checkpoint
 from ..formats.metadata_reads import Reads
 from ..formats.native.commit import put_commit
-from ..formats.native.manifest import DATA_NAME, NAME
+from ..formats.native.manifest import DATA_NAME, MANIFEST_NAME
 from ..runtime.checksums import checksum
 from ..runtime.logs import logger_of
 from ..stores.base import Store
 from ..stores.local import TEMPORARY
 from ..stores.retry import read_whole
-from .targets.target import Done, Target, Unit
+from .targets.target import ConversionTarget, UnitRecord, WorkUnit
 
 logger = logger_of(__name__)
 
-HEAD = CONVERSION
-HEAD_BYTES = 4096
+CLAIM = CONVERSION
+MAX_CLAIM_BYTES = 4096
 """It has less."""
 NOTE_EVERY_S = 1.0
 """A kill loses the units of that time at most."""
@@ -41,7 +41,7 @@ NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class JournalState:
     """How far a conversion is."""
 
     conversion: str
@@ -52,44 +52,44 @@ class Stand:
     """Only what it kept for itself is still to be removed."""
 
 
-class Notes:
+class Journal:
     """What one rank knows of it."""
 
-    def __init__(self, store: Store, target: Target) -> None:
+    def __init__(self, store: Store, target: ConversionTarget) -> None:
         self._store = store
         self._target = target
-        self._done: dict[int, Done] = {}
+        self._done: dict[int, UnitRecord] = {}
         """Of units that stand, as far as this rank wrote them, or read their notes."""
-        self._unnoted: dict[int, Done] = {}
+        self._unnoted: dict[int, UnitRecord] = {}
         """Of them, those that are in no note yet."""
         self._noted_at = -math.inf
 
-    def begin(self, conversion: str) -> Stand:
+    def begin(self, conversion: str) -> JournalState:
         """Take the place for a conversion, or find out how far it is there. By one rank.
 
         Raises CheckpointExistsError where anything else is there, CorruptCheckpointError, StoreError.
         """
         names = set(self._store.list())
-        if HEAD not in names:
+        if CLAIM not in names:
             self._refuse_if_there(names)
             try:
-                self._store.put(HEAD, _encoded({"conversion": conversion}), overwrite=False)
+                self._store.put(CLAIM, _encoded({"conversion": conversion}), overwrite=False)
             except CheckpointExistsError as error:  # by another run, or by a first try whose answer was lost
-                if self._head() is None:
+                if self._claim() is None:
                     raise StoreError(f"{self._store.location} is no place to write a checkpoint to: {error}") from error
-        head = self._head() or {}
-        if head.get("conversion") != conversion:
+        claim = self._claim() or {}
+        if claim.get("conversion") != conversion:
             raise CheckpointExistsError(
                 f"another conversion was begun at {self._store.location}, of another checkpoint or with other "
                 "arguments: remove what is there, or give another place"
             )
         if self._target.commits in names:
-            if head.get("commit") != _told_apart(self._whole(self._target.commits)):
+            if claim.get("commit") != _told_apart(self._whole(self._target.commits)):
                 raise CheckpointExistsError(self._told(self._target.commits))
-            return Stand(conversion, frozenset(), committed=True)
+            return JournalState(conversion, frozenset(), committed=True)
         notes = self._notes(conversion, names)
         self._done = {number: done for number, done in notes.items() if names.issuperset(done["files"])}
-        return Stand(conversion, frozenset(self._done), committed=False)
+        return JournalState(conversion, frozenset(self._done), committed=False)
 
     def _refuse_if_there(self, names: Iterable[str]) -> None:
         there = next(filter(_is_of_a_checkpoint, sorted(names)), None)
@@ -99,12 +99,12 @@ class Notes:
     def _told(self, name: str) -> str:
         return f"there is a checkpoint at {self._store.location} already, or what is left of one: it has {name!r}"
 
-    def _head(self) -> dict[str, Any] | None:
+    def _claim(self) -> dict[str, Any] | None:
         try:
-            data = bytes(self._store.read(HEAD, 0, HEAD_BYTES))
+            data = bytes(self._store.read(CLAIM, 0, MAX_CLAIM_BYTES))
             if not data.endswith(b"}"):
-                data = bytes(read_whole(self._store, HEAD, 0, HEAD_BYTES))
-            return self._json(HEAD, data)
+                data = bytes(read_whole(self._store, CLAIM, 0, MAX_CLAIM_BYTES))
+            return self._json(CLAIM, data)
         except ObjectNotFoundError:
             return None
 
@@ -117,10 +117,10 @@ class Notes:
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(f"{name!r} in {self._store.location} is not of a conversion") from error
 
-    def _notes(self, conversion: str, names: Iterable[str]) -> dict[int, Done]:
+    def _notes(self, conversion: str, names: Iterable[str]) -> dict[int, UnitRecord]:
         """What stands by the notes that are among some names."""
 
-        def read(name: str) -> dict[int, Done]:
+        def read(name: str) -> dict[int, UnitRecord]:
             note = self._json(name, self._whole(name))
             units = note.get("units")
             if note.get("conversion") != conversion or not isinstance(units, list) or not all(map(_is_unit, units)):
@@ -130,7 +130,7 @@ class Notes:
             return dict(units)
 
         notes = sorted(name for name in names if NOTE.fullmatch(name))
-        units: dict[int, Done] = {}
+        units: dict[int, UnitRecord] = {}
         for of_note in Reads(self._store).many(read, notes):
             units |= of_note
         return units
@@ -140,13 +140,13 @@ class Notes:
 
         Raises CheckpointExistsError.
         """
-        if (self._head() or {}).get("conversion") != conversion:
+        if (self._claim() or {}).get("conversion") != conversion:
             raise CheckpointExistsError(
                 f"{self._store.location} does not belong to this conversion any more: it was ended by another run, or "
-                f"{HEAD!r} was removed"
+                f"{CLAIM!r} was removed"
             )
 
-    def note(self, conversion: str, unit: Unit, done: Done) -> None:
+    def note(self, conversion: str, unit: WorkUnit, done: UnitRecord) -> None:
         """A unit stands. It is put into a note at once, or with others that follow within a second."""
         self._done[unit.number] = self._unnoted[unit.number] = done
         if time.monotonic() - self._noted_at >= NOTE_EVERY_S:
@@ -161,7 +161,7 @@ class Notes:
         self._unnoted = {}
         self._noted_at = time.monotonic()
 
-    def finished(self, conversion: str, units: Sequence[Unit]) -> list[Done]:
+    def finished(self, conversion: str, units: Sequence[WorkUnit]) -> list[UnitRecord]:
         """What was written of all units, in order.
 
         Raises CorruptCheckpointError where some of it is missing, CheckpointExistsError as `check`, StoreError.
@@ -183,19 +183,19 @@ class Notes:
     def commit(self, conversion: str, data: bytes) -> None:
         """Put the object that makes the checkpoint whole. Raises CheckpointExistsError, CommitError, StoreError."""
         self.check(conversion)
-        self._store.put(HEAD, _encoded({"conversion": conversion, "commit": _told_apart(data)}), overwrite=True)
+        self._store.put(CLAIM, _encoded({"conversion": conversion, "commit": _told_apart(data)}), overwrite=True)
         try:
             put_commit(self._store, self._target.commits, data, repr(self._target.commits), overwrite=False)
         except CheckpointExistsError as error:
             raise CheckpointExistsError(self._told(self._target.commits)) from error
 
     def clean(self, conversion: str) -> None:
-        """Remove, once it is committed, what is no part of the checkpoint; the head last."""
+        """Remove, once it is committed, what is no part of the checkpoint; the claim last."""
         try:
             names = list(self._store.list())
             remains = self._target.orphans(self._store, conversion, names)
             self._store.delete([*remains, *filter(self._is_own, names)])
-            self._store.delete([HEAD])
+            self._store.delete([CLAIM])
         except Exception as error:
             logger.warning(
                 "the checkpoint is whole, and what the conversion kept for itself remains in %s, until it is called "
@@ -208,12 +208,12 @@ class Notes:
         """Return whether a name is a note's, or that of a put which was killed."""
         killed = TEMPORARY.fullmatch(name)
         of = killed[1] if killed else ""
-        return NOTE.fullmatch(name) is not None or of in (HEAD, self._target.commits) or NOTE.fullmatch(of) is not None
+        return NOTE.fullmatch(name) is not None or of in (CLAIM, self._target.commits) or NOTE.fullmatch(of) is not None
 
 
 def _is_of_a_checkpoint(name: str) -> bool:
     """Return whether a name is one that a checkpoint of some format has in its folder."""
-    return name == NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
+    return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
 
 
 def _is_unit(unit: Any) -> bool:

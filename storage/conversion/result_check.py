@@ -15,8 +15,8 @@ from ..formats.source import Source
 from ..runtime.brief import reason
 from ..stores.base import Capabilities, Store, top_names
 from ..stores.wrapped import WrappedStore
-from ..tensors.name_patterns import listed
-from ..tensors.pieces import Item
+from ..tensors.name_patterns import quoted
+from .work_items import Item
 
 
 class _WithValue(WrappedStore):
@@ -73,7 +73,7 @@ def _difference(source: Source, items: Sequence[Item]) -> str:
     found = {entry.name: (entry.dtype, entry.shape) if entry.is_tensor else None for entry in source.entries}
     for names, what in ((due.keys() - found.keys(), "it lacks"), (found.keys() - due.keys(), "it has")):
         if names:
-            return f"{what} {listed(sorted(names))}"
+            return f"{what} {quoted(sorted(names))}"
     wrong = next((name for name in due if due[name] != found[name]), None)
     if wrong is not None:
         return f"{wrong!r} is {found[wrong] or 'an object'}, and should be {due[wrong] or 'an object'}"

@@ -12,31 +12,33 @@ from typing import Any
 import torch
 
 from ...planner.box import Box
-from ...planner.costs import UNBOUNDED
-from ...planner.index import Kind
-from ...planner.read_plan import Want
+from ...planner.chunk_reads import Want
+from ...planner.entries import Kind
+from ...planner.request_costs import UNBOUNDED_OVER_READ
 from ..errors import CorruptCheckpointError, UnsafeValueError
 from ..formats.source import Source
-from ..formats.torch_save.blob import ZSTD_MAGIC, decompress
+from ..formats.torch_save.safe_load import ZSTD_MAGIC, decompress
 from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
-from ..reading.read_tensors import StoredValue, counting_metadata, read_boxes
+from ..reading.read_tensors import ReadOptions, counting_metadata, read_boxes
+from ..reading.value_reads import ValueRead
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
-from ..tensors.pieces import PIECE_BYTES, Item, Piece, in_groups
+from ..tensors.splitting import PIECE_BYTES, group_by_bytes
+from .work_items import Item, Piece
 
 MAX_GROUP_BYTES = 256 * 1024 * 1024
 """Values that are read at once, at most."""
-SMALL_BYTES = 1024 * 1024
+SMALL_READ_BYTES = 1024 * 1024
 """Of less than this together, whatever lies between is read over: it costs less than requests."""
 READ_PARTS = 6
 """A group takes this part of the budget: one is used, another is read, and its bytes arrive in as much memory."""
 
 
-class Values:
+class SourceStream:
     """Reads pieces of a source, within half of the budget.
 
     Pieces are small, so that what is written can be cut; but chunks of a file lie in another order than the pieces, and
@@ -77,7 +79,7 @@ class Values:
 
         Raises as `read_boxes`.
         """
-        groups = in_groups(pieces, self.group_bytes)
+        groups = group_by_bytes(pieces, self.group_bytes)
         waiting: deque[Future[list[torch.Tensor]]] = deque()
         try:
             waiting += [self._pool.submit(self.read, group) for group in islice(groups, 1)]
@@ -107,9 +109,7 @@ class Values:
             self._source,
             [Want(boxes[at][0].source, boxes[at][1]) for at in full],
             [tensors[at] for at in full],
-            budget_bytes=self.group_bytes,
-            max_over_read=UNBOUNDED if nbytes < SMALL_BYTES else None,
-            workers=self._workers,
+            options=self._options(UNBOUNDED_OVER_READ if nbytes < SMALL_READ_BYTES else None),
         )
         self._note(report, nbytes)
         return [
@@ -123,20 +123,15 @@ class Values:
 
         The value is None where that needs more than a safe pickle. Raises as `read_boxes`.
         """
-        for group in in_groups(pieces, self.group_bytes):
+        for group in group_by_bytes(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
-            blobs = [StoredValue(self._source, piece.item.source) for piece in group]
-            report = read_boxes(
-                self._source,
-                [],
-                [],
-                blobs=blobs,
-                max_over_read=UNBOUNDED,
-                budget_bytes=self.group_bytes,
-                workers=self._workers,
-            )
+            blobs = [ValueRead(self._source, piece.item.source) for piece in group]
+            report = read_boxes(self._source, [], [], blobs, self._options(UNBOUNDED_OVER_READ))
             self._note(report, sum(piece.nbytes for piece in group))
-            yield from map(_decoded, blobs)
+            yield from map(_decode_value, blobs)
+
+    def _options(self, max_over_read: float | None) -> ReadOptions:
+        return ReadOptions(budget_bytes=self.group_bytes, max_over_read=max_over_read, workers=self._workers)
 
     def _note(self, report: RankReport, nbytes: int) -> None:
         with self._lock:
@@ -144,7 +139,7 @@ class Values:
         self._was_read(nbytes)
 
 
-def _decoded(blob: StoredValue) -> tuple[Kind, bytes, Any]:
+def _decode_value(blob: ValueRead) -> tuple[Kind, bytes, Any]:
     try:
         value = blob.value()
     except UnsafeValueError:

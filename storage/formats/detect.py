@@ -12,11 +12,12 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
 from ..stores.open import open_found_store, open_store
-from .dcp import METADATA, RANK_METADATA, DcpSource
+from .dcp import DcpSource
+from .dcp_metadata import METADATA, RANK_METADATA
 from .foreign import ForeignSource
-from .hf_index import WeightMap, check_complete, listed, part_groups, read_weight_map
+from .hf_index import WeightMap, check_numbered_files, describe_files, group_numbered_files, read_weight_map
 from .metadata_reads import Reads
-from .native.manifest import DATA_NAME, NAME, Manifest
+from .native.manifest import DATA_NAME, MANIFEST_NAME, Manifest
 from .safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .source import Source
 from .torch_save.source import LEGACY_MAGIC, TorchSaveSource
@@ -29,11 +30,11 @@ HF_FILE = "pytorch_model.bin"
 TORCH_INDEX_SUFFIX = ".bin.index.json"
 MAIN_INDEXES = (f"model{INDEX_SUFFIX}", f"pytorch_model{TORCH_INDEX_SUFFIX}")
 """What transformers calls a model's index. It counts if there are others beside it."""
-FIRST_BYTES = 32
+SIGNATURE_BYTES = 32
 """Of a file, to tell its format."""
 CONVERSION = ".reshard-convert.json"
 """What a conversion keeps at its place until it has come to its end."""
-MAX_NAMES = 10_000
+MAX_OBJECTS_SEARCHED = 10_000
 """Objects that are looked at in search of a checkpoint."""
 
 
@@ -86,7 +87,7 @@ def _file(store: Store, name: str, format: str | None) -> Source | None:
             return _safetensors(reads, read_weight_map(reads, name, ()), ())
         if name.endswith(TORCH_INDEX_SUFFIX) and format in (None, "torch"):
             return _torch(reads, read_weight_map(reads, name, ()), ())
-        begin = b"" if format else reads.whole(name, 0, FIRST_BYTES)
+        begin = b"" if format else reads.whole(name, 0, SIGNATURE_BYTES)
     except ObjectNotFoundError:
         return None
     if format == "safetensors" or begin[8:9] == b"{":
@@ -118,8 +119,8 @@ def _in_folder(store: Store, format: str | None) -> Source:
         if manifest is not None:
             return manifest
     reads = Reads(store)
-    names = list(islice(store.list(), MAX_NAMES))
-    cut = len(names) == MAX_NAMES
+    names = list(islice(store.list(), MAX_OBJECTS_SEARCHED))
+    cut = len(names) == MAX_OBJECTS_SEARCHED
     if cut:
         names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
     top = sorted(name for name in names if "/" not in name)
@@ -133,16 +134,16 @@ def _in_folder(store: Store, format: str | None) -> Source:
     torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
     if cut and METADATA not in top and not indexes and not torch_indexes:
         raise CheckpointNotFoundError(
-            f"{store.location} has more than {MAX_NAMES} objects, too many to find a checkpoint among: give its own "
-            "folder, or its file"
+            f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a "
+            "checkpoint among: give its own folder, or its file"
         )
     if format in (None, "dcp") and (METADATA in top or ranks):
-        return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank))
+        return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank_of_metadata))
     files = [name for name in top if name.endswith(SUFFIX)]
     if format in (None, "safetensors") and (files or indexes):
         if indexes:
             return _safetensors(reads, read_weight_map(reads, _index_of(store, indexes), files), files)
-        check_complete(store.location, files)
+        check_numbered_files(store.location, files)
         return SafetensorsSource(reads, files)
     files = [name for name in top if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
     if format in (None, "torch") and (files or torch_indexes):
@@ -159,7 +160,7 @@ def _index_of(store: Store, indexes: Sequence[str]) -> str:
     found = [name for name in indexes if name in MAIN_INDEXES] or indexes
     if len(found) > 1:
         raise CheckpointNotFoundError(
-            f"{store.location} has {len(found)} indexes, {listed(found)}: open one of them, as "
+            f"{store.location} has {len(found)} indexes, {describe_files(found)}: open one of them, as "
             f"'{store.location}/{found[0]}'"
         )
     return found[0]
@@ -172,11 +173,11 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
     """
     if HF_FILE in files or len(files) == 1:
         files = [HF_FILE] if HF_FILE in files else files
-        check_complete(store.location, files)
+        check_numbered_files(store.location, files)
         return files
-    groups = part_groups(files)
+    groups = group_numbered_files(files)
     numbered = [name for group in groups.values() for name in group]
-    check_complete(store.location, numbered)
+    check_numbered_files(store.location, numbered)
     return numbered if len(groups) == 1 else []
 
 
@@ -199,7 +200,7 @@ def _is_there(reads: Reads, name: str) -> bool:
     return True
 
 
-def _rank(name: str) -> int:
+def _rank_of_metadata(name: str) -> int:
     found = RANK_METADATA.fullmatch(name)
     return int(found[1]) if found else 0
 
@@ -208,8 +209,9 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
     remains = sum(1 for name in names if DATA_NAME.fullmatch(name))
     if remains and format in (None, "reshard"):
         return NotCommittedError(
-            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no {NAME}. "
-            "The save was interrupted, or is still running. `reshard gc` removes what is left, once it is a day old"
+            f"the checkpoint at {store.location} was never committed: it has {remains} data objects but no "
+            f"{MANIFEST_NAME}. The save was interrupted, or is still running. `reshard gc` removes what is left, once "
+            "it is a day old"
         )
     if any(name.endswith(".distcp") for name in names if "/" not in name) and format in (None, "dcp"):
         return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
@@ -219,6 +221,11 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
             f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"
         )
     looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
-    marks = {"reshard": NAME, "dcp": METADATA, "safetensors": f"*{SUFFIX}", "torch": "single file of torch.save"}
+    marks = {
+        "reshard": MANIFEST_NAME,
+        "dcp": METADATA,
+        "safetensors": f"*{SUFFIX}",
+        "torch": "single file of torch.save",
+    }
     lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
     return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}")

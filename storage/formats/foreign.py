@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray
-from ...planner.byte_ranges import Gaps
-from ...planner.costs import Costs
-from ...planner.entries import ITEMSIZES, Entry, Segments
+from ...planner.chunk_reads import Want
+from ...planner.coalesce import GapLimits
+from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
-from ...planner.index import CheckpointIndex, Encoding, Kind, missing
-from ...planner.read_plan import Want
+from ...planner.index import CheckpointIndex, missing_tensor
+from ...planner.request_costs import RequestCosts
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
 from ..runtime.forks import Lock
 from ..stores.base import Store
@@ -79,7 +79,7 @@ class ForeignSource:
         self.paths: dict[str, Path] = {}
         self.inline: dict[str, bytes] = {}
         self.unreadable: dict[str, Unreadable] = {}
-        self.left_out: tuple[str, ...] = ()
+        self.unindexed: tuple[str, ...] = ()
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()
@@ -171,7 +171,7 @@ class ForeignSource:
         if name in self.unreadable:
             raise self.unreadable[name].error()
         if name not in self._entries:
-            raise missing(name, self._entries)
+            raise missing_tensor(name, self._entries)
         return self._entries[name]
 
     def fingerprint(self) -> str:
@@ -187,9 +187,9 @@ class ForeignSource:
     def observe(self, nbytes: int, seconds: float) -> None:
         self._reads.observe(nbytes, seconds)
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         bound = None if max_over_read is None else bounded(max_over_read)
-        return (costs or self._reads.costs).gaps(bound)
+        return (costs or self._reads.costs).gap_limits(bound)
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)

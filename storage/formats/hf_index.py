@@ -16,18 +16,17 @@ from typing import TypeVar
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from ..runtime.brief import reason
 from .foreign import ForeignSource
-from .metadata_reads import Reads
+from .metadata_reads import MALFORMED_ERRORS, Reads
 
 MAX_INDEX_BYTES = 100_000_000
-MAX_NAMED = 8
+MAX_FILES_IN_ERROR = 8
 """Files that an error names."""
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
 _PART = re.compile(r"(?P<prefix>.*[-_.])?(?P<number>\d{1,7})[-_]of[-_](?P<count>\d{1,7})(?P<suffix>(?:\.\w+)+)")
 _OF_RANK = re.compile(r"shard-\d+-")
 """How the names begin that torch's HuggingFaceStorageWriter gives to the files of one rank."""
-_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-P = TypeVar("P")
-TensorsByName = dict[str, list[tuple[int, P]]]
+InFile = TypeVar("InFile")
+TensorsByName = dict[str, list[tuple[int, InFile]]]
 """What files hold by name: the position of the file in the source's objects, and what it says of the tensor."""
 
 
@@ -62,7 +61,7 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
         if not all(_is_inside(file) for file in files.values()):
             raise ValueError(f"a file is not one of this folder, of {sorted(set(files.values()))}")
         return WeightMap(name, files)
-    except _CONTRADICTIONS as error:
+    except MALFORMED_ERRORS as error:
         kind = "safetensors" if name.endswith(".safetensors.index.json") else "weights"
         raise CorruptCheckpointError(
             f"{name!r} in {reads.store.location} is no index of {kind}: {reason(error)}{_weights_beside(beside)}"
@@ -77,17 +76,17 @@ def _is_inside(file: str) -> bool:
 def _weights_beside(files: Sequence[str]) -> str:
     if not files:
         return ""
-    return f". Beside it are the weights {listed(files)}: restore the index, or remove it to read all of them"
+    return f". Beside it are the weights {describe_files(files)}: restore the index, or remove it to read all of them"
 
 
-def listed(names: Iterable[str]) -> str:
+def describe_files(names: Iterable[str]) -> str:
     """Return the first of some names, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(map(repr, names[:MAX_NAMED])) + more
+    more = f" and {len(names) - MAX_FILES_IN_ERROR} more" if len(names) > MAX_FILES_IN_ERROR else ""
+    return ", ".join(map(repr, names[:MAX_FILES_IN_ERROR])) + more
 
 
-def check_complete(location: str, names: Iterable[str]) -> None:
+def check_numbered_files(location: str, names: Iterable[str]) -> None:
     """Check that no file named `…-00001-of-00003.…` is missing. Raises CorruptCheckpointError naming those that are."""
     groups: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
@@ -101,16 +100,16 @@ def check_complete(location: str, names: Iterable[str]) -> None:
         due = range(first, first + int(count))
         lacking = len(due) - sum(number in due for number in numbers)
         if lacking:
-            missing = islice((number for number in due if number not in numbers), MAX_NAMED)
+            missing = islice((number for number in due if number not in numbers), MAX_FILES_IN_ERROR)
             files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing]
-            more = f" and {lacking - MAX_NAMED} more" if lacking > MAX_NAMED else ""
+            more = f" and {lacking - MAX_FILES_IN_ERROR} more" if lacking > MAX_FILES_IN_ERROR else ""
             raise CorruptCheckpointError(
                 f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} "
                 "files is missing. Copy it again, or open one of the files that are there by its own path"
             )
 
 
-def part_groups(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+def group_numbered_files(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
     """The files named `…-00001-of-00003.…`, by what is before and after the first number."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -120,7 +119,7 @@ def part_groups(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
     return groups
 
 
-def present(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
+def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
     """The files that are there, with their sizes.
 
     Raises ObjectNotFoundError if one is missing and no index names it, CorruptCheckpointError if all that an index
@@ -146,12 +145,15 @@ def present(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) ->
                 else "names files that all are missing"
             )
         raise CorruptCheckpointError(
-            f"the index {weight_map.index!r} in {reads.store.location} {said}{': ' if names else ''}{listed(names)}"
+            f"the index {weight_map.index!r} in {reads.store.location} {said}"
+            f"{': ' if names else ''}{describe_files(names)}"
         )
     return found
 
 
-def select(source: ForeignSource, found: TensorsByName[P], weight_map: WeightMap) -> TensorsByName[P]:
+def select_by_index(
+    source: ForeignSource, found: TensorsByName[InFile], weight_map: WeightMap
+) -> TensorsByName[InFile]:
     """Return what the index selects of what the files hold.
 
     What the index names and is missing becomes unreadable; what it does not name is noted as left out.
@@ -162,7 +164,7 @@ def select(source: ForeignSource, found: TensorsByName[P], weight_map: WeightMap
         files = [source.objects[at][0] for at in sorted({at for parts in found.values() for at, _ in parts})]
         raise CorruptCheckpointError(f"{where} names no tensors{_weights_beside(files)}")
     there = {name for name, _ in source.objects}
-    selected: TensorsByName[P] = {}
+    selected: TensorsByName[InFile] = {}
     for name, file in weight_map.files.items():
         parts = [part for part in found.get(name, ()) if source.objects[part[0]][0] == file]
         if parts:
@@ -171,11 +173,11 @@ def select(source: ForeignSource, found: TensorsByName[P], weight_map: WeightMap
         why = "does not have it" if file in there else "is missing"
         reason = f"{where} says that {name!r} is in {file!r}, which {why}. Copy the file again, or leave this name out"
         source.refuse(name, CorruptCheckpointError, reason, file)
-    source.left_out = tuple(sorted(found.keys() - weight_map.files.keys()))
+    source.unindexed = tuple(sorted(found.keys() - weight_map.files.keys()))
     return selected
 
 
-def two_files(source: ForeignSource, name: str, files: Sequence[str]) -> CorruptCheckpointError:
+def duplicate_tensor_error(source: ForeignSource, name: str, files: Sequence[str]) -> CorruptCheckpointError:
     """The error for a tensor that several files have, and no index to decide between them."""
     return source.contradiction(
         f"two files have the tensor {name!r}: {' and '.join(map(repr, files[:2]))}. Open one of them, as "

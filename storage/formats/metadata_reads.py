@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from ...planner.costs import LOCAL, REMOTE, Costs
+from ...planner.request_costs import LOCAL_COSTS, REMOTE_COSTS, RequestCosts
 from ..errors import CorruptCheckpointError
 from ..runtime.checksums import checksum
 from ..runtime.forks import Lock
@@ -16,10 +16,12 @@ from ..stores.base import Store
 from ..stores.retry import read_whole
 
 T = TypeVar("T")
-SMALL_BYTES = 64 * 1024
+MAX_LATENCY_READ_BYTES = 64 * 1024
 """The time of a read of this size, or a smaller one, is the store's latency."""
-LARGE_BYTES = 16 * 1024 * 1024
+MIN_THROUGHPUT_READ_BYTES = 16 * 1024 * 1024
 MAX_CONCURRENT = 64
+MALFORMED_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises when code that expects well-formed metadata works on metadata that is malformed."""
 
 
 class Reads:
@@ -81,12 +83,12 @@ class Reads:
             self.digest = (self.digest + digest) % 2**64
             self.bytes_read += nbytes
             self.requests += 1
-            if nbytes <= SMALL_BYTES:
+            if nbytes <= MAX_LATENCY_READ_BYTES:
                 self.latency_s = seconds if self.latency_s is None else min(self.latency_s, seconds)
 
     def observe(self, nbytes: int, seconds: float) -> None:
         """Note how long many requests at once took together; only of large readings, in which they overlap."""
-        if nbytes >= LARGE_BYTES:
+        if nbytes >= MIN_THROUGHPUT_READ_BYTES:
             self.bytes_per_s = nbytes / seconds
 
     def many(self, call: Callable[..., T], *columns: Sequence[object]) -> list[T]:
@@ -97,9 +99,9 @@ class Reads:
             return list(pool.map(call, *columns))
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> RequestCosts:
         """What a request costs, by what was seen."""
         if self.store.capabilities.read_into is not None:
-            return LOCAL
+            return LOCAL_COSTS
         concurrent = self.store.capabilities.concurrent_reads
-        return replace(REMOTE.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)
+        return replace(REMOTE_COSTS.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...planner.box import Box
-from ...planner.entries import ITEMSIZES, MAX_BYTES, MAX_DIMENSIONS
-from ...planner.index import Encoding, Kind
+from ...planner.entries import ITEMSIZES, MAX_TENSOR_DIMENSIONS, MAX_TOTAL_BYTES, Encoding, Kind
 from ..errors import CorruptCheckpointError, DtypeError
 from ..runtime.brief import brief, reason
+from ..tensors.dtypes import is_packed
 from .foreign import ForeignSource, Shards
-from .hf_index import MAX_NAMED, WeightMap, present, select, two_files
-from .metadata_reads import Reads
+from .hf_index import MAX_FILES_IN_ERROR, WeightMap, duplicate_tensor_error, existing_files, select_by_index
+from .metadata_reads import MALFORMED_ERRORS, Reads
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 """The format's own bound."""
-FIRST_READ_BYTES = 64 * 1024
+FIRST_HEADER_READ_BYTES = 64 * 1024
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
@@ -41,7 +41,6 @@ REMAINS = (
     "again into an empty folder"
 )
 """Why shards of a tensor can fail to make up a tensor, and what to do."""
-_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class SafetensorsSource(ForeignSource):
 
         Raises CorruptCheckpointError, ObjectNotFoundError, StoreError.
         """
-        super().__init__(reads, present(reads, names, weight_map))
+        super().__init__(reads, existing_files(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
         self._has_shards = False
         columns = zip(*self.objects, strict=True) if self.objects else ((), ())
@@ -83,7 +82,7 @@ class SafetensorsSource(ForeignSource):
                 found.setdefault(name, []).append((at, tensor))
         self.info |= {"files": len(self.objects)}
         if weight_map is not None:
-            selected = select(self, found, weight_map)
+            selected = select_by_index(self, found, weight_map)
             for name, parts in selected.items():
                 if parts[0][1].offsets is not None:  # an index has one file for each tensor, and shards are in several
                     selected[name] = [part for part in found[name] if part[1].offsets is not None]
@@ -102,7 +101,7 @@ class SafetensorsSource(ForeignSource):
         first = parts[0][1]
         files = [self.objects[at][0] for at, _ in parts]
         if len(parts) > 1 and any(tensor.offsets is None for _, tensor in parts):
-            raise two_files(self, name, files)
+            raise duplicate_tensor_error(self, name, files)
         unknown = next((at for at, (_, tensor) in enumerate(parts) if tensor.unknown is not None), None)
         if unknown is not None:
             self.refuse(
@@ -138,8 +137,8 @@ class SafetensorsSource(ForeignSource):
     def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
         """Make a tensor unreadable whose shards do not make up a tensor."""
         held = [f"{file!r} holds {box}" for box, file in zip(boxes, files, strict=True)]
-        more = f" and {len(held) - MAX_NAMED} more" if len(held) > MAX_NAMED else ""
-        reason = f"{what}: {', '.join(held[:MAX_NAMED])}{more}, in {self.store.location}; {REMAINS}"
+        more = f" and {len(held) - MAX_FILES_IN_ERROR} more" if len(held) > MAX_FILES_IN_ERROR else ""
+        reason = f"{what}: {', '.join(held[:MAX_FILES_IN_ERROR])}{more}, in {self.store.location}; {REMAINS}"
         self.refuse(name, CorruptCheckpointError, reason, files[0])
 
 
@@ -149,9 +148,9 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     Raises CorruptCheckpointError, StoreError.
     """
     where = f"the safetensors file {name!r} in {reads.store.location}"
-    first = reads.whole(name, start, min(start + FIRST_READ_BYTES, stop))
+    first = reads.whole(name, start, min(start + FIRST_HEADER_READ_BYTES, stop))
     nbytes = int.from_bytes(first[:8], "little")
-    if len(first) < 8 or nbytes > min(MAX_HEADER_BYTES, stop - start - 8) or first[8:9] != b"{":
+    if len(first) < 8 or nbytes > min(MAX_SAFETENSORS_HEADER_BYTES, stop - start - 8) or first[8:9] != b"{":
         raise CorruptCheckpointError(
             f"{where} has no header: it begins with {first[:9]!r}, and has {stop - start} bytes"
         )
@@ -163,7 +162,7 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
         sharding = json.loads(notes.pop("DCP_SHARDING_INFO", "{}"))
         tensors = {name: _tensor(name, row, start + 8 + nbytes, sharding.get(name)) for name, row in header.items()}
         spans = sorted(tuple(row["data_offsets"]) for row in header.values())
-    except _CONTRADICTIONS as error:
+    except MALFORMED_ERRORS as error:
         raise CorruptCheckpointError(f"{where} has a header that is none: {reason(error)}") from error
     end = 0
     for begin, until in spans:
@@ -193,12 +192,12 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
         raise ValueError(f"{name!r} has the dtype {brief(word)}")
     dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
-    possible = all(type(n) is int and 0 <= n <= MAX_BYTES for n in (*shape, *(offsets or ()), begin, end))
-    if not possible or len(shape) > MAX_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
+    possible = all(type(n) is int and 0 <= n <= MAX_TOTAL_BYTES for n in (*shape, *(offsets or ()), begin, end))
+    if not possible or len(shape) > MAX_TENSOR_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
         raise ValueError(f"{name!r} has the shape {brief(shape)} and the bytes [{brief(begin)}, {brief(end)})")
     if not dtype:
         return TensorHeader(dtype, shape, data_start + begin, offsets, word)
-    if dtype.endswith("_x2"):
+    if is_packed(dtype):
         if not shape or shape[-1] % 2:
             raise ValueError(f"{name!r} has the shape {brief(shape)} of half bytes")
         shape = (*shape[:-1], shape[-1] // 2)

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...planner.byte_ranges import Gaps
-from ...planner.costs import UNBOUNDED, Costs
+from ...planner.chunk_reads import Want
+from ...planner.coalesce import GapLimits
 from ...planner.entries import Entry
 from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex
-from ...planner.layout import matches
-from ...planner.read_plan import Want
+from ...planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..stores.base import Store
 from ..tensors.state_dict import Path
@@ -25,7 +24,7 @@ def bounded(max_over_read: float) -> float:
     """A user's bound on what is read over. Raises ArgumentError where it is none."""
     if not max_over_read >= 0:
         raise ArgumentError(f"max_over_read must be 0 or more, got {max_over_read}")
-    return min(max_over_read, UNBOUNDED)
+    return min(max_over_read, UNBOUNDED_OVER_READ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +48,13 @@ class Unreadable:
         return self.kind(self.reason)
 
 
-def check_readable(source: Source, names: str = "*", is_wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Check that every name that matches a pattern, and is wanted, can be read.
+def check_readable(source: Source, is_wanted: Callable[[str], bool]) -> None:
+    """Check that every wanted name can be read.
 
-    Raises the error of the first name that cannot; it counts the others.
+    Raises:
+        CheckpointError: the error of the first name that cannot be read. It counts the others.
     """
-    found = [unreadable for name, unreadable in source.unreadable.items() if matches(names, name) and is_wanted(name)]
+    found = [unreadable for name, unreadable in source.unreadable.items() if is_wanted(name)]
     if found:
         more = f"; {len(found) - 1} more names cannot be read" if len(found) > 1 else ""
         raise found[0].kind(f"{found[0].reason}{more}")
@@ -84,7 +84,7 @@ class Source(Protocol):
         """The names that the checkpoint has and that cannot be read. They are not in `entries`."""
 
     @property
-    def left_out(self) -> tuple[str, ...]:
+    def unindexed(self) -> tuple[str, ...]:
         """Names that the files hold and the checkpoint's own index does not list. They are not read."""
 
     @property
@@ -137,7 +137,7 @@ class Source(Protocol):
     def observe(self, nbytes: int, seconds: float) -> None:
         """Learn from a reading how fast the store is, for those that follow."""
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         """Which gaps are worth reading over, under the user's bound or the default one.
 
         Args:

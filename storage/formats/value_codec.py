@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from ...planner.index import Kind
+from ...planner.entries import Kind
 from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedValueError
 from ..runtime.brief import reason
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain
-from .shared_values import is_repetitive
-from .torch_save.blob import ZSTD_MAGIC, decompress, load_checked
+from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked
+from .tree_size import is_repetitive
 
 MAX_VALUE_BYTES = 2**31
 """How many bytes an object may have, encoded by JSON or torch.save."""
-_REFUSED = re.compile(r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build")
+_REFUSAL_MESSAGE = re.compile(
+    r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build"
+)
 
 
 class EncodedValue(io.BytesIO):
@@ -101,4 +103,4 @@ def torch_save(value: Any) -> bytes:
 def _refusal(message: str) -> str | None:
     """The line of torch's long message that names the class or function that it refused; None where it did not."""
     lines = (line.strip() for line in message.splitlines())
-    return next((line for line in lines if _REFUSED.search(line)), None)
+    return next((line for line in lines if _REFUSAL_MESSAGE.search(line)), None)

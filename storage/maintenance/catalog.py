@@ -1,4 +1,4 @@
-"""Checkpoints below a place: which there are, removing one, and what saves that failed have left."""
+"""The checkpoints at and below a location: finding them, and removing one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -19,114 +18,121 @@ from ..errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     NotCommittedError,
-    ObjectNotFoundError,
     StoreError,
 )
-from ..formats.dcp import METADATA, RANK_METADATA
-from ..formats.detect import CONVERSION, FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
-from ..formats.hf_index import part_groups
-from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, NAME, Manifest
+from ..formats.dcp_metadata import METADATA, RANK_METADATA
+from ..formats.detect import FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
+from ..formats.hf_index import group_numbered_files
+from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME
 from ..formats.source import Source
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
-from ..stores.base import Store, check_delete
-from ..stores.local import TEMPORARY, LocalStore, SpecialFileError
-from ..stores.open import open_found_store, open_store
-from ..writing.object_writer import OBJECT_MAGIC
+from ..stores.base import check_delete
+from ..stores.local import LocalStore
+from ..stores.open import open_store
 
 REMOVABLE = ("reshard", "dcp")
-"""Formats whose metadata tells what a checkpoint is made of."""
-WHOLE, UNFINISHED = "whole", "never committed"
-_WRITTEN = re.compile(r"data/[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
-"""What data objects are called that reshard writes."""
+"""Formats whose metadata lists every object of a checkpoint."""
+COMPLETE, NOT_COMMITTED = "complete", "not committed"
 _OF_DCP = re.compile(r"__[0-9]+_[0-9]+\.distcp")
-"""What DCP calls its data objects; a StorageWriter may put a prefix before that, which may have folders."""
+"""The names of DCP's data objects. A StorageWriter may add a prefix, which may contain folders."""
 _PREFIXED = re.compile(rf".*{_OF_DCP.pattern}", re.DOTALL)
-_PUT = re.compile(r"manifest\.reshard|\.metadata|\.reshard-convert(-\d{6,})?\.json|model\.safetensors\.index\.json")
-"""What reshard puts by way of a temporary file, on a disk."""
 _LAST_NUMBER = re.compile(r"(?<![0-9])([0-9]{1,18})[^0-9]*$")
 
 
 @dataclass(frozen=True, slots=True)
 class FoundCheckpoint:
-    """A checkpoint, or what is left of one."""
+    """A checkpoint that `find_checkpoints` found, or the data of an unfinished save."""
 
     uri: str
     format: str
+    """The format. Empty if the checkpoint cannot be opened."""
     state: str
-    """WHOLE, UNFINISHED, or what is wrong with it."""
+    """"complete", "not committed", or what is wrong with the checkpoint."""
     step: int | None
-    """The last number in the name of its folder."""
+    """The last number in the name of the folder."""
     nbytes: int | None
-    """Of its data objects, as stored."""
+    """The size of the data objects as stored, in bytes."""
     entries: int | None
-    """Tensors and other values."""
+    """The number of tensors and other values."""
     created: datetime.datetime | None
-    """When it was saved, as reshard's own tell; of others, when the first of its objects was last written."""
+    """The time of the save. Other formats do not record it; for them, the time at which the first data object was last
+    written."""
 
     def __repr__(self) -> str:
-        """It in words, for logs and notebooks: `uri` has the secrets that were given, and this has not."""
+        """Return a description without the secrets that `uri` may contain."""
         return masked(f"FoundCheckpoint({self.uri!r}, {self.format!r}, {self.state!r}, step={self.step})")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it is committed, and all its objects are there; `Checkpoint.verify` tells what they hold."""
-        return self.state == WHOLE
+    def is_complete(self) -> bool:
+        """Whether the checkpoint is committed and has all its objects. `Checkpoint.verify` also checks their bytes."""
+        return self.state == COMPLETE
 
 
 @undisturbed()
 def find_checkpoints(
     uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> list[FoundCheckpoint]:
-    """The checkpoints at a place and below it, by their names; files of torch.save where there is nothing else.
+    """Find the checkpoints at and below a location, sorted by name.
 
-    Raises StoreError, UnsupportedURIError.
+    Files of torch.save are only listed for folders without other checkpoints.
+
+    Args:
+        uri: a path or a URI that fsspec can open.
+        storage_options: options for fsspec.
+
+    Raises:
+        StoreError, UnsupportedURIError: the location cannot be listed.
     """
     uri = os.fspath(uri) or "."
     folders: dict[str, set[str]] = {}
     for name in open_store(uri, storage_options).list():
-        folder, base = _in_its_place(name)
+        folder, base = split_name(name)
         folders.setdefault(folder, set()).add(base)
-    places: list[tuple[str, set[str] | None]] = []
+    candidates: list[tuple[str, set[str] | None]] = []
     for folder, names in sorted(folders.items()):
-        if any(map(_tells, names)):
-            places.append((folder, names))
+        if any(map(_is_of_checkpoint, names)):
+            candidates.append((folder, names))
         else:
             files = (name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch")
-            places += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
+            candidates += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
     with Pool(16, "reshard-ls") as pool:
 
-        def look(place: tuple[str, set[str] | None]) -> FoundCheckpoint | None:
-            return _found(f"{uri.rstrip('/')}/{place[0]}".rstrip("/"), place[1], storage_options)
+        def open_candidate(candidate: tuple[str, set[str] | None]) -> FoundCheckpoint | None:
+            name, names = candidate
+            return _found(f"{uri.rstrip('/')}/{name}".rstrip("/"), names, storage_options)
 
-        return [
-            checkpoint for checkpoint in pool.map(look, sorted(places, key=itemgetter(0))) if checkpoint is not None
-        ]
+        found = pool.map(open_candidate, sorted(candidates, key=itemgetter(0)))
+        return [checkpoint for checkpoint in found if checkpoint is not None]
 
 
-def _in_its_place(name: str) -> tuple[str, str]:
-    """The folder of a checkpoint that an object would belong to, and its name in there."""
+def split_name(name: str) -> tuple[str, str]:
+    """Split the name of an object into the folder of its checkpoint and its name in that folder."""
     folder, _, base = name.rpartition("/")
     if DATA_NAME.fullmatch(f"{DATA_FOLDER}/{base}") and folder.split("/")[-1] == DATA_FOLDER:
         return folder[: -len(DATA_FOLDER)].rstrip("/"), f"{DATA_FOLDER}/{base}"
     return folder, base
 
 
-def _tells(name: str) -> bool:
-    """Whether a name is one of a checkpoint's."""
-    known = name in (NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
-    of_many = name.endswith(TORCH_INDEX_SUFFIX) or part_groups([name])
+def _is_of_checkpoint(name: str) -> bool:
+    """Return whether a folder that contains an object of this name may be a checkpoint."""
+    known = name in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
+    of_many = name.endswith(TORCH_INDEX_SUFFIX) or group_numbered_files([name])
     return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
 def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> FoundCheckpoint | None:
-    """None for a file that only has a name like those of torch.save. `names` are those of a folder, None of a file."""
+    """Open a candidate. Return None for a file whose name ends like those of torch.save, but which is another file.
+
+    Args:
+        names: the names of the objects in the folder; None if the candidate is a file.
+    """
     number = _LAST_NUMBER.search(uri.rpartition("/")[2])
     step = int(number[1]) if number else None
     try:
         source = open_source(uri, storage_options, is_found=True)
     except NotCommittedError:
-        return FoundCheckpoint(uri, "", UNFINISHED, step, None, None, None)
+        return FoundCheckpoint(uri, "", NOT_COMMITTED, step, None, None, None)
     except CheckpointError as error:
         if names is None and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
             return None
@@ -134,7 +140,7 @@ def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] 
     nbytes = sum(nbytes for _, nbytes in source.objects)
     missing = 0 if names is None else sum(name not in names for name, _ in source.objects)
     damaged = sum(found.is_damage for found in source.unreadable.values())
-    state = f"{damaged} tensors are missing" if damaged else WHOLE
+    state = f"{damaged} tensors are missing" if damaged else COMPLETE
     if missing:
         state = f"{missing} of {len(source.objects)} objects are missing"
     return FoundCheckpoint(uri, source.format, state, step, nbytes, len(source.entries), _created(source))
@@ -151,13 +157,13 @@ def _created(source: Source) -> datetime.datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What the removal of a checkpoint deletes."""
+    """The objects that the removal of a checkpoint deletes."""
 
     format: str
     metadata: tuple[str, ...]
-    """What makes it a checkpoint, which goes first."""
+    """The objects without which it is not a checkpoint. They are deleted first."""
     data: tuple[tuple[str, int], ...]
-    """Names and bytes of its other objects."""
+    """The names and sizes of the other objects."""
 
     @property
     def names(self) -> list[str]:
@@ -169,46 +175,52 @@ class Removal:
 
     @property
     def unusual(self) -> list[str]:
-        """The names that DCP writes only if it is given prefixes for them."""
+        """The names that DCP only writes if it is configured with a prefix."""
         return [name for name, _ in self.data if self.format == "dcp" and not _OF_DCP.fullmatch(name)]
 
 
 @undisturbed()
 def find_removal(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Removal:
-    """Find out what `remove` deletes, and change nothing. Raises as `remove`."""
+    """Return what `remove` would delete, and change nothing. It raises the same errors as `remove`."""
     return _removal(open_source(uri, storage_options))
 
 
 def _removal(source: Source) -> Removal:
     if source.format not in REMOVABLE:
         raise ArgumentError(
-            f"{source.location} is of format {source.format!r}: only checkpoints of reshard and of DCP are removed, "
-            "whose metadata tells what they are made of"
+            f"{source.location} has the format {source.format!r}: only checkpoints of reshard and DCP can be removed, "
+            "because their metadata lists all their objects"
         )
-    first = [NAME]
+    metadata = [MANIFEST_NAME]
     if source.format == "dcp":
-        there = list(source.store.list())
-        first = [name for name in there if name == METADATA or RANK_METADATA.fullmatch(name)]
-        _refuse_others(source, there)
-    removal = Removal(source.format, tuple(first), tuple(source.objects))
+        names = list(source.store.list())
+        metadata = [name for name in names if name == METADATA or RANK_METADATA.fullmatch(name)]
+        _check_names_of_dcp(source, names)
+    removal = Removal(source.format, tuple(metadata), tuple(source.objects))
     check_delete(source.store, removal.names)
     return removal
 
 
-def _refuse_others(source: Source, there: Iterable[str]) -> None:
-    """Raises ArgumentError if metadata of DCP names what DCP does not write, or what another checkpoint may need."""
-    parts = [name.rpartition("/") for name in there]
-    places = {folder for folder, _, base in parts if base in (NAME, METADATA) or RANK_METADATA.fullmatch(base)}
+def _check_names_of_dcp(source: Source, names: Iterable[str]) -> None:
+    """Check that the metadata of a DCP checkpoint lists only objects that DCP wrote for this checkpoint.
+
+    Raises:
+        ArgumentError: it lists an object that DCP does not write, or that another checkpoint may need.
+    """
+    parts = [name.rpartition("/") for name in names]
+    folders = {
+        folder for folder, _, base in parts if base in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(base)
+    }
     others = [
         name
         for name, _ in source.objects
-        if not _PREFIXED.fullmatch(name) or any(name.startswith(f"{place}/") for place in places if place)
+        if not _PREFIXED.fullmatch(name) or any(name.startswith(f"{folder}/") for folder in folders if folder)
     ]
     if others:
         raise ArgumentError(
-            f"the metadata of the checkpoint at {source.location} names {len(others)} objects that DCP does not write, "
-            f"or that are of another checkpoint, as {others[0]!r}: nothing was removed. Look at what is there, and "
-            "remove it by other means"
+            f"the metadata of the checkpoint at {source.location} lists {len(others)} objects that DCP does not write, "
+            f"or that belong to another checkpoint, such as {others[0]!r}: nothing was removed. Check the folder, and "
+            "remove it with other tools"
         )
 
 
@@ -219,156 +231,32 @@ def remove(
     *,
     expected: Removal | None = None,
 ) -> list[str]:
-    """Remove a checkpoint of reshard or of DCP: first what makes it one, so that it is never in part, then its data.
+    """Remove a checkpoint of reshard or DCP. Other objects at the location are not touched.
 
-    Other objects at the place stay.
+    The metadata is deleted first, so that a partly removed checkpoint is never mistaken for a complete one.
 
     Args:
-        expected: what `find_removal` found. If that has changed, nothing is removed.
+        uri: a path or a URI that fsspec can open.
+        storage_options: options for fsspec.
+        expected: the result of `find_removal`. If the checkpoint has changed since then, nothing is removed.
 
-    Returns: the names of what was removed.
+    Returns:
+        The names of the removed objects.
 
     Raises:
-        ArgumentError: it is of another format, its metadata names objects that DCP does not write, or it is not what
-            was expected.
-        StoreError: an object cannot be deleted: it is a folder, or in a folder that is a symbolic link. Nothing was
-            removed then, unless the store failed on the way.
-    And as `open_source`.
+        ArgumentError: the checkpoint has another format, its metadata lists objects that DCP does not write, or it is
+            not the expected one. Nothing was removed.
+        StoreError: an object cannot be deleted because it is a folder or is in a folder that is a symbolic link; then
+            nothing was removed. Or the store failed during the removal.
+        Also what `reshard.open` raises.
     """
     source = open_source(uri, storage_options)
     removal = _removal(source)
     if expected is not None and removal != expected:
-        raise ArgumentError(f"the checkpoint at {source.location} has changed meanwhile: nothing was removed")
+        raise ArgumentError(f"the checkpoint at {source.location} has changed in the meantime: nothing was removed")
     source.store.delete(removal.metadata)
     source.store.delete([name for name, _ in removal.data])
     if isinstance(source.store, LocalStore):
         source.store.delete_if_empty(DATA_FOLDER)
         source.store.delete_if_empty()
     return removal.names
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """What saves that never ended have left in one place."""
-
-    uri: str
-    names: tuple[str, ...]
-    nbytes: int
-    root: str
-    """The place that was looked through."""
-    folder: str
-    """Below it, where these are; empty for the place itself."""
-
-
-def find_remains(
-    uri: str, storage_options: Mapping[str, Any] | None = None, *, older_than_s: float = 24 * 3600
-) -> list[Remains]:
-    """Data objects of reshard's own format that no manifest names, and temporary files, at a place and below it.
-
-    Where any of a place is younger than that, a save may be in progress there, and none of its is told. Nor is any
-    where a conversion was begun: the same call ends it.
-
-    Args:
-        older_than_s: of a save that is in progress, the data would be found if this is shorter than the time from its
-            last write to its commit, and the save would commit a damaged checkpoint if it is removed.
-
-    Raises StoreError, ArgumentError, and CorruptCheckpointError where a manifest does not tell what it names.
-    """
-    _check_age(older_than_s)
-    folders: dict[str, list[str]] = {}
-    converted: set[str] = set()
-    for name in open_store(uri, storage_options).list():
-        folder, base = _in_its_place(name)
-        if base == CONVERSION:
-            converted.add(folder)
-        elif _WRITTEN.fullmatch(base) or _is_temporary(base):
-            folders.setdefault(folder, []).append(base)
-    found = []
-    for folder in sorted(folders.keys() - converted):
-        place = f"{uri.rstrip('/')}/{folder}".rstrip("/")
-        remains = _remains(open_found_store(place, storage_options), folders[folder], older_than_s)
-        if remains:
-            found.append(Remains(place, tuple(remains), sum(remains.values()), uri, folder))
-    return found
-
-
-def remove_remains(
-    remains: Iterable[Remains],
-    storage_options: Mapping[str, Any] | None = None,
-    *,
-    older_than_s: float = 24 * 3600,
-) -> None:
-    """Remove what `find_remains` found; nothing of what a manifest names by now, or where something is younger.
-
-    Raises as `find_remains`.
-    """
-    _check_age(older_than_s)
-    for place in remains:
-        names = _remains(open_found_store(place.uri, storage_options), place.names, older_than_s)
-        # From the place that the caller named: the store follows no link below that.
-        open_store(place.root, storage_options).delete([f"{place.folder}/{name}".lstrip("/") for name in names])
-
-
-def _check_age(seconds: float) -> None:
-    if not seconds >= 0:
-        raise ArgumentError(f"older_than_s must be 0 or more, got {seconds}")
-
-
-def _is_temporary(name: str) -> bool:
-    found = TEMPORARY.fullmatch(name)
-    return found is not None and _PUT.fullmatch(found[1]) is not None
-
-
-def _remains(store: Store, names: Iterable[str], older_than_s: float) -> dict[str, int]:
-    """Which objects of a place are nobody's, and their bytes; none where one is young."""
-    kept = _kept(store)
-    left = [name for name in names if name not in kept]
-    if not left or _is_younger(store, left, older_than_s):
-        return {}
-    sizes = dict(zip(left, _sizes(store, left), strict=True))
-    found = {name: nbytes for name, nbytes in sizes.items() if nbytes is not None and _is_ours(store, name)}
-    kept = _kept(store) if found else set()  # by now, a save may have committed
-    return {name: nbytes for name, nbytes in found.items() if name not in kept}
-
-
-def _kept(store: Store) -> set[str]:
-    """The data objects that the manifest names."""
-    manifest = Manifest.find(store)
-    return {name for name, _ in manifest.objects} if manifest else set()
-
-
-def _is_ours(store: Store, name: str) -> bool:
-    """Whether an object begins as those do that reshard writes; one that was cut short at once may have less."""
-    if _is_temporary(name):
-        return True
-    try:
-        begin = bytes(store.read(name, 0, len(OBJECT_MAGIC)))
-    except ObjectNotFoundError:
-        return False
-    return OBJECT_MAGIC.startswith(begin)
-
-
-def _is_younger(store: Store, names: Iterable[str], seconds: float) -> bool:
-    def modified(name: str) -> float:
-        try:
-            return store.modified(name)
-        except ObjectNotFoundError:
-            return time.time()  # it was removed just now: something is going on
-        except SpecialFileError:
-            return 0.0
-
-    with Pool(16, "reshard-gc") as pool:
-        return max(pool.map(modified, names)) > time.time() - seconds
-
-
-def _sizes(store: Store, names: Iterable[str]) -> list[int | None]:
-    """The bytes of objects; None for one that is gone, or is no file."""
-
-    def size(name: str) -> int | None:
-        try:
-            return store.size(name)
-        except (ObjectNotFoundError, SpecialFileError):
-            return None
-
-    with Pool(16, "reshard-gc") as pool:
-        return list(pool.map(size, names))

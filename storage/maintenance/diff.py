@@ -1,54 +1,73 @@
-"""In what two checkpoints differ: by their manifests where those tell, by their values where they do not."""
+"""Comparing two checkpoints, by their metadata if that is sufficient, otherwise by their values."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
 from ...planner.box import Box
-from ...planner.entries import Entry
-from ...planner.index import Kind
-from ...planner.read_plan import Want
-from ..conversion.source_stream import Values
+from ...planner.chunk_reads import Want
+from ...planner.entries import Entry, Kind
+from ..conversion.source_stream import SourceStream
+from ..conversion.work_items import Item, Piece
 from ..errors import UnsafeValueError
+from ..formats.detect import open_source
 from ..formats.source import Source
 from ..formats.value_codec import encode_value
-from ..reading.read_tensors import StoredValue, read_boxes
+from ..reading.read_tensors import read_boxes
 from ..reading.same_chunks import same_chunks
+from ..reading.value_reads import ValueRead
 from ..runtime.torch_modes import undisturbed
-from ..tensors.pieces import Item, Piece, rows_of
+from ..stores.base import Store
+from ..tensors.splitting import row_boxes
 
-MAX_CHARACTERS = 40
+MAX_SHOWN_VALUE_CHARACTERS = 40
 """Of a value that is shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One name in which they differ."""
+    """A name for which two checkpoints differ."""
 
     name: str
     what: str
-    """ "only in A", "only in B", "shape", "dtype", "object", "values", or "unreadable" where it cannot be compared."""
+    """One of "only in A", "only in B", "shape", "dtype", "value", "elements" and "unreadable" (not comparable)."""
     a: str = ""
     b: str = ""
-    """What it is in each, in words."""
+    """A description of the tensor or value in each checkpoint."""
     changed: int = 0
-    """Values that differ."""
+    """The number of elements that differ."""
     largest: float = 0.0
-    """The largest absolute difference of two of them."""
+    """The largest absolute difference of two elements."""
 
 
 @undisturbed()
-def diff(a: Source, b: Source) -> list[Difference]:
-    """Return the differences, by name. Reads what the manifests do not tell to be the same, in pieces, of both at once.
+def diff(
+    a: str | os.PathLike[str] | Store,
+    b: str | os.PathLike[str] | Store,
+    *,
+    a_options: Mapping[str, Any] | None = None,
+    b_options: Mapping[str, Any] | None = None,
+) -> list[Difference]:
+    """Return the names, shapes, dtypes and values that differ between two checkpoints of any format, sorted by name.
 
-    Raises CorruptCheckpointError, StoreError.
+    Tensors that are equal according to the checksums of two native checkpoints are not read. Others are read in pieces.
+
+    Args:
+        a, b: paths, URIs that fsspec can open, or Stores.
+        a_options, b_options: options for fsspec.
+
+    Raises:
+        CorruptCheckpointError, StoreError: the bytes cannot be read.
+        Also what `reshard.open` raises.
     """
-    return list(_differences(a, b))
+    return list(_differences(open_source(a, a_options), open_source(b, b_options)))
 
 
 def _differences(a: Source, b: Source) -> Iterator[Difference]:
@@ -61,17 +80,17 @@ def _differences(a: Source, b: Source) -> Iterator[Difference]:
                 why_a, why_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
                 yield Difference(name, "unreadable", why_a, why_b)
             elif name not in b:
-                yield Difference(name, "only in A", _in_words(a.entry(name)))
+                yield Difference(name, "only in A", _describe(a.entry(name)))
             elif name not in a:
-                yield Difference(name, "only in B", "", _in_words(b.entry(name)))
+                yield Difference(name, "only in B", "", _describe(b.entry(name)))
             elif name in to_read:
                 yield from next(values)
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
                 one, two = _object(a, name), _object(b, name)
                 if one != two:
-                    yield Difference(name, "object", _in_words(a.entry(name), *one), _in_words(b.entry(name), *two))
+                    yield Difference(name, "value", _describe(a.entry(name), *one), _describe(b.entry(name), *two))
             elif a.entry(name).shape != b.entry(name).shape:
-                yield Difference(name, "shape", _in_words(a.entry(name)), _in_words(b.entry(name)))
+                yield Difference(name, "shape", _describe(a.entry(name)), _describe(b.entry(name)))
 
 
 def _is_tensor(source: Source, name: str) -> bool:
@@ -94,25 +113,25 @@ def _of_values(
     a: Source, b: Source, names: Mapping[str, tuple[Entry, Entry]]
 ) -> Generator[list[Difference], None, None]:
     """What differs in each tensor, if anything does, in order."""
-    boxes = {name: list(rows_of(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
+    boxes = {name: list(row_boxes(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
 
     def pieces(which: int) -> Iterator[Piece]:
         for name, entries in names.items():
             item = Item(name, name, Kind.TENSOR, entries[which].dtype, entries[which].shape)
             yield from (Piece(item, box) for box in boxes[name])
 
-    with closing(Values(a, 0, None, _ignore)) as values_a, closing(Values(b, 0, None, _ignore)) as values_b:
+    with closing(SourceStream(a, 0, None, _ignore)) as values_a, closing(SourceStream(b, 0, None, _ignore)) as values_b:
         pairs = zip(values_a.stream(pieces(0)), values_b.stream(pieces(1)), strict=True)
         for name, (mine, other) in names.items():
             changed, largest = 0, 0.0
             for one, two in islice(pairs, len(boxes[name])):
                 more, apart = _compared(one, two)
                 changed, largest = changed + more, max(largest, apart)
-            words = _in_words(mine), _in_words(other)
+            words = _describe(mine), _describe(other)
             if mine.dtype != other.dtype:
                 yield [Difference(name, "dtype", *words, changed, largest)]
             else:
-                yield [Difference(name, "values", *words, changed, largest)] if changed else []
+                yield [Difference(name, "elements", *words, changed, largest)] if changed else []
 
 
 def _ignore(nbytes: int) -> None:
@@ -146,7 +165,7 @@ def _object(source: Source, name: str) -> tuple[Kind, bytes]:
     """What is to be compared of an object: how reshard would store it; of one that needs pickle, its bytes."""
     if source.entry(name).is_tensor:
         return Kind.TENSOR, b""
-    blob = StoredValue(source, name)
+    blob = ValueRead(source, name)
     read_boxes(source, blob.wants, blob.tensors)
     try:
         return encode_value(blob.value())
@@ -154,10 +173,10 @@ def _object(source: Source, name: str) -> tuple[Kind, bytes]:
         return blob.kind, blob.data
 
 
-def _in_words(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
+def _describe(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
     if kind is Kind.JSON:
         text = data.decode()
-        return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+        return text if len(text) <= MAX_SHOWN_VALUE_CHARACTERS else f"{text[:MAX_SHOWN_VALUE_CHARACTERS]}…"
     if not entry.is_tensor:
-        return f"object of {entry.numel} bytes"
+        return f"value of {entry.numel} bytes"
     return f"{entry.dtype} {list(entry.shape)}"

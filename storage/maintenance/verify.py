@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...planner.box import Box
-from ...planner.index import NATIVE, CheckpointIndex, Encoding, Kind
-from ...planner.read_plan import Want, plan_reads
+from ...planner.chunk_reads import Want
+from ...planner.entries import NATIVE_ENCODINGS, Encoding, Kind
+from ...planner.index import CheckpointIndex
+from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
-from ..formats.torch_save.blob import damage_of
-from ..reading.tasks import DAMAGED, Batch, ByteRange, Request, arrange
+from ..formats.torch_save.safe_load import damage_of
+from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
 from ..runtime.progress import Meter, OnProgress
@@ -26,7 +28,7 @@ logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class DamagedChunk:
     """A chunk that cannot be read as it was written."""
 
     tensor: str
@@ -45,7 +47,9 @@ class Damage:
         return f"{self.tensor!r}: chunk {self.box}, {where}: {self.reason}"
 
 
-def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False) -> list[Damage]:
+def verify(
+    store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False
+) -> list[DamagedChunk]:
     """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
 
     Args:
@@ -57,16 +61,16 @@ def verify(store: Store, index: CheckpointIndex, *, quick: bool = False, progres
     plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
     _, requests = arrange(plan)
 
-    def check(request: Request) -> list[Damage]:
+    def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]
         parts = _cut_off(index, request, sizes[name]) if quick else _damages(store, index, name, request)
-        return [Damage(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
+        return [DamagedChunk(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
 
     largest = max((request.nbytes for request in requests), default=1)
     concurrent = max(1, min(store.capabilities.concurrent_reads, default_budget() // largest))
     meter = Meter("verify", progress, location=store.location)
     meter.expect(sum(request.nbytes for request in requests))
-    found: list[Damage] = []
+    found: list[DamagedChunk] = []
     with meter, Pool(concurrent, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
@@ -85,14 +89,14 @@ def _size(store: Store, name: str) -> int | None:
         return None
 
 
-def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ByteRange, str]]:
+def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ChunkRange, str]]:
     """What of a request lies beyond the end of its object, which has so many bytes, or is missing."""
     parts = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
     reason = "the object is missing" if nbytes is None else "the object is cut short"
     return [(part, reason) for part in parts if nbytes is None or part.stop > nbytes]
 
 
-def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ByteRange, str]]:
+def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ChunkRange, str]]:
     try:
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
@@ -104,14 +108,14 @@ def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) 
     return damages or [(part, reason) for batch, _ in request.parts for part, reason in _crcs(batch, request, data)]
 
 
-def _crcs(batch: Batch, request: Request, data: memoryview) -> Iterator[tuple[ByteRange, str]]:
+def _crcs(batch: ChunkBatch, request: Request, data: memoryview) -> Iterator[tuple[ChunkRange, str]]:
     """What of a batch's slices, files of torch.save, does not match its CRC-32."""
     read, first = batch.read, batch.rows.start
     whole = read.encodings[batch.rows] == Encoding.OPAQUE
-    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE):
+    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE_ENCODINGS):
         whole |= (read.chunk_sizes[batch.rows] == read.entry.shape).all(axis=1)
     for row in np.flatnonzero(whole).tolist():
         start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])
         reason = damage_of(data[start - request.start : stop - request.start])
         if reason:
-            yield ByteRange(batch.tensor, batch.chunk_box(row), start, stop), reason
+            yield ChunkRange(batch.tensor, batch.chunk_box(row), start, stop), reason

@@ -1,4 +1,4 @@
-"""The chunks of a batch, decoded, some bands of them together, and written where they belong, band by band."""
+"""Decodes the chunks of a batch and writes them to their destination, one chunk run at a time."""
 
 from __future__ import annotations
 
@@ -7,68 +7,68 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...planner.index import Encoding
-from ...planner.read_plan import ChunkReads
+from ...planner.chunk_reads import ChunkReads
+from ...planner.entries import Encoding
 from ..errors import CorruptCheckpointError
-from ..formats.native.chunk_runs import BAND_BYTES, Band
+from ..formats.native.chunk_runs import MAX_CHUNK_RUN_BYTES, ChunkRun
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
-from ..formats.torch_save.blob import decode_opaque
-from .tasks import Batch, TensorRead
+from ..formats.torch_save.safe_load import decode_opaque
+from .tasks import ChunkBatch, TensorRead
 
 
-def place_batch(batch: Batch, damage: Callable[[TensorRead, str], Exception]) -> None:
-    """Decode a batch's chunks, whose bytes are here, and write them to its destination.
+def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
+    """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination.
 
     Args:
-        damage: gives the error for a tensor, from what is wrong with it.
+        damage: Returns the error to raise for a tensor and a message.
     """
     read, destination = batch.read, batch.destination
     assert destination is not None
-    streams = [_Stream.of(batch, stream) for stream in range(len(batch.requests))]
-    for bands in _together(read, batch.bands.select(batch.band_rows)):
+    streams = [_StreamBytes.of(batch, stream) for stream in range(len(batch.requests))]
+    for runs in _together(read, batch.chunk_runs.select(batch.run_rows)):
         try:
-            values = _values(read, bands, streams)
+            values = _decode_runs(read, runs, streams)
         except CorruptCheckpointError as error:
-            at, told = _first_damaged(read, bands, streams) or (bands[0].row, error)
-            message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {told}"
+            at, cause = _first_damaged(read, runs, streams) or (runs[0].row, error)
+            message = f"chunk {batch.chunk_box(at - batch.rows.start)} cannot be decoded: {cause}"
             raise damage(batch.tensor, message) from error
-        batch.tensor.touched = True
+        batch.tensor.overwritten = True
         begin = 0
-        for band in bands:
-            end = begin + band.count * band.numel * read.itemsize
-            destination.write(band.place, values[begin:end], band.sizes, band.part, band.count, band.dim)
+        for run in runs:
+            end = begin + run.count * run.numel * read.itemsize
+            destination.write(run.place, values[begin:end], run.sizes, run.part, run.count, run.dim)
             begin = end
 
 
-def _together(read: ChunkReads, bands: Iterable[Band]) -> Iterator[list[Band]]:
-    """Bands whose planes are joined together: of chunks of as many values, one after another, BAND_BYTES at most."""
-    together: list[Band] = []
+def _together(read: ChunkReads, runs: Iterable[ChunkRun]) -> Iterator[list[ChunkRun]]:
+    """Group chunk runs for one call of the codec: equal numbers of values, at most MAX_CHUNK_RUN_BYTES together."""
+    together: list[ChunkRun] = []
     chunks = 0
-    for band in bands:
-        first = together[0] if together else band
-        joined = band.encoding == first.encoding == Encoding.PLANES and band.numel == first.numel
-        if together and not (joined and (chunks + band.count) * band.numel * read.itemsize <= BAND_BYTES):
+    for run in runs:
+        first = together[0] if together else run
+        joined = run.encoding == first.encoding == Encoding.PLANES and run.numel == first.numel
+        if together and not (joined and (chunks + run.count) * run.numel * read.itemsize <= MAX_CHUNK_RUN_BYTES):
             yield together
             together, chunks = [], 0
-        together.append(band)
-        chunks += band.count
+        together.append(run)
+        chunks += run.count
     if together:
         yield together
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
-    """One stream of a batch's chunks."""
+class _StreamBytes:
+    """The bytes of one stream of a batch."""
 
     data: memoryview
     first: int
-    """The row of the batch's first chunk."""
+    """The row of the first chunk of the batch."""
     begins: list[int]
     ends: list[int]
-    """Where each chunk's bytes are in the data."""
+    """The byte range [begin, end) of each chunk in `data`."""
 
     @classmethod
-    def of(cls, batch: Batch, stream: int) -> _Stream:
+    def of(cls, batch: ChunkBatch, stream: int) -> _StreamBytes:
         data = batch.requests[stream].data
         assert data is not None
         begins = batch.read.starts[batch.rows, stream] - batch.requests[stream].start
@@ -77,33 +77,33 @@ class _Stream:
         )
 
     def together(self, row: int, count: int) -> memoryview:
-        """The bytes of chunks, which are one range."""
+        """Return the bytes of consecutive chunks that are one byte range."""
         at = row - self.first
         return self.data[self.begins[at] : self.ends[at + count - 1]]
 
     def each(self, row: int, count: int) -> list[memoryview]:
-        """The bytes of each of some chunks."""
+        """Return the bytes of each of some chunks."""
         at = row - self.first
         return [self.data[self.begins[i] : self.ends[i]] for i in range(at, at + count)]
 
 
 def _first_damaged(
-    read: ChunkReads, bands: list[Band], streams: list[_Stream]
+    read: ChunkReads, runs: list[ChunkRun], streams: list[_StreamBytes]
 ) -> tuple[int, CorruptCheckpointError] | None:
-    """The row of the first chunk that cannot be decoded, and why."""
-    for band in bands:
-        for row in range(band.row, band.row + band.count):
+    """Return the row of the first chunk that cannot be decoded, and the error. None if all can be decoded."""
+    for run in runs:
+        for row in range(run.row, run.row + run.count):
             try:
-                _values(read, [replace(band, row=row, count=1)], streams)
+                _decode_runs(read, [replace(run, row=row, count=1)], streams)
             except CorruptCheckpointError as error:
                 return row, error
     return None
 
 
-def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Bytes:
-    """The bytes of the values of bands that `_together` gives: each chunk row-major, one after another."""
-    encoding, numel, row = bands[0].encoding, bands[0].numel, bands[0].row
-    count = sum(band.count for band in bands)
+def _decode_runs(read: ChunkReads, runs: list[ChunkRun], streams: list[_StreamBytes]) -> Bytes:
+    """Decode chunk runs that `_together` grouped. Return the values of each chunk, row-major, one after another."""
+    encoding, numel, row = runs[0].encoding, runs[0].numel, runs[0].row
+    count = sum(run.count for run in runs)
     if encoding == Encoding.PLANES:
         chunks = [stream.each(row, count) for stream in streams]
         if len(chunks) == 2:
@@ -111,14 +111,14 @@ def _values(read: ChunkReads, bands: list[Band], streams: list[_Stream]) -> Byte
         return decode_heads(chunks[0], numel) if read.heads_only else decode(chunks[0], read.entry.dtype, numel)
     data = streams[0].together(row, count)
     if encoding == Encoding.RAW:
-        return _raw(data, count * numel * read.itemsize, int(read.skipped[row]))
+        return _decode_raw(data, count * numel * read.itemsize, int(read.skipped[row]))
     if encoding == Encoding.OPAQUE:
-        return decode_opaque(data, read.entry.dtype, bands[0].sizes)
-    return _plain(read, row, np.frombuffer(data, np.uint8))
+        return decode_opaque(data, read.entry.dtype, runs[0].sizes)
+    return _decode_plain(read, row, np.frombuffer(data, np.uint8))
 
 
-def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
-    """The bytes of raw chunks' values; where one was read in part, only that part is set."""
+def _decode_raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
+    """Return the values of raw chunks. If a chunk was read in part, the other values are not initialised."""
     values = np.frombuffer(data, np.uint8)
     if len(values) == nbytes:
         return values
@@ -127,8 +127,8 @@ def _raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:
     return whole
 
 
-def _plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
-    """The bytes of a slab's values, from its runs and what lies between them where that was read."""
+def _decode_plain(read: ChunkReads, row: int, values: Bytes) -> Bytes:
+    """Return the values of a plain chunk. Bytes that were read between its byte ranges are skipped."""
     assert read.runs is not None
     nbytes, runs = int(read.runs.nbytes[row]), int(read.runs.counts[row])
     if len(values) != runs * nbytes:

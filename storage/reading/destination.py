@@ -1,4 +1,4 @@
-"""Decoded values into a destination tensor, in place."""
+"""Writes decoded values to a destination tensor, in place."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from ..tensors.dtypes import UNSIGNED, cast, from_bytes
 
 
 class Destination:
-    """A tensor that is written box by box, cast where its dtype is not that of the values.
+    """A tensor that is written box by box. The values are cast if their dtype differs.
 
-    One on a device is written in host memory first, pinned where that can be, and copied to the device as a whole.
+    A tensor on a device is written to host memory first (pinned for CUDA), and copied to the device as a whole.
 
     Args:
-        staged: whether to do so; by default, where the tensor is not in host memory.
+        tensor: The destination.
+        stored: The dtype of the values that are written.
+        staged: Whether to write to host memory first. By default, if the tensor is not in host memory.
     """
 
     def __init__(self, tensor: torch.Tensor, stored: torch.dtype, *, staged: bool | None = None) -> None:
@@ -31,18 +33,19 @@ class Destination:
         self._staged = tensor.device.type != "cpu" if staged is None else staged
         self._lock = threading.Lock()
         self._target: torch.Tensor | None = None
-        """What the boxes are written to."""
+        """The tensor that boxes are written to. None before `begin`, and after `finish` has copied it."""
         self._array: npt.NDArray[Any] | None = None
-        """The bits of the target, where numpy can write them."""
+        """The bits of the target as an array. None if numpy cannot write them."""
         if not self._staged:
             self._write_to(self._tensor)
 
     def begin(self, *, whole: bool, max_bytes: int) -> None:
-        """Make ready to be written. Any further call does nothing.
+        """Prepare for writing. All calls except the first do nothing.
 
         Args:
-            whole: whether `finish` will follow soon.
-            max_bytes: of host memory to stage the tensor in; a larger one is written on the device, box by box.
+            whole: Whether all boxes are written now, and `finish` follows.
+            max_bytes: The maximum size of the copy in host memory. A larger tensor is written on the device, box by
+                box.
         """
         with self._lock:
             if self._target is not None:
@@ -56,22 +59,23 @@ class Destination:
     def _write_to(self, target: torch.Tensor) -> None:
         plain = target.device.type == "cpu" and not target.is_conj() and not target.is_neg()
         if plain and not target.dtype.is_complex:
-            # numpy copies without torch's thread pool, which the threads that call here would contend for.
+            # torch copies on its thread pool, which the threads that call this would compete for. numpy does not
+            # (`benchmarks/overhead.py`).
             self._array = target.view(UNSIGNED[target.itemsize]).numpy()
         self._target = target
 
     def write(
         self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices, count: int = 1, dim: int = 0
     ) -> None:
-        """Write a part of a chunk, or the whole of several that adjoin.
+        """Write a part of a chunk, or several adjacent chunks as a whole.
 
         Args:
-            at: where it goes, in the tensor.
-            values: the bytes of the whole chunks, one after another, each row-major, of shape `chunk_shape` and the
-                stored dtype.
-            part: the part of the chunk, of the sizes of `at`.
-            count: how many chunks there are. Of several, each is wanted whole.
-            dim: in which they adjoin.
+            at: The position in the tensor.
+            values: The bytes of the whole chunks, one after another. Each is row-major and has the stored dtype.
+            chunk_shape: The shape of each chunk.
+            part: The part of the chunk to write, with the sizes of `at`.
+            count: The number of chunks. If there are several, each is written as a whole.
+            dim: The dimension in which the chunks are adjacent.
         """
         array, target = self._array, self._target
         assert target is not None
@@ -86,7 +90,7 @@ class Destination:
                 with writing_to(target):
                     target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
             return
-        # The chunks' own dimension comes first in their bytes; it belongs before the one in which they adjoin.
+        # The first dimension of `values` counts the chunks. Move it before the dimension in which they are adjacent.
         shape, before, after = (count, *chunk_shape), chunk_shape[:dim], chunk_shape[dim:]
         axes = (*range(1, dim + 1), 0, *range(dim + 1, len(shape)))
         if array is not None:
@@ -97,7 +101,7 @@ class Destination:
                 split.copy_(from_bytes(values, self._stored, shape).permute(axes))
 
     def finish(self) -> None:
-        """All boxes are written: what was staged goes to the tensor."""
+        """Copy the tensor to the device, after all boxes have been written to host memory."""
         with self._lock:
             if self._target is not None and self._target is not self._tensor:
                 _copy(self._target, self._tensor)
@@ -105,7 +109,7 @@ class Destination:
 
 
 def _copy(staged: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy to a device: on a stream of our own, so that what else runs there is not waited for."""
+    """Copy to a device, on a separate stream, so that the copy does not wait for other work on the device."""
     if tensor.device.type != "cuda":
         with writing_to(tensor):
             tensor.copy_(staged)
@@ -118,5 +122,5 @@ def _copy(staged: torch.Tensor, tensor: torch.Tensor) -> None:
 
 @functools.cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One for all copies to a device: what a stream has used of its memory is kept for it."""
+    """Return the stream for all copies to a device. torch caches memory for each stream, so a new one costs memory."""
     return torch.cuda.Stream(device)

@@ -1,9 +1,9 @@
-"""A read plan carried out: fetch, verify, decode, place, each overlapping the others.
+"""Executes a read plan: fetches, verifies, decodes and places chunks, all at the same time.
 
-Many requests are under way at once; what arrives is verified against its checksums, decoded and placed, straight into
-the destination tensors, by as many workers as this rank has cores. A tensor is written only once all its
-bytes have arrived and been verified, so that damage leaves it as it was; what waits for that is held within a budget.
-A tensor that is larger than the budget is written as its chunks arrive.
+Many requests run concurrently. As many workers as this rank has cores verify the bytes against their checksums, decode
+them, and write the values straight into the destination tensors. A tensor is written only after all its bytes have
+arrived and been verified, so damage leaves it unchanged. The bytes that wait for this stay within a budget. A tensor
+that is larger than the budget is written as its chunks arrive.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from functools import partial
 import torch
 from torch.profiler import record_function
 
+from ...planner.chunk_reads import ChunkReads
 from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex
 from ...planner.masking import harmless
-from ...planner.read_plan import ChunkReads, ReadPlan
+from ...planner.read_plan import ReadPlan
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
 from ..runtime.limits import default_budget
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
-from .decode import place_batch
+from .decode import place_chunk_batch
 from .destination import Destination
-from .fetcher import Fetched, Ranges, read_ranges
-from .tasks import DAMAGED, Batch, ByteRange, Request, TensorRead, arrange, separate
+from .fetcher import Fetched, ObjectRanges, read_ranges
+from .tasks import DAMAGED, ChunkBatch, ChunkRange, Request, TensorRead, arrange, separate
 from .workers import Workers
 
 GROUPS_AHEAD = 4
-"""Groups of requests that a store which reads ahead is told of before their turn."""
-STOPPED = "the reading was stopped"
+"""The number of groups of requests that are announced in advance to a store that reads ahead."""
+STOPPED = "the read was stopped"
 
 
 @dataclass(slots=True)
 class ReadStats:
-    """What reading took. Seconds are summed over the requests, and over the threads."""
+    """Seconds that reading took, summed over all requests and all threads."""
 
     fetch_s: float = 0.0
     decode_s: float = 0.0
@@ -59,20 +60,20 @@ def execute(
     placed: Callable[[int], None] = lambda nbytes: None,
     workers: Workers | None = None,
 ) -> ReadStats:
-    """Carry out a plan: fill each destination with the box that was wanted in its place.
+    """Execute a plan: read each box into its destination.
 
     Args:
-        destinations: one tensor for each of `plan.reads`, of its box's sizes, on any device, of a dtype that the
-            stored one can be cast to. Written in place.
-        budget_bytes: of what was fetched and is not placed yet; `default_budget()` by default.
-        interrupt: called now and then, by this thread; what it raises stops the reading.
-        placed: called with the stored bytes of a request once all its values are where they belong, by any thread.
-        workers: threads and memory that other calls use too; some of its own by default.
+        destinations: One tensor for each of `plan.reads`, with the sizes of its box, on any device. The stored dtype
+            can be cast to its dtype. The tensors are written in place.
+        budget_bytes: Memory for bytes that have been fetched and not been placed yet. `default_budget()` by default.
+        interrupt: Called regularly by this thread. If it raises an error, the read stops with this error.
+        placed: Called by any thread, with the number of stored bytes of a request whose values have all been placed.
+        workers: Threads and buffers that are shared with other calls. By default this call creates its own.
 
     Raises:
-        CorruptCheckpointError: bytes are damaged or missing. The tensor that it names is as it was, unless the
-            message says that a part of it was overwritten.
-        StoreError: the store failed.
+        CorruptCheckpointError: Bytes are damaged or missing. The tensor that the message names is unchanged, unless
+            the message says that a part of it was overwritten.
+        StoreError: The store failed.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
     execution = _Execution(plan, index, store, destinations, budget, interrupt, placed)
@@ -82,11 +83,12 @@ def execute(
 
 
 class _Execution:
-    """The state of one plan while it is carried out; `_lock` guards all that the threads share.
+    """The state of one plan while it is executed. `_lock` protects everything that threads share.
 
-    A worker does, again and again, what is nearest to an end, until there is nothing to do: place what is verified,
-    verify what has arrived, and, where the fetcher reads in the thread that asks, read more, so that bytes are worked
-    on by the core that read them. Of other fetchers the thread that called asks for more.
+    A worker repeats the step that is closest to the end, until there is nothing to do: it places batches that are
+    verified, or verifies requests that have arrived. If the fetcher reads in the calling thread, the worker also reads
+    the next group, so that the core that read the bytes also processes them (`benchmarks/overhead.py`). For other
+    fetchers, the thread that called `run` starts the reads.
     """
 
     def __init__(
@@ -106,26 +108,26 @@ class _Execution:
         self._interrupt = interrupt
         self._placed = placed
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
-        self._lock = threading.RLock()  # taken again where a read has ended by the time that it was started
+        self._lock = threading.RLock()  # the thread that starts a read runs its callback if it has already ended
         self._caller = threading.Condition(self._lock)
-        """Notified of what the thread that called waits for."""
+        """Notifies the thread that called `run`."""
         self._held = 0
         self._fetching = 0
         self._called = 0
-        """Workers that have been called and not left yet."""
+        """The number of workers that have been started and have not ended."""
         self._working = 0
-        """Of them, those that do something."""
+        """The number of workers that execute a task."""
         self._reading = 0
-        """Of those, the ones that read."""
+        """The number of workers that read."""
         self._arrived: deque[tuple[list[Request], Sequence[Fetched]]] = deque()
-        self._verified: deque[Batch] = deque()
+        self._verified: deque[ChunkBatch] = deque()
         self._error: BaseException | None = None
         self._failed_at: dict[BaseException, TensorRead] = {}
 
     def run(self, workers: Workers) -> None:
         self._workers, self._fetcher = workers, workers.fetcher
         self._groups = deque(self._grouped())
-        self._untold = deque(self._groups)  # those that the store has not been told of
+        self._unannounced = deque(self._groups)  # the groups that have not been announced to the store
         try:
             with self._lock:
                 self._call_workers()
@@ -139,7 +141,9 @@ class _Execution:
             self._fail(error)
         if self._error is not None:
             with self._lock:
-                while self._working > self._reading:  # what is being written is to be as the error says
+                while (
+                    self._working > self._reading
+                ):  # what the error says about the tensor must be true when it is raised
                     self._caller.wait()
             for request in self._requests:
                 if request.data is not None:
@@ -147,13 +151,13 @@ class _Execution:
         separate(self._tensors, self._requests)
         if self._error is not None:
             tensor = self._failed_at.get(self._error)
-            if tensor is not None and tensor.touched:
+            if tensor is not None and tensor.overwritten:
                 self._error.args = (f"{self._error}; a part of the tensor was overwritten",)
             raise self._error
 
     def _grouped(self) -> Iterator[list[Request]]:
-        """The requests, some of them together."""
-        most = min(self._fetcher.together_bytes, self._budget // 4)
+        """Yield groups of requests that are read by one call."""
+        most = min(self._fetcher.group_bytes, self._budget // 4)
         group, nbytes = list[Request](), 0
         for request in self._requests:
             group.append(request)
@@ -164,7 +168,7 @@ class _Execution:
         if group:
             yield group
 
-    def _wanted(self, group: list[Request]) -> list[Ranges]:
+    def _wanted(self, group: list[Request]) -> list[ObjectRanges]:
         return [(self._index.objects[request.object][0], request.ranges) for request in group]
 
     @property
@@ -173,25 +177,25 @@ class _Execution:
         return idle and not (self._groups or self._arrived or self._verified)
 
     def _admitted(self) -> list[Request] | None:
-        """The requests to fetch next, if the store takes more and the budget has room for them. Holds the lock."""
+        """Return the requests to fetch next, or None if the store or the budget is full. The caller holds the lock."""
         if not self._groups or self._fetching >= self._fetcher.max_requests:
             return None
         nbytes = sum(request.nbytes for request in self._groups[0])
         if self._held and self._held + nbytes > self._budget:
             if self._fetching or self._working or self._arrived or self._verified:
                 return None
-            self._place_what_is_here()
+            self._place_incomplete_tensors()
             if self._verified:
                 return None
-            # Nothing can make room: one oversize request passes alone.
+            # Nothing else can free memory: let this one request exceed the budget.
         self._fetching += 1
         self._held += nbytes
         return self._groups.popleft()
 
     def _pause(self) -> None:
-        """Let others have the lock, and ask whether this is still wanted. Holds the lock, before and after."""
+        """Release the lock while waiting, and call `interrupt`. The caller holds the lock."""
         self._caller.wait(CHECK_EVERY_S)
-        if self._workers.stopped:  # what was to be done for this one may never be
+        if self._workers.stopped:  # the tasks of this plan may never run
             raise StoreError(STOPPED)
         self._lock.release()
         try:
@@ -200,14 +204,16 @@ class _Execution:
             self._lock.acquire()
 
     def _fail(self, error: BaseException) -> None:
-        if isinstance(error, (RuntimeError, CancelledError)) and self._workers.stopped:  # their pools take nothing more
+        if (
+            isinstance(error, (RuntimeError, CancelledError)) and self._workers.stopped
+        ):  # the pools accept no more tasks
             error = StoreError(STOPPED)
         with self._lock:
             self._error = self._error or error
             self._caller.notify()
 
     def _call_workers(self) -> None:
-        """Have as many workers as there is something to do for. Holds the lock."""
+        """Start a worker for each task that waits, up to the maximum. The caller holds the lock."""
         waiting = len(self._verified) + len(self._arrived)
         if self._fetcher.reads_here:
             waiting += len(self._groups)
@@ -216,7 +222,7 @@ class _Execution:
             self._called += 1
 
     def _work(self) -> None:
-        """What each worker does."""
+        """Execute tasks until there are none. Each worker runs this."""
         try:
             with record_function("reshard.decode"):
                 while (task := self._next()) is not None:
@@ -231,7 +237,7 @@ class _Execution:
             task()
         except BaseException as error:
             failed = error
-        with self._lock:  # that it failed is known no later than that it is over
+        with self._lock:  # under one lock: no thread may see that the task has ended, and not that it failed
             if failed is not None:
                 self._fail(failed)
             self.stats.decode_s += time.perf_counter() - begin
@@ -242,7 +248,7 @@ class _Execution:
                 self._caller.notify()
 
     def _next(self) -> Callable[[], None] | None:
-        """A task; None where there is nothing to do now: whoever finds more calls again."""
+        """Return the next task. None if there is none now: the thread that adds one starts a worker again."""
         with self._lock:
             task: Callable[[], None] | None = None
             if self._error is None and not self._workers.stopped:
@@ -265,8 +271,8 @@ class _Execution:
     def _read(self, group: list[Request]) -> None:
         begin = time.perf_counter()
         with self._lock:
-            count = len(self._untold) - len(self._groups) + GROUPS_AHEAD
-            soon = [self._untold.popleft() for _ in range(min(count, len(self._untold)))]
+            count = len(self._unannounced) - len(self._groups) + GROUPS_AHEAD
+            soon = [self._unannounced.popleft() for _ in range(min(count, len(self._unannounced)))]
             self._reading += 1
             if self._error is not None:
                 self._caller.notify()
@@ -284,19 +290,19 @@ class _Execution:
         self._arrive(group, found)
 
     def _fetched(self, group: list[Request], begin: float, future: Future[list[Fetched]]) -> None:
-        """Leave what was read to the workers. Called by the thread that read it."""
+        """Pass the bytes on to the workers. The thread that read them calls this."""
         with self._lock:
             self.stats.fetch_s += time.perf_counter() - begin
             self._fetching -= 1
             try:
                 self._arrived.append((group, future.result()))
                 self._call_workers()
-            except BaseException as error:  # it was cancelled, or there can be no more threads
+            except BaseException as error:  # the read was cancelled, or no thread can be started
                 self._fail(error)
             self._caller.notify()
 
     def _arrive(self, group: list[Request], found: Sequence[Fetched]) -> None:
-        """Verify what was read, and pass on what is complete by it."""
+        """Verify the bytes of requests, and queue the tensors that are complete."""
         for request, data in zip(group, found, strict=True):
             if self._error is None:
                 try:
@@ -320,7 +326,7 @@ class _Execution:
             raise self._failure(nearest(error), tensor, f"{where}: {error}") from error
         except CheckpointError:
             raise
-        except Exception as error:  # of a read that was repeated, by somebody's own store
+        except Exception as error:  # raised by a store that is not part of reshard, when a read was repeated
             raise self._failure(StoreError, tensor, f"{where}: {type(error).__name__}: {error}") from harmless(error)
         if len(data) != request.nbytes:
             raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
@@ -339,8 +345,11 @@ class _Execution:
                 elif batch.tensor.piecemeal:
                     self._place_later([batch])
 
-    def _checked(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ByteRange]]:
-        """The request's bytes, and what of them is damaged; read again if any is, in case that happened on the way."""
+    def _checked(self, request: Request, data: memoryview, name: str) -> tuple[memoryview, list[ChunkRange]]:
+        """Return the bytes of a request and the damaged chunks.
+
+        If a chunk is damaged, the request is read once more, because the damage may have happened in transit.
+        """
         damages = request.damages(data, self._index)
         if damages:
             self._fetcher.release(data)
@@ -359,32 +368,32 @@ class _Execution:
         return self._failure(CorruptCheckpointError, tensor, message)
 
     def _failure(self, kind: type[Exception], tensor: TensorRead, message: str) -> Exception:
-        """An error of a tensor; whether a part was overwritten is told once nothing writes to it any more."""
+        """Return an error that names a tensor. `run` adds whether a part of it was overwritten."""
         error = kind(f"{tensor.name!r}: {message}")
         self._failed_at[error] = tensor
         return error
 
-    def _place_what_is_here(self) -> None:
-        """Make room: write what is complete of tensors that are not. Holds the lock."""
+    def _place_incomplete_tensors(self) -> None:
+        """Free memory: write the chunks of incomplete tensors that have arrived. The caller holds the lock."""
         for tensor in self._tensors:
-            if tensor.missing and any(batch.is_here for batch in tensor.batches):
+            if tensor.missing and any(batch.has_arrived for batch in tensor.batches):
                 tensor.piecemeal = True
                 self._place_later(tensor.batches)
 
-    def _place_later(self, batches: list[Batch]) -> None:
-        """Have those batches placed that are here. Holds the lock."""
+    def _place_later(self, batches: list[ChunkBatch]) -> None:
+        """Queue the batches that have arrived. The caller holds the lock."""
         for batch in batches:
-            if batch.is_here and not batch.submitted:
+            if batch.has_arrived and not batch.submitted:
                 batch.submitted = True
                 self._verified.append(batch)
         self._call_workers()
 
-    def _place(self, batch: Batch) -> None:
+    def _place(self, batch: ChunkBatch) -> None:
         try:
             self._write(batch)
         except CheckpointError:
             raise
-        except Exception as error:  # of torch, or of the device
+        except Exception as error:  # raised by torch or by the device
             raise self._failure(RankError, batch.tensor, f"{type(error).__name__}: {error}") from harmless(error)
         with self._lock:
             for request in batch.requests:
@@ -396,12 +405,12 @@ class _Execution:
                     self._held -= request.nbytes
                     self._placed(request.nbytes)
 
-    def _write(self, batch: Batch) -> None:
-        """Write the values of a batch; the last of a tensor completes it."""
+    def _write(self, batch: ChunkBatch) -> None:
+        """Write the values of a batch. The last batch of a tensor also completes its destination."""
         tensor, destination = batch.tensor, batch.destination
         assert destination is not None
         destination.begin(whole=not tensor.piecemeal, max_bytes=self._budget // 4)
-        place_batch(batch, self._damage)
+        place_chunk_batch(batch, self._damage)
         with self._lock:
             tensor.unplaced -= 1
             complete = tensor.unplaced == 0

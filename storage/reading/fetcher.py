@@ -1,4 +1,4 @@
-"""Many byte ranges of a store at once: by its own event loop where it has one, else by a pool of threads."""
+"""Reads many byte ranges of a store at the same time, on the store's event loop or on a pool of threads."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from ..runtime.threads import Pool
 from ..stores.base import AsyncReads, Store
 from ..stores.buffer_pool import BufferPool
 
-Ranges = tuple[str, Sequence[tuple[int, int]]]
-"""The name of an object, and bytes of it: [start, stop) each."""
+ObjectRanges = tuple[str, Sequence[tuple[int, int]]]
+"""The name of an object, and byte ranges [start, stop) of it."""
 Fetched = Buffer | StoreError
-"""The bytes of some ranges, one after another, or why they are not to be had."""
-TOGETHER_BYTES = 4 * 1024 * 1024
-"""To ask for more, and to have what was read verified, takes as long as to read some 100 KiB of a file."""
+"""The bytes of the byte ranges, one after another, or the error that the read raised."""
+FETCH_GROUP_BYTES = 4 * 1024 * 1024
+"""Bytes that one call reads from a file. Each call, and passing its result on, costs as much as reading 100 KiB
+(`benchmarks/overhead.py`)."""
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
-    """Starts reads. What still runs when its block is left is stopped, and not waited for."""
+    """Reads from one store. When its `with` block ends, it stops the reads that still run, without waiting for them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -41,21 +42,21 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     @property
     def reads_here(self) -> bool:
-        """Whether `read` is the way to read, in the thread that wants the bytes; else, `start` is."""
+        """Whether the worker threads call `read`. Otherwise the thread that executes the plan calls `start`."""
         return self._capabilities.read_into is not None
 
     @property
     def max_requests(self) -> int:
-        """How many calls may be under way."""
+        """The maximum number of calls that may run at the same time."""
         return sys.maxsize if self.reads_here else self._capabilities.concurrent_reads
 
     @property
-    def together_bytes(self) -> int:
-        """What one call best asks for: several ranges, where each takes no longer than a call."""
-        return TOGETHER_BYTES if self.reads_here else 0
+    def group_bytes(self) -> int:
+        """The number of bytes that one call should read. If it is 0, each call reads one request."""
+        return FETCH_GROUP_BYTES if self.reads_here else 0
 
-    def start(self, wanted: Sequence[Ranges], done: Callable[[Future[list[Fetched]]], None]) -> None:
-        """Begin to read byte ranges of objects, and call `done` when all are here, from any thread."""
+    def start(self, wanted: Sequence[ObjectRanges], done: Callable[[Future[list[Fetched]]], None]) -> None:
+        """Start to read byte ranges of objects. When all have arrived, `done` is called, from any thread."""
         reads = self._capabilities.async_reads
         if reads is not None:
             future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
@@ -66,22 +67,22 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
 
-    def will_read(self, wanted: Sequence[Ranges]) -> None:
-        """Tell the store what `read` will be called for soon."""
+    def will_read(self, wanted: Sequence[ObjectRanges]) -> None:
+        """Announce to the store which byte ranges will be read soon."""
         will_read = self._capabilities.will_read
         if will_read is not None:
             for name, ranges in wanted:
-                if len(ranges) == 1:  # not those of thousands of runs: each would be a call of the system
+                if len(ranges) == 1:  # thousands of byte ranges would need as many system calls
                     will_read(name, ranges)
 
-    def read(self, wanted: Sequence[Ranges]) -> list[Fetched]:
-        """Read byte ranges of objects into memory that is used again."""
+    def read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
+        """Read byte ranges of objects into buffers that are reused."""
         into = self._capabilities.read_into
         assert into is not None
         return self._read(wanted, partial(self._buffers.read, into))
 
     def _read(
-        self, wanted: Sequence[Ranges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
+        self, wanted: Sequence[ObjectRanges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
     ) -> list[Fetched]:
         found = list[Fetched]()
         for name, ranges in wanted:
@@ -91,7 +92,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 found.append(_of_store(error))
         return found
 
-    async def _read_by(self, reads: AsyncReads, wanted: Sequence[Ranges]) -> list[Fetched]:
+    async def _read_by(self, reads: AsyncReads, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
         async def read(name: str, start: int, stop: int) -> Buffer:
             async with self._turns:
                 return await reads.read(name, start, stop)
@@ -105,7 +106,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         return found
 
     def release(self, data: memoryview) -> None:
-        """Give back what a read gave: nothing refers to it any more."""
+        """Return a buffer that `read` returned, so that it can be reused."""
         self._buffers.release(data)
 
     def __exit__(
@@ -118,21 +119,25 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
 
 def _of_store(error: Exception) -> StoreError:
-    """What a read raised, as a StoreError. Raises the errors of reshard that are none, and MemoryError, as they are."""
+    """Convert an error of a read to a StoreError. Other errors of reshard and MemoryError are raised unchanged."""
     if isinstance(error, StoreError):
         return error
     if isinstance(error, (CheckpointError, CancelledError, MemoryError)):
         raise error
-    found = StoreError(f"{type(error).__name__}: {error}")  # somebody's own store failed in a way of its own
+    found = StoreError(f"{type(error).__name__}: {error}")  # raised by a store that is not part of reshard
     found.__cause__ = error
     return found
 
 
 def read_ranges(store: Store, name: str, ranges: Sequence[tuple[int, int]]) -> Buffer:
-    """Some ranges of an object, one after another. Raises as Store.read."""
+    """Read byte ranges of an object, and join them.
+
+    Raises:
+        StoreError: As `Store.read`.
+    """
     return _packed([store.read(name, start, stop) for start, stop in ranges])
 
 
 def _packed(parts: Sequence[Buffer]) -> Buffer:
-    """Bytes one after another; of an object that ends before, fewer than were asked for."""
+    """Join parts. The result is shorter than requested if the object ends early."""
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,23 +1,25 @@
-"""Boxes of a checkpoint into tensors: check, plan, carry out. What every way to load goes through."""
+"""Reads boxes of a checkpoint into tensors: checks the destinations, plans the requests and executes the plan.
+
+All functions that load tensors end here.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch.profiler import record_function
 
 from ...planner.box import Box
+from ...planner.chunk_reads import Want
 from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import ShapeMismatchError
-from ...planner.read_plan import Want, plan_reads
-from ..errors import ArgumentError, CorruptCheckpointError, DestinationError
+from ...planner.read_plan import plan_reads
+from ..errors import DestinationError
 from ..formats.source import Source
-from ..formats.value_codec import MAX_VALUE_BYTES, decode_value
 from ..runtime.limits import check_budget, default_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Interrupt, never
@@ -25,81 +27,56 @@ from ..runtime.progress import Meter
 from ..runtime.reports import RankReport, added
 from ..runtime.torch_modes import writing_to
 from ..tensors.casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
-from ..tensors.classes import copy_into, memory_of, missing_memory, overrides_dispatch
-from ..tensors.dtypes import as_array, from_bytes, torch_dtype
+from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
-from ..tensors.pieces import in_groups, rows_of
+from ..tensors.splitting import group_by_bytes, row_boxes
+from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
 from .executor import execute
 from .same_chunks import same_chunks
+from .value_reads import ValueRead
 from .workers import Workers
 
 logger = logger_of(__name__)
 
 
 def check_is_tensor(source: Source, name: str) -> None:
-    """Raises DestinationError where the checkpoint has an object of this name, MissingTensorError for nothing."""
-    if not source.entry(name).is_tensor:
-        raise DestinationError(f"{name!r} is an object in the checkpoint, and cannot be loaded into a tensor")
+    """Check that an entry of a checkpoint is a tensor.
 
-
-def value_wants(source: Source, names: Iterable[str]) -> list[Want]:
-    """What is to be read for objects: nothing for those whose bytes are here. Raises MissingTensorError."""
-    return [Want(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
-
-
-def check_values(source: Source, names: Iterable[str], budget_bytes: int | None) -> None:
-    """Raise ArgumentError if objects that are read together take more bytes than a budget that was given."""
-    if budget_bytes is None:
-        return
-    nbytes = {name: source.entry(name).numel for name in names}
-    total = sum(nbytes.values())
-    if total > budget_bytes:
-        largest = max(nbytes, key=lambda name: nbytes[name])
-        raise ArgumentError(
-            f"the objects of {source.location} that are read take {total} bytes, most of them {largest!r} with "
-            f"{nbytes[largest]}, and budget_bytes is {budget_bytes}: give a budget that holds them"
-        )
-
-
-class StoredValue:
-    """An object of a checkpoint: the bytes that it is read into, and what they mean.
-
-    Raises MissingTensorError where the checkpoint has none of this name, and CorruptCheckpointError where it would be
-    larger than any that is saved.
+    Raises:
+        DestinationError: It is a value.
+        MissingTensorError: The checkpoint has no entry of this name.
     """
-
-    def __init__(self, source: Source, name: str) -> None:
-        entry = source.entry(name)
-        self.name = name
-        self.kind = entry.kind
-        self.wants = value_wants(source, [name])
-        """What is to be read for it: nothing, where it is here."""
-        source.index(self.wants)  # what it says is checked before memory is taken on its word
-        if entry.numel > MAX_VALUE_BYTES:
-            raise CorruptCheckpointError(
-                f"object {name!r} in {source.location} has {entry.numel} bytes, and none may have more than "
-                f"{MAX_VALUE_BYTES}"
-            )
-        here = source.inline.get(name)
-        self._tensor = (
-            torch.empty(entry.shape, dtype=torch.uint8, device="cpu")
-            if here is None
-            else from_bytes(np.frombuffer(here, np.uint8), torch.uint8, entry.shape)
+    if not source.entry(name).is_tensor:
+        raise DestinationError(
+            f"{name!r} is a value in the checkpoint, and cannot be loaded into a tensor: read it with "
+            "Checkpoint.read_value, or replace the tensor by a value of that type"
         )
-        self.tensors = [self._tensor for _ in self.wants]
-
-    @property
-    def data(self) -> bytes:
-        return bytes(self._tensor.numpy())
-
-    def value(self, *, allow_pickle: bool = False) -> Any:
-        """The object. Raises UnsafeValueError, CorruptCheckpointError."""
-        return decode_value(self.name, self.kind, self.data, allow_pickle=allow_pickle)
 
 
 @dataclass(frozen=True, slots=True)
-class TensorCopy:
-    """Values that are in memory already, as those of an object of the checkpoint, and the tensor that they go to."""
+class ReadOptions:
+    """How boxes are read."""
+
+    rank: int = 0
+    """The rank that the report names."""
+    budget_bytes: int | None = None
+    """Memory for data that has been fetched and not been written yet. `default_budget()` if it is None."""
+    max_over_read: float | None = None
+    """Bytes that requests may read between the byte ranges that are needed, as a fraction of the needed bytes.
+
+    If it is None, the source decides.
+    """
+    interrupt: Interrupt = never
+    """Called regularly. If it raises an error, the read stops with this error."""
+    meter: Meter | None = None
+    """Reports the progress."""
+    workers: Workers | None = None
+    """Threads that several reads share. If it is None, the read starts its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedTensor:
+    """A tensor that is already in memory, as a part of a decoded value, and the tensor that it is copied to."""
 
     name: str
     values: torch.Tensor
@@ -108,21 +85,21 @@ class TensorCopy:
 
 @dataclass(frozen=True, slots=True)
 class BoxReads:
-    """Boxes to read and the tensors that they go to, checked to fit each other.
+    """Boxes to read and their destinations, after a check that they match.
 
-    Most are read straight into their destination. Those of two kinds are read into memory of their own first: integers
-    that may not fit the destination's dtype, and tensors whose class has to be asked to write to them.
+    Most boxes are read straight into their destination. Two kinds are first read into a temporary tensor: integers that
+    may not fit the dtype of the destination, and destinations that only their class can write to.
     """
 
     wants: tuple[Want, ...]
     destinations: tuple[torch.Tensor, ...]
     direct: tuple[int, ...]
-    """Which of them are read straight into their destination."""
+    """Positions of the boxes that are read straight into their destination."""
     checked: tuple[int, ...]
-    """Which hold integers that may not fit."""
+    """Positions of the boxes whose integers may not fit."""
     through_class: tuple[int, ...]
-    """Which are written by their class's own `copy_`."""
-    given: tuple[TensorCopy, ...]
+    """Positions of the boxes that are written by the `copy_` of the destination's class."""
+    decoded: tuple[DecodedTensor, ...]
 
     @classmethod
     def of(
@@ -130,20 +107,22 @@ class BoxReads:
         source: Source,
         wants: Sequence[Want],
         destinations: Sequence[torch.Tensor],
-        given: Sequence[TensorCopy] = (),
+        decoded: Sequence[DecodedTensor] = (),
     ) -> BoxReads:
-        """Check that boxes can be read into tensors. Nothing is changed.
+        """Check that boxes can be read into tensors. No tensor is changed.
 
         Args:
-            wants: one for each destination.
-            destinations: of the sizes of the boxes, on any device.
-            given: values that go to tensors with them.
+            wants: The boxes, one for each destination.
+            destinations: Tensors with the sizes of the boxes, on any device.
+            decoded: Tensors in memory that are copied after the read.
 
         Raises:
-            DtypeError: a stored dtype cannot be cast to that of its destination, or a given integer does not fit.
-            DestinationError: a destination has no dense memory, or shares memory with itself or with another one that
-                other values are stored for.
-            ShapeMismatchError, MissingTensorError, CorruptCheckpointError, StoreError.
+            DtypeError: A stored dtype cannot be cast to the dtype of its destination, or an integer of `decoded` does
+                not fit.
+            DestinationError: A destination has no dense memory, its elements share memory, or it shares memory with
+                a destination of other values.
+            ShapeMismatchError: A destination has another shape than its box.
+            MissingTensorError, CorruptCheckpointError, StoreError: The metadata cannot be read.
         """
         direct: list[int] = []
         checked: list[int] = []
@@ -161,18 +140,18 @@ class BoxReads:
                 checked.append(at)
             else:
                 direct.append(at)
-        for value in given:
+        for value in decoded:
             _check_destination(value.name, value.destination, value.values.dtype, tuple(value.values.shape))
             if needs_check(value.values.dtype, value.destination.dtype):
                 check_integers(value.name, value.values, value.destination.dtype)
-        dropped = _repeated(source, wants, destinations, given)
+        repeated = _find_repeated(source, wants, destinations, decoded)
         return cls(
             tuple(wants),
             tuple(destinations),
-            tuple(at for at in direct if at not in dropped),
-            tuple(at for at in checked if at not in dropped),
-            tuple(at for at in through_class if at not in dropped),
-            tuple(given),
+            tuple(at for at in direct if at not in repeated),
+            tuple(at for at in checked if at not in repeated),
+            tuple(at for at in through_class if at not in repeated),
+            tuple(decoded),
         )
 
 
@@ -189,45 +168,47 @@ def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype
         )
     if tuple(destination.shape) != sizes:
         raise ShapeMismatchError(
-            f"{name!r}: the destination has shape {tuple(destination.shape)}, what is read {sizes}"
+            f"{name!r}: the destination has shape {tuple(destination.shape)}, but the box to read has shape {sizes}"
         )
 
 
-def _repeated(
-    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], given: Sequence[TensorCopy]
+def _find_repeated(
+    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], decoded: Sequence[DecodedTensor]
 ) -> set[int]:
-    """Which wants need not be read, for their destination is that of another one with the same values.
+    """Return the positions of boxes that need not be read, because another box has the same values and destination.
 
-    Raises DestinationError where destinations share memory otherwise.
+    Raises:
+        DestinationError: Other destinations share memory.
     """
-    targets = [*destinations, *(value.destination for value in given)]
+    targets = [*destinations, *(value.destination for value in decoded)]
     memories = [(at, memory) for at, target in enumerate(targets) if (memory := memory_of(target)) is not None]
-    dropped: set[int] = set()
+    repeated: set[int] = set()
     for overlap in find_overlaps([memory for _, memory in memories]):
         first, second = memories[overlap.first][0], memories[overlap.second][0]
         is_same = overlap.is_same and type(targets[first]) is type(targets[second])
         if second < len(wants):
             names = wants[first].name, wants[second].name
-            if is_same and (names[0] == names[1] or _same_values(source, wants[first], wants[second])):
-                dropped.add(second)
+            if is_same and (names[0] == names[1] or _have_same_values(source, wants[first], wants[second])):
+                repeated.add(second)
                 continue
         elif first < len(wants):
-            names, is_same = (wants[first].name, given[second - len(wants)].name), False
+            names, is_same = (wants[first].name, decoded[second - len(wants)].name), False
         else:
-            one, two = given[first - len(wants)], given[second - len(wants)]
+            one, two = decoded[first - len(wants)], decoded[second - len(wants)]
             names = one.name, two.name
-            if is_same and one.values.dtype == two.values.dtype and _equal(one.values, two.values):
+            if is_same and one.values.dtype == two.values.dtype and _have_same_bits(one.values, two.values):
                 continue
-        how = "are the same memory, and different values are stored for them" if is_same else "share memory"
+        problem = "are the same memory, but the checkpoint has different values for them" if is_same else "share memory"
         which = f"{names[0]!r} and {names[1]!r}" if names[0] != names[1] else f"two parts of {names[0]!r}"
         raise DestinationError(
-            f"the destinations of {which} {how}: load into tensors of their own, or leave out one of them"
+            f"the destinations of {which} {problem}: load into tensors that do not share memory, or leave out one of "
+            "them"
         )
-    return dropped
+    return repeated
 
 
-def _same_values(source: Source, first: Want, second: Want) -> bool:
-    """Whether the same values are stored for two boxes; where the index does not show it, they are read."""
+def _have_same_values(source: Source, first: Want, second: Want) -> bool:
+    """Return whether two boxes have the same stored values. If the index does not show it, the values are read."""
     entries = source.entry(first.name), source.entry(second.name)
     if first.box != second.box or entries[0].dtype != entries[1].dtype:
         return False
@@ -235,17 +216,16 @@ def _same_values(source: Source, first: Want, second: Want) -> bool:
     if same_chunks(index, first.name, index, second.name):
         return True
     dtype = torch_dtype(entries[0].dtype)
-    for rows in rows_of(first.box.sizes, entries[0].dtype):
+    for rows in row_boxes(first.box.sizes, entries[0].dtype):
         box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
         parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
         read_boxes(source, [Want(first.name, box), Want(second.name, box)], parts)
-        if not _equal(*parts):
+        if not _have_same_bits(*parts):
             return False
     return True
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits."""
+def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(np.array_equal(as_array(a), as_array(b)))
 
 
@@ -253,115 +233,156 @@ def read_boxes(
     source: Source,
     wants: Sequence[Want],
     destinations: Sequence[torch.Tensor],
-    *,
-    blobs: Sequence[StoredValue] = (),
-    rank: int = 0,
-    budget_bytes: int | None = None,
-    max_over_read: float | None = None,
-    interrupt: Interrupt = never,
-    meter: Meter | None = None,
-    workers: Workers | None = None,
+    values: Sequence[ValueRead] = (),
+    options: ReadOptions | None = None,
 ) -> RankReport:
-    """Read boxes into tensors of their sizes, in place, and `blobs` with them.
-
-    Raises as `BoxReads.of`, before anything is read, and as `carry_out`.
-    """
-    return carry_out(
-        source,
-        BoxReads.of(source, wants, destinations),
-        blobs=blobs,
-        rank=rank,
-        budget_bytes=budget_bytes,
-        max_over_read=max_over_read,
-        interrupt=interrupt,
-        meter=meter,
-        workers=workers,
-    )
-
-
-def carry_out(
-    source: Source,
-    reads: BoxReads,
-    *,
-    blobs: Sequence[StoredValue] = (),
-    rank: int = 0,
-    budget_bytes: int | None = None,
-    max_over_read: float | None = None,
-    interrupt: Interrupt = never,
-    meter: Meter | None = None,
-    workers: Workers | None = None,
-) -> RankReport:
-    """Read boxes into tensors, in place, and `blobs` with them.
-
-    What can still be refused comes first: integers are checked before anything is written, and tensors that are written
-    by their class before all others.
+    """Check that boxes can be read into tensors, and read them. See `BoxReads.of` and `execute_reads`.
 
     Raises:
-        DtypeError: an integer does not fit. Nothing was changed.
-        DestinationError: the `copy_` of a tensor's class does not work.
-        CorruptCheckpointError, StoreError: as `reader.execute`.
+        CheckpointError: As `BoxReads.of`, before anything is read, and as `execute_reads`.
+    """
+    return execute_reads(source, BoxReads.of(source, wants, destinations), values, options)
+
+
+def execute_reads(
+    source: Source, reads: BoxReads, values: Sequence[ValueRead] = (), options: ReadOptions | None = None
+) -> RankReport:
+    """Read boxes into their destinations, in place, and the bytes of values into their buffers.
+
+    What can still fail comes first: integers are checked before any tensor is written, and tensors that their class
+    writes come before all others.
+
+    Raises:
+        DtypeError: An integer does not fit the dtype of its destination. No tensor was changed.
+        DestinationError: The `copy_` of a tensor's class failed.
+        CorruptCheckpointError, StoreError: As `executor.execute`.
     """
     begin = time.perf_counter()
-    check_budget(budget_bytes)
-    budget = default_budget() if budget_bytes is None else budget_bytes
-    meter = meter or Meter("load")
-    report = RankReport(rank)
+    run = _ReadRun(source, reads, options or ReadOptions())
+    run.read_through_memory()
+    run.read_direct(values)
+    for value in reads.decoded:
+        _copy(value.name, value.values, value.destination)
+    needed = sum(destination.nbytes for destination in reads.destinations)
+    needed += sum(tensor.nbytes for value in values for tensor in value.tensors)
+    seconds = {**run.report.seconds, "total": time.perf_counter() - begin}
+    return replace(run.report, bytes_needed=needed, seconds=seconds)
 
-    def read(wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> None:
-        nonlocal report
-        report = added(report, _read(source, wants, destinations, budget, max_over_read, interrupt, meter, workers))
 
-    def staged(positions: Sequence[int]) -> list[torch.Tensor]:
-        """Values as they are stored, or, where integers need no check, as the destination has them."""
+class _ReadRun:
+    """One call of `execute_reads`. It consists of several reads, whose reports are added up."""
+
+    def __init__(self, source: Source, reads: BoxReads, options: ReadOptions) -> None:
+        check_budget(options.budget_bytes)
+        self._source = source
+        self._reads = reads
+        self._options = options
+        self._budget = default_budget() if options.budget_bytes is None else options.budget_bytes
+        self._meter = options.meter or Meter("load")
+        self.report = RankReport(options.rank)
+
+    def read_through_memory(self) -> None:
+        """Read the boxes that need a temporary tensor, check their integers, and copy them to their destinations."""
+        reads = self._reads
+        integers = self._in_budget(reads.checked)
+        kept = self._staged(integers[0]) if len(integers) == 1 else None
+        if kept is None:
+            for group in integers:  # too large for the budget: they are checked first, and read again to be written
+                self._staged(group)
+        for group in self._in_budget(reads.through_class):
+            self._copy_all(group, self._staged(group))
+        for group in integers:
+            self._copy_all(group, kept or self._staged(group))
+
+    def read_direct(self, values: Sequence[ValueRead]) -> None:
+        """Read the other boxes straight into their destinations, and the bytes of values with them."""
+        reads = self._reads
+        self._read(
+            [*(reads.wants[at] for at in reads.direct), *(want for value in values for want in value.wants)],
+            [
+                *(reads.destinations[at] for at in reads.direct),
+                *(tensor for value in values for tensor in value.tensors),
+            ],
+        )
+
+    def _in_budget(self, positions: Sequence[int]) -> list[list[int]]:
+        """Split positions into groups whose temporary tensors fit the budget."""
+        groups = group_by_bytes([_Staged(at, self._reads.destinations[at]) for at in positions], self._budget)
+        return [[part.at for part in group] for group in groups]
+
+    def _staged(self, positions: Sequence[int]) -> list[torch.Tensor]:
+        """Read boxes into temporary tensors, and check their integers.
+
+        The tensors have the stored dtype if integers have to be checked, and the dtype of the destination otherwise.
+        """
+        reads = self._reads
         tensors = []
         for at in positions:
             want, to = reads.wants[at], reads.destinations[at].dtype
-            stored = torch_dtype(source.entry(want.name).dtype)
+            stored = torch_dtype(self._source.entry(want.name).dtype)
             dtype = stored if needs_check(stored, to) else to
             tensors.append(torch.empty(want.box.sizes, dtype=dtype, device="cpu"))
-        read([reads.wants[at] for at in positions], tensors)
+        self._read([reads.wants[at] for at in positions], tensors)
         for at, tensor in zip(positions, tensors, strict=True):
             if needs_check(tensor.dtype, reads.destinations[at].dtype):
                 check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
         return tensors
 
-    def in_budget(positions: Sequence[int]) -> list[list[int]]:
-        groups = in_groups([_Staged(at, reads.destinations[at]) for at in positions], budget)
-        return [[part.at for part in group] for group in groups]
+    def _copy_all(self, positions: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        for at, tensor in zip(positions, tensors, strict=True):
+            _copy(self._reads.wants[at].name, tensor, self._reads.destinations[at])
 
-    integers = in_budget(reads.checked)
-    held = staged(integers[0]) if len(integers) == 1 else []
-    for group in integers if len(integers) > 1 else []:
-        staged(group)  # those that do not fit the budget together are checked first, and read again to be written
-    for group in in_budget(reads.through_class):
-        for at, tensor in zip(group, staged(group), strict=True):
-            destination = reads.destinations[at]
-            copy_into(reads.wants[at].name, destination, tensor.to(destination.device, destination.dtype))
-    for group in integers:
-        for at, tensor in zip(group, held or staged(group), strict=True):
-            with writing_to(reads.destinations[at]):
-                reads.destinations[at].copy_(tensor)
-    held.clear()
-    read(
-        [*(reads.wants[at] for at in reads.direct), *(want for blob in blobs for want in blob.wants)],
-        [*(reads.destinations[at] for at in reads.direct), *(tensor for blob in blobs for tensor in blob.tensors)],
-    )
-    for value in reads.given:
-        if overrides_dispatch(value.destination):
-            values = value.values.to(value.destination.device, value.destination.dtype)
-            copy_into(value.name, value.destination, values)
-        else:
-            with writing_to(value.destination):
-                value.destination.copy_(value.values)
-    needed = sum(destination.nbytes for destination in reads.destinations)
-    needed += sum(tensor.nbytes for blob in blobs for tensor in blob.tensors)
-    seconds = {**report.seconds, "total": time.perf_counter() - begin}
-    return replace(report, bytes_needed=needed, seconds=seconds)
+    def _read(self, wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> None:
+        """Plan one read, execute it, and add its report."""
+        begin = time.perf_counter()
+        source, meter = self._source, self._meter
+        narrowed = [
+            Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
+            for want, destination in zip(wants, destinations, strict=True)
+        ]
+        index = source.index(wants)
+        most = min(MAX_REQUEST_BYTES, self._budget // 4)  # several requests run at once, whatever the budget
+        with record_function("reshard.plan"):
+            gap_limits = source.gap_limits(self._options.max_over_read)
+            plan = plan_reads(index, narrowed, gap_limits=gap_limits, max_request_bytes=max(most, 1))
+        meter.expect(plan.requests.nbytes)
+        logger.debug("%s: %r", source.location, plan)
+        planned = time.perf_counter()
+        for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
+            torch.accelerator.synchronize(device)  # other streams may still write to the destinations
+        with record_function("reshard.read"):
+            stats = execute(
+                plan,
+                index,
+                source.store,
+                destinations,
+                budget_bytes=self._budget,
+                interrupt=meter.watching(self._options.interrupt),
+                placed=meter.add,
+                workers=self._options.workers,
+            )
+        source.observe(plan.requests.nbytes, time.perf_counter() - planned)
+        report = RankReport(
+            rank=0,
+            bytes_fetched=plan.requests.nbytes,
+            requests=plan.report.requests,
+            chunks=plan.report.chunks,
+            seconds={"plan": planned - begin, "fetch": stats.fetch_s, "decode": stats.decode_s},
+        )
+        self.report = added(self.report, report)
+
+
+def _copy(name: str, values: torch.Tensor, destination: torch.Tensor) -> None:
+    if overrides_dispatch(destination):
+        copy_into(name, destination, values.to(destination.device, destination.dtype))
+    else:
+        with writing_to(destination):
+            destination.copy_(values)
 
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """A destination that is read into memory of its own first, by its position."""
+    """A destination whose box is first read into a temporary tensor, with its position in `BoxReads`."""
 
     at: int
     destination: torch.Tensor
@@ -371,53 +392,7 @@ class _Staged:
         return self.destination.numel() * self.destination.dtype.itemsize
 
 
-def _read(
-    source: Source,
-    wants: Sequence[Want],
-    destinations: Sequence[torch.Tensor],
-    budget: int,
-    max_over_read: float | None,
-    interrupt: Interrupt,
-    meter: Meter,
-    workers: Workers | None,
-) -> RankReport:
-    """Plan and execute one read."""
-    begin = time.perf_counter()
-    narrowed = [
-        Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
-        for want, destination in zip(wants, destinations, strict=True)
-    ]
-    index = source.index(wants)
-    most = min(MAX_REQUEST_BYTES, budget // 4)  # so that several are under way, whatever the budget
-    with record_function("reshard.plan"):
-        plan = plan_reads(index, narrowed, gaps=source.gaps(max_over_read), max_request_bytes=max(most, 1))
-    meter.expect(plan.requests.nbytes)
-    logger.debug("%s: %r", source.location, plan)
-    planned = time.perf_counter()
-    for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
-        torch.accelerator.synchronize(device)  # what still writes to the destinations on their own stream
-    with record_function("reshard.read"):
-        stats = execute(
-            plan,
-            index,
-            source.store,
-            destinations,
-            budget_bytes=budget,
-            interrupt=meter.watching(interrupt),
-            placed=meter.add,
-            workers=workers,
-        )
-    source.observe(plan.requests.nbytes, time.perf_counter() - planned)
-    return RankReport(
-        rank=0,
-        bytes_fetched=plan.requests.nbytes,
-        requests=plan.report.requests,
-        chunks=plan.report.chunks,
-        seconds={"plan": planned - begin, "fetch": stats.fetch_s, "decode": stats.decode_s},
-    )
-
-
 def counting_metadata(report: RankReport, source: Source) -> RankReport:
-    """A report with what was read of the source's metadata, all that it takes to read anything."""
+    """Return a report that also counts the bytes and requests that opening the source took."""
     fetched, requests = report.bytes_fetched + source.bytes_read, report.requests + source.requests
     return replace(report, bytes_fetched=fetched, requests=requests)

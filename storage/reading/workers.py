@@ -1,4 +1,4 @@
-"""What carries out reads: threads, and what fetches for them. Several plans may share them, also at once."""
+"""The threads that execute read plans. Several plans may share them, also at the same time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fetcher import Fetcher
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """The threads that verify, decode and place, what fetches for them, and the memory that is fetched into."""
+    """The threads that verify, decode and place chunks, and the fetcher that reads for them from one store."""
 
     def __init__(self, store: Store) -> None:
         self.count = default_threads()
@@ -23,7 +23,7 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop the reads that still run, and do not wait for them."""
+        """Stop all reads without waiting for them."""
         self.stopped = True
         self.fetcher.__exit__(kind, error, traceback)
         self.pool.abandon()

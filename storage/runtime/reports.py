@@ -98,14 +98,14 @@ class Report:
     """The rank that this report is on."""
     ranks: tuple[RankReport, ...]
     """All ranks, in order."""
-    skipped: tuple[str, ...] = ()
-    """Names that a load with strict=False did not find in the checkpoint, and left as they were."""
-    unread: tuple[str, ...] = ()
-    """Names that the checkpoint has below a key of the state dict, but the state dict itself has not: what a fresh
-    optimizer, say, has no place for yet."""
-    left_out: tuple[str, ...] = ()
-    """Names of the source that a conversion did not take: no pattern matched them, or the source's index does not list
-    them."""
+    missing_keys: tuple[str, ...] = ()
+    """Names of the state dict that a load did not find in the checkpoint. Their tensors and values are unchanged."""
+    unexpected_keys: tuple[str, ...] = ()
+    """Names that the checkpoint has under a key of the state dict, but the state dict does not have, for example the
+    state of an optimizer that has not been initialized. They were not loaded."""
+    dropped: tuple[str, ...] = ()
+    """Names of the source that a conversion did not write: `include` does not match them, `exclude` matches them, the
+    index of the source does not list them, or the target format cannot store them."""
 
     @property
     def cast(self) -> tuple[Cast, ...]:
@@ -148,12 +148,12 @@ class Report:
         return "\n".join(str(report) for report in (self.total, *shown))
 
     def _repr_html_(self) -> str:
-        notes = [f"{len(self.skipped)} names skipped"] if self.skipped else []
-        notes += [f"{len(self.unread)} names unread"] if self.unread else []
+        notes = [f"{len(self.missing_keys)} missing keys"] if self.missing_keys else []
+        notes += [f"{len(self.unexpected_keys)} unexpected keys"] if self.unexpected_keys else []
         notes += [f"{len(self.cast)} tensors cast to fewer bits"] if self.cast else []
         notes += [f"{len(self.differing)} values differ between ranks"] if self.differing else []
         notes += [f"{len(self.pickled)} objects need allow_pickle=True"] if self.pickled else []
-        notes += [f"{len(self.left_out)} names left out"] if self.left_out else []
+        notes += [f"{len(self.dropped)} names dropped"] if self.dropped else []
         return table("; ".join(notes), COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 

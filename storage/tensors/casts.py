@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, DtypeError
+from .dtypes import is_packed
 
 _SCALE = re.compile(r"scale|absmax|amax|quant_state|(?:^|[._])scb$", re.IGNORECASE)
 """What the name of a scale of quantised values has in it."""
@@ -34,14 +35,13 @@ def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:
     Raises:
         DtypeError: it does not. Two values a byte (`float4_e2m1fn_x2`) are never cast.
     """
-    packed = any("_x2" in str(dtype) for dtype in (stored, to))
-    if stored != to and (packed or not torch.can_cast(stored, to)):
+    if stored != to and (is_packed(stored) or is_packed(to) or not torch.can_cast(stored, to)):
         raise DtypeError(f"{name!r} is stored as {stored}, which cannot be cast to the destination's {to}")
 
 
 def weight_dtype(stored: torch.dtype, shape: Sequence[int], dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a tensor where all weights are to have one: that of counters, which are scalars, stays."""
-    is_weight = stored.is_floating_point and len(shape) > 0 and "_x2" not in str(stored)
+    is_weight = stored.is_floating_point and len(shape) > 0 and not is_packed(stored)
     return dtype if dtype is not None and is_weight else stored
 
 

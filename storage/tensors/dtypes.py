@@ -25,6 +25,11 @@ def dtype_name(name: str, dtype: torch.dtype) -> str:
     return short
 
 
+def is_packed(dtype: str | torch.dtype) -> bool:
+    """Return whether a dtype, or the dtype of this name, has two values in each byte (`float4_e2m1fn_x2`)."""
+    return str(dtype).endswith("_x2")
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of a planner's name. Raises DtypeError where this torch has none."""
     dtype = getattr(torch, name, None)

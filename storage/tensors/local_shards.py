@@ -17,6 +17,6 @@ def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
     """
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return [(Box.whole(tuple(tensor.shape)), tensor.detach())]
-    from . import sharded
+    from . import distributed_tensors
 
-    return sharded.local_shards(name, tensor)
+    return distributed_tensors.distributed_shards(name, tensor)

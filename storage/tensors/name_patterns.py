@@ -1,114 +1,181 @@
-"""Names of tensors by patterns: which are taken, and what they are called instead."""
+"""Patterns of names: which names of a checkpoint are selected, and what they are renamed to."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from ...planner.errors import MissingTensorError
+from ...planner.index import nearest_names
 from ...planner.layout import matches
 from ..errors import ArgumentError
 
 Patterns = str | Sequence[str]
-"""One pattern as in a layout, or several: `*` matches anything, and "model" also matches all names below it."""
+"""One pattern or several. `*` matches any text, and "model" also matches every name below it, as "model.w"."""
 
 
 def patterns_of(argument: str, value: Patterns) -> tuple[str, ...]:
-    """Return the patterns that an argument has.
+    """Return the patterns that were passed as an argument.
 
     Raises:
         ArgumentError: the argument is neither a string nor a sequence of strings.
     """
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ArgumentError(f"{argument} must be a pattern of names, or a list of them, got {value!r}")
+        raise ArgumentError(f"{argument} must be a pattern of names, or a list of patterns, got {value!r}")
     return tuple(patterns)
 
 
-def listed(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
     """Return the first five of some names for a message, and how many more there are."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def matches_any(patterns: Sequence[str], name: str) -> bool:
-    """Whether one of some patterns matches a name."""
+    """Return whether one of some patterns matches a name."""
     return any(matches(pattern, name) for pattern in patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which names of a checkpoint are selected, and their new names."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    rename: Mapping[str, str]
+
+    @classmethod
+    def of(cls, include: Patterns = "*", exclude: Patterns = (), rename: Mapping[str, str] | None = None) -> Selection:
+        """Check the arguments of a call.
+
+        Raises:
+            ArgumentError: one of them is not valid.
+        """
+        patterns = patterns_of("include", include)
+        if not patterns:
+            raise ArgumentError('include has no pattern, so no name would be selected: "*" selects all')
+        check_renames("rename", rename or {})
+        return cls(patterns, patterns_of("exclude", exclude), rename or {})
+
+    def includes(self, name: str) -> bool:
+        """Return whether a name is selected."""
+        return matches_any(self.include, name) and not matches_any(self.exclude, name)
+
+    def new_name(self, name: str) -> str:
+        """Return what a name is renamed to."""
+        return new_name(name, self.rename)
+
+    def select(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the selected names, by their new names and in the order of `names`.
+
+        Raises:
+            ArgumentError: two of them would have the same new name, or one would have an empty name.
+        """
+        return by_new_name((name for name in names if self.includes(name)), self.rename)
+
+    def check_include(self, names: Sequence[str]) -> None:
+        """Check that every pattern of `include` matches a name.
+
+        Raises:
+            MissingTensorError: one matches none of the names. The message shows the nearest ones.
+        """
+        unused = [pattern for pattern in self.include if not any(matches(pattern, name) for name in names)]
+        if unused and unused != ["*"]:
+            raise no_match(unused, names)
+
+    def check_all(self, names: Sequence[str], may_miss: Sequence[str] = ()) -> None:
+        """Check that every pattern of `include`, `exclude` and `rename` matches a name.
+
+        Args:
+            names: the names of the checkpoint. If there are none, every pattern is accepted.
+            may_miss: patterns that may match no name.
+
+        Raises:
+            MissingTensorError: a pattern matches none of the names.
+        """
+        if not names:
+            return
+        unused = [
+            pattern for pattern in (*self.include, *self.exclude) if not any(matches(pattern, name) for name in names)
+        ]
+        current = [name for name in names if self.includes(name)]
+        for pattern, new in self.rename.items():
+            renamed = [_renamed(name, pattern, new) for name in current]
+            if all(name is None for name in renamed):
+                unused.append(pattern)
+            current = [old if name is None else name for old, name in zip(current, renamed, strict=True)]
+        unused = [pattern for pattern in unused if not matches_any(may_miss, pattern)]
+        if unused:
+            raise no_match(unused, names)
+
+
+def no_match(patterns: Sequence[str], names: Sequence[str]) -> MissingTensorError:
+    """Return the error for patterns that match none of the names of a checkpoint."""
+    parents = {f"{name[: dot.start()]}.*" for name in names for dot in re.finditer(r"\.", name)}
+    near = nearest_names(patterns[0], [*names, *sorted(parents)], 3) or names[:3]
+    return MissingTensorError(
+        f"the checkpoint has no name that matches {', '.join(map(repr, patterns))}"
+        + (f"; nearest are {', '.join(map(repr, near))}" if near else "")
+    )
 
 
 def check_renames(argument: str, renames: object) -> None:
     """Check a mapping of patterns to new names.
 
     Raises:
-        ArgumentError: the argument is no such mapping, or a new name has more stars than its pattern.
+        ArgumentError: the argument is not such a mapping, or a new name has more stars than its pattern.
     """
     if not isinstance(renames, Mapping) or not all(isinstance(text, str) for pair in renames.items() for text in pair):
-        raise ArgumentError(f'{argument} must be patterns and new names, as {{"model.*": "*"}}, got {renames!r}')
+        raise ArgumentError(f'{argument} must map patterns to new names, as {{"model.*": "*"}}, got {renames!r}')
     for pattern, new in renames.items():
         stars = pattern.count("*")
         if new.count("*") > stars and stars != 1:
             raise ArgumentError(f"{argument}: {new!r} has more stars than the pattern {pattern!r}")
 
 
-def check_first_matches(argument: str, renames: Mapping[str, str]) -> None:
-    """Check that no pattern comes after one that matches all its names, where only the first match counts.
-
-    Raises ArgumentError.
-    """
-    earlier: list[str] = []
-    for pattern in renames:
-        above = next((other for other in earlier if _compiled(other).fullmatch(pattern)), None)
-        if above is not None:
-            raise ArgumentError(
-                f"{argument}: the pattern {pattern!r} comes after {above!r}, which takes all names that it matches: "
-                "put it first"
-            )
-        earlier.append(pattern)
-
-
-def renamed(name: str, renames: Mapping[str, str]) -> str | None:
-    """Return what a name becomes by the first pattern that matches it; None if none matches.
-
-    Each star of the new name is replaced by what the star at the same position in the pattern matched. If the pattern
-    has one star, it replaces all of them.
-    """
-    for pattern, new in renames.items():
-        found = _compiled(pattern).fullmatch(name)
-        if found is not None:
-            parts = found.groups()
-            texts = new.split("*")
-            stood_for = parts * (len(texts) - 1) if len(parts) == 1 else parts
-            return texts[0] + "".join(part + text for part, text in zip(stood_for, texts[1:], strict=False))
-    return None
-
-
 def new_name(name: str, renames: Mapping[str, str]) -> str:
-    """Return what a name becomes by patterns that are applied one after another."""
+    """Return what a name becomes when patterns are applied one after another."""
     for pattern, new in renames.items():
-        found = renamed(name, {pattern: new})
-        name = name if found is None else found
+        renamed = _renamed(name, pattern, new)
+        name = name if renamed is None else renamed
     return name
 
 
-def by_new_name(names: Iterable[str], new: Callable[[str], str]) -> dict[str, str]:
-    """Names of a checkpoint by their new names.
-
-    A name that is empty stays so.
+def by_new_name(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str]:
+    """Return names of a checkpoint by their new names. An empty name stays empty.
 
     Raises:
-        ArgumentError: two would have the same new name, or one would lose its name.
+        ArgumentError: two names would have the same new name, or one would have an empty name.
     """
     stored: dict[str, str] = {}
     for name in names:
-        becomes = new(name)
-        if not becomes and name:
-            raise ArgumentError(f"{name!r} would be left without a name")
-        if becomes in stored:
-            raise ArgumentError(f"both {stored[becomes]!r} and {name!r} would be named {becomes!r}")
-        stored[becomes] = name
+        new = new_name(name, renames)
+        if not new and name:
+            raise ArgumentError(f"{name!r} would be renamed to an empty name")
+        if new in stored:
+            raise ArgumentError(f"{stored[new]!r} and {name!r} would both be named {new!r}")
+        stored[new] = name
     return stored
+
+
+def _renamed(name: str, pattern: str, new: str) -> str | None:
+    """Return what a name becomes if a pattern matches it; None if it does not.
+
+    Each star of the new name is replaced by the text that the star at the same position of the pattern matched. If the
+    pattern has one star, its text replaces all of them.
+    """
+    found = _compiled(pattern).fullmatch(name)
+    if found is None:
+        return None
+    matched = found.groups()
+    texts = new.split("*")
+    stars = matched * (len(texts) - 1) if len(matched) == 1 else matched
+    return texts[0] + "".join(star + text for star, text in zip(stars, texts[1:], strict=False))
 
 
 @functools.lru_cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """Each star matches as little as it can, from the first to the last."""
+    """Compile a pattern. Each star matches as little as possible, from the first to the last."""
     return re.compile("(.*?)".join(map(re.escape, pattern.split("*"))), re.DOTALL)

@@ -26,7 +26,7 @@ import torch
 
 from ..runtime.brief import brief
 
-MAX_COLLISIONS = 64
+MAX_HASH_COLLISIONS = 64
 """How many keys of one dict, or values of one set, may have the same hash."""
 _ARRAY_KINDS = "biufcSUmM"
 
@@ -81,16 +81,16 @@ def _pairs(value: Any) -> list[Any]:
     return [[to_plain(key), to_plain(item)] for key, item in value.items()]
 
 
-def _items(values: Any) -> list[Any]:
+def _to_list(values: Any) -> list[Any]:
     return [to_plain(item) for item in values]
 
 
-def _in_order(values: Any) -> list[Any]:
+def _to_sorted_list(values: Any) -> list[Any]:
     """The items of a set in an order of their own: Python's differs between processes."""
-    return sorted(_items(values), key=json.dumps)
+    return sorted(_to_list(values), key=json.dumps)
 
 
-def _text(data: bytes) -> str:
+def _to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
@@ -102,18 +102,18 @@ def _iso(value: datetime.datetime | datetime.time) -> list[Any]:
 
 
 def _bytes_io(value: io.BytesIO) -> list[Any]:
-    return [_text(value.getvalue()), value.tell()]
+    return [_to_base64(value.getvalue()), value.tell()]
 
 
 def _read_bytes_io(content: list[Any]) -> io.BytesIO:
-    made = io.BytesIO(_decoded(content[0]))
+    made = io.BytesIO(_from_base64(content[0]))
     if not 0 <= content[1] < 2**48:
         raise ValueError(f"a position of {brief(content[1])}")
     made.seek(content[1])
     return made
 
 
-def _decoded(text: str) -> bytes:
+def _from_base64(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
@@ -121,7 +121,7 @@ def _array_to_plain(value: Any) -> Any:
     if value.dtype.kind not in _ARRAY_KINDS or value.dtype.hasobject or not value.dtype.itemsize:
         raise NotPlainError(f"an array of {value.dtype} is not plain data")
     word = "$array" if isinstance(value, np.ndarray) else "$scalar"
-    return {word: [value.dtype.str, list(value.shape), _text(np.ascontiguousarray(value).tobytes())]}
+    return {word: [value.dtype.str, list(value.shape), _to_base64(np.ascontiguousarray(value).tobytes())]}
 
 
 def _read_array(content: list[Any]) -> Any:
@@ -131,7 +131,7 @@ def _read_array(content: list[Any]) -> Any:
         raise ValueError(f"{brief(text)} is no dtype of an array")
     if not all(type(n) is int and 0 <= n < 2**48 for n in shape):
         raise ValueError(f"{brief(shape)} is no shape")
-    return np.frombuffer(_decoded(encoded), dtype).reshape(shape).copy()
+    return np.frombuffer(_from_base64(encoded), dtype).reshape(shape).copy()
 
 
 def _read_scalar(content: list[Any]) -> Any:
@@ -141,17 +141,17 @@ def _read_scalar(content: list[Any]) -> Any:
 
 
 _WRITERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    tuple: ("$tuple", _items),
-    set: ("$set", _in_order),
-    frozenset: ("$frozenset", _in_order),
-    deque: ("$deque", lambda value: [_items(value), value.maxlen]),
+    tuple: ("$tuple", _to_list),
+    set: ("$set", _to_sorted_list),
+    frozenset: ("$frozenset", _to_sorted_list),
+    deque: ("$deque", lambda value: [_to_list(value), value.maxlen]),
     OrderedDict: ("$ordered_dict", _pairs),
-    bytes: ("$bytes", _text),
-    bytearray: ("$bytearray", lambda value: _text(bytes(value))),
+    bytes: ("$bytes", _to_base64),
+    bytearray: ("$bytearray", lambda value: _to_base64(bytes(value))),
     io.BytesIO: ("$bytes_io", _bytes_io),
     complex: ("$complex", lambda value: [to_plain(value.real), to_plain(value.imag)]),
     range: ("$range", lambda value: [value.start, value.stop, value.step]),
-    slice: ("$slice", lambda value: _items((value.start, value.stop, value.step))),
+    slice: ("$slice", lambda value: _to_list((value.start, value.stop, value.step))),
     datetime.datetime: ("$datetime", _iso),
     datetime.date: ("$date", datetime.date.isoformat),
     datetime.time: ("$time", _iso),
@@ -178,7 +178,7 @@ def _read_pairs(content: list[Any]) -> dict[Any, Any]:
     return {key: from_plain(item) for key, (_, item) in zip(keys, content, strict=True)}
 
 
-def _integers(content: list[Any], count: int | None = None) -> list[int]:
+def _checked_integers(content: list[Any], count: int | None = None) -> list[int]:
     """Return integers. Raises ValueError for anything else, and for another number of them."""
     if not all(type(n) is int for n in content) or count not in (None, len(content)):
         raise ValueError(f"{brief(content)} should be integers")
@@ -190,8 +190,8 @@ def _integers(content: list[Any], count: int | None = None) -> list[int]:
 def checked_keys(keys: Iterable[Any]) -> list[Any]:
     """Return keys. Raises ValueError where many have the same hash: to tell them apart would take quadratic time."""
     found = list(keys)
-    if len(found) > MAX_COLLISIONS and max(Counter(map(hash, found)).values()) > MAX_COLLISIONS:
-        raise ValueError(f"more than {MAX_COLLISIONS} keys have the same hash")
+    if len(found) > MAX_HASH_COLLISIONS and max(Counter(map(hash, found)).values()) > MAX_HASH_COLLISIONS:
+        raise ValueError(f"more than {MAX_HASH_COLLISIONS} keys have the same hash")
     return found
 
 
@@ -222,19 +222,19 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$deque": lambda content: deque(map(from_plain, content[0]), content[1]),
     "$dict": _read_pairs,
     "$ordered_dict": lambda content: OrderedDict(_read_pairs(content)),
-    "$bytes": _decoded,
-    "$bytearray": lambda content: bytearray(_decoded(content)),
+    "$bytes": _from_base64,
+    "$bytearray": lambda content: bytearray(_from_base64(content)),
     "$bytes_io": _read_bytes_io,
     "$complex": lambda content: complex(from_plain(content[0]), from_plain(content[1])),
-    "$range": lambda content: range(*_integers(content, 3)),
+    "$range": lambda content: range(*_checked_integers(content, 3)),
     "$slice": lambda content: slice(*map(from_plain, content)),
     "$datetime": _read_time(datetime.datetime),
     "$date": datetime.date.fromisoformat,
     "$time": _read_time(datetime.time),
-    "$timedelta": lambda content: datetime.timedelta(*_integers(content, 3)),
+    "$timedelta": lambda content: datetime.timedelta(*_checked_integers(content, 3)),
     "$timezone": lambda content: datetime.timezone(from_plain(content)),
     "$decimal": decimal.Decimal,
-    "$fraction": lambda content: fractions.Fraction(*_integers(content, 2)),
+    "$fraction": lambda content: fractions.Fraction(*_checked_integers(content, 2)),
     "$uuid": uuid.UUID,
     "$path": pathlib.Path,
     "$pure_posix_path": pathlib.PurePosixPath,
@@ -244,7 +244,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$ellipsis": lambda content: ...,
     "$torch_dtype": _read_dtype,
     "$torch_device": torch.device,
-    "$torch_size": lambda content: torch.Size(_integers(content)),
+    "$torch_size": lambda content: torch.Size(_checked_integers(content)),
     "$array": _read_array,
     "$scalar": _read_scalar,
 }

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, CorruptCheckpointError, DestinationError, Un
 from ..runtime.brief import brief, reason
 from .plain_json import NotPlainError, checked_keys, from_plain, to_plain
 
-MAX_LEVELS = 100
+MAX_NESTING = 100
 """How deeply dicts and lists may be nested."""
 
 CHARS_OF_LEAF = 2048
@@ -53,7 +53,7 @@ def path_to_json(path: Path) -> list[Any]:
 
 def path_from_json(parts: Any) -> Path:
     """Turn what `path_to_json` returned back into a path. Raises ValueError, TypeError, LookupError."""
-    if not isinstance(parts, list) or not 0 < len(parts) <= MAX_LEVELS:
+    if not isinstance(parts, list) or not 0 < len(parts) <= MAX_NESTING:
         raise ValueError(f"{brief(parts)} is no path")
     return tuple(map(_part_from_json, parts))
 
@@ -157,8 +157,8 @@ def _part(path: Path, key: Any) -> str | Key:
 
 def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], room: list[float]) -> None:
     """Add the values from a path on. `room` has the number of characters that further names may have."""
-    if len(path) > MAX_LEVELS:
-        raise UnsupportedValueError(f"more than {MAX_LEVELS} dicts and lists are nested at {name_of(path[:3])!r}")
+    if len(path) > MAX_NESTING:
+        raise UnsupportedValueError(f"more than {MAX_NESTING} dicts and lists are nested at {name_of(path[:3])!r}")
     if isinstance(value, Mapping) and value:
         for inner, item in type(value).items(value):
             _walk((*path, _part(path, inner)), value, inner, item, leaves, room)
@@ -198,13 +198,13 @@ def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]
             node = node.setdefault(part, _Nested())
             if not isinstance(node, _Nested):
                 break
-        if not isinstance(node, _Nested) or path[-1] in node or len(path) > MAX_LEVELS:
+        if not isinstance(node, _Nested) or path[-1] in node or len(path) > MAX_NESTING:
             raise CorruptCheckpointError(f"{name!r} cannot stand at {path} of a state dict, where others stand")
         node[path[-1]] = value
     return _as_dict({str(part) if type(part) is int else part: value for part, value in root.items()})
 
 
-def _key(part: str | int | Key) -> Any:
+def _key_of_part(part: str | int | Key) -> Any:
     return part.value if isinstance(part, Key) else part
 
 
@@ -219,7 +219,7 @@ def _with_lists(value: Any) -> Any:
 
 def _as_dict(node: Mapping[str | int | Key, Any]) -> dict[Any, Any]:
     try:
-        keys = checked_keys(map(_key, node))
+        keys = checked_keys(map(_key_of_part, node))
     except ValueError as error:
         raise CorruptCheckpointError(f"the keys of a dict collide: {error}") from error
     made = {key: _with_lists(item) for key, item in zip(keys, node.values(), strict=True)}

@@ -1,4 +1,4 @@
-"""Whether ranks that save together describe their values alike."""
+"""Compares how the ranks of a save describe their entries."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from ..tensors.state_dict import Key, Path, name_of
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
-    """What one rank says of one value."""
+class ValueDescription:
+    """How one rank describes one entry of its state dict, a tensor or a value."""
 
     path: Path
     kind: str
-    """ "tensor", "sharded tensor", "object" or "empty dict"."""
+    """ "tensor", "sharded tensor", "value" or "empty dict"."""
     dtype: str = ""
     shape: tuple[int, ...] = ()
     digests: tuple[tuple[tuple[int, ...], int], ...] = ()
-    """The offsets and a checksum of each part that other ranks may hold too; none of large ones."""
+    """Offsets and checksum of each small part that other ranks may hold too."""
 
-    def agrees_with(self, other: Described) -> bool:
-        """Whether they describe one value, but for what its bytes are."""
+    def agrees_with(self, other: ValueDescription) -> bool:
+        """Return whether both describe the same entry. Its bytes are not compared."""
         return (self.path, self.kind, self.dtype, self.shape) == (other.path, other.kind, other.dtype, other.shape)
 
     def __str__(self) -> str:
         what = f" of {self.dtype}, shape {list(self.shape)}" if self.dtype else ""
-        return f"{'an' if self.kind[0] in 'eo' else 'a'} {self.kind}{what}, at {self.path}"
+        return f"{'an' if self.kind[0] == 'e' else 'a'} {self.kind}{what}, at {self.path}"
 
 
-def agreed_paths(described: Sequence[Mapping[str, Described]]) -> dict[str, Path]:
-    """The path of every value of a save.
+def agreed_paths(described: Sequence[Mapping[str, ValueDescription]]) -> dict[str, Path]:
+    """Return the path of every entry of a save.
 
     A dict that is empty on one rank may have items on another.
 
     Args:
-        described: what each rank says of its values, by name.
+        described: For each rank, the descriptions of its entries by name.
 
     Raises:
-        ArgumentError: two ranks disagree about a name.
+        ArgumentError: Two ranks disagree about a name.
     """
-    first: dict[str, tuple[int, Described]] = {}
+    first: dict[str, tuple[int, ValueDescription]] = {}
     containers: dict[Path, tuple[bool, int, Path]] = {}
-    """Of each dict and list: whether it is a list, a rank that has a value in it, and that value's path."""
+    """For each dict and list: whether it is a list, a rank that has an entry in it, and the path of that entry."""
     keys: dict[tuple[Path, Any], tuple[Key, int]] = {}
-    """Of each key of each dict: how it is stored, and a rank that has it."""
+    """For each key of each dict: how it is stored, and a rank that has it."""
     for rank, values in enumerate(described):
         for name, value in values.items():
             known_by, known = first.setdefault(name, (rank, value))
@@ -78,13 +78,13 @@ def _holding(container: tuple[bool, int, Path]) -> str:
 
 def _disagreement(name: str, rank: int, value: object, other_rank: int, other: object) -> ArgumentError:
     return ArgumentError(
-        f"the ranks disagree about {name!r}: rank {rank} has {value}; rank {other_rank} has {other}. Give all ranks "
-        "the same kind of value under one name"
+        f"the ranks disagree about {name!r}: rank {rank} has {value}, but rank {other_rank} has {other}. All "
+        "ranks must have the same kind of value under one name"
     )
 
 
-def differing_names(described: Sequence[Mapping[str, Described]]) -> list[str]:
-    """Names of small values and parts that several ranks hold, and whose bytes are not the same on all of them."""
+def differing_names(described: Sequence[Mapping[str, ValueDescription]]) -> list[str]:
+    """Return the names of small entries that several ranks hold, but not with the same bytes."""
     known: dict[tuple[str, tuple[int, ...]], int] = {}
     differing: dict[str, None] = {}
     for values in described:
@@ -95,13 +95,17 @@ def differing_names(described: Sequence[Mapping[str, Described]]) -> list[str]:
     return list(differing)
 
 
-def _check_key(name: str, rank: int, value: Described, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
-    """Raises ArgumentError where a key on the way to a value equals another rank's, and is of another type."""
+def _check_key(name: str, rank: int, value: ValueDescription, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
+    """Check that the keys in the path of an entry have the same types on all ranks.
+
+    Raises:
+        ArgumentError: A key is equal to a key of another rank, but has another type.
+    """
     for at, part in enumerate(value.path):
         if isinstance(part, Key):
             known, other_rank = keys.setdefault((value.path[:at], part.value), (part, rank))
             if known != part:
                 raise ArgumentError(
-                    f"the ranks disagree about {name!r}: rank {other_rank} has the key {known.value!r}, rank {rank} "
-                    f"has {part.value!r}. They are equal, and of different types"
+                    f"the ranks disagree about {name!r}: rank {other_rank} has the key {known.value!r}, but rank "
+                    f"{rank} has {part.value!r}. The keys are equal but not of one type: use the same type on all ranks"
                 )

@@ -1,4 +1,4 @@
-"""What a rank is to write: shards, and how they are spread over objects."""
+"""Distributes the shards that a rank writes over data objects."""
 
 from __future__ import annotations
 
@@ -8,46 +8,55 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...planner.box import Box
+from ...planner.entries import Kind
 from ...planner.errors import ShapeMismatchError
 from ...planner.grid import Grid
-from ...planner.index import Kind
 
 CONCURRENT_OBJECTS = 8
-"""Objects that are written at once to a store that holds each in memory."""
+"""The number of objects that are written concurrently to a store that holds each object in memory."""
 MIN_OBJECT_BYTES = 8 * 1024 * 1024
-"""Where there are several, none is made smaller for that."""
+"""A rank does not split its shards into objects smaller than this."""
 MAX_OBJECT_BYTES = 64 * 1024 * 1024
-PIECE_BYTES = 64 * 1024 * 1024
-"""Values that are taken from a device at once."""
-TOGETHER_BYTES = 16 * 1024 * 1024
-"""Values of shards that are taken apart and lie together, by eighths: a rank reads its part of all by one request.
+MAX_DEVICE_COPY_BYTES = 64 * 1024 * 1024
+"""The most bytes of values that one copy from a device takes."""
+SHARD_GROUP_BYTES = 16 * 1024 * 1024
+"""The most bytes of shards that are stored as one group, if the store holds objects in memory.
 
-Where a store holds objects: on a disk a request costs little.
+The shards of a group are split into eighths, and the first eighths of all shards come first. So a rank reads its part
+of all of them with one request (`benchmarks/fsdp_to_tp.py`). On a disk a request costs little, and shards are not
+grouped.
 """
 MIN_EIGHTH_BYTES = 256 * 1024
-"""A shard with smaller ones is not taken apart: each part costs some 50 bytes of manifest."""
+"""A shard with smaller eighths is not split, because each part takes about 50 bytes of the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardToWrite:
-    """One shard of a tensor, or one object as bytes."""
+    """One shard of a tensor, or the bytes of one value."""
 
     name: str
     kind: Kind
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Of the global tensor."""
+    """The global shape of the tensor."""
     box: Box
-    """The part of it that the shard is."""
+    """The position of the shard in the tensor."""
     load: Callable[[Box], torch.Tensor]
-    """Gives the values of a box of the tensor, inside the shard, on any device; called when its turn comes."""
+    """Returns the values of a box inside the shard, on any device. It is called just before the box is written."""
+
+    @classmethod
+    def of_value(cls, name: str, kind: Kind, data: bytes) -> ShardToWrite:
+        """Return the shard of an encoded value: a tensor of its bytes, as a whole."""
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        whole = Box.whole((len(data),))
+        return cls(name, kind, values.dtype, whole.sizes, whole, lambda box: values[box.slices])
 
     @property
     def nbytes(self) -> int:
         return self.box.numel * self.dtype.itemsize
 
     def pieces(self, max_bytes: int, codec: str) -> list[ShardToWrite]:
-        """The shard as several that have at most so many bytes, as far as the grid lets it be cut."""
+        """Cut the shard along the grid into shards of at most `max_bytes`. Single chunks may be larger."""
         boxes = grid_of(self.shape, self.dtype.itemsize, codec).split(
             self.box, max(1, max_bytes // self.dtype.itemsize)
         )
@@ -55,7 +64,16 @@ class ShardToWrite:
 
 
 def part_of(name: str, values: torch.Tensor, shard: Box, dtype: torch.dtype, box: Box) -> torch.Tensor:
-    """A box of a tensor, out of the values of a shard. Raises ShapeMismatchError where they are not those of one."""
+    """Return the values of a box, taken from the values of a shard.
+
+    Args:
+        values: The values of the whole shard.
+        shard: The box of the shard in the tensor.
+        box: The box to return, inside of `shard`.
+
+    Raises:
+        ShapeMismatchError: `values` does not have the sizes of `shard` and the dtype `dtype`.
+    """
     if tuple(values.shape) != shard.sizes or values.dtype != dtype:
         raise ShapeMismatchError(
             f"{name!r} should hold {shard} of {dtype} on this rank, but has shape {tuple(values.shape)}, {values.dtype}"
@@ -70,9 +88,15 @@ def grid_of(shape: tuple[int, ...], itemsize: int, codec: str) -> Grid:
 def in_objects(
     shards: Sequence[ShardToWrite], codec: str, budget_bytes: int, *, several: bool
 ) -> list[list[ShardToWrite]]:
-    """What each object is to hold: all, or, where `several` are better, as much as makes many, and not too small."""
+    """Return the shards of each data object to write, cut into parts.
+
+    Args:
+        several: Whether to write several objects of similar size that are not too small. Otherwise there is one object.
+    """
     if not several:
-        pieces = [piece for shard in shards for piece in shard.pieces(min(PIECE_BYTES, budget_bytes // 4), codec)]
+        pieces = [
+            piece for shard in shards for piece in shard.pieces(min(MAX_DEVICE_COPY_BYTES, budget_bytes // 4), codec)
+        ]
         return [pieces] if pieces else []
     total = sum(shard.nbytes for shard in shards)
     share = max(total // CONCURRENT_OBJECTS, MIN_OBJECT_BYTES)

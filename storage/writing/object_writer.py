@@ -1,9 +1,9 @@
-"""Shards to data objects: cut into chunks, encode on all cores, write in order, hold little.
+"""Writes shards to data objects: cuts them into chunks, encodes these on all cores, and writes them in order.
 
-One rank writes one object, as a stream, where the store takes one; several at once where it holds each in memory until
-all of it is there. Chunks are encoded by a pool of threads that runs at most a window ahead of the writing, so that a
-slow store slows the encoding down, and neither the size of a tensor nor that of a shard adds to what is held. What was
-written comes back as records, from which the manifest is made.
+If the store accepts a stream, a rank writes one object. If the store holds each object in memory until it is complete,
+a rank writes several objects concurrently. A pool of threads encodes the chunks, at most a window ahead of the writer.
+So a slow store also slows down the encoding, and memory does not grow with the size of a tensor or shard. The result
+consists of records, from which the manifest is made.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ import torch
 from torch.profiler import record_function
 from typing_extensions import Buffer
 
-from ...planner.box import Box, indexes
-from ...planner.entries import Entry
+from ...planner.box import Box, box_slices
+from ...planner.entries import Encoding, Entry, Stream
 from ...planner.grid import EIGHTHS, Grid
-from ...planner.index import Encoding, Stream
 from ..errors import StoreError
-from ..formats.native.chunk_runs import Slices, continued, cut, extents
+from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
 from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
@@ -44,28 +43,28 @@ from ..runtime.threads import Pool, cleaning_up
 from ..stores.base import Store
 from ..stores.retry import retried, without_retries
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
-from ..tensors.pieces import in_groups
-from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, TOGETHER_BYTES, ShardToWrite, grid_of, in_objects
+from ..tensors.splitting import group_by_bytes
+from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, grid_of, in_objects
 
 logger = logger_of(__name__)
 
 OBJECT_MAGIC = b"RESHARDD"
 WINDOW_BYTES = 16 * 1024 * 1024
-"""Values that may be waiting, encoded or being encoded, for an object to take them."""
+"""The most bytes of values that are being encoded, or wait to be written, for one object."""
 TASK_BYTES = 1024 * 1024
-"""Values that one task encodes, or a little more."""
+"""The bytes of values that one task encodes, at least. A task ends with the chunk run that reaches this size."""
 LET_END_S = 2.0
-"""How long a save that has failed waits for what is under way, to remove it."""
+"""How long a failed save waits for objects that are being written, to remove them."""
 
 Encoded = tuple[Buffer, list[int], list[int]]
-"""The bytes of a chunk, or of several one after another; the length of each; their checksums."""
-_Band = tuple[Slices, list[int], int, int]
-"""Chunks that adjoin: where they lie in the shard, the sizes of each, their number, in which dimension they adjoin."""
+"""The bytes of one or more chunks, one after another, the length of each chunk, and their checksums."""
+_Run = tuple[Slices, list[int], int, int]
+"""A chunk run: its position in the shard, the sizes of each chunk, their number, and the dimension of the run."""
 
 
 @dataclass(slots=True)
-class _Segment:
-    """A segment while its chunks are being written."""
+class _UnfinishedSegment:
+    """A segment whose chunks are being written."""
 
     stream: Stream
     start: int = -1
@@ -84,13 +83,13 @@ class _Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
-    """A shard while its segments are being written."""
+class _UnfinishedShard:
+    """A shard whose segments are being written."""
 
     source: ShardToWrite
     dtype: str
     grid: Grid
-    segments: list[_Segment]
+    segments: list[_UnfinishedSegment]
     chunks: int
 
     def record(self, encoding: Encoding) -> ShardRecord:
@@ -100,27 +99,28 @@ class _Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """One stream of a shard, or of what it has of an eighth of its tensor."""
+class _SegmentInput:
+    """The values of one segment: one stream of a shard, or of the part of a shard in one eighth of its tensor."""
 
     eighth: int
     values: npt.NDArray[Any]
     entry: Entry
-    segment: _Segment
+    segment: _UnfinishedSegment
     streams: int
-    """That the values are stored in."""
-    tasks: list[tuple[list[_Band], int]]
+    """The number of streams that the values are stored in."""
+    tasks: list[tuple[list[_Run], int]]
+    """As in `_EncodingTasks`."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _EncodingTask:
     """Chunks of a segment that are being encoded."""
 
-    segment: _Segment
+    segment: _UnfinishedSegment
     held_nbytes: int
-    """Values that are held for it."""
+    """Bytes of values that stay in memory for it."""
     values_nbytes: int
-    """Its part of the values: a shard's heads and tails have half of them each."""
+    """Bytes of values that count as written with it. If a shard has heads and tails, each counts half."""
     encoded: Future[list[Encoded]]
 
 
@@ -135,20 +135,26 @@ def write_objects(
     failed: Callable[[BaseException], None] = lambda error: None,
     wrote: Callable[[int], None] = lambda nbytes: None,
 ) -> list[ObjectRecord]:
-    """Write shards into new objects of a store: none where there is nothing to write.
+    """Write shards to new data objects of a store. If all shards are empty, no object is written.
 
-    Their names are unique, so that nothing that exists is touched. Where the store fails in a way that may pass, the
-    object that it failed at is begun anew, under another name.
+    The objects have unique names, so that no existing object changes. If the store fails with a temporary error, the
+    object is written again under another name. If the call fails, the objects that it wrote are removed.
 
     Args:
-        label: what their names end with, the rank's number; it makes them no more unique.
-        budget_bytes: of values that may be held; `default_budget()` by default.
-        interrupt: called now and then, by this thread; what it raises stops the writing.
-        failed: called as soon as it fails, before anything is removed.
-        wrote: called with the bytes of values that the store has taken, by any thread; with a negative number of them
-            where an object has failed, and is begun anew.
+        label: The end of the object names, usually the rank.
+        budget_bytes: Memory for values that wait to be written. `default_budget()` by default.
+        interrupt: Called regularly by this thread. If it raises an error, the writing stops with this error.
+        failed: Called with the first error, before any object is removed.
+        wrote: Called by any thread, with the bytes of values that the store has accepted. If an object has to be
+            written again, it is called with the negative number.
 
-    Raises StoreError, DtypeError, ShapeMismatchError, and what `load` raises; what was written is then removed.
+    Returns:
+        A record for each object.
+
+    Raises:
+        StoreError: The store failed.
+        DtypeError: A dtype cannot be stored.
+        ShapeMismatchError: `load` returned values of another shape or dtype.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
     groups = in_objects(
@@ -173,7 +179,7 @@ def write_objects(
             writing.abandon()
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
-            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
+            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to raise
                 without_retries(store).delete(written)
             raise
         finally:
@@ -181,7 +187,7 @@ def write_objects(
 
 
 class _ObjectWriter:
-    """Writes objects, several at once, with one pool of threads that encodes."""
+    """Writes objects, several concurrently, that share one pool of threads for encoding."""
 
     def __init__(
         self,
@@ -198,17 +204,17 @@ class _ObjectWriter:
         self._codec = codec
         self._window = min(WINDOW_BYTES, budget_bytes)
         self._buffers_objects = store.capabilities.buffers_objects
-        self._together = min(TOGETHER_BYTES, budget_bytes // 4) if self._buffers_objects else 0
+        self._together = min(SHARD_GROUP_BYTES, budget_bytes // 4) if self._buffers_objects else 0
         self._encoding = encoding
         self._stopped = stopped
-        """Set where nobody waits for the objects any more."""
+        """Set when the save has failed."""
         self._wrote = wrote
 
     def write(self, shards: Sequence[ShardToWrite]) -> ObjectRecord:
-        """One object of these shards. What was begun is removed where that fails."""
-        # What differs comes first: stores spread their load by the beginning of a key.
+        """Write one object that contains these shards. If this fails, the object is removed."""
+        # Object names start with random characters, because stores distribute their load by the start of a key.
         record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._label}{DATA_SUFFIX}")
-        begun: list[_Shard] = []
+        begun: list[_UnfinishedShard] = []
         encode_s = write_s = 0.0
         taken = 0
         try:
@@ -233,7 +239,7 @@ class _ObjectWriter:
             self._check_wanted()
         except BaseException:
             self._wrote(-taken)
-            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to tell
+            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to raise
                 without_retries(self._store).delete([record.name])
             raise
         encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
@@ -249,20 +255,24 @@ class _ObjectWriter:
         if self._stopped.is_set():
             raise StoreError("the save was stopped")
 
-    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_Shard]) -> Iterator[_Batch]:
-        """All chunks in the order of the file, some at a time; the pool works at most a window ahead."""
-        waiting: deque[_Batch] = deque()
+    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> Iterator[_EncodingTask]:
+        """Yield tasks in the order in which their chunks are stored. The pool encodes at most a window ahead."""
+        waiting: deque[_EncodingTask] = deque()
         held = 0
         try:
-            for group in in_groups(shards, self._together):
+            for group in group_by_bytes(shards, self._together):
                 for part in self._in_order(group, begun):
-                    for bands, nbytes in part.tasks:
+                    for runs, nbytes in part.tasks:
                         self._check_wanted()
                         while waiting and held + nbytes > self._window:
                             held -= waiting[0].held_nbytes
                             yield waiting.popleft()
-                        encoding = partial(_encode, part.values, bands, part.entry, part.segment.stream, self._codec)
-                        batch = _Batch(part.segment, nbytes, nbytes // part.streams, self._encoding.submit(encoding))
+                        encoding = partial(
+                            _encode_runs, part.values, runs, part.entry, part.segment.stream, self._codec
+                        )
+                        batch = _EncodingTask(
+                            part.segment, nbytes, nbytes // part.streams, self._encoding.submit(encoding)
+                        )
                         waiting.append(batch)
                         held += nbytes
             while waiting:
@@ -271,8 +281,11 @@ class _ObjectWriter:
             for left in waiting:
                 left.encoded.cancel()
 
-    def _in_order(self, group: Sequence[ShardToWrite], begun: list[_Shard]) -> list[_Part]:
-        """The parts of shards that lie together, as they lie: heads before tails, then eighth by eighth."""
+    def _in_order(self, group: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> list[_SegmentInput]:
+        """Return the segments of a group of shards in the order in which they are stored.
+
+        Heads come before tails. Each of them is sorted by eighths.
+        """
         parts = []
         for source in group:
             values = source.load(source.box)
@@ -281,56 +294,58 @@ class _ObjectWriter:
             entry = Entry(source.name, source.kind, dtype, grid)
             streams = streams_of(dtype, self._codec)
             if values.device.type != "cpu":
-                torch.accelerator.synchronize(values.device)  # what its own stream still computes
+                torch.accelerator.synchronize(values.device)  # another stream may still write the values
             array = as_array(values)
             eighths = grid.eighths(source.box)
             if len(group) == 1 or values.nbytes < EIGHTHS * MIN_EIGHTH_BYTES:
                 eighths = [(eighths[0][0], source.box)]
             for eighth, box in eighths:
-                cuts = _cut(grid, box, values.itemsize)
-                segments = [_Segment(stream) for stream in streams]
-                begun.append(_Shard(replace(source, box=box), dtype, grid, segments, cuts.chunks))
+                cuts = _encoding_tasks(grid, box, values.itemsize)
+                segments = [_UnfinishedSegment(stream) for stream in streams]
+                begun.append(_UnfinishedShard(replace(source, box=box), dtype, grid, segments, cuts.chunks))
                 inside = array[box.relative_to(source.box).slices]
-                parts += [_Part(eighth, inside, entry, segment, len(streams), cuts.tasks) for segment in segments]
+                parts += [
+                    _SegmentInput(eighth, inside, entry, segment, len(streams), cuts.tasks) for segment in segments
+                ]
         return sorted(parts, key=lambda part: (part.segment.stream is Stream.TAIL, part.eighth))
 
 
 @dataclass(frozen=True, slots=True)
-class _Cuts:
-    """How a shard is cut."""
+class _EncodingTasks:
+    """The tasks that encode a shard."""
 
     chunks: int
-    tasks: list[tuple[list[_Band], int]]
-    """Bands that are encoded together, and the bytes of their values."""
+    tasks: list[tuple[list[_Run], int]]
+    """For each task, its chunk runs and the bytes of their values."""
 
 
 @functools.lru_cache(maxsize=64)
-def _cut(grid: Grid, box: Box, itemsize: int) -> _Cuts:
-    """Remembered, since the layers of a model are cut alike."""
+def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _EncodingTasks:
+    """Cut a shard into tasks. The result is cached because the layers of a model are cut in the same way."""
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
-    firsts, counts, dims = cut(continued(offsets, sizes), chunk_bytes)
+    firsts, counts, dims = group_into_runs(continued_dims(offsets, sizes), chunk_bytes)
     starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
-    places = indexes(starts, extents(sizes[firsts], counts, dims))
-    bands = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
-    band_bytes = chunk_bytes[firsts] * counts
-    ends = (np.flatnonzero(np.diff(np.cumsum(band_bytes) // TASK_BYTES)) + 1).tolist()
-    tasks = [(bands[begin:end], int(band_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(bands)])]
-    return _Cuts(len(offsets), tasks)
+    places = box_slices(starts, run_sizes(sizes[firsts], counts, dims))
+    runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
+    run_bytes = chunk_bytes[firsts] * counts
+    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
+    tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
+    return _EncodingTasks(len(offsets), tasks)
 
 
-def _encode(
+def _encode_runs(
     values: npt.NDArray[Any],
-    bands: Sequence[_Band],
+    runs: Sequence[_Run],
     entry: Entry,
     stream: Stream,
     codec: str,
 ) -> list[Encoded]:
-    """Chunks of a shard, whose values these are."""
+    """Encode chunk runs of a shard. `values` are the values of the whole shard."""
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
-    for place, sizes, count, dim in bands:
-        # What of the values is one chunk after another, each row-major.
+    for place, sizes, count, dim in runs:
+        # Copy the run so that its chunks follow each other, each row-major.
         split = values[place].reshape(*sizes[:dim], count, *sizes[dim:])
         plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))
         nbytes = len(plain) // count

@@ -1,7 +1,7 @@
-"""What each rank of `reshard.save` writes: by DCP's default planner, with descriptions of the values.
+"""The save planner of `reshard.save`, which is based on DCP's default planner.
 
-Every rank describes the values of its state dict. The coordinator compares the descriptions before anything is written
-(`agreement`), and then gives each replica to one rank.
+Every rank describes the entries of its state dict. Before anything is written, the coordinator compares the
+descriptions (see `agreement`) and assigns each replica to one rank.
 """
 
 from __future__ import annotations
@@ -19,36 +19,39 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate
 
-from ...planner.checks import tile
 from ...planner.errors import CheckpointError
+from ...planner.index_checks import tile
 from ..errors import ArgumentError, UnsupportedValueError
 from ..formats.value_codec import EncodedValue, encode_value, needs_pickle
 from ..runtime.checksums import checksum
-from ..tensors.classes import check_has_memory, check_storable, is_whole
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path
-from .agreement import Described, agreed_paths, differing_names
+from ..tensors.tensor_classes import check_has_memory, check_storable, is_whole
+from .agreement import ValueDescription, agreed_paths, differing_names
 
-SMALL_BYTES = 64 * 1024
-"""Replicas up to this size are written by the lowest rank that has them, so that what belongs together stays together:
-the parts of a random state, or the mean and the variance of a BatchNorm. Larger ones are spread over the ranks."""
+SMALL_REPLICA_BYTES = 64 * 1024
+"""Replicas up to this size are written by the lowest rank that has them. So entries that belong together come from one
+rank, for example the parts of a random state, or mean and variance of a BatchNorm. Larger ones are spread over the
+ranks."""
 
 
 class SavePlanner(DefaultSavePlanner):
     """DCP's default planner for the leaves of a state dict, with a few differences.
 
-    The ranks' state dicts are compared. Small replicas and objects are written by the lowest rank that has them.
-    Objects that are plain data are not pickled. A DTensor is written as the boxes that this rank really holds, which
-    are not always those that DTensor computes (see `planner.layout.held_tensor`).
+    - The state dicts of the ranks are compared.
+    - Small replicas and values are written by the lowest rank that has them.
+    - Values that are plain data are not pickled.
+    - A DTensor is written as the boxes that this rank really holds. They may differ from the boxes that DTensor
+      computes (see `planner.layout.held_tensor`).
 
     Args:
-        leaves: of this rank's state dict, by name.
-        allow_pickle: whether values that need pickle are stored. If not, they are an error.
+        leaves: The leaves of this rank's state dict, by name.
+        allow_pickle: Whether to store values that need pickle. If not, they are an error.
     """
 
     holds_boxes = True
-    """Tells StorageWriter that its plans have the boxes that ranks really hold."""
+    """Shows StorageWriter that the plans contain the boxes that ranks really hold."""
 
     def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True) -> None:
         super().__init__(flatten_state_dict=False)
@@ -60,7 +63,7 @@ class SavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        # DCP flattens sharded tensors that hold sharded tensors. Of other values it would lose empty dicts.
+        # DCP flattens sharded tensors that contain sharded tensors. Pass tensors only: it would drop empty dicts.
         tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
         super().set_up_planner(tensors, storage_meta, is_coordinator)
         self.state_dict = {**state_dict, **self.state_dict}
@@ -76,7 +79,7 @@ class SavePlanner(DefaultSavePlanner):
         name, tensor = item.index.fqn, self.state_dict[item.index.fqn]
         if not isinstance(tensor, DTensor) or item.tensor_data is None:
             return [item]
-        if hasattr(tensor._local_tensor, "__create_chunk_list__"):  # an item is one of its chunks
+        if hasattr(tensor._local_tensor, "__create_chunk_list__"):  # an item is one of its shards
             return [item]
         shards = local_shards(name, tensor)
         chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in shards]
@@ -89,13 +92,13 @@ class SavePlanner(DefaultSavePlanner):
             items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
         return items
 
-    def _described(self, name: str, leaf: Leaf) -> Described:
+    def _described(self, name: str, leaf: Leaf) -> ValueDescription:
         try:
             if isinstance(leaf.value, torch.Tensor):
                 return _describe_tensor(name, leaf.path, leaf.value)
             self._encoded[name] = self._encode(name, leaf)
             digest = checksum(self._encoded[name].getbuffer())
-            return Described(leaf.path, "empty dict" if leaf.is_empty_dict else "object", digests=(((), digest),))
+            return ValueDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value", digests=(((), digest),))
         except CheckpointError:
             raise
         except Exception as error:
@@ -107,8 +110,8 @@ class SavePlanner(DefaultSavePlanner):
         kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
         if not self._allow_pickle and needs_pickle(kind, data):
             raise UnsupportedValueError(
-                f"{name!r}, of {type(leaf.value)}, needs pickle, and this save has allow_pickle=False: use plain data "
-                "instead, or leave it out"
+                f"{name!r}, of {type(leaf.value)}, needs pickle, but allow_pickle is False: use plain data instead, "
+                "leave it out, or pass allow_pickle=True"
             )
         return EncodedValue(kind, data)
 
@@ -135,7 +138,7 @@ class SavePlanner(DefaultSavePlanner):
         return super().transform_object(write_item, object)
 
 
-def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
+def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> ValueDescription:
     is_sharded = not is_whole(tensor)
     if not is_sharded:
         check_has_memory(name, tensor)
@@ -148,19 +151,20 @@ def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> Described:
     digests = tuple(
         (box.offsets, checksum(as_bytes(as_array(local)).data))
         for box, local in shards
-        if may_repeat and local.nbytes <= SMALL_BYTES
+        if may_repeat and local.nbytes <= SMALL_REPLICA_BYTES
     )
     dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
-    return Described(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
+    return ValueDescription(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
 
 
 def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
-    """Have each of the items that several ranks could write written by one.
+    """Assign each item that several ranks hold to one of them.
 
     Args:
-        plans: the items of each rank.
+        plans: The items that each rank holds.
 
-    Returns: the items that each rank is to write.
+    Returns:
+        The items that each rank writes.
     """
     holders: dict[MetadataIndex, list[int]] = defaultdict(list)
     sizes: dict[MetadataIndex, int] = {}
@@ -170,9 +174,9 @@ def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem
             sizes[item.index] = _nbytes(item)
     writers: dict[MetadataIndex, int] = {}
     loads = [0] * len(plans)
-    for index in sorted(holders, key=lambda index: len(holders[index]) > 1 and sizes[index] > SMALL_BYTES):
+    for index in sorted(holders, key=lambda index: len(holders[index]) > 1 and sizes[index] > SMALL_REPLICA_BYTES):
         ranks = holders[index]
-        is_small = sizes[index] <= SMALL_BYTES
+        is_small = sizes[index] <= SMALL_REPLICA_BYTES
         writers[index] = min(ranks) if is_small else min(ranks, key=lambda rank: loads[rank])
         loads[writers[index]] += sizes[index]
     return [[item for item in items if writers[item.index] == rank] for rank, items in enumerate(plans)]
@@ -185,16 +189,18 @@ def _nbytes(item: WriteItem) -> int:
 
 
 def check_coverage(plans: Sequence[Sequence[WriteItem]], names: Iterable[str]) -> None:
-    """Check that what the ranks are to write of each value is all of it.
+    """Check that the ranks together write every entry completely.
 
     Raises:
-        ArgumentError: they hold more or less than a tensor has, as where their placements differ.
+        ArgumentError: The shards of a tensor overlap or leave gaps, for example because the placements of the ranks
+            differ, or no rank holds a part of an entry.
     """
     written = {item.index.fqn for items in plans for item in items}
     for name in names:
         if name not in written:
             raise ArgumentError(
-                f"no rank of the process group holds a part of {name!r}, so that nothing would be saved"
+                f"no rank of the process group holds a part of {name!r}, so it would not be saved: save from the "
+                "ranks that hold it, or leave it out"
             )
     boxes: dict[str, list[tuple[list[int], list[int]]]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -205,7 +211,10 @@ def check_coverage(plans: Sequence[Sequence[WriteItem]], names: Iterable[str]) -
         name, offsets, sizes = item.index.fqn, [*data.chunk.offsets], [*data.chunk.sizes]
         shapes[name] = tuple(data.size)
         if any(offset + size > n for offset, size, n in zip(offsets, sizes, data.size, strict=True)):
-            raise ArgumentError(f"{name!r} has the shape {[*data.size]}, and a rank holds {sizes} at {offsets} of it")
+            raise ArgumentError(
+                f"{name!r} has shape {[*data.size]}, but a rank holds a shard of shape {sizes} at {offsets}: all ranks "
+                "need the same mesh and placements"
+            )
         if data.chunk.sizes.numel():
             boxes[name].append((offsets, sizes))
     for name, shape in shapes.items():

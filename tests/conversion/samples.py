@@ -19,14 +19,14 @@ import reshard
 from reshard.storage.conversion import source_stream
 from reshard.storage.conversion.targets import target
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.formats.safetensors import NAMES
-from reshard.storage.tensors import pieces
+from reshard.storage.tensors import splitting
 from reshard.storage.tensors.state_dict import flatten
 from tests.samples import same, sample
 
 KIB = 1024
-COMMITS = {"reshard": NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
+COMMITS = {"reshard": MANIFEST_NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
 """The object that makes a checkpoint of each target whole."""
 
 
@@ -36,7 +36,7 @@ UNSAFE = ("rng", "third")
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
     """Make pieces and units of some KiB."""
-    for module in (pieces, target, source_stream):
+    for module in (splitting, target, source_stream):
         monkeypatch.setattr(module, "PIECE_BYTES", piece)
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 
@@ -122,7 +122,7 @@ def assert_converted(place: Any, expected: dict[str, Any], format: str, **option
     """A checkpoint has these values, by name, and nothing is left of the conversion that wrote it."""
     checkpoint = reshard.open(place, **options)
     assert checkpoint.format == format
-    assert {*checkpoint.tensors, *checkpoint.objects} == expected.keys()
+    assert {*checkpoint.tensors, *checkpoint.value_names} == expected.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             assert checkpoint.tensors[name].shape == value.shape

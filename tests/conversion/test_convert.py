@@ -77,7 +77,7 @@ def test_every_pair_of_formats_keeps_every_value(
     assert_clean(names_in(dst), dst, target)
     there = open_source(sources[source])
     left_out = {entry.name for entry in there.entries} - expected.keys()
-    assert set(report.skipped) == left_out
+    assert set(report.dropped) == left_out
     if target != "safetensors" and there.paths:
         assert open_source(dst).paths == there.paths
     tensors = sum(value.nbytes for value in expected.values() if isinstance(value, torch.Tensor))
@@ -115,13 +115,12 @@ def test_every_dtype_passes_or_is_refused_before_anything_is_written(dtype: str,
         with pytest.raises(DtypeError, match=r"which safetensors does not have|for which safetensors has no shape"):
             reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert not (tmp_path / "safetensors").exists()
-        with pytest.raises(DtypeError, match=r"Leave it out with names= .*--names") as caught:
+        with pytest.raises(DtypeError, match=r"Leave it out with exclude= \(--exclude\)") as caught:
             reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert ("cast it to complex64" in str(caught.value)) == (dtype == "complex128")
         if dtype == "float4_e2m1fn_x2":
-            names = {"matrix": "matrix", "empty": "empty"}
-            reshard.convert(src, tmp_path / "part", format="safetensors", names=names)
-            assert set(reshard.open(tmp_path / "part").tensors) == set(names)
+            reshard.convert(src, tmp_path / "part", format="safetensors", exclude="scalar")
+            assert set(reshard.open(tmp_path / "part").tensors) == {"matrix", "empty"}
     else:
         reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert_converted(tmp_path / "safetensors", state, "safetensors")
@@ -203,12 +202,12 @@ def test_floats_are_cast_and_nothing_else(
     dtype: torch.dtype, format: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
-    names = {f"{group}.*": f"{group}.*" for group in ("dtypes", "large", "empty")}
-    reshard.convert(sources["native"], tmp_path / "dst", format=format, dtype=dtype, names=names)
+    groups = ("dtypes", "large", "empty")
+    reshard.convert(sources["native"], tmp_path / "dst", format=format, dtype=dtype, include=groups)
     expected = {
         name: value.to(dtype) if value.is_floating_point() and "_x2" not in str(value.dtype) else value
         for name, value in of_names(tensors_of()).items()
-        if name.partition(".")[0] in ("dtypes", "large", "empty")
+        if name.partition(".")[0] in groups
     }
     assert {value.dtype for value in expected.values()} > {dtype, torch.int64, torch.bool, torch.complex64}
     assert_converted(tmp_path / "dst", expected, format)
@@ -324,9 +323,9 @@ def test_what_an_export_has_no_dtype_for_can_be_left_out(tmp_path: Path) -> None
     state = {"a": torch.ones(3, dtype=torch.complex128), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.complex32)}
     src = save_native(state, tmp_path / "src")
     with pytest.raises(
-        DtypeError, match=r"'a' has dtype complex128, .*and so do 1 more tensors\. Leave it out with names="
+        DtypeError, match=r"'a' has dtype complex128, .*and so do 1 more tensors\. Leave it out with exclude="
     ):
         reshard.convert(src, tmp_path / "dst", format="safetensors")
-    report = reshard.convert(src, tmp_path / "dst", format="safetensors", names="b")
-    assert report.left_out == ("a", "c")
+    report = reshard.convert(src, tmp_path / "dst", format="safetensors", include="b")
+    assert report.dropped == ("a", "c")
     assert_converted(tmp_path / "dst", {"b": state["b"]}, "safetensors")

@@ -18,7 +18,7 @@ from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
 from tests.conversion.samples import COMMITS, KIB, cut_small, save_native
 
 FORMATS = ("reshard", "dcp", "safetensors")
-HEAD = ".reshard-convert.json"
+CLAIM = ".reshard-convert.json"
 Note = dict[str, Any]
 
 
@@ -49,7 +49,7 @@ def notes_of(store: MemoryStore) -> dict[str, Note]:
     return {
         name: json.loads(data)
         for name, data in store.content.items()
-        if name.startswith(".reshard-convert-") and name != HEAD
+        if name.startswith(".reshard-convert-") and name != CLAIM
     }
 
 
@@ -159,8 +159,8 @@ def test_a_forged_checkpoint_is_not_taken_for_the_conversion(format: str, src: P
         "dcp": pickle.dumps({}),
         "safetensors": json.dumps({"weight_map": {}}).encode(),
     }[format]
-    head = json.loads(store.content[HEAD])
-    store.content[HEAD] = json.dumps({**head, "commit": f"{checksum(forged):016x}"}).encode()
+    claim = json.loads(store.content[CLAIM])
+    store.content[CLAIM] = json.dumps({**claim, "commit": f"{checksum(forged):016x}"}).encode()
     store.content |= {**other.content, COMMITS[format]: forged}
     with pytest.raises(CorruptCheckpointError, match="remove what is there"):
         reshard.convert(src, store, format=format)

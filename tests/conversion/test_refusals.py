@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from reshard.errors import (
     UnavailableError,
     UnsupportedURIError,
 )
-from reshard.storage.conversion.journal import HEAD
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.conversion.journal import CLAIM
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.conversion.samples import (
@@ -60,57 +59,79 @@ UP, DOWN, NORM, STEP = "model.layers.0.up", "model.layers.0.down", "model.norm",
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("options", "expected"),
     [
-        ("model", {UP: UP, DOWN: DOWN, NORM: NORM}),
-        ("*.up", {UP: UP}),
-        ("model.norm", {NORM: NORM}),
-        ({"model.*": "*"}, {"layers.0.up": UP, "layers.0.down": DOWN, "norm": NORM}),
-        ({"*.layers.0.up": "*.a", "*": "all.*"}, {"model.a": UP, **{f"all.{n}": n for n in (DOWN, NORM, STEP)}}),
-        ({"model.norm": "n", "optimizer.*": "opt.*.x"}, {"n": NORM, "opt.step.x": STEP}),
-        ({"model.layers.*.up": "up"}, {"up": UP}),
+        ({"include": "model"}, {UP: UP, DOWN: DOWN, NORM: NORM}),
+        ({"include": "*.up"}, {UP: UP}),
+        ({"include": ["*.up", "model.norm"]}, {UP: UP, NORM: NORM}),
+        ({"include": "model", "exclude": ["*.up", "*.down"]}, {NORM: NORM}),
+        (
+            {"include": "model", "rename": {"model.*": "*"}},
+            {"layers.0.up": UP, "layers.0.down": DOWN, "norm": NORM},
+        ),
+        ({"rename": {"model.*": "*"}}, {"layers.0.up": UP, "layers.0.down": DOWN, "norm": NORM, STEP: STEP}),
+        (
+            {"rename": {"*.layers.0.up": "*.a", "*": "all.*"}},
+            {"all.model.a": UP, **{f"all.{name}": name for name in (DOWN, NORM, STEP)}},
+        ),
+        (
+            {"include": ["model.norm", STEP], "rename": {"model.norm": "n", "optimizer.*": "opt.*.x"}},
+            {"n": NORM, "opt.step.x": STEP},
+        ),
+        ({"include": "*.up", "rename": {"model.layers.*.up": "up"}}, {"up": UP}),
     ],
 )
-def test_names_select_and_rename(
-    names: str | Mapping[str, str], expected: dict[str, str], src: Path, tmp_path: Path
+def test_convert_selects_and_renames(
+    options: dict[str, Any], expected: dict[str, str], src: Path, tmp_path: Path
 ) -> None:
     values = of_names(STATE)
     for format in TARGETS:
-        reshard.convert(src, tmp_path / format, format=format, names=names)
+        report = reshard.convert(src, tmp_path / format, format=format, **options)
         assert_converted(tmp_path / format, {new: values[old] for new, old in expected.items()}, format)
+        assert set(report.dropped) == set(values) - set(expected.values())
 
 
-def test_a_star_in_a_name_is_no_pattern(tmp_path: Path) -> None:
+def test_a_star_in_a_name_is_not_a_pattern(tmp_path: Path) -> None:
     src = save_native({"a*": torch.ones(1), "ab": torch.zeros(1)}, tmp_path / "src")
-    reshard.convert(src, tmp_path / "dst", names={"a*": "x*"})
+    reshard.convert(src, tmp_path / "dst", rename={"a*": "x*"})
     assert set(reshard.open(tmp_path / "dst").tensors) == {"x*", "xb"}
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"names": "modle"}, MissingTensorError, r"the checkpoint has no 'modle'"),
-        ({"names": {"model": "*"}}, ArgumentError, r"names: '\*' has more stars than the pattern 'model'"),
-        ({"names": {"*": "*", "a*b*": "c*"}}, ArgumentError, r"the pattern 'a\*b\*' comes after '\*'"),
-        ({"names": {"mdel": "x", "x.*": "*"}}, MissingTensorError, r"has no 'mdel, x\.\*'"),
-        ({"names": {}}, MissingTensorError, "the checkpoint has no"),
+        ({"include": "modle"}, MissingTensorError, r"the checkpoint has no name that matches 'modle'"),
+        ({"include": ["model", "modle"]}, MissingTensorError, r"no name that matches 'modle'"),
+        ({"include": []}, ArgumentError, r"include has no pattern"),
+        ({"include": 3}, ArgumentError, r"include must be a pattern of names, or a list of patterns, got 3"),
+        ({"include": {"model.*": "*"}}, ArgumentError, r"include must be a pattern of names"),
+        ({"exclude": "modle"}, MissingTensorError, r"no name that matches 'modle'"),
+        ({"rename": {"model": "*"}}, ArgumentError, r"rename: '\*' has more stars than the pattern 'model'"),
+        ({"rename": {"mdel": "x", "x.*": "*"}}, MissingTensorError, r"no name that matches 'mdel', 'x\.\*'"),
         (
-            {"names": {"model.*": "*", "optim.*": "*"}},
+            {"rename": {"model.*": "*", "optim.*": "*"}},
             MissingTensorError,
-            r"no 'optim\.\*': no name .* 'optimizer\.\*'",
+            r"no name that matches 'optim\.\*'; nearest are 'optimizer\.\*'",
         ),
-        ({"names": {"model.norn": "n"}}, MissingTensorError, r"has no 'model\.norn'.*nearest are 'model\.norm'"),
-        ({"names": {"*.bias": "*"}}, MissingTensorError, r"has no '\*\.bias'.*nearest are"),
-        ({"names": "model.layers.7"}, MissingTensorError, r"has no 'model\.layers\.7'"),
-        ({"names": {"*": "*", "model.norm": "n"}}, ArgumentError, r"'model\.norm' comes after '\*'.*put it first"),
         (
-            {"names": {"model.*": "*", "model.layers.*": "*"}},
-            ArgumentError,
-            r"'model\.layers\.\*' comes after 'model\.\*'",
+            {"include": "model", "rename": {"optimizer.*": "*"}},
+            MissingTensorError,
+            r"no name that matches 'optimizer\.\*'",
         ),
-        ({"names": {"model.layers.0.*": "x"}}, ArgumentError, r"both 'model\.layers\.0\..*' and .* be named 'x'"),
-        ({"names": {"model.*": "*", "optimizer.step": "norm"}}, ArgumentError, r"both .* would be named 'norm'"),
-        ({"names": {"model.norm": ""}}, ArgumentError, r"'model\.norm' would be left without a name"),
+        ({"include": "model.norn"}, MissingTensorError, r"matches 'model\.norn'; nearest are 'model\.norm'"),
+        ({"include": "*.bias"}, MissingTensorError, r"matches '\*\.bias'; nearest are"),
+        ({"include": "model.layers.7"}, MissingTensorError, r"matches 'model\.layers\.7'"),
+        (
+            {"rename": {"model.layers.0.*": "x"}},
+            ArgumentError,
+            r"'model\.layers\.0\..*' and .* would both be named 'x'",
+        ),
+        (
+            {"rename": {"model.*": "*", "optimizer.step": "norm"}},
+            ArgumentError,
+            r"would both be named 'norm'",
+        ),
+        ({"rename": {"model.norm": ""}}, ArgumentError, r"'model\.norm' would be renamed to an empty name"),
         ({"format": "DCP"}, ArgumentError, r"format must be one of \('reshard', 'dcp', 'safetensors'\), got 'DCP'"),
         ({"format": "torch"}, ArgumentError, "format must be one of"),
         ({"codec": "lzma"}, ArgumentError, "codec must be one of"),
@@ -121,9 +142,9 @@ def test_a_star_in_a_name_is_no_pattern(tmp_path: Path) -> None:
         ({"dtype": torch.float4_e2m1fn_x2}, ArgumentError, r"cannot be cast to torch\.float4_e2m1fn_x2"),
         ({"max_file_bytes": 0}, ArgumentError, "max_file_bytes must be at least 1, got 0"),
         (
-            {"names": {"model.norm": "__metadata__"}, "format": "safetensors"},
+            {"rename": {"model.norm": "__metadata__"}, "format": "safetensors"},
             ArgumentError,
-            "safetensors has no tensor of the name '__metadata__'",
+            "safetensors cannot have a tensor named '__metadata__'",
         ),
     ],
 )
@@ -199,10 +220,10 @@ def test_a_file_is_no_place(src: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [{"format": "dcp"}, {"codec": "none"}, {"names": "model"}, {"dtype": torch.float16}])
 def test_the_remains_of_another_conversion_are_told(other: dict[str, Any], src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
-    with pytest.raises(CommitError, match=rf"'{NAME}' may or may not have been written: injected"):
+    with pytest.raises(CommitError, match=rf"'{MANIFEST_NAME}' may or may not have been written: injected"):
         reshard.convert(src, RecordingStore(LocalStore(dst), failing("put", after=3)))
     before = content_of(dst)
-    assert len(before) == 3  # the head, a note and its object
+    assert len(before) == 3  # the claim, a note and its object
     with pytest.raises(CheckpointExistsError, match=r"another conversion was begun at .*dst, of another checkpoint or"):
         reshard.convert(src, dst, **other)
     assert content_of(dst) == before
@@ -250,7 +271,7 @@ def test_a_store_that_fails_is_told_and_a_rerun_completes(
             told = str(error)
         assert (COMMITS[format] in store.content) == (told == "")
         assert "injected" in told or not told
-        if HEAD in store.content or told:
+        if CLAIM in store.content or told:
             reshard.convert(src, store, format=format, **options)
         assert_converted(store, state, format)
         assert_clean(set(store.content), store, format)
@@ -263,7 +284,7 @@ def test_a_commit_whose_answer_was_lost_is_recognised(format: str, src: Path, tm
     class Losing(RecordingStore):
         def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
             super().put(name, data, overwrite=overwrite)
-            if name in (COMMITS[format], HEAD) and not overwrite:
+            if name in (COMMITS[format], CLAIM) and not overwrite:
                 raise CheckpointExistsError(f"{name} exists")  # as a second try finds
 
     reshard.convert(src, Losing(memory), format=format)
@@ -275,15 +296,15 @@ def test_a_checkpoint_that_came_meanwhile_is_not_replaced(src: Path) -> None:
     memory = MemoryStore()
 
     def commit_before(call: Call) -> None:
-        if call.method == "put" and call.name == NAME:
-            memory.content[NAME] = b"of somebody else"
+        if call.method == "put" and call.name == MANIFEST_NAME:
+            memory.content[MANIFEST_NAME] = b"of somebody else"
 
     with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
         reshard.convert(src, RecordingStore(memory, commit_before))
-    assert memory.content[NAME] == b"of somebody else"
+    assert memory.content[MANIFEST_NAME] == b"of somebody else"
     with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
         reshard.convert(src, memory)
-    assert memory.content[NAME] == b"of somebody else"
+    assert memory.content[MANIFEST_NAME] == b"of somebody else"
 
 
 @pytest.mark.parametrize("unit", [50 * KIB, 10000 * KIB])
@@ -295,12 +316,12 @@ def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monke
 
     def end_before(call: Call) -> None:
         if call.method == "create":
-            memory.content.pop(HEAD, None)
+            memory.content.pop(CLAIM, None)
 
     store = RecordingStore(memory, end_before)
     with pytest.raises(CheckpointExistsError, match="does not belong to this conversion any more"):
         reshard.convert(src, store)
-    assert NAME not in memory.content
+    assert MANIFEST_NAME not in memory.content
     assert sum(call.method == "create" for call in store.calls) == 1
 
 
@@ -314,7 +335,7 @@ def test_an_object_that_vanished_is_found_before_the_commit(src: Path) -> None:
 
     with pytest.raises(CorruptCheckpointError, match=r"'data/.*shard', which the conversion has written, is missing"):
         reshard.convert(src, RecordingStore(memory, lose_before))
-    assert NAME not in memory.content
+    assert MANIFEST_NAME not in memory.content
     reshard.convert(src, memory)
     assert_converted(memory, of_names(STATE), "reshard")
 
@@ -327,10 +348,10 @@ def test_a_note_that_is_none_is_told(content: bytes, src: Path) -> None:
     memory.content[".reshard-convert-000000.json"] = content
     with pytest.raises(CorruptCheckpointError, match=r"'\.reshard-convert-000000\.json' in memory is not of"):
         reshard.convert(src, memory)
-    memory.content[HEAD] = content
+    memory.content[CLAIM] = content
     with pytest.raises((CorruptCheckpointError, CheckpointExistsError), match=r"is not of a conv|another conversion"):
         reshard.convert(src, memory)
-    assert NAME not in memory.content
+    assert MANIFEST_NAME not in memory.content
 
 
 @pytest.mark.parametrize("format", TARGETS)
@@ -374,4 +395,4 @@ def test_a_store_that_stays_away_is_given_up(src: Path, monkeypatch: pytest.Monk
     memory = MemoryStore()
     with pytest.raises(UnavailableError, match="away"):
         reshard.convert(src, RecordingStore(memory, failing("create", error=UnavailableError("away"))))
-    assert set(memory.content) == {HEAD}
+    assert set(memory.content) == {CLAIM}

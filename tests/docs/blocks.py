@@ -1,7 +1,7 @@
-"""The fenced blocks of a page of Markdown, and which of them are run.
+"""Find the fenced code blocks of a Markdown page, and decide which of them run.
 
-A block runs where it is of python, or is of no language or `console` and has lines that begin with `reshard `. One
-that must not run says why: ```` ```python no_run="needs Azure" ````.
+A block runs if its language is Python, or if it has no language or `console` and contains lines that begin with
+`reshard `. A block that must not run says why: ```` ```python no_run="needs Azure" ````.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from pathlib import Path
 REASONS = frozenset(
     ("needs Azure", "needs GPUs", "runs under torchrun: see examples/", "see tests/integration/test_demo.py")
 )
-"""Why a block may be left out."""
+"""The reasons for which a block may not run."""
+LANGUAGES = frozenset(("", "console", "python", "text", "toml", "json"))
+"""The languages that a block may have. Another one is probably a typing error, and its block would not run."""
+MAX_COLUMNS = 88
+"""The width of code. The site scrolls sideways if a line is longer."""
 _FENCE = re.compile(r"^( *)(```+) *(\S*)(.*)$")
 _NO_RUN = re.compile(r'no_run="([^"]*)"')
 
 
-LANGUAGES = frozenset(("", "console", "python", "text", "toml", "json"))
-"""Of blocks: any other would be passed over unseen."""
-
-
 @dataclass(frozen=True, slots=True)
 class Block:
+    """A fenced code block of a page."""
+
     line: int
-    """Of its first line, counted from 1."""
+    """The number of its first line, counted from 1."""
     language: str
     text: str
-    left_out: str | None
-    """Why it is not run."""
+    no_run: str | None
+    """Why it does not run, or None."""
 
     @property
     def commands(self) -> list[list[str]]:
-        """The calls of the command line in it."""
+        """The arguments of each `reshard` command in the block."""
         if self.language not in ("", "console"):
             return []
         joined = self.text.replace("\\\n", " ").splitlines()
@@ -45,11 +47,15 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        return self.left_out is None and (self.language == "python" or bool(self.commands))
+        return self.no_run is None and (self.language == "python" or bool(self.commands))
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page in order. Raises ValueError for one that has no end."""
+    """Yield the blocks of a page in order.
+
+    Raises:
+        ValueError: A block has no end.
+    """
     begin: tuple[int, str, re.Match[str]] | None = None
     lines: list[str] = []
     for number, line in enumerate(page.read_text().splitlines(), 1):

@@ -1,4 +1,4 @@
-"""A server of HTTP that has the files of a folder, and answers ranges."""
+"""An HTTP server that serves the files of a folder and supports range requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class FileRanges(BaseHTTPRequestHandler):
-    """Files of a folder, to whom says `Authorization: Bearer testing`, or asks for what is below `/open`."""
+    """Serve the files of a folder. Files outside of `/open` require `Authorization: Bearer testing`."""
 
     def __init__(self, *args: Any, folder: Path) -> None:
         self._folder = folder
@@ -30,15 +30,15 @@ class FileRanges(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         content = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        begin, end = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if asked else (0, len(content))
-        self.send_response(206 if asked else 200)
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, stop = (int(requested[1]), min(int(requested[2]) + 1, len(content))) if requested else (0, len(content))
+        self.send_response(206 if requested else 200)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(end - begin))
-        if asked:
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
+        if requested:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
         self.end_headers()
         if with_body:
-            self.wfile.write(content[begin:end])
+            self.wfile.write(content[start:stop])
 
     def log_message(self, format: str, *args: object) -> None: ...

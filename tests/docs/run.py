@@ -1,4 +1,4 @@
-"""Runs the blocks of one page in order, in one namespace, in a process of its own that a test starts."""
+"""Run the code blocks of one page, in order and in one namespace, in a process that a test starts for it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ _NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def run_page(
-    page: Path, folder: Path, environment: Mapping[str, str], instead: Mapping[str, str], without: str, log: Path
+    page: Path, folder: Path, environment: Mapping[str, str], replacements: Mapping[str, str], hidden: str, log: Path
 ) -> None:
-    """Run a page; the process ends with 0 where all of it ran.
+    """Run a page and end the process, with exit code 0 if every block succeeded.
 
     Args:
-        folder: where it runs.
-        instead: what stands for addresses of the page that are nobody's.
-        without: a package that is taken not to be installed.
-        log: what it printed, and where it failed.
+        page: The Markdown file.
+        folder: The working directory.
+        environment: Environment variables to set.
+        replacements: The addresses to use in place of the example addresses on the page.
+        hidden: A package that cannot be imported. Empty for none.
+        log: The file that receives the output and the traceback.
     """
     with log.open("w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             os.chdir(folder)
             os.environ.update(environment)
-            if without:
-                sys.modules[without] = None  # type: ignore[assignment]
-            _run(page, instead)
+            if hidden:
+                sys.modules[hidden] = None  # type: ignore[assignment]
+            _run(page, replacements)
         except BaseException:
             traceback.print_exc()
             out.flush()
@@ -44,7 +46,7 @@ def run_page(
     os._exit(0)
 
 
-def _run(page: Path, instead: Mapping[str, str]) -> None:
+def _run(page: Path, replacements: Mapping[str, str]) -> None:
     namespace: dict[str, Any] = {"__name__": "page", "PAGE": page}
     setup = SETUP / f"{page.stem.lower().replace('-', '_')}.py"
     if setup.exists():
@@ -54,7 +56,7 @@ def _run(page: Path, instead: Mapping[str, str]) -> None:
             continue
         print(f"--- {page.name}:{block.line}")
         text = block.text
-        for address, real in instead.items():
+        for address, real in replacements.items():
             text = text.replace(address, real)
         if block.language != "python":
             namespace.get("before_commands", lambda: None)()
@@ -63,7 +65,7 @@ def _run(page: Path, instead: Mapping[str, str]) -> None:
             _run_examples(text, page, block, namespace)
         else:
             exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), namespace)
-    _leave_group()
+    _destroy_group()
 
 
 def _run_commands(block: Block) -> None:
@@ -80,7 +82,7 @@ def _run_commands(block: Block) -> None:
 
 
 def _run_examples(text: str, page: Path, block: Block, namespace: dict[str, Any]) -> None:
-    """Run what follows `>>>`, and compare what it prints with the page, but for numbers and what `…` stands for."""
+    """Run the lines after `>>>` and compare their output with the page. Numbers may differ; `…` matches any text."""
     for example in doctest.DocTestParser().get_examples(text):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
@@ -94,9 +96,9 @@ def _without_numbers(text: str) -> str:
     return _NUMBER.sub("N", text).strip()
 
 
-def _leave_group() -> None:
+def _destroy_group() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.barrier()  # without it, torch 2.13 with gloo aborts now and then
+        dist.barrier()  # without it, torch 2.13 with gloo sometimes aborts
         dist.destroy_process_group()

@@ -13,15 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.entries import ITEMSIZES
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import ITEMSIZES, Kind
 from reshard.planner.grid import Grid
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.chunk_runs import BAND_BYTES, bands_of, continued, cut
+from reshard.storage.formats.native.chunk_runs import (
+    MAX_CHUNK_RUN_BYTES,
+    continued_dims,
+    find_chunk_runs,
+    group_into_runs,
+)
 from reshard.storage.formats.native.codec import decode, decode_heads_and_tails, encode, streams_of
-from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.reading import executor, workers
 from reshard.storage.reading.executor import execute
@@ -36,11 +41,11 @@ from tests.planner.boxes import boxes_in, shapes
 def test_runs_are_all_chunks_in_their_order_and_boxes(data: st.DataObject, shape: tuple[int, ...], nbytes: int) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     _, offsets, sizes = grid.chunks(data.draw(boxes_in(shape)))
-    firsts, counts, dims = cut(continued(offsets, sizes), np.full(len(sizes), nbytes))
+    firsts, counts, dims = group_into_runs(continued_dims(offsets, sizes), np.full(len(sizes), nbytes))
     assert firsts.tolist() == [0, *np.cumsum(counts)[:-1].tolist()][: len(firsts)]
     assert counts.sum() == len(sizes)
     for first, count, dim in zip(firsts.tolist(), counts.tolist(), dims.tolist(), strict=True):
-        assert count == 1 or count * nbytes <= BAND_BYTES
+        assert count == 1 or count * nbytes <= MAX_CHUNK_RUN_BYTES
         for i in range(1, count):
             step = np.zeros(len(shape), np.int64)
             step[dim] = i * sizes[first][dim]
@@ -78,20 +83,20 @@ def test_chunks_encoded_together_are_those_encoded_alone(dtype: str, content: st
 SHAPES = {"up": (2048, 512), "down": (512, 2048), "cube": (4, 512, 256), "row": (300_000,), "uneven": (1030, 517)}
 
 
-def saved(codec: str, dtype: torch.dtype, rows_of: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
+def saved(codec: str, dtype: torch.dtype, row_boxes: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
     """Tensors that two ranks have saved in rows."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
     store, records = MemoryStore(), []
-    for rank in range(rows_of):
+    for rank in range(row_boxes):
         shards = []
         for name, values in tensors.items():
-            rows = len(values) // rows_of
+            rows = len(values) // row_boxes
             box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
             load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, f"{rank:05}", shards, codec)
-    store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
     return store, tensors
 
 
@@ -112,7 +117,7 @@ def test_runs_are_placed_where_their_chunks_belong(codec: str, dtype: torch.dtyp
             wants.append(Want(name, box, heads_only=into is torch.bfloat16))
             expected.append(values[box.slices].to(into))
         plan = plan_reads(source.index(wants), wants)
-        assert any((bands.counts > 1).any() for bands in bands_of(plan.reads, list(plan.requests_of())))
+        assert any((runs.counts > 1).any() for runs in find_chunk_runs(plan.reads, list(plan.requests_of())))
         out = [torch.full_like(values, 7) for values in expected]
         execute(plan, source.index(wants), store, out)
         assert all(a.equal(b) for a, b in zip(out, expected, strict=True))
@@ -126,9 +131,9 @@ def test_batches_are_all_chunks_each_once() -> None:
     arranged, _ = arrange(plan)
     for tensor, read in zip(arranged, plan.reads, strict=True):
         rows = [row for batch in tensor.batches for row in range(batch.rows.start, batch.rows.stop)]
-        bands = [band for batch in tensor.batches for band in batch.bands.select(batch.band_rows)]
+        runs = [run for batch in tensor.batches for run in batch.chunk_runs.select(batch.run_rows)]
         assert rows == list(range(len(read)))
-        assert [row for band in bands for row in range(band.row, band.row + band.count)] == rows
+        assert [row for run in runs for row in range(run.row, run.row + run.count)] == rows
 
 
 class SlowToEnd(contextlib.nullcontext[None]):
@@ -148,13 +153,13 @@ def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
     want = Want("up", Box.whole(SHAPES["up"]))
     plan = plan_reads(source.index([want]), [want])
     (read,) = plan.reads
-    (bands,) = bands_of(plan.reads, list(plan.requests_of()))
-    row = len(read) - 1 if last else int(bands.firsts[1]) + 2
+    (runs,) = find_chunk_runs(plan.reads, list(plan.requests_of()))
+    row = len(read) - 1 if last else int(runs.firsts[1]) + 2
     name = source.index([want]).objects[int(read.objects[row, 0])][0]
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
     store.content[name] = bytes(content)
-    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
     chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
     with pytest.raises(
         CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.planner.entries import ITEMSIZES
-from reshard.planner.index import Stream
+from reshard.planner.entries import ITEMSIZES, Stream
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.native import codec
 from reshard.storage.formats.native.codec import decode, decode_heads, decode_heads_and_tails, encode, streams_of

@@ -15,7 +15,7 @@ import reshard
 from reshard.errors import CheckpointExistsError, CommitError, NotCommittedError, StoreError
 from reshard.storage.formats.detect import CONVERSION
 from reshard.storage.formats.native.commit import commit
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores import retry
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
@@ -135,7 +135,7 @@ def test_other_files_are_in_no_saves_way(tmp_path: Path) -> None:
 
 def test_what_a_killed_save_left_is_in_no_saves_way(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "x")
-    (tmp_path / "x" / NAME).unlink()
+    (tmp_path / "x" / MANIFEST_NAME).unlink()
     with pytest.raises(NotCommittedError):
         reshard.open(tmp_path / "x")
     reshard.save(STATE, tmp_path / "x")
@@ -187,7 +187,7 @@ def test_a_commit_names_the_ranks_whose_objects_are_not_there(
     assert "was not committed" in str(caught.value)
     of_others = words.startswith("rank")
     assert ("all ranks must write to the same shared place" in str(caught.value)) is of_others
-    assert NAME not in store.content
+    assert MANIFEST_NAME not in store.content
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -202,7 +202,7 @@ def test_a_commit_that_meets_a_conflict_is_tried_again(
     failed: list[str] = []
 
     def fails(method: str, key: str) -> bool:
-        if method == "PUT" and key.endswith(NAME) and len(failed) < 2:
+        if method == "PUT" and key.endswith(MANIFEST_NAME) and len(failed) < 2:
             failed.append(key)
             return True
         return False
@@ -225,7 +225,7 @@ def test_of_a_conflict_what_is_there_decides(
     there: list[bytes] = []
 
     def fails(method: str, key: str) -> bool:
-        if method == "PUT" and key.endswith(NAME):
+        if method == "PUT" and key.endswith(MANIFEST_NAME):
             if there:
                 server.content[key] = there[0] or server.requests[-1][3]
             return True

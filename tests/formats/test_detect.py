@@ -30,7 +30,7 @@ from reshard.errors import (
 )
 from reshard.storage.formats import detect as module
 from reshard.storage.formats.detect import FORMATS, open_source
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.dcp_checkpoints import METADATA, put_together, rows
@@ -219,7 +219,7 @@ def test_several_files_of_torch_are_not_guessed_at(tmp_path: Path) -> None:
 
 def test_what_a_failed_native_save_left_is_told(tmp_path: Path) -> None:
     native(tmp_path / "x")
-    (tmp_path / "x" / NAME).unlink()
+    (tmp_path / "x" / MANIFEST_NAME).unlink()
     for format in (None, "reshard"):
         with pytest.raises(NotCommittedError, match="was never committed: it has 1 data objects"):
             reshard.open(tmp_path / "x", format=format)
@@ -253,11 +253,11 @@ def test_a_native_checkpoint_is_opened_by_one_request(tmp_path: Path) -> None:
     native(tmp_path / "x")
     store = RecordingStore(LocalStore(tmp_path / "x"))
     reshard.open(store)
-    assert [(call.method, call.name) for call in store.calls] == [("read", NAME)]
+    assert [(call.method, call.name) for call in store.calls] == [("read", MANIFEST_NAME)]
 
 
 def test_metadata_among_very_many_files_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_NAMES", 3)
+    monkeypatch.setattr(module, "MAX_OBJECTS_SEARCHED", 3)
     whole = put_together({"w": (VALUES, rows(1, 4, 3))})
     store = MemoryStore()
     store.content = {**{name: data for name, data in whole.content.items() if name != METADATA}}
@@ -331,7 +331,7 @@ def test_a_conversion_that_has_not_ended_is_no_checkpoint(tmp_path: Path) -> Non
 
 def test_where_there_is_too_much_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listing that was cut short may lack files of a model."""
-    monkeypatch.setattr(module, "MAX_NAMES", 3)
+    monkeypatch.setattr(module, "MAX_OBJECTS_SEARCHED", 3)
     store = MemoryStore()
     store.content = {f"logs/{i}": b"" for i in range(5)} | {"model.safetensors": as_safetensors({"w": VALUES})}
     with pytest.raises(CheckpointNotFoundError, match="more than 3 objects"):
@@ -403,7 +403,7 @@ def test_the_index_of_a_bin_folder_decides(tmp_path: Path) -> None:
     checkpoint = reshard.open(tmp_path)
     assert set(checkpoint.tensors) == {"a", "b"}
     assert checkpoint.read("a").equal(torch.full((4, 2), 9.0))
-    assert checkpoint.left_out == ("deep.c", "x")
+    assert checkpoint.unindexed == ("deep.c", "x")
 
 
 def test_what_the_index_of_a_bin_folder_names_and_is_missing_does_not_hide_the_rest(tmp_path: Path) -> None:

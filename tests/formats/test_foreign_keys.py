@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import reshard
 from reshard.cli.app import app
-from reshard.storage.maintenance.catalog import find_remains, remove_remains
+from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import obstore
 from reshard.storage.stores.base import is_name, top_names
 from reshard.storage.stores.open import open_store
@@ -92,7 +92,7 @@ def test_checkpoints_are_found_beside_a_foreign_key(key: str, client: str) -> No
         server.content[key] = b"" if key.endswith("/") else b"foreign"
         for uri in ("s3://bucket", "s3://bucket/run", "s3://bucket/run/step"):
             found = reshard.find_checkpoints(uri, options)
-            assert [(place.uri, place.is_whole) for place in found] == [("s3://bucket/run/step", True)]
+            assert [(place.uri, place.is_complete) for place in found] == [("s3://bucket/run/step", True)]
             assert find_remains(uri, options, older_than_s=0) == []
         assert reshard.open("s3://bucket/run/step", storage_options=options).verify() == []
         reshard.save(STATE, "s3://bucket/run/step", storage_options=options, overwrite=True)
@@ -146,7 +146,9 @@ def test_foreign_keys_of_a_real_server(client: str, moto: servers.Server) -> Non
     for name in ("//x", "/step//x", "/", "/step/", "/./x", "/a b"):
         s3.put_object(Bucket=bucket, Key=f"{prefix}{name}", Body=b"")
     reshard.save(STATE, f"{uri}/step", storage_options=options)
-    assert [(place.uri, place.is_whole) for place in reshard.find_checkpoints(uri, options)] == [(f"{uri}/step", True)]
+    assert [(place.uri, place.is_complete) for place in reshard.find_checkpoints(uri, options)] == [
+        (f"{uri}/step", True)
+    ]
     assert set(top_names(open_store(uri, options))) == {"a b"}
 
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from reshard.storage.formats.shared_values import is_repetitive
 from reshard.storage.formats.torch_save import pickle_scan
 from reshard.storage.formats.torch_save.pickle_scan import check_pickle
+from reshard.storage.formats.tree_size import is_repetitive
 from reshard.storage.formats.value_codec import decode_value, encode_value
 from tests.formats.test_value_codec import same
 
@@ -100,9 +100,9 @@ def test_metadata_of_many_shards_passes_far_from_the_limits(protocol: int, monke
             index = MetadataIndex(name, torch.Size([64 * k, 0]), k)
             places[index] = _StorageInfo(f"__{k}_0.distcp", 1000 * i, 1000)
     data = pickle.dumps(Metadata(tensors, {name: tuple(name.split(".")) for name in tensors}, places), protocol)
-    monkeypatch.setattr(pickle_scan, "FREE", 0)
-    monkeypatch.setattr(pickle_scan, "MAX_COPIED", 0.5)
-    monkeypatch.setattr(pickle_scan, "MAX_HASHED", 2)
+    monkeypatch.setattr(pickle_scan, "FREE_VALUES", 0)
+    monkeypatch.setattr(pickle_scan, "MAX_COPIED_PER_BYTE", 0.5)
+    monkeypatch.setattr(pickle_scan, "MAX_HASHED_PER_BYTE", 2)
     check_pickle(data, calls=False)
 
 

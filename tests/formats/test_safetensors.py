@@ -51,7 +51,7 @@ def test_every_dtype_of_the_format_comes_back(dtype: str, tmp_path: Path) -> Non
     checkpoint = reshard.open(tmp_path / "model.safetensors")
     assert_holds(checkpoint, tensors)
     assert checkpoint.info["by"] == "a test"
-    assert checkpoint.objects == ()
+    assert checkpoint.value_names == ()
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (6, 5), (4, 3, 5)])
@@ -243,27 +243,27 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, t
         lambda: checkpoint.read("a"),
         lambda: checkpoint.read_value("a"),
         lambda: checkpoint.state_dict(),
-        lambda: checkpoint.state_dict(names="a"),
+        lambda: checkpoint.state_dict(include="a"),
         lambda: checkpoint.load_rank(layout, 0),
         lambda: checkpoint.plan(layout),
         lambda: checkpoint.layout_of("a"),
         lambda: reshard.load({"a": torch.zeros(4, 4)}, path),
         lambda: reshard.convert(path, tmp_path / "dst"),
-        lambda: reshard.convert(path, tmp_path / "dst", names={"a": "x", "b": "b"}),
+        lambda: reshard.convert(path, tmp_path / "dst", rename={"a": "x"}),
         lambda: dcp.load({"a": torch.zeros(4, 4)}, storage_reader=reshard.StorageReader(path), no_dist=True),
     ):
         with pytest.raises((DtypeError, CheckpointException), match=message):
             ask()
     assert not (tmp_path / "dst").exists()
-    assert checkpoint.state_dict(names="b")["b"].equal(torch.zeros(2, 3))
-    assert checkpoint.load_rank(layout, 1, names="b")["b"].equal(torch.zeros(2, 3))
-    assert len(checkpoint.plan(layout, names="b")) == 2
+    assert checkpoint.state_dict(include="b")["b"].equal(torch.zeros(2, 3))
+    assert checkpoint.load_rank(layout, 1, include="b")["b"].equal(torch.zeros(2, 3))
+    assert len(checkpoint.plan(layout, include="b")) == 2
     assert checkpoint.verify() == []
     state = {"b": torch.ones(2, 3)}
-    assert reshard.load(state, path).unread == ()
+    assert reshard.load(state, path).unexpected_keys == ()
     assert state["b"].equal(torch.zeros(2, 3))
     dcp.load({"b": state["b"]}, storage_reader=reshard.StorageReader(path), no_dist=True)
-    assert reshard.convert(path, tmp_path / "dst", names="b").left_out == ("a",)
+    assert reshard.convert(path, tmp_path / "dst", include="b").dropped == ("a",)
 
 
 def test_a_rank_that_does_not_hold_what_cannot_be_read_loads_the_rest() -> None:
@@ -346,9 +346,9 @@ def test_files_that_remain_of_an_export_by_more_ranks_are_told(before: int, afte
     message = rf"the shards of 'w' hold \d+ elements, its shape \(16, 3\) has 48: 'shard-00001-.*{REMAIN}"
     for ask in (
         lambda: checkpoint.read("w"),
-        lambda: checkpoint.state_dict(names="w"),
+        lambda: checkpoint.state_dict(include="w"),
         lambda: reshard.load({"w": torch.zeros(16, 3)}, tmp_path / "m"),
-        lambda: reshard.convert(tmp_path / "m", tmp_path / "dst", names="w"),
+        lambda: reshard.convert(tmp_path / "m", tmp_path / "dst", include="w"),
     ):
         with pytest.raises(CorruptCheckpointError, match=message):
             ask()
@@ -453,7 +453,7 @@ def test_an_index_decides_which_of_two_copies_counts(tmp_path: Path) -> None:
     expected = {"a": newer["a"], "b": base["b"], "c": base["c"]}
     checkpoint = reshard.open(tmp_path)
     assert_holds(checkpoint, expected)
-    assert checkpoint.left_out == ()
+    assert checkpoint.unindexed == ()
     assert checkpoint.verify() == []
     state = {name: torch.empty_like(value) for name, value in expected.items()}
     reshard.load(state, tmp_path)
@@ -507,9 +507,9 @@ def test_what_an_index_names_and_is_missing_does_not_hide_the_rest(gone: str, tm
     for name in missing:
         for ask in (
             lambda name=name: checkpoint.read(name),
-            lambda name=name: checkpoint.state_dict(names=name),
+            lambda name=name: checkpoint.state_dict(include=name),
             lambda name=name: reshard.load({name: torch.ones(1)}, tmp_path, strict=False),
-            lambda name=name: reshard.convert(tmp_path, tmp_path / "dst", names=name),
+            lambda name=name: reshard.convert(tmp_path, tmp_path / "dst", include=name),
         ):
             with pytest.raises(CorruptCheckpointError, match=messages[name]):
                 ask()
@@ -520,8 +520,8 @@ def test_what_an_index_names_and_is_missing_does_not_hide_the_rest(gone: str, tm
     state = {"a": torch.zeros(2)}
     reshard.load(state, tmp_path)
     assert state["a"].equal(torch.ones(2))
-    report = reshard.convert(tmp_path, tmp_path / "dst", names={"a": "a", "b": "b"})
-    assert sorted(report.left_out) == missing
+    report = reshard.convert(tmp_path, tmp_path / "dst", include=["a", "b"])
+    assert sorted(report.dropped) == missing
 
 
 def test_tensors_that_an_index_does_not_name_are_listed(tmp_path: Path) -> None:
@@ -529,8 +529,8 @@ def test_tensors_that_an_index_does_not_name_are_listed(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     checkpoint = reshard.open(tmp_path)
     assert_holds(checkpoint, {"a": torch.ones(2)})
-    assert checkpoint.left_out == ("b", "c")
-    assert reshard.convert(tmp_path, tmp_path / "dst").left_out == ("b", "c")
+    assert checkpoint.unindexed == ("b", "c")
+    assert reshard.convert(tmp_path, tmp_path / "dst").dropped == ("b", "c")
 
 
 @pytest.mark.parametrize("prefix", ["model", "pytorch_model", "diffusion_pytorch_model", "a.b-c", ""])

@@ -46,7 +46,7 @@ def opened(data: bytes) -> reshard.Checkpoint:
 
 def read_all(checkpoint: reshard.Checkpoint) -> dict[str, Any]:
     values: dict[str, Any] = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return values | {name: checkpoint.read_value(name) for name in checkpoint.objects}
+    return values | {name: checkpoint.read_value(name) for name in checkpoint.value_names}
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -78,7 +78,7 @@ def test_nested_state_has_the_names_that_dcp_gives() -> None:
             "rng": torch.arange(5, dtype=torch.uint8),
         },
     )
-    assert {name: checkpoint.read_value(name) for name in checkpoint.objects} == {
+    assert {name: checkpoint.read_value(name) for name in checkpoint.value_names} == {
         "optim.state.0.step": 5,
         "optim.groups.0.betas": (0.9, 0.95),
         "list.1": "x",
@@ -189,12 +189,12 @@ def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, t
         checkpoint.state_dict()
     with pytest.raises(UnsupportedFormatError, match=message):
         reshard.load({"deep": {"odd": torch.ones(3)}}, path)
-    assert checkpoint.state_dict(names="a")["a"].equal(torch.ones(2))
-    with pytest.raises(UnsupportedFormatError, match=rf"{message}.*leave 'deep\.odd' out by names="):
+    assert checkpoint.state_dict(include="a")["a"].equal(torch.ones(2))
+    with pytest.raises(UnsupportedFormatError, match=rf"{message}.*pass exclude='deep\.odd'"):
         reshard.convert(path, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
-    report = reshard.convert(path, tmp_path / "dst", names={"a": "a", "z": "z"})
-    assert set(report.left_out) == {"deep.odd", "step"}
+    report = reshard.convert(path, tmp_path / "dst", include=["a", "z"])
+    assert set(report.dropped) == {"deep.odd", "step"}
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
@@ -286,7 +286,7 @@ def test_containers_that_are_shared_a_few_hundred_times_are_read() -> None:
     shape = (1, 2, 3)
     state = {"layers": {str(i): {"config": config} for i in range(100)}, "shapes": [shape] * 20_000, "w": torch.ones(1)}
     checkpoint = opened(torch_saved(state))
-    assert len(checkpoint.objects) == 100 * 200 + 1
+    assert len(checkpoint.value_names) == 100 * 200 + 1
     assert checkpoint.read_value("shapes") == state["shapes"]
     assert checkpoint.read_value("layers.99.config.199") == 199
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.planner.index import Kind
+from reshard.planner.entries import Kind
 from reshard.storage.errors import CorruptCheckpointError, UnsafeValueError
 from reshard.storage.formats.value_codec import decode_value, encode_value
 from tests.samples import Custom

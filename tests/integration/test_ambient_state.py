@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reshard
-from reshard.storage.formats.detect import open_source
 from reshard.storage.maintenance.diff import diff
 from reshard.storage.reading.destination import Destination
 
@@ -159,7 +158,7 @@ def test_reads(format: str, mode: str, places: dict[str, Path]) -> None:
         if has_objects:
             reshard.load(others, place)
         dcp.load(asked, storage_reader=reshard.StorageReader(place))
-        differing = diff(open_source(place), open_source(places["native"]))
+        differing = diff(place, places["native"])
     check_all(read)
     check_all(state)
     check_all(loaded)
@@ -196,7 +195,7 @@ def test_saves(mode: str, tmp_path: Path) -> None:
         found = reshard.find_checkpoints(tmp_path)
         if mode != "fake":  # DCP itself cannot save in it
             dcp.save(STATE, storage_writer=reshard.StorageWriter(tmp_path / "c"))
-    assert [there.is_whole for there in found] == [True] * 2
+    assert [there.is_complete for there in found] == [True] * 2
     for name in sorted(path.name for path in tmp_path.iterdir()):
         check_all({tensor: reshard.open(tmp_path / name).read(tensor) for tensor in TENSORS})
     with MODES[mode]():

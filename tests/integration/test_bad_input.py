@@ -11,7 +11,7 @@ import torch
 
 import reshard
 from reshard import errors
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.samples import Custom
@@ -37,7 +37,7 @@ def saved() -> MemoryStore:
         ),
         ({"c": torch.zeros(2)}, errors.DtypeError, r"'c' is stored as torch.complex64.*torch.float32"),
         ({"w": None}, errors.DestinationError, r"'w' is a tensor of shape \(3, 4\) in the checkpoint, and NoneType"),
-        ({"step": torch.zeros(1)}, errors.DestinationError, "'step' is an object in the checkpoint"),
+        ({"step": torch.zeros(1)}, errors.DestinationError, "'step' is a value in the checkpoint"),
         ({"w": torch.zeros(1, 4).expand(3, 4)}, errors.DestinationError, "'w' is expanded"),
         ({"w": torch.zeros(3, 4, device="meta")}, errors.DestinationError, "'w' is on the meta device"),
         ({"w": torch.zeros(3, 4).to_sparse()}, errors.DestinationError, "'w' has the layout torch.sparse_coo"),
@@ -70,12 +70,12 @@ def damage(store: MemoryStore, change: Callable[[bytes], bytes], suffix: str) ->
     [
         (".shard", lambda data: data[:-1], errors.CorruptCheckpointError, "cut short"),
         (".shard", lambda data: data[:12] + b"\xff" + data[13:], errors.CorruptCheckpointError, "checksum"),
-        (NAME, lambda data: data[:-1], errors.CorruptCheckpointError, "has .* bytes where it should have"),
-        (NAME, lambda data: data[:40] + b"\xff" + data[41:], errors.CorruptCheckpointError, "checksum"),
-        (NAME, lambda data: b"", errors.CorruptCheckpointError, "not a manifest"),
-        (NAME, lambda data: b"PK\3\4" + data[4:], errors.CorruptCheckpointError, "not a manifest of reshard"),
+        (MANIFEST_NAME, lambda data: data[:-1], errors.CorruptCheckpointError, "has .* bytes where it should have"),
+        (MANIFEST_NAME, lambda data: data[:40] + b"\xff" + data[41:], errors.CorruptCheckpointError, "checksum"),
+        (MANIFEST_NAME, lambda data: b"", errors.CorruptCheckpointError, "not a manifest"),
+        (MANIFEST_NAME, lambda data: b"PK\3\4" + data[4:], errors.CorruptCheckpointError, "not a manifest of reshard"),
         (
-            NAME,
+            MANIFEST_NAME,
             lambda data: data[:8] + b"\7" + data[9:],
             errors.UnsupportedVersionError,
             "version 7; .* reads version",
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint(
     with pytest.raises(error, match=message) as caught:
         reshard.load(state, store)
     for name, before in (("w", 7), ("c", 0)):
-        if suffix == NAME or repr(name) in str(caught.value):
+        if suffix == MANIFEST_NAME or repr(name) in str(caught.value):
             assert (state[name] == before).all()
     assert state["step"] == 0
 
@@ -105,7 +105,7 @@ def test_no_checkpoint_there(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_was_never_committed(tmp_path: Path) -> None:
     reshard.save(SAVED, tmp_path)
-    (tmp_path / NAME).unlink()
+    (tmp_path / MANIFEST_NAME).unlink()
     with pytest.raises(errors.NotCommittedError, match="was never committed: it has 1 data objects"):
         reshard.open(tmp_path)
     reshard.save(SAVED, tmp_path)
@@ -237,8 +237,8 @@ def test_what_a_fresh_optimizer_has_no_place_for_is_told(caplog: pytest.LogCaptu
     store = MemoryStore()
     reshard.save({"optimizer": {"state": {"0": torch.ones(3)}, "lr": 0.1}, "other": 1}, store)
     report = reshard.load({"optimizer": {"lr": 0}}, store)
-    assert report.unread == ("optimizer.state.0",)
-    assert "1 names of the checkpoint were not in the state dict: optimizer.state.0" in caplog.text
+    assert report.unexpected_keys == ("optimizer.state.0",)
+    assert "1 names of the checkpoint are not in the state dict: optimizer.state.0" in caplog.text
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "s3a+x://y"])

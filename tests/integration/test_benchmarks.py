@@ -31,7 +31,7 @@ def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "RankPool", Lent)
 
 
-def rows_of(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def row_boxes(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """What a benchmark writes; its picture is one."""
     written, picture = folder / "rows.json", folder / "plot.png"
     benchmark.main([*arguments, "--json", str(written), "--plot", str(picture)])
@@ -45,39 +45,39 @@ def rows_of(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, Any
 @pytest.mark.usefixtures("pools")
 def test_fsdp_to_tp(tmp_path: Path) -> None:
     few = ("--contenders", "dcp", "reshard-none", "reshard-zstd", "--layers", "1", "--repeat", "1")
-    by = {row["contender"]: row for row in rows_of(fsdp_to_tp, tmp_path, "--places", "local", *few)}
+    by = {row["contender"]: row for row in row_boxes(fsdp_to_tp, tmp_path, "--places", "local", *few)}
     assert by["reshard-zstd"]["load_read"] < by["reshard-none"]["load_read"] < by["dcp"]["load_read"]
 
 
 @pytest.mark.usefixtures("pools")
 def test_foreign(tmp_path: Path) -> None:
     few = ("--tables", "seconds", "--places", "local", "--layers", "1", "--repeat", "1")
-    (row,) = rows_of(foreign, tmp_path, *few)
+    (row,) = row_boxes(foreign, tmp_path, *few)
     assert len(row["dcp_all"]) == len(row["reshard_all"]) == 1
 
 
 def test_codec(tmp_path: Path) -> None:
     few = ("--codecs", "reshard zstd", "zstd-1")
-    rows = rows_of(codec, tmp_path, "--mb", "1", "--repeat", "1", "--samples", "normal", "tokens", *few)
+    rows = row_boxes(codec, tmp_path, "--mb", "1", "--repeat", "1", "--samples", "normal", "tokens", *few)
     ratios = {(row["values"], row["dtype"], row["codec"]): row["ratio"] for row in rows}
     assert ratios["N(0, 0.02²)", "bfloat16", "reshard zstd"] < ratios["N(0, 0.02²)", "bfloat16", "zstd-1"] < 1
 
 
 def test_coalescing(tmp_path: Path) -> None:
-    rows = rows_of(coalescing, tmp_path, "--cases", "0.3B, fsdp 8 → tp 4")
+    rows = row_boxes(coalescing, tmp_path, "--cases", "0.3B, fsdp 8 → tp 4")
     assert [row["over_read"] for row in rows if row["max_gap_bytes"] == 0] == [0]
     assert min(row["requests"] for row in rows) < rows[0]["requests"]
 
 
 def test_memory(tmp_path: Path) -> None:
     few = ("--mb", "8", "--budgets-mb", "4", "--tensors", "1", "--contenders", "reshard-none")
-    (row,) = rows_of(memory, tmp_path, "--places", "local", *few)
+    (row,) = row_boxes(memory, tmp_path, "--places", "local", *few)
     assert row["load_peak"] >= 0
 
 
 @pytest.mark.usefixtures("pools")
 def test_overhead(tmp_path: Path) -> None:
-    rows = rows_of(overhead, tmp_path, "--places", "local", "--ranks", "2", "--layers", "1", "--repeat", "1")
+    rows = row_boxes(overhead, tmp_path, "--places", "local", "--ranks", "2", "--layers", "1", "--repeat", "1")
     bare = {"preadv", "preadv, kept", "preadv, kept, verified", "preadv, verified, copied"}
     assert {row["contender"] for row in rows} == {*bare, "reshard none"}
 

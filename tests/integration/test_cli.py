@@ -23,8 +23,8 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
+from reshard.humanize import format_age, format_bytes
 from reshard.storage.stores.open import open_store
-from reshard.words import in_bytes, in_time
 from tests.conftest import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -86,13 +86,13 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert "of 6 tensors are there, by the sizes" in call("verify", place, "--quick")
     assert as_json("diff", saved(native, tmp_path), place, code=int(save is of_safetensors)) == (
         [
-            {"name": "step", "what": "only in A", "a": "object of 1 bytes", "b": "", "changed": 0, "largest": 0.0},
+            {"name": "step", "what": "only in A", "a": "value of 1 bytes", "b": "", "changed": 0, "largest": 0.0},
         ]
         if save is of_safetensors
         else []
     )
     found = {row["uri"]: row for row in as_json("ls", tmp_path)}
-    assert found[str(place)]["state"] == "whole"
+    assert found[str(place)]["state"] == "complete"
     assert found[str(place)]["step"] == 100
     created = datetime.datetime.fromisoformat(found[str(place)]["created"])
     assert abs((datetime.datetime.now(datetime.UTC) - created).total_seconds()) < 600
@@ -104,7 +104,7 @@ def test_what_lacks_objects_is_not_whole(tmp_path: Path) -> None:
         place = saved(save, tmp_path)
         next(path for path in place.rglob("*") if path.suffix in (".shard", ".distcp")).unlink()
     found = reshard.find_checkpoints(tmp_path)
-    assert [(there.is_whole, there.state) for there in found] == [(False, "1 of 1 objects are missing")] * 2
+    assert [(there.is_complete, there.state) for there in found] == [(False, "1 of 1 objects are missing")] * 2
 
 
 def test_a_file_that_cannot_be_read_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -
     found = {row["uri"]: row for row in as_json("ls", tmp_path)}
     assert set(found) == {str(tmp_path / "run" / "step-3.pt"), str(tmp_path / "native-100")}
     file = found[str(tmp_path / "run" / "step-3.pt")]
-    assert (file["format"], file["state"], file["step"], file["entries"]) == ("torch", "whole", 3, 1)
+    assert (file["format"], file["state"], file["step"], file["entries"]) == ("torch", "complete", 3, 1)
 
 
 @pytest.mark.parametrize("to", ["reshard", "dcp", "safetensors"])
@@ -152,7 +152,7 @@ def test_every_command_on_s3(to: str, s3: Place, tmp_path: Path) -> None:
     assert "of 6 tensors are there" in call("verify", place, "--quick", *given)
     assert "no difference" in call("diff", place, place, *given)
     assert [row["uri"] for row in as_json("ls", uri, *given)] == [place]
-    assert "nothing that is older" in call("gc", uri, "--dry-run", *given)
+    assert "no data that is older" in call("gc", uri, "--dry-run", *given)
     call("convert", place, tmp_path / "back", *given)
     assert len(reshard.open(tmp_path / "back").tensors) == 6
     if to == "safetensors":
@@ -233,10 +233,10 @@ def test_differences_are_told_the_largest_first(tmp_path: Path) -> None:
     reshard.save(b, tmp_path / "b")
     rows = as_json("diff", tmp_path / "a", tmp_path / "b", code=1)
     first = [(row["name"], row["what"], row["changed"]) for row in rows[:2]]
-    assert first == [("much", "values", 1), ("little", "values", 10_000)]
+    assert first == [("much", "elements", 1), ("little", "elements", 10_000)]
     assert [row["largest"] for row in rows[:2]] == [9.0, 0.5]
     assert {row["name"]: row["what"] for row in rows[2:]} == {
-        "cast": "dtype", "n": "object", "new": "only in B", "same": "only in A",
+        "cast": "dtype", "n": "value", "new": "only in B", "same": "only in A",
     }  # fmt: skip
 
 
@@ -254,12 +254,12 @@ def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None
     }
     for path in others:
         path.write_bytes(b"somebody's")
-    assert "nothing" in call("gc", tmp_path)
+    assert "no data" in call("gc", tmp_path)
     old = time.time() - 48 * 3600
     for folder in (place, other):
         for path in (folder / "data").iterdir():
             os.utime(path, (old, old))
-    assert [row["state"] for row in as_json("ls", tmp_path)] == ["never committed", "whole"]
+    assert [row["state"] for row in as_json("ls", tmp_path)] == ["not committed", "complete"]
     assert call("gc", tmp_path, "--dry-run").count("1 objects, 17 B") == 2
     call("gc", tmp_path, code=1, answer="n\n")
     assert (other / "data" / written).exists()
@@ -293,7 +293,7 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
 
 def test_what_does_not_tell_what_it_is_made_of_is_not_removed(tmp_path: Path) -> None:
     place = saved(of_safetensors, tmp_path)
-    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and of DCP are removed"):
+    with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and DCP can be removed"):
         call("rm", place, "--yes")
     assert len(reshard.open(place).tensors) == 6
 
@@ -355,7 +355,7 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     call("plan", tmp_path / "latin.json", code=2)
     for wrong in (
         ["--bandwidth", 0],
-        ["--requests-at-once", 0],
+        ["--concurrent-requests", 0],
         ["--tp", 0],
         ["--latency", -5],
         ["--max-over-read", -1],
@@ -363,27 +363,29 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
         call("plan", place, *wrong, code=2)
     call("plan", place, "--tp", 2, code=2)  # no rules, and no config.json that has them
     call("inspect", place, "-o", "a=1", "-o", "a.b=2", code=2)
-    call("convert", place, tmp_path / "x", "--names", "model", "--rename", "a=b", code=2)
     with pytest.raises(reshard.errors.ArgumentError, match="max_over_read"):
         reshard.load({"model": {}}, place, max_over_read=float("nan"))
 
 
 def test_conversion_by_the_command_line(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
-    said = call("convert", place, tmp_path / "x", "--to", "safetensors", "--rename", "model.*=*", "--dtype", "bfloat16")
+    said = call(
+        "convert",
+        place,
+        tmp_path / "x",
+        *["--to", "safetensors", "--include", "model", "--rename", "model.*=*", "--dtype", "bfloat16"],
+    )
     assert "written" in said
     tensors = reshard.open(tmp_path / "x").tensors
     assert tensors["layers.0.up.weight"].dtype == torch.bfloat16
     call("convert", place, tmp_path / "y", "--dtype", "nothing", code=2)
     call("convert", place, tmp_path / "y", "--rename", "nothing", code=2)
-    call("convert", place, tmp_path / "y", "--keep-others", code=2)
     call(
         "convert",
         place,
         tmp_path / "y",
         "--rename",
         "model.layers.*.up.*=l*.up.*",
-        "--keep-others",
         "--exclude",
         "*.1.*",
     )
@@ -444,7 +446,7 @@ def test_names_are_a_tree() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [in_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
     ]  # fmt: skip
 
@@ -462,7 +464,7 @@ def test_the_shell_completes_commands() -> None:
 
 
 def test_spans_of_time_in_words() -> None:
-    assert [in_time(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
+    assert [format_age(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
 
 
 def test_options_nest_by_dots() -> None:
@@ -476,10 +478,10 @@ def test_what_an_index_names_and_is_missing_is_listed(tmp_path: Path) -> None:
     told = call("inspect", tmp_path, code=1)
     assert "'lost' is in 'one.safetensors', which does not have it" in told
     assert "'far' is in 'gone.safetensors', which is missing" in told
-    assert "left out by the index\tcount\nextra\t1" in told
+    assert "not in the index\tcount\nextra\t1" in told
     told = as_json("inspect", tmp_path, code=1)
     assert sorted(told["missing"]) == ["far", "lost"]
-    assert told["left_out"] == ["extra"]
+    assert told["unindexed"] == ["extra"]
     for options in ((), ("--quick",)):
         told = call("verify", tmp_path, *options, code=1)
         assert "'far' is in 'gone.safetensors', which is missing" in told
@@ -498,10 +500,10 @@ def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
     assert (row["name"], row["what"]) == ("odd", "unreadable")
 
 
-def test_names_that_a_conversion_leaves_out_are_listed(tmp_path: Path) -> None:
-    told = call("convert", saved(native, tmp_path), tmp_path / "dst", "--rename", "model.layers.0.*=*")
-    assert "left out, 5 names that no pattern or index lists: 'model.layers.1." in told
-    with pytest.raises(reshard.errors.MissingTensorError, match=r"has no 'modle\.\*': no name matches.*'model\.\*'"):
+def test_convert_lists_the_names_that_it_drops(tmp_path: Path) -> None:
+    told = call("convert", saved(native, tmp_path), tmp_path / "dst", "--include", "model.layers.0")
+    assert "5 names were not converted: 'model.layers.1." in told
+    with pytest.raises(reshard.errors.MissingTensorError, match=r"no name that matches 'modle\.\*'; .*'model\.\*'"):
         call("convert", saved(native, tmp_path), tmp_path / "other", "--rename", "modle.*=*")
 
 
@@ -517,7 +519,7 @@ def test_a_sharded_bin_folder_is_listed_once(with_index: bool, tmp_path: Path) -
         index = {name[:19]: name for name in names}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     (row,) = as_json("ls", tmp_path)
-    assert (row["uri"], row["format"], row["state"], row["entries"]) == (str(folder), "torch", "whole", 2)
+    assert (row["uri"], row["format"], row["state"], row["entries"]) == (str(folder), "torch", "complete", 2)
 
 
 def test_weight_files_that_the_index_does_not_name_are_shown(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import reshard
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.testing import MemoryStore
 from tests.integration.models import Mlp, build, local_values
 from tests.ranks import RankPool
@@ -104,7 +104,7 @@ def test_what_dcps_planner_would_misplace_is_refused(ranks: RankPool, tmp_path: 
     """Of 13 rows under FSDP 3 x TP 2, it takes ranks to hold rows that they do not."""
     ranks.run(2, save_by_dcp, "fsdp", str(tmp_path / "x"))
     ranks.run(6, refuse_by_dcp, str(tmp_path / "x"))
-    assert not (tmp_path / "x-2" / NAME).exists()
+    assert not (tmp_path / "x-2" / MANIFEST_NAME).exists()
     ranks.run(4, load_by_dcp, "fsdp_tp", str(tmp_path / "x"))
 
 
@@ -348,4 +348,4 @@ def save_without_collectives(uri: str) -> None:
 
 def test_a_save_without_collectives_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_without_collectives, str(tmp_path))
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / MANIFEST_NAME).exists()

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
 from reshard import errors
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.ranks import RankFailed, RankPool
@@ -209,7 +209,7 @@ def fail_while_others_are_slow(folder: str, saving: bool) -> tuple[str, float]:
     """Fail at once on rank 1. On the other ranks, each call of the store takes long."""
 
     def before(call: Call) -> None:
-        if call.method not in ("read", "write") or call.name == NAME:
+        if call.method not in ("read", "write") or call.name == MANIFEST_NAME:
             return
         if dist.get_rank() == 1:
             raise errors.AccessDeniedError("no permission any more")

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 import reshard
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores import obstore, retry
 from tests import servers
 from tests.proxy import Faults, proxied
@@ -87,5 +87,5 @@ def test_expired_credentials_are_renewed(
     reshard.load(loaded, uri, storage_options=options)
     assert all(loaded[name].equal(value) for name, value in state(1).items())
     assert len(asked.read_text().split()) > before >= 2
-    manifest = fsspec.filesystem("s3", **seaweedfs.options).cat(f"{uri}/{NAME}")
+    manifest = fsspec.filesystem("s3", **seaweedfs.options).cat(f"{uri}/{MANIFEST_NAME}")
     assert servers.SECRET.encode() not in manifest

@@ -30,7 +30,7 @@ from reshard.errors import (
 )
 from reshard.planner.masking import MAX_REMEMBERED, masked, remember_secrets
 from reshard.planner.text import shown
-from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.maintenance.gc import find_remains
 from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.open import open_store

@@ -128,7 +128,7 @@ def test_an_empty_dict_in_the_state_dict_needs_nothing_in_the_checkpoint() -> No
     state: dict[str, Any] = {"optim": {"state": {}, "lr": 0}, "new": {}}
     report = reshard.load(state, store)
     assert state == {"optim": {"state": {}, "lr": 0.1}, "new": {}}
-    assert report.unread == ("optim.state.0",)
+    assert report.unexpected_keys == ("optim.state.0",)
 
 
 class Colour(enum.Enum):
@@ -252,7 +252,7 @@ def test_a_container_is_loaded_from_one_object(tmp_path: Path) -> None:
     assert state["opt"]["param_groups"][0]["t"] is t
     assert t.tolist() == [1, 2]
     assert state["w"].eq(1).all()
-    assert report.unread == ()
+    assert report.unexpected_keys == ()
 
 
 def test_one_object_is_loaded_from_a_container() -> None:
@@ -283,7 +283,7 @@ def test_containers_that_grew_or_shrank_are_named_as_such(tmp_path: Path, caplog
     with pytest.raises(errors.MissingTensorError, match=r"'opt\.param_groups\.2\.lr'"):
         reshard.load({"opt": {"param_groups": [{"lr": 0}, {"lr": 0}, {"lr": 0}]}}, old)
     report = reshard.load({"opt": {"groups": [{"lr": 0}], "map": {"a": torch.zeros(1)}}}, native)
-    assert report.unread == ("opt.groups.1.lr",)
+    assert report.unexpected_keys == ("opt.groups.1.lr",)
     assert "the list 'opt.groups' has 2 items in the checkpoint and 1 in the state dict" in caplog.text
 
 
@@ -310,9 +310,9 @@ def test_tensors_out_of_an_object_go_through_all_checks(tmp_path: Path) -> None:
     w = torch.zeros(4, dtype=torch.bfloat16)
     assert reshard.load({"m": {"w": w}}, tmp_path / "c").cast == (("m.w", "float32", "bfloat16"),)
     assert w.equal(t.bfloat16())
-    assert reshard.load({"r": [z]}, tmp_path / "c").unread == ("r.1",)
-    assert reshard.load({"d": {"x": 0}}, tmp_path / "c").unread == ("d.y",)
-    assert reshard.load({"r": [z, z]}, tmp_path / "c").unread == ()
+    assert reshard.load({"r": [z]}, tmp_path / "c").unexpected_keys == ("r.1",)
+    assert reshard.load({"d": {"x": 0}}, tmp_path / "c").unexpected_keys == ("d.y",)
+    assert reshard.load({"r": [z, z]}, tmp_path / "c").unexpected_keys == ()
 
 
 def test_what_does_not_fit_inside_of_an_object_is_refused(tmp_path: Path) -> None:
@@ -356,8 +356,8 @@ def test_rename_while_loading() -> None:
     report = reshard.load(state, compiled(), rename=RENAME)
     assert [state["layers"]["0.w"][0], state["layers"]["1.w"][0], state["head"]["w"][0]] == [1, 2, 3]
     assert state["meta"]["epoch"] == 3
-    assert report.unread == ()
-    with pytest.raises(errors.ArgumentError, match=r"both .* would be named 'x'"):
+    assert report.unexpected_keys == ()
+    with pytest.raises(errors.ArgumentError, match=r"would both be named 'x'"):
         reshard.load({"x": torch.zeros(2)}, compiled(), rename={"module.*": "x"})
     for bad in ({"a.*.*": "*.*.*"}, {"a": 1}, "a=b", {"*.*": "***"}):
         with pytest.raises(errors.ArgumentError, match="rename"):
@@ -365,14 +365,14 @@ def test_rename_while_loading() -> None:
 
 
 def test_rename_for_a_rank_and_a_conversion(tmp_path: Path) -> None:
-    layout = reshard.Layout({"tp": 2}, {"layers.*": reshard.Shard(0)})
+    layout = reshard.Layout({"tp": 2}, {"layers.*": reshard.layout.Shard(0)})
     tensors = reshard.open(compiled()).load_rank(layout, 1, rename=RENAME, exclude="head")
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"layers.0.w": [1.0], "layers.1.w": [2.0]}
     report = reshard.convert(compiled(), tmp_path / "c", rename=RENAME, exclude=["head.*"])
     checkpoint = reshard.open(tmp_path / "c")
     assert sorted(checkpoint.tensors) == ["layers.0.w", "layers.1.w"]
     assert checkpoint.read_value("meta.epoch") == 3
-    assert report.left_out == ("head.w",)
+    assert report.dropped == ("head.w",)
     wrong: list[dict[str, Any]] = [{"rename": {"nothing.*": "*"}}, {"exclude": "nothing.*"}]
     for argument in wrong:
         with pytest.raises(errors.MissingTensorError, match=r"nothing\.\*"):
@@ -391,7 +391,7 @@ def test_exclude_leaves_names_as_they_are() -> None:
     assert state["a"]["w"].eq(1).all()
     assert state["a"]["v"].eq(0).all()
     assert state["step"] == 3
-    assert report.skipped == report.unread == ()
+    assert report.missing_keys == report.unexpected_keys == ()
     for bad in (1, [1], {"a"}, ""):
         with pytest.raises(errors.ArgumentError, match="exclude must be a pattern"):
             reshard.load(state, store, exclude=bad)  # type: ignore[arg-type]
@@ -402,7 +402,7 @@ def test_names_that_may_be_missing_by_pattern() -> None:
     reshard.save({"model": {"w": torch.ones(2)}}, store)
     state = {"model": {"w": torch.zeros(2)}, "optimizer": {"m": torch.zeros(2)}}
     report = reshard.load(state, store, allow_missing="optimizer.*")
-    assert report.skipped == ("optimizer.m",)
+    assert report.missing_keys == ("optimizer.m",)
     assert state["model"]["w"].eq(1).all()
     with pytest.raises(errors.MissingTensorError, match=r"no model\.v|no 'model\.v'"):
         reshard.load({"model": {"w": torch.zeros(2), "v": torch.zeros(2)}}, store, allow_missing=["optimizer.*"])
@@ -515,7 +515,7 @@ def test_thousands_of_objects_take_a_handful_of_requests(large_manifest: MemoryS
             if name.endswith("flag"):
                 state["model"][name] = {"fp8": 0, "steps": []}
         report = reshard.load(state, store)
-        assert report.skipped == report.unread == ()
+        assert report.missing_keys == report.unexpected_keys == ()
         assert state["model"]["decoder.layers.7.norm.weight"].eq(1).all()
     elif how == "some":
         some = {name: value for name, value in state["model"].items() if "layers.7" in name and "flag" not in name}

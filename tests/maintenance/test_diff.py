@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import reshard
-from reshard.storage.formats.detect import open_source
 from reshard.storage.maintenance.diff import Difference, diff
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from reshard.storage.tensors.pieces import PIECE_BYTES
+from reshard.storage.tensors.splitting import PIECE_BYTES
 from tests.conversion.samples import cut_small
 
 
@@ -22,7 +21,7 @@ def saved(state: dict[str, torch.Tensor]) -> RecordingStore:
 
 
 def told(a: RecordingStore, b: RecordingStore) -> dict[str, Difference]:
-    return {difference.name: difference for difference in diff(open_source(a), open_source(b))}
+    return {difference.name: difference for difference in diff(a, b)}
 
 
 def test_only_what_the_manifests_do_not_tell_is_read() -> None:

@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from reshard import pictures
 from reshard.errors import ArgumentError, MissingTensorError
 from reshard.pictures.chunk_map import _Flat, _runs
-from reshard.pictures.colours import NOBODY, SEVERAL, grouped
+from reshard.pictures.colours import SEVERAL, UNREAD, group_ranks
 from reshard.pictures.object_map import _coloured, _covered
 from reshard.planner.box import Box
-from reshard.planner.byte_ranges import Gaps
-from reshard.planner.coalesce import Requests, coalesce
+from reshard.planner.coalesce import GapLimits, Requests, coalesce
 from reshard.planner.grid import Grid
 from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import RankPlans, plan_ranks
@@ -31,8 +30,8 @@ def saved(name: str, shape: tuple[int, ...], **kind: Any) -> Saved:
     return Saved(name, grid, [Box.whole(shape)] if all(shape) else [], **kind)
 
 
-def plans_of(ranks: int, *tensors: Saved, gaps: Gaps = Gaps(0, 0.0)) -> RankPlans:  # noqa: B008
-    return plan_ranks(index_of(*tensors), Layout(ranks, {"*up": "colwise", "*down": "rowwise"}), gaps=gaps)
+def plans_of(ranks: int, *tensors: Saved, gap_limits: GapLimits = GapLimits(0, 0.0)) -> RankPlans:  # noqa: B008
+    return plan_ranks(index_of(*tensors), Layout(ranks, {"*up": "colwise", "*down": "rowwise"}), gap_limits=gap_limits)
 
 
 def labels(figure: Figure) -> list[str]:
@@ -93,14 +92,14 @@ def test_what_is_read_and_not_wanted_is_hatched() -> None:
     assert "more is read than is wanted" in labels(pictures.chunk_map(across, "a.up"))
     columns = saved("a.down", (256, 512), plain=True)
     assert "more is read than is wanted" not in labels(pictures.chunk_map(plans_of(4, columns), "a.down"))
-    read_over = plans_of(4, columns, gaps=Gaps(1 << 20, 10.0))
+    read_over = plans_of(4, columns, gap_limits=GapLimits(1 << 20, 10.0))
     assert "more is read than is wanted" in labels(pictures.chunk_map(read_over, "a.down"))
     both = plans_of(5, saved("a.up", (250, 512), raw=True), saved("b.up", (256, 512), raw=False))
-    assert pictures.max_over_read(both) == "b.up"
+    assert pictures.most_over_read(both) == "b.up"
 
 
 def test_bytes_over_are_those_of_the_ranges() -> None:
-    (read,) = plans_of(2, saved("a.down", (256, 512), plain=True), gaps=Gaps(1 << 20, 10.0))[0].reads
+    (read,) = plans_of(2, saved("a.down", (256, 512), plain=True), gap_limits=GapLimits(1 << 20, 10.0))[0].reads
     assert read.bytes_over.sum() == 255 * 512, "the other half of all rows but the last"
     assert read.bytes_spanned == read.bytes_read + 255 * 512
     (raw,) = plans_of(3, saved("a.up", (100, 512), raw=True))[1].reads
@@ -119,12 +118,12 @@ def test_coverage_is_the_part_of_each_bin_that_is_fetched() -> None:
 
 
 def test_a_bin_has_the_colour_of_who_reads_it() -> None:
-    groups = grouped(["x", "y", "x", None])
+    groups = group_ranks(["x", "y", "x", None])
     assert [group.ranks for group in groups] == [(0, 2), (1,)]
     most, who, many = np.array([[1.0, 1.0, 1.0, 0.0]]), np.array([[0, 1, 1, 0]]), np.array([[1, 1, 2, 0]])
     inside = np.array([[True, True, True, True]])
     colours = _coloured(most, who.astype(np.int32), many.astype(np.int32), groups, inside)[0]
-    assert [tuple(colour) for colour in colours] == [groups[0].colour, groups[1].colour, SEVERAL, NOBODY]
+    assert [tuple(colour) for colour in colours] == [groups[0].colour, groups[1].colour, SEVERAL, UNREAD]
 
 
 @pytest.mark.parametrize("name", ["x$\\bad{$", "w$a$b", "<b>&", "ü_^{"])

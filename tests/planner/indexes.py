@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from reshard.planner.box import Box
-from reshard.planner.entries import Entry, Segments
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import Encoding, Entry, Kind, Segments, Stream
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Encoding, Kind, Stream
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.index import CheckpointIndex
+from reshard.planner.read_plan import plan_reads
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,9 @@ def test_experts_are_outermost() -> None:
 
 
 def test_an_impossible_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not make a grid"):
+    with pytest.raises(ValueError, match="a grid needs one number of parts"):
         Grid((4, 4), (2,))
-    with pytest.raises(ValueError, match="do not make a grid"):
+    with pytest.raises(ValueError, match="a grid needs one number of parts"):
         Grid((4,), (0,))
 
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.entries import Entry, Segments
+from reshard.planner.entries import Entry, Kind, Segments
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Kind
+from reshard.planner.index import CheckpointIndex
 from tests.planner.boxes import cuts_of, shapes
 from tests.planner.indexes import Saved, index_of
 
@@ -56,16 +56,16 @@ def with_row(column: str, row: int, value: int) -> Callable[[CheckpointIndex], C
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i: dataclasses.replace(i, lengths=i.lengths[:-1]), "chunks or more"),
+        (lambda i: dataclasses.replace(i, lengths=i.lengths[:-1]), "chunks, but the index has"),
         (lambda i: dataclasses.replace(i, checksums=i.checksums[:-1]), "checksums"),
         (lambda i: dataclasses.replace(i, objects=(("x", 10), ("y", 10))), "beyond the end"),
         (lambda i: dataclasses.replace(i, objects=(("x", -1), ("y", 10))), "impossible size"),
         (lambda i: dataclasses.replace(i, entries=(i.entries[0], i.entries[0])), "same name"),
         (lambda i: dataclasses.replace(i, lengths=np.full_like(i.lengths, 2**32 - 1)), "impossible length"),
-        (with_row("objects", 0, 7), "no data object"),
-        (with_row("objects", 0, -1), "no data object"),
+        (with_row("objects", 0, 7), "in none of the 2 data objects"),
+        (with_row("objects", 0, -1), "in none of the 2 data objects"),
         (with_row("entries", 0, 1), "not sorted"),
-        (with_row("entries", -1, 9), "no tensor"),
+        (with_row("entries", -1, 9), "belongs to none of the 2 tensors"),
         (with_row("streams", 0, 2), "do not pair up"),
         (with_row("streams", 0, 9), "unknown stream"),
         (with_row("encodings", 0, 9), "unknown stream or encoding"),
@@ -78,7 +78,7 @@ def with_row(column: str, row: int, value: int) -> Callable[[CheckpointIndex], C
         (with_row("offsets", -2, 2), "overlap"),
         (lambda i: dataclasses.replace(i, lengths=np.zeros_like(i.lengths)), "impossible length"),
         (lambda i: dataclasses.replace(i, lengths=i.lengths * 10_000), "impossible length"),
-        (segments(offsets=np.zeros(3, np.int64)), "differ in number"),
+        (segments(offsets=np.zeros(3, np.int64)), "boxes of the shards need"),
         (segments(streams=np.zeros(1, np.uint8)), "differ in length"),
     ],
 )
@@ -108,7 +108,7 @@ def test_an_impossible_entry_is_refused(dtype: str, shape: tuple[int, ...], part
 
 def test_an_object_is_a_row_of_bytes() -> None:
     for dtype, shape in (("int64", (4,)), ("uint8", (2, 2))):
-        with pytest.raises(InvalidIndexError, match="'t' is an object, and no row of bytes"):
+        with pytest.raises(InvalidIndexError, match="value 't' must be stored as one dimension"):
             Entry("t", Kind.JSON, dtype, Grid(shape, (1,) * len(shape)))
 
 

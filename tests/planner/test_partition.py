@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import Want
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
 from reshard.planner.layout import Layout
 from reshard.planner.partition import choose_regions, partition
 from reshard.planner.rank_plans import plan_ranks
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.planner.regions import MAX_REGIONS, Regions, regions_met
-from reshard.planner.shards import joined
+from reshard.planner.shard_boxes import join_segments
 from tests.planner.boxes import boxes_in, cuts_of, shapes
 from tests.planner.indexes import Saved, chunks_read, index_of
 
@@ -116,9 +117,9 @@ def test_shards_beside_each_other_that_make_up_no_box_stay_apart() -> None:
         np.array([[2, 4], [2, 4], [2, 4], [2, 4], [4, 2]]),
     )
     starts = np.arange(5) * 8
-    found = joined(np.zeros(5, int), starts, offsets, sizes)
+    found = join_segments(np.zeros(5, int), starts, offsets, sizes)
     assert [column.tolist() for column in found] == [[[0, 0], [4, 0]], [[4, 8], [4, 2]]]
-    found = joined(np.arange(5), starts, offsets, sizes)
+    found = join_segments(np.arange(5), starts, offsets, sizes)
     assert found[0].tolist() == offsets.tolist()
 
 
@@ -133,9 +134,9 @@ def test_the_regions_that_a_box_meets() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parts": ((3, 1),)}, r"it has no \(3, 1\) regions"),
-        ({"parts": ((2,),)}, r"it has no \(2,\) regions"),
-        ({"parts": ((0, 2),)}, r"it has no \(0, 2\) regions"),
+        ({"parts": ((3, 1),)}, r"cannot be cut into \(3, 1\) regions"),
+        ({"parts": ((2,),)}, r"cannot be cut into \(2,\) regions"),
+        ({"parts": ((0, 2),)}, r"cannot be cut into \(0, 2\) regions"),
         ({"parts": ()}, "a tensor has no regions"),
         ({"entries": np.array([0, 0, 0, 1])}, "a tensor has no regions"),
         ({"cells": np.array([0, 1, 1, 3])}, "not in order"),
@@ -143,8 +144,8 @@ def test_the_regions_that_a_box_meets() -> None:
         ({"cells": np.array([0, 1, 2, 4])}, "not in order"),
         ({"cells": np.array([-1, 1, 2, 3])}, "not in order"),
         ({"segments": np.array([8, 8, 8, 7])}, "not those of its tensor"),
-        ({"segments": np.array([9, 7, 8, 8])}, "or its region of it"),
-        ({"segments": np.array([16, 0, 8, 8])}, "hold 0 elements.*a region of it"),
+        ({"segments": np.array([9, 7, 8, 8])}, "or outside its region"),
+        ({"segments": np.array([16, 0, 8, 8])}, "hold 0 elements.*its region"),
     ],
 )
 def test_regions_that_contradict_the_index_are_refused(change: dict[str, Any], message: str) -> None:
@@ -158,7 +159,7 @@ def test_a_tensor_has_not_too_many_regions() -> None:
     grid = Grid((2**20,), (2**20,))
     index = index_of(Saved("t", Grid((2**20,), (1,)), [Box((0,), (2**20,))]))
     entry = dataclasses.replace(index.entries[0], grid=grid)
-    with pytest.raises(InvalidIndexError, match="it has no"):
+    with pytest.raises(InvalidIndexError, match="cannot be cut into"):
         Regions(((2 * MAX_REGIONS,),), np.zeros(1, int), np.zeros(1, int), np.ones(1, int)).check(
             [entry], np.zeros(1, int)
         )

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from reshard.planner.box import Box
-from reshard.planner.byte_ranges import Gaps
+from reshard.planner.chunk_reads import Want
+from reshard.planner.coalesce import GapLimits
 from reshard.planner.errors import InvalidPlanError
 from reshard.planner.grid import Grid
 from reshard.planner.layout import Layout, Shard
 from reshard.planner.plan_json import plan_from_json, plan_to_json
 from reshard.planner.rank_plans import RankPlans, plan_ranks
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from tests.planner.indexes import Saved, index_of
 
 SHAPE = (1024, 2048)
@@ -34,8 +35,8 @@ def test_a_plan_comes_back_as_it_was(kind: str, heads_only: bool) -> None:
     saved = TENSORS[kind]
     shape = saved.grid.shape
     box = Box((0, 512), (1024, 512)) if shape == SHAPE else Box.whole(shape)
-    for gaps in (Gaps(0, 0.0), Gaps(1 << 20, 10.0)):
-        plan = plan_reads(index_of(saved), [Want("t", box, heads_only)], gaps=gaps)
+    for gap_limits in (GapLimits(0, 0.0), GapLimits(1 << 20, 10.0)):
+        plan = plan_reads(index_of(saved), [Want("t", box, heads_only)], gap_limits=gap_limits)
         back = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
         assert back == plan
         assert back.report == plan.report

@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import ChunkReads, Want
 from reshard.planner.errors import MissingTensorError, ShapeMismatchError
 from reshard.planner.grid import Grid
 from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import plan_ranks
-from reshard.planner.read_plan import ChunkReads, Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from tests.planner.boxes import boxes_in, cuts_of, paint, shapes
 from tests.planner.indexes import Saved, index_of
 

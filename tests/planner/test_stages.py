@@ -61,10 +61,10 @@ def test_what_only_looks_like_an_embedding_is_none() -> None:
 def test_stages_that_are_none_are_refused() -> None:
     with pytest.raises(LayoutError, match='dimension "pp"'):
         Layout({"tp": 2}, stages={"a": 0})
-    with pytest.raises(LayoutError, match="'a' is on stage 2, and the mesh pp 2 has stages 0 to 1"):
+    with pytest.raises(LayoutError, match="'a' is on stage 2, but the mesh pp 2 has the stages 0 to 1"):
         Layout({"pp": 2}, stages={"a": 2})
     for wrong in (1.5, "x", None):
         with pytest.raises(LayoutError, match="'a' is on stage"):
             Layout({"pp": 2}, stages={"a": wrong})  # type: ignore[dict-item]
-    with pytest.raises(LayoutError, match="1 stage or more"):
+    with pytest.raises(LayoutError, match="at least 1 stage"):
         even_stages([], 0)

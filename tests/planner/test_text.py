@@ -11,7 +11,7 @@ import pytest
 
 from reshard.errors import ArgumentError, CheckpointError, StoreError
 from reshard.planner.html import table
-from reshard.planner.text import MAX_CHARACTERS, MAX_OF_A_WORD, printable, shortened, shown
+from reshard.planner.text import MAX_SHOWN_CHARACTERS, MAX_WORD_CHARACTERS, printable, shortened, shown
 
 OBEYED = [
     *map(chr, range(32)),
@@ -75,13 +75,13 @@ def test_what_is_too_long_is_shortened() -> None:
     assert text.startswith("'nnn")
     assert text.endswith("n' has shape (3, 4)")
     assert "…(1000002 characters)…" in text
-    assert len(text) <= MAX_OF_A_WORD + 50
+    assert len(text) <= MAX_WORD_CHARACTERS + 50
     words = "word " * 100_000
-    assert len(shown(words)) <= MAX_CHARACTERS
+    assert len(shown(words)) <= MAX_SHOWN_CHARACTERS
     assert shown(words).startswith("word word")
     for value in (text, shown(words), shortened("x" * 5000, 100, 100)):
         assert shown(value) == value
-    assert shown("x" * MAX_OF_A_WORD) == "x" * MAX_OF_A_WORD
+    assert shown("x" * MAX_WORD_CHARACTERS) == "x" * MAX_WORD_CHARACTERS
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, StoreError, ArgumentError])

@@ -7,7 +7,7 @@ from reshard.storage.tensors.dtypes import ALONE_NUMEL, as_array, as_bytes, cast
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_a_tensor_on_a_device_is_written_in_host_memory_first(stored: torch.dtype) -> None:
+def test_staged_destination_is_written_to_host_memory_first(stored: torch.dtype) -> None:
     tensor, values = torch.zeros(4, 6), torch.arange(24.0).reshape(4, 6)
     destination = Destination(tensor, stored, staged=True)
     for columns in (slice(0, 2), slice(2, 6)):
@@ -16,13 +16,13 @@ def test_a_tensor_on_a_device_is_written_in_host_memory_first(stored: torch.dtyp
         destination.write(
             (slice(0, 4), columns), as_bytes(as_array(part)), tuple(part.shape), (slice(None), slice(None))
         )
-        assert (tensor == 0).all(), "nothing is changed before all is here"
+        assert (tensor == 0).all(), "the tensor changes only in finish()"
     destination.finish()
     assert tensor.equal(values)
 
 
 @pytest.mark.parametrize(("whole", "max_bytes"), [(False, 1000), (True, 15)])
-def test_a_tensor_beyond_the_budget_is_written_at_once(whole: bool, max_bytes: int) -> None:
+def test_destination_that_is_too_large_to_stage_is_written_directly(whole: bool, max_bytes: int) -> None:
     tensor = torch.zeros(4)
     destination = Destination(tensor, torch.float32, staged=True)
     destination.begin(whole=whole, max_bytes=max_bytes)
@@ -36,8 +36,8 @@ def test_a_tensor_beyond_the_budget_is_written_at_once(whole: bool, max_bytes: i
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.int64, torch.float16)]
 )
-def test_a_cast_gives_what_torch_gives(dtypes: tuple[torch.dtype, torch.dtype], numel: int) -> None:
-    """Of bytes that may only be read, too."""
+def test_cast_returns_the_same_values_as_torch(dtypes: tuple[torch.dtype, torch.dtype], numel: int) -> None:
+    """The source bytes may be read-only."""
     stored, dtype = dtypes
     values = torch.randn(numel).mul(1000).to(stored)
     given = as_bytes(as_array(values)).copy()
@@ -49,7 +49,7 @@ def test_a_cast_gives_what_torch_gives(dtypes: tuple[torch.dtype, torch.dtype], 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.complex128])
 @pytest.mark.parametrize("offset", [0, 1, 8])
-def test_torch_is_given_elements_where_its_instructions_can_take_them(offset: int, dtype: torch.dtype) -> None:
+def test_from_bytes_returns_aligned_tensors(offset: int, dtype: torch.dtype) -> None:
     expected = torch.randn(5, dtype=dtype)
     data = expected.view(torch.uint8).numpy()
     memory = np.empty(len(data) + offset, np.uint8)

@@ -1,4 +1,4 @@
-"""What is read of other formats, and how it is verified: whole slices or parts, gaps, CRC-32s."""
+"""How the shards of other formats are read (as a whole or in part, with over-read) and verified (CRC-32)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.costs import LOCAL, REMOTE
+from reshard.planner.request_costs import LOCAL_COSTS, REMOTE_COSTS
 from reshard.storage.formats.metadata_reads import Reads
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
@@ -25,19 +25,19 @@ LAYOUT = reshard.Layout(4, {"w": "rowwise"})
 
 @pytest.fixture
 def store() -> MemoryStore:
-    """A tensor in four slices of rows."""
+    """A DCP checkpoint of one tensor in four shards of rows."""
     return put_together({"w": (WEIGHTS, rows(128, 512, 256))})
 
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stores answer as late as one of the same region."""
-    monkeypatch.setattr(Reads, "costs", REMOTE)
+    """Make stores appear as slow as a remote store in the same region."""
+    monkeypatch.setattr(Reads, "costs", REMOTE_COSTS)
 
 
 @pytest.mark.usefixtures("far")
-def test_columns_far_away_are_read_by_whole_slices(store: MemoryStore) -> None:
-    """A request costs more than the rest of a slice: none is made to find out where its values are."""
+def test_columns_in_a_remote_store_are_read_by_whole_shards(store: MemoryStore) -> None:
+    """A request costs more than the rest of a shard, so no request is made to find the position of its values."""
     recording = RecordingStore(store)
     (loaded,) = reshard.open(recording).load_rank(LAYOUT, 1).values()
     assert loaded.equal(WEIGHTS[:, 64:128])
@@ -47,7 +47,7 @@ def test_columns_far_away_are_read_by_whole_slices(store: MemoryStore) -> None:
     assert len(reads) == 4
 
 
-def test_columns_on_a_disk_are_read_alone(store: MemoryStore, tmp_path: Path) -> None:
+def test_columns_on_a_local_disk_are_read_without_over_read(store: MemoryStore, tmp_path: Path) -> None:
     for name, content in store.content.items():
         (tmp_path / name).write_bytes(content)
     checkpoint = reshard.open(tmp_path)
@@ -58,13 +58,13 @@ def test_columns_on_a_disk_are_read_alone(store: MemoryStore, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("far")
-def test_a_plan_tells_what_it_reads_over_and_as_a_whole(
+def test_plan_reports_over_read_and_opaque_chunks(
     store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = reshard.open(store).plan(LAYOUT)[1].report
     assert whole.opaque_chunks == 4
     assert "4 chunks read as a whole" in str(whole)
-    monkeypatch.setattr(Reads, "costs", LOCAL)
+    monkeypatch.setattr(Reads, "costs", LOCAL_COSTS)
     for name, content in store.content.items():
         (tmp_path / name).write_bytes(content)
     generous = reshard.open(tmp_path).plan(LAYOUT, max_over_read=5)[1].report
@@ -73,7 +73,7 @@ def test_a_plan_tells_what_it_reads_over_and_as_a_whole(
     assert "MB in gaps of up to 4000 bytes" in str(generous)
 
 
-def test_over_read_is_bounded_as_the_user_says(store: MemoryStore, tmp_path: Path) -> None:
+def test_max_over_read_limits_the_over_read(store: MemoryStore, tmp_path: Path) -> None:
     for name, content in store.content.items():
         (tmp_path / name).write_bytes(content)
     state: dict[str, Any] = {"w": torch.zeros(512, 256)}
@@ -82,7 +82,7 @@ def test_over_read_is_bounded_as_the_user_says(store: MemoryStore, tmp_path: Pat
     assert few.bytes_fetched < WEIGHTS.nbytes * 1.05
 
 
-def test_slices_are_held_against_their_crcs(store: MemoryStore) -> None:
+def test_verify_checks_crc32_of_dcp_shards(store: MemoryStore) -> None:
     assert reshard.open(store).verify() == []
     name = "__2_0.distcp"
     content = bytearray(store.content[name])
@@ -98,7 +98,7 @@ def test_slices_are_held_against_their_crcs(store: MemoryStore) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_slices_of_safetensors_are_there_or_not(tmp_path: Path) -> None:
+def test_verify_finds_dcp_shards_in_safetensors_files(tmp_path: Path) -> None:
     writer = FileSystemWriter(tmp_path, sync_files=False, serialization_format=SerializationFormat.SAFETENSORS)
     dcp.save({"w": WEIGHTS, "step": 1}, storage_writer=writer)
     assert reshard.open(tmp_path).verify() == []
@@ -106,7 +106,7 @@ def test_slices_of_safetensors_are_there_or_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_rank_is_loaded_in_another_precision(dtype: torch.dtype) -> None:
+def test_load_rank_casts_to_another_float_dtype(dtype: torch.dtype) -> None:
     store = MemoryStore()
     weights = torch.randn(256, 256)
     reshard.save({"w": weights, "ids": torch.arange(8)}, store)

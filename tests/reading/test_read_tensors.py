@@ -14,18 +14,19 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import Kind
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.formats.source import Source
 from reshard.storage.reading import executor
-from reshard.storage.reading.decode import place_batch
+from reshard.storage.reading.decode import place_chunk_batch
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.fetcher import Fetcher
-from reshard.storage.reading.tasks import Batch, Request, TensorRead
+from reshard.storage.reading.tasks import ChunkBatch, Request, TensorRead
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
 from reshard.storage.stores.base import Capabilities, Store
@@ -39,7 +40,7 @@ def part_of(values: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple[MemoryStore, Source]:
-    """A checkpoint of tensors, each cut in rows over the ranks."""
+    """Return a checkpoint of tensors whose rows are spread over the ranks."""
     store = MemoryStore()
     records = []
     for rank in range(ranks):
@@ -50,7 +51,7 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
             load = functools.partial(part_of, values)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, f"{rank:05}", shards, codec)
-    store.put(NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
     return store, open_source(store)
 
 
@@ -67,7 +68,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize("budget_bytes", [1 << 30, 1 << 16, 1])
-def test_boxes_come_back_under_any_budget(codec: str, budget_bytes: int) -> None:
+def test_boxes_are_read_under_any_budget(codec: str, budget_bytes: int) -> None:
     store, manifest = saved(codec, TENSORS)
     for slices in ((slice(None), slice(None)), (slice(100, 400), slice(3, 8)), (slice(0, 1), slice(0, 1))):
         expected = {name: values[slices] for name, values in TENSORS.items()}
@@ -80,8 +81,8 @@ def test_boxes_come_back_under_any_budget(codec: str, budget_bytes: int) -> None
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law 3: bytes that were asked for and are not placed yet, however slowly placing goes."""
+def test_fetched_bytes_stay_within_the_budget(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3 holds for bytes that have been requested and not been placed, however slow placing is."""
     values = torch.randn(4096, 256).to(torch.bfloat16)
     store, manifest = saved(codec, {f"t{i}": values for i in range(4)})
     wants = [Want(f"t{i}", Box.whole((4096, 256))) for i in range(4)]
@@ -107,22 +108,22 @@ def test_what_is_held_stays_within_the_budget(codec: str, monkeypatch: pytest.Mo
     assert budget / 4 < max(held) <= budget + largest
 
 
-def test_requests_run_at_once() -> None:
+def test_requests_run_concurrently() -> None:
     store, manifest = saved("none", {"w": torch.randn(2048, 1024)})
-    at_once = store.capabilities.concurrent_reads
-    together = threading.Barrier(at_once)
+    concurrent = store.capabilities.concurrent_reads
+    barrier = threading.Barrier(concurrent)
 
     def before(call: Call) -> None:
-        together.wait(timeout=20)
+        barrier.wait(timeout=20)
 
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
-    assert len(plan.requests) == at_once
+    assert len(plan.requests) == concurrent
     execute(plan, manifest.index(), RecordingStore(store, before), [torch.empty(2048, 1024)])
 
 
 def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
-    """Change the first data object; its name."""
-    name = next(name for name in store.content if name != NAME)
+    """Change the first data object, and return its name."""
+    name = next(name for name in store.content if name != MANIFEST_NAME)
     store.content[name] = change(store.content[name])
     return name
 
@@ -137,7 +138,7 @@ def damaged(store: MemoryStore, change: Callable[[bytes], bytes]) -> str:
         (lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:], "does not match its checksum", "i"),
     ],
 )
-def test_damage_is_named_and_leaves_the_tensor_as_it_was(
+def test_corrupt_error_names_tensor_and_object_and_tensor_is_unchanged(
     codec: str, change: Callable[[bytes], bytes], message: str, harmed: str
 ) -> None:
     store, manifest = saved(codec, TENSORS)
@@ -156,15 +157,15 @@ def test_damage_is_named_and_leaves_the_tensor_as_it_was(
             assert out.equal(values)
 
 
-def test_a_missing_object_is_damage() -> None:
+def test_missing_object_raises_corrupt_error() -> None:
     store, manifest = saved("zstd", TENSORS)
-    name = next(name for name in store.content if name != NAME)
+    name = next(name for name in store.content if name != MANIFEST_NAME)
     del store.content[name]
     with pytest.raises(CorruptCheckpointError, match=f"'w': object '{name}' is missing"):
         read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
 
 
-def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
+def test_corrupt_error_says_if_part_of_a_large_tensor_was_overwritten() -> None:
     values = torch.randn(2048, 1024)
     store, manifest = saved("none", {"w": values})
     name = list(store.content)[1]
@@ -174,10 +175,10 @@ def test_a_tensor_beyond_the_budget_says_that_it_was_touched() -> None:
         execute(plan, manifest.index(), store, [torch.zeros(2048, 1024)], budget_bytes=1 << 19)
 
 
-def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk whose checksum is right, and that cannot be decoded: other chunks are being written then."""
+def test_corrupt_error_waits_for_chunks_that_are_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk cannot be decoded, although its checksum is right, while other chunks of the tensor are written."""
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 2)
-    monkeypatch.setattr("reshard.storage.reading.tasks.Batch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
     store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
     want = Want("w", Box.whole((4096, 1024)))
     plan = plan_reads(manifest.index(), [want])
@@ -186,24 +187,24 @@ def test_what_is_overwritten_while_the_error_is_raised_is_told(monkeypatch: pyte
     store.content[first] = content[:start] + bytes([255] * 4) + content[start + 4 :]
     others, failed = threading.Event(), threading.Event()
 
-    def place(batch: Batch, damage: Callable[[TensorRead, str], Exception]) -> None:
+    def place(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
         if batch.rows.start == 0:
             try:
                 assert others.wait(20)
-                place_batch(batch, damage)
+                place_chunk_batch(batch, damage)
             finally:
                 failed.set()
         else:
             others.set()
             assert failed.wait(20)
-            place_batch(batch, damage)
+            place_chunk_batch(batch, damage)
 
-    monkeypatch.setattr(executor, "place_batch", place)
+    monkeypatch.setattr(executor, "place_chunk_batch", place)
     with pytest.raises(CorruptCheckpointError, match=r"cannot be decoded.*a part of the tensor was overwritten"):
         execute(plan, manifest.index(), store, [torch.zeros(4096, 1024)])
 
 
-def test_an_interrupt_does_not_wait_for_bytes_that_are_read_again() -> None:
+def test_interrupt_does_not_wait_for_a_repeated_read() -> None:
     store, manifest = saved("none", {"w": torch.randn(512, 256)})
     name = manifest.index().objects[0][0]
     store.content[name] = bytes(len(store.content[name]))
@@ -218,16 +219,16 @@ def test_an_interrupt_does_not_wait_for_bytes_that_are_read_again() -> None:
 
     def interrupt() -> None:
         if again.is_set():
-            raise StoreError("nobody wants it")
+            raise StoreError("interrupted by the test")
 
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
-    with pytest.raises(StoreError, match="nobody wants it"):
+    with pytest.raises(StoreError, match="interrupted by the test"):
         execute(plan, manifest.index(), RecordingStore(store, before), [torch.zeros(512, 256)], interrupt=interrupt)
     assert not waited
     answered.set()
 
 
-def test_memory_comes_back_from_a_load_that_fails(tmp_path: Path) -> None:
+def test_failed_load_releases_its_buffers(tmp_path: Path) -> None:
     reshard.save({"w": torch.randn(4096, 1024)}, tmp_path / "x", codec="none")
     source = open_source(tmp_path / "x")
     want = Want("w", Box.whole((4096, 1024)))
@@ -241,14 +242,14 @@ def test_memory_comes_back_from_a_load_that_fails(tmp_path: Path) -> None:
         assert workers.fetcher._buffers._lent == {}
 
 
-def test_an_error_of_the_store_arrives_with_tensor_object_and_range() -> None:
+def test_store_error_names_tensor_object_and_byte_range() -> None:
     store, manifest = saved("zstd", TENSORS)
     failed = RecordingStore(store, failing("read"))
     with pytest.raises(StoreError, match=r"'w': bytes \[8, \d+\) of object 'data/.*-0000\d\.shard'.*injected"):
         read(failed, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
 
 
-def test_an_error_stops_what_has_not_begun() -> None:
+def test_error_stops_requests_that_have_not_started() -> None:
     store, manifest = saved("none", {"w": torch.randn(4096, 1024)})
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((4096, 1024)))], max_request_bytes=1 << 16)
     slowly, fails = slow("read", 0.01), failing("read", after=3)
@@ -258,8 +259,8 @@ def test_an_error_stops_what_has_not_begun() -> None:
     assert len(failed.calls) < 4 * store.capabilities.concurrent_reads < len(plan.requests)
 
 
-def test_executions_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose store does not answer holds neither the values of another back, nor its error."""
+def test_plans_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan whose store does not answer delays neither the values nor the error of another plan."""
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 1)
     store, manifest = saved("zstd", TENSORS)
     name = manifest.index().objects[0][0]
@@ -291,7 +292,7 @@ def test_executions_that_share_workers_do_not_wait_for_each_other(monkeypatch: p
     assert out[0].equal(TENSORS["w"])
 
 
-def test_executions_end_when_their_workers_are_stopped(tmp_path: Path) -> None:
+def test_execute_raises_if_its_workers_are_stopped(tmp_path: Path) -> None:
     values = torch.randn(2048, 1024)
     reshard.save({"w": values}, tmp_path / "x", codec="none")
     source = open_source(tmp_path / "x")
@@ -305,11 +306,13 @@ def test_executions_end_when_their_workers_are_stopped(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("at_once", [1, 16], ids=["some have not begun", "all have begun"])
-def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped(
-    at_once: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "concurrent_reads", [1, 16], ids=["some requests have not started", "all requests have started"]
+)
+def test_execute_that_waits_for_the_store_ends_when_its_workers_are_stopped(
+    concurrent_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MemoryStore, "capabilities", Capabilities(concurrent_reads=at_once))
+    monkeypatch.setattr(MemoryStore, "capabilities", Capabilities(concurrent_reads=concurrent_reads))
     monkeypatch.setattr(Fetcher, "max_requests", 16)
     store, manifest = saved("zstd", TENSORS)
     plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
@@ -338,25 +341,25 @@ def test_an_execution_that_waits_for_the_store_ends_when_its_workers_are_stopped
     assert "stopped" in str(errors)
 
 
-def test_nothing_keeps_a_tensor_in_memory_once_it_is_loaded() -> None:
+def test_loaded_tensor_is_not_kept_in_memory() -> None:
     store, manifest = saved("zstd", TENSORS)
     memory = np.zeros((512, 256), np.float32)
     held = weakref.ref(memory)
     gc.collect()
-    gc.disable()  # what refers to itself would stay until the collector comes
+    gc.disable()  # reference cycles would stay in memory until the garbage collector runs
     try:
         read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.from_numpy(memory)])
         assert np.array_equal(memory, TENSORS["w"].numpy())
         del memory
         end = time.monotonic() + 30
-        while held() is not None and time.monotonic() < end:  # a worker may be about to leave its last task
+        while held() is not None and time.monotonic() < end:  # a worker may still be finishing its last task
             time.sleep(0.01)
         assert held() is None
     finally:
         gc.enable()
 
 
-def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_execute_raises_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     store, manifest = saved("none", {"w": torch.randn(512, 256)})
     submit = Pool.submit
 
@@ -375,7 +378,7 @@ def test_a_pool_that_cannot_start_a_thread_is_an_error(monkeypatch: pytest.Monke
     "error", [ValueError("boom"), KeyError("boom"), OSError("boom"), RuntimeError("boom")], ids=repr
 )
 @pytest.mark.parametrize("how", ["read", "load", "convert", "state_dict"])
-def test_what_somebodys_own_store_raises_names_the_tensor(how: str, error: Exception, tmp_path: Path) -> None:
+def test_error_of_a_custom_store_names_the_tensor(how: str, error: Exception, tmp_path: Path) -> None:
     memory = MemoryStore()
     reshard.save({"model": {"w": torch.ones(40, 30)}}, memory)
 
@@ -384,23 +387,23 @@ def test_what_somebodys_own_store_raises_names_the_tensor(how: str, error: Excep
             raise error
 
     store = RecordingStore(memory, fail)
-    ways: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         "read": lambda: reshard.open(store).read("model.w"),
         "load": lambda: reshard.load({"model": {"w": torch.zeros(40, 30)}}, store),
         "convert": lambda: reshard.convert(store, tmp_path / "dst", format="safetensors"),
         "state_dict": lambda: reshard.open(store).state_dict(),
     }
     with pytest.raises(StoreError, match=rf"^'model\.w': bytes .* of object 'data/.*: {type(error).__name__}: .*boom"):
-        ways[how]()
+        calls[how]()
 
 
-def test_what_torch_raises_while_values_are_placed_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_torch_during_placing_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = MemoryStore()
     reshard.save({"w": torch.ones(40, 30)}, memory)
 
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(executor, "place_batch", fail)
+    monkeypatch.setattr(executor, "place_chunk_batch", fail)
     with pytest.raises(RankError, match=r"^'w': RuntimeError: no device"):
         reshard.load({"w": torch.zeros(40, 30)}, memory)

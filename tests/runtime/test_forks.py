@@ -129,7 +129,7 @@ def test_a_child_can_make_every_call(saved: Place, tmp_path: Path) -> None:
         copy = f"{uri}-copy"
         reshard.save(loaded, copy, **arguments)
         reshard.save(loaded, copy, overwrite=True, **arguments)
-        assert [row.is_whole for row in reshard.find_checkpoints(copy, options)] == [True]
+        assert [row.is_complete for row in reshard.find_checkpoints(copy, options)] == [True]
         reshard.remove(copy, options)
 
     in_child(with_the_parents_objects, with_its_own_objects)

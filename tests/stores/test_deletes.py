@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import reshard
 from reshard.cli.app import app
 from reshard.errors import ArgumentError, StoreError
-from reshard.storage.maintenance.catalog import find_remains, find_removal, remove_remains
+from reshard.storage.maintenance.catalog import find_removal
+from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import local
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
@@ -240,7 +241,7 @@ def test_objects_of_a_nested_checkpoint_are_not_removed(metadata: str, tmp_path:
     dcp.save(STATE, checkpoint_id=tmp_path / "runs" / "step-1", no_dist=True)
     (tmp_path / "runs" / "step-1" / ".metadata").rename(tmp_path / "runs" / "step-1" / metadata)
     write_dcp(tmp_path / "runs", "step-1/__0_0.distcp")
-    with pytest.raises(ArgumentError, match="of another checkpoint"):
+    with pytest.raises(ArgumentError, match="belong to another checkpoint"):
         reshard.remove(tmp_path / "runs")
     assert reshard.open(tmp_path / "runs" / "step-1").read("w").equal(STATE["w"])
 
@@ -269,7 +270,7 @@ def test_a_checkpoint_that_changed_since_find_removal_is_not_removed(tmp_path: P
     reshard.save(STATE, tmp_path / "run")
     removal = find_removal(tmp_path / "run")
     reshard.save(STATE, tmp_path / "run", overwrite=True)
-    with pytest.raises(ArgumentError, match="has changed meanwhile"):
+    with pytest.raises(ArgumentError, match="has changed in the meantime"):
         reshard.remove(tmp_path / "run", expected=removal)
     assert reshard.open(tmp_path / "run").verify() == []
 
@@ -321,7 +322,7 @@ def test_gc_keeps_objects_that_are_committed_while_it_searches(tmp_path: Path) -
             if call.method == method and call.name == f"data/{name}":
                 (tmp_path / "aside").rename(manifest)
 
-        from reshard.storage.maintenance.catalog import _remains
+        from reshard.storage.maintenance.gc import _remains
 
         assert _remains(RecordingStore(LocalStore(place), commit), [f"data/{data.name}"], 0) == {}
         assert reshard.open(place).verify() == []
@@ -329,7 +330,7 @@ def test_gc_keeps_objects_that_are_committed_while_it_searches(tmp_path: Path) -
 
 @pytest.mark.parametrize("method", ["read", "size", "modified"])
 def test_gc_ignores_objects_that_vanish_while_it_searches(method: str, tmp_path: Path) -> None:
-    from reshard.storage.maintenance.catalog import _remains
+    from reshard.storage.maintenance.gc import _remains
 
     store = LocalStore(tmp_path)
     other = f"data/{'f' * 32}-00001.shard"
@@ -379,7 +380,7 @@ def test_gc_removes_temporary_files_of_killed_commits(tmp_path: Path) -> None:
     for folder in (tmp_path / "run", tmp_path / "alone"):
         for name in TEMPORARIES + OTHERS:
             (folder / name).write_bytes(b"half")
-    assert "nothing" in call("gc", tmp_path)
+    assert "no data" in call("gc", tmp_path)
     old = time.time() - 48 * 3600
     for folder in (tmp_path / "run", tmp_path / "alone"):
         for name in TEMPORARIES + OTHERS:

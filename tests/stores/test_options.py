@@ -12,7 +12,7 @@ import torch
 
 import reshard
 from reshard.errors import ArgumentError
-from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.maintenance.gc import find_remains
 from reshard.storage.stores.open import open_store
 from tests.conftest import Place
 

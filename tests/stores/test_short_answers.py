@@ -111,7 +111,7 @@ def test_complete_answers_cost_no_extra_request(tmp_path: Path) -> None:
 
 
 def test_a_large_manifest_is_read_again_after_a_short_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_READ_BYTES", 4096)
+    monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_MANIFEST_READ_BYTES", 4096)
     native(tmp_path / "run")
     assert (tmp_path / "run" / "manifest.reshard").stat().st_size > 8192
     for short in range(1, 5):

@@ -105,7 +105,7 @@ PLACES: list[tuple[Callable[[Path], None], str]] = [
 ]
 SCRIPT = """
 import contextlib, os, sys, torch, reshard
-from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.maintenance.gc import find_remains
 
 uri, copy, other = sys.argv[1:]
 reshard.save({"w": torch.zeros(3)}, other)
@@ -131,7 +131,7 @@ for what in (
     outcome.append(call(what))
 found = {os.path.basename(row.uri): row.state for row in reshard.find_checkpoints(os.path.dirname(uri))}
 print(found)
-assert found["other"] == "whole", found
+assert found["other"] == "complete", found
 failed = [isinstance(it, reshard.errors.CheckpointError) for it in outcome]
 print("failed", *map(int, failed))
 """
@@ -204,7 +204,7 @@ def test_the_command_line_lists_the_neighbours_of_a_fifo(tmp_path: Path) -> None
     fifo(tmp_path / "c.pt")
     shown = run("import sys; from reshard.cli import main; sys.argv[1:] = ['ls', sys.argv[1]]; main()", tmp_path)
     rows = {row.split("\t")[0]: row.split("\t")[-1] for row in shown.splitlines()}
-    assert rows[str(tmp_path / "b")] == "whole"
+    assert rows[str(tmp_path / "b")] == "complete"
     assert rows[str(tmp_path / "a")].endswith("it is a FIFO, not a file")
     assert "c.pt" in shown
 
@@ -226,7 +226,7 @@ def test_gc_ignores_special_files(tmp_path: Path) -> None:
         (folder / "data" / f"{'f' * 32}-00001.shard").write_bytes(b"RESHARDD")
     code = """
     import sys
-    from reshard.storage.maintenance.catalog import find_remains, remove_remains
+    from reshard.storage.maintenance.gc import find_remains, remove_remains
     found = find_remains(sys.argv[1], older_than_s=0)
     print(sorted(found[0].names), len(found))
     remove_remains(found, older_than_s=0)

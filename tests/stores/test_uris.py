@@ -27,7 +27,7 @@ from reshard.errors import (
     CheckpointNotFoundError,
     UnsupportedURIError,
 )
-from reshard.storage.maintenance.catalog import find_remains
+from reshard.storage.maintenance.gc import find_remains
 from reshard.storage.stores.fsspec import is_local, split_file
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
@@ -173,7 +173,7 @@ def test_a_local_path_with_colons_is_a_folder(place: str, empty_folder: Path, tm
     }
     for form in (place, Path(place) if not place.startswith("./") else place, empty_folder / place):
         assert reshard.open(form).read("w").equal(STATE["w"])
-        assert [found.is_whole for found in reshard.find_checkpoints(form)] == [True]
+        assert [found.is_complete for found in reshard.find_checkpoints(form)] == [True]
     loaded = {"w": torch.zeros(4, 3)}
     reshard.load(loaded, place)
     assert loaded["w"].equal(STATE["w"])

@@ -20,9 +20,10 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.chunk_reads import Want
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
-from reshard.storage.formats.native.manifest import NAME
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
@@ -67,7 +68,7 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
         checkpoint = reshard.open(store)
         for name in checkpoint.tensors:
             checkpoint.read(name)
-        for name in checkpoint.objects:
+        for name in checkpoint.value_names:
             checkpoint.read_value(name)
         assert checkpoint.verify() == []
     except reshard.errors.RankError as error:
@@ -81,7 +82,7 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
 
 
 def data_of(content: Content) -> list[str]:
-    return [name for name in content if name != NAME]
+    return [name for name in content if name != MANIFEST_NAME]
 
 
 def flip(rng: random.Random, content: Content, other: Content) -> None:
@@ -143,7 +144,7 @@ def foreign_data(rng: random.Random, content: Content, other: Content) -> None:
 
 def foreign_manifest(rng: random.Random, content: Content, other: Content) -> None:
     """Replace the manifest by that of another save, whose data is missing."""
-    content[NAME] = other[NAME]
+    content[MANIFEST_NAME] = other[MANIFEST_NAME]
 
 
 def swap_objects(rng: random.Random, content: Content, other: Content) -> None:
@@ -231,7 +232,7 @@ def falsehoods(count: int, seed: int) -> collections.Counter[str]:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:
-            ended[outcome({**content, NAME: falsify(rng, content[NAME])}, state)] += 1
+            ended[outcome({**content, MANIFEST_NAME: falsify(rng, content[MANIFEST_NAME])}, state)] += 1
         except AssertionError:
             ended["other values"] += 1
         taken = tracemalloc.get_traced_memory()[1] - before

@@ -16,9 +16,9 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 import reshard
-from reshard.planner.entries import Entry, Segments
+from reshard.planner.entries import Entry, Kind, Segments
 from reshard.planner.grid import Grid
-from reshard.planner.index import CheckpointIndex, Kind
+from reshard.planner.index import CheckpointIndex
 from reshard.storage.formats.native.manifest import encode_manifest
 from reshard.storage.stores.testing import MemoryStore
 from tests.torture.grammars import (

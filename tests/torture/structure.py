@@ -144,7 +144,7 @@ def read_all(content: dict[str, bytes]) -> str:
         tensors = [name for name in checkpoint.tensors if _nbytes(checkpoint, name) <= small]
         calls = [checkpoint.verify]
         calls += [partial(checkpoint.read, name) for name in tensors]
-        calls += [partial(checkpoint.read_value, name) for name in checkpoint.objects]
+        calls += [partial(checkpoint.read_value, name) for name in checkpoint.value_names]
         for call in calls[:200]:
             how = _tried(call) or how
     return how or "read"

@@ -10,9 +10,10 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
+from reshard.planner.chunk_reads import Want
+from reshard.planner.entries import Kind
 from reshard.planner.errors import ShapeMismatchError
-from reshard.planner.index import Kind
-from reshard.planner.read_plan import Want, plan_reads
+from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.reading.executor import execute
@@ -20,8 +21,7 @@ from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.retry import RetryingStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
-from reshard.storage.writing import object_layout as to_write
-from reshard.storage.writing import object_writer
+from reshard.storage.writing import object_layout, object_writer
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
 from reshard.storage.writing.object_writer import write_objects
 
@@ -31,7 +31,7 @@ def shard(name: str, values: torch.Tensor) -> ShardToWrite:
     return ShardToWrite(name, Kind.TENSOR, values.dtype, shape, Box.whole(shape), lambda box: values[box.slices])
 
 
-def test_a_rank_writes_one_object_that_the_index_describes() -> None:
+def test_rank_writes_one_object_and_the_index_describes_it() -> None:
     store = MemoryStore()
     shards = [shard("a", torch.randn(64, 64)), shard("b", torch.arange(10)), shard("none", torch.empty(0, 3))]
     (record,) = write_objects(store, "00003", shards, "zstd")
@@ -44,7 +44,7 @@ def test_a_rank_writes_one_object_that_the_index_describes() -> None:
     assert int(index.lengths.sum()) + 8 == record.nbytes
 
 
-def test_raw_chunks_are_larger_and_one_tensor_is_not_cut_in_two_ways() -> None:
+def test_codec_determines_the_grid_and_ranks_must_use_the_same_codec() -> None:
     store, values = MemoryStore(), torch.randn(1024, 1024)
     encoded, raw = (write_objects(store, "00000", [shard("t", values)], codec) for codec in ("zstd", "none"))
     assert assemble_index(encoded).entry("t").grid.parts == (8, 8)
@@ -55,11 +55,11 @@ def test_raw_chunks_are_larger_and_one_tensor_is_not_cut_in_two_ways() -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_a_tp_rank_needs_of_shards_that_lie_together_is_one_run_a_stream(
+def test_tp_rank_reads_its_part_of_grouped_shards_with_one_request_per_stream(
     codec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks of FSDP wrote them; what is saved is told as whole shards all the same."""
-    monkeypatch.setattr(to_write, "MIN_OBJECT_BYTES", 1 << 24)
+    """Two FSDP ranks wrote the shards. The index still reports whole shards as saved."""
+    monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 24)
     store = MemoryStore()
     store.capabilities = Capabilities(buffers_objects=True)
     values = {name: torch.randn(512, 4096).to(dtype) for name in ("down 0", "down 1", "down 2")}
@@ -79,20 +79,20 @@ def test_what_a_tp_rank_needs_of_shards_that_lie_together_is_one_run_a_stream(
         assert all(a.equal(b[box.slices]) for a, b in zip(loaded, values.values(), strict=True))
 
 
-def test_nothing_to_write_makes_no_object() -> None:
+def test_empty_shards_write_no_object() -> None:
     store = MemoryStore()
     assert write_objects(store, "00000", [shard("none", torch.empty(0))], "zstd") == []
     assert store.content == {}
 
 
-def test_names_are_never_used_twice() -> None:
+def test_object_names_are_unique() -> None:
     store = MemoryStore()
     names = {write_objects(store, "00000", [shard("a", torch.zeros(1))], "none")[0].name for _ in range(3)}
     assert len(names) == 3
 
 
 @pytest.mark.parametrize(("method", "after"), [("create", 0), ("write", 0), ("write", 3)])
-def test_a_store_that_fails_stops_the_save_and_leaves_nothing(method: str, after: int) -> None:
+def test_failed_write_raises_and_removes_its_objects(method: str, after: int) -> None:
     memory = MemoryStore()
     store = RecordingStore(memory, failing(method, after=after))
     with pytest.raises(StoreError, match=f"injected: {method}"):
@@ -101,13 +101,13 @@ def test_a_store_that_fails_stops_the_save_and_leaves_nothing(method: str, after
     assert [call.method for call in store.calls][-1] == "delete"
 
 
-def test_what_cannot_be_stored_is_named() -> None:
+def test_unsupported_dtype_error_names_the_tensor() -> None:
     values = torch.zeros(4, dtype=torch.uint8).view(torch.bits8)
     with pytest.raises(DtypeError, match=r"'q' has dtype torch\.bits8"):
         write_objects(MemoryStore(), "00000", [shard("q", values)], "zstd")
 
 
-def test_a_shard_that_is_not_its_box_is_named() -> None:
+def test_shard_of_the_wrong_shape_raises_shape_mismatch_error() -> None:
     box = Box((0, 0), (4, 2))
 
     def load(part: Box) -> torch.Tensor:
@@ -118,11 +118,11 @@ def test_a_shard_that_is_not_its_box_is_named() -> None:
         write_objects(MemoryStore(), "00000", [wrong], "zstd")
 
 
-def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law 3: at most a window of values is encoded ahead of what the store has taken."""
+def test_slow_store_slows_down_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3: the values encoded ahead of the store are at most a window."""
     window = 1 << 22
     monkeypatch.setattr(object_writer, "WINDOW_BYTES", window)
-    encode = object_writer._encode
+    encode = object_writer._encode_runs
     lock = threading.Lock()
     encoded = written = ahead = 0
 
@@ -140,20 +140,20 @@ def test_a_slow_store_holds_the_encoders_back(monkeypatch: pytest.MonkeyPatch) -
             with lock:
                 written += call.stop
 
-    monkeypatch.setattr(object_writer, "_encode", counting)
+    monkeypatch.setattr(object_writer, "_encode_runs", counting)
     write_objects(RecordingStore(MemoryStore(), before), "00000", [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
     assert window / 2 < ahead <= window + 8 + object_writer.TASK_BYTES
 
 
-def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are cut between chunks, small ones are put together, and no object is larger than its share."""
-    monkeypatch.setattr(to_write, "MIN_OBJECT_BYTES", 1 << 18)
-    together, calls = threading.Barrier(3), itertools.count()
+def test_several_objects_are_written_concurrently_if_the_store_holds_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are cut along the grid, small ones share an object, and no object exceeds its share."""
+    monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 18)
+    barrier, calls = threading.Barrier(3), itertools.count()
 
     def before(call: Call) -> None:
         if call.method == "create" and next(calls) < 3:
-            together.wait(timeout=20)
+            barrier.wait(timeout=20)
 
     memory = MemoryStore()
     memory.capabilities = Capabilities(buffers_objects=True)
@@ -172,8 +172,8 @@ def test_a_store_that_holds_objects_gets_several_at_once(monkeypatch: pytest.Mon
     assert all(a.equal(b) for a, b in zip(loaded, values.values(), strict=True))
 
 
-def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_write, "MIN_OBJECT_BYTES", 1 << 12)
+def test_failed_save_does_not_wait_for_objects_that_have_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 12)
     monkeypatch.setattr(object_writer, "LET_END_S", 60.0)
     memory = MemoryStore()
     memory.capabilities = Capabilities(buffers_objects=True)
@@ -185,7 +185,7 @@ def test_a_save_that_fails_waits_for_nothing_that_has_not_begun(monkeypatch: pyt
     assert memory.content == {}
 
 
-def test_objects_that_something_else_removes_are_missed_before_the_commit() -> None:
+def test_objects_removed_by_another_program_stop_the_commit() -> None:
     store = MemoryStore()
     removing = RecordingStore(
         store, lambda call: store.delete([n for n in store.list() if "data/" in n]) if call.method == "list" else None
@@ -195,9 +195,9 @@ def test_objects_that_something_else_removes_are_missed_before_the_commit() -> N
     assert list(store.list()) == []
 
 
-def test_to_tidy_up_takes_no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleanup_after_an_error_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "RETRY_FOR_S", 1.0)
-    error = UnavailableError("nobody there")
+    error = UnavailableError("injected")
 
     def down(call: Call) -> None:
         if call.method in ("create", "write", "delete"):

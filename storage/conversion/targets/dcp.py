@@ -18,14 +18,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ....planner.index import Kind
-from ...formats.dcp import METADATA, TYPED_PATHS
+from ....planner.entries import Kind
+from ...formats.dcp_metadata import METADATA, TYPED_PATHS
 from ...formats.value_codec import torch_save
 from ...stores.base import Store
-from ...tensors.pieces import Item
 from ...tensors.state_dict import path_for_dcp, path_to_json
-from ..source_stream import Values
-from .target import Done, Unit, in_pieces
+from ..source_stream import SourceStream
+from ..work_items import Item
+from .target import UnitRecord, WorkUnit, in_pieces
 
 
 class DcpTarget:
@@ -34,10 +34,12 @@ class DcpTarget:
     format = "dcp"
     commits = METADATA
 
-    def units(self, items: Sequence[Item]) -> list[Unit]:
+    def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         return in_pieces(items)
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(
+        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+    ) -> UnitRecord:
         file = f"__{unit.number}_0.distcp"
         store.delete([file])
         slices: list[dict[str, Any]] = []
@@ -60,7 +62,9 @@ class DcpTarget:
                 at += len(data)
         return {"files": [file], "bytes": at, "slices": slices}
 
-    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+    def commit(
+        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+    ) -> bytes:
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
         tensors = {item.name for item in items if item.is_tensor}

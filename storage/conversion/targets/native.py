@@ -11,33 +11,36 @@ from typing import Any
 import torch
 
 from ....planner.box import Box
-from ....planner.index import Kind
-from ...formats.native.manifest import DATA_NAME, NAME, Manifest, encode_manifest
+from ....planner.entries import Kind
+from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
 from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
 from ...stores.base import Store
-from ...tensors.pieces import Item, Piece, in_groups
+from ...tensors.splitting import group_by_bytes
 from ...version import __version__
 from ...writing.object_layout import ShardToWrite
 from ...writing.object_writer import write_objects
-from ..source_stream import Values
-from .target import Done, Unit, in_pieces
+from ..source_stream import SourceStream
+from ..work_items import Item, Piece
+from .target import UnitRecord, WorkUnit, in_pieces
 
 
 class NativeTarget:
     """Writes data objects and the manifest."""
 
     format = "reshard"
-    commits = NAME
+    commits = MANIFEST_NAME
 
     def __init__(self, codec: str, budget_bytes: int | None) -> None:
         self._codec = codec
         self._budget_bytes = budget_bytes
 
-    def units(self, items: Sequence[Item]) -> list[Unit]:
+    def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         return in_pieces(items)
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
-        load = _Shared(unit, values).load if store.capabilities.buffers_objects else _in_order(unit, values)
+    def write(
+        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+    ) -> UnitRecord:
+        load = _SharedReads(unit, values).load if store.capabilities.buffers_objects else _load_in_order(unit, values)
         objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, objects, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
@@ -47,7 +50,9 @@ class NativeTarget:
             "objects": [record_to_json(record) for record in records],
         }
 
-    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+    def commit(
+        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+    ) -> bytes:
         records = [record_from_json(record) for unit in done for record in unit["objects"]]
         empty = {item.name: (item.dtype, item.shape) for item in items if item.is_tensor and not item.nbytes}
         index = assemble_index(records, empty)
@@ -68,15 +73,15 @@ class NativeTarget:
 Load = Callable[[Item, Box], torch.Tensor]
 
 
-class _Shared:
+class _SharedReads:
     """Loads for objects that are written at once: who needs a piece first reads it, and those near it, for all."""
 
-    def __init__(self, unit: Unit, values: Values) -> None:
-        self._groups: dict[str, list[tuple[Piece, _Group]]] = {}
+    def __init__(self, unit: WorkUnit, values: SourceStream) -> None:
+        self._groups: dict[str, list[tuple[Piece, _PieceGroup]]] = {}
         """Of each item, its pieces and the groups that they are in."""
         tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
-        for pieces in in_groups(tensors, values.group_bytes // 2):
-            group = _Group(pieces, values)
+        for pieces in group_by_bytes(tensors, values.group_bytes // 2):
+            group = _PieceGroup(pieces, values)
             for piece in pieces:
                 self._groups.setdefault(piece.item.name, []).append((piece, group))
 
@@ -85,10 +90,10 @@ class _Shared:
         return group.load(piece, box)
 
 
-class _Group:
+class _PieceGroup:
     """Pieces that are read at once, and kept until all of them were loaded."""
 
-    def __init__(self, pieces: list[Piece], values: Values) -> None:
+    def __init__(self, pieces: list[Piece], values: SourceStream) -> None:
         self._pieces = pieces
         self._values = values
         self._lock = threading.Lock()
@@ -108,7 +113,7 @@ class _Group:
             return part
 
 
-def _in_order(unit: Unit, values: Values) -> Load:
+def _load_in_order(unit: WorkUnit, values: SourceStream) -> Load:
     """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
     tensors = [piece for piece in unit.pieces if piece.item.is_tensor]
     stream = values.stream(tensors)
@@ -137,6 +142,4 @@ def _shard(piece: Piece, objects: Iterator[tuple[Kind, bytes, Any]], load: Load)
     if item.is_tensor:
         return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
     kind, data, _ = next(objects)
-    blob = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    whole = Box.whole((len(blob),))
-    return ShardToWrite(item.name, kind, blob.dtype, whole.sizes, whole, lambda box: blob[box.slices])
+    return ShardToWrite.of_value(item.name, kind, data)

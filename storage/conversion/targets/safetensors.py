@@ -11,13 +11,14 @@ from ....planner.entries import ITEMSIZES
 from ...errors import ArgumentError, DtypeError
 from ...formats.safetensors import INDEX_SUFFIX, NAMES
 from ...stores.base import Store
-from ...tensors.dtypes import as_array, as_bytes
-from ...tensors.pieces import Item, Piece, rows_of
-from ..source_stream import Values
-from .target import Done, Unit
+from ...tensors.dtypes import as_array, as_bytes, is_packed
+from ...tensors.splitting import row_boxes
+from ..source_stream import SourceStream
+from ..work_items import Item, Piece
+from .target import UnitRecord, WorkUnit
 
 INDEX = f"model{INDEX_SUFFIX}"
-NOTES = "__metadata__"
+METADATA_KEY = "__metadata__"
 """What the header has beside the tensors."""
 ALIGNMENT = 8
 """The header is padded with spaces to a multiple of it."""
@@ -33,22 +34,24 @@ class SafetensorsTarget:
         self._max_file_bytes = max_file_bytes
         self._files = 0
 
-    def units(self, items: Sequence[Item]) -> list[Unit]:
+    def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         """Raises DtypeError, ArgumentError."""
         _check_dtypes(items)
         files: list[list[Piece]] = [[]]
         held = 0
         for item in items:
-            _check(item)
+            _check_item(item)
             if files[-1] and held + item.nbytes > self._max_file_bytes:
                 files.append([])
                 held = 0
             files[-1].append(Piece(item, Box.whole(item.shape)))
             held += item.nbytes
         self._files = len(files)
-        return [Unit(number, tuple(sorted(pieces, key=_rank))) for number, pieces in enumerate(files)]
+        return [WorkUnit(number, tuple(sorted(pieces, key=_file_order))) for number, pieces in enumerate(files)]
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(
+        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+    ) -> UnitRecord:
         name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
         store.delete([name])
         header = _header([piece.item for piece in unit.pieces])
@@ -56,7 +59,7 @@ class SafetensorsTarget:
         with store.create(name) as out:
             out.write(header)
             pieces = (
-                Piece(piece.item, box) for piece in unit.pieces for box in rows_of(piece.item.shape, piece.item.dtype)
+                Piece(piece.item, box) for piece in unit.pieces for box in row_boxes(piece.item.shape, piece.item.dtype)
             )
             for tensor in values.stream(pieces):
                 interrupt()
@@ -65,7 +68,9 @@ class SafetensorsTarget:
                 nbytes += len(data)
         return {"files": [name], "bytes": nbytes, "tensors": [piece.item.name for piece in unit.pieces]}
 
-    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+    def commit(
+        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+    ) -> bytes:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in items)},
             "weight_map": {name: unit["files"][0] for unit in done for name in unit["tensors"]},
@@ -85,32 +90,34 @@ def _check_dtypes(items: Sequence[Item]) -> None:
     more = f", and so do {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
     cast = " Or cast it to complex64 before it is saved." if first.dtype == "complex128" else ""
     raise DtypeError(
-        f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with names= or "
-        f"exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'.{cast}"
+        f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with "
+        f"exclude= (--exclude), or write format='reshard' or 'dcp'.{cast}"
     )
 
 
-def _check(item: Item) -> None:
-    if item.dtype.endswith("_x2") and not item.shape:
+def _check_item(item: Item) -> None:
+    if is_packed(item.dtype) and not item.shape:
         raise DtypeError(
             f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
-            "out with names= or exclude= (--names, --rename or --exclude), or write format='reshard' or 'dcp'"
+            "out with exclude= (--exclude), or write format='reshard' or 'dcp'"
         )
-    if item.name == NOTES:
-        raise ArgumentError(f"safetensors has no tensor of the name {NOTES!r}: give it another one by `names`")
+    if item.name == METADATA_KEY:
+        raise ArgumentError(
+            f"safetensors cannot have a tensor named {METADATA_KEY!r}: give it another name with rename= (--rename)"
+        )
 
 
-def _rank(piece: Piece) -> tuple[int, str]:
+def _file_order(piece: Piece) -> tuple[int, str]:
     """Large elements come first, so that each tensor begins at a multiple of its own's size."""
     return -ITEMSIZES[piece.item.dtype], piece.item.name
 
 
 def _header(items: Sequence[Item]) -> bytes:
-    header: dict[str, Any] = {NOTES: {"format": "pt"}}
+    header: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
     at = 0
     for item in items:
         shape = list(item.shape)
-        if item.dtype.endswith("_x2"):  # two values an element
+        if is_packed(item.dtype):  # two values an element
             shape[-1] *= 2
         header[item.name] = {"dtype": NAMES[item.dtype], "shape": shape, "data_offsets": [at, at + item.nbytes]}
         at += item.nbytes

@@ -10,27 +10,28 @@ from ....planner.box import Box
 from ....planner.entries import ITEMSIZES
 from ....planner.grid import Grid
 from ...stores.base import Store
-from ...tensors.pieces import PIECE_BYTES, Item, Piece
-from ..source_stream import Values
+from ...tensors.splitting import PIECE_BYTES
+from ..source_stream import SourceStream
+from ..work_items import Item, Piece
 
 UNIT_BYTES = 256 * 1024 * 1024
 """Values of a unit, or a little more: what is done again at most after a kill."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """What one rank writes at once."""
 
     number: int
     pieces: tuple[Piece, ...]
 
 
-Done = dict[str, Any]
+UnitRecord = dict[str, Any]
 """What a target notes of a unit that it wrote, as a value of JSON: "files" are the names of its objects, "bytes" their
 size, and the rest is the target's own."""
 
 
-class Target(Protocol):
+class ConversionTarget(Protocol):
     """A format to write. `units` is a function of the items alone, so that all ranks, and a rerun, agree on them."""
 
     format: str
@@ -38,17 +39,21 @@ class Target(Protocol):
     commits: str
     """The object whose presence makes the checkpoint whole."""
 
-    def units(self, items: Sequence[Item]) -> list[Unit]:
+    def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         """All work."""
 
-    def write(self, store: Store, label: str, unit: Unit, values: Values, interrupt: Callable[[], None]) -> Done:
+    def write(
+        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+    ) -> UnitRecord:
         """Write a unit's objects; what a killed try left of them is replaced.
 
         Args:
             label: the conversion's, and the rank's: what is in the name of an object that no other may have.
         """
 
-    def commit(self, location: str, items: Sequence[Item], done: Sequence[Done], paths: Mapping[str, Any]) -> bytes:
+    def commit(
+        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+    ) -> bytes:
         """The object that makes the checkpoint whole, once all units are written.
 
         Args:
@@ -65,9 +70,9 @@ class Target(Protocol):
         """
 
 
-def in_pieces(items: Sequence[Item]) -> list[Unit]:
+def in_pieces(items: Sequence[Item]) -> list[WorkUnit]:
     """Units of pieces that are cut along the grid, in the order of the items; nothing of empty tensors."""
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     pieces: list[Piece] = []
     held = 0
     for item in items:
@@ -79,6 +84,6 @@ def in_pieces(items: Sequence[Item]) -> list[Unit]:
             pieces.append(Piece(item, box))
             held += pieces[-1].nbytes
             if held >= UNIT_BYTES:
-                units.append(Unit(len(units), tuple(pieces)))
+                units.append(WorkUnit(len(units), tuple(pieces)))
                 pieces, held = [], 0
-    return [*units, Unit(len(units), tuple(pieces))] if pieces else units
+    return [*units, WorkUnit(len(units), tuple(pieces))] if pieces else units

@@ -1,14 +1,16 @@
-"""Values to encoded chunks and back: precision planes, each entropy-coded or stored as it is, by what pays.
+"""Encode the values of chunks, and decode them: precision planes, each compressed or stored as it is.
 
-The bits of a float compress only in its exponent. So the bytes of a chunk are split into planes, one byte an element
-each: of bfloat16, the exponents and the sign-and-mantissa bits; of other types, their bytes by significance.
+Of the bits of a float, only the exponent compresses well. So the bytes of a chunk are split into planes with one byte
+of each element: for bfloat16, the exponents, and the signs with the mantissas; for other dtypes, the bytes by
+significance.
 
-float32 values are stored as two streams that can be read apart. The head is the bfloat16 rounding of the value (to
-nearest even, what `.to(torch.bfloat16)` gives). The tail is the 16-bit difference `bits(x) - (bits(head) << 16)`
-modulo 2**16, read back with its sign; elements that this does not give back (ties that round down, NaN payloads) are
-listed at the end of the tail with their bits.
+float32 values are stored as two streams that can be read separately. The head is the value rounded to bfloat16 (to
+nearest even, as `.to(torch.bfloat16)` does). The tail is the 16-bit difference `bits(x) - (bits(head) << 16)` modulo
+2**16, which is read back as a signed number. Elements that head and tail do not restore (ties that round down, NaN
+payloads) are listed with their bits at the end of the tail.
 
-Pure: bytes in, bytes out; any thread may call. docs/FORMAT.md has the encoding byte by byte.
+The functions only turn bytes into bytes, and any thread may call them. docs/FORMAT.md describes the encoding byte by
+byte. `benchmarks/codec.py` measures size and speed.
 """
 
 from __future__ import annotations
@@ -29,37 +31,35 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from ....planner.entries import ITEMSIZES
-from ....planner.index import Stream
+from ....planner.entries import ITEMSIZES, Stream
 from ...errors import ArgumentError, CorruptCheckpointError
 from ...tensors.dtypes import cast
-
-CODECS = ("zstd", "none")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
+CODECS = ("zstd", "none")
 Bytes = npt.NDArray[np.uint8]
 
 _COMPONENT_SIZES = {"complex32": 2, "complex64": 4, "complex128": 8}
 _FLOAT_PREFIXES = ("float", "bfloat", "complex")
 _COMPRESSED = 1 << 31
 _TABLES = {count: struct.Struct(f"<{count}I") for count in (1, 2, 4, 8)}
-"""What stands before the planes, by their number: the stored bytes of each, and whether they are compressed."""
+"""The table in front of the planes, by their number: the stored bytes of each, and a bit that is set if the plane is
+compressed."""
 _SAMPLE_BYTES = 1024
-"""At each place of a sample."""
+"""Bytes at each position of a sample."""
 _PAYS_BELOW = 0.97
-"""A plane is compressed where its sample, and then the whole, shrinks below this part of its size."""
-
+"""A plane is stored compressed if its sample, and then the whole plane, shrinks below this fraction of its size."""
 
 _LITERAL_COMPRESSION_MODE = 1002
-"""Of zstd.h: ZSTD_c_literalCompressionMode, which has no name in Python, and which python-zstandard cannot set."""
-_LITTLE_BUT_ENTROPY: dict[int, int] = {
-    # Settled by measurement: exponents repeat by chance alone, but for rows of zeros, which are long. The strategy
-    # "fast" looks for a match once in as many bytes as its target length. What has none it would then leave as it is,
-    # were it not told to code it.
+"""ZSTD_c_literalCompressionMode of zstd.h. It has no name in Python, and python-zstandard cannot set it."""
+_MOSTLY_ENTROPY_CODING: dict[int, int] = {
+    # Measured with benchmarks/codec.py: exponents repeat by chance only, except long rows of zeros. The strategy "fast"
+    # looks for a match once per target length. The literal compression mode makes it entropy-code blocks without a
+    # match, which it would otherwise store as they are.
     zstd.CompressionParameter.strategy: zstd.Strategy.fast,
     zstd.CompressionParameter.target_length: 64,
     zstd.CompressionParameter.min_match: 7,
@@ -71,39 +71,52 @@ _LITTLE_BUT_ENTROPY: dict[int, int] = {
 
 
 class _Zstd(threading.local):
-    """Each thread's own compressors: zstandard's are not safe to share."""
+    """The compressors of each thread. Those of zstandard must not be shared between threads."""
 
     def __init__(self) -> None:
-        self._entropy = zstd.ZstdCompressor(options=_LITTLE_BUT_ENTROPY)
+        self._entropy = zstd.ZstdCompressor(options=_MOSTLY_ENTROPY_CODING)
         self.matches = zstandard.ZstdCompressor(level=1).compress
         self.decompressor = zstandard.ZstdDecompressor()
 
     def entropy(self, data: memoryview) -> bytes:
-        """A frame with its content size, by little but zstd's entropy coding."""
+        """Compress to a frame that contains its content size, mostly by zstd's entropy coding."""
         return self._entropy.compress(data, self._entropy.FLUSH_FRAME)
 
 
 _zstd = _Zstd()
 
 
+_WORDS, _OPERAND, _PLANES, _WIDE = range(4)
+"""The slots of `_Scratch`.
+
+_WORDS: 16-bit words that a function returns or works on: heads, elements joined from planes, the mask of ties.
+_OPERAND: the other operand of such an operation: tails, signs, low bytes.
+_PLANES: planes that are split off; in decoding, tails as 32-bit integers.
+_WIDE: high bytes that are split off; in decoding, float32 values.
+"""
+
+
 class _Scratch(threading.local):
-    """Memory of each thread's own that is used again for each chunk: fresh pages cost more than filling them."""
+    """Memory of each thread that is reused for each chunk: fresh pages cost more than filling them.
+
+    A function may return an array of a slot. It is valid until the next function that takes the slot.
+    """
 
     def __init__(self) -> None:
         self._arrays: dict[int, npt.NDArray[np.uint16]] = {}
 
-    def take(self, which: int, numel: int) -> npt.NDArray[np.uint16]:
-        """The first elements of one of the arrays, whatever they hold."""
-        if len(self._arrays.get(which, ())) < numel:
-            self._arrays[which] = np.empty(numel, np.uint16)
-        return self._arrays[which][:numel]
+    def take(self, slot: int, numel: int) -> npt.NDArray[np.uint16]:
+        """Return an array of a slot, with undefined content."""
+        if len(self._arrays.get(slot, ())) < numel:
+            self._arrays[slot] = np.empty(numel, np.uint16)
+        return self._arrays[slot][:numel]
 
 
 _scratch = _Scratch()
 
 
 def streams_of(dtype: str, codec: str) -> tuple[Stream, ...]:
-    """The streams that values of a dtype are stored in."""
+    """Return the streams that store values of a dtype."""
     return (Stream.HEAD, Stream.TAIL) if dtype == "float32" and codec == "zstd" else (Stream.WHOLE,)
 
 
@@ -111,8 +124,11 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
     """Encode one stream of chunks.
 
     Args:
-        values: the bytes of their values in memory order, little-endian, one chunk after another.
-        numel: values of each chunk.
+        values: (nbytes,) uint8, the little-endian values of equal chunks, one chunk after another.
+        numel: How many values each chunk has.
+
+    Returns:
+        The encoded bytes of each chunk.
     """
     if stream is Stream.WHOLE:
         if dtype == "bfloat16":
@@ -124,8 +140,8 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
     if stream is Stream.HEAD:
         return _join_planes(_split_bfloat16(_heads(values)), numel, exponents_first=True)
     bits = values.view(np.uint32)
-    tails = _scratch.take(1, len(bits))
-    np.copyto(tails, bits, casting="unsafe")  # a head has 16 zeros there
+    tails = _scratch.take(_OPERAND, len(bits))
+    np.copyto(tails, bits, casting="unsafe")  # the low 16 bits of a head are zero
     lost = _lost(values, tails)
     exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
     bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
@@ -134,30 +150,32 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
 
 
 def _heads(values: Bytes) -> npt.NDArray[np.uint16]:
-    """The bits of float32 values rounded to bfloat16."""
-    heads = _scratch.take(0, len(values) // 4)
+    """Return the bits of float32 values rounded to bfloat16."""
+    heads = _scratch.take(_WORDS, len(values) // 4)
     cast(values, torch.float32, heads.view(np.uint8), torch.bfloat16)
     return heads
 
 
 def _lost(values: Bytes, tails: npt.NDArray[np.uint16]) -> npt.NDArray[np.intp]:
-    """Where float32 values are not what their heads and tails give back."""
+    """Return the positions of float32 values that their heads and tails do not restore."""
     bits = values.view(np.uint32)
-    if np.isnan(values.view(np.float32).max()) or not _rounding.to_nearest_even:  # the largest with a NaN is NaN
+    if np.isnan(values.view(np.float32).max()) or not _rounding.to_nearest_even:  # max() is NaN if any value is
         again = _heads(values) * np.uint32(65536) + tails.view(np.int16).astype(np.uint32)
         return np.flatnonzero(again != bits)
-    tied = _scratch.take(0, len(bits)).view(np.bool_)[: len(bits)]
+    tied = _scratch.take(_WORDS, len(bits)).view(np.bool_)[: len(bits)]
     ties = np.flatnonzero(np.equal(tails, 32768, out=tied))
-    down = bits[ties] & 65536 == 0  # to an even head: the value is half a step above it, which is no tail
+    down = (
+        bits[ties] & 65536 == 0
+    )  # rounded down to an even head, half a step below the value: no tail can express that
     return np.compress(down, ties)
 
 
 class _Rounding(threading.local):
-    """Whether casts round to nearest even: by how a processor is made or set up, they might flush small values to 0."""
+    """Whether casts of this thread round to nearest even. Some processors can be set to flush small values to 0."""
 
     def __init__(self) -> None:
         high = np.arange(1, 1 << 16, 61, dtype=np.uint32)
-        high = high[high & 0x7F80 != 0x7F80]  # those are infinite, or NaNs
+        high = high[high & 0x7F80 != 0x7F80]  # without infinities and NaNs
         probes = np.concatenate([high * 65536 + low for low in (32767, 32768, 32769)])
         nearest = np.concatenate([high, high + (high & 1), high + 1])
         self.to_nearest_even = np.array_equal(_heads(probes.view(np.uint8)), nearest)
@@ -167,14 +185,18 @@ _rounding = _Rounding()
 
 
 def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
-    """The bytes of the values of chunks, one after another, from the one whole stream of each.
-
-    They may lie in memory of this thread's own, until it decodes or encodes again, as those of the functions below.
+    """Decode chunks that are stored as one whole stream each.
 
     Args:
-        numel: values of each chunk.
+        chunks: The encoded bytes of each chunk.
+        numel: How many values each chunk has.
 
-    Raises CorruptCheckpointError, as all here.
+    Returns:
+        (nbytes,) uint8, the values of the chunks, one chunk after another. The array may be scratch memory of this
+        thread: it is valid until the thread encodes or decodes again.
+
+    Raises:
+        CorruptCheckpointError: The bytes cannot be decoded.
     """
     if dtype == "bfloat16":
         return decode_heads(chunks, numel)
@@ -185,50 +207,50 @@ def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
 
 
 def decode_heads(chunks: Sequence[Buffer], numel: int) -> Bytes:
-    """The bytes of the bfloat16 values of chunks of `numel` each, one after another, from their streams of heads."""
+    """Decode the bfloat16 values of chunks with `numel` values each, from their streams of heads. See `decode`."""
     n = numel * len(chunks)
-    turned, other = _scratch.take(0, n), _scratch.take(1, n)
+    words, signs = _scratch.take(_WORDS, n), _scratch.take(_OPERAND, n)
     for at, chunk in enumerate(chunks):
         exponents, rest = _whole_planes(chunk, 2, numel)
-        turned[at * numel : (at + 1) * numel] = exponents
-        other[at * numel : (at + 1) * numel] = rest
-    turned *= 256
-    turned |= other
-    # Turned back to the right by one bit.
-    np.multiply(turned, 32768, out=other)
-    turned >>= 1
-    turned |= other
-    return turned.view(np.uint8)
+        words[at * numel : (at + 1) * numel] = exponents
+        signs[at * numel : (at + 1) * numel] = rest
+    words *= 256
+    words |= signs
+    # Rotate each word right by one bit. The multiplication moves the lowest bit to the highest.
+    np.multiply(words, 32768, out=signs)
+    words >>= 1
+    words |= signs
+    return words.view(np.uint8)
 
 
 def decode_heads_and_tails(heads: Sequence[Buffer], tails: Sequence[Buffer], numel: int) -> Bytes:
-    """The bytes of the float32 values of chunks of `numel` each, one after another, from the two streams of each."""
-    high = _scratch.take(3, 2 * numel * len(heads)).view(np.uint32)
+    """Decode the float32 values of chunks with `numel` values each, from the two streams of each. See `decode`."""
+    high = _scratch.take(_WIDE, 2 * numel * len(heads)).view(np.uint32)
     np.copyto(high, decode_heads(heads, numel).view(np.uint16))
     high *= 65536
     planes, exceptions = [], []
     for at, tail in enumerate(tails):
         split, rest = _split_planes(tail, 2, numel)
         planes.append(split)
-        _check(len(rest) % 8 == 0, "the list of exceptions is cut short")
+        _require(len(rest) % 8 == 0, "the list of exceptions is cut short")
         listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
         if len(listed):
-            _check(int(listed[:, 0].max()) < numel, "an exception lies outside the chunk")
+            _require(int(listed[:, 0].max()) < numel, "an exception is outside the chunk")
             exceptions.append((listed[:, 0] + np.uint32(at * numel), listed[:, 1]))
-    low = _scratch.take(2, 2 * len(high)).view(np.uint32)
+    low = _scratch.take(_PLANES, 2 * len(high)).view(np.uint32)
     np.copyto(low, _join_bytes(planes, numel).view(np.int16), casting="unsafe")
     high += low
-    for places, bits in exceptions:
-        high[places] = bits
+    for positions, bits in exceptions:
+        high[positions] = bits
     return high.view(np.uint8)
 
 
 def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
-    """The bytes of elements of `width` bytes by their significance, the least first: this thread's, as below."""
+    """Return the bytes of elements by significance, the least significant first, in scratch memory if `width` is 2."""
     if width == 2:
         words = values.view(np.uint16)
         n = len(words)
-        planes, high = _scratch.take(2, n).view(np.uint8), _scratch.take(3, n)
+        planes, high = _scratch.take(_PLANES, n).view(np.uint8), _scratch.take(_WIDE, n)
         np.right_shift(words, 8, out=high)
         np.copyto(planes[:n], words, casting="unsafe")
         np.copyto(planes[n:], high, casting="unsafe")
@@ -238,15 +260,15 @@ def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
 
 
 def _join_bytes(chunks: list[list[Bytes]], n: int) -> Bytes:
-    """The bytes of elements from the planes of chunks of `n` each, the least significant first.
+    """Return the bytes of elements, from the planes of chunks with `n` elements each, the least significant first.
 
-    By products, since numpy writes to every second byte one at a time.
+    Words of two bytes are joined by a product, because numpy writes to every second byte one byte at a time.
     """
     width = len(chunks[0])
     if width == 1:
         return chunks[0][0] if len(chunks) == 1 else np.concatenate([planes[0] for planes in chunks])
     if width == 2:
-        words, low = _scratch.take(0, n * len(chunks)), _scratch.take(1, n * len(chunks)).view(np.uint8)
+        words, low = _scratch.take(_WORDS, n * len(chunks)), _scratch.take(_OPERAND, n * len(chunks)).view(np.uint8)
         for at, planes in enumerate(chunks):
             low[at * n : (at + 1) * n] = planes[0]
             words[at * n : (at + 1) * n] = planes[1]
@@ -261,12 +283,12 @@ def _join_bytes(chunks: list[list[Bytes]], n: int) -> Bytes:
 
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
-    """Turned left by one bit, a value has its exponent in the high byte, mantissa and sign in the low one.
+    """Return the planes of bfloat16 values in scratch memory.
 
-    The planes are this thread's, until it splits again.
+    A value that is rotated left by one bit has its exponent in the high byte, and mantissa and sign in the low byte.
     """
     n = len(bits)
-    other, planes = _scratch.take(1, n), _scratch.take(2, n).view(np.uint8)
+    other, planes = _scratch.take(_OPERAND, n), _scratch.take(_PLANES, n).view(np.uint8)
     exponents, rest = planes[:n], planes[n:]
     signs = other.view(np.bool_)[:n]
     np.greater(bits, 32767, out=signs)
@@ -286,13 +308,16 @@ def _join_planes(
     floats: bool = True,
     exponents_first: bool = False,
 ) -> list[bytes]:
-    """Chunks, each the table of its planes and what each came to, compressed where it pays.
+    """Return encoded chunks, each the table of its planes and the planes, compressed if that is worthwhile.
 
-    Whether it may pay is told by a sample; of exponents, which are hardly ever random, by doing it.
+    A sample shows whether compressing a plane can be worthwhile. Exponents are hardly ever random, so they are always
+    tried.
 
     Args:
-        planes: of all chunks, which have `n` bytes of each.
-        after: what follows the planes of each chunk.
+        planes: (chunks * n,) uint8 each, the planes of all chunks.
+        after: The bytes that follow the planes of each chunk.
+        floats: Whether the planes are of floating-point values, which only entropy coding makes smaller.
+        exponents_first: Whether the first plane has the exponents of bfloat16 values.
     """
     compress = _zstd.entropy if floats else _zstd.matches
     may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compress) for at, plane in enumerate(planes)]
@@ -317,17 +342,17 @@ def _join_planes(
 
 
 def _may_pay(plane: Bytes, n: int, compress: Callable[[memoryview], bytes]) -> bool:
-    """Whether a sample of the plane, of four places or of each of its chunks of `n` bytes, compresses."""
-    pieces = max(4, len(plane) // n)
-    if len(plane) <= pieces * _SAMPLE_BYTES:
+    """Return whether a sample of a plane compresses: of four positions, or of each chunk of `n` bytes."""
+    positions = max(4, len(plane) // n)
+    if len(plane) <= positions * _SAMPLE_BYTES:
         return len(plane) > 0
-    step = (len(plane) - _SAMPLE_BYTES) // (pieces - 1)
-    sample = np.concatenate([plane[i * step : i * step + _SAMPLE_BYTES] for i in range(pieces)])
+    step = (len(plane) - _SAMPLE_BYTES) // (positions - 1)
+    sample = np.concatenate([plane[i * step : i * step + _SAMPLE_BYTES] for i in range(positions)])
     return len(compress(sample.data)) < _PAYS_BELOW * len(sample)
 
 
 def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memoryview]:
-    """The planes, `n` bytes each, and what follows them."""
+    """Return the planes, `n` bytes each, and the bytes after them."""
     view = memoryview(data)
     at = 4 * count
     if len(view) < at:
@@ -339,16 +364,16 @@ def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memory
             raise CorruptCheckpointError("a plane is cut short")
         body = _decompress(view[at:end], n) if head & _COMPRESSED else view[at:end]
         if len(body) != n:
-            raise CorruptCheckpointError(f"a plane has {len(body)} bytes where {n} are due")
+            raise CorruptCheckpointError(f"a plane has {len(body)} bytes, expected {n}")
         planes.append(np.frombuffer(body, np.uint8))
         at = end
     return planes, view[at:]
 
 
 def _whole_planes(data: Buffer, count: int, n: int) -> list[Bytes]:
-    """The planes of a stream that holds nothing else, `n` bytes each."""
+    """Return the planes of a stream that holds nothing else, `n` bytes each."""
     planes, rest = _split_planes(data, count, n)
-    _check(len(rest) == 0, "bytes are left over after the last plane")
+    _require(len(rest) == 0, "bytes follow the last plane")
     return planes
 
 
@@ -361,12 +386,12 @@ def _decompress(body: memoryview, n: int) -> bytes:
         raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
 
 
-def _check(condition: bool, message: str) -> None:
+def _require(condition: bool, message: str) -> None:
     if not condition:
         raise CorruptCheckpointError(message)
 
 
 def check_codec(codec: str) -> None:
-    """Raises ArgumentError where there is no such codec."""
+    """Raise ArgumentError if there is no codec of this name."""
     if codec not in CODECS:
         raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")

@@ -10,7 +10,7 @@ from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, S
 from ...runtime.logs import logger_of
 from ...stores.base import Store, check_delete, top_names
 from ..detect import CONVERSION, is_of_a_checkpoint
-from .manifest import DATA_FOLDER, NAME, Manifest
+from .manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
 
 logger = logger_of(__name__)
 
@@ -27,7 +27,7 @@ def refuse_if_there(store: Store, *, overwrite: bool) -> None:
     Raises CheckpointExistsError. For reshard's own format, the commit itself makes sure again.
     """
     with contextlib.suppress(ObjectNotFoundError):
-        store.read(NAME, 0, 1)
+        store.read(MANIFEST_NAME, 0, 1)
         if overwrite:
             return
         raise CheckpointExistsError(
@@ -68,7 +68,7 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
     if gone:
         raise StoreError(f"{_gone(store, gone, rank)}; the checkpoint was not committed")
     check_delete(store, replaced - objects)
-    put_commit(store, NAME, manifest, "the manifest", overwrite=overwrite)
+    put_commit(store, MANIFEST_NAME, manifest, "the manifest", overwrite=overwrite)
     try:
         store.delete(replaced - objects)
     except Exception as error:
@@ -97,14 +97,14 @@ def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bo
     try:
         store.put(name, data, overwrite=overwrite)
     except Exception as error:
-        found = _read_back(store, name, len(data))
+        found = _read_or_none(store, name, len(data))
         if found != data:
             if isinstance(error, CheckpointExistsError) and found is not None:
                 raise
             raise CommitError(f"{what} may or may not have been written: {error}") from error
 
 
-def _read_back(store: Store, name: str, nbytes: int) -> bytes | None:
+def _read_or_none(store: Store, name: str, nbytes: int) -> bytes | None:
     """The object that is there, as far as `nbytes` and one more; None where it cannot be read."""
     try:
         return bytes(store.read(name, 0, nbytes + 1))

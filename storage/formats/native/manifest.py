@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from ....planner.byte_ranges import Gaps
-from ....planner.costs import Costs
-from ....planner.entries import ITEMSIZES, Entry
+from ....planner.chunk_reads import Want
+from ....planner.coalesce import GapLimits
+from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
-from ....planner.index import NATIVE, CheckpointIndex, Kind, missing
-from ....planner.read_plan import GAPS, Want
+from ....planner.index import CheckpointIndex, missing_tensor
+from ....planner.read_plan import NATIVE_GAP_LIMITS
 from ....planner.regions import check_region_parts, regions_met
+from ....planner.request_costs import RequestCosts
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
 from ...runtime.checksums import checksum
@@ -38,10 +39,11 @@ from ...stores.base import Store
 from ...stores.retry import read_whole
 from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json, path_to_json
+from ..metadata_reads import MALFORMED_ERRORS
 from ..source import Unreadable, bounded
-from .manifest_blocks import MAX_BYTES, Blocks, decode_blocks, encode_blocks
+from .manifest_blocks import MAX_MANIFEST_BYTES, Blocks, decode_blocks, encode_blocks
 
-NAME = "manifest.reshard"
+MANIFEST_NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
@@ -54,16 +56,14 @@ MAX_GAP = 0.125
 """Blocks between those needed are read over to save a request, up to this part of what the request has already."""
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 """Blocks that were read are kept for later calls, up to so many bytes."""
-FIRST_READ_BYTES = 1024 * 1024
+FIRST_MANIFEST_READ_BYTES = 1024 * 1024
 """How much of the manifest the first request asks for; it fetches a small one whole."""
-MAX_HEADER_BYTES = 2**30
+MAX_MANIFEST_HEADER_BYTES = 2**30
 """No header is longer: that of a million tensors has a tenth of it."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
 """Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
 
 DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
-_CONTRADICTIONS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What Python raises where a header is not what it should be."""
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = struct.Struct("<Q")
 _HEADER_START = _PREFIX.size + _CHECKSUM.size
@@ -74,14 +74,14 @@ class Manifest:
 
     format = "reshard"
     inline: Mapping[str, bytes] = MappingProxyType({})
-    left_out: tuple[str, ...] = ()
+    unindexed: tuple[str, ...] = ()
 
     def __init__(self, source: _Bytes) -> None:
         """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
         self._source = source
         header, blocks_start, stop = _read_header(source)
         try:
-            self._sizes = [_sizes(*row[6:8]) for row in header["entries"]]
+            self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
             """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
             self._entries = tuple(
                 _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
@@ -94,7 +94,7 @@ class Manifest:
                 str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
             }
             """Where entries are in the state dict that was saved."""
-            self.objects = tuple((_object_name(name), _integers([nbytes])[0]) for name, nbytes in header["objects"])
+            self.objects = tuple((_object_name(name), _as_integers([nbytes])[0]) for name, nbytes in header["objects"])
             """Name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
             """By what it was written, and when."""
@@ -108,7 +108,7 @@ class Manifest:
             self._blocks = Blocks.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
             if int(self._blocks.starts[-1]) != stop:
                 raise ValueError(f"the blocks do not end at byte {stop}")
-        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+        except (*MALFORMED_ERRORS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
         self._is_small = stop <= len(source.first)
         self._lock = Lock()
@@ -142,8 +142,12 @@ class Manifest:
     def observe(self, nbytes: int, seconds: float) -> None:
         """Nothing depends on it: gaps between chunks are few."""
 
-    def gaps(self, max_over_read: float | None, costs: Costs | None = None) -> Gaps:
-        return GAPS if max_over_read is None else replace(GAPS, max_over_read=bounded(max_over_read))
+    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
+        return (
+            NATIVE_GAP_LIMITS
+            if max_over_read is None
+            else replace(NATIVE_GAP_LIMITS, max_over_read=bounded(max_over_read))
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -166,7 +170,7 @@ class Manifest:
 
     def _position(self, name: str) -> int:
         if name not in self._positions:
-            raise missing(name, self._positions)
+            raise missing_tensor(name, self._positions)
         return self._positions[name]
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
@@ -228,14 +232,14 @@ class Manifest:
             first_regions, where = self._first_regions, self._source.where
             index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
             index.check_disjoint()
-            if int(index.segments.encodings.max(initial=0)) > max(NATIVE):
+            if int(index.segments.encodings.max(initial=0)) > max(NATIVE_ENCODINGS):
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()
             for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):
                 if known == math.prod(parts) and found != self._sizes[self._positions[entry.name]]:
                     raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
             return index
-        except (*_CONTRADICTIONS, InvalidIndexError) as error:
+        except (*MALFORMED_ERRORS, InvalidIndexError) as error:
             raise _contradiction(self._source.where, error) from error
 
 
@@ -245,10 +249,10 @@ class _Bytes:
     def __init__(self, store: Store) -> None:
         """Raises ObjectNotFoundError, StoreError."""
         self.store = store
-        self.where = f"{store.location}/{NAME}"
-        self.first = bytes(store.read(NAME, 0, FIRST_READ_BYTES))
-        if len(self.first) < min(_due(self.first), FIRST_READ_BYTES):
-            self.first = bytes(read_whole(store, NAME, 0, FIRST_READ_BYTES))
+        self.where = f"{store.location}/{MANIFEST_NAME}"
+        self.first = bytes(store.read(MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
+        if len(self.first) < min(_due(self.first), FIRST_MANIFEST_READ_BYTES):
+            self.first = bytes(read_whole(store, MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
         self._lock = Lock()
@@ -256,10 +260,10 @@ class _Bytes:
     def read(self, start: int, stop: int) -> memoryview:
         """Raises CorruptCheckpointError where it ends before."""
         data = self.first[start:stop]
-        if stop > len(self.first) == FIRST_READ_BYTES:
-            rest = bytes(self.store.read(NAME, start + len(data), stop))
+        if stop > len(self.first) == FIRST_MANIFEST_READ_BYTES:
+            rest = bytes(self.store.read(MANIFEST_NAME, start + len(data), stop))
             if len(rest) < stop - start - len(data):
-                rest = bytes(read_whole(self.store, NAME, start + len(data), stop))
+                rest = bytes(read_whole(self.store, MANIFEST_NAME, start + len(data), stop))
             with self._lock:
                 self.bytes_read += len(rest)
                 self.requests += 1
@@ -291,9 +295,9 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
         raise UnsupportedVersionError(
             f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
         )
-    if total > MAX_BYTES or header_bytes > MAX_HEADER_BYTES or _HEADER_START + header_bytes > total:
+    if total > MAX_MANIFEST_BYTES or header_bytes > MAX_MANIFEST_HEADER_BYTES or _HEADER_START + header_bytes > total:
         raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
-    if len(source.first) < FIRST_READ_BYTES and len(source.first) != total:
+    if len(source.first) < FIRST_MANIFEST_READ_BYTES and len(source.first) != total:
         raise CorruptCheckpointError(
             f"the manifest {source.where} has {len(source.first)} bytes where it should have {total}"
         )
@@ -302,7 +306,7 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
         raise CorruptCheckpointError(f"the header of the manifest {source.where} does not match its checksum")
     try:
         return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
-    except _CONTRADICTIONS as error:
+    except MALFORMED_ERRORS as error:
         raise _contradiction(source.where, error) from error
 
 
@@ -310,15 +314,15 @@ def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"the manifest {where} contradicts itself: {text_of(error)}")
 
 
-def _sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
-    sizes = _integers([chunks, stored_bytes])
+def _checked_sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
+    sizes = _as_integers([chunks, stored_bytes])
     if min(sizes) < 0:
         raise ValueError(f"{sizes} chunks and bytes")
     return sizes[0], sizes[1]
 
 
 def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
-    grid = Grid(_integers(shape), _integers(parts))
+    grid = Grid(_as_integers(shape), _as_integers(parts))
     if type(name) is not str or type(dtype) is not str:
         raise ValueError(f"{brief(name)} has the dtype {brief(dtype)}")
     # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
@@ -352,11 +356,11 @@ def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
     """In how many parts each dimension is cut into regions."""
     if parts is None:
         return (1,) * len(entry.shape)
-    check_region_parts(entry, _integers(parts))
+    check_region_parts(entry, _as_integers(parts))
     return tuple(parts)
 
 
-def _integers(values: list[Any]) -> tuple[int, ...]:
+def _as_integers(values: list[Any]) -> tuple[int, ...]:
     if any(type(value) is not int for value in values):
         raise ValueError(f"{brief(values)} should be integers")
     return tuple(values)

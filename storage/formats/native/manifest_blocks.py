@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ....planner.box import IntArray, ranges
+from ....planner.box import IntArray, concat_ranges
 from ....planner.entries import Entry, Segments
 from ....planner.index import CheckpointIndex
 from ....planner.partition import choose_regions, partition
@@ -24,7 +24,7 @@ from ...runtime.checksums import checksum
 
 BLOCK_BYTES = 64 * 1024
 """A block has regions up to this, or one that is larger; a tensor that takes more is cut into regions."""
-MAX_BYTES = 2**36
+MAX_MANIFEST_BYTES = 2**36
 """No manifest is longer."""
 COLUMNS = (
     ("offsets", "<i8", "extents"),
@@ -89,9 +89,10 @@ class Blocks:
         """
         numbers = [row[:-1] for row in rows]
         fit = all(
-            len(row) == len(COUNTS) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in row) for row in numbers
+            len(row) == len(COUNTS) and all(type(n) is int and 0 <= n <= MAX_MANIFEST_BYTES for n in row)
+            for row in numbers
         )
-        if not fit or sum(map(sum, numbers)) > MAX_BYTES:
+        if not fit or sum(map(sum, numbers)) > MAX_MANIFEST_BYTES:
             raise ValueError("a block has impossible counts")
         counts = np.array(numbers, np.int64).reshape(-1, len(COUNTS))
         blocks = cls.of(counts, [str(row[-1]) for row in rows], start)
@@ -126,7 +127,7 @@ def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], Blocks
     encoded: list[bytes] = []
     for first, last in pairwise([*_firsts(sizes), len(sizes)]):
         counts.append(totals[last] - totals[first])
-        encoded.append(_encode(index, totals[first], totals[last]))
+        encoded.append(_encode_block(index, totals[first], totals[last]))
     table = np.array(counts, np.int64).reshape(-1, len(COUNTS))
     return parts, Blocks.of(table, [f"{checksum(data):016x}" for data in encoded], 0), encoded
 
@@ -161,7 +162,7 @@ def _firsts(sizes: Sequence[int]) -> list[int]:
     return firsts
 
 
-def _encode(index: CheckpointIndex, begin: IntArray, end: IntArray) -> bytes:
+def _encode_block(index: CheckpointIndex, begin: IntArray, end: IntArray) -> bytes:
     """The bytes of the block of regions that `_totals` are given for."""
     slices = {of: slice(*bounds) for of, *bounds in zip(COUNTS, begin.tolist(), end.tolist(), strict=True)}
     regions = index.regions.segments[slices["regions"]]
@@ -224,7 +225,7 @@ def decode_blocks(
         return whole.astype(dtype, copy=False)
 
     rows = [at for at, _ in read]
-    regions = ranges(blocks.firsts[rows], blocks.counts[rows, 0])
+    regions = concat_ranges(blocks.firsts[rows], blocks.counts[rows, 0])
     owners = np.searchsorted(first_regions, regions, "right") - 1
     held, entry_of = np.unique(owners, return_inverse=True)
     region_of = column("regions", np.int64)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ....planner.box import Box
-from ....planner.entries import ITEMSIZES, Entry, Segments
+from ....planner.entries import ITEMSIZES, Entry, Kind, Segments
 from ....planner.grid import Grid
-from ....planner.index import CheckpointIndex, Kind
+from ....planner.index import CheckpointIndex
 from ...errors import ArgumentError
 
 

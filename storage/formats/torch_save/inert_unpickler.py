@@ -1,8 +1,8 @@
-"""Pickles of torch as inert records: what they say, without running any code of torch, or of anybody.
+"""Unpickle pickles of torch as inert data, without running any code that they name.
 
-Every class and function that a pickle may name is one of a list, and stands for a record of what it was given. Any
-other name is refused, before anything is made of it; or, in metadata that other tools add to, becomes a `Foreign`,
-which takes whatever it is given and does nothing.
+A pickle may only name classes and functions of an allow-list. Each of them is replaced by an inert one of this module,
+which keeps its arguments or its state and does nothing else. Any other name raises an error before an object is made.
+In metadata that other tools extend, other names become an `UnknownObject` instead.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ...errors import CorruptCheckpointError, UnsafeValueError
 from ...runtime.brief import reason
 from .pickle_scan import check_pickle
 
-MAX_FOREIGN = 1000
-"""Classes and functions that are told apart by name."""
-MAX_NAME = 200
-"""How much of the name of a class is kept, in characters."""
-MAX_DIMENSIONS = 64
-"""Of a tensor, as torch has it."""
+MAX_UNKNOWN_CLASSES = 1000
+"""How many unknown classes and functions of one pickle keep their names."""
+MAX_GLOBAL_CHARS = 200
+"""How many characters of the name of a class or function are kept."""
+MAX_TORCH_DIMENSIONS = 64
+"""torch's own limit of the dimensions of a tensor."""
 
 
-class Record:
-    """An object of a class in a pickle, reduced to its state."""
+class InertObject:
+    """An instance of an allowed class, reduced to its state."""
 
     __slots__ = ("state",)
 
-    def __new__(cls, *arguments: Any) -> Record:
+    def __new__(cls, *arguments: Any) -> InertObject:
         made = super().__new__(cls)
         made.state = None
         return made
@@ -41,28 +41,28 @@ class Record:
         self.state = state
 
     def get(self, name: str) -> Any:
-        """An attribute, None where it has none."""
+        """Return an attribute, or None if it does not exist."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-class Foreign:
-    """What stands for a class or function that is not known, and for what would be made with it.
+class UnknownObject:
+    """A replacement for an unknown class or function, and for everything that is made with it.
 
-    It accepts every argument, state, item and call that a pickle can give it, and runs nothing. Only the state
-    is kept.
+    It accepts every argument, state, item and call that a pickle can contain, and runs nothing. It keeps only its
+    state.
     """
 
     __slots__ = ("state",)
     of = "an unknown class"
-    """The module and name that the pickle gives."""
+    """The module and name in the pickle."""
 
-    def __new__(cls, *arguments: Any, **named: Any) -> Foreign:
+    def __new__(cls, *arguments: Any, **named: Any) -> UnknownObject:
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any, **named: Any) -> None: ...
 
-    def __call__(self, *arguments: Any, **named: Any) -> Foreign:
-        return Foreign()
+    def __call__(self, *arguments: Any, **named: Any) -> UnknownObject:
+        return UnknownObject()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -76,19 +76,19 @@ class Foreign:
     def add(self, value: Any) -> None: ...
 
 
-def name_of_foreign(value: Any) -> str | None:
-    """Return the name of the unknown class or function that a `Foreign` value came from; None for other values."""
-    if isinstance(value, Foreign) or (isinstance(value, type) and issubclass(value, Foreign)):
+def unknown_name(value: Any) -> str | None:
+    """Return the name of the unknown class or function that a value is of, or None for other values."""
+    if isinstance(value, UnknownObject) or (isinstance(value, type) and issubclass(value, UnknownObject)):
         return value.of
     return None
 
 
-class _NoSize(Foreign):
+class _InvalidSize(UnknownObject):
     __slots__ = ()
     of = "a torch.Size that holds no sizes"
 
 
-class StandIn:
+class InertFunction:
     """A replacement for a function. A pickle can call it but cannot change it."""
 
     __slots__ = ("_make",)
@@ -104,21 +104,21 @@ class StandIn:
 
 
 def _size_of(values: Any) -> Any:
-    """Return a torch.Size as a tuple of integers, or a `Foreign` if the values are not sizes."""
+    """Return a torch.Size as a tuple of integers, or an `UnknownObject` if the values are not sizes."""
     try:
-        return integers(values)
+        return checked_sizes(values)
     except ValueError:
-        return _NoSize()
+        return _InvalidSize()
 
 
 def _layout_of(name: Any) -> str:
-    if type(name) is not str or len(name) > MAX_NAME:
+    if type(name) is not str or len(name) > MAX_GLOBAL_CHARS:
         raise ValueError("a layout has no name")
     return name
 
 
-class Dictionary(dict[Any, Any]):
-    """A plain dict in place of a kind of dict. It keeps the items that are added to it and nothing else."""
+class InertDict(dict[Any, Any]):
+    """A plain dict in place of a subclass of dict. It keeps its items and nothing else."""
 
     __slots__ = ()
 
@@ -127,27 +127,27 @@ class Dictionary(dict[Any, Any]):
     def __setstate__(self, state: Any) -> None: ...
 
 
-SIZE = StandIn(_size_of)
-LAYOUT = StandIn(_layout_of)
+INERT_SIZE = InertFunction(_size_of)
+INERT_LAYOUT = InertFunction(_layout_of)
 
 
-def record(name: str) -> type[Record]:
-    """A class of records of its own."""
-    return type(name, (Record,), {"__slots__": ()})
+def inert_class(name: str) -> type[InertObject]:
+    """Return a new subclass of InertObject, so that its instances can be distinguished from others."""
+    return type(name, (InertObject,), {"__slots__": ()})
 
 
-def integers(values: Any) -> tuple[int, ...]:
-    """Return sizes or offsets. Raises ValueError for anything but a tuple of integers that fit 60 bits."""
-    if type(values) is not tuple or len(values) > MAX_DIMENSIONS:
-        raise ValueError("a shape or an offset is no tuple of integers")
+def checked_sizes(values: Any) -> tuple[int, ...]:
+    """Return sizes or offsets. Raise ValueError unless they are a tuple of integers from 0 to 2**60 - 1."""
+    if type(values) is not tuple or len(values) > MAX_TORCH_DIMENSIONS:
+        raise ValueError("a shape or an offset is not a tuple of integers")
     if not all(type(n) is int and 0 <= n < 2**60 for n in values):
-        raise ValueError("a size or an offset is none")
+        raise ValueError("a size or an offset is invalid")
     return values
 
 
-def refused(where: str, name: str) -> UnsafeValueError:
-    """The error for a pickle that needs a class or function that is not known."""
-    return UnsafeValueError(f"{where} names {name[:MAX_NAME]}, which such metadata never does: it was refused")
+def refused_global_error(where: str, name: str) -> UnsafeValueError:
+    """Return the error for a pickle that names a class or function that is not allowed."""
+    return UnsafeValueError(f"{where} names {name[:MAX_GLOBAL_CHARS]}, which such metadata never does: it was refused")
 
 
 def load_inert(
@@ -156,23 +156,28 @@ def load_inert(
     where: str,
     persistent_load: Callable[[Any], Any] | None = None,
     *,
-    takes_foreign: bool = False,
+    allow_unknown: bool = False,
 ) -> tuple[Any, int]:
-    """Unpickle.
+    """Unpickle inert data.
 
     Args:
-        data: begins with the pickle; what follows it is left.
-        allowed: what stands for each global, by module and name. dtypes of torch stand for their names.
-        where: what errors call the pickle.
-        persistent_load: what stands for a persistent id.
-        takes_foreign: whether other globals become a `Foreign`; by default they are refused.
+        data: Bytes that begin with the pickle. Bytes after its end are ignored.
+        allowed: The replacement of each allowed class and function, by module and name. A dtype of torch is replaced by
+            its name.
+        where: The name of the pickle in error messages.
+        persistent_load: A function from a persistent id to the object that replaces it. By default, a persistent id is
+            an error.
+        allow_unknown: Whether other classes and functions become an `UnknownObject`. By default they are an error.
 
-    Returns: what was pickled, and the byte after the pickle's end.
+    Returns:
+        The unpickled data, and the position of the first byte after the pickle.
 
-    Raises UnsafeValueError where it names anything else; CorruptCheckpointError where it is no pickle.
+    Raises:
+        UnsafeValueError: The pickle names another class or function.
+        CorruptCheckpointError: The data is not a pickle, or is one that no honest writer makes.
     """
 
-    foreign: dict[tuple[str, str], type[Foreign]] = {}
+    unknown: dict[tuple[str, str], type[UnknownObject]] = {}
 
     class Inert(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -180,14 +185,14 @@ def load_inert(
                 return allowed[module, name]
             if module == "torch" and name in ITEMSIZES:
                 return name
-            if not takes_foreign:
-                raise refused(where, f"{module}.{name}")
-            if (module, name) not in foreign:
-                if len(foreign) == MAX_FOREIGN:  # a class takes more memory than its name in the pickle
-                    return Foreign
-                of = f"{module[:MAX_NAME]}.{name[:MAX_NAME]}"
-                foreign[module, name] = type("Foreign", (Foreign,), {"of": of, "__slots__": ()})
-            return foreign[module, name]
+            if not allow_unknown:
+                raise refused_global_error(where, f"{module}.{name}")
+            if (module, name) not in unknown:
+                if len(unknown) == MAX_UNKNOWN_CLASSES:  # a class takes more memory than its name in the pickle
+                    return UnknownObject
+                of = f"{module[:MAX_GLOBAL_CHARS]}.{name[:MAX_GLOBAL_CHARS]}"
+                unknown[module, name] = type("UnknownObject", (UnknownObject,), {"of": of, "__slots__": ()})
+            return unknown[module, name]
 
         def persistent_load(self, pid: Any) -> Any:
             if persistent_load is None:
@@ -200,6 +205,6 @@ def load_inert(
         found = Inert(stream).load()
     except UnsafeValueError:
         raise
-    except Exception as error:  # whatever bytes that are no pickle make of the machine
+    except Exception as error:  # damaged bytes can make an unpickler raise anything
         raise CorruptCheckpointError(f"{where} cannot be read: {reason(error)}") from error
     return found, stream.tell()

@@ -18,8 +18,8 @@ import torch
 from torch._weights_only_unpickler import Unpickler
 from torch.overrides import TorchFunctionMode
 
+from ....planner.entries import Kind
 from ....planner.errors import CheckpointError
-from ....planner.index import Kind
 from ...errors import (
     CorruptCheckpointError,
     DestinationError,
@@ -32,16 +32,16 @@ from ...runtime.brief import MAX_CHARS, brief, reason, text_of
 from ...tensors.dtypes import dtype_name
 from ...tensors.state_dict import Path, flatten
 from ..foreign import ForeignSource, whole_tensor
-from ..hf_index import TensorsByName, WeightMap, present, select, two_files
+from ..hf_index import TensorsByName, WeightMap, duplicate_tensor_error, existing_files, select_by_index
 from ..metadata_reads import Reads
-from ..shared_values import is_repetitive
-from .pickle_scan import MAX_BYTES, check_pickle
+from ..tree_size import is_repetitive
+from .pickle_scan import MAX_PICKLE_BYTES, check_pickle
 from .zip_layout import is_row_major
 from .zip_records import (
     END_BYTES,
     LOCAL_BYTES,
-    NotAZipError,
-    Record,
+    NotATorchZipError,
+    ZipRecord,
     content_begins,
     find_directory,
     keys_of,
@@ -53,10 +53,12 @@ TAIL_BYTES = 1024 * 1024
 _LAST_RECORD = b"PK\x05\x06"
 _LAST_RECORD_BYTES = 22
 """Without the comment."""
-FIRST_BYTES = 32
-MAX_NAMES = 256
+LEGACY_SIGNATURE_BYTES = 32
+"""How many first bytes of a file show that torch before 1.6 wrote it."""
+MAX_BYTEORDER_BYTES = 32
+MAX_NAME_CHARS_PER_BYTE = 256
 """How many characters all names of a file may have, for each byte of its pickle. What a value takes counts, too."""
-FREE_NAMES = 128 * 1024 * 1024
+FREE_NAME_CHARS = 128 * 1024 * 1024
 """How many they may have beside, in all files of a checkpoint together."""
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """What the files of torch before 1.6 begin with, after the pickle's protocol."""
@@ -75,19 +77,19 @@ class TorchSaveSource(ForeignSource):
 
         Raises CorruptCheckpointError, UnsafeValueError, UnsupportedFormatError, ObjectNotFoundError, StoreError.
         """
-        super().__init__(reads, present(reads, names, weight_map))
+        super().__init__(reads, existing_files(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
         if self._is_folder:
             self.info |= {"files": len(self.objects)}
-        room: list[float] = [FREE_NAMES]
+        room: list[float] = [FREE_NAME_CHARS]
         files = reads.many(lambda at: _File(reads, at, *self.objects[at], room), range(len(self.objects)))
         found: TensorsByName[_Value] = {}
         for file in files:
             for name, value in file.values.items():
                 found.setdefault(name, []).append((file.at, value))
-        for name, parts in (found if weight_map is None else select(self, found, weight_map)).items():
+        for name, parts in (found if weight_map is None else select_by_index(self, found, weight_map)).items():
             if len(parts) > 1:
-                raise two_files(self, name, [self.objects[at][0] for at, _ in parts])
+                raise duplicate_tensor_error(self, name, [self.objects[at][0] for at, _ in parts])
             self._add(name, *parts[0])
 
     def _add(self, name: str, at: int, value: _Value) -> None:
@@ -148,7 +150,7 @@ class _File:
         try:
             directory = self._directory()
             records = dict(zip(keys_of(directory), directory, strict=True))
-        except NotAZipError as error:
+        except NotATorchZipError as error:
             raise self._not_a_zip(error) from error
         if "data.pkl" not in records:
             raise CorruptCheckpointError(f"{self._where} is a zip, and has no data.pkl: it is not of torch.save")
@@ -159,7 +161,7 @@ class _File:
         state = self._unpickled(pickled, storages)
         if is_repetitive(state):
             raise self._has_no_names("it holds itself, or the same dicts and lists again and again")
-        room[0] += MAX_NAMES * len(pickled)
+        room[0] += MAX_NAME_CHARS_PER_BYTE * len(pickled)
         try:
             self._add_all(state, storages, records, room)
         except CheckpointError:
@@ -173,17 +175,17 @@ class _File:
             "and save it anew without"
         )
 
-    def _directory(self) -> list[Record]:
-        """Return the records. Raises NotAZipError."""
+    def _directory(self) -> list[ZipRecord]:
+        """Return the records. Raises NotATorchZipError."""
         place = find_directory(self._tail, self._nbytes)
         if place.start < self._tail_start:
             self._tail = self._reads.exactly(self._name, place.start, self._tail_start) + self._tail
             self._tail_start = place.start
         return read_directory(self._tail[place.start - self._tail_start : place.stop - self._tail_start], place)
 
-    def _not_a_zip(self, error: NotAZipError) -> CheckpointError:
+    def _not_a_zip(self, error: NotATorchZipError) -> CheckpointError:
         """Return the error for a file that is not what torch.save writes."""
-        start = self._reads.whole(self._name, 0, FIRST_BYTES)
+        start = self._reads.whole(self._name, 0, LEGACY_SIGNATURE_BYTES)
         if start[:1] == b"\x80" or LEGACY_MAGIC in start:
             return UnsupportedFormatError(
                 f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
@@ -203,21 +205,21 @@ class _File:
         (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _LAST_RECORD_BYTES - 2)
         return self._tail_start + at + _LAST_RECORD_BYTES + int(comment_bytes)
 
-    def _begins(self, records: list[Record]) -> list[int]:
+    def _begins(self, records: list[ZipRecord]) -> list[int]:
         """Where the contents of records begin: behind their local headers, which are padded."""
 
-        def begin(record: Record) -> int:
+        def begin(record: ZipRecord) -> int:
             stop = record.header + LOCAL_BYTES + record.name_bytes
             header = self._reads.exactly(self._name, record.header, stop)
             try:
                 return content_begins(record, header)
-            except NotAZipError as error:
+            except NotATorchZipError as error:
                 raise CorruptCheckpointError(f"{self._where} contradicts itself: {error}") from error
 
         return self._reads.many(begin, records)
 
-    def _contents(self, records: list[Record]) -> tuple[bytes, bytes]:
-        for record, most in zip(records, (MAX_BYTES, FIRST_BYTES), strict=False):
+    def _contents(self, records: list[ZipRecord]) -> tuple[bytes, bytes]:
+        for record, most in zip(records, (MAX_PICKLE_BYTES, MAX_BYTEORDER_BYTES), strict=False):
             if not 0 < record.nbytes <= most:
                 raise CorruptCheckpointError(
                     f"{self._where} has a record {record.name!r} of {record.nbytes} bytes; it should have 1 to {most}"
@@ -271,7 +273,7 @@ class _File:
                 ) from error
             raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
 
-    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, Record], room: list[float]) -> None:
+    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, ZipRecord], room: list[float]) -> None:
         if not isinstance(state, dict):
             state = {"value": state}
         keys = {untyped._cdata: key for key, (untyped, _) in storages.items()}

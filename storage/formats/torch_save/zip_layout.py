@@ -14,9 +14,9 @@ from typing import Any
 
 from ....planner.entries import ITEMSIZES
 from ...errors import CorruptCheckpointError, UnsafeValueError
-from .inert_unpickler import SIZE, Dictionary, StandIn, integers, load_inert
+from .inert_unpickler import INERT_SIZE, InertDict, InertFunction, checked_sizes, load_inert
 
-HEAD_BYTES = 1024
+MAX_PREAMBLE_BYTES = 1024
 """The values of a tensor, saved alone, begin before."""
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL_MAGIC = b"PK\x03\x04"
@@ -55,17 +55,17 @@ def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any
 def _rebuilt_typed(
     storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str
 ) -> _Tensor:
-    (first,) = integers((offset,))
+    (first,) = checked_sizes((offset,))
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor has no storage")
-    return _Tensor(storage, first, integers(shape), integers(strides), dtype)
+    return _Tensor(storage, first, checked_sizes(shape), checked_sizes(strides), dtype)
 
 
-_ALLOWED = {
-    ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuilt),
-    ("torch._utils", "_rebuild_tensor_v3"): StandIn(_rebuilt_typed),
-    ("collections", "OrderedDict"): Dictionary,
-    ("torch", "Size"): SIZE,
+_TENSOR_GLOBALS = {
+    ("torch._utils", "_rebuild_tensor_v2"): InertFunction(_rebuilt),
+    ("torch._utils", "_rebuild_tensor_v3"): InertFunction(_rebuilt_typed),
+    ("collections", "OrderedDict"): InertDict,
+    ("torch", "Size"): INERT_SIZE,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "",
 }
@@ -75,14 +75,14 @@ def _storage(pid: Any) -> _Storage:
     _, dtype, key, _, numel = pid
     if type(key) is not str:
         raise TypeError("a storage has no name")
-    return _Storage(key, dtype, *integers((numel,)))
+    return _Storage(key, dtype, *checked_sizes((numel,)))
 
 
 def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
     """Where the values of a tensor begin in a torch.save file: row-major, in one piece.
 
     Args:
-        head: the file's first HEAD_BYTES, or all of it.
+        head: the file's first MAX_PREAMBLE_BYTES, or all of it.
         nbytes: of the file.
         dtype, shape: the tensor's.
 
@@ -92,7 +92,7 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
     if not name.endswith("/data.pkl"):
         return None
     try:
-        tensor, end = load_inert(head[at:], _ALLOWED, "the tensor's pickle", _storage)
+        tensor, end = load_inert(head[at:], _TENSOR_GLOBALS, "the tensor's pickle", _storage)
     except (CorruptCheckpointError, UnsafeValueError):
         return None
     if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:

@@ -25,12 +25,12 @@ _DESCRIPTOR_BYTES = 24
 """Behind a record, at most."""
 
 
-class NotAZipError(ValueError):
+class NotATorchZipError(ValueError):
     """The bytes are not what torch.save writes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipRecord:
     """A record, as the directory tells it."""
 
     name: str
@@ -42,7 +42,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Directory:
+class ZipDirectory:
     """Where the directory of a zip is."""
 
     start: int
@@ -50,70 +50,70 @@ class Directory:
     records: int
 
 
-def find_directory(tail: bytes, nbytes: int) -> Directory:
+def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
     """Find the directory.
 
     Args:
         tail: the last END_BYTES of the file, or more, or all of it.
         nbytes: of the file.
 
-    Raises NotAZipError.
+    Raises NotATorchZipError.
     """
     start = nbytes - len(tail)
     found = tail.rfind(b"PK\5\6", max(0, len(tail) - MAX_TRAILING - _END.size), len(tail) - _END.size + 4)
     if found < 0:
-        raise NotAZipError("it does not end as a zip does")
+        raise NotATorchZipError("it does not end as a zip does")
     at = start + found
     _, disk, first_disk, here, count, size, offset, comment = _END.unpack_from(tail, found)
     if comment:
-        raise NotAZipError("it has a comment")
+        raise NotATorchZipError("it has a comment")
     end = at
     locator = at - _LOCATOR.size
     if locator >= start and tail.startswith(b"PK\6\7", locator - start):
         _, _, place, _ = _LOCATOR.unpack_from(tail, locator - start)
         end = locator - _END_64.size
         if place != end or end < start or not tail.startswith(b"PK\6\6", end - start):
-            raise NotAZipError("the two ends of the zip contradict each other")
+            raise NotATorchZipError("the two ends of the zip contradict each other")
         told = (here, count, size, offset)
         _, left, _, _, disk, first_disk, here, count, size, offset = _END_64.unpack_from(tail, end - start)
         if left != _END_64.size - 12:
-            raise NotAZipError("the two ends of the zip contradict each other")
+            raise NotATorchZipError("the two ends of the zip contradict each other")
         most = (2**16 - 1, 2**16 - 1, _MAX_32, _MAX_32)
         pairs = zip(told, zip(most, (here, count, size, offset), strict=True), strict=True)
         if any(short not in longer for short, longer in pairs):
-            raise NotAZipError("the two ends of the zip contradict each other")
+            raise NotATorchZipError("the two ends of the zip contradict each other")
     if disk or first_disk or here != count or offset + size != end or size < count * _ENTRY.size:
-        raise NotAZipError("its directory is not where its end says")
-    return Directory(offset, end, count)
+        raise NotATorchZipError("its directory is not where its end says")
+    return ZipDirectory(offset, end, count)
 
 
-def read_directory(data: bytes, directory: Directory) -> list[Record]:
-    """Return the records in their order in the file, given the bytes of the directory. Raises NotAZipError."""
+def read_directory(data: bytes, directory: ZipDirectory) -> list[ZipRecord]:
+    """Return the records in their order in the file, given the bytes of the directory. Raises NotATorchZipError."""
     records = []
     at = 0
     for _ in range(directory.records):
         if at + _ENTRY.size > len(data):
-            raise NotAZipError("its directory is cut short")
+            raise NotATorchZipError("its directory is cut short")
         magic, _, _, flags, method, _, _, crc, packed, size, names, extras, comment, disk, _, _, header = (
             _ENTRY.unpack_from(data, at)
         )
         if magic != b"PK\1\2":
-            raise NotAZipError("its directory has something that is no record")
+            raise NotATorchZipError("its directory has something that is no record")
         at += _ENTRY.size
         name, extra = data[at : at + names], data[at + names : at + names + extras]
         at += names + extras + comment
         size, packed, header, disk = _with_64(extra, size, packed, header, disk)
         if at > len(data) or comment or disk or flags & _ENCRYPTED:
-            raise NotAZipError(f"the record {name[:100]!r} is not as torch.save writes it")
+            raise NotATorchZipError(f"the record {name[:100]!r} is not as torch.save writes it")
         if method or size != packed:
-            raise NotAZipError(f"the record {name[:100]!r} is compressed; torch.save compresses none")
+            raise NotATorchZipError(f"the record {name[:100]!r} is compressed; torch.save compresses none")
         try:
             text = name.decode("utf-8")
         except UnicodeDecodeError:
-            raise NotAZipError(f"the name of the record {name[:100]!r} is not UTF-8") from None
-        records.append(Record(text, header, size, crc, len(name)))
+            raise NotATorchZipError(f"the name of the record {name[:100]!r} is not UTF-8") from None
+        records.append(ZipRecord(text, header, size, crc, len(name)))
     if at != len(data):
-        raise NotAZipError("its directory has more bytes than records")
+        raise NotATorchZipError("its directory has more bytes than records")
     records.sort(key=lambda record: record.header)
     _check_places(records, directory)
     return records
@@ -126,66 +126,68 @@ def _with_64(extra: bytes, size: int, packed: int, header: int, disk: int) -> tu
     at, seen = 0, False
     while at < len(extra):
         if at + 4 > len(extra):
-            raise NotAZipError("a record has a damaged field")
+            raise NotATorchZipError("a record has a damaged field")
         tag, nbytes = struct.unpack_from("<HH", extra, at)
         at += 4
         if at + nbytes > len(extra):
-            raise NotAZipError("a record has a damaged field")
+            raise NotATorchZipError("a record has a damaged field")
         if tag == 1:
             widths = [4 if i == 3 else 8 for i in lacking]
             if seen or sum(widths) > nbytes:
-                raise NotAZipError("a record has a damaged field")
+                raise NotATorchZipError("a record has a damaged field")
             seen, place = True, at
             for i, width in zip(lacking, widths, strict=True):
                 values[i] = int.from_bytes(extra[place : place + width], "little")
                 place += width
         at += nbytes
     if lacking and not seen:
-        raise NotAZipError("a record lacks the field of its size")
+        raise NotATorchZipError("a record lacks the field of its size")
     return values[0], values[1], values[2], values[3]
 
 
-def _check_places(records: list[Record], directory: Directory) -> None:
+def _check_places(records: list[ZipRecord], directory: ZipDirectory) -> None:
     """Check that records follow each other with nothing between them but a header, padding and a descriptor."""
     end = 0
     names: set[str] = set()
     for record in records:
         slack = record.header - end
         if not 0 <= slack <= (2**16 + _DESCRIPTOR_BYTES if end else 0):
-            raise NotAZipError(f"the record {record.name[:100]!r} overlaps another one, or lies behind bytes of none")
+            raise NotATorchZipError(
+                f"the record {record.name[:100]!r} overlaps another one, or lies behind bytes of none"
+            )
         if record.name in names:
-            raise NotAZipError(f"it has two records {record.name[:100]!r}")
+            raise NotATorchZipError(f"it has two records {record.name[:100]!r}")
         names.add(record.name)
         end = record.header + _LOCAL.size + record.name_bytes + record.nbytes
     if not 0 <= directory.start - end <= 2**16 + _DESCRIPTOR_BYTES:
-        raise NotAZipError("its records do not end where its directory begins")
+        raise NotATorchZipError("its records do not end where its directory begins")
 
 
-def content_begins(record: Record, header: bytes) -> int:
+def content_begins(record: ZipRecord, header: bytes) -> int:
     """Return the first byte of a record's content.
 
     Args:
         header: its local header with the name, LOCAL_BYTES + `record.name_bytes` bytes.
 
-    Raises NotAZipError where that is the header of another record.
+    Raises NotATorchZipError where that is the header of another record.
     """
     if len(header) < _LOCAL.size:
-        raise NotAZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
+        raise NotATorchZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
     magic, _, _, method, *_, names, extra = _LOCAL.unpack_from(header)
     if magic != b"PK\3\4" or method or header[_LOCAL.size : _LOCAL.size + names] != record.name.encode():
-        raise NotAZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
+        raise NotATorchZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
     return record.header + _LOCAL.size + int(names) + int(extra)
 
 
-def keys_of(records: list[Record]) -> list[str]:
-    """Return the names that records have in the folder that all of them are in. Raises NotAZipError."""
+def keys_of(records: list[ZipRecord]) -> list[str]:
+    """Return the names that records have in the folder that all of them are in. Raises NotATorchZipError."""
     if len({record.name.partition("/")[0] for record in records}) > 1:
-        raise NotAZipError("its records are not all in one folder")
+        raise NotATorchZipError("its records are not all in one folder")
     return [record.name.partition("/")[2] for record in records]
 
 
-def contents(data: memoryview) -> list[tuple[Record, memoryview]]:
-    """Return all records of a whole file, and their contents. Raises NotAZipError."""
+def contents(data: memoryview) -> list[tuple[ZipRecord, memoryview]]:
+    """Return all records of a whole file, and their contents. Raises NotATorchZipError."""
     directory = find_directory(bytes(data[-END_BYTES:]), len(data))
     records = read_directory(bytes(data[directory.start : directory.stop]), directory)
     ends = [*(record.header for record in records[1:]), directory.start]
@@ -193,6 +195,6 @@ def contents(data: memoryview) -> list[tuple[Record, memoryview]]:
     for record, end in zip(records, ends, strict=False):
         begin = content_begins(record, bytes(data[record.header : record.header + LOCAL_BYTES + record.name_bytes]))
         if begin + record.nbytes > end:
-            raise NotAZipError(f"the record {record.name[:100]!r} reaches into the next one")
+            raise NotATorchZipError(f"the record {record.name[:100]!r} reaches into the next one")
         found.append((record, data[begin : begin + record.nbytes]))
     return found

@@ -1,4 +1,4 @@
-"""What the server of HTTP has: `state` of the page, which is random, is made here from the same seed."""
+"""Files for the HTTP server of the page. `state` is random; the page creates it again from the same seed."""
 
 import os
 from pathlib import Path

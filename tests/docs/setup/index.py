@@ -1,4 +1,4 @@
-"""What the front page takes for granted: a model's state, a model to load into, and a layout."""
+"""What the landing page assumes: the state of a model, a model to load into, and a layout."""
 
 import torch
 from torch import nn

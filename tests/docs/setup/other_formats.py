@@ -1,4 +1,4 @@
-"""A folder of Hugging Face, a checkpoint of DCP, and a model to load into, on the store and on the disk."""
+"""A Hugging Face folder, a checkpoint of DCP, and a model to load into, on a store and on a disk."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
-import reshard as reshard  # the page takes it for imported
+import reshard as reshard  # the page does not import it
 
 model = nn.Sequential(nn.Linear(64, 256, bias=False), nn.Linear(256, 64, bias=False))
 files: Any = fsspec.filesystem("s3")

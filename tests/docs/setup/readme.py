@@ -1,13 +1,7 @@
-"""A sharded model with its optimizer, in a group of one rank, and a model to serve; a folder of Hugging Face."""
+"""A sharded model with its optimizer in a group of one rank, and a model to serve."""
 
-import os
-import tempfile
-from typing import Any
-
-import fsspec
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -47,10 +41,3 @@ optimizer.step()
 step = 1000
 tp_model = Model()
 parallelize_module(tp_model, mesh, {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()})
-files: Any = fsspec.filesystem("s3")
-files.pipe_file("bucket/llama/model.safetensors", save({"layers.0.up.weight": torch.randn(256, 64)}))
-
-
-def before_commands() -> None:
-    """The commands convert to the place that the calls have converted to: they run in another folder."""
-    os.chdir(tempfile.mkdtemp())

@@ -1,4 +1,4 @@
-"""A model that was trained, on the store."""
+"""The checkpoint of a trained model on a store."""
 
 import torch
 

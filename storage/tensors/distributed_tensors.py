@@ -21,17 +21,17 @@ from torch.distributed.tensor.placement_types import _StridedShard as TorchStrid
 from ...planner import layout
 from ...planner.box import Box
 from ...planner.errors import LayoutError
-from .classes import as_plain, overrides_dispatch
 from .dtypes import LocalShard
+from .tensor_classes import as_plain, overrides_dispatch
 
 
-def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
-    """`tensors.local_shards`."""
+def distributed_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
+    """`local_shards`."""
     if isinstance(tensor, ShardedTensor):
         shards: list[LocalShard] = []
         for shard in tensor.local_shards():
             origin = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
-            for box, local in local_shards(name, shard.tensor):
+            for box, local in distributed_shards(name, shard.tensor):
                 offsets = tuple(a + b for a, b in zip(origin.offsets, box.offsets, strict=True))
                 shards.append((Box(offsets, box.sizes), local))
         return shards
@@ -42,7 +42,7 @@ def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
             return []
     if hasattr(tensor, "__create_chunk_list__"):
         return _checkpointable_shards(name, tensor)
-    return [(Box.whole(tuple(tensor.shape)), _local(tensor))]
+    return [(Box.whole(tuple(tensor.shape)), _local_tensor(tensor))]
 
 
 def _checkpointable_shards(name: str, tensor: Any) -> list[LocalShard]:
@@ -54,7 +54,7 @@ def _checkpointable_shards(name: str, tensor: Any) -> list[LocalShard]:
             local = tensor.__get_tensor_shard__(MetadataIndex(name, chunk.offsets))
             if tuple(local.shape) != box.sizes:
                 raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where it says that it holds {box}")
-            shards.append((box, _local(local)))
+            shards.append((box, _local_tensor(local)))
     return shards
 
 
@@ -63,7 +63,7 @@ def waited(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A local tensor as it can be written through; one of a class with its own dispatch as it is."""
     tensor = waited(tensor)
     return tensor if overrides_dispatch(tensor) else as_plain(tensor)
@@ -73,17 +73,17 @@ def _dtensor_shards(name: str, tensor: DTensor) -> list[LocalShard]:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []
-    placements = tuple(_placement(name, placement) for placement in tensor.placements)
+    placements = tuple(_to_planner_placement(name, placement) for placement in tensor.placements)
     order = _order(name, tensor, placements)
     held = _held(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tuple(coordinate), placements, order)
-    local = _local(tensor._local_tensor)
+    local = _local_tensor(tensor._local_tensor)
     if held.shape != tuple(local.shape):
         raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where its placements give {held.shape}")
     if len(held.boxes) == 1:
         return [(held.boxes[0], local)]
     if held.boxes and overrides_dispatch(local):
         raise LayoutError(
-            f"{name!r} is split unevenly, so that this rank holds {_listed(list(held.boxes))} in a "
+            f"{name!r} is split unevenly, so that this rank holds {_describe_boxes(list(held.boxes))} in a "
             f"{type(local).__name__}: only plain tensors can hold several boxes"
         )
     return [(box, local[Box(at, box.sizes).slices]) for box, at in zip(held.boxes, held.local_offsets, strict=True)]
@@ -111,7 +111,7 @@ def refuse_misplaced(state: Mapping[str, Any]) -> None:
     for name, tensor in state.items():
         if not isinstance(tensor, DTensor) or hasattr(tensor._local_tensor, "__create_chunk_list__"):
             continue
-        held = [box for box, _ in local_shards(name, tensor) if box.numel]
+        held = [box for box, _ in distributed_shards(name, tensor) if box.numel]
         planned = [
             box
             for chunk in (tensor.__create_chunk_list__() if tensor.device_mesh.get_coordinate() is not None else ())
@@ -120,16 +120,16 @@ def refuse_misplaced(state: Mapping[str, Any]) -> None:
         if held != planned:
             raise LayoutError(
                 f"{name!r} is split unevenly by FSDP over TP, or in an order of its own: this rank holds "
-                f"{_listed(held)}, and DCP's planner takes it to hold {_listed(planned)}. Use reshard.load and "
-                "reshard.save, which do not ask that planner"
+                f"{_describe_boxes(held)}, and DCP's planner takes it to hold {_describe_boxes(planned)}. Use "
+                "reshard.load and reshard.save, which do not ask that planner"
             )
 
 
-def _listed(boxes: list[Box]) -> str:
+def _describe_boxes(boxes: list[Box]) -> str:
     return ", ".join(map(str, boxes)) or "nothing"
 
 
-def _placement(name: str, placement: Any) -> layout.Placement:
+def _to_planner_placement(name: str, placement: Any) -> layout.Placement:
     if isinstance(placement, TorchStridedShard):
         return layout.StridedShard(placement.dim, int(placement.split_factor))
     if isinstance(placement, TorchShard):

@@ -1,7 +1,7 @@
-"""What the columns of an index must satisfy: every reference leads somewhere, every tensor is tiled by its shards.
+"""Check the columns of an index: every reference must be valid, and the shards of each tensor must tile it.
 
-Done over all segments at once, for an index may have millions; only tensors that were cut along more than one
-dimension are looked at one by one.
+An index may have millions of segments, so numpy checks all of them at once (`benchmarks/planner.py`). Only tensors that
+were cut along several dimensions are checked one by one.
 """
 
 from __future__ import annotations
@@ -13,39 +13,43 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import IntArray
-from .entries import Entry, Segments
+from .entries import Encoding, Entry, Segments, Stream
 from .errors import InvalidIndexError
 from .grid import cells
-from .kinds import Encoding, Stream
 from .regions import Regions
 
 MAX_CORNERS = 2**23
-"""Of shards that no grid has cut, how many are counted to see whether they overlap."""
+"""The maximum number of corners that `tile` counts for shards that are not the cells of a grid."""
 
 
 def check_references(segments: Segments, entries: int, objects: int) -> None:
-    """Raises InvalidIndexError where a segment belongs to nothing, or the columns do not fit each other."""
+    """Check that each segment refers to an entry and an object, and that the columns have the same length.
+
+    Raises:
+        InvalidIndexError: a check fails.
+    """
     n = len(segments)
-    columns = (segments.streams, segments.encodings, segments.objects, segments.starts)
-    if any(len(column) != n for column in columns):
-        raise InvalidIndexError("the columns of the segments differ in length")
+    lengths = [len(c) for c in (segments.streams, segments.encodings, segments.objects, segments.starts)]
+    if lengths.count(n) != len(lengths):
+        raise InvalidIndexError(f"the columns of the segments differ in length: {[n, *lengths]}")
     if n == 0:
         return
     if segments.entries[0] < 0 or segments.entries[-1] >= entries:
-        raise InvalidIndexError("a segment belongs to no tensor")
+        raise InvalidIndexError(f"a segment belongs to none of the {entries} tensors")
     if bool((segments.entries[1:] < segments.entries[:-1]).any()):
         raise InvalidIndexError("the segments are not sorted by tensor")
     if int(segments.objects.min()) < 0 or int(segments.objects.max()) >= objects:
-        raise InvalidIndexError("a segment lies in no data object")
+        raise InvalidIndexError(f"a segment is in none of the {objects} data objects")
     if int(segments.streams.max()) > max(Stream) or int(segments.encodings.max()) > max(Encoding):
         raise InvalidIndexError("a segment has an unknown stream or encoding")
 
 
 def count_chunks(entries: Sequence[Entry], segments: Segments, regions: Regions, first_extent: IntArray) -> IntArray:
-    """The number of chunks of each segment, after checking the shards' boxes.
+    """Check the boxes of the shards, and return the number of chunks of each segment.
 
-    Raises InvalidIndexError where a shard lies outside its region, heads and tails do not pair up, or the shards of
-    a region do not tile it.
+    Raises:
+        InvalidIndexError: a shard is outside its region, heads and tails do not pair up, or the shards of a region do
+            not tile it.
     """
     counts = np.zeros(len(segments), np.int64)
     _check_streams(entries, segments)
@@ -74,7 +78,7 @@ def count_chunks(entries: Sequence[Entry], segments: Segments, regions: Regions,
             at = int(np.argmin(inside))
             entry = entries[int(segments.entries[rows[at]])]
             raise InvalidIndexError(
-                f"a shard of {entry.name!r} lies outside its shape {entry.shape}, or its region of it"
+                f"a shard of {entry.name!r} is outside its shape {entry.shape}, or outside its region"
             )
         _check_pairs(entries, segments, rows, offsets, sizes)
         _check_tiling(entries, segments, rows, offsets_in, sizes, within, region_sizes)
@@ -83,7 +87,7 @@ def count_chunks(entries: Sequence[Entry], segments: Segments, regions: Regions,
 
 
 def _check_streams(entries: Sequence[Entry], segments: Segments) -> None:
-    """Heads and tails are of float32 values, and of all of them or none; a tail follows each head."""
+    """Check that only float32 tensors have heads and tails, and that a tail follows each head."""
     split = segments.streams != Stream.WHOLE
     if not bool(split.any()):
         return
@@ -106,7 +110,7 @@ def _check_pairs(
 
 
 def _unpaired(entry: Entry) -> InvalidIndexError:
-    return InvalidIndexError(f"the heads and tails of {entry.name!r} ({entry.dtype}) do not pair up")
+    return InvalidIndexError(f"the heads and tails of {entry.name!r}, {entry.dtype}, do not pair up")
 
 
 def _check_tiling(
@@ -118,18 +122,19 @@ def _check_tiling(
     owners: IntArray,
     region_sizes: IntArray,
 ) -> None:
-    """That the shards tile their regions.
+    """Check that shards tile their regions.
 
     Args:
-        rows: (n,) their segments.
-        offsets, sizes: (n, ndim) their boxes, each inside its region, from whose corner the offsets count.
-        owners: (n,) which of the (m, ndim) `region_sizes` is its region's.
+        rows: (n,) the segments of the shards.
+        offsets, sizes: (n, ndim) the boxes of the shards. Each is inside its region, and relative to its corner.
+        owners: (n,) the region of each shard: a row of `region_sizes`.
+        region_sizes: (m, ndim) the sizes of the regions.
     """
     once = segments.streams[rows] != Stream.TAIL
     rows, owners, offsets, sizes = rows[once], owners[once], offsets[once], sizes[once]
     first = np.flatnonzero(np.concatenate(([True], owners[1:] != owners[:-1])))
     volumes = sizes.prod(axis=1, dtype=np.int64)
-    # Each volume is below 2**60, but their sum may not be: it is first taken as a float.
+    # Each volume is below 2**60, but their sum may overflow int64. So compute it as floats first.
     rough = np.add.reduceat(volumes.astype(np.float64), first)
     exact = np.add.reduceat(volumes, first)
     numel = region_sizes[owners[first]].prod(axis=1, dtype=np.int64)
@@ -138,7 +143,7 @@ def _check_tiling(
         at = int(np.argmax(wrong))
         entry = entries[int(segments.entries[rows[first[at]]])]
         raise _not_covered(entry, int(rough[at]), region_sizes[owners[first[at]]])
-    # Of those cut along one dimension, each shard begins where the one before it ends.
+    # If a region is cut along one dimension only, each shard begins where the previous one ends.
     shapes = region_sizes[owners]
     begins = np.where(sizes[:-1] == shapes[:-1], offsets[:-1], offsets[:-1] + sizes[:-1])
     abut = (offsets[1:] == begins).all(axis=1) & ((sizes[:-1] != shapes[:-1]).sum(axis=1) == 1)
@@ -152,21 +157,24 @@ def _check_tiling(
 
 def _not_covered(entry: Entry, covered: int, region_sizes: IntArray) -> InvalidIndexError:
     sizes = tuple(region_sizes.tolist())
-    of_it = "" if sizes == entry.shape else f", a region of it {sizes} {math.prod(sizes)}"
+    region = "" if sizes == entry.shape else f", its region {sizes} has {math.prod(sizes)}"
     return InvalidIndexError(
-        f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} {entry.numel}{of_it}"
+        f"the shards of {entry.name!r} hold {covered} elements, its shape {entry.shape} has {entry.numel}{region}"
     )
 
 
 def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> bool:
-    """Return whether boxes inside a shape tile it: whether each element is in exactly one of them.
+    """Return whether boxes inside a shape tile it: whether each element is in exactly one box.
 
-    Almost always they are all cells of a grid, which is quickly seen. If not, their corners are counted: boxes tile the
-    shape if and only if the corners of all boxes, those with an odd number of upper ends as -1, sum to the corners of
-    the shape. For the sum of the boxes' indicator functions is that of the shape if and only if both have the same
-    difference along all dimensions, and that of a box is the signed sum of its corners.
+    Boxes are almost always all cells of a grid, which is quick to check. Otherwise, count their corners. A corner
+    counts as -1 if an odd number of its coordinates are upper ends of the box, and as +1 otherwise. The boxes tile the
+    shape if and only if these counts add up to those of the shape itself at every point. The reason: boxes tile the
+    shape if the sum of their indicator functions is the indicator function of the shape. Two such functions are equal
+    if and only if their differences along all dimensions are equal, and the difference of a box is nonzero at its
+    corners only.
 
-    Raises InvalidIndexError where that would take more than MAX_CORNERS of them.
+    Raises:
+        InvalidIndexError: the count needs more than MAX_CORNERS corners.
     """
     starts = [np.unique(offsets[:, d]) for d in range(len(shape))]
     if math.prod(map(len, starts)) == len(offsets):
@@ -183,11 +191,13 @@ def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDAr
     points, boxes = np.zeros(len(lows), np.int64), np.arange(len(lows))
     for d in range(len(cut)):
         if 2 * len(boxes) > MAX_CORNERS:
-            raise InvalidIndexError(f"{len(offsets)} shards are cut along {len(cut)} dimensions, and not by a grid")
+            raise InvalidIndexError(
+                f"{len(offsets)} shards are cut along {len(cut)} dimensions, but not by a grid: too many to check"
+            )
         ends_of = np.concatenate((lows[boxes, d], highs[boxes, d]))
-        points = _numbered(np.concatenate((points, points)), ends_of)
+        points = _pair_numbers(np.concatenate((points, points)), ends_of)
         boxes, signs = np.concatenate((boxes, boxes)), np.concatenate((signs, -signs))
-        _, first, of = np.unique(_numbered(points, rest[d + 1][boxes]), return_index=True, return_inverse=True)
+        _, first, of = np.unique(_pair_numbers(points, rest[d + 1][boxes]), return_index=True, return_inverse=True)
         sums = np.zeros(len(first), np.int64)
         np.add.at(sums, of, signs)
         kept = first[sums != 0]
@@ -196,15 +206,15 @@ def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDAr
 
 
 def _numbers_of_rests(lows: IntArray, highs: IntArray) -> list[IntArray]:
-    """For each dimension, (n,) numbers of the boxes, equal for those that are the same from that dimension on."""
+    """For each dimension, number the boxes so that two have one number if they are equal from that dimension on."""
     rests = [np.zeros(len(lows), np.int64)]
     for d in reversed(range(lows.shape[1])):
-        rests.append(_numbered(_numbered(lows[:, d], highs[:, d]), rests[-1]))
+        rests.append(_pair_numbers(_pair_numbers(lows[:, d], highs[:, d]), rests[-1]))
     return rests[::-1]
 
 
-def _numbered(first: IntArray, second: IntArray) -> IntArray:
-    """(n,) numbers below n of pairs, equal for equal pairs."""
+def _pair_numbers(first: IntArray, second: IntArray) -> IntArray:
+    """Return (n,) numbers of pairs, which are equal if and only if the pairs are equal."""
     one, two = (np.unique(column, return_inverse=True)[1].astype(np.int64) for column in (first, second))
     numbers: IntArray = np.unique(one * (int(two.max(initial=0)) + 1) + two, return_inverse=True)[1].astype(np.int64)
     return numbers

@@ -33,7 +33,7 @@ def is_repetitive(value: Any) -> bool:
 
     def weigh(value: Any) -> float:
         nonlocal total
-        children = _children(value)
+        children = _contents_of(value)
         if children is None:
             own = _own_weight(value)
             is_new = own > SMALL_WEIGHT and id(value) not in weights
@@ -56,7 +56,7 @@ def is_repetitive(value: Any) -> bool:
     return tree > MAX_REPEATED * total + FREE_WEIGHT
 
 
-def _children(value: Any) -> Any:
+def _contents_of(value: Any) -> Any:
     """Return an iterable of what a container holds, None for other values."""
     if isinstance(value, torch.Tensor):
         return None

@@ -5,20 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.planner import byte_ranges
+from reshard.planner import slabs
 from reshard.planner.box import Box
-from reshard.planner.byte_ranges import Gaps
-from reshard.planner.costs import LOCAL, REMOTE
+from reshard.planner.chunk_reads import ChunkReads, Want
+from reshard.planner.coalesce import GapLimits
 from reshard.planner.grid import Grid
-from reshard.planner.read_plan import ChunkReads, ReadPlan, Want, plan_reads
+from reshard.planner.read_plan import ReadPlan, plan_reads
+from reshard.planner.request_costs import LOCAL_COSTS, REMOTE_COSTS
 from tests.planner.boxes import boxes_in, cuts_of, paint, shapes
 from tests.planner.indexes import Saved, index_of
 
 
-def plan_of(shape: tuple[int, ...], shards: list[Box], wanted: Box, gaps: Gaps) -> ReadPlan:
+def plan_of(shape: tuple[int, ...], shards: list[Box], wanted: Box, gap_limits: GapLimits) -> ReadPlan:
     parts = tuple(1 for _ in shape)
     index = index_of(Saved("t", Grid(shape, parts), shards, "float32", plain=True))
-    return plan_reads(index, [Want("t", wanted)], gaps=gaps)
+    return plan_reads(index, [Want("t", wanted)], gap_limits=gap_limits)
 
 
 def values_of(read: ChunkReads, row: int, content: list[bytes]) -> list[int]:
@@ -39,8 +40,8 @@ def test_the_runs_hold_the_wanted_values_exactly_once(
     shards, wanted = data.draw(cuts_of(shape)), data.draw(boxes_in(shape))
     tensor = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
     content = [bytes(8) + tensor[shard.slices].tobytes() for shard in shards]
-    with mock.patch.multiple(byte_ranges, SLAB_BYTES=slab, SPAN_BYTES=4 * slab):
-        plan = plan_of(shape, shards, wanted, Gaps(gap, over_read))
+    with mock.patch.multiple(slabs, SLAB_BYTES=slab, SPAN_BYTES=4 * slab):
+        plan = plan_of(shape, shards, wanted, GapLimits(gap, over_read))
     (read,) = plan.reads
     boxes = [
         Box(tuple(o), tuple(s)) for o, s in zip(read.chunk_offsets.tolist(), read.chunk_sizes.tolist(), strict=True)
@@ -60,7 +61,7 @@ SHARD = [Box.whole((1024, 4096))]
 
 
 @pytest.mark.parametrize(
-    ("max_bytes", "over_read", "fetched", "ranges"),
+    ("max_gap_bytes", "over_read", "fetched", "ranges"),
     [
         (0, 0.0, 1.0, 1024),  # each run by itself
         (2**20, 1e9, 4.0, 1),  # all in one
@@ -68,30 +69,30 @@ SHARD = [Box.whole((1024, 4096))]
         (100, 1e9, 1.0, 1024),  # and larger than a request costs
     ],
 )
-def test_columns_are_read_alone_or_over(max_bytes: int, over_read: float, fetched: float, ranges: int) -> None:
+def test_columns_are_read_alone_or_over(max_gap_bytes: int, over_read: float, fetched: float, ranges: int) -> None:
     wanted = Box((0, 1024), (1024, 1024))
-    report = plan_of((1024, 4096), SHARD, wanted, Gaps(max_bytes, over_read)).report
+    report = plan_of((1024, 4096), SHARD, wanted, GapLimits(max_gap_bytes, over_read)).report
     assert report.amplification == pytest.approx(fetched, rel=0.001)
     assert report.requests == ranges
     assert report.bytes_wanted == wanted.numel * 4
 
 
 def test_rows_are_one_range() -> None:
-    plan = plan_of((1024, 4096), SHARD, Box((256, 0), (256, 4096)), Gaps(0, 0))
+    plan = plan_of((1024, 4096), SHARD, Box((256, 0), (256, 4096)), GapLimits(0, 0))
     assert plan.report.amplification == 1
     assert len(plan.requests) == 1
     assert len(plan.reads[0]) == 4, "slabs of a MiB"
 
 
 def test_a_row_longer_than_a_slab_is_cut() -> None:
-    plan = plan_of((2, 2**20), [Box.whole((2, 2**20))], Box((0, 0), (2, 2**20)), Gaps(0, 0))
+    plan = plan_of((2, 2**20), [Box.whole((2, 2**20))], Box((0, 0), (2, 2**20)), GapLimits(0, 0))
     assert len(plan.reads[0]) == 8
     assert plan.report.bytes_fetched == 8 * 2**20
 
 
 def test_what_a_gap_may_be() -> None:
-    assert LOCAL.gaps() == Gaps(4000, 0.25)
-    assert REMOTE.gap_bytes == 187_500
-    assert REMOTE.measured(0.001, None).gap_bytes == 6250
-    assert REMOTE.measured(None, 400e6).gap_bytes == 375_000
-    assert REMOTE.gaps(0.5) == Gaps(187_500, 0.5)
+    assert LOCAL_COSTS.gap_limits() == GapLimits(4000, 0.25)
+    assert REMOTE_COSTS.gap_bytes == 187_500
+    assert REMOTE_COSTS.measured(0.001, None).gap_bytes == 6250
+    assert REMOTE_COSTS.measured(None, 400e6).gap_bytes == 375_000
+    assert REMOTE_COSTS.gap_limits(0.5) == GapLimits(187_500, 0.5)

@@ -21,8 +21,8 @@ from ...runtime.brief import reason
 from ...tensors.dtypes import as_array, as_bytes
 from ..native.codec import Bytes
 from .pickle_scan import check_pickle
-from .zip_layout import HEAD_BYTES, locate_values
-from .zip_records import NotAZipError, Record, contents, keys_of
+from .zip_layout import MAX_PREAMBLE_BYTES, locate_values
+from .zip_records import NotATorchZipError, ZipRecord, contents, keys_of
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_OVERHEAD = 64 * 1024
@@ -38,7 +38,7 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
 
     Raises CorruptCheckpointError where it holds something else, or cannot be read.
     """
-    begin = locate_values(bytes(data[:HEAD_BYTES]), len(data), dtype, shape)
+    begin = locate_values(bytes(data[:MAX_PREAMBLE_BYTES]), len(data), dtype, shape)
     if begin is not None:  # a view of them does
         return np.frombuffer(data, np.uint8)[begin : begin + torch.Size(shape).numel() * ITEMSIZES[dtype]]
     expected = f"a tensor of {dtype} {shape}"
@@ -86,13 +86,13 @@ def check_file(content: bytes) -> dict[str, memoryview]:
     """
     records = _by_key(contents(memoryview(content)))
     if "data.pkl" not in records:
-        raise NotAZipError("it has no data.pkl: it is not of torch.save")
+        raise NotATorchZipError("it has no data.pkl: it is not of torch.save")
     check_pickle(bytes(records["data.pkl"]))
     return records
 
 
-def _by_key(records: list[tuple[Record, memoryview]]) -> dict[str, memoryview]:
-    """Return the contents by the names that records have in the folder of all. Raises NotAZipError."""
+def _by_key(records: list[tuple[ZipRecord, memoryview]]) -> dict[str, memoryview]:
+    """Return the contents by the names that records have in the folder of all. Raises NotATorchZipError."""
     keys = keys_of([record for record, _ in records])
     return dict(zip(keys, (held for _, held in records), strict=True))
 
@@ -106,7 +106,7 @@ def damage_of(data: memoryview) -> str:
         return ""
     try:
         records = contents(data)
-    except NotAZipError as error:
+    except NotATorchZipError as error:
         return f"it is no file of torch.save: {error}"
     damaged = next((record.name for record, held in records if zlib.crc32(held) != record.crc), None)
     return f"its record {damaged!r} does not match its CRC-32" if damaged else ""

@@ -13,7 +13,7 @@ from ..runtime.checksums import checksum
 from ..runtime.torch_modes import writing_to
 from .dtypes import as_array, as_bytes
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TORCH_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 def overrides_dispatch(tensor: torch.Tensor) -> bool:
@@ -23,13 +23,13 @@ def overrides_dispatch(tensor: torch.Tensor) -> bool:
     integers and scales, and have no memory of their own.
     """
     kind = type(tensor)
-    return kind not in _PLAIN and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return kind not in _TORCH_CLASSES and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
     """Whether a rank has all of a tensor; not of one that is sharded over ranks, of any class."""
     shards = "local_shards", "__create_chunk_list__"  # of ShardedTensor, and of torch's protocol of such classes
-    return type(tensor) in _PLAIN or not any(hasattr(type(tensor), attribute) for attribute in shards)
+    return type(tensor) in _TORCH_CLASSES or not any(hasattr(type(tensor), attribute) for attribute in shards)
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
     Args:
         tensor: one whose class has no `__torch_dispatch__` of its own.
     """
-    if type(tensor) in _PLAIN:
+    if type(tensor) in _TORCH_CLASSES:
         return tensor.detach()
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.detach().as_subclass(torch.Tensor)

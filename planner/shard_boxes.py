@@ -1,4 +1,4 @@
-"""Shards, out of the segments that they were cut into: those that lie in one object, and make up a box."""
+"""Find the boxes of the saved shards, given the boxes of the segments that store them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import numpy as np
 from .box import IntArray
 
 
-def joined(objects: IntArray, starts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
-    """Boxes of a tensor, those joined that lie in one object, in their order there, and make up a larger one.
+def join_segments(objects: IntArray, starts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
+    """Join the boxes of a tensor that are adjacent in one object and together form a larger box.
 
     Args:
-        objects, starts: (n,) where the bytes of each begin.
+        objects, starts: (n,) the object of each box, and the position of its first byte there.
         offsets, sizes: (n, ndim) the boxes.
 
-    Returns: (m, ndim) offsets and sizes, sorted by offsets.
+    Returns:
+        (m, ndim) offsets and sizes, sorted by offsets.
     """
     order = np.lexsort((starts, objects))
     objects, offsets, sizes = (column[order] for column in (objects, offsets, sizes))
@@ -34,7 +35,7 @@ def joined(objects: IntArray, starts: IntArray, offsets: IntArray, sizes: IntArr
 
 
 def _nested(offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
-    """Boxes that follow each other, joined as far as the ones before make up a box with the ones after."""
+    """Join consecutive boxes: each one with those before it, for as long as they form a box together."""
     held: list[tuple[IntArray, IntArray]] = []
     for offset, size in zip(offsets, sizes, strict=True):
         held.append((offset, size))

@@ -8,26 +8,26 @@ from dataclasses import asdict
 
 import typer
 
+import reshard
 from reshard.planner.masking import masked
 from reshard.planner.text import shown
-from reshard.storage.maintenance.catalog import find_checkpoints, find_remains, find_removal, remove, remove_remains
+from reshard.storage.maintenance.catalog import find_removal
+from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
 
-from ..words import in_bytes, in_time
+from ..humanize import format_age, format_bytes
 from .common import print_json, print_table, storage_options, tell
 
-SHOWN = 10
-"""Names that `rm` shows before it asks; of DCP, all that are unusual."""
-SAFE_HOURS = 1
-"""A save does not take longer from its last write to its commit."""
+SHOWN_NAMES = 10
+"""How many names `rm` shows before it asks for confirmation. It shows all unusual names of a DCP checkpoint."""
 
 
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
-    found = find_checkpoints(uri, storage_options(options))
+    found = reshard.find_checkpoints(uri, storage_options(options))
     if as_json:
         print_json([{**asdict(checkpoint), "uri": masked(checkpoint.uri)} for checkpoint in found])
         return
     if not found:
-        tell(f"there is no checkpoint at {uri}, and none below it", file=sys.stderr)
+        tell(f"there is no checkpoint at or below {uri}", file=sys.stderr)
         return
     now = datetime.datetime.now(datetime.UTC)
     rows = [
@@ -35,9 +35,9 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
             checkpoint.uri,
             checkpoint.format,
             "" if checkpoint.step is None else checkpoint.step,
-            "" if checkpoint.nbytes is None else in_bytes(checkpoint.nbytes),
+            "" if checkpoint.nbytes is None else format_bytes(checkpoint.nbytes),
             "" if checkpoint.entries is None else checkpoint.entries,
-            "" if checkpoint.created is None else in_time((now - checkpoint.created).total_seconds()),
+            "" if checkpoint.created is None else format_age((now - checkpoint.created).total_seconds()),
             checkpoint.state,
         )
         for checkpoint in sorted(found, key=lambda checkpoint: (checkpoint.step or 0, checkpoint.uri))
@@ -51,35 +51,36 @@ def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     given = storage_options(options)
     removal = find_removal(uri, given)
     if not yes:
-        names = removal.unusual or removal.names[:SHOWN]
+        names = removal.unusual or removal.names[:SHOWN_NAMES]
         for name in names:
             tell(f"  {name!r}")
         if len(names) < len(removal.names):
             tell(f"  and {len(removal.names) - len(names)} more")
-        what = f"{removal.format} checkpoint of {in_bytes(removal.nbytes)}, {len(removal.names)} objects,"
+        what = f"{removal.format} checkpoint of {format_bytes(removal.nbytes)}, {len(removal.names)} objects,"
         if not typer.confirm(shown(f"Remove the {what} at {uri}?")):
             raise typer.Exit(1)
-    tell(f"{len(remove(uri, given, expected=removal))} objects removed")
+    tell(f"{len(reshard.remove(uri, given, expected=removal))} objects removed")
 
 
 def gc(
     uri: str, older_than_hours: float, dry_run: bool, yes: bool, no_save_running: bool, options: list[str] | None
 ) -> None:
-    if not older_than_hours >= SAFE_HOURS and not (dry_run or no_save_running):
+    older_than_s = older_than_hours * 3600
+    if not older_than_s >= MIN_AGE_S and not (dry_run or no_save_running):
         raise typer.BadParameter(
-            f"{older_than_hours:g} hours could remove the data of a save that is about to commit, and so damage its "
-            f"checkpoint: give {SAFE_HOURS} or more, or add --no-save-running if no save is in progress there",
+            f"{older_than_hours:g} hours could remove the data of a save that is about to commit, and damage its "
+            f"checkpoint: pass {MIN_AGE_S / 3600:g} or more, or add --no-save-running if no save is running there",
             param_hint="--older-than",
         )
     given = storage_options(options)
-    found = find_remains(uri, given, older_than_s=older_than_hours * 3600)
-    for place in found:
-        tell(f"{place.uri}: {len(place.names)} objects, {in_bytes(place.nbytes)}")
+    found = reshard.gc(uri, given, older_than_s=older_than_s, dry_run=True)
+    for remains in found:
+        tell(f"{remains.uri}: {len(remains.names)} objects, {format_bytes(remains.nbytes)}")
     if not found:
-        tell(f"nothing that is older than {older_than_hours:g} hours")
+        tell(f"no data that is older than {older_than_hours:g} hours")
     elif not dry_run:
-        total = sum(place.nbytes for place in found)
-        if not yes and not typer.confirm(f"Remove {in_bytes(total)} that no checkpoint names?"):
+        total = sum(remains.nbytes for remains in found)
+        if not yes and not typer.confirm(f"Remove {format_bytes(total)} that no checkpoint uses?"):
             raise typer.Exit(1)
-        remove_remains(found, given, older_than_s=older_than_hours * 3600)
+        remove_remains(found, given, older_than_s=older_than_s)
         tell("removed")

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.planner import checks
+from reshard.planner import index_checks
 from reshard.planner.box import IntArray
-from reshard.planner.checks import tile
 from reshard.planner.errors import InvalidIndexError
+from reshard.planner.index_checks import tile
 from tests.planner.boxes import cuts_of, shapes
 
 
@@ -42,6 +42,6 @@ def test_what_no_grid_has_cut_tiles_too() -> None:
 
 
 def test_too_many_corners_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "MAX_CORNERS", 1000)
-    with pytest.raises(InvalidIndexError, match="1000 shards are cut along 2 dimensions, and not by a grid"):
+    monkeypatch.setattr(index_checks, "MAX_CORNERS", 1000)
+    with pytest.raises(InvalidIndexError, match="1000 shards are cut along 2 dimensions, but not by a grid"):
         tile(*pinwheel(200))

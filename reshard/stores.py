@@ -1,0 +1,7 @@
+"""Stores: where objects are kept. Implement `Store` to add another one."""
+
+from .storage.stores.base import ObjectWriter as ObjectWriter
+from .storage.stores.base import Store as Store
+from .storage.stores.base import held as held
+from .storage.stores.local import LocalStore as LocalStore
+from .storage.stores.open import open_store as open_store
