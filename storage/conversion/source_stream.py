@@ -24,7 +24,7 @@ from ..reading.value_reads import ValueRead
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
 from ..tensors.splitting import MAX_PIECE_BYTES, group_by_bytes
@@ -103,7 +103,7 @@ class SourceStream:
     def _wait(self, future: Future[list[torch.Tensor]]) -> list[torch.Tensor]:
         """Wait for a read, and call `interrupt` regularly."""
         while not future.done():
-            wait([future], HEED_S)
+            wait([future], CHECK_EVERY_S)
             self._interrupt()
         return future.result()
 
