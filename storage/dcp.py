@@ -60,7 +60,7 @@ from .runtime.logs import logger_of
 from .runtime.process_group import (
     Alarm,
     Arrivals,
-    Opened,
+    OpenedCheckpoint,
     check_same_checkpoint,
     is_distributed,
     raises_portable,
@@ -360,7 +360,7 @@ class StorageReader(dcp.StorageReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         source = self._open()
         fingerprint = source.fingerprint() if is_distributed() else ""
-        return replace(plan, storage_data=Opened(source.location, fingerprint))
+        return replace(plan, storage_data=OpenedCheckpoint(source.location, fingerprint))
 
     @raises_portable
     @undisturbed()
