@@ -162,6 +162,15 @@ def test_guide_asserts_something(page: Path) -> None:
     assert any("assert " in block.text or ">>> " in block.text for block in blocks(page) if block.runs)
 
 
+@pytest.mark.parametrize("record", sorted((ROOT / "docs" / "decisions").glob("0*.md")), ids=lambda path: path.stem)
+def test_decision_record_is_complete_and_in_the_index(record: Path) -> None:
+    text = record.read_text()
+    for part in ("Question", "Choice", "Alternatives", "Figures"):
+        assert f"\n**{part}.**" in text, part
+    title = text.partition("\n")[0].partition(". ")[2]
+    assert f"[{title}]({record.name})" in (record.parent / "README.md").read_text()
+
+
 def public_names() -> Iterator[tuple[str, object]]:
     """Yield the stable address and the value of everything that users may import."""
     for name in reshard.__all__:
