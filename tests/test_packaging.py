@@ -82,7 +82,7 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(built: tuple[Path, Pa
     }
     assert code == expected | {"reshard/py.typed"}
     assert {
-        "reshard/storage/formats/dcp.py",
+        "reshard/storage/formats/dcp_source.py",
         "reshard/storage/conversion/targets/dcp.py",
         "reshard/planner/grid.py",
     } <= code
@@ -101,7 +101,7 @@ def test_the_metadata_is_that_of_the_project(built: tuple[Path, Path, Path]) -> 
     assert {"s3", "obstore", "gcs", "docs", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     with tarfile.open(sdist) as source:
         inside = {name.partition("/")[2] for name in source.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "planner/grid.py", "storage/formats/dcp.py"} <= inside
+    assert {"LICENSE", "README.md", "pyproject.toml", "planner/grid.py", "storage/formats/dcp_source.py"} <= inside
 
 
 def test_it_works_where_nothing_else_is_installed(built: tuple[Path, Path, Path], tmp_path: Path) -> None:
