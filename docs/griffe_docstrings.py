@@ -1,6 +1,7 @@
 """Show trees and lists in docstrings that Google style has no section for.
 
-The lines after "Raises, on every rank ...:" become a list. A tree becomes a code block.
+The lines after "Raises, on every rank ...:" become a list, and a tree becomes a code
+block.
 """
 
 from __future__ import annotations

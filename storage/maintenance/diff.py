@@ -121,7 +121,7 @@ def _of_values(
             yield from (Piece(item, box) for box in boxes[name])
 
     with closing(SourceStream(a, 0, None, _ignore)) as values_a, closing(SourceStream(b, 0, None, _ignore)) as values_b:
-        pairs = zip(values_a.stream(pieces(0)), values_b.stream(pieces(1)), strict=True)
+        pairs = zip(values_a.tensors(pieces(0)), values_b.tensors(pieces(1)), strict=True)
         for name, (mine, other) in names.items():
             changed, largest = 0, 0.0
             for one, two in islice(pairs, len(boxes[name])):

@@ -157,7 +157,7 @@ def convert_differently(src: str, folder: str, what: str) -> str:
     differing: dict[str, dict[str, Any]] = {
         "codec": {"codec": ("zstd", "none")[rank]},
         "format": {"format": FORMATS[rank]},
-        "names": {"names": ("*", "model")[rank]},
+        "include": {"include": ("*", "model")[rank]},
         "dtype": {"dtype": (None, torch.float16)[rank]},
     }
     dst = f"{folder}/dst" if what in differing else f"{folder}/dst-{rank}"
@@ -166,11 +166,15 @@ def convert_differently(src: str, folder: str, what: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["codec", "format", "names", "dtype", "place"])
+@pytest.mark.parametrize("what", ["codec", "format", "include", "dtype", "destination"])
 def test_ranks_that_are_given_different_arguments_are_told(ranks: RankPool, tmp_path: Path, what: str) -> None:
     src = save_native({"model": {"w": torch.ones(3)}, "step": torch.tensor(1)}, tmp_path / "src")
     told = ranks.run(2, convert_differently, str(src), str(tmp_path), what)
-    assert told == ["the ranks of one conversion were given different checkpoints, places or arguments"] * 2
+    assert (
+        told
+        == ["the ranks passed different sources, destinations or arguments to convert: all ranks must pass the same"]
+        * 2
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"src"}
 
 
