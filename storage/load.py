@@ -22,7 +22,7 @@ from .reading.read_tensors import ReadOptions
 from .reading.state_dict_reads import StateDictRead
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Opened, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
+from .runtime.process_group import Alarm, OpenedCheckpoint, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
@@ -104,7 +104,7 @@ def load(
     states: Mapping[str, Any] = {}
     prepared: list[StateDictRead] = []
 
-    def prepare() -> Opened:
+    def prepare() -> OpenedCheckpoint:
         nonlocal states
         if not isinstance(strict, bool):
             raise ArgumentError(
@@ -124,7 +124,7 @@ def load(
         )
         with record_function("reshard.open"):
             source = open_source(uri, storage_options, format)
-        opened = Opened(source.location, source.fingerprint() if is_distributed() else "")
+        opened = OpenedCheckpoint(source.location, source.fingerprint() if is_distributed() else "")
         states = stateful_to_state(state_dict)
         prepared.append(StateDictRead(source, states, options))
         return opened

@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint without ranks: saved in one process, or put together shard by shard."""
+"""DCP checkpoints without ranks: saved in one process, or assembled from shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METADATA = ".metadata"
 
 
 class OfRank(FileSystemWriter):
-    """What one rank of several writes without collectives."""
+    """Writes what one of several ranks writes without collectives."""
 
     def __init__(self, path: str, number: int, **options: Any) -> None:
         super().__init__(path, sync_files=False, **options)
@@ -50,10 +50,10 @@ def put_together(
     objects: dict[str, object] | None = None,
     change: Callable[[Metadata], object] = lambda metadata: None,
 ) -> MemoryStore:
-    """A checkpoint of tensors in shards, of which the i-th of each lies in the file of rank i.
+    """Return a checkpoint of tensors in shards. The i-th shard of each tensor is in the file of rank i.
 
     Args:
-        change: what is done to the metadata before it is pickled.
+        change: A change to the metadata before it is pickled.
     """
     store = MemoryStore()
     files: dict[str, bytes] = {}
@@ -80,7 +80,7 @@ def put_together(
 
 
 def rows(count: int, *shape: int) -> list[Box]:
-    """A shape in parts of so many rows."""
+    """Return the boxes of a shape that is split into parts of `count` rows."""
     return [
         Box((at, *(0 for _ in shape[1:])), (min(count, shape[0] - at), *shape[1:])) for at in range(0, shape[0], count)
     ]

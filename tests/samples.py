@@ -1,4 +1,4 @@
-"""Tensors of every dtype, and what tests of other formats' checkpoints do with them."""
+"""Tensors of every dtype, and helpers for tests of checkpoints in other formats."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from reshard.storage.tensors.dtypes import as_array, as_bytes, torch_dtype
 
 
 def sample(dtype: str, *shape: int) -> torch.Tensor:
-    """A tensor of any bits."""
+    """Return a tensor with random bits."""
     bits = torch.randint(0, 256, (*shape, ITEMSIZES[dtype]), dtype=torch.uint8)
     return bits[..., 0] > 127 if dtype == "bool" else bits.view(torch_dtype(dtype))[..., 0]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bits."""
+    """Return whether two tensors have the same dtype, shape and bits."""
     return a.dtype == b.dtype and a.shape == b.shape and bytes(as_bytes(as_array(a))) == bytes(as_bytes(as_array(b)))
 
 
 def check_equal(found: Any, expected: Any) -> None:
-    """Two state dicts have the same values, keys and types, at any depth."""
+    """Check that two state dicts have the same values, keys and types at any depth."""
     assert type(found) is type(expected)
     if isinstance(expected, torch.Tensor):
         assert same(found, expected)
@@ -48,7 +48,7 @@ def check_equal(found: Any, expected: Any) -> None:
 
 
 def assert_holds(checkpoint: reshard.Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A checkpoint has these tensors, and no others, and tells of them what they are."""
+    """Check that a checkpoint has exactly these tensors, with correct metadata and values."""
     assert set(checkpoint.tensors) == set(tensors)
     for name, values in tensors.items():
         info = checkpoint.tensors[name]
@@ -57,7 +57,7 @@ def assert_holds(checkpoint: reshard.Checkpoint, tensors: Mapping[str, torch.Ten
 
 
 def boxes(shape: tuple[int, ...]) -> Iterator[reshard.Box]:
-    """All of a tensor, nothing of it, a row, a column, an inner part, and its corners."""
+    """Return boxes of a tensor: all of it, nothing of it, a row, a column, an inner part, and the corners."""
     extents = [[(0, n), (n // 2, 0), (n // 3, 1), (n // 4, max(1, n // 2))] for n in shape]
     for row in itertools.product(*extents):
         yield reshard.Box(tuple(offset for offset, _ in row), tuple(size for _, size in row))
@@ -65,7 +65,7 @@ def boxes(shape: tuple[int, ...]) -> Iterator[reshard.Box]:
 
 
 class Runs:
-    """An object whose unpickling calls a function."""
+    """A value whose unpickling calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self._call = function, arguments
@@ -75,12 +75,12 @@ class Runs:
 
 
 def running(function: Any, *arguments: Any, protocol: int = 4) -> bytes:
-    """A pickle that calls a function."""
+    """Return a pickle that calls a function."""
     return pickle.dumps(Runs(function, *arguments), protocol)
 
 
 @dataclass(frozen=True)
 class Custom:
-    """An object that only pickle can store."""
+    """A value that only pickle can store."""
 
     value: int

@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote, which lie beside as files, are still read."""
+"""Checkpoints that earlier versions wrote, stored in tests/checkpoints, can still be read."""
 
 from __future__ import annotations
 

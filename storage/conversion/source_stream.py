@@ -24,10 +24,10 @@ from ..reading.value_reads import ValueRead
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
-from ..tensors.splitting import PIECE_BYTES, group_by_bytes
+from ..tensors.splitting import MAX_PIECE_BYTES, group_by_bytes
 from .work_items import Item, Piece
 
 MAX_GROUP_BYTES = 256 * 1024 * 1024
@@ -61,7 +61,7 @@ class SourceStream:
         budget = default_budget() if budget_bytes is None else budget_bytes
         self._source = source
         self._lock = threading.Lock()
-        self.group_bytes = max(PIECE_BYTES, min(MAX_GROUP_BYTES, budget // READ_PARTS))
+        self.group_bytes = max(MAX_PIECE_BYTES, min(MAX_GROUP_BYTES, budget // READ_PARTS))
         """The bytes of values that are read together."""
         self._pool = Pool(1, "reshard-convert")
         self._workers = Workers(source.store)
@@ -103,7 +103,7 @@ class SourceStream:
     def _wait(self, future: Future[list[torch.Tensor]]) -> list[torch.Tensor]:
         """Wait for a read, and call `interrupt` regularly."""
         while not future.done():
-            wait([future], HEED_S)
+            wait([future], CHECK_EVERY_S)
             self._interrupt()
         return future.result()
 

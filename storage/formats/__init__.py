@@ -1,1 +1,1 @@
-"""Checkpoint formats: how each one says what it has, and where."""
+"""Checkpoint formats: what a checkpoint contains, and where its bytes are."""

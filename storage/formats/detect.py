@@ -1,4 +1,4 @@
-"""Which format a checkpoint has, by what lies at its place; and the source that reads it."""
+"""Detect the format of a checkpoint by the objects at its location, and open the source that reads it."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
 from ..stores.open import open_found_store, open_store
-from .dcp import DcpSource
 from .dcp_metadata import METADATA, RANK_METADATA
+from .dcp_source import DcpSource
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_numbered_files, describe_files, group_numbered_files, read_weight_map
 from .metadata_reads import Reads
 from .native.manifest import DATA_NAME, MANIFEST_NAME, Manifest
-from .safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
+from .safetensors_source import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .source import Source
-from .torch_save.source import LEGACY_MAGIC, TorchSaveSource
+from .torch_save.torch_save_source import LEGACY_MAGIC, TorchSaveSource
 
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
-"""The formats of single files, by how their names end."""
+"""The formats of single files, by the suffix of their names."""
 HF_FILE = "pytorch_model.bin"
-"""What transformers calls a model's file of torch.save, beside others."""
+"""The name that transformers gives to a torch.save file of a model. Other such files in its folder are ignored."""
 TORCH_INDEX_SUFFIX = ".bin.index.json"
 MAIN_INDEXES = (f"model{INDEX_SUFFIX}", f"pytorch_model{TORCH_INDEX_SUFFIX}")
-"""What transformers calls a model's index. It counts if there are others beside it."""
+"""The names that transformers gives to the index of a model. Other indexes in the folder are ignored."""
 SIGNATURE_BYTES = 32
-"""Of a file, to tell its format."""
+"""How many first bytes of a file are read to detect its format."""
 CONVERSION = ".reshard-convert.json"
-"""What a conversion keeps at its place until it has come to its end."""
+"""The name of the object that a conversion keeps at its destination until it has finished."""
 MAX_OBJECTS_SEARCHED = 10_000
-"""Objects that are looked at in search of a checkpoint."""
+"""How many objects of a folder are listed to find a checkpoint."""
 
 
 @undisturbed()
@@ -49,11 +49,16 @@ def open_source(
     """Open the checkpoint at a path or URI, or in a store.
 
     Args:
-        format: one of FORMATS; found out by default.
-        is_found: whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
+        target: The location of a folder or file, or the store of a folder.
+        storage_options: Options of the store.
+        format: One of FORMATS. By default, the format is detected.
+        is_found: Whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
 
-    Raises CheckpointNotFoundError, NotCommittedError, CorruptCheckpointError, UnsupportedVersionError,
-    UnsafeValueError, UnsupportedURIError, ArgumentError, StoreError.
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint, or it is unclear which one is meant.
+        NotCommittedError: The save or conversion has not finished, or was interrupted.
+        CorruptCheckpointError, UnsupportedVersionError, UnsafeValueError: The metadata cannot be read.
+        UnsupportedURIError, ArgumentError, StoreError: See the messages.
     """
     if format not in (None, *FORMATS):
         raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
@@ -79,7 +84,7 @@ def open_source(
 
 
 def _file(store: Store, name: str, format: str | None) -> Source | None:
-    """The source that a single file is; None where it is not there, or is none."""
+    """Open a single file. Return None if it does not exist, or is not a checkpoint."""
     reads = Reads(store)
     try:
         reads.size(name)
@@ -106,7 +111,7 @@ def _torch(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source
 
 
 def _noting_others(source: ForeignSource, beside: Sequence[str]) -> Source:
-    """Note in the source's `info` which weight files beside it its index does not name."""
+    """Note in the source's `info` the weight files in its folder that its index does not name."""
     others = sorted(set(beside).difference(name for name, _ in source.objects))
     if others:
         source.info["files_left_out"] = others
@@ -127,7 +132,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
         raise NotCommittedError(
             f"the checkpoint at {store.location} is being converted, or its conversion was interrupted: it has "
-            f"{CONVERSION}. The same call of reshard.convert goes on with it"
+            f"{CONVERSION}. Make the same call of reshard.convert again to resume it"
         )
     ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
     indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
@@ -135,7 +140,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if cut and METADATA not in top and not indexes and not torch_indexes:
         raise CheckpointNotFoundError(
             f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a "
-            "checkpoint among: give its own folder, or its file"
+            "checkpoint in them: give the folder or file of the checkpoint"
         )
     if format in (None, "dcp") and (METADATA in top or ranks):
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank_of_metadata))
@@ -156,20 +161,21 @@ def _in_folder(store: Store, format: str | None) -> Source:
 
 
 def _index_of(store: Store, indexes: Sequence[str]) -> str:
-    """The index that counts. Raises CheckpointNotFoundError if that is not clear."""
+    """Return the index to use. Raise CheckpointNotFoundError if that is unclear."""
     found = [name for name in indexes if name in MAIN_INDEXES] or indexes
     if len(found) > 1:
         raise CheckpointNotFoundError(
-            f"{store.location} has {len(found)} indexes, {describe_files(found)}: open one of them, as "
+            f"{store.location} has {len(found)} indexes, {describe_files(found)}: open one of them, for example "
             f"'{store.location}/{found[0]}'"
         )
     return found[0]
 
 
 def _of_one_model(store: Store, files: list[str]) -> list[str]:
-    """The files of torch.save that are one model: a single one, or numbered ones. None if that is not clear.
+    """Return the torch.save files that form one model: a single file, or numbered files. Empty if that is unclear.
 
-    Raises CorruptCheckpointError if numbered ones are missing.
+    Raises:
+        CorruptCheckpointError: Numbered files are missing.
     """
     if HF_FILE in files or len(files) == 1:
         files = [HF_FILE] if HF_FILE in files else files
@@ -182,7 +188,8 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
 
 
 def is_of_a_checkpoint(name: str) -> bool:
-    """Return whether a name at the top of a folder is one that a checkpoint of another format, or a conversion, has."""
+    """Return whether a name shows that a folder contains a checkpoint of another format, or an unfinished
+    conversion."""
     known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
     is_top = "/" not in name
     return is_top and (
@@ -218,14 +225,14 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
     files = [name for name in names if "/" not in name and FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
     if files and format in (None, "torch"):
         return CheckpointNotFoundError(
-            f"{store.location} has {len(files)} files of torch.save: open one of them, as {files[0]!r}"
+            f"{store.location} has {len(files)} torch.save files: open one of them, for example {files[0]!r}"
         )
     looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
     marks = {
         "reshard": MANIFEST_NAME,
         "dcp": METADATA,
         "safetensors": f"*{SUFFIX}",
-        "torch": "single file of torch.save",
+        "torch": "single torch.save file",
     }
     lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
     return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}")

@@ -1,4 +1,4 @@
-"""What the sources of other formats have in common: shards that are byte ranges of objects, without checksums."""
+"""The base class of sources of other formats: their shards are byte ranges of objects, without checksums."""
 
 from __future__ import annotations
 
@@ -28,28 +28,32 @@ from .source import Unreadable, bounded
 from .value_codec import encode_value
 
 FINGERPRINT_OBJECTS = 4
+"""How many objects a fingerprint reads. Metadata alone does not change if only values change."""
 FINGERPRINT_BYTES = 4096
-"""Of each of these objects, what a fingerprint reads: metadata does not change where only values do."""
+"""How many bytes of each object a fingerprint reads."""
 
 
 @dataclass(slots=True, eq=False)
 class Shards:
-    """The shards of one tensor, in columns."""
+    """The shards of one tensor in columns. Row i is shard i."""
 
     offsets: IntArray
-    """(n, ndim)"""
+    """(n, ndim) the offsets of their boxes in the tensor."""
     sizes: IntArray
+    """(n, ndim) the sizes of their boxes."""
     objects: IntArray
-    """(n,) positions in the source's objects."""
+    """(n,) the positions of their objects in the source's `objects`."""
     starts: IntArray
-    """(n,) the first byte of each in its object."""
+    """(n,) their first bytes in their objects."""
     lengths: IntArray
-    """(n,) in bytes."""
+    """(n,) their stored bytes."""
     encodings: npt.NDArray[np.uint8]
+    """(n,) values of `Encoding`."""
 
     @classmethod
     def of(cls, rows: list[tuple[Box, int, int, int, Encoding]], ndim: int) -> Shards:
-        """From rows of box, object, start, length and encoding."""
+        """Return the shards of a tensor with `ndim` dimensions, from rows of box, object, start, length and
+        encoding."""
         boxes, *columns = zip(*rows, strict=True) if rows else ((),) * 5
         objects, starts, lengths = (np.array(column, np.int64) for column in columns[:3])
         offsets = np.array([box.offsets for box in boxes], np.int64).reshape(len(rows), ndim)
@@ -58,7 +62,14 @@ class Shards:
 
 
 def whole_tensor(dtype: str, shape: tuple[int, ...], at: int, start: int) -> Shards:
-    """A tensor stored row-major, in one piece, from byte `start` of object `at` on; nothing of one without elements."""
+    """Return the shards of a tensor that is stored row-major as one byte range. A tensor without elements has none.
+
+    Args:
+        dtype: The planner's name of the dtype.
+        shape: The shape of the tensor.
+        at: The position of the object in the source's `objects`.
+        start: The first byte of the values in the object.
+    """
     box = Box.whole(shape)
     rows = [(box, at, start, box.numel * ITEMSIZES[dtype], Encoding.PLAIN)] if box.numel else []
     return Shards.of(rows, len(shape))
@@ -68,11 +79,18 @@ _NO_SHARDS = Shards.of([], 1)
 
 
 class ForeignSource:
-    """A checkpoint of another format: a `Source`."""
+    """A checkpoint of another format. Subclasses add its tensors and values in `__init__`. Implements `Source`."""
 
     format = ""
+    """The name of the format, as in `FORMATS`."""
 
     def __init__(self, reads: Reads, objects: Iterable[tuple[str, int]]) -> None:
+        """Start without entries.
+
+        Args:
+            reads: The store.
+            objects: Name and size in bytes of each object with values.
+        """
         self._reads = reads
         self.objects = tuple(objects)
         self.info: dict[str, Any] = {}
@@ -83,7 +101,7 @@ class ForeignSource:
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()
-        """Names that are in no index: objects that are here."""
+        """Values whose bytes are in `inline`. An index does not contain them."""
         self._lock = Lock()
 
     def add(
@@ -95,9 +113,18 @@ class ForeignSource:
         shards: Shards,
         order: tuple[int, ...] | None = None,
     ) -> None:
-        """Add a tensor, or an object of the store.
+        """Add a tensor, or a value that is stored in an object. A tensor is unreadable if this torch lacks its dtype.
 
-        A tensor whose dtype this torch does not have becomes unreadable. Raises CorruptCheckpointError.
+        Args:
+            name: The name of the entry.
+            kind: What the entry is.
+            dtype: The planner's name of the dtype; "uint8" for a value.
+            shape: The global shape; (nbytes,) for a value.
+            shards: Where the shards are.
+            order: The dimensions from the outermost to the innermost in the stored shards, if they are not row-major.
+
+        Raises:
+            CorruptCheckpointError: The name is taken, or there can be no such tensor.
         """
         entry = self.check(name, kind, dtype, shape, order)
         if name in self:
@@ -112,27 +139,37 @@ class ForeignSource:
     def check(
         self, name: str, kind: Kind, dtype: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None
     ) -> Entry:
-        """Return the entry of these values. Raises CorruptCheckpointError if there can be none."""
+        """Return an entry. Raise CorruptCheckpointError if there can be no such entry."""
         try:
             return Entry(name, kind, dtype, Grid(shape, (1,) * len(shape)), order)
         except (InvalidIndexError, ValueError) as error:
             raise self.contradiction(error) from error
 
     def refuse(self, name: str, kind: type[CheckpointError], reason: str, object: str = "") -> None:
-        """Add a name that cannot be read. Raises CorruptCheckpointError if the name is taken."""
+        """Add a name that cannot be read.
+
+        Args:
+            name: The name of the entry.
+            kind: The class of the error that reading the name raises.
+            reason: The message of that error.
+            object: The object that should hold the values, if known.
+
+        Raises:
+            CorruptCheckpointError: The name is taken.
+        """
         if name in self:
             raise self.contradiction(f"two tensors have the name {name!r}")
         self.unreadable[name] = Unreadable(kind, reason, object)
 
     def add_value(self, name: str, value: object) -> None:
-        """Another value that is no tensor, which is here already."""
+        """Add a value that has already been read. Raise CorruptCheckpointError if the name is taken."""
         kind, data = encode_value(value)
         self.add(name, kind, "uint8", (len(data),), _NO_SHARDS)
         self.inline[name] = data
         self._unread.add(name)
 
     def contradiction(self, what: object) -> CorruptCheckpointError:
-        """The error for metadata that cannot be true."""
+        """Return the error for metadata that contradicts itself."""
         return CorruptCheckpointError(
             f"the {self.format} checkpoint at {self.store.location} contradicts itself: {what}"
         )
@@ -176,7 +213,7 @@ class ForeignSource:
 
     def fingerprint(self) -> str:
         def sample(name: str, nbytes: int) -> None:
-            with suppress(ObjectNotFoundError):  # reading a tensor in it will raise the error
+            with suppress(ObjectNotFoundError):  # a read of a tensor in it raises the error
                 self._reads.whole(name, nbytes // 2, min(nbytes // 2 + FINGERPRINT_BYTES, nbytes))
 
         objects = [(name, nbytes) for name, nbytes in self.objects if nbytes][:FINGERPRINT_OBJECTS]
@@ -200,7 +237,7 @@ class ForeignSource:
             return self._build([self.entry(name) for name in names if name not in self._unread])
 
     def locate(self, wants: list[Want]) -> None:
-        """Find out where the values are that some reads need. For formats whose metadata does not tell."""
+        """Find out where the values for some reads are. Formats override this if their metadata does not contain it."""
 
     def _build(self, entries: list[Entry]) -> CheckpointIndex:
         shards = [self._shards[entry.name] for entry in entries]

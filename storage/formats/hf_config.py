@@ -9,15 +9,23 @@ from ..stores.base import Store
 
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+"""How much of a `config.json` is read."""
 TP_PLAN_KEYS = ("base_model_tp_plan", "tp_plan")
-"""What a plan is called: of the model below the head, whose names then lack the head's prefix, and of all."""
+"""The keys of plans: of the base model, whose names lack the prefix of the model with a head, and of the whole
+model."""
 
 
 def read_tp_plan(store: Store) -> dict[str, str]:
-    """The plan of the `config.json` in a store, as rules of a Layout: patterns and words; empty where there is none.
+    """Read the tensor-parallel plan in the `config.json` of a store.
 
-    A pattern also stands for what has it below another module: `layers.*.up` for `model.layers.0.up`.
-    Raises CorruptCheckpointError where the file is not what it should be, StoreError.
+    Returns:
+        Rules for a Layout: patterns of names, and words such as "colwise". Each pattern also matches names below
+            another
+        module: `layers.*.up` matches `model.layers.0.up`. Empty if there is no `config.json` or no plan in it.
+
+    Raises:
+        CorruptCheckpointError: The file is not a configuration.
+        StoreError: The store cannot be read.
     """
     try:
         data = bytes(store.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES))
@@ -27,5 +35,7 @@ def read_tp_plan(store: Store) -> dict[str, str]:
         config = json.loads(data)
         plan = {str(pattern): str(word) for key in TP_PLAN_KEYS for pattern, word in (config.get(key) or {}).items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{CONFIG_NAME!r} in {store.location} is no configuration: {error!r}") from error
+        raise CorruptCheckpointError(
+            f"{CONFIG_NAME!r} in {store.location} is not a configuration: {error!r}"
+        ) from error
     return {form: word for pattern, word in plan.items() for form in (pattern, f"*.{pattern}")}

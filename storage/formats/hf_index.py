@@ -1,7 +1,7 @@
-"""Models that are stored as several files: which files belong together, and the index that says where each tensor is.
+"""Models that are stored as several files: find the files of a model, and the index that says where each tensor is.
 
-Hugging Face numbers the files (`model-00001-of-00003.safetensors`) and writes an index beside them. The index decides:
-a tensor is read from the file that the index names, whatever other files hold.
+Hugging Face numbers the files (`model-00001-of-00003.safetensors`) and writes an index beside them. A tensor is read
+from the file that the index names, even if other files contain it too.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from .foreign import ForeignSource
 from .metadata_reads import MALFORMED_ERRORS, Reads
 
 MAX_INDEX_BYTES = 100_000_000
+"""The largest size of an index."""
 MAX_FILES_IN_ERROR = 8
-"""Files that an error names."""
+"""How many files an error message names."""
 _PLAIN_NAME = re.compile(r"[^/\\\0]+")
 _PART = re.compile(r"(?P<prefix>.*[-_.])?(?P<number>\d{1,7})[-_]of[-_](?P<count>\d{1,7})(?P<suffix>(?:\.\w+)+)")
 _OF_RANK = re.compile(r"shard-\d+-")
-"""How the names begin that torch's HuggingFaceStorageWriter gives to the files of one rank."""
+"""The prefix that torch's HuggingFaceStorageWriter gives to the files of one rank."""
 InFile = TypeVar("InFile")
 TensorsByName = dict[str, list[tuple[int, InFile]]]
-"""What files hold by name: the position of the file in the source's objects, and what it says of the tensor."""
+"""The contents of files, by name: the position of each file in the source's `objects`, and what it says about the
+tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,13 @@ class WeightMap:
     """An index: which file holds which tensor."""
 
     index: str
-    """The index's own name."""
+    """The name of the index."""
     files: Mapping[str, str]
+    """The file of each tensor."""
 
     @property
     def names(self) -> list[str]:
-        """The files."""
+        """The names of all files, sorted."""
         return sorted(set(self.files.values()))
 
 
@@ -48,9 +51,14 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
     """Read an index of Hugging Face.
 
     Args:
-        beside: files of weights in the same folder, for the error.
+        reads: The store.
+        name: The name of the index.
+        beside: Weight files in the same folder, for the error message.
 
-    Raises CorruptCheckpointError, ObjectNotFoundError, StoreError.
+    Raises:
+        CorruptCheckpointError: The object is not an index.
+        ObjectNotFoundError: There is no such object.
+        StoreError: The store cannot be read.
     """
     try:
         nbytes = reads.size(name)
@@ -59,35 +67,38 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
         weight_map = json.loads(reads.exactly(name, 0, nbytes))["weight_map"]
         files = {str(tensor): file.removeprefix("./") for tensor, file in weight_map.items()}
         if not all(_is_inside(file) for file in files.values()):
-            raise ValueError(f"a file is not one of this folder, of {sorted(set(files.values()))}")
+            raise ValueError(f"it names files outside its folder, among {sorted(set(files.values()))}")
         return WeightMap(name, files)
     except MALFORMED_ERRORS as error:
         kind = "safetensors" if name.endswith(".safetensors.index.json") else "weights"
         raise CorruptCheckpointError(
-            f"{name!r} in {reads.store.location} is no index of {kind}: {reason(error)}{_weights_beside(beside)}"
+            f"{name!r} in {reads.store.location} is not an index of {kind}: {reason(error)}{_weights_beside(beside)}"
         ) from error
 
 
 def _is_inside(file: str) -> bool:
-    """Whether a name is that of a file in a folder, or in one below it."""
+    """Return whether a name is that of a file inside the folder."""
     return all(_PLAIN_NAME.fullmatch(part) and part not in (".", "..") for part in file.split("/"))
 
 
 def _weights_beside(files: Sequence[str]) -> str:
     if not files:
         return ""
-    return f". Beside it are the weights {describe_files(files)}: restore the index, or remove it to read all of them"
+    return (
+        f". The folder also has the weight files {describe_files(files)}: restore the index, or remove it to read all "
+        "of them"
+    )
 
 
 def describe_files(names: Iterable[str]) -> str:
-    """Return the first of some names, and how many more there are."""
+    """Return some of the names, and how many more there are, for an error message."""
     names = list(names)
     more = f" and {len(names) - MAX_FILES_IN_ERROR} more" if len(names) > MAX_FILES_IN_ERROR else ""
     return ", ".join(map(repr, names[:MAX_FILES_IN_ERROR])) + more
 
 
 def check_numbered_files(location: str, names: Iterable[str]) -> None:
-    """Check that no file named `…-00001-of-00003.…` is missing. Raises CorruptCheckpointError naming those that are."""
+    """Check that no file named `…-00001-of-00003.…` is missing. Raise CorruptCheckpointError with the missing names."""
     groups: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
         part = _PART.fullmatch(name)
@@ -104,13 +115,14 @@ def check_numbered_files(location: str, names: Iterable[str]) -> None:
             files = [f"{prefix}{number:0{len(count)}}-of-{count}{suffix}" for number in missing]
             more = f" and {lacking - MAX_FILES_IN_ERROR} more" if lacking > MAX_FILES_IN_ERROR else ""
             raise CorruptCheckpointError(
-                f"the checkpoint at {location} is incomplete: {', '.join(map(repr, files))}{more} of {int(count)} "
-                "files is missing. Copy it again, or open one of the files that are there by its own path"
+                f"the checkpoint at {location} is incomplete: of {int(count)} files, "
+                f"{', '.join(map(repr, files))}{more} {'is' if lacking == 1 else 'are'} missing. Copy them again, or "
+                "open one of the existing files by its own path"
             )
 
 
 def group_numbered_files(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
-    """The files named `…-00001-of-00003.…`, by what is before and after the first number."""
+    """Group the files named `…-00001-of-00003.…` by the parts of their names before and after the first number."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         part = _PART.fullmatch(name)
@@ -120,10 +132,16 @@ def group_numbered_files(names: Iterable[str]) -> dict[tuple[str, str], list[str
 
 
 def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
-    """The files that are there, with their sizes.
+    """Return the files that exist, with their sizes.
 
-    Raises ObjectNotFoundError if one is missing and no index names it, CorruptCheckpointError if all that an index
-    names are missing.
+    Args:
+        reads: The store.
+        names: The files of a model.
+        weight_map: The index that names them, if there is one.
+
+    Raises:
+        ObjectNotFoundError: A file is missing, and there is no index.
+        CorruptCheckpointError: There is an index, and all files that it names are missing.
     """
 
     def size(name: str) -> int | None:
@@ -139,11 +157,7 @@ def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | N
     if weight_map is not None and not found:
         said = "names no tensors"
         if names:
-            said = (
-                "says that tensors are in a file that is missing"
-                if len(names) == 1
-                else "names files that all are missing"
-            )
+            said = "names a file that is missing" if len(names) == 1 else "names files that are all missing"
         raise CorruptCheckpointError(
             f"the index {weight_map.index!r} in {reads.store.location} {said}"
             f"{': ' if names else ''}{describe_files(names)}"
@@ -154,10 +168,13 @@ def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | N
 def select_by_index(
     source: ForeignSource, found: TensorsByName[InFile], weight_map: WeightMap
 ) -> TensorsByName[InFile]:
-    """Return what the index selects of what the files hold.
+    """Return the contents of the files that the index names.
 
-    What the index names and is missing becomes unreadable; what it does not name is noted as left out.
-    Raises CorruptCheckpointError if it names nothing and the files hold tensors.
+    Names that the index names and that are missing become unreadable. Names that it does not name are noted in the
+    source's `left_out`.
+
+    Raises:
+        CorruptCheckpointError: The index names nothing, although the files contain tensors.
     """
     where = f"the index {weight_map.index!r} in {source.store.location}"
     if found and not weight_map.files:
@@ -178,8 +195,8 @@ def select_by_index(
 
 
 def duplicate_tensor_error(source: ForeignSource, name: str, files: Sequence[str]) -> CorruptCheckpointError:
-    """The error for a tensor that several files have, and no index to decide between them."""
+    """Return the error for a tensor that several files contain, without an index that names one of them."""
     return source.contradiction(
-        f"two files have the tensor {name!r}: {' and '.join(map(repr, files[:2]))}. Open one of them, as "
-        f"'{source.store.location}/{files[0]}', or add an index that says which one counts"
+        f"two files have the tensor {name!r}: {' and '.join(map(repr, files[:2]))}. Open one of them, for example "
+        f"'{source.store.location}/{files[0]}', or add an index that says which one to use"
     )

@@ -1,4 +1,4 @@
-"""Reads of metadata: many at once, counted and timed."""
+"""Read metadata: many requests at once, counted and timed."""
 
 from __future__ import annotations
 
@@ -17,41 +17,44 @@ from ..stores.retry import read_whole
 
 T = TypeVar("T")
 MAX_LATENCY_READ_BYTES = 64 * 1024
-"""The time of a read of this size, or a smaller one, is the store's latency."""
+"""Reads up to this size measure the latency of the store."""
 MIN_THROUGHPUT_READ_BYTES = 16 * 1024 * 1024
+"""Readings from this size on measure the throughput of the store, because their requests overlap."""
 MAX_CONCURRENT = 64
+"""How many reads are in flight at once."""
 MALFORMED_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What Python raises when code that expects well-formed metadata works on metadata that is malformed."""
 
 
 class Reads:
-    """Reads of a store, counted.
-
-    `latency_s` is the shortest that a small one took, `bytes_per_s` what the last large reading brought; None before.
-    """
+    """A store whose reads are counted and timed."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.bytes_read = 0
         self.requests = 0
         self.digest = 0
-        """A checksum of all that was read and asked, whatever the order."""
+        """A checksum of everything that was read, independent of the order."""
         self.latency_s: float | None = None
+        """The shortest time that a small read took, in seconds. None before the first one."""
         self.bytes_per_s: float | None = None
+        """The throughput of the last large reading. None before the first one."""
         self._lock = Lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """As Store.read."""
+        """Read a byte range once, as `Store.read` does. The result may be shorter than the range."""
         begin = time.perf_counter()
         data = bytes(self.store.read(name, start, stop))
         self._count(len(data), time.perf_counter() - begin, name, start, data)
         return data
 
     def whole(self, name: str, start: int, stop: int, *, ending: bytes | None = None) -> bytes:
-        """As `read`, and again where there are fewer bytes although the object has more.
+        """Read a byte range, with further requests if the store returns fewer bytes than the object has.
 
         Args:
-            ending: what the object ends with: fewer bytes that end so are taken to be all.
+            name: The object.
+            start, stop: The byte range. It may end after the object.
+            ending: The last bytes of the object, if known. A shorter result that ends with them is complete.
         """
         begin = time.perf_counter()
         data = bytes(self.store.read(name, start, stop))
@@ -61,17 +64,17 @@ class Reads:
         return data
 
     def exactly(self, name: str, start: int, stop: int) -> bytes:
-        """As `whole`. Raises CorruptCheckpointError where the object ends before."""
+        """Read all bytes of a byte range. Raise CorruptCheckpointError if the object ends before `stop`."""
         data = self.whole(name, start, stop)
         if len(data) != stop - start:
             raise CorruptCheckpointError(
-                f"object {name!r} in {self.store.location} ends at byte {start + len(data)}, where it should have "
-                f"{stop} or more"
+                f"object {name!r} in {self.store.location} ends at byte {start + len(data)}, but should have {stop} "
+                "or more bytes"
             )
         return data
 
     def size(self, name: str) -> int:
-        """As Store.size."""
+        """Return the size of an object in bytes, as `Store.size` does."""
         begin = time.perf_counter()
         nbytes = self.store.size(name)
         self._count(0, time.perf_counter() - begin, name, nbytes, b"")
@@ -87,12 +90,12 @@ class Reads:
                 self.latency_s = seconds if self.latency_s is None else min(self.latency_s, seconds)
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        """Note how long many requests at once took together; only of large readings, in which they overlap."""
+        """Learn the throughput from concurrent requests that took some time together. Small readings are ignored."""
         if nbytes >= MIN_THROUGHPUT_READ_BYTES:
             self.bytes_per_s = nbytes / seconds
 
     def many(self, call: Callable[..., T], *columns: Sequence[object]) -> list[T]:
-        """A call for each row, many at once."""
+        """Call a function for each row of some columns, many at once, and return the results in order."""
         if len(columns[0]) <= 1:
             return list(map(call, *columns))
         with Pool(min(MAX_CONCURRENT, len(columns[0])), "reshard-open") as pool:
@@ -100,7 +103,7 @@ class Reads:
 
     @property
     def costs(self) -> RequestCosts:
-        """What a request costs, by what was seen."""
+        """The cost of a request, from the measured latency and throughput."""
         if self.store.capabilities.read_into is not None:
             return LOCAL_COSTS
         concurrent = self.store.capabilities.concurrent_reads

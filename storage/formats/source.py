@@ -1,6 +1,6 @@
-"""A source: what a checkpoint holds and where its bytes are, whatever its format.
+"""The protocol of sources: what a checkpoint of any format contains, and where its bytes are.
 
-The manifest is one; `sources/` has others.
+`native/manifest.py` implements it for reshard's own format, `foreign.py` for other formats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..tensors.state_dict import Path
 
 
 def bounded(max_over_read: float) -> float:
-    """A user's bound on what is read over. Raises ArgumentError where it is none."""
+    """Return a user's bound on over-reads. Raise ArgumentError if it is negative or not a number."""
     if not max_over_read >= 0:
         raise ArgumentError(f"max_over_read must be 0 or more, got {max_over_read}")
     return min(max_over_read, UNBOUNDED_OVER_READ)
@@ -36,11 +36,11 @@ class Unreadable:
     reason: str
     """The message of that error: the name, what is wrong with it, where, and what to do."""
     object: str = ""
-    """The object that should hold the values, if it is known."""
+    """The object that should hold the values, if known."""
 
     @property
     def is_damage(self) -> bool:
-        """Whether values are missing or wrong, and not only of a kind that cannot be read here."""
+        """Whether values are missing or wrong, rather than of a kind that this installation cannot read."""
         return issubclass(self.kind, CorruptCheckpointError)
 
     def error(self) -> CheckpointError:
@@ -61,15 +61,15 @@ def check_readable(source: Source, is_wanted: Callable[[str], bool]) -> None:
 
 
 class Source(Protocol):
-    """A checkpoint that is open. Its metadata is checked; more of it may be read as it is asked for."""
+    """An open checkpoint. Its metadata has been checked. A source may read more metadata when a method needs it."""
 
     @property
     def store(self) -> Store:
-        """Where the objects are."""
+        """The store with the objects."""
 
     @property
     def location(self) -> str:
-        """The checkpoint's place, as errors should name it."""
+        """The location of the checkpoint, for error messages."""
 
     @property
     def format(self) -> str:
@@ -77,69 +77,75 @@ class Source(Protocol):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All tensors and objects that can be read."""
+        """All tensors and values that can be read."""
 
     @property
     def unreadable(self) -> Mapping[str, Unreadable]:
-        """The names that the checkpoint has and that cannot be read. They are not in `entries`."""
+        """The names in the checkpoint that cannot be read. They are not in `entries`."""
 
     @property
     def unindexed(self) -> tuple[str, ...]:
-        """Names that the files hold and the checkpoint's own index does not list. They are not read."""
+        """Names that the files contain but the index of the checkpoint does not list. They are not read."""
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """How many chunks each entry has, and their bytes as stored."""
+        """The number of chunks of each entry, and their stored bytes."""
 
     @property
     def objects(self) -> tuple[tuple[str, int], ...]:
-        """Name and size in bytes of each data object."""
+        """The name and size in bytes of each data object."""
 
     @property
     def inline(self) -> Mapping[str, bytes]:
-        """The bytes of those objects that are here already, and in no index."""
+        """The bytes of the values that have already been read. An index does not contain them."""
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """By what it was written, and whatever else it says of itself."""
+        """What wrote the checkpoint, and other information in its metadata."""
 
     @property
     def paths(self) -> Mapping[str, Path]:
-        """Where entries are in the state dict that was saved, if that is known."""
+        """Where entries were in the saved state dict, if known."""
 
     @property
     def bytes_read(self) -> int:
-        """Of metadata, so far."""
+        """How many bytes of metadata have been read."""
 
     @property
     def requests(self) -> int:
-        """Reads that it took, so far."""
+        """How many reads of metadata there were."""
 
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint has this name, readable or not."""
+        """Return whether the checkpoint has this name, readable or not."""
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name. Raises MissingTensorError, or what `unreadable` has for the name."""
+        """Return the entry of this name. Raise MissingTensorError, or the error that `unreadable` has for the name."""
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
-        """An index that is good for planning these reads; it may hold more. Without `wants`, it has all entries.
+        """Return an index to plan reads with.
 
-        Raises MissingTensorError, CorruptCheckpointError, StoreError.
+        Args:
+            wants: The reads. The index contains at least the chunks that they need. By default, it contains all
+                entries.
+
+        Raises:
+            MissingTensorError, CorruptCheckpointError, StoreError: The index cannot be read.
         """
 
     def fingerprint(self) -> str:
-        """What tells this checkpoint from another one at the same location, or with the same names.
+        """Return a string that differs between checkpoints, even at the same location or with the same names.
 
-        Of reshard's own checkpoints, the checksum of the manifest. Of others, a checksum of their metadata and of a few
-        of their values.
+        For reshard's own format this is the checksum of the manifest. For other formats it is a checksum of the
+        metadata and of some of the values.
         """
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        """Learn from a reading how fast the store is, for those that follow."""
+        """Learn how fast the store is from a finished reading of `nbytes` bytes."""
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        """Which gaps are worth reading over, under the user's bound or the default one.
+        """Return which gaps between byte ranges are worth reading over.
 
         Args:
-            costs: those of another store, to plan for; by default those of this one.
+            max_over_read: The user's bound on over-reads, or None for the default.
+            costs: The costs of another store to plan for. By default, the costs of this store.
         """

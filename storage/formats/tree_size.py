@@ -1,4 +1,4 @@
-"""How much larger a value is as a tree than it is in memory, where containers in it hold the same ones."""
+"""Check how much larger a value becomes as a tree, if several of its containers hold the same containers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 import torch
 
 MAX_REPEATED = 16
-"""A value may be so many times larger as a tree."""
+"""How many times larger a value may become as a tree."""
 FREE_WEIGHT = 1024 * 1024
-"""As a tree, a value of any size may weigh this: a unit for each value, and for each character and byte of it."""
+"""The weight that a value of any size may have as a tree. Each value, character and byte weighs 1."""
 SMALL_WEIGHT = 64
-"""A string that weighs less is counted each time."""
+"""A string that weighs less counts each time it occurs."""
 
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
 
 
 def is_repetitive(value: Any) -> bool:
-    """Return whether a value that is written as a tree, as JSON is, would be many times larger than it is.
+    """Return whether a value would become many times larger if it was written as a tree, as in JSON.
 
-    Takes time and memory in proportion to the value as it is in memory.
+    This takes time and memory in proportion to the size of the value in memory.
     """
     weights: dict[int, float] = {}
     total = 0.0
@@ -45,7 +45,7 @@ def is_repetitive(value: Any) -> bool:
         known = weights.get(id(value))
         if known is not None:
             return known
-        weights[id(value)] = math.inf  # if it holds itself
+        weights[id(value)] = math.inf  # stays if the value holds itself
         weights[id(value)] = weight = 1 + sum(map(weigh, children))
         return weight
 
@@ -57,7 +57,7 @@ def is_repetitive(value: Any) -> bool:
 
 
 def _contents_of(value: Any) -> Any:
-    """Return an iterable of what a container holds, None for other values."""
+    """Return an iterable of the contents of a container, or None for other values."""
     if isinstance(value, torch.Tensor):
         return None
     if isinstance(value, _SEQUENCES):

@@ -1,6 +1,6 @@
-"""Values that are not tensors, as bytes: JSON for plain data (`plain_json`), torch.save for anything else.
+"""Encode values, which are not tensors, as bytes, and decode them: JSON for plain data (`plain_json`), else torch.save.
 
-What torch.save wrote is read with weights_only=True, unless the caller allows pickle.
+Bytes of torch.save are read with weights_only=True, unless the caller allows pickle.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked
 from .tree_size import is_repetitive
 
 MAX_VALUE_BYTES = 2**31
-"""How many bytes an object may have, encoded by JSON or torch.save."""
+"""The largest size of an encoded value."""
 _REFUSAL_MESSAGE = re.compile(
     r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build"
 )
 
 
 class EncodedValue(io.BytesIO):
-    """An object as bytes, with the way to read them; what a SavePlanner of reshard resolves objects to."""
+    """An encoded value and its kind. reshard's SavePlanner resolves values to it."""
 
     def __init__(self, kind: Kind, data: bytes) -> None:
         super().__init__(data)
@@ -36,11 +36,15 @@ class EncodedValue(io.BytesIO):
 
 
 def encode_value(value: Any) -> tuple[Kind, bytes]:
-    """Encode a value. One that holds the same containers again and again is pickled: as JSON it could be of any size.
+    """Encode a value.
 
-    Returns: how the bytes are to be read, and the bytes.
+    A value that holds the same containers many times is pickled, because it could become arbitrarily large as JSON.
 
-    Raises UnsupportedValueError where there are more than MAX_VALUE_BYTES.
+    Returns:
+        The kind of the encoding, and the bytes.
+
+    Raises:
+        UnsupportedValueError: The encoded value has more than MAX_VALUE_BYTES bytes.
     """
     kind, data = Kind.TORCH_SAVE, b""
     if not is_repetitive(value):
@@ -51,14 +55,14 @@ def encode_value(value: Any) -> tuple[Kind, bytes]:
         data = torch_save(value)
     if len(data) > MAX_VALUE_BYTES:
         raise UnsupportedValueError(
-            f"a {type(value).__name__} takes {len(data)} bytes, and an object may have {MAX_VALUE_BYTES}: store what "
-            "is large in it as tensors"
+            f"a {type(value).__name__} takes {len(data)} bytes, but a value may take {MAX_VALUE_BYTES}: store its "
+            "large parts as tensors"
         )
     return kind, data
 
 
 def needs_pickle(kind: Kind, data: bytes) -> bool:
-    """Whether an encoded object can only be read with `allow_pickle=True`."""
+    """Return whether an encoded value can only be read with `allow_pickle=True`."""
     try:
         decode_value("", kind, data)
     except UnsafeValueError:
@@ -67,16 +71,22 @@ def needs_pickle(kind: Kind, data: bytes) -> bool:
 
 
 def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = False) -> Any:
-    """The value that was encoded.
+    """Decode a value.
+
+    Args:
+        name: The name of the value, for error messages.
+        kind: The kind of the encoding.
+        data: The bytes.
+        allow_pickle: Whether to unpickle values that weights_only=True refuses. This can run code from the checkpoint.
 
     Raises:
-        UnsafeValueError: it is pickled in a way that weights_only=True refuses, and `allow_pickle` is False.
-        CorruptCheckpointError: the bytes are no such encoding.
+        UnsafeValueError: weights_only=True refuses the value, and `allow_pickle` is False.
+        CorruptCheckpointError: The bytes are not an encoded value of this kind.
     """
     try:
         if kind is Kind.JSON:
             return from_plain(json.loads(data))
-        if data.startswith(ZSTD_MAGIC):  # as DCP's extension leaves it
+        if data.startswith(ZSTD_MAGIC):  # written by DCP's zstd extension
             data = decompress(data, MAX_VALUE_BYTES)
         if allow_pickle:
             return torch.load(io.BytesIO(data), weights_only=False, map_location="cpu")
@@ -84,23 +94,21 @@ def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fal
     except Exception as error:
         refused = None if kind is Kind.JSON or allow_pickle else _refusal(str(error))
         if refused is None:
-            raise CorruptCheckpointError(
-                f"object {name!r} is not what its encoding should be: {reason(error)}"
-            ) from error
+            raise CorruptCheckpointError(f"the value {name!r} cannot be decoded: {reason(error)}") from error
         raise UnsafeValueError(
-            f"object {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
+            f"the value {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
             f"{refused.rstrip(' ./')}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
         ) from error
 
 
 def torch_save(value: Any) -> bytes:
-    """A value as torch.save writes it."""
+    """Return the bytes that torch.save writes for a value."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def _refusal(message: str) -> str | None:
-    """The line of torch's long message that names the class or function that it refused; None where it did not."""
+    """Return the line of torch's message that names the refused class or function. None if torch refused nothing."""
     lines = (line.strip() for line in message.splitlines())
     return next((line for line in lines if _REFUSAL_MESSAGE.search(line)), None)

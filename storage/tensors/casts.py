@@ -1,4 +1,4 @@
-"""Casts between dtypes: which are allowed, which lose bits, and whether integers fit."""
+"""Check casts between dtypes: whether they are allowed, whether they lose bits, and whether integers fit."""
 
 from __future__ import annotations
 
@@ -14,39 +14,45 @@ from ..errors import ArgumentError, DtypeError
 from .dtypes import is_packed
 
 _SCALE = re.compile(r"scale|absmax|amax|quant_state|(?:^|[._])scb$", re.IGNORECASE)
-"""What the name of a scale of quantised values has in it."""
+"""Found in the names of scales of quantised values."""
 _OF_ACTIVATIONS = re.compile(r"(?:input|output|act|activation|[qkv])_")
-"""How the names of scales begin that are not of weights."""
+"""The start of the names of scales that belong to activations, not to weights."""
 _OF_MODULE = re.compile(r"(?:q?weight|q?scales?|scb|absmax|amax|quant|zeros)", re.IGNORECASE)
-"""How the names of scales begin that are of the only quantised tensor of their module."""
+"""The start of the names of scales that belong to the only quantised tensor of their module."""
 _VALUES = re.compile(r"[._]*(?:q?weight|(?:int_|q)?data|(?<![^_])q|blocks|packed|quantized)$", re.IGNORECASE)
-"""How the name of quantised values ends, behind what their scale's name has too."""
+"""The end of the name of quantised values, after the part that the name of their scale has too."""
 
 
 def check_dtype(dtype: object) -> None:
-    """Check that an argument is a dtype of torch, or None. Raises ArgumentError."""
+    """Check that an argument is a torch.dtype or None. Raise ArgumentError otherwise."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ArgumentError(f"dtype must be a torch.dtype, as torch.bfloat16, got {dtype!r}")
+        raise ArgumentError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
 
 
 def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:
-    """Check that torch casts a stored dtype to another (`torch.can_cast`).
+    """Check that a stored dtype can be cast to another, as `torch.can_cast` defines it.
+
+    Args:
+        name: The name of the tensor, for the error message.
+        stored: The stored dtype.
+        to: The dtype of the destination.
 
     Raises:
-        DtypeError: it does not. Two values a byte (`float4_e2m1fn_x2`) are never cast.
+        DtypeError: The cast is not allowed. Packed dtypes are never cast.
     """
     if stored != to and (is_packed(stored) or is_packed(to) or not torch.can_cast(stored, to)):
         raise DtypeError(f"{name!r} is stored as {stored}, which cannot be cast to the destination's {to}")
 
 
 def weight_dtype(stored: torch.dtype, shape: Sequence[int], dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a tensor where all weights are to have one: that of counters, which are scalars, stays."""
+    """Return the dtype for a stored tensor if weights are cast to `dtype`. Scalars, such as counters, keep their
+    dtype."""
     is_weight = stored.is_floating_point and len(shape) > 0 and not is_packed(stored)
     return dtype if dtype is not None and is_weight else stored
 
 
 def loses_bits(stored: torch.dtype, to: torch.dtype) -> bool:
-    """Whether a cast between two floating-point dtypes may round values, or exceed the range."""
+    """Return whether a cast between two floating-point dtypes may round values or exceed the range."""
     if stored == to or not _is_floating(stored) or not _is_floating(to):
         return False
     a, b = torch.finfo(stored), torch.finfo(to)
@@ -54,7 +60,7 @@ def loses_bits(stored: torch.dtype, to: torch.dtype) -> bool:
 
 
 def needs_check(stored: torch.dtype, to: torch.dtype) -> bool:
-    """Whether integers of one dtype may not fit into another."""
+    """Return whether some integers of a dtype do not fit into another dtype, so that `check_integers` is needed."""
     if stored == to or stored is torch.bool or _is_floating(stored):
         return False
     least, most = _range(stored)
@@ -67,10 +73,12 @@ def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
     """Check that integers keep their values in another dtype.
 
     Args:
-        values: of an integer dtype, on any device.
+        name: The name of the tensor, for the error message.
+        values: A tensor of an integer dtype, on any device.
+        to: The other dtype.
 
     Raises:
-        DtypeError: one does not. The message has the first of them.
+        DtypeError: A value does not fit. The message contains the first such value.
     """
     array = np.atleast_1d(values.detach().cpu().numpy())
     if _is_floating(to):
@@ -91,12 +99,12 @@ def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
         where = f" at {[int(i) for i in at]}" if values.dim() else ""
         raise DtypeError(
             f"{name!r} is stored as {values.dtype}, and the destination is {to}: {int(array[at])}{where} does not fit. "
-            f"Give it a destination of {values.dtype}"
+            f"Use a destination of {values.dtype}"
         )
 
 
 def scale_names(names: Iterable[str]) -> list[str]:
-    """Those of the names of a checkpoint that may be scales of quantised values."""
+    """Return the names of a checkpoint that may be scales of quantised values."""
     return [name for name in names if _SCALE.search(name)]
 
 
@@ -104,10 +112,13 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
     """Check that a cast does not use quantised values as if they were weights.
 
     Args:
-        scales: what `scale_names` gives for the checkpoint.
+        name: The name of the tensor.
+        stored: The stored dtype.
+        to: The dtype of the destination.
+        scales: The result of `scale_names` for the checkpoint.
 
     Raises:
-        DtypeError: the stored dtype has 8 bits or fewer, and the checkpoint has a scale for the tensor.
+        DtypeError: The stored dtype has at most 8 bits, and the checkpoint has a scale for the tensor.
     """
     if stored == to or stored.itemsize > 1 or stored is torch.bool:
         return
@@ -115,8 +126,8 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
         if other != name and _is_scale_of(name, other):
             raise DtypeError(
                 f"{name!r} is quantised: it is stored as {stored}, and {other!r} has its scale. reshard does not apply "
-                f"scales: load both as they are stored (a destination of {stored}, no dtype=), and scale the values "
-                "yourself; or leave it out"
+                f"scales: load both as they are stored (a destination of {stored}, no dtype=) and scale the values "
+                "yourself, or leave the tensor out"
             )
 
 
@@ -143,5 +154,5 @@ def _range(dtype: torch.dtype) -> tuple[int, int]:
 
 @functools.cache
 def _precision(dtype: torch.dtype) -> int:
-    """Integers up to 2 to the power of this are exact."""
+    """Return n such that all integers up to 2**n are exact."""
     return 1 - round(math.log2(torch.finfo(dtype).eps))

@@ -1,6 +1,6 @@
-"""Tensors that are sharded over ranks: the boxes that this rank holds of a DTensor or a ShardedTensor.
+"""The shards of a DTensor or ShardedTensor that this rank holds.
 
-Apart from `tensors`, since it takes long to import what torch has of them.
+This is separate from `local_shards`, because torch's modules for distributed tensors take long to import.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tensor_classes import as_plain, overrides_dispatch
 
 
 def distributed_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
-    """`local_shards`."""
+    """Return the shards of any tensor that this rank holds. See `local_shards`."""
     if isinstance(tensor, ShardedTensor):
         shards: list[LocalShard] = []
         for shard in tensor.local_shards():
@@ -46,25 +46,25 @@ def distributed_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
 
 
 def _checkpointable_shards(name: str, tensor: Any) -> list[LocalShard]:
-    """What a tensor says that it holds, by torch's protocol `_Checkpointable`."""
+    """Return the shards that a tensor reports by torch's protocol `_Checkpointable`."""
     shards: list[LocalShard] = []
     for chunk in tensor.__create_chunk_list__():
         box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
         if box.numel:
             local = tensor.__get_tensor_shard__(MetadataIndex(name, chunk.offsets))
             if tuple(local.shape) != box.sizes:
-                raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where it says that it holds {box}")
+                raise LayoutError(f"{name!r} reports that it holds {box}, but its local shape is {tuple(local.shape)}")
             shards.append((box, _local_tensor(local)))
     return shards
 
 
 def waited(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, once the collective that makes it has ended."""
+    """Return a tensor, after waiting for the collective that produces it."""
     return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def _local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A local tensor as it can be written through; one of a class with its own dispatch as it is."""
+    """Return a writable view of a local tensor, or the tensor itself if its class has its own dispatch."""
     tensor = waited(tensor)
     return tensor if overrides_dispatch(tensor) else as_plain(tensor)
 
@@ -78,19 +78,19 @@ def _dtensor_shards(name: str, tensor: DTensor) -> list[LocalShard]:
     held = _held(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tuple(coordinate), placements, order)
     local = _local_tensor(tensor._local_tensor)
     if held.shape != tuple(local.shape):
-        raise LayoutError(f"{name!r} holds {tuple(local.shape)} locally where its placements give {held.shape}")
+        raise LayoutError(f"{name!r} has the local shape {tuple(local.shape)}, but its placements require {held.shape}")
     if len(held.boxes) == 1:
         return [(held.boxes[0], local)]
     if held.boxes and overrides_dispatch(local):
         raise LayoutError(
-            f"{name!r} is split unevenly, so that this rank holds {_describe_boxes(list(held.boxes))} in a "
-            f"{type(local).__name__}: only plain tensors can hold several boxes"
+            f"{name!r} is split unevenly, so this rank holds {_describe_boxes(list(held.boxes))} in a "
+            f"{type(local).__name__}, but only plain tensors can hold several boxes"
         )
     return [(box, local[Box(at, box.sizes).slices]) for box, at in zip(held.boxes, held.local_offsets, strict=True)]
 
 
 def _order(name: str, tensor: DTensor, placements: tuple[layout.Placement, ...]) -> tuple[int, ...] | None:
-    """The order in which mesh dimensions split a DTensor, where it is not the usual one.
+    """Return the order in which mesh dimensions split a DTensor, or None if it is the usual order.
 
     DTensorSpec of torch 2.13 has `shard_order`: for each dimension of the tensor, the mesh dimensions that split it.
     """
@@ -103,11 +103,11 @@ def _order(name: str, tensor: DTensor, placements: tuple[layout.Placement, ...])
     return order
 
 
-_held = functools.lru_cache(layout.held_tensor)  # the layers of a model are alike
+_held = functools.lru_cache(layout.held_tensor)  # the layers of a model have equal shards
 
 
 def refuse_misplaced(state: Mapping[str, Any]) -> None:
-    """Raises LayoutError for a DTensor of which DCP's own planner would read or write boxes that it does not hold."""
+    """Raise LayoutError if DCP's planner would read or write boxes of a DTensor that this rank does not hold."""
     for name, tensor in state.items():
         if not isinstance(tensor, DTensor) or hasattr(tensor._local_tensor, "__create_chunk_list__"):
             continue
@@ -119,9 +119,9 @@ def refuse_misplaced(state: Mapping[str, Any]) -> None:
         ]
         if held != planned:
             raise LayoutError(
-                f"{name!r} is split unevenly by FSDP over TP, or in an order of its own: this rank holds "
-                f"{_describe_boxes(held)}, and DCP's planner takes it to hold {_describe_boxes(planned)}. Use "
-                "reshard.load and reshard.save, which do not ask that planner"
+                f"{name!r} is split unevenly by FSDP over TP, or in an unusual order: this rank holds "
+                f"{_describe_boxes(held)}, but DCP's planner assumes that it holds {_describe_boxes(planned)}. Use "
+                "reshard.load and reshard.save, which do not use that planner"
             )
 
 

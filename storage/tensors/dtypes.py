@@ -1,4 +1,4 @@
-"""torch tensors as the planner and numpy see them: dtype names, what is held of them here, bytes in place."""
+"""Convert between torch and the planner or numpy: names of dtypes, and tensors as arrays of bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ...planner.entries import ITEMSIZES
 from ..errors import DtypeError
 
 LocalShard = tuple[Box, torch.Tensor]
-"""A box of the global tensor, and the local tensor that holds it."""
+"""A box of the global tensor, and the local tensor with its values."""
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
-    """The planner's name of a dtype. Raises DtypeError for one that cannot be stored."""
+    """Return the planner's name of a dtype. Raise DtypeError, with the name of the tensor, if it cannot be stored."""
     short = str(dtype).removeprefix("torch.")
     if short not in ITEMSIZES:
         raise DtypeError(f"{name!r} has dtype {dtype}, which reshard cannot store")
@@ -31,48 +31,54 @@ def is_packed(dtype: str | torch.dtype) -> bool:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a planner's name. Raises DtypeError where this torch has none."""
+    """Return the torch.dtype of a planner's name. Raise DtypeError if this version of torch does not have it."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise DtypeError(f"this torch {torch.__version__} has no dtype {name}")
     return dtype
 
 
-ALONE_NUMEL = 32768
-"""Elements that torch works on in the thread that asks: ATen's GRAIN_SIZE."""
+SINGLE_THREAD_NUMEL = 32768
+"""How many elements torch processes in the calling thread, without using others: ATen's GRAIN_SIZE."""
 UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-"""The dtypes that numpy has too, by bytes an element."""
+"""Dtypes that numpy has too, by bytes per element."""
 
 
 def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The bits of a tensor's values, on the host, of the same shape; a view where they are there already."""
+    """Return the bits of a tensor as an array of the same shape on the host. A view if the tensor is on the host."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     bits: npt.NDArray[Any] = plain.view(UNSIGNED.get(plain.itemsize, plain.dtype)).numpy()
     return bits
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The bytes of an array in row-major order; a view where they lie so already."""
+    """Return the bytes of an array in row-major order. A view if the array is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def cast(values: npt.NDArray[np.uint8], dtype: torch.dtype, out: npt.NDArray[np.uint8], to: torch.dtype) -> None:
-    """Cast values as torch does, from their bytes to bytes, by this thread alone.
+    """Cast values as torch does, from bytes to bytes, in the calling thread only.
 
-    A cast of more at once torch would spread over threads of its own, and wait for them: where others use the cores, a
-    hundred times as long.
+    torch would distribute larger casts over its own threads and wait for them. If other threads use the cores, that
+    takes a hundred times as long.
+
+    Args:
+        values: (nbytes,) the values to cast.
+        dtype: Their dtype.
+        out: (nbytes,) the destination.
+        to: The dtype of the destination.
     """
     target, source = torch.from_numpy(out).view(to), from_bytes(values, dtype, (-1,))
-    most = ALONE_NUMEL if torch.get_num_threads() > 1 else max(1, len(target))
+    most = SINGLE_THREAD_NUMEL if torch.get_num_threads() > 1 else max(1, len(target))
     for piece, values_of_it in zip(target.split(most), source.split(most), strict=True):
         piece.copy_(values_of_it)
 
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor over bytes that hold its values in row-major order.
+    """Return a tensor over bytes that hold its values in row-major order.
 
-    Over a copy of them where torch must not have them: where they are read-only, or do not begin at a multiple of an
-    element's size, for which its loops have instructions that trap.
+    The bytes are copied if torch must not use them: if they are read-only, or not aligned to the size of an element,
+    because torch has loops with instructions that require alignment.
     """
     if not data.flags.writeable or data.ctypes.data % dtype.itemsize:
         data = data.copy()

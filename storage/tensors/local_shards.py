@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor."""
+"""The shards of a tensor that this rank holds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from .dtypes import LocalShard
 
 
 def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
-    """What this rank holds of a plain tensor, DTensor or ShardedTensor, as views that can be written through.
+    """Return the shards of a plain tensor, DTensor or ShardedTensor that this rank holds, as writable views.
 
-    A tensor whose class has its own `__torch_dispatch__` is returned as it is: `tensor_classes` knows how to write it.
+    A tensor whose class has its own `__torch_dispatch__` is returned unchanged. `tensor_classes` can write to it.
 
-    Raises LayoutError for a DTensor whose placements are not of shards and replicas.
+    Raises:
+        LayoutError: A DTensor has placements that are neither shards nor replicas.
     """
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return [(Box.whole(tuple(tensor.shape)), tensor.detach())]

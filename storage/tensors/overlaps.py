@@ -1,4 +1,4 @@
-"""Destinations that share memory: which tensors overlap, and whether one overlaps itself."""
+"""Find tensors that share memory with each other, or whose elements share memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy.typing as npt
 import torch
 
 EXACT_NUMEL = 10_000_000
-"""A tensor with more elements, whose strides do not show that it has no overlap, is taken to have one."""
+"""A larger tensor is assumed to overlap itself unless its strides show that it does not."""
 MAX_WORK: Any = 1_000_000
-"""Steps that numpy may take to find out whether two arrays overlap. If it needs more, they are taken to."""
+"""How many steps numpy may take to find out whether two arrays overlap. If it needs more, they are assumed to."""
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a strided tensor share memory."""
+    """Return whether two elements of a strided tensor share memory."""
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     reaches = accumulate(((size - 1) * stride for stride, size in dims), initial=0)
     if all(stride > reach for (stride, _), reach in zip(dims, reaches, strict=False)):
         return False
     if tensor.numel() > EXACT_NUMEL or any(stride == 0 for stride, _ in dims):
         return tensor.numel() > 0
-    places = np.zeros(1, np.int64)
+    positions = np.zeros(1, np.int64)
     for stride, size in dims:
-        places = (places[:, None] + np.arange(size) * stride).reshape(-1)
-    return len(np.unique(places)) < tensor.numel()
+        positions = (positions[:, None] + np.arange(size) * stride).reshape(-1)
+    return len(np.unique(positions)) < tensor.numel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ class Overlap:
     first: int
     second: int
     is_same: bool
-    """Whether they are one: the same elements in the same order, of the same dtype."""
+    """Whether both have the same elements in the same order, of the same dtype."""
 
 
 def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[Overlap]:
-    """The pairs of tensors that share memory: of several that do, each with the first of them.
+    """Return pairs of tensors that share memory. If several share the same memory, each is paired with one other.
 
     Args:
-        tensors: strided, with memory of their own, on any devices.
+        tensors: Strided tensors that have memory, on any devices.
     """
     spans = []
     for position, tensor in enumerate(tensors):
@@ -75,8 +75,8 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-class _Layout:
-    """What numpy takes for an array at an address. Its elements are never read: they may be on a device."""
+class _ArrayInterface:
+    """An array at an address, for numpy. Its elements are never read, because they may be on a device."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__array_interface__ = {
@@ -90,9 +90,9 @@ class _Layout:
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
-        return True  # their spans overlap
-    one: npt.NDArray[np.void] = np.asarray(_Layout(a))
-    two: npt.NDArray[np.void] = np.asarray(_Layout(b))
+        return True  # the spans overlap, and have no gaps
+    one: npt.NDArray[np.void] = np.asarray(_ArrayInterface(a))
+    two: npt.NDArray[np.void] = np.asarray(_ArrayInterface(b))
     try:
         return np.shares_memory(one, two, max_work=MAX_WORK)
     except np.exceptions.TooHardError:

@@ -1,7 +1,7 @@
-"""Python values as JSON, exactly: what state dicts hold that is plain data.
+"""Convert plain Python data of state dicts to JSON and back, without losing anything.
 
-Values of JSON's own types are written as they are. Anything else is a dict with one key that begins with "$", as
-`{"$tuple": [1, 2]}`. `docs/FORMAT.md` lists these words. Reading runs no code from the file.
+Values of JSON's own types are written unchanged. Any other value becomes a dict with one key that begins with "$", such
+as `{"$tuple": [1, 2]}`. `docs/FORMAT.md` lists these type words. Reading runs no code from the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def to_plain(value: Any) -> Any:
     """Turn a value into one that `json.dumps` writes.
 
     Raises:
-        NotPlainError: the value, or one inside of it, is not plain data.
+        NotPlainError: The value, or a value inside it, is not plain data.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str):
@@ -61,9 +61,10 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
-    """Turn what `json.loads` read back into the value.
+    """Turn what `json.loads` returned back into the value.
 
-    Raises whatever Python raises where it is not what `to_plain` returned.
+    Raises:
+        Exception: The JSON is not a result of `to_plain`. Constructors of any type may raise their own errors.
     """
     if isinstance(value, list):
         return [from_plain(item) for item in value]
@@ -73,7 +74,7 @@ def from_plain(value: Any) -> Any:
     if len(value) != 1 or not word.startswith("$"):
         return {key: from_plain(item) for key, item in value.items()}
     if word not in _READERS:
-        raise ValueError(f"unknown word {brief(word)}")
+        raise ValueError(f"unknown type word {brief(word)}")
     return _READERS[word](value[word])
 
 
@@ -86,7 +87,7 @@ def _to_list(values: Any) -> list[Any]:
 
 
 def _to_sorted_list(values: Any) -> list[Any]:
-    """The items of a set in an order of their own: Python's differs between processes."""
+    """Return the items of a set in a fixed order. Python's order differs between processes."""
     return sorted(_to_list(values), key=json.dumps)
 
 
@@ -95,7 +96,7 @@ def _to_base64(data: bytes) -> str:
 
 
 def _iso(value: datetime.datetime | datetime.time) -> list[Any]:
-    """ISO 8601 has neither the fold nor the name of a time zone."""
+    """Return a time in ISO 8601 and its fold, which ISO 8601 lacks. Time zones with a name are not plain data."""
     if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
         raise NotPlainError(f"the time zone {value.tzinfo!r} is not plain data")
     return [value.isoformat(), value.fold]
@@ -128,9 +129,9 @@ def _read_array(content: list[Any]) -> Any:
     text, shape, encoded = content
     dtype = np.dtype(text)
     if dtype.str != text or dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
-        raise ValueError(f"{brief(text)} is no dtype of an array")
+        raise ValueError(f"{brief(text)} is not a dtype of an array")
     if not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-        raise ValueError(f"{brief(shape)} is no shape")
+        raise ValueError(f"{brief(shape)} is not a shape")
     return np.frombuffer(_from_base64(encoded), dtype).reshape(shape).copy()
 
 
@@ -179,7 +180,7 @@ def _read_pairs(content: list[Any]) -> dict[Any, Any]:
 
 
 def _checked_integers(content: list[Any], count: int | None = None) -> list[int]:
-    """Return integers. Raises ValueError for anything else, and for another number of them."""
+    """Return integers. Raise ValueError for other values, or if their number is not `count`."""
     if not all(type(n) is int for n in content) or count not in (None, len(content)):
         raise ValueError(f"{brief(content)} should be integers")
     if count is None and not all(-(2**63) <= n < 2**63 for n in content):
@@ -188,7 +189,7 @@ def _checked_integers(content: list[Any], count: int | None = None) -> list[int]
 
 
 def checked_keys(keys: Iterable[Any]) -> list[Any]:
-    """Return keys. Raises ValueError where many have the same hash: to tell them apart would take quadratic time."""
+    """Return keys. Raise ValueError if many have the same hash, because a dict of them would take quadratic time."""
     found = list(keys)
     if len(found) > MAX_HASH_COLLISIONS and max(Counter(map(hash, found)).values()) > MAX_HASH_COLLISIONS:
         raise ValueError(f"more than {MAX_HASH_COLLISIONS} keys have the same hash")
@@ -206,7 +207,7 @@ def _filled(namespace: Any, content: list[Any]) -> Any:
 def _read_dtype(content: str) -> torch.dtype:
     dtype = vars(torch).get(content)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"torch.{brief(content)} is no dtype")
+        raise TypeError(f"torch.{brief(content)} is not a dtype")
     return dtype
 
 

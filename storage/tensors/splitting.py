@@ -9,7 +9,7 @@ from ...planner.box import Box
 from ...planner.entries import ITEMSIZES
 from ...planner.grid import Grid
 
-PIECE_BYTES = 16 * 1024 * 1024
+MAX_PIECE_BYTES = 16 * 1024 * 1024
 """How many bytes of values are read at once. A constant, because a conversion that is resumed must split as before."""
 
 
@@ -35,13 +35,14 @@ def group_by_bytes(items: Iterable[_Grouped], max_bytes: int) -> Iterator[list[_
 
 
 def row_boxes(shape: tuple[int, ...], dtype: str) -> Iterator[Box]:
-    """Yield boxes that are contiguous in the row-major tensor, in order, of at most PIECE_BYTES or a single element.
+    """Yield boxes that are contiguous in the row-major tensor, in order, of at most MAX_PIECE_BYTES or a single
+    element.
 
     The boxes end at chunk boundaries of a native checkpoint if possible, so that no chunk is read for two boxes.
     """
     parts = Grid.choose(shape, ITEMSIZES[dtype]).parts[:1]
     lines = [shape[0] * i // parts[0] for i in range(parts[0] + 1)] if parts else []
-    yield from _split_rows(shape, (), lines, max(1, PIECE_BYTES // ITEMSIZES[dtype]))
+    yield from _split_rows(shape, (), lines, max(1, MAX_PIECE_BYTES // ITEMSIZES[dtype]))
 
 
 def _split_rows(shape: tuple[int, ...], at: tuple[int, ...], lines: Sequence[int], most: int) -> Iterator[Box]:

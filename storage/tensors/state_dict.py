@@ -1,7 +1,7 @@
-"""State dicts as flat names: the same names that torch.distributed.checkpoint gives.
+"""Flatten state dicts to values by name, with the same names as torch.distributed.checkpoint.
 
-A name joins the keys and list positions that lead to a value by dots. Mappings are walked, unless they are empty; lists
-only where they hold tensors or mappings. Everything else is a value, tuples too.
+A name consists of the keys and list positions that lead to a value, joined by dots. Mappings are flattened unless they
+are empty. Lists are flattened if they contain tensors or mappings. Everything else is a value, including tuples.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .plain_json import NotPlainError, checked_keys, from_plain, to_plain
 MAX_NESTING = 100
 """How deeply dicts and lists may be nested."""
 
-CHARS_OF_LEAF = 2048
-"""What a value takes in memory, beside its name."""
+CHARS_PER_LEAF = 2048
+"""How many characters a value counts for in addition to its name, because of the memory that it takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of a dict that is not a string. Keys are equal if they are stored alike: 1, 1.0 and True are not."""
+    """A key of a dict that is not a string. Keys are equal if their stored form is: 1, 1.0 and True are different."""
 
     value: Any = field(compare=False)
     text: str = field(init=False, repr=False)
-    """The key as it is stored."""
+    """The stored form of the key, in JSON."""
 
     def __post_init__(self) -> None:
-        """Raises NotPlainError, and TypeError for what cannot be a key."""
+        """Raise NotPlainError if the value is not plain data, and TypeError if it cannot be a key."""
         hash(self.value)
         object.__setattr__(self, "text", json.dumps(to_plain(self.value)))
 
@@ -43,18 +43,18 @@ class Key:
 
 
 Path = tuple[str | int | Key, ...]
-"""The way to a value of a state dict: keys of dicts, and integers for positions in lists."""
+"""The path to a value of a state dict: keys of dicts, and integers for positions in lists."""
 
 
 def path_to_json(path: Path) -> list[Any]:
-    """Turn a path into a value of JSON. A key that is not a string is `{"key": …}`, in the words of `plain_json`."""
+    """Turn a path into a JSON value. A key that is not a string becomes `{"key": …}`, encoded by `plain_json`."""
     return [{"key": json.loads(part.text)} if isinstance(part, Key) else part for part in path]
 
 
 def path_from_json(parts: Any) -> Path:
-    """Turn what `path_to_json` returned back into a path. Raises ValueError, TypeError, LookupError."""
+    """Turn the result of `path_to_json` back into a path. Raise ValueError, TypeError or LookupError if malformed."""
     if not isinstance(parts, list) or not 0 < len(parts) <= MAX_NESTING:
-        raise ValueError(f"{brief(parts)} is no path")
+        raise ValueError(f"{brief(parts)} is not a path")
     return tuple(map(_part_from_json, parts))
 
 
@@ -62,29 +62,30 @@ def _part_from_json(part: Any) -> str | int | Key:
     if type(part) is str or (type(part) is int and 0 <= part < 2**63):
         return part
     if not isinstance(part, dict) or part.keys() != {"key"}:
-        raise ValueError(f"{brief(part)} is no part of a path")
+        raise ValueError(f"{brief(part)} is not a part of a path")
     try:
         key = from_plain(part["key"])
         if not isinstance(key, str) and key == key:
             return Key(key)
-    except Exception as error:  # whatever a value that no save has written makes of a constructor
-        raise ValueError(f"{brief(part)} is no part of a path: {reason(error)}") from error
-    raise ValueError(f"{brief(part)} is no part of a path")
+    except Exception as error:  # constructors can raise anything for values that no save wrote
+        raise ValueError(f"{brief(part)} is not a part of a path: {reason(error)}") from error
+    raise ValueError(f"{brief(part)} is not a part of a path")
 
 
 def path_for_dcp(path: Path) -> tuple[str | int, ...]:
-    """A path as torch.distributed.checkpoint has it: all keys are strings."""
+    """Return a path as torch.distributed.checkpoint represents it: all keys are strings."""
     return tuple(str(part) if isinstance(part, Key) else part for part in path)
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A value of a state dict, and where it is."""
+    """A value of a state dict, and its position."""
 
     path: Path
     container: Any
-    """The dict or list that holds it."""
+    """The dict or list that contains the value."""
     key: Any
+    """The key or position in the container."""
     value: Any
 
     @property
@@ -96,19 +97,22 @@ class Leaf:
         return isinstance(self.value, Mapping)
 
     def replace(self, value: Any) -> None:
-        """Put another value in its place."""
+        """Put another value into the container instead."""
         self.container[self.key] = value
 
 
 def name_of(path: Path) -> str:
-    """The name of a value: the parts of its path, joined by dots."""
+    """Return the name of a value: the parts of its path, joined by dots."""
     return ".".join(map(str, path))
 
 
 def renamed_path(path: Path, name: str) -> Path | None:
-    """The path of a value under a new name: its longest end that the name ends with, below what the name has before.
+    """Return the path of a value that gets a new name.
 
-    None where the name ends otherwise.
+    The path keeps the longest end that matches the end of the new name. The rest of the name is split at its dots.
+
+    Returns:
+        The new path, or None if the new name does not end with any end of the path.
     """
     for begin in range(len(path)):
         end = name_of(path[begin:])
@@ -120,15 +124,16 @@ def renamed_path(path: Path, name: str) -> Path | None:
 
 
 def flatten(state_dict: Mapping[Any, Any], room: list[float] | None = None) -> dict[str, Leaf]:
-    """List the values of a state dict by name. A dict without items is a value too.
+    """Return the values of a state dict by name. An empty dict is a value too.
 
     Args:
-        room: a list of one number, the characters that further names may have together. Each name takes CHARS_OF_LEAF
-            more than it has.
+        state_dict: The state dict.
+        room: A list with one number: how many characters all further names may have together. Each name takes
+            CHARS_PER_LEAF in addition to its length. The number is reduced.
 
     Raises:
-        DestinationError: two values have the same name.
-        UnsupportedValueError: a key is not plain data, dicts and lists are nested too deeply, or names too long.
+        DestinationError: Two values have the same name.
+        UnsupportedValueError: A key is not plain data, dicts and lists are nested too deeply, or names are too long.
     """
     leaves: dict[str, Leaf] = {}
     room = [math.inf] if room is None else room
@@ -141,7 +146,7 @@ def flatten(state_dict: Mapping[Any, Any], room: list[float] | None = None) -> d
 
 
 def _part(path: Path, key: Any) -> str | Key:
-    """Return the part of a path for a key of a dict. Raises UnsupportedValueError."""
+    """Return the part of a path for a key of a dict. Raise UnsupportedValueError if it is not plain data."""
     if isinstance(key, str):
         return str.__str__(key)
     try:
@@ -156,7 +161,7 @@ def _part(path: Path, key: Any) -> str | Key:
 
 
 def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], room: list[float]) -> None:
-    """Add the values from a path on. `room` has the number of characters that further names may have."""
+    """Add the values at and below a path to `leaves`. See `flatten` for `room`."""
     if len(path) > MAX_NESTING:
         raise UnsupportedValueError(f"more than {MAX_NESTING} dicts and lists are nested at {name_of(path[:3])!r}")
     if isinstance(value, Mapping) and value:
@@ -168,9 +173,9 @@ def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Le
     else:
         leaf = Leaf(path, container, key, value)
         if room[0] < math.inf:
-            room[0] -= CHARS_OF_LEAF + sum(len(str(part)) + 1 for part in path)
+            room[0] -= CHARS_PER_LEAF + sum(len(str(part)) + 1 for part in path)
         if room[0] < 0:
-            raise UnsupportedValueError("the names of its values take many times more than it does")
+            raise UnsupportedValueError("the names of its values take many times more memory than the state dict")
         if leaf.name in leaves:
             raise DestinationError(
                 f"two values of the state dict have the name {leaf.name!r}, at {leaves[leaf.name].path} and {path}"
@@ -179,16 +184,20 @@ def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Le
 
 
 class _Nested(dict[str | int | Key, Any]):
-    """What `nest` makes, to be told from a value that is a dict."""
+    """A dict that `nest` creates. Its class distinguishes it from a value that is a dict."""
 
 
 def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
-    """Put values by name into the dicts and lists that they were in; those without a path under their name.
+    """Put values back into the dicts and lists that they came from.
 
-    If only some items of a list are given, it becomes a dict by position.
+    A list with only some of its items becomes a dict by position.
+
+    Args:
+        values: The values by name.
+        paths: The path of each name. A value without a path is put under its name.
 
     Raises:
-        CorruptCheckpointError: the paths contradict each other.
+        CorruptCheckpointError: The paths contradict each other.
     """
     root = _Nested()
     for name, value in values.items():
@@ -199,7 +208,9 @@ def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]
             if not isinstance(node, _Nested):
                 break
         if not isinstance(node, _Nested) or path[-1] in node or len(path) > MAX_NESTING:
-            raise CorruptCheckpointError(f"{name!r} cannot stand at {path} of a state dict, where others stand")
+            raise CorruptCheckpointError(
+                f"{name!r} cannot be at {path} of a state dict, because other values are there"
+            )
         node[path[-1]] = value
     return _as_dict({str(part) if type(part) is int else part: value for part, value in root.items()})
 
@@ -224,7 +235,7 @@ def _as_dict(node: Mapping[str | int | Key, Any]) -> dict[Any, Any]:
         raise CorruptCheckpointError(f"the keys of a dict collide: {error}") from error
     made = {key: _with_lists(item) for key, item in zip(keys, node.values(), strict=True)}
     if len(made) != len(node):
-        raise CorruptCheckpointError(f"two keys of one dict are equal, of {', '.join(map(str, node))}")
+        raise CorruptCheckpointError(f"two keys of a dict are equal, among {', '.join(map(str, node))}")
     return made
 
 
@@ -237,7 +248,7 @@ def _is_walked(values: list[Any]) -> bool:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """As torch.distributed.checkpoint's, which takes long to import."""
+    """The protocol of torch.distributed.checkpoint, whose module takes long to import."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -245,19 +256,19 @@ class Stateful(Protocol):
 
 
 def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A shallow copy, in which every Stateful value is replaced by its state dict. Raises ArgumentError."""
+    """Return a shallow copy in which the state dict of every Stateful value replaces it. Raise ArgumentError."""
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(f"expected a state dict, a mapping of names to values, got {type(state_dict).__name__}")
     return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
 
 
 def _is_stateful(value: Any) -> bool:
-    """A tensor is not: to ask for the methods of a protocol takes longer than to plan its read."""
+    """Return whether a value is Stateful. Tensors are excluded first: checking a protocol takes longer than a plan."""
     return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
 def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Give every Stateful value its loaded state, and put the other values in their places."""
+    """Pass the loaded state to every Stateful value, and put the other values into the state dict."""
     for key, state in states.items():
         if _is_stateful(state_dict[key]):
             state_dict[key].load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Which tensors have their values in memory that can be read and written, and how to write to those that have not."""
+"""Find out which tensors have their values in dense memory, and write to tensors whose class decides how."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _TORCH_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 def overrides_dispatch(tensor: torch.Tensor) -> bool:
-    """Whether the class of a tensor has its own `__torch_dispatch__`.
+    """Return whether the class of a tensor has its own `__torch_dispatch__`.
 
-    Such a class decides what its values are. They need not be at its data pointer: torchao's quantised tensors hold
-    integers and scales, and have no memory of their own.
+    Such a class decides what its values are. They need not be at its data pointer: torchao's quantised tensors contain
+    tensors of integers and scales, and have no memory themselves.
     """
     kind = type(tensor)
     return kind not in _TORCH_CLASSES and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a rank has all of a tensor; not of one that is sharded over ranks, of any class."""
-    shards = "local_shards", "__create_chunk_list__"  # of ShardedTensor, and of torch's protocol of such classes
+    """Return whether a tensor is not sharded over ranks, whatever its class."""
+    shards = "local_shards", "__create_chunk_list__"  # ShardedTensor, and torch's protocol for such classes
     return type(tensor) in _TORCH_CLASSES or not any(hasattr(type(tensor), attribute) for attribute in shards)
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a detached view of a tensor's memory, of the class torch.Tensor.
+    """Return a detached view of a tensor, of the class torch.Tensor.
 
     Args:
-        tensor: one whose class has no `__torch_dispatch__` of its own.
+        tensor: A tensor whose class does not have its own `__torch_dispatch__`.
     """
     if type(tensor) in _TORCH_CLASSES:
         return tensor.detach()
@@ -45,14 +45,14 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def missing_memory(tensor: torch.Tensor) -> str:
-    """Return why a tensor has no values in dense memory. Empty if it has, or if only its class knows."""
+    """Return why a tensor has no values in dense memory. Empty if it has, or if its class decides."""
     name = type(tensor).__name__
     if is_lazy(tensor):
         return f"is an {name}, which has no shape yet: run the module once, or give it a shape"
     if _derives_from(tensor, "FakeTensor", "torch._subclasses"):
         return "is a FakeTensor, which has no values"
     if _derives_from(tensor, "MaskedTensor", "torch.masked"):
-        return "is a MaskedTensor, of which some values are masked: use its get_data() and get_mask()"
+        return "is a MaskedTensor, so some values are masked: use its get_data() and get_mask()"
     if tensor.is_nested:
         return "is a nested tensor: use its values() and offsets()"
     if tensor.is_quantized:
@@ -67,44 +67,49 @@ def missing_memory(tensor: torch.Tensor) -> str:
         end = tensor.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         if tensor.untyped_storage().data_ptr() and tensor.untyped_storage().nbytes() >= end * tensor.itemsize:
             return ""
-    except RuntimeError:  # torch's own: it is a zero tensor, or a wrapper's storage
+    except RuntimeError:  # raised by torch for zero tensors and the storages of wrappers
         pass
-    return "has no memory of its own, as a parameter that FSDP has freed"
+    return "has no memory, like a parameter that FSDP has freed"
 
 
 def check_has_memory(name: str, tensor: torch.Tensor) -> None:
-    """Check that a tensor has values in dense memory, or that its class has them. Raises UnsupportedValueError."""
+    """Check that a tensor has values in dense memory or that its class decides. Raise UnsupportedValueError."""
     reason = missing_memory(tensor)
     if reason:
         raise UnsupportedValueError(f"{name!r} cannot be stored: it {reason}")
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """Check that a local tensor's values can be stored as they are.
+    """Check that the values of a local tensor can be stored.
 
     Raises:
-        UnsupportedValueError: they are not in dense memory, or the tensor's class decides what they are.
+        UnsupportedValueError: The values are not in dense memory, or the tensor's class decides what they are.
     """
     check_has_memory(name, tensor)
     if overrides_dispatch(tensor):
         raise UnsupportedValueError(
-            f"{name!r} cannot be stored: it is of the class {_full_name(tensor)}, which keeps its values in a form of "
-            "its own: save the tensors that it is made of, or a plain tensor of its values"
+            f"{name!r} cannot be stored: its class {_full_name(tensor)} keeps the values in its own form. Save the "
+            "tensors inside it, or a plain tensor of its values"
         )
 
 
 def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> None:
-    """Write to a tensor whose class decides how, by its own `copy_`.
+    """Write to a tensor whose class decides how, by its `copy_`.
+
+    Args:
+        name: The name of the tensor, for error messages.
+        destination: The tensor to write to.
+        values: The values, of the same shape.
 
     Raises:
-        DestinationError: the class has none that works: it raised, or changed nothing.
+        DestinationError: The `copy_` of the class raises an error, or changes nothing.
     """
     before = _digests(destination)
     try:
         with torch.no_grad(), writing_to(destination):
             destination.copy_(values)
             written = _reads_back(destination, values) or _digests(destination) != before
-            if not written:  # so it is too where rounding leaves what was there: see whether other values arrive
+            if not written:  # rounding may leave the old values: see whether other values change it
                 for other in (torch.zeros_like(values), torch.ones_like(values)):
                     destination.copy_(other)
                     written = written or _digests(destination) != before
@@ -112,12 +117,12 @@ def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> Non
     except Exception as error:
         raise DestinationError(
             f"{name!r} is of the class {_full_name(destination)}, whose copy_ failed: {type(error).__name__}: {error}. "
-            "Load into a plain tensor, and make one of that class from it"
+            "Load into a plain tensor, and create a tensor of that class from it"
         ) from error
     if destination.numel() and not written:
         raise DestinationError(
             f"{name!r} is of the class {_full_name(destination)}, whose copy_ does not write to it. Load into a plain "
-            "tensor, and make one of that class from it"
+            "tensor, and create a tensor of that class from it"
         )
 
 
@@ -131,7 +136,7 @@ def _reads_back(tensor: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _digests(tensor: torch.Tensor) -> list[int]:
-    """Checksums of the tensors that a tensor is made of."""
+    """Return checksums of the tensors inside a tensor."""
     found: list[int] = []
     for inner in _inner(tensor):
         if overrides_dispatch(inner):
@@ -149,12 +154,12 @@ def _inner(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
-    """Whether a class of torch is among a tensor's, without importing it."""
+    """Return whether a tensor is an instance of a class of torch, without importing the class."""
     return any(kind.__name__ == name and kind.__module__.startswith(package) for kind in type(tensor).__mro__)
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The plain tensor whose memory holds a tensor's values: itself, or the largest that it is made of."""
+    """Return the plain tensor whose memory holds a tensor's values: the tensor, or the largest tensor inside it."""
     if not overrides_dispatch(tensor):
         return None if missing_memory(tensor) else tensor
     inner = [found for part in _inner(tensor) if (found := memory_of(part)) is not None]

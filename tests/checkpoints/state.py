@@ -1,4 +1,4 @@
-"""What the checkpoints in this folder hold: values that are computed, so that a test needs no other file."""
+"""The contents of the checkpoints in this folder. They are computed, so that the tests need no other file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ DTYPES = (
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Values that look like weights: a smooth function of their position."""
+    """Return values that resemble weights: a smooth function of the position."""
     return (torch.arange(rows * columns, dtype=torch.float64) * 0.37).sin().mul(0.02).reshape(rows, columns).to(dtype)
 
 
 def sharded() -> dict[str, torch.Tensor]:
-    """Whole tensors, of which each rank saves the rows that `torch.chunk` gives it."""
+    """Return whole tensors. Each rank saves its rows by `torch.chunk`."""
     return {"up": matrix(256, 192, torch.bfloat16), "down": matrix(96, 256, torch.float32)}
 
 
 def replicated() -> dict[str, Any]:
-    """What every rank has."""
+    """Return the entries that every rank has as a whole."""
     return {
         "dtypes": {str(dtype): torch.tensor([0, 1, 1, 0]).to(dtype) for dtype in DTYPES},
         "scalar": torch.tensor(7.5),

@@ -1,4 +1,4 @@
-"""Chunks that are worked on together give what each alone gives."""
+"""Chunk runs give the same results as single chunks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ from tests.planner.boxes import boxes_in, shapes
 
 
 @given(st.data(), shapes, st.sampled_from([1, 50_000, 1_000_000]))
-def test_runs_are_all_chunks_in_their_order_and_boxes(data: st.DataObject, shape: tuple[int, ...], nbytes: int) -> None:
+def test_runs_cover_all_chunks_in_order_and_form_boxes(
+    data: st.DataObject, shape: tuple[int, ...], nbytes: int
+) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     _, offsets, sizes = grid.chunks(data.draw(boxes_in(shape)))
     firsts, counts, dims = group_into_runs(continued_dims(offsets, sizes), np.full(len(sizes), nbytes))
@@ -56,7 +58,7 @@ def test_runs_are_all_chunks_in_their_order_and_boxes(data: st.DataObject, shape
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZES))
 @pytest.mark.parametrize("content", ["random", "normal", "one of zeros"])
 @pytest.mark.parametrize("numel", [5, 6000])
-def test_chunks_encoded_together_are_those_encoded_alone(dtype: str, content: str, numel: int) -> None:
+def test_encoding_chunks_together_equals_encoding_each_alone(dtype: str, content: str, numel: int) -> None:
     rng = np.random.default_rng(1)
     nbytes, count = numel * ITEMSIZES[dtype], 7
     if content == "normal":
@@ -74,7 +76,7 @@ def test_chunks_encoded_together_are_those_encoded_alone(dtype: str, content: st
     alone = [values[i * nbytes : (i + 1) * nbytes] for i in range(count)]
     for chunks, stream in zip(streams, streams_of(dtype, "zstd"), strict=True):
         single = [encode(chunk, dtype, stream, numel)[0] for chunk in alone]
-        # Whether a plane is worth trying is decided for all: at most one then compresses that would not have been.
+        # One sample decides for all chunks whether to compress a plane, so a single chunk may be decided differently.
         assert abs(sum(map(len, chunks)) - sum(map(len, single))) <= 0.04 * sum(map(len, single))
         if content == "one of zeros" and numel > 1000:
             assert len(chunks[3]) < nbytes / 20
@@ -84,7 +86,7 @@ SHAPES = {"up": (2048, 512), "down": (512, 2048), "cube": (4, 512, 256), "row": 
 
 
 def saved(codec: str, dtype: torch.dtype, row_boxes: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
-    """Tensors that two ranks have saved in rows."""
+    """Return a store with tensors that two ranks saved in rows."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
     store, records = MemoryStore(), []
@@ -103,7 +105,7 @@ def saved(codec: str, dtype: torch.dtype, row_boxes: int = 2) -> tuple[MemorySto
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("into", [torch.bfloat16, torch.float32])
-def test_runs_are_placed_where_their_chunks_belong(codec: str, dtype: torch.dtype, into: torch.dtype) -> None:
+def test_runs_are_written_to_the_boxes_of_their_chunks(codec: str, dtype: torch.dtype, into: torch.dtype) -> None:
     store, tensors = saved(codec, dtype)
     source = open_source(store)
     for parts in (1, 3, 4):
@@ -123,7 +125,7 @@ def test_runs_are_placed_where_their_chunks_belong(codec: str, dtype: torch.dtyp
         assert all(a.equal(b) for a, b in zip(out, expected, strict=True))
 
 
-def test_batches_are_all_chunks_each_once() -> None:
+def test_batches_contain_every_chunk_once() -> None:
     store, tensors = saved("zstd", torch.float32)
     source = open_source(store)
     wants = [Want(name, Box.whole(tuple(values.shape))) for name, values in tensors.items()]
@@ -142,10 +144,8 @@ class SlowToEnd(contextlib.nullcontext[None]):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_chunk_that_cannot_be_decoded_is_named_among_those_of_its_run(
-    last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where it is the last of all, and the worker that finds it is late to tell."""
+def test_error_names_the_damaged_chunk_of_a_run(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This also covers the last chunk, whose worker reports the error late."""
     monkeypatch.setattr(executor, "record_function", SlowToEnd)
     monkeypatch.setattr(workers, "default_threads", lambda: 1)
     store, _ = saved("zstd", torch.bfloat16)

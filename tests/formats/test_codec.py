@@ -19,11 +19,11 @@ SPECIAL_FLOATS = [
     0x00800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000,
     0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FA00000, 0x7F80FFFF, 0x00008000, 0x00018000, 0x80008000,
 ]  # fmt: skip
-"""Ties both ways, both zeros, subnormals, the largest finite values, infinities, NaNs with payloads."""
+"""Ties that round up and down, both zeros, subnormals, the largest finite values, infinities, NaNs with payloads."""
 
 
 def round_trip(values: Bytes, dtype: str) -> tuple[Bytes, int]:
-    """What comes back, and the encoded size."""
+    """Return the decoded values, and the encoded size."""
     numel = len(values) // ITEMSIZES[dtype]
     data = [encode(values, dtype, stream, numel)[0] for stream in streams_of(dtype, "zstd")]
     return decoded(data, dtype, numel), sum(map(len, data))
@@ -38,7 +38,7 @@ def decoded(streams: Sequence[bytes | bytearray], dtype: str, numel: int) -> Byt
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZES))
 @pytest.mark.parametrize("numel", [1, 2, 3, 1000, 5000, 65536])
 @pytest.mark.parametrize("content", ["random", "zeros", "normal"])
-def test_values_come_back_bit_for_bit_and_hardly_grow(dtype: str, numel: int, content: str) -> None:
+def test_values_round_trip_bit_for_bit_and_hardly_grow(dtype: str, numel: int, content: str) -> None:
     rng = np.random.default_rng(numel)
     nbytes = numel * ITEMSIZES[dtype]
     if content == "random":
@@ -49,20 +49,20 @@ def test_values_come_back_bit_for_bit_and_hardly_grow(dtype: str, numel: int, co
         values = np.frombuffer(rng.normal(0, 0.02, nbytes // 8 + 1).tobytes()[:nbytes], np.uint8).copy()
     back, size = round_trip(values, dtype)
     assert np.array_equal(back, values)
-    # One random float32 in 256 is a NaN with a payload, which costs 8 bytes more.
+    # One of 256 random float32 values is a NaN with a payload, which takes 8 additional bytes.
     assert size <= nbytes * (1.01 if dtype == "float32" else 1.005) + 4 * 16
     if content == "zeros" and nbytes > 10_000:
         assert size < nbytes / 50
 
 
 @given(st.sampled_from(sorted(ITEMSIZES)), st.binary(min_size=1, max_size=400))
-def test_any_bytes_come_back(dtype: str, content: bytes) -> None:
+def test_arbitrary_bytes_round_trip(dtype: str, content: bytes) -> None:
     numel = max(1, len(content) // ITEMSIZES[dtype])
     values = np.frombuffer((content * ITEMSIZES[dtype])[: numel * ITEMSIZES[dtype]], np.uint8).copy()
     assert np.array_equal(round_trip(values, dtype)[0], values)
 
 
-def test_heads_are_the_bfloat16_rounding() -> None:
+def test_heads_are_values_rounded_to_bfloat16() -> None:
     high = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
     every_rounding = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
     bits = np.concatenate([np.array(SPECIAL_FLOATS, np.uint32), high, every_rounding, every_rounding - 1])
@@ -78,11 +78,11 @@ def test_heads_are_the_bfloat16_rounding() -> None:
     assert down > 30_000
     (tail,) = encode(finite.view(np.uint8), "float32", Stream.TAIL, len(finite))
     planes = int((np.frombuffer(tail[:8], "<u4") & 0x7FFFFFFF).sum())
-    assert len(tail) == 8 + planes + 8 * down  # only what is rounded down to an even head is an exception
+    assert len(tail) == 8 + planes + 8 * down  # only values that round down to an even head are exceptions
 
 
-def test_values_come_back_where_casts_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a processor that flushes subnormal values to zero."""
+def test_values_round_trip_if_casts_do_not_round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This happens on a processor that flushes subnormal values to zero."""
 
     def flushing(values: Bytes, dtype: torch.dtype, into: Bytes, into_dtype: torch.dtype) -> None:
         source = torch.from_numpy(values).view(dtype)
@@ -100,7 +100,7 @@ def test_values_come_back_where_casts_round_otherwise(monkeypatch: pytest.Monkey
 
 
 def test_weights_compress_to_their_entropy() -> None:
-    """N(0, 0.02²): bf16 to 0.663 of raw (its entropy is 0.659), fp32 to 0.833, of it the heads 1.33 bytes each."""
+    """N(0, 0.02²) in bf16 shrinks to 0.663 (its entropy is 0.659), in fp32 to 0.833, with 1.33 bytes for each head."""
     weights = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0)) * 0.02
     as_bf16 = weights.to(torch.bfloat16).view(torch.uint8).numpy()
     as_fp32 = weights.view(torch.uint8).numpy()
@@ -109,8 +109,8 @@ def test_weights_compress_to_their_entropy() -> None:
     assert len(encode(as_fp32, "float32", Stream.HEAD, len(weights))[0]) / len(weights) < 1.33
 
 
-def test_rows_of_zeros_cost_next_to_nothing() -> None:
-    """Of tokens that were not seen, and of their moments: entropy coding alone takes a bit for each byte."""
+def test_rows_of_zeros_compress_to_almost_nothing() -> None:
+    """Embeddings of unseen tokens, and their moments, are zero. Entropy coding alone needs one bit for each byte."""
     rows = torch.randn(256, 128) * 0.02
     dense = round_trip(rows.to(torch.bfloat16).view(torch.uint8).numpy().reshape(-1), "bfloat16")[1]
     rows[1::2] = 0
@@ -119,8 +119,8 @@ def test_rows_of_zeros_cost_next_to_nothing() -> None:
 
 
 @given(st.data(), st.sampled_from(["bfloat16", "float32", "int64", "bool", "float16"]))
-def test_damaged_bytes_are_refused_or_give_values(data: st.DataObject, dtype: str) -> None:
-    """Checksums stand before the decoder; still it must not crash, nor read or take more than it should."""
+def test_damaged_bytes_raise_corrupt_error_or_decode(data: st.DataObject, dtype: str) -> None:
+    """Checksums are verified before decoding, but the decoder must not crash or over-allocate without them."""
     numel = 600
     values = np.tile(np.arange(256, dtype=np.uint8), numel * ITEMSIZES[dtype] // 256 + 1)[: numel * ITEMSIZES[dtype]]
     streams = [bytearray(encode(values, dtype, stream, numel)[0]) for stream in streams_of(dtype, "zstd")]
@@ -137,7 +137,7 @@ def test_damaged_bytes_are_refused_or_give_values(data: st.DataObject, dtype: st
     assert len(back) == len(values)
 
 
-def test_a_zstd_bomb_is_refused() -> None:
+def test_zstd_bomb_raises_corrupt_error() -> None:
     bomb = bytearray(encode(np.zeros(1 << 24, np.uint8), "uint8", Stream.WHOLE, 1 << 24)[0])
     assert len(bomb) < 5000
     with pytest.raises(CorruptCheckpointError, match="does not hold 100 bytes"):

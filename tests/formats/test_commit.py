@@ -1,4 +1,4 @@
-"""The commit, and what a save refuses before it: it hides nobody's checkpoint, and says what it cannot see."""
+"""The commit, and the checks before it: a save hides no other checkpoint, and reports which objects are missing."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def of_torch_save(name: str) -> Callable[[Path], None]:
 
 
 def of_a_conversion(folder: Path) -> None:
-    """One that was killed."""
+    """Leave what a killed conversion leaves."""
     reshard.save(STATE, folder.parent / "source")
 
     def before(call: Call) -> None:
@@ -92,7 +92,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_save_does_not_hide_a_checkpoint_of_another_tool(name: str, tmp_path: Path) -> None:
+def test_save_raises_instead_of_hiding_a_checkpoint_of_another_tool(name: str, tmp_path: Path) -> None:
     OTHERS[name](tmp_path / "x")
     before = content(tmp_path / "x")
     for overwrite in (False, True):
@@ -106,7 +106,7 @@ def test_a_save_does_not_hide_a_checkpoint_of_another_tool(name: str, tmp_path: 
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("name", [".metadata", "model.safetensors", "x.bin", CONVERSION])
-def test_a_save_to_a_bucket_does_not_hide_one_either(name: str, client: str) -> None:
+def test_save_to_a_bucket_raises_instead_of_hiding_a_checkpoint(name: str, client: str) -> None:
     with failing_s3(fails=lambda method, key: False, content={f"run/{name}": b"x"}) as server:
         options = by_client(client, server.options)
         with pytest.raises(CheckpointExistsError, match=f"it has '{name}'"):
@@ -115,7 +115,7 @@ def test_a_save_to_a_bucket_does_not_hide_one_either(name: str, client: str) -> 
         reshard.save(STATE, "s3://bucket", storage_options=options)
 
 
-def test_other_files_are_in_no_saves_way(tmp_path: Path) -> None:
+def test_save_ignores_unrelated_files(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     for name in (
         "config.json",
@@ -133,7 +133,7 @@ def test_other_files_are_in_no_saves_way(tmp_path: Path) -> None:
     assert reshard.open(folder).read("w").equal(STATE["w"])
 
 
-def test_what_a_killed_save_left_is_in_no_saves_way(tmp_path: Path) -> None:
+def test_save_ignores_what_a_killed_save_left(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "x")
     (tmp_path / "x" / MANIFEST_NAME).unlink()
     with pytest.raises(NotCommittedError):
@@ -141,7 +141,7 @@ def test_what_a_killed_save_left_is_in_no_saves_way(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "x")
 
 
-def test_a_checkpoint_of_ones_own_is_replaced_whatever_lies_beside_it(tmp_path: Path) -> None:
+def test_overwrite_replaces_own_checkpoint_beside_foreign_files(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "native")
     of_dcp(tmp_path / "x")
     shutil.copytree(tmp_path / "native", tmp_path / "x", dirs_exist_ok=True)
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_ones_own_is_replaced_whatever_lies_beside_it(tmp_path: 
         reshard.save(STATE, tmp_path / "x")
 
 
-def test_a_save_lists_the_folder_once_at_most(tmp_path: Path) -> None:
+def test_save_lists_the_folder_at_most_once(tmp_path: Path) -> None:
     for overwrite in (False, True):
         memory = MemoryStore()
         store = RecordingStore(memory)
@@ -170,14 +170,19 @@ def named(*ranks: int) -> set[str]:
 @pytest.mark.parametrize(
     ("written", "seen", "rank", "words"),
     [
-        ((0, 1), (0,), 0, r"rank 0 cannot see 1 data objects at memory that rank 1 wrote, as 'data/0+1-00001\.shard'"),
+        (
+            (0, 1),
+            (0,),
+            0,
+            r"rank 0 cannot see 1 data objects at memory that rank 1 wrote, such as 'data/0+1-00001\.shard'",
+        ),
         ((0, 1, 2, 3), (0,), 0, r"rank 0 cannot see 3 data objects at memory that ranks 1, 2, 3 wrote"),
         ((0, 1, 2, 3), (), 2, r"rank 2 cannot see 4 data objects at memory that ranks 0, 1, 3 wrote"),
         (tuple(range(20)), (0,), 0, r"ranks 1, 2, 3, 4, 5, 6, 7, 8 and 11 more wrote"),
         ((0, 1), (1,), 0, r"1 data objects that were just written are gone from memory, .*: something else removes"),
     ],
 )
-def test_a_commit_names_the_ranks_whose_objects_are_not_there(
+def test_commit_names_the_ranks_whose_objects_are_missing(
     written: tuple[int, ...], seen: tuple[int, ...], rank: int, words: str
 ) -> None:
     store = MemoryStore()
@@ -186,7 +191,7 @@ def test_a_commit_names_the_ranks_whose_objects_are_not_there(
         commit(store, b"manifest", named(*written), overwrite=False, rank=rank)
     assert "was not committed" in str(caught.value)
     of_others = words.startswith("rank")
-    assert ("all ranks must write to the same shared place" in str(caught.value)) is of_others
+    assert ("all ranks must write to the same shared location" in str(caught.value)) is of_others
     assert MANIFEST_NAME not in store.content
 
 
@@ -195,7 +200,7 @@ def test_a_commit_names_the_ranks_whose_objects_are_not_there(
 @pytest.mark.parametrize(
     ("status", "code"), [(410, "Gone"), (409, "ConditionalRequestConflict"), (409, "OperationAborted")]
 )
-def test_a_commit_that_meets_a_conflict_is_tried_again(
+def test_commit_is_retried_after_a_conflict(
     status: int, code: str, overwrite: bool, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
@@ -216,10 +221,10 @@ def test_a_commit_that_meets_a_conflict_is_tried_again(
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize(("status", "code"), [(410, "Gone"), (409, "ConditionalRequestConflict")])
-def test_of_a_conflict_what_is_there_decides(
+def test_stored_manifest_decides_the_outcome_of_a_conflict(
     status: int, code: str, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The put has come, or another save's has, or neither ever does."""
+    """After a conflict the store has this manifest, that of another save, or none."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     there: list[bytes] = []
@@ -244,7 +249,7 @@ def test_of_a_conflict_what_is_there_decides(
 
 
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that are made durable from now on."""
+    """Return a list to which the folders that are synced to disk are added."""
     found: list[str] = []
     fsync = os.fsync
 
@@ -260,7 +265,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("depth", [0, 1, 4])
 @pytest.mark.parametrize("format", ["save", "reshard", "dcp", "safetensors"])
-def test_every_folder_that_is_made_is_durable(
+def test_created_folders_are_synced_to_disk(
     format: str, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reshard.save(STATE, tmp_path / "source")
@@ -279,7 +284,7 @@ def test_every_folder_that_is_made_is_durable(
             assert str(folder) in found, folder
 
 
-def test_a_folder_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_folders_are_not_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     found = synced(monkeypatch)
     reshard.save(STATE, tmp_path / "a" / "b" / "c")

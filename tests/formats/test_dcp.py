@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint, as torch writes them: all that they hold comes back, by byte ranges."""
+"""Checkpoints that torch.distributed.checkpoint writes: all their contents are read, by byte ranges."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(state: dict[str, Any], folder: Path, **options: Any) -> str:
 
 
 def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, max_over_read: float) -> torch.Tensor:
-    """A box, with gaps read over as far as that."""
+    """Read a box with a bound on over-reads."""
     source = open_source(checkpoint)
     index = source.index([Want(name, box)])
     out = torch.empty(box.sizes, dtype=dtype)
@@ -58,7 +58,7 @@ def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, m
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("way", WAYS)
-def test_every_dtype_and_shape_comes_back(way: str, tmp_path: Path) -> None:
+def test_every_dtype_and_shape_round_trips(way: str, tmp_path: Path) -> None:
     known = set(ITEMSIZES) - ({"complex32", "complex128"} if way == "safetensors" else set())
     tensors = {
         f"{dtype} {shape}": sample(dtype, *shape)
@@ -84,8 +84,8 @@ STORED_OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "safetensors"])  # which takes contiguous tensors only
-def test_tensors_come_back_however_they_lay_in_memory(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "safetensors"])  # it only accepts contiguous tensors
+def test_tensors_of_any_memory_layout_round_trip(way: str, tmp_path: Path) -> None:
     uri = save(dict(STORED_OTHERWISE), tmp_path / "x", **WAYS[way])
     assert_holds(reshard.open(uri), STORED_OTHERWISE)
     for name in ("transposed", "channels last", "conjugate"):
@@ -99,7 +99,7 @@ class Pickled:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_values_that_are_no_tensors_come_back(way: str, tmp_path: Path) -> None:
+def test_values_that_are_not_tensors_round_trip(way: str, tmp_path: Path) -> None:
     state = {
         "step": 7,
         "rate": 0.5,
@@ -124,7 +124,7 @@ def test_values_that_are_no_tensors_come_back(way: str, tmp_path: Path) -> None:
     assert checkpoint.read_value("pickled", allow_pickle=True).value == 5
 
 
-def test_names_of_nested_state_are_those_of_dcp_and_lead_back(tmp_path: Path) -> None:
+def test_nested_state_has_the_names_of_dcp_and_round_trips(tmp_path: Path) -> None:
     state = {"model": {"a.b": torch.ones(2)}, "list": [torch.zeros(1), {"x": 1}], "optim": {3: torch.ones(1)}}
     source = open_source(save(state, tmp_path / "x"))
     assert dict(source.paths) == {
@@ -146,7 +146,9 @@ def test_names_of_nested_state_are_those_of_dcp_and_lead_back(tmp_path: Path) ->
 @pytest.mark.parametrize("over_read", [0.0, 1e9])
 @pytest.mark.parametrize("shape", [(), (9,), (8, 7), (5, 4, 6)])
 @pytest.mark.parametrize("way", ["as by default", "safetensors", "zstd"])
-def test_boxes_are_parts_of_the_whole(way: str, shape: tuple[int, ...], over_read: float, tmp_path: Path) -> None:
+def test_reading_a_box_equals_slicing_the_tensor(
+    way: str, shape: tuple[int, ...], over_read: float, tmp_path: Path
+) -> None:
     values = torch.randn(shape)
     uri = save({"before": torch.ones(3), "w": values}, tmp_path / "x", **WAYS[way])
     for box in boxes(shape):
@@ -167,7 +169,9 @@ def test_boxes_are_parts_of_the_whole(way: str, shape: tuple[int, ...], over_rea
         ],
     ],
 )
-def test_boxes_across_shards_are_parts_of_the_whole(parts: list[reshard.Box], over_read: float, tmp_path: Path) -> None:
+def test_reading_a_box_across_shards_equals_slicing_the_tensor(
+    parts: list[reshard.Box], over_read: float, tmp_path: Path
+) -> None:
     values = torch.randn(10, 6)
     for name, data in put_together({"w": (values, parts)}).content.items():
         (tmp_path / name).write_bytes(data)
@@ -175,7 +179,7 @@ def test_boxes_across_shards_are_parts_of_the_whole(parts: list[reshard.Box], ov
         assert same(read_box(str(tmp_path), "w", box, values.dtype, over_read), values[box.slices]), box
 
 
-def test_only_slices_that_are_needed_are_looked_at(tmp_path: Path) -> None:
+def test_only_needed_shards_are_located(tmp_path: Path) -> None:
     tensors = {"v": torch.randn(400, 64), "w": torch.randn(400, 64)}
     parts = {name: (values, rows(100, 400, 64)) for name, values in tensors.items()}
     for name, data in put_together(parts).content.items():
@@ -195,7 +199,7 @@ def test_only_slices_that_are_needed_are_looked_at(tmp_path: Path) -> None:
     assert len(store.calls) == 1, "what was found out is kept"
 
 
-def test_a_save_without_collectives_leaves_metadata_of_each_rank(tmp_path: Path) -> None:
+def test_save_without_collectives_is_read_from_the_metadata_of_each_rank(tmp_path: Path) -> None:
     dcp.save({"step": 1}, storage_writer=FileSystemWriter(tmp_path / "torch"), use_collectives=False)
     assert reshard.open(tmp_path / "torch").read_value("step") == 1
     for rank in range(12):
@@ -208,7 +212,7 @@ def test_a_save_without_collectives_leaves_metadata_of_each_rank(tmp_path: Path)
     assert checkpoint.read_value("step") == 0
 
 
-def test_ranks_that_do_not_agree_on_a_tensor_are_refused(tmp_path: Path) -> None:
+def test_metadata_of_ranks_that_contradict_each_other_raises_corrupt_error(tmp_path: Path) -> None:
     for rank, values in enumerate((torch.ones(3), torch.ones(4))):
         dcp.save({"w": values}, storage_writer=OfRank(str(tmp_path), rank), use_collectives=False)
     with pytest.raises(CorruptCheckpointError, match=r"'__1\.metadata' in .* another as float32 \(4,\)"):
@@ -238,7 +242,7 @@ def with_properties_of_old(metadata: Metadata) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("change", [without_new_fields, with_paths, with_strings, with_properties_of_old])
-def test_metadata_of_other_versions_of_torch_is_read(change: Any, protocol: int, tmp_path: Path) -> None:
+def test_metadata_of_other_torch_versions_is_read(change: Any, protocol: int, tmp_path: Path) -> None:
     save({"w": torch.randn(3), "step": 4}, tmp_path)
     metadata = pickle.loads((tmp_path / METADATA).read_bytes())  # noqa: S301
     change(metadata)
@@ -248,7 +252,7 @@ def test_metadata_of_other_versions_of_torch_is_read(change: Any, protocol: int,
     assert checkpoint.read_value("step") == 4
 
 
-def test_many_tensors_in_few_files_come_back(tmp_path: Path) -> None:
+def test_many_tensors_in_few_files_round_trip(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.weight": torch.full((2, 3), float(i)) for i in range(1500)}
     checkpoint = reshard.open(save(dict(tensors), tmp_path / "x"))
     state = {name: torch.empty(2, 3) for name in tensors}

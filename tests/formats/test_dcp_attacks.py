@@ -1,4 +1,4 @@
-"""Checkpoints of DCP that lie or are damaged: each is refused by one clear error, and nothing of them runs."""
+"""False or damaged DCP checkpoints: each raises one clear error, and no code from it runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_all(store: MemoryStore) -> None:
 
 @contextlib.contextmanager
 def taking_at_most(nbytes: int) -> Iterator[None]:
-    """A block that takes no more of Python's memory."""
+    """Check that a block allocates at most `nbytes` of Python's memory."""
     tracemalloc.start()
     try:
         yield
@@ -65,7 +65,7 @@ def taking_at_most(nbytes: int) -> Iterator[None]:
         tracemalloc.stop()
 
 
-def test_what_is_whole_is_read() -> None:
+def test_undamaged_checkpoint_is_read() -> None:
     read_all(whole())
 
 
@@ -83,7 +83,7 @@ def test_what_is_whole_is_read() -> None:
         (bytearray, (10**11,)),
     ],
 )
-def test_metadata_that_would_run_something_is_refused(
+def test_metadata_that_would_run_code_raises_unsafe_error(
     function: Any, arguments: tuple[Any, ...], protocol: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ class Named(NamedTuple):
 
 
 class Items(dict[str, int]):
-    """A dict with a state beside its items."""
+    """A dict with a state in addition to its items."""
 
 
 class Rows(list[int]): ...
@@ -188,7 +188,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("case", FOREIGN)
-def test_classes_that_are_not_known_beside_the_metadata_of_tensors_do_not_matter(case: str, protocol: int) -> None:
+def test_unknown_classes_beside_the_metadata_of_tensors_are_ignored(case: str, protocol: int) -> None:
     value = FOREIGN[case]
 
     made: list[Metadata] = []
@@ -211,7 +211,7 @@ class MCoreMetadata(Metadata):
     mcore_data: Any = None
 
 
-def test_a_class_that_derives_from_the_metadata_is_read() -> None:
+def test_subclass_of_metadata_is_read() -> None:
     made: list[Metadata] = []
     store = whole(made.append)
     told = {field.name: getattr(made[0], field.name) for field in fields(Metadata)}
@@ -220,7 +220,7 @@ def test_a_class_that_derives_from_the_metadata_is_read() -> None:
 
 
 @pytest.mark.parametrize("state", [None, {}, {"state_dict_metadata": {}}, [1]])
-def test_a_class_that_only_looks_like_it_is_refused(state: Any) -> None:
+def test_class_that_only_resembles_metadata_raises_unsafe_error(state: Any) -> None:
     store = whole()
     options = Options()
     options.__dict__.clear()
@@ -232,7 +232,7 @@ def test_a_class_that_only_looks_like_it_is_refused(state: Any) -> None:
         reshard.open(store)
 
 
-def test_a_defaultdict_of_tensors_is_read() -> None:
+def test_defaultdict_of_tensors_is_read() -> None:
     def change(metadata: Any) -> None:
         metadata.state_dict_metadata = collections.defaultdict(list, metadata.state_dict_metadata)
         metadata.storage_data = collections.defaultdict(dict, metadata.storage_data)
@@ -242,7 +242,7 @@ def test_a_defaultdict_of_tensors_is_read() -> None:
 
 
 def placed(**changes: Any) -> Callable[[Metadata], None]:
-    """A change of where the first shard of w is said to be."""
+    """Return a change of the metadata that moves the first shard of w."""
     return lambda metadata: metadata.storage_data.update({FIRST: replace(metadata.storage_data[FIRST], **changes)})
 
 
@@ -275,7 +275,7 @@ NEEDED: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("case", NEEDED)
-def test_a_tensor_whose_own_metadata_needs_a_class_that_is_not_known_is_refused_alone(case: str) -> None:
+def test_only_the_tensor_whose_metadata_needs_an_unknown_class_is_unreadable(case: str) -> None:
     checkpoint = reshard.open(whole(NEEDED[case]))
     assert same(checkpoint.read("v"), V)
     assert checkpoint.read_value("step") == 7
@@ -289,7 +289,7 @@ def test_a_tensor_whose_own_metadata_needs_a_class_that_is_not_known_is_refused_
 
 
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.bits8, torch.bits16])
-def test_a_tensor_of_a_dtype_that_is_not_known_is_refused_alone(dtype: torch.dtype) -> None:
+def test_only_the_tensor_of_an_unknown_dtype_is_unreadable(dtype: torch.dtype) -> None:
     checkpoint = reshard.open(whole(lambda metadata: setattr(of_w(metadata).properties, "dtype", dtype)))
     assert same(checkpoint.read("v"), V)
     with pytest.raises(DtypeError, match=rf"'w' in '\.metadata' in memory has the dtype {dtype}"):
@@ -297,12 +297,12 @@ def test_a_tensor_of_a_dtype_that_is_not_known_is_refused_alone(dtype: torch.dty
 
 
 @pytest.mark.parametrize("field", ["state_dict_metadata", "storage_data"])
-def test_metadata_that_is_all_of_a_class_that_is_not_known_is_refused(field: str) -> None:
+def test_metadata_of_an_unknown_class_raises_unsafe_error(field: str) -> None:
     with pytest.raises(UnsafeValueError, match=r"'\.metadata' in memory names .*Options"):
         reshard.open(whole(lambda metadata: setattr(metadata, field, Options())))
 
 
-def test_many_names_of_classes_take_little_memory() -> None:
+def test_many_unknown_class_names_take_little_memory() -> None:
     names = b"".join(b"c%05d\nx\n" % number for number in range(99_999))
     store = whole()
     store.content[METADATA] = b"\x80\x02](" + names + b"e."
@@ -310,7 +310,7 @@ def test_many_names_of_classes_take_little_memory() -> None:
         reshard.open(store)
 
 
-def test_code_in_a_slice_is_refused() -> None:
+def test_code_in_a_shard_raises_corrupt_error_and_does_not_run() -> None:
     store = whole()
     data = torch_saved(Runs(os.system, "touch RAN"))
     store.content["__0_0.distcp"] = data + bytes(len(store.content["__0_0.distcp"]) - len(data))
@@ -341,7 +341,7 @@ def test_code_in_a_slice_is_refused() -> None:
         (b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".", "is not metadata of DCP, but list"),
     ],
 )
-def test_metadata_that_is_none_is_refused(data: bytes, message: str) -> None:
+def test_object_that_is_not_metadata_raises_corrupt_error(data: bytes, message: str) -> None:
     store = whole()
     store.content[METADATA] = data
     with (
@@ -352,7 +352,7 @@ def test_metadata_that_is_none_is_refused(data: bytes, message: str) -> None:
     assert "'.metadata' in memory" in str(caught.value)
 
 
-def test_metadata_cut_short_is_refused() -> None:
+def test_truncated_metadata_raises_corrupt_error() -> None:
     data = whole().content[METADATA]
     for length in range(0, len(data), 7):
         store = whole()
@@ -368,7 +368,7 @@ WHOLE = whole()
 @given(
     st.lists(st.tuples(st.integers(0, len(WHOLE.content[METADATA]) - 1), st.integers(1, 255)), min_size=1, max_size=3)
 )
-def test_flipped_bytes_of_metadata_are_refused_or_read(flips: list[tuple[int, int]]) -> None:
+def test_flipped_bytes_of_metadata_raise_checkpoint_error_or_are_read(flips: list[tuple[int, int]]) -> None:
     data = bytearray(WHOLE.content[METADATA])
     for at, by in flips:
         data[at] ^= by
@@ -384,7 +384,7 @@ def test_flipped_bytes_of_metadata_are_refused_or_read(flips: list[tuple[int, in
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 1023), st.integers(1, 255))
-def test_a_flipped_byte_before_the_values_of_a_slice_is_refused_or_read_as_torch_reads_it(at: int, by: int) -> None:
+def test_flipped_byte_before_the_values_of_a_shard_raises_or_is_read_as_torch_does(at: int, by: int) -> None:
     data = bytearray(WHOLE.content["__2_0.distcp"])
     data[at % data.index(W[4:].numpy().tobytes())] ^= by
     store = copy.copy(WHOLE)
@@ -395,8 +395,8 @@ def test_a_flipped_byte_before_the_values_of_a_slice_is_refused_or_read_as_torch
 
 
 @pytest.mark.parametrize("change", [b"K\x01K\x02K\x04\x86", b"K\x04K\x02K\x04\x86"])
-def test_values_beyond_those_of_a_slice_are_not_read(change: bytes) -> None:
-    """The pickle of a tensor says that its values begin one element, or four, into its storage."""
+def test_values_outside_a_shard_are_not_read(change: bytes) -> None:
+    """The pickle of the tensor claims that its values begin one or four elements after the start of the storage."""
     data = WHOLE.content["__2_0.distcp"]
     assert data.count(b"K\x00K\x02K\x04\x86") == 1
     store = copy.copy(WHOLE)
@@ -434,14 +434,14 @@ def test_values_beyond_those_of_a_slice_are_not_read(change: bytes) -> None:
         (lambda metadata: setattr(metadata.state_dict_metadata["w"], "size", (2**50, 4)), "impossible shape"),
     ],
 )
-def test_metadata_that_says_what_cannot_be_is_refused(change: Callable[[Metadata], object], message: str) -> None:
+def test_impossible_metadata_raises_corrupt_error(change: Callable[[Metadata], object], message: str) -> None:
     with pytest.raises(CorruptCheckpointError, match=message) as caught:
         reshard.open(whole(change))
     assert "memory" in str(caught.value)
 
 
 def chunks(*parts: Box) -> Callable[[Metadata], None]:
-    """A change of the boxes that w is said to be stored in; each has the bytes of one that is there."""
+    """Return a change of the metadata to other boxes of w. A new box gets the bytes of an existing shard."""
 
     def change(metadata: Metadata) -> None:
         entry: Any = metadata.state_dict_metadata["w"]
@@ -463,7 +463,7 @@ def chunks(*parts: Box) -> Callable[[Metadata], None]:
         ([], "hold 0 elements, its shape"),
     ],
 )
-def test_shards_that_do_not_tile_their_tensor_are_refused(parts: list[Box], message: str) -> None:
+def test_shards_that_do_not_tile_their_tensor_raise_corrupt_error(parts: list[Box], message: str) -> None:
     checkpoint = reshard.open(whole(chunks(*parts)))
     with pytest.raises(CorruptCheckpointError, match=rf"'w'.*{message}"):
         checkpoint.read("w")
@@ -472,7 +472,7 @@ def test_shards_that_do_not_tile_their_tensor_are_refused(parts: list[Box], mess
 
 @pytest.mark.parametrize("offset", [0, 5, 2**59])
 @pytest.mark.parametrize("length", [10**6, 2**59])
-def test_a_slice_that_ends_beyond_its_object_takes_no_memory(length: int, offset: int) -> None:
+def test_shard_that_ends_after_its_object_allocates_no_memory(length: int, offset: int) -> None:
     checkpoint = reshard.open(whole(placed(length=length, offset=offset)))
     with pytest.raises(
         CorruptCheckpointError, match=r"'w': object '__0_0\.distcp' in memory has \d+ bytes, and should"
@@ -481,7 +481,7 @@ def test_a_slice_that_ends_beyond_its_object_takes_no_memory(length: int, offset
     assert same(checkpoint.read("v"), V)
 
 
-def test_a_tensor_larger_than_its_objects_takes_no_memory() -> None:
+def test_tensor_larger_than_its_objects_allocates_no_memory() -> None:
     def change(metadata: Metadata) -> None:
         entry: Any = metadata.state_dict_metadata["w"]
         entry.size = torch.Size((2**30, 2**20))
@@ -494,7 +494,7 @@ def test_a_tensor_larger_than_its_objects_takes_no_memory() -> None:
             checkpoint.read("w", box)
 
 
-def test_an_object_larger_than_its_file_takes_no_memory() -> None:
+def test_value_larger_than_its_object_allocates_no_memory() -> None:
     store = whole(
         lambda metadata: metadata.storage_data.update({MetadataIndex("step"): _StorageInfo("__0_0.distcp", 0, 2**37)})
     )
@@ -502,12 +502,12 @@ def test_an_object_larger_than_its_file_takes_no_memory() -> None:
         reshard.open(store).read_value("step")
 
 
-def test_a_slice_of_no_bytes_is_refused() -> None:
+def test_empty_shard_raises_corrupt_error() -> None:
     with pytest.raises(CorruptCheckpointError, match="a chunk of 'w' has an impossible length"):
         reshard.open(whole(placed(length=0))).read("w")
 
 
-def test_a_file_that_is_missing_is_told() -> None:
+def test_missing_object_raises_corrupt_error() -> None:
     store = whole()
     del store.content["__1_0.distcp"]
     checkpoint = reshard.open(store)
@@ -516,7 +516,7 @@ def test_a_file_that_is_missing_is_told() -> None:
     assert same(checkpoint.read("w", Box((4, 0), (2, 4))), W[4:])
 
 
-def test_a_file_cut_short_is_told() -> None:
+def test_truncated_object_raises_corrupt_error() -> None:
     store = whole()
     data = store.content["__2_0.distcp"]
     for length in (0, 1, 100, len(data) - 1):
@@ -526,7 +526,7 @@ def test_a_file_cut_short_is_told() -> None:
 
 
 def replaced(value: object) -> MemoryStore:
-    """The first slice of w is this, saved by torch."""
+    """Return a checkpoint whose first shard of w is a value, saved by torch."""
     data = value if isinstance(value, bytes) else torch_saved(value)
     store = whole(placed(relative_path="other.distcp", offset=0, length=len(data)))
     store.content["other.distcp"] = data
@@ -534,7 +534,7 @@ def replaced(value: object) -> MemoryStore:
 
 
 def of_pickle(pickled: bytes) -> bytes:
-    """A torch.save file with this pickle."""
+    """Return a torch.save file with a pickle."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -543,7 +543,7 @@ def of_pickle(pickled: bytes) -> bytes:
 
 
 def deflated(data: bytes) -> bytes:
-    """A zip with its records compressed."""
+    """Return a zip with compressed records."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
         for info in archive.infolist():
@@ -554,13 +554,13 @@ def deflated(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.ones(2, 5), r"should be a tensor of float32 \(2, 4\), and is one of torch.float32 \(2, 5\)"),
-        (torch.ones(8), r"is one of torch.float32 \(8,\)"),
-        (torch.ones(2, 4, dtype=torch.int32), r"is one of torch.int32 \(2, 4\)"),
+        (torch.ones(2, 5), r"expected a tensor of float32 \(2, 4\), got a tensor of torch.float32 \(2, 5\)"),
+        (torch.ones(8), r"got a tensor of torch.float32 \(8,\)"),
+        (torch.ones(2, 4, dtype=torch.int32), r"got a tensor of torch.int32 \(2, 4\)"),
         (torch.empty(2, 4, device="meta"), "torch.strided on meta"),
         (torch.ones(2, 4).to_sparse(), "torch.sparse_coo on cpu"),
-        ([torch.ones(2, 4)], "and is list"),
-        (7, "and is int"),
+        ([torch.ones(2, 4)], "got list"),
+        (7, "got int"),
         (deflated(torch_saved(torch.ones(2, 4))), "is compressed; torch.save compresses none"),
         (of_pickle(b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s."), "tuples are nested"),
         (of_pickle(b"\x80\x02K"), "cannot be read"),
@@ -569,7 +569,7 @@ def deflated(data: bytes) -> bytes:
         (zstandard.compress(b"x"), "cannot be read"),
     ],
 )
-def test_a_slice_that_holds_something_else_is_refused(value: object, message: str) -> None:
+def test_shard_with_other_content_raises_corrupt_error(value: object, message: str) -> None:
     checkpoint = reshard.open(replaced(value))
     with pytest.raises(CorruptCheckpointError, match=message) as caught:
         checkpoint.read("w")
@@ -577,17 +577,17 @@ def test_a_slice_that_holds_something_else_is_refused(value: object, message: st
     assert same(checkpoint.read("w", Box((2, 0), (2, 4))), W[2:4])
 
 
-def test_slices_changed_for_each_other_are_refused_where_their_shapes_differ() -> None:
+def test_swapped_shards_of_different_shapes_raise_corrupt_error() -> None:
     def change(metadata: Metadata) -> None:
         data, other = metadata.storage_data, MetadataIndex("v", (0, 0))
         data[FIRST], data[other] = data[other], data[FIRST]
 
-    with pytest.raises(CorruptCheckpointError, match=re.escape("and is one of torch.float32 (3, 4)")):
+    with pytest.raises(CorruptCheckpointError, match=re.escape("got a tensor of torch.float32 (3, 4)")):
         reshard.open(whole(change)).read("w")
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_stream_that_grows_without_bound_is_refused_early(told: bool) -> None:
+def test_zstd_bomb_raises_corrupt_error_early(told: bool) -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(2**27))
     assert len(bomb) < 2**15
     store = whole(
@@ -599,6 +599,6 @@ def test_a_stream_that_grows_without_bound_is_refused_early(told: bool) -> None:
         )
     )
     store.content["bomb.distcp"] = bomb
-    message = f"holds more than the {32 + 65536} bytes that it should"
+    message = f"holds more than {32 + 65536} bytes"
     with taking_at_most(2**20), pytest.raises(CorruptCheckpointError, match=message):
         reshard.open(store).read("w")

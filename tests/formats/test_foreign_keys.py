@@ -1,4 +1,5 @@
-"""Keys of a bucket that no file could have, and odd ones: they are left out, or listed, and are nobody else's."""
+"""Unusual keys in a bucket, such as keys that no file can have: they are skipped or listed, and disturb nothing
+else."""
 
 import uuid
 from importlib.util import find_spec
@@ -52,7 +53,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_foreign_key_is_in_nobodys_way(client: str) -> None:
+def test_unusual_key_does_not_disturb_other_checkpoints(client: str) -> None:
     with failing_s3(fails=lambda method, key: False) as server:
         options = by_client(client, server.options)
         reshard.save(STATE, "s3://bucket/run/step", storage_options=options)
@@ -68,10 +69,10 @@ def test_a_foreign_key_is_in_nobodys_way(client: str) -> None:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_an_odd_key_is_read_and_removed_as_itself(client: str) -> None:
+def test_unusual_key_is_read_and_removed_under_its_own_name(client: str) -> None:
     with failing_s3(fails=lambda method, key: False) as server:
         store = open_store("s3://bucket/run", by_client(client, server.options))
-        keys = [key for key in ODD if "\t" not in key]  # of which obstore says that it cannot read it
+        keys = [key for key in ODD if "\t" not in key]  # obstore reports that it cannot read a key with a tab
         server.content = {key: key.encode() for key in keys}
         for key in keys:
             assert bytes(store.read(key.removeprefix("run/"), 0, 99)) == key.encode()
@@ -85,7 +86,7 @@ def test_an_odd_key_is_read_and_removed_as_itself(client: str) -> None:
 @pytest.mark.parametrize(
     "key", ["run//x", "run/", "run/step/", "run/step/data/", "/run/step/manifest.reshard", "run/./x"]
 )
-def test_checkpoints_are_found_beside_a_foreign_key(key: str, client: str) -> None:
+def test_checkpoints_are_found_beside_an_unusual_key(key: str, client: str) -> None:
     with failing_s3(fails=lambda method, key: False) as server:
         options = by_client(client, server.options)
         reshard.save(STATE, "s3://bucket/run/step", storage_options=options)
@@ -103,7 +104,7 @@ def test_checkpoints_are_found_beside_a_foreign_key(key: str, client: str) -> No
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_all_foreign_keys_at_once(client: str) -> None:
+def test_all_unusual_keys_at_once(client: str) -> None:
     with failing_s3(fails=lambda method, key: False) as server:
         options = by_client(client, server.options)
         reshard.save(STATE, "s3://bucket/run/step", storage_options=options)
@@ -130,7 +131,7 @@ def test_all_foreign_keys_at_once(client: str) -> None:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_foreign_keys_of_a_real_server(client: str, moto: servers.Server) -> None:
+def test_unusual_keys_of_a_real_server(client: str, moto: servers.Server) -> None:
     import boto3  # type: ignore[import-untyped]
 
     options = by_client(client, moto.options)
@@ -152,7 +153,7 @@ def test_foreign_keys_of_a_real_server(client: str, moto: servers.Server) -> Non
     assert set(top_names(open_store(uri, options))) == {"a b"}
 
 
-def test_without_s3fs_a_foreign_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_s3fs_names_the_unusual_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(obstore, "find_spec", lambda name: None if name == "s3fs" else find_spec(name))
     with failing_s3(fails=lambda method, key: False, content={"run/a": b"x", "run/b/": b""}) as server:
         assert list(open_store("s3://bucket/run", server.options).list()) == ["a", "b"]
@@ -161,7 +162,7 @@ def test_without_s3fs_a_foreign_key_is_named(monkeypatch: pytest.MonkeyPatch) ->
             open_store("s3://bucket/run", server.options).list()
 
 
-def test_names_at_the_top_are_those_in_no_folder() -> None:
+def test_top_names_are_those_outside_folders() -> None:
     store = MemoryStore()
     store.content = {"a": b"", "b/c": b"", "b/d/e": b""}
     assert store.capabilities.list_top is None

@@ -39,7 +39,7 @@ DATA = encode_manifest(INDEX, {"a": ("a",), "b": ("list", 3)}, {"writer": "test"
 
 
 def opened(data: bytes) -> Source:
-    """A manifest, with all its blocks read."""
+    """Open a manifest and read all its blocks."""
     store = MemoryStore()
     store.content[MANIFEST_NAME] = data
     manifest = open_source(store)
@@ -48,7 +48,7 @@ def opened(data: bytes) -> Source:
 
 
 def sealed(header: bytes, body: bytes) -> bytes:
-    """A manifest of a header and the bytes of its blocks, with right lengths and a right checksum of the header."""
+    """Return a manifest with a header and blocks, with correct lengths and a correct checksum of the header."""
     prefix = struct.pack("<8sIIQ", b"RESHARD\n", 3, len(header), 32 + len(header) + len(body))
     return prefix + struct.pack("<Q", checksum(prefix + header)) + header + body
 
@@ -58,7 +58,7 @@ def header_and_body() -> tuple[dict[str, Any], bytes]:
     return json.loads(DATA[32 : 32 + length]), DATA[32 + length :]
 
 
-def test_a_manifest_comes_back() -> None:
+def test_manifest_round_trips() -> None:
     manifest = opened(DATA)
     assert manifest.index() == INDEX
     assert manifest.entries == INDEX.entries
@@ -71,7 +71,7 @@ def test_a_manifest_comes_back() -> None:
 
 
 @given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
-def test_any_flipped_byte_is_found(at: int, by: int) -> None:
+def test_any_flipped_byte_raises_corrupt_error(at: int, by: int) -> None:
     damaged = bytearray(DATA)
     damaged[at] ^= by
     with pytest.raises((CorruptCheckpointError, UnsupportedVersionError)):
@@ -79,14 +79,14 @@ def test_any_flipped_byte_is_found(at: int, by: int) -> None:
 
 
 @given(st.integers(0, len(DATA) - 1))
-def test_any_cut_is_found(length: int) -> None:
+def test_any_truncation_raises_corrupt_error(length: int) -> None:
     store = MemoryStore()
     store.content[MANIFEST_NAME] = DATA[:length]
     with pytest.raises(CorruptCheckpointError, match="manifest"):
         open_source(store)
 
 
-def test_a_newer_version_says_so() -> None:
+def test_newer_version_raises_unsupported_version_error() -> None:
     newer = DATA[:8] + struct.pack("<I", 7) + DATA[12:]
     with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads versions 3 and 4"):
         opened(newer)
@@ -150,22 +150,22 @@ B = ["b", 0, "bfloat16", [8, 8], [2, 1], None, 2, 128, None]
         {"info": 4},
     ],
 )
-def test_a_manifest_that_lies_is_refused(change: dict[str, Any]) -> None:
-    """With a right checksum: whoever made it is not to be trusted, and no memory is taken on its word."""
+def test_false_manifest_raises_corrupt_error(change: dict[str, Any]) -> None:
+    """The checksum is correct, so its author is hostile. Its claims must not cause memory to be allocated."""
     header, body = header_and_body()
     with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
         opened(sealed(json.dumps(header | change).encode(), body))
 
 
 @pytest.mark.parametrize("total", [2**62, 2**64 - 1, 2**37, 100])
-def test_a_manifest_that_claims_an_impossible_length_is_refused(total: int) -> None:
+def test_manifest_with_an_impossible_length_raises_corrupt_error(total: int) -> None:
     store = MemoryStore()
     store.content[MANIFEST_NAME] = struct.pack("<8sIIQ", b"RESHARD\n", 3, 100, total) + b"x" * FIRST_MANIFEST_READ_BYTES
     with pytest.raises(CorruptCheckpointError, match=f"claims to have {total} bytes"):
         open_source(store)
 
 
-def test_more_chunks_than_integers_can_count_are_refused() -> None:
+def test_integer_overflow_of_chunk_counts_raises_corrupt_error() -> None:
     entries = [[f"{i}", 0, "uint8", [2**24, 2**24, 2**12], [2**24, 2**24, 2**12], None, 0, 0, None] for i in range(16)]
     body = bytes(8 * 48) + struct.pack("<3q", 2**24, 2**24, 2**12) * 16 + bytes(8 * 16)
     body += struct.pack("<16I", *range(16)) + bytes(4 * 16 + 16 + 16)
@@ -175,13 +175,13 @@ def test_more_chunks_than_integers_can_count_are_refused() -> None:
         opened(sealed(json.dumps(parts).encode(), body))
 
 
-def test_a_header_that_is_no_json_is_refused() -> None:
+def test_header_that_is_not_json_raises_corrupt_error() -> None:
     for nonsense in (b"{", b"[" * 100_000, b"\xff\xfe"):
         with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
             opened(sealed(nonsense, b""))
 
 
-def test_a_small_manifest_is_one_request_and_a_large_header_one_more() -> None:
+def test_small_manifest_takes_one_request_and_large_header_takes_two() -> None:
     store = MemoryStore()
     recording = RecordingStore(store)
     store.content[MANIFEST_NAME] = DATA
@@ -198,7 +198,7 @@ def test_a_small_manifest_is_one_request_and_a_large_header_one_more() -> None:
     assert manifest.bytes_read == len(store.content[MANIFEST_NAME])
 
 
-def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_needed_blocks_of_a_large_manifest_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
     tensors = [Saved(f"t{i:03}", Grid((8, 8), (2, 2)), HALVES, "float32", raw=i % 2 == 0) for i in range(200)]
     store = MemoryStore()
@@ -224,7 +224,7 @@ def test_of_a_large_manifest_the_blocks_of_the_names_are_read(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_regions_that_overlap_a_box_are_read(raw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 4096)
     rows = [Box((at, 0), (4, 512)) for at in range(0, 512, 4)]
     tensors = [Saved(name, Grid((512, 512), (64, 64)), rows, "float32", raw) for name in "abc"]
@@ -244,12 +244,12 @@ def test_of_a_large_tensor_the_regions_that_a_box_meets_are_read(raw: bool, monk
     assert manifest.index([Want("a", Box((100, 130), (50, 20)))]) is index
     assert recording.calls == []
     assert manifest.index([Want("b", Box((0, 0), (512, 512)))]).sizes[0][1] == whole.sizes[1][1]
-    for name, box in (("b", Box((3, 3), (0, 5))), ("b", Box((0, 0), (513, 1)))):  # of nothing, and too large
+    for name, box in (("b", Box((3, 3), (0, 5))), ("b", Box((0, 0), (513, 1)))):  # empty, and too large
         assert name in manifest.index([Want(name, box)])
     assert manifest.index().sizes == whole.sizes
 
 
-def test_a_region_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_false_region_raises_corrupt_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
     rows = [Box((at, 0), (1, 64)) for at in range(64)]
     data = encode_manifest(index_of(Saved("t", Grid((64, 64), (16, 16)), rows, raw=False)), {}, {})
@@ -273,7 +273,7 @@ def test_a_region_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ([2**16], [2**16], [[2**16 * 100, 1, 1, 1, 1, "00"]]),
     ],
 )
-def test_regions_that_no_segment_pays_for_take_no_memory(
+def test_regions_without_segments_allocate_no_memory(
     shape: list[int], regions: list[int], rows: list[list[Any]]
 ) -> None:
     entries = [[f"{i}", 0, "uint8", shape, [max(n, 1) for n in shape], None, 0, 0, regions] for i in range(100)]
@@ -282,14 +282,14 @@ def test_regions_that_no_segment_pays_for_take_no_memory(
         opened(sealed(json.dumps(parts).encode(), bytes(48)))
 
 
-def test_blocks_that_claim_more_than_a_manifest_can_have_are_refused() -> None:
+def test_blocks_larger_than_a_manifest_raise_corrupt_error() -> None:
     header, body = header_and_body()
     header["blocks"] = [[1, 2**36, 2**36, 2**36, 2**36, "00"]] * 100
     with pytest.raises(CorruptCheckpointError, match="a block has impossible counts"):
         opened(sealed(json.dumps(header).encode(), body))
 
 
-def test_regions_out_of_order_are_refused() -> None:
+def test_regions_out_of_order_raise_corrupt_error() -> None:
     header, body = header_and_body()
     [(_, segments, extents, _, checksums, _)] = header["blocks"]
     at = 8 * (2 * extents + segments + checksums)
@@ -301,7 +301,7 @@ def test_regions_out_of_order_are_refused() -> None:
         opened(sealed(json.dumps(header).encode(), body))
 
 
-def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
+def test_missing_and_uncommitted_checkpoints_raise_different_errors() -> None:
     store = MemoryStore()
     with pytest.raises(CheckpointNotFoundError, match=r"there is no checkpoint at memory"):
         open_source(store)
@@ -310,7 +310,7 @@ def test_nothing_there_and_nothing_committed_are_told_apart() -> None:
         open_source(store)
 
 
-def test_ranks_load_by_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_load_with_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 200)
     monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_MANIFEST_READ_BYTES", 1000)
     state = {name: torch.randn(shape) for name, shape in (("up", (2048, 512)), ("down", (512, 2048)), ("norm", (512,)))}
@@ -329,7 +329,7 @@ def test_ranks_load_by_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest
 
 
 def renamed_dtype(store: MemoryStore, name: str, dtype: str) -> None:
-    """Make the manifest of a checkpoint give a tensor another dtype."""
+    """Change the dtype of a tensor in the manifest of a checkpoint."""
     data = store.content[MANIFEST_NAME]
     length = struct.unpack_from("<8sIIQ", data)[2]
     header, body = json.loads(data[32 : 32 + length]), data[32 + length :]
@@ -344,7 +344,7 @@ def renamed_dtype(store: MemoryStore, name: str, dtype: str) -> None:
     ("stored", "dtype"), [("float16", "posit16"), ("float64", "float64_x"), ("uint8", "float6_e3m2")]
 )
 @pytest.mark.parametrize("shape", [(), (7,), (0, 3), (600, 500)])
-def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(
+def test_unknown_dtype_does_not_hide_the_other_tensors(
     codec: str, stored: str, dtype: str, shape: tuple[int, ...]
 ) -> None:
     odd, w = sample(stored, *shape), torch.randn(300, 200)
@@ -379,7 +379,7 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(
     assert {damage.tensor for damage in checkpoint.verify()} == {"m.w", "step", *(["m.odd"] if odd.numel() else [])}
 
 
-def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_missing_in_this_torch_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     reshard.save({"a": sample("float8_e5m2", 9), "b": torch.ones(3)}, store)
     monkeypatch.delattr(torch, "float8_e5m2")
@@ -393,7 +393,7 @@ def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypat
 
 
 @pytest.mark.parametrize("dtype", [3, None, ["float32"]])
-def test_a_dtype_that_is_no_text_is_refused(dtype: Any) -> None:
+def test_dtype_that_is_not_a_string_raises_corrupt_error(dtype: Any) -> None:
     store = MemoryStore()
     reshard.save({"a": torch.ones(3)}, store)
     renamed_dtype(store, "a", dtype)

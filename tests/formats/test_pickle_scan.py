@@ -1,4 +1,4 @@
-"""What the check of pickles lets through: whatever an honest pickler writes, of any protocol."""
+"""The pickle scan accepts everything that an honest pickler writes, with any protocol."""
 
 from __future__ import annotations
 
@@ -78,18 +78,18 @@ def pickled_by_torch(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_what_torch_saves_passes(name: str) -> None:
+def test_pickles_of_torch_save_pass(name: str) -> None:
     check_pickle(pickled_by_torch(HONEST[name]))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", [name for name in HONEST if name not in ("an optimizer", "parameters", "types")])
-def test_what_python_pickles_passes(name: str, protocol: int) -> None:
+def test_pickles_of_every_protocol_pass(name: str, protocol: int) -> None:
     check_pickle(pickle.dumps(HONEST[name], protocol), calls=False)
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_metadata_of_many_shards_passes_far_from_the_limits(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_of_many_shards_stays_far_below_the_limits(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors: dict[str, Any] = {}
     places = {}
     for i in range(50):
@@ -106,7 +106,7 @@ def test_metadata_of_many_shards_passes_far_from_the_limits(protocol: int, monke
     check_pickle(data, calls=False)
 
 
-def test_tensor_classes_of_torch_are_among_those_that_are_not_called() -> None:
+def test_calling_tensor_classes_of_torch_is_refused() -> None:
     for kind in torch._tensor_classes | torch._storage_classes:
         if kind.__module__ in ("torch", "torch.storage", "torch.sparse", "torch.cuda", "torch.cuda.sparse"):
             call = f"c{kind.__module__}\n{kind.__name__}\n".encode() + b"K\x05\x85R."
@@ -125,11 +125,11 @@ def chained(levels: int, make: Any) -> Any:
     "make",
     [lambda v: [v, v], lambda v: {"a": v, "b": v}, lambda v: (v, v), lambda v: collections.deque([v, v])],
 )
-def test_containers_that_hold_one_again_and_again_are_pickled_and_stay_shared(make: Any) -> None:
+def test_repetitive_containers_are_pickled_and_stay_shared(make: Any) -> None:
     value = chained(60, make)
     assert is_repetitive(value)
     if isinstance(value, collections.deque):
-        return  # torch.load(weights_only=True) has none
+        return  # torch.load(weights_only=True) does not allow deques
     kind, data = encode_value(value)
     assert len(data) < 20_000
     back = decode_value("x", kind, data)
@@ -138,17 +138,17 @@ def test_containers_that_hold_one_again_and_again_are_pickled_and_stay_shared(ma
 
 
 @pytest.mark.parametrize("name", ["dicts", "nesting", "numbers", "merges of bytes", "an ordered dict"])
-def test_values_that_share_little_are_not_repetitive(name: str) -> None:
+def test_values_with_few_shared_parts_are_not_repetitive(name: str) -> None:
     assert not is_repetitive(HONEST[name])
     assert not is_repetitive([HONEST[name]] * 10)
 
 
-def test_a_value_that_holds_itself_is_repetitive() -> None:
+def test_value_that_contains_itself_is_repetitive() -> None:
     value: list[Any] = []
     value.append(value)
     assert is_repetitive(value)
 
 
 @pytest.mark.parametrize("name", ["one text many times", "one list many times"])
-def test_what_is_repetitive_comes_back(name: str) -> None:
+def test_repetitive_values_round_trip(name: str) -> None:
     assert same(decode_value("x", *encode_value(HONEST[name])), HONEST[name])

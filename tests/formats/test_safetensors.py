@@ -1,4 +1,4 @@
-"""safetensors files as checkpoints: what the library writes comes back, and headers that lie are refused."""
+"""safetensors files as checkpoints: output of the safetensors library round-trips, and false headers raise errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import reshard
 from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError
-from reshard.storage.formats.safetensors import NAMES
+from reshard.storage.formats.safetensors_source import SAFETENSORS_DTYPES
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.samples import assert_holds, boxes, same, sample
 
@@ -28,13 +28,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def file_of(header: object, data: bytes = bytes(24)) -> bytes:
-    """A safetensors file with this header."""
+    """Return a safetensors file with a header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
 def opened(**files: object) -> reshard.Checkpoint:
-    """A checkpoint of these files: bytes, or JSON."""
+    """Return a checkpoint of files, given as bytes or JSON."""
     store = MemoryStore()
     for name, content in files.items():
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -42,10 +42,10 @@ def opened(**files: object) -> reshard.Checkpoint:
     return reshard.open(store)
 
 
-@pytest.mark.parametrize("dtype", NAMES)
-def test_every_dtype_of_the_format_comes_back(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", SAFETENSORS_DTYPES)
+def test_every_dtype_of_the_format_round_trips(dtype: str, tmp_path: Path) -> None:
     tensors = {"matrix": sample(dtype, 5, 8), "cube": sample(dtype, 2, 3, 4), "empty": sample(dtype, 0, 2)}
-    if dtype != "float4_e2m1fn_x2":  # two values a byte: a scalar has no byte of its own
+    if dtype != "float4_e2m1fn_x2":  # two values share a byte, so a scalar cannot be stored
         tensors["scalar"] = sample(dtype)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"by": "a test"})
     checkpoint = reshard.open(tmp_path / "model.safetensors")
@@ -55,7 +55,7 @@ def test_every_dtype_of_the_format_comes_back(dtype: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (6, 5), (4, 3, 5)])
-def test_boxes_are_parts_of_the_whole(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_reading_a_box_equals_slicing_the_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
     values = torch.randn(shape)
     save_file({"before": torch.zeros(3), "w": values}, tmp_path / "model.safetensors")
     checkpoint = reshard.open(tmp_path)
@@ -63,7 +63,7 @@ def test_boxes_are_parts_of_the_whole(shape: tuple[int, ...], tmp_path: Path) ->
         assert same(checkpoint.read("w", box), values[box.slices]), box
 
 
-def test_one_read_opens_a_file_and_one_reads_rows_of_it() -> None:
+def test_one_request_opens_a_file_and_one_reads_rows() -> None:
     values = torch.randn(100, 10)
     memory = MemoryStore()
     memory.content["model.safetensors"] = save({"w": values})
@@ -77,7 +77,7 @@ def test_one_read_opens_a_file_and_one_reads_rows_of_it() -> None:
     assert [(call.start, call.stop) for call in store.calls] == [(size - 400, size - 200)]
 
 
-def test_a_header_larger_than_the_first_read_is_read_on() -> None:
+def test_header_larger_than_the_first_read_is_completed() -> None:
     tensors = {f"layers.{i}.weight": torch.full((2,), float(i)) for i in range(2000)}
     store = MemoryStore()
     store.content["model.safetensors"] = save(tensors)
@@ -90,7 +90,7 @@ def test_a_header_larger_than_the_first_read_is_read_on() -> None:
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_a_folder_of_hugging_face(with_index: bool, tmp_path: Path) -> None:
+def test_folder_of_hugging_face_is_one_checkpoint(with_index: bool, tmp_path: Path) -> None:
     parts = [{"a": torch.randn(4, 3), "b": torch.randn(2)}, {"c": torch.randn(3).to(torch.bfloat16)}]
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(parts, start=1):
@@ -106,15 +106,15 @@ def test_a_folder_of_hugging_face(with_index: bool, tmp_path: Path) -> None:
     assert checkpoint.location == str(tmp_path)
 
 
-def test_files_that_the_index_does_not_name_are_left_alone(tmp_path: Path) -> None:
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     save_file({"a": torch.zeros(2)}, tmp_path / "older.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     assert_holds(reshard.open(tmp_path), {"a": torch.ones(2)})
 
 
-def test_shards_that_torchs_writer_saved_for_each_rank(tmp_path: Path) -> None:
-    """Each rank's file, as HuggingFaceStorageWriter writes it, says of which part of the tensor it is."""
+def test_shards_that_torchs_writer_saved_for_each_rank_form_tensors(tmp_path: Path) -> None:
+    """HuggingFaceStorageWriter notes in the file of each rank which part of the tensor it contains."""
     whole = torch.randn(5, 4)
     for number, rows in enumerate((slice(0, 3), slice(3, 5)), start=1):
         tensor = whole[rows].contiguous()
@@ -129,7 +129,7 @@ def test_shards_that_torchs_writer_saved_for_each_rank(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("distributed", [True, False])
-def test_what_torchs_writer_writes_in_one_process(distributed: bool, tmp_path: Path) -> None:
+def test_output_of_torchs_writer_in_one_process_is_read(distributed: bool, tmp_path: Path) -> None:
     tensors = {"w": torch.randn(5, 4), "scalar": torch.tensor(2.0), "ids": torch.arange(7)}
     writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=distributed)
     dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
@@ -144,20 +144,20 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "a header of nothing": (bytes(8), "has no header"),
     "a list": (file_of([1, 2]), "has no header"),
     "a list in spaces": (file_of(b" [1]"), "has no header"),
-    "half a header": (file_of(b'{"a": {"dtype"'), "a header that is none"),
-    "no text": (file_of(b'{"\xff\xfe": 1}'), "a header that is none"),
-    "depth": (file_of(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "a header that is none"),
-    "a number of 5000 digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "a header that is none"),
+    "half a header": (file_of(b'{"a": {"dtype"'), "a malformed header"),
+    "no text": (file_of(b'{"\xff\xfe": 1}'), "a malformed header"),
+    "depth": (file_of(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "a malformed header"),
+    "a number of 5000 digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "a malformed header"),
     "one name twice": (file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ROW).encode(),) * 2)), "the same name"),
     "a gap": (file_of({"a": {**ROW, "data_offsets": [8, 32]}}, bytes(32)), "a gap or an overlap at byte 8"),
     "an overlap": (file_of({"a": ROW, "b": {**ROW, "data_offsets": [20, 44]}}, bytes(44)), "overlap at byte 20"),
     "two in one place": (file_of({"a": ROW, "b": ROW}), "overlap at byte 0"),
     "bytes beyond the end": (file_of({"a": ROW}, bytes(23)), "was cut short"),
-    "a byte more": (file_of({"a": ROW}, bytes(25)), "is not what it was"),
-    "sharding that is none": (file_of({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "a": ROW}), "header that is none"),
-    "metadata that is none": (file_of({"__metadata__": [], "a": ROW}), "a header that is none"),
+    "a byte more": (file_of({"a": ROW}, bytes(25)), "so the file was changed"),
+    "sharding that is none": (file_of({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "a": ROW}), "a malformed header"),
+    "metadata that is none": (file_of({"__metadata__": [], "a": ROW}), "a malformed header"),
     **{
-        f"{key} = {value!r:.40}": (file_of({"a": {**ROW, key: value}}), "a header that is none")
+        f"{key} = {value!r:.40}": (file_of({"a": {**ROW, key: value}}), "a malformed header")
         for key, value in (
             ("data_offsets", [-24, 0]),
             ("data_offsets", [24, 0]),
@@ -184,18 +184,18 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     **{
         f"half bytes in {shape}": (
             file_of({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, 1]}}, bytes(1)),
-            "a header that is none",
+            "a malformed header",
         )
         for shape in ([], [3], [True])
     },
     **{
-        f"a tensor that is {row!r}": (file_of({"a": row}), "a header that is none")
+        f"a tensor that is {row!r}": (file_of({"a": row}), "a malformed header")
         for row in list[object]((None, 1, "x", [], {}, {"dtype": "F32"}))
     },
     **{
         f"a shard at {offsets!r}": (
             file_of({"__metadata__": {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": offsets}})}, "a": ROW}),
-            "a header that is none",
+            "a malformed header",
         )
         for offsets in ([0], [0, 0, 0], [-1, 0], [2**80, 0], ["0", "0"], [0.5, 0], None)
     },
@@ -203,7 +203,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_header_that_lies_is_refused(case: str) -> None:
+def test_false_header_raises_corrupt_error(case: str) -> None:
     data, message = HEADERS[case]
     with pytest.raises(CorruptCheckpointError, match=message) as caught:
         opened(bad=data)
@@ -211,7 +211,7 @@ def test_a_header_that_lies_is_refused(case: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-def test_a_header_larger_than_the_format_allows_is_not_read() -> None:
+def test_header_larger_than_the_format_allows_is_not_read() -> None:
     size = 100_000_001
     store = MemoryStore()
     store.content["bad.safetensors"] = size.to_bytes(8, "little") + b"{" + bytes(size)
@@ -229,7 +229,7 @@ WITH_UNKNOWN = {
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("dtype", ["F6_E3M2", "F6_E2M3", "U4", "C128", ""])
-def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, tmp_path: Path) -> None:
+def test_unknown_dtype_does_not_hide_the_other_tensors(dtype: str, tmp_path: Path) -> None:
     header = {**WITH_UNKNOWN, "a": {**WITH_UNKNOWN["a"], "dtype": dtype}}
     path = tmp_path / "bad.safetensors"
     path.write_bytes(file_of(header, bytes(36)))
@@ -266,7 +266,7 @@ def test_a_dtype_that_is_not_known_does_not_hide_the_other_tensors(dtype: str, t
     assert reshard.convert(path, tmp_path / "dst", include="b").dropped == ("a",)
 
 
-def test_a_rank_that_does_not_hold_what_cannot_be_read_loads_the_rest() -> None:
+def test_rank_that_does_not_need_the_unreadable_tensor_loads_the_others() -> None:
     header = {"layers.0.w": {**WITH_UNKNOWN["a"]}, "layers.1.w": {**ROW, "data_offsets": [12, 36]}}
     checkpoint = opened(bad=file_of(header, bytes(36)))
     layout = reshard.Layout({"pp": 2}, stages={"layers.0.w": 0, "layers.1.w": 1})
@@ -275,7 +275,7 @@ def test_a_rank_that_does_not_hold_what_cannot_be_read_loads_the_rest() -> None:
         checkpoint.load_rank(layout, 0)
 
 
-def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_missing_in_this_torch_does_not_hide_the_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     data = save({"a": sample("float8_e8m0fnu", 4), "b": torch.ones(3)})
     monkeypatch.delattr(torch, "float8_e8m0fnu")
     checkpoint = opened(one=data)
@@ -286,10 +286,10 @@ def test_a_dtype_that_this_torch_lacks_does_not_hide_the_other_tensors(monkeypat
         checkpoint.read("a")
 
 
-def test_a_tensor_that_two_files_have_is_refused() -> None:
+def test_tensor_in_two_files_raises_corrupt_error() -> None:
     message = (
         r"two files have the tensor 'a': 'one\.safetensors' and 'two\.safetensors'\. "
-        r"Open one of them, as 'memory/one\.safetensors'"
+        r"Open one of them, for example 'memory/one\.safetensors'"
     )
     with pytest.raises(CorruptCheckpointError, match=message):
         opened(one=file_of({"a": ROW}), two=file_of({"a": ROW}))
@@ -310,13 +310,13 @@ def shard(row: dict[str, Any], *offsets: int) -> bytes:
         (file_of({"a": ROW}), "two files have the tensor 'a'"),
     ],
 )
-def test_shards_that_do_not_make_a_tensor_are_refused(other: bytes, message: str) -> None:
+def test_shards_that_do_not_form_a_tensor_are_unreadable(other: bytes, message: str) -> None:
     with pytest.raises(CorruptCheckpointError, match=message):
         opened(one=shard(ROW, 0, 0), two=other).read("a")
 
 
 def save_ranks(folder: Path, state: dict[str, torch.Tensor], ranks: int, *, files: int = 1) -> None:
-    """Save rows of tensors as each rank's HuggingFaceStorageWriter names and writes them."""
+    """Save rows of tensors in files as HuggingFaceStorageWriter writes them on each rank."""
     folder.mkdir(exist_ok=True)
     for rank in range(ranks):
         parts: dict[str, torch.Tensor] = {}
@@ -335,7 +335,9 @@ REMAIN = "files of another save remain in the folder, or a file is missing. Remo
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1), (6, 3), (3, 2), (8, 5)])
-def test_files_that_remain_of_an_export_by_more_ranks_are_told(before: int, after: int, tmp_path: Path) -> None:
+def test_files_left_by_an_export_with_more_ranks_make_tensors_unreadable(
+    before: int, after: int, tmp_path: Path
+) -> None:
     old = {"w": torch.zeros(16, 3), "b": torch.zeros(16)}
     new = {"w": torch.ones(16, 3), "b": torch.ones(16)}
     save_ranks(tmp_path / "m", old, before)
@@ -361,10 +363,10 @@ def test_files_that_remain_of_an_export_by_more_ranks_are_told(before: int, afte
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_ranks_file_that_is_missing_is_told(lost: int, tmp_path: Path) -> None:
+def test_missing_file_of_a_rank_makes_tensors_unreadable(lost: int, tmp_path: Path) -> None:
     save_ranks(tmp_path / "m", {"w": torch.ones(9, 2)}, 3)
     (tmp_path / "m" / f"shard-{lost + 1:05}-model-00001-of-00001.safetensors").unlink()
-    if lost == 2:  # nothing tells that there were more rows
+    if lost == 2:  # nothing shows that there were more rows
         assert reshard.open(tmp_path / "m").read("w").shape == (6, 2)
         return
     with pytest.raises(CorruptCheckpointError, match=rf"the shards of 'w' hold 12 elements, .*{REMAIN}"):
@@ -372,7 +374,7 @@ def test_a_ranks_file_that_is_missing_is_told(lost: int, tmp_path: Path) -> None
 
 
 def test_two_exports_of_the_same_ranks_are_not_mixed(tmp_path: Path) -> None:
-    """Under other names, of the same boxes: there is nothing to tell which one counts."""
+    """Files with other names contain the same boxes, and nothing shows which of them to use."""
     for files, value in ((1, 0.0), (2, 1.0)):
         save_ranks(tmp_path / "m", {"w": torch.full((8, 2), value)}, 2, files=files)
     names = sorted(path.name for path in (tmp_path / "m").iterdir())
@@ -385,8 +387,8 @@ def test_two_exports_of_the_same_ranks_are_not_mixed(tmp_path: Path) -> None:
         reshard.open(tmp_path / "m").read("w")
 
 
-def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
-    """A rank writes only those that it has shards for; together they have all."""
+def test_ranks_may_lack_files_of_some_numbers(tmp_path: Path) -> None:
+    """A rank only writes files for its own shards. Together the ranks write all files."""
     for rank, number, name in ((1, 1, "a"), (1, 2, "b"), (2, 2, "b")):
         rows = slice(0, 2) if rank == 1 else slice(2, 4)
         whole = torch.arange(8.0).reshape(4, 2)
@@ -397,7 +399,7 @@ def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
     assert_holds(reshard.open(tmp_path), {"a": whole, "b": whole})
     (tmp_path / "shard-00001-model-00001-of-00002.safetensors").unlink()
     with pytest.raises(
-        CorruptCheckpointError, match=r"'shard-\*-model-00001-of-00002\.safetensors' of 2 files is missing"
+        CorruptCheckpointError, match=r"of 2 files, 'shard-\*-model-00001-of-00002\.safetensors' is missing"
     ):
         reshard.open(tmp_path)
 
@@ -405,45 +407,48 @@ def test_ranks_need_not_have_files_of_every_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "../x.safetensors"}}, r"is no index of safetensors.*'\.\./x\.safetensors'"),
-        ({"weight_map": {"a": "/etc/x.safetensors"}}, "is no index of safetensors.*'/etc/x.safetensors'"),
-        ({"weight_map": {"a": "sub\\x.safetensors"}}, "is no index of safetensors"),
-        ({"weight_map": {"a": ".."}}, "is no index of safetensors"),
-        ({"weight_map": {"a": ""}}, "is no index of safetensors"),
-        ({"weight_map": {"a": 1}}, "is no index of safetensors"),
-        ({"weight_map": ["a"]}, "is no index of safetensors"),
-        ({"weight_map": None}, "is no index of safetensors"),
-        ({}, "is no index of safetensors"),
-        ([], "is no index of safetensors"),
-        (b"{", "is no index of safetensors"),
-        (b"\xff", "is no index of safetensors"),
-        (b"[" * 100_000, "is no index of safetensors"),
-        ({"weight_map": {"a": "two.safetensors"}}, "tensors are in a file that is missing.*'two.safetensors'"),
+        ({"weight_map": {"a": "../x.safetensors"}}, r"is not an index of safetensors.*'\.\./x\.safetensors'"),
+        ({"weight_map": {"a": "/etc/x.safetensors"}}, "is not an index of safetensors.*'/etc/x.safetensors'"),
+        ({"weight_map": {"a": "sub\\x.safetensors"}}, "is not an index of safetensors"),
+        ({"weight_map": {"a": ".."}}, "is not an index of safetensors"),
+        ({"weight_map": {"a": ""}}, "is not an index of safetensors"),
+        ({"weight_map": {"a": 1}}, "is not an index of safetensors"),
+        ({"weight_map": ["a"]}, "is not an index of safetensors"),
+        ({"weight_map": None}, "is not an index of safetensors"),
+        ({}, "is not an index of safetensors"),
+        ([], "is not an index of safetensors"),
+        (b"{", "is not an index of safetensors"),
+        (b"\xff", "is not an index of safetensors"),
+        (b"[" * 100_000, "is not an index of safetensors"),
+        ({"weight_map": {"a": "two.safetensors"}}, "names a file that is missing.*'two.safetensors'"),
         (
             {"weight_map": {"a": "two.safetensors", "b": "x.safetensors"}},
-            "files that all are missing: 'two.*', 'x.safe",
+            "files that are all missing: 'two.*', 'x.safe",
         ),
-        ({"weight_map": {}}, r"names no tensors\. Beside it are the weights 'one\.safetensors'"),
-        ({"weight_map": []}, r"is no index of safetensors.*Beside it are the weights 'one\.safetensors'"),
-        ({"weight_map": "one.safetensors"}, r"is no index of safetensors.*Beside it are the weights"),
+        ({"weight_map": {}}, r"names no tensors\. The folder also has the weight files 'one\.safetensors'"),
+        (
+            {"weight_map": []},
+            r"is not an index of safetensors.*The folder also has the weight files 'one\.safetensors'",
+        ),
+        ({"weight_map": "one.safetensors"}, r"is not an index of safetensors.*The folder also has the weight files"),
     ],
 )
-def test_an_index_that_lies_is_refused(index: object, message: str) -> None:
+def test_false_index_raises_corrupt_error(index: object, message: str) -> None:
     with pytest.raises(CorruptCheckpointError, match=message):
         opened(one=file_of({"a": ROW}), index=index)
 
 
 @pytest.mark.parametrize("change", [-40, -1, 1, 7, 100_000])
-def test_a_file_that_is_too_short_or_too_long_is_refused(change: int) -> None:
+def test_file_of_the_wrong_size_raises_corrupt_error(change: int) -> None:
     data = save({"w": torch.ones(10)})
     changed = data[:change] if change < 0 else data + bytes(change)
     why = "it was cut short" if change < 0 else f"{change} bytes too many follow the last tensor"
-    message = f"has {len(changed)} bytes where its header tells of {len(data)}: {why}"
+    message = f"has {len(changed)} bytes, but its header describes {len(data)}: {why}"
     with pytest.raises(CorruptCheckpointError, match=re.escape(message)):
         opened(one=changed)
 
 
-def test_an_index_decides_which_of_two_copies_counts(tmp_path: Path) -> None:
+def test_index_decides_which_of_two_copies_is_read(tmp_path: Path) -> None:
     base = {"a": torch.zeros(3), "b": torch.ones(2), "c": torch.full((2,), 2.0)}
     newer = {"a": torch.full((3,), 5.0), "c": torch.full((2,), 7.0)}
     save_file(base, tmp_path / "model.safetensors")
@@ -462,7 +467,7 @@ def test_an_index_decides_which_of_two_copies_counts(tmp_path: Path) -> None:
     assert_holds(reshard.open(tmp_path / "dst"), expected)
 
 
-def test_of_several_indexes_the_models_own_counts() -> None:
+def test_index_of_the_model_is_preferred_to_other_indexes() -> None:
     one, two = file_of({"a": ROW}, bytes(24)), file_of({"a": ROW}, bytes([1]) * 24)
     store = MemoryStore()
     store.content = {
@@ -479,7 +484,7 @@ def test_of_several_indexes_the_models_own_counts() -> None:
         reshard.open(store)
 
 
-def test_an_index_is_opened_by_its_own_path(tmp_path: Path) -> None:
+def test_index_is_opened_by_its_own_path(tmp_path: Path) -> None:
     for name, value in (("one", 1.0), ("two", 2.0)):
         save_file({"a": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
         index = {"weight_map": {"a": f"{name}.safetensors"}}
@@ -489,7 +494,7 @@ def test_an_index_is_opened_by_its_own_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", ["tensor", "file", "both"])
-def test_what_an_index_names_and_is_missing_does_not_hide_the_rest(gone: str, tmp_path: Path) -> None:
+def test_missing_file_of_an_index_does_not_hide_the_other_tensors(gone: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "one.safetensors")
     index = {"a": "one.safetensors", "b": "one.safetensors"}
     messages = {
@@ -524,7 +529,7 @@ def test_what_an_index_names_and_is_missing_does_not_hide_the_rest(gone: str, tm
     assert sorted(report.dropped) == missing
 
 
-def test_tensors_that_an_index_does_not_name_are_listed(tmp_path: Path) -> None:
+def test_tensors_that_the_index_does_not_name_are_listed(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.zeros(3), "c": torch.ones(1)}, tmp_path / "one.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     checkpoint = reshard.open(tmp_path)
@@ -537,7 +542,7 @@ def test_tensors_that_an_index_does_not_name_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "lost"), [(0, [1]), (0, [2]), (0, [1, 2]), (1, [0]), (1, [1]), (1, [2]), (1, [0, 1]), (1, [1, 2])]
 )
-def test_a_folder_that_lacks_numbered_files_is_refused(
+def test_folder_without_some_numbered_files_raises_corrupt_error(
     prefix: str, first: int, lost: list[int], tmp_path: Path
 ) -> None:
     names = [f"{prefix}-{first + i:05}-of-00003.safetensors".removeprefix("-") for i in range(3)]
@@ -547,7 +552,7 @@ def test_a_folder_that_lacks_numbered_files_is_refused(
     for number in lost:
         (tmp_path / names[number]).unlink()
     wanted = ", ".join(re.escape(repr(names[number])) for number in lost)
-    with pytest.raises(CorruptCheckpointError, match=rf"is incomplete: {wanted} of 3 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=rf"is incomplete: of 3 files, {wanted} (is|are) missing"):
         reshard.open(tmp_path)
     with pytest.raises(CorruptCheckpointError, match="is incomplete"):
         reshard.convert(tmp_path, tmp_path / "dst")
@@ -556,7 +561,7 @@ def test_a_folder_that_lacks_numbered_files_is_refused(
     assert len(reshard.open(tmp_path / left).tensors) == 1
 
 
-def test_files_of_two_models_are_counted_apart() -> None:
+def test_numbered_files_of_two_models_are_counted_separately() -> None:
     files: dict[str, object] = {
         f"{prefix}-{i:05}-of-0000{count}": file_of({f"{prefix}{i}": ROW})
         for prefix, count in (("text", 2), ("image", 3))
@@ -564,11 +569,11 @@ def test_files_of_two_models_are_counted_apart() -> None:
     }
     assert len(opened(**files).tensors) == 5
     del files["image-00003-of-00003"]
-    with pytest.raises(CorruptCheckpointError, match=r"'image-00003-of-00003\.safetensors' of 3 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"of 3 files, 'image-00003-of-00003\.safetensors' is missing"):
         opened(**files)
 
 
-def test_a_file_that_was_cut_after_it_was_opened_is_told(tmp_path: Path) -> None:
+def test_file_truncated_after_opening_raises_corrupt_error(tmp_path: Path) -> None:
     save_file({"w": torch.ones(10)}, tmp_path / "model.safetensors")
     checkpoint = reshard.open(tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
@@ -583,7 +588,7 @@ HEADER_BYTES = 8 + int.from_bytes(SAMPLE[:8], "little")
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(1, 255)), min_size=1, max_size=3))
-def test_flipped_bytes_of_a_header_are_refused_or_read(flips: list[tuple[int, int]]) -> None:
+def test_flipped_bytes_of_a_header_raise_checkpoint_error_or_are_read(flips: list[tuple[int, int]]) -> None:
     data = bytearray(SAMPLE)
     for at, by in flips:
         data[at] ^= by
@@ -603,15 +608,15 @@ def test_flipped_bytes_of_a_header_are_refused_or_read(flips: list[tuple[int, in
         "model_1_of_2.safetensors",
     ],
 )
-def test_missing_files_are_noticed_by_other_ways_to_number_them(name: str, tmp_path: Path) -> None:
+def test_missing_files_are_noticed_with_other_numbering_schemes(name: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / name)
-    with pytest.raises(CorruptCheckpointError, match="of 2 files is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"of 2 files, .* is missing"):
         reshard.open(tmp_path)
     save_file({"b": torch.ones(2)}, tmp_path / name.replace("1_of", "2_of").replace("1-of", "2-of"))
     assert sorted(reshard.open(tmp_path).tensors) == ["a", "b"]
 
 
-def test_an_index_may_name_files_of_folders_below(tmp_path: Path) -> None:
+def test_index_may_name_files_in_subfolders(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors")
     save_file({"b": torch.zeros(2)}, tmp_path / "sub" / "m.safetensors")
@@ -620,5 +625,5 @@ def test_an_index_may_name_files_of_folders_below(tmp_path: Path) -> None:
     assert_holds(reshard.open(tmp_path), {"a": torch.ones(2), "b": torch.zeros(2)})
     for outside in ("../m.safetensors", "/m.safetensors", "sub/../../m.safetensors", "sub//m.safetensors", ".", ""):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": outside}}))
-        with pytest.raises(CorruptCheckpointError, match="is not one of this folder"):
+        with pytest.raises(CorruptCheckpointError, match="it names files outside its folder"):
             reshard.open(tmp_path)

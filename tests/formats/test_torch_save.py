@@ -1,4 +1,4 @@
-"""Files of torch.save as checkpoints: what is in them comes back by byte ranges, or is refused where it cannot."""
+"""torch.save files as checkpoints: their contents are read by byte ranges, or raise an error if that is impossible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reshard.errors import (
     UnsupportedFormatError,
 )
 from reshard.planner.entries import ITEMSIZES
-from reshard.storage.formats.torch_save import source
+from reshard.storage.formats.torch_save import torch_save_source
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.dcp_checkpoints import torch_saved
 from tests.samples import Runs, assert_holds, boxes, same, sample
@@ -51,13 +51,13 @@ def read_all(checkpoint: reshard.Checkpoint) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", ITEMSIZES)
-def test_every_dtype_comes_back(dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_round_trips(dtype: str, tmp_path: Path) -> None:
     tensors = {str(shape): sample(dtype, *shape) for shape in ((), (7,), (0, 3), (5, 8))}
     torch.save(tensors, tmp_path / "model.pt")
     assert_holds(reshard.open(tmp_path / "model.pt"), tensors)
 
 
-def test_nested_state_has_the_names_that_dcp_gives() -> None:
+def test_nested_state_has_the_names_of_dcp() -> None:
     state = {
         "model": collections.OrderedDict({"a.b": torch.ones(2), "c": torch.zeros(1)}),
         "optim": {"state": {0: {"exp_avg": torch.full((3,), 2.0), "step": 5}}, "groups": [{"betas": (0.9, 0.95)}]},
@@ -88,7 +88,7 @@ def test_nested_state_has_the_names_that_dcp_gives() -> None:
     }
 
 
-def test_a_real_model_and_its_optimizer_come_back() -> None:
+def test_model_and_optimizer_round_trip() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 4))
     optimizer = torch.optim.AdamW(model.parameters())
     model[2](torch.ones(1, 4)).sum().backward()
@@ -115,7 +115,7 @@ LYING_OTHERWISE = {
 }
 
 
-def test_tensors_come_back_however_they_lie_in_the_file() -> None:
+def test_tensors_of_any_layout_in_the_file_round_trip() -> None:
     checkpoint = opened(torch_saved(LYING_OTHERWISE))
     assert_holds(checkpoint, LYING_OTHERWISE)
     for name, values in LYING_OTHERWISE.items():
@@ -123,7 +123,7 @@ def test_tensors_come_back_however_they_lie_in_the_file() -> None:
             assert same(checkpoint.read(name, box), values[box.slices]), (name, box)
 
 
-def test_tied_weights_are_read_where_they_are_stored_once() -> None:
+def test_tied_weights_are_read_from_their_one_storage() -> None:
     values = torch.randn(100, 10)
     data = torch_saved({"in": values, "out": values, "part": values[50:]})
     assert len(data) < 6000
@@ -139,14 +139,14 @@ REFUSED = {
     "negative": (torch.randn(3, dtype=torch.complex64).conj().imag, "as the conjugate or the negative"),
     "sparse": (torch.eye(3).to_sparse(), "as a Tensor of layout torch.sparse_coo"),
     "on meta": (torch.empty(3, device="meta"), "without values"),
-    "in a tuple": ((1, torch.ones(2)), "as tensors inside of a value that is no dict and no list"),
-    "in a list in a tuple": (({"x": [torch.ones(2)]},), "as tensors inside of a value"),
-    "storage": (torch.UntypedStorage(4), "as tensors inside of a value"),
+    "in a tuple": ((1, torch.ones(2)), "as tensors inside a value that is neither a dict nor a list"),
+    "in a list in a tuple": (({"x": [torch.ones(2)]},), "as tensors inside a value"),
+    "storage": (torch.UntypedStorage(4), "as tensors inside a value"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_byte_ranges_do_not_give_is_refused_when_it_is_read(case: str) -> None:
+def test_tensors_that_byte_ranges_cannot_express_raise_when_read(case: str) -> None:
     value, message = REFUSED[case]
     checkpoint = opened(torch_saved({"odd": value, "w": torch.ones(3)}))
     read = checkpoint.read if "odd" in checkpoint.tensors else checkpoint.read_value
@@ -173,7 +173,7 @@ QUANTIZED = ("qint8", "quint8", "qint32", "per channel")
     "ignore:torch.quantize_per", "ignore:TypedStorage is deprecated", "ignore:.*Quantizer", "ignore:.*nested tensors"
 )
 @pytest.mark.parametrize("kind", [*QUANTIZED, "nested"])
-def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, tmp_path: Path) -> None:
+def test_tensor_that_only_torch_can_load_does_not_hide_the_others(kind: str, tmp_path: Path) -> None:
     odd = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]) if kind == "nested" else quantized(kind)
     path = tmp_path / "model.pt"
     torch.save({"a": torch.ones(2), "deep": {"odd": odd}, "step": 3, "z": torch.zeros(4)}, path)
@@ -182,7 +182,7 @@ def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, t
     assert set(checkpoint.unreadable) == {"deep.odd"}
     assert checkpoint.damaged == ()
     assert checkpoint.verify() == []
-    message = r"'model\.pt' in .* has 'deep\.odd' as a tensor of a kind that can only be read whole, by torch\.load"
+    message = r"'model\.pt' in .* has 'deep\.odd' as a tensor of a kind that only torch\.load can read"
     with pytest.raises(UnsupportedFormatError, match=message):
         checkpoint.read("deep.odd")
     with pytest.raises(UnsupportedFormatError, match=message):
@@ -199,14 +199,14 @@ def test_a_tensor_that_only_torch_can_make_does_not_hide_the_others(kind: str, t
 
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
-def test_a_sparse_tensor_leaves_nothing_for_the_next_load_of_torch(layout: torch.layout) -> None:
+def test_sparse_tensor_does_not_affect_the_next_torch_load(layout: torch.layout) -> None:
     data = torch_saved({"odd": torch.eye(3).to_sparse(layout=layout), "w": torch.ones(3)})
     assert_holds(opened(data), {"w": torch.ones(3)})
     assert _utils._sparse_tensors_to_validate == []
 
 
 @pytest.mark.parametrize("dtype", ["bits8", "bits16", "bits4x2"])
-def test_a_dtype_that_reshard_does_not_know_does_not_hide_the_others(dtype: str) -> None:
+def test_unknown_dtype_does_not_hide_the_others(dtype: str) -> None:
     odd = torch.zeros(4, dtype=torch.uint8).view(getattr(torch, dtype))
     checkpoint = opened(torch_saved({"odd": odd, "w": torch.ones(3)}))
     assert_holds(checkpoint, {"w": torch.ones(3)})
@@ -222,16 +222,16 @@ def test_a_dtype_that_reshard_does_not_know_does_not_hide_the_others(dtype: str)
         ({}, {}),
     ],
 )
-def test_a_file_of_something_else_than_a_dict_has_it_as_value(value: Any, tensors: dict[str, torch.Tensor]) -> None:
+def test_file_without_a_dict_has_one_entry_named_value(value: Any, tensors: dict[str, torch.Tensor]) -> None:
     assert_holds(opened(torch_saved(value)), tensors)
 
 
-def test_a_file_of_a_number_has_it_as_value() -> None:
+def test_file_of_a_number_has_one_entry_named_value() -> None:
     assert opened(torch_saved(5)).read_value("value") == 5
 
 
 @pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), {"m": torch.nn.Linear(2, 2)}, Runs(os.system, "touch RAN")])
-def test_what_needs_more_of_pickle_is_refused_and_nothing_runs(
+def test_file_that_needs_more_of_pickle_raises_unsafe_error_and_runs_nothing(
     value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -241,18 +241,18 @@ def test_what_needs_more_of_pickle_is_refused_and_nothing_runs(
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_protocols_that_torch_itself_does_not_load_are_refused(protocol: int) -> None:
+def test_protocols_that_torch_does_not_load_raise_unsafe_error(protocol: int) -> None:
     buffer = io.BytesIO()
     torch.save({"w": torch.ones(2)}, buffer, pickle_protocol=protocol)
     with pytest.raises(UnsafeValueError, match="needs more of pickle"):
         opened(buffer.getvalue())
 
 
-def test_the_format_before_torch_1_6_is_told_apart() -> None:
+def test_format_before_torch_1_6_raises_unsupported_format_error() -> None:
     buffer = io.BytesIO()
     torch.save({"w": torch.ones(2)}, buffer, _use_new_zipfile_serialization=False)
     with pytest.raises(
-        UnsupportedFormatError, match=r"'model\.pt' in memory was written before torch 1\.6.*save it anew"
+        UnsupportedFormatError, match=r"'model\.pt' in memory was written before torch 1\.6.*save it again"
     ):
         opened(buffer.getvalue())
 
@@ -261,12 +261,12 @@ def test_the_format_before_torch_1_6_is_told_apart() -> None:
     "value",
     [{"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}, {1: torch.ones(1), "1": torch.ones(2)}],
 )
-def test_two_values_of_one_name_are_refused(value: object) -> None:
+def test_two_values_with_the_same_name_raise(value: object) -> None:
     with pytest.raises(UnsupportedFormatError, match=r"'model\.pt' in memory .*two values .* have the name"):
         opened(torch_saved(value))
 
 
-def test_a_state_that_holds_itself_is_refused() -> None:
+def test_state_that_contains_itself_raises_unsupported_format_error() -> None:
     state: dict[str, Any] = {"w": torch.ones(1)}
     state["itself"] = state
     rows: list[Any] = [torch.ones(1)]
@@ -276,12 +276,12 @@ def test_a_state_that_holds_itself_is_refused() -> None:
             opened(torch_saved(value))
 
 
-def test_lists_that_are_nested_too_deeply_are_refused() -> None:
+def test_deeply_nested_lists_raise_unsupported_format_error() -> None:
     with pytest.raises(UnsupportedFormatError, match=r"'model\.pt' in memory .* cannot be listed by name"):
         opened(zipped(data_pkl=b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."))
 
 
-def test_containers_that_are_shared_a_few_hundred_times_are_read() -> None:
+def test_containers_shared_a_few_hundred_times_are_read() -> None:
     config = {str(i): i for i in range(200)}
     shape = (1, 2, 3)
     state = {"layers": {str(i): {"config": config} for i in range(100)}, "shapes": [shape] * 20_000, "w": torch.ones(1)}
@@ -295,23 +295,23 @@ DATA = torch_saved({"w": torch.arange(6.0).reshape(2, 3), "v": torch.arange(4), 
 
 
 @pytest.mark.parametrize("length", [0, 1, 22, *range(100, len(DATA), 97), len(DATA) - 1])
-def test_a_file_cut_short_is_refused(length: int) -> None:
+def test_truncated_file_raises_corrupt_error(length: int) -> None:
     with pytest.raises(CorruptCheckpointError, match=r"'model\.pt' in memory"):
         opened(DATA[:length])
 
 
 @pytest.mark.parametrize("more", [1, 7, 1000, 60_000])
-def test_some_bytes_after_the_end_do_not_matter_as_torch_reads_them_too(more: int) -> None:
+def test_few_bytes_after_the_end_are_ignored_as_torch_does(more: int) -> None:
     assert opened(DATA + bytes(more)).read("w").equal(torch.arange(6.0).reshape(2, 3))
 
 
 @pytest.mark.parametrize("more", [70_000, 500_000, 1_000_000])
-def test_many_bytes_after_the_end_are_counted(more: int) -> None:
+def test_error_counts_many_bytes_after_the_end(more: int) -> None:
     with pytest.raises(CorruptCheckpointError, match=rf"{more} bytes too many follow its end at byte {len(DATA)}"):
         opened(DATA + bytes(more))
 
 
-def test_a_file_cut_after_it_was_opened_is_told() -> None:
+def test_file_truncated_after_opening_raises_corrupt_error() -> None:
     store = stored(DATA)
     checkpoint = reshard.open(store)
     store.content["model.pt"] = DATA[: DATA.index(torch.arange(6.0).numpy().tobytes()) + 23]
@@ -320,7 +320,7 @@ def test_a_file_cut_after_it_was_opened_is_told() -> None:
 
 
 def where_no_values_are() -> list[int]:
-    """The bytes of DATA that are not values."""
+    """Return the positions of the bytes of DATA that are not values."""
     at = set(range(len(DATA)))
     for values in (torch.arange(6.0), torch.arange(4)):
         begin = DATA.index(values.numpy().tobytes())
@@ -330,7 +330,7 @@ def where_no_values_are() -> list[int]:
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(where_no_values_are()), st.integers(1, 255)), min_size=1, max_size=3))
-def test_flipped_bytes_are_refused_or_read(flips: list[tuple[int, int]]) -> None:
+def test_flipped_bytes_raise_checkpoint_error_or_are_read(flips: list[tuple[int, int]]) -> None:
     data = bytearray(DATA)
     for at, by in flips:
         data[at] ^= by
@@ -347,7 +347,7 @@ def zipped(method: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
 
 
 def tensor_pickle(*, offset: int = 0, size: int = 4, stride: int = 1, numel: int = 4, key: str = "0") -> bytes:
-    """The pickle of {"w": a tensor of float32}, as torch.save writes it."""
+    """Return the pickle of {"w": a float32 tensor}, as torch.save writes it."""
     plain = pickle.dumps({"w": 0}, 2)
     pid = pickle.dumps(("storage", 0, key, "cpu", numel), 2)[2:-1].replace(b"K\x00", b"ctorch\nFloatStorage\n", 1)
     arguments = pickle.dumps((0, offset, (size,), (stride,), False, None), 2)[2:-1]
@@ -356,7 +356,7 @@ def tensor_pickle(*, offset: int = 0, size: int = 4, stride: int = 1, numel: int
     return plain.replace(b"K\x00", tensor, 1)
 
 
-def test_a_file_put_together_by_hand_is_read() -> None:
+def test_handmade_file_is_read() -> None:
     values = torch.tensor([1.0, 2.0, 3.0, 4.0])
     data = zipped(data_pkl=tensor_pickle(), version=b"3\n", data__0=values.numpy().tobytes())
     assert_holds(opened(data), {"w": values})
@@ -370,7 +370,7 @@ DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (zipped(readme=b"x"), r"has no data\.pkl: it is not of torch\.save"),
+        (zipped(readme=b"x"), r"is a zip without data\.pkl: torch\.save did not write it"),
         (zipped(zipfile.ZIP_DEFLATED, data_pkl=tensor_pickle(), data__0=bytes(16)), "torch.save compresses none"),
         (zipped(data_pkl=b""), "of 0 bytes; it should have 1 to"),
         (zipped(data_pkl=NO_PICKLE), "cannot be read"),
@@ -386,27 +386,27 @@ DEEP = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
         (zipped(data_pkl=tensor_pickle(numel=5), data__0=bytes(16)), "does not have the values"),
         (zipped(data_pkl=tensor_pickle(size=-4), data__0=bytes(16)), "cannot be read"),
         (zipped(data_pkl=tensor_pickle(key="../../x"), data__0=bytes(16)), "does not have the values"),
-        (b"PK\x05\x06" + bytes(18), r"has no data\.pkl"),
-        (b"PK\x03\x04" + bytes(500), "is no zip, as torch.save writes it"),
-        (b"not a zip at all", "is no zip, as torch.save writes it"),
-        (b"", "is no zip, as torch.save writes it"),
+        (b"PK\x05\x06" + bytes(18), r"is a zip without data\.pkl"),
+        (b"PK\x03\x04" + bytes(500), "is not a zip as torch.save writes it"),
+        (b"not a zip at all", "is not a zip as torch.save writes it"),
+        (b"", "is not a zip as torch.save writes it"),
     ],
 )
-def test_a_zip_that_lies_is_refused(data: bytes, message: str) -> None:
+def test_false_zip_raises_corrupt_error(data: bytes, message: str) -> None:
     with pytest.raises(CorruptCheckpointError, match=message) as caught:
         opened(data)
     assert "'model.pt' in memory" in str(caught.value)
 
 
 def directory_of(data: bytes) -> int:
-    """Where the zip's directory begins."""
+    """Return where the directory of a zip begins."""
     return int(struct.unpack_from("<I", data, data.rindex(b"PK\x05\x06") + 16)[0])
 
 
 @pytest.mark.parametrize("value", [1, 2**31, 2**32 - 2])
 @pytest.mark.parametrize("field", [20, 24, 42], ids=["compressed size", "size", "begin"])
-def test_a_directory_that_lies_of_its_records_is_refused(field: int, value: int) -> None:
-    """Of the pickle, which is the first of the directory."""
+def test_false_zip_directory_raises_corrupt_error(field: int, value: int) -> None:
+    """The change is in the entry of the pickle, which is the first one in the directory."""
     data = bytearray(zipped(data_pkl=tensor_pickle(), data__0=bytes(16)))
     at = directory_of(bytes(data)) + field
     data[at : at + 4] = value.to_bytes(4, "little")
@@ -414,21 +414,21 @@ def test_a_directory_that_lies_of_its_records_is_refused(field: int, value: int)
         opened(bytes(data))
 
 
-def test_values_of_the_other_byte_order_are_refused() -> None:
+def test_other_byte_order_raises_unsupported_format_error() -> None:
     data = zipped(data_pkl=tensor_pickle(), byteorder=b"big", data__0=bytes(16))
     with pytest.raises(UnsupportedFormatError, match="has values of byte order b'big'"):
         opened(data)
 
 
 @pytest.mark.parametrize("tail_bytes", [0, 70_000, 100_000])
-def test_a_directory_larger_than_the_first_read_is_read_on(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_larger_than_the_first_read_is_completed(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(3000)}
-    monkeypatch.setattr(source, "TAIL_BYTES", tail_bytes)
+    monkeypatch.setattr(torch_save_source, "TAIL_BYTES", tail_bytes)
     assert_holds(opened(torch_saved(tensors)), tensors)
 
 
 def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "TAIL_BYTES", 4096)
+    monkeypatch.setattr(torch_save_source, "TAIL_BYTES", 4096)
     values = torch.randn(1000, 1000)
     store = RecordingStore(stored(torch_saved({"w": values, "v": torch.ones(2)})))
     checkpoint = reshard.open(store)
@@ -438,7 +438,7 @@ def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(call.stop - call.start for call in store.calls) == 3 * 1000 * 4
 
 
-def test_the_error_of_a_file_names_it_among_others(tmp_path: Path) -> None:
+def test_error_names_the_damaged_file_among_others(tmp_path: Path) -> None:
     path = tmp_path / "broken.pt"
     path.write_bytes(b"PK\x03\x04")
     with pytest.raises(CorruptCheckpointError, match=re.escape(f"'broken.pt' in {tmp_path}")):

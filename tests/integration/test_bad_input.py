@@ -70,7 +70,7 @@ def damage(store: MemoryStore, change: Callable[[bytes], bytes], suffix: str) ->
     [
         (".shard", lambda data: data[:-1], errors.CorruptCheckpointError, "cut short"),
         (".shard", lambda data: data[:12] + b"\xff" + data[13:], errors.CorruptCheckpointError, "checksum"),
-        (MANIFEST_NAME, lambda data: data[:-1], errors.CorruptCheckpointError, "has .* bytes where it should have"),
+        (MANIFEST_NAME, lambda data: data[:-1], errors.CorruptCheckpointError, "has .* bytes, but should have"),
         (MANIFEST_NAME, lambda data: data[:40] + b"\xff" + data[41:], errors.CorruptCheckpointError, "checksum"),
         (MANIFEST_NAME, lambda data: b"", errors.CorruptCheckpointError, "not a manifest"),
         (MANIFEST_NAME, lambda data: b"PK\3\4" + data[4:], errors.CorruptCheckpointError, "not a manifest of reshard"),

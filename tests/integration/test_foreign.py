@@ -1,4 +1,4 @@
-"""Checkpoints of other formats, saved by real ranks under one layout, loaded by reshard under another."""
+"""Checkpoints of other formats, saved by real ranks with one layout and loaded by reshard with another."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_to_store(layout: str, uri: str, options: dict[str, Any]) -> None:
 
 
 def load_by_dcp(layout: str, uri: str) -> None:
-    """Through DCP's own planner, with what torch's sharding gives as the oracle."""
+    """Load with DCP's own planner, and compare with torch's sharding."""
     expected = local_values(build(layout, seed=0))
     state = build(layout, seed=1)
     before = local_values(state)
@@ -68,7 +68,7 @@ def named(layout: Layout) -> str:
 
 
 @pytest.mark.parametrize("saved", [("fsdp", 4), ("fsdp_tp", 4), ("hsdp", 4)], ids=named)
-def test_saved_by_dcp_loaded_by_reshard(ranks: RankPool, tmp_path: Path, saved: Layout) -> None:
+def test_dcp_checkpoint_is_loaded_by_ranks(ranks: RankPool, tmp_path: Path, saved: Layout) -> None:
     uri = str(tmp_path / "step-1")
     ranks.run(saved[1], save_by_dcp, saved[0], uri, "torch.save")
     assert reshard.open(uri).info["files"] == 4
@@ -79,14 +79,14 @@ def test_saved_by_dcp_loaded_by_reshard(ranks: RankPool, tmp_path: Path, saved: 
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "torch.save"])
-def test_every_way_that_dcp_writes(ranks: RankPool, tmp_path: Path, way: str) -> None:
+def test_every_option_of_the_dcp_writer_is_read(ranks: RankPool, tmp_path: Path, way: str) -> None:
     uri = str(tmp_path / "step-1")
     ranks.run(4, save_by_dcp, "fsdp", uri, way)
     ranks.run(3, load_rank, "tp", uri)
     ranks.run(4, load_rank, "fsdp_tp", uri)
 
 
-def test_saved_without_collectives(ranks: RankPool, tmp_path: Path) -> None:
+def test_dcp_checkpoint_saved_without_collectives_is_loaded(ranks: RankPool, tmp_path: Path) -> None:
     uri = str(tmp_path / "step-1")
     ranks.run(4, save_without_collectives, "fsdp", uri)
     assert {path.name for path in Path(uri).iterdir() if path.suffix == ".metadata"} == {
@@ -96,8 +96,8 @@ def test_saved_without_collectives(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(4, load_by_dcp, "fsdp_tp", uri)
 
 
-def test_a_rank_reads_its_own_rows_and_little_more(ranks: RankPool, tmp_path: Path) -> None:
-    """Of shards that were cut along the other dimension, too: the rows of tp are columns of the shards."""
+def test_rank_reads_little_more_than_its_own_rows(ranks: RankPool, tmp_path: Path) -> None:
+    """The shards may also be split along the other dimension: the rows of tp are then columns of the shards."""
     uri = str(tmp_path / "step-1")
     ranks.run(4, save_by_dcp, "fsdp", uri, "torch.save")
     slices = 4 * len(reshard.open(uri).tensors) * 1024
@@ -109,7 +109,7 @@ def test_a_rank_reads_its_own_rows_and_little_more(ranks: RankPool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("store_name", ["moto", "moto by s3fs", "seaweedfs", "gcs"])
-def test_saved_by_dcp_to_a_store(ranks: RankPool, place: Place) -> None:
+def test_dcp_checkpoint_in_a_store_is_loaded(ranks: RankPool, place: Place) -> None:
     uri, options = place
     ranks.run(4, save_to_store, "fsdp", uri, options)
     ranks.run(2, load_rank, "tp", uri, options)
@@ -127,9 +127,9 @@ def whole_model() -> dict[str, torch.Tensor]:
     return {f"model.{name}": values for name, values in model(seed=0).state_dict().items()}
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body directly")  # of the client that uploads
+@pytest.mark.filterwarnings("ignore:Sending a large body directly")  # raised by the client that uploads
 @pytest.mark.parametrize("store_name", ["local", "moto", "moto by s3fs", "seaweedfs", "gcs"])
-def test_single_files_in_a_store(ranks: RankPool, place: Place, store_name: str, tmp_path: Path) -> None:
+def test_single_files_in_a_store_are_loaded(ranks: RankPool, place: Place, store_name: str, tmp_path: Path) -> None:
     uri, options = place
     if store_name == "local":
         Path(uri).mkdir()
@@ -143,4 +143,4 @@ def test_single_files_in_a_store(ranks: RankPool, place: Place, store_name: str,
     for file in files:
         assert set(reshard.open(file, storage_options=options).tensors) == set(whole_model())
         ranks.run(2, load_rank, "tp", file, options)
-    ranks.run(3, load_rank, "tp", uri, options)  # the folder: its safetensors file
+    ranks.run(3, load_rank, "tp", uri, options)  # the folder has a safetensors file

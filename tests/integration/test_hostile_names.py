@@ -1,4 +1,4 @@
-"""Names that somebody chose to break something: every call works, or raises one clear error that may be shown."""
+"""Names that are chosen to break something: every call works, or raises one clear error that can be printed safely."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SHOWN = [
     "\u200b",
     "\x7f", "a\0b", "\ud800", "x.\udfff.y", "[bold]x[/bold]", "[link=http://e]x", "<script>", "é中文😀", "a%s", "{0}",
 ]  # fmt: skip
-"""Names that a terminal, a table or a page might take for something else."""
+"""Names that a terminal, a table or a web page might misinterpret."""
 ODD = [
     "a.²", "a.³", "a.٣", "a." + "9" * 5000, "a." + "٣" * 5000, ".".join("a" * 1100), "a." * 5000 + "b", "",
     ".", "..", "...",
     "__metadata__", "/etc/passwd", "../x", "*", "?", "[a]", " ", "=", "a=b", "'", '"', "\\", "$\\frac$", "data/x.shard",
     "layers.01", "layers.1",
 ]  # fmt: skip
-"""Names that something might take for a number, a path, a pattern or a level."""
+"""Names that could be mistaken for a number, a path, a pattern or a level."""
 LONG = ["n" * 10**6, "." * 10**6, "word " * 200_000]
 VALUES = torch.arange(12.0).reshape(3, 4)
 ROWWISE = reshard.Layout({"tp": 2}, {"*": "rowwise"})
@@ -55,7 +55,7 @@ def state_of(names: Sequence[str]) -> dict[str, Any]:
 
 
 def call(*arguments: object) -> str:
-    """What a command prints, which can be printed anywhere."""
+    """Return the output of a command, after checking that any terminal can print it."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -66,7 +66,7 @@ def call(*arguments: object) -> str:
 
 
 def rows(output: str) -> list[list[str]]:
-    """The first table of tensors in an output."""
+    """Return the first table of tensors in an output."""
     lines = output.split("\n")
     begin = next(at for at, line in enumerate(lines) if line.startswith(("tensor\t", "object\t", "uri\t", "name\t")))
     end = next((at for at in range(begin, len(lines)) if not lines[at]), len(lines))
@@ -94,7 +94,7 @@ def check_commands(place: Path, folder: Path, names: Sequence[str]) -> None:
     call("diff", place, place)
 
 
-def test_every_call_takes_every_name(tmp_path: Path) -> None:
+def test_every_function_accepts_every_name(tmp_path: Path) -> None:
     place = tmp_path / "c"
     reshard.save(state_of(NAMES), place)
     checkpoint = reshard.open(place)
@@ -119,7 +119,7 @@ def test_every_call_takes_every_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["reshard", "dcp", "safetensors"])
-def test_every_name_is_converted(to: str, tmp_path: Path) -> None:
+def test_every_name_can_be_converted(to: str, tmp_path: Path) -> None:
     names = [name for name in NAMES if (name, to) != ("__metadata__", "safetensors")]
     reshard.save(state_of(NAMES), tmp_path / "c")
     if to == "safetensors":
@@ -139,14 +139,14 @@ def test_every_name_is_converted(to: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["torch", "dcp", "safetensors"])
-def test_every_format_may_have_every_name(format: str, tmp_path: Path) -> None:
+def test_every_format_can_contain_every_name(format: str, tmp_path: Path) -> None:
     place, names = tmp_path / format, NAMES
     if format == "torch":
         place = tmp_path / "m.pt"
         torch.save(state_of(names), place)
     elif format == "dcp":
         dcp.save(state_of(names), checkpoint_id=place)
-    else:  # its own writer has no surrogates
+    else:  # the safetensors writer does not accept surrogates
         names = [
             name for name in NAMES if name != "__metadata__" and not any("\ud800" <= char <= "\udfff" for char in name)
         ]
@@ -163,7 +163,7 @@ def test_every_format_may_have_every_name(format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*SHOWN[:6], "\ud800", *ODD[:8]], ids=lambda name: ascii(name)[:24])
-def test_objects_of_every_name(name: str, tmp_path: Path) -> None:
+def test_values_can_have_every_name(name: str, tmp_path: Path) -> None:
     reshard.save({name: {"a": 5}, "w": VALUES}, tmp_path / "a")
     reshard.save({name: VALUES, "w": VALUES}, tmp_path / "b")
     call("inspect", tmp_path / "a")
@@ -186,7 +186,7 @@ def test_long_names_are_shortened(name: str, tmp_path: Path) -> None:
     call("verify", place)
 
 
-def test_names_are_folded_by_plain_numbers_alone() -> None:
+def test_names_are_folded_only_by_plain_numbers() -> None:
     names = ["a.0", "a.1", "a.²", "a.³", "a.٣", "a.01", "a." + "9" * 5000, "a." + "9" * 19]
     folded = fold(dict.fromkeys(names, ()))
     assert [value.name for value in folded] == ["a.[0-1]", *names[2:]]
@@ -194,7 +194,7 @@ def test_names_are_folded_by_plain_numbers_alone() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 31, 32, 33, 1100, 20_000])
-def test_names_of_any_depth_make_a_tree(depth: int) -> None:
+def test_names_of_any_depth_form_a_tree(depth: int) -> None:
     names = [".".join("a" * n) for n in {1, depth // 2 or 1, depth - 1 or 1, depth}] + [f"{'a.' * depth}b", "z"]
     lines = tree(fold(dict.fromkeys(names, ())))
     assert {tensors.names[0] for _, tensors in lines if tensors is not None} == set(names)
@@ -202,7 +202,7 @@ def test_names_of_any_depth_make_a_tree(depth: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J\nb\tc", "\u202ex", "[bold]x", "é中", "x\udce9"], ids=ascii)
-def test_folders_of_any_name_are_listed_in_one_row(name: str, tmp_path: Path) -> None:
+def test_folder_of_any_name_is_listed_in_one_row(name: str, tmp_path: Path) -> None:
     reshard.save({"w": VALUES}, tmp_path / name)
     (tmp_path / f"{name}-2").mkdir()
     (tmp_path / f"{name}-2" / "manifest.reshard").write_bytes(b"damaged")
@@ -261,7 +261,7 @@ def test_info_of_any_kind_is_shown(info: dict[str, Any], tmp_path: Path, monkeyp
     call("ls", tmp_path)
 
 
-def test_objects_that_nest_deeply_are_shown_or_refused(tmp_path: Path) -> None:
+def test_deeply_nested_values_are_shown_or_refused(tmp_path: Path) -> None:
     value: Any = 1
     for _ in range(90):
         value = [value]
@@ -296,7 +296,7 @@ def test_globals_of_pickles_are_escaped(in_folder: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("part", ["a\0b", "\ud800", "x" * 300])
-def test_paths_that_no_file_can_have(part: str, tmp_path: Path) -> None:
+def test_impossible_paths_raise_clear_errors(part: str, tmp_path: Path) -> None:
     place = f"{tmp_path}/{part}"
     for use in (
         lambda: reshard.open(place),
@@ -331,7 +331,7 @@ def test_every_terminal_can_show_every_name(encoding: str, tmp_path: Path) -> No
         assert ("é中文😀" in told) == (encoding == "utf-8" and len(arguments) == 2)
 
 
-def test_a_terminal_is_not_moved(tmp_path: Path) -> None:
+def test_output_contains_no_terminal_control_codes(tmp_path: Path) -> None:
     reshard.save({**dict.fromkeys([*SHOWN, *ODD[:7]], torch.ones(2)), "z.a.b": VALUES, "z.a.c": VALUES}, tmp_path / "c")
     parent, child = pty.openpty()
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
@@ -342,7 +342,7 @@ def test_a_terminal_is_not_moved(tmp_path: Path) -> None:
     try:
         while data := os.read(parent, 65536):
             told += data
-    except OSError:  # the end, as Linux tells it
+    except OSError:  # how Linux reports the end
         pass
     finally:
         os.close(parent)
@@ -365,7 +365,7 @@ def test_pictures_show_every_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digits", ["9" * 5000, "٣" * 5000, "²", "٣"])
-def test_folders_and_ranks_that_are_numbered_oddly(digits: str) -> None:
+def test_folders_and_ranks_with_unusual_numbers(digits: str) -> None:
     place = f"memory://odd-{ascii(digits)[:9]}/step-{digits}"
     reshard.save({"w": VALUES}, place)
     (found,) = reshard.find_checkpoints(place)

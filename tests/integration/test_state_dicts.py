@@ -1,4 +1,5 @@
-"""What a state dict holds beside tensors comes back as it was: keys, empty dicts, objects, containers; by any name."""
+"""Contents of state dicts other than tensors round-trip: keys, empty dicts, values and containers, also when
+renamed."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ STATES: list[dict[Any, Any]] = [
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
 @pytest.mark.parametrize("way", ["reshard", "torch", "reshard from dcp", "dcp", "reshard from torch"])
-def test_keys_and_empty_dicts_come_back(state: dict[Any, Any], way: str, tmp_path: Path) -> None:
+def test_keys_and_empty_dicts_round_trip(state: dict[Any, Any], way: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "c")
     if "torch" in way:
         uri += ".pt"
@@ -113,7 +114,7 @@ class Empty:
         self.loaded = state
 
 
-def test_an_empty_stateful_comes_back() -> None:
+def test_empty_stateful_round_trips() -> None:
     store = MemoryStore()
     reshard.save({"empty": Empty(), "w": torch.ones(1)}, store)
     assert reshard.open(store).state_dict()["empty"] == {}
@@ -122,7 +123,7 @@ def test_an_empty_stateful_comes_back() -> None:
     assert empty.loaded == {}
 
 
-def test_an_empty_dict_in_the_state_dict_needs_nothing_in_the_checkpoint() -> None:
+def test_empty_dict_in_the_state_dict_needs_no_entry_in_the_checkpoint() -> None:
     store = MemoryStore()
     reshard.save({"optim": {"state": {0: torch.ones(1)}, "lr": 0.1}}, store)
     state: dict[str, Any] = {"optim": {"state": {}, "lr": 0}, "new": {}}
@@ -188,7 +189,9 @@ def test_plain_data_needs_no_pickle(value: Any, *, by_dcp: bool) -> None:
 
 @pytest.mark.parametrize("value", [Colour.RED, Custom(3), Point(1, 2), (defaultdict(list),), [Custom(1)]], ids=str)
 @pytest.mark.parametrize("by_dcp", [False, True], ids=["reshard", "dcp"])
-def test_what_needs_pickle_is_warned_of_once(value: Any, caplog: pytest.LogCaptureFixture, *, by_dcp: bool) -> None:
+def test_values_that_need_pickle_are_warned_about_once(
+    value: Any, caplog: pytest.LogCaptureFixture, *, by_dcp: bool
+) -> None:
     store = MemoryStore()
     state = {"x": {"value": value, "again": value}, "t": torch.ones(2), "safe": (torch.ones(1), 2)}
     if by_dcp:
@@ -204,7 +207,7 @@ def test_what_needs_pickle_is_warned_of_once(value: Any, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("by_dcp", [False, True], ids=["reshard", "dcp"])
-def test_a_save_with_allow_pickle_false_refuses_what_needs_pickle(*, by_dcp: bool) -> None:
+def test_save_with_allow_pickle_false_raises_for_values_that_need_pickle(*, by_dcp: bool) -> None:
     store = MemoryStore()
     state = {"x": {"value": Custom(1)}, "t": torch.ones(2)}
     if by_dcp:
@@ -217,16 +220,16 @@ def test_a_save_with_allow_pickle_false_refuses_what_needs_pickle(*, by_dcp: boo
 
 
 @pytest.mark.parametrize("value", [lambda: 0, (x for x in range(2)), (Path(), lambda: 0)])
-def test_what_cannot_be_pickled_is_refused_by_name(value: Any) -> None:
+def test_error_names_the_value_that_cannot_be_pickled(value: Any) -> None:
     with pytest.raises(errors.UnsupportedValueError, match=r"'a\.f', of .* cannot be stored"):
         reshard.save({"a": {"f": value}}, MemoryStore())
 
 
-# Containers that are one object in the checkpoint, and the other way round
+# Containers that are one value in the checkpoint, and vice versa
 
 
 def old_checkpoint(tmp_path: Path) -> str:
-    """As DCP of torch 2.3 and earlier, or flatten_state_dict=False, saves it: containers are objects."""
+    """Save containers as values, as DCP does in torch 2.3 and earlier, or with flatten_state_dict=False."""
     groups = [{"lr": 0.1, "params": [0, 1], "betas": (0.9, 0.99), "t": torch.tensor([1.0, 2.0])}, {"lr": 0.2}]
     flat = {"opt.param_groups": groups, "opt.state": {0: {"step": 3}}, "w": torch.ones(2)}
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
@@ -234,7 +237,7 @@ def old_checkpoint(tmp_path: Path) -> str:
     return str(tmp_path / "old")
 
 
-def test_a_container_is_loaded_from_one_object(tmp_path: Path) -> None:
+def test_container_is_loaded_from_one_value(tmp_path: Path) -> None:
     t = torch.zeros(2, dtype=torch.float64)
     state: dict[str, Any] = {
         "opt": {
@@ -255,7 +258,7 @@ def test_a_container_is_loaded_from_one_object(tmp_path: Path) -> None:
     assert report.unexpected_keys == ()
 
 
-def test_one_object_is_loaded_from_a_container() -> None:
+def test_one_value_is_loaded_from_a_container() -> None:
     store = MemoryStore()
     groups = [{"lr": 0.1, 3: torch.ones(2)}, {}]
     reshard.save(
@@ -267,7 +270,7 @@ def test_one_object_is_loaded_from_a_container() -> None:
     assert state["w"].eq(1).all()
 
 
-def test_containers_that_grew_or_shrank_are_named_as_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_error_names_containers_that_grew_or_shrank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = old_checkpoint(tmp_path)
     native = MemoryStore()
     reshard.save({"opt": {"groups": [{"lr": 0.1}, {"lr": 0.2}], "map": {"a": torch.ones(1)}}}, native)
@@ -287,7 +290,7 @@ def test_containers_that_grew_or_shrank_are_named_as_such(tmp_path: Path, caplog
     assert "the list 'opt.groups' has 2 items in the checkpoint and 1 in the state dict" in caplog.text
 
 
-def test_tensors_out_of_an_object_go_through_all_checks(tmp_path: Path) -> None:
+def test_tensors_inside_a_value_are_checked_like_others(tmp_path: Path) -> None:
     t = torch.arange(4.0)
     flat = {"m": {"w": t, "b": torch.tensor([300])}, "r": [t, t], "d": {"x": 1, "y": 2}, "e": {"k": {}}}
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -315,7 +318,7 @@ def test_tensors_out_of_an_object_go_through_all_checks(tmp_path: Path) -> None:
     assert reshard.load({"r": [z, z]}, tmp_path / "c").unexpected_keys == ()
 
 
-def test_what_does_not_fit_inside_of_an_object_is_refused(tmp_path: Path) -> None:
+def test_mismatch_inside_a_value_raises(tmp_path: Path) -> None:
     old = old_checkpoint(tmp_path)
     w = torch.zeros(2)
     for group, error in (
@@ -397,7 +400,7 @@ def test_exclude_leaves_names_as_they_are() -> None:
             reshard.load(state, store, exclude=bad)  # type: ignore[arg-type]
 
 
-def test_names_that_may_be_missing_by_pattern() -> None:
+def test_names_may_be_missing_by_pattern() -> None:
     store = MemoryStore()
     reshard.save({"model": {"w": torch.ones(2)}}, store)
     state = {"model": {"w": torch.zeros(2)}, "optimizer": {"m": torch.zeros(2)}}
@@ -408,7 +411,7 @@ def test_names_that_may_be_missing_by_pattern() -> None:
         reshard.load({"model": {"w": torch.zeros(2), "v": torch.zeros(2)}}, store, allow_missing=["optimizer.*"])
 
 
-def test_an_object_takes_the_place_of_none_under_another_name() -> None:
+def test_value_replaces_none_under_another_name() -> None:
     store = MemoryStore()
     state = {"state": {0: {"m": torch.ones(1)}}, "groups": [{"lr": 0.1}]}
     reshard.save({"opt": state}, store)
@@ -419,7 +422,7 @@ def test_an_object_takes_the_place_of_none_under_another_name() -> None:
     check_equal(loaded["opt"], {"groups": [{"lr": 0.1}]})
 
 
-def test_many_missing_names_are_told_soon() -> None:
+def test_error_for_many_missing_names_is_fast() -> None:
     store = MemoryStore()
     reshard.save({str(i): torch.ones(1) for i in range(3000)}, store)
     state = {str(i): torch.zeros(1) for i in range(3000)} | {f"x{i}": torch.zeros(1) for i in range(3000)}
@@ -427,7 +430,7 @@ def test_many_missing_names_are_told_soon() -> None:
         reshard.load(state, store)
 
 
-def test_a_value_that_cannot_be_replaced_is_refused_before_anything_is_read() -> None:
+def test_value_that_cannot_be_replaced_raises_before_anything_is_read() -> None:
     store = MemoryStore()
     reshard.save({"a": {"x": torch.ones(1), "y": 1}}, store)
     x = torch.zeros(1)
@@ -436,7 +439,7 @@ def test_a_value_that_cannot_be_replaced_is_refused_before_anything_is_read() ->
     assert x.eq(0).all()
 
 
-def test_arguments_of_a_wrong_type_are_refused() -> None:
+def test_arguments_of_a_wrong_type_raise_argument_error() -> None:
     store = MemoryStore()
     reshard.save({"w": torch.ones(1)}, store)
     dtype: Any = "bfloat16"
@@ -452,7 +455,7 @@ def test_arguments_of_a_wrong_type_are_refused() -> None:
 
 
 @pytest.mark.parametrize("strict", ["m.*", 1, None, ("a",)])
-def test_strict_is_true_or_false(strict: Any) -> None:
+def test_strict_must_be_true_or_false(strict: Any) -> None:
     with pytest.raises(errors.ArgumentError, match=r"strict must be True or False, got .*allow_missing"):
         reshard.load({"w": torch.zeros(2)}, MemoryStore(), strict=strict)
 
@@ -460,7 +463,7 @@ def test_strict_is_true_or_false(strict: Any) -> None:
 # Metadata of DCP
 
 
-def test_read_metadata_has_what_dcps_has(tmp_path: Path) -> None:
+def test_read_metadata_matches_that_of_dcp(tmp_path: Path) -> None:
     state = {"w": torch.ones(2), "n": 1}
     dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     expected = dcp.FileSystemReader(tmp_path / "dcp").read_metadata()
@@ -486,7 +489,7 @@ def test_read_metadata_has_what_dcps_has(tmp_path: Path) -> None:
 
 
 def megatron(modules: int) -> dict[str, Any]:
-    """Like Megatron's: an object in every module, in an order that is not that of the names."""
+    """Return a state like Megatron's: every module has a value, and the order differs from that of the names."""
     names = [f"decoder.layers.{i}.{part}" for part in ("mlp.fc1", "attention.qkv", "norm") for i in range(modules)]
     random.Random(0).shuffle(names)
     state: dict[str, Any] = {}
@@ -506,7 +509,7 @@ def large_manifest() -> MemoryStore:
 
 
 @pytest.mark.parametrize("how", ["load", "state_dict", "StorageReader", "some", "one by one"])
-def test_thousands_of_objects_take_a_handful_of_requests(large_manifest: MemoryStore, how: str) -> None:
+def test_thousands_of_values_take_few_requests(large_manifest: MemoryStore, how: str) -> None:
     store = RecordingStore(large_manifest)
     template = megatron(1000)
     state: dict[str, Any] = {"model": dict.fromkeys(template) | {n: torch.zeros(2) for n in template if "weight" in n}}
@@ -539,6 +542,6 @@ def test_thousands_of_objects_take_a_handful_of_requests(large_manifest: MemoryS
         assert len(store.calls) < 40
 
 
-def test_words_of_json_are_documented() -> None:
+def test_type_words_of_json_are_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
     assert [word for word in _READERS if f"`{word}`" not in text] == []

@@ -1,4 +1,4 @@
-"""Everything that a state dict can hold comes back as it was."""
+"""Everything that a state dict can contain round-trips."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZES))
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-def test_every_dtype(dtype: str, codec: str) -> None:
+def test_every_dtype_round_trips(dtype: str, codec: str) -> None:
     torch.manual_seed(0)
     saved = {str(shape): random_bits(getattr(torch, dtype), *shape) for shape in ((), (1,), (300, 170), (5, 4, 3))}
     store = MemoryStore()
@@ -52,7 +52,7 @@ def test_every_dtype(dtype: str, codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_tensors_of_every_form(codec: str) -> None:
+def test_tensors_of_every_memory_layout_round_trip(codec: str) -> None:
     base = torch.randn(40, 50)
     saved = {
         "transposed": base.t(),
@@ -95,7 +95,7 @@ def test_tied_weights_stay_tied() -> None:
     assert loaded.head.weight.equal(saved.head.weight)
 
 
-def test_nested_values_and_states_of_random_generators(tmp_path: Path) -> None:
+def test_nested_values_and_random_generator_states_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(3)
     saved: dict[str, Any] = {
         "step": 7,
@@ -129,7 +129,7 @@ def test_nested_values_and_states_of_random_generators(tmp_path: Path) -> None:
     assert list(loaded["by_number"]) == [0, 1], "keys keep their types"
 
 
-def test_values_are_cast_where_the_destination_asks_for_it() -> None:
+def test_values_are_cast_to_the_dtype_of_the_destination() -> None:
     store = MemoryStore()
     saved = {
         "f": torch.randn(100, 100),
@@ -147,8 +147,8 @@ def test_values_are_cast_where_the_destination_asks_for_it() -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_bfloat16_is_read_of_float32(codec: str) -> None:
-    """From the heads alone, where the codec keeps them apart; bit for bit what a cast gives."""
+def test_bfloat16_destination_of_float32_reads_no_more_than_needed(codec: str) -> None:
+    """With zstd only the heads are read. The result equals a cast bit for bit."""
     store = MemoryStore()
     weights = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
     reshard.save({"w": weights}, store, codec=codec)
@@ -160,7 +160,7 @@ def test_bfloat16_is_read_of_float32(codec: str) -> None:
     assert report.local.amplification < (0.67 if codec == "zstd" else 2.01)
 
 
-def test_a_stateful_is_given_what_was_loaded() -> None:
+def test_stateful_gets_the_loaded_state() -> None:
     store = MemoryStore()
     saved, loaded = nn.Linear(3, 4), nn.Linear(3, 4)
     reshard.save({"model": saved, "step": 1}, store)
@@ -171,7 +171,7 @@ def test_a_stateful_is_given_what_was_loaded() -> None:
     assert loaded.weight.equal(saved.weight)
 
 
-def test_names_that_the_state_dict_does_not_have_are_not_read() -> None:
+def test_names_missing_in_the_state_dict_are_not_read() -> None:
     store = MemoryStore()
     reshard.save({"a": torch.ones(3), "big": torch.zeros(1000, 1000), "n": {"b": torch.ones(2), "step": 3}}, store)
     loaded = {"n": {"b": torch.zeros(2)}}
@@ -180,7 +180,7 @@ def test_names_that_the_state_dict_does_not_have_are_not_read() -> None:
     assert report.local.chunks == 1
 
 
-def test_loading_what_is_missing_only_where_it_is_allowed() -> None:
+def test_missing_names_raise_unless_allowed() -> None:
     store = MemoryStore()
     reshard.save({"a": torch.ones(3)}, store)
     loaded = {"a": torch.zeros(3), "b": torch.full((2,), 5.0)}
@@ -191,7 +191,7 @@ def test_loading_what_is_missing_only_where_it_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_any_budget_gives_the_same(codec: str) -> None:
+def test_any_memory_budget_gives_the_same_result(codec: str) -> None:
     torch.manual_seed(0)
     saved = {"large": torch.randn(1500, 700), "half": torch.randn(900, 300).to(torch.bfloat16), "small": torch.ones(3)}
     for several in (False, True):

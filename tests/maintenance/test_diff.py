@@ -10,7 +10,7 @@ import torch
 import reshard
 from reshard.storage.maintenance.diff import Difference, diff
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
-from reshard.storage.tensors.splitting import PIECE_BYTES
+from reshard.storage.tensors.splitting import MAX_PIECE_BYTES
 from tests.conversion.samples import cut_small
 
 
@@ -47,7 +47,7 @@ def test_tensors_of_many_sizes_are_compared_in_pieces(monkeypatch: pytest.Monkey
 
 def test_tensors_of_different_dtypes_are_compared_by_value(tmp_path: Path) -> None:
     values = torch.randn(3000, 2000)
-    assert values.nbytes > PIECE_BYTES
+    assert values.nbytes > MAX_PIECE_BYTES
     narrow = values.bfloat16()
     found = differences(saved({"w": values}), saved({"w": narrow}))["w"]
     assert found.what == "dtype"

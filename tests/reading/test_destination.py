@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from reshard.storage.reading.destination import Destination
-from reshard.storage.tensors.dtypes import ALONE_NUMEL, as_array, as_bytes, cast, from_bytes
+from reshard.storage.tensors.dtypes import SINGLE_THREAD_NUMEL, as_array, as_bytes, cast, from_bytes
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -32,7 +32,7 @@ def test_destination_that_is_too_large_to_stage_is_written_directly(whole: bool,
     assert tensor.tolist() == [1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("numel", [1, ALONE_NUMEL, 3 * ALONE_NUMEL + 7])
+@pytest.mark.parametrize("numel", [1, SINGLE_THREAD_NUMEL, 3 * SINGLE_THREAD_NUMEL + 7])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.int64, torch.float16)]
 )

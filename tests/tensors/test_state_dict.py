@@ -9,7 +9,7 @@ from reshard.storage.errors import CorruptCheckpointError, DestinationError, Uns
 from reshard.storage.tensors.state_dict import Key, flatten, nest, path_from_json, path_to_json, renamed_path
 
 
-def test_names_are_those_of_dcp() -> None:
+def test_names_match_those_of_dcp() -> None:
     t = torch.zeros(1)
     state: dict[str, Any] = {
         "model": {"w": t, "sub.b": t, "n": {"x": t}},
@@ -41,7 +41,7 @@ def test_names_are_those_of_dcp() -> None:
         {torch.float32: 1, torch.device("cpu"): {torch.Size((1, 2)): torch.ones(1)}},
     ],
 )
-def test_keys_keep_their_types_and_empty_dicts_stay(state: dict[Any, Any]) -> None:
+def test_keys_keep_their_types_and_empty_dicts_are_kept(state: dict[Any, Any]) -> None:
     leaves = flatten(state)
     paths = {name: path_from_json(json.loads(json.dumps(path_to_json(leaf.path)))) for name, leaf in leaves.items()}
     again = nest({name: leaf.value for name, leaf in leaves.items()}, paths)
@@ -61,18 +61,18 @@ def test_keys_keep_their_types_and_empty_dicts_stay(state: dict[Any, Any]) -> No
         ("xlayers.0.7.w", ("xlayers", 0, Key(7), "w")),
     ],
 )
-def test_a_new_name_keeps_the_path_as_far_as_it_follows_it(name: str, expected: Any) -> None:
+def test_renamed_path_keeps_the_matching_end_of_the_path(name: str, expected: Any) -> None:
     assert renamed_path(("model", "layers", 0, Key(7), "w"), name) == expected
 
 
 @pytest.mark.parametrize("key", [object(), frozenset({object()}), (object(),), float("nan"), Exception])
-def test_a_key_that_is_not_plain_data_is_refused_by_name(key: Any) -> None:
+def test_error_names_the_key_that_is_not_plain_data(key: Any) -> None:
     with pytest.raises(UnsupportedValueError, match=r"the key .* in 'a\.b' is of"):
         flatten({"a": {"b": {key: 1}}})
 
 
 @pytest.mark.parametrize("state", [{1: 0, "1": 0}, {"a": {None: 1, "None": 2}}, {"a": [{}], "a.0": 1}])
-def test_keys_of_different_types_with_one_name_are_refused(state: dict[Any, Any]) -> None:
+def test_keys_of_different_types_with_the_same_name_raise(state: dict[Any, Any]) -> None:
     with pytest.raises(DestinationError, match="two values of the state dict have the name"):
         flatten(state)
 
@@ -80,23 +80,23 @@ def test_keys_of_different_types_with_one_name_are_refused(state: dict[Any, Any]
 @pytest.mark.parametrize(
     "path", [[], [None], [{"key": [1]}], [{"key": {"$no": 1}}], [{}], [1.5], [{"key": {"$set": []}}]]
 )
-def test_a_path_of_json_that_is_none_is_refused(path: Any) -> None:
+def test_malformed_json_path_raises(path: Any) -> None:
     with pytest.raises((ValueError, TypeError, LookupError)):
         path_from_json(path)
 
 
-def test_a_leaf_is_replaced_where_it_stands() -> None:
+def test_leaf_is_replaced_in_its_container() -> None:
     state: dict[str, Any] = {"a": {3: [{"x": 1}]}}
     flatten(state)["a.3.0.x"].replace(7)
     assert state == {"a": {3: [{"x": 7}]}}
 
 
-def test_two_values_of_one_name_are_refused() -> None:
+def test_two_values_with_the_same_name_raise() -> None:
     with pytest.raises(DestinationError, match=r"'a\.b'"):
         flatten({"a.b": 1, "a": {"b": 2}})
 
 
-def test_values_stand_again_where_they_stood() -> None:
+def test_nest_restores_the_containers_of_values() -> None:
     state: dict[str, Any] = {
         "model": {"a.b": torch.ones(2), "layers": [{"w": torch.zeros(1)}, {"w": torch.ones(1)}]},
         "optimizer": {"groups": [{"lr": 0.1, "params": [1, 2]}], "state": {0: {"step": 3}}},
@@ -108,7 +108,7 @@ def test_values_stand_again_where_they_stood() -> None:
     assert str(back) == str(state)
 
 
-def test_a_part_of_a_list_is_by_position() -> None:
+def test_partial_list_becomes_a_dict_by_position() -> None:
     assert nest({"a": 1, "b": 2}, {"a": ("l", 0), "b": ("l", 2)}) == {"l": {0: 1, 2: 2}}
     assert nest({"a.b": 1}, {}) == {"a.b": 1}
 
@@ -122,6 +122,6 @@ def test_a_part_of_a_list_is_by_position() -> None:
         {"a": ("x",) * 10_000, "b": ("y",)},
     ],
 )
-def test_paths_that_cannot_be_are_refused(paths: dict[str, Any]) -> None:
-    with pytest.raises(CorruptCheckpointError, match="cannot stand at"):
+def test_contradictory_paths_raise_corrupt_error(paths: dict[str, Any]) -> None:
+    with pytest.raises(CorruptCheckpointError, match="cannot be at"):
         nest({"a": {"y": 1}, "b": 2}, paths)

@@ -49,7 +49,7 @@ def test_codec_determines_the_grid_and_ranks_must_use_the_same_codec() -> None:
     encoded, raw = (write_objects(store, "00000", [shard("t", values)], codec) for codec in ("zstd", "none"))
     assert assemble_index(encoded).entry("t").grid.parts == (8, 8)
     assert assemble_index(raw).entry("t").grid.parts == (8, 4)
-    with pytest.raises(ArgumentError, match=r"'t' was cut in \(8, 4\) parts by one rank and in \(8, 8\) by another"):
+    with pytest.raises(ArgumentError, match=r"one rank divided 't' into \(8, 4\) parts, another into \(8, 8\)"):
         assemble_index([*encoded, *raw])
 
 

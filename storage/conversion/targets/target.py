@@ -10,7 +10,7 @@ from ....planner.box import Box
 from ....planner.entries import ITEMSIZES
 from ....planner.grid import Grid
 from ...stores.base import Store
-from ...tensors.splitting import PIECE_BYTES
+from ...tensors.splitting import MAX_PIECE_BYTES
 from ..source_stream import SourceStream
 from ..work_items import Item, Piece
 
@@ -85,7 +85,7 @@ def in_pieces(items: Sequence[Item]) -> list[WorkUnit]:
         whole, itemsize = Box.whole(item.shape), ITEMSIZES[item.dtype]
         boxes = [whole]
         if item.is_tensor:
-            boxes = Grid.choose(item.shape, itemsize).split(whole, PIECE_BYTES // itemsize) if whole.numel else []
+            boxes = Grid.choose(item.shape, itemsize).split(whole, MAX_PIECE_BYTES // itemsize) if whole.numel else []
         for box in boxes:
             pieces.append(Piece(item, box))
             held += pieces[-1].nbytes

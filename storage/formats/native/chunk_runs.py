@@ -1,8 +1,10 @@
-"""Chunks that are worked on together: calls of numpy and of the codec cost as much as some KiB of values.
+"""Group chunks into runs that are encoded, decoded and placed together.
 
-Consecutive chunks of one size that adjoin along one dimension of the tensor are a run: they are taken from the tensor,
-or written to it, by one strided copy, and their planes are split and joined together. Of a read they also lie one after
-another in their object, and are wanted whole. All other chunks are runs of one.
+A call of numpy or of the codec costs as much as working on some KiB of values (`benchmarks/codec.py`), so that one call
+should work on several chunks. A chunk run consists of consecutive chunks of equal size that adjoin along one dimension
+of the tensor. One strided copy takes its values from the tensor or writes them to it, and its planes are split and
+joined together. The chunks of a run that is read are also consecutive in their object, and each is needed as a whole.
+Every other chunk is a run by itself.
 """
 
 from __future__ import annotations
@@ -22,65 +24,68 @@ from ....planner.read_plan import BOXES_PER_CALL
 Slices = tuple[slice, ...]
 
 MAX_CHUNK_RUN_BYTES = 1024 * 1024
-"""Decoded bytes of a run of several chunks, at most: with fewer, threads wait more for each other."""
+"""The most decoded bytes of a run with several chunks. With smaller runs, threads wait more for each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRun:
-    """One run of a read."""
+    """One chunk run of a read."""
 
     row: int
-    """Of its first chunk."""
+    """The row of its first chunk in the ChunkReads."""
     count: int
+    """The number of its chunks."""
     dim: int
-    """In which its chunks adjoin."""
+    """The dimension along which its chunks adjoin."""
     encoding: int
     numel: int
-    """Of each chunk."""
+    """The number of elements of each chunk."""
     sizes: tuple[int, ...]
-    """Of each chunk."""
+    """The sizes of each chunk."""
     part: Slices
-    """What is wanted of the chunk; of several, all of each."""
-    place: Slices
-    """Where the whole run goes, in the wanted box."""
+    """The part of the chunk that is needed. If there are several chunks, the whole of each."""
+    target: Slices
+    """The destination of the run in the wanted box."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkRuns:
-    """The runs of a read, in columns."""
+    """The chunk runs of a read, in columns. Row i is run i."""
 
     firsts: IntArray
-    """(r,) the row of the first chunk of each."""
+    """(r,) the rows of their first chunks in the ChunkReads."""
     counts: IntArray
     dims: IntArray
     encodings: npt.NDArray[np.uint8]
     numels: IntArray
     nbytes: IntArray
-    """(r,) decoded bytes of all its chunks."""
+    """(r,) the decoded bytes of all their chunks."""
     sizes: IntArray
-    """(r, ndim) of each chunk."""
+    """(r, ndim) the sizes of each of their chunks."""
     part_offsets: IntArray
-    """(r, ndim) what is wanted of the first chunk, in it."""
+    """(r, ndim) the part of the first chunk that is needed, relative to the chunk."""
     part_sizes: IntArray
-    place_offsets: IntArray
-    """(r, ndim) where the run goes, in the wanted box."""
-    place_sizes: IntArray
+    target_offsets: IntArray
+    """(r, ndim) the destination of the run in the wanted box."""
+    target_sizes: IntArray
 
     def select(self, runs: slice) -> Iterator[ChunkRun]:
-        """Some of them."""
+        """Iterate over some of the runs."""
         columns = (
             column[runs].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
         )
         parts = box_slices(self.part_offsets[runs], self.part_sizes[runs])
-        places = box_slices(self.place_offsets[runs], self.place_sizes[runs])
-        return map(ChunkRun, *columns, map(tuple, self.sizes[runs].tolist()), parts, places)
+        targets = box_slices(self.target_offsets[runs], self.target_sizes[runs])
+        return map(ChunkRun, *columns, map(tuple, self.sizes[runs].tolist()), parts, targets)
 
 
 def find_chunk_runs(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[ChunkRuns]:
-    """The runs of each read, many reads together.
+    """Find the chunk runs of each read. Many reads are processed together.
 
     Args:
-        requests_of: for each read, the (n, s) requests that fetch its ranges. A run's bytes come by one.
+        reads: The reads.
+        requests_of: For each read, the (n, s) requests that fetch the byte ranges of its n chunks. All bytes of a run
+            come from one request.
     """
     groups: dict[int, list[int]] = {}
     for at, read in enumerate(reads):
@@ -88,14 +93,14 @@ def find_chunk_runs(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]
     found: dict[int, ChunkRuns] = {}
     for members in groups.values():
         for first in range(0, len(members), BOXES_PER_CALL):
-            places = members[first : first + BOXES_PER_CALL]
-            runs = _of_one_ndim([reads[at] for at in places], [requests_of[at] for at in places])
-            found |= zip(places, runs, strict=True)
+            positions = members[first : first + BOXES_PER_CALL]
+            runs = _of_one_ndim([reads[at] for at in positions], [requests_of[at] for at in positions])
+            found |= zip(positions, runs, strict=True)
     return (found[at] for at in range(len(reads)))
 
 
 def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[ChunkRuns]:
-    """The runs of reads of tensors that have as many dimensions."""
+    """Find the chunk runs of reads whose tensors have the same number of dimensions."""
     lengths = [len(read) for read in reads]
     bounds = np.cumsum([0, *lengths])
 
@@ -128,7 +133,14 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
 
 
 def continued_dims(offsets: IntArray, sizes: IntArray) -> IntArray:
-    """(n,) for each of n boxes, (n, ndim): the dimension in which it continues the one before, of its size; or -1."""
+    """Return along which dimension each box continues the box before it.
+
+    Args:
+        offsets, sizes: (n, ndim) the boxes.
+
+    Returns:
+        (n,) the dimension in which the box adjoins the box before it and has the same size, or -1.
+    """
     dims = np.full(len(sizes), -1)
     steps = np.diff(offsets, axis=0)
     if steps.size:
@@ -139,11 +151,15 @@ def continued_dims(offsets: IntArray, sizes: IntArray) -> IntArray:
 
 
 def group_into_runs(dims: IntArray, nbytes: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Chunks as runs: (r,) the first chunk of each, their number, the dimension in which they adjoin (0 for one).
+    """Group consecutive chunks into runs.
 
     Args:
-        dims: (n,) as `continued_dims` gives.
-        nbytes: (n,) decoded bytes of each chunk.
+        dims: (n,) the result of `continued_dims`.
+        nbytes: (n,) the decoded bytes of each chunk.
+
+    Returns:
+        For each run, (r,) its first chunk, (r,) the number of its chunks, and (r,) the dimension along which they
+        adjoin, which is 0 for a single chunk.
     """
     rows = np.arange(len(dims))
     before = np.concatenate(([-1], dims[:-1]))[: len(rows)]
@@ -156,7 +172,7 @@ def group_into_runs(dims: IntArray, nbytes: IntArray) -> tuple[IntArray, IntArra
 
 
 def run_sizes(sizes: IntArray, counts: IntArray, dims: IntArray) -> IntArray:
-    """(r, ndim) the sizes of runs, from those of their chunks."""
+    """Return the (r, ndim) sizes of runs, from the sizes and counts of their chunks."""
     found = sizes.copy()
     if found.size:
         found[np.arange(len(found)), dims] *= counts

@@ -1,4 +1,4 @@
-"""The commit: the manifest put into the store, the only moment at which a checkpoint comes into being."""
+"""The commit: writing the manifest, which is the only step that creates or replaces a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
 
 logger = logger_of(__name__)
 
-
 _RANK = re.compile(r"-(\d+)\.shard$")
-"""What the name of a data object ends with: the number of the rank that wrote it."""
+"""The end of the name of a data object: the number of the rank that wrote it."""
 
 
 def refuse_if_there(store: Store, *, overwrite: bool) -> None:
-    """Make sure that a save replaces or hides no checkpoint that it was not told to replace.
+    """Check that a save does not replace or hide a checkpoint unless it should.
 
-    A checkpoint of another tool is not replaced even with `overwrite`: its files would stay, and no longer be found.
+    A checkpoint of another tool is not replaced even with `overwrite`: its files would stay, but could no longer be
+    found.
 
-    Raises CheckpointExistsError. For reshard's own format, the commit itself makes sure again.
+    Raises:
+        CheckpointExistsError: There is a checkpoint. For reshard's own format, the commit checks this again.
     """
     with contextlib.suppress(ObjectNotFoundError):
         store.read(MANIFEST_NAME, 0, 1)
@@ -36,32 +37,37 @@ def refuse_if_there(store: Store, *, overwrite: bool) -> None:
     there = min(filter(is_of_a_checkpoint, top_names(store)), default=None)
     if there == CONVERSION:
         raise CheckpointExistsError(
-            f"a conversion to {store.location} was begun, and has not ended: it has {there!r}. Make the same call of "
-            "reshard.convert again to end it, remove what is there, or save to another place"
+            f"a conversion to {store.location} has not finished: it has {there!r}. Make the same call of "
+            "reshard.convert again to finish it, remove the objects there, or save to another location"
         )
     if there is not None:
         raise CheckpointExistsError(
             f"there is a checkpoint of another tool at {store.location}, or a part of one: it has {there!r}. A save "
-            "would hide it, with overwrite=True too: remove it, or save to another place"
+            "would hide it, even with overwrite=True: remove it, or save to another location"
         )
 
 
 def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool, rank: int = 0) -> None:
-    """Put the manifest, and only then remove what the checkpoint that it replaced was made of.
+    """Write the manifest, and then remove the data objects of the checkpoint that it replaced.
 
-    A put whose answer was lost is recognised by what the store then has: no two manifests are alike.
+    If the store's answer to the write is lost, reading the manifest back shows whether the write succeeded, because no
+    two manifests are equal.
 
     Args:
-        rank: the one that calls, whose objects must be there, as those of the others.
+        store: The store of the checkpoint.
+        manifest: The bytes of the manifest.
+        objects: The names of all data objects, which must exist.
+        overwrite: Whether to replace a checkpoint.
+        rank: The rank that commits, for error messages.
 
     Raises:
-        CheckpointExistsError: another save has committed. This one has not, for certain.
-        StoreError: data objects are gone, or cannot be looked for; or those that are replaced cannot be removed.
-        CommitError: the put failed, and the store does not have the manifest now; it may still come.
+        CheckpointExistsError: Another save has committed, and this one certainly has not.
+        StoreError: Data objects are missing or cannot be listed, or objects that are replaced cannot be removed.
+        CommitError: The write failed, and the store does not have the manifest. The manifest may still appear.
     """
     replaced: set[str] = set()
     if overwrite:
-        with contextlib.suppress(CheckpointError):  # one that does not tell what it is made of
+        with contextlib.suppress(CheckpointError):  # a checkpoint whose manifest is damaged
             there = Manifest.find(store)
             replaced = {name for name, _ in there.objects} if there else set()
     gone = objects - set(store.list(DATA_FOLDER)) if objects else set()
@@ -76,24 +82,24 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
 
 
 def _gone(store: Store, gone: set[str], rank: int) -> str:
-    """Say whose data objects are not there, and why that may be."""
+    """Describe which ranks wrote the missing data objects, and why they may be missing."""
     found = (_RANK.search(name) for name in gone)
     others = sorted({int(of[1]) for of in found if of} - {rank})
     if not others:
         return (
-            f"{len(gone)} data objects that were just written are gone from {store.location}, as {min(gone)!r}: "
+            f"{len(gone)} data objects that were just written are gone from {store.location}, such as {min(gone)!r}: "
             "something else removes objects there"
         )
     shown = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
     return (
         f"rank {rank} cannot see {len(gone)} data objects at {store.location} that rank{'s' * (len(others) > 1)} "
-        f"{shown} wrote, as {min(gone)!r}: all ranks must write to the same shared place, an object store or a disk "
-        "that all of them see. If they do, something else removes objects there"
+        f"{shown} wrote, such as {min(gone)!r}: all ranks must write to the same shared location, an object store or a "
+        "disk that all of them see. If they do, something else removes objects there"
     )
 
 
 def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bool) -> None:
-    """Put the object that makes a checkpoint whole; `what` errors call it. Raises as `commit`."""
+    """Write the object that commits a checkpoint. Error messages call it `what`. Raises the errors of `commit`."""
     try:
         store.put(name, data, overwrite=overwrite)
     except Exception as error:
@@ -105,7 +111,7 @@ def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bo
 
 
 def _read_or_none(store: Store, name: str, nbytes: int) -> bytes | None:
-    """The object that is there, as far as `nbytes` and one more; None where it cannot be read."""
+    """Return the first `nbytes` + 1 bytes of an object, or None if it cannot be read."""
     try:
         return bytes(store.read(name, 0, nbytes + 1))
     except Exception:

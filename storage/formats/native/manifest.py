@@ -1,10 +1,11 @@
-"""The manifest: the index of a checkpoint as one object, the only commit point of a save.
+"""The manifest: the index of a checkpoint in one object. Writing it commits the checkpoint.
 
-    magic, version, lengths, checksum | header, JSON | blocks
+    magic, version, lengths, checksum | header in JSON | blocks
 
-The header names the tensors, the objects and the blocks. A block has the columns of CheckpointIndex for a run of
-tensors, or of regions of one, so that of a large manifest a rank reads what its own boxes meet; and opening one takes a
-small multiple of the bytes that are read, whatever it claims. No pickle. docs/FORMAT.md has it byte by byte.
+The header lists the tensors, the objects and the blocks. A block has the columns of CheckpointIndex for consecutive
+tensors, or for consecutive regions of one tensor, so that a rank reads only the blocks of a large manifest that its
+boxes need. Opening a manifest takes memory in proportion to the bytes that are read, whatever the manifest claims.
+There is no pickle in it. docs/FORMAT.md describes it byte by byte.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json, path_to_json
 from ..metadata_reads import MALFORMED_ERRORS
 from ..source import Unreadable, bounded
-from .manifest_blocks import MAX_MANIFEST_BYTES, Blocks, decode_blocks, encode_blocks
+from .manifest_blocks import MAX_MANIFEST_BYTES, BlockTable, decode_blocks, encode_blocks
 
 MANIFEST_NAME = "manifest.reshard"
 DATA_FOLDER = "data"
@@ -49,19 +50,19 @@ DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
 VERSION = 4
 READABLE_VERSIONS = (3, 4)
-"""Version 3 has no keys but strings in paths, and fewer words in its JSON objects."""
+"""In version 3, all keys in paths are strings, and the JSON of values has fewer type words."""
 READ_BYTES = 8 * 1024 * 1024
-"""How much of a large manifest one further request asks for, or a little more."""
+"""How many bytes of blocks a request reads, or slightly more."""
 MAX_GAP = 0.125
-"""Blocks between those needed are read over to save a request, up to this part of what the request has already."""
+"""Blocks that are not needed are read to save a request, if they are at most this fraction of the request's bytes."""
 MAX_KEPT_BYTES = 64 * 1024 * 1024
-"""Blocks that were read are kept for later calls, up to so many bytes."""
+"""How many bytes of blocks are kept for later calls."""
 FIRST_MANIFEST_READ_BYTES = 1024 * 1024
-"""How much of the manifest the first request asks for; it fetches a small one whole."""
+"""How many bytes of the manifest the first request reads. This covers small manifests as a whole."""
 MAX_MANIFEST_HEADER_BYTES = 2**30
-"""No header is longer: that of a million tensors has a tenth of it."""
+"""The largest size of a header. With a million tensors it has a tenth of this."""
 MAX_CHUNK_BYTES = 16 * 1024 * 1024
-"""Of a chunk's values: what decoding one may take of memory, whatever the manifest claims."""
+"""The largest size of a chunk's values. It bounds the memory for decoding a chunk, whatever the manifest claims."""
 
 DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
 _PREFIX = struct.Struct("<8sIIQ")
@@ -70,19 +71,20 @@ _HEADER_START = _PREFIX.size + _CHECKSUM.size
 
 
 class Manifest:
-    """What a checkpoint is made of. Of a large one, it reads what it is asked for."""
+    """The manifest of a checkpoint, as a source. The blocks of a large manifest are read when they are needed."""
 
     format = "reshard"
     inline: Mapping[str, bytes] = MappingProxyType({})
     unindexed: tuple[str, ...] = ()
 
-    def __init__(self, source: _Bytes) -> None:
-        """Raises CorruptCheckpointError, UnsupportedVersionError, StoreError."""
+    def __init__(self, source: _ManifestBytes) -> None:
+        """Read the header. Raise CorruptCheckpointError, UnsupportedVersionError or StoreError."""
         self._source = source
         header, blocks_start, stop = _read_header(source)
         try:
             self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
-            """How many chunks each entry has, and their bytes as stored: by the header's word, until it is read."""
+            """The number of chunks of each entry, and their stored bytes, as the header claims. Reading the blocks
+            checks it."""
             self._entries = tuple(
                 _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
             )
@@ -93,11 +95,11 @@ class Manifest:
             self.paths: dict[str, Path] = {
                 str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
             }
-            """Where entries are in the state dict that was saved."""
+            """Where entries were in the saved state dict."""
             self.objects = tuple((_object_name(name), _as_integers([nbytes])[0]) for name, nbytes in header["objects"])
-            """Name and size in bytes of each data object."""
+            """The name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
-            """By what it was written, and when."""
+            """What wrote the checkpoint, and when."""
             self._positions = {entry.name: position for position, entry in enumerate(self._entries)}
             if len(self._entries) != len(self._positions):
                 raise ValueError("two tensors have the same name")
@@ -105,7 +107,7 @@ class Manifest:
             self._first_regions = np.array(list(accumulate(map(math.prod, self._parts), initial=0)), np.int64)
             firsts = self._first_regions.tolist()
             empty = [first for first, e in zip(firsts, self._entries, strict=False) if not e.numel]
-            self._blocks = Blocks.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
+            self._blocks = BlockTable.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
             if int(self._blocks.starts[-1]) != stop:
                 raise ValueError(f"the blocks do not end at byte {stop}")
         except (*MALFORMED_ERRORS, InvalidIndexError) as error:
@@ -114,16 +116,17 @@ class Manifest:
         self._lock = Lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
         self._kept: dict[int, memoryview] = {}
-        """Blocks that were read."""
+        """The blocks that were read and are kept, by their row."""
 
     @classmethod
     def find(cls, store: Store) -> Manifest | None:
-        """The manifest in a store, by one request where it is small; None where there is none.
+        """Return the manifest in a store, or None if there is none. A small manifest takes one request.
 
-        Raises CorruptCheckpointError, UnsupportedVersionError, StoreError.
+        Raises:
+            CorruptCheckpointError, UnsupportedVersionError, StoreError: The manifest cannot be read.
         """
         try:
-            source = _Bytes(store)
+            source = _ManifestBytes(store)
         except ObjectNotFoundError:
             return None
         return cls(source)
@@ -140,7 +143,7 @@ class Manifest:
         return f"{_CHECKSUM.unpack_from(self._source.first, _PREFIX.size)[0]:016x}"
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        """Nothing depends on it: gaps between chunks are few."""
+        """Ignore the speed of the store: there are few gaps between chunks."""
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         return (
@@ -151,19 +154,19 @@ class Manifest:
 
     @property
     def bytes_read(self) -> int:
-        """Of the manifest, so far."""
+        """How many bytes of the manifest have been read."""
         return self._source.bytes_read
 
     @property
     def requests(self) -> int:
-        """Reads that it took, so far."""
+        """How many reads of the manifest there were."""
         return self._source.requests
 
     def __contains__(self, name: str) -> bool:
         return name in self._positions
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name. Raises MissingTensorError, or what `unreadable` has for the name."""
+        """Return the entry of this name. Raise MissingTensorError, or the error that `unreadable` has for the name."""
         if name in self.unreadable:
             raise self.unreadable[name].error()
         return self._entries[self._position(name)]
@@ -174,9 +177,11 @@ class Manifest:
         return self._positions[name]
 
     def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
-        """An index that has the regions that these wants meet, or all; it may have more.
+        """Return an index with the regions that some reads need, or with all regions. It may contain more.
 
-        Raises CorruptCheckpointError, StoreError; MissingTensorError, where names are looked at, in a large manifest.
+        Raises:
+            CorruptCheckpointError, StoreError: The blocks cannot be read.
+            MissingTensorError: A name is missing. Only a large manifest checks this here.
         """
         if wants is None or self._is_small:
             wanted = frozenset(range(len(self._blocks)))
@@ -188,13 +193,13 @@ class Manifest:
             return self._loaded[1]
 
     def _blocks_of(self, want: Want) -> list[int]:
-        """The blocks that hold the regions that it meets."""
+        """Return the blocks with the regions that a read needs."""
         position = self._position(want.name)
         met = regions_met(self._entries[position].shape, self._parts[position], want.box)
         return self._blocks.holding(met + self._first_regions[position])
 
     def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
-        """Blocks, each with its bytes; those that are not kept are read, many by one request."""
+        """Return the bytes of blocks. Blocks that are not kept are read, many with one request."""
         missing = [at for at in blocks if at not in self._kept]
         runs: list[list[int]] = []
         starts = self._blocks.starts.tolist()
@@ -221,10 +226,10 @@ class Manifest:
             with Pool(readers, "reshard-manifest") as pool:
                 parts = pool.map(read, [runs[at::readers] for at in range(readers)])
                 found = dict(chain.from_iterable(part.items() for part in parts))
-        here = [(at, found[at] if at in found else self._kept[at]) for at in blocks]
+        result = [(at, found[at] if at in found else self._kept[at]) for at in blocks]
         if sum(map(len, self._kept.values())) + sum(map(len, found.values())) <= MAX_KEPT_BYTES:
             self._kept |= found
-        return here
+        return result
 
     def _load(self, blocks: list[int]) -> CheckpointIndex:
         read = self._read(blocks)
@@ -243,22 +248,23 @@ class Manifest:
             raise _contradiction(self._source.where, error) from error
 
 
-class _Bytes:
-    """The manifest's bytes, as they are asked for: its first MiB is read at once, and kept."""
+class _ManifestBytes:
+    """The bytes of a manifest. The first FIRST_MANIFEST_READ_BYTES are read at once and kept, the others when
+    needed."""
 
     def __init__(self, store: Store) -> None:
-        """Raises ObjectNotFoundError, StoreError."""
+        """Read the first bytes. Raise ObjectNotFoundError or StoreError."""
         self.store = store
         self.where = f"{store.location}/{MANIFEST_NAME}"
         self.first = bytes(store.read(MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
-        if len(self.first) < min(_due(self.first), FIRST_MANIFEST_READ_BYTES):
+        if len(self.first) < min(_min_size(self.first), FIRST_MANIFEST_READ_BYTES):
             self.first = bytes(read_whole(store, MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
         self._lock = Lock()
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Raises CorruptCheckpointError where it ends before."""
+        """Return a byte range. Raise CorruptCheckpointError if the manifest ends before `stop`."""
         data = self.first[start:stop]
         if stop > len(self.first) == FIRST_MANIFEST_READ_BYTES:
             rest = bytes(self.store.read(MANIFEST_NAME, start + len(data), stop))
@@ -270,21 +276,21 @@ class _Bytes:
             data += rest
         if len(data) != stop - start:
             raise CorruptCheckpointError(
-                f"the manifest {self.where} ends at byte {start + len(data)}, where it should have {stop} or more"
+                f"the manifest {self.where} ends at byte {start + len(data)}, but should have {stop} or more bytes"
             )
         return memoryview(data)
 
 
-def _due(first: bytes) -> int:
-    """Return how many bytes a manifest has that begins with these, at least."""
+def _min_size(first: bytes) -> int:
+    """Return a lower bound of the size of a manifest that begins with these bytes."""
     if len(first) < _HEADER_START:
         return _HEADER_START
     *_, total = _PREFIX.unpack_from(first)
     return int(total) if first.startswith(MAGIC) else 0
 
 
-def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
-    """The header, where it ends, and where the manifest should."""
+def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
+    """Return the header, the position where it ends, and the position where the manifest should end."""
     if len(source.first) < _HEADER_START or not source.first.startswith(MAGIC):
         raise CorruptCheckpointError(
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
@@ -299,7 +305,7 @@ def _read_header(source: _Bytes) -> tuple[dict[str, Any], int, int]:
         raise CorruptCheckpointError(f"the manifest {source.where} claims to have {total} bytes")
     if len(source.first) < FIRST_MANIFEST_READ_BYTES and len(source.first) != total:
         raise CorruptCheckpointError(
-            f"the manifest {source.where} has {len(source.first)} bytes where it should have {total}"
+            f"the manifest {source.where} has {len(source.first)} bytes, but should have {total}"
         )
     text = source.read(_HEADER_START, _HEADER_START + header_bytes)
     if _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0] != checksum(source.first[: _PREFIX.size] + bytes(text)):
@@ -325,7 +331,7 @@ def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any]
     grid = Grid(_as_integers(shape), _as_integers(parts))
     if type(name) is not str or type(dtype) is not str:
         raise ValueError(f"{brief(name)} has the dtype {brief(dtype)}")
-    # Raw chunks have the size of their values, which gives that of an element. Of others it is only a bound.
+    # The itemsize follows from the stored bytes if all chunks are raw. Otherwise this is only a bound.
     itemsize = 0 if dtype in ITEMSIZES else max(1, -(-stored_bytes // max(1, math.prod(grid.shape))))
     entry = Entry(name, Kind(kind), dtype, grid, None, itemsize)
     if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
@@ -334,13 +340,13 @@ def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any]
 
 
 def _unreadable(entries: Iterable[Entry], where: str) -> dict[str, Unreadable]:
-    """The tensors whose dtype this reshard or this torch does not have."""
+    """Return the tensors whose dtype this version of reshard or torch does not have."""
     lacking: dict[str, str] = {}
     for dtype in {entry.dtype for entry in entries}:
         try:
             torch_dtype(dtype)
             if dtype not in ITEMSIZES:
-                lacking[dtype] = "this reshard does not know it. Upgrade reshard"
+                lacking[dtype] = "this version of reshard does not know it. Upgrade reshard"
         except DtypeError as error:
             lacking[dtype] = f"{error}. Upgrade torch or reshard, whichever is older"
     return {
@@ -353,7 +359,7 @@ def _unreadable(entries: Iterable[Entry], where: str) -> dict[str, Unreadable]:
 
 
 def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
-    """In how many parts each dimension is cut into regions."""
+    """Return into how many parts regions divide each dimension of an entry. Raise ValueError if that is impossible."""
     if parts is None:
         return (1,) * len(entry.shape)
     check_region_parts(entry, _as_integers(parts))
@@ -367,14 +373,20 @@ def _as_integers(values: list[Any]) -> tuple[int, ...]:
 
 
 def _object_name(name: str) -> str:
-    """A name that can only be that of a data object, inside the checkpoint's folder."""
+    """Return the name of a data object. Raise ValueError if it could be outside the folder of the checkpoint."""
     if not DATA_NAME.fullmatch(name):
-        raise ValueError(f"{brief(name)} is no name of a data object")
+        raise ValueError(f"{brief(name)} is not the name of a data object")
     return name
 
 
 def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dict[str, Any]) -> bytes:
-    """The manifest's bytes."""
+    """Return the bytes of a manifest.
+
+    Args:
+        index: The index of the checkpoint.
+        paths: Where entries were in the saved state dict.
+        info: What wrote the checkpoint, and when.
+    """
     parts, blocks, encoded = encode_blocks(index)
     found = {name: path_to_json(path) for name, path in paths.items()}
     entries = [
@@ -385,8 +397,8 @@ def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dic
         ]
         for e, sizes, of_one in zip(index.entries, index.sizes, parts, strict=True)
     ]
-    told = {"info": info, "objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
-    header = json.dumps(told, separators=(",", ":")).encode()
+    content = {"info": info, "objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
+    header = json.dumps(content, separators=(",", ":")).encode()
     header += b" " * (-(len(header) + _HEADER_START) % 8)
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + sum(map(len, encoded)))
     return b"".join([prefix, _CHECKSUM.pack(checksum(prefix + header)), header, *encoded])

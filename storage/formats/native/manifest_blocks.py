@@ -1,6 +1,6 @@
-"""Blocks of a manifest: the columns of a CheckpointIndex, for a run of its regions, as bytes.
+"""The blocks of a manifest: each has the columns of a CheckpointIndex for consecutive regions, as bytes.
 
-Block after block, whatever the layout that saved them; a reader takes those of the regions that it needs.
+A reader reads the blocks with the regions that it needs. docs/FORMAT.md describes the blocks byte by byte.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ...errors import CorruptCheckpointError
 from ...runtime.checksums import checksum
 
 BLOCK_BYTES = 64 * 1024
-"""A block has regions up to this, or one that is larger; a tensor that takes more is cut into regions."""
+"""The largest size of a block with several regions. A tensor that takes more is divided into regions."""
 MAX_MANIFEST_BYTES = 2**36
-"""No manifest is longer."""
-COLUMNS = (
+"""The largest size of a manifest."""
+BLOCK_COLUMNS = (
     ("offsets", "<i8", "extents"),
     ("sizes", "<i8", "extents"),
     ("starts", "<i8", "segments"),
@@ -37,42 +37,42 @@ COLUMNS = (
     ("streams", "|u1", "segments"),
     ("encodings", "|u1", "segments"),
 )
-"""Name, type, and what the column has one value for. Regions are counted from the first of the block."""
-COUNTS = ("regions", "segments", "extents", "chunks", "checksums")
-"""What is counted of a block. Extents are the dimensions of all its segments together."""
+"""The name and type of each column, and what it has one value for. Region numbers are relative to the block."""
+BLOCK_COUNTS = ("regions", "segments", "extents", "chunks", "checksums")
+"""What the header counts for each block. Extents are the dimensions of all segments together."""
 
 
 def _column_bytes(counts: IntArray) -> IntArray:
-    """Bytes of the columns of blocks, given their (n, 5) counts; padded to a multiple of 8."""
-    each = [sum(np.dtype(dtype).itemsize for _, dtype, of in COLUMNS if of == name) for name in COUNTS]
+    """Return the (n,) sizes of blocks from their (n, 5) counts. Blocks are padded to a multiple of 8 bytes."""
+    each = [sum(np.dtype(dtype).itemsize for _, dtype, of in BLOCK_COLUMNS if of == name) for name in BLOCK_COUNTS]
     nbytes: IntArray = -(-(counts @ np.array(each)) // 8) * 8
     return nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blocks:
-    """Where the blocks of a manifest are, and what they hold, in columns. Row i is block i."""
+class BlockTable:
+    """Where the blocks of a manifest are, and what they contain, in columns. Row i is block i."""
 
     firsts: IntArray
-    """(n + 1,) its first region, of those of all entries, one entry after another."""
+    """(n + 1,) the first region of each block. The regions of all entries are numbered, one entry after another."""
     starts: IntArray
-    """(n + 1,) its first byte in the manifest."""
+    """(n + 1,) the first byte of each block in the manifest."""
     counts: IntArray
-    """(n, 5) of each of COUNTS."""
+    """(n, 5) the numbers of BLOCK_COUNTS."""
     checksums: tuple[str, ...]
-    """XXH3-64 of its bytes, in hexadecimal."""
+    """The XXH3-64 checksum of the bytes of each block, in hexadecimal."""
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def holding(self, regions: IntArray) -> list[int]:
-        """The blocks that hold some regions, given in order."""
+        """Return the blocks that contain some regions, which are sorted."""
         blocks: list[int] = np.unique(np.searchsorted(self.firsts, regions, "right") - 1).tolist()
         return blocks
 
     @classmethod
-    def of(cls, counts: IntArray, checksums: Sequence[str], start: int) -> Blocks:
-        """Those of these counts, one after another from a byte on."""
+    def of(cls, counts: IntArray, checksums: Sequence[str], start: int) -> BlockTable:
+        """Return a table of consecutive blocks with these counts. The first block begins at byte `start`."""
         nbytes, regions = _column_bytes(counts), counts[:, 0]
         return cls(
             np.concatenate(([0], np.cumsum(regions))),
@@ -82,40 +82,50 @@ class Blocks:
         )
 
     @classmethod
-    def from_json(cls, rows: Any, start: int, regions: int, empty: Sequence[int]) -> Blocks:
-        """Those of so many regions, of which some are of tensors without elements. Raises ValueError where none can be.
+    def from_json(cls, rows: Any, start: int, regions: int, empty: Sequence[int]) -> BlockTable:
+        """Return the table from its JSON rows.
 
-        A region of elements has a segment, so that what is counted is no more than what is read.
+        A region with elements has at least one segment, so the counts cannot exceed the bytes that are read.
+
+        Args:
+            rows: The rows: the counts and the checksum of each block.
+            start: The first byte of the first block.
+            regions: The number of regions of all entries.
+            empty: The regions of tensors without elements, sorted.
+
+        Raises:
+            ValueError: The counts are impossible.
         """
         numbers = [row[:-1] for row in rows]
         fit = all(
-            len(row) == len(COUNTS) and all(type(n) is int and 0 <= n <= MAX_MANIFEST_BYTES for n in row)
+            len(row) == len(BLOCK_COUNTS) and all(type(n) is int and 0 <= n <= MAX_MANIFEST_BYTES for n in row)
             for row in numbers
         )
         if not fit or sum(map(sum, numbers)) > MAX_MANIFEST_BYTES:
             raise ValueError("a block has impossible counts")
-        counts = np.array(numbers, np.int64).reshape(-1, len(COUNTS))
+        counts = np.array(numbers, np.int64).reshape(-1, len(BLOCK_COUNTS))
         blocks = cls.of(counts, [str(row[-1]) for row in rows], start)
         without = np.diff(np.searchsorted(np.array(empty, np.int64), blocks.firsts))
         if bool(((counts[:, 0] == 0) | (counts[:, 0] > counts[:, 1] + without)).any()):
             raise ValueError("a block has more regions than it can have")
         if int(blocks.firsts[-1]) != regions:
-            raise ValueError(f"the blocks do not hold {regions} tensors and regions of them")
+            raise ValueError(f"the blocks do not contain {regions} regions of tensors")
         return blocks
 
     def to_json(self) -> list[list[Any]]:
-        """For `from_json`."""
+        """Return the JSON rows that `from_json` reads."""
         return [[*counts, text] for counts, text in zip(self.counts.tolist(), self.checksums, strict=True)]
 
 
-def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], Blocks, list[bytes]]:
-    """An index as blocks.
+def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], BlockTable, list[bytes]]:
+    """Encode an index as blocks.
 
     Args:
-        index: each entry one region.
+        index: The index, with one region for each entry.
 
-    Returns: in how many parts each dimension of each entry is cut into regions; the blocks, as if the first began at
-    byte 0; the bytes of each.
+    Returns:
+        Into how many parts regions divide each dimension of each entry; the table of the blocks, as if the first began
+        at byte 0; the bytes of each block.
     """
     sizes = _region_bytes(index)
     parts = choose_regions(index, [-(-nbytes // BLOCK_BYTES) for nbytes in sizes])
@@ -128,12 +138,12 @@ def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], Blocks
     for first, last in pairwise([*_firsts(sizes), len(sizes)]):
         counts.append(totals[last] - totals[first])
         encoded.append(_encode_block(index, totals[first], totals[last]))
-    table = np.array(counts, np.int64).reshape(-1, len(COUNTS))
-    return parts, Blocks.of(table, [f"{checksum(data):016x}" for data in encoded], 0), encoded
+    table = np.array(counts, np.int64).reshape(-1, len(BLOCK_COUNTS))
+    return parts, BlockTable.of(table, [f"{checksum(data):016x}" for data in encoded], 0), encoded
 
 
 def _totals(index: CheckpointIndex) -> IntArray:
-    """(regions + 1, 5) what COUNTS are before each region, and in all."""
+    """Return (regions + 1, 5) cumulative BLOCK_COUNTS: before each region, and in total."""
     segments = np.concatenate(([0], np.cumsum(index.regions.segments)))
     columns = (
         np.arange(len(segments)),
@@ -151,7 +161,7 @@ def _region_bytes(index: CheckpointIndex) -> list[int]:
 
 
 def _firsts(sizes: Sequence[int]) -> list[int]:
-    """The regions with which blocks begin."""
+    """Return the first region of each block."""
     firsts: list[int] = []
     room = 0
     for at, nbytes in enumerate(sizes):
@@ -163,8 +173,8 @@ def _firsts(sizes: Sequence[int]) -> list[int]:
 
 
 def _encode_block(index: CheckpointIndex, begin: IntArray, end: IntArray) -> bytes:
-    """The bytes of the block of regions that `_totals` are given for."""
-    slices = {of: slice(*bounds) for of, *bounds in zip(COUNTS, begin.tolist(), end.tolist(), strict=True)}
+    """Return the bytes of the block with the regions between two rows of `_totals`."""
+    slices = {of: slice(*bounds) for of, *bounds in zip(BLOCK_COUNTS, begin.tolist(), end.tolist(), strict=True)}
     regions = index.regions.segments[slices["regions"]]
     values = {
         "regions": np.repeat(np.arange(len(regions)), regions),
@@ -173,14 +183,14 @@ def _encode_block(index: CheckpointIndex, begin: IntArray, end: IntArray) -> byt
     }
     parts = [
         np.ascontiguousarray(values[name] if name in values else getattr(index.segments, name)[slices[of]], dtype)
-        for name, dtype, of in COLUMNS
+        for name, dtype, of in BLOCK_COLUMNS
     ]
     data = b"".join(part.tobytes() for part in parts)
     return data + bytes(-len(data) % 8)
 
 
 def decode_blocks(
-    blocks: Blocks,
+    blocks: BlockTable,
     read: Sequence[tuple[int, memoryview]],
     entries: Sequence[Entry],
     parts: Sequence[tuple[int, ...]],
@@ -188,18 +198,22 @@ def decode_blocks(
     objects: tuple[tuple[str, int], ...],
     where: str,
 ) -> CheckpointIndex:
-    """The index of the regions that some blocks hold.
+    """Decode blocks to the index of the regions that they contain.
 
     Args:
-        read: which blocks, in order, each with its bytes.
-        entries, objects: of the whole checkpoint.
-        parts: in how many parts each dimension of each entry is cut into regions.
-        first_regions: (entries + 1,) of the regions of all entries, one entry after another, each entry's first.
-        where: what errors call the manifest.
+        blocks: The table of all blocks.
+        read: The rows of the blocks to decode, in order, each with its bytes.
+        entries: The entries of the whole checkpoint.
+        parts: Into how many parts regions divide each dimension of each entry.
+        first_regions: (entries + 1,) the number of each entry's first region.
+        objects: Name and size of the data objects of the whole checkpoint.
+        where: The location of the manifest, for error messages.
 
-    Raises CorruptCheckpointError, InvalidIndexError.
+    Raises:
+        CorruptCheckpointError: A block is damaged.
+        InvalidIndexError: The index is impossible.
     """
-    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in COLUMNS}
+    found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in BLOCK_COLUMNS}
     known = 0
     for at, data in read:
         start, stop = blocks.starts[at : at + 2].tolist()
@@ -207,9 +221,9 @@ def decode_blocks(
             raise CorruptCheckpointError(
                 f"the manifest {where} does not match its checksum: bytes [{start}, {stop}) are damaged"
             )
-        counts = dict(zip(COUNTS, blocks.counts[at].tolist(), strict=True))
+        counts = dict(zip(BLOCK_COUNTS, blocks.counts[at].tolist(), strict=True))
         begin = 0
-        for name, dtype, of in COLUMNS:
+        for name, dtype, of in BLOCK_COLUMNS:
             values = np.frombuffer(data, dtype, counts[of], begin)
             found[name].append(values)
             begin += values.nbytes

@@ -1,4 +1,4 @@
-"""What a rank wrote, as plain data that travels to the rank that commits, and how the index is made of it."""
+"""Records of what each rank wrote. Ranks send them as plain data to the rank that commits, which builds the index."""
 
 from __future__ import annotations
 
@@ -19,46 +19,47 @@ from ...errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class SegmentRecord:
-    """A segment as written."""
+    """A segment that was written."""
 
     stream: int
     encoding: int
     start: int
     lengths: bytes
-    """uint32 little-endian, one for each chunk."""
+    """The stored bytes of each chunk, as little-endian uint32."""
     checksums: bytes
-    """uint64 little-endian, one for each chunk, or for each page of a raw chunk."""
+    """The checksum of each chunk, or of each page of a raw chunk, as little-endian uint64."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A shard as written."""
+    """A shard that was written."""
 
     name: str
     kind: int
     dtype: str
     grid: Grid
-    """By which the tensor is cut."""
+    """The grid of the tensor."""
     box: Box
     segments: tuple[SegmentRecord, ...]
 
 
 @dataclass(slots=True)
 class ObjectRecord:
-    """A data object as written, by one rank."""
+    """A data object that one rank wrote."""
 
     name: str
     nbytes: int = 0
     shards: list[ShardRecord] = field(default_factory=list)
     bytes_needed: int = 0
-    """Bytes of the values, before encoding."""
+    """The bytes of the values before encoding."""
     chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage: "encode" is time spent waiting for it, "write" is time in the store's calls."""
+    """Wall time by stage, in seconds: "encode" is the time spent waiting for encoders, "write" the time in calls of the
+    store."""
 
 
 def record_to_json(record: ObjectRecord) -> dict[str, Any]:
-    """What a rank wrote, as a value of JSON."""
+    """Return a record as a JSON value."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
@@ -70,7 +71,7 @@ def record_to_json(record: ObjectRecord) -> dict[str, Any]:
 
 
 def record_from_json(value: dict[str, Any]) -> ObjectRecord:
-    """Raises what Python does where it is no such value."""
+    """Return a record from its JSON value. Raise one of MALFORMED_ERRORS if the value is malformed."""
     shards = [
         ShardRecord(
             shard["name"],
@@ -91,13 +92,14 @@ def record_from_json(value: dict[str, Any]) -> ObjectRecord:
 def assemble_index(
     objects: Sequence[ObjectRecord], empty: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
 ) -> CheckpointIndex:
-    """The index of what was written.
+    """Build the index of a checkpoint.
 
     Args:
-        objects: of all ranks.
-        empty: dtype and shape of tensors of no elements, of which nothing was written.
+        objects: The data objects of all ranks.
+        empty: The dtype and shape of tensors without elements, for which nothing was written.
 
-    Raises ArgumentError where ranks have cut a tensor differently, since they were given different codecs.
+    Raises:
+        ArgumentError: Ranks used different grids for a tensor, because they saved with different codecs.
     """
     shards = sorted(
         ((shard, at) for at, record in enumerate(objects) for shard in record.shards),
@@ -111,8 +113,8 @@ def assemble_index(
     for shard, _ in shards:
         if shard.grid != (grid := kinds[shard.name][2]):
             raise ArgumentError(
-                f"{shard.name!r} was cut in {grid.parts} parts by one rank and in {shard.grid.parts} by another: the "
-                "codec of a save is to be the same on all ranks"
+                f"one rank divided {shard.name!r} into {grid.parts} parts, another into {shard.grid.parts}: "
+                "use the same codec on all ranks"
             )
     entries = tuple(Entry(name, *kind) for name, kind in sorted(kinds.items()))
     position = {entry.name: i for i, entry in enumerate(entries)}

@@ -1,1 +1,1 @@
-"""Files of torch.save."""
+"""Files that torch.save wrote."""

@@ -1,7 +1,7 @@
-"""Shards that another tool serialised as a whole, to values: torch.save files, and zstd streams of them.
+"""Load whole torch.save files, and zstd streams of them, without running code from them.
 
-What has to be decoded as a whole: DCP's slices under its zstd extension, and tensors that were not stored row-major.
-Nothing is unpickled but by torch.load(weights_only=True), and no more is decompressed than the values take.
+This decodes opaque chunks: shards of DCP that its zstd extension compressed, and tensors that are not stored row-major.
+Only torch.load(weights_only=True) unpickles, after a check, and no more bytes are decompressed than the values need.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ from .zip_records import NotATorchZipError, ZipRecord, contents, keys_of
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_OVERHEAD = 64 * 1024
-"""Bytes that a torch.save file has beside its values."""
+"""How many bytes a torch.save file may have in addition to its values."""
 
 
 def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes:
-    """The bytes of a shard's values, row-major.
+    """Decode the values of a shard.
 
     Args:
-        data: a torch.save file, or a zstd stream of one.
-        dtype, shape: what it should hold.
+        data: A torch.save file of one tensor, or a zstd stream of one.
+        dtype: The planner's name of the expected dtype.
+        shape: The expected shape.
 
-    Raises CorruptCheckpointError where it holds something else, or cannot be read.
+    Returns:
+        (nbytes,) uint8, the row-major values. A view of `data` if possible.
+
+    Raises:
+        CorruptCheckpointError: The data contains something else, or cannot be read.
     """
     begin = locate_values(bytes(data[:MAX_PREAMBLE_BYTES]), len(data), dtype, shape)
-    if begin is not None:  # a view of them does
+    if begin is not None:  # no copy is needed
         return np.frombuffer(data, np.uint8)[begin : begin + torch.Size(shape).numel() * ITEMSIZES[dtype]]
     expected = f"a tensor of {dtype} {shape}"
     content = bytes(data)
@@ -48,77 +53,80 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     try:
         tensor = load_checked(content)
     except Exception as error:
-        raise CorruptCheckpointError(f"it should be {expected}, and cannot be read: {reason(error)}") from error
+        raise CorruptCheckpointError(f"expected {expected}, which cannot be read: {reason(error)}") from error
     if not isinstance(tensor, torch.Tensor):
-        raise CorruptCheckpointError(f"it should be {expected}, and is {type(tensor).__name__}")
+        raise CorruptCheckpointError(f"expected {expected}, got {type(tensor).__name__}")
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
     if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or not dense:
         raise CorruptCheckpointError(
-            f"it should be {expected}, and is one of {tensor.dtype} {tuple(tensor.shape)}"
+            f"expected {expected}, got a tensor of {tensor.dtype} {tuple(tensor.shape)}"
             + ("" if dense else f", {tensor.layout} on {tensor.device.type}")
         )
     return as_bytes(as_array(tensor))
 
 
 def load_checked(content: bytes) -> Any:
-    """Read a torch.save file, without running code from it.
+    """Load a torch.save file without running code from it.
 
-    torch.load is given a zip that is written anew, of the records that were checked: its own reader of zips may see
-    others in the file than we do.
+    torch.load reads a new zip with the checked records, because its own zip reader might find other records in the
+    file.
 
-    Raises an Exception where it is no such file, or needs more of pickle than weights_only=True allows.
+    Raises:
+        Exception: The data is not a torch.save file, or needs more of pickle than weights_only=True allows.
     """
-    anew = io.BytesIO()
-    with zipfile.ZipFile(anew, "w") as archive:
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(rewritten, "w") as archive:
         for key, data in check_file(content).items():
             if key in ("data.pkl", "version", "byteorder") or key.startswith("data/"):
                 archive.writestr(f"archive/{key}", data)
-    anew.seek(0)
-    return torch.load(anew, weights_only=True, map_location="cpu", mmap=False)
+    rewritten.seek(0)
+    return torch.load(rewritten, weights_only=True, map_location="cpu", mmap=False)
 
 
 def check_file(content: bytes) -> dict[str, memoryview]:
-    """Check a torch.save file before anything is made of it.
+    """Check a torch.save file before anything in it is loaded.
 
-    Returns: the contents of its records, by their names in the folder that all of them are in.
+    Returns:
+        The contents of its records, by their names in the folder of the zip.
 
-    Raises ValueError, LookupError where it is none, or its pickle asks for what no honest one does.
+    Raises:
+        ValueError, LookupError: The data is not a torch.save file, or its pickle does not pass `check_pickle`.
     """
     records = _by_key(contents(memoryview(content)))
     if "data.pkl" not in records:
-        raise NotATorchZipError("it has no data.pkl: it is not of torch.save")
+        raise NotATorchZipError("it has no data.pkl: torch.save did not write it")
     check_pickle(bytes(records["data.pkl"]))
     return records
 
 
 def _by_key(records: list[tuple[ZipRecord, memoryview]]) -> dict[str, memoryview]:
-    """Return the contents by the names that records have in the folder of all. Raises NotATorchZipError."""
+    """Return the contents of records by their names in the folder of the zip. Raise NotATorchZipError."""
     keys = keys_of([record for record, _ in records])
-    return dict(zip(keys, (held for _, held in records), strict=True))
+    return dict(zip(keys, (content for _, content in records), strict=True))
 
 
 def damage_of(data: memoryview) -> str:
-    """Why a torch.save file cannot be whole, by the CRC-32s of its records; empty where nothing tells so.
+    """Return why a torch.save file is damaged, by the CRC-32s of its records. Empty if no damage is found.
 
-    A zstd stream has a checksum of its own only if its writer asked for one; it is not looked into.
+    A zstd stream is not checked: it has a checksum only if its writer enabled that.
     """
     if data[:4] == ZSTD_MAGIC:
         return ""
     try:
         records = contents(data)
     except NotATorchZipError as error:
-        return f"it is no file of torch.save: {error}"
-    damaged = next((record.name for record, held in records if zlib.crc32(held) != record.crc), None)
+        return f"it is not a torch.save file: {error}"
+    damaged = next((record.name for record, content in records if zlib.crc32(content) != record.crc), None)
     return f"its record {damaged!r} does not match its CRC-32" if damaged else ""
 
 
 def decompress(data: bytes, max_bytes: int) -> bytes:
-    """What a zstd stream holds. Raises CorruptCheckpointError where it is none, or holds more than that."""
+    """Decompress a zstd stream. Raise CorruptCheckpointError if it is damaged or holds more than `max_bytes` bytes."""
     try:
         with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as stream:
             content = stream.read(max_bytes + 1)
     except zstandard.ZstdError as error:
-        raise CorruptCheckpointError(f"it is no zstd stream: {error}") from error
+        raise CorruptCheckpointError(f"it is not a zstd stream: {error}") from error
     if len(content) > max_bytes:
-        raise CorruptCheckpointError(f"it holds more than the {max_bytes} bytes that it should")
+        raise CorruptCheckpointError(f"it holds more than {max_bytes} bytes, the most that is expected")
     return content

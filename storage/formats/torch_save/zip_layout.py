@@ -1,7 +1,8 @@
-"""Where the values of a tensor lie in the file that torch.save made of it, by the file's first bytes.
+"""Locate the values of a tensor in a torch.save file by the first bytes of the file.
 
-Such a file is a zip: the pickle of the tensor, which tells its dtype, shape and strides, then records of the writer's
-version and byte order, then the values, uncompressed (torch/serialization.py, caffe2/serialize/inline_container.h).
+Such a file is a zip. It begins with the pickle of the tensor, which has its dtype, shape and strides. Records with the
+writer's version and byte order follow, and then the uncompressed values (torch/serialization.py,
+caffe2/serialize/inline_container.h).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ...errors import CorruptCheckpointError, UnsafeValueError
 from .inert_unpickler import INERT_SIZE, InertDict, InertFunction, checked_sizes, load_inert
 
 MAX_PREAMBLE_BYTES = 1024
-"""The values of a tensor, saved alone, begin before."""
+"""The values of a single tensor begin within so many bytes of its torch.save file."""
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LOCAL_MAGIC = b"PK\x03\x04"
 _STORAGES = {
@@ -33,9 +34,9 @@ _STORAGES = {
 class _Storage:
     key: str
     dtype: str
-    """Empty where it has none."""
+    """Empty for an untyped storage."""
     numel: int
-    """In elements of the dtype; in bytes where it has none."""
+    """In elements of the dtype; in bytes for an untyped storage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class _Tensor:
     dtype: str
 
 
-# Both have one argument more where the values are not the stored ones but their conjugates or negatives: that fails.
+# torch passes one more argument if the values are the conjugates or negatives of the stored ones. That fails here.
 def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any) -> _Tensor:
     return _rebuilt_typed(storage, offset, shape, strides, grad, hooks, storage.dtype)
 
@@ -78,21 +79,24 @@ def _storage(pid: Any) -> _Storage:
     return _Storage(key, dtype, *checked_sizes((numel,)))
 
 
-def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Where the values of a tensor begin in a torch.save file: row-major, in one piece.
+def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Find the row-major values of a tensor in a torch.save file.
 
     Args:
-        head: the file's first MAX_PREAMBLE_BYTES, or all of it.
-        nbytes: of the file.
-        dtype, shape: the tensor's.
+        preamble: The first MAX_PREAMBLE_BYTES of the file, or the whole file.
+        nbytes: The size of the file.
+        dtype: The planner's name of the tensor's dtype.
+        shape: The tensor's shape.
 
-    Returns None where they lie otherwise, or the head does not tell.
+    Returns:
+        The first byte of the values in the file. None if they are not row-major in one byte range, if they are of
+        another dtype or shape, or if the preamble does not show where they are.
     """
-    name, at = _local_header(head, 0)
+    name, at = _local_header(preamble, 0)
     if not name.endswith("/data.pkl"):
         return None
     try:
-        tensor, end = load_inert(head[at:], _TENSOR_GLOBALS, "the tensor's pickle", _storage)
+        tensor, end = load_inert(preamble[at:], _TENSOR_GLOBALS, "the tensor's pickle", _storage)
     except (CorruptCheckpointError, UnsafeValueError):
         return None
     if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:
@@ -102,9 +106,9 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
         return None
     record = f"{name.removesuffix('data.pkl')}data/{tensor.storage.key}"
     at += end
-    while (at := head.find(_LOCAL_MAGIC, at)) >= 0:
-        found, begin = _local_header(head, at)
-        if found.endswith("/byteorder") and not head.startswith(b"little", begin):
+    while (at := preamble.find(_LOCAL_MAGIC, at)) >= 0:
+        found, begin = _local_header(preamble, at)
+        if found.endswith("/byteorder") and not preamble.startswith(b"little", begin):
             return None
         if found == record:
             first = begin + tensor.offset * ITEMSIZES[dtype]
@@ -114,20 +118,20 @@ def locate_values(head: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) 
     return None
 
 
-def _local_header(head: bytes, at: int) -> tuple[str, int]:
-    """The name of the record whose local header is at a byte, empty where none is, and where its content begins."""
-    if len(head) < at + _LOCAL_HEADER.size or not head.startswith(_LOCAL_MAGIC, at):
+def _local_header(preamble: bytes, at: int) -> tuple[str, int]:
+    """Return the name of the record whose local header is at a byte, and where its content begins. Empty if none is."""
+    if len(preamble) < at + _LOCAL_HEADER.size or not preamble.startswith(_LOCAL_MAGIC, at):
         return "", at
-    fields = _LOCAL_HEADER.unpack_from(head, at)
+    fields = _LOCAL_HEADER.unpack_from(preamble, at)
     method, name_bytes, extra_bytes = fields[3], fields[9], fields[10]
     begin = at + _LOCAL_HEADER.size
-    name = head[begin : begin + name_bytes].decode("utf-8", "replace")
+    name = preamble[begin : begin + name_bytes].decode("utf-8", "replace")
     return ("" if method else name), begin + name_bytes + extra_bytes
 
 
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements with these strides lie row-major without a gap."""
-    due = list(accumulate(reversed(shape), lambda a, b: a * b, initial=1))[-2::-1] if shape else []
+    """Return whether elements with these strides are stored row-major without gaps."""
+    contiguous = list(accumulate(reversed(shape), lambda a, b: a * b, initial=1))[-2::-1] if shape else []
     return len(strides) == len(shape) and all(
-        n == 1 or stride == want for n, stride, want in zip(shape, strides, due, strict=True)
+        n == 1 or stride == want for n, stride, want in zip(shape, strides, contiguous, strict=True)
     )

@@ -1,7 +1,8 @@
-"""The records of the zip that torch.save writes, by its directory.
+"""The records of the zip that torch.save writes, from the zip's directory.
 
-Only what such a zip has is accepted: no comment, nothing before the first record or between the records but their
-headers, no compression. Zips can be made of which each program sees other records; of these, all see the same.
+Only zips as torch.save writes them are accepted: without comments or compression, and with nothing before the first
+record or between records except their headers. In other zips, different programs can find different records. In these,
+all programs find the same records.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import struct
 from dataclasses import dataclass
 
 MAX_TRAILING = 2**16
-"""Bytes that may follow the zip, as torch's reader allows."""
+"""How many bytes may follow the zip. torch's reader allows as many."""
 END_BYTES = 22 + 20 + 56 + MAX_TRAILING
-"""What is read of a zip's end at least, to find its directory: three records, and what follows them."""
+"""How many last bytes of a file must be read to find the directory: three records, and the bytes that may follow."""
 _END = struct.Struct("<4sHHHHIIH")
 _LOCATOR = struct.Struct("<4sIQI")
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
@@ -22,28 +23,30 @@ LOCAL_BYTES = _LOCAL.size
 _MAX_32 = 2**32 - 1
 _ENCRYPTED = 1
 _DESCRIPTOR_BYTES = 24
-"""Behind a record, at most."""
+"""The largest size of the descriptor after a record."""
 
 
 class NotATorchZipError(ValueError):
-    """The bytes are not what torch.save writes."""
+    """The bytes are not a zip as torch.save writes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ZipRecord:
-    """A record, as the directory tells it."""
+    """A record of a zip, as the directory describes it."""
 
     name: str
     header: int
-    """The first byte of its local header."""
+    """The first byte of its local header in the file."""
     nbytes: int
     crc: int
+    """The CRC-32 of its content."""
     name_bytes: int
+    """The size of its name in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
 class ZipDirectory:
-    """Where the directory of a zip is."""
+    """The byte range of a zip's directory, and the number of its records."""
 
     start: int
     stop: int
@@ -51,13 +54,14 @@ class ZipDirectory:
 
 
 def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
-    """Find the directory.
+    """Find the directory of a zip.
 
     Args:
-        tail: the last END_BYTES of the file, or more, or all of it.
-        nbytes: of the file.
+        tail: The last END_BYTES of the file or more, or the whole file.
+        nbytes: The size of the file.
 
-    Raises NotATorchZipError.
+    Raises:
+        NotATorchZipError: There is no directory, or it is not as torch.save writes it.
     """
     start = nbytes - len(tail)
     found = tail.rfind(b"PK\5\6", max(0, len(tail) - MAX_TRAILING - _END.size), len(tail) - _END.size + 4)
@@ -70,16 +74,16 @@ def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
     end = at
     locator = at - _LOCATOR.size
     if locator >= start and tail.startswith(b"PK\6\7", locator - start):
-        _, _, place, _ = _LOCATOR.unpack_from(tail, locator - start)
+        _, _, end_offset, _ = _LOCATOR.unpack_from(tail, locator - start)
         end = locator - _END_64.size
-        if place != end or end < start or not tail.startswith(b"PK\6\6", end - start):
+        if end_offset != end or end < start or not tail.startswith(b"PK\6\6", end - start):
             raise NotATorchZipError("the two ends of the zip contradict each other")
-        told = (here, count, size, offset)
+        in_first_end = (here, count, size, offset)
         _, left, _, _, disk, first_disk, here, count, size, offset = _END_64.unpack_from(tail, end - start)
         if left != _END_64.size - 12:
             raise NotATorchZipError("the two ends of the zip contradict each other")
         most = (2**16 - 1, 2**16 - 1, _MAX_32, _MAX_32)
-        pairs = zip(told, zip(most, (here, count, size, offset), strict=True), strict=True)
+        pairs = zip(in_first_end, zip(most, (here, count, size, offset), strict=True), strict=True)
         if any(short not in longer for short, longer in pairs):
             raise NotATorchZipError("the two ends of the zip contradict each other")
     if disk or first_disk or here != count or offset + size != end or size < count * _ENTRY.size:
@@ -88,7 +92,7 @@ def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
 
 
 def read_directory(data: bytes, directory: ZipDirectory) -> list[ZipRecord]:
-    """Return the records in their order in the file, given the bytes of the directory. Raises NotATorchZipError."""
+    """Return the records in file order from the bytes of the directory. Raise NotATorchZipError."""
     records = []
     at = 0
     for _ in range(directory.records):
@@ -98,7 +102,7 @@ def read_directory(data: bytes, directory: ZipDirectory) -> list[ZipRecord]:
             _ENTRY.unpack_from(data, at)
         )
         if magic != b"PK\1\2":
-            raise NotATorchZipError("its directory has something that is no record")
+            raise NotATorchZipError("its directory has an entry that is not a record")
         at += _ENTRY.size
         name, extra = data[at : at + names], data[at + names : at + names + extras]
         at += names + extras + comment
@@ -113,47 +117,48 @@ def read_directory(data: bytes, directory: ZipDirectory) -> list[ZipRecord]:
             raise NotATorchZipError(f"the name of the record {name[:100]!r} is not UTF-8") from None
         records.append(ZipRecord(text, header, size, crc, len(name)))
     if at != len(data):
-        raise NotATorchZipError("its directory has more bytes than records")
+        raise NotATorchZipError("its directory has bytes after its last record")
     records.sort(key=lambda record: record.header)
-    _check_places(records, directory)
+    _check_positions(records, directory)
     return records
 
 
 def _with_64(extra: bytes, size: int, packed: int, header: int, disk: int) -> tuple[int, int, int, int]:
-    """Return the sizes and place of a record, those of 64 bits from the field that has them."""
+    """Return the sizes and position of a record, with 64-bit values from the extra field that has them."""
     values = [size, packed, header, disk]
     lacking = [i for i, most in enumerate((_MAX_32, _MAX_32, _MAX_32, 2**16 - 1)) if values[i] == most]
     at, seen = 0, False
     while at < len(extra):
         if at + 4 > len(extra):
-            raise NotATorchZipError("a record has a damaged field")
+            raise NotATorchZipError("a record has a damaged extra field")
         tag, nbytes = struct.unpack_from("<HH", extra, at)
         at += 4
         if at + nbytes > len(extra):
-            raise NotATorchZipError("a record has a damaged field")
+            raise NotATorchZipError("a record has a damaged extra field")
         if tag == 1:
             widths = [4 if i == 3 else 8 for i in lacking]
             if seen or sum(widths) > nbytes:
-                raise NotATorchZipError("a record has a damaged field")
-            seen, place = True, at
+                raise NotATorchZipError("a record has a damaged extra field")
+            seen, position = True, at
             for i, width in zip(lacking, widths, strict=True):
-                values[i] = int.from_bytes(extra[place : place + width], "little")
-                place += width
+                values[i] = int.from_bytes(extra[position : position + width], "little")
+                position += width
         at += nbytes
     if lacking and not seen:
-        raise NotATorchZipError("a record lacks the field of its size")
+        raise NotATorchZipError("a record lacks the extra field with its size")
     return values[0], values[1], values[2], values[3]
 
 
-def _check_places(records: list[ZipRecord], directory: ZipDirectory) -> None:
-    """Check that records follow each other with nothing between them but a header, padding and a descriptor."""
+def _check_positions(records: list[ZipRecord], directory: ZipDirectory) -> None:
+    """Check that there is nothing between records except a header, padding and a descriptor. Raise
+    NotATorchZipError."""
     end = 0
     names: set[str] = set()
     for record in records:
         slack = record.header - end
         if not 0 <= slack <= (2**16 + _DESCRIPTOR_BYTES if end else 0):
             raise NotATorchZipError(
-                f"the record {record.name[:100]!r} overlaps another one, or lies behind bytes of none"
+                f"the record {record.name[:100]!r} overlaps another one, or follows bytes that belong to none"
             )
         if record.name in names:
             raise NotATorchZipError(f"it has two records {record.name[:100]!r}")
@@ -164,12 +169,14 @@ def _check_places(records: list[ZipRecord], directory: ZipDirectory) -> None:
 
 
 def content_begins(record: ZipRecord, header: bytes) -> int:
-    """Return the first byte of a record's content.
+    """Return the first byte of a record's content in the file.
 
     Args:
-        header: its local header with the name, LOCAL_BYTES + `record.name_bytes` bytes.
+        record: The record.
+        header: Its local header with the name, LOCAL_BYTES + `record.name_bytes` bytes.
 
-    Raises NotATorchZipError where that is the header of another record.
+    Raises:
+        NotATorchZipError: The header is that of another record.
     """
     if len(header) < _LOCAL.size:
         raise NotATorchZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
@@ -180,21 +187,21 @@ def content_begins(record: ZipRecord, header: bytes) -> int:
 
 
 def keys_of(records: list[ZipRecord]) -> list[str]:
-    """Return the names that records have in the folder that all of them are in. Raises NotATorchZipError."""
+    """Return the names of records in the folder that contains all of them. Raise NotATorchZipError if there is none."""
     if len({record.name.partition("/")[0] for record in records}) > 1:
         raise NotATorchZipError("its records are not all in one folder")
     return [record.name.partition("/")[2] for record in records]
 
 
 def contents(data: memoryview) -> list[tuple[ZipRecord, memoryview]]:
-    """Return all records of a whole file, and their contents. Raises NotATorchZipError."""
+    """Return all records of a whole file with their contents. Raise NotATorchZipError."""
     directory = find_directory(bytes(data[-END_BYTES:]), len(data))
     records = read_directory(bytes(data[directory.start : directory.stop]), directory)
     ends = [*(record.header for record in records[1:]), directory.start]
-    found = []
+    with_contents = []
     for record, end in zip(records, ends, strict=False):
         begin = content_begins(record, bytes(data[record.header : record.header + LOCAL_BYTES + record.name_bytes]))
         if begin + record.nbytes > end:
-            raise NotATorchZipError(f"the record {record.name[:100]!r} reaches into the next one")
-        found.append((record, data[begin : begin + record.nbytes]))
-    return found
+            raise NotATorchZipError(f"the record {record.name[:100]!r} overlaps the next one")
+        with_contents.append((record, data[begin : begin + record.nbytes]))
+    return with_contents

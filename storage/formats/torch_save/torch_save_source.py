@@ -1,8 +1,8 @@
-"""A file of torch.save as a source: read by byte ranges, as far as torch.load(weights_only=True) would read it.
+"""torch.save files as a source: read by byte ranges, if torch.load(weights_only=True) could load them.
 
-The file is a zip. Its structure, a pickle, is read by torch's own unpickler with its allow-list, with storages that
-have no memory; its values, one uncompressed record for each storage, stay where they are. The zip's directory, at the
-end, tells where the records are.
+The file is a zip. Its structure is a pickle, which torch's own unpickler reads with its allow-list and with storages
+that have no memory. The values are one uncompressed record for each storage, and are read only when needed. The zip's
+directory, at the end of the file, says where the records are.
 """
 
 from __future__ import annotations
@@ -49,33 +49,41 @@ from .zip_records import (
 )
 
 TAIL_BYTES = 1024 * 1024
-"""What the first request reads: the directory of some thousand tensors."""
-_LAST_RECORD = b"PK\x05\x06"
-_LAST_RECORD_BYTES = 22
+"""How many last bytes of a file the first request reads: the directory of some thousand tensors."""
+_END_RECORD = b"PK\x05\x06"
+_END_RECORD_BYTES = 22
 """Without the comment."""
 LEGACY_SIGNATURE_BYTES = 32
 """How many first bytes of a file show that torch before 1.6 wrote it."""
 MAX_BYTEORDER_BYTES = 32
+"""The largest size of the record `byteorder`."""
 MAX_NAME_CHARS_PER_BYTE = 256
-"""How many characters all names of a file may have, for each byte of its pickle. What a value takes counts, too."""
+"""How many characters all names of a file may have, for each byte of its pickle. The memory of values counts too."""
 FREE_NAME_CHARS = 128 * 1024 * 1024
-"""How many they may have beside, in all files of a checkpoint together."""
+"""How many characters the names may have in addition, in all files of a checkpoint together."""
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""What the files of torch before 1.6 begin with, after the pickle's protocol."""
+"""The signature of files that torch before 1.6 wrote, after the protocol of the pickle."""
 
 
 class TorchSaveSource(ForeignSource):
-    """The tensors of torch.save files, by the names that they have in the state dict of their file."""
+    """The tensors in torch.save files, by their names in the state dict of their file."""
 
     format = "torch"
 
     def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
-        """
-        Args:
-            names: the files: one, or several that hold parts of one state dict.
-            weight_map: the index that says which of them holds which tensor.
+        """Read the structure of the files.
 
-        Raises CorruptCheckpointError, UnsafeValueError, UnsupportedFormatError, ObjectNotFoundError, StoreError.
+        Args:
+            reads: The store.
+            names: The files: one, or several that contain parts of one state dict.
+            weight_map: The index that says which file contains which tensor, if there is one.
+
+        Raises:
+            CorruptCheckpointError: A file is damaged.
+            UnsafeValueError: A file needs more of pickle than weights_only=True allows.
+            UnsupportedFormatError: A file is of a kind that only torch.load can read.
+            ObjectNotFoundError: A file is missing.
+            StoreError: The store cannot be read.
         """
         super().__init__(reads, existing_files(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
@@ -112,18 +120,18 @@ class TorchSaveSource(ForeignSource):
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor whose values are one range of bytes of the file."""
+    """A tensor whose values are one byte range of the file."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     order: tuple[int, ...]
-    """The dimensions from the outermost to the innermost in the file."""
+    """The dimensions, from the outermost to the innermost in the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What a file has under one name: a `_Stored`, or an object; or why it cannot be read."""
+    """What a file has under one name: a `_Stored` tensor or a value, or why it cannot be read."""
 
     path: Path
     value: Any = None
@@ -131,16 +139,21 @@ class _Value:
 
 
 class _File:
-    """One torch.save file: what it holds, and where."""
+    """One torch.save file: its contents, and where they are."""
 
     def __init__(self, reads: Reads, at: int, name: str, nbytes: int, room: list[float]) -> None:
-        """
+        """Read the structure of a file.
+
         Args:
-            room: as of `flatten`, for the names of all files.
+            reads: The store.
+            at: The position of the file in the source's `objects`.
+            name: The name of the file.
+            nbytes: The size of the file.
+            room: How many characters further names may have, in all files. See `flatten`.
         """
         self._reads = reads
         self.at = at
-        """Its position in the source's objects."""
+        """The position in the source's `objects`."""
         self._name = name
         self._nbytes = nbytes
         self._where = f"the torch.save file {name!r} in {reads.store.location}"
@@ -153,35 +166,37 @@ class _File:
         except NotATorchZipError as error:
             raise self._not_a_zip(error) from error
         if "data.pkl" not in records:
-            raise CorruptCheckpointError(f"{self._where} is a zip, and has no data.pkl: it is not of torch.save")
-        pickled, order = self._contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
+            raise CorruptCheckpointError(f"{self._where} is a zip without data.pkl: torch.save did not write it")
+        pickled, order = self._read_contents([records[key] for key in ("data.pkl", "byteorder") if key in records])
         if order not in (b"", b"little"):
             raise UnsupportedFormatError(f"{self._where} has values of byte order {order!r}")
         storages: dict[str, Any] = {}
         state = self._unpickled(pickled, storages)
         if is_repetitive(state):
-            raise self._has_no_names("it holds itself, or the same dicts and lists again and again")
+            raise self._has_no_names("it contains itself, or the same dicts and lists many times")
         room[0] += MAX_NAME_CHARS_PER_BYTE * len(pickled)
         try:
             self._add_all(state, storages, records, room)
         except CheckpointError:
             raise
-        except Exception as error:  # objects with attributes of other types than torch's own
+        except Exception as error:  # attributes of unexpected types can raise anything
             raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
 
     def _has_no_names(self, why: str) -> UnsupportedFormatError:
         return UnsupportedFormatError(
-            f"{self._where} has a state dict whose values cannot be listed by name: {why}. Read it with torch.load, "
-            "and save it anew without"
+            f"{self._where} has a state dict whose values cannot be listed by name: {why}. Load it with torch.load, "
+            "and save it again without them"
         )
 
     def _directory(self) -> list[ZipRecord]:
-        """Return the records. Raises NotATorchZipError."""
-        place = find_directory(self._tail, self._nbytes)
-        if place.start < self._tail_start:
-            self._tail = self._reads.exactly(self._name, place.start, self._tail_start) + self._tail
-            self._tail_start = place.start
-        return read_directory(self._tail[place.start - self._tail_start : place.stop - self._tail_start], place)
+        """Return the records of the zip. Raise NotATorchZipError."""
+        directory = find_directory(self._tail, self._nbytes)
+        if directory.start < self._tail_start:
+            self._tail = self._reads.exactly(self._name, directory.start, self._tail_start) + self._tail
+            self._tail_start = directory.start
+        return read_directory(
+            self._tail[directory.start - self._tail_start : directory.stop - self._tail_start], directory
+        )
 
     def _not_a_zip(self, error: NotATorchZipError) -> CheckpointError:
         """Return the error for a file that is not what torch.save writes."""
@@ -189,24 +204,24 @@ class _File:
         if start[:1] == b"\x80" or LEGACY_MAGIC in start:
             return UnsupportedFormatError(
                 f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
-                "read it with torch.load and save it anew"
+                "load it with torch.load and save it again"
             )
         end = self._end()
         why = str(error)
         if end is not None and end < self._nbytes:
             why = f"{self._nbytes - end} bytes too many follow its end at byte {end}"
-        return CorruptCheckpointError(f"{self._where} is no zip, as torch.save writes it: {why}")
+        return CorruptCheckpointError(f"{self._where} is not a zip as torch.save writes it: {why}")
 
     def _end(self) -> int | None:
-        """Where the zip seems to end, by the record that is the last of it; None if that is not in the last bytes."""
-        at = self._tail.rfind(_LAST_RECORD)
-        if at < 0 or at + _LAST_RECORD_BYTES > len(self._tail):
+        """Return where the zip seems to end, by its end record. None if the last bytes do not contain it."""
+        at = self._tail.rfind(_END_RECORD)
+        if at < 0 or at + _END_RECORD_BYTES > len(self._tail):
             return None
-        (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _LAST_RECORD_BYTES - 2)
-        return self._tail_start + at + _LAST_RECORD_BYTES + int(comment_bytes)
+        (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _END_RECORD_BYTES - 2)
+        return self._tail_start + at + _END_RECORD_BYTES + int(comment_bytes)
 
     def _begins(self, records: list[ZipRecord]) -> list[int]:
-        """Where the contents of records begin: behind their local headers, which are padded."""
+        """Return where the contents of records begin: after their local headers, which are padded."""
 
         def begin(record: ZipRecord) -> int:
             stop = record.header + LOCAL_BYTES + record.name_bytes
@@ -218,7 +233,7 @@ class _File:
 
         return self._reads.many(begin, records)
 
-    def _contents(self, records: list[ZipRecord]) -> tuple[bytes, bytes]:
+    def _read_contents(self, records: list[ZipRecord]) -> tuple[bytes, bytes]:
         for record, most in zip(records, (MAX_PICKLE_BYTES, MAX_BYTEORDER_BYTES), strict=False):
             if not 0 < record.nbytes <= most:
                 raise CorruptCheckpointError(
@@ -229,10 +244,11 @@ class _File:
         return first, rest[0].strip() if rest else b""
 
     def _unpickled(self, data: bytes, storages: dict[str, Any]) -> Any:
-        """Return what was saved, its tensors without memory.
+        """Return what was saved, with tensors that have no memory.
 
         Args:
-            storages: is given the storages, without types and with, by the keys of their records.
+            data: The pickle.
+            storages: A dict to fill with the untyped and the typed storages, by the keys of their records.
         """
 
         def storage_of(pid: Any) -> Any:
@@ -262,7 +278,7 @@ class _File:
                 _forget_sparse()
         except NotImplementedError as error:
             raise UnsupportedFormatError(
-                f"{self._where} has tensors of a kind that can only be read whole, by torch.load: {reason(error)}"
+                f"{self._where} has tensors of a kind that only torch.load can read: {reason(error)}"
             ) from error
         except Exception as error:
             text = str(error)
@@ -286,17 +302,17 @@ class _File:
                 if isinstance(leaf.value, torch.Tensor):
                     self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
                 elif _has_values(leaf.value):
-                    self._refuse(name, leaf.path, "as tensors inside of a value that is no dict and no list")
+                    self._refuse(name, leaf.path, "as tensors inside a value that is neither a dict nor a list")
                 else:
                     self.values[name] = _Value(leaf.path, leaf.value)
         except (RecursionError, DestinationError, UnsupportedValueError) as error:
             raise self._has_no_names(text_of(error)) from error
 
     def _refuse(self, name: str, path: Path, why: str) -> None:
-        """Note that byte ranges do not give a value."""
+        """Note that a value cannot be read by byte ranges."""
         reason = (
-            f"{self._where} has {name!r} {why}, which byte ranges do not give: read it with torch.load, and save it as "
-            "a contiguous tensor"
+            f"{self._where} has {name!r} {why}, which byte ranges cannot express: load it with torch.load, and save it "
+            "as a contiguous tensor"
         )
         self.values[name] = _Value(path, refused=(UnsupportedFormatError, reason))
 
@@ -310,19 +326,17 @@ class _File:
         ends: dict[str, int],
     ) -> None:
         if isinstance(tensor, _NeedsValues):
-            self._refuse(
-                name, path, "as a tensor of a kind that can only be read whole, by torch.load (quantized, nested)"
-            )
+            self._refuse(name, path, "as a tensor of a kind that only torch.load can read (quantized, nested)")
             return
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             self._refuse(name, path, f"as a {type(tensor).__name__} of layout {tensor.layout}")
             return
-        tensor = torch.Tensor.detach(tensor)  # without attributes of its own, which could hide methods
+        tensor = torch.Tensor.detach(tensor)  # drops attributes from the file, which could hide methods
         try:
             dtype = dtype_name(name, tensor.dtype)
         except DtypeError:
             reason = (
-                f"{self._where} has {name!r} of dtype {tensor.dtype}, which reshard cannot read: read it with "
+                f"{self._where} has {name!r} of dtype {tensor.dtype}, which reshard cannot read: load it with "
                 "torch.load. The other tensors can be read"
             )
             self.values[name] = _Value(path, refused=(DtypeError, reason))
@@ -343,22 +357,22 @@ class _File:
 
 
 def _forget_sparse() -> None:
-    """Take the sparse tensors without memory out of those that the next `torch.load` of this process would check."""
+    """Remove sparse tensors without memory from those that the next `torch.load` of this process would check."""
     to_validate = torch._utils._sparse_tensors_to_validate
     if any(tensor.is_meta for tensor in to_validate):
         to_validate[:] = [tensor for tensor in to_validate if not tensor.is_meta]
 
 
 class _NeedsValues(torch.Tensor):
-    """Stands for a tensor that torch makes only where its values are."""
+    """Represents a tensor that torch cannot create without its values."""
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:
-        """Take no storage: it has no values."""
+        """Ignore the storage, because it has no values."""
         return self
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Makes a `_NeedsValues` of each tensor that torch cannot make without memory."""
+    """Creates a `_NeedsValues` for each tensor that torch cannot create without memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
@@ -368,7 +382,7 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def _has_values(value: Any) -> bool:
-    """Whether a value that is no tensor has tensors inside, or bytes of one: their values are not here."""
+    """Return whether a value contains tensors or storages, whose values have not been read."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -382,7 +396,8 @@ def _has_values(value: Any) -> bool:
 
 
 def _order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """A tensor's dimensions from the outermost to the innermost in memory; None where it has gaps, or overlaps."""
+    """Return the dimensions of a tensor from the outermost to the innermost in memory. None if it has gaps or
+    overlaps."""
     strides = [0 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] != 1, -strides[d])))
     dense = is_row_major(tuple(tensor.shape[d] for d in order), tuple(strides[d] for d in order))

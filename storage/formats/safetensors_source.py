@@ -1,8 +1,9 @@
-"""safetensors files as a source: one, or those of a folder as Hugging Face lays them out.
+"""safetensors files as a source: a single file, or the files of a folder in the layout of Hugging Face.
 
-A file is 8 bytes of header size, a header of JSON, and the tensors, row-major, one after another without a gap. What
-the header says is checked as the format demands: https://github.com/huggingface/safetensors#format. Files that torch's
-HuggingFaceStorageWriter wrote for each rank hold shards; their headers say of which part of the tensor.
+A file consists of 8 bytes with the size of the header, the header in JSON, and the row-major tensors, one after another
+without gaps. The header is checked as the format demands: https://github.com/huggingface/safetensors#format. Files that
+torch's HuggingFaceStorageWriter wrote for each rank contain shards. Their headers say which part of the tensor a shard
+is.
 """
 
 from __future__ import annotations
@@ -25,50 +26,56 @@ from .metadata_reads import MALFORMED_ERRORS, Reads
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
-"""The format's own bound."""
+"""The limit of the format."""
 FIRST_HEADER_READ_BYTES = 64 * 1024
-DTYPES = {
+"""How many bytes of a file the first request reads."""
+TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
-"""torch's names of the format's dtypes."""
-NAMES = {name: word for word, name in DTYPES.items()}
-"""The format's names of torch's dtypes."""
+"""The name in torch of each dtype of the format."""
+SAFETENSORS_DTYPES = {name: word for word, name in TORCH_DTYPES.items()}
+"""The name in the format of each dtype of torch."""
 REMAINS = (
     "files of another save remain in the folder, or a file is missing. Remove the files of the other save, or save "
     "again into an empty folder"
 )
-"""Why shards of a tensor can fail to make up a tensor, and what to do."""
+"""Why shards may not form a whole tensor, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """A tensor of a file."""
+    """A tensor, as the header of a file describes it."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Its first byte, in the file."""
+    """The first byte of its values in the object."""
     offsets: tuple[int, ...] | None
-    """Where it belongs, where it is a shard that DCP saved."""
+    """The offsets in the whole tensor, if this is a shard that DCP saved."""
     unknown: str | None = None
-    """The format's name of its dtype, if it is none of DTYPES. `dtype` is then empty."""
+    """The name in the format of its dtype, if it is not in TORCH_DTYPES. `dtype` is then empty."""
 
 
 class SafetensorsSource(ForeignSource):
-    """The tensors of safetensors files."""
+    """The tensors in safetensors files."""
 
     format = "safetensors"
 
     def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
-        """
-        Args:
-            names: the files.
-            weight_map: the index that says which of them holds which tensor.
+        """Read the headers.
 
-        Raises CorruptCheckpointError, ObjectNotFoundError, StoreError.
+        Args:
+            reads: The store.
+            names: The files.
+            weight_map: The index that says which file contains which tensor, if there is one.
+
+        Raises:
+            CorruptCheckpointError: A header is damaged or contradicts itself.
+            ObjectNotFoundError: A file is missing.
+            StoreError: The store cannot be read.
         """
         super().__init__(reads, existing_files(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
@@ -84,7 +91,9 @@ class SafetensorsSource(ForeignSource):
         if weight_map is not None:
             selected = select_by_index(self, found, weight_map)
             for name, parts in selected.items():
-                if parts[0][1].offsets is not None:  # an index has one file for each tensor, and shards are in several
+                if (
+                    parts[0][1].offsets is not None
+                ):  # an index names one file for each tensor, but shards are in several files
                     selected[name] = [part for part in found[name] if part[1].offsets is not None]
             found = selected
         for name, parts in sorted(found.items()):
@@ -135,7 +144,7 @@ class SafetensorsSource(ForeignSource):
         self.add(name, Kind.TENSOR, first.dtype, shape, Shards.of(rows, len(shape)))
 
     def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
-        """Make a tensor unreadable whose shards do not make up a tensor."""
+        """Make a tensor unreadable because its shards do not form a whole tensor."""
         held = [f"{file!r} holds {box}" for box, file in zip(boxes, files, strict=True)]
         more = f" and {len(held) - MAX_FILES_IN_ERROR} more" if len(held) > MAX_FILES_IN_ERROR else ""
         reason = f"{what}: {', '.join(held[:MAX_FILES_IN_ERROR])}{more}, in {self.store.location}; {REMAINS}"
@@ -143,9 +152,19 @@ class SafetensorsSource(ForeignSource):
 
 
 def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[str, TensorHeader], dict[str, Any]]:
-    """The tensors and the metadata of a safetensors file, which lies in bytes [start, stop) of an object.
+    """Read the header of a safetensors file.
 
-    Raises CorruptCheckpointError, StoreError.
+    Args:
+        reads: The store.
+        name: The object.
+        start, stop: The byte range of the file in the object.
+
+    Returns:
+        The tensors by name, and the `__metadata__` of the file.
+
+    Raises:
+        CorruptCheckpointError: The header is damaged, or does not fit the size of the file.
+        StoreError: The store cannot be read.
     """
     where = f"the safetensors file {name!r} in {reads.store.location}"
     first = reads.whole(name, start, min(start + FIRST_HEADER_READ_BYTES, stop))
@@ -157,13 +176,13 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     if 8 + nbytes > len(first):
         first += reads.exactly(name, start + len(first), start + 8 + nbytes)
     try:
-        header = json.loads(first[8 : 8 + nbytes], object_pairs_hook=_once)
+        header = json.loads(first[8 : 8 + nbytes], object_pairs_hook=_without_duplicates)
         notes = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         sharding = json.loads(notes.pop("DCP_SHARDING_INFO", "{}"))
         tensors = {name: _tensor(name, row, start + 8 + nbytes, sharding.get(name)) for name, row in header.items()}
         spans = sorted(tuple(row["data_offsets"]) for row in header.values())
     except MALFORMED_ERRORS as error:
-        raise CorruptCheckpointError(f"{where} has a header that is none: {reason(error)}") from error
+        raise CorruptCheckpointError(f"{where} has a malformed header: {reason(error)}") from error
     end = 0
     for begin, until in spans:
         if begin != end:
@@ -173,13 +192,13 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     if start + due != stop:
         why = "it was cut short"
         if stop - start > due:
-            why = f"{stop - start - due} bytes too many follow the last tensor, so that the file is not what it was"
-        raise CorruptCheckpointError(f"{where} has {stop - start} bytes where its header tells of {due}: {why}")
+            why = f"{stop - start - due} bytes too many follow the last tensor, so the file was changed"
+        raise CorruptCheckpointError(f"{where} has {stop - start} bytes, but its header describes {due}: {why}")
     return tensors, notes
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError for two values of one name."""
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Raise ValueError if two values have the same name."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("two values have the same name")
@@ -190,7 +209,7 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
     word = row["dtype"]
     if type(word) is not str:
         raise ValueError(f"{name!r} has the dtype {brief(word)}")
-    dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
+    dtype, shape, (begin, end) = TORCH_DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
     possible = all(type(n) is int and 0 <= n <= MAX_TOTAL_BYTES for n in (*shape, *(offsets or ()), begin, end))
     if not possible or len(shape) > MAX_TENSOR_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
