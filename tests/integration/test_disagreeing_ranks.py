@@ -279,7 +279,7 @@ def warned(uri: str) -> list[str]:
 def test_differing_values_are_logged_once_with_their_names(ranks: RankPool, tmp_path: Path) -> None:
     first, *others = ranks.run(3, warned, str(tmp_path / "c"))
     assert len(first) == 1
-    assert "2 values differ between the ranks" in first[0]
+    assert "2 values differ between ranks" in first[0]
     assert "'seed'" in first[0]
     assert "'w'" in first[0]
     assert others == [[], []]
