@@ -91,7 +91,7 @@ class Journal:
                 "remove its objects, or choose another location"
             )
         if self._target.commits in names:
-            if claim.get("commit") != _digest(self._read_whole(self._target.commits)):
+            if claim.get("commit") != _commit_digest(self._read_whole(self._target.commits)):
                 raise CheckpointExistsError(self._exists_message(self._target.commits))
             return JournalState(conversion, frozenset(), committed=True)
         notes = self._read_notes(conversion, names)
@@ -160,7 +160,7 @@ class Journal:
             StoreError: The store failed.
         """
         self.check()
-        claim = {"conversion": self._conversion, "commit": _digest(data)}
+        claim = {"conversion": self._conversion, "commit": _commit_digest(data)}
         self._store.put(CLAIM, _encode(claim), overwrite=True)
         try:
             put_commit(self._store, self._target.commits, data, repr(self._target.commits), overwrite=False)
@@ -262,5 +262,5 @@ def _encode(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _digest(data: Buffer) -> str:
+def _commit_digest(data: Buffer) -> str:
     return f"{checksum(data):016x}"

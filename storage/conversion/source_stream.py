@@ -42,7 +42,8 @@ class SourceStream:
     """Reads pieces of a source, within half of the budget.
 
     Pieces are small so that the output can be cut. But the chunks of a file have another order than the pieces, and a
-    single piece would need a request for every few KiB. So consecutive pieces are read as one box (a group).
+    single piece would need a request for every few KiB. So consecutive pieces are read as one box (a group). See the
+    conversions in `benchmarks/foreign.py`.
 
     Args:
         rank: The rank that the report names.

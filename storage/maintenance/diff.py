@@ -86,7 +86,7 @@ def _differences(a: Source, b: Source) -> Iterator[Difference]:
             elif name in to_read:
                 yield from next(compared)
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
-                encoded_a, encoded_b = _encoded_value(a, name), _encoded_value(b, name)
+                encoded_a, encoded_b = _value_to_compare(a, name), _value_to_compare(b, name)
                 if encoded_a != encoded_b:
                     descriptions = _describe(a.entry(name), *encoded_a), _describe(b.entry(name), *encoded_b)
                     yield Difference(name, "value", *descriptions)
@@ -164,7 +164,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _encoded_value(source: Source, name: str) -> tuple[Kind, bytes]:
+def _value_to_compare(source: Source, name: str) -> tuple[Kind, bytes]:
     """Return a value as reshard would store it. A value that needs an unsafe pickle keeps its bytes."""
     if source.entry(name).is_tensor:
         return Kind.TENSOR, b""

@@ -41,7 +41,10 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
 
 
 def _together(read: ChunkReads, runs: Iterable[ChunkRun]) -> Iterator[list[ChunkRun]]:
-    """Group chunk runs for one call of the codec: equal numbers of values, at most MAX_CHUNK_RUN_BYTES together."""
+    """Group chunk runs for one call of the codec: equal numbers of values, at most MAX_CHUNK_RUN_BYTES together.
+
+    Fewer and larger calls keep the threads from waiting for each other (`benchmarks/fsdp_to_tp.py`, codec zstd).
+    """
     together: list[ChunkRun] = []
     chunks = 0
     for run in runs:

@@ -104,11 +104,11 @@ class Destination:
         """Copy the tensor to the device, after all boxes have been written to host memory."""
         with self._lock:
             if self._target is not None and self._target is not self._tensor:
-                _copy(self._target, self._tensor)
+                _copy_to_device(self._target, self._tensor)
                 self._target = self._array = None
 
 
-def _copy(staged: torch.Tensor, tensor: torch.Tensor) -> None:
+def _copy_to_device(staged: torch.Tensor, tensor: torch.Tensor) -> None:
     """Copy to a device, on a separate stream, so that the copy does not wait for other work on the device."""
     if tensor.device.type != "cuda":
         with writing_to(tensor):

@@ -262,7 +262,7 @@ def execute_reads(
     run.read_through_memory()
     run.read_direct(values)
     for value in reads.decoded:
-        _copy(value.name, value.values, value.destination)
+        _copy_values(value.name, value.values, value.destination)
     needed = sum(destination.nbytes for destination in reads.destinations)
     needed += sum(tensor.nbytes for value in values for tensor in value.tensors)
     seconds = {**run.report.seconds, "total": time.perf_counter() - begin}
@@ -330,7 +330,7 @@ class _ReadRun:
 
     def _copy_all(self, positions: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
         for at, tensor in zip(positions, tensors, strict=True):
-            _copy(self._reads.wants[at].name, tensor, self._reads.destinations[at])
+            _copy_values(self._reads.wants[at].name, tensor, self._reads.destinations[at])
 
     def _read(self, wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> None:
         """Plan one read, execute it, and add its report."""
@@ -372,7 +372,7 @@ class _ReadRun:
         self.report = added(self.report, report)
 
 
-def _copy(name: str, values: torch.Tensor, destination: torch.Tensor) -> None:
+def _copy_values(name: str, values: torch.Tensor, destination: torch.Tensor) -> None:
     if overrides_dispatch(destination):
         copy_into(name, destination, values.to(destination.device, destination.dtype))
     else:

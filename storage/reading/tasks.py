@@ -20,7 +20,8 @@ from .destination import Destination
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
 BATCH_BYTES = 2 * 1024 * 1024
-"""Decoded bytes of a batch, at least. A batch ends with the first chunk run that reaches this size."""
+"""Decoded bytes of a batch, at least. A batch ends with the first chunk run that reaches this size. Smaller
+batches would need more Python time for each byte (`benchmarks/overhead.py`)."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from ...planner.errors import ShapeMismatchError
 from ...planner.grid import Grid
 
 CONCURRENT_OBJECTS = 8
-"""The number of objects that are written concurrently to a store that holds each object in memory."""
+"""The number of objects that are written concurrently to a store that holds each object in memory
+(`benchmarks/fsdp_to_tp.py`)."""
 MIN_OBJECT_BYTES = 8 * 1024 * 1024
 """A rank does not split its shards into objects smaller than this."""
 MAX_OBJECT_BYTES = 64 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""Reads and writes are the same inside of every mode of torch that a caller may be in."""
+"""Reads and writes work the same in every torch mode and with every torch default that a caller may set."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Changing(TorchFunctionMode):
-    """Changes what every function of torch returns."""
+    """A mode that changes the result of every torch function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -107,7 +107,7 @@ FORMATS = ("native", "dcp", "safetensors", "torch")
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def locations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("ambient")
     found = {name: folder / name for name in FORMATS} | {"torch": folder / "m.pt"}
     reshard.save(STATE, found["native"])
@@ -140,29 +140,29 @@ def check_all(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_reads(format: str, mode: str, places: dict[str, Path]) -> None:
-    place, loaded, others, asked = places[format], empty(), {"step": 0, "betas": None}, empty()
+def test_all_reads_work_in_every_mode(format: str, mode: str, locations: dict[str, Path]) -> None:
+    location, loaded, others, by_dcp = locations[format], empty(), {"step": 0, "betas": None}, empty()
     cast = {"w": torch.zeros(4, 6, dtype=torch.float64), "ids": torch.zeros(7, dtype=torch.int32)}
-    has_objects = format != "safetensors"
+    has_values = format != "safetensors"
     with MODES[mode]():
-        checkpoint = reshard.open(place)
+        checkpoint = reshard.open(location)
         read = {name: checkpoint.read(name) for name in TENSORS}
         box = checkpoint.read("freqs", reshard.Box((2, 3), (4, 5)))
         as_half = checkpoint.read("w", dtype=torch.bfloat16)
         state = checkpoint.state_dict()
         of_rank = checkpoint.load_rank(reshard.Layout({"tp": 2}, {"w": "rowwise"}), 1)
         damages = checkpoint.verify()
-        step = checkpoint.read_value("step") if has_objects else 7
-        reshard.load(loaded, place)
-        reshard.load(cast, place)
-        if has_objects:
-            reshard.load(others, place)
-        dcp.load(asked, storage_reader=reshard.StorageReader(place))
-        differing = diff(place, places["native"])
+        step = checkpoint.read_value("step") if has_values else 7
+        reshard.load(loaded, location)
+        reshard.load(cast, location)
+        if has_values:
+            reshard.load(others, location)
+        dcp.load(by_dcp, storage_reader=reshard.StorageReader(location))
+        differing = diff(location, locations["native"])
     check_all(read)
     check_all(state)
     check_all(loaded)
-    check_all(asked)
+    check_all(by_dcp)
     check(box, TENSORS["freqs"][2:6, 3:8])
     check(as_half, TENSORS["w"].bfloat16())
     check(of_rank["w"], TENSORS["w"][:, 3:])
@@ -170,32 +170,32 @@ def test_reads(format: str, mode: str, places: dict[str, Path]) -> None:
     check(cast["ids"], TENSORS["ids"].int())
     assert damages == []
     assert step == 7
-    assert not has_objects or (others == {"step": 7, "betas": (0.9, 0.95)} and state["step"] == 7)
+    assert not has_values or (others == {"step": 7, "betas": (0.9, 0.95)} and state["step"] == 7)
     assert {found.what for found in differing} <= {"only in B"}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_conversions(format: str, mode: str, places: dict[str, Path], tmp_path: Path) -> None:
+def test_conversions_work_in_every_mode(format: str, mode: str, locations: dict[str, Path], tmp_path: Path) -> None:
     with MODES[mode]():
         for to in ("reshard", "dcp", "safetensors"):
-            reshard.convert(places[format], tmp_path / to, format=to)
-        reshard.convert(places[format], tmp_path / "half", dtype=torch.bfloat16)
+            reshard.convert(locations[format], tmp_path / to, format=to)
+        reshard.convert(locations[format], tmp_path / "half", dtype=torch.bfloat16)
     for to in ("reshard", "dcp", "safetensors"):
         check_all({name: reshard.open(tmp_path / to).read(name) for name in TENSORS})
     check(reshard.open(tmp_path / "half").read("w"), TENSORS["w"].bfloat16())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_saves(mode: str, tmp_path: Path) -> None:
+def test_saves_work_in_every_mode(mode: str, tmp_path: Path) -> None:
     made_in_inference = inference(lambda: {name: tensor.clone() for name, tensor in TENSORS.items()})
     with MODES[mode]():
         reshard.save(STATE, tmp_path / "a")
         reshard.save(made_in_inference, tmp_path / "b")
         found = reshard.find_checkpoints(tmp_path)
-        if mode != "fake":  # DCP itself cannot save in it
+        if mode != "fake":  # DCP itself cannot save in this mode
             dcp.save(STATE, storage_writer=reshard.StorageWriter(tmp_path / "c"))
-    assert [there.is_complete for there in found] == [True] * 2
+    assert [checkpoint.is_complete for checkpoint in found] == [True] * 2
     for name in sorted(path.name for path in tmp_path.iterdir()):
         check_all({tensor: reshard.open(tmp_path / name).read(tensor) for tensor in TENSORS})
     with MODES[mode]():
@@ -205,15 +205,15 @@ def test_saves(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["inference", "no-grad", "device-meta"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_tensors_made_in_inference_mode_are_written(format: str, mode: str, places: dict[str, Path]) -> None:
+def test_tensors_made_in_inference_mode_are_written(format: str, mode: str, locations: dict[str, Path]) -> None:
     loaded, out = inference(empty), inference(lambda: {"out": torch.zeros(8, 8, dtype=torch.complex64)})
     cast = inference(
         lambda: {"ids": torch.zeros(7, dtype=torch.int32), "freqs": torch.zeros(8, 8, dtype=torch.complex128)}
     )
     with MODES[mode]():
-        reshard.load(loaded, places[format])
-        reshard.load(cast, places[format])
-        reshard.open(places[format]).read("freqs", out=out["out"])
+        reshard.load(loaded, locations[format])
+        reshard.load(cast, locations[format])
+        reshard.open(locations[format]).read("freqs", out=out["out"])
     assert all(tensor.is_inference() for tensor in (*loaded.values(), *cast.values()))
     check_all(loaded)
     check(out["out"], TENSORS["freqs"])
@@ -221,9 +221,9 @@ def test_tensors_made_in_inference_mode_are_written(format: str, mode: str, plac
     check(cast["freqs"], TENSORS["freqs"].to(torch.complex128))
 
 
-def test_what_is_read_in_inference_mode_is_an_ordinary_tensor(places: dict[str, Path]) -> None:
+def test_tensor_read_in_inference_mode_is_not_an_inference_tensor(locations: dict[str, Path]) -> None:
     with torch.inference_mode():
-        found = reshard.open(places["native"]).read("w")
+        found = reshard.open(locations["native"]).read("w")
     assert not found.is_inference()
     (found.requires_grad_() * 2).sum().backward()
 
@@ -231,11 +231,11 @@ def test_what_is_read_in_inference_mode_is_an_ordinary_tensor(places: dict[str, 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("in_inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-def test_staged_destinations(dtype: torch.dtype, in_inference: bool, mode: str) -> None:
+def test_staged_destinations_work_in_every_mode(dtype: torch.dtype, in_inference: bool, mode: str) -> None:
     values = torch.randn(4, 6).to(dtype)
     with torch.inference_mode(in_inference):
         tensor = torch.zeros(4, 6, dtype=dtype)
-    with reshard_modes_aside(mode):
+    with undisturbed_mode(mode):
         destination = Destination(tensor, dtype, staged=True)
         destination.begin(whole=True, max_bytes=2**20)
         destination.write(
@@ -246,19 +246,19 @@ def test_staged_destinations(dtype: torch.dtype, in_inference: bool, mode: str) 
 
 
 @contextlib.contextmanager
-def reshard_modes_aside(mode: str) -> Iterator[None]:
-    """A mode, left aside as every call of reshard does."""
+def undisturbed_mode(mode: str) -> Iterator[None]:
+    """Enter a mode, and suspend it as every call of reshard does."""
     from reshard.storage.runtime.torch_modes import undisturbed
 
     with MODES[mode](), undisturbed():
         yield
 
 
-def test_modes_are_as_before_afterwards(places: dict[str, Path]) -> None:
+def test_modes_are_restored_after_a_call(locations: dict[str, Path]) -> None:
     with torch.device("meta"), MODES["dispatch"](), torch.inference_mode():
         for name in ("w", "nothing"):
             with contextlib.suppress(reshard.errors.MissingTensorError):
-                reshard.open(places["native"]).read(name)
+                reshard.open(locations["native"]).read(name)
             assert torch.empty(1).device.type == "meta"
             assert torch.is_inference_mode_enabled()
             assert torch._C._len_torch_dispatch_stack() == 1
@@ -267,21 +267,21 @@ def test_modes_are_as_before_afterwards(places: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("destination", ["meta", "fake"])
-def test_a_destination_without_memory_is_one_clear_error(destination: str, places: dict[str, Path]) -> None:
+def test_destination_without_memory_raises_destination_error(destination: str, locations: dict[str, Path]) -> None:
     with MODES["device-meta" if destination == "meta" else "fake"]():
         state = {"w": torch.empty(4, 6)}
         with pytest.raises(reshard.errors.DestinationError, match=r"'w' is (on the meta device|a FakeTensor)"):
-            reshard.load(state, places["native"])
+            reshard.load(state, locations["native"])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sharded_tensors(mode: str, places: dict[str, Path], tmp_path: Path) -> None:
+def test_sharded_tensors_work_in_every_mode(mode: str, locations: dict[str, Path], tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         state = {name: distribute_tensor(torch.zeros_like(TENSORS[name]), mesh, [Shard(0)]) for name in ("w", "freqs")}
         with MODES[mode]():
-            reshard.load(state, places["native"])
+            reshard.load(state, locations["native"])
             reshard.save(state, tmp_path / "c")
         for name, tensor in state.items():
             assert isinstance(tensor, DTensor)

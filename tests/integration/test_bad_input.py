@@ -1,4 +1,4 @@
-"""What goes wrong is told once, clearly, by an error of reshard, on every rank; and changes nothing."""
+"""Wrong arguments and damaged checkpoints raise a clear error of reshard and change nothing."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def saved() -> MemoryStore:
         ({"a.b": 1, "a": {"b": 2}}, errors.DestinationError, "have the name 'a.b'"),
     ],
 )
-def test_a_state_dict_that_does_not_fit(state: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_state_dict_that_does_not_fit_raises(state: dict[str, Any], error: type[Exception], message: str) -> None:
     good = torch.zeros(3, 4)
     with pytest.raises(error, match=message):
         reshard.load({"x": {}, **state} | ({} if "w" in state else {"w": good}), saved())
-    assert (good == 0).all(), "nothing is changed before all is checked"
+    assert (good == 0).all(), "no tensor is changed before all are checked"
 
 
-def test_a_state_dict_that_should_be_nested_is_told_so() -> None:
+def test_error_says_if_the_state_dict_should_be_nested() -> None:
     store = MemoryStore()
     reshard.save({"model": {"up.weight": torch.zeros(3)}}, store)
     with pytest.raises(
@@ -82,7 +82,7 @@ def damage(store: MemoryStore, change: Callable[[bytes], bytes], suffix: str) ->
         ),
     ],
 )
-def test_a_damaged_checkpoint(
+def test_damaged_checkpoint_raises(
     suffix: str, change: Callable[[bytes], bytes], error: type[Exception], message: str
 ) -> None:
     store = saved()
@@ -96,14 +96,14 @@ def test_a_damaged_checkpoint(
     assert state["step"] == 0
 
 
-def test_no_checkpoint_there(tmp_path: Path) -> None:
+def test_missing_checkpoint_raises(tmp_path: Path) -> None:
     for open_or_load in (lambda uri: reshard.open(uri), lambda uri: reshard.load({"w": torch.zeros(1)}, uri)):
         with pytest.raises(errors.CheckpointNotFoundError, match=f"there is no checkpoint at {tmp_path}/x"):
             open_or_load(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_a_checkpoint_that_was_never_committed(tmp_path: Path) -> None:
+def test_checkpoint_that_was_never_committed_raises(tmp_path: Path) -> None:
     reshard.save(SAVED, tmp_path)
     (tmp_path / MANIFEST_NAME).unlink()
     with pytest.raises(errors.NotCommittedError, match="was never committed: it has 1 data objects"):
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_was_never_committed(tmp_path: Path) -> None:
     assert reshard.open(tmp_path).read("w").equal(SAVED["w"])
 
 
-def test_a_checkpoint_is_not_overwritten_unasked(tmp_path: Path) -> None:
+def test_checkpoint_is_only_overwritten_with_overwrite(tmp_path: Path) -> None:
     reshard.save(SAVED, tmp_path)
     with pytest.raises(errors.CheckpointExistsError, match="overwrite=True"):
         reshard.save({"w": torch.zeros(1)}, tmp_path)
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
-def test_a_failed_overwrite_leaves_the_old_one(tmp_path: Path) -> None:
+def test_failed_overwrite_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     reshard.save(SAVED, tmp_path)
     for method in ("create", "write"):
         store = RecordingStore(LocalStore(tmp_path), failing(method))
@@ -134,8 +134,8 @@ def test_a_failed_overwrite_leaves_the_old_one(tmp_path: Path) -> None:
     assert reshard.open(tmp_path).read("w").equal(SAVED["w"])
 
 
-class LosingItsAnswer(MemoryStore):
-    """A store that takes the manifest and says that it did not; a client that tries again is told that it is there."""
+class LosingResponses(MemoryStore):
+    """A store that writes the manifest but raises an error, as if the response was lost."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -148,13 +148,13 @@ class LosingItsAnswer(MemoryStore):
 
 @pytest.mark.parametrize("error", [errors.StoreError("timeout"), errors.CheckpointExistsError("412"), OSError("reset")])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_commit_whose_answer_is_lost_is_recognised(error: Exception, overwrite: bool) -> None:
-    store = LosingItsAnswer(error)
+def test_commit_with_a_lost_response_is_recognised(error: Exception, overwrite: bool) -> None:
+    store = LosingResponses(error)
     reshard.save(SAVED, store, overwrite=overwrite)
     assert reshard.open(store).read("w").equal(SAVED["w"])
 
 
-def test_another_save_that_committed_first_wins() -> None:
+def test_first_of_two_concurrent_saves_wins() -> None:
     store = MemoryStore()
 
     def before(call: Call) -> None:
@@ -164,11 +164,11 @@ def test_another_save_that_committed_first_wins() -> None:
     with pytest.raises(errors.CheckpointExistsError):
         reshard.save(SAVED, RecordingStore(store, before))
     assert list(reshard.open(store).tensors) == ["other"]
-    assert len(store.content) == 2, "what the loser wrote is removed"
+    assert len(store.content) == 2, "the objects of the other save are removed"
 
 
 @pytest.mark.parametrize("error", [errors.StoreError("no"), OSError("no")])
-def test_old_data_that_cannot_be_removed_does_not_undo_the_commit(error: Exception) -> None:
+def test_overwrite_succeeds_if_old_data_cannot_be_removed(error: Exception) -> None:
     store = MemoryStore()
     reshard.save({"w": torch.zeros(1)}, store)
     reshard.save(SAVED, RecordingStore(store, failing("delete", error=error)), overwrite=True)
@@ -176,7 +176,7 @@ def test_old_data_that_cannot_be_removed_does_not_undo_the_commit(error: Excepti
     assert len(store.content) == 3
 
 
-def test_values_and_arguments_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_values_and_arguments_raise(tmp_path: Path) -> None:
     with pytest.raises(errors.UnsupportedValueError, match=r"'hooks\.f', of .*function.*lambda"):
         reshard.save({"hooks": {"f": lambda: 0}}, tmp_path)
     with pytest.raises(errors.ArgumentError, match="codec must be one of"):
@@ -187,7 +187,7 @@ def test_values_and_arguments_that_cannot_be(tmp_path: Path) -> None:
 
 
 class Model(torch.nn.Linear):
-    """What people pass in place of its state dict."""
+    """Users may pass a module instead of its state dict."""
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,14 @@ class Model(torch.nn.Linear):
         ({"a.b": 1, "a": {"b": 2}}, errors.DestinationError, r"have the name 'a\.b'"),
     ],
 )
-def test_what_is_no_state_dict_or_cannot_be_stored(state: Any, error: type[Exception], message: str) -> None:
+def test_invalid_state_dict_or_unsupported_tensor_raises(state: Any, error: type[Exception], message: str) -> None:
     store = MemoryStore()
     with pytest.raises(error, match=message):
         reshard.save(state, store)
     assert store.content == {}
 
 
-def test_names_that_are_nearly_there_are_shown() -> None:
+def test_missing_tensor_error_shows_similar_names() -> None:
     store = MemoryStore()
     reshard.save({"model": {"fc1.weight": torch.zeros(2)}, "hp": {"lr": 1}}, store)
     with pytest.raises(errors.MissingTensorError, match=r"nearest are 'model\.fc1\.weight'"):
@@ -222,18 +222,18 @@ def test_names_that_are_nearly_there_are_shown() -> None:
         reshard.load({"state": {"model": {"fc1.weight": torch.zeros(2)}}}, store)
 
 
-def test_a_place_that_cannot_be_made() -> None:
+def test_location_that_cannot_be_created_raises() -> None:
     with pytest.raises(errors.StoreError, match=r"cannot write .* cannot be created|no permission to write"):
-        reshard.save(SAVED, "/proc/no-such-place/x")
+        reshard.save(SAVED, "/proc/no-such-folder/x")
 
 
-def test_a_folder_of_checkpoints_is_not_taken_for_remains(tmp_path: Path) -> None:
+def test_folder_of_checkpoints_is_not_an_uncommitted_checkpoint(tmp_path: Path) -> None:
     reshard.save(SAVED, tmp_path / "step-1")
     with pytest.raises(errors.CheckpointNotFoundError, match="there is no checkpoint at"):
         reshard.open(tmp_path)
 
 
-def test_what_a_fresh_optimizer_has_no_place_for_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_keys_are_reported_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
     reshard.save({"optimizer": {"state": {"0": torch.ones(3)}, "lr": 0.1}, "other": 1}, store)
     report = reshard.load({"optimizer": {"lr": 0}}, store)
@@ -242,7 +242,7 @@ def test_what_a_fresh_optimizer_has_no_place_for_is_told(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "s3a+x://y"])
-def test_an_unknown_protocol(uri: str) -> None:
+def test_unknown_protocol_raises(uri: str) -> None:
     for call in (
         lambda: reshard.open(uri),
         lambda: reshard.load({"w": torch.zeros(1)}, uri),
@@ -252,12 +252,14 @@ def test_an_unknown_protocol(uri: str) -> None:
             call()
 
 
-def test_wrong_credentials(s3: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_raise_access_denied_error(
+    s3: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri, options = s3
     reshard.save(SAVED, uri, storage_options=options)
-    secret = "a-secret-that-must-not-be-told"
+    secret = "a-secret-that-must-not-be-shown"
     wrong = {**options, "key": "AKIAWRONG", "secret": secret}
-    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on it checks who asks
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on, moto checks the credentials
     for call in (
         lambda: reshard.open(uri, storage_options=wrong),
         lambda: reshard.load({"w": torch.zeros(3, 4)}, uri, storage_options=wrong),
@@ -268,7 +270,7 @@ def test_wrong_credentials(s3: tuple[str, dict[str, Any]], monkeypatch: pytest.M
         assert secret not in str(caught.value)
 
 
-def test_an_object_that_needs_pickle() -> None:
+def test_value_that_needs_pickle_requires_allow_pickle() -> None:
     store = MemoryStore()
     reshard.save({"when": Custom(2)}, store)
     state: dict[str, Any] = {"when": None}

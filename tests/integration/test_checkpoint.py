@@ -1,4 +1,4 @@
-"""A checkpoint open for reading."""
+"""`Checkpoint`: reading tensors, values and plans of an open checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved() -> tuple[RecordingStore, dict[str, torch.Tensor]]:
     return RecordingStore(store), state
 
 
-def test_what_it_says_of_itself(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+def test_checkpoint_describes_its_contents(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
     store, state = saved
     checkpoint = reshard.open(store)
     assert list(checkpoint.tensors) == sorted(state)
@@ -46,7 +46,7 @@ def test_what_it_says_of_itself(saved: tuple[RecordingStore, dict[str, torch.Ten
     assert checkpoint._repr_html_().count("<tr>") == 1 + 3
 
 
-def test_a_box_fetches_the_chunks_that_it_meets(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+def test_read_of_a_box_fetches_only_overlapping_chunks(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
     store, state = saved
     checkpoint = reshard.open(store)
     name = "layers.0.down.weight"
@@ -64,7 +64,7 @@ def test_a_box_fetches_the_chunks_that_it_meets(saved: tuple[RecordingStore, dic
     assert checkpoint.read("norm", dtype=torch.float16).equal(state["norm"].half())
 
 
-def test_calls_that_do_not_fit(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+def test_invalid_calls_raise(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
     checkpoint = reshard.open(saved[0])
     with pytest.raises(errors.MissingTensorError, match="'nothing'"):
         checkpoint.read("nothing")
@@ -84,7 +84,9 @@ def test_calls_that_do_not_fit(saved: tuple[RecordingStore, dict[str, torch.Tens
         checkpoint.plan(Layout(2, {"norm": Shard(1)}))
 
 
-def test_a_plan_reads_nothing_and_a_rank_reads_its_plan(saved: tuple[RecordingStore, dict[str, torch.Tensor]]) -> None:
+def test_plan_reads_no_data_and_load_rank_follows_the_plan(
+    saved: tuple[RecordingStore, dict[str, torch.Tensor]],
+) -> None:
     store, state = saved
     checkpoint = reshard.open(store)
     layout = Layout({"dp": 2, "tp": 4}, {"*.up": "colwise", "*.down": "rowwise"})
@@ -105,23 +107,23 @@ def test_a_plan_reads_nothing_and_a_rank_reads_its_plan(saved: tuple[RecordingSt
     assert "MB needed" in repr(plans[0])
 
 
-def test_a_copy_is_the_same_checkpoint(tmp_path: Path, s3: Place) -> None:
+def test_copied_checkpoint_is_readable(tmp_path: Path, s3: Place) -> None:
     state: dict[str, Any] = {"w": torch.randn(300, 300), "step": 3}
-    reshard.save(state, tmp_path / "here")
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    shutil.rmtree(tmp_path / "here")
+    reshard.save(state, tmp_path / "original")
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "original")
     uri, options = s3
     filesystem = fsspec.filesystem("s3", **options)
-    filesystem.put(f"{tmp_path / 'there'}/", f"{uri}/", recursive=True)
-    for place, storage_options in ((tmp_path / "there", None), (uri, options)):
-        checkpoint = reshard.open(place, storage_options=storage_options)
+    filesystem.put(f"{tmp_path / 'copy'}/", f"{uri}/", recursive=True)
+    for location, storage_options in ((tmp_path / "copy", None), (uri, options)):
+        checkpoint = reshard.open(location, storage_options=storage_options)
         assert checkpoint.read("w").equal(state["w"])
         assert checkpoint.read_value("step") == 3
         assert checkpoint.verify() == []
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_verifying_lists_all_that_is_damaged(codec: str) -> None:
+def test_verify_lists_all_damaged_chunks(codec: str) -> None:
     store = MemoryStore()
     state = {"a": torch.randn(512, 512), "b": torch.randn(512, 512), "step": 3}
     reshard.save(state, store, codec=codec)
@@ -140,7 +142,7 @@ def test_verifying_lists_all_that_is_damaged(codec: str) -> None:
     assert {damage.reason for damage in checkpoint.verify()} == {"the object is missing"}
 
 
-def test_names_leave_out_what_an_engine_does_not_need() -> None:
+def test_include_limits_plan_and_load_rank() -> None:
     store = MemoryStore()
     reshard.save({"model": {"w": torch.ones(4, 4)}, "optimizer": {"w": torch.zeros(4, 4)}}, store)
     checkpoint = reshard.open(store)
@@ -154,7 +156,7 @@ def test_names_leave_out_what_an_engine_does_not_need() -> None:
     assert list(checkpoint.load_rank(layout, 0)) == ["model.w", "optimizer.w"]
 
 
-def test_a_strided_layout_is_loaded_from_several_boxes() -> None:
+def test_strided_layout_is_loaded_from_several_boxes() -> None:
     store = MemoryStore()
     values = torch.arange(8.0).reshape(8, 1)
     reshard.save({"w": values}, store)
@@ -162,15 +164,15 @@ def test_a_strided_layout_is_loaded_from_several_boxes() -> None:
     assert reshard.open(store).load_rank(layout, 1)["w"].flatten().tolist() == [2, 3, 6, 7]
 
 
-def by_name(value: Any) -> Any:
-    """The same with its dicts in the order of their keys."""
+def sort_dicts(value: Any) -> Any:
+    """Return the same value with sorted dicts."""
     if isinstance(value, dict):
-        return {key: by_name(value[key]) for key in sorted(value)}
-    return [by_name(item) for item in value] if isinstance(value, list) else value
+        return {key: sort_dicts(value[key]) for key in sorted(value)}
+    return [sort_dicts(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_whole_state_dict_comes_back_from_every_format(tmp_path: Path) -> None:
+def test_state_dict_returns_the_saved_state_for_every_format(tmp_path: Path) -> None:
     state: dict[str, Any] = {
         "model": {"a.b": torch.randn(64, 64), "layers": [{"w": torch.randn(8)}, {"w": torch.empty(0)}]},
         "optimizer": {"groups": [{"lr": 0.1, "betas": (0.9, 0.99)}], "step": torch.tensor(3.0)},
@@ -179,9 +181,9 @@ def test_a_whole_state_dict_comes_back_from_every_format(tmp_path: Path) -> None
     reshard.save(state, tmp_path / "native")
     dcp.save(state, checkpoint_id=tmp_path / "dcp")
     torch.save(state, tmp_path / "state.pt")
-    for place in ("native", "dcp", "state.pt"):
-        back = reshard.open(tmp_path / place).state_dict()
-        assert str(by_name(back)) == str(by_name(state)), place
+    for location in ("native", "dcp", "state.pt"):
+        found = reshard.open(tmp_path / location).state_dict()
+        assert str(sort_dicts(found)) == str(sort_dicts(state)), location
     reshard.convert(tmp_path / "native", tmp_path / "hf", format="safetensors")
     flat = reshard.open(tmp_path / "hf").state_dict(include="model")
     assert flat["model.a.b"].equal(state["model"]["a.b"])

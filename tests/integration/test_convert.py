@@ -1,4 +1,4 @@
-"""Conversion by real ranks: they share the work, on a disk and on object stores, and fail together."""
+"""Conversion by several ranks: they share the work, on a local disk and on object stores, and fail together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STORES = ["local", "moto", "moto by s3fs", "seaweedfs", "gcs"]
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """The whole model, by the names that a checkpoint has."""
+    """Return the full tensors of the model, by their names in the checkpoint."""
     return {f"model.{name}": values for name, values in model(seed=0).state_dict().items()}
 
 
@@ -55,15 +55,15 @@ def save_by_dcp(uri: str, options: dict[str, Any]) -> None:
 
 
 def assert_shared(reports: list[reshard.Report]) -> None:
-    """Each rank wrote something, and all tell the same."""
+    """Assert that each rank wrote something, and that all have the same report."""
     assert [report.rank for report in reports] == list(range(len(reports)))
     assert all(report.ranks == reports[0].ranks for report in reports)
     assert all(rank.bytes_written > 0 and rank.bytes_fetched > 0 for rank in reports[0].ranks)
 
 
 @pytest.mark.parametrize("store_name", STORES)
-def test_ranks_share_the_conversion_of_a_checkpoint_of_dcp(ranks: RankPool, place: Place) -> None:
-    """From a store, to the same store, in every format, and from there back."""
+def test_ranks_share_the_conversion_of_a_dcp_checkpoint(ranks: RankPool, place: Place) -> None:
+    """Convert from a store to the same store, to every format and back."""
     uri, options = place
     ranks.run(3, save_by_dcp, f"{uri}/src", options)
     for src, dst, format in (
@@ -74,14 +74,14 @@ def test_ranks_share_the_conversion_of_a_checkpoint_of_dcp(ranks: RankPool, plac
     ):
         assert_shared(ranks.run(3, convert_to, f"{uri}/{src}", f"{uri}/{dst}", format, options))
         assert_converted(f"{uri}/{dst}", weights(), format, storage_options=options)
-        there = open_store(f"{uri}/{dst}", options)
-        assert_clean(set(there.list()), there, format)
+        store = open_store(f"{uri}/{dst}", options)
+        assert_clean(set(store.list()), store, format)
 
 
 def fail_on(src: str, dst: str, rank: int, method: str) -> str:
     def before(call: Call) -> None:
         if dist.get_rank() == rank and call.method == method and "reshard-convert" not in call.name:
-            raise errors.AccessDeniedError("no permission any more")
+            raise errors.AccessDeniedError("permission denied")
 
     with pytest.raises(errors.AccessDeniedError) as caught:
         convert_rank(src, RecordingStore(LocalStore(dst), before))
@@ -89,12 +89,12 @@ def fail_on(src: str, dst: str, rank: int, method: str) -> str:
 
 
 @pytest.mark.parametrize("method", ["create", "write"])
-def test_a_rank_that_fails_is_named_on_all_and_a_rerun_by_others_goes_on(
+def test_error_names_the_rank_on_all_ranks_and_the_next_run_continues(
     ranks: RankPool, tmp_path: Path, method: str
 ) -> None:
     src, dst = save_native({"model": model(seed=0).state_dict()}, tmp_path / "src"), tmp_path / "dst"
-    told = ranks.run(3, fail_on, str(src), str(dst), 1, method)
-    assert told == ["1 rank 1: no permission any more"] * 3
+    messages = ranks.run(3, fail_on, str(src), str(dst), 1, method)
+    assert messages == ["1 rank 1: permission denied"] * 3
     assert COMMITS["reshard"] not in names_in(dst)
     ranks.run(2, convert_to, str(src), str(dst), "reshard", {})
     assert_converted(dst, weights(), "reshard")
@@ -102,14 +102,14 @@ def test_a_rank_that_fails_is_named_on_all_and_a_rerun_by_others_goes_on(
 
 
 def convert_slowly(src: str, dst: str) -> str:
-    """Rank 1 fails at once; the others wait before each of many units until it has."""
+    """Rank 1 fails immediately. The others wait for this before they write a unit."""
 
     def before(call: Call) -> None:
         if call.method != "create":
             return
         if dist.get_rank() == 1:
             Path(dst, "failed").touch()
-            raise errors.AccessDeniedError("no permission any more")
+            raise errors.AccessDeniedError("permission denied")
         while not Path(dst, "failed").exists():
             os.sched_yield()
 
@@ -120,12 +120,12 @@ def convert_slowly(src: str, dst: str) -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_fails_stops_the_others(ranks: RankPool, tmp_path: Path) -> None:
+def test_failed_rank_stops_the_others(ranks: RankPool, tmp_path: Path) -> None:
     src = save_native({str(i): torch.randn(400, 200) for i in range(60)}, tmp_path / "src")
     dst = tmp_path / "dst"
     dst.mkdir()
-    told = ranks.run(3, convert_slowly, str(src), str(dst))
-    assert told == ["rank 1: no permission any more"] * 3
+    messages = ranks.run(3, convert_slowly, str(src), str(dst))
+    assert messages == ["rank 1: permission denied"] * 3
     assert len([name for name in names_in(dst) if name.endswith(".distcp")]) < 20
 
 
@@ -137,7 +137,7 @@ def die_on(src: str, dst: str, rank: int) -> None:
     convert_rank(src, RecordingStore(LocalStore(dst), before))
 
 
-def test_after_a_rank_has_died_any_number_of_ranks_goes_on(tmp_path: Path) -> None:
+def test_another_number_of_ranks_continues_after_a_rank_died(tmp_path: Path) -> None:
     src, dst = save_native({"model": model(seed=0).state_dict()}, tmp_path / "src"), tmp_path / "dst"
     with RankPool() as pool:
         with pytest.raises(RankFailed, match="the process group broke, probably because a rank died"):
@@ -152,7 +152,7 @@ def test_after_a_rank_has_died_any_number_of_ranks_goes_on(tmp_path: Path) -> No
 
 
 def convert_differently(src: str, folder: str, what: str) -> str:
-    """Each rank with arguments of its own."""
+    """Call convert with different arguments on each rank."""
     rank = dist.get_rank()
     differing: dict[str, dict[str, Any]] = {
         "codec": {"codec": ("zstd", "none")[rank]},
@@ -167,20 +167,20 @@ def convert_differently(src: str, folder: str, what: str) -> str:
 
 
 @pytest.mark.parametrize("what", ["codec", "format", "include", "dtype", "destination"])
-def test_ranks_that_are_given_different_arguments_are_told(ranks: RankPool, tmp_path: Path, what: str) -> None:
+def test_different_arguments_on_ranks_raise(ranks: RankPool, tmp_path: Path, what: str) -> None:
     src = save_native({"model": {"w": torch.ones(3)}, "step": torch.tensor(1)}, tmp_path / "src")
-    told = ranks.run(2, convert_differently, str(src), str(tmp_path), what)
+    messages = ranks.run(2, convert_differently, str(src), str(tmp_path), what)
     assert (
-        told
+        messages
         == ["the ranks passed different sources, destinations or arguments to convert: all ranks must pass the same"]
         * 2
     )
     assert {path.name for path in tmp_path.iterdir()} == {"src"}
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body directly")  # of the client of GCS
+@pytest.mark.filterwarnings("ignore:Sending a large body directly")  # from the client of GCS
 @pytest.mark.parametrize("store_name", ["moto", "moto by s3fs", "seaweedfs", "gcs"])
-def test_a_large_file_goes_up_in_parts(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_file_is_uploaded_in_parts(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "MAX_HELD_BYTES", 6 * MIB)
     uri, options = place
     state = {"a": torch.randn(9, 1000, 1000), "b": torch.randn(7)}
@@ -191,7 +191,9 @@ def test_a_large_file_goes_up_in_parts(place: Place, tmp_path: Path, monkeypatch
     found = filesystem.info(f"{folder}/model-00001-of-00001.safetensors")
     assert found["size"] > 36_000_000
     if filesystem.protocol[0] == "s3":
-        assert re.fullmatch(r'"[0-9a-f]{32}-[23]"', found["ETag"])  # as S3 tells those of several parts
+        assert re.fullmatch(
+            r'"[0-9a-f]{32}-[23]"', found["ETag"]
+        )  # the ETag of a multipart upload ends with the number of parts
 
 
 BUDGET = 32 * MIB
@@ -212,7 +214,7 @@ def peak_of(folder: str, src: str, format: str) -> int:
 
 
 @pytest.mark.parametrize(("src", "dst"), [("reshard", "safetensors"), ("dcp", "reshard")])
-def test_memory_stays_within_the_budget_and_a_constant(src: str, dst: str, tmp_path: Path) -> None:
+def test_memory_of_a_conversion_stays_near_the_budget(src: str, dst: str, tmp_path: Path) -> None:
     in_a_fresh_process(make_large, str(tmp_path), src)
     peak = in_a_fresh_process(peak_of, str(tmp_path), "native" if src == "reshard" else "src", dst)
     names = reshard.open(tmp_path / "dst").tensors

@@ -1,4 +1,4 @@
-"""reshard's writer and reader in the place of DCP's own, under everything that DCP offers."""
+"""reshard's StorageWriter and StorageReader, used with all features of DCP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.samples import Custom
 
 
 def full(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Every tensor whole, on every rank."""
+    """Return the full tensors, on every rank."""
     return {
         name: value.full_tensor() if isinstance(value, DTensor) else value
         for name, value in state.items()
@@ -40,7 +40,7 @@ def full(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def convert_fsdp_to_tp(uri: str) -> None:
-    """The conversion test of PyTorch's own suite, with another writer and reader."""
+    """Run the conversion test of PyTorch's own test suite with reshard's writer and reader."""
     world = dist.get_world_size()
     torch.manual_seed(0)
     fsdp = FullyShardedDataParallel(Mlp(8, 16), use_orig_params=True, device_id=torch.device("cpu"))
@@ -63,7 +63,7 @@ def convert_fsdp_to_tp(uri: str) -> None:
     assert all(after[name].equal(value) for name, value in expected.items())
 
 
-def test_the_conversion_of_pytorchs_own_suite(ranks: RankPool, tmp_path: Path) -> None:
+def test_conversion_test_of_pytorch(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, convert_fsdp_to_tp, str(tmp_path / "x"))
     ranks.run(4, convert_fsdp_to_tp, str(tmp_path / "x"))
 
@@ -87,7 +87,9 @@ def load_by_dcp(layout: str, uri: str) -> None:
 @pytest.mark.parametrize(
     ("saved", "loaded"), [(("fsdp", 3), ("tp", 5)), (("tp", 2), ("fsdp", 4)), (("hsdp", 4), ("fsdp1", 2))]
 )
-def test_layouts_through_dcp(ranks: RankPool, tmp_path: Path, saved: tuple[str, int], loaded: tuple[str, int]) -> None:
+def test_dcp_saves_and_loads_under_different_layouts(
+    ranks: RankPool, tmp_path: Path, saved: tuple[str, int], loaded: tuple[str, int]
+) -> None:
     uri = str(tmp_path)
     ranks.run(saved[1], save_by_dcp, saved[0], uri)
     ranks.run(loaded[1], load_by_dcp, loaded[0], uri)
@@ -100,8 +102,8 @@ def refuse_by_dcp(uri: str) -> None:
         dcp.save({"model": build("fsdp_tp", seed=1)}, storage_writer=reshard.StorageWriter(f"{uri}-2"))
 
 
-def test_what_dcps_planner_would_misplace_is_refused(ranks: RankPool, tmp_path: Path) -> None:
-    """Of 13 rows under FSDP 3 x TP 2, it takes ranks to hold rows that they do not."""
+def test_layout_that_dcps_planner_gets_wrong_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    """With 13 rows under FSDP 3 x TP 2, the planner assigns rows to ranks that do not hold them."""
     ranks.run(2, save_by_dcp, "fsdp", str(tmp_path / "x"))
     ranks.run(6, refuse_by_dcp, str(tmp_path / "x"))
     assert not (tmp_path / "x-2" / MANIFEST_NAME).exists()
@@ -109,7 +111,7 @@ def test_what_dcps_planner_would_misplace_is_refused(ranks: RankPool, tmp_path: 
 
 
 class App:
-    """A Stateful: a sharded model and its optimizer, through DCP's get_state_dict and set_state_dict."""
+    """A Stateful: a sharded model and its optimizer, which uses DCP's get_state_dict and set_state_dict."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -167,7 +169,7 @@ def whole(app: App) -> dict[str, Any]:
 
 @pytest.mark.parametrize("by_dcp", [True, False])
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_stateful_with_optimizer_on_another_world_size(
+def test_stateful_with_optimizer_is_loaded_on_another_world_size(
     ranks: RankPool, tmp_path: Path, by_dcp: bool, warm: bool
 ) -> None:
     uri = str(tmp_path)
@@ -195,7 +197,7 @@ def save_async(uri: str) -> None:
     assert loaded["step"] == 5
 
 
-def test_async_save_keeps_the_values_of_its_moment(ranks: RankPool, tmp_path: Path) -> None:
+def test_async_save_stores_the_values_at_the_time_of_the_call(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_async, str(tmp_path))
 
 
@@ -210,12 +212,12 @@ def save_async_in_a_process(uri: str) -> None:
     assert loaded["w"].equal(state["w"])
 
 
-def test_async_save_in_a_process(ranks: RankPool, tmp_path: Path) -> None:
+def test_async_save_in_another_process(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_async_in_a_process, str(tmp_path))
 
 
 def step_by_step(folder: str) -> list[float]:
-    """Save with a cached plan, each step to a new place of the same writer."""
+    """Save each step to a new location, with a cached plan and the same writer."""
     state = build("fsdp", seed=0)
     writer = reshard.StorageWriter(f"{folder}/0")
     for step in range(3):
@@ -239,12 +241,12 @@ def step_by_step(folder: str) -> list[float]:
     return means
 
 
-def test_cached_plans_and_new_checkpoint_ids_on_used_writers(ranks: RankPool, tmp_path: Path) -> None:
+def test_writer_is_reused_with_cached_plans_and_new_checkpoint_ids(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, step_by_step, str(tmp_path)) == [[0.0, 1.0, 2.0]] * 2
 
 
 def save_balanced(uri: str) -> list[int]:
-    """Many replicas of the same size, as plain tensors and as replicated DTensors."""
+    """Save many replicas of the same size, as plain tensors and as replicated DTensors."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     state: dict[str, Any] = {f"plain.{i}": torch.full((64, 64), float(i)) for i in range(16)}
     state |= {f"dtensor.{i}": distribute_tensor(torch.full((64, 64), float(i)), mesh) for i in range(16)}
@@ -257,7 +259,7 @@ def test_replicas_are_written_once_and_balanced(ranks: RankPool, tmp_path: Path)
     assert shares == [8 * 64 * 64 * 4] * 4
 
 
-def test_no_dist_partial_load_and_stateless_values() -> None:
+def test_partial_load_without_process_group() -> None:
     store = MemoryStore()
     state: dict[str, Any] = {"a": torch.arange(6.0), "n": {"step": 3, "names": ["x", "y"], "when": (1, None)}}
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
@@ -276,7 +278,7 @@ def test_no_dist_partial_load_and_stateless_values() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_reshard_saves_dcp_loads_and_the_other_way_round() -> None:
+def test_reshard_and_dcp_load_each_others_checkpoints() -> None:
     store = MemoryStore()
     state: dict[str, Any] = {"t": torch.randn(3, 4), "o": {"lr": 0.1, "betas": (0.9, 0.95), "blob": b"\0\xff"}}
     empty: dict[str, Any] = {"t": torch.zeros(3, 4), "o": {"lr": 0, "betas": None, "blob": b""}}
@@ -293,7 +295,7 @@ def test_what_reshard_saves_dcp_loads_and_the_other_way_round() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_pickled_code_does_not_reach_dcps_unpickler() -> None:
+def test_unsafe_pickle_does_not_reach_dcps_unpickler() -> None:
     store = MemoryStore()
     state: dict[str, Any] = {"when": Custom(1), "t": torch.zeros(2)}
     dcp.save(state, storage_writer=reshard.StorageWriter(store))
@@ -306,7 +308,7 @@ def test_pickled_code_does_not_reach_dcps_unpickler() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_overwrites_and_leaves_nothing_behind() -> None:
+def test_dcp_overwrites_and_old_objects_are_removed() -> None:
     store = MemoryStore()
     for value in (1.0, 2.0):
         dcp.save({"t": torch.full((4,), value)}, storage_writer=reshard.StorageWriter(store))
@@ -317,13 +319,13 @@ def test_dcp_overwrites_and_leaves_nothing_behind() -> None:
     assert reshard.open(store).read("t").equal(torch.full((4,), 2.0))
 
 
-def test_a_model_of_meta_tensors_is_materialised(ranks: RankPool, tmp_path: Path) -> None:
+def test_model_of_meta_tensors_is_materialised(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_by_dcp, "fsdp", str(tmp_path))
     ranks.run(2, load_meta, str(tmp_path))
 
 
 def load_meta(uri: str) -> None:
-    """DCP itself gives meta tensors memory; reshard's reader fills it."""
+    """DCP allocates memory for meta tensors, and reshard's reader fills it."""
     with torch.device("meta"):
         small: nn.Module = Mlp(3, 13)
     fully_shard(small)
@@ -334,7 +336,7 @@ def load_meta(uri: str) -> None:
     assert all(value.equal(expected[name]) for name, value in after.items())
 
 
-def test_writers_and_readers_are_chosen_by_what_can_be_opened() -> None:
+def test_validate_checkpoint_id_checks_if_the_uri_can_be_opened() -> None:
     assert reshard.StorageWriter.validate_checkpoint_id("memory://x")
     assert not reshard.StorageReader.validate_checkpoint_id("nosuch://x")
     with pytest.raises(ValueError, match="codec must be one of"):
@@ -346,6 +348,6 @@ def save_without_collectives(uri: str) -> None:
         dcp.save({"t": torch.zeros(1)}, storage_writer=reshard.StorageWriter(uri), use_collectives=False)
 
 
-def test_a_save_without_collectives_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+def test_save_without_collectives_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_without_collectives, str(tmp_path))
     assert not (tmp_path / MANIFEST_NAME).exists()

@@ -1,4 +1,4 @@
-"""Destinations whose values are not at their data pointer, that share memory, or whose dtype is another one."""
+"""Unusual destinations: tensor subclasses, tensors without dense memory, shared memory, and other dtypes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TWOS = torch.full((4, 4), 2.0, dtype=torch.bfloat16)
 
 @pytest.mark.parametrize("kind", [Scaled, Flattened])
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: torch.nn.Parameter(t, requires_grad=False)])
-def test_a_class_is_written_by_its_own_copy(kind: type[Scaled], wrap: Callable[[Scaled], Scaled]) -> None:
+def test_subclass_is_written_by_its_own_copy(kind: type[Scaled], wrap: Callable[[Scaled], Scaled]) -> None:
     destination = wrap(kind.of(4, 4))
     reshard.load({"w": destination}, saved(w=TWOS))
     assert destination.q.eq(2).all()
@@ -46,20 +46,20 @@ def test_a_class_is_written_by_its_own_copy(kind: type[Scaled], wrap: Callable[[
     assert destination.q.eq(3).all()
 
 
-def test_values_that_a_class_rounds_to_what_it_has_are_no_error() -> None:
+def test_subclass_may_round_the_values() -> None:
     destination = Scaled.of(4, 4)
     reshard.load({"w": destination}, saved(w=TWOS * 0.1))
     assert destination.q.eq(0).all()
 
 
-def test_a_class_of_two_tensors_is_written_in_both() -> None:
+def test_subclass_of_two_tensors_is_written_completely() -> None:
     destination = TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4))
     reshard.load({"w": destination}, saved(w=TWOS))
     assert destination.a.eq(2).all()
     assert destination.b.eq(2).all()
 
 
-def test_a_subclass_with_memory_of_its_own_is_written() -> None:
+def test_subclass_with_dense_memory_is_written() -> None:
     tagged, logged = torch.zeros(4, 4).as_subclass(Tagged), Logged.of(4, 4)
     reshard.load({"t": tagged, "l": logged}, saved(t=TWOS, l=TWOS))
     assert tagged.as_subclass(torch.Tensor).eq(2).all()
@@ -67,16 +67,16 @@ def test_a_subclass_with_memory_of_its_own_is_written() -> None:
 
 
 @pytest.mark.parametrize("kind", [Deaf, Refusing])
-def test_a_class_without_a_copy_of_its_own_is_refused(kind: type[Scaled]) -> None:
+def test_subclass_without_a_working_copy_is_refused(kind: type[Scaled]) -> None:
     plain = torch.zeros(4, 4)
     with pytest.raises(errors.DestinationError, match=rf"'w' is of the class .*{kind.__name__}, whose copy_"):
         reshard.load({"a": plain, "w": kind.of(4, 4)}, saved(a=TWOS, w=TWOS))
-    assert plain.eq(0).all(), "nothing was touched"
+    assert plain.eq(0).all(), "no tensor was changed"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("kind", [Scaled, Flattened])
-def test_through_the_storage_reader(kind: type[Scaled]) -> None:
+def test_storage_reader_writes_to_a_subclass(kind: type[Scaled]) -> None:
     destination = kind.of(4, 4)
     dcp.load({"w": destination}, storage_reader=reshard.StorageReader(saved(w=TWOS)))
     assert destination.q.eq(2).all()
@@ -85,7 +85,7 @@ def test_through_the_storage_reader(kind: type[Scaled]) -> None:
 
 
 def dtensor_of(local: torch.Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
-    """A DTensor that holds the local tensor itself, of which from_local would take a view."""
+    """Return a DTensor that holds the local tensor itself. `from_local` would hold a view of it."""
     shape = [*local.shape]
     shape[dim] *= mesh.size()
     whole = torch.empty(shape, dtype=local.dtype, device="meta")
@@ -105,7 +105,7 @@ def load_sharded(uri: str) -> list[int]:
         local = Scaled.of(rows, 4)
         load({"w": dtensor_of(local, mesh, 0)})
         found.append(local.q.flatten().tolist())
-    column = Scaled.of(8, 2)  # what DCP reads in several pieces
+    column = Scaled.of(8, 2)  # DCP reads this in several pieces
     dcp.load({"w": dtensor_of(column, mesh, 1)}, storage_reader=reshard.StorageReader(uri))
     assert column.q.tolist() == torch.arange(32).reshape(8, 4).chunk(2, 1)[dist.get_rank()].tolist()
     with pytest.raises(errors.DestinationError, match=r"'w' is of the class .*Deaf"):
@@ -124,13 +124,13 @@ def load_sharded(uri: str) -> list[int]:
     return found[0]
 
 
-def test_inside_of_a_dtensor(ranks: RankPool, tmp_path: Path) -> None:
+def test_local_tensor_of_a_dtensor_may_be_a_subclass(ranks: RankPool, tmp_path: Path) -> None:
     found = ranks.run(2, load_sharded, str(tmp_path / "c"))
     assert found == [list(range(16)), list(range(16, 32))]
 
 
 def unreadable() -> dict[str, tuple[Any, str]]:
-    """Tensors that have no values in dense memory, and how errors call them."""
+    """Return tensors without values in dense memory, and words that the errors must contain."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         masked = torch.masked.masked_tensor(torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool))
@@ -160,14 +160,14 @@ def unreadable() -> dict[str, tuple[Any, str]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*unreadable()])
-def test_tensors_without_dense_values_are_refused_by_name(name: str) -> None:
-    tensor, told = unreadable()[name]
+def test_tensors_without_dense_memory_are_refused_by_name(name: str) -> None:
+    tensor, word = unreadable()[name]
     store = MemoryStore()
-    with pytest.raises(errors.UnsupportedValueError, match=rf"'x\.w' cannot be stored: it .*{told}"):
+    with pytest.raises(errors.UnsupportedValueError, match=rf"'x\.w' cannot be stored: it .*{word}"):
         reshard.save({"x": {"w": tensor}}, store)
     assert not store.content
     plain = torch.zeros(4, 4)
-    with pytest.raises(errors.DestinationError, match=rf"'w' .*{told}"):
+    with pytest.raises(errors.DestinationError, match=rf"'w' .*{word}"):
         reshard.load({"a": plain, "w": tensor}, saved(w=TWOS, a=TWOS))
     assert plain.eq(0).all()
 
@@ -176,7 +176,7 @@ def test_tensors_without_dense_values_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in unreadable() if "lazy" not in name and name not in ("nested", "jagged", "masked")]
 )
-def test_storage_writer_refuses_them_by_name_too(name: str) -> None:
+def test_storage_writer_refuses_tensors_without_dense_memory(name: str) -> None:
     tensor, _ = unreadable()[name]
     with pytest.raises(CheckpointException, match=r"'w' cannot be stored"):
         dcp.save({"w": tensor}, storage_writer=reshard.StorageWriter(MemoryStore()))
@@ -185,19 +185,19 @@ def test_storage_writer_refuses_them_by_name_too(name: str) -> None:
 @pytest.mark.parametrize(
     "make", [lambda: Scaled.of(4, 4), lambda: Flattened.of(4, 4), lambda: TwoTensor(torch.ones(2), torch.ones(2))]
 )
-def test_a_save_refuses_classes_that_keep_values_in_a_form_of_their_own(make: Callable[[], torch.Tensor]) -> None:
+def test_save_refuses_subclasses_that_encode_their_values(make: Callable[[], torch.Tensor]) -> None:
     store = MemoryStore()
     with pytest.raises(errors.UnsupportedValueError, match=r"'x\.w' cannot be stored: it is of the class"):
         reshard.save({"x": {"w": make()}, "v": torch.ones(2)}, store)
     assert not store.content
 
 
-def test_a_subclass_with_memory_of_its_own_is_saved() -> None:
+def test_subclass_with_dense_memory_is_saved() -> None:
     assert reshard.open(saved(w=TWOS.as_subclass(Tagged))).read("w").equal(TWOS)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_tensor_of_a_class_under_two_names(tmp_path: Path) -> None:
+def test_one_subclass_tensor_under_two_names(tmp_path: Path) -> None:
     shared = Scaled.of(4, 4)
     for other in (shared, shared.detach(), shared.q):
         stored = {"w": TWOS, "v": TWOS * 2 if other is not shared.q else torch.ones(4, 4, dtype=torch.int8)}
@@ -208,7 +208,7 @@ def test_one_tensor_of_a_class_under_two_names(tmp_path: Path) -> None:
     scale = torch.tensor(1.0, dtype=torch.bfloat16)
     two = [Scaled(torch.zeros(4, 4, dtype=torch.int8), scale) for _ in range(2)]
     reshard.load({"w": two[0], "v": two[1]}, saved(w=TWOS, v=TWOS * 2))
-    assert two[1].q.eq(4).all(), "a scale that two tensors share is no conflict"
+    assert two[1].q.eq(4).all(), "two tensors may share a scale"
 
 
 # Destinations that share memory
@@ -235,7 +235,7 @@ def test_destinations_that_share_memory_are_refused(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_they_are_refused_through_the_storage_reader() -> None:
+def test_storage_reader_refuses_destinations_that_share_memory() -> None:
     shared = torch.zeros(4)
     with pytest.raises(CheckpointException, match=r"DestinationError: .*'emb' and 'head'"):
         dcp.load(
@@ -244,7 +244,7 @@ def test_they_are_refused_through_the_storage_reader() -> None:
         )
 
 
-def test_an_overlap_with_itself_is_refused() -> None:
+def test_destination_that_overlaps_itself_is_refused() -> None:
     for tensor in (torch.zeros(16).as_strided((4, 4), (1, 1)), torch.zeros(8).unfold(0, 4, 2)):
         with pytest.raises(errors.DestinationError, match="'w' overlaps itself"):
             reshard.load({"w": tensor}, saved(w=torch.ones(tensor.shape)))
@@ -254,7 +254,7 @@ def test_an_overlap_with_itself_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("format", ["reshard", "dcp", "torch"])
-def test_tied_weights_of_one_value_load(format: str, tmp_path: Path) -> None:
+def test_tied_weights_with_equal_values_load(format: str, tmp_path: Path) -> None:
     weight = torch.randn(300, 70)
     state = {"emb": weight, "head": weight}
     uri = str(tmp_path / "c")
@@ -269,18 +269,18 @@ def test_tied_weights_of_one_value_load(format: str, tmp_path: Path) -> None:
     report = reshard.load({"emb": shared, "head": shared}, uri)
     assert shared.equal(weight)
     if format == "reshard":
-        assert report.total.bytes_fetched < 1.5 * weight.nbytes, "it is read once"
+        assert report.total.bytes_fetched < 1.5 * weight.nbytes, "the values are read once"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_tied_destinations_of_a_format_without_checksums_are_compared(tmp_path: Path) -> None:
+def test_values_for_tied_destinations_are_compared_if_there_are_no_checksums(tmp_path: Path) -> None:
     dcp.save({"emb": torch.ones(4), "head": torch.zeros(4)}, checkpoint_id=tmp_path / "c", no_dist=True)
     shared = torch.zeros(4)
     with pytest.raises(errors.DestinationError, match="'emb' and 'head'"):
         reshard.load({"emb": shared, "head": shared}, tmp_path / "c")
 
 
-def test_parts_of_one_tensor_that_do_not_overlap_load() -> None:
+def test_destinations_may_be_disjoint_views_of_one_tensor() -> None:
     fused = torch.zeros(6, 8)
     q, k = fused[:, :4], fused[:, 4:]
     reshard.load({"q": q, "k": k}, saved(q=torch.ones(6, 4), k=torch.full((6, 4), 2.0)))
@@ -288,7 +288,7 @@ def test_parts_of_one_tensor_that_do_not_overlap_load() -> None:
     assert k.eq(2).all()
 
 
-def test_a_missing_name_of_a_tied_pair_says_so() -> None:
+def test_missing_name_of_a_tied_pair_names_the_other() -> None:
     shared = torch.zeros(4)
     with pytest.raises(errors.MissingTensorError, match="'head' shares its memory with 'emb'"):
         reshard.load({"emb": shared, "head": shared}, saved(emb=torch.ones(4)))
@@ -298,7 +298,7 @@ def test_a_missing_name_of_a_tied_pair_says_so() -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 1000])
-def test_integers_that_do_not_fit_change_nothing_under_any_budget(budget: int | None) -> None:
+def test_integer_that_does_not_fit_changes_no_tensor_under_any_budget(budget: int | None) -> None:
     state = {str(i): torch.full((1000,), i) for i in range(5)}
     good = {name: torch.zeros(1000, dtype=torch.int32) for name in state}
     reshard.load(good, saved(**state), budget_bytes=budget)
@@ -332,7 +332,7 @@ def test_integers_that_do_not_fit_change_nothing_under_any_budget(budget: int | 
         (-(2**24) - 1, torch.int32, torch.complex64),
     ],
 )
-def test_integers_that_do_not_fit_are_refused(value: int, stored: torch.dtype, to: torch.dtype) -> None:
+def test_integer_that_does_not_fit_is_refused(value: int, stored: torch.dtype, to: torch.dtype) -> None:
     other, destination = torch.zeros(3), torch.zeros(2, 3, dtype=to)
     tensor = torch.zeros(2, 3, dtype=stored)
     tensor[1, 2] = value
@@ -341,7 +341,7 @@ def test_integers_that_do_not_fit_are_refused(value: int, stored: torch.dtype, t
         errors.DtypeError, match=rf"'n' is stored as {stored}, .* {to}: {value} at \[1, 2\] does not fit"
     ):
         reshard.load({"a": other, "n": destination}, store)
-    assert other.eq(0).all(), "nothing was changed"
+    assert other.eq(0).all(), "no tensor was changed"
     assert destination.eq(0).all()
     with pytest.raises(errors.DtypeError, match="does not fit"):
         reshard.open(store).read("n", out=destination)
@@ -368,7 +368,7 @@ def test_integers_that_fit_are_cast(value: int, stored: torch.dtype, to: torch.d
     assert report.cast == ()
 
 
-def test_casts_to_fewer_bits_are_listed_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_lossy_casts_are_reported_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     store = saved(w=torch.tensor([70000.0, 1.0]), v=torch.ones(2, dtype=torch.bfloat16), u=torch.ones(2))
     state = {
         "w": torch.zeros(2, dtype=torch.float16),
@@ -394,12 +394,12 @@ def test_casts_to_fewer_bits_are_listed_and_logged_once(caplog: pytest.LogCaptur
         (torch.float32, torch.complex64, False),
     ],
 )
-def test_which_casts_lose_bits(stored: torch.dtype, to: torch.dtype, *, loses: bool) -> None:
+def test_report_lists_casts_that_lose_bits(stored: torch.dtype, to: torch.dtype, *, loses: bool) -> None:
     report = reshard.load({"w": torch.zeros(2, dtype=to)}, saved(w=torch.ones(2).to(stored)))
     assert bool(report.cast) == loses
 
 
-def test_dtype_casts_weights_and_not_counters(tmp_path: Path) -> None:
+def test_dtype_casts_weights_but_not_counters(tmp_path: Path) -> None:
     store = saved(w=torch.ones(4), step=torch.tensor(1001.0), n=torch.tensor([5]))
     tensors = reshard.open(store).load_rank(reshard.Layout(1), 0, dtype=torch.bfloat16)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
@@ -439,20 +439,20 @@ def test_quantised_weights_with_scales_are_not_cast(
     weight: str, scale: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     store = saved(**{weight: torch.ones(4, 4).to(dtype), scale: torch.ones(1)})
-    told = rf"'{weight}' is quantised: .*'{scale}' has its scale"
-    with pytest.raises(errors.DtypeError, match=told):
+    message = rf"'{weight}' is quantised: .*'{scale}' has its scale"
+    with pytest.raises(errors.DtypeError, match=message):
         reshard.load({weight: torch.zeros(4, 4, dtype=torch.bfloat16)}, store)
     if dtype is not torch.int8:  # dtype= casts floating-point tensors only
-        with pytest.raises(errors.DtypeError, match=told):
+        with pytest.raises(errors.DtypeError, match=message):
             reshard.open(store).load_rank(reshard.Layout(1), 0, dtype=torch.bfloat16)
-        with pytest.raises(errors.DtypeError, match=told):
+        with pytest.raises(errors.DtypeError, match=message):
             reshard.convert(store, tmp_path / "c", dtype=torch.bfloat16)
     destination = torch.zeros(4, 4, dtype=dtype)
     reshard.load({weight: destination}, store)
     assert destination.float().eq(1).all()
 
 
-def test_weights_of_few_bits_without_scales_are_cast() -> None:
+def test_float8_weights_without_scales_are_cast() -> None:
     for other in ("m.input_scale", "m.k_scale", "n.weight_scale", "m.norm.weight_scale", "m.bias", "mm.scale"):
         store = saved(**{"m.weight": torch.ones(4).to(torch.float8_e4m3fn), other: torch.ones(1)})
         destination = torch.zeros(4, dtype=torch.bfloat16)

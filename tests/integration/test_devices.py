@@ -1,4 +1,4 @@
-"""Tensors on an accelerator, where the machine has one; the same on the CPU, where the tests are seen to hold."""
+"""Saving from and loading to an accelerator. The same tests also run on the CPU. Without an accelerator, only there."""
 
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,7 +21,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def busy(device: torch.device) -> None:
-    """Give the device work for some tenths of a second, without waiting for it."""
+    """Start some tenths of a second of work on the device, without waiting for it."""
     matrix = torch.eye(4096 if device.type != "cpu" else 64, device=device)
     for _ in range(200):
         matrix = matrix @ matrix
@@ -29,10 +29,10 @@ def busy(device: torch.device) -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize("budget_bytes", [None, 1 << 20])
-def test_tensors_of_a_device_are_saved_and_loaded(
+def test_tensors_on_a_device_are_saved_and_loaded(
     device: torch.device, codec: str, budget_bytes: int | None, tmp_path: Path
 ) -> None:
-    """With the small budget, too, which stages none of the large ones in host memory as a whole."""
+    """Under the small budget, no large tensor is staged in host memory as a whole."""
     values = {
         "float32": torch.randn(1024, 700, device=device),
         "bfloat16": torch.randn(2048, 512, device=device).bfloat16(),
@@ -53,7 +53,7 @@ def test_tensors_of_a_device_are_saved_and_loaded(
     assert not rows[1::2].any()
 
 
-def test_float32_is_loaded_as_bfloat16(device: torch.device, tmp_path: Path) -> None:
+def test_load_casts_float32_to_bfloat16(device: torch.device, tmp_path: Path) -> None:
     values = torch.randn(1000, 300, device=device)
     reshard.save({"w": values}, tmp_path)
     loaded = torch.zeros(1000, 300, dtype=torch.bfloat16, device=device)
@@ -62,10 +62,10 @@ def test_float32_is_loaded_as_bfloat16(device: torch.device, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("budget_bytes", [None, 1 << 20])
-def test_what_the_device_still_computes_is_waited_for(
+def test_save_and_load_wait_for_pending_work_on_the_device(
     device: torch.device, budget_bytes: int | None, tmp_path: Path
 ) -> None:
-    """A save has what was computed before it; what was written before a load does not come after it."""
+    """A save waits for pending writes to the tensors. A load does too, so that they cannot overwrite its values."""
     values = torch.zeros(1024, 1024, device=device)
     busy(device)
     values += 1
@@ -78,14 +78,14 @@ def test_what_the_device_still_computes_is_waited_for(
     assert (doubled == 2).all()
 
 
-def test_a_stream_of_the_callers_own(device: torch.device, tmp_path: Path) -> None:
+def test_save_and_load_wait_for_the_current_stream(device: torch.device, tmp_path: Path) -> None:
     if device.type != "cpu":
         torch.accelerator.set_stream(torch.Stream(device))
-    test_what_the_device_still_computes_is_waited_for(device, None, tmp_path)
+    test_save_and_load_wait_for_pending_work_on_the_device(device, None, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_saves_and_loads_by_our_storage(device: torch.device, tmp_path: Path) -> None:
+def test_dcp_saves_and_loads_device_tensors(device: torch.device, tmp_path: Path) -> None:
     state: dict[str, Any] = {"w": torch.randn(512, 512, device=device), "step": 3}
     kept = state["w"].clone()
     saved = dcp.async_save(state, storage_writer=reshard.StorageWriter(tmp_path), no_dist=True)
@@ -99,7 +99,7 @@ def test_dcp_saves_and_loads_by_our_storage(device: torch.device, tmp_path: Path
 
 
 @NEEDS_ACCELERATOR
-def test_no_memory_of_the_device_is_kept(tmp_path: Path) -> None:
+def test_no_device_memory_is_kept(tmp_path: Path) -> None:
     device = torch.device(str(ACCELERATOR))
     values = {f"w{i}": torch.randn(1024, 1024, device=device) for i in range(4)}
     before = torch.accelerator.memory_allocated(device)

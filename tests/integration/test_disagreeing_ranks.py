@@ -1,4 +1,4 @@
-"""Ranks that disagree: about the checkpoint they open, about a name, or about the values that they hold alike."""
+"""Ranks that disagree about the checkpoint they open, about a name, or about replicated values."""
 
 from __future__ import annotations
 
@@ -32,50 +32,50 @@ def sharded(values: torch.Tensor) -> DTensor:
 # Ranks that open different checkpoints
 
 
-def write(format: str, place: Path, value: float) -> str:
-    """A checkpoint without ranks, whose values are all one number."""
+def write(format: str, location: Path, value: float) -> str:
+    """Write a checkpoint whose elements all have one value, and return its location."""
     state = {"x": torch.full((8, 4), value)}
     if format == "reshard":
-        reshard.save(state, place)
+        reshard.save(state, location)
     elif format == "torch":
-        torch.save(state, f"{place}.pt")
-        return f"{place}.pt"
+        torch.save(state, f"{location}.pt")
+        return f"{location}.pt"
     elif format == "dcp":
-        dcp.save(state, checkpoint_id=place, no_dist=True)
+        dcp.save(state, checkpoint_id=location, no_dist=True)
     else:
-        reshard.save(state, f"{place}-native")
-        reshard.convert(f"{place}-native", place, format="safetensors")
-    return str(place)
+        reshard.save(state, f"{location}-native")
+        reshard.convert(f"{location}-native", location, format="safetensors")
+    return str(location)
 
 
-def load_own(places: list[str]) -> tuple[str, float]:
+def load_own(locations: list[str]) -> tuple[str, float]:
     rank = dist.get_rank()
     x = sharded(torch.zeros(8, 4))
     try:
-        reshard.load({"x": x}, places[rank])
+        reshard.load({"x": x}, locations[rank])
         return "", 0.0
     except errors.CheckpointError as error:
         own = f"{type(error).__name__}: {error}"
     with pytest.raises(CheckpointException, match=r"the ranks opened 2 different checkpoints"):
-        dcp.load({"x": x}, storage_reader=reshard.StorageReader(places[rank]))
+        dcp.load({"x": x}, storage_reader=reshard.StorageReader(locations[rank]))
     return own, float(x.to_local().abs().sum())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors", "torch"])
-def test_ranks_that_open_different_checkpoints_are_stopped(format: str, ranks: RankPool, tmp_path: Path) -> None:
+def test_ranks_that_open_different_checkpoints_raise(format: str, ranks: RankPool, tmp_path: Path) -> None:
     a, b = (write(format, tmp_path / name, value) for name, value in (("a", 0.0), ("b", 100.0)))
-    for found, untouched in ranks.run(3, load_own, [a, b, a]):
+    for found, changed in ranks.run(3, load_own, [a, b, a]):
         assert found.startswith("ArgumentError: the ranks opened 2 different checkpoints: ranks 0, 2: ")
         assert a in found
         assert "; rank 1: " in found
         assert b in found
-        assert untouched == 0
+        assert changed == 0
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors", "torch"])
-def test_copies_of_one_checkpoint_are_one(format: str, ranks: RankPool, tmp_path: Path) -> None:
+def test_ranks_may_open_copies_of_one_checkpoint(format: str, ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     a = Path(write(format, tmp_path / "one" / "c", 3.0))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -92,7 +92,7 @@ def values_by_rank(kind: str) -> Any:
         "dtypes of shards": lambda: (sharded(torch.ones(4, 2).bfloat16()), sharded(torch.ones(4, 2).half())),
         "shapes": lambda: (torch.ones(3), torch.ones(4)),
         "dtypes": lambda: (torch.ones(3), torch.ones(3, dtype=torch.float64)),
-        "tensor and object": lambda: (torch.ones(3), 3),
+        "tensor and value": lambda: (torch.ones(3), 3),
         "value and dict": lambda: (5, {"k": 1}),
         "dict and value": lambda: ({"k": torch.ones(1)}, torch.ones(1)),
         "list and dict": lambda: ([torch.ones(1)], {"k": torch.ones(1)}),
@@ -109,23 +109,23 @@ def values_by_rank(kind: str) -> Any:
 
 
 KINDS = [
-    "dtypes of shards", "shapes", "dtypes", "tensor and object", "value and dict", "dict and value", "list and dict",
+    "dtypes of shards", "shapes", "dtypes", "tensor and value", "value and dict", "dict and value", "list and dict",
     "position and key", "types of keys", "empty dict and value", "plain and sharded", "equal keys",
     "equal float keys", "global shapes",
 ]  # fmt: skip
 
 
 def save_differently(kinds: list[str], folder: str) -> list[str]:
-    told = []
+    messages = []
     for kind in kinds:
         value = values_by_rank(kind)
         with pytest.raises(errors.ArgumentError) as caught:
             reshard.save({"a": torch.ones(1), "x": value}, f"{folder}/{kind}")
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
-def test_ranks_that_disagree_about_a_name_are_stopped(ranks: RankPool, tmp_path: Path) -> None:
+def test_ranks_that_disagree_about_a_name_raise(ranks: RankPool, tmp_path: Path) -> None:
     found = ranks.run(2, save_differently, KINDS, str(tmp_path))
     assert found[0] == found[1]
     for kind, message in zip(KINDS, found[0], strict=True):
@@ -136,19 +136,19 @@ def test_ranks_that_disagree_about_a_name_are_stopped(ranks: RankPool, tmp_path:
 
 
 def by_dcp(kinds: list[str], folder: str) -> list[str]:
-    told = []
+    messages = []
     for kind in kinds:
         value = values_by_rank(kind)
         with pytest.raises(CheckpointException) as caught:
             dcp.save({"a": torch.ones(1), "x": value}, storage_writer=reshard.StorageWriter(f"{folder}/{kind}"))
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
-def test_storage_writer_stops_ranks_that_disagree(ranks: RankPool, tmp_path: Path) -> None:
-    """But for those that DCP's own planner fails at, and for what it loses: types of keys, and empty dicts."""
+def test_storage_writer_raises_if_ranks_disagree(ranks: RankPool, tmp_path: Path) -> None:
+    """Cases at which DCP's own planner fails are excluded, and those that it drops: types of keys, and empty dicts."""
     lost = {"types of keys", "equal keys", "equal float keys", "empty dict and value"}
-    kinds = [kind for kind in KINDS if kind not in {"tensor and object", "plain and sharded", "global shapes", *lost}]
+    kinds = [kind for kind in KINDS if kind not in {"tensor and value", "plain and sharded", "global shapes", *lost}]
     for kind, message in zip(kinds, ranks.run(2, by_dcp, kinds, str(tmp_path))[0], strict=True):
         assert "the ranks disagree about 'x" in message, (kind, message)
     assert not list(tmp_path.rglob("*.shard"))
@@ -163,7 +163,7 @@ def save_by_dcp(uri: str) -> str:
     return str(caught.value)
 
 
-def test_storage_writer_stops_ranks_that_disagree_about_a_dtype(ranks: RankPool, tmp_path: Path) -> None:
+def test_storage_writer_raises_if_ranks_disagree_about_a_dtype(ranks: RankPool, tmp_path: Path) -> None:
     for message in ranks.run(2, save_by_dcp, str(tmp_path / "c")):
         assert "the ranks disagree about 'x': rank 0 has a sharded tensor of bfloat16" in message
     assert not (tmp_path / "c" / "manifest.reshard").exists()
@@ -179,7 +179,7 @@ def save_other_placements(uri: str) -> str:
     return str(caught.value)
 
 
-def test_other_placements_of_one_tensor_are_no_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+def test_different_placements_of_one_tensor_raise(ranks: RankPool, tmp_path: Path) -> None:
     for message in ranks.run(2, save_other_placements, str(tmp_path / "c")):
         assert "'x', which has 16: its shards overlap or leave gaps" in message
     assert not list(tmp_path.rglob("*.shard"))
@@ -188,7 +188,7 @@ def test_other_placements_of_one_tensor_are_no_checkpoint(ranks: RankPool, tmp_p
 
 
 def save_stages(uri: str) -> tuple[tuple[str, ...], Any]:
-    """Ranks of a pipeline hold other names, and an optimizer's state may be empty on one."""
+    """Pipeline ranks hold different names, and the state of an optimizer may be empty on one rank."""
     rank = dist.get_rank()
     state = {
         f"stage{rank}": {"w": torch.full((2,), float(rank))},
@@ -198,7 +198,7 @@ def save_stages(uri: str) -> tuple[tuple[str, ...], Any]:
     return report.differing, str(reshard.open(uri).state_dict()) if rank == 0 else ""
 
 
-def test_names_of_one_rank_alone_are_fine(ranks: RankPool, tmp_path: Path) -> None:
+def test_ranks_may_hold_different_names(ranks: RankPool, tmp_path: Path) -> None:
     differing, found = ranks.run(2, save_stages, str(tmp_path / "c"))[0]
     assert differing == ()
     expected = {
@@ -238,7 +238,7 @@ def save_states(uri: str) -> tuple[str, ...]:
     return reshard.save(state, uri).differing
 
 
-def test_what_belongs_together_is_from_one_rank(ranks: RankPool, tmp_path: Path) -> None:
+def test_state_that_belongs_together_comes_from_one_rank(ranks: RankPool, tmp_path: Path) -> None:
     differing = ranks.run(4, save_states, str(tmp_path / "c"))
     assert len(set(differing)) == 1
     expected = {"random.torch", "random.python", "random.numpy", "norm.running_mean", "loader.epoch", "loader.position"}
@@ -276,7 +276,7 @@ def warned(uri: str) -> list[str]:
     return messages
 
 
-def test_values_that_differ_are_warned_of_once_with_their_names(ranks: RankPool, tmp_path: Path) -> None:
+def test_differing_values_are_logged_once_with_their_names(ranks: RankPool, tmp_path: Path) -> None:
     first, *others = ranks.run(3, warned, str(tmp_path / "c"))
     assert len(first) == 1
     assert "2 values differ between the ranks" in first[0]
@@ -285,11 +285,11 @@ def test_values_that_differ_are_warned_of_once_with_their_names(ranks: RankPool,
     assert others == [[], []]
 
 
-# DTensors that split in an order of their own, or that hold several shards
+# DTensors with a shard order, or with several local shards
 
 
 def ordered(full: torch.Tensor, mesh: DeviceMesh, order: tuple[int, ...], dim: int) -> DTensor:
-    """A DTensor that mesh dimensions split in some order, all along one dimension."""
+    """Return a DTensor that several mesh dimensions split along one dimension, in a given order."""
     local = full
     for mesh_dim in order:
         local = local.chunk(mesh.size(mesh_dim), dim)[mesh.get_local_rank(mesh_dim)]
@@ -335,7 +335,7 @@ def partial(uri: str) -> list[str]:
     whole = torch.ones(4)
     reshard.save({"m": {"x": whole}}, uri)
     x = DTensor.from_local(whole, mesh, [Partial()], run_check=False)
-    told = []
+    messages = []
     calls: list[Callable[[], Any]] = [
         lambda: reshard.save({"m": {"x": x}}, f"{uri}-2"),
         lambda: reshard.load({"m": {"x": x}}, uri),
@@ -343,17 +343,17 @@ def partial(uri: str) -> list[str]:
     for call in calls:
         with pytest.raises(errors.LayoutError) as caught:
             call()
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_partial_placements_are_refused_by_name(ranks: RankPool, tmp_path: Path) -> None:
-    for told in ranks.run(2, partial, str(tmp_path / "c")):
-        assert ["'m.x' has the placement Partial" in message for message in told] == [True, True], told
+    for messages in ranks.run(2, partial, str(tmp_path / "c")):
+        assert ["'m.x' has the placement Partial" in message for message in messages] == [True, True], messages
 
 
 def wrapped(values: torch.Tensor) -> DTensor:
-    """Columns, of which each rank holds two shards in a LocalShardsWrapper."""
+    """Return a DTensor of which each rank holds two shards of columns, in a LocalShardsWrapper."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     columns = values.shape[1] // (2 * world)
@@ -381,5 +381,5 @@ def save_and_load_wrapped(uri: str) -> None:
                 assert one.equal(other)
 
 
-def test_local_shards_wrappers_say_themselves_what_they_hold(ranks: RankPool, tmp_path: Path) -> None:
+def test_local_shards_wrapper_is_saved_and_loaded(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_and_load_wrapped, str(tmp_path / "c"))

@@ -1,4 +1,4 @@
-"""The examples, as their first lines say to run them: real ranks by torchrun, on a disk and on S3."""
+"""Runs the examples as their docstrings say: with torchrun, on a local disk and on S3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def bucket(moto: servers.Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty place on S3, which the examples can open without options."""
+    """Return an empty location on S3 that the examples can open without options."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto.endpoint)
@@ -33,7 +33,7 @@ def bucket(moto: servers.Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs an example on so many ranks, or as a plain process; what it printed."""
+    """Return a function that runs an example on some ranks (0: without torchrun) and returns its output."""
 
     def run(ranks: int, name: str, *arguments: str) -> str:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def test_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: Path) -> None:
+def test_examples_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: Path) -> None:
     uri = f"{bucket}/step-20"
     assert "saved: all ranks:" in run(4, "train_fsdp_serve_tp", "train", uri)
     assert "load and load_rank return the same 8 tensors" in run(2, "train_fsdp_serve_tp", "serve", uri)
@@ -68,12 +68,12 @@ def test_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: Path) -> 
     assert load_file(file)["0.up.weight"].equal(weight.to(torch.bfloat16))
 
 
-def test_a_training_goes_on_on_other_ranks(run: Run, tmp_path: Path) -> None:
-    place = str(tmp_path / "run")
-    losses = re.findall(r"step (\d+): loss ([\d.]+)", run(2, "resume_elastic", place, "--steps", "8"))
+def test_training_resumes_on_another_number_of_ranks(run: Run, tmp_path: Path) -> None:
+    location = str(tmp_path / "run")
+    losses = re.findall(r"step (\d+): loss ([\d.]+)", run(2, "resume_elastic", location, "--steps", "8"))
     assert [int(step) for step, _ in losses] == list(range(1, 9))
-    printed = run(3, "resume_elastic", place, "--steps", "8")
-    assert f"resumed from {place}/step-6 at step 6 on 3 ranks" in printed
+    printed = run(3, "resume_elastic", location, "--steps", "8")
+    assert f"resumed from {location}/step-6 at step 6 on 3 ranks" in printed
     again = re.findall(r"step (\d+): loss ([\d.]+)", printed)
     assert [step for step, _ in again] == ["7", "8"]
     for (_, before), (_, after) in zip(losses[6:], again, strict=True):
@@ -81,7 +81,7 @@ def test_a_training_goes_on_on_other_ranks(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_is_short_and_says_how_to_run_it(name: str) -> None:
+def test_example_is_short_and_says_how_to_run_it(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text()
     assert len(text.splitlines()) < 100
     assert f"examples/{name}.py" in text.split('"""')[1]

@@ -1,4 +1,4 @@
-"""What a user can watch: progress, logs, seconds by stage, ranges of the profiler."""
+"""What a user can observe: progress, logs, seconds per stage, and ranges of the profiler."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ STATE = {"a": VALUES, "b": VALUES.bfloat16(), "n": 1}
 NBYTES = VALUES.nbytes * 3 // 2 + 1
 
 
-class Seen:
-    """A callback that keeps what it is given."""
+class RecordedProgress:
+    """A progress callback that keeps its arguments."""
 
     def __init__(self, fail_at: float = 2.0) -> None:
         self.all: list[Progress] = []
@@ -44,7 +44,7 @@ class Seen:
         self.all.append(progress)
         self.threads.add(threading.get_ident())
         if progress.done_bytes >= self._fail_at * max(progress.total_bytes, 1):
-            raise ValueError("enough")
+            raise ValueError("stopped by the callback")
 
     def check(self, task: str, location: str, total: int | None = None) -> None:
         done = [progress.done_bytes for progress in self.all]
@@ -53,24 +53,24 @@ class Seen:
         assert last.done_bytes == last.total_bytes > 0
         assert total in (None, last.total_bytes)
         assert {(progress.task, progress.location, progress.rank) for progress in self.all} == {(task, location, 0)}
-        assert self.threads == {threading.get_ident()}, "the thread that made the call"
+        assert self.threads == {threading.get_ident()}, "the callback runs in the thread of the call"
 
 
-def test_progress_of_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_call_reports_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_of, "SHOWN_EVERY_S", 0.0)
-    place = str(tmp_path / "a")
-    saved, loaded, verified, converted, of_rank = (Seen() for _ in range(5))
-    reshard.save(STATE, place, progress=saved)
-    saved.check("save", place, NBYTES)
-    report = reshard.load({**STATE}, place, progress=loaded)
-    loaded.check("load", place)
+    location = str(tmp_path / "a")
+    saved, loaded, verified, converted, of_rank = (RecordedProgress() for _ in range(5))
+    reshard.save(STATE, location, progress=saved)
+    saved.check("save", location, NBYTES)
+    report = reshard.load({**STATE}, location, progress=loaded)
+    loaded.check("load", location)
     stored = loaded.all[-1].total_bytes
-    assert stored < report.total.bytes_fetched < stored + 10_000, "all but the manifest"
-    checkpoint = reshard.open(place)
+    assert stored < report.total.bytes_fetched < stored + 10_000, "progress counts everything except the manifest"
+    checkpoint = reshard.open(location)
     assert not checkpoint.verify(progress=verified)
-    verified.check("verify", place, stored)
+    verified.check("verify", location, stored)
     assert len(verified.all) > 1
-    reshard.convert(place, tmp_path / "b", format="dcp", progress=converted)
+    reshard.convert(location, tmp_path / "b", format="dcp", progress=converted)
     converted.check("convert", str(tmp_path / "b"), NBYTES)
     assert len(converted.all) > 2
     checkpoint.load_rank(
@@ -80,24 +80,24 @@ def test_progress_of_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_progress_on_s3(codec: str, s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_on_s3_report_progress(codec: str, s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_of, "SHOWN_EVERY_S", 0.0)
     uri, options = s3
-    saved, loaded = Seen(), Seen()
+    saved, loaded = RecordedProgress(), RecordedProgress()
     reshard.save(STATE, uri, codec=codec, storage_options=options, progress=saved)
     saved.check("save", uri, NBYTES)
     reshard.load({**STATE}, uri, storage_options=options, progress=loaded)
     loaded.check("load", uri)
 
 
-def test_what_a_callback_raises_ends_the_call() -> None:
+def test_error_of_a_callback_stops_the_call() -> None:
     store = MemoryStore()
-    with pytest.raises(reshard.errors.RankError, match="enough"):
-        reshard.save(STATE, store, progress=Seen(fail_at=1.0))
-    assert not [name for name in store.list() if name.endswith(".json")], "nothing was committed"
+    with pytest.raises(reshard.errors.RankError, match="stopped by the callback"):
+        reshard.save(STATE, store, progress=RecordedProgress(fail_at=1.0))
+    assert not [name for name in store.list() if name.endswith(".json")], "no checkpoint was committed"
     reshard.save(STATE, store, overwrite=True)
-    with pytest.raises(reshard.errors.RankError, match="enough"):
-        reshard.load({**STATE}, store, progress=Seen(fail_at=1.0))
+    with pytest.raises(reshard.errors.RankError, match="stopped by the callback"):
+        reshard.load({**STATE}, store, progress=RecordedProgress(fail_at=1.0))
 
 
 class Terminal(io.StringIO):
@@ -105,26 +105,28 @@ class Terminal(io.StringIO):
         return True
 
 
-class Gone(Terminal):
+class ClosedTerminal(Terminal):
     def write(self, text: str, /) -> int:
-        raise OSError("the terminal is gone")
+        raise OSError("the terminal is closed")
 
 
-def test_a_bar_that_cannot_be_drawn_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_that_cannot_be_drawn_does_not_stop_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("sys.stderr", Gone())
+    monkeypatch.setattr("sys.stderr", ClosedTerminal())
     reshard.save(STATE, tmp_path / "a", progress=True)
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
-    place = str(tmp_path / "a[/b][lr=1]")
-    reshard.save(STATE, place, progress=True)
+    location = str(tmp_path / "a[/b][lr=1]")
+    reshard.save(STATE, location, progress=True)
     assert "a[/b][lr=1]" in shown.getvalue()
 
 
-def test_what_is_done_again_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_work_counts_once_in_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_of, "SHOWN_EVERY_S", 0.0)
     reshard.save(STATE, tmp_path / "a")
-    real, failures = DcpTarget.write, [UnavailableError("slow down")]
+    real, failures = DcpTarget.write, [UnavailableError("injected")]
 
     def fails_once(*arguments: Any) -> Any:
         done = real(*arguments)
@@ -135,18 +137,18 @@ def test_what_is_done_again_counts_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(DcpTarget, "write", fails_once)
     meters: list[Meter] = []
 
-    class Kept(Meter):
-        def __enter__(self) -> Kept:
+    class RecordedMeter(Meter):
+        def __enter__(self) -> RecordedMeter:
             meters.append(self)
             return self
 
-    monkeypatch.setattr("reshard.storage.conversion.convert.Meter", Kept)
-    reshard.convert(tmp_path / "a", tmp_path / "b", format="dcp", progress=Seen())
+    monkeypatch.setattr("reshard.storage.conversion.convert.Meter", RecordedMeter)
+    reshard.convert(tmp_path / "a", tmp_path / "b", format="dcp", progress=RecordedProgress())
     assert not failures
     assert [meter.done for meter in meters] == [NBYTES]
 
 
-def test_an_interrupt_is_one(tmp_path: Path) -> None:
+def test_keyboard_interrupt_in_a_callback_is_raised(tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
 
@@ -156,21 +158,21 @@ def test_an_interrupt_is_one(tmp_path: Path) -> None:
         reshard.save(STATE, tmp_path / "a", overwrite=True)
 
 
-def on_a_rank(place: str) -> tuple[list[int], int]:
+def save_and_load_on_a_rank(location: str) -> tuple[list[int], int]:
     seen: list[Progress] = []
-    reshard.save({"a": torch.ones(1000), "b": torch.ones(1000)}, place, progress=seen.append)
-    reshard.load({"a": torch.ones(1000)}, place, progress=seen.append)
+    reshard.save({"a": torch.ones(1000), "b": torch.ones(1000)}, location, progress=seen.append)
+    reshard.load({"a": torch.ones(1000)}, location, progress=seen.append)
     return [progress.rank for progress in seen], seen[-1].done_bytes
 
 
-def test_every_rank_tells_its_own(tmp_path: Path, ranks: RankPool) -> None:
-    found = ranks.run(2, on_a_rank, str(tmp_path / "a"))
-    assert [set(told) for told, _ in found] == [{0}, {1}]
+def test_every_rank_reports_its_own_progress(tmp_path: Path, ranks: RankPool) -> None:
+    found = ranks.run(2, save_and_load_on_a_rank, str(tmp_path / "a"))
+    assert [set(numbers) for numbers, _ in found] == [{0}, {1}]
     assert all(nbytes > 0 for _, nbytes in found)
 
 
 @pytest.mark.parametrize("out", [io.StringIO, Terminal])
-def test_a_bar_is_shown_on_a_terminal_alone(
+def test_progress_bar_is_shown_only_on_a_terminal(
     out: Callable[[], io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -186,11 +188,11 @@ def test_a_bar_is_shown_on_a_terminal_alone(
     else:
         assert shown.getvalue() == ""
     meter = Meter("load", True, rank=1)
-    assert meter._show is None, "one bar, of rank 0"
+    assert meter._show is None, "only rank 0 shows a progress bar"
     assert pickle.loads(pickle.dumps(Meter("save", print)))._show is None  # noqa: S301
 
 
-def test_stages_have_seconds(tmp_path: Path) -> None:
+def test_report_has_seconds_per_stage(tmp_path: Path) -> None:
     saved = reshard.save(STATE, tmp_path / "a").local.seconds
     assert set(saved) == {"plan", "encode", "write", "commit", "total"}
     assert saved["plan"] + saved["commit"] < saved["total"]
@@ -202,7 +204,7 @@ def test_stages_have_seconds(tmp_path: Path) -> None:
     assert min(*saved.values(), *loaded.values(), *converted.values()) > 0
 
 
-def test_logs_are_below_reshard_and_have_the_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_are_from_reshard_and_have_the_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "reshard"):
         reshard.save(STATE, tmp_path / "a")
         reshard.load({**STATE}, tmp_path / "a")
@@ -214,32 +216,32 @@ def test_logs_are_below_reshard_and_have_the_rank(tmp_path: Path, caplog: pytest
     assert {record.rank for record in ours} == {0}  # type: ignore[attr-defined]
 
 
-def messages_of_a_rank(place: str) -> list[str]:
+def messages_of_a_rank(location: str) -> list[str]:
     found: list[str] = []
 
-    class Keep(logging.Handler):
+    class RecordingHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record.getMessage())
 
     logger = logging.getLogger("reshard")
-    handler = Keep()
+    handler = RecordingHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        reshard.save({"a": torch.ones(8)}, place)
+        reshard.save({"a": torch.ones(8)}, location)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
     return found
 
 
-def test_messages_of_several_ranks_begin_with_theirs(tmp_path: Path, ranks: RankPool) -> None:
+def test_log_messages_start_with_the_rank(tmp_path: Path, ranks: RankPool) -> None:
     for rank, messages in enumerate(ranks.run(2, messages_of_a_rank, str(tmp_path / "a"))):
         assert messages
         assert all(message.startswith(f"rank {rank}: ") for message in messages)
 
 
-def test_a_profile_has_the_stages(tmp_path: Path) -> None:
+def test_profile_contains_the_stages(tmp_path: Path) -> None:
     config = _ExperimentalConfig(profile_all_threads=True)
     with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as profiled:
         reshard.save(STATE, tmp_path / "a")
