@@ -198,14 +198,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.15)
 
 
-def calls(place: str, options: dict[str, Any], folder: Path) -> list[Callable[[], object]]:
+def calls(uri: str, options: dict[str, Any], folder: Path) -> list[Callable[[], object]]:
     return [
-        lambda: reshard.open(place, storage_options=options),
-        lambda: reshard.find_checkpoints(place, options),
-        lambda: reshard.save(STATE, place, storage_options=options),
-        lambda: reshard.convert(place, folder / "copy", src_options=options),
-        lambda: find_remains(place, options),
-        lambda: dcp.load(dict(STATE), storage_reader=reshard.StorageReader(place, storage_options=options)),
+        lambda: reshard.open(uri, storage_options=options),
+        lambda: reshard.find_checkpoints(uri, options),
+        lambda: reshard.save(STATE, uri, storage_options=options),
+        lambda: reshard.convert(uri, folder / "copy", src_options=options),
+        lambda: find_remains(uri, options),
+        lambda: dcp.load(dict(STATE), storage_reader=reshard.StorageReader(uri, storage_options=options)),
     ]
 
 
@@ -296,8 +296,8 @@ def test_errors_of_s3_clients_show_no_secret(
         count = 4 if client == "obstore" else 1  # s3fs has its own retries, which take time
         for call in calls("s3://bucket/run", options, tmp_path)[:count]:
             assert isinstance(check_shown(call, caplog), StoreError)
-        for place in (f"s3://{USER}:{SECRET}@bucket/run", f"s3://{USER}:{QUOTED}@bucket/run"):
-            assert isinstance(check_shown(calls(place, options, tmp_path)[0], caplog), CheckpointError)
+        for uri in (f"s3://{USER}:{SECRET}@bucket/run", f"s3://{USER}:{QUOTED}@bucket/run"):
+            assert isinstance(check_shown(calls(uri, options, tmp_path)[0], caplog), CheckpointError)
         if client == "obstore":
             options["client_kwargs"]["endpoint_url"] = server.endpoint.replace("http://", f"http://me:{QUOTED}@")
             assert isinstance(check_shown(calls("s3://bucket/run", options, tmp_path)[0], caplog), CheckpointError)
@@ -352,12 +352,12 @@ def test_found_checkpoints_show_no_secret_and_can_be_opened() -> None:
 
 @pytest.mark.parametrize("command", ["ls", "inspect", "gc"])
 def test_commands_print_no_secret(command: str, host: str, tmp_path: Path) -> None:
-    places = [
+    locations = [
         [f"http://{host}/a/x.pt?{SIGNED}"],
         [f"simplecache::http://user:{SECRET}@{host}/x.pt"],
         ["s3://bucket/run", "-o", f"secret:{SECRET}"],
     ]
-    for arguments in places if command == "inspect" else places[:1]:
+    for arguments in locations if command == "inspect" else locations[:1]:
         for debug in (["--debug"],) if command == "inspect" else ([],):
             run = [sys.executable, "-m", "reshard.cli", *debug, command, *arguments]
             done = subprocess.run(

@@ -52,8 +52,8 @@ def write_dcp(folder: Path, *names: str) -> Path:
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         f"w{at}": BytesStorageMetadata() for at in range(len(names))
     }
-    places = {MetadataIndex(f"w{at}"): _StorageInfo(name, 0, 1) for at, name in enumerate(names)}
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=places)))
+    storage_data = {MetadataIndex(f"w{at}"): _StorageInfo(name, 0, 1) for at, name in enumerate(names)}
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=storage_data)))
     for name in names:
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +64,14 @@ def write_dcp(folder: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda place: reshard.remove(place),
-        lambda place: reshard.save({"w": torch.arange(3)}, place, overwrite=True),
-        lambda place: reshard.save({"step": 3}, place, overwrite=True),
-        lambda place: reshard.save({}, place, overwrite=True),
-        lambda place: LocalStore(place).delete(["manifest.reshard", *LocalStore(place).list("data")]),
-        lambda place: open_store(f"file://{place}").delete(LocalStore(place).list("data")),
-        lambda place: open_store(f"simplecache::file://{place}").delete(LocalStore(place).list("data")),
-        lambda place: reshard.remove(f"simplecache::file://{place}"),
+        lambda folder: reshard.remove(folder),
+        lambda folder: reshard.save({"w": torch.arange(3)}, folder, overwrite=True),
+        lambda folder: reshard.save({"step": 3}, folder, overwrite=True),
+        lambda folder: reshard.save({}, folder, overwrite=True),
+        lambda folder: LocalStore(folder).delete(["manifest.reshard", *LocalStore(folder).list("data")]),
+        lambda folder: open_store(f"file://{folder}").delete(LocalStore(folder).list("data")),
+        lambda folder: open_store(f"simplecache::file://{folder}").delete(LocalStore(folder).list("data")),
+        lambda folder: reshard.remove(f"simplecache::file://{folder}"),
     ],
 )
 def test_nothing_is_deleted_through_a_linked_folder(call: Callable[[Path], object], tmp_path: Path) -> None:
@@ -116,25 +116,25 @@ def test_removing_a_linked_object_keeps_the_target_of_the_link(tmp_path: Path) -
 
 @pytest.mark.parametrize("scheme", ["", "file://", "simplecache::file://"])
 def test_a_folder_instead_of_an_object_stops_a_removal_before_it_begins(scheme: str, tmp_path: Path) -> None:
-    place = tmp_path / "run"
-    reshard.save({f"layers.{i}": torch.arange(10) for i in range(3)}, place)
-    (data,) = (place / "data").iterdir()
+    folder = tmp_path / "run"
+    reshard.save({f"layers.{i}": torch.arange(10) for i in range(3)}, folder)
+    (data,) = (folder / "data").iterdir()
     data.unlink()
     (data / "mine").mkdir(parents=True)
     before = names_below(tmp_path)
     for call in (reshard.remove, lambda uri: reshard.save(STATE, uri, overwrite=True)):
         with pytest.raises(StoreError, match=rf"{re.escape(data.name)}.*is a folder"):
-            call(f"{scheme}{place}")
+            call(f"{scheme}{folder}")
     assert names_below(tmp_path) == before
 
 
 def test_a_folder_instead_of_a_data_file_of_dcp_stops_a_removal(tmp_path: Path) -> None:
-    place = write_dcp(tmp_path / "run", "__0_0.distcp", "__1_0.distcp")
-    (place / "__1_0.distcp").unlink()
-    (place / "__1_0.distcp").mkdir()
+    folder = write_dcp(tmp_path / "run", "__0_0.distcp", "__1_0.distcp")
+    (folder / "__1_0.distcp").unlink()
+    (folder / "__1_0.distcp").mkdir()
     with pytest.raises(StoreError, match="is a folder"):
-        reshard.remove(place)
-    assert names_below(place) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        reshard.remove(folder)
+    assert names_below(folder) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
 
 @pytest.mark.parametrize("name", ["../victim", "a/../../victim", "/etc/victim", "", ".", "a//b", "data/"])
@@ -225,14 +225,14 @@ def test_only_objects_that_dcp_writes_are_removed(name: str, tmp_path: Path) -> 
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious.txt").write_bytes(b"x")
-    place = tmp_path / "run"
-    place.mkdir()
-    (place / "link").symlink_to("../victim")
-    write_dcp(place, "__0_0.distcp", name)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "link").symlink_to("../victim")
+    write_dcp(folder, "__0_0.distcp", name)
     before = names_below(tmp_path)
     for call in (find_removal, reshard.remove):
         with pytest.raises(ArgumentError, match=f"DCP does not write.*{re.escape(repr(name))}"):
-            call(place)
+            call(folder)
     assert names_below(tmp_path) == before
 
 
@@ -257,13 +257,13 @@ def test_no_object_of_dcp_is_removed_through_a_link(tmp_path: Path) -> None:
 
 
 def test_objects_of_dcp_with_prefixes_are_removed(tmp_path: Path) -> None:
-    place = write_dcp(tmp_path / "run", "__0_0.distcp", "10/epoch_5/__11_3.distcp", "model5__0_0.distcp")
-    (place / "__0.metadata").write_bytes((place / ".metadata").read_bytes())
-    (place / "notes.txt").write_text("mine")
-    removal = find_removal(place)
+    folder = write_dcp(tmp_path / "run", "__0_0.distcp", "10/epoch_5/__11_3.distcp", "model5__0_0.distcp")
+    (folder / "__0.metadata").write_bytes((folder / ".metadata").read_bytes())
+    (folder / "notes.txt").write_text("mine")
+    removal = find_removal(folder)
     assert removal.unusual == ["10/epoch_5/__11_3.distcp", "model5__0_0.distcp"]
-    assert sorted(reshard.remove(place, expected=removal)) == sorted(removal.names)
-    assert {name for name in names_below(place) if (place / name).is_file()} == {"notes.txt"}
+    assert sorted(reshard.remove(folder, expected=removal)) == sorted(removal.names)
+    assert {name for name in names_below(folder) if (folder / name).is_file()} == {"notes.txt"}
 
 
 def test_a_checkpoint_that_changed_since_find_removal_is_not_removed(tmp_path: Path) -> None:
@@ -282,8 +282,8 @@ def call(*arguments: object, code: int = 0, answer: str | None = None) -> str:
 
 
 def test_rm_lists_the_objects_before_it_asks(tmp_path: Path) -> None:
-    place = write_dcp(tmp_path / "run", *(f"__{rank}_0.distcp" for rank in range(30)))
-    shown = call("rm", place, answer="n\n", code=1)
+    folder = write_dcp(tmp_path / "run", *(f"__{rank}_0.distcp" for rank in range(30)))
+    shown = call("rm", folder, answer="n\n", code=1)
     assert shown.count(".distcp'") == 9
     assert "and 21 more" in shown
     assert "dcp checkpoint of 30 B, 31 objects" in shown
@@ -292,8 +292,8 @@ def test_rm_lists_the_objects_before_it_asks(tmp_path: Path) -> None:
     assert all(repr(name) in shown for name in names)
     hostile = write_dcp(tmp_path / "hostile", "\x1b[2J__0_0.distcp")
     assert "\x1b" not in call("rm", hostile, answer="n\n", code=1)
-    call("rm", place, answer="y\n")
-    assert not place.exists()
+    call("rm", folder, answer="y\n")
+    assert not folder.exists()
 
 
 def test_gc_does_not_delete_through_a_link(tmp_path: Path) -> None:
@@ -312,10 +312,10 @@ def test_gc_does_not_delete_through_a_link(tmp_path: Path) -> None:
 
 def test_gc_keeps_objects_that_are_committed_while_it_searches(tmp_path: Path) -> None:
     for method in ("read", "size", "modified"):
-        place = tmp_path / method
-        reshard.save(STATE, place)
-        (data,) = (place / "data").iterdir()
-        manifest = place / "manifest.reshard"
+        folder = tmp_path / method
+        reshard.save(STATE, folder)
+        (data,) = (folder / "data").iterdir()
+        manifest = folder / "manifest.reshard"
         manifest.rename(tmp_path / "aside")
 
         def commit(call: Call, method: str = method, manifest: Path = manifest, name: str = data.name) -> None:
@@ -324,8 +324,8 @@ def test_gc_keeps_objects_that_are_committed_while_it_searches(tmp_path: Path) -
 
         from reshard.storage.maintenance.gc import _remains
 
-        assert _remains(RecordingStore(LocalStore(place), commit), [f"data/{data.name}"], 0) == {}
-        assert reshard.open(place).verify() == []
+        assert _remains(RecordingStore(LocalStore(folder), commit), [f"data/{data.name}"], 0) == {}
+        assert reshard.open(folder).verify() == []
 
 
 @pytest.mark.parametrize("method", ["read", "size", "modified"])

@@ -85,7 +85,7 @@ def torch_file(folder: Path) -> None:
     torch.save({"w": torch.arange(1000)}, folder / "model.pt")
 
 
-def begun(folder: Path) -> None:
+def unfinished_conversion(folder: Path) -> None:
     """A conversion to DCP that was killed."""
     folder.mkdir()
     (folder / ".reshard-convert.json").write_text("{}")
@@ -101,7 +101,7 @@ PLACES: list[tuple[Callable[[Path], None], str]] = [
     (indexed, "model.safetensors.index.json"),
     (indexed, "model-00001-of-00001.safetensors"),
     (torch_file, "model.pt"),
-    (begun, ".reshard-convert.json"),
+    (unfinished_conversion, ".reshard-convert.json"),
 ]
 SCRIPT = """
 import contextlib, os, sys, torch, reshard

@@ -93,93 +93,95 @@ def saved(folder: Path) -> Path:
     return folder
 
 
-def calls(place: Any, folder: Path) -> list[Callable[[], object]]:
+def calls(location: Any, folder: Path) -> list[Callable[[], object]]:
     """Return every call of the API that takes a location."""
     return [
-        lambda: reshard.save(STATE, place),
-        lambda: reshard.save(STATE, place, overwrite=True),
-        lambda: reshard.load(dict(STATE), place),
-        lambda: reshard.open(place),
-        lambda: reshard.open(place, format="reshard"),
-        lambda: reshard.open(place, format="torch"),
-        lambda: reshard.convert(place, folder / "copy"),
-        lambda: reshard.convert(folder / "c", place),
-        lambda: reshard.convert(folder / "c", place, format="safetensors"),
-        lambda: reshard.find_checkpoints(place),
-        lambda: reshard.remove(place),
-        lambda: find_remains(os.fspath(place)),
-        lambda: open_store(place),
+        lambda: reshard.save(STATE, location),
+        lambda: reshard.save(STATE, location, overwrite=True),
+        lambda: reshard.load(dict(STATE), location),
+        lambda: reshard.open(location),
+        lambda: reshard.open(location, format="reshard"),
+        lambda: reshard.open(location, format="torch"),
+        lambda: reshard.convert(location, folder / "copy"),
+        lambda: reshard.convert(folder / "c", location),
+        lambda: reshard.convert(folder / "c", location, format="safetensors"),
+        lambda: reshard.find_checkpoints(location),
+        lambda: reshard.remove(location),
+        lambda: find_remains(os.fspath(location)),
+        lambda: open_store(location),
     ]
 
 
-@pytest.mark.parametrize("place", LOST, ids=str)
-def test_a_uri_that_lost_a_slash_is_refused(place: str | os.PathLike[str], tmp_path: Path, empty_folder: Path) -> None:
+@pytest.mark.parametrize("location", LOST, ids=str)
+def test_a_uri_that_lost_a_slash_is_refused(
+    location: str | os.PathLike[str], tmp_path: Path, empty_folder: Path
+) -> None:
     saved(tmp_path / "c")
-    for call in calls(place, tmp_path):
+    for call in calls(location, tmp_path):
         with pytest.raises(UnsupportedURIError, match=r"pass the URI as a string, '[a-z0-9:]+://") as caught:
             call()
-        assert repr(os.fspath(place)) in str(caught.value)
+        assert repr(os.fspath(location)) in str(caught.value)
     assert list(empty_folder.iterdir()) == []
     assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("place", LOST[:6], ids=str)
-def test_dcp_does_not_write_to_a_uri_that_lost_a_slash(place: Any, empty_folder: Path) -> None:
+@pytest.mark.parametrize("location", LOST[:6], ids=str)
+def test_dcp_does_not_write_to_a_uri_that_lost_a_slash(location: Any, empty_folder: Path) -> None:
     for kind in (reshard.StorageWriter, reshard.StorageReader):
-        assert not kind.validate_checkpoint_id(place)
+        assert not kind.validate_checkpoint_id(location)
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://") as caught:
-        dcp.save(STATE, storage_writer=reshard.StorageWriter(place))
+        dcp.save(STATE, storage_writer=reshard.StorageWriter(location))
     assert "UnsupportedURIError" in str(caught.value)
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
-        dcp.load(dict(STATE), storage_reader=reshard.StorageReader(place))
+        dcp.load(dict(STATE), storage_reader=reshard.StorageReader(location))
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
-        dcp.save(STATE, checkpoint_id=place, storage_writer=reshard.StorageWriter("elsewhere"))
+        dcp.save(STATE, checkpoint_id=location, storage_writer=reshard.StorageWriter("elsewhere"))
     assert list(empty_folder.iterdir()) == []
 
 
-def commands(place: str, folder: Path) -> list[list[str]]:
+def commands(location: str, folder: Path) -> list[list[str]]:
     there = str(folder / "c")
     return [
-        ["inspect", place],
-        ["plan", place],
-        ["verify", place],
-        ["convert", place, str(folder / "copy")],
-        ["convert", there, place],
-        ["diff", place, there],
-        ["diff", there, place],
-        ["ls", place],
-        ["rm", place, "--yes"],
-        ["gc", place, "--yes"],
-        ["demo", "--uri", place],
+        ["inspect", location],
+        ["plan", location],
+        ["verify", location],
+        ["convert", location, str(folder / "copy")],
+        ["convert", there, location],
+        ["diff", location, there],
+        ["diff", there, location],
+        ["ls", location],
+        ["rm", location, "--yes"],
+        ["gc", location, "--yes"],
+        ["demo", "--uri", location],
     ]
 
 
-@pytest.mark.parametrize("place", ["s3:/bucket/run", "gs:bucket"])
-def test_every_command_refuses_a_uri_that_lost_a_slash(place: str, tmp_path: Path, empty_folder: Path) -> None:
+@pytest.mark.parametrize("location", ["s3:/bucket/run", "gs:bucket"])
+def test_every_command_refuses_a_uri_that_lost_a_slash(location: str, tmp_path: Path, empty_folder: Path) -> None:
     saved(tmp_path / "c")
-    for command in commands(place, tmp_path):
+    for command in commands(location, tmp_path):
         with pytest.raises(UnsupportedURIError, match="pass the URI as a string"):
             CliRunner().invoke(app, command, catch_exceptions=False)
     assert list(empty_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", LOCAL)
-def test_a_local_path_with_colons_is_a_folder(place: str, empty_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("location", LOCAL)
+def test_a_local_path_with_colons_is_a_folder(location: str, empty_folder: Path, tmp_path: Path) -> None:
     saved(tmp_path / "c")
-    reshard.save(STATE, place)
-    assert (empty_folder / place / "manifest.reshard").is_file()
+    reshard.save(STATE, location)
+    assert (empty_folder / location / "manifest.reshard").is_file()
     assert {path.parts[0] for path in (p.relative_to(empty_folder) for p in empty_folder.iterdir())} == {
-        Path(place).parts[0]
+        Path(location).parts[0]
     }
-    for form in (place, Path(place) if not place.startswith("./") else place, empty_folder / place):
+    for form in (location, Path(location) if not location.startswith("./") else location, empty_folder / location):
         assert reshard.open(form).read("w").equal(STATE["w"])
         assert [found.is_complete for found in reshard.find_checkpoints(form)] == [True]
     loaded = {"w": torch.zeros(4, 3)}
-    reshard.load(loaded, place)
+    reshard.load(loaded, location)
     assert loaded["w"].equal(STATE["w"])
-    reshard.remove(place)
-    reshard.convert(tmp_path / "c", place, format="safetensors")
-    assert {path.suffix for path in (empty_folder / place).iterdir()} == {".json", ".safetensors"}
+    reshard.remove(location)
+    reshard.convert(tmp_path / "c", location, format="safetensors")
+    assert {path.suffix for path in (empty_folder / location).iterdir()} == {".json", ".safetensors"}
 
 
 @pytest.mark.parametrize("name", ["a::b", "a:", "s3:", "x::y/z::", "zip::b"])
@@ -189,10 +191,10 @@ def test_a_file_uri_may_contain_colons(name: str, empty_folder: Path) -> None:
 
 
 def test_two_paths_with_colons_are_two_checkpoints() -> None:
-    for i, place in enumerate(("a::b", "a::c", "a:", "a")):
-        reshard.save({"w": torch.full((2,), i)}, place)
-    for i, place in enumerate(("a::b", "a::c", "a:", "a")):
-        assert reshard.open(place).read("w").tolist() == [i, i]
+    for i, location in enumerate(("a::b", "a::c", "a:", "a")):
+        reshard.save({"w": torch.full((2,), i)}, location)
+    for i, location in enumerate(("a::b", "a::c", "a:", "a")):
+        assert reshard.open(location).read("w").tolist() == [i, i]
 
 
 @pytest.mark.parametrize("name", ["a::b.safetensors", "zip::x.safetensors", "d::e/f::g.safetensors"])

@@ -115,7 +115,7 @@ class Pickles:
         of_file = {"relative_path": self.word("__0_0.distcp"), "transform_descriptors": b"N"}
         slice = {**of_file, "offset": self.number(0), "length": self.number(len(SLICE))}
         blob = {**of_file, "offset": self.number(len(SLICE)), "length": self.number(len(SLICES) - len(SLICE))}
-        places = b"".join(
+        stored = b"".join(
             self.object(
                 DCP[3], {"fqn": self.word(name), "offset": b"N" if name == "o" else self.sizes(0, 0), "index": b"N"}
             )
@@ -130,7 +130,7 @@ class Pickles:
             {
                 "state_dict_metadata": self.dictionary(entries),
                 "planner_data": self.dictionary(paths),
-                "storage_data": b"}(" + places + b"u",
+                "storage_data": b"}(" + stored + b"u",
             },
         )
 
@@ -432,19 +432,19 @@ def manifest(rng: random.Random) -> Content:
 
 
 def _change_header(rng: random.Random, header: dict[str, Any]) -> None:
-    place: Any = header
+    container: Any = header
     while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        keys = list(container) if isinstance(container, dict) else list(range(len(container)))
         if not keys:
             return
         key = rng.choice(keys)
-        if isinstance(place[key], (list, dict)) and place[key] and rng.random() < 0.85:
-            place = place[key]
+        if isinstance(container[key], (list, dict)) and container[key] and rng.random() < 0.85:
+            container = container[key]
             continue
-        if isinstance(place, list) and rng.random() < 0.2:
-            place += [place[key]] * rng.choice((1, 100, 3000))
+        if isinstance(container, list) and rng.random() < 0.2:
+            container += [container[key]] * rng.choice((1, 100, 3000))
         else:
-            place[key] = rng.choice((*NUMBERS, "x", "../x", "a" * 3000, None, {"key": json_value(rng, 2)}, []))
+            container[key] = rng.choice((*NUMBERS, "x", "../x", "a" * 3000, None, {"key": json_value(rng, 2)}, []))
         return
 
 
