@@ -38,7 +38,7 @@ PAGES = [
 ]
 ALL_PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
 ]
 STABLE_MODULES = frozenset(
     f"reshard{name}" for name in ("", ".errors", ".formats", ".layout", ".plans", ".stores", ".testing")
