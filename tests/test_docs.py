@@ -193,6 +193,20 @@ def test_api_pages_document_every_public_name() -> None:
     assert [address for address, value in public_names() if isinstance(value, type) and not value.__doc__] == []
 
 
+def error_tree(kind: type[reshard.errors.CheckpointError], indent: str = "") -> Iterator[str]:
+    """Yield a line for an error class and each of its subclasses, with the built-in bases in parentheses."""
+    bases = [base.__name__ for base in kind.__bases__ if base.__module__ == "builtins" and base is not Exception]
+    yield f"{indent}{kind.__name__}" + (f" ({', '.join(bases)})" if bases else "")
+    for child in vars(reshard.errors).values():
+        if isinstance(child, type) and kind in child.__bases__:
+            yield from error_tree(child, indent + "    ")
+
+
+def test_api_page_shows_the_tree_of_errors() -> None:
+    (block,) = blocks(ROOT / "docs" / "api" / "errors.md")
+    assert block.text.splitlines() == list(error_tree(reshard.errors.CheckpointError))
+
+
 def test_page_that_is_wrong_fails(tmp_path: Path) -> None:
     """A wrong value, a wrong output and a wrong command each make the page fail."""
     for text in ("```python\nassert 1 > 2\n```", "```python\n>>> print('a')\nb\n```", "```\nreshard inspect none\n```"):
