@@ -188,8 +188,7 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
 
 
 def is_of_a_checkpoint(name: str) -> bool:
-    """Return whether a name shows that a folder contains a checkpoint of another format, or an unfinished
-    conversion."""
+    """Return whether an object at the top of a folder belongs to another format or to an unfinished conversion."""
     known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
     is_top = "/" not in name
     return is_top and (

@@ -1,5 +1,4 @@
-"""Unusual keys in a bucket, such as keys that no file can have: they are skipped or listed, and disturb nothing
-else."""
+"""Unusual keys in a bucket, such as keys that no file can have, are skipped or listed, and disturb nothing else."""
 
 import uuid
 from importlib.util import find_spec

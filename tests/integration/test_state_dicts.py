@@ -1,5 +1,4 @@
-"""Contents of state dicts other than tensors round-trip: keys, empty dicts, values and containers, also when
-renamed."""
+"""Contents of state dicts other than tensors round-trip: keys, empty dicts, values, containers, renamed entries."""
 
 from __future__ import annotations
 
