@@ -98,8 +98,8 @@ _WIDE: high bytes that are split off; in decoding, float32 values.
 class _Scratch(threading.local):
     """Memory of each thread that is reused for each chunk.
 
-    Fresh pages cost more than filling them (`benchmarks/codec.py`). A function may return an array of a slot. It is valid
-    until the next function that takes the slot.
+    Fresh pages cost more than filling them (`benchmarks/codec.py`). A function may return an array of a slot. It is
+    valid until the next function that takes the slot.
     """
 
     def __init__(self) -> None:
