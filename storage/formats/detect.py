@@ -139,8 +139,8 @@ def _in_folder(store: Store, format: str | None) -> Source:
     torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
     if cut and METADATA not in top and not indexes and not torch_indexes:
         raise CheckpointNotFoundError(
-            f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a "
-            "checkpoint in them: give the folder or file of the checkpoint"
+            f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a checkpoint among them: "
+            "give the folder or file of the checkpoint"
         )
     if format in (None, "dcp") and (METADATA in top or ranks):
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank_of_metadata))
