@@ -110,9 +110,9 @@ def load_sharded(uri: str) -> list[int]:
     assert column.q.tolist() == torch.arange(32).reshape(8, 4).chunk(2, 1)[dist.get_rank()].tolist()
     with pytest.raises(errors.DestinationError, match=r"'w' is of the class .*Deaf"):
         reshard.load({"w": dtensor_of(Deaf.of(rows, 4), mesh, 0)}, uri)
-    with pytest.raises(errors.UnsupportedValueError, match=r"'w' cannot be stored: it is of the class .*Scaled"):
+    with pytest.raises(errors.UnsupportedValueError, match=r"'w' cannot be stored: its class .*Scaled"):
         reshard.save({"w": dtensor_of(Scaled.of(rows, 4), mesh, 0)}, f"{uri}-2")
-    with pytest.raises(CheckpointException, match=r"'w' cannot be stored: it is of the class .*Scaled"):
+    with pytest.raises(CheckpointException, match=r"'w' cannot be stored: its class .*Scaled"):
         dcp.save({"w": dtensor_of(Scaled.of(rows, 4), mesh, 0)}, storage_writer=reshard.StorageWriter(f"{uri}-3"))
     both = {"emb": distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])}
     both["head"] = distribute_tensor(torch.ones(8, 4), mesh, [Shard(1)])
@@ -187,7 +187,7 @@ def test_storage_writer_refuses_tensors_without_dense_memory(name: str) -> None:
 )
 def test_save_refuses_subclasses_that_encode_their_values(make: Callable[[], torch.Tensor]) -> None:
     store = MemoryStore()
-    with pytest.raises(errors.UnsupportedValueError, match=r"'x\.w' cannot be stored: it is of the class"):
+    with pytest.raises(errors.UnsupportedValueError, match=r"'x\.w' cannot be stored: its class"):
         reshard.save({"x": {"w": make()}, "v": torch.ones(2)}, store)
     assert not store.content
 
