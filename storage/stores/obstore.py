@@ -1,5 +1,6 @@
-"""A store on S3 through obstore, a client in Rust. It stores the same objects as s3fs and needs less CPU time.
+"""A store on S3 through obstore, a client in Rust.
 
+It stores the same objects as s3fs and needs less CPU time (benchmarks/overhead.py).
 It is used if obstore is installed and supports all of the storage options; otherwise s3fs is used. botocore finds the
 credentials if it is installed.
 """
