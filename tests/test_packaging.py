@@ -82,7 +82,7 @@ def test_wheel_contains_the_whole_package_and_nothing_else(built: tuple[Path, Pa
     }
     assert code == expected | {"reshard/py.typed"}
     assert {
-        "reshard/storage/formats/dcp.py",
+        "reshard/storage/formats/dcp_source.py",
         "reshard/storage/conversion/targets/dcp.py",
         "reshard/planner/grid.py",
     } <= code
@@ -101,7 +101,7 @@ def test_metadata_matches_the_project(built: tuple[Path, Path, Path]) -> None:
     assert {"s3", "obstore", "gcs", "docs", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     with tarfile.open(sdist) as source:
         inside = {name.partition("/")[2] for name in source.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "planner/grid.py", "storage/formats/dcp.py"} <= inside
+    assert {"LICENSE", "README.md", "pyproject.toml", "planner/grid.py", "storage/formats/dcp_source.py"} <= inside
 
 
 def test_wheel_works_in_an_empty_environment(built: tuple[Path, Path, Path], tmp_path: Path) -> None:

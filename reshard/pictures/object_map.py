@@ -114,9 +114,9 @@ def _covered(requests: Requests, shown: Sequence[int], edges: FloatArray) -> Ite
         if begin == end:
             continue
         after = np.cumsum(nbytes[begin:end])
-        places = np.stack([starts[begin:end], stops[begin:end]], axis=1).reshape(-1)
+        boundaries = np.stack([starts[begin:end], stops[begin:end]], axis=1).reshape(-1)
         fetched = np.stack([after - nbytes[begin:end], after], axis=1).reshape(-1)
-        parts: FloatArray = np.diff(np.interp(edges, places, fetched)) / (edges[1] - edges[0])
+        parts: FloatArray = np.diff(np.interp(edges, boundaries, fetched)) / (edges[1] - edges[0])
         yield strip, np.minimum(parts, 1)
 
 

@@ -12,15 +12,15 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
 from ..stores.open import open_found_store, open_store
-from .dcp import DcpSource
 from .dcp_metadata import METADATA, RANK_METADATA
+from .dcp_source import DcpSource
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_numbered_files, describe_files, group_numbered_files, read_weight_map
 from .metadata_reads import Reads
 from .native.manifest import DATA_NAME, MANIFEST_NAME, Manifest
-from .safetensors import INDEX_SUFFIX, SUFFIX, SafetensorsSource
+from .safetensors_source import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .source import Source
-from .torch_save.source import LEGACY_MAGIC, TorchSaveSource
+from .torch_save.torch_save_source import LEGACY_MAGIC, TorchSaveSource
 
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}

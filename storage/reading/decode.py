@@ -36,7 +36,7 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
         begin = 0
         for run in runs:
             end = begin + run.count * run.numel * read.itemsize
-            destination.write(run.place, values[begin:end], run.sizes, run.part, run.count, run.dim)
+            destination.write(run.target, values[begin:end], run.sizes, run.part, run.count, run.dim)
             begin = end
 
 

@@ -20,7 +20,7 @@ from reshard.storage.conversion import source_stream
 from reshard.storage.conversion.targets import target
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
-from reshard.storage.formats.safetensors import NAMES
+from reshard.storage.formats.safetensors_source import SAFETENSORS_DTYPES
 from reshard.storage.tensors import splitting
 from reshard.storage.tensors.state_dict import flatten
 from tests.samples import same, sample
@@ -40,7 +40,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int 
     monkeypatch.setattr(target, "UNIT_BYTES", unit)
 
 
-def tensors_of(dtypes: Any = NAMES) -> dict[str, Any]:
+def tensors_of(dtypes: Any = SAFETENSORS_DTYPES) -> dict[str, Any]:
     """Return a nested state dict with tensors of every dtype, scalars, empty tensors, and large ones of many pieces."""
     torch.manual_seed(0)
     return {

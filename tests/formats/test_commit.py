@@ -170,7 +170,12 @@ def named(*ranks: int) -> set[str]:
 @pytest.mark.parametrize(
     ("written", "seen", "rank", "words"),
     [
-        ((0, 1), (0,), 0, r"rank 0 cannot see 1 data objects at memory that rank 1 wrote, as 'data/0+1-00001\.shard'"),
+        (
+            (0, 1),
+            (0,),
+            0,
+            r"rank 0 cannot see 1 data objects at memory that rank 1 wrote, such as 'data/0+1-00001\.shard'",
+        ),
         ((0, 1, 2, 3), (0,), 0, r"rank 0 cannot see 3 data objects at memory that ranks 1, 2, 3 wrote"),
         ((0, 1, 2, 3), (), 2, r"rank 2 cannot see 4 data objects at memory that ranks 0, 1, 3 wrote"),
         (tuple(range(20)), (0,), 0, r"ranks 1, 2, 3, 4, 5, 6, 7, 8 and 11 more wrote"),

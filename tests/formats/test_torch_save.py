@@ -28,7 +28,7 @@ from reshard.errors import (
     UnsupportedFormatError,
 )
 from reshard.planner.entries import ITEMSIZES
-from reshard.storage.formats.torch_save import source
+from reshard.storage.formats.torch_save import torch_save_source
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.dcp_checkpoints import torch_saved
 from tests.samples import Runs, assert_holds, boxes, same, sample
@@ -423,12 +423,12 @@ def test_other_byte_order_raises_unsupported_format_error() -> None:
 @pytest.mark.parametrize("tail_bytes", [0, 70_000, 100_000])
 def test_directory_larger_than_the_first_read_is_completed(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(3000)}
-    monkeypatch.setattr(source, "TAIL_BYTES", tail_bytes)
+    monkeypatch.setattr(torch_save_source, "TAIL_BYTES", tail_bytes)
     assert_holds(opened(torch_saved(tensors)), tensors)
 
 
 def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "TAIL_BYTES", 4096)
+    monkeypatch.setattr(torch_save_source, "TAIL_BYTES", 4096)
     values = torch.randn(1000, 1000)
     store = RecordingStore(stored(torch_saved({"w": values, "v": torch.ones(2)})))
     checkpoint = reshard.open(store)

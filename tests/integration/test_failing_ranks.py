@@ -246,7 +246,7 @@ def test_every_rank_reports_an_unknown_codec_of_one_rank(ranks: RankPool, tmp_pa
 
 def test_ranks_with_different_codecs_raise_argument_error(ranks: RankPool, tmp_path: Path) -> None:
     messages = ranks.run(2, save_with_different_codecs, str(tmp_path), "none")
-    assert all(message.endswith("were given different codecs: none, zstd") for message in messages)
+    assert all(message.endswith("passed different codecs: none, zstd") for message in messages)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,5 +258,5 @@ def save_to_different_locations(folder: str) -> str:
 
 def test_ranks_with_different_locations_raise_argument_error(ranks: RankPool, tmp_path: Path) -> None:
     messages = ranks.run(2, save_to_different_locations, str(tmp_path))
-    assert all("were given different places" in message for message in messages)
+    assert all("passed different locations" in message for message in messages)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.storage.dcp import StorageWriter
+from reshard.storage.dcp_writer import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.stores import base as store_module
 from reshard.storage.stores import conditional_put, obstore

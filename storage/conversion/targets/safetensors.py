@@ -9,7 +9,7 @@ from typing import Any
 from ....planner.box import Box
 from ....planner.entries import ITEMSIZES
 from ...errors import ArgumentError, DtypeError
-from ...formats.safetensors import INDEX_SUFFIX, NAMES
+from ...formats.safetensors_source import INDEX_SUFFIX, SAFETENSORS_DTYPES
 from ...stores.base import Store
 from ...tensors.dtypes import as_array, as_bytes, is_packed
 from ...tensors.splitting import row_boxes
@@ -92,7 +92,7 @@ def _check_dtypes(items: Sequence[Item]) -> None:
     Raises:
         DtypeError: It does not.
     """
-    lacking = [item for item in items if item.dtype not in NAMES]
+    lacking = [item for item in items if item.dtype not in SAFETENSORS_DTYPES]
     if not lacking:
         return
     first = lacking[0]
@@ -128,7 +128,11 @@ def _header(items: Sequence[Item]) -> bytes:
         shape = list(item.shape)
         if is_packed(item.dtype):  # two values an element
             shape[-1] *= 2
-        header[item.name] = {"dtype": NAMES[item.dtype], "shape": shape, "data_offsets": [at, at + item.nbytes]}
+        header[item.name] = {
+            "dtype": SAFETENSORS_DTYPES[item.dtype],
+            "shape": shape,
+            "data_offsets": [at, at + item.nbytes],
+        }
         at += item.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)

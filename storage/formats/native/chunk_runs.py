@@ -44,7 +44,7 @@ class ChunkRun:
     """The sizes of each chunk."""
     part: Slices
     """The part of the chunk that is needed. If there are several chunks, the whole of each."""
-    place: Slices
+    target: Slices
     """The destination of the run in the wanted box."""
 
 
@@ -65,9 +65,9 @@ class ChunkRuns:
     part_offsets: IntArray
     """(r, ndim) the part of the first chunk that is needed, relative to the chunk."""
     part_sizes: IntArray
-    place_offsets: IntArray
+    target_offsets: IntArray
     """(r, ndim) the destination of the run in the wanted box."""
-    place_sizes: IntArray
+    target_sizes: IntArray
 
     def select(self, runs: slice) -> Iterator[ChunkRun]:
         """Iterate over some of the runs."""
@@ -75,8 +75,8 @@ class ChunkRuns:
             column[runs].tolist() for column in (self.firsts, self.counts, self.dims, self.encodings, self.numels)
         )
         parts = box_slices(self.part_offsets[runs], self.part_sizes[runs])
-        places = box_slices(self.place_offsets[runs], self.place_sizes[runs])
-        return map(ChunkRun, *columns, map(tuple, self.sizes[runs].tolist()), parts, places)
+        targets = box_slices(self.target_offsets[runs], self.target_sizes[runs])
+        return map(ChunkRun, *columns, map(tuple, self.sizes[runs].tolist()), parts, targets)
 
 
 def find_chunk_runs(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[ChunkRuns]:

@@ -24,7 +24,7 @@ from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from .dcp_metadata import METADATA, DcpMetadata, SerializedShard
 from .foreign import ForeignSource, Shards
 from .metadata_reads import Reads
-from .safetensors import TensorHeader, read_header
+from .safetensors_source import TensorHeader, read_header
 from .torch_save.zip_layout import MAX_PREAMBLE_BYTES, locate_values
 
 

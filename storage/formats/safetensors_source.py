@@ -29,14 +29,14 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 """The limit of the format."""
 FIRST_HEADER_READ_BYTES = 64 * 1024
 """How many bytes of a file the first request reads."""
-DTYPES = {
+TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
 """The name in torch of each dtype of the format."""
-NAMES = {name: word for word, name in DTYPES.items()}
+SAFETENSORS_DTYPES = {name: word for word, name in TORCH_DTYPES.items()}
 """The name in the format of each dtype of torch."""
 REMAINS = (
     "files of another save remain in the folder, or a file is missing. Remove the files of the other save, or save "
@@ -56,7 +56,7 @@ class TensorHeader:
     offsets: tuple[int, ...] | None
     """The offsets in the whole tensor, if this is a shard that DCP saved."""
     unknown: str | None = None
-    """The name in the format of its dtype, if it is not in DTYPES. `dtype` is then empty."""
+    """The name in the format of its dtype, if it is not in TORCH_DTYPES. `dtype` is then empty."""
 
 
 class SafetensorsSource(ForeignSource):
@@ -209,7 +209,7 @@ def _tensor(name: str, row: dict[str, Any], data_start: int, sharding: dict[str,
     word = row["dtype"]
     if type(word) is not str:
         raise ValueError(f"{name!r} has the dtype {brief(word)}")
-    dtype, shape, (begin, end) = DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
+    dtype, shape, (begin, end) = TORCH_DTYPES.get(word, ""), tuple(row["shape"]), row["data_offsets"]
     offsets = None if sharding is None else tuple(sharding["saved_offsets"])
     possible = all(type(n) is int and 0 <= n <= MAX_TOTAL_BYTES for n in (*shape, *(offsets or ()), begin, end))
     if not possible or len(shape) > MAX_TENSOR_DIMENSIONS or (offsets is not None and len(offsets) != len(shape)):
