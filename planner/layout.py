@@ -311,7 +311,7 @@ class Layout:
     """Which part of every tensor each rank of a mesh holds.
 
     Example:
-        >>> layout = Layout({"dp": 2, "tp": 4}, {"layers.*.up": "colwise", "layers.*.down": "rowwise"})
+        >>> layout = Layout({"dp": 2, "tp": 4}, {"*.up": "colwise", "*.down": "rowwise"})
         >>> layout.local("layers.0.up.weight", (4096, 1024), rank=1).boxes
         (Box(offsets=(1024, 0), sizes=(1024, 1024)),)
     """

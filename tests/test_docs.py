@@ -38,7 +38,7 @@ PAGES = [
 ]
 ALL_PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
 ]
 STABLE_MODULES = frozenset(
     f"reshard{name}" for name in ("", ".errors", ".formats", ".layout", ".plans", ".stores", ".testing")
@@ -149,7 +149,8 @@ def test_page_imports_from_stable_modules(page: Path) -> None:
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.stem)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """A page may name a module by the end of its path, such as `formats/detect.py`."""
-    known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "build" not in path.parts]
+    folders = ("benchmarks", "examples", "planner", "reshard", "storage", "tests")
+    known = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")]
     for path in re.findall(r"`([\w/-]+\.py)`", page.read_text()):
         assert any(name == path or name.endswith(f"/{path}") for name in known), f"{page.name} names {path}"
 
@@ -190,6 +191,20 @@ def test_api_pages_document_every_public_name() -> None:
     ]
     assert undocumented == []
     assert [address for address, value in public_names() if isinstance(value, type) and not value.__doc__] == []
+
+
+def error_tree(kind: type[reshard.errors.CheckpointError], indent: str = "") -> Iterator[str]:
+    """Yield a line for an error class and each of its subclasses, with the built-in bases in parentheses."""
+    bases = [base.__name__ for base in kind.__bases__ if base.__module__ == "builtins" and base is not Exception]
+    yield f"{indent}{kind.__name__}" + (f" ({', '.join(bases)})" if bases else "")
+    for child in vars(reshard.errors).values():
+        if isinstance(child, type) and kind in child.__bases__:
+            yield from error_tree(child, indent + "    ")
+
+
+def test_api_page_shows_the_tree_of_errors() -> None:
+    (block,) = blocks(ROOT / "docs" / "api" / "errors.md")
+    assert block.text.splitlines() == list(error_tree(reshard.errors.CheckpointError))
 
 
 def test_page_that_is_wrong_fails(tmp_path: Path) -> None:

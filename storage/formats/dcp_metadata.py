@@ -37,8 +37,7 @@ METADATA = ".metadata"
 RANK_METADATA = re.compile(r"__([0-9]{1,18})\.metadata")
 """The metadata of one rank, from a save without collectives."""
 TYPED_PATHS = ".reshard.paths"
-"""The key in `planner_data` of the paths that have keys which are not strings, as in a manifest. Conversions write
-it."""
+"""The key in `planner_data` of paths with keys that are not strings, encoded as in a manifest. Conversions write it."""
 ZSTD_TRANSFORM = "stream.zstd"
 FIRST_METADATA_READ_BYTES = 1024 * 1024
 """How many bytes of the metadata the first request reads. Most metadata is smaller."""

@@ -137,7 +137,8 @@ class DcpSource(ForeignSource):
     def _is_worthwhile(self, name: str, rows: IntArray, offsets: IntArray, sizes: IntArray) -> npt.NDArray[np.bool_]:
         """Return which shards to locate, so that boxes of them can be read. The others are read as a whole.
 
-        Locating a shard takes a request. It is not worthwhile if that costs more than reading the rest of the shard.
+        Locating a shard takes a request. It is not worthwhile if that costs more than reading the rest of the shard
+        (`benchmarks/foreign.py`).
 
         Args:
             name: The tensor.

@@ -139,8 +139,8 @@ def _in_folder(store: Store, format: str | None) -> Source:
     torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
     if cut and METADATA not in top and not indexes and not torch_indexes:
         raise CheckpointNotFoundError(
-            f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a "
-            "checkpoint in them: give the folder or file of the checkpoint"
+            f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a checkpoint among them: "
+            "give the folder or file of the checkpoint"
         )
     if format in (None, "dcp") and (METADATA in top or ranks):
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank_of_metadata))
@@ -188,8 +188,7 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
 
 
 def is_of_a_checkpoint(name: str) -> bool:
-    """Return whether a name shows that a folder contains a checkpoint of another format, or an unfinished
-    conversion."""
+    """Return whether an object at the top of a folder belongs to another format or to an unfinished conversion."""
     known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
     is_top = "/" not in name
     return is_top and (

@@ -52,8 +52,7 @@ class Shards:
 
     @classmethod
     def of(cls, rows: list[tuple[Box, int, int, int, Encoding]], ndim: int) -> Shards:
-        """Return the shards of a tensor with `ndim` dimensions, from rows of box, object, start, length and
-        encoding."""
+        """Return the shards of an `ndim`-dimensional tensor from rows of box, object, start, length and encoding."""
         boxes, *columns = zip(*rows, strict=True) if rows else ((),) * 5
         objects, starts, lengths = (np.array(column, np.int64) for column in columns[:3])
         offsets = np.array([box.offsets for box in boxes], np.int64).reshape(len(rows), ndim)

@@ -11,8 +11,7 @@ CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 """How much of a `config.json` is read."""
 TP_PLAN_KEYS = ("base_model_tp_plan", "tp_plan")
-"""The keys of plans: of the base model, whose names lack the prefix of the model with a head, and of the whole
-model."""
+"""The keys of plans. The names in the first one lack the prefix that a model with a head adds."""
 
 
 def read_tp_plan(store: Store) -> dict[str, str]:

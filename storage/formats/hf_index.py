@@ -28,8 +28,7 @@ _OF_RANK = re.compile(r"shard-\d+-")
 """The prefix that torch's HuggingFaceStorageWriter gives to the files of one rank."""
 InFile = TypeVar("InFile")
 TensorsByName = dict[str, list[tuple[int, InFile]]]
-"""The contents of files, by name: the position of each file in the source's `objects`, and what it says about the
-tensor."""
+"""The contents of files by name: positions of files in the source's `objects`, with what they say about the tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class LocalStore:
                 file = self._open(name)
                 for start, stop in ranges:
                     if file.is_cached(stop - 1):
-                        continue  # advice on cached pages takes half as long as to read them
+                        continue  # advice on cached pages takes half as long as reading them (benchmarks/overhead.py)
                     for at in range(start, stop, MAX_ADVICE_BYTES):
                         nbytes = min(MAX_ADVICE_BYTES, stop - at)
                         os.posix_fadvise(file.descriptor, at, nbytes, os.POSIX_FADV_WILLNEED)
@@ -341,7 +341,8 @@ class LocalStore:
 class _NewFile:
     """A file that is being written, about a MiB per system call.
 
-    Another thread syncs the file meanwhile. A single sync at the end would take as long as the writes.
+    Another thread syncs the file meanwhile. A single sync at the end would take as long as the writes
+    (benchmarks/fsdp_to_tp.py).
 
     Args:
         name: The name of the file in its folder.

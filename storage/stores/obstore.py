@@ -1,5 +1,6 @@
-"""A store on S3 through obstore, a client in Rust. It stores the same objects as s3fs and needs less CPU time.
+"""A store on S3 through obstore, a client in Rust.
 
+It stores the same objects as s3fs and needs less CPU time (benchmarks/overhead.py).
 It is used if obstore is installed and supports all of the storage options; otherwise s3fs is used. botocore finds the
 credentials if it is installed.
 """
@@ -89,7 +90,7 @@ def open_s3(
         given = options.get("key") is not None or bool(options.get("anon"))
         session = _session(options.get("profile"), may_call=not given)
         config = _config(dict(options), session)
-        return None if config is None else _opened(bucket, folder, config, _ca_bundle(session), open_lister)
+        return None if config is None else _open(bucket, folder, config, _ca_bundle(session), open_lister)
     except ArgumentError:
         raise
     except Exception as error:
@@ -109,7 +110,7 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     region = client.pop("region_name", None)
     keys = {name: options.pop(name, None) for name in ("key", "secret", "token")}
     profile = options.pop("profile", None)
-    if options or client or (session is None and profile is not None) or _is_beyond(session):
+    if options or client or (session is None and profile is not None) or _needs_s3fs(session):
         return None
     if not endpoint:
         endpoint = _configured_endpoint(session)
@@ -134,7 +135,7 @@ def _config(options: dict[str, Any], session: Any) -> dict[str, Any] | None:
     return config
 
 
-def _opened(
+def _open(
     bucket: str,
     folder: str,
     config: dict[str, Any],
@@ -185,7 +186,7 @@ def _ca_bundle(session: Any) -> str | None:
     return configured or os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
 
 
-def _is_beyond(session: Any) -> bool:
+def _needs_s3fs(session: Any) -> bool:
     """Return whether the environment or the AWS configuration requires something that obstore does not support."""
     if session is None:
         return any(name in os.environ for name in ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"))

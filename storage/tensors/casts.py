@@ -45,8 +45,7 @@ def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:
 
 
 def weight_dtype(stored: torch.dtype, shape: Sequence[int], dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype for a stored tensor if weights are cast to `dtype`. Scalars, such as counters, keep their
-    dtype."""
+    """Return the dtype to load a tensor as, if weights are cast to `dtype`. Scalars, such as counters, keep theirs."""
     is_weight = stored.is_floating_point and len(shape) > 0 and not is_packed(stored)
     return dtype if dtype is not None and is_weight else stored
 

@@ -15,6 +15,10 @@ from ..errors import DtypeError
 
 LocalShard = tuple[Box, torch.Tensor]
 """A box of the global tensor, and the local tensor with its values."""
+SINGLE_THREAD_NUMEL = 32768
+"""How many elements torch processes in the calling thread, without using others: ATen's GRAIN_SIZE."""
+UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+"""Dtypes that numpy has too, by bytes per element."""
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
@@ -36,12 +40,6 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise DtypeError(f"this torch {torch.__version__} has no dtype {name}")
     return dtype
-
-
-SINGLE_THREAD_NUMEL = 32768
-"""How many elements torch processes in the calling thread, without using others: ATen's GRAIN_SIZE."""
-UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-"""Dtypes that numpy has too, by bytes per element."""
 
 
 def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -35,8 +35,7 @@ def group_by_bytes(items: Iterable[_Grouped], max_bytes: int) -> Iterator[list[_
 
 
 def row_boxes(shape: tuple[int, ...], dtype: str) -> Iterator[Box]:
-    """Yield boxes that are contiguous in the row-major tensor, in order, of at most MAX_PIECE_BYTES or a single
-    element.
+    """Yield boxes that are contiguous in the row-major tensor, of at most MAX_PIECE_BYTES or a single element.
 
     The boxes end at chunk boundaries of a native checkpoint if possible, so that no chunk is read for two boxes.
     """

@@ -85,15 +85,15 @@ def test_encoding_chunks_together_equals_encoding_each_alone(dtype: str, content
 SHAPES = {"up": (2048, 512), "down": (512, 2048), "cube": (4, 512, 256), "row": (300_000,), "uneven": (1030, 517)}
 
 
-def saved(codec: str, dtype: torch.dtype, row_boxes: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
+def saved(codec: str, dtype: torch.dtype, ranks: int = 2) -> tuple[MemoryStore, dict[str, torch.Tensor]]:
     """Return a store with tensors that two ranks saved in rows."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
     store, records = MemoryStore(), []
-    for rank in range(row_boxes):
+    for rank in range(ranks):
         shards = []
         for name, values in tensors.items():
-            rows = len(values) // row_boxes
+            rows = len(values) // ranks
             box = Box((rank * rows, *(0 for _ in values.shape[1:])), (rows, *values.shape[1:]))
             load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))

@@ -269,15 +269,15 @@ def test_created_folders_are_synced_to_disk(
     format: str, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reshard.save(STATE, tmp_path / "source")
-    place = tmp_path.joinpath("new", *map(str, range(depth)))
+    location = tmp_path.joinpath("new", *map(str, range(depth)))
     before = {path for path in tmp_path.rglob("*") if path.is_dir()}
     found = synced(monkeypatch)
     if format == "save":
-        reshard.save(STATE, place)
+        reshard.save(STATE, location)
     else:
-        reshard.convert(tmp_path / "source", place, format=format)
+        reshard.convert(tmp_path / "source", location, format=format)
     made = {path for path in tmp_path.rglob("*") if path.is_dir()} - before
-    assert place in made
+    assert location in made
     for folder in made:
         assert str(folder.parent) in found, folder
         if any(path.is_file() for path in folder.iterdir()):

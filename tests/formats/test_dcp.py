@@ -32,7 +32,7 @@ from tests.samples import assert_holds, boxes, same, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-WAYS: dict[str, dict[str, Any]] = {
+WRITER_OPTIONS: dict[str, dict[str, Any]] = {
     "as by default": {},
     "a file for each tensor": {"single_file_per_rank": False},
     "three threads": {"thread_count": 3},
@@ -57,15 +57,15 @@ def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, m
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-@pytest.mark.parametrize("way", WAYS)
-def test_every_dtype_and_shape_round_trips(way: str, tmp_path: Path) -> None:
-    known = set(ITEMSIZES) - ({"complex32", "complex128"} if way == "safetensors" else set())
+@pytest.mark.parametrize("options", WRITER_OPTIONS)
+def test_every_dtype_and_shape_round_trips(options: str, tmp_path: Path) -> None:
+    known = set(ITEMSIZES) - ({"complex32", "complex128"} if options == "safetensors" else set())
     tensors = {
         f"{dtype} {shape}": sample(dtype, *shape)
         for dtype, shape in itertools.product(sorted(known), ((), (7,), (0, 3), (5, 8)))
-        if not (way == "safetensors" and dtype == "float4_e2m1fn_x2" and shape == ())
+        if not (options == "safetensors" and dtype == "float4_e2m1fn_x2" and shape == ())
     }
-    assert_holds(reshard.open(save(dict(tensors), tmp_path / "x", **WAYS[way])), tensors)
+    assert_holds(reshard.open(save(dict(tensors), tmp_path / "x", **WRITER_OPTIONS[options])), tensors)
 
 
 IMAGES = torch.randn(2, 3, 4, 5)
@@ -84,9 +84,10 @@ STORED_OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "safetensors"])  # it only accepts contiguous tensors
-def test_tensors_of_any_memory_layout_round_trip(way: str, tmp_path: Path) -> None:
-    uri = save(dict(STORED_OTHERWISE), tmp_path / "x", **WAYS[way])
+# The safetensors writer only accepts contiguous tensors.
+@pytest.mark.parametrize("options", [options for options in WRITER_OPTIONS if options != "safetensors"])
+def test_tensors_of_any_memory_layout_round_trip(options: str, tmp_path: Path) -> None:
+    uri = save(dict(STORED_OTHERWISE), tmp_path / "x", **WRITER_OPTIONS[options])
     assert_holds(reshard.open(uri), STORED_OTHERWISE)
     for name in ("transposed", "channels last", "conjugate"):
         for box in boxes(tuple(STORED_OTHERWISE[name].shape)):
@@ -98,8 +99,8 @@ class Pickled:
         self.value = value
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_values_that_are_not_tensors_round_trip(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", WRITER_OPTIONS)
+def test_values_that_are_not_tensors_round_trip(options: str, tmp_path: Path) -> None:
     state = {
         "step": 7,
         "rate": 0.5,
@@ -110,7 +111,7 @@ def test_values_that_are_not_tensors_round_trip(way: str, tmp_path: Path) -> Non
         "pickled": Pickled(5),
         "w": torch.ones(3),
     }
-    checkpoint = reshard.open(save(state, tmp_path / "x", **WAYS[way]))
+    checkpoint = reshard.open(save(state, tmp_path / "x", **WRITER_OPTIONS[options]))
     assert checkpoint.read("w").equal(torch.ones(3))
     found = {name: checkpoint.read_value(name) for name in checkpoint.value_names if name not in ("when", "pickled")}
     assert found == {
@@ -145,12 +146,12 @@ def test_nested_state_has_the_names_of_dcp_and_round_trips(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("over_read", [0.0, 1e9])
 @pytest.mark.parametrize("shape", [(), (9,), (8, 7), (5, 4, 6)])
-@pytest.mark.parametrize("way", ["as by default", "safetensors", "zstd"])
+@pytest.mark.parametrize("options", ["as by default", "safetensors", "zstd"])
 def test_reading_a_box_equals_slicing_the_tensor(
-    way: str, shape: tuple[int, ...], over_read: float, tmp_path: Path
+    options: str, shape: tuple[int, ...], over_read: float, tmp_path: Path
 ) -> None:
     values = torch.randn(shape)
-    uri = save({"before": torch.ones(3), "w": values}, tmp_path / "x", **WAYS[way])
+    uri = save({"before": torch.ones(3), "w": values}, tmp_path / "x", **WRITER_OPTIONS[options])
     for box in boxes(shape):
         assert same(read_box(uri, "w", box, values.dtype, over_read), values[box.slices]), box
 

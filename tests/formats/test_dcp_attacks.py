@@ -96,7 +96,7 @@ def test_metadata_that_would_run_code_raises_unsafe_error(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["planner_data", "storage_meta", "version", "mcore_data"])
+@pytest.mark.parametrize("attribute", ["planner_data", "storage_meta", "version", "mcore_data"])
 @pytest.mark.parametrize(
     "value",
     [
@@ -114,11 +114,11 @@ def test_metadata_that_would_run_code_raises_unsafe_error(
     ids=str,
 )
 def test_code_beside_the_metadata_of_tensors_does_not_run(
-    value: object, place: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    value: object, attribute: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with taking_at_most(32 * 2**20):
-        read_all(whole(lambda metadata: setattr(metadata, place, value)))
+        read_all(whole(lambda metadata: setattr(metadata, attribute, value)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,8 +214,8 @@ class MCoreMetadata(Metadata):
 def test_subclass_of_metadata_is_read() -> None:
     made: list[Metadata] = []
     store = whole(made.append)
-    told = {field.name: getattr(made[0], field.name) for field in fields(Metadata)}
-    store.content[METADATA] = pickle.dumps(MCoreMetadata(**told, mcore_data={"w": Options()}))
+    attributes = {field.name: getattr(made[0], field.name) for field in fields(Metadata)}
+    store.content[METADATA] = pickle.dumps(MCoreMetadata(**attributes, mcore_data={"w": Options()}))
     read_all(store)
 
 
@@ -264,7 +264,7 @@ NEEDED: dict[str, Callable[[Any], object]] = {
     "its chunks": lambda metadata: setattr(of_w(metadata), "chunks", Options()),
     "a chunk": lambda metadata: of_w(metadata).chunks.insert(1, Options()),
     "an offset": lambda metadata: setattr(of_w(metadata).chunks[1], "offsets", Options()),
-    "the place of a shard": lambda metadata: metadata.storage_data.update({FIRST: Options()}),
+    "the location of a shard": lambda metadata: metadata.storage_data.update({FIRST: Options()}),
     "the key of a shard": lambda metadata: index_of(metadata, FIRST, Options),
     "the name in a key": lambda metadata: index_of(metadata, FIRST, replace(FIRST, fqn=NAMED_BY_A_CLASS)),
     "the path of a shard": placed(relative_path=Options()),
@@ -586,8 +586,8 @@ def test_swapped_shards_of_different_shapes_raise_corrupt_error() -> None:
         reshard.open(whole(change)).read("w")
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_zstd_bomb_raises_corrupt_error_early(told: bool) -> None:
+@pytest.mark.parametrize("declared", [True, False])
+def test_zstd_bomb_raises_corrupt_error_early(declared: bool) -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(2**27))
     assert len(bomb) < 2**15
     store = whole(
@@ -595,7 +595,7 @@ def test_zstd_bomb_raises_corrupt_error_early(told: bool) -> None:
             relative_path="bomb.distcp",
             offset=0,
             length=len(bomb),
-            transform_descriptors=["stream.zstd/1"] if told else None,
+            transform_descriptors=["stream.zstd/1"] if declared else None,
         )
     )
     store.content["bomb.distcp"] = bomb

@@ -291,13 +291,13 @@ class Ranges(BaseHTTPRequestHandler):
         if not self.path.endswith("/model.safetensors"):
             self.send_error(404)
             return
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        begin, end = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(self.content))
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        begin, end = (int(byte_range[1]), int(byte_range[2]) + 1) if byte_range else (0, len(self.content))
         data = self.content[begin:end]
-        self.send_response(206 if asked else 200)
+        self.send_response(206 if byte_range else 200)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(data)))
-        if asked:
+        if byte_range:
             self.send_header("Content-Range", f"bytes {begin}-{begin + len(data) - 1}/{len(self.content)}")
         self.end_headers()
         if with_body:

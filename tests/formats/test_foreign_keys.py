@@ -1,5 +1,4 @@
-"""Unusual keys in a bucket, such as keys that no file can have: they are skipped or listed, and disturb nothing
-else."""
+"""Unusual keys in a bucket, such as keys that no file can have, are skipped or listed, and disturb nothing else."""
 
 import uuid
 from importlib.util import find_spec
@@ -93,7 +92,7 @@ def test_checkpoints_are_found_beside_an_unusual_key(key: str, client: str) -> N
         server.content[key] = b"" if key.endswith("/") else b"foreign"
         for uri in ("s3://bucket", "s3://bucket/run", "s3://bucket/run/step"):
             found = reshard.find_checkpoints(uri, options)
-            assert [(place.uri, place.is_complete) for place in found] == [("s3://bucket/run/step", True)]
+            assert [(item.uri, item.is_complete) for item in found] == [("s3://bucket/run/step", True)]
             assert find_remains(uri, options, older_than_s=0) == []
         assert reshard.open("s3://bucket/run/step", storage_options=options).verify() == []
         reshard.save(STATE, "s3://bucket/run/step", storage_options=options, overwrite=True)
@@ -124,7 +123,7 @@ def test_all_unusual_keys_at_once(client: str) -> None:
         assert listed.exit_code == 0
         assert "s3://bucket/run/step\treshard" in listed.stdout
         remains = find_remains("s3://bucket/run", options, older_than_s=0)
-        assert [place.uri for place in remains] == ["s3://bucket/run/killed"]
+        assert [item.uri for item in remains] == ["s3://bucket/run/killed"]
         remove_remains(remains, options, older_than_s=0)
         assert foreign.keys() <= server.content.keys()
         assert not left.keys() & server.content.keys()
@@ -147,9 +146,7 @@ def test_unusual_keys_of_a_real_server(client: str, moto: servers.Server) -> Non
     for name in ("//x", "/step//x", "/", "/step/", "/./x", "/a b"):
         s3.put_object(Bucket=bucket, Key=f"{prefix}{name}", Body=b"")
     reshard.save(STATE, f"{uri}/step", storage_options=options)
-    assert [(place.uri, place.is_complete) for place in reshard.find_checkpoints(uri, options)] == [
-        (f"{uri}/step", True)
-    ]
+    assert [(item.uri, item.is_complete) for item in reshard.find_checkpoints(uri, options)] == [(f"{uri}/step", True)]
     assert set(top_names(open_store(uri, options))) == {"a b"}
 
 

@@ -91,15 +91,15 @@ def test_pickles_of_every_protocol_pass(name: str, protocol: int) -> None:
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_metadata_of_many_shards_stays_far_below_the_limits(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors: dict[str, Any] = {}
-    places = {}
+    infos = {}
     for i in range(50):
         name = f"model.layers.{i}.self_attn.q_proj.weight"
         chunks = [ChunkStorageMetadata(torch.Size([64 * k, 0]), torch.Size([64, 512])) for k in range(40)]
         tensors[name] = TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size([2560, 512]), chunks)
         for k in range(40):
             index = MetadataIndex(name, torch.Size([64 * k, 0]), k)
-            places[index] = _StorageInfo(f"__{k}_0.distcp", 1000 * i, 1000)
-    data = pickle.dumps(Metadata(tensors, {name: tuple(name.split(".")) for name in tensors}, places), protocol)
+            infos[index] = _StorageInfo(f"__{k}_0.distcp", 1000 * i, 1000)
+    data = pickle.dumps(Metadata(tensors, {name: tuple(name.split(".")) for name in tensors}, infos), protocol)
     monkeypatch.setattr(pickle_scan, "FREE_VALUES", 0)
     monkeypatch.setattr(pickle_scan, "MAX_COPIED_PER_BYTE", 0.5)
     monkeypatch.setattr(pickle_scan, "MAX_HASHED_PER_BYTE", 2)

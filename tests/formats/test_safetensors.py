@@ -151,11 +151,11 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "one name twice": (file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ROW).encode(),) * 2)), "the same name"),
     "a gap": (file_of({"a": {**ROW, "data_offsets": [8, 32]}}, bytes(32)), "a gap or an overlap at byte 8"),
     "an overlap": (file_of({"a": ROW, "b": {**ROW, "data_offsets": [20, 44]}}, bytes(44)), "overlap at byte 20"),
-    "two in one place": (file_of({"a": ROW, "b": ROW}), "overlap at byte 0"),
+    "two with the same bytes": (file_of({"a": ROW, "b": ROW}), "overlap at byte 0"),
     "bytes beyond the end": (file_of({"a": ROW}, bytes(23)), "was cut short"),
     "a byte more": (file_of({"a": ROW}, bytes(25)), "so the file was changed"),
-    "sharding that is none": (file_of({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "a": ROW}), "a malformed header"),
-    "metadata that is none": (file_of({"__metadata__": [], "a": ROW}), "a malformed header"),
+    "malformed sharding": (file_of({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "a": ROW}), "a malformed header"),
+    "malformed metadata": (file_of({"__metadata__": [], "a": ROW}), "a malformed header"),
     **{
         f"{key} = {value!r:.40}": (file_of({"a": {**ROW, key: value}}), "a malformed header")
         for key, value in (

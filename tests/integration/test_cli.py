@@ -342,7 +342,7 @@ def test_a_demo_keeps_off_somebody_s_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo-run").mkdir()
     (tmp_path / "demo-run" / "mine.txt").touch()
-    with pytest.raises(reshard.errors.ArgumentError, match="is not of a demo"):
+    with pytest.raises(reshard.errors.ArgumentError, match="was not created by a demo"):
         call("demo")
     assert (tmp_path / "demo-run" / "mine.txt").exists()
 

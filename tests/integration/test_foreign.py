@@ -26,7 +26,7 @@ from tests.integration.test_layouts import load_rank
 from tests.ranks import RankPool
 
 Layout = tuple[str, int]
-WAYS: dict[str, Callable[[str], FileSystemWriter]] = {
+WRITERS: dict[str, Callable[[str], FileSystemWriter]] = {
     "torch.save": lambda uri: FileSystemWriter(uri, sync_files=False),
     "threads": lambda uri: FileSystemWriter(uri, sync_files=False, thread_count=3),
     "files": lambda uri: FileSystemWriter(uri, sync_files=False, single_file_per_rank=False),
@@ -38,8 +38,8 @@ WAYS: dict[str, Callable[[str], FileSystemWriter]] = {
 }
 
 
-def save_by_dcp(layout: str, uri: str, way: str) -> None:
-    dcp.save({"model": build(layout, seed=0)}, storage_writer=WAYS[way](uri))
+def save_by_dcp(layout: str, uri: str, writer: str) -> None:
+    dcp.save({"model": build(layout, seed=0)}, storage_writer=WRITERS[writer](uri))
 
 
 def save_without_collectives(layout: str, uri: str) -> None:
@@ -78,10 +78,10 @@ def test_dcp_checkpoint_is_loaded_by_ranks(ranks: RankPool, tmp_path: Path, save
         ranks.run(count, load_by_dcp, layout, uri)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "torch.save"])
-def test_every_option_of_the_dcp_writer_is_read(ranks: RankPool, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("writer", [writer for writer in WRITERS if writer != "torch.save"])
+def test_every_option_of_the_dcp_writer_is_read(ranks: RankPool, tmp_path: Path, writer: str) -> None:
     uri = str(tmp_path / "step-1")
-    ranks.run(4, save_by_dcp, "fsdp", uri, way)
+    ranks.run(4, save_by_dcp, "fsdp", uri, writer)
     ranks.run(3, load_rank, "tp", uri)
     ranks.run(4, load_rank, "fsdp_tp", uri)
 

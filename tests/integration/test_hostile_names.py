@@ -78,30 +78,30 @@ def check_error(error: CheckpointError) -> None:
     assert len(str(error)) < 5000
 
 
-def check_commands(place: Path, folder: Path, names: Sequence[str]) -> None:
-    table = rows(call("inspect", place))
+def check_commands(location: Path, folder: Path, names: Sequence[str]) -> None:
+    table = rows(call("inspect", location))
     assert {len(row) for row in table} == {6}
     assert sum(int(row[3]) for row in table[1:]) == len(names) + 2
     expected = {*names, "other.0.w", "other.1.w"}
-    assert set(json.loads(call("inspect", place, "--json"))["tensors"]) == expected
-    call("inspect", place, "*")
-    assert set(json.loads(call("inspect", place, "*", "--json"))) == expected
-    call("verify", place)
-    call("verify", place, "--quick")
-    call("plan", place, "--tp", 2, "--tp-plan", "*=rowwise", "--save", folder / "plan.json")
-    call("plan", place, "--pp", 2)
+    assert set(json.loads(call("inspect", location, "--json"))["tensors"]) == expected
+    call("inspect", location, "*")
+    assert set(json.loads(call("inspect", location, "*", "--json"))) == expected
+    call("verify", location)
+    call("verify", location, "--quick")
+    call("plan", location, "--tp", 2, "--tp-plan", "*=rowwise", "--save", folder / "plan.json")
+    call("plan", location, "--pp", 2)
     call("plan", folder / "plan.json")
-    call("diff", place, place)
+    call("diff", location, location)
 
 
 def test_every_function_accepts_every_name(tmp_path: Path) -> None:
-    place = tmp_path / "c"
-    reshard.save(state_of(NAMES), place)
-    checkpoint = reshard.open(place)
+    location = tmp_path / "c"
+    reshard.save(state_of(NAMES), location)
+    checkpoint = reshard.open(location)
     state = checkpoint.state_dict()
     of_rank = checkpoint.load_rank(ROWWISE, 1)
     loaded = {name: torch.zeros(3, 4) for name in NAMES}
-    reshard.load(loaded, place)
+    reshard.load(loaded, location)
     for text in (repr(checkpoint), checkpoint._repr_html_(), checkpoint.plan(ROWWISE)._repr_html_()):
         assert text.isprintable()
     for name in NAMES:
@@ -110,12 +110,12 @@ def test_every_function_accepts_every_name(tmp_path: Path) -> None:
         assert of_rank[name].equal(VALUES[:, 2:])
         assert loaded[name].equal(VALUES)
         with pytest.raises(ShapeMismatchError) as wrong:
-            reshard.load({name: torch.zeros(3, 5)}, place)
+            reshard.load({name: torch.zeros(3, 5)}, location)
         check_error(wrong.value)
         with pytest.raises(MissingTensorError) as missing:
             checkpoint.read(f"{name}\ud800x")
         check_error(missing.value)
-    check_commands(place, tmp_path, NAMES)
+    check_commands(location, tmp_path, NAMES)
 
 
 @pytest.mark.parametrize("to", ["reshard", "dcp", "safetensors"])
@@ -140,26 +140,26 @@ def test_every_name_can_be_converted(to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["torch", "dcp", "safetensors"])
 def test_every_format_can_contain_every_name(format: str, tmp_path: Path) -> None:
-    place, names = tmp_path / format, NAMES
+    location, names = tmp_path / format, NAMES
     if format == "torch":
-        place = tmp_path / "m.pt"
-        torch.save(state_of(names), place)
+        location = tmp_path / "m.pt"
+        torch.save(state_of(names), location)
     elif format == "dcp":
-        dcp.save(state_of(names), checkpoint_id=place)
+        dcp.save(state_of(names), checkpoint_id=location)
     else:  # the safetensors writer does not accept surrogates
         names = [
             name for name in NAMES if name != "__metadata__" and not any("\ud800" <= char <= "\udfff" for char in name)
         ]
-        place.mkdir()
+        location.mkdir()
         save_file(
             {name: tensor.clone() for name, tensor in state_of(names).items()},
-            place / "model.safetensors",
+            location / "model.safetensors",
             metadata={name: name for name in names} | {"format": "\x1b"},
         )
-    checkpoint = reshard.open(place)
+    checkpoint = reshard.open(location)
     assert all(checkpoint.read(name).equal(VALUES) for name in names)
-    check_commands(place, tmp_path, names)
-    call("convert", place, tmp_path / "copy")
+    check_commands(location, tmp_path, names)
+    call("convert", location, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", [*SHOWN[:6], "\ud800", *ODD[:8]], ids=lambda name: ascii(name)[:24])
@@ -173,17 +173,17 @@ def test_values_can_have_every_name(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LONG, ids=["n", "dots", "words"])
 def test_long_names_are_shortened(name: str, tmp_path: Path) -> None:
-    place = tmp_path / "c"
-    reshard.save(state_of([name]), place)
-    checkpoint = reshard.open(place)
+    location = tmp_path / "c"
+    reshard.save(state_of([name]), location)
+    checkpoint = reshard.open(location)
     assert checkpoint.read(name).equal(VALUES)
     assert len(checkpoint._repr_html_()) < 100_000
     with pytest.raises(ShapeMismatchError) as wrong:
-        reshard.load({name: torch.zeros(3, 5)}, place)
+        reshard.load({name: torch.zeros(3, 5)}, location)
     assert len(str(wrong.value)) < 25_000
-    assert all(len(row[0]) < 25_000 for row in rows(call("inspect", place)))
-    assert name in json.loads(call("inspect", place, "--json"))["tensors"]
-    call("verify", place)
+    assert all(len(row[0]) < 25_000 for row in rows(call("inspect", location)))
+    assert name in json.loads(call("inspect", location, "--json"))["tensors"]
+    call("verify", location)
 
 
 def test_names_are_folded_only_by_plain_numbers() -> None:
@@ -242,8 +242,8 @@ def test_values_and_files_are_shown_in_one_line(tmp_path: Path) -> None:
     save_file({"x": VALUES}, folder / "extra\x1b[2J\n.safetensors")
     index = {"weight_map": {"w": "model.safetensors", hostile: f"gone{hostile}.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    told = call("inspect", folder)
-    assert "does not name these files" in told
+    output = call("inspect", folder)
+    assert "does not name these files" in output
     (folder / "config.json").write_text(json.dumps({"base_model_tp_plan": {hostile: hostile}}))
     for command in (["plan", folder, "--tp", 2], ["convert", folder, tmp_path / "copy"], ["inspect", folder, hostile]):
         with pytest.raises(CheckpointError) as refused:
@@ -276,20 +276,20 @@ def test_deeply_nested_values_are_shown_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_globals_of_pickles_are_escaped(in_folder: bool, tmp_path: Path) -> None:
     pickled = b"(dp0\nVx\nc\x1b[2Jevil\nna\tme\n(tRs."
-    place = tmp_path / "m.pt"
+    location = tmp_path / "m.pt"
     if in_folder:
-        place = tmp_path / "dcp"
-        place.mkdir()
-        (place / ".metadata").write_bytes(pickled)
+        location = tmp_path / "dcp"
+        location.mkdir()
+        (location / ".metadata").write_bytes(pickled)
     else:
-        with zipfile.ZipFile(place, "w") as archive:
+        with zipfile.ZipFile(location, "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
             archive.writestr("archive/version", "3")
     with pytest.raises(CheckpointError) as refused:
-        reshard.open(place)
+        reshard.open(location)
     check_error(refused.value)
     call("ls", tmp_path)
-    run = [sys.executable, "-m", "reshard.cli", "--debug", "inspect", str(place)]
+    run = [sys.executable, "-m", "reshard.cli", "--debug", "inspect", str(location)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.replace("\n", "").isprintable()
@@ -297,13 +297,13 @@ def test_globals_of_pickles_are_escaped(in_folder: bool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("part", ["a\0b", "\ud800", "x" * 300])
 def test_impossible_paths_raise_clear_errors(part: str, tmp_path: Path) -> None:
-    place = f"{tmp_path}/{part}"
+    location = f"{tmp_path}/{part}"
     for use in (
-        lambda: reshard.open(place),
-        lambda: reshard.save({"w": VALUES}, place),
-        lambda: reshard.load({"w": VALUES.clone()}, f"{place}/c"),
-        lambda: reshard.open(f"{place}.pt"),
-        lambda: reshard.remove(place),
+        lambda: reshard.open(location),
+        lambda: reshard.save({"w": VALUES}, location),
+        lambda: reshard.load({"w": VALUES.clone()}, f"{location}/c"),
+        lambda: reshard.open(f"{location}.pt"),
+        lambda: reshard.remove(location),
     ):
         with pytest.raises(CheckpointError) as refused:
             use()
@@ -325,10 +325,10 @@ def test_every_terminal_can_show_every_name(encoding: str, tmp_path: Path) -> No
             run, cwd=tmp_path, env=environment, capture_output=True, timeout=90, check=False, preexec_fn=limited
         )
         assert done.returncode == (2 if len(arguments) == 3 else 0), done.stderr
-        told = (done.stdout + done.stderr).decode(encoding)
-        assert "Traceback" not in told
-        assert told.replace("\n", "").replace("\t", "").isprintable()
-        assert ("é中文😀" in told) == (encoding == "utf-8" and len(arguments) == 2)
+        output = (done.stdout + done.stderr).decode(encoding)
+        assert "Traceback" not in output
+        assert output.replace("\n", "").replace("\t", "").isprintable()
+        assert ("é中文😀" in output) == (encoding == "utf-8" and len(arguments) == 2)
 
 
 def test_output_contains_no_terminal_control_codes(tmp_path: Path) -> None:
@@ -338,16 +338,16 @@ def test_output_contains_no_terminal_control_codes(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "reshard.cli", "inspect", "c"]
     process = subprocess.Popen(run, cwd=tmp_path, env=environment, stdout=child, stderr=child, preexec_fn=limited)
     os.close(child)
-    told = b""
+    output = b""
     try:
         while data := os.read(parent, 65536):
-            told += data
+            output += data
     except OSError:  # how Linux reports the end
         pass
     finally:
         os.close(parent)
-    assert process.wait(60) == 0, told
-    text = told.decode()
+    assert process.wait(60) == 0, output
+    text = output.decode()
     assert text.replace("\r\n", "").isprintable()
     assert "\\x1b]0;TITLE\\x07" in text
     assert "[bold]x[/bold]" in text
@@ -366,15 +366,15 @@ def test_pictures_show_every_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("digits", ["9" * 5000, "٣" * 5000, "²", "٣"])
 def test_folders_and_ranks_with_unusual_numbers(digits: str) -> None:
-    place = f"memory://odd-{ascii(digits)[:9]}/step-{digits}"
-    reshard.save({"w": VALUES}, place)
-    (found,) = reshard.find_checkpoints(place)
+    location = f"memory://odd-{ascii(digits)[:9]}/step-{digits}"
+    reshard.save({"w": VALUES}, location)
+    (found,) = reshard.find_checkpoints(location)
     assert found.step is None
-    reshard.remove(place)
+    reshard.remove(location)
     import fsspec
 
-    with fsspec.filesystem("memory").open(f"{place}/__{digits}.metadata", "wb") as file:
+    with fsspec.filesystem("memory").open(f"{location}/__{digits}.metadata", "wb") as file:
         file.write(b"x")
     with pytest.raises(CheckpointError) as refused:
-        reshard.open(place)
+        reshard.open(location)
     check_error(refused.value)

@@ -1,5 +1,4 @@
-"""Contents of state dicts other than tensors round-trip: keys, empty dicts, values and containers, also when
-renamed."""
+"""Contents of state dicts other than tensors round-trip: keys, empty dicts, values, containers, renamed entries."""
 
 from __future__ import annotations
 
@@ -56,18 +55,18 @@ STATES: list[dict[Any, Any]] = [
 
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
-@pytest.mark.parametrize("way", ["reshard", "torch", "reshard from dcp", "dcp", "reshard from torch"])
-def test_keys_and_empty_dicts_round_trip(state: dict[Any, Any], way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["reshard", "torch", "reshard from dcp", "dcp", "reshard from torch"])
+def test_keys_and_empty_dicts_round_trip(state: dict[Any, Any], source: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "c")
-    if "torch" in way:
+    if "torch" in source:
         uri += ".pt"
         torch.save(state, uri)
     else:
         reshard.save(state, uri)
-    if "dcp" in way:
+    if "dcp" in source:
         reshard.convert(uri, tmp_path / "dcp", format="dcp")
         uri = str(tmp_path / "dcp")
-    if "from" in way:
+    if "from" in source:
         reshard.convert(uri, tmp_path / "again")
         uri = str(tmp_path / "again")
     check_equal(reshard.open(uri).state_dict(), state)

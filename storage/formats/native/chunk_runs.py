@@ -1,10 +1,10 @@
 """Group chunks into runs that are encoded, decoded and placed together.
 
-A call of numpy or of the codec costs as much as working on some KiB of values (`benchmarks/codec.py`), so that one call
-should work on several chunks. A chunk run consists of consecutive chunks of equal size that adjoin along one dimension
-of the tensor. One strided copy takes its values from the tensor or writes them to it, and its planes are split and
-joined together. The chunks of a run that is read are also consecutive in their object, and each is needed as a whole.
-Every other chunk is a run by itself.
+A call of numpy or of the codec costs as much as working on some KiB of values (`benchmarks/overhead.py`), so that one
+call should work on several chunks. A chunk run consists of consecutive chunks of equal size that adjoin along one
+dimension of the tensor. One strided copy takes its values from the tensor or writes them to it, and its planes are
+split and joined together. The chunks of a run that is read are also consecutive in their object, and each is needed as
+a whole. Every other chunk is a run by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from ....planner.read_plan import BOXES_PER_CALL
 Slices = tuple[slice, ...]
 
 MAX_CHUNK_RUN_BYTES = 1024 * 1024
-"""The most decoded bytes of a run with several chunks. With smaller runs, threads wait more for each other."""
+"""The most decoded bytes of a run with several chunks.
+
+With smaller runs, threads wait more for each other (`benchmarks/overhead.py`).
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,7 @@ _COMPONENT_SIZES = {"complex32": 2, "complex64": 4, "complex128": 8}
 _FLOAT_PREFIXES = ("float", "bfloat", "complex")
 _COMPRESSED = 1 << 31
 _TABLES = {count: struct.Struct(f"<{count}I") for count in (1, 2, 4, 8)}
-"""The table in front of the planes, by their number: the stored bytes of each, and a bit that is set if the plane is
-compressed."""
+"""The table in front of the planes, by their number: the stored bytes of each, and a bit for compressed planes."""
 _SAMPLE_BYTES = 1024
 """Bytes at each position of a sample."""
 _PAYS_BELOW = 0.97
@@ -97,9 +96,10 @@ _WIDE: high bytes that are split off; in decoding, float32 values.
 
 
 class _Scratch(threading.local):
-    """Memory of each thread that is reused for each chunk: fresh pages cost more than filling them.
+    """Memory of each thread that is reused for each chunk.
 
-    A function may return an array of a slot. It is valid until the next function that takes the slot.
+    Fresh pages cost more than filling them (`benchmarks/codec.py`). A function may return an array of a slot. It is
+    valid until the next function that takes the slot.
     """
 
     def __init__(self) -> None:
@@ -262,7 +262,8 @@ def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
 def _join_bytes(chunks: list[list[Bytes]], n: int) -> Bytes:
     """Return the bytes of elements, from the planes of chunks with `n` elements each, the least significant first.
 
-    Words of two bytes are joined by a product, because numpy writes to every second byte one byte at a time.
+    Words of two bytes are joined by a product, because numpy writes to every second byte one byte at a time
+    (`benchmarks/codec.py`).
     """
     width = len(chunks[0])
     if width == 1:

@@ -54,7 +54,7 @@ READABLE_VERSIONS = (3, 4)
 READ_BYTES = 8 * 1024 * 1024
 """How many bytes of blocks a request reads, or slightly more."""
 MAX_GAP = 0.125
-"""Blocks that are not needed are read to save a request, if they are at most this fraction of the request's bytes."""
+"""Unneeded blocks are read to save a request, up to this fraction of the request's bytes (`benchmarks/planner.py`)."""
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 """How many bytes of blocks are kept for later calls."""
 FIRST_MANIFEST_READ_BYTES = 1024 * 1024
@@ -83,8 +83,7 @@ class Manifest:
         header, blocks_start, stop = _read_header(source)
         try:
             self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
-            """The number of chunks of each entry, and their stored bytes, as the header claims. Reading the blocks
-            checks it."""
+            """The claimed number of chunks and stored bytes of each entry. Reading the blocks checks them."""
             self._entries = tuple(
                 _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
             )
@@ -249,8 +248,7 @@ class Manifest:
 
 
 class _ManifestBytes:
-    """The bytes of a manifest. The first FIRST_MANIFEST_READ_BYTES are read at once and kept, the others when
-    needed."""
+    """The bytes of a manifest. The first FIRST_MANIFEST_READ_BYTES are kept, the others are read when needed."""
 
     def __init__(self, store: Store) -> None:
         """Read the first bytes. Raise ObjectNotFoundError or StoreError."""

@@ -54,8 +54,7 @@ class ObjectRecord:
     """The bytes of the values before encoding."""
     chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage, in seconds: "encode" is the time spent waiting for encoders, "write" the time in calls of the
-    store."""
+    """Seconds of wall time by stage: waiting for encoders ("encode"), and calls of the store ("write")."""
 
 
 def record_to_json(record: ObjectRecord) -> dict[str, Any]:

@@ -396,8 +396,7 @@ def _has_values(value: Any) -> bool:
 
 
 def _order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the dimensions of a tensor from the outermost to the innermost in memory. None if it has gaps or
-    overlaps."""
+    """Return the dimensions from the outermost to the innermost in memory. None if the tensor has gaps or overlaps."""
     strides = [0 if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] != 1, -strides[d])))
     dense = is_row_major(tuple(tensor.shape[d] for d in order), tuple(strides[d] for d in order))

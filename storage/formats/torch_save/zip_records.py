@@ -150,8 +150,7 @@ def _with_64(extra: bytes, size: int, packed: int, header: int, disk: int) -> tu
 
 
 def _check_positions(records: list[ZipRecord], directory: ZipDirectory) -> None:
-    """Check that there is nothing between records except a header, padding and a descriptor. Raise
-    NotATorchZipError."""
+    """Check that only headers, padding and descriptors are between records. Raise NotATorchZipError."""
     end = 0
     names: set[str] = set()
     for record in records:
