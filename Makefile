@@ -1,8 +1,11 @@
-# make test    the whole suite        make check   linters and type checkers
-# make demo    the main job, on real input: trains, saves, serves under TP, resumes   (URI=s3://... saves there)
-# make docs    the site, in build/site; a broken link fails
-# make torture kills, damages and faults, as many as you like   (ARGS='--kills 500 --seed 1')
-# make bench   the benchmarks: tables, JSON and pictures in build/benchmarks   (BENCHMARKS='codec memory' runs those)
+# make demo       train with FSDP, save, serve with TP, resume        (URI=s3://... saves there)
+# make test       the whole suite, with the servers that it needs
+# make test-fast  the tests without servers and ranks, with coverage
+# make check      linters, type checkers and the documentation
+# make fix        format the code and apply safe lint fixes
+# make docs       build the documentation in build/site
+# make torture    kills, damage and network faults                    (ARGS='--kills 500 --seed 1')
+# make bench      the benchmarks: tables, JSON and pictures in build/benchmarks   (BENCHMARKS='codec memory')
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +14,7 @@ ARGS ?=
 BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead
 BIN := $(VENV)/bin
 
-.PHONY: test check docs demo torture bench env
+.PHONY: test test-fast check fix docs demo torture bench env
 .DELETE_ON_ERROR:
 
 env: $(VENV)/installed
@@ -23,6 +26,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 test: env
 	$(BIN)/python -m pytest --durations=5
+
+test-fast: env
+	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term:skip-covered
+
+fix: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 check: env docs
 	$(BIN)/ruff format --check .

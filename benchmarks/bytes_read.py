@@ -1,10 +1,10 @@
-"""How many bytes each rank reads to load a checkpoint under another layout, beside DCP's own reader in the same run.
+"""Bytes that each rank reads to load a checkpoint under another layout, compared with DCP's reader in the same run.
 
     python -m benchmarks.bytes_read [--json FILE] [--plot FILE]
 
-An MLP of 8 layers, 1024 x 4096, bf16, is saved by real FSDP or TP ranks (gloo) with DCP's FsspecWriter and with reshard
-(codec "zstd" and "none"), and loaded by other ranks. Counted: every byte that was asked of the store, metadata and
-manifest included, over the bytes of the destination tensors, summed over the ranks. Bytes do not depend on the machine.
+FSDP or TP ranks (gloo) save an MLP of 8 layers, 1024 x 4096, bf16, with DCP's FsspecWriter and with reshard (codecs
+"zstd" and "none"), and other ranks load it. The table shows the bytes that all ranks read from the store, with metadata
+and manifest, divided by the bytes of the destination tensors. Bytes do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def save_rank(layout: str, folder: str) -> None:
 
 
 def load_rank(layout: str, folder: str) -> dict[str, tuple[int, int, int]]:
-    """(bytes needed, bytes read, requests) of this rank by reader."""
+    """Return (bytes needed, bytes read, requests) of this rank for each reader."""
     state = under(layout, mlp(seed=1)).state_dict()
     needed = sum(tensor.to_local().nbytes for tensor in state.values())
     reader = CountingReader(os.path.join(folder, "dcp"))
@@ -50,7 +50,7 @@ def load_rank(layout: str, folder: str) -> dict[str, tuple[int, int, int]]:
 
 
 def run(cases: list[tuple[str, int, str, int]]) -> list[Row]:
-    """One row a case: bytes read over bytes needed, and requests of the rank that made most."""
+    """Return one row per case: bytes read divided by bytes needed, and the most requests of any rank."""
     header("saved → loaded", "DCP FsspecReader", "reshard zstd", "reshard none", "requests of a rank: DCP, zstd, none")
     rows: list[Row] = []
     with RankPool() as pool:
@@ -70,7 +70,7 @@ def run(cases: list[tuple[str, int, str, int]]) -> list[Row]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Bars of bytes read over bytes needed."""
+    """Draw bars of bytes read divided by bytes needed."""
     axes = figure.subplots()
     readers = {"dcp": "DCP FsspecReader", "none": "reshard, none", "zstd": "reshard, zstd"}
     for at, (reader, label) in enumerate(readers.items()):

@@ -1,10 +1,10 @@
-"""Requests against bytes read over: what joining near byte ranges costs and saves. From the planner alone; no timing.
+"""Requests and over-read: what joining byte ranges saves and costs. It only plans, and measures no time.
 
     python -m benchmarks.coalescing [--cases NAME ...] [--json FILE] [--plot FILE]
 
-For checkpoints of known shape, saved to a disk, of which there is only an index, rank 0 of another layout is planned
-with several limits of the gaps that a request may read over. The seconds are an estimate for a rank on its own:
-requests of 20 ms, 16 at once, and 200 MB/s; what takes longer of the two, and one latency.
+The benchmark constructs only the index of a checkpoint. It plans rank 0 of another layout with several limits on the
+gaps that a request may read over. The seconds are an estimate for a single rank, with a latency of 20 ms, 16 concurrent
+requests and 200 MB/s: one latency, plus the larger of the time for the requests and the time for the bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from reshard.planner.read_plan import plan_reads
 from tests.planner.indexes import Saved, index_of
 
 LATENCY_S = 0.020
-AT_ONCE = 16
+CONCURRENT_REQUESTS = 16
 BYTES_PER_S = 200e6
 LIMITS = [(0, 0.0)] + [(gap, over) for over in (MAX_OVER_READ, 0.02, 0.1) for gap in (4 << 10, MAX_GAP_BYTES, 1 << 20)]
-"""(max_gap_bytes, max_over_read)."""
+"""Pairs of max_gap_bytes and max_over_read."""
 LARGE = {"dim": 8192, "hidden": 28672, "kv": 1024, "layers": 80, "vocabulary": 128256}
 SMALL = {"dim": 768, "hidden": 2048, "kv": 256, "layers": 32, "vocabulary": 32000}
 CASES: dict[str, tuple[dict[str, int], int, int, bool]] = {
@@ -39,11 +39,12 @@ CASES: dict[str, tuple[dict[str, int], int, int, bool]] = {
     "0.3B, fsdp 8 → tp 4": (SMALL, 8, 4, False),
     "0.3B, fsdp 8 → tp 3, codec none": (SMALL, 8, 3, True),
 }
-"""The model, the FSDP ranks that saved it in bf16, the TP ranks that load it, and whether its chunks are raw."""
+"""The model, the number of FSDP ranks that saved it in bf16, the TP ranks that load it, and whether its chunks are
+raw."""
 
 
 def saved(shapes: dict[str, tuple[int, ...]], ranks: int, *, raw: bool) -> CheckpointIndex:
-    """The index of tensors that FSDP cut by rows; encoded chunks have two thirds of their bytes."""
+    """Return the index of tensors that FSDP cut by rows."""
     return index_of(
         *(
             Saved(name, Grid.choose(shape, 2, raw=raw), list(_rows(shape, ranks)), raw=raw)
@@ -58,12 +59,12 @@ def _rows(shape: tuple[int, ...], ranks: int) -> Iterator[Box]:
 
 
 def estimate(requests: int, nbytes: int) -> float:
-    """Seconds."""
-    return LATENCY_S + max(nbytes / BYTES_PER_S, requests * LATENCY_S / AT_ONCE)
+    """Return the estimated seconds."""
+    return LATENCY_S + max(nbytes / BYTES_PER_S, requests * LATENCY_S / CONCURRENT_REQUESTS)
 
 
 def run(cases: list[str]) -> list[Row]:
-    """One row a case and limit."""
+    """Return one row per case and limit."""
     header("case", "max gap", "max over-read", "requests", "MB read", "over-read", "estimated s")
     rows: list[Row] = []
     for case in cases:
@@ -88,7 +89,7 @@ def run(cases: list[str]) -> list[Row]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Requests against bytes read, in parts of what no joining over gaps takes; the default is ringed."""
+    """Draw requests against over-read, both relative to a plan without gaps. Circles mark the default."""
     axes = figure.subplots()
     for case in dict.fromkeys(row["case"] for row in rows):
         here = [row for row in rows if row["case"] == case]
@@ -102,8 +103,8 @@ def draw(rows: list[Row], figure: Any) -> None:
         for row in here:
             if row["default"]:
                 axes.plot(*at(row), "o", markersize=12, fillstyle="none", color="black")
-    axes.set_xlabel("bytes read over gaps, % of bytes wanted")
-    axes.set_ylabel("requests / requests without reading over gaps")
+    axes.set_xlabel("over-read, % of bytes wanted")
+    axes.set_ylabel("requests / requests without over-read")
     axes.set_ylim(0, 1.05)
     axes.legend(fontsize=8)
 

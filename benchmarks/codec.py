@@ -1,11 +1,11 @@
-"""The codec beside zstd, ZipNN and blosc2: how small, and how fast, on one thread and on all cores.
+"""Size and speed of the codec, compared with zstd, ZipNN and blosc2, on one thread and on all cores.
 
     python -m benchmarks.codec [--mb N] [--repeat N] [--samples NAME ...] [--codecs NAME ...]
 
-Values are compressed in chunks of 1 MiB, as reshard stores them. reshard's figures include its checksums, which are
-made when a chunk is stored and compared when it is read. On all cores, chunks are spread over a pool of threads; ZipNN
-gets all chunks as one and spreads them itself. The contenders take turns; the median counts. What is decompressed is
-compared with what was compressed. GB/s are of decompressed bytes.
+Values are compressed in chunks of 1 MiB, as reshard stores them. The figures of reshard include its checksums, which
+are computed when a chunk is stored and compared when it is read. On all cores, a pool of threads processes the chunks;
+ZipNN gets all chunks as one buffer and uses its own threads. The contenders take turns, and the table shows medians.
+The decompressed values are compared with the original ones. GB/s refer to decompressed bytes.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ PAGE_BYTES = CHUNK_BYTES // 16
 
 @dataclass(frozen=True)
 class Coder:
-    """How one codec treats chunks of one dtype."""
+    """The functions of one codec for chunks of one dtype."""
 
     compress: Callable[[Any], Any]
     decompress: Callable[[Any, int], Any]
-    """From what `compress` gave, and the bytes that it was given."""
+    """Takes the result of `compress` and the number of bytes before compression."""
     stored: Callable[[Any], int] = len
-    """The bytes of what `compress` gave."""
+    """Returns the number of bytes of the result of `compress`."""
     own_threads: bool = False
-    """It spreads one buffer over threads itself."""
+    """Whether it splits one buffer over its own threads."""
     copies: bool = False
-    """`compress` changes what it is given."""
+    """Whether `compress` changes its argument, so that it needs a copy."""
 
 
 def reshard_zstd(dtype: str, threads: int) -> Coder:
-    """The streams of a chunk, each with its checksum. What is decoded is copied, as into a tensor."""
+    """Return reshard's codec: the streams of a chunk, each with a checksum. Decoded values are copied, as into a
+    tensor."""
     streams = streams_of(dtype, "zstd")
     itemsize = getattr(torch, dtype).itemsize
 
@@ -71,7 +72,7 @@ def reshard_zstd(dtype: str, threads: int) -> Coder:
 
 
 def reshard_none(dtype: str, threads: int) -> Coder:
-    """A copy, with a checksum a page."""
+    """Return a codec that only copies, with one checksum per page."""
 
     def decompress(stored: tuple[bytes, list[int]], nbytes: int) -> Bytes:
         assert page_checksums(stored[0], PAGE_BYTES) == stored[1]
@@ -85,23 +86,24 @@ def reshard_none(dtype: str, threads: int) -> Coder:
 
 
 def zstd(level: int) -> Callable[[str, int], Coder]:
-    """Plain zstd on the values as they lie."""
+    """Return plain zstd, which compresses the values unchanged."""
 
-    class Own(threading.local):
-        """Each thread's own."""
+    class PerThread(threading.local):
+        """The compressor and the decompressor of each thread."""
 
         def __init__(self) -> None:
             self.compressor = zstandard.ZstdCompressor(level=level)
             self.decompressor = zstandard.ZstdDecompressor()
 
-    own = Own()
+    per_thread = PerThread()
     return lambda dtype, threads: Coder(
-        lambda chunk: own.compressor.compress(chunk.data), lambda stored, nbytes: own.decompressor.decompress(stored)
+        lambda chunk: per_thread.compressor.compress(chunk.data),
+        lambda stored, nbytes: per_thread.decompressor.decompress(stored),
     )
 
 
 def zipnn(dtype: str, threads: int) -> Coder | None:
-    """ZipNN has floats of these types."""
+    """Return ZipNN, or None if it does not support the dtype or is not installed."""
     if dtype not in ("bfloat16", "float16", "float32", "float8_e4m3fn") or not installed("zipnn"):
         return None
     coder = importlib.import_module("zipnn").ZipNN(input_format="byte", bytearray_dtype=dtype, threads=threads)
@@ -114,7 +116,7 @@ def zipnn(dtype: str, threads: int) -> Coder | None:
 
 
 def blosc2(shuffle: str) -> Callable[[str, int], Coder | None]:
-    """blosc2 with zstd, level 1, after a shuffle of bytes or bits."""
+    """Return blosc2 with zstd, level 1, after a shuffle of bytes or bits; None if it is not installed."""
 
     def coder(dtype: str, threads: int) -> Coder | None:
         if not installed("blosc2"):
@@ -148,14 +150,18 @@ CODECS: dict[str, Callable[[str, int], Coder | None]] = {
 
 
 def measure(values: torch.Tensor, coder: Coder, threads: int) -> Row:
-    """Seconds to compress and to decompress all of it, and the bytes stored. Raises AssertionError for wrong values."""
+    """Measure the seconds to compress and to decompress all values, and the bytes stored.
+
+    Raises:
+        AssertionError: the decompressed values are wrong.
+    """
     raw = as_bytes(as_array(values))
     size = len(raw) if coder.own_threads and threads > 1 else CHUNK_BYTES
     chunks: list[Bytes] = [raw[at : at + size] for at in range(0, len(raw), size)]
     given = [bytearray(chunk) for chunk in chunks] if coder.copies else chunks
     with ThreadPoolExecutor(threads) as pool:
         spread: Any = map if threads == 1 or coder.own_threads else pool.map
-        list(pool.map(time.sleep, [0.001] * threads))  # starts the threads
+        list(pool.map(time.sleep, [0.001] * threads))  # start the threads
         begin = time.perf_counter()
         stored = list(spread(coder.compress, given))
         compressed = time.perf_counter()
@@ -163,7 +169,7 @@ def measure(values: torch.Tensor, coder: Coder, threads: int) -> Row:
         decompressed = time.perf_counter()
     for chunk, found in zip(chunks, back, strict=True):
         if not np.array_equal(np.frombuffer(found, np.uint8), chunk):
-            raise AssertionError("what was decompressed is not what was compressed")
+            raise AssertionError("the decompressed values differ from the original ones")
     return {
         "stored": sum(map(coder.stored, stored)),
         "compress_s": compressed - begin,
@@ -172,9 +178,13 @@ def measure(values: torch.Tensor, coder: Coder, threads: int) -> Row:
 
 
 def run(nbytes: int, kinds: list[str], names: list[str], repeat: int) -> list[Row]:
-    """One row a sample and codec."""
+    """Return one row per sample and codec."""
     cores = len(os.sched_getaffinity(0))
-    columns = [f"{doing} GB/s, {threads}" for threads in ("1 thread", f"{cores} threads") for doing in ("in", "out")]
+    columns = [
+        f"{stage} GB/s, {threads}"
+        for threads in ("1 thread", f"{cores} threads")
+        for stage in ("compress", "decompress")
+    ]
     header("values", "dtype", "MB", "codec", "ratio", *columns)
     rows: list[Row] = []
     for what, values in itertools.chain.from_iterable(SAMPLES[kind](nbytes) for kind in kinds):
@@ -204,7 +214,7 @@ def run(nbytes: int, kinds: list[str], names: list[str], repeat: int) -> list[Ro
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """A plot for each sample: ratio against speed on one thread; circles compress, triangles decompress."""
+    """Draw one plot per sample: ratio against speed on one thread. Circles compress, triangles decompress."""
     kinds = list(dict.fromkeys((row["values"], row["dtype"]) for row in rows))
     across = 4
     down = -(-len(kinds) // across)
@@ -222,19 +232,19 @@ def draw(rows: list[Row], figure: Any) -> None:
         axes.set_xlim(0)
         axes.tick_params(labelsize=8)
         axes.ticklabel_format(useOffset=False)
-    for axes in list(plots):  # those that are left
+    for axes in list(plots):  # remove unused plots
         axes.remove()
     figure.supxlabel("GB/s on one thread: ● compress, ▲ decompress", fontsize=9)
-    figure.supylabel("stored / raw", fontsize=9)
+    figure.supylabel("stored bytes / original bytes", fontsize=9)
     figure.legend(loc="outside upper center", ncols=6, fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--mb", type=positive, default=32, help="of each sample (default: %(default)s)")
+    parser.add_argument("--mb", type=positive, default=32, help="the size of each sample in MiB (default: %(default)s)")
     parser.add_argument("--samples", nargs="+", choices=list(SAMPLES), default=list(SAMPLES))
     parser.add_argument("--codecs", nargs="+", choices=list(CODECS), default=list(CODECS))
-    parser.add_argument("--repeat", type=positive, default=5, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=5, help="timed runs of each codec (default: %(default)s)")
     arguments = parser.parse_args(argv)
     write(arguments, run(arguments.mb << 20, arguments.samples, arguments.codecs, arguments.repeat), draw)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, alternating runs, the machine in words, peak memory, tables and files."""
+"""Functions that the benchmarks share: command line, alternating runs, peak memory, tables and files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ median = statistics.median
 
 
 def arguments_of(doc: str | None) -> argparse.ArgumentParser:
-    """The command line that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write machine and rows to this file")
-    parser.add_argument("--plot", help="draw them into this PNG (needs matplotlib)")
+    parser.add_argument("--json", help="write the rows and a description of the machine to this file")
+    parser.add_argument("--plot", help="draw the rows into this PNG file (needs matplotlib)")
     return parser
 
 
 def positive(text: str) -> int:
-    """A count on the command line."""
+    """Parse a count on the command line."""
     count = int(text)
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
@@ -37,7 +37,7 @@ def positive(text: str) -> int:
 
 
 def write(arguments: argparse.Namespace, rows: list[Row], draw: Callable[[list[Row], Any], None]) -> None:
-    """Write what the command line asks for. `draw` draws rows into a figure of matplotlib."""
+    """Write the files that the command line names. `draw` draws rows into a matplotlib figure."""
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"machine": machine(), "rows": rows}, file, indent=1)
@@ -50,7 +50,7 @@ def write(arguments: argparse.Namespace, rows: list[Row], draw: Callable[[list[R
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on."""
+    """Describe the machine that the figures were measured on."""
     import torch
 
     with open("/proc/meminfo") as file:
@@ -74,28 +74,28 @@ def _cpu() -> str:
 
 
 def alternate(contenders: Sequence[T], repeat: int) -> Iterable[tuple[int, T]]:
-    """(round, contender) for `repeat` rounds of all of them; every other round in the opposite order."""
+    """Yield (round, contender) for `repeat` rounds of all contenders. Every other round has the opposite order."""
     for at in range(repeat):
         for contender in contenders if at % 2 == 0 else reversed(contenders):
             yield at, contender
 
 
 def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives in a process that has done nothing else."""
+    """Call a function in a new process, and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
-def installed(package: str, why: str = "") -> bool:
-    """Whether a package is there; if not, says what is left out."""
+def installed(package: str, feature: str = "") -> bool:
+    """Return whether a package is installed. If not, print what is skipped."""
     if importlib.util.find_spec(package) is not None:
         return True
-    print(f"left out: {why or package} ({package} is not installed)", flush=True)
+    print(f"skipped: {feature or package} ({package} is not installed)", flush=True)
     return False
 
 
 def header(*columns: str) -> None:
-    """Print the head of a markdown table."""
+    """Print the header of a markdown table."""
     line(*columns)
     line(*("---" for _ in columns))
 
@@ -106,15 +106,15 @@ def line(*cells: object) -> None:
 
 
 class Peak:
-    """A block, and the most memory that the process held while in it, above what it held before."""
+    """Measure the peak memory of the process in a `with` block, minus its memory before the block."""
 
     nbytes = 0
 
     def __enter__(self) -> Peak:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again, unseen
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory, or its reuse in the block would not be measured
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins anew
+            file.write("5")  # reset the peak
         self._before = _status("VmRSS")
         return self
 
@@ -128,6 +128,6 @@ def _status(key: str) -> int:
 
 
 def moved_by_calls() -> dict[str, int]:
-    """What this process has read and written by system calls on files, in bytes and calls."""
+    """Return the bytes and calls that this process has read and written so far, by system calls on files."""
     with open("/proc/self/io") as file:
         return {key: int(value) for key, value in (line.split(":") for line in file)}

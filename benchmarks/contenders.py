@@ -1,4 +1,4 @@
-"""Who saves and loads: reshard, DCP with its own storage and with the S3 connector's, TensorStore; all by all ranks."""
+"""The contenders that save and load: reshard, DCP, DCP with the S3 connector, and TensorStore. All ranks take part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 
 import reshard
 from benchmarks.common import installed
-from benchmarks.places import REGION, Place, credentials
+from benchmarks.stores import REGION, BenchmarkStore, credentials
 from reshard.planner.box import Box
 from reshard.planner.grid import Grid
 from reshard.storage.tensors.local_shards import local_shards
@@ -24,7 +24,7 @@ Options = Mapping[str, Any]
 
 
 class Contender(Protocol):
-    """One way to save and load. `options` are storage_options of fsspec: none of a local place."""
+    """A library that saves and loads. `options` are storage_options of fsspec, and empty for a local store."""
 
     def save(self, state: State, uri: str, options: Options) -> None: ...
 
@@ -44,10 +44,11 @@ class Reshard:
 
 
 class Dcp:
-    """DCP's FileSystemWriter and Reader on a local disk, which sync; its FsspecWriter and Reader elsewhere."""
+    """DCP with FileSystemWriter and FileSystemReader on a local disk, and with FsspecWriter and FsspecReader
+    elsewhere."""
 
     def save(self, state: State, uri: str, options: Options) -> None:
-        # Told to sync what has no descriptor, FsspecWriter syncs all disks of the machine.
+        # With sync_files, FsspecWriter syncs all disks of the machine if a file has no descriptor.
         writer = FsspecWriter(uri, sync_files=False, **options) if options else dcp.FileSystemWriter(uri)
         dcp.save(state, storage_writer=writer)
 
@@ -62,14 +63,14 @@ class S3Connector:
         from s3torchconnector.dcp import S3StorageWriter
 
         writer = S3StorageWriter(REGION, f"{uri}/", s3client_config=self._config())
-        self._lead(writer.fs, options)
+        self._set_endpoint(writer.fs, options)
         dcp.save(state, storage_writer=writer)
 
     def load(self, state: State, uri: str, options: Options) -> None:
         from s3torchconnector.dcp import S3StorageReader
 
         reader = S3StorageReader(REGION, f"{uri}/", s3client_config=self._config())
-        self._lead(reader.fs, options)
+        self._set_endpoint(reader.fs, options)
         dcp.load(state, storage_reader=reader)
 
     @staticmethod
@@ -79,8 +80,8 @@ class S3Connector:
         credentials()
         return S3ClientConfig(force_path_style=True)
 
-    def _lead(self, filesystem: Any, options: Options) -> None:
-        """To the endpoint: its DCP classes have no argument for one, its client has."""
+    def _set_endpoint(self, filesystem: Any, options: Options) -> None:
+        """Set the endpoint: the client has an argument for it, the DCP classes have none."""
         from s3torchconnector._s3client import S3Client
 
         filesystem._client = S3Client(
@@ -89,7 +90,7 @@ class S3Connector:
 
 
 class TensorStore:
-    """zarr3 with shards: one file for what a rank saves of a tensor, in compressed chunks of the size of reshard's."""
+    """zarr3 with shards: one file per shard, with compressed chunks as large as those of reshard."""
 
     def save(self, state: State, uri: str, options: Options) -> None:
         import tensorstore as ts
@@ -97,7 +98,7 @@ class TensorStore:
         writing = []
         for name, tensor in state.items():
             for box, values in local_shards(name, tensor):
-                spec = {**self._place(name, uri, options), "metadata": self._metadata(tuple(tensor.shape), box)}
+                spec = {**self._spec(name, uri, options), "metadata": self._metadata(tuple(tensor.shape), box)}
                 writing.append((ts.open(spec, create=True, open=True), box, values))
         committed = [array.result()[box.slices].write(_bits(values)) for array, box, values in writing]
         for done in committed:
@@ -109,20 +110,20 @@ class TensorStore:
         reading = []
         for name, tensor in state.items():
             for box, values in local_shards(name, tensor):
-                reading.append((ts.open(self._place(name, uri, options)), box, values))
+                reading.append((ts.open(self._spec(name, uri, options)), box, values))
         copied = [ts.array(_bits(values)).write(array.result()[box.slices]) for array, box, values in reading]
         for done in copied:
             done.result()
 
     @staticmethod
-    def _place(name: str, uri: str, options: Options) -> dict[str, Any]:
+    def _spec(name: str, uri: str, options: Options) -> dict[str, Any]:
         if not options:
             return {"driver": "zarr3", "kvstore": {"driver": "file", "path": os.path.join(uri, name) + "/"}}
         credentials()
         bucket, path = urlsplit(uri).netloc, urlsplit(uri).path.lstrip("/")
-        store = {"driver": "s3", "bucket": bucket, "path": f"{path}/{name}/", "aws_region": REGION}
-        store["endpoint"] = options["client_kwargs"]["endpoint_url"]
-        return {"driver": "zarr3", "kvstore": {**store, "aws_credentials": {"type": "environment"}}}
+        s3 = {"driver": "s3", "bucket": bucket, "path": f"{path}/{name}/", "aws_region": REGION}
+        s3["endpoint"] = options["client_kwargs"]["endpoint_url"]
+        return {"driver": "zarr3", "kvstore": {**s3, "aws_credentials": {"type": "environment"}}}
 
     @staticmethod
     def _metadata(shape: tuple[int, ...], shard: Box) -> dict[str, Any]:
@@ -154,10 +155,10 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 }
 
 
-def available(names: list[str], place: Place) -> list[str]:
-    """Those that are installed, and work at a place; says which are left out."""
+def available(names: list[str], store: BenchmarkStore) -> list[str]:
+    """Return the contenders that are installed and support a store. Print those that are skipped."""
     optional = {name for name in names if name in ("s3torchconnector", "tensorstore")}
     missing = {name for name in optional if not installed(name)}
-    if "s3torchconnector" in names and not place.is_s3:
-        missing.add("s3torchconnector")  # it is for S3 alone
+    if "s3torchconnector" in names and not store.is_s3:
+        missing.add("s3torchconnector")  # it supports only S3
     return [name for name in names if name not in missing]

@@ -1,12 +1,12 @@
-"""Checkpoints of other formats, read and converted: bytes, seconds and memory, beside DCP's own readers.
+"""Read and convert checkpoints of other formats: bytes, seconds and memory, compared with DCP's readers.
 
-    python -m benchmarks.foreign [--tables bytes seconds convert] [--places local far-s3 slow-s3] [--repeat N]
+    python -m benchmarks.foreign [--tables bytes seconds convert] [--stores local far-s3 slow-s3] [--repeat N]
 
-The MLP of the other benchmarks. **bytes**: saved by real ranks with DCP's FileSystemWriter, as safetensors, or with
-reshard in float32, and loaded under tensor parallelism from a local disk; every byte asked of the disk counts,
-metadata included, over the bytes of the destinations. **seconds**: a checkpoint of DCP loaded by DCP's own reader and
-by reshard, in turns. **convert**: one process converts a model of 8 times its budget; the peak is the kernel's count of
-resident memory above what was resident before.
+The model is the MLP of the other benchmarks. **bytes**: ranks save it with DCP's FileSystemWriter, as safetensors, or
+with reshard in float32, and other ranks load it under tensor parallelism from a local disk. The table shows the bytes
+read, with metadata, divided by the bytes of the destinations. **seconds**: DCP's reader and reshard load a DCP
+checkpoint in turns. **convert**: one process converts a model of 8 times its budget. The peak is the resident memory
+that the kernel reports, minus the resident memory before the conversion.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks.common import (
 )
 from benchmarks.memory import state_of
 from benchmarks.models import mlp, under
-from benchmarks.places import NAMES, Place, opened
+from benchmarks.stores import NAMES, BenchmarkStore, opened
 from benchmarks.timing import elapsed, on_rank_0
 from reshard.demo.dcp_peer import CountingReader
 from tests.ranks import RankPool
@@ -50,7 +50,7 @@ CASES = [
     ("safetensors", torch.bfloat16, 1, 8),
     ("reshard", torch.float32, 4, 8),
 ]
-"""Format and dtype of what is saved, FSDP ranks that save it, TP ranks that load it as bfloat16."""
+"""The format and the dtype of the checkpoint, the FSDP ranks that save it, the TP ranks that load it as bfloat16."""
 RANKS = 4
 CONVERSIONS = [("dcp", "reshard"), ("reshard", "safetensors"), ("safetensors", "dcp"), ("safetensors", "reshard")]
 
@@ -60,7 +60,7 @@ def weights(dtype: torch.dtype, layers: int) -> nn.Module:
 
 
 def save_rank(format: str, dtype: torch.dtype, folder: str) -> None:
-    """Save under FSDP, by DCP, which is the peer, and in the format if that is another."""
+    """Save under FSDP with DCP, to compare with, and in the given format if it is a different one."""
     state = under("fsdp", weights(dtype, 8)).state_dict()
     dcp.save(state, storage_writer=dcp.FileSystemWriter(os.path.join(folder, "dcp"), sync_files=False))
     if format == "reshard":
@@ -73,7 +73,7 @@ def save_rank(format: str, dtype: torch.dtype, folder: str) -> None:
 
 
 def count_rank(format: str, dtype: torch.dtype, folder: str) -> dict[str, tuple[int, int, int]]:
-    """(bytes needed, bytes read, requests) of this rank by reader; the values are checked."""
+    """Return (bytes needed, bytes read, requests) of this rank for each reader, and check the values."""
     state = under("tp", mlp(seed=1)).state_dict()
     needed = sum(tensor.to_local().nbytes for tensor in state.values())
     reader = CountingReader(os.path.join(folder, "dcp"))
@@ -84,12 +84,12 @@ def count_rank(format: str, dtype: torch.dtype, folder: str) -> dict[str, tuple[
     state = under("tp", mlp(seed=1)).state_dict()
     report = reshard.load(state, os.path.join(folder, format)).local
     if not all(tensor.to_local().equal(expected[name]) for name, tensor in state.items()):
-        raise AssertionError("reshard loaded other values than DCP")
+        raise AssertionError("reshard loaded values that differ from those of DCP")
     return {"dcp": (needed, reader.bytes, reader.requests), "reshard": (needed, report.bytes_fetched, report.requests)}
 
 
 def count_bytes() -> list[Row]:
-    """One row a case."""
+    """Return one row per case."""
     header("saved → loaded as bf16", "MB needed", "DCP", "reshard", "requests of a rank: DCP, reshard")
     rows: list[Row] = []
     with RankPool() as pool:
@@ -110,9 +110,9 @@ def count_bytes() -> list[Row]:
     return rows
 
 
-def time_rank(place: Place, layers: int, repeat: int) -> dict[str, list[float]]:
-    """Seconds of loads of a checkpoint of DCP, by reader."""
-    uri, options = on_rank_0(place.make), place.options()
+def time_rank(store: BenchmarkStore, layers: int, repeat: int) -> dict[str, list[float]]:
+    """Return the seconds of loads of a DCP checkpoint for each reader."""
+    uri, options = on_rank_0(store.make), store.options()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         saved = under("fsdp", weights(torch.bfloat16, layers)).state_dict()
@@ -134,31 +134,31 @@ def time_rank(place: Place, layers: int, repeat: int) -> dict[str, list[float]]:
             seconds[name] += [took] if at else []  # the first round warms up
             expected = expected or {key: tensor.to_local().clone() for key, tensor in state.items()}
             if not all(tensor.to_local().equal(expected[key]) for key, tensor in state.items()):
-                raise AssertionError(f"{name} loaded other values")
-    on_rank_0(lambda: place.remove(uri))
+                raise AssertionError(f"{name} loaded values that differ from those of the first load")
+    on_rank_0(lambda: store.remove(uri))
     return seconds
 
 
 def count_seconds(names: list[str], folder: str | None, layers: int, repeat: int) -> list[Row]:
-    """One row a place."""
+    """Return one row per store."""
     rows: list[Row] = []
-    with opened(names, folder) as places:
-        header("a checkpoint of DCP, at", "MB", "DCP's reader, s", "reshard, s", "gain")
-        for place in places:
+    with opened(names, folder) as stores:
+        header("store of a DCP checkpoint", "MB", "DCP's reader, s", "reshard, s", "speedup")
+        for store in stores:
             with RankPool() as pool:
-                seconds = pool.run(RANKS, time_rank, place, layers, repeat, timeout_s=3600)[0]
-            row: Row = {"table": "seconds", "case": place.name, "layers": layers}
+                seconds = pool.run(RANKS, time_rank, store, layers, repeat, timeout_s=3600)[0]
+            row: Row = {"table": "seconds", "case": store.name, "layers": layers}
             row |= {f"{name}_all": values for name, values in seconds.items()}
             row |= {name: median(values) for name, values in seconds.items()}
             rows.append(row)
             total = sum(parameter.nbytes for parameter in mlp(seed=0, layers=layers).parameters()) / 1e6
             gain = row["dcp"] / row["reshard"]
-            line(place.name, f"{total:.0f}", f"{row['dcp']:.2f}", f"{row['reshard']:.2f}", f"{gain:.1f}")
+            line(store.name, f"{total:.0f}", f"{row['dcp']:.2f}", f"{row['reshard']:.2f}", f"{gain:.1f}")
     return rows
 
 
 def peak_of(src: str, dst: str, format: str, budget_bytes: int, warm: tuple[str, str]) -> tuple[int, float]:
-    """The peak of one conversion in this process, which should be a fresh one, and its seconds."""
+    """Convert once, and return the peak memory and the seconds. Call it in a new process."""
     reshard.convert(*warm, format=format, budget_bytes=budget_bytes)
     with Peak() as peak:
         report = reshard.convert(src, dst, format=format, budget_bytes=budget_bytes)
@@ -166,17 +166,17 @@ def peak_of(src: str, dst: str, format: str, budget_bytes: int, warm: tuple[str,
 
 
 def count_memory(folder: str | None, budget_mb: int) -> list[Row]:
-    """One row a conversion."""
-    header("convert", "MB", "budget MB", "peak MB above", "s", "MB/s")
+    """Return one row per conversion."""
+    header("convert", "MB", "budget MB", "peak MB", "s", "MB/s")
     rows: list[Row] = []
     budget = budget_mb * 1_000_000
     for src, dst in CONVERSIONS:
         with tempfile.TemporaryDirectory(dir=folder) as root:
             for name, nbytes in (("large", 8 * budget), ("small", 4_000_000)):
-                place = os.path.join(root, name)
+                target = os.path.join(root, name)
                 first = os.path.join(root, f"{name}-first")
                 in_a_fresh_process(_make, first, nbytes)
-                in_a_fresh_process(_convert, first, place, src, budget)
+                in_a_fresh_process(_convert, first, target, src, budget)
             warm = (os.path.join(root, "small"), os.path.join(root, "small-dst"))
             target = os.path.join(root, "dst")
             peak, seconds = in_a_fresh_process(peak_of, os.path.join(root, "large"), target, dst, budget, warm)
@@ -188,7 +188,7 @@ def count_memory(folder: str | None, budget_mb: int) -> list[Row]:
 
 
 def _make(folder: str, nbytes: int) -> None:
-    """A model of a few tensors, one of them larger than all others together."""
+    """Save a model with a few tensors, one of which is larger than all others together."""
     reshard.save({**state_of(1, nbytes * 5 // 8, seed=0), "m": state_of(12, nbytes * 3 // 8, seed=1)}, folder)
 
 
@@ -197,7 +197,7 @@ def _convert(src: str, dst: str, format: str, budget: int) -> None:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Bars: bytes over bytes needed, seconds, and peaks beside the budget."""
+    """Draw bars: bytes read divided by bytes needed, seconds, and peaks next to the budget."""
     tables = list(dict.fromkeys(row["table"] for row in rows))
     figure.set_size_inches(10, 1 + 2.7 * len(tables))
     labels = {"bytes": "bytes read / needed", "seconds": "seconds", "convert": "MB"}
@@ -205,7 +205,7 @@ def draw(rows: list[Row], figure: Any) -> None:
         here = [row for row in rows if row["table"] == table]
         keys = {"dcp": "DCP's reader", "reshard": "reshard"}
         if table == "convert":
-            keys = {"budget": "budget", "peak": "peak above what was resident"}
+            keys = {"budget": "budget", "peak": "peak minus memory before"}
         for shift, (key, label) in zip((-0.2, 0.2), keys.items(), strict=True):
             scale = 1e-6 if table == "convert" else 1
             bars = axes.bar(
@@ -221,17 +221,21 @@ def draw(rows: list[Row], figure: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--places", nargs="+", choices=NAMES, default=["local", "far-s3", "slow-s3"])
-    parser.add_argument("--layers", type=positive, default=32, help="of the timed model, 16.8 MB each (default: 32)")
-    parser.add_argument("--budget-mb", type=positive, default=128, help="of a conversion (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=3, help="timed loads of each (default: %(default)s)")
-    parser.add_argument("--folder", help="where the data lies (default: the system's temporary folder)")
+    parser.add_argument("--stores", nargs="+", choices=NAMES, default=["local", "far-s3", "slow-s3"])
+    parser.add_argument(
+        "--layers", type=positive, default=32, help="the layers of the timed model, 16.8 MB each (default: 32)"
+    )
+    parser.add_argument(
+        "--budget-mb", type=positive, default=128, help="the budget of a conversion in MB (default: %(default)s)"
+    )
+    parser.add_argument("--repeat", type=positive, default=3, help="timed loads of each reader (default: %(default)s)")
+    parser.add_argument("--folder", help="the folder for the data (default: the system's temporary folder)")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     if "bytes" in arguments.tables:
         rows += count_bytes()
     if "seconds" in arguments.tables:
-        rows += count_seconds(arguments.places, arguments.folder, arguments.layers, arguments.repeat)
+        rows += count_seconds(arguments.stores, arguments.folder, arguments.layers, arguments.repeat)
     if "convert" in arguments.tables:
         rows += count_memory(arguments.folder, arguments.budget_mb)
     write(arguments, rows, draw)

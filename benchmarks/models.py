@@ -1,4 +1,4 @@
-"""The model of the benchmarks, under the layouts that they save and load it in."""
+"""The model of the benchmarks, and the layouts under which they save and load it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DIM = 1024
 HIDDEN = 4096
 LAYERS = 8
 TP_PLAN = {"*.up": "colwise", "*.down": "rowwise"}
-"""The same layout in the words of reshard.Layout."""
+"""The tensor-parallel layout of the model, as rules of `reshard.Layout`."""
 
 
 class Block(nn.Module):
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 def mlp(seed: int, *, layers: int = LAYERS, dim: int = DIM, hidden: int = HIDDEN) -> nn.Sequential:
-    """An MLP in bf16, with weights ~ N(0, 0.02²) that the seed determines."""
+    """Return an MLP in bf16 with weights ~ N(0, 0.02²), which the seed determines."""
     model = nn.Sequential(*(Block(dim, hidden) for _ in range(layers))).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def mlp(seed: int, *, layers: int = LAYERS, dim: int = DIM, hidden: int = HIDDEN
 
 
 def under(layout: str, model: nn.Module) -> nn.Module:
-    """The model under "fsdp" or "tp", over all ranks of the default group."""
+    """Shard the model with "fsdp" or "tp" over all ranks of the default process group."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if layout == "fsdp":
         fully_shard(model, mesh=mesh)

@@ -1,11 +1,11 @@
-"""Planning at the scale of the largest models, from metadata alone: no tensors, one process.
+"""Planning for the largest models, from metadata alone: no tensors, one process.
 
     python -m benchmarks.planner [--cases NAME ...] [--json FILE] [--plot FILE]
 
-The index of a checkpoint of dense models, saved by FSDP in bf16 to a disk, is made up column by column, with chunks of
-about 1 and 8 MiB, and its manifest written. Then, as one rank of the layout that loads it: open it, read what of it
-the rank needs, and plan. Beside it, what DCP does for the same: its Metadata of the same shards, a pickle, is read
-whole, and planned by the function of its DefaultLoadPlanner. Peak memory is above what was resident before.
+The benchmark constructs the index of a checkpoint of dense models, as FSDP would save it in bf16 to a disk, with chunks
+of about 1 and 8 MiB, and writes its manifest. Then one rank of the layout that loads it opens the manifest, reads the
+part that it needs, and plans. For comparison, DCP reads the whole pickle of its Metadata for the same shards, and plans
+with the function of its DefaultLoadPlanner. The peak is the resident memory minus the resident memory before.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manife
 from reshard.storage.stores.local import LocalStore
 
 RATIO = 0.66
-"""Stored bytes over bytes of bf16 weights: see the codec benchmark."""
+"""Stored bytes divided by bytes of bf16 weights: see `benchmarks/codec.py`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is saved, by how many ranks, and what one rank of the layout reads of it."""
+    """The shapes of a model, the number of ranks that save it, and the layout of the ranks that load it."""
 
     shapes: dict[str, tuple[int, ...]]
     saved_by: int
@@ -47,7 +47,7 @@ class Case:
     pp: int
 
     def wanted(self) -> list[str]:
-        """The tensors of the pipeline's stage in the middle."""
+        """Return the tensors of the middle stage of the pipeline."""
         if self.pp == 1:
             return list(self.shapes)
         stage = self.pp // 2
@@ -67,7 +67,7 @@ CASES = {
 
 
 def grid_of(shape: tuple[int, ...], chunk_bytes: int) -> Grid:
-    """The grid that reshard chooses, or one of larger chunks."""
+    """Return the grid that reshard chooses, or one with larger chunks."""
     parts = list(Grid.choose(shape, 2).parts)
     for d in range(len(shape)):
         while parts[d] > 16 and math.prod(shape) * 2 / math.prod(parts) * 2 <= chunk_bytes:
@@ -76,7 +76,7 @@ def grid_of(shape: tuple[int, ...], chunk_bytes: int) -> Grid:
 
 
 def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
-    """The index as a save would make it."""
+    """Return the index that a save would write."""
     entries: list[Entry] = []
     columns: dict[str, list[IntArray]] = {name: [] for name in ("entries", "objects", "starts", "offsets", "sizes")}
     lengths = []
@@ -110,14 +110,14 @@ def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
 
 
 def make(case: Case, chunk_bytes: int, folder: str) -> int:
-    """Write the manifest; its bytes."""
+    """Write the manifest, and return its size in bytes."""
     data = encode_manifest(index_of(case, chunk_bytes), {}, {})
     LocalStore(folder).put(MANIFEST_NAME, data, overwrite=True)
     return len(data)
 
 
 def plan_rank(case: Case, folder: str) -> Row:
-    """What one rank does before it reads its first tensor."""
+    """Do what one rank does before it reads its first tensor, and measure it."""
     with Peak() as peak:
         begin = time.perf_counter()
         manifest = open_source(LocalStore(folder))
@@ -143,13 +143,13 @@ def plan_rank(case: Case, folder: str) -> Row:
 
 
 def make_dcp(case: Case, path: str) -> int:
-    """Write what DCP's writers leave as `.metadata`; its bytes."""
+    """Write the `.metadata` that DCP would write, and return its size in bytes."""
     import torch
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     tensors: dict[str, Any] = {}
-    places = {}
+    storage_data = {}
     for name, shape in case.shapes.items():
         chunks = []
         for at, (begin, rows) in enumerate(
@@ -157,15 +157,15 @@ def make_dcp(case: Case, path: str) -> int:
         ):
             offsets = torch.Size([begin, *(0 for _ in shape[1:])])
             chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size([rows, *shape[1:]])))
-            places[dcp.MetadataIndex(name, offsets, at)] = _StorageInfo(f"__{at}_0.distcp", begin, rows)
+            storage_data[dcp.MetadataIndex(name, offsets, at)] = _StorageInfo(f"__{at}_0.distcp", begin, rows)
         tensors[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=torch.bfloat16), torch.Size(shape), chunks)
     with open(path, "wb") as file:
-        pickle.dump(dcp.Metadata(tensors, storage_data=places), file)
+        pickle.dump(dcp.Metadata(tensors, storage_data=storage_data), file)
     return os.path.getsize(path)
 
 
 def plan_rank_dcp(case: Case, path: str) -> Row:
-    """The same rank by DCP: all of the metadata, then its planner's read items of each local tensor."""
+    """Do the same with DCP: read all metadata, then let its planner create the read items of each local tensor."""
     import torch
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
     from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -187,7 +187,7 @@ def plan_rank_dcp(case: Case, path: str) -> Row:
 
 
 def run(cases: list[str], with_dcp: list[str]) -> list[Row]:
-    """One row a case, chunk size and planner."""
+    """Return one row per case, chunk size and planner."""
     header("case", "chunks of", "by", "manifest MB", "read MB", "reads", "open s", "plan s", "chunks", "peak MB")
     rows: list[Row] = []
     for name in cases:
@@ -228,7 +228,7 @@ def show(row: Row) -> None:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Bars of seconds, opening and planning, on a logarithmic scale."""
+    """Draw bars of the seconds to open and plan, on a logarithmic scale."""
     axes = figure.subplots()
     names = [f"{row['case']}, {row['by']}" + (f" {row['chunk_mib']} MiB" if row["chunk_mib"] else "") for row in rows]
     seconds = [row["open_s"] + row["plan_s"] for row in rows]
@@ -237,7 +237,7 @@ def draw(rows: list[Row], figure: Any) -> None:
     axes.margins(x=0.2)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("seconds of one rank, to open the checkpoint and to plan", fontsize=8)
+    axes.set_xlabel("seconds that one rank needs to open the checkpoint and to plan", fontsize=8)
     axes.tick_params(labelsize=7)
 
 
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         choices=list(CASES),
         default=list(CASES)[:1],
         metavar="NAME",
-        help="those to plan by DCP too",
+        help="the cases to plan with DCP, too",
     )
     arguments = parser.parse_args(argv)
     write(arguments, run(arguments.cases, arguments.dcp), draw)

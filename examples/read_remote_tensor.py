@@ -1,9 +1,9 @@
-"""One tensor, or rows of it, of a checkpoint of any format that lies elsewhere; the rest is not fetched.
+"""Read one tensor, or some of its rows, from a remote checkpoint of any format. Nothing else is fetched.
 
     python examples/read_remote_tensor.py s3://bucket/run/step-20 model.0.up.weight
     python examples/read_remote_tensor.py s3://bucket/run/step-20 model.0.up.weight --rows 64:96
 
-Credentials are taken from the environment, as every client of the store takes them.
+Credentials come from the environment, as for every client of the store.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import reshard
 def main(uri: str, name: str, rows: str) -> None:
     checkpoint = reshard.open(uri)
     if name not in checkpoint.tensors:
-        raise SystemExit(f"{uri} has no {name}; it has {', '.join(list(checkpoint.tensors)[:10])}")
+        raise SystemExit(
+            f"{uri} has no tensor {name}; its first tensors are {', '.join(list(checkpoint.tensors)[:10])}"
+        )
     info = checkpoint.tensors[name]
     print(f"{checkpoint.format}: {name}, {info.shape} {info.dtype}, {info.stored_bytes} bytes in {info.chunks} chunks")
     box = None

@@ -1,10 +1,10 @@
-"""A training that goes on where it was, on whatever number of ranks there are.
+"""Resume training from the latest checkpoint, on any number of ranks.
 
     torchrun --nproc-per-node 4 examples/resume_elastic.py run --steps 6
     torchrun --nproc-per-node 3 examples/resume_elastic.py run --steps 12
 
-Each call takes the newest checkpoint below the place that is whole, and saves every 3 steps. The global batch does not
-depend on the number of ranks, so neither do the losses.
+Each run loads the newest complete checkpoint in a folder, and saves every 3 steps. The global batch does not depend on
+the number of ranks, so the losses do not depend on it either.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.distributed.fsdp import fully_shard
 
 import reshard
 
-DIM, BATCH, EVERY = 100, 24, 3
+DIM, BATCH, SAVE_INTERVAL = 100, 24, 3
 
 
 class Training:
-    """A Stateful value: `reshard.save` asks it for its state, `reshard.load` gives it one."""
+    """A Stateful object: `reshard.save` calls its `state_dict`, and `reshard.load` calls its `load_state_dict`."""
 
     def __init__(self) -> None:
-        torch.manual_seed(dist.get_rank())  # what is loaded must not depend on it
+        torch.manual_seed(dist.get_rank())  # loading overwrites these values
         self.model: nn.Module = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.ReLU(), nn.Linear(4 * DIM, DIM))
         fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -44,11 +44,11 @@ class Training:
         self.step = state["step"]
 
     def run_step(self) -> float:
-        """One step; the loss over the global batch."""
+        """Train one step, and return the loss of the global batch."""
         rank, world = dist.get_rank(), dist.get_world_size()
         x = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(self.step))[rank::world]
         loss = (self.model(x) - x.roll(1, dims=-1)).square().sum() / (BATCH * DIM)
-        (loss * world).backward()  # FSDP takes the mean over the ranks
+        (loss * world).backward()  # FSDP averages gradients over the ranks
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -57,40 +57,40 @@ class Training:
         return float(total)
 
 
-def newest(run: str) -> str | None:
-    """The newest checkpoint that is whole, as rank 0 sees it, the same on every rank."""
-    found: list[str | None] = [None]
+def find_newest(run: str) -> str | None:
+    """Return the newest complete checkpoint. Rank 0 looks for it and broadcasts its location."""
+    newest_uri: list[str | None] = [None]
     if dist.get_rank() == 0:
-        whole = [there for there in reshard.find_checkpoints(run) if there.is_complete]
-        found = [max(whole, key=lambda there: there.step or 0).uri if whole else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+        complete = [checkpoint for checkpoint in reshard.find_checkpoints(run) if checkpoint.is_complete]
+        newest_uri = [max(complete, key=lambda checkpoint: checkpoint.step or 0).uri if complete else None]
+    dist.broadcast_object_list(newest_uri)
+    return newest_uri[0]
 
 
 def main(run: str, steps: int) -> None:
     training = Training()
-    there = newest(run)
-    if there:
-        reshard.load({"train": training}, there)
-        say(f"resumed from {there} at step {training.step} on {dist.get_world_size()} ranks")
+    uri = find_newest(run)
+    if uri:
+        reshard.load({"train": training}, uri)
+        print_once(f"resumed from {uri} at step {training.step} on {dist.get_world_size()} ranks")
     while training.step < steps:
         loss = training.run_step()
-        say(f"step {training.step}: loss {loss:.6f}")
-        if training.step % EVERY == 0:
+        print_once(f"step {training.step}: loss {loss:.6f}")
+        if training.step % SAVE_INTERVAL == 0:
             reshard.save({"train": training}, f"{run}/step-{training.step}", overwrite=True)
 
 
-def say(message: str) -> None:
+def print_once(message: str) -> None:
     if dist.get_rank() == 0:
         print(message, flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="where the checkpoints are: a path or a URI")
+    parser.add_argument("run", help="the folder of the checkpoints: a path or a URI")
     parser.add_argument("--steps", type=int, default=6)
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     main(arguments.run, arguments.steps)
-    dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
+    dist.barrier()  # without it, a rank of torch 2.13 with gloo sometimes aborts at exit
     dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""Train under FSDP2 and save; then serve the same checkpoint under tensor parallelism on another number of ranks.
+"""Train under FSDP2 and save. Then serve the same checkpoint under tensor parallelism on another number of ranks.
 
     torchrun --nproc-per-node 4 examples/train_fsdp_serve_tp.py train run/step-20
     torchrun --nproc-per-node 2 examples/train_fsdp_serve_tp.py serve run/step-20
 
-The place is a path or a URI, as s3://bucket/run/step-20. Serving loads twice: into the DTensors of a parallelized
-module, and, as an engine without a process group would, by `load_rank`; both give the same.
+The location is a path or a URI, such as s3://bucket/run/step-20. Serving loads twice: with `load`, into the DTensors of
+a parallelized module, and with `load_rank`, which needs no process group. Both return the same values.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def train(mesh: DeviceMesh, uri: str) -> None:
         optimizer.zero_grad()
     weights, moments = get_state_dict(model, optimizer)
     report = reshard.save({"model": weights, "optimizer": moments, "step": 20}, uri, overwrite=True)
-    say(f"saved: {report.total}")
+    print_once(f"saved: {report.total}")
 
 
 def serve(mesh: DeviceMesh, uri: str) -> None:
@@ -64,7 +64,7 @@ def serve(mesh: DeviceMesh, uri: str) -> None:
     for block in model:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     report = reshard.load({"model": model.state_dict()}, uri)
-    say(f"loaded: {report.total}")
+    print_once(f"loaded: {report.total}")
 
     layout = reshard.Layout({"tp": mesh.size()}, RULES)
     tensors = reshard.open(uri).load_rank(layout, dist.get_rank(), include="model")
@@ -75,10 +75,10 @@ def serve(mesh: DeviceMesh, uri: str) -> None:
     x = torch.randn(64, DIM)
     with torch.no_grad():
         loss = (model(x) - x.roll(1, dims=-1)).square().mean()
-    say(f"both ways give the same {len(tensors)} tensors; loss {loss.item():.4f}")
+    print_once(f"load and load_rank return the same {len(tensors)} tensors; loss {loss.item():.4f}")
 
 
-def say(message: str) -> None:
+def print_once(message: str) -> None:
     if dist.get_rank() == 0:
         print(message, flush=True)
 
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     {"train": train, "serve": serve}[arguments.phase](init_device_mesh("cpu", (dist.get_world_size(),)), arguments.uri)
-    dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
+    dist.barrier()  # without it, a rank of torch 2.13 with gloo sometimes aborts at exit
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The tensors and values of a checkpoint, and the segments that hold them."""
+"""The tensors and values of a checkpoint, and the segments that store them."""
 
 from __future__ import annotations
 

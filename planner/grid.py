@@ -8,7 +8,8 @@ Tensor parallelism usually cuts the longer of the last two dimensions: up projec
 rowwise. So this dimension is the outermost one in the order of the chunks, and the part that one rank needs is
 contiguous in the object. If both are equally long, the last one is outermost. The dimensions before those two (experts)
 are further out. Small shards that share an object are interleaved by the eighths of their tensors, so that the parts of
-all shards that one rank needs are contiguous, too.
+all shards that one rank needs are contiguous, too. `benchmarks/bytes_read.py` measures how many unneeded bytes the grid
+costs.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ def count_chunks(entries: Sequence[Entry], segments: Segments, regions: Regions,
             continue
         extents = first_extent[rows][:, None] + np.arange(ndim)
         offsets, sizes = segments.offsets[extents], segments.sizes[extents]
-        places = np.flatnonzero(ndims == ndim)
-        place = np.searchsorted(places, segments.entries[rows])
-        grids = [entries[at].grid for at in places.tolist()]
-        shapes = np.array([grid.shape for grid in grids], np.int64).reshape(len(places), ndim)[place]
-        parts = np.array([grid.parts for grid in grids], np.int64).reshape(len(places), ndim)[place]
+        of_ndim = np.flatnonzero(ndims == ndim)
+        position = np.searchsorted(of_ndim, segments.entries[rows])
+        grids = [entries[at].grid for at in of_ndim.tolist()]
+        shapes = np.array([grid.shape for grid in grids], np.int64).reshape(len(of_ndim), ndim)[position]
+        parts = np.array([grid.parts for grid in grids], np.int64).reshape(len(of_ndim), ndim)[position]
         within = np.searchsorted(known, region_of[rows])
         offsets_in = offsets - region_offsets[within]
         inside = ((offsets_in >= 0) & (sizes > 0) & (sizes <= region_sizes[within] - offsets_in)).all(axis=1)
@@ -178,10 +178,10 @@ def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDAr
     """
     starts = [np.unique(offsets[:, d]) for d in range(len(shape))]
     if math.prod(map(len, starts)) == len(offsets):
-        places = [np.searchsorted(starts[d], offsets[:, d]) for d in range(len(shape))]
+        positions = [np.searchsorted(starts[d], offsets[:, d]) for d in range(len(shape))]
         ends = [np.append(starts[d][1:], n) for d, n in enumerate(shape)]
-        fit = all(np.array_equal(offsets[:, d] + sizes[:, d], ends[d][places[d]]) for d in range(len(shape)))
-        if fit and len(np.unique(np.ravel_multi_index(places, [len(start) for start in starts]))) == len(offsets):
+        fit = all(np.array_equal(offsets[:, d] + sizes[:, d], ends[d][positions[d]]) for d in range(len(shape)))
+        if fit and len(np.unique(np.ravel_multi_index(positions, [len(start) for start in starts]))) == len(offsets):
             return True
     cut = [d for d, n in enumerate(shape) if bool((sizes[:, d] != n).any())]
     lows = np.vstack([offsets[:, cut], np.zeros((1, len(cut)), np.int64)])

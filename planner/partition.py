@@ -170,16 +170,16 @@ def _pieces(saved: _Saved, parts: tuple[int, ...]) -> tuple[IntArray, IntArray, 
     # Find the innermost dimension in which a shard overlaps several regions. In all dimensions further out, a piece
     # must be one chunk wide, or its chunks would not be consecutive.
     innermost = np.full(len(offsets), -1)
-    for place, d in enumerate(grid.order):
-        innermost[met[:, d] > 1] = place
+    for level, d in enumerate(grid.order):
+        innermost[met[:, d] > 1] = level
     found: list[tuple[IntArray, IntArray, IntArray]] = []
-    for place in np.unique(innermost).tolist():
-        rows = np.flatnonzero(innermost == place)
+    for level in np.unique(innermost).tolist():
+        rows = np.flatnonzero(innermost == level)
         coarse = [1] * len(parts)
-        for outer in grid.order[: max(place, 0)]:
+        for outer in grid.order[: max(level, 0)]:
             coarse[outer] = grid.parts[outer]
-        if place >= 0:
-            coarse[grid.order[place]] = parts[grid.order[place]]
+        if level >= 0:
+            coarse[grid.order[level]] = parts[grid.order[level]]
         lines, whole = Grid(grid.shape, tuple(coarse)), Box.whole(grid.shape)
         of, _, piece_offsets, piece_sizes = lines.chunks_of_many(offsets[rows], sizes[rows], *whole.columns)
         found.append((rows[of], piece_offsets, piece_sizes))

@@ -25,7 +25,7 @@ class RankTensor:
     """The part of a tensor that one rank holds under a layout."""
 
     name: str
-    """The name that the layout has for the tensor."""
+    """The name of the tensor in the layout. It may differ from the name in the checkpoint."""
     entry: Entry
     local: LocalTensor
 
@@ -113,10 +113,12 @@ class RankPlans:
 
 
 def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> list[RankTensor]:
-    """Return what a rank holds of tensors.
+    """Return the part of each tensor that a rank holds under a layout.
 
     Args:
-        entries: the tensors of a checkpoint, by the names that the layout has for them.
+        entries: the tensors of a checkpoint, by their names in the layout.
+        layout: the layout.
+        rank: the rank.
 
     Raises:
         LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
@@ -138,13 +140,18 @@ def plan_ranks(
     gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     location: str = "",
 ) -> RankPlans:
-    """Plan what every rank of a layout reads.
+    """Plan what each rank of a layout reads.
 
     Args:
-        entries: the tensors to read, by the names that the layout has for them; by default, all of the index.
+        index: the index of the checkpoint.
+        layout: the layout.
+        entries: the tensors to read, by their names in the layout. By default, all tensors of the index.
+        gap_limits: which gaps between byte ranges to read over.
+        location: the location of the checkpoint.
 
     Raises:
-        LayoutError, InvalidIndexError.
+        LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
+        InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
     if entries is None:
         entries = {entry.name: entry for entry in index.entries if entry.is_tensor}

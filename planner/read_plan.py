@@ -148,9 +148,9 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapL
     found: dict[int, ChunkReads] = {}
     for (_, _, split, heads_only), members in groups.items():
         for first in range(0, len(members), BOXES_PER_CALL):
-            positions, places = zip(*members[first : first + BOXES_PER_CALL], strict=True)
-            named = [Want(wants[at].name, wants[at].box, heads_only) for at in places]
-            found |= zip(places, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
+            positions, chosen = zip(*members[first : first + BOXES_PER_CALL], strict=True)
+            named = [Want(wants[at].name, wants[at].box, heads_only) for at in chosen]
+            found |= zip(chosen, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))
     return tuple(
         _in_slabs(read, gap_limits) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads

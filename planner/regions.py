@@ -70,18 +70,18 @@ class Regions:
     def boxes(self, entries: Sequence[Entry], ndim: int) -> tuple[IntArray, IntArray, IntArray]:
         """Return the regions of all entries with `ndim` dimensions: their (k,) rows, and their (k, ndim) offsets and
         sizes."""
-        alike = np.flatnonzero([len(parts) == ndim for parts in self.parts])
+        selected = np.flatnonzero([len(parts) == ndim for parts in self.parts])
         row_of = np.full(len(self.parts), -1)
-        row_of[alike] = np.arange(len(alike))
+        row_of[selected] = np.arange(len(selected))
         rows = np.flatnonzero(row_of[self.entries] >= 0)
         of = row_of[self.entries[rows]]
 
         def column(values: list[tuple[int, ...]]) -> IntArray:
-            return np.array(values, np.int64).reshape(len(alike), ndim)
+            return np.array(values, np.int64).reshape(len(selected), ndim)
 
-        shapes = column([entries[at].shape for at in alike.tolist()])[of]
-        parts = column([self.parts[at] for at in alike.tolist()])
-        orders = column([entries[at].grid.order for at in alike.tolist()])
+        shapes = column([entries[at].shape for at in selected.tolist()])[of]
+        parts = column([self.parts[at] for at in selected.tolist()])
+        orders = column([entries[at].grid.order for at in selected.tolist()])
         in_order = unravel(self.cells[rows], np.take_along_axis(parts, orders, axis=1), of, range(ndim))
         parts, cells = parts[of], np.empty((len(rows), ndim), np.int64)
         np.put_along_axis(cells, orders[of], in_order, axis=1)

@@ -1,4 +1,7 @@
-"""What a request to a store costs. The costs determine how large a gap is worth reading over."""
+"""What a request to a store costs. The costs determine how large a gap is worth reading over.
+
+`benchmarks/foreign.py` measures loads from a disk and from stores with these costs.
+"""
 
 from __future__ import annotations
 

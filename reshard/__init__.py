@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .storage.checkpoint import TensorInfo as TensorInfo
     from .storage.checkpoint import open_checkpoint as open
     from .storage.conversion.convert import convert as convert
-    from .storage.dcp import StorageReader as StorageReader
-    from .storage.dcp import StorageWriter as StorageWriter
+    from .storage.dcp_reader import StorageReader as StorageReader
+    from .storage.dcp_writer import StorageWriter as StorageWriter
     from .storage.load import load as load
     from .storage.maintenance.catalog import FoundCheckpoint as FoundCheckpoint
     from .storage.maintenance.catalog import Removal as Removal
@@ -93,7 +93,8 @@ _HOMES = {
     "planner.layout": ("Layout", "Mesh"),
     "storage.checkpoint": ("Checkpoint", "TensorInfo"),
     "storage.conversion.convert": ("convert",),
-    "storage.dcp": ("StorageReader", "StorageWriter"),
+    "storage.dcp_reader": ("StorageReader",),
+    "storage.dcp_writer": ("StorageWriter",),
     "storage.load": ("load",),
     "storage.maintenance.catalog": ("FoundCheckpoint", "Removal", "find_checkpoints", "find_removal", "remove"),
     "storage.maintenance.diff": ("Difference", "diff"),

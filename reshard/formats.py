@@ -1,6 +1,7 @@
 """Source formats: how checkpoints of other tools are read. Derive from `ForeignSource` to add another one."""
 
 from .planner.entries import ITEMSIZES as ITEMSIZES
+from .planner.entries import Encoding as Encoding
 from .planner.entries import Entry as Entry
 from .planner.entries import Kind as Kind
 from .storage.formats.foreign import ForeignSource as ForeignSource

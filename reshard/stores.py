@@ -1,5 +1,8 @@
 """Stores: where objects are kept. Implement `Store` to add another one."""
 
+from .storage.stores.base import AsyncReads as AsyncReads
+from .storage.stores.base import Capabilities as Capabilities
+from .storage.stores.base import MultipartUpload as MultipartUpload
 from .storage.stores.base import ObjectWriter as ObjectWriter
 from .storage.stores.base import Store as Store
 from .storage.stores.base import held as held

@@ -1,4 +1,4 @@
-"""`reshard.save`: DCP's planning and collectives, reshard's writer, reshard's errors."""
+"""`reshard.save`: DCP plans the save and exchanges the plans, reshard writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..planner.errors import CheckpointError
-from .dcp import StorageWriter
+from .dcp_writer import StorageWriter
 from .errors import ArgumentError, CommitError
 from .formats.native.codec import check_codec
 from .runtime.limits import check_budget
@@ -54,36 +54,41 @@ def save(
 ) -> Report:
     """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
 
-    Tensors may be plain, DTensor or ShardedTensor, in nested dicts and lists; each rank writes its shards into objects
-    of its own, and what several ranks hold alike is written once. The checkpoint exists once every rank has written
-    and the manifest is put; a save that fails leaves what was there.
+    The state dict may contain tensors, DTensors, ShardedTensors and other values, in nested dicts and lists. Each rank
+    writes its shards to its own objects. Replicas are written once. The checkpoint exists when every rank has written
+    its objects and the manifest is written. A save that fails leaves an existing checkpoint unchanged.
 
-    Values that are not tensors are stored as JSON where they are plain data, and pickled otherwise. Of objects, and of
-    tensors of 64 KiB or less, the ones of the lowest rank are stored; where another rank's differ, the report and a
-    warning list their names.
+    Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. If several ranks have
+    a value, or a tensor of 64 KiB or less, the one of the lowest rank is stored. If another rank has a different one,
+    the report and a warning list its name.
 
     Args:
-        state_dict: tensors and values by name. Stateful values are asked for their state.
-        uri: a path, a URI that fsspec opens, or a Store.
-        codec: "zstd" compresses; "none" stores values as they are, so that parts of a chunk can be read.
-        storage_options: passed to fsspec.
-        process_group: the ranks that save together; the default group where there is one, else this process alone.
-        overwrite: replace a checkpoint that is there.
-        allow_pickle: whether values that need pickle are stored. They can only be loaded with `allow_pickle=True`; the
-            report and a warning list their names. If False, they raise UnsupportedValueError.
-        budget_bytes: of memory that this rank may use beside the state; by default the smaller of 2 GiB and a tenth of
-            what is available, shared by the ranks of a machine (by LOCAL_WORLD_SIZE, which torchrun sets).
-        progress: True for a bar on rank 0, or a function that is called with a `Progress` on every rank.
+        state_dict: tensors and values by name. The state of Stateful values is saved.
+        uri: a path, a URI that fsspec can open, or a Store.
+        codec: "zstd" compresses. "none" stores tensors uncompressed, so that parts of a chunk can be read.
+        storage_options: options for fsspec.
+        process_group: the ranks that save together. Default: the default group if there is one, otherwise this process
+            alone.
+        overwrite: whether to replace an existing checkpoint.
+        allow_pickle: whether to store values that need pickle. They can only be loaded with `allow_pickle=True`; the
+            report and a warning list their names. If False, such a value raises UnsupportedValueError.
+        budget_bytes: the memory that this rank may use in addition to the state dict. Default: the smaller of 2 GiB and
+            a tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
+            torchrun sets).
+        progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank.
+
+    Returns:
+        What each rank wrote, and which values differ between ranks or need pickle.
 
     Raises, on every rank and naming the rank that failed:
-        CheckpointExistsError: a checkpoint is there and `overwrite` is False.
-        UnsupportedURIError, StoreError: the place cannot be opened, or not be written.
-        CommitError: the store failed in the very moment of the commit; look whether the checkpoint stands.
-        UnsupportedValueError, DtypeError, LayoutError: the state dict holds what cannot be stored.
+        CheckpointExistsError: there is a checkpoint, and `overwrite` is False.
+        UnsupportedURIError, StoreError: the location cannot be opened or written.
+        CommitError: the store failed during the commit. Check whether the checkpoint exists.
+        UnsupportedValueError, DtypeError, LayoutError: the state dict contains something that cannot be stored.
         DestinationError: two values have the same name.
-        ArgumentError: an argument is wrong, `state_dict` is no mapping, or the ranks were given different places or
-            codecs, or different dtypes, shapes or kinds of values under one name.
-        RankError: anything else.
+        ArgumentError: an argument is not valid, `state_dict` is not a mapping, or the ranks passed different locations,
+            codecs, or different dtypes, shapes or kinds of values for one name.
+        RankError: any other error.
     """
     begin = time.perf_counter()
     leaves: dict[str, Leaf] = {}
@@ -94,11 +99,11 @@ def save(
         leaves.update(flatten(stateful_to_state(state_dict)))
         return None if isinstance(uri, Store) else str(uri), codec
 
-    # On all ranks together, so that a state that cannot be had or stored stops every one of them.
-    places, codecs = zip(*on_all_ranks(prepare, process_group), strict=True)
-    for what, given in ("places", set(places) - {None}), ("codecs", set(codecs)):
-        if len(given) > 1:
-            raise ArgumentError(f"the ranks of one save were given different {what}: {', '.join(sorted(given))}")
+    # All ranks do this together, so that an error on one of them stops all.
+    locations, codecs = zip(*on_all_ranks(prepare, process_group), strict=True)
+    for what, passed in ("locations", set(locations) - {None}), ("codecs", set(codecs)):
+        if len(passed) > 1:
+            raise ArgumentError(f"the ranks of one save passed different {what}: {', '.join(sorted(passed))}")
     writer = StorageWriter(
         uri, codec=codec, storage_options=storage_options, overwrite=overwrite, budget_bytes=budget_bytes
     )
@@ -107,7 +112,7 @@ def save(
     writer.arrivals = Arrivals(process_group)
     try:
         with warnings.catch_warnings(), naming_lost_ranks(writer.arrivals):
-            # To save from one process is no mistake here.
+            # Saving from one process is intended here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             metadata = dcp_save(
                 {name: leaf.value for name, leaf in leaves.items()},
@@ -118,7 +123,7 @@ def save(
             )
     except CheckpointException as failed:
         own, _ = failed.failures.get(rank, (None, None))
-        if isinstance(own, KeyboardInterrupt):  # DCP takes it for an error
+        if isinstance(own, KeyboardInterrupt):  # DCP treats it as an error
             writer.discard()
             raise own from failed
         error = _first_failure(failed)
@@ -131,7 +136,7 @@ def save(
     ranks = [RankReport(**report) for report in metadata.storage_data]
     plan_s, total_s = writer.planned_at - begin, time.perf_counter() - begin
     stages = dict(ranks[rank].seconds)
-    commit_s = total_s - plan_s - stages.pop("total")  # and the wait for the slowest rank
+    commit_s = total_s - plan_s - stages.pop("total")  # includes waiting for the slowest rank
     seconds = {"plan": plan_s, **stages, "commit": commit_s, "total": total_s}
     ranks[rank] = replace(ranks[rank], seconds=seconds)
     logger.info("saved to %s: %s", writer.meter.location, ranks[rank].words)
@@ -139,5 +144,5 @@ def save(
 
 
 def _first_failure(failed: CheckpointException) -> CheckpointError:
-    """The error of the lowest rank that failed."""
+    """Return the error of the lowest rank that failed."""
     return of_rank(*first_failure({rank: error for rank, (error, _) in failed.failures.items()}))

@@ -1,4 +1,4 @@
-"""What tests share: a pool of ranks, and object stores, each started once, when it is first asked for."""
+"""Fixtures that tests share: a pool of ranks and object stores. Each starts once, when a test first needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.ranks import RankPool
 from tests.torture.faults import by_client
 
 os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it would ask an API that the GCS server here does not have
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs would call an API that the GCS server does not have
 
 STORES = [
     "local",
@@ -29,7 +29,7 @@ STORES = [
     "rclone by s3fs",
 ]
 Place = tuple[str, dict[str, Any]]
-"""A URI, and its storage_options."""
+"""A URI and its storage_options."""
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +65,13 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]
 
 @pytest.fixture
 def s3(moto: servers.Server) -> Place:
-    """An empty place on the mocked S3."""
+    """An empty location on the mocked S3."""
     return moto.place(uuid.uuid4().hex), moto.options
 
 
 @pytest.fixture
 def place(store_name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """An empty place on the store that the test is parametrised with."""
+    """An empty location on the store of the parametrized test."""
     if store_name == "local":
         return str(tmp_path / "checkpoint"), {}
     if store_name == "memory":

@@ -1,4 +1,4 @@
-"""An S3 on loopback that has some objects, and fails the requests that a test chooses."""
+"""An S3 server on the loopback interface that fails the requests that a test selects."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ class FailingS3:
     """A running server.
 
     Args:
-        content: objects by key.
-        fails: whether a request fails, by method and key.
-        answers: status code of a request that fails; 0 for none, ever.
+        content: The objects by key.
+        fails: Returns whether a request fails, for its method and key.
+        answers: The HTTP status of requests that fail. 0: they are never answered.
     """
 
     content: dict[str, bytes] = field(default_factory=dict)
     fails: Callable[[str, str], bool] = lambda method, key: True
     answers: int = 503
     code: str = "ServiceUnavailable"
-    """S3's word for why a request fails."""
+    """S3's error code of requests that fail."""
     failing: threading.Event = field(default_factory=threading.Event)
-    """Set once a request has failed."""
+    """Set when the first request fails."""
     requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
-    """Method, key, headers in lower case, and body of each."""
+    """The method, the key, the headers in lower case, and the body of each request."""
     refuses: Callable[[str, str, dict[str, str]], int] = lambda method, key, headers: 0
-    """Status code for a request that is refused for its headers."""
+    """Returns the HTTP status of a request that is refused because of its headers, or 0."""
     shortens: Callable[[str, str], str] = lambda method, key: ""
-    """How an answer with an object is too short: "body" breaks off, "length" claims no more, "range" claims all."""
+    """Returns how an answer with an object is shortened: "body": the connection closes early; "length": the headers
+    describe the short answer; "range": only Content-Range describes the whole answer; "": not at all."""
     endpoint: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -71,18 +72,18 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no error here."""
+        """Ignore clients that have closed the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     s3: FailingS3
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body together: the client would delay its acknowledgement of the first
+    wbufsize = -1  # send head and body together, since the client would delay its acknowledgement of the head
 
     def handle_expect_100(self) -> bool:
-        carries_on = super().handle_expect_100()
+        continues = super().handle_expect_100()
         self.wfile.flush()
-        return carries_on
+        return continues
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
@@ -98,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.s3.ended.wait()
                 self.close_connection = True
             else:
-                self._answer(self.s3.answers, _error(self.s3.code, "the test says so"))
+                self._answer(self.s3.answers, _error(self.s3.code, "injected by the test"))
         elif not key and self.command == "GET":
             self._answer(200, self._listing(parse_qs(url.query, keep_blank_values=True)))
         elif self.command in ("GET", "HEAD"):
@@ -111,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "DELETE":
             self.s3.content.pop(key, None)
             self._answer(204)
-        else:  # of several
+        else:  # a deletion of several objects
             names = re.findall(r"<Key>([^<]*)</Key>", body.decode())
             for name in names:
                 self.s3.content.pop(unescape(name), None)
@@ -132,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self, key: str, headers: dict[str, str]) -> None:
         if key not in self.s3.content:
-            self._answer(404, _error("NoSuchKey", "there is none"))
+            self._answer(404, _error("NoSuchKey", "no such key"))
             return
         data, status, more, begin = self.s3.content[key], 200, {}, 0
         if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", "")):

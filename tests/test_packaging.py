@@ -1,7 +1,7 @@
-"""What is built is what is in the tree, and works where nothing else is installed.
+"""The built packages contain the files of the repository, and work in an empty environment.
 
-The last test makes an empty virtual environment and has pip fetch all that the wheel depends on, torch included, at the
-versions of constraints.txt, from where pip is told to look: some 20 s by a registry nearby, that has torch for the CPU.
+The last test creates a virtual environment, and pip installs the wheel and all of its dependencies, torch included, at
+the versions of constraints.txt. With a registry nearby that has torch for the CPU, this takes about 20 s.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """The source distribution of the files that git does not ignore, their wheel, and the wheel of the sdist."""
+    """Build a source distribution and a wheel from the files that git does not ignore, and a wheel from the former."""
     folder = tmp_path_factory.mktemp("packaging")
     tree = folder / "tree"
     for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
@@ -69,16 +69,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return sdist, wheel, build("wheel", unpacked, folder / "of-sdist")
 
 
-def test_the_wheel_has_all_of_the_package_and_nothing_else(built: tuple[Path, Path, Path]) -> None:
+def test_wheel_contains_the_whole_package_and_nothing_else(built: tuple[Path, Path, Path]) -> None:
     _, wheel, of_sdist = built
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names == set(zipfile.ZipFile(of_sdist).namelist())
     code = {name for name in names if not name.startswith("reshard-")}
     expected = {
-        str(path.relative_to(ROOT) if room == "reshard" else Path("reshard", path.relative_to(ROOT)))
-        for room in ("reshard", "planner", "storage")
-        for path in (ROOT / room).rglob("*.py")
-        if room != "reshard" or path.relative_to(ROOT).parts[1] not in ("planner", "storage")
+        str(path.relative_to(ROOT) if package == "reshard" else Path("reshard", path.relative_to(ROOT)))
+        for package in ("reshard", "planner", "storage")
+        for path in (ROOT / package).rglob("*.py")
+        if package != "reshard" or path.relative_to(ROOT).parts[1] not in ("planner", "storage")
     }
     assert code == expected | {"reshard/py.typed"}
     assert {
@@ -89,7 +89,7 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(built: tuple[Path, Pa
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
-def test_the_metadata_is_that_of_the_project(built: tuple[Path, Path, Path]) -> None:
+def test_metadata_matches_the_project(built: tuple[Path, Path, Path]) -> None:
     sdist, wheel, _ = built
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
@@ -104,7 +104,7 @@ def test_the_metadata_is_that_of_the_project(built: tuple[Path, Path, Path]) -> 
     assert {"LICENSE", "README.md", "pyproject.toml", "planner/grid.py", "storage/formats/dcp_source.py"} <= inside
 
 
-def test_it_works_where_nothing_else_is_installed(built: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_wheel_works_in_an_empty_environment(built: tuple[Path, Path, Path], tmp_path: Path) -> None:
     _, wheel, _ = built
     venv.create(tmp_path / "venv", with_pip=True)
     scripts = tmp_path / "venv" / "bin"

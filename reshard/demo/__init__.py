@@ -1,1 +1,1 @@
-"""The main job on real input, small enough for a laptop: what `reshard demo` runs."""
+"""A complete example on real data, small enough for a laptop. `reshard demo` runs it."""

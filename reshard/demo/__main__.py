@@ -1,10 +1,11 @@
-"""The main job, on real input: train under FSDP on 4 processes, serve under TP on 2, resume under FSDP on 3.
+"""The demo: train under FSDP on 4 processes, serve under tensor parallelism on 2, resume under FSDP on 3.
 
-`reshard demo` runs it; this module is what each of its processes runs.
+`reshard demo` calls `run_demo`, which starts the processes of each phase. Each of them runs this module.
 
-Trains a small transformer on Python's own documentation with AdamW, saves model, optimizer and step to the URI, loads
-the model under tensor parallelism and then resumes training on another number of processes; checks that logits and
-losses agree with those before the save, and prints what each rank read beside what DCP's own reader reads.
+The demo trains a small transformer on the documentation of Python with AdamW, and saves model, optimizer and step to a
+URI. Then it loads the model under tensor parallelism, and resumes training on another number of processes. It checks
+that logits and losses agree with those before the save, and prints the bytes that each rank reads, with reshard and
+with DCP.
 """
 
 from __future__ import annotations
@@ -38,28 +39,32 @@ from reshard.storage.stores.open import open_store
 
 FOLDER = Path("demo-run")
 MARK = ".reshard-demo"
-"""What tells the folder of a demo from somebody's."""
+"""A file that marks the folder of a demo, so that the demo deletes no other folder."""
 OPTIONS = "RESHARD_DEMO_STORAGE_OPTIONS"
 PHASES = {"train": 4, "serve": 2, "resume": 3}
 BATCH = 12
 LENGTH = 128
 MORE_STEPS = 5
-"""Steps after the save: taken by the run that saved, and again by the one that resumes."""
+"""The number of steps after the save. The run that saved takes them, and the run that resumes takes them again."""
 
 
 def run_demo(uri: str, steps: int, storage_options: dict[str, Any]) -> None:
-    """All phases, one after another, each under torchrun.
+    """Run all phases, one after another, each with torchrun.
 
-    Raises ArgumentError where the folder is somebody's, CalledProcessError where a phase fails.
+    Raises:
+        ArgumentError: the folder `demo-run` exists and was not created by a demo.
+        CalledProcessError: a phase failed.
     """
     begin = time.perf_counter()
     if FOLDER.exists() and not (FOLDER / MARK).exists():
-        raise ArgumentError(f"{FOLDER} is there already, and is not of a demo: run it in another folder")
-    open_store(uri, storage_options)  # refuses what cannot be a place, before anything is made
+        raise ArgumentError(
+            f"the folder {FOLDER} exists and was not created by a demo; run the demo in another working directory"
+        )
+    open_store(uri, storage_options)  # refuse an invalid location before anything is created
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     (FOLDER / MARK).touch()
-    # Not as arguments, which every user of the machine can see.
+    # Pass the options in the environment: every user of the machine can see the arguments of a process.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", OPTIONS: json.dumps(storage_options)}
     for phase, processes in PHASES.items():
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "reshard.demo"]
@@ -74,20 +79,20 @@ def run_phase() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     checkpoint = CheckpointLocation(uri, json.loads(os.environ[OPTIONS]))
     {"train": train, "serve": serve, "resume": resume}[phase](mesh, checkpoint, int(steps))
-    dist.barrier()  # without it, a rank of torch 2.13 with gloo aborts now and then on its way out
+    dist.barrier()  # without it, a rank of torch 2.13 with gloo sometimes aborts at exit
     dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class CheckpointLocation:
-    """Where the checkpoint is."""
+    """The location of the checkpoint, and the options to access it."""
 
     uri: str
     storage_options: dict[str, Any]
 
 
 class Training:
-    """A sharded model and its optimizer; the global batch of a step does not depend on the number of ranks."""
+    """A sharded model and its optimizer. The global batch of a step does not depend on the number of ranks."""
 
     def __init__(self, mesh: DeviceMesh, seed: int) -> None:
         torch.manual_seed(seed)
@@ -98,7 +103,7 @@ class Training:
         self.step = 0
 
     def run(self, steps: int) -> list[float]:
-        """The loss of each step."""
+        """Train for this number of steps, and return the loss of each."""
         rank, world = dist.get_rank(), dist.get_world_size()
         losses = []
         for _ in range(steps):
@@ -112,7 +117,7 @@ class Training:
             dist.all_reduce(mean)
             losses.append(mean.item())
             if self.step % 10 == 0:
-                say(f"  step {self.step}: loss {losses[-1]:.4f}")
+                print_once(f"  step {self.step}: loss {losses[-1]:.4f}")
         return losses
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,22 +131,23 @@ class Training:
 
 
 def train(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
-    say(f"1. Train under FSDP on {mesh.size()} processes")
+    print_once(f"1. Train under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=0)
     training.run(steps)
     logits, loss = evaluate(training.model)
     report = reshard.save(
         training.state_dict(), checkpoint.uri, storage_options=checkpoint.storage_options, progress=True
     )
-    say(f"  saved to {checkpoint.uri}: {report.total}")
-    dcp.save(training.state_dict(), storage_writer=FsspecWriter(str(FOLDER / "dcp")))  # the peer, to compare reads
+    print_once(f"  saved to {checkpoint.uri}: {report.total}")
+    # Save with DCP, too, to compare the bytes that are read.
+    dcp.save(training.state_dict(), storage_writer=FsspecWriter(str(FOLDER / "dcp")))
     losses = training.run(MORE_STEPS)
     if dist.get_rank() == 0:
         torch.save({"logits": logits, "loss": loss, "losses": losses}, FOLDER / "expected.pt")
 
 
 def serve(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
-    say(f"\n2. Load under tensor parallelism on {mesh.size()} processes")
+    print_once(f"\n2. Load under tensor parallelism on {mesh.size()} processes")
     torch.manual_seed(1)
     model = Transformer()
     shard_for_serving(model, mesh)
@@ -154,7 +160,7 @@ def serve(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
     dcp_bytes: list[Any] = [None] * mesh.size()
     dist.all_gather_object(dcp_bytes, reader.bytes)
     for rank, by_dcp in zip(report.ranks, dcp_bytes, strict=True):
-        say(
+        print_once(
             f"  rank {rank.rank}: needs {rank.bytes_needed / 1e6:.2f} MB; reshard read "
             f"{rank.bytes_fetched / 1e6:.2f} MB in {rank.requests} requests; DCP's reader read {by_dcp / 1e6:.2f} MB"
         )
@@ -165,12 +171,12 @@ def serve(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
 
 
 def resume(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
-    say(f"\n3. Resume training under FSDP on {mesh.size()} processes")
+    print_once(f"\n3. Resume training under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=2)
     state = training.state_dict()
     report = reshard.load(state, checkpoint.uri, storage_options=checkpoint.storage_options)
     training.load_state_dict(state)
-    say(f"  {report.total}")
+    print_once(f"  {report.total}")
     expected = torch.load(FOLDER / "expected.pt")
     check("loss", evaluate(training.model)[1], expected["loss"])
     losses = training.run(MORE_STEPS)
@@ -182,7 +188,7 @@ def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and loss of a fixed batch, the same on every rank."""
+    """Return the logits and the loss of a fixed batch, the same on every rank."""
     inputs, targets = batch(corpus(), 10**6, 4, LENGTH)
     with torch.no_grad():
         logits = model(inputs)
@@ -191,14 +197,14 @@ def evaluate(model: Transformer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Say by how much two results differ; fail where it is more than another order of summation explains."""
+    """Print the difference of two results. Exit if it is larger than a different order of summation explains."""
     difference = (found - expected).abs().max().item()
-    say(f"  {what}: agree to {difference:.1e}" + (f" ({found.item():.6f})" if found.ndim == 0 else ""))
+    print_once(f"  {what}: agree to {difference:.1e}" + (f" ({found.item():.6f})" if found.ndim == 0 else ""))
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        raise SystemExit(f"{what} differ by {difference}")
+        raise SystemExit(f"{what}: the results differ by {difference}, more than the tolerance of 1e-3")
 
 
-def say(message: str) -> None:
+def print_once(message: str) -> None:
     if dist.get_rank() == 0:
         print(message, flush=True)
 

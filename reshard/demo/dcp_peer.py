@@ -1,4 +1,4 @@
-"""The peer: torch.distributed.checkpoint's own fsspec reader, with what it reads counted."""
+"""The fsspec reader of torch.distributed.checkpoint, with counters, for comparison with reshard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 
 class CountingReader(FsspecReader):
-    """DCP's own reader, with its reads counted where it asks the filesystem for them."""
+    """DCP's fsspec reader. It counts the bytes and the calls that read from the filesystem."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: the topics of its own documentation, as bytes."""
+"""The text that the demo trains on: the help topics of Python, which every installation contains."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def corpus() -> torch.Tensor:
-    """All topics, one after another: (n,) int64 tokens of 0 to 255."""
+    """Return all help topics, one after another, as (n,) int64 tokens from 0 to 255."""
     text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 def batch(tokens: torch.Tensor, step: int, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch of a step, the same on every rank: (size, length) inputs, and the tokens that follow them."""
+    """Return the batch of a step, the same on every rank: (size, length) inputs, and the tokens that follow them."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(tokens) - length - 1, (size,), generator=generator).tolist()
     inputs = torch.stack([tokens[at : at + length] for at in starts])

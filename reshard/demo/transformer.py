@@ -1,4 +1,4 @@
-"""A small transformer over bytes, and the ways to lay it over ranks."""
+"""A small transformer over bytes, and functions that shard it over ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(x)
-        # Under tensor parallelism, q, k and v give this rank's heads only.
+        # Under tensor parallelism, q, k and v return only the heads of this rank.
         q, k, v = (part(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(attended.transpose(1, 2).flatten(-2))
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(dim, VOCABULARY, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, length) tokens to (batch, length, 256) logits."""
+        """Convert (batch, length) tokens to (batch, length, 256) logits."""
         x = self.embed(tokens) + self.position(torch.arange(tokens.shape[1]))
         for layer in self.layers:
             x = layer(x)
@@ -53,14 +53,14 @@ class Transformer(nn.Module):
 
 
 def shard_for_training(model: Transformer, mesh: DeviceMesh) -> None:
-    """FSDP2 over the mesh."""
+    """Shard the model with FSDP2 over the mesh."""
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def shard_for_serving(model: Transformer, mesh: DeviceMesh) -> None:
-    """Tensor parallelism over the mesh."""
+    """Shard the model with tensor parallelism over the mesh."""
     plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
     plan |= {name: RowwiseParallel() for name in ("o", "down")}
     for layer in model.layers:

@@ -1,12 +1,12 @@
-"""Pictures of plans, as figures of matplotlib (`pip install 'reshard[plot]'`): why a rank reads what it reads.
+"""Draw read plans with matplotlib (`pip install 'reshard[plot]'`), to show why a rank reads what it reads.
 
     plans = reshard.open("s3://bucket/run/step-1000").plan(layout)
-    reshard.pictures.rank_bars(plans)                     bytes and requests by rank, and those of whole shards
-    reshard.pictures.object_map(plans)                    what each rank touches of each data object
+    reshard.pictures.rank_bars(plans)                     bytes and requests per rank, compared with whole shards
+    reshard.pictures.object_map(plans)                    which parts of each data object each rank reads
     reshard.pictures.chunk_map(plans, "layers.0.up")      which rank reads which chunk of a tensor
-    reshard.pictures.overview(plans)                      all three in one
+    reshard.pictures.overview(plans)                      all three in one figure
 
-Each returns a Figure, which notebooks show, and `figure.savefig("plan.png")` writes.
+Each function returns a Figure. Notebooks show it, and `figure.savefig("plan.png")` writes it to a file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ __all__ = ["chunk_map", "most_over_read", "object_map", "overview", "rank_bars"]
 
 
 def chunk_map(plans: RankPlans, name: str, *, shards: Iterable[Box] = ()) -> Figure:
-    """The chunks of a tensor, coloured by the ranks that want their values; hatched, where more is read than wanted.
+    """Draw the chunks of a tensor. Colours show the ranks that want their values; hatches show over-read.
 
-    A tensor of one dimension is drawn as a row; more than two are folded into rows and columns, as square as may be.
+    A tensor with one dimension is drawn as a row. A tensor with more than two dimensions is folded into rows and
+    columns, as close to a square as possible.
 
     Args:
-        shards: those that the tensor was saved as, to be outlined: `checkpoint.layout_of(name)[0]`.
+        plans: the plans, as `Checkpoint.plan` returns them.
+        name: the name of the tensor.
+        shards: the shards that the tensor was saved as, to outline them: `checkpoint.layout_of(name)[0]`.
 
-    Raises MissingTensorError where no rank reads the tensor, ArgumentError without matplotlib.
+    Raises:
+        MissingTensorError: no rank reads the tensor.
+        ArgumentError: matplotlib is not installed.
     """
     figure = _figure(9, 6)
     draw_chunk_map(plans, name, list(shards), figure)
@@ -43,19 +48,27 @@ def chunk_map(plans: RankPlans, name: str, *, shards: Iterable[Box] = ()) -> Fig
 
 
 def object_map(plans: RankPlans) -> Figure:
-    """What the ranks fetch of each data object, as a strip an object. Raises ArgumentError without matplotlib."""
+    """Draw the parts of each data object that the ranks read: one strip per object.
+
+    Raises:
+        ArgumentError: matplotlib is not installed.
+    """
     figure = _figure(9, 6)
     draw_object_map(plans, figure)
     return figure
 
 
 def rank_bars(plans: RankPlans, *, seconds: Sequence[float] = ()) -> Figure:
-    """Bytes needed, fetched, and read by whoever takes shards whole, as DCP does; and requests, by rank.
+    """Draw the bytes of each rank as bars: needed, fetched, and in whole shards (which DCP reads).
+
+    The requests of each rank are drawn below the bytes.
 
     Args:
-        seconds: that each rank takes, to be drawn below.
+        plans: the plans, as `Checkpoint.plan` returns them.
+        seconds: the seconds that each rank takes, to draw them below the requests.
 
-    Raises ArgumentError without matplotlib.
+    Raises:
+        ArgumentError: matplotlib is not installed.
     """
     figure = _figure(9, 6)
     draw_rank_bars(plans, seconds, figure)
@@ -65,14 +78,17 @@ def rank_bars(plans: RankPlans, *, seconds: Sequence[float] = ()) -> Figure:
 def overview(
     plans: RankPlans, *, name: str | None = None, shards: Iterable[Box] = (), seconds: Sequence[float] = ()
 ) -> Figure:
-    """The three pictures in one.
+    """Draw all three pictures in one figure.
 
     Args:
-        name: the tensor of the chunk map; by default the one of which most is read that is not wanted.
-        shards: as of `chunk_map`.
-        seconds: as of `rank_bars`.
+        plans: the plans, as `Checkpoint.plan` returns them.
+        name: the tensor of the chunk map. By default, the tensor with the largest over-read.
+        shards: see `chunk_map`.
+        seconds: see `rank_bars`.
 
-    Raises as `chunk_map`.
+    Raises:
+        MissingTensorError: no rank reads the tensor.
+        ArgumentError: matplotlib is not installed.
     """
     figure = _figure(15, 11)
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
@@ -89,5 +105,5 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ArgumentError("pictures need matplotlib: pip install 'reshard[plot]'") from error
+        raise ArgumentError("pictures need matplotlib; install it with pip install 'reshard[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")

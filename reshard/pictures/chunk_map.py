@@ -1,4 +1,4 @@
-"""The chunks of one tensor, and who reads them."""
+"""Draw the chunks of one tensor and the ranks that read them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 Rectangle = tuple[int, int, int, int]
-"""Left, top, width, height."""
+"""Left, top, width and height, in elements."""
 MAX_RECTANGLES = 40_000
 MAX_LINES = 1500
-"""Chunks that have lines around them and hatches in them; of more, those that are read over are darker."""
+"""Up to this many chunks are outlined, and hatched if they are over-read. If there are more, over-read ones are
+darker."""
 MAX_OUTLINES = 100
 MAX_OF_A_NAME = 120
-"""Characters that a title has room for."""
+"""The number of characters that fit into a title."""
 
 
 def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: FigureBase) -> None:
@@ -39,7 +40,7 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     reads = [_reads_of(plan, name) for plan in plans]
     groups = group_ranks([tuple(read.want.box for read in of_rank) or None for of_rank in reads])
     if not groups:
-        raise MissingTensorError(f"no rank reads {name!r} under this plan")
+        raise MissingTensorError(f"no rank reads {name!r} in this plan")
     entry = reads[groups[0].ranks[0]][0].entry
     flat = _Flat(entry.shape)
     axes = figure.subplots()
@@ -78,13 +79,13 @@ def draw_chunk_map(plans: RankPlans, name: str, shards: Sequence[Box], figure: F
     axes.set_title(
         _chunk_map_title(name, entry.dtype, entry.shape, reads, plans), fontsize="medium", loc="left", parse_math=False
     )
-    further = [("more is read than is wanted", {"facecolor": "white"} | looks)] if over else []
+    further = [("over-read", {"facecolor": "white"} | looks)] if over else []
     further += [("a saved shard", {"facecolor": "none", "edgecolor": "black"})] if shards else []
     legend(figure, axes, groups, further)
 
 
 def most_over_read(plans: RankPlans) -> str | None:
-    """The tensor of which the ranks read most that they do not want; the largest, where they read nothing such."""
+    """Return the tensor with the largest over-read, or the largest tensor if nothing is over-read."""
     over: Counter[str] = Counter()
     needed: Counter[str] = Counter()
     for plan in plans:
@@ -105,11 +106,11 @@ def _chunk_map_title(
     needed = sum(read.bytes_needed for of_rank in reads for read in of_rank)
     size = " x ".join(map(str, shape)) or "scalar"
     name = shortened(shown(name), MAX_OF_A_NAME, MAX_OF_A_NAME)
-    return f"{name}, {dtype}, {size}, read by {plans.mesh}: {fetched / max(needed, 1):.2f} times what is needed"
+    return f"{name}, {dtype}, {size}, read by {plans.mesh}: {fetched / max(needed, 1):.2f} times the bytes needed"
 
 
 class _Flat:
-    """A tensor as a matrix: its dimensions folded into rows and columns, so that it is as square as may be."""
+    """A tensor as a matrix: its dimensions are folded into rows and columns, as close to a square as possible."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = (1,) * (2 - len(shape)) + shape
@@ -136,7 +137,7 @@ class _Flat:
         return ("dimension " if len(real) == 1 else "dimensions ") + ", ".join(real) if real else ""
 
     def of(self, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> list[Rectangle]:
-        """The rectangles that boxes are, (n, ndim) each."""
+        """Return the rectangles that boxes cover. Offsets and sizes are (n, ndim) arrays."""
         found: list[Rectangle] = []
         for low, extent in zip(offsets.tolist(), sizes.tolist(), strict=True):
             low, extent = [0] * self._added + low, [1] * self._added + extent
@@ -144,12 +145,12 @@ class _Flat:
             columns = _runs(low[self._at :], extent[self._at :], self._shape[self._at :])
             found += [(x, y, width, height) for (y, height), (x, width) in itertools.product(rows, columns)]
             if len(found) > MAX_RECTANGLES:
-                break  # no eye tells them apart
+                break  # too many to see each of them
         return found
 
 
 def _runs(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Where a box lies among the elements in row-major order: beginnings and lengths."""
+    """Return the positions and lengths of the runs that a box covers in row-major order."""
     runs = [(0, 1)]
     for low, extent, n in zip(offsets, sizes, shape, strict=True):
         grown = [(start * n + low, extent) for first, length in runs for start in range(first, first + length)]

@@ -1,4 +1,4 @@
-"""Who is drawn in which colour: ranks that read the same are one, as replicas are."""
+"""Choose colours for ranks. Ranks that read the same bytes, such as replicas, share a colour."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 Colour = tuple[float, float, float, float]
 SEVERAL: Colour = (0.35, 0.35, 0.35, 1.0)
-"""What several groups read alike."""
+"""The colour of bytes that several groups of ranks read."""
 UNREAD: Colour = (0.92, 0.92, 0.92, 1.0)
 DCP: Colour = (0.85, 0.33, 0.10, 1.0)
 NEEDED: Colour = (0.55, 0.55, 0.55, 1.0)
 FETCHED: Colour = (0.12, 0.47, 0.71, 1.0)
 MAX_COLUMNS = 6
 MAX_NAMED_GROUPS = 12
-"""Groups that a legend names one by one; of more it shows the scale."""
+"""Up to this many groups are named in the legend. If there are more, the legend is a colour scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankGroup:
-    """Ranks that read the same."""
+    """Ranks that read the same bytes."""
 
     ranks: tuple[int, ...]
     colour: Colour
@@ -37,7 +37,8 @@ class RankGroup:
 
 
 def group_ranks(keys: Sequence[Hashable]) -> list[RankGroup]:
-    """The ranks by what they read: rank i reads `keys[i]`; None reads nothing, and is of no group."""
+    """Group ranks by what they read: rank i reads `keys[i]`. A rank with the key None reads nothing and is in no
+    group."""
     import matplotlib
 
     found: dict[Hashable, list[int]] = {}
@@ -55,7 +56,7 @@ def group_ranks(keys: Sequence[Hashable]) -> list[RankGroup]:
 def legend(
     figure: FigureBase, axes: Any, groups: Sequence[RankGroup], further: Iterable[tuple[str, dict[str, Any]]]
 ) -> None:
-    """Say below the axes which colour is whose, and what else there is to see."""
+    """Draw a legend below the axes: the colours of the groups, and `further` labels with their styles."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -1,4 +1,4 @@
-"""What ranks fetch of each data object: a strip an object, from its first byte to its last."""
+"""Draw which bytes of each data object the ranks read: one strip per object, from its first byte to its last."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int32]
 BINS = 720
-"""Of the longest object."""
+"""The number of bins of the longest object."""
 MAX_LANES = 160
-"""Up to so many each group of ranks has a lane of its own in each object's strip."""
+"""Each group of ranks has its own lane in the strip of an object if there are at most this many lanes."""
 MAX_NAMED_OBJECTS = 32
 MAX_STRIPS = 2000
 FAINTEST = 0.3
-"""How a bin is seen of which little is read."""
+"""The opacity of a bin of which only a few bytes are read."""
 
 
 def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
@@ -45,7 +45,7 @@ def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
     lanes = len(groups) if len(shown) * len(groups) <= MAX_LANES else 1
     gap = 1 if len(shown) * lanes <= MAX_LANES else 0
     image = np.ones((len(shown), lanes + gap, BINS, 4))
-    # Of each bin, what is read most of it by one group, by which, and by how many.
+    # For each bin: the largest part of it that one group reads, that group, and the number of groups that read it.
     most, who, many = (np.zeros((lanes, len(shown), BINS), kind) for kind in (np.float32, np.int32, np.int32))
     for number, of in enumerate(requests):
         lane = number if lanes > 1 else 0
@@ -83,7 +83,7 @@ def _label(axes: Axes, plans: RankPlans, shown: list[int], per_strip: int, touch
 
 
 def _short_object_name(name: str) -> str:
-    """The end of a name, which tells who wrote it."""
+    """Shorten the name of an object but keep its end, which identifies its writer."""
     base = shown(name.rpartition("/")[2])
     return base if len(base) <= 24 else f"{base[:4]}…{base[-16:]}"
 
@@ -102,7 +102,7 @@ def _requests_key(requests: Requests) -> object:
 
 
 def _covered(requests: Requests, shown: Sequence[int], edges: FloatArray) -> Iterator[tuple[int, FloatArray]]:
-    """The strips of which something is fetched, and the part of each of their bins: (bins,) values of 0 to 1."""
+    """Yield each strip that is read, and the part of each of its bins that is read: (bins,) values from 0 to 1."""
     order = np.lexsort((requests.starts, requests.objects))
     objects, starts, stops = requests.objects[order], requests.starts[order], requests.stops[order]
     nbytes = (requests.stops - requests.starts).astype(np.float64)
@@ -114,22 +114,23 @@ def _covered(requests: Requests, shown: Sequence[int], edges: FloatArray) -> Ite
         if begin == end:
             continue
         after = np.cumsum(nbytes[begin:end])
-        places = np.stack([starts[begin:end], stops[begin:end]], axis=1).reshape(-1)
+        boundaries = np.stack([starts[begin:end], stops[begin:end]], axis=1).reshape(-1)
         fetched = np.stack([after - nbytes[begin:end], after], axis=1).reshape(-1)
-        parts: FloatArray = np.diff(np.interp(edges, places, fetched)) / (edges[1] - edges[0])
+        parts: FloatArray = np.diff(np.interp(edges, boundaries, fetched)) / (edges[1] - edges[0])
         yield strip, np.minimum(parts, 1)
 
 
 def _coloured(
     most: FloatArray, who: Counts, many: Counts, groups: list[RankGroup], inside: npt.NDArray[np.bool_]
 ) -> FloatArray:
-    """(strips, bins, 4): the colour of the one group that reads a bin, that of several, or of nobody.
+    """Return the (strips, bins, 4) colours of bins.
 
-    Args, (strips, bins) each:
-        most: the part of the bin that is read, by the group that reads most.
-        who: that group.
-        many: how many read of it.
-        inside: whether the object has such a bin.
+    Args:
+        most: (strips, bins) the largest part of the bin that one group reads.
+        who: (strips, bins) that group.
+        many: (strips, bins) the number of groups that read the bin.
+        groups: the groups of ranks.
+        inside: (strips, bins) whether the bin is inside the object.
     """
     colours = np.array([group.colour for group in groups])[who]
     colours[many > 1] = SEVERAL

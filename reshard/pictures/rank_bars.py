@@ -1,4 +1,4 @@
-"""Bytes and requests by rank."""
+"""Draw the bytes and requests of each rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 MAX_BARS = 48
-"""Ranks that have bars of their own; more are drawn as steps."""
+"""Up to this many ranks are drawn as bars. If there are more, they are drawn as steps."""
 
 
 def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBase) -> None:
@@ -30,9 +30,9 @@ def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBas
     above.set_title(_rank_bars_title(needed, fetched, whole), fontsize="medium", loc="left")
     _bars(above, [("needed", needed, NEEDED), ("fetched", fetched, FETCHED), ("in whole shards (DCP)", whole, DCP)])
     if over.sum() > 0.001 * fetched.sum() and len(plans) <= MAX_BARS:
-        places = np.arange(len(plans))
+        positions = np.arange(len(plans))
         above.bar(
-            places, over, 0.27, fetched - over, color=FETCHED, edgecolor="white", hatch="////", label="of it, in gaps"
+            positions, over, 0.27, fetched - over, color=FETCHED, edgecolor="white", hatch="////", label="over-read"
         )
     above.set_ylabel("MB")
     above.legend(fontsize="small", frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.08))
@@ -52,15 +52,15 @@ def draw_rank_bars(plans: RankPlans, seconds: Sequence[float], figure: FigureBas
 
 def _rank_bars_title(needed: np.ndarray, fetched: np.ndarray, whole: np.ndarray) -> str:
     least = float(max(needed.sum(), 1e-9))
-    times = f"Read {fetched.sum() / least:.2f} times what is needed (whole shards {whole.sum() / least:.2f})"
+    times = f"Read {fetched.sum() / least:.2f} times the bytes needed (whole shards: {whole.sum() / least:.2f})"
     return f"{times}; {_most(fetched, ' MB')}"
 
 
 def _most(values: np.ndarray, unit: str = "") -> str:
-    """Which rank stands out."""
+    """Describe the rank with the largest value."""
     least, most = float(values.min()), float(values.max())
     return (
-        f"all ranks alike: {most:.4g}{unit}"
+        f"all ranks equal: {most:.4g}{unit}"
         if most <= 1.01 * least
         else f"most by rank {values.argmax()}: {most:.4g}{unit}"
     )

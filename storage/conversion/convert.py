@@ -1,16 +1,15 @@
-"""`reshard.convert`: a checkpoint of one format into another, in pieces, by one process or several, resumable.
+"""`reshard.convert`: converts a checkpoint to another format, in pieces, by one process or several.
 
-What is to be written is cut into units, the same on every rank and in every run; of those that do not stand yet, a
-rank writes every n-th. Each unit that stands is noted beside it (`targets/notes.py`), so that a rerun after a kill
-goes on with those that are missing. The target's commit comes last.
+A conversion can be resumed. Its output is cut into work units, in the same way on every rank and in every run. The
+ranks share the units that have not been written yet, and add finished ones to a journal beside the output. The commit
+of the target comes last.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,30 +18,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...planner.entries import Entry
 from ...planner.errors import CheckpointError
-from ..errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
+from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
-from ..formats.source import Source
-from ..reading.value_reads import check_values
 from ..runtime.brief import reason
-from ..runtime.checksums import checksum
 from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from ..runtime.progress import Meter, OnProgress
-from ..runtime.reports import Cast, RankReport, Report
+from ..runtime.reports import RankReport, Report
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.open import open_store
 from ..stores.retry import retried
-from ..tensors.casts import check_dtype, check_is_not_scaled, loses_bits, scale_names, weight_dtype
-from ..tensors.dtypes import dtype_name, is_packed, torch_dtype
-from ..tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
-from ..tensors.state_dict import Path, renamed_path
+from ..tensors.casts import check_dtype
+from ..tensors.dtypes import is_packed
+from ..tensors.name_patterns import Patterns, Selection, patterns_of, quoted
 from ..version import __version__
+from .conversion_plan import ConversionPlan, plan_conversion
 from .journal import Journal, JournalState
 from .result_check import check_converted
 from .source_stream import SourceStream
@@ -50,23 +45,18 @@ from .targets.dcp import DcpTarget
 from .targets.native import NativeTarget
 from .targets.safetensors import SafetensorsTarget
 from .targets.target import ConversionTarget, UnitRecord, WorkUnit
-from .work_items import Item
 
 logger = logger_of(__name__)
 
 TARGETS = ("reshard", "dcp", "safetensors")
 MAX_FILE_BYTES = 5_000_000_000
-"""Of safetensors files: what Hugging Face's own writers took as the default for long."""
-SAMPLES = 4
-"""Of each object of a source whose metadata does not change with its values."""
-SAMPLE_BYTES = 4096
-Place = str | os.PathLike[str] | Store
+"""The default size of safetensors files. Hugging Face's own writers long used the same default."""
 
 
 @undisturbed()
 def convert(
-    src: Place,
-    dst: Place,
+    src: str | os.PathLike[str] | Store,
+    dst: str | os.PathLike[str] | Store,
     *,
     format: str = "reshard",
     include: Patterns = "*",
@@ -124,23 +114,25 @@ def convert(
         Also what `reshard.open` and `reshard.load` raise.
     """
     rank, alarm = rank_of(process_group), Alarm(process_group)
-    world = dist.get_world_size(process_group) if is_distributed() else 1
+    world_size = dist.get_world_size(process_group) if is_distributed() else 1
     meter = Meter("convert", progress, rank=rank)
-    conversion = _Conversion(rank, world, budget_bytes, meter)
+    conversions: list[_RankConversion] = []
 
     def prepare() -> tuple[str, str]:
         check_budget(budget_bytes)
         _check_arguments(format, codec, dtype, max_file_bytes)
-        selection = Selection.of(include, exclude, rename)
-        may_miss = patterns_of("allow_missing", allow_missing)
-        target: ConversionTarget = DcpTarget()
-        if format == "reshard":
-            target = NativeTarget(codec, budget_bytes)
-        elif format == "safetensors":
-            target = SafetensorsTarget(max_file_bytes)
-        source = open_source(src, src_options, src_format)
-        what = [format, codec, max_file_bytes, __version__]
-        return conversion.prepare(source, open_store(dst, dst_options), target, selection, may_miss, dtype, what)
+        plan = plan_conversion(
+            open_source(src, src_options, src_format),
+            _make_target(format, codec, max_file_bytes, budget_bytes),
+            Selection.of(include, exclude, rename),
+            patterns_of("allow_missing", allow_missing),
+            dtype,
+            budget_bytes=budget_bytes,
+            arguments=[format, codec, max_file_bytes, __version__],
+        )
+        store = open_store(dst, dst_options)
+        conversions.append(_RankConversion(plan, store, rank, world_size, budget_bytes, meter))
+        return plan.digest, store.location
 
     def work() -> RankReport:
         with alarm, meter:
@@ -148,22 +140,33 @@ def convert(
 
     try:
         if len(set(on_all_ranks(prepare, process_group))) > 1:
-            raise ArgumentError("the ranks of one conversion were given different checkpoints, places or arguments")
-        stands = on_all_ranks(lambda: conversion.begin() if rank == 0 else None, process_group)
-        [conversion.stand] = [stand for stand in stands if stand is not None]
+            raise ArgumentError(
+                "the ranks passed different sources, destinations or arguments to convert: all ranks must pass the same"
+            )
+        [conversion] = conversions
+        states = on_all_ranks(lambda: conversion.begin() if rank == 0 else None, process_group)
+        [conversion.state] = [state for state in states if state is not None]
         reports = on_all_ranks(work, process_group)
         committed = on_all_ranks(lambda: conversion.commit() if rank == 0 else 0, process_group)
     finally:
         alarm.close()
-    ranks = [_with_written(report, n) for report, n in zip(reports, committed, strict=True)]
-    logger.info("converted %s to %s: %s", conversion.source.location, conversion.store.location, ranks[rank].words)
-    if conversion.dropped and rank == 0:
-        logger.info("%d names were not converted: %s", len(conversion.dropped), quoted(conversion.dropped))
-    return Report(rank, tuple(ranks), dropped=conversion.dropped)
+    ranks = tuple(
+        replace(report, bytes_written=report.bytes_written + nbytes)
+        for report, nbytes in zip(reports, committed, strict=True)
+    )
+    plan = conversion.plan
+    logger.info("converted %s to %s: %s", plan.source.location, conversion.store.location, ranks[rank].words)
+    if plan.dropped and rank == 0:
+        logger.info("%d names were not converted: %s", len(plan.dropped), quoted(plan.dropped))
+    return Report(rank, ranks, dropped=plan.dropped)
 
 
 def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
-    """Raises ArgumentError for what cannot be, whatever is to be converted."""
+    """Check the arguments that do not depend on the source.
+
+    Raises:
+        ArgumentError: One of them is not valid.
+    """
     check_codec(codec)
     check_dtype(dtype)
     if format not in TARGETS:
@@ -174,85 +177,56 @@ def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_fil
         raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
 
 
-class _Conversion:
-    """One rank's part of a conversion."""
+def _make_target(format: str, codec: str, max_file_bytes: int, budget_bytes: int | None) -> ConversionTarget:
+    if format == "safetensors":
+        return SafetensorsTarget(max_file_bytes)
+    return NativeTarget(codec, budget_bytes) if format == "reshard" else DcpTarget()
 
-    source: Source
-    target: ConversionTarget
-    store: Store
-    items: list[Item]
-    units: list[WorkUnit]
-    notes: Journal
-    stand: JournalState
-    """As rank 0 found it."""
 
-    def __init__(self, rank: int, world: int, budget_bytes: int | None, meter: Meter) -> None:
+class _RankConversion:
+    """One rank's part of a conversion.
+
+    Rank 0 calls `begin`, then all ranks set `state` to its result and call `work`, then rank 0 calls `commit`.
+    """
+
+    state: JournalState
+
+    def __init__(
+        self, plan: ConversionPlan, store: Store, rank: int, world_size: int, budget_bytes: int | None, meter: Meter
+    ) -> None:
+        self.plan = plan
+        self.store = store
+        self._journal = Journal(store, plan.target)
+        self._reads = Reads(plan.source.store)
         self._rank = rank
-        self._world = world
+        self._world_size = world_size
         self._budget = budget_bytes
         self._meter = meter
-        self.dropped: tuple[str, ...] = ()
-        self.cast: tuple[Cast, ...] = ()
-
-    def prepare(
-        self,
-        source: Source,
-        store: Store,
-        target: ConversionTarget,
-        selection: Selection,
-        may_miss: Sequence[str],
-        dtype: torch.dtype | None,
-        what: list[Any],
-    ) -> tuple[str, str]:
-        """Find out what is to be done; what tells it from any other conversion, and where. Raises as `convert`."""
-        self.source, self.store, self.target = source, store, target
-        items = _items(source, selection, may_miss, dtype)
-        if isinstance(target, SafetensorsTarget):
-            items = [item for item in items if item.is_tensor]
-        converted = {item.source for item in items}
-        names = (*(entry.name for entry in source.entries), *source.unreadable, *source.unindexed)
-        self.dropped = tuple(name for name in names if name not in converted)
-        for item in items:
-            if not item.is_tensor:
-                check_values(source, [item.source], self._budget)
-        self.items, self.units = items, target.units(items)
-        stored = ((item, source.entry(item.source).dtype) for item in items if item.is_tensor)
-        self.cast = tuple(
-            Cast(item.name, dtype, item.dtype)
-            for item, dtype in stored
-            if dtype != item.dtype and loses_bits(torch_dtype(dtype), item.torch_dtype)
-        )
-        self.journal = Journal(store, target)
-        self._reads = Reads(source.store)
-        cut = [len(unit.pieces) for unit in self.units]
-        of_source = [source.format, source.location, dict(source.info), source.objects, source.sizes]
-        self._told = _checksum([what, of_source, [repr(item) for item in items], cut])
-        return self._told, store.location
 
     def begin(self) -> JournalState:
-        """Take the place, or find out what stands there already. By one rank. Raises as `Journal.begin`."""
-        return self.journal.begin(_checksum([self._told, *_samples(self.source, self._reads)]))
+        """Claim the destination, or find out what has been written. Raises the errors of `Journal.begin`."""
+        return self._journal.begin(self.plan.identify(self._reads))
 
     def work(self, interrupt: Interrupt) -> RankReport:
-        """Write this rank's units that do not stand yet."""
+        """Write this rank's share of the units that have not been written yet."""
         begin = time.perf_counter()
-        written = 0
-        missing = [unit for unit in self.units if unit.number not in self.stand.units and not self.stand.committed]
-        own = missing[self._rank :: self._world]
+        self._journal.join(self.state)
+        units = self._own_units()
         self._meter.location = self.store.location
-        self._meter.expect(sum(piece.nbytes for unit in own for piece in unit.pieces))
-        with closing(SourceStream(self.source, self._rank, self._budget, self._meter.add, interrupt)) as values:
+        self._meter.expect(sum(piece.nbytes for unit in units for piece in unit.pieces))
+        written = 0
+        with closing(SourceStream(self.plan.source, self._rank, self._budget, self._meter.add, interrupt)) as stream:
             try:
-                for unit in own:
+                for unit in units:
                     interrupt()
-                    self.journal.check(self.stand.conversion)
-                    written += retried(partial(self._write, unit, values, interrupt))["bytes"]
+                    self._journal.check()
+                    written += retried(partial(self._write, unit, stream, interrupt))["bytes"]
             except BaseException:
-                with suppress(Exception):  # the first error is the one to tell
-                    self.journal.write(self.stand.conversion)
+                with suppress(Exception):  # the first error is the one to raise
+                    self._journal.flush()
                 raise
-            retried(partial(self.journal.write, self.stand.conversion))
-        report = values.report
+            retried(self._journal.flush)
+        report = stream.report
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
             report,
@@ -260,115 +234,49 @@ class _Conversion:
             bytes_written=written,
             requests=report.requests + self._reads.requests,
             seconds=seconds,
-            cast=self.cast,
+            cast=self.plan.cast,
         )
 
-    def _write(self, unit: WorkUnit, values: SourceStream, interrupt: Interrupt) -> UnitRecord:
-        conversion, before = self.stand.conversion, self._meter.done
+    def _own_units(self) -> list[WorkUnit]:
+        if self.state.committed:
+            return []
+        missing = [unit for unit in self.plan.units if unit.number not in self.state.units]
+        return missing[self._rank :: self._world_size]
+
+    def _write(self, unit: WorkUnit, stream: SourceStream, interrupt: Interrupt) -> UnitRecord:
+        before = self._meter.done
         try:
-            done = self.target.write(self.store, f"{conversion}-{self._rank:05}", unit, values, interrupt)
-            self.journal.note(conversion, unit, done)
+            label = f"{self.state.conversion}-{self._rank:05}"
+            record = self.plan.target.write(self.store, label, unit, stream, interrupt)
+            self._journal.add(unit, record)
         except BaseException:
             self._meter.add(before - self._meter.done)
             raise
-        return done
+        return record
 
     def commit(self) -> int:
-        """Make the checkpoint whole, and remove what is no part of it. Returns the bytes that were written."""
-        conversion, nbytes = self.stand.conversion, 0
-        if self.stand.committed:
-            check_converted(self.store, self.target.format, self.items, {})
+        """Commit the checkpoint and remove the journal. Return the bytes that the commit wrote."""
+        target, nbytes = self.plan.target, 0
+        if self.state.committed:
+            check_converted(self.store, target.format, self.plan.items, {})
         else:
-            data = self._made_of(self.journal.finished(conversion, self.units))
-            check_converted(self.store, self.target.format, self.items, {self.target.commits: data})
-            self.journal.commit(conversion, data)
+            data = self._commit_object(self._journal.finished(self.plan.units))
+            check_converted(self.store, target.format, self.plan.items, {target.commits: data})
+            self._journal.commit(data)
             nbytes = len(data)
-        self.journal.clean(conversion)
+        self._journal.clean()
         return nbytes
 
-    def _made_of(self, done: Sequence[UnitRecord]) -> bytes:
-        """Return the object that makes the checkpoint whole. Raises CorruptCheckpointError."""
+    def _commit_object(self, records: Sequence[UnitRecord]) -> bytes:
+        """Return the bytes of the object that commits the checkpoint.
+
+        Raises:
+            CorruptCheckpointError: The records are not what the target wrote.
+        """
         try:
-            return self.target.commit(self.store.location, self.items, done, _item_paths(self.source, self.items))
+            return self.plan.target.commit(self.store.location, self.plan.items, records, self.plan.paths())
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
             raise CorruptCheckpointError(
                 f"the notes of the conversion in {self.store.location} are damaged: {reason(error)}. Remove what is "
                 "there, and convert again"
             ) from error
-
-
-def _with_written(report: RankReport, nbytes: int) -> RankReport:
-    """A rank's report, with what it wrote to commit."""
-    return replace(report, bytes_written=report.bytes_written + nbytes)
-
-
-def _checksum(told: list[Any]) -> str:
-    return f"{checksum(json.dumps(told).encode()):016x}"
-
-
-def _samples(source: Source, reads: Reads) -> list[str]:
-    """Checksums of a few of the bytes of a source that may have been saved anew, with other values, under its names."""
-    if source.format == "reshard":
-        return []  # no two saves have objects of the same names
-    wanted = [
-        (name, start, min(start + SAMPLE_BYTES, nbytes))
-        for name, nbytes in source.objects
-        for start in sorted({max(0, nbytes - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)})
-        if nbytes
-    ]
-    if not wanted:
-        return []
-
-    def sample(name: str, start: int, stop: int) -> str:
-        try:
-            return f"{checksum(reads.read(name, start, stop)):016x}"
-        except ObjectNotFoundError:
-            return ""  # who reads the values will tell
-
-    return reads.many(sample, *map(list, zip(*wanted, strict=True)))
-
-
-def _items(source: Source, selection: Selection, may_miss: Sequence[str], dtype: torch.dtype | None) -> list[Item]:
-    """Return what to write, sorted by new names.
-
-    Raises:
-        MissingTensorError: a pattern matches no name.
-        ArgumentError: two names would become the same.
-        DtypeError, UnsupportedFormatError, CorruptCheckpointError, UnsafeValueError: a selected name cannot be read.
-    """
-    names = [*(entry.name for entry in source.entries), *source.unreadable]
-    selection.check_all(names, may_miss)
-    for name, unreadable in source.unreadable.items():
-        if selection.includes(name) and not matches_any(may_miss, name):
-            raise unreadable.kind(f"{unreadable.reason}. To convert the rest, pass exclude={name!r} (--exclude)")
-    scales = scale_names(names)
-    selected = selection.select(name for name in names if name not in source.unreadable)
-    items = []
-    for new, name in sorted(selected.items()):
-        entry = source.entry(name)
-        items.append(Item(new, name, entry.kind, _cast(entry, dtype, scales), entry.shape))
-    return items
-
-
-def _cast(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str:
-    """The dtype to write, by the planner's name. Raises DtypeError."""
-    if not entry.is_tensor or dtype is None:
-        return entry.dtype
-    stored = torch_dtype(entry.dtype)
-    to = weight_dtype(stored, entry.shape, dtype)
-    check_is_not_scaled(entry.name, stored, to, scales)
-    return dtype_name(entry.name, to)
-
-
-def _item_paths(source: Source, items: Iterable[Item]) -> dict[str, Path]:
-    """The paths of items in the state dict that was saved, as far as their names still follow them.
-
-    New names may be those of containers of others: then only items that keep their names have paths.
-    """
-    known = [item for item in items if item.source in source.paths]
-    found = {item.name: renamed_path(source.paths[item.source], item.name) for item in known}
-    paths = {name: path for name, path in found.items() if path is not None}
-    containers = {path[:length] for path in paths.values() for length in range(1, len(path))}
-    if containers.isdisjoint(paths.values()):
-        return paths
-    return {item.name: source.paths[item.source] for item in known if item.name == item.source}

@@ -1,9 +1,9 @@
-"""What a conversion keeps beside its target while it is under way: whose the place is, and which units stand.
+"""The journal of a conversion: small objects beside its target that make it resumable.
 
-A claim, put before anything else and removed last, names the conversion that the place belongs to. A note says what is
-in the units that stand; one is put once a second at most, for all units since the last one. Just before the commit the
-claim is given the checksum of what is about to be put, so that a run that was killed right after it finds that it had
-come to its end.
+The **claim** names the conversion that a location belongs to. It is written before anything else and removed last.
+**Notes** list the work units that have been written; a rank writes at most one per second. Just before the commit, the
+checksum of the object that commits is added to the claim. So a run that was killed right after the commit finds that it
+has finished.
 """
 
 from __future__ import annotations
@@ -34,193 +34,223 @@ logger = logger_of(__name__)
 
 CLAIM = CONVERSION
 MAX_CLAIM_BYTES = 4096
-"""It has less."""
+"""A claim is smaller than this."""
 NOTE_EVERY_S = 1.0
-"""A kill loses the units of that time at most."""
+"""The time between two notes of a rank. If it is killed, the units of this time are lost."""
 NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 
 
 @dataclass(frozen=True, slots=True)
 class JournalState:
-    """How far a conversion is."""
+    """The progress of a conversion, as rank 0 found it."""
 
     conversion: str
-    """What tells it from any other."""
+    """Identifies the conversion: a checksum of its source and arguments."""
     units: frozenset[int]
-    """Those that stand."""
+    """The numbers of the work units that have been written."""
     committed: bool
-    """Only what it kept for itself is still to be removed."""
+    """Whether the checkpoint is committed. Then only the journal has to be removed."""
 
 
 class Journal:
-    """What one rank knows of it."""
+    """One rank's view of the journal.
+
+    Rank 0 calls `begin`, and all ranks call `join` with the result before they call any other method.
+    """
 
     def __init__(self, store: Store, target: ConversionTarget) -> None:
         self._store = store
         self._target = target
-        self._done: dict[int, UnitRecord] = {}
-        """Of units that stand, as far as this rank wrote them, or read their notes."""
-        self._unnoted: dict[int, UnitRecord] = {}
-        """Of them, those that are in no note yet."""
+        self._conversion = ""
+        self._records: dict[int, UnitRecord] = {}
+        """Records of the units that this rank has written, or whose notes it has read."""
+        self._pending: dict[int, UnitRecord] = {}
+        """Records that are not in a note yet."""
         self._noted_at = -math.inf
 
     def begin(self, conversion: str) -> JournalState:
-        """Take the place for a conversion, or find out how far it is there. By one rank.
+        """Claim the location for a conversion, or find out how far the same conversion came. One rank calls this.
 
-        Raises CheckpointExistsError where anything else is there, CorruptCheckpointError, StoreError.
+        Raises:
+            CheckpointExistsError: The location contains a checkpoint, a part of one, or another conversion.
+            CorruptCheckpointError: The claim or a note is damaged.
+            StoreError: The store failed.
         """
         names = set(self._store.list())
         if CLAIM not in names:
-            self._refuse_if_there(names)
+            self._refuse_checkpoint(names)
             try:
-                self._store.put(CLAIM, _encoded({"conversion": conversion}), overwrite=False)
-            except CheckpointExistsError as error:  # by another run, or by a first try whose answer was lost
+                self._store.put(CLAIM, _encode({"conversion": conversion}), overwrite=False)
+            except CheckpointExistsError as error:  # another run was faster, or the response to a first try was lost
                 if self._claim() is None:
-                    raise StoreError(f"{self._store.location} is no place to write a checkpoint to: {error}") from error
+                    raise StoreError(f"cannot write a checkpoint to {self._store.location}: {error}") from error
         claim = self._claim() or {}
         if claim.get("conversion") != conversion:
             raise CheckpointExistsError(
-                f"another conversion was begun at {self._store.location}, of another checkpoint or with other "
-                "arguments: remove what is there, or give another place"
+                f"another conversion has started at {self._store.location}, with another source or other arguments: "
+                "remove its objects, or choose another location"
             )
         if self._target.commits in names:
-            if claim.get("commit") != _told_apart(self._whole(self._target.commits)):
-                raise CheckpointExistsError(self._told(self._target.commits))
+            if claim.get("commit") != _digest(self._read_whole(self._target.commits)):
+                raise CheckpointExistsError(self._exists_message(self._target.commits))
             return JournalState(conversion, frozenset(), committed=True)
-        notes = self._notes(conversion, names)
-        self._done = {number: done for number, done in notes.items() if names.issuperset(done["files"])}
-        return JournalState(conversion, frozenset(self._done), committed=False)
+        notes = self._read_notes(conversion, names)
+        self._records = {number: record for number, record in notes.items() if names.issuperset(record["files"])}
+        return JournalState(conversion, frozenset(self._records), committed=False)
 
-    def _refuse_if_there(self, names: Iterable[str]) -> None:
-        there = next(filter(_is_of_a_checkpoint, sorted(names)), None)
-        if there is not None:
-            raise CheckpointExistsError(self._told(there))
+    def join(self, state: JournalState) -> None:
+        """Take part in the conversion that rank 0 has begun."""
+        self._conversion = state.conversion
 
-    def _told(self, name: str) -> str:
-        return f"there is a checkpoint at {self._store.location} already, or what is left of one: it has {name!r}"
+    def check(self) -> None:
+        """Check that the location still belongs to this conversion. Another run of it may have finished.
 
-    def _claim(self) -> dict[str, Any] | None:
-        try:
-            data = bytes(self._store.read(CLAIM, 0, MAX_CLAIM_BYTES))
-            if not data.endswith(b"}"):
-                data = bytes(read_whole(self._store, CLAIM, 0, MAX_CLAIM_BYTES))
-            return self._json(CLAIM, data)
-        except ObjectNotFoundError:
-            return None
-
-    def _whole(self, name: str) -> Buffer:
-        return read_whole(self._store, name, 0, max(1, self._store.size(name)))
-
-    def _json(self, name: str, data: Buffer) -> dict[str, Any]:
-        try:
-            return dict(json.loads(bytes(data)))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(f"{name!r} in {self._store.location} is not of a conversion") from error
-
-    def _notes(self, conversion: str, names: Iterable[str]) -> dict[int, UnitRecord]:
-        """What stands by the notes that are among some names."""
-
-        def read(name: str) -> dict[int, UnitRecord]:
-            note = self._json(name, self._whole(name))
-            units = note.get("units")
-            if note.get("conversion") != conversion or not isinstance(units, list) or not all(map(_is_unit, units)):
-                raise CorruptCheckpointError(
-                    f"{name!r} in {self._store.location} is not of this conversion: remove what is there"
-                )
-            return dict(units)
-
-        notes = sorted(name for name in names if NOTE.fullmatch(name))
-        units: dict[int, UnitRecord] = {}
-        for of_note in Reads(self._store).many(read, notes):
-            units |= of_note
-        return units
-
-    def check(self, conversion: str) -> None:
-        """Make sure that the place still belongs to this conversion: another run of it may have come to its end.
-
-        Raises CheckpointExistsError.
+        Raises:
+            CheckpointExistsError: It does not.
         """
-        if (self._claim() or {}).get("conversion") != conversion:
+        if (self._claim() or {}).get("conversion") != self._conversion:
             raise CheckpointExistsError(
-                f"{self._store.location} does not belong to this conversion any more: it was ended by another run, or "
+                f"{self._store.location} no longer belongs to this conversion: another run has finished it, or "
                 f"{CLAIM!r} was removed"
             )
 
-    def note(self, conversion: str, unit: WorkUnit, done: UnitRecord) -> None:
-        """A unit stands. It is put into a note at once, or with others that follow within a second."""
-        self._done[unit.number] = self._unnoted[unit.number] = done
+    def add(self, unit: WorkUnit, record: UnitRecord) -> None:
+        """Add a unit that has been written. Its note is written now, or with the units of the next second."""
+        self._records[unit.number] = self._pending[unit.number] = record
         if time.monotonic() - self._noted_at >= NOTE_EVERY_S:
-            self.write(conversion)
+            self.flush()
 
-    def write(self, conversion: str) -> None:
-        """Put a note of the units that are in none yet."""
-        if not self._unnoted:
+    def flush(self) -> None:
+        """Write a note with the units that are not in a note yet."""
+        if not self._pending:
             return
-        note = {"conversion": conversion, "units": list(self._unnoted.items())}
-        self._store.put(_note_name(min(self._unnoted)), _encoded(note), overwrite=True)
-        self._unnoted = {}
+        note = {"conversion": self._conversion, "units": list(self._pending.items())}
+        self._store.put(_note_name(min(self._pending)), _encode(note), overwrite=True)
+        self._pending = {}
         self._noted_at = time.monotonic()
 
-    def finished(self, conversion: str, units: Sequence[WorkUnit]) -> list[UnitRecord]:
-        """What was written of all units, in order.
+    def finished(self, units: Sequence[WorkUnit]) -> list[UnitRecord]:
+        """Return the records of all units, in order.
 
-        Raises CorruptCheckpointError where some of it is missing, CheckpointExistsError as `check`, StoreError.
+        Raises:
+            CorruptCheckpointError: A note or an object is missing.
+            CheckpointExistsError: As `check`.
+            StoreError: The store failed.
         """
         names = set(self._store.list())
-        wanted = [unit.number for unit in units]
-        if not self._done.keys() >= set(wanted):  # other ranks wrote them
-            self._done = self._notes(conversion, names) | self._done
-        missing = [_note_name(number) for number in wanted if number not in self._done]
+        numbers = [unit.number for unit in units]
+        if not self._records.keys() >= set(numbers):  # other ranks wrote the rest
+            self._records = self._read_notes(self._conversion, names) | self._records
+        missing = [_note_name(number) for number in numbers if number not in self._records]
         if not missing:
-            missing = [name for number in wanted for name in self._done[number]["files"] if name not in names]
+            missing = [name for number in numbers for name in self._records[number]["files"] if name not in names]
         if missing:
-            self.check(conversion)
+            self.check()
             raise CorruptCheckpointError(
-                f"{missing[0]!r}, which the conversion has written, is missing in {self._store.location}"
+                f"{missing[0]!r}, which the conversion has written, is missing in {self._store.location}: convert again"
             )
-        return [self._done[number] for number in wanted]
+        return [self._records[number] for number in numbers]
 
-    def commit(self, conversion: str, data: bytes) -> None:
-        """Put the object that makes the checkpoint whole. Raises CheckpointExistsError, CommitError, StoreError."""
-        self.check(conversion)
-        self._store.put(CLAIM, _encoded({"conversion": conversion, "commit": _told_apart(data)}), overwrite=True)
+    def commit(self, data: bytes) -> None:
+        """Write the object that commits the checkpoint.
+
+        Raises:
+            CheckpointExistsError: The location contains another checkpoint by now, or as `check`.
+            CommitError: The store failed, and it is unknown whether the object was written.
+            StoreError: The store failed.
+        """
+        self.check()
+        claim = {"conversion": self._conversion, "commit": _digest(data)}
+        self._store.put(CLAIM, _encode(claim), overwrite=True)
         try:
             put_commit(self._store, self._target.commits, data, repr(self._target.commits), overwrite=False)
         except CheckpointExistsError as error:
-            raise CheckpointExistsError(self._told(self._target.commits)) from error
+            raise CheckpointExistsError(self._exists_message(self._target.commits)) from error
 
-    def clean(self, conversion: str) -> None:
-        """Remove, once it is committed, what is no part of the checkpoint; the claim last."""
+    def clean(self) -> None:
+        """After the commit, remove all objects that are not part of the checkpoint. The claim comes last."""
         try:
             names = list(self._store.list())
-            remains = self._target.orphans(self._store, conversion, names)
-            self._store.delete([*remains, *filter(self._is_own, names)])
+            orphans = self._target.orphans(self._store, self._conversion, names)
+            self._store.delete([*orphans, *filter(self._is_own, names)])
             self._store.delete([CLAIM])
         except Exception as error:
             logger.warning(
-                "the checkpoint is whole, and what the conversion kept for itself remains in %s, until it is called "
-                "again: %s",
+                "the checkpoint at %s is complete, but the journal of its conversion could not be removed: %s. The "
+                "same call of convert removes it",
                 self._store.location,
                 error,
             )
 
+    def _refuse_checkpoint(self, names: Iterable[str]) -> None:
+        found = next(filter(_is_of_a_checkpoint, sorted(names)), None)
+        if found is not None:
+            raise CheckpointExistsError(self._exists_message(found))
+
+    def _exists_message(self, name: str) -> str:
+        return (
+            f"there is already a checkpoint, or a part of one, at {self._store.location}: it has {name!r}. Remove it, "
+            "or choose another location"
+        )
+
+    def _claim(self) -> dict[str, Any] | None:
+        """Read the claim. Return None if there is none."""
+        try:
+            data = bytes(self._store.read(CLAIM, 0, MAX_CLAIM_BYTES))
+            if not data.endswith(b"}"):  # the response was cut short
+                data = bytes(read_whole(self._store, CLAIM, 0, MAX_CLAIM_BYTES))
+            return self._decode(CLAIM, data)
+        except ObjectNotFoundError:
+            return None
+
+    def _read_whole(self, name: str) -> Buffer:
+        return read_whole(self._store, name, 0, max(1, self._store.size(name)))
+
+    def _decode(self, name: str, data: Buffer) -> dict[str, Any]:
+        try:
+            return dict(json.loads(bytes(data)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorruptCheckpointError(
+                f"{name!r} in {self._store.location} is not from a conversion: remove it, and convert again"
+            ) from error
+
+    def _read_notes(self, conversion: str, names: Iterable[str]) -> dict[int, UnitRecord]:
+        """Return the records of the notes that are among some object names."""
+
+        def read(name: str) -> dict[int, UnitRecord]:
+            note = self._decode(name, self._read_whole(name))
+            units = note.get("units")
+            if note.get("conversion") != conversion or not isinstance(units, list) or not all(map(_is_record, units)):
+                raise CorruptCheckpointError(
+                    f"{name!r} in {self._store.location} is not from this conversion: remove all objects there, and "
+                    "convert again"
+                )
+            return dict(units)
+
+        notes = sorted(name for name in names if NOTE.fullmatch(name))
+        records: dict[int, UnitRecord] = {}
+        for found in Reads(self._store).many(read, notes):
+            records |= found
+        return records
+
     def _is_own(self, name: str) -> bool:
-        """Return whether a name is a note's, or that of a put which was killed."""
-        killed = TEMPORARY.fullmatch(name)
-        of = killed[1] if killed else ""
-        return NOTE.fullmatch(name) is not None or of in (CLAIM, self._target.commits) or NOTE.fullmatch(of) is not None
+        """Return whether a name is that of a note, or of a temporary file of this conversion."""
+        temporary = TEMPORARY.fullmatch(name)
+        final = temporary[1] if temporary else ""
+        is_note = NOTE.fullmatch(name) is not None or NOTE.fullmatch(final) is not None
+        return is_note or final in (CLAIM, self._target.commits)
 
 
 def _is_of_a_checkpoint(name: str) -> bool:
-    """Return whether a name is one that a checkpoint of some format has in its folder."""
+    """Return whether an object of this name is part of a checkpoint of some format."""
     return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
 
 
-def _is_unit(unit: Any) -> bool:
-    """Whether a value of a note is a unit's number and what is in it."""
-    if not (isinstance(unit, list) and len(unit) == 2 and type(unit[0]) is int and isinstance(unit[1], dict)):
+def _is_record(value: Any) -> bool:
+    """Return whether a value from a note is the number of a unit and its record."""
+    if not (isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], dict)):
         return False
-    files = unit[1].get("files")
+    files = value[1].get("files")
     return isinstance(files, list) and all(type(file) is str for file in files)
 
 
@@ -228,9 +258,9 @@ def _note_name(number: int) -> str:
     return f".reshard-convert-{number:06}.json"
 
 
-def _encoded(value: Mapping[str, Any]) -> bytes:
+def _encode(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode()
 
 
-def _told_apart(data: Buffer) -> str:
+def _digest(data: Buffer) -> str:
     return f"{checksum(data):016x}"

@@ -1,4 +1,4 @@
-"""Check the result of a conversion before the commit, since anybody who can write there can change its notes."""
+"""Checks the result of a conversion before its commit. Its notes can be changed by everyone who can write there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..tensors.name_patterns import quoted
 from .work_items import Item
 
 
-class _WithValue(WrappedStore):
-    """A store as if it had one more object."""
+class _StoreWithObject(WrappedStore):
+    """A store that appears to have one more object."""
 
     def __init__(self, store: Store, name: str, data: bytes) -> None:
         super().__init__(store)
@@ -42,50 +42,53 @@ class _WithValue(WrappedStore):
 
 
 def check_converted(store: Store, format: str, items: Sequence[Item], commit: Mapping[str, bytes]) -> None:
-    """Check that a place has all that was to be converted, and can be opened.
+    """Check that the converted checkpoint can be opened and has all entries and bytes.
 
     Args:
-        commit: the object that is about to be put there to make the checkpoint whole, by its name; nothing if it is
-            there already.
+        items: All entries that the checkpoint must have.
+        commit: The object that will commit the checkpoint, by its name. Empty if the checkpoint is committed already.
 
-    Raises CorruptCheckpointError, StoreError.
+    Raises:
+        CorruptCheckpointError: Something is missing or different.
+        StoreError: The store failed.
     """
-    looked_at = store
+    checked = store
     for name, data in commit.items():
-        looked_at = _WithValue(store, name, data)
+        checked = _StoreWithObject(store, name, data)
     try:
-        source = open_source(looked_at, format=format)
-        why = _difference(source, items) or _missing_bytes(source)
+        source = open_source(checked, format=format)
+        difference = _find_difference(source, items) or _find_missing_bytes(source)
     except StoreError:
         raise
     except CheckpointError as error:
-        why = reason(error)
-    if why:
+        difference = reason(error)
+    if difference:
         raise CorruptCheckpointError(
-            f"what is in {store.location} is not what was to be converted: {why}. Something else has written to that "
-            "place: remove what is there, and convert again"
+            f"the conversion to {store.location} did not write what it should: {difference}. Another program has "
+            "changed its objects: remove what is there, and convert again"
         )
 
 
-def _difference(source: Source, items: Sequence[Item]) -> str:
-    """Return what a checkpoint has otherwise than it should, empty where that is nothing."""
-    due = {item.name: (item.dtype, item.shape) if item.is_tensor else None for item in items}
+def _find_difference(source: Source, items: Sequence[Item]) -> str:
+    """Describe how the entries of a checkpoint differ from what they should be. Empty if they do not."""
+    expected = {item.name: (item.dtype, item.shape) if item.is_tensor else None for item in items}
     found = {entry.name: (entry.dtype, entry.shape) if entry.is_tensor else None for entry in source.entries}
-    for names, what in ((due.keys() - found.keys(), "it lacks"), (found.keys() - due.keys(), "it has")):
-        if names:
-            return f"{what} {quoted(sorted(names))}"
-    wrong = next((name for name in due if due[name] != found[name]), None)
+    if missing := expected.keys() - found.keys():
+        return f"it has no {quoted(sorted(missing))}"
+    if unexpected := found.keys() - expected.keys():
+        return f"it has the unexpected {quoted(sorted(unexpected))}"
+    wrong = next((name for name in expected if expected[name] != found[name]), None)
     if wrong is not None:
-        return f"{wrong!r} is {found[wrong] or 'an object'}, and should be {due[wrong] or 'an object'}"
+        return f"{wrong!r} is {found[wrong] or 'a value'}, expected {expected[wrong] or 'a value'}"
     source.index()
     return ""
 
 
-def _missing_bytes(source: Source) -> str:
-    """Return which object is shorter than the checkpoint needs, empty where none is."""
+def _find_missing_bytes(source: Source) -> str:
+    """Describe which object is shorter than the checkpoint needs. Empty if none is."""
     objects = source.objects
     sizes = Reads(source.store).many(source.store.size, [name for name, _ in objects]) if objects else []
     for (name, nbytes), size in zip(objects, sizes, strict=True):
         if size < nbytes:
-            return f"object {name!r} has {size} bytes, and should have {nbytes}"
+            return f"object {name!r} has {size} bytes, expected {nbytes}"
     return ""

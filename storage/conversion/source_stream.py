@@ -1,4 +1,4 @@
-"""The values of a source, piece by piece: read ahead of whoever takes them, small ones several at once."""
+"""Streams the tensors and values of a source, piece by piece. It reads ahead, and reads small pieces together."""
 
 from __future__ import annotations
 
@@ -24,25 +24,30 @@ from ..reading.value_reads import ValueRead
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.reports import RankReport, added
 from ..runtime.threads import Pool
 from ..tensors.splitting import MAX_PIECE_BYTES, group_by_bytes
 from .work_items import Item, Piece
 
 MAX_GROUP_BYTES = 256 * 1024 * 1024
-"""Values that are read at once, at most."""
+"""The most bytes of values that are read together."""
 SMALL_READ_BYTES = 1024 * 1024
-"""Of less than this together, whatever lies between is read over: it costs less than requests."""
+"""A read of less than this may over-read without a limit, because the bytes cost less than more requests."""
 READ_PARTS = 6
-"""A group takes this part of the budget: one is used, another is read, and its bytes arrive in as much memory."""
+"""A group takes this part of the budget. One group is in use and one is being read, which takes its size twice."""
 
 
 class SourceStream:
     """Reads pieces of a source, within half of the budget.
 
-    Pieces are small, so that what is written can be cut; but chunks of a file lie in another order than the pieces, and
-    each piece alone would need a request for every few KiB. So consecutive pieces are read as one box.
+    Pieces are small so that the output can be cut. But the chunks of a file have another order than the pieces, and a
+    single piece would need a request for every few KiB. So consecutive pieces are read as one box (a group).
+
+    Args:
+        rank: The rank that the report names.
+        was_read: Called with the bytes of values after each read.
+        interrupt: Called regularly while waiting. If it raises an error, waiting stops with this error.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class SourceStream:
         self._source = source
         self._lock = threading.Lock()
         self.group_bytes = max(MAX_PIECE_BYTES, min(MAX_GROUP_BYTES, budget // READ_PARTS))
-        """Values that are read at once."""
+        """The bytes of values that are read together."""
         self._pool = Pool(1, "reshard-convert")
         self._workers = Workers(source.store)
         self._report = RankReport(rank)
@@ -66,25 +71,28 @@ class SourceStream:
 
     @property
     def report(self) -> RankReport:
-        """What was read so far."""
+        """The report of all reads so far."""
         return counting_metadata(self._report, self._source)
 
     def close(self) -> None:
-        """Stop the reads that nobody waits for any more."""
+        """Stop reading ahead."""
         self._pool.abandon()
         self._workers.__exit__(None, None, None)
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
-        """The values of pieces of tensors, in their order, each in its item's dtype; they may be parts of one tensor.
+    def tensors(self, pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
+        """Yield the values of pieces of tensors, in order, in the dtype of their item.
 
-        Raises as `read_boxes`.
+        Several of the tensors may be views of one larger tensor.
+
+        Raises:
+            CheckpointError: As `read_boxes`.
         """
         groups = group_by_bytes(pieces, self.group_bytes)
         waiting: deque[Future[list[torch.Tensor]]] = deque()
         try:
             waiting += [self._pool.submit(self.read, group) for group in islice(groups, 1)]
             while waiting:
-                tensors = self._result(waiting.popleft())
+                tensors = self._wait(waiting.popleft())
                 waiting += [self._pool.submit(self.read, group) for group in islice(groups, 1)]
                 give_back_memory()
                 yield from tensors
@@ -92,16 +100,20 @@ class SourceStream:
             for future in waiting:
                 future.cancel()
 
-    def _result(self, future: Future[list[torch.Tensor]]) -> list[torch.Tensor]:
-        """What a read gives. Raises as `read_boxes`, and what interrupts the waiting."""
+    def _wait(self, future: Future[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Wait for a read, and call `interrupt` regularly."""
         while not future.done():
-            wait([future], HEED_S)
+            wait([future], CHECK_EVERY_S)
             self._interrupt()
         return future.result()
 
     def read(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        """The values of pieces of tensors, at once. May be called from several threads. Raises as `read_boxes`."""
-        boxes = [whole for group in _of_one_item(pieces) for whole in _joined(group)]
+        """Read pieces of tensors together. Several threads may call this.
+
+        Raises:
+            CheckpointError: As `read_boxes`.
+        """
+        boxes = [whole for group in _group_by_item(pieces) for whole in _join(group)]
         tensors = [torch.empty(box.sizes, dtype=item.torch_dtype, device="cpu") for item, box, _ in boxes]
         full = [at for at, (_, box, _) in enumerate(boxes) if box.numel]
         nbytes = sum(piece.nbytes for piece in pieces)
@@ -111,54 +123,60 @@ class SourceStream:
             [tensors[at] for at in full],
             options=self._options(UNBOUNDED_OVER_READ if nbytes < SMALL_READ_BYTES else None),
         )
-        self._note(report, nbytes)
+        self._add(report, nbytes)
         return [
             tensor[piece.box.relative_to(box).slices]
             for tensor, (_, box, parts) in zip(tensors, boxes, strict=True)
             for piece in parts
         ]
 
-    def objects(self, pieces: Iterable[Piece]) -> Iterator[tuple[Kind, bytes, Any]]:
-        """The objects of pieces, in their order: how each is encoded, its bytes, and its value.
+    def values(self, pieces: Iterable[Piece]) -> Iterator[tuple[Kind, bytes, Any]]:
+        """Yield the values of pieces, in order.
 
-        The value is None where that needs more than a safe pickle. Raises as `read_boxes`.
+        Returns:
+            For each value, its kind of encoding, its encoded bytes, and the value. The value is None if decoding it
+            needs a pickle that is not safe.
+
+        Raises:
+            CheckpointError: As `read_boxes`.
         """
         for group in group_by_bytes(pieces, self.group_bytes):
             self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
-            blobs = [ValueRead(self._source, piece.item.source) for piece in group]
-            report = read_boxes(self._source, [], [], blobs, self._options(UNBOUNDED_OVER_READ))
-            self._note(report, sum(piece.nbytes for piece in group))
-            yield from map(_decode_value, blobs)
+            reads = [ValueRead(self._source, piece.item.source) for piece in group]
+            report = read_boxes(self._source, [], [], reads, self._options(UNBOUNDED_OVER_READ))
+            self._add(report, sum(piece.nbytes for piece in group))
+            yield from map(_encode_again, reads)
 
     def _options(self, max_over_read: float | None) -> ReadOptions:
         return ReadOptions(budget_bytes=self.group_bytes, max_over_read=max_over_read, workers=self._workers)
 
-    def _note(self, report: RankReport, nbytes: int) -> None:
+    def _add(self, report: RankReport, nbytes: int) -> None:
         with self._lock:
             self._report = added(self._report, report)
         self._was_read(nbytes)
 
 
-def _decode_value(blob: ValueRead) -> tuple[Kind, bytes, Any]:
+def _encode_again(read: ValueRead) -> tuple[Kind, bytes, Any]:
+    """Decode a value and encode it as a save would. A value that needs an unsafe pickle keeps its bytes."""
     try:
-        value = blob.value()
+        value = read.value()
     except UnsafeValueError:
-        data = blob.data
-        return blob.kind, decompress(data, MAX_VALUE_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
+        data = read.data
+        return read.kind, decompress(data, MAX_VALUE_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
     try:
         return *encode_value(value), value
-    except Exception as error:  # a value with attributes that no save has given it
-        raise CorruptCheckpointError(f"object {blob.name!r} cannot be written anew: {reason(error)}") from error
+    except Exception as error:  # an attribute of the value may be anything, if reshard did not save it
+        raise CorruptCheckpointError(f"value {read.name!r} cannot be encoded again: {reason(error)}") from error
 
 
-def _of_one_item(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Consecutive pieces of one tensor."""
+def _group_by_item(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield consecutive pieces of one item."""
     for _, group in groupby(pieces, lambda piece: piece.item.name):
         yield list(group)
 
 
-def _joined(pieces: Sequence[Piece]) -> list[tuple[Item, Box, Sequence[Piece]]]:
-    """Pieces of one tensor, which do not overlap, as one box if they make up one; else each as its own."""
+def _join(pieces: Sequence[Piece]) -> list[tuple[Item, Box, Sequence[Piece]]]:
+    """Join pieces of one tensor that do not overlap into one box, if they fill it. Otherwise each is a box."""
     item = pieces[0].item
     ndim = len(item.shape)
     low = tuple(min(piece.box.offsets[d] for piece in pieces) for d in range(ndim))

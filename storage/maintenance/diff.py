@@ -28,7 +28,7 @@ from ..stores.base import Store
 from ..tensors.splitting import row_boxes
 
 MAX_SHOWN_VALUE_CHARACTERS = 40
-"""Of a value that is shown."""
+"""A longer value is truncated in a description."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +73,23 @@ def diff(
 def _differences(a: Source, b: Source) -> Iterator[Difference]:
     unreadable = {**b.unreadable, **a.unreadable}
     names = sorted({entry.name for entry in (*a.entries, *b.entries)} | unreadable.keys())
-    to_read = _to_read(a, b, [name for name in names if name in a and name in b and name not in unreadable])
-    with closing(_of_values(a, b, to_read)) as values:
+    to_read = _tensors_to_read(a, b, [name for name in names if name in a and name in b and name not in unreadable])
+    with closing(_compare_tensors(a, b, to_read)) as compared:
         for name in names:
             if name in unreadable:
-                why_a, why_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
-                yield Difference(name, "unreadable", why_a, why_b)
+                in_a, in_b = (of.unreadable[name].reason if name in of.unreadable else "" for of in (a, b))
+                yield Difference(name, "unreadable", in_a, in_b)
             elif name not in b:
                 yield Difference(name, "only in A", _describe(a.entry(name)))
             elif name not in a:
                 yield Difference(name, "only in B", "", _describe(b.entry(name)))
             elif name in to_read:
-                yield from next(values)
+                yield from next(compared)
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
-                one, two = _object(a, name), _object(b, name)
-                if one != two:
-                    yield Difference(name, "value", _describe(a.entry(name), *one), _describe(b.entry(name), *two))
+                encoded_a, encoded_b = _encoded_value(a, name), _encoded_value(b, name)
+                if encoded_a != encoded_b:
+                    descriptions = _describe(a.entry(name), *encoded_a), _describe(b.entry(name), *encoded_b)
+                    yield Difference(name, "value", *descriptions)
             elif a.entry(name).shape != b.entry(name).shape:
                 yield Difference(name, "shape", _describe(a.entry(name)), _describe(b.entry(name)))
 
@@ -97,59 +98,61 @@ def _is_tensor(source: Source, name: str) -> bool:
     return source.entry(name).is_tensor
 
 
-def _to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tuple[Entry, Entry]]:
-    """The tensors of both, of one shape, that the manifests do not tell to be the same."""
+def _tensors_to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tuple[Entry, Entry]]:
+    """Return the tensors of the same shape in both sources, except those that the manifests show to be equal."""
     both = {name: (a.entry(name), b.entry(name)) for name in names if _is_tensor(a, name) and _is_tensor(b, name)}
-    both = {name: (mine, other) for name, (mine, other) in both.items() if mine.shape == other.shape}
-    told = [name for name, (mine, other) in both.items() if mine.dtype == other.dtype]
-    if not told or (a.format, b.format) != ("reshard", "reshard"):
+    both = {name: (in_a, in_b) for name, (in_a, in_b) in both.items() if in_a.shape == in_b.shape}
+    same_dtype = [name for name, (in_a, in_b) in both.items() if in_a.dtype == in_b.dtype]
+    if not same_dtype or (a.format, b.format) != ("reshard", "reshard"):
         return both
-    of_a, of_b = (source.index([Want(name, Box.whole(both[name][0].shape)) for name in told]) for source in (a, b))
-    same = {name for name in told if same_chunks(of_a, name, of_b, name)}
+    wants = [Want(name, Box.whole(both[name][0].shape)) for name in same_dtype]
+    index_a, index_b = a.index(wants), b.index(wants)
+    same = {name for name in same_dtype if same_chunks(index_a, name, index_b, name)}
     return {name: entries for name, entries in both.items() if name not in same}
 
 
-def _of_values(
-    a: Source, b: Source, names: Mapping[str, tuple[Entry, Entry]]
+def _compare_tensors(
+    a: Source, b: Source, tensors: Mapping[str, tuple[Entry, Entry]]
 ) -> Generator[list[Difference], None, None]:
-    """What differs in each tensor, if anything does, in order."""
-    boxes = {name: list(row_boxes(mine.shape, mine.dtype)) for name, (mine, _) in names.items()}
+    """Read tensors in pieces. Yield a list for each, which is empty if they are equal."""
+    boxes = {name: list(row_boxes(in_a.shape, in_a.dtype)) for name, (in_a, _) in tensors.items()}
 
     def pieces(which: int) -> Iterator[Piece]:
-        for name, entries in names.items():
+        for name, entries in tensors.items():
             item = Item(name, name, Kind.TENSOR, entries[which].dtype, entries[which].shape)
             yield from (Piece(item, box) for box in boxes[name])
 
-    with closing(SourceStream(a, 0, None, _ignore)) as values_a, closing(SourceStream(b, 0, None, _ignore)) as values_b:
-        pairs = zip(values_a.stream(pieces(0)), values_b.stream(pieces(1)), strict=True)
-        for name, (mine, other) in names.items():
+    with closing(SourceStream(a, 0, None, _ignore)) as stream_a, closing(SourceStream(b, 0, None, _ignore)) as stream_b:
+        pairs = zip(stream_a.tensors(pieces(0)), stream_b.tensors(pieces(1)), strict=True)
+        for name, (in_a, in_b) in tensors.items():
             changed, largest = 0, 0.0
-            for one, two in islice(pairs, len(boxes[name])):
-                more, apart = _compared(one, two)
-                changed, largest = changed + more, max(largest, apart)
-            words = _describe(mine), _describe(other)
-            if mine.dtype != other.dtype:
-                yield [Difference(name, "dtype", *words, changed, largest)]
+            for piece_a, piece_b in islice(pairs, len(boxes[name])):
+                more, difference = _compare(piece_a, piece_b)
+                changed, largest = changed + more, max(largest, difference)
+            descriptions = _describe(in_a), _describe(in_b)
+            if in_a.dtype != in_b.dtype:
+                yield [Difference(name, "dtype", *descriptions, changed, largest)]
             else:
-                yield [Difference(name, "elements", *words, changed, largest)] if changed else []
+                yield [Difference(name, "elements", *descriptions, changed, largest)] if changed else []
 
 
 def _ignore(nbytes: int) -> None:
     pass
 
 
-def _compared(one: torch.Tensor, two: torch.Tensor) -> tuple[int, float]:
-    """How many values differ, and by how much at most; two NaNs do not."""
-    if one.dtype == two.dtype and torch.equal(_bits(one), _bits(two)):
+def _compare(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
+    """Return how many elements differ, and the largest difference. Two NaNs are equal."""
+    if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
         return 0, 0.0
-    one, two = _comparable(one), _comparable(two)
-    unequal = (one != two) & ~(one.isnan() & two.isnan())
-    apart = (_wide(one[unequal]) - _wide(two[unequal])).abs()
-    return int(unequal.sum()), float(apart.nan_to_num(float("inf")).max()) if len(apart) else 0.0
+    a, b = _comparable(a), _comparable(b)
+    unequal = (a != b) & ~(a.isnan() & b.isnan())
+    differences = (_wide(a[unequal]) - _wide(b[unequal])).abs()
+    largest = float(differences.nan_to_num(float("inf")).max()) if len(differences) else 0.0
+    return int(unequal.sum()), largest
 
 
 def _comparable(values: torch.Tensor) -> torch.Tensor:
-    """torch does not compare floats of a byte."""
+    """Cast 8-bit floats, which torch cannot compare."""
     return values.to(torch.float64) if values.dtype.is_floating_point and values.itemsize == 1 else values
 
 
@@ -161,16 +164,16 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _object(source: Source, name: str) -> tuple[Kind, bytes]:
-    """What is to be compared of an object: how reshard would store it; of one that needs pickle, its bytes."""
+def _encoded_value(source: Source, name: str) -> tuple[Kind, bytes]:
+    """Return a value as reshard would store it. A value that needs an unsafe pickle keeps its bytes."""
     if source.entry(name).is_tensor:
         return Kind.TENSOR, b""
-    blob = ValueRead(source, name)
-    read_boxes(source, blob.wants, blob.tensors)
+    read = ValueRead(source, name)
+    read_boxes(source, read.wants, read.tensors)
     try:
-        return encode_value(blob.value())
+        return encode_value(read.value())
     except UnsafeValueError:
-        return blob.kind, blob.data
+        return read.kind, read.data
 
 
 def _describe(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:

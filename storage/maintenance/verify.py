@@ -1,6 +1,7 @@
-"""Every byte of a checkpoint against its checksums, without decoding or placing any.
+"""Verifies the bytes of a checkpoint against their checksums, without decoding them.
 
-Of other formats: the slices of DCP against the CRC-32s of their records; of the rest, that it is there.
+Other formats have no checksums of chunks. The shards of DCP are compared with the CRC-32s of their zip records. Of all
+others, only the sizes are checked.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ logger = logger_of(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DamagedChunk:
-    """A chunk that cannot be read as it was written."""
+    """A chunk that is damaged or missing."""
 
     tensor: str
     box: Box
-    """The chunk's, in the tensor."""
+    """The position of the chunk in the tensor."""
     object: str
     start: int
     stop: int
-    """Where its bytes are, or should be: [start, stop) of the object; both 0 if all of the tensor is missing."""
+    """The byte range [start, stop) of the object that contains, or should contain, the chunk.
+
+    Both are 0 if the whole tensor is missing."""
     reason: str
 
     def __str__(self) -> str:
@@ -50,21 +53,25 @@ class DamagedChunk:
 def verify(
     store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False
 ) -> list[DamagedChunk]:
-    """Read all chunks of a checkpoint, several requests at once, and list those that are damaged or missing.
+    """Read all chunks of a checkpoint, and return those that are damaged or missing.
 
     Args:
-        quick: ask for the objects' sizes alone, and list what lies in those that are missing or cut short.
-        progress: True for a bar, or a function that is called with a `Progress`.
+        quick: Check only the sizes of the objects.
+        progress: True for a progress bar, or a function that is called with a `Progress`.
 
-    Raises StoreError where the store fails otherwise than by not having an object.
+    Raises:
+        StoreError: The store failed. A missing object is not an error.
     """
     plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
     _, requests = arrange(plan)
 
     def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]
-        parts = _cut_off(index, request, sizes[name]) if quick else _damages(store, index, name, request)
-        return [DamagedChunk(part.tensor.name, part.box, name, part.start, part.stop, reason) for part, reason in parts]
+        damaged = _beyond_end(index, request, sizes[name]) if quick else _damaged(store, index, name, request)
+        return [
+            DamagedChunk(chunk.tensor.name, chunk.box, name, chunk.start, chunk.stop, reason)
+            for chunk, reason in damaged
+        ]
 
     largest = max((request.nbytes for request in requests), default=1)
     concurrent = max(1, min(store.capabilities.concurrent_reads, default_budget() // largest))
@@ -89,27 +96,27 @@ def _size(store: Store, name: str) -> int | None:
         return None
 
 
-def _cut_off(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ChunkRange, str]]:
-    """What of a request lies beyond the end of its object, which has so many bytes, or is missing."""
-    parts = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
+def _beyond_end(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ChunkRange, str]]:
+    """Return the chunks of a request that are beyond the end of its object, which has `nbytes` or is missing."""
+    chunks = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
     reason = "the object is missing" if nbytes is None else "the object is cut short"
-    return [(part, reason) for part in parts if nbytes is None or part.stop > nbytes]
+    return [(chunk, reason) for chunk in chunks if nbytes is None or chunk.stop > nbytes]
 
 
-def _damages(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ChunkRange, str]]:
+def _damaged(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ChunkRange, str]]:
     try:
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
-        return [(part, "the object is missing") for part in request.damages(memoryview(b""), index)]
-    damages = [
-        (part, "the object is cut short" if part.stop - request.start > len(data) else DAMAGED)
-        for part in request.damages(data, index)
+        return [(chunk, "the object is missing") for chunk in request.damages(memoryview(b""), index)]
+    damaged = [
+        (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else DAMAGED)
+        for chunk in request.damages(data, index)
     ]
-    return damages or [(part, reason) for batch, _ in request.parts for part, reason in _crcs(batch, request, data)]
+    return damaged or [found for batch, _ in request.parts for found in _wrong_crcs(batch, request, data)]
 
 
-def _crcs(batch: ChunkBatch, request: Request, data: memoryview) -> Iterator[tuple[ChunkRange, str]]:
-    """What of a batch's slices, files of torch.save, does not match its CRC-32."""
+def _wrong_crcs(batch: ChunkBatch, request: Request, data: memoryview) -> Iterator[tuple[ChunkRange, str]]:
+    """Yield the chunks of a batch that are whole torch.save files and do not match their CRC-32s."""
     read, first = batch.read, batch.rows.start
     whole = read.encodings[batch.rows] == Encoding.OPAQUE
     if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE_ENCODINGS):

@@ -27,7 +27,7 @@ from ...planner.masking import harmless
 from ...planner.read_plan import ReadPlan
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
 from ..runtime.limits import default_budget
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from .decode import place_chunk_batch
@@ -194,7 +194,7 @@ class _Execution:
 
     def _pause(self) -> None:
         """Release the lock while waiting, and call `interrupt`. The caller holds the lock."""
-        self._caller.wait(HEED_S)
+        self._caller.wait(CHECK_EVERY_S)
         if self._workers.stopped:  # the tasks of this plan may never run
             raise StoreError(STOPPED)
         self._lock.release()

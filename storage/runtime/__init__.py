@@ -1,1 +1,1 @@
-"""What every part uses: threads, ranks, limits, progress, reports."""
+"""Infrastructure that all other packages use: threads, forks, ranks, limits, progress, reports and logs."""

@@ -1,4 +1,4 @@
-"""The checksum of everything stored: XXH3 of 64 bits, fast enough (tens of GB/s) to cost nothing beside decoding."""
+"""The checksum of all stored data: XXH3 with 64 bits. At tens of GB/s it is much faster than decoding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing_extensions import Buffer
 
 
 def checksum(data: Buffer) -> int:
-    """XXH3-64 of bytes, seed 0."""
+    """Return the XXH3-64 checksum of bytes, with seed 0."""
     return xxhash.xxh3_64_intdigest(data)
 
 
 def page_checksums(data: Buffer, page_bytes: int) -> list[int]:
-    """The checksum of each page of a raw chunk, or of a part of one that begins with a page."""
+    """Return the checksum of each page of a raw chunk, or of a part of a chunk that begins at the start of a page."""
     view = memoryview(data)
     return [xxhash.xxh3_64_intdigest(view[at : at + page_bytes]) for at in range(0, len(view), page_bytes)]

@@ -1,8 +1,8 @@
-"""What a fork leaves to a child process: the memory of its parent, and of the threads only the one that forked.
+"""Locks and a fork counter for objects that must also work in a forked child process.
 
-A lock that another thread held at that moment would never be released in the child, and a client whose work is done by
-threads of its own would wait for them for ever. So what outlives a call has locks that a child gets anew, and stores
-open their clients again when `generation()` has changed.
+A child has the memory of its parent, but only the thread that forked. A lock that another thread held would never be
+released in the child, and a client with its own threads would wait for them forever. So objects that outlive a call use
+`Lock`, which is free in a child, and stores open their clients again when `generation()` has changed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _generation = 0
 
 
 def generation() -> int:
-    """Return how many forks lie between this process and the one that imported this module first."""
+    """Return the number of forks between this process and the one that imported this module first."""
     return _generation
 
 
 class Lock:
-    """A lock that is free in a child process, whoever held it in the parent.
+    """A lock that is free in a forked child process, even if a thread of the parent held it.
 
-    What it protects must be right at every step of whoever changes it: a child may find it half changed.
+    The data that it protects must be valid after every single step of a change, since a fork may happen in between.
     """
 
     __slots__ = ("__weakref__", "_lock")
@@ -42,11 +42,11 @@ class Lock:
         self._lock.release()
 
     def renew(self) -> None:
-        """Be free."""
+        """Replace the lock by a free one."""
         self._lock = threading.Lock()
 
 
-def _in_child() -> None:
+def _renew_locks() -> None:
     global _generation
     _generation += 1
     for lock in list(_locks):
@@ -54,4 +54,4 @@ def _in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -1,4 +1,4 @@
-"""What a rank may use of its machine: cores and memory, shared with the other ranks on it."""
+"""How many threads and how much memory a rank may use, since it shares its machine with other ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ MIN_BUDGET_BYTES = 64 * 1024**2
 
 
 def local_ranks() -> int:
-    """Return the number of ranks on this machine, which torchrun sets in LOCAL_WORLD_SIZE; 1 where it is not set.
+    """Return the number of ranks on this machine: LOCAL_WORLD_SIZE, which torchrun sets, or 1 if it is not set.
 
-    Raises ArgumentError where it is not a positive number.
+    Raises:
+        ArgumentError: LOCAL_WORLD_SIZE is not a positive integer.
     """
     given = os.environ.get("LOCAL_WORLD_SIZE", "").strip()
     if not given:
@@ -25,7 +26,7 @@ def local_ranks() -> int:
     if not (given.isascii() and given.isdigit()) or int(given) < 1:
         raise ArgumentError(
             f"the environment variable LOCAL_WORLD_SIZE must be the number of ranks on this machine, got {given!r}: "
-            "correct it, or unset it"
+            "correct or unset it"
         )
     return int(given)
 
@@ -35,33 +36,32 @@ def check_budget(budget_bytes: object) -> None:
     is_whole = isinstance(budget_bytes, numbers.Integral) and not isinstance(budget_bytes, bool)
     if budget_bytes is not None and not (is_whole and int(budget_bytes) > 0):  # type: ignore[call-overload]
         raise ArgumentError(
-            f"budget_bytes must be a positive whole number of bytes, got {budget_bytes!r}; None is the default budget"
+            f"budget_bytes must be a positive integer or None for the default budget, got {budget_bytes!r}"
         )
 
 
 def default_threads() -> int:
-    """Threads for encoding and decoding on this rank: the cores, shared by the ranks of this machine."""
+    """Return the number of threads that encode and decode on this rank: its share of the machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_ranks())
 
 
 def default_budget() -> int:
-    """Bytes that a save or a load may hold on this rank.
+    """Return how many bytes a save or a load may hold in memory on this rank.
 
-    The smaller of 2 GiB and a tenth of the memory that is available, shared by the ranks of this machine; 64 MiB at
-    least.
+    The ranks of a machine share 2 GiB, or a tenth of the available memory if that is less. The minimum is 64 MiB.
     """
     return max(MIN_BUDGET_BYTES, min(MAX_BUDGET_BYTES, _available() // 10) // local_ranks())
 
 
 def give_back_memory() -> None:
-    """Have the C library give freed memory back to the system: glibc keeps some 60 MB of it for each thread."""
-    with contextlib.suppress(AttributeError, OSError):  # another library
+    """Return freed memory to the system. glibc keeps about 60 MB of it per thread."""
+    with contextlib.suppress(AttributeError, OSError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _available() -> int:
-    """Bytes of memory that this process could take, by the machine and by its control group."""
+    """Return how many bytes of memory are available to this process, by its machine and its control group."""
     found = [MAX_BUDGET_BYTES * 10]
     with contextlib.suppress(OSError, ValueError, IndexError):
         line = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]

@@ -1,6 +1,6 @@
-"""The process group: who this rank is, and how what one rank met becomes known to all.
+"""Ranks of a process group: how they share results and errors, and how a rank that fails stops the others.
 
-Without a process group, one process is a world of one.
+Without a process group, a process is the only rank.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from ..errors import ArgumentError, RankError, StoppedError, nearest
 P = ParamSpec("P")
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
-HEED_S = 0.5
-"""How often long work asks whether it is still wanted, at most: whether another rank has failed."""
+CHECK_EVERY_S = 0.5
+"""The minimum time between two checks of long work whether another rank has failed."""
 Interrupt = Callable[[], None]
-"""What long work calls now and then, and stops where it raises."""
+"""A function that long work calls from time to time. If it raises, the work ends with its exception."""
 
 
 def never() -> None:
-    """An Interrupt that never stops anything."""
+    """Do nothing, as an Interrupt that never stops the work."""
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group."""
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank_of(process_group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group."""
+    """Return the rank of this process in a group, or 0 without a process group."""
     return dist.get_rank(process_group) if is_distributed() else 0
 
 
 class Arrivals:
-    """Which ranks have come to some point of a collective call: keys in the process group's own store.
+    """Records which ranks have arrived at a collective call, as keys in the process group's own store.
 
-    All ranks make theirs in the same order.
+    All ranks must create their instances in the same order.
     """
 
     _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
@@ -62,13 +62,13 @@ class Arrivals:
             self._store = distributed_c10d._get_default_store()
 
     def arrive(self) -> None:
-        """Tell the other ranks that this one is here."""
+        """Record that this rank has arrived."""
         if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the group is broken: what follows will say so
+            with contextlib.suppress(RuntimeError):  # the group is broken: the collective that follows reports it
                 self._store.set(f"{self._key}/{self._rank}", "here")
 
     def missing(self) -> list[int]:
-        """The ranks that are not here, as far as the store tells; none before this rank has come itself."""
+        """Return the ranks that have not arrived, or [] if this rank has not arrived or the store cannot be read."""
         if self._store is None:
             return []
         try:
@@ -79,18 +79,21 @@ class Arrivals:
             return []
 
     def forget(self) -> None:
-        """Remove this rank's key, once all ranks are known to have come."""
+        """Remove the key of this rank. Call it when all ranks are known to have arrived."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.delete_key(f"{self._key}/{self._rank}")
 
 
 class Alarm:
-    """Sounded by a rank that fails, so that the others stop soon: as a key in the process group's own store.
+    """Lets a rank that fails stop the other ranks soon, through a key in the process group's own store.
 
-    `with alarm:` sounds it where its block raises, if it has not been before; `check` raises StoppedError where
-    another rank has. It says nothing of what happened, which travels by the collective that follows. All ranks make
-    their alarms in the same order.
+    `with alarm:` sounds the alarm if its block raises. `check` raises StoppedError if another rank has sounded it. The
+    error itself travels in the collective that follows. All ranks must create their alarms in the same order.
+
+    Args:
+        process_group: The group of the ranks, or None for the default group.
+        alone: Whether this rank works without the others. Its alarm then does nothing.
     """
 
     _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
@@ -107,9 +110,9 @@ class Alarm:
             self._store = distributed_c10d._get_default_store()
 
     def check(self) -> None:
-        """Raises StoppedError where another rank has failed."""
+        """Raise StoppedError if another rank has failed."""
         now = time.monotonic()
-        if self._store is None or now - self._checked < HEED_S:
+        if self._store is None or now - self._checked < CHECK_EVERY_S:
             return
         self._checked = now
         if self._store.check([self._key]):
@@ -123,24 +126,24 @@ class Alarm:
             self.sound(error)
 
     def sound(self, error: BaseException) -> None:
-        """Tell the other ranks that this one has failed; not, where it was told so itself."""
+        """Sound the alarm, unless the error only reports that another rank has failed."""
         if self._store is None or self._sounded or isinstance(error, StoppedError):
             return
-        with contextlib.suppress(RuntimeError):  # the group is broken: they will know
+        with contextlib.suppress(RuntimeError):  # the group is broken: the other ranks fail anyway
             self._store.set(self._key, "failed")
             self._sounded = True
 
     def close(self) -> None:
-        """Take it back, once all ranks know."""
+        """Remove the key. Call it when all ranks know of the failure."""
         if self._sounded and self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.delete_key(self._key)
 
 
 def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> list[T]:
-    """Run `task` on every rank and return what each rank's gave, in order.
+    """Run a task on every rank and return the results of all ranks, in the order of ranks.
 
-    If it fails anywhere, every rank raises the error of the lowest rank that failed, once all have come to an end.
+    If the task fails on any rank, all ranks wait for each other, and then raise the error of the lowest failed rank.
     """
     outcome: tuple[T | None, CheckpointError | None]
     cause: Exception | None = None
@@ -166,54 +169,54 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """Which checkpoint a rank opened."""
+class OpenedCheckpoint:
+    """The checkpoint that a rank opened."""
 
     location: str
     fingerprint: str
 
 
-def check_same_checkpoint(opened: Sequence[Opened]) -> None:
-    """Check that all ranks opened the same checkpoint, wherever each of them finds it.
+def check_same_checkpoint(opened: Sequence[OpenedCheckpoint]) -> None:
+    """Check that all ranks opened the same checkpoint. Their locations may differ.
 
     Raises:
-        ArgumentError: they did not.
+        ArgumentError: The fingerprints differ.
     """
     ranks: dict[str, list[int]] = {}
     for rank, found in enumerate(opened):
         ranks.setdefault(found.fingerprint, []).append(rank)
     if len(ranks) > 1:
-        told = "; ".join(
+        opened_by = "; ".join(
             f"{'rank' if len(some) == 1 else 'ranks'} {', '.join(map(str, some[:8]))}{', …' if len(some) > 8 else ''}: "
             f"{opened[some[0]].location} ({fingerprint})"
             for fingerprint, some in ranks.items()
         )
         raise ArgumentError(
-            f"the ranks opened {len(ranks)} different checkpoints: {told}. Give all ranks one location that they "
-            "share; if it is one already, it was overwritten while they opened it: load again"
+            f"the ranks opened {len(ranks)} different checkpoints: {opened_by}. Pass one shared location on all ranks; "
+            "if it is the same location already, it was overwritten in the meantime: load again"
         )
 
 
 def first_failure(failures: Mapping[int, E]) -> tuple[int, E]:
-    """The lowest rank that failed by itself, and its error."""
-    itself = [rank for rank, error in failures.items() if not isinstance(error, StoppedError)]
-    rank = min(itself or failures)
+    """Return the lowest rank that failed, and its error. Ranks that another rank stopped are ignored."""
+    origins = [rank for rank, error in failures.items() if not isinstance(error, StoppedError)]
+    rank = min(origins or failures)
     return rank, failures[rank]
 
 
 @contextlib.contextmanager
 def naming_lost_ranks(arrivals: Arrivals) -> Iterator[None]:
-    """Make a RankError of what a process group raises when a rank has died, or has not come in time."""
+    """Translate the RuntimeError of a broken process group into a RankError that names the missing ranks."""
     try:
         yield
     except RuntimeError as error:
         lost = arrivals.missing()
-        who = f"; not there: rank {', '.join(map(str, lost))}" if lost else ""
-        raise RankError(f"the process group broke, as it does when a rank dies{who}: {error}") from error
+        who = f"; missing: rank {', '.join(map(str, lost))}" if lost else ""
+        raise RankError(f"the process group broke, probably because a rank died{who}: {error}") from error
 
 
 def of_rank(rank: int, error: BaseException) -> CheckpointError:
-    """The error as one of reshard's own, with the rank on which it happened."""
+    """Return an error as one of reshard's classes, with the rank on which it happened."""
     found = portable(error)
     if is_distributed():
         found.rank = rank
@@ -221,9 +224,10 @@ def of_rank(rank: int, error: BaseException) -> CheckpointError:
 
 
 def portable(error: BaseException) -> CheckpointError:
-    """The error as one of reshard's own classes, which every rank can pickle and unpickle.
+    """Return an error as one of reshard's classes, which every rank can pickle and unpickle.
 
-    A subclass of somebody's becomes the class of reshard that it derives from; anything else becomes a RankError.
+    A subclass that reshard does not define becomes the nearest class of reshard. Any other exception becomes a
+    RankError.
     """
     if isinstance(error, CheckpointError):
         return error if type(error) is nearest(error) else nearest(error)(str(error))
@@ -231,7 +235,7 @@ def portable(error: BaseException) -> CheckpointError:
 
 
 def raises_portable(method: Callable[P, T]) -> Callable[P, T]:
-    """Make what a method raises fit to travel between ranks: DCP pickles it."""
+    """Decorate a method so that it raises only errors that can be sent to other ranks, since DCP pickles them."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,7 +1,7 @@
-"""How far a call is: a bar on the terminal of rank 0, or whatever a callback makes of it.
+"""Progress of a call: a bar on the terminal of rank 0, or a callback.
 
-Threads that do the work add what they did; the thread that called shows it, now and then, while it waits for them. So
-a callback runs where the call was made, and what it raises ends the call.
+The threads that do the work count bytes in a `Meter`. The thread that made the call shows the progress while it waits
+for them. So a callback runs in the caller's thread, and its exception ends the call.
 """
 
 from __future__ import annotations
@@ -21,37 +21,40 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 SHOWN_EVERY_S = 0.1
-"""At most so often."""
+"""The minimum time between two updates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far this rank's part of a call is."""
+    """The progress of one rank's part of a call."""
 
     task: str
     """ "save", "load", "verify" or "convert"."""
     location: str
-    """Of the checkpoint; of a conversion, of the one that is written."""
+    """The location of the checkpoint. For a conversion, that of the destination."""
     rank: int
     done_bytes: int
-    """Bytes of values that were saved or converted, or stored bytes that were loaded or verified."""
+    """Decoded bytes that were saved or converted, or stored bytes that were loaded or verified."""
     total_bytes: int
-    """Of all that this rank has to do, as far as it is known; 0 before it is."""
+    """The bytes that are known so far to be this rank's work; 0 before any are known."""
     seconds: float
-    """Since the call began."""
+    """The time since the call began."""
 
 
 OnProgress = bool | Callable[[Progress], None]
-"""True shows a bar on rank 0, where standard error is a terminal or a notebook; a callback is called on every rank, in
-the thread that made the call: ten times a second at most, and at the end of what has succeeded."""
+"""True shows a bar on rank 0 if standard error is a terminal or a notebook. A callback is called on every rank, in the
+thread that made the call, at most ten times a second, and once at the end if the call succeeds."""
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """Counts what one rank's part of a call does, and shows it.
+    """Counts the bytes of one rank's part of a call, and shows its progress.
 
     Args:
-        location: of the checkpoint; may be set later, once it is known.
-        draws: whether it is this process that shows a bar; by default rank 0.
+        task: "save", "load", "verify" or "convert".
+        progress: Whether to show a bar, or a callback.
+        location: The location of the checkpoint. It may be set later.
+        rank: This rank.
+        draws: Whether this process shows the bar. None: rank 0 does.
     """
 
     def __init__(
@@ -79,33 +82,33 @@ class Meter(AbstractContextManager["Meter"]):
         self._total = 0
 
     def __reduce__(self) -> tuple[type[Meter], tuple[str]]:
-        """In another process there is nothing to show."""
+        """Pickle without the bar and the callback: another process shows nothing."""
         return Meter, (self._task,)
 
     def expect(self, nbytes: int) -> None:
-        """There is more to do."""
+        """Add to the total number of bytes."""
         with self._lock:
             self._total += nbytes
 
     def add(self, nbytes: int) -> None:
-        """Some of it was done; a negative number takes it back. Called by any thread."""
+        """Add to the number of bytes that are done; a negative number subtracts. Any thread may call it."""
         with self._lock:
             self._done += nbytes
 
     @property
     def done(self) -> int:
-        """What was added."""
+        """The number of bytes that are done."""
         return self._done
 
     def tick(self) -> None:
-        """Show it, if it was not shown just now. Called by the thread that made the call."""
+        """Show the progress, at most every SHOWN_EVERY_S. Only the thread that made the call may call it."""
         if self._show is None or time.perf_counter() - self._shown < SHOWN_EVERY_S:
             return
         self._shown = time.perf_counter()
         self._show(self._progress())
 
     def watching(self, check: Callable[[], None]) -> Callable[[], None]:
-        """What long work calls now and then: it checks something else, and shows how far it is."""
+        """Return a function for long work to call from time to time. It calls `check` and shows the progress."""
 
         def watch() -> None:
             check()
@@ -130,13 +133,13 @@ class Meter(AbstractContextManager["Meter"]):
 
 
 class _Bar:
-    """A progress bar, from when there is something to show on a terminal or in a notebook."""
+    """A progress bar on a terminal or in a notebook. It appears with the first update."""
 
     def __init__(self) -> None:
         self._rich: RichProgress | None = None
 
     def __call__(self, progress: Progress) -> None:
-        with contextlib.suppress(Exception):  # a terminal that is gone ends no save
+        with contextlib.suppress(Exception):  # a lost terminal must not fail a save
             self._draw(progress)
 
     def _draw(self, progress: Progress) -> None:
@@ -158,7 +161,7 @@ class _Bar:
 
 
 def _rich_progress() -> RichProgress:
-    """Of rich: bytes, rate and what is left of the time; drawn only when it is told to be."""
+    """Return a bar of rich with bytes, rate and remaining time. It is drawn only on `update(..., refresh=True)`."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

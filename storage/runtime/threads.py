@@ -1,8 +1,9 @@
-"""Threads that can be stopped, so that a call which failed or was interrupted ends soon, and so does the process.
+"""Threads that can be stopped, so that a call that failed or was interrupted ends soon, and so does the process.
 
-The interpreter joins the threads of concurrent.futures when it exits, and a request that is tried again keeps such a
-thread busy for minutes. The threads of a `Pool` are not joined: the pool has a `Stop`, which is set when the call
-that made it fails, and when the interpreter exits. Retries wait for it, and `result_of` cancels its request by it.
+The interpreter joins the threads of concurrent.futures when it exits, and the retries of a request can keep such a
+thread busy for minutes. The threads of a `Pool` are not joined. Instead the pool has a `Stop`, which is set when the
+call that created the pool fails, and when the interpreter exits. It ends the waits of retries, and cancels the requests
+of `result_of`.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from .forks import Lock, generation
 P = ParamSpec("P")
 T = TypeVar("T")
 CLEAN_UP_S = 1.0
-"""How long a call that failed may take to remove what it wrote."""
+"""How long a failed call may take to delete what it wrote."""
 EXIT_S = 1.0
 """How long the interpreter waits at exit for threads that were stopped."""
 
 
 class Stop:
-    """Tells threads that nobody waits for their work any more.
+    """A signal to threads that their work is no longer needed.
 
     Args:
-        parent: sets this one too when it is set.
-        seconds: after which waits end as if it were set.
+        parent: Another signal. When it is set, this one is set, too.
+        seconds: The time after which waits end as if the signal were set. None: no limit.
     """
 
     def __init__(self, parent: Stop | None = None, *, seconds: float | None = None) -> None:
@@ -59,11 +60,11 @@ class Stop:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until its deadline, or None where it has none."""
+        """The seconds until the deadline, or None without a deadline."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def set(self) -> None:
-        """Stop the threads that heed it."""
+        """Set the signal, and call the callbacks."""
         with self._lock:
             self._event.set()
             callbacks, children = list(self._callbacks.values()), list(self._children)
@@ -73,13 +74,13 @@ class Stop:
             child.set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait, and return whether to stop."""
+        """Wait for some seconds, or until the signal is set or its deadline has passed. Return whether to stop."""
         left = self.left_s
         return self._event.wait(seconds if left is None else min(left, seconds)) or self.left_s == 0
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Iterator[None]:
-        """Call `callback` if it is set while the block runs, or was set before."""
+        """Call a callback if the signal is set while the block runs, or was set before."""
         key = object()
         with self._lock:
             self._callbacks[key] = callback
@@ -93,34 +94,38 @@ class Stop:
                 del self._callbacks[key]
 
 
-_local = threading.local()
-_unstopped = Stop()
-"""Of threads that are not of a pool; never set."""
+_thread_local = threading.local()
+_never_set = Stop()
+"""The signal of threads that do not belong to a pool."""
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _pools_lock = Lock()
 
 
 def current_stop() -> Stop:
-    """Return what stops the work of this thread."""
-    found: Stop = getattr(_local, "stop", _unstopped)
-    return found
+    """Return the signal that stops the work of this thread."""
+    stop: Stop = getattr(_thread_local, "stop", _never_set)
+    return stop
 
 
 @contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Allow this thread to call a store for CLEAN_UP_S, even if its work was stopped: to remove what it wrote."""
+    """Allow this thread to call a store for CLEAN_UP_S even if its work was stopped, to delete what it wrote."""
     before = current_stop()
-    _local.stop = Stop(seconds=CLEAN_UP_S)
+    _thread_local.stop = Stop(seconds=CLEAN_UP_S)
     try:
         yield
     finally:
-        _local.stop = before
+        _thread_local.stop = before
 
 
 class Pool(Executor):
-    """Runs calls in threads that the interpreter does not join when it exits.
+    """An executor whose threads are not joined when the interpreter exits.
 
-    A block that ends by an error stops its pool and does not wait for the threads.
+    If a `with` block raises, its pool is stopped, and the block does not wait for the threads.
+
+    Args:
+        count: The maximum number of threads.
+        name: The prefix of the threads' names.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -140,7 +145,7 @@ class Pool(Executor):
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError("the pool takes no more tasks")
+                raise RuntimeError("the pool is shut down and accepts no tasks")
             self._tasks.put((future, partial(fn, *args, **kwargs)))
             if not self._idle.acquire(blocking=False) and len(self.threads) < self._count:
                 thread = threading.Thread(
@@ -163,7 +168,7 @@ class Pool(Executor):
                         waiting.append(task[0])
             for _ in self.threads:
                 self._tasks.put(None)
-        for future in waiting:  # without the lock: some call back
+        for future in waiting:  # without the lock, since a callback may call the pool
             future.cancel()
         if not wait:
             return
@@ -175,7 +180,7 @@ class Pool(Executor):
             raise
 
     def abandon(self) -> None:
-        """Cancel what waits, stop what runs, and wait for neither."""
+        """Cancel the waiting tasks and stop the running ones, without waiting for them."""
         self.shutdown(wait=False, cancel_futures=True)
         self.stop.set()
 
@@ -191,8 +196,8 @@ class Pool(Executor):
 def _work(
     tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], idle: threading.Semaphore, stop: Stop
 ) -> None:
-    """Run tasks until there is None. Holds no pool, so that one that is dropped can go."""
-    _local.stop = stop
+    """Run tasks until None arrives. The thread has no reference to its pool, so an unused pool can be collected."""
+    _thread_local.stop = stop
     while True:
         try:
             task = tasks.get_nowait()
@@ -217,11 +222,14 @@ def _run(future: Future[Any], call: Callable[[], Any]) -> None:
 
 
 def result_of(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, timeout_s: float | None = None) -> T:
-    """Run a coroutine on a loop of another thread and return its result.
+    """Run a coroutine on the event loop of another thread and return its result.
 
-    It is cancelled when this thread's work is stopped, and when the wait is interrupted.
+    The coroutine is cancelled when the work of this thread is stopped, and when the wait is interrupted.
 
-    Raises what it raises, TimeoutError, and StoreError where it was stopped.
+    Raises:
+        TimeoutError: The coroutine takes longer than `timeout_s`.
+        StoreError: The work of this thread was stopped.
+        Exception: Any exception of the coroutine.
     """
     stop = current_stop()
     future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, timeout_s), loop)
@@ -236,18 +244,18 @@ def result_of(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
 
 
 def run_bounded(call: Callable[[], object]) -> None:
-    """Run a call that cannot be cancelled, and wait for it no longer than this thread may. Raises what it raises."""
+    """Run a call that cannot be cancelled, and wait for it until the deadline of this thread's `Stop`."""
     with Pool(1, "reshard-bounded") as pool:
         pool.submit(call).result(current_stop().left_s)
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
-"""By generation: a child process has none of its parent's threads."""
+"""The event loop of each generation of forks, since a child process does not have the threads of its parent."""
 _loops_lock = Lock()
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
-    """Return the loop of this process for clients that have none of their own. It runs in a daemon thread."""
+    """Return the event loop of this process for clients without their own. It runs in a daemon thread."""
     with _loops_lock:
         loop = _loops.get(generation())
         if loop is None:
@@ -265,7 +273,7 @@ async def _cancel_all() -> None:
 
 @atexit.register
 def _at_exit() -> None:
-    """Stop all pools and requests: a client's thread that returned after the interpreter has gone would abort."""
+    """Stop all pools and requests. A client's thread that returns after the interpreter ended aborts the process."""
     deadline = time.monotonic() + EXIT_S
     with _pools_lock:
         pools = list(_pools)
@@ -276,17 +284,17 @@ def _at_exit() -> None:
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(EXIT_S)
     threads = [thread for pool in pools for thread in (*pool.threads, pool.owner)]
-    for thread in threads:  # a daemon thread of the caller's own may be in a client too
+    for thread in threads:  # includes daemon threads of the caller that own a pool, which may be in a client, too
         if thread.daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _in_child() -> None:
-    """Forget the parent's threads: what waits for them to end, or to stop, would wait for ever."""
-    global _local, _unstopped
-    _local, _unstopped = threading.local(), Stop()
+def _forget_threads() -> None:
+    """Forget the threads of the parent process: waiting for them would take forever."""
+    global _thread_local, _never_set
+    _thread_local, _never_set = threading.local(), Stop()
     _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_forget_threads)

@@ -1,8 +1,8 @@
-"""The modes of torch that a caller is in, which must not change what is read or written.
+"""Disable the caller's torch modes, such as a default device or inference mode, while reshard reads or writes.
 
-A model is built in `with torch.device("meta")`, evaluated in `torch.inference_mode()`, traced with fake tensors. Inside
-of such a block torch makes tensors of another kind than reshard needs, and refuses to write to others. These modes
-belong to a thread: reshard's own threads have none, and its calls leave the caller's aside while they run.
+A model may be built in `with torch.device("meta")`, evaluated in `torch.inference_mode()` or traced with fake tensors.
+In such a mode torch creates other tensors than reshard needs, and refuses to write to some tensors. Modes belong to a
+thread: reshard's own threads have none, and its calls disable those of the caller's thread.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.overrides import _pop_mode, _push_mode
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave aside the modes of this thread while a block runs, or a function that this decorates.
+    """Disable the torch modes of this thread, as a context manager or a decorator.
 
-    These are default devices, modes for functions and for dispatch (as of fake tensors), inference mode, and gradients.
-    So tensors that are made have memory, and are ordinary ones. The default dtype belongs to the process: whoever makes
-    a tensor names its dtype.
+    These are the default device, function and dispatch modes (such as fake tensors), inference mode, and gradients. New
+    tensors are then ordinary tensors with memory. The default dtype belongs to the process and stays as it is, so code
+    that creates a tensor must pass a dtype.
     """
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
         with ExitStack() as stack:
             if torch._C._len_torch_dispatch_stack():
-                from torch.utils._python_dispatch import _disable_current_modes  # which imports much
+                from torch.utils._python_dispatch import _disable_current_modes  # a slow import
 
                 stack.enter_context(_disable_current_modes())
             stack.enter_context(torch.inference_mode(False))
@@ -38,5 +38,5 @@ def undisturbed() -> Iterator[None]:
 
 
 def writing_to(tensor: torch.Tensor) -> torch.inference_mode:
-    """Return the mode in which torch lets a tensor be written: what was made in inference mode, in inference mode."""
+    """Return the inference mode in which a tensor can be written: enabled if the tensor was created in it."""
     return torch.inference_mode(tensor.is_inference())

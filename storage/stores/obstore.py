@@ -41,8 +41,8 @@ _IGNORED_OPTIONS = frozenset(("skip_instance_cache", "use_listings_cache", "asyn
 """Options of fsspec that have no effect here."""
 _PLAIN_KEY_PART = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
 """A part of a key that obstore and s3fs write alike. obstore encodes some other characters."""
-MAX_REQUEST_BYTES = 64 * 1024**2
-"""The size of the largest usual request. The deadline of all requests is that of this size."""
+DEADLINE_BYTES = 64 * 1024**2
+"""Every request has the deadline of a request of this size, which is the largest usual one."""
 CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before botocore returns them again. botocore renews those that are about to expire."""
 
@@ -146,7 +146,7 @@ def _opened(
     silence = datetime.timedelta(seconds=retry.REQUEST_DEADLINE_S)
     writing: ClientConfig = {
         "allow_http": True,
-        "timeout": datetime.timedelta(seconds=retry.deadline_s(MAX_REQUEST_BYTES)),
+        "timeout": datetime.timedelta(seconds=retry.deadline_s(DEADLINE_BYTES)),
         "connect_timeout": min(silence, datetime.timedelta(seconds=10)),
     }
     if bundle and not str(config.get("endpoint", "")).startswith("http:"):
@@ -240,7 +240,7 @@ class _CredentialProvider:
 
 def _call_deadline_s() -> float:
     """Return how many seconds a call may take. The client has its own deadlines, but they need its threads to run."""
-    return 3 * retry.deadline_s(MAX_REQUEST_BYTES)
+    return 3 * retry.deadline_s(DEADLINE_BYTES)
 
 
 class ObstoreStore:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ...planner.errors import CheckpointError
 from ...planner.masking import remember_secrets
 from ..errors import ArgumentError
 from .base import Store
@@ -46,3 +47,12 @@ def open_found_store(uri: str, storage_options: Mapping[str, Any] | None = None)
     options = checked_options(storage_options)
     remember_secrets("", options)
     return open_fsspec(uri, options)
+
+
+def can_open_store(location: str | os.PathLike[str] | Store) -> bool:
+    """Return whether `open_store` accepts a path, a URI or a Store."""
+    try:
+        open_store(location)
+    except CheckpointError:
+        return False
+    return True

@@ -38,7 +38,7 @@ from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRec
 from ..runtime.checksums import checksum, page_checksums
 from ..runtime.limits import default_budget, default_threads
 from ..runtime.logs import logger_of
-from ..runtime.process_group import HEED_S, Interrupt, never
+from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..runtime.threads import Pool, cleaning_up
 from ..stores.base import Store
 from ..stores.retry import retried, without_retries
@@ -168,7 +168,7 @@ def write_objects(
         try:
             pending = set(futures)
             while pending:
-                done, pending = wait(pending, HEED_S, FIRST_EXCEPTION)
+                done, pending = wait(pending, CHECK_EVERY_S, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
                 interrupt()

@@ -1,4 +1,4 @@
-"""What tests of conversion share: a state of every kind of value, saved in every format, and its pieces made small."""
+"""Shared by the tests of conversion: state dicts with every kind of entry, saved in every format."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from tests.samples import same, sample
 
 KIB = 1024
 COMMITS = {"reshard": MANIFEST_NAME, "dcp": ".metadata", "safetensors": "model.safetensors.index.json"}
-"""The object that makes a checkpoint of each target whole."""
-
+"""The object that commits a checkpoint, for each target."""
 
 UNSAFE = ("rng", "third")
-"""What torch.load(weights_only=True) refuses."""
+"""Values that torch.load(weights_only=True) refuses."""
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int = 256 * KIB) -> None:
@@ -42,7 +41,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int 
 
 
 def tensors_of(dtypes: Any = SAFETENSORS_DTYPES) -> dict[str, Any]:
-    """Tensors of every dtype, scalars, empty ones, and some of many pieces, in a nested state dict."""
+    """Return a nested state dict with tensors of every dtype, scalars, empty tensors, and large ones of many pieces."""
     torch.manual_seed(0)
     return {
         "dtypes": {dtype: sample(dtype, 3, 4) for dtype in dtypes},
@@ -54,8 +53,8 @@ def tensors_of(dtypes: Any = SAFETENSORS_DTYPES) -> dict[str, Any]:
     }
 
 
-def objects_of() -> dict[str, Any]:
-    """Values that JSON holds, one that needs pickle, and one that weights_only=True refuses."""
+def values_of() -> dict[str, Any]:
+    """Return values that JSON can store, one that needs pickle, and one that weights_only=True refuses."""
     return {
         "step": 7,
         "lr": float("inf"),
@@ -67,8 +66,8 @@ def objects_of() -> dict[str, Any]:
     }
 
 
-def of_names(state: dict[str, Any]) -> dict[str, Any]:
-    """The values of a state dict, by their names."""
+def by_name(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the leaves of a state dict by name."""
     return {name: leaf.value for name, leaf in flatten(state).items()}
 
 
@@ -86,7 +85,7 @@ def save_by_dcp(state: dict[str, Any], folder: Path) -> Path:
 
 def save_safetensors(state: dict[str, Any], folder: Path) -> Path:
     folder.mkdir()
-    tensors = {name: value for name, value in of_names(state).items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in by_name(state).items() if isinstance(value, torch.Tensor)}
     save_file({name: value for name, value in tensors.items() if "." in name}, folder / "a.safetensors")
     save_file({name: value for name, value in tensors.items() if "." not in name}, folder / "b.safetensors")
     return folder
@@ -107,7 +106,7 @@ SOURCES: dict[str, Callable[[dict[str, Any], Path], Path]] = {
 
 
 def assert_equal(found: Any, expected: Any) -> None:
-    """Two values of a state dict are the same."""
+    """Assert that two entries of a state dict are equal."""
     if isinstance(expected, torch.Tensor):
         assert same(found, expected)
     elif isinstance(expected, np.ndarray):
@@ -118,9 +117,9 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def assert_converted(place: Any, expected: dict[str, Any], format: str, **options: Any) -> None:
-    """A checkpoint has these values, by name, and nothing is left of the conversion that wrote it."""
-    checkpoint = reshard.open(place, **options)
+def assert_converted(location: Any, expected: dict[str, Any], format: str, **options: Any) -> None:
+    """Assert that a checkpoint has exactly these entries."""
+    checkpoint = reshard.open(location, **options)
     assert checkpoint.format == format
     assert {*checkpoint.tensors, *checkpoint.value_names} == expected.keys()
     for name, value in expected.items():
@@ -133,14 +132,14 @@ def assert_converted(place: Any, expected: dict[str, Any], format: str, **option
         assert checkpoint.verify() == []
 
 
-def assert_clean(names: set[str], place: Any, format: str) -> None:
-    """Of these names at a place, none is that of a note, of a temporary file, or of data that is no part of it."""
+def assert_clean(names: set[str], location: Any, format: str) -> None:
+    """Assert that no journal, temporary file or orphaned data object is among the names at a location."""
     assert not {name for name in names if "reshard-convert" in name or name.endswith(".tmp")}
     if format == "reshard":
-        kept = {name for name, _ in open_source(place).objects}
+        kept = {name for name, _ in open_source(location).objects}
         assert {name for name in names if name.startswith("data/")} == kept
 
 
 def names_in(folder: Path) -> set[str]:
-    """All files below a folder."""
+    """Return the names of all files in a folder and its subfolders."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""Conversion in one process: every pair of formats keeps every value, and plain torch and safetensors load them."""
+"""Conversion in one process: every pair of formats keeps every entry, and torch and safetensors load the result."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.conversion.samples import (
     assert_clean,
     assert_converted,
     assert_equal,
+    by_name,
     cut_small,
     names_in,
-    objects_of,
-    of_names,
     save_native,
     tensors_of,
+    values_of,
 )
 from tests.samples import same, sample
 
@@ -44,18 +44,18 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One state, saved in every format."""
-    root, state = tmp_path_factory.mktemp("sources"), {**tensors_of(), **objects_of()}
+    """Return one state dict saved in every format."""
+    root, state = tmp_path_factory.mktemp("sources"), {**tensors_of(), **values_of()}
     return {name: save(state, root / name) for name, save in SOURCES.items()}
 
 
 def expected_of(source: str, target: str) -> dict[str, Any]:
     state: dict[str, Any] = dict(tensors_of())
     if "safetensors" not in (source, target):
-        state |= objects_of()
+        state |= values_of()
     if source == "torch.save":
         state = {key: value for key, value in state.items() if key not in UNSAFE}
-    return of_names(state)
+    return by_name(state)
 
 
 @pytest.mark.parametrize("budget_bytes", [None, 16 * KIB])
@@ -86,7 +86,7 @@ def test_every_pair_of_formats_keeps_every_value(
 
 
 @pytest.mark.parametrize("store_kind", [LocalStore, MemoryStore])
-def test_large_tensors_are_of_many_pieces_units_and_objects(
+def test_large_tensors_are_cut_into_several_units(
     store_kind: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
@@ -98,21 +98,21 @@ def test_large_tensors_are_of_many_pieces_units_and_objects(
         store = RecordingStore(memory)
         reshard.convert(src, store, format=format, max_file_bytes=100 * KIB)
         units[format] = sum(call.method == "create" for call in store.calls)
-        assert_converted(memory, of_names(state), format)
+        assert_converted(memory, by_name(state), format)
     assert units["reshard"] == units["dcp"] >= 4
     assert units["safetensors"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", ITEMSIZES)
-def test_every_dtype_passes_or_is_refused_before_anything_is_written(dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_is_converted_or_refused_before_anything_is_written(dtype: str, tmp_path: Path) -> None:
     state = {"matrix": sample(dtype, 5, 6), "scalar": sample(dtype), "empty": sample(dtype, 2, 0)}
     src = save_native(state, tmp_path / "src")
     for format in ("reshard", "dcp"):
         reshard.convert(src, tmp_path / format, format=format)
         assert_converted(tmp_path / format, state, format)
     if dtype in ("complex32", "complex128", "float4_e2m1fn_x2"):
-        with pytest.raises(DtypeError, match=r"which safetensors does not have|for which safetensors has no shape"):
+        with pytest.raises(DtypeError, match=r"which safetensors does not have|safetensors has no shape for it"):
             reshard.convert(src, tmp_path / "safetensors", format="safetensors")
         assert not (tmp_path / "safetensors").exists()
         with pytest.raises(DtypeError, match=r"Leave it out with exclude= \(--exclude\)") as caught:
@@ -127,22 +127,22 @@ def test_every_dtype_passes_or_is_refused_before_anything_is_written(dtype: str,
 
 
 @pytest.mark.parametrize("source", ["native", "dcp"])
-def test_plain_dcp_loads_what_is_converted_into_a_nested_state_dict(
+def test_dcp_load_reads_a_converted_checkpoint_into_a_nested_state_dict(
     source: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
     dst = tmp_path / "dst"
     reshard.convert(sources[source], dst, format="dcp")
-    saved: dict[str, Any] = {**tensors_of(), **objects_of()}
-    state: dict[str, Any] = {**tensors_of(), **dict.fromkeys(objects_of())}
+    saved: dict[str, Any] = {**tensors_of(), **values_of()}
+    state: dict[str, Any] = {**tensors_of(), **dict.fromkeys(values_of())}
     state["groups"] = [{"params": None, "name": None}]
-    for value in of_names(state).values():
+    for value in by_name(state).values():
         if isinstance(value, torch.Tensor):
             value.view(torch.uint8).zero_() if value.dim() else value.fill_(0)
     dcp.load(state, storage_reader=FileSystemReader(dst))
-    assert of_names(state).keys() == of_names(saved).keys()
-    for name, value in of_names(saved).items():
-        assert_equal(of_names(state)[name], value)
+    assert by_name(state).keys() == by_name(saved).keys()
+    for name, value in by_name(saved).items():
+        assert_equal(by_name(state)[name], value)
     dcp_to_torch_save(dst, tmp_path / "state.pt")
     nested = torch.load(tmp_path / "state.pt", weights_only=False)
     assert nested.keys() == saved.keys()
@@ -150,14 +150,14 @@ def test_plain_dcp_loads_what_is_converted_into_a_nested_state_dict(
     assert nested["groups"] == saved["groups"]
 
 
-def test_the_safetensors_library_loads_what_is_converted(
+def test_safetensors_library_loads_a_converted_checkpoint(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
     most = 150 * KIB
     reshard.convert(sources["native"], tmp_path / "dst", format="safetensors", max_file_bytes=most)
     index = json.loads((tmp_path / "dst" / INDEX).read_text())
-    expected = of_names(tensors_of())
+    expected = by_name(tensors_of())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
     assert index["weight_map"].keys() == expected.keys()
     files = sorted(set(index["weight_map"].values()))
@@ -173,7 +173,7 @@ def test_the_safetensors_library_loads_what_is_converted(
             assert_equal(value, expected[name])
 
 
-def test_tensors_of_safetensors_lie_at_multiples_of_their_elements(tmp_path: Path) -> None:
+def test_tensors_in_safetensors_files_are_aligned_to_their_itemsize(tmp_path: Path) -> None:
     state = {"a": sample("uint8", 3), "b": sample("float32", 2), "c": sample("float16", 1), "d": sample("float64", 1)}
     reshard.convert(save_native(state, tmp_path / "src"), tmp_path / "dst", format="safetensors")
     data = (tmp_path / "dst" / "model-00001-of-00001.safetensors").read_bytes()
@@ -184,12 +184,12 @@ def test_tensors_of_safetensors_lie_at_multiples_of_their_elements(tmp_path: Pat
 
 
 @pytest.mark.parametrize("format", ["reshard", "dcp"])
-def test_an_object_that_was_compressed_and_cannot_be_unpickled_is_kept(format: str, tmp_path: Path) -> None:
-    state = {"w": torch.randn(3, 4), **objects_of()}
+def test_compressed_value_that_needs_unsafe_pickle_is_kept(format: str, tmp_path: Path) -> None:
+    state = {"w": torch.randn(3, 4), **values_of()}
     writer = FileSystemWriter(tmp_path / "src", sync_files=False, _extensions=[ZStandard()])
     dcp.save(dict(state), storage_writer=writer)
     reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
-    assert_converted(tmp_path / "dst", of_names(state), format)
+    assert_converted(tmp_path / "dst", by_name(state), format)
     if format == "dcp":
         loaded: dict[str, Any] = {"third": None}
         dcp.load(loaded, storage_reader=FileSystemReader(tmp_path / "dst"))
@@ -198,7 +198,7 @@ def test_an_object_that_was_compressed_and_cannot_be_unpickled_is_kept(format: s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors"])
-def test_floats_are_cast_and_nothing_else(
+def test_dtype_casts_floats_only(
     dtype: torch.dtype, format: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
@@ -206,14 +206,14 @@ def test_floats_are_cast_and_nothing_else(
     reshard.convert(sources["native"], tmp_path / "dst", format=format, dtype=dtype, include=groups)
     expected = {
         name: value.to(dtype) if value.is_floating_point() and "_x2" not in str(value.dtype) else value
-        for name, value in of_names(tensors_of()).items()
+        for name, value in by_name(tensors_of()).items()
         if name.partition(".")[0] in groups
     }
     assert {value.dtype for value in expected.values()} > {dtype, torch.int64, torch.bool, torch.complex64}
     assert_converted(tmp_path / "dst", expected, format)
 
 
-def test_float32_of_a_native_checkpoint_is_read_as_bfloat16_by_its_heads_alone(tmp_path: Path) -> None:
+def test_cast_from_float32_to_bfloat16_reads_only_heads(tmp_path: Path) -> None:
     state = {"w": torch.randn(2000, 500)}
     reshard.save(dict(state), tmp_path / "src")
     report = reshard.convert(tmp_path / "src", tmp_path / "dst", dtype=torch.bfloat16)
@@ -222,10 +222,10 @@ def test_float32_of_a_native_checkpoint_is_read_as_bfloat16_by_its_heads_alone(t
 
 
 @pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors"])
-def test_a_unit_that_the_store_refuses_for_a_moment_is_written_again(
+def test_unit_is_written_again_after_a_temporary_error(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it was at: each write of an object fails once."""
+    """Each write of an object fails once."""
     cut_small(monkeypatch)
     state = {"large": torch.randn(300, 300), "small": torch.randn(20), "step": 3}
     src = save_native(state, tmp_path / "src")
@@ -238,7 +238,7 @@ def test_a_unit_that_the_store_refuses_for_a_moment_is_written_again(
             if call.method == "write":
                 left -= 1
                 if left == -1:
-                    raise UnavailableError("slow down")
+                    raise UnavailableError("injected")
 
         memory = MemoryStore()
         reshard.convert(src, RecordingStore(memory, fail_once), format=format)
@@ -248,7 +248,7 @@ def test_a_unit_that_the_store_refuses_for_a_moment_is_written_again(
 
 
 @pytest.mark.parametrize("format", ["reshard", "dcp", "safetensors"])
-def test_nothing_converts_to_nothing(format: str, tmp_path: Path) -> None:
+def test_empty_checkpoint_is_converted(format: str, tmp_path: Path) -> None:
     reshard.save({}, tmp_path / "src")
     reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
     assert_converted(tmp_path / "dst", {}, format)
@@ -265,65 +265,65 @@ OF_MANY_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def reads_of(store: RecordingStore) -> int:
-    """The reads of values."""
+    """Return the number of reads of data objects."""
     suffixes = (".shard", ".safetensors", ".distcp", ".pt")
     return sum(call.method == "read" and call.name.endswith(suffixes) for call in store.calls)
 
 
 @pytest.mark.parametrize("shapes", OF_MANY_SHAPES)
 @pytest.mark.parametrize("source", ["none", "zstd", "dcp", "safetensors", "torch"])
-def test_a_conversion_asks_for_as_much_at_once_as_a_load(source: str, shapes: str, tmp_path: Path) -> None:
+def test_conversion_needs_no_more_requests_than_a_load(source: str, shapes: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in OF_MANY_SHAPES[shapes].items()}
-    place = MemoryStore()
+    location = MemoryStore()
     if source == "torch":
         torch.save(state, tmp_path / "model.pt")
-        place.content["model.pt"] = (tmp_path / "model.pt").read_bytes()
+        location.content["model.pt"] = (tmp_path / "model.pt").read_bytes()
     elif source in ("none", "zstd"):
-        reshard.save(dict(state), place, codec=source)
+        reshard.save(dict(state), location, codec=source)
     else:
         native = MemoryStore()
         reshard.save(dict(state), native)
-        reshard.convert(native, place, format=source)
-    store = RecordingStore(place)
+        reshard.convert(native, location, format=source)
+    store = RecordingStore(location)
     reshard.load({name: torch.zeros_like(values) for name, values in state.items()}, store)
     load = reads_of(store)
-    files = sum(not name.startswith((".", "model.safetensors.index", "manifest")) for name in place.content)
-    samples = 0 if source in ("none", "zstd") else 4 * files  # which tell whether the source was saved anew
+    files = sum(not name.startswith((".", "model.safetensors.index", "manifest")) for name in location.content)
+    samples = 0 if source in ("none", "zstd") else 4 * files  # they show whether the source has been overwritten
     for format in ("reshard", "dcp", "safetensors"):
         for target in (MemoryStore(), tmp_path / format):
-            store = RecordingStore(place)
+            store = RecordingStore(location)
             reshard.convert(store, target, format=format)
             assert reads_of(store) <= load + samples, (format, type(target))
             found = reshard.open(target).state_dict()
-            assert all(same(value, state[name]) for name, value in of_names(found).items())
+            assert all(same(value, state[name]) for name, value in by_name(found).items())
 
 
-def test_many_objects_are_read_at_once() -> None:
-    place = MemoryStore()
+def test_many_values_are_read_with_few_requests() -> None:
+    location = MemoryStore()
     reshard.save(
-        {f"layers.{i}": {"extra": torch.Size((i, i)), "step": i, "w": torch.ones(2)} for i in range(200)}, place
+        {f"layers.{i}": {"extra": torch.Size((i, i)), "step": i, "w": torch.ones(2)} for i in range(200)}, location
     )
     for format in ("reshard", "dcp"):
-        store = RecordingStore(place)
+        store = RecordingStore(location)
         reshard.convert(store, MemoryStore(), format=format)
         assert reads_of(store) < 10
 
 
-def test_a_slice_of_dcp_has_its_own_values_alone(tmp_path: Path) -> None:
-    """Though several slices are read as one tensor."""
-    place = MemoryStore()
-    reshard.save({"w": torch.randn(4096, 4096)}, place, codec="none")
-    reshard.convert(place, tmp_path / "dst", format="dcp")
+def test_dcp_shard_does_not_contain_the_storage_of_its_tensor(tmp_path: Path) -> None:
+    """Several shards are read as one tensor."""
+    location = MemoryStore()
+    reshard.save({"w": torch.randn(4096, 4096)}, location, codec="none")
+    reshard.convert(location, tmp_path / "dst", format="dcp")
     assert sum(path.stat().st_size for path in (tmp_path / "dst").iterdir()) < 1.01 * 4 * 4096 * 4096
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-def test_what_an_export_has_no_dtype_for_can_be_left_out(tmp_path: Path) -> None:
+def test_tensors_of_unsupported_dtypes_can_be_left_out(tmp_path: Path) -> None:
     state = {"a": torch.ones(3, dtype=torch.complex128), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.complex32)}
     src = save_native(state, tmp_path / "src")
     with pytest.raises(
-        DtypeError, match=r"'a' has dtype complex128, .*and so do 1 more tensors\. Leave it out with exclude="
+        DtypeError, match=r"'a' has dtype complex128, .*nor those of 1 more tensors\). Leave it out with exclude="
     ):
         reshard.convert(src, tmp_path / "dst", format="safetensors")
     report = reshard.convert(src, tmp_path / "dst", format="safetensors", include="b")

@@ -1,4 +1,4 @@
-"""Notes of a conversion that somebody has changed: the next call refuses them, and commits nothing."""
+"""Notes of a conversion that an attacker has changed: the next run refuses them and commits nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def src(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def interrupted(src: Path, format: str) -> MemoryStore:
-    """What a conversion leaves that ends just before its commit."""
+    """Return a store with a conversion that was interrupted just before its commit."""
     store = MemoryStore()
 
     def before(call: Call) -> None:
@@ -55,7 +55,7 @@ def notes_of(store: MemoryStore) -> dict[str, Note]:
 
 def assert_refused(src: Path, store: MemoryStore, format: str) -> None:
     before = dict(store.content)
-    with pytest.raises(CorruptCheckpointError, match=r"[Rr]emove what is there|is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"[Rr]emove what is there|remove all objects there|is missing"):
         reshard.convert(src, store, format=format)
     assert COMMITS[format] not in store.content
     assert store.content.keys() == before.keys()
@@ -131,7 +131,7 @@ def test_forged_notes_are_refused(forge: Callable[[Note], None], format: str, sr
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_files_that_are_too_short_are_refused(format: str, src: Path) -> None:
+def test_truncated_files_are_refused(format: str, src: Path) -> None:
     store = interrupted(src, format)
     for name in store.content:
         if not name.startswith("."):
@@ -140,7 +140,7 @@ def test_files_that_are_too_short_are_refused(format: str, src: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_honest_notes_are_taken_up(format: str, src: Path) -> None:
+def test_unchanged_notes_are_accepted(format: str, src: Path) -> None:
     store = interrupted(src, format)
     reshard.convert(src, store, format=format)
     expected = reshard.open(src)
@@ -150,7 +150,7 @@ def test_honest_notes_are_taken_up(format: str, src: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_forged_checkpoint_is_not_taken_for_the_conversion(format: str, src: Path) -> None:
+def test_forged_checkpoint_is_not_accepted_as_the_result(format: str, src: Path) -> None:
     store = interrupted(src, format)
     other = MemoryStore()
     reshard.save({"other": torch.ones(2)}, other)

@@ -1,4 +1,4 @@
-"""There and back again: what transformers saves becomes native, and comes back as what transformers loads."""
+"""Round trips: a checkpoint of transformers is converted to the native format and back, and transformers loads it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
-    """A small model, as transformers saves it: in several files, with its configuration; and the model."""
+    """Yield a folder with a small model that transformers saved in several files, and the model."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HF_HUB_OFFLINE", "1")
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]
         yield folder, model
 
 
-def test_a_model_of_transformers_comes_back(saved: tuple[Path, Any], tmp_path: Path) -> None:
+def test_transformers_loads_a_model_after_a_round_trip(saved: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = saved
     assert len(list(folder.glob("*.safetensors"))) > 2
     reshard.convert(folder, tmp_path / "native")
@@ -49,7 +49,7 @@ def test_a_model_of_transformers_comes_back(saved: tuple[Path, Any], tmp_path: P
     for name in ("config.json", "generation_config.json"):
         (tmp_path / "back" / name).write_bytes((folder / name).read_bytes())
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
-    theirs, ours = (json.loads((place / INDEX).read_text()) for place in (folder, tmp_path / "back"))
+    theirs, ours = (json.loads((location / INDEX).read_text()) for location in (folder, tmp_path / "back"))
     assert theirs["metadata"]["total_size"] == ours["metadata"]["total_size"]
     assert theirs["weight_map"].keys() == ours["weight_map"].keys()
     loaded, report = type(model).from_pretrained(tmp_path / "back", dtype=torch.bfloat16, output_loading_info=True)
@@ -62,8 +62,8 @@ def test_a_model_of_transformers_comes_back(saved: tuple[Path, Any], tmp_path: P
     assert loaded(tokens).logits.equal(again(tokens).logits)
 
 
-def test_the_plan_of_a_configuration_is_a_layout(saved: tuple[Path, Any], tmp_path: Path) -> None:
-    """Of transformers' own files, and of those that were converted, with its configuration beside them."""
+def test_tp_plan_of_the_configuration_is_a_layout(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    """The configuration is copied to the converted checkpoint."""
     folder, model = saved
     config = json.loads((folder / "config.json").read_text())
     config["base_model_tp_plan"] = {

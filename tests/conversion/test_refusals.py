@@ -1,4 +1,4 @@
-"""What a conversion is told and cannot do: the error says so, nothing is committed, and what is there stays."""
+"""Conversions that cannot succeed: they raise an error, commit nothing, and keep existing files."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tests.conversion.samples import (
     SOURCES,
     assert_clean,
     assert_converted,
+    by_name,
     cut_small,
     names_in,
-    of_names,
     save_native,
 )
 
@@ -84,14 +84,14 @@ UP, DOWN, NORM, STEP = "model.layers.0.up", "model.layers.0.down", "model.norm",
 def test_convert_selects_and_renames(
     options: dict[str, Any], expected: dict[str, str], src: Path, tmp_path: Path
 ) -> None:
-    values = of_names(STATE)
+    values = by_name(STATE)
     for format in TARGETS:
         report = reshard.convert(src, tmp_path / format, format=format, **options)
         assert_converted(tmp_path / format, {new: values[old] for new, old in expected.items()}, format)
         assert set(report.dropped) == set(values) - set(expected.values())
 
 
-def test_a_star_in_a_name_is_not_a_pattern(tmp_path: Path) -> None:
+def test_star_in_a_name_is_not_a_pattern(tmp_path: Path) -> None:
     src = save_native({"a*": torch.ones(1), "ab": torch.zeros(1)}, tmp_path / "src")
     reshard.convert(src, tmp_path / "dst", rename={"a*": "x*"})
     assert set(reshard.open(tmp_path / "dst").tensors) == {"x*", "xb"}
@@ -148,7 +148,7 @@ def test_a_star_in_a_name_is_not_a_pattern(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_and_nothing_is_written(
+def test_invalid_arguments_raise_before_anything_is_written(
     options: dict[str, Any], error: type[CheckpointError], message: str, src: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -156,42 +156,42 @@ def test_arguments_that_cannot_be_are_refused_and_nothing_is_written(
     assert not (tmp_path / "dst").exists()
 
 
-def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_source_raises_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint at"):
         reshard.convert(tmp_path / "absent", tmp_path / "dst")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_nothing_opens_is_told(src: Path) -> None:
+def test_unknown_uri_scheme_of_destination_raises(src: Path) -> None:
     with pytest.raises(UnsupportedURIError):
         reshard.convert(src, "nowhere://x")
 
 
 @pytest.mark.parametrize("format", TARGETS)
-@pytest.mark.parametrize("there", SOURCES)
-def test_what_is_there_is_not_touched(there: str, format: str, src: Path, tmp_path: Path) -> None:
-    dst = SOURCES[there](STATE, tmp_path / "dst")
+@pytest.mark.parametrize("existing", SOURCES)
+def test_existing_checkpoint_is_not_changed(existing: str, format: str, src: Path, tmp_path: Path) -> None:
+    dst = SOURCES[existing](STATE, tmp_path / "dst")
     before = content_of(dst)
-    with pytest.raises(CheckpointExistsError, match=r"there is a checkpoint at .*dst already, or what is left of one"):
+    with pytest.raises(CheckpointExistsError, match=r"there is already a checkpoint, or a part of one, at .*dst"):
         reshard.convert(src, dst, format=format)
     assert content_of(dst) == before
 
 
 @pytest.mark.parametrize("format", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_checkpoint_is_not_converted_in_its_own_place(source: str, format: str, tmp_path: Path) -> None:
-    place = SOURCES[source](STATE, tmp_path / "src")
-    before = content_of(place)
-    with pytest.raises(CheckpointExistsError, match="there is a checkpoint at"):
-        reshard.convert(place, place, format=format)
-    assert content_of(place) == before
+def test_checkpoint_is_not_converted_in_place(source: str, format: str, tmp_path: Path) -> None:
+    location = SOURCES[source](STATE, tmp_path / "src")
+    before = content_of(location)
+    with pytest.raises(CheckpointExistsError, match="there is already a checkpoint"):
+        reshard.convert(location, location, format=format)
+    assert content_of(location) == before
 
 
 @pytest.mark.parametrize("format", TARGETS)
 @pytest.mark.parametrize(
     "name", ["data/0.shard", "__0_0.distcp", "__3.metadata", "model-00001-of-00002.safetensors", "model.bin"]
 )
-def test_what_is_left_of_a_checkpoint_is_not_touched(name: str, format: str, src: Path, tmp_path: Path) -> None:
+def test_part_of_a_checkpoint_is_not_changed(name: str, format: str, src: Path, tmp_path: Path) -> None:
     file = tmp_path / "dst" / name
     file.parent.mkdir(parents=True)
     file.write_bytes(b"precious")
@@ -200,62 +200,64 @@ def test_what_is_left_of_a_checkpoint_is_not_touched(name: str, format: str, src
     assert content_of(tmp_path / "dst") == {name: b"precious"}
 
 
-def test_other_files_at_the_place_do_not_matter(src: Path, tmp_path: Path) -> None:
+def test_other_files_at_the_destination_are_kept(src: Path, tmp_path: Path) -> None:
     (tmp_path / "dst" / "deeper").mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "README.md", "deeper/model.safetensors"):
         (tmp_path / "dst" / name).write_bytes(b"kept")
     reshard.convert(src, tmp_path / "dst", format="safetensors")
-    assert_converted(tmp_path / "dst", of_names(STATE), "safetensors")
+    assert_converted(tmp_path / "dst", by_name(STATE), "safetensors")
     assert list(content_of(tmp_path / "dst").values()).count(b"kept") == 4
 
 
-def test_a_file_is_no_place(src: Path, tmp_path: Path) -> None:
+def test_destination_that_is_a_file_raises_store_error(src: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    for place in ("file", "file/deeper"):
+    for name in ("file", "file/deeper"):
         with pytest.raises(StoreError, match="file"):
-            reshard.convert(src, tmp_path / place)
+            reshard.convert(src, tmp_path / name)
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("other", [{"format": "dcp"}, {"codec": "none"}, {"names": "model"}, {"dtype": torch.float16}])
-def test_the_remains_of_another_conversion_are_told(other: dict[str, Any], src: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other", [{"format": "dcp"}, {"codec": "none"}, {"include": "model"}, {"dtype": torch.float16}]
+)
+def test_unfinished_conversion_with_other_arguments_raises(other: dict[str, Any], src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     with pytest.raises(CommitError, match=rf"'{MANIFEST_NAME}' may or may not have been written: injected"):
         reshard.convert(src, RecordingStore(LocalStore(dst), failing("put", after=3)))
     before = content_of(dst)
     assert len(before) == 3  # the claim, a note and its object
-    with pytest.raises(CheckpointExistsError, match=r"another conversion was begun at .*dst, of another checkpoint or"):
+    with pytest.raises(CheckpointExistsError, match=r"another conversion has started at .*dst, with another source or"):
         reshard.convert(src, dst, **other)
     assert content_of(dst) == before
     reshard.convert(src, dst)
-    assert_converted(dst, of_names(STATE), "reshard")
+    assert_converted(dst, by_name(STATE), "reshard")
     assert_clean(names_in(dst), dst, "reshard")
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_source_that_was_saved_anew_is_another_one(source: str, tmp_path: Path) -> None:
-    """Under the same names and of the same sizes, with other values."""
+def test_source_that_was_overwritten_is_another_source(source: str, tmp_path: Path) -> None:
+    """Names and sizes are the same, but the values differ."""
 
     def save(value: float) -> Path:
         return SOURCES[source]({"a": {"w": torch.full((300, 300), value)}, "b": torch.ones(3)}, tmp_path / "src")
 
     dst = tmp_path / "dst"
-    place = save(1.0)
+    location = save(1.0)
     with pytest.raises(StoreError, match="injected"):
-        reshard.convert(place, RecordingStore(LocalStore(dst), failing("put", after=2)), format="dcp")
-    for name in names_in(place):
-        (place / name).unlink()
-    for folder in sorted(place.rglob("*"), reverse=True):
+        reshard.convert(location, RecordingStore(LocalStore(dst), failing("put", after=2)), format="dcp")
+    for name in names_in(location):
+        (location / name).unlink()
+    for folder in sorted(location.rglob("*"), reverse=True):
         folder.rmdir()
-    place.rmdir()
+    location.rmdir()
     save(2.0)
-    with pytest.raises(CheckpointExistsError, match="another conversion was begun"):
-        reshard.convert(place, dst, format="dcp")
+    with pytest.raises(CheckpointExistsError, match="another conversion has started"):
+        reshard.convert(location, dst, format="dcp")
 
 
 @pytest.mark.parametrize("format", TARGETS)
 @pytest.mark.parametrize("method", ["list", "read", "put", "create", "write", "delete", "size"])
-def test_a_store_that_fails_is_told_and_a_rerun_completes(
+def test_store_error_is_raised_and_the_next_run_completes(
     method: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
@@ -264,52 +266,52 @@ def test_a_store_that_fails_is_told_and_a_rerun_completes(
     options: dict[str, Any] = {"max_file_bytes": 200 * KIB}
     for after in (0, 1, 2, 4, 7):
         store = MemoryStore()
-        told = ""
+        message = ""
         try:
             reshard.convert(src, RecordingStore(store, failing(method, after=after)), format=format, **options)
         except StoreError as error:
-            told = str(error)
-        assert (COMMITS[format] in store.content) == (told == "")
-        assert "injected" in told or not told
-        if CLAIM in store.content or told:
+            message = str(error)
+        assert (COMMITS[format] in store.content) == (message == "")
+        assert "injected" in message or not message
+        if CLAIM in store.content or message:
             reshard.convert(src, store, format=format, **options)
         assert_converted(store, state, format)
         assert_clean(set(store.content), store, format)
 
 
 @pytest.mark.parametrize("format", TARGETS)
-def test_a_commit_whose_answer_was_lost_is_recognised(format: str, src: Path, tmp_path: Path) -> None:
+def test_commit_with_a_lost_response_is_recognised(format: str, src: Path, tmp_path: Path) -> None:
     memory = MemoryStore()
 
     class Losing(RecordingStore):
         def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
             super().put(name, data, overwrite=overwrite)
             if name in (COMMITS[format], CLAIM) and not overwrite:
-                raise CheckpointExistsError(f"{name} exists")  # as a second try finds
+                raise CheckpointExistsError(f"{name} exists")  # as a repeated try does
 
     reshard.convert(src, Losing(memory), format=format)
-    assert_converted(memory, of_names(STATE), format)
+    assert_converted(memory, by_name(STATE), format)
     assert_clean(set(memory.content), memory, format)
 
 
-def test_a_checkpoint_that_came_meanwhile_is_not_replaced(src: Path) -> None:
+def test_checkpoint_that_appeared_during_the_conversion_is_not_replaced(src: Path) -> None:
     memory = MemoryStore()
 
     def commit_before(call: Call) -> None:
         if call.method == "put" and call.name == MANIFEST_NAME:
-            memory.content[MANIFEST_NAME] = b"of somebody else"
+            memory.content[MANIFEST_NAME] = b"of another program"
 
-    with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
+    with pytest.raises(CheckpointExistsError, match="there is already a checkpoint, or a part of one, at memory"):
         reshard.convert(src, RecordingStore(memory, commit_before))
-    assert memory.content[MANIFEST_NAME] == b"of somebody else"
-    with pytest.raises(CheckpointExistsError, match="there is a checkpoint at memory already"):
+    assert memory.content[MANIFEST_NAME] == b"of another program"
+    with pytest.raises(CheckpointExistsError, match="there is already a checkpoint, or a part of one, at memory"):
         reshard.convert(src, memory)
-    assert memory.content[MANIFEST_NAME] == b"of somebody else"
+    assert memory.content[MANIFEST_NAME] == b"of another program"
 
 
 @pytest.mark.parametrize("unit", [50 * KIB, 10000 * KIB])
-def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when another run of the same conversion came to its end first: at the next unit, or before the commit."""
+def test_run_stops_if_its_claim_was_removed(unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run of the same conversion may finish first. The run stops at the next unit, or before the commit."""
     cut_small(monkeypatch, unit=unit)
     src = save_native({str(i): torch.randn(100, 200) for i in range(4)}, tmp_path / "src")
     memory = MemoryStore()
@@ -319,13 +321,13 @@ def test_a_run_whose_place_was_taken_away_stops(unit: int, tmp_path: Path, monke
             memory.content.pop(CLAIM, None)
 
     store = RecordingStore(memory, end_before)
-    with pytest.raises(CheckpointExistsError, match="does not belong to this conversion any more"):
+    with pytest.raises(CheckpointExistsError, match="no longer belongs to this conversion"):
         reshard.convert(src, store)
     assert MANIFEST_NAME not in memory.content
     assert sum(call.method == "create" for call in store.calls) == 1
 
 
-def test_an_object_that_vanished_is_found_before_the_commit(src: Path) -> None:
+def test_missing_object_is_found_before_the_commit(src: Path) -> None:
     memory = MemoryStore()
 
     def lose_before(call: Call) -> None:
@@ -337,25 +339,27 @@ def test_an_object_that_vanished_is_found_before_the_commit(src: Path) -> None:
         reshard.convert(src, RecordingStore(memory, lose_before))
     assert MANIFEST_NAME not in memory.content
     reshard.convert(src, memory)
-    assert_converted(memory, of_names(STATE), "reshard")
+    assert_converted(memory, by_name(STATE), "reshard")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"7", b'{"conversion": "0", "unit": 0, "done": {}}'])
-def test_a_note_that_is_none_is_told(content: bytes, src: Path) -> None:
+def test_damaged_note_or_claim_raises(content: bytes, src: Path) -> None:
     memory = MemoryStore()
     with pytest.raises(CommitError):
         reshard.convert(src, RecordingStore(memory, failing("put", after=3)))
     memory.content[".reshard-convert-000000.json"] = content
-    with pytest.raises(CorruptCheckpointError, match=r"'\.reshard-convert-000000\.json' in memory is not of"):
+    with pytest.raises(CorruptCheckpointError, match=r"'\.reshard-convert-000000\.json' in memory is not from"):
         reshard.convert(src, memory)
     memory.content[CLAIM] = content
-    with pytest.raises((CorruptCheckpointError, CheckpointExistsError), match=r"is not of a conv|another conversion"):
+    with pytest.raises(
+        (CorruptCheckpointError, CheckpointExistsError), match=r"is not from a conversion|another conversion"
+    ):
         reshard.convert(src, memory)
     assert MANIFEST_NAME not in memory.content
 
 
 @pytest.mark.parametrize("format", TARGETS)
-def test_damage_in_the_source_is_told_and_nothing_is_committed(
+def test_damaged_source_raises_and_nothing_is_committed(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch)
@@ -373,14 +377,14 @@ def test_damage_in_the_source_is_told_and_nothing_is_committed(
     assert_clean(names_in(tmp_path / "dst"), tmp_path / "dst", format)
 
 
-def test_an_object_of_the_source_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_missing_object_of_the_source_raises(tmp_path: Path) -> None:
     src = SOURCES["dcp"](STATE, tmp_path / "src")
     next(iter(sorted(src.glob("*.distcp")))).unlink()
     with pytest.raises(CorruptCheckpointError, match="missing"):
         reshard.convert(src, tmp_path / "dst")
 
 
-def test_a_single_file_is_converted_beside_nothing_of_its_own(tmp_path: Path) -> None:
+def test_single_file_is_not_converted_into_its_own_folder(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointExistsError, match=r"it has 'model\.safetensors'"):
         reshard.convert(tmp_path / "model.safetensors", tmp_path)
@@ -388,7 +392,7 @@ def test_a_single_file_is_converted_beside_nothing_of_its_own(tmp_path: Path) ->
     assert reshard.open(tmp_path / "deeper").read("w").tolist() == [1, 1, 1]
 
 
-def test_a_store_that_stays_away_is_given_up(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_store_raises_after_the_retries(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reshard.storage.stores import retry
 
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.1)

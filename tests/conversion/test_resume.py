@@ -1,4 +1,4 @@
-"""Conversions that are killed (SIGKILL) at calls of their store: a rerun goes on, and nothing of the first is left."""
+"""Conversions that are killed (SIGKILL) at a call of their store. The next run continues and cleans up."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.conversion.samples import (
     KIB,
     assert_clean,
     assert_converted,
+    by_name,
     cut_small,
     names_in,
-    of_names,
     save_native,
 )
 from tests.ranks import PRELOADED
@@ -46,7 +46,7 @@ def state() -> dict[str, Any]:
 
 
 def survives(work: Callable[..., object], *arguments: object) -> bool:
-    """Run something in a process of its own; whether it was not killed."""
+    """Call a function in a new process. Return whether it was not killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=work, args=arguments)
@@ -65,7 +65,7 @@ def kill(*_: object) -> None:
 
 
 def convert_and_die(src: Path, dst: Path, format: str, kill_at: int) -> None:
-    """Before the nth call of the store."""
+    """Convert, and die before the nth call of the store."""
     left = kill_at
 
     def before(call: Call) -> None:
@@ -96,50 +96,50 @@ def convert_and_die_before_the_commit(src: Path, dst: Path, format: str) -> None
 
 
 @pytest.mark.parametrize("format", OPTIONS)
-def test_killed_at_any_call_it_goes_on_where_it_was(
+def test_conversion_continues_after_a_kill_at_any_call(
     format: str, state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch, unit=UNIT)
     src = save_native(state, tmp_path / "src")
-    ended = after_commit = went_on = 0
+    ended = after_commit = continued = 0
     for kill_at in range(0, 200, 3):
         dst = tmp_path / f"dst-{kill_at}"
         finished = survives(convert_and_die, src, dst, format, kill_at)
         before = names_in(dst) if dst.exists() else set()
-        standing = {name for name in before if name.startswith(NOTE)}
+        notes = {name for name in before if name.startswith(NOTE)}
         if not finished:
             committed = COMMITS[format] in before
             store = RecordingStore(LocalStore(dst))
             report = convert(src, store, format)
             noted = {call.name for call in store.calls if call.method == "put" and call.name.startswith(NOTE)}
-            assert not noted & standing
-            assert (report.total.bytes_needed == 0) == (committed or bool(standing and not noted))
+            assert not noted & notes
+            assert (report.total.bytes_needed == 0) == (committed or bool(notes and not noted))
             after_commit += committed
-            went_on += bool(standing) and bool(noted)
-        assert_converted(dst, of_names(state), format)
+            continued += bool(notes) and bool(noted)
+        assert_converted(dst, by_name(state), format)
         assert_clean(names_in(dst), dst, format)
-        with pytest.raises(CheckpointExistsError, match="there is a checkpoint at"):
+        with pytest.raises(CheckpointExistsError, match="there is already a checkpoint"):
             convert(src, dst, format)
         if finished:
             ended += 1
             break
     assert ended == 1
     assert after_commit > 0
-    assert went_on > 2
+    assert continued > 2
 
 
-def test_what_a_put_leaves_that_is_killed_is_removed(state: dict[str, Any], tmp_path: Path) -> None:
-    """On a disk, where it writes a temporary file first."""
+def test_temporary_file_of_a_killed_put_is_removed(state: dict[str, Any], tmp_path: Path) -> None:
+    """On a local disk, `put` writes a temporary file first."""
     src, dst = save_native(state, tmp_path / "src"), tmp_path / "dst"
     assert not survives(convert_and_die_in_a_put, src, dst)
     assert [name for name in names_in(dst) if name.endswith(".tmp")]
     convert(src, dst, "reshard")
-    assert_converted(dst, of_names(state), "reshard")
+    assert_converted(dst, by_name(state), "reshard")
     assert_clean(names_in(dst), dst, "reshard")
 
 
 @pytest.mark.parametrize("format", OPTIONS)
-def test_a_unit_whose_objects_are_gone_is_written_again(
+def test_unit_with_missing_objects_is_written_again(
     format: str, state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch, unit=UNIT)
@@ -152,38 +152,38 @@ def test_a_unit_whose_objects_are_gone_is_written_again(
     recording = RecordingStore(LocalStore(dst))
     convert(src, recording, format)
     assert sum(call.method == "create" for call in recording.calls) == 1
-    assert_converted(dst, of_names(state), format)
+    assert_converted(dst, by_name(state), format)
     assert_clean(names_in(dst), dst, format)
 
 
-def noted(calls: list[Call]) -> int:
+def count_notes(calls: list[Call]) -> int:
     return sum(call.method == "put" and call.name.startswith(NOTE) for call in calls)
 
 
 @pytest.mark.parametrize("format", OPTIONS)
-def test_many_small_units_are_noted_together(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_small_units_share_a_note(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)
     src = save_native({f"{i:03}": torch.full((1024,), float(i)) for i in range(60)}, tmp_path / "src")
     store = RecordingStore(LocalStore(tmp_path / "dst"))
     begin = time.monotonic()
     reshard.convert(src, store, format=format, **{**OPTIONS[format], "max_file_bytes": 4 * KIB})
     assert sum(call.method == "create" for call in store.calls) == 60
-    assert noted(store.calls) <= 2 + (time.monotonic() - begin)
+    assert count_notes(store.calls) <= 2 + (time.monotonic() - begin)
     assert len(reshard.open(tmp_path / "dst").tensors) == 60
     assert_clean(names_in(tmp_path / "dst"), tmp_path / "dst", format)
 
 
-def test_units_that_take_long_are_noted_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_slow_unit_has_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)
     monkeypatch.setattr(journal, "NOTE_EVERY_S", 0.0)
     src = save_native({f"{i:03}": torch.full((1024,), float(i)) for i in range(20)}, tmp_path / "src")
     store = RecordingStore(LocalStore(tmp_path / "dst"))
     reshard.convert(src, store, codec="none")
-    assert noted(store.calls) == 20
+    assert count_notes(store.calls) == 20
 
 
 @pytest.mark.parametrize("failing_at", [1, 7, 19])
-def test_a_conversion_that_fails_notes_what_stands(
+def test_failed_conversion_writes_a_note_of_finished_units(
     failing_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_small(monkeypatch, piece=4 * KIB, unit=4 * KIB)

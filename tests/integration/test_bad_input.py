@@ -36,7 +36,7 @@ def saved() -> MemoryStore:
             r"'w' is stored as torch.float32.*\.int64",
         ),
         ({"c": torch.zeros(2)}, errors.DtypeError, r"'c' is stored as torch.complex64.*torch.float32"),
-        ({"w": None}, errors.DestinationError, r"'w' is a tensor of shape \(3, 4\) in the checkpoint, and NoneType"),
+        ({"w": None}, errors.DestinationError, r"'w' is a tensor of shape \(3, 4\) in the checkpoint and a NoneType"),
         ({"step": torch.zeros(1)}, errors.DestinationError, "'step' is a value in the checkpoint"),
         ({"w": torch.zeros(1, 4).expand(3, 4)}, errors.DestinationError, "'w' is expanded"),
         ({"w": torch.zeros(3, 4, device="meta")}, errors.DestinationError, "'w' is on the meta device"),
@@ -216,7 +216,7 @@ def test_names_that_are_nearly_there_are_shown() -> None:
     reshard.save({"model": {"fc1.weight": torch.zeros(2)}, "hp": {"lr": 1}}, store)
     with pytest.raises(errors.MissingTensorError, match=r"nearest are 'model\.fc1\.weight'"):
         reshard.open(store).read("model.fc1.weigth")
-    with pytest.raises(errors.MissingTensorError, match=r"it has 'model\.fc1\.weight', \.\.\.; strict=False"):
+    with pytest.raises(errors.MissingTensorError, match=r"it has 'model\.fc1\.weight', \.\.\.; pass allow_missing="):
         reshard.load({"model": {"fc9.weight": torch.zeros(2)}}, store)
     with pytest.raises(errors.MissingTensorError, match="nested too deeply"):
         reshard.load({"state": {"model": {"fc1.weight": torch.zeros(2)}}}, store)
@@ -238,7 +238,7 @@ def test_what_a_fresh_optimizer_has_no_place_for_is_told(caplog: pytest.LogCaptu
     reshard.save({"optimizer": {"state": {"0": torch.ones(3)}, "lr": 0.1}, "other": 1}, store)
     report = reshard.load({"optimizer": {"lr": 0}}, store)
     assert report.unexpected_keys == ("optimizer.state.0",)
-    assert "1 names of the checkpoint are not in the state dict: optimizer.state.0" in caplog.text
+    assert "1 names of the checkpoint are not in the state dict: 'optimizer.state.0'" in caplog.text
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "s3a+x://y"])

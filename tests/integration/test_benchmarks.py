@@ -1,4 +1,4 @@
-"""The benchmarks run, on little: that each prints and writes what it says, not how fast anything is."""
+"""Each benchmark runs on little data and writes its rows and its picture. Speed is not tested."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.servers import Server
 
 @pytest.fixture
 def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmarks take the ranks of the tests, which are there already, and do not end them."""
+    """Let the benchmarks use the ranks of the tests, which are running already, without ending them."""
 
-    class Lent:
+    class SharedPool:
         def __enter__(self) -> RankPool:
             return ranks
 
         def __exit__(self, *_: object) -> None: ...
 
     for module in (foreign, fsdp_to_tp, overhead):
-        monkeypatch.setattr(module, "RankPool", Lent)
+        monkeypatch.setattr(module, "RankPool", SharedPool)
 
 
-def row_boxes(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What a benchmark writes; its picture is one."""
+def rows_of(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run a benchmark, check that it writes a picture, and return the rows that it writes."""
     written, picture = folder / "rows.json", folder / "plot.png"
     benchmark.main([*arguments, "--json", str(written), "--plot", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -45,44 +45,44 @@ def row_boxes(benchmark: Any, folder: Path, *arguments: str) -> list[dict[str, A
 @pytest.mark.usefixtures("pools")
 def test_fsdp_to_tp(tmp_path: Path) -> None:
     few = ("--contenders", "dcp", "reshard-none", "reshard-zstd", "--layers", "1", "--repeat", "1")
-    by = {row["contender"]: row for row in row_boxes(fsdp_to_tp, tmp_path, "--places", "local", *few)}
+    by = {row["contender"]: row for row in rows_of(fsdp_to_tp, tmp_path, "--stores", "local", *few)}
     assert by["reshard-zstd"]["load_read"] < by["reshard-none"]["load_read"] < by["dcp"]["load_read"]
 
 
 @pytest.mark.usefixtures("pools")
 def test_foreign(tmp_path: Path) -> None:
-    few = ("--tables", "seconds", "--places", "local", "--layers", "1", "--repeat", "1")
-    (row,) = row_boxes(foreign, tmp_path, *few)
+    few = ("--tables", "seconds", "--stores", "local", "--layers", "1", "--repeat", "1")
+    (row,) = rows_of(foreign, tmp_path, *few)
     assert len(row["dcp_all"]) == len(row["reshard_all"]) == 1
 
 
 def test_codec(tmp_path: Path) -> None:
     few = ("--codecs", "reshard zstd", "zstd-1")
-    rows = row_boxes(codec, tmp_path, "--mb", "1", "--repeat", "1", "--samples", "normal", "tokens", *few)
+    rows = rows_of(codec, tmp_path, "--mb", "1", "--repeat", "1", "--samples", "normal", "tokens", *few)
     ratios = {(row["values"], row["dtype"], row["codec"]): row["ratio"] for row in rows}
     assert ratios["N(0, 0.02²)", "bfloat16", "reshard zstd"] < ratios["N(0, 0.02²)", "bfloat16", "zstd-1"] < 1
 
 
 def test_coalescing(tmp_path: Path) -> None:
-    rows = row_boxes(coalescing, tmp_path, "--cases", "0.3B, fsdp 8 → tp 4")
+    rows = rows_of(coalescing, tmp_path, "--cases", "0.3B, fsdp 8 → tp 4")
     assert [row["over_read"] for row in rows if row["max_gap_bytes"] == 0] == [0]
     assert min(row["requests"] for row in rows) < rows[0]["requests"]
 
 
 def test_memory(tmp_path: Path) -> None:
     few = ("--mb", "8", "--budgets-mb", "4", "--tensors", "1", "--contenders", "reshard-none")
-    (row,) = row_boxes(memory, tmp_path, "--places", "local", *few)
+    (row,) = rows_of(memory, tmp_path, "--stores", "local", *few)
     assert row["load_peak"] >= 0
 
 
 @pytest.mark.usefixtures("pools")
 def test_overhead(tmp_path: Path) -> None:
-    rows = row_boxes(overhead, tmp_path, "--places", "local", "--ranks", "2", "--layers", "1", "--repeat", "1")
+    rows = rows_of(overhead, tmp_path, "--stores", "local", "--ranks", "2", "--layers", "1", "--repeat", "1")
     bare = {"preadv", "preadv, kept", "preadv, kept, verified", "preadv, verified, copied"}
     assert {row["contender"] for row in rows} == {*bare, "reshard none"}
 
 
-def test_a_link_is_as_slow_as_it_is_told_to_be_and_counts(seaweedfs: Server) -> None:
+def test_link_has_the_given_latency_and_bandwidth_and_counts_traffic(seaweedfs: Server) -> None:
     place = seaweedfs.place(uuid.uuid4().hex)
     with linked(seaweedfs.endpoint, Link(round_trip_s=0.05, bytes_per_s=1e6)) as (endpoint, counts):
         filesystem = fsspec.filesystem("s3", **seaweedfs.through(endpoint).options)

@@ -114,7 +114,7 @@ def convert_slowly(src: str, dst: str) -> str:
             os.sched_yield()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reshard.storage.runtime.process_group.HEED_S", 0.0)
+        patch.setattr("reshard.storage.runtime.process_group.CHECK_EVERY_S", 0.0)
         with pytest.raises(errors.AccessDeniedError) as caught:
             convert_rank(src, RecordingStore(LocalStore(dst), before), format="dcp")
     return str(caught.value)
@@ -140,7 +140,7 @@ def die_on(src: str, dst: str, rank: int) -> None:
 def test_after_a_rank_has_died_any_number_of_ranks_goes_on(tmp_path: Path) -> None:
     src, dst = save_native({"model": model(seed=0).state_dict()}, tmp_path / "src"), tmp_path / "dst"
     with RankPool() as pool:
-        with pytest.raises(RankFailed, match="the process group broke, as it does when a rank dies"):
+        with pytest.raises(RankFailed, match="the process group broke, probably because a rank died"):
             pool.run(3, die_on, str(src), str(dst), 2)
         noted = {name for name in names_in(dst) if re.fullmatch(r"\.reshard-convert-\d+\.json", name)}
         assert noted
@@ -157,7 +157,7 @@ def convert_differently(src: str, folder: str, what: str) -> str:
     differing: dict[str, dict[str, Any]] = {
         "codec": {"codec": ("zstd", "none")[rank]},
         "format": {"format": FORMATS[rank]},
-        "names": {"names": ("*", "model")[rank]},
+        "include": {"include": ("*", "model")[rank]},
         "dtype": {"dtype": (None, torch.float16)[rank]},
     }
     dst = f"{folder}/dst" if what in differing else f"{folder}/dst-{rank}"
@@ -166,11 +166,15 @@ def convert_differently(src: str, folder: str, what: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["codec", "format", "names", "dtype", "place"])
+@pytest.mark.parametrize("what", ["codec", "format", "include", "dtype", "destination"])
 def test_ranks_that_are_given_different_arguments_are_told(ranks: RankPool, tmp_path: Path, what: str) -> None:
     src = save_native({"model": {"w": torch.ones(3)}, "step": torch.tensor(1)}, tmp_path / "src")
     told = ranks.run(2, convert_differently, str(src), str(tmp_path), what)
-    assert told == ["the ranks of one conversion were given different checkpoints, places or arguments"] * 2
+    assert (
+        told
+        == ["the ranks passed different sources, destinations or arguments to convert: all ranks must pass the same"]
+        * 2
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"src"}
 
 

@@ -1,4 +1,4 @@
-"""The demo, as a user runs it, with fewer steps."""
+"""Run the demo from the command line, with fewer steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import reshard
 ROOT = Path(__file__).parents[2]
 
 
-def test_train_save_serve_and_resume(tmp_path: Path) -> None:
+def test_demo_trains_serves_and_resumes(tmp_path: Path) -> None:
     uri = str(tmp_path / "checkpoint")
     done = subprocess.run(
         [sys.executable, "-m", "reshard.cli", "demo", f"--uri={uri}", "--steps=10"],

@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> Run:
 def test_train_serve_read_and_convert(run: Run, bucket: str, tmp_path: Path) -> None:
     uri = f"{bucket}/step-20"
     assert "saved: all ranks:" in run(4, "train_fsdp_serve_tp", "train", uri)
-    assert "both ways give the same 8 tensors" in run(2, "train_fsdp_serve_tp", "serve", uri)
+    assert "load and load_rank return the same 8 tensors" in run(2, "train_fsdp_serve_tp", "serve", uri)
 
     weight = reshard.open(uri).read("model.0.up.weight")
     printed = run(0, "read_remote_tensor", uri, "model.0.up.weight", "--rows", "64:96")

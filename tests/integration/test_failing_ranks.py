@@ -1,4 +1,4 @@
-"""A rank that fails, or dies: every rank raises the same error, soon, and it names that rank."""
+"""If a rank fails or dies, every rank soon raises the same error, which names that rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.ranks import RankFailed, RankPool
 
 
 def store_on(rank: int, folder: str, method: str) -> reshard.Store:
-    """A local store that fails on one rank."""
+    """Return a local store that fails on one rank."""
     local = LocalStore(folder)
     return RecordingStore(local, failing(method)) if dist.get_rank() == rank else local
 
@@ -44,10 +44,10 @@ def save_and_fail(folder: str, rank: int, method: str) -> str:
 
 
 @pytest.mark.parametrize("method", ["create", "write"])
-def test_a_rank_that_cannot_save_is_named_on_every_rank(ranks: RankPool, tmp_path: Path, method: str) -> None:
-    """(torch 2.13's own writer loses an exception that is raised in a writer thread, and reports success.)"""
-    told = ranks.run(4, save_and_fail, str(tmp_path), 2, method)
-    assert all(message.startswith("StoreError 2: rank 2: injected") for message in told), told
+def test_every_rank_names_the_rank_that_cannot_save(ranks: RankPool, tmp_path: Path, method: str) -> None:
+    """The writer of torch 2.13 loses an exception of a writer thread, and reports success."""
+    messages = ranks.run(4, save_and_fail, str(tmp_path), 2, method)
+    assert all(message.startswith("StoreError 2: rank 2: injected") for message in messages), messages
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     ranks.run(2, save_good, str(tmp_path))
 
@@ -56,9 +56,11 @@ def save_good(folder: str) -> None:
     reshard.save(state_on_ranks(1), folder)
 
 
-def test_a_commit_that_fails_is_named_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
-    told = ranks.run(3, save_and_fail, str(tmp_path), 0, "put")
-    assert all(message.startswith("CommitError 0: rank 0: the manifest may or may not") for message in told), told
+def test_every_rank_reports_a_failed_commit(ranks: RankPool, tmp_path: Path) -> None:
+    messages = ranks.run(3, save_and_fail, str(tmp_path), 0, "put")
+    assert all(message.startswith("CommitError 0: rank 0: the manifest may or may not") for message in messages), (
+        messages
+    )
 
 
 def load_and_fail(folder: str, rank: int) -> str:
@@ -69,10 +71,10 @@ def load_and_fail(folder: str, rank: int) -> str:
     return f"{type(caught.value).__name__} {caught.value.rank}: {caught.value}"
 
 
-def test_a_rank_that_cannot_load_is_named_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+def test_every_rank_names_the_rank_that_cannot_load(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_good, str(tmp_path))
-    told = ranks.run(4, load_and_fail, str(tmp_path), 3)
-    assert all(message.startswith("StoreError 3: rank 3: ") for message in told), told
+    messages = ranks.run(4, load_and_fail, str(tmp_path), 3)
+    assert all(message.startswith("StoreError 3: rank 3: ") for message in messages), messages
 
 
 def load_and_break(folder: str) -> str:
@@ -89,10 +91,10 @@ class Breaking(dict[str, Any]):
         raise ZeroDivisionError("a bug of the caller")
 
 
-def test_an_error_that_is_not_of_reshard_reaches_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+def test_an_error_of_the_caller_reaches_every_rank(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_good, str(tmp_path))
-    told = ranks.run(2, load_and_break, str(tmp_path))
-    assert told == ["RankError: rank 1: ZeroDivisionError: a bug of the caller"] * 2
+    messages = ranks.run(2, load_and_break, str(tmp_path))
+    assert messages == ["RankError: rank 1: ZeroDivisionError: a bug of the caller"] * 2
 
 
 class Stubborn:
@@ -100,7 +102,7 @@ class Stubborn:
 
     def state_dict(self) -> dict[str, Any]:
         if dist.get_rank() == 1:
-            raise RuntimeError("no state to be had")
+            raise RuntimeError("no state available")
         return {"t": torch.zeros(2)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,7 +110,7 @@ class Stubborn:
 
 
 class ForeignError(errors.StoreError):
-    """Somebody's own: it cannot be unpickled."""
+    """An error of a third-party store. It cannot be unpickled."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(f"{message} ({code})")
@@ -122,8 +124,8 @@ class ForeignStore(MemoryStore):
         raise ForeignError(7, "not today")
 
 
-def fail_in_foreign_ways(folder: str) -> list[str]:
-    told = []
+def fail_in_third_party_code(folder: str) -> list[str]:
+    messages = []
     local = LocalStore(folder)
     calls: tuple[Callable[[], reshard.Report], ...] = (
         lambda: reshard.load({"app": Stubborn()}, folder, strict=False),
@@ -134,15 +136,15 @@ def fail_in_foreign_ways(folder: str) -> list[str]:
     for call in calls:
         with pytest.raises(errors.CheckpointError) as caught:
             call()
-        told.append(f"{type(caught.value).__name__}: {caught.value}")
-    return told
+        messages.append(f"{type(caught.value).__name__}: {caught.value}")
+    return messages
 
 
-def test_states_and_errors_of_others_reach_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+def test_errors_of_third_party_code_reach_every_rank(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_good, str(tmp_path))
-    for told in ranks.run(3, fail_in_foreign_ways, str(tmp_path), timeout_s=30):
-        assert told[:2] == ["RankError: rank 1: RuntimeError: no state to be had"] * 2
-        assert told[2:] == ["StoreError: rank 1: not today (7)"] * 2
+    for messages in ranks.run(3, fail_in_third_party_code, str(tmp_path), timeout_s=30):
+        assert messages[:2] == ["RankError: rank 1: RuntimeError: no state available"] * 2
+        assert messages[2:] == ["StoreError: rank 1: not today (7)"] * 2
 
 
 def lose_a_rank(folder: str, saving: bool) -> str:
@@ -154,17 +156,19 @@ def lose_a_rank(folder: str, saving: bool) -> str:
     state = state_on_ranks(5)
     with pytest.raises(errors.RankError) as caught:
         _ = reshard.save(state, store, overwrite=True) if saving else reshard.load(state, store)
-    raise AssertionError(f"told: {caught.value}")
+    raise AssertionError(f"messages: {caught.value}")
 
 
 @pytest.mark.parametrize("saving", [True, False])
-def test_a_rank_that_dies_is_told_on_the_others(tmp_path: Path, saving: bool) -> None:
+def test_a_rank_that_dies_is_reported_on_the_others(tmp_path: Path, saving: bool) -> None:
     with RankPool() as pool:
         pool.run(2, save_good, str(tmp_path))
         with pytest.raises(RankFailed) as failed:
             pool.run(3, lose_a_rank, str(tmp_path), saving, timeout_s=30)
     assert "did not answer" not in str(failed.value)
-    assert str(failed.value).count("told: the process group broke, as it does when a rank dies; not there: rank") == 2
+    assert (
+        str(failed.value).count("messages: the process group broke, probably because a rank died; missing: rank") == 2
+    )
     assert reshard.open(tmp_path).verify() == []
 
 
@@ -176,11 +180,11 @@ def load_by_dcp_and_fail(folder: str) -> str:
     return str(caught.value)
 
 
-def test_through_dcp_every_rank_is_told_too(ranks: RankPool, tmp_path: Path) -> None:
+def test_every_rank_names_the_failed_rank_through_dcp(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_good, str(tmp_path))
-    for told in ranks.run(3, load_by_dcp_and_fail, str(tmp_path)):
-        assert "RANK 1" in told
-        assert "injected: read" in told
+    for messages in ranks.run(3, load_by_dcp_and_fail, str(tmp_path)):
+        assert "RANK 1" in messages
+        assert "injected: read" in messages
 
 
 def partial_placement(folder: str) -> str:
@@ -193,7 +197,7 @@ def partial_placement(folder: str) -> str:
     return str(caught.value)
 
 
-def test_a_placement_that_is_no_shard_is_named(ranks: RankPool, tmp_path: Path) -> None:
+def test_the_error_names_a_partial_placement(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_good, str(tmp_path))
     assert all("'w' has the placement" in message for message in ranks.run(2, partial_placement, str(tmp_path)))
 
@@ -202,7 +206,7 @@ SLOW_S = 20
 
 
 def fail_while_others_are_slow(folder: str, saving: bool) -> tuple[str, float]:
-    """Rank 1 is refused at once; the others' stores take long for each call."""
+    """Fail at once on rank 1. On the other ranks, each call of the store takes long."""
 
     def before(call: Call) -> None:
         if call.method not in ("read", "write") or call.name == MANIFEST_NAME:
@@ -219,40 +223,40 @@ def fail_while_others_are_slow(folder: str, saving: bool) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("saving", [True, False])
-def test_a_rank_that_fails_stops_the_others(tmp_path: Path, saving: bool) -> None:
-    with RankPool() as pool:  # the threads of its own are left waiting
+def test_a_failed_rank_stops_the_others(tmp_path: Path, saving: bool) -> None:
+    with RankPool() as pool:  # an own pool, since its threads keep waiting
         pool.run(2, save_good, str(tmp_path))
-        for told, seconds in pool.run(3, fail_while_others_are_slow, str(tmp_path), saving):
-            assert told.startswith("rank 1: ")
-            assert "no permission any more" in told
+        for messages, seconds in pool.run(3, fail_while_others_are_slow, str(tmp_path), saving):
+            assert messages.startswith("rank 1: ")
+            assert "no permission any more" in messages
             assert seconds < SLOW_S / 2
     assert reshard.open(tmp_path).verify() == []
 
 
-def save_by_different_codecs(folder: str, other: str) -> str:
+def save_with_different_codecs(folder: str, other: str) -> str:
     with pytest.raises(errors.ArgumentError) as caught:
         reshard.save(state_on_ranks(1), folder, codec="zstd" if dist.get_rank() == 0 else other)
     return str(caught.value)
 
 
-def test_a_codec_that_one_rank_asks_for_in_vain_is_told_on_all(ranks: RankPool, tmp_path: Path) -> None:
-    for told in ranks.run(2, save_by_different_codecs, str(tmp_path), "lzma", timeout_s=30):
-        assert told.startswith("rank 1: codec must be one of")
+def test_every_rank_reports_an_unknown_codec_of_one_rank(ranks: RankPool, tmp_path: Path) -> None:
+    for messages in ranks.run(2, save_with_different_codecs, str(tmp_path), "lzma", timeout_s=30):
+        assert messages.startswith("rank 1: codec must be one of")
 
 
-def test_ranks_that_save_by_different_codecs_are_told(ranks: RankPool, tmp_path: Path) -> None:
-    told = ranks.run(2, save_by_different_codecs, str(tmp_path), "none")
-    assert all(message.endswith("were given different codecs: none, zstd") for message in told)
+def test_ranks_with_different_codecs_raise_argument_error(ranks: RankPool, tmp_path: Path) -> None:
+    messages = ranks.run(2, save_with_different_codecs, str(tmp_path), "none")
+    assert all(message.endswith("passed different codecs: none, zstd") for message in messages)
     assert list(tmp_path.iterdir()) == []
 
 
-def save_to_different_places(folder: str) -> str:
+def save_to_different_locations(folder: str) -> str:
     with pytest.raises(errors.ArgumentError) as caught:
         reshard.save(state_on_ranks(1), f"{folder}/{dist.get_rank()}")
     return str(caught.value)
 
 
-def test_ranks_that_save_to_different_places_are_told(ranks: RankPool, tmp_path: Path) -> None:
-    told = ranks.run(2, save_to_different_places, str(tmp_path))
-    assert all("were given different places" in message for message in told)
+def test_ranks_with_different_locations_raise_argument_error(ranks: RankPool, tmp_path: Path) -> None:
+    messages = ranks.run(2, save_to_different_locations, str(tmp_path))
+    assert all("passed different locations" in message for message in messages)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What happens on the way between a real client and a real server: tried again where it may pass, told where not."""
+"""Faults between a real client and a real server: transient ones are retried, others are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import servers
 from tests.proxy import Faults, proxied
 from tests.torture.faults import CLIENTS, by_client, rounds, state, through
 
-# Connections that are broken on purpose are left to the collector, by the proxy and by the client.
+# The proxy and the client leave connections that are broken on purpose to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
@@ -32,12 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
     ids=["resets", "truncated bodies", "slow-downs", "all"],
 )
 @pytest.mark.parametrize("client", CLIENTS)
-def test_faults_that_pass_are_passed(seaweedfs: servers.Server, client: str, faults: Faults, met: str) -> None:
+def test_saves_and_loads_survive_transient_faults(
+    seaweedfs: servers.Server, client: str, faults: Faults, met: str
+) -> None:
     assert rounds(3, seaweedfs, faults, client)[met] > 0
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_server_that_stops_answering_is_given_up_in_time(
+def test_a_server_that_stops_answering_raises_unavailable_error_in_time(
     seaweedfs: servers.Server, monkeypatch: pytest.MonkeyPatch, client: str
 ) -> None:
     monkeypatch.setattr(retry, "REQUEST_DEADLINE_S", 1.0)
@@ -52,7 +54,7 @@ def test_a_server_that_stops_answering_is_given_up_in_time(
 
 
 @pytest.mark.parametrize(("client", "words"), [("obstore", "Connection refused"), ("s3fs", "Could not connect")])
-def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, client: str, words: str) -> None:
+def test_a_missing_server_raises_unavailable_error(monkeypatch: pytest.MonkeyPatch, client: str, words: str) -> None:
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.5)
     (port,) = servers.free_ports(1)
     options = {"key": "a", "secret": "b", "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
@@ -61,10 +63,10 @@ def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, cli
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_credentials_that_expire_are_renewed(
+def test_expired_credentials_are_renewed(
     seaweedfs: servers.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, client: str
 ) -> None:
-    """Each that are given are about to expire, so that every request asks for new ones."""
+    """All credentials are about to expire, so that every request needs new ones."""
     monkeypatch.setattr(obstore, "CREDENTIALS_FOR", datetime.timedelta(seconds=-1))
     asked = tmp_path / "asked"
     script = tmp_path / "credentials.sh"

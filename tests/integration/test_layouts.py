@@ -1,4 +1,4 @@
-"""The main job: saved under one layout, loaded under another, in both directions, by real ranks."""
+"""Ranks save under one layout and load under another, for pairs of layouts in both directions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tests.conftest import STORES, Place
 from tests.integration.models import build, local_values
 from tests.ranks import RankFailed, RankPool
 
-Layout = tuple[str, int]
-PAIRS: list[tuple[Layout, Layout]] = [
+NamedLayout = tuple[str, int]
+"""The name of a layout (see `models.py`), and the number of its ranks."""
+PAIRS: list[tuple[NamedLayout, NamedLayout]] = [
     (("fsdp", 4), ("tp", 2)),
     (("fsdp", 3), ("tp", 5)),
     (("fsdp", 8), ("fsdp_tp", 4)),
@@ -38,7 +39,7 @@ def save_rank(layout: str, uri: str, codec: str, options: dict[str, Any] | None 
 
 
 def load_rank(layout: str, uri: str, options: dict[str, Any] | None = None) -> reshard.Report:
-    """Load into other values; what torch's own sharding gives for the saved ones is the oracle."""
+    """Load into a model with other values, and compare with the saved model as torch shards it."""
     expected = local_values(build(layout, seed=0))
     state = build(layout, seed=1)
     before = local_values(state)
@@ -54,8 +55,8 @@ def load_rank(layout: str, uri: str, options: dict[str, Any] | None = None) -> r
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 @pytest.mark.parametrize(("saved", "loaded"), CASES, ids=lambda layout: f"{layout[0]}{layout[1]}")
-def test_saved_under_one_layout_loaded_under_another(
-    ranks: RankPool, tmp_path: Path, saved: Layout, loaded: Layout, codec: str
+def test_checkpoint_saved_under_one_layout_loads_under_another(
+    ranks: RankPool, tmp_path: Path, saved: NamedLayout, loaded: NamedLayout, codec: str
 ) -> None:
     uri = str(tmp_path / "step-1")
     written = ranks.run(saved[1], save_rank, saved[0], uri, codec)
@@ -65,7 +66,7 @@ def test_saved_under_one_layout_loaded_under_another(
     assert all(report.total.bytes_fetched == read[0].total.bytes_fetched for report in read)
 
 
-def test_what_ranks_hold_alike_is_written_once_and_shared_out(ranks: RankPool, tmp_path: Path) -> None:
+def test_replicated_tensors_are_written_once_and_distributed_over_ranks(ranks: RankPool, tmp_path: Path) -> None:
     uri = str(tmp_path / "step-1")
     report = ranks.run(4, save_rank, "plain", uri, "none")[0]
     whole = sum(value.nbytes for value in local_values(build("plain", seed=0)).values())
@@ -73,11 +74,11 @@ def test_what_ranks_hold_alike_is_written_once_and_shared_out(ranks: RankPool, t
     shares = [rank.bytes_written for rank in report.ranks]
     largest_tensor = 389 * 530 * 4
     assert max(shares) <= max(largest_tensor, whole / 4) * 1.1
-    assert sum(share > 0 for share in shares) == 3, "two large tensors are spread; small ones are written by rank 0"
+    assert sum(share > 0 for share in shares) == 3, "two ranks write the large tensors, and rank 0 the small ones"
 
 
-@pytest.mark.parametrize("store_name", [name for name in STORES if name != "memory"])  # which no two ranks share
-def test_through_a_store(ranks: RankPool, place: Place) -> None:
+@pytest.mark.parametrize("store_name", [name for name in STORES if name != "memory"])  # ranks do not share memory
+def test_save_and_load_through_each_store(ranks: RankPool, place: Place) -> None:
     uri, options = place
     ranks.run(3, save_rank, "fsdp", uri, "zstd", options)
     ranks.run(2, load_rank, "tp", uri, options)
@@ -86,7 +87,7 @@ def test_through_a_store(ranks: RankPool, place: Place) -> None:
 
 
 def strided(uri: str) -> None:
-    """A strided shard that torch makes itself, of a view: nothing of FSDP."""
+    """Save and load a strided shard that results from a view, without FSDP."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = torch.arange(8.0)
     tensor = distribute_tensor(whole.reshape(2, 4), mesh, [TorchShard(1)]).view(8)
@@ -100,7 +101,7 @@ def strided(uri: str) -> None:
     assert tensor.full_tensor().equal(whole)
 
 
-def test_a_strided_shard_that_is_not_of_fsdp(ranks: RankPool, tmp_path: Path) -> None:
+def test_strided_shard_without_fsdp_is_saved_and_loaded(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, strided, str(tmp_path))
 
 
@@ -110,8 +111,8 @@ def load_tp_plan(uri: str) -> dict[str, Any]:
     return local_values(state)
 
 
-def test_a_rank_is_loaded_without_torch_distributed(ranks: RankPool, tmp_path: Path) -> None:
-    """A declared layout gives what torch's tensor parallelism holds, to a process that has no process group."""
+def test_load_rank_needs_no_process_group(ranks: RankPool, tmp_path: Path) -> None:
+    """`load_rank` returns the local tensors of torch's tensor parallelism in a process without a process group."""
     uri = str(tmp_path / "step-1")
     ranks.run(3, save_rank, "fsdp", uri, "zstd")
     expected = ranks.run(4, load_tp_plan, uri)

@@ -1,4 +1,4 @@
-"""No password and no signature is in an error, a log, a report or what a command prints."""
+"""No error, log, report or output of a command contains a password or a signature."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STATE = {"w": torch.arange(12.0).reshape(4, 3)}
 SECRET = "wJal/rX+UtnF7zz"
 QUOTED = "wJal%2FrX%2BUtnF7zz"
 PIECES = ("wJal", "UtnF7zz")
-"""What must not be shown of it."""
+"""The parts of SECRET, which must not be shown either."""
 USER = "AKIAUSERNAME"
 
 MASKED = [
@@ -97,7 +97,7 @@ UNCHANGED = [
 
 
 @pytest.mark.parametrize(("text", "expected"), MASKED, ids=range(len(MASKED)))
-def test_secrets_are_masked_by_where_they_are(text: str, expected: str) -> None:
+def test_secrets_are_masked_by_their_context(text: str, expected: str) -> None:
     assert masked(text) == expected
     assert masked(expected) == expected
     assert shown(shown(text)) == shown(text)
@@ -105,7 +105,7 @@ def test_secrets_are_masked_by_where_they_are(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("text", UNCHANGED)
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert masked(text) == text
 
 
@@ -127,7 +127,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_secrets_that_were_given_are_masked_by_their_values(options: dict[str, Any]) -> None:
+def test_secrets_of_storage_options_are_masked_by_their_values(options: dict[str, Any]) -> None:
     secret = f"{SECRET}{OPTIONS.index(options):03}"
     quoted = f"{QUOTED}{OPTIONS.index(options):03}"
 
@@ -146,7 +146,7 @@ def test_secrets_that_were_given_are_masked_by_their_values(options: dict[str, A
         assert not any(piece in text for piece in PIECES)
 
 
-def test_words_are_not_taken_for_secrets() -> None:
+def test_ordinary_words_of_storage_options_are_not_masked() -> None:
     remember_secrets(
         "s3://bucket/run", {"token": "anon", "key": "a", "secret": "b", "anon": False, "region": "us-east-1"}
     )
@@ -156,7 +156,7 @@ def test_words_are_not_taken_for_secrets() -> None:
     assert masked(text) == text
 
 
-def test_what_was_given_last_is_remembered() -> None:
+def test_the_secrets_that_were_passed_last_are_remembered() -> None:
     for at in range(MAX_REMEMBERED + 10):
         remember_secrets("s3://bucket", {"secret": f"a-long-secret-{at}-x"})
         remember_secrets("s3://bucket", {"secret": "used-all-the-time"})
@@ -185,7 +185,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host() -> Iterator[str]:
-    """A server that answers all requests with `_Answers.status`, or with nothing for 0."""
+    """A server that answers all requests with `_Answers.status`. For 0 it closes the connection."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -198,29 +198,29 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.15)
 
 
-def calls(place: str, options: dict[str, Any], folder: Path) -> list[Callable[[], object]]:
+def calls(uri: str, options: dict[str, Any], folder: Path) -> list[Callable[[], object]]:
     return [
-        lambda: reshard.open(place, storage_options=options),
-        lambda: reshard.find_checkpoints(place, options),
-        lambda: reshard.save(STATE, place, storage_options=options),
-        lambda: reshard.convert(place, folder / "copy", src_options=options),
-        lambda: find_remains(place, options),
-        lambda: dcp.load(dict(STATE), storage_reader=reshard.StorageReader(place, storage_options=options)),
+        lambda: reshard.open(uri, storage_options=options),
+        lambda: reshard.find_checkpoints(uri, options),
+        lambda: reshard.save(STATE, uri, storage_options=options),
+        lambda: reshard.convert(uri, folder / "copy", src_options=options),
+        lambda: find_remains(uri, options),
+        lambda: dcp.load(dict(STATE), storage_reader=reshard.StorageReader(uri, storage_options=options)),
     ]
 
 
-def check_told(call: Callable[[], object], caplog: pytest.LogCaptureFixture) -> BaseException | None:
-    """Call, and check that nothing that is shown has the secret."""
+def check_shown(call: Callable[[], object], caplog: pytest.LogCaptureFixture) -> BaseException | None:
+    """Make a call, and check that neither its result nor its error nor its logs contain the secret."""
     caplog.clear()
     error: BaseException | None = None
     try:
-        told = repr(call())
+        text = repr(call())
     except (CheckpointError, CheckpointException) as raised:
         error = raised
-        told = "".join(traceback.format_exception(raised)) + str(raised) + repr(raised)
-    told += "".join(record.getMessage() for record in caplog.records if record.name.startswith("reshard"))
+        text = "".join(traceback.format_exception(raised)) + str(raised) + repr(raised)
+    text += "".join(record.getMessage() for record in caplog.records if record.name.startswith("reshard"))
     for piece in (SECRET, QUOTED, *PIECES):
-        assert piece not in told
+        assert piece not in text
     return error
 
 
@@ -240,18 +240,18 @@ URIS = [
 
 @pytest.mark.parametrize("status", [403, 404, 500, 0])
 @pytest.mark.parametrize("uri", URIS)
-def test_what_clients_of_http_raise(
+def test_errors_of_http_clients_show_no_secret(
     uri: str, status: int, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(_Answers, "status", status)
     caplog.set_level(logging.DEBUG, "reshard")
     for call in calls(uri.replace("HOST", host), {}, tmp_path):
-        error = check_told(call, caplog)
+        error = check_shown(call, caplog)
         if error is not None and not uri.startswith(("webhdfs", "zip", "simple", f"http://user:{SECRET}")):
             assert host in str(error)
 
 
-def test_the_error_tells_what_it_may(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_shows_the_status_and_the_rest_of_the_url(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         AccessDeniedError, match=rf"403.*http://{host}/a/x.pt\?X-Amz-Credential=\*\*\*&X-Amz-Signature="
     ):
@@ -272,10 +272,10 @@ def test_the_error_tells_what_it_may(host: str, monkeypatch: pytest.MonkeyPatch)
         f"zip://a::unheard-of://u:{SECRET}@h/x?sig={QUOTED}",
     ],
 )  # fmt: skip
-def test_uris_that_cannot_be_opened(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_about_invalid_uris_show_no_secret(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "reshard")
     for call in calls(uri, {}, tmp_path):
-        check_told(call, caplog)
+        check_shown(call, caplog)
     with pytest.raises(UnsupportedURIError, match="'unheard-of://\\*\\*\\*@host/x\\?token=\\*\\*\\*'"):
         open_store(f"unheard-of://user:{SECRET}@host/x?token={QUOTED}")
 
@@ -284,24 +284,26 @@ def test_uris_that_cannot_be_opened(uri: str, tmp_path: Path, caplog: pytest.Log
     ("client", "code"),
     [("obstore", "AccessDenied"), ("obstore", "InvalidAccessKeyId"), ("obstore", "SlowDown"), ("s3fs", "AccessDenied")],
 )
-def test_what_clients_of_s3_raise(client: str, code: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_of_s3_clients_show_no_secret(
+    client: str, code: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG, "reshard")
     with failing_s3(answers=503 if code == "SlowDown" else 403, code=code) as server:
         options: dict[str, Any] = {"key": USER, "secret": SECRET, "token": f"session{SECRET}"}
         options["client_kwargs"] = {"endpoint_url": server.endpoint, "region_name": "us-east-1"}
         if client == "s3fs":
             options |= {"config_kwargs": {"retries": {"max_attempts": 1}}, "skip_instance_cache": True}
-        count = 4 if client == "obstore" else 1  # s3fs tries again by itself
+        count = 4 if client == "obstore" else 1  # s3fs has its own retries, which take time
         for call in calls("s3://bucket/run", options, tmp_path)[:count]:
-            assert isinstance(check_told(call, caplog), StoreError)
-        for place in (f"s3://{USER}:{SECRET}@bucket/run", f"s3://{USER}:{QUOTED}@bucket/run"):
-            assert isinstance(check_told(calls(place, options, tmp_path)[0], caplog), CheckpointError)
+            assert isinstance(check_shown(call, caplog), StoreError)
+        for uri in (f"s3://{USER}:{SECRET}@bucket/run", f"s3://{USER}:{QUOTED}@bucket/run"):
+            assert isinstance(check_shown(calls(uri, options, tmp_path)[0], caplog), CheckpointError)
         if client == "obstore":
             options["client_kwargs"]["endpoint_url"] = server.endpoint.replace("http://", f"http://me:{QUOTED}@")
-            assert isinstance(check_told(calls("s3://bucket/run", options, tmp_path)[0], caplog), CheckpointError)
+            assert isinstance(check_shown(calls("s3://bucket/run", options, tmp_path)[0], caplog), CheckpointError)
 
 
-def test_options_that_clients_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_about_storage_options_show_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "reshard")
     for options in (
         {"key": USER, "secret": SECRET, "password": SECRET},
@@ -309,13 +311,13 @@ def test_options_that_clients_refuse(tmp_path: Path, caplog: pytest.LogCaptureFi
         {"key": USER, "secret": SECRET, "config_kwargs": {"secret": SECRET}},
         {"key": USER, "secret": SECRET, "client_kwargs": {"endpoint_url": f"nonsense/{SECRET}"}},
     ):
-        check_told(lambda options=options: reshard.open("s3://bucket/run", storage_options=options), caplog)  # type: ignore[misc]
+        check_shown(lambda options=options: reshard.open("s3://bucket/run", storage_options=options), caplog)  # type: ignore[misc]
 
 
-class _Telling:
-    """Somebody's own store, whose client tells everything."""
+class _LeakingStore:
+    """A third-party store whose client shows everything in its errors."""
 
-    location = f"telling://user:{SECRET}@host"
+    location = f"leaking://user:{SECRET}@host"
     capabilities = Capabilities(concurrent_reads=1, buffers_objects=True)
 
     def _fail(self, *args: object, **options: object) -> Any:
@@ -327,15 +329,15 @@ class _Telling:
     read = size = modified = create = put = list = delete = _fail
 
 
-def test_what_somebodys_own_store_raises(caplog: pytest.LogCaptureFixture) -> None:
-    store: Any = _Telling()
-    error = check_told(lambda: reshard.load(dict(STATE), store), caplog)
+def test_errors_of_a_third_party_store_show_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    store: Any = _LeakingStore()
+    error = check_shown(lambda: reshard.load(dict(STATE), store), caplog)
     assert isinstance(error, CheckpointError)
     assert "request failed: Authorization: ***" in str(error)
-    check_told(lambda: reshard.save(STATE, store), caplog)
+    check_shown(lambda: reshard.save(STATE, store), caplog)
 
 
-def test_what_is_found_is_told_without_secrets_and_can_be_opened() -> None:
+def test_found_checkpoints_show_no_secret_and_can_be_opened() -> None:
     uri = f"memory://user:{QUOTED}@place/runs"
     reshard.save(STATE, f"{uri}/step-1")
     (found,) = reshard.find_checkpoints(uri)
@@ -349,24 +351,24 @@ def test_what_is_found_is_told_without_secrets_and_can_be_opened() -> None:
 
 
 @pytest.mark.parametrize("command", ["ls", "inspect", "gc"])
-def test_what_commands_print(command: str, host: str, tmp_path: Path) -> None:
-    places = [
+def test_commands_print_no_secret(command: str, host: str, tmp_path: Path) -> None:
+    locations = [
         [f"http://{host}/a/x.pt?{SIGNED}"],
         [f"simplecache::http://user:{SECRET}@{host}/x.pt"],
         ["s3://bucket/run", "-o", f"secret:{SECRET}"],
     ]
-    for arguments in places if command == "inspect" else places[:1]:
+    for arguments in locations if command == "inspect" else locations[:1]:
         for debug in (["--debug"],) if command == "inspect" else ([],):
             run = [sys.executable, "-m", "reshard.cli", *debug, command, *arguments]
             done = subprocess.run(
                 run, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, env={**os.environ}
             )
-            told = done.stdout + done.stderr
-            assert told
-            assert not any(piece in told for piece in (SECRET, QUOTED, *PIECES)), told
+            output = done.stdout + done.stderr
+            assert output
+            assert not any(piece in output for piece in (SECRET, QUOTED, *PIECES)), output
 
 
-def test_words_in_the_names_of_folders_are_nobodys_secrets(tmp_path: Path) -> None:
+def test_words_in_folder_names_are_not_masked(tmp_path: Path) -> None:
     reshard.save({"a": torch.ones(2)}, tmp_path / "step-1000")
     for word in ("u:missing", "u:step-1000", ":"):
         folder = tmp_path / "a:" / f"{word}@x"
@@ -384,7 +386,7 @@ def test_an_empty_password_masks_no_other_text(uri: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_passwords_with_blanks_and_marks_are_masked(number: int) -> None:
+def test_passwords_with_spaces_and_punctuation_are_masked(number: int) -> None:
     secret = f"Zq9{number}vXw7Kp"
     uri = (
         f"http://u:a b{secret}@127.0.0.1:9/x", f"memory://u: {secret}@h/x", f"http://u::{secret}@127.0.0.1:9/x",
@@ -395,7 +397,7 @@ def test_passwords_with_blanks_and_marks_are_masked(number: int) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["minio:S3cretPw99@h:9000", "//u:S3cretPw99@h", "ftp://u:S3cretPw99@h"])
-def test_an_endpoint_without_its_protocol_is_shown_without_its_password(endpoint: str) -> None:
+def test_an_endpoint_without_protocol_is_shown_without_its_password(endpoint: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         reshard.open("s3://b/x", storage_options={"key": "a", "secret": "s", "endpoint_url": endpoint})
     assert "S3cretPw99" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Differences: by manifests where they tell, by values where they do not, in pieces."""
+"""`diff` compares manifests if they are sufficient, and values in pieces otherwise."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def saved(state: dict[str, torch.Tensor]) -> RecordingStore:
     return RecordingStore(store)
 
 
-def told(a: RecordingStore, b: RecordingStore) -> dict[str, Difference]:
+def differences(a: RecordingStore, b: RecordingStore) -> dict[str, Difference]:
     return {difference.name: difference for difference in diff(a, b)}
 
 
-def test_only_what_the_manifests_do_not_tell_is_read() -> None:
+def test_only_tensors_with_different_checksums_are_read() -> None:
     a = {"same": torch.randn(1024, 512), "other": torch.randn(256, 256)}
     one, two = saved(a), saved({**a, "other": a["other"] + 1})
-    found = told(one, two)
+    found = differences(one, two)
     assert set(found) == {"other"}
     assert found["other"].changed == 256 * 256
     read = sum(call.stop - call.start for call in one.calls if call.method == "read" and call.name.startswith("data/"))
-    assert 0 < read <= 256 * 256 * 4, "of the one that differs alone"
+    assert 0 < read <= 256 * 256 * 4, "only the tensor that differs is read"
 
 
-def test_pieces_of_many_sizes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_many_sizes_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, piece=4096)
     torch.manual_seed(0)
     a = {f"{i:03}": torch.randn(i % 7, 3 * i) for i in range(60)}
@@ -42,14 +42,14 @@ def test_pieces_of_many_sizes_are_compared(monkeypatch: pytest.MonkeyPatch) -> N
     changed = {"011": 1, "050": 2, "059": 3}
     for name, count in changed.items():
         b[name].view(-1)[-count:] += 5
-    assert {name: found.changed for name, found in told(saved(a), saved(b)).items()} == changed
+    assert {name: found.changed for name, found in differences(saved(a), saved(b)).items()} == changed
 
 
-def test_dtypes_that_differ_are_compared_by_their_values(tmp_path: Path) -> None:
+def test_tensors_of_different_dtypes_are_compared_by_value(tmp_path: Path) -> None:
     values = torch.randn(3000, 2000)
     assert values.nbytes > MAX_PIECE_BYTES
     narrow = values.bfloat16()
-    found = told(saved({"w": values}), saved({"w": narrow}))["w"]
+    found = differences(saved({"w": values}), saved({"w": narrow}))["w"]
     assert found.what == "dtype"
     assert found.largest == (values.double() - narrow.double()).abs().max()
     assert found.changed == int((values != narrow).sum())

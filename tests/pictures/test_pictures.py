@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the plan says."""
+"""The pictures of plans show the numbers of the plans."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def drawn(figure: Figure) -> bytes:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ranks", [1, 5, 40])
-def test_any_tensor_is_drawn(shape: tuple[int, ...], ranks: int) -> None:
+def test_tensors_of_any_shape_are_drawn(shape: tuple[int, ...], ranks: int) -> None:
     plans = plans_of(ranks, saved("a.up", shape), saved("b.down", (64, 64)))
     figures = [pictures.rank_bars(plans), pictures.object_map(plans), pictures.overview(plans)]
     if all(shape):
@@ -64,16 +64,16 @@ def test_a_thousand_tensors_on_many_ranks_are_drawn() -> None:
         index_of(*(saved(f"{i}.up", (1024, 64)) for i in range(1000))), Layout({"dp": 50, "tp": 2}, {"*up": "colwise"})
     )
     assert drawn(pictures.overview(plans)).startswith(b"\x89PNG")
-    assert labels(pictures.object_map(plans))[0] == "ranks 0,2,4,… (50)", "replicas are one"
+    assert labels(pictures.object_map(plans))[0] == "ranks 0,2,4,… (50)", "replicas are one group"
 
 
-def test_nothing_to_read_is_said() -> None:
+def test_object_map_says_that_no_rank_reads_anything() -> None:
     plans = plans_of(2, saved("a.up", (0, 8)))
     assert pictures.object_map(plans).axes[0].get_title(loc="left") == "No rank reads anything"
     assert drawn(pictures.overview(plans)).startswith(b"\x89PNG")
 
 
-def test_bars_have_the_plan_s_numbers() -> None:
+def test_rank_bars_show_the_numbers_of_the_plans() -> None:
     plans = plans_of(4, saved("a.up", (256, 512)), saved("b.down", (256, 512)))
     above, below = pictures.rank_bars(plans).axes
     heights = [[bar.get_height() for bar in bars] for bars in above.containers]
@@ -85,20 +85,20 @@ def test_bars_have_the_plan_s_numbers() -> None:
     assert labels(pictures.rank_bars(plans)) == ["needed", "fetched", "in whole shards (DCP)"]
 
 
-def test_what_is_read_and_not_wanted_is_hatched() -> None:
+def test_over_read_chunks_are_hatched() -> None:
     aligned = plans_of(4, saved("a.up", (2048, 512), raw=False))
     across = plans_of(5, saved("a.up", (2048, 512), raw=False))
-    assert "more is read than is wanted" not in labels(pictures.chunk_map(aligned, "a.up"))
-    assert "more is read than is wanted" in labels(pictures.chunk_map(across, "a.up"))
+    assert "over-read" not in labels(pictures.chunk_map(aligned, "a.up"))
+    assert "over-read" in labels(pictures.chunk_map(across, "a.up"))
     columns = saved("a.down", (256, 512), plain=True)
-    assert "more is read than is wanted" not in labels(pictures.chunk_map(plans_of(4, columns), "a.down"))
+    assert "over-read" not in labels(pictures.chunk_map(plans_of(4, columns), "a.down"))
     read_over = plans_of(4, columns, gap_limits=GapLimits(1 << 20, 10.0))
-    assert "more is read than is wanted" in labels(pictures.chunk_map(read_over, "a.down"))
+    assert "over-read" in labels(pictures.chunk_map(read_over, "a.down"))
     both = plans_of(5, saved("a.up", (250, 512), raw=True), saved("b.up", (256, 512), raw=False))
     assert pictures.most_over_read(both) == "b.up"
 
 
-def test_bytes_over_are_those_of_the_ranges() -> None:
+def test_bytes_over_is_the_over_read_of_the_byte_ranges() -> None:
     (read,) = plans_of(2, saved("a.down", (256, 512), plain=True), gap_limits=GapLimits(1 << 20, 10.0))[0].reads
     assert read.bytes_over.sum() == 255 * 512, "the other half of all rows but the last"
     assert read.bytes_spanned == read.bytes_read + 255 * 512
@@ -106,7 +106,7 @@ def test_bytes_over_are_those_of_the_ranges() -> None:
     assert int(raw.bytes_over.sum()) == raw.bytes_read - raw.bytes_needed
 
 
-def test_coverage_is_the_part_of_each_bin_that_is_fetched() -> None:
+def test_object_map_computes_the_part_of_each_bin_that_is_read() -> None:
     column = np.array
     requests = coalesce(column([0, 0, 1]), column([10, 25, 0]), column([20, 30, 7]), max_gap_bytes=0)
     edges = np.linspace(0, 40, 5)
@@ -117,7 +117,7 @@ def test_coverage_is_the_part_of_each_bin_that_is_fetched() -> None:
     assert (strip, covered.tolist()) == (0, [0.5] * 4)
 
 
-def test_a_bin_has_the_colour_of_who_reads_it() -> None:
+def test_a_bin_has_the_colour_of_the_ranks_that_read_it() -> None:
     groups = group_ranks(["x", "y", "x", None])
     assert [group.ranks for group in groups] == [(0, 2), (1,)]
     most, who, many = np.array([[1.0, 1.0, 1.0, 0.0]]), np.array([[0, 1, 1, 0]]), np.array([[1, 1, 2, 0]])
@@ -127,21 +127,21 @@ def test_a_bin_has_the_colour_of_who_reads_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["x$\\bad{$", "w$a$b", "<b>&", "ü_^{"])
-def test_any_name_is_drawn(name: str) -> None:
+def test_tensor_names_with_markup_are_drawn(name: str) -> None:
     plans = plans_of(5, saved(f"{name}.up", (2048, 512), raw=False))
     assert drawn(pictures.overview(plans, seconds=[0.1] * 5)).startswith(b"\x89PNG")
     assert "&lt;b&gt;&amp;" in plans[0]._repr_html_() or "<b>" not in name
 
 
-def test_what_stands_out_is_said() -> None:
-    alike = plans_of(4, saved("a.up", (2048, 512), raw=False))
-    titles = [axes.get_title(loc="left") for axes in pictures.rank_bars(alike, seconds=[1.0, 1.0, 3.0, 1.0]).axes]
-    assert "all ranks alike: 0.1" in titles[0]
-    assert titles[1].startswith("all ranks alike: ")
+def test_titles_of_rank_bars_name_the_rank_with_the_largest_value() -> None:
+    equal = plans_of(4, saved("a.up", (2048, 512), raw=False))
+    titles = [axes.get_title(loc="left") for axes in pictures.rank_bars(equal, seconds=[1.0, 1.0, 3.0, 1.0]).axes]
+    assert "all ranks equal: 0.1" in titles[0]
+    assert titles[1].startswith("all ranks equal: ")
     assert titles[2] == "most by rank 2: 3"
 
 
-def test_boxes_are_rectangles_of_the_folded_tensor() -> None:
+def test_chunk_map_folds_boxes_into_rectangles() -> None:
     assert _runs([1, 2], [2, 2], [4, 4]) == [(6, 2), (10, 2)]
     assert _runs([1, 0], [2, 4], [4, 4]) == [(4, 8)]
     assert _Flat((6,)).of(np.array([[2]]), np.array([[3]])) == [(2, 0, 3, 1)]
@@ -152,7 +152,7 @@ def test_boxes_are_rectangles_of_the_folded_tensor() -> None:
     assert experts.column_label == "dimension 2"
 
 
-def test_without_matplotlib_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ArgumentError, match=r"pip install 'reshard\[plot\]'"):
         pictures.rank_bars(plans_of(1, saved("a.up", (8, 8))))

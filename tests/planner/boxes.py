@@ -1,4 +1,4 @@
-"""Boxes, shapes and cuts for the planner's property tests."""
+"""Hypothesis strategies for the property tests of the planner: shapes, boxes and tilings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple)
 
 @st.composite
 def boxes_in(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
-    """A box of at least one element inside a shape."""
+    """Draw a box inside a shape, with at least one element."""
     offsets, sizes = [], []
     for n in shape:
         start = draw(st.integers(0, n - 1))
@@ -24,7 +24,7 @@ def boxes_in(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
 
 @st.composite
 def cuts_of(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
-    """Boxes that tile a shape exactly: cut in two along random dimensions, again and again."""
+    """Draw boxes that tile a shape, by repeatedly cutting a box in two along a random dimension."""
     boxes = [Box.whole(shape)]
     for _ in range(draw(st.integers(0, 5))):
         at = draw(st.integers(0, len(boxes) - 1))
@@ -45,7 +45,7 @@ def cuts_of(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
 
 
 def paint(shape: tuple[int, ...], boxes: list[Box]) -> npt.NDArray[np.int64]:
-    """How many of the boxes cover each element."""
+    """Return for each element the number of boxes that cover it."""
     counts = np.zeros(shape, np.int64)
     for box in boxes:
         counts[box.slices] += 1

@@ -1,4 +1,4 @@
-"""Indexes for the planner's tests, as they would be after saving: every byte of an object is counted, none exists."""
+"""Build indexes for the tests of the planner, as a save would write them, but without any objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reshard.planner.read_plan import plan_reads
 
 @dataclass(frozen=True)
 class Saved:
-    """One tensor as it was saved: its shards, one object for each."""
+    """A saved tensor and its shards: shard i is in object i."""
 
     name: str
     grid: Grid
@@ -25,11 +25,11 @@ class Saved:
     dtype: str = "bfloat16"
     raw: bool = True
     plain: bool = False
-    """As another format has it: a shard is one chunk, without checksums."""
+    """Whether it is stored as in another format: each shard is one chunk without checksums."""
 
 
 def index_of(*tensors: Saved) -> CheckpointIndex:
-    """The index of tensors whose encoded chunks are as long as their values (raw), or two thirds of it."""
+    """Return the index of tensors. Raw chunks are as long as their values, encoded chunks about a third of it."""
     rows: list[tuple[int, int, int, int, int, Box]] = []
     lengths: list[int] = []
     checksums = 0
@@ -68,7 +68,7 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
 
 
 def chunks_read(index: CheckpointIndex, want: Want) -> list[Any]:
-    """Each chunk that a want reads, and all that is known of it; checksums by their values."""
+    """Return all columns of each chunk that a wanted box reads, with the values of the checksums."""
     (read,) = plan_reads(index, [want]).reads
     columns = (
         read.chunk_offsets, read.chunk_sizes, read.piece_offsets, read.piece_sizes, read.objects, read.starts,

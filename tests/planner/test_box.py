@@ -8,7 +8,7 @@ from tests.planner.boxes import boxes_in, paint, shapes
 
 
 @given(st.data(), shapes)
-def test_the_intersection_covers_what_both_cover(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_intersection_is_the_set_of_common_elements(data: st.DataObject, shape: tuple[int, ...]) -> None:
     a, b = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
     both = paint(shape, [a, b]) == 2
     found = a.intersect(b)
@@ -23,7 +23,7 @@ def test_the_intersection_covers_what_both_cover(data: st.DataObject, shape: tup
         assert (tuple(many_offsets[0]), tuple(many_sizes[0])) == (found.offsets, found.sizes)
 
 
-def test_a_box_counts_from_another() -> None:
+def test_relative_to_subtracts_offsets() -> None:
     box = Box((4, 6), (2, 3))
     assert box.relative_to(Box((3, 6), (9, 9))) == Box((1, 0), (2, 3))
     assert box.numel == 6
@@ -32,12 +32,12 @@ def test_a_box_counts_from_another() -> None:
 
 
 @pytest.mark.parametrize(("offsets", "sizes"), [((0,), (1, 2)), ((-1,), (2,)), ((0,), (-2,))])
-def test_a_box_refuses_what_is_none(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+def test_invalid_offsets_and_sizes_raise_value_error(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"offsets|negative"):
         Box(offsets, sizes)
 
 
-def test_a_box_fits_only_inside() -> None:
+def test_fits_is_true_only_inside_the_shape() -> None:
     assert Box((1, 0), (2, 3)).fits((3, 3))
     assert not Box((2, 0), (2, 3)).fits((3, 3))
     assert not Box((0,), (1,)).fits((3, 3))

@@ -13,7 +13,7 @@ def joined(rows: list[tuple[int, int, int]], **bounds: float) -> Requests:
 
 
 @given(ranges, st.integers(0, 50), st.floats(0, 2), st.integers(1, 100))
-def test_every_range_is_in_its_request_and_the_bounds_hold(
+def test_each_range_is_inside_its_request_within_the_limits(
     rows: list[tuple[int, int, int]], gap: int, over_read: float, most: int
 ) -> None:
     requests = joined(rows, max_gap_bytes=gap, max_over_read=over_read, max_request_bytes=most)
@@ -29,15 +29,15 @@ def test_every_range_is_in_its_request_and_the_bounds_hold(
         )
         for byte in range(start, stop)
     ]
-    thrown_away = len(set(fetched) - wanted)
-    assert thrown_away <= over_read * sum(size for _, _, size in rows)
+    over_read_bytes = len(set(fetched) - wanted)
+    assert over_read_bytes <= over_read * sum(size for _, _, size in rows)
     assert all(
         stop - start < most + 30 for start, stop in zip(requests.starts.tolist(), requests.stops.tolist(), strict=True)
     )
 
 
 @given(ranges)
-def test_without_a_gap_nothing_is_read_twice_or_in_vain(rows: list[tuple[int, int, int]]) -> None:
+def test_without_gaps_each_wanted_byte_is_read_exactly_once(rows: list[tuple[int, int, int]]) -> None:
     requests = joined(rows, max_gap_bytes=0, max_over_read=0, max_request_bytes=10**6)
     wanted = {(obj, byte) for obj, start, size in rows for byte in range(start, start + size)}
     assert requests.nbytes == len(wanted)

@@ -15,7 +15,7 @@ def as_boxes(offsets: np.ndarray, sizes: np.ndarray) -> list[Box]:
 
 
 @given(st.data(), shapes)
-def test_the_chunks_of_a_shard_tile_it(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_chunks_tile_their_shard(data: st.DataObject, shape: tuple[int, ...]) -> None:
     parts = tuple(data.draw(st.integers(1, n)) for n in shape)
     grid = Grid(shape, parts)
     shard = data.draw(boxes_in(shape))
@@ -27,7 +27,7 @@ def test_the_chunks_of_a_shard_tile_it(data: st.DataObject, shape: tuple[int, ..
 
 
 @given(st.data(), shapes)
-def test_a_split_shard_has_the_same_chunks_in_the_same_order(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_split_keeps_the_chunks_and_their_order(data: st.DataObject, shape: tuple[int, ...]) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     shard = data.draw(boxes_in(shape))
     most = data.draw(st.integers(1, 40))
@@ -38,7 +38,7 @@ def test_a_split_shard_has_the_same_chunks_in_the_same_order(data: st.DataObject
 
 
 @given(st.data(), shapes)
-def test_the_chunks_that_meet_a_box_are_those_of_the_shard_that_do(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_chunks_within_a_box_are_the_chunks_that_overlap_it(data: st.DataObject, shape: tuple[int, ...]) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     shard, wanted = data.draw(boxes_in(shape)), data.draw(boxes_in(shape))
     every = as_boxes(*grid.chunks(shard)[1:])
@@ -51,7 +51,7 @@ def test_the_chunks_that_meet_a_box_are_those_of_the_shard_that_do(data: st.Data
 @pytest.mark.parametrize("tp", [2, 4, 8, 16])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (8192, 8192), (128256, 4096)])
-def test_tensor_parallel_ranks_fall_on_grid_lines(shape: tuple[int, int], dim: int, tp: int) -> None:
+def test_tensor_parallel_cuts_are_at_grid_lines(shape: tuple[int, int], dim: int, tp: int) -> None:
     part = [n // tp if d == dim else n for d, n in enumerate(shape)]
     offsets = [n if d == dim else 0 for d, n in enumerate(part)]
     rank = Box(tuple(offsets), tuple(part))
@@ -76,7 +76,7 @@ def test_tensor_parallel_ranks_fall_on_grid_lines(shape: tuple[int, int], dim: i
     ],
 )
 @pytest.mark.parametrize(("raw", "floor"), [(False, FLOOR_BYTES), (True, RAW_FLOOR_BYTES)])
-def test_cells_are_of_a_good_size(shape: tuple[int, ...], itemsize: int, raw: bool, floor: int) -> None:
+def test_cell_sizes_are_between_floor_and_target(shape: tuple[int, ...], itemsize: int, raw: bool, floor: int) -> None:
     grid = Grid.choose(shape, itemsize, raw=raw)
     cell = math.prod(n / part for n, part in zip(shape, grid.parts, strict=True)) * itemsize
     assert cell <= TARGET_BYTES
@@ -84,8 +84,8 @@ def test_cells_are_of_a_good_size(shape: tuple[int, ...], itemsize: int, raw: bo
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4096, 1024), 0), ((1024, 4096), 1), ((2048, 2048), 1)])
-def test_what_a_rank_needs_of_a_shard_is_one_run_of_chunks(shape: tuple[int, int], dim: int) -> None:
-    """Up projections are cut in rows, down projections in columns; each is saved by FSDP, in rows."""
+def test_chunks_of_a_shard_that_one_rank_needs_are_consecutive(shape: tuple[int, int], dim: int) -> None:
+    """FSDP saves shards of rows. Tensor parallelism cuts up projections by rows and down projections by columns."""
     grid = Grid.choose(shape, 2)
     shard = Box((shape[0] // 4, 0), (shape[0] // 4, shape[1]))
     part = [n // 8 if d == dim else n for d, n in enumerate(shape)]
@@ -101,7 +101,7 @@ def test_experts_are_outermost() -> None:
     assert Grid.choose((8, 2048, 4096), 2).order == (0, 2, 1)
 
 
-def test_an_impossible_grid_is_refused() -> None:
+def test_invalid_grid_raises_value_error() -> None:
     with pytest.raises(ValueError, match="a grid needs one number of parts"):
         Grid((4, 4), (2,))
     with pytest.raises(ValueError, match="a grid needs one number of parts"):
@@ -109,7 +109,7 @@ def test_an_impossible_grid_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1024, 4096), (4096, 1024), (8, 512, 1024), (3, 700, 900), (100_000,), (5, 7), ()])
-def test_the_parts_of_a_shard_by_eighths_are_its_chunks_in_file_order(shape: tuple[int, ...]) -> None:
+def test_eighths_keep_the_chunks_and_their_order(shape: tuple[int, ...]) -> None:
     grid = Grid.choose(shape, 2)
     for begin, end in ((0, 4), (1, 3), (2, 3)):
         offsets = tuple(n * begin // 4 if d == 0 else 0 for d, n in enumerate(shape))

@@ -23,7 +23,7 @@ def good() -> CheckpointIndex:
     )
 
 
-def test_an_index_knows_its_tensors() -> None:
+def test_index_finds_entries_shards_and_chunks() -> None:
     index = good()
     assert "a" in index
     assert "c" not in index
@@ -82,7 +82,7 @@ def with_row(column: str, row: int, value: int) -> Callable[[CheckpointIndex], C
         (segments(streams=np.zeros(1, np.uint8)), "differ in length"),
     ],
 )
-def test_an_index_that_contradicts_itself_is_refused(
+def test_contradictory_columns_raise_invalid_index_error(
     change: Callable[[CheckpointIndex], CheckpointIndex], message: str
 ) -> None:
     with pytest.raises(InvalidIndexError, match=message):
@@ -101,19 +101,21 @@ def test_an_index_that_contradicts_itself_is_refused(
         ("int8", (2**30,), (2**25,)),
     ],
 )
-def test_an_impossible_entry_is_refused(dtype: str, shape: tuple[int, ...], parts: tuple[int, ...]) -> None:
+def test_impossible_entry_raises_invalid_index_error(
+    dtype: str, shape: tuple[int, ...], parts: tuple[int, ...]
+) -> None:
     with pytest.raises(InvalidIndexError, match="'t' has the"):
         Entry("t", Kind.TENSOR, dtype, Grid(shape, parts))
 
 
-def test_an_object_is_a_row_of_bytes() -> None:
+def test_values_must_be_one_dimension_of_uint8() -> None:
     for dtype, shape in (("int64", (4,)), ("uint8", (2, 2))):
         with pytest.raises(InvalidIndexError, match="value 't' must be stored as one dimension"):
             Entry("t", Kind.JSON, dtype, Grid(shape, (1,) * len(shape)))
 
 
 @given(st.data(), shapes)
-def test_any_tiling_is_accepted_and_any_overlap_is_not(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_every_tiling_is_accepted_and_every_overlap_is_refused(data: st.DataObject, shape: tuple[int, ...]) -> None:
     boxes = data.draw(cuts_of(shape))
     index_of(Saved("t", Grid(shape, (1,) * len(shape)), boxes))
     twins = [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes) if i != j and a.sizes == b.sizes]
@@ -124,7 +126,7 @@ def test_any_tiling_is_accepted_and_any_overlap_is_not(data: st.DataObject, shap
             index_of(Saved("t", Grid(shape, (1,) * len(shape)), boxes))
 
 
-def test_an_index_of_nothing() -> None:
+def test_index_without_entries_is_valid() -> None:
     nothing = np.empty(0, np.int64)
     columns = Segments(nothing, nothing.astype(np.uint8), nothing.astype(np.uint8), nothing, nothing, nothing, nothing)
     index = CheckpointIndex((), (), columns, nothing.astype(np.uint32), nothing.astype(np.uint64))

@@ -1,4 +1,4 @@
-"""Whether boxes tile a shape, against a count of each element."""
+"""`tile` agrees with a count of each element."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.planner.boxes import cuts_of, shapes
 
 
 @given(st.data(), shapes, st.booleans())
-def test_tiling_is_what_a_count_of_elements_says(data: st.DataObject, shape: tuple[int, ...], moved: bool) -> None:
+def test_tile_agrees_with_counting_each_element(data: st.DataObject, shape: tuple[int, ...], moved: bool) -> None:
     boxes = data.draw(cuts_of(shape))
     offsets = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), len(shape))
     sizes = np.array([box.sizes for box in boxes], np.int64).reshape(len(boxes), len(shape))
@@ -27,21 +27,21 @@ def test_tiling_is_what_a_count_of_elements_says(data: st.DataObject, shape: tup
 
 
 def pinwheel(times: int) -> tuple[tuple[int, int], IntArray, IntArray]:
-    """Five boxes that no cut through all of them takes apart, again and again beside each other."""
+    """Return copies of five boxes that tile a square but that no straight cut separates."""
     offsets = np.array([[0, 0], [0, 2], [2, 1], [1, 0], [1, 1]])
     sizes = np.array([[1, 2], [2, 1], [1, 2], [2, 1], [1, 1]])
     shift = np.repeat(np.arange(times) * 3, 5)[:, None] * np.array([0, 1])
     return (3, 3 * times), np.tile(offsets, (times, 1)) + shift, np.tile(sizes, (times, 1))
 
 
-def test_what_no_grid_has_cut_tiles_too() -> None:
+def test_tile_accepts_boxes_that_are_not_grid_cells() -> None:
     shape, offsets, sizes = pinwheel(20_000)
     assert tile(shape, offsets, sizes)
     offsets[77] = offsets[78]
     assert not tile(shape, offsets, sizes)
 
 
-def test_too_many_corners_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_corners_raise_invalid_index_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_checks, "MAX_CORNERS", 1000)
     with pytest.raises(InvalidIndexError, match="1000 shards are cut along 2 dimensions, but not by a grid"):
         tile(*pinwheel(200))

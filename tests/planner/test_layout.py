@@ -44,8 +44,9 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Plac
 
 
 @given(cases())
-def test_boxes_agree_with_dtensor(case: tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]) -> None:
-    """Shapes always; offsets wherever DTensor's single offset can describe the shard; and together, every element."""
+def test_local_boxes_agree_with_dtensor(case: tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]) -> None:
+    """Local shapes always agree. Offsets agree if one offset can describe the shard. All shards together tile the
+    tensor."""
     shape, mesh, places = case
     held: list[Box] = []
     torch_places = [torch_placement(placement) for placement in places]
@@ -70,7 +71,7 @@ def test_boxes_agree_with_dtensor(case: tuple[tuple[int, ...], tuple[int, ...], 
 
 @pytest.mark.parametrize("n", range(1, 40))
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2), (3, 2), (2, 4), (4, 3)])
-def test_fsdp_over_tp_splits_what_tp_has_split(n: int, dp: int, tp: int) -> None:
+def test_fsdp_over_tp_splits_the_part_of_tp(n: int, dp: int, tp: int) -> None:
     places = (StridedShard(0, tp), Shard(0))
     held: list[Box] = []
     for at_dp, at_tp in itertools.product(range(dp), range(tp)):
@@ -86,19 +87,19 @@ def test_fsdp_over_tp_splits_what_tp_has_split(n: int, dp: int, tp: int) -> None
 
 
 def chunk(n: int, parts: int, at: int) -> tuple[int, int]:
-    """The part that torch.chunk gives."""
+    """Return the range of part `at`, as torch.chunk splits n elements."""
     size = -(-n // parts)
     return min(at * size, n), min((at + 1) * size, n)
 
 
-def test_a_strided_split_of_uneven_parts_gives_several_boxes() -> None:
+def test_strided_split_of_uneven_parts_returns_several_boxes() -> None:
     local = local_tensor((8,), (2,), (0,), (StridedShard(0, 2),))
     assert local.shape == (4,)
     assert local.boxes == (Box((0,), (2,)), Box((4,), (2,)))
     assert local.local_offsets == ((0,), (2,))
 
 
-def test_words_are_placements() -> None:
+def test_tensor_parallel_words_become_placements() -> None:
     layout = Layout({"dp": 2, "tp": 4}, {"layers.*.up": "colwise", "layers.*.down": "rowwise", "head": "replicate"})
     assert layout.placements("layers.0.up.weight", 2) == (Replicate(), Shard(-2))
     assert layout.placements("layers.0.up.bias", 1) == (Replicate(), Shard(0))
@@ -109,20 +110,20 @@ def test_words_are_placements() -> None:
     assert layout.local("layers.0.up.weight", (8, 16), rank=6).boxes == (Box((4, 0), (2, 16)),)
 
 
-def test_the_first_pattern_that_matches_decides() -> None:
+def test_first_matching_pattern_applies() -> None:
     layout = Layout(2, {"*.up": "colwise", "*": Shard(1)})
     assert layout.placements("a.up.weight", 2) == (Shard(-2),)
     assert layout.placements("a.upper.weight", 2) == (Shard(1),)
 
 
-def test_placements_by_mesh_dimension() -> None:
+def test_rules_may_name_mesh_dimensions() -> None:
     layout = Layout({"dp": 2, "tp": 2}, {"a": [Shard(0), Shard(1)], "b": {"dp": Shard(0)}, "c": Shard(-1)})
     assert layout.placements("a", 2) == (Shard(0), Shard(1))
     assert layout.placements("b", 2) == (Shard(0), Replicate())
     assert layout.local("c", (4, 6), rank=1).boxes == (Box((0, 3), (4, 3)),)
 
 
-def test_a_layout_travels_between_processes() -> None:
+def test_layout_can_be_pickled() -> None:
     layout = Layout({"tp": 2}, {"*.up": "colwise"})
     assert pickle.loads(pickle.dumps(layout)) == layout  # noqa: S301
 
@@ -141,12 +142,12 @@ def test_a_layout_travels_between_processes() -> None:
         (0, {}, "1 rank or more"),
     ],
 )
-def test_a_malformed_layout_is_refused(mesh: object, rules: dict[str, object], message: str) -> None:
+def test_malformed_layout_raises_layout_error(mesh: object, rules: dict[str, object], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         Layout(mesh, rules)  # type: ignore[arg-type]
 
 
-def test_a_layout_that_does_not_fit_names_the_tensor() -> None:
+def test_layout_that_does_not_fit_raises_an_error_with_the_tensor_name() -> None:
     layout = Layout(2, {"a": Shard(2)})
     with pytest.raises(LayoutError, match=r"'a.weight'.*Shard\(dim=2\).*\(4, 4\)"):
         layout.local("a.weight", (4, 4), rank=0)
@@ -158,6 +159,6 @@ def test_a_layout_that_does_not_fit_names_the_tensor() -> None:
 @pytest.mark.parametrize(
     ("names", "sizes"), [((1,), ("tp",)), (("tp",), ("2",)), (("tp",), (2.0,)), (("tp",), (None,)), ((None,), (2,))]
 )
-def test_a_mesh_of_other_types_is_refused(names: Any, sizes: Any) -> None:
+def test_mesh_with_wrong_types_raises_layout_error(names: Any, sizes: Any) -> None:
     with pytest.raises(LayoutError, match="names that are strings and sizes that are integers"):
         Mesh(names, sizes)

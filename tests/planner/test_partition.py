@@ -22,7 +22,9 @@ from tests.planner.indexes import Saved, chunks_read, index_of
 
 
 @given(st.data(), shapes, st.booleans(), st.sampled_from(["bfloat16", "float32"]))
-def test_an_index_in_regions_says_the_same(data: st.DataObject, shape: tuple[int, ...], raw: bool, dtype: str) -> None:
+def test_partitioned_index_reads_the_same_chunks(
+    data: st.DataObject, shape: tuple[int, ...], raw: bool, dtype: str
+) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     parts = tuple(data.draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in grid.parts)
     saved = [Saved(name, grid, data.draw(cuts_of(shape)), dtype, raw) for name in "abc"]
@@ -43,33 +45,33 @@ def rows(shape: tuple[int, ...], ranks: int) -> list[Box]:
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((4096, 1024), (8, 2)),  # an up projection: in the rows, until regions are square
-        ((1024, 4096), (2, 8)),  # a down projection: in the columns
+        ((4096, 1024), (8, 2)),  # an up projection: cut along the rows until regions are square
+        ((1024, 4096), (2, 8)),  # a down projection: cut along the columns
         ((2048, 2048), (4, 4)),
     ],
 )
-def test_regions_are_cut_where_ranks_will_cut(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def test_regions_follow_the_longest_dimension(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     index = index_of(Saved("t", Grid(shape, (64, 64)), rows(shape, 256), raw=False))
     parts = choose_regions(index, [int(np.prod(expected))])[0]
     assert parts == expected
     assert len(partition(index, [parts]).segments) <= len(index.segments) + len(index.lengths) // 8
 
 
-def test_no_more_segments_are_made_than_a_manifest_bears() -> None:
+def test_choose_regions_limits_the_number_of_added_segments() -> None:
     shape = (4096, 4096)
     index = index_of(Saved("t", Grid.choose(shape, 2), rows(shape, 4096), raw=False))
     parts = choose_regions(index, [10**6])[0]
-    assert parts == (16, 2)  # 16 chunks a row: two pieces of 8
+    assert parts == (16, 2)  # 16 chunks per row: two pieces of 8
     assert len(partition(index, [parts]).segments) == 2 * 4096
     assert choose_regions(index_of(Saved("t", Grid((), ()), [Box((), ())])), [5]) == [()]
 
 
-def test_an_index_of_some_regions_plans_what_lies_in_them() -> None:
+def test_index_of_some_regions_plans_boxes_inside_them() -> None:
     shape = (64, 64)
     whole = index_of(Saved("t", Grid(shape, (8, 8)), rows(shape, 16)))
     cut = partition(whole, [(2, 2)])
     some = only(cut, 2)
-    box = Box((0, 32), (32, 32))  # of a square, the columns are the outer dimension of the order
+    box = Box((0, 32), (32, 32))  # the columns of a square tensor are the outermost dimension
     assert [column.tolist() for column in some.regions.boxes(some.entries, 2)] == [[0], [[0, 32]], [[32, 32]]]
     assert regions_met(shape, (2, 2), box).tolist() == [2]
     assert chunks_read(some, Want("t", box)) == chunks_read(whole, Want("t", box))
@@ -78,7 +80,7 @@ def test_an_index_of_some_regions_plans_what_lies_in_them() -> None:
 
 
 def only(index: CheckpointIndex, region: int) -> CheckpointIndex:
-    """One region of an index of one matrix."""
+    """Return the index of only one region, given the index of one matrix."""
     regions, segments = index.regions, index.segments
     begin, end = np.cumsum([0, *regions.segments])[[region, region + 1]].tolist()
     columns = {f.name: getattr(segments, f.name)[begin:end] for f in dataclasses.fields(segments)}
@@ -94,7 +96,7 @@ def only(index: CheckpointIndex, region: int) -> CheckpointIndex:
 
 
 @given(st.data(), shapes, st.booleans())
-def test_the_shards_are_told_as_they_were_saved(data: st.DataObject, shape: tuple[int, ...], raw: bool) -> None:
+def test_shards_of_returns_the_saved_shards(data: st.DataObject, shape: tuple[int, ...], raw: bool) -> None:
     grid = Grid(shape, shape)
     boxes = data.draw(cuts_of(shape))
     whole = index_of(Saved("t", grid, boxes, "float32", raw))
@@ -102,7 +104,7 @@ def test_the_shards_are_told_as_they_were_saved(data: st.DataObject, shape: tupl
     assert partition(whole, [parts]).shards_of(0) == whole.shards_of(0) == sorted(boxes, key=lambda box: box.offsets)
 
 
-def test_what_is_read_in_whole_shards_does_not_depend_on_regions() -> None:
+def test_whole_shards_do_not_depend_on_regions() -> None:
     shape = (64, 64)
     whole = index_of(Saved("t", Grid(shape, (8, 8)), rows(shape, 16)))
     layout = Layout({"tp": 4}, {"t": "rowwise"})
@@ -111,7 +113,7 @@ def test_what_is_read_in_whole_shards_does_not_depend_on_regions() -> None:
     assert plans[0].whole_shards[0].nbytes == 64 * 64 * 2
 
 
-def test_shards_beside_each_other_that_make_up_no_box_stay_apart() -> None:
+def test_adjacent_segments_that_form_no_box_are_not_joined() -> None:
     offsets, sizes = (
         np.array([[0, 0], [0, 4], [2, 0], [2, 4], [4, 0]]),
         np.array([[2, 4], [2, 4], [2, 4], [2, 4], [4, 2]]),
@@ -123,7 +125,7 @@ def test_shards_beside_each_other_that_make_up_no_box_stay_apart() -> None:
     assert found[0].tolist() == offsets.tolist()
 
 
-def test_the_regions_that_a_box_meets() -> None:
+def test_regions_met_returns_the_regions_that_a_box_overlaps() -> None:
     assert regions_met((8, 6), (2, 3), Box((4, 0), (1, 6))).tolist() == [3, 4, 5]
     assert regions_met((8, 6), (2, 3), Box((3, 2), (2, 2))).tolist() == [1, 4]
     assert regions_met((8, 6), (1, 1), Box((4, 0), (1, 6))).tolist() == [0]
@@ -148,14 +150,14 @@ def test_the_regions_that_a_box_meets() -> None:
         ({"segments": np.array([16, 0, 8, 8])}, "hold 0 elements.*its region"),
     ],
 )
-def test_regions_that_contradict_the_index_are_refused(change: dict[str, Any], message: str) -> None:
+def test_regions_that_contradict_the_index_raise_invalid_index_error(change: dict[str, Any], message: str) -> None:
     shape = (64, 64)
     cut = partition(index_of(Saved("t", Grid(shape, (8, 8)), rows(shape, 16))), [(2, 2)])
     with pytest.raises(InvalidIndexError, match=message):
         dataclasses.replace(cut, held=dataclasses.replace(cut.regions, **change))
 
 
-def test_a_tensor_has_not_too_many_regions() -> None:
+def test_too_many_regions_raise_invalid_index_error() -> None:
     grid = Grid((2**20,), (2**20,))
     index = index_of(Saved("t", Grid((2**20,), (1,)), [Box((0,), (2**20,))]))
     entry = dataclasses.replace(index.entries[0], grid=grid)

@@ -1,4 +1,4 @@
-"""Plans as JSON, and back."""
+"""Plans are converted to JSON and back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("kind", TENSORS)
 @pytest.mark.parametrize("heads_only", [False, True])
-def test_a_plan_comes_back_as_it_was(kind: str, heads_only: bool) -> None:
+def test_plan_survives_a_json_round_trip(kind: str, heads_only: bool) -> None:
     saved = TENSORS[kind]
     shape = saved.grid.shape
     box = Box((0, 512), (1024, 512)) if shape == SHAPE else Box.whole(shape)
@@ -43,7 +43,7 @@ def test_a_plan_comes_back_as_it_was(kind: str, heads_only: bool) -> None:
         assert plan_from_json(plan_to_json(plan_reads(index_of(saved), []))) != plan
 
 
-def test_the_plans_of_ranks_come_back() -> None:
+def test_rank_plans_survive_a_json_round_trip() -> None:
     index = index_of(TENSORS["raw"])
     plans = plan_ranks(index, Layout({"dp": 2, "tp": 2}, {"t": {"tp": Shard(1)}}), location="here")
     assert RankPlans.from_json(plans.to_json()) == plans
@@ -53,10 +53,10 @@ def test_the_plans_of_ranks_come_back() -> None:
 
 
 def broken(value: dict[str, Any], *path: str | int, to: Any) -> str:
-    place: Any = value
+    parent: Any = value
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = to
+        parent = parent[key]
+    parent[path[-1]] = to
     return json.dumps(value)
 
 
@@ -85,7 +85,7 @@ def broken(value: dict[str, Any], *path: str | int, to: Any) -> str:
         (("whole_shards", 0, "nbytes"), float("nan")),
     ],
 )
-def test_what_is_no_plan_is_refused(path: tuple[str | int, ...], to: Any) -> None:
+def test_invalid_json_raises_invalid_plan_error(path: tuple[str | int, ...], to: Any) -> None:
     value = json.loads(plan_ranks(index_of(TENSORS["raw"]), Layout(2, {"t": "rowwise"})).to_json())
     with pytest.raises(InvalidPlanError):
         RankPlans.from_json(broken(value, *path, to=to))

@@ -23,9 +23,7 @@ def pieces(read: ChunkReads) -> list[Box]:
 
 
 @given(st.data(), shapes, st.booleans(), st.sampled_from(["bfloat16", "float32"]))
-def test_the_pieces_tile_the_wanted_box_exactly_once(
-    data: st.DataObject, shape: tuple[int, ...], raw: bool, dtype: str
-) -> None:
+def test_pieces_tile_the_wanted_box(data: st.DataObject, shape: tuple[int, ...], raw: bool, dtype: str) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     index = index_of(Saved("t", grid, data.draw(cuts_of(shape)), dtype, raw))
     wanted = data.draw(boxes_in(shape))
@@ -40,7 +38,7 @@ def test_the_pieces_tile_the_wanted_box_exactly_once(
 
 
 @given(st.data(), shapes)
-def test_the_ranges_of_different_chunks_are_disjoint(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_byte_ranges_of_different_chunks_are_disjoint(data: st.DataObject, shape: tuple[int, ...]) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     index = index_of(Saved("t", grid, data.draw(cuts_of(shape)), "float32", raw=False))
     (read,) = plan_reads(index, [Want("t", Box.whole(shape))]).reads
@@ -52,7 +50,7 @@ def test_the_ranges_of_different_chunks_are_disjoint(data: st.DataObject, shape:
     assert sorted(read.checksums.ravel().tolist()) == list(range(len(index.checksums)))
 
 
-def test_heads_are_read_alone() -> None:
+def test_heads_only_reads_no_tails() -> None:
     index = index_of(Saved("t", Grid((64, 64), (2, 2)), [Box.whole((64, 64))], "float32", raw=False))
     (both,) = plan_reads(index, [Want("t", Box.whole((64, 64)))]).reads
     (heads,) = plan_reads(index, [Want("t", Box.whole((64, 64)), heads_only=True)]).reads
@@ -61,15 +59,15 @@ def test_heads_are_read_alone() -> None:
     assert heads.bytes_needed * 2 == both.bytes_needed
 
 
-def test_heads_only_means_nothing_where_there_are_none() -> None:
+def test_heads_only_is_ignored_without_heads() -> None:
     index = index_of(Saved("t", Grid((8,), (1,)), [Box.whole((8,))], "float32", raw=True))
     (read,) = plan_reads(index, [Want("t", Box.whole((8,)), heads_only=True)]).reads
     assert not read.heads_only
     assert read.itemsize == 4
 
 
-def test_of_a_raw_chunk_only_the_pages_of_the_wanted_rows_are_read() -> None:
-    shape = (1024, 256)  # 512 bytes a row: a page, the 16th of the chunk, has 64 rows
+def test_raw_chunks_are_read_by_pages() -> None:
+    shape = (1024, 256)  # 512 bytes per row: a page is a 16th of the chunk, so it has 64 rows
     index = index_of(Saved("t", Grid(shape, (1, 1)), [Box.whole(shape)], "bfloat16", raw=True))
     (read,) = plan_reads(index, [Want("t", Box((100, 0), (50, 256)))]).reads
     assert read.skipped.tolist() == [64 * 512]
@@ -77,18 +75,20 @@ def test_of_a_raw_chunk_only_the_pages_of_the_wanted_rows_are_read() -> None:
     assert read.checksums.tolist() == [[1]]
 
 
-def test_a_rank_reads_neighbours_by_one_request() -> None:
+def test_adjacent_shards_are_read_with_one_request() -> None:
     grid = Grid.choose((4096, 1024), 2)
     shards = [Box((i * 512, 0), (512, 1024)) for i in range(8)]
     index = index_of(*(Saved(f"{i}.up", grid, shards) for i in range(4)))
     plans = plan_ranks(index, Layout(4, {"*.up": "colwise"}))
     assert len(plans) == 4
     assert [plan.report.amplification for plan in plans] == [1.0] * 4
-    assert [plan.report.requests for plan in plans] == [2] * 4, "of two objects, the shards of all four tensors"
+    assert [plan.report.requests for plan in plans] == [2] * 4, (
+        "one request for each of two objects, which contain shards of all four tensors"
+    )
     assert "4 ranks" in str(plans)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_unknown_names_and_boxes_outside_the_shape_raise_errors() -> None:
     index = index_of(Saved("t", Grid((8, 8), (2, 2)), [Box.whole((8, 8))]))
     with pytest.raises(MissingTensorError, match="'u'"):
         plan_reads(index, [Want("u", Box.whole((8, 8)))])
@@ -96,14 +96,14 @@ def test_what_does_not_fit_is_refused() -> None:
         plan_reads(index, [Want("t", Box((4, 0), (8, 8)))])
 
 
-def test_a_plan_is_a_value_that_can_be_compared() -> None:
+def test_plans_compare_by_value() -> None:
     index = index_of(Saved("t", Grid((8, 8), (2, 2)), [Box.whole((8, 8))]))
     plan = plan_reads(index, [Want("t", Box.whole((8, 8)))])
     assert plan == plan_reads(index, [Want("t", Box.whole((8, 8)))])
     assert plan != plan_reads(index, [Want("t", Box((0, 0), (4, 8)))])
 
 
-def test_an_empty_plan() -> None:
+def test_plan_of_empty_tensors_has_no_requests() -> None:
     index = index_of(Saved("t", Grid((0, 8), (1, 1)), []))
     plan = plan_reads(index, [Want("t", Box.whole((0, 8)))])
     assert len(plan.requests) == 0
@@ -112,10 +112,10 @@ def test_an_empty_plan() -> None:
 
 
 @given(st.data(), shapes, st.booleans())
-def test_what_is_planned_together_is_what_is_planned_alone(
+def test_planning_many_boxes_equals_planning_each_alone(
     data: st.DataObject, shape: tuple[int, ...], wide: bool
 ) -> None:
-    """Tensors of one grid and others, in any order, some of them several times, by boxes of their own."""
+    """The boxes are of tensors with the same grid and others, in any order. A tensor may occur several times."""
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     kinds = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
     saved = [

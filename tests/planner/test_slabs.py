@@ -23,7 +23,7 @@ def plan_of(shape: tuple[int, ...], shards: list[Box], wanted: Box, gap_limits: 
 
 
 def values_of(read: ChunkReads, row: int, content: list[bytes]) -> list[int]:
-    """What the runs of a slab hold."""
+    """Return the values in the byte runs of a slab."""
     assert read.runs is not None
     count, nbytes, stride = (int(c[row]) for c in (read.runs.counts, read.runs.nbytes, read.runs.strides))
     start, data = int(read.starts[row, 0]), content[int(read.objects[row, 0])]
@@ -34,7 +34,7 @@ def values_of(read: ChunkReads, row: int, content: list[bytes]) -> list[int]:
 
 
 @given(st.data(), shapes, st.integers(0, 60), st.floats(0, 4), st.sampled_from([16, 64, 1024]))
-def test_the_runs_hold_the_wanted_values_exactly_once(
+def test_byte_runs_contain_each_wanted_value_exactly_once(
     data: st.DataObject, shape: tuple[int, ...], gap: int, over_read: float, slab: int
 ) -> None:
     shards, wanted = data.draw(cuts_of(shape)), data.draw(boxes_in(shape))
@@ -63,13 +63,15 @@ SHARD = [Box.whole((1024, 4096))]
 @pytest.mark.parametrize(
     ("max_gap_bytes", "over_read", "fetched", "ranges"),
     [
-        (0, 0.0, 1.0, 1024),  # each run by itself
-        (2**20, 1e9, 4.0, 1),  # all in one
-        (2**20, 1.0, 1.0, 1024),  # a gap is three times what is wanted: beyond the bound
-        (100, 1e9, 1.0, 1024),  # and larger than a request costs
+        (0, 0.0, 1.0, 1024),  # one request per run
+        (2**20, 1e9, 4.0, 1),  # one request for all runs
+        (2**20, 1.0, 1.0, 1024),  # the gaps are three times the bytes wanted: beyond max_over_read
+        (100, 1e9, 1.0, 1024),  # the gaps are larger than max_gap_bytes
     ],
 )
-def test_columns_are_read_alone_or_over(max_gap_bytes: int, over_read: float, fetched: float, ranges: int) -> None:
+def test_gap_limits_decide_whether_gaps_between_runs_are_read(
+    max_gap_bytes: int, over_read: float, fetched: float, ranges: int
+) -> None:
     wanted = Box((0, 1024), (1024, 1024))
     report = plan_of((1024, 4096), SHARD, wanted, GapLimits(max_gap_bytes, over_read)).report
     assert report.amplification == pytest.approx(fetched, rel=0.001)
@@ -77,20 +79,20 @@ def test_columns_are_read_alone_or_over(max_gap_bytes: int, over_read: float, fe
     assert report.bytes_wanted == wanted.numel * 4
 
 
-def test_rows_are_one_range() -> None:
+def test_adjacent_rows_are_one_request() -> None:
     plan = plan_of((1024, 4096), SHARD, Box((256, 0), (256, 4096)), GapLimits(0, 0))
     assert plan.report.amplification == 1
     assert len(plan.requests) == 1
-    assert len(plan.reads[0]) == 4, "slabs of a MiB"
+    assert len(plan.reads[0]) == 4, "slabs of 1 MiB"
 
 
-def test_a_row_longer_than_a_slab_is_cut() -> None:
+def test_rows_longer_than_a_slab_are_cut() -> None:
     plan = plan_of((2, 2**20), [Box.whole((2, 2**20))], Box((0, 0), (2, 2**20)), GapLimits(0, 0))
     assert len(plan.reads[0]) == 8
     assert plan.report.bytes_fetched == 8 * 2**20
 
 
-def test_what_a_gap_may_be() -> None:
+def test_gap_limits_follow_from_request_costs() -> None:
     assert LOCAL_COSTS.gap_limits() == GapLimits(4000, 0.25)
     assert REMOTE_COSTS.gap_bytes == 187_500
     assert REMOTE_COSTS.measured(0.001, None).gap_bytes == 6250

@@ -1,4 +1,4 @@
-"""What text from outside becomes before it is shown."""
+"""Text from outside is safe to show: masked, escaped and shortened."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ READABLE = [
 
 
 @pytest.mark.parametrize("char", OBEYED, ids=ascii)
-def test_what_a_terminal_obeys_or_hides_is_escaped(char: str) -> None:
+def test_control_and_invisible_characters_are_escaped(char: str) -> None:
     text = printable(f"a{char}b")
     assert text.isprintable()
     assert text.isascii()
@@ -60,16 +60,16 @@ def test_what_a_terminal_obeys_or_hides_is_escaped(char: str) -> None:
 
 
 @pytest.mark.parametrize("text", READABLE)
-def test_what_people_read_stays(text: str) -> None:
+def test_readable_characters_are_unchanged(text: str) -> None:
     assert printable(text) == text
     assert shown(text) == text
 
 
-def test_escapes_are_those_of_a_literal() -> None:
+def test_escapes_are_those_of_python_literals() -> None:
     assert printable("\x1b]0;T\x07\x9b2J\t\n\u202e\ud800") == r"\x1b]0;T\x07\x9b2J\t\n\u202e\ud800"
 
 
-def test_what_is_too_long_is_shortened() -> None:
+def test_long_text_is_shortened() -> None:
     name = "n" * 1_000_000
     text = shown(f"{name!r} has shape (3, 4)")
     assert text.startswith("'nnn")
@@ -85,7 +85,7 @@ def test_what_is_too_long_is_shortened() -> None:
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, StoreError, ArgumentError])
-def test_an_error_is_one_line_that_may_be_shown(kind: type[CheckpointError]) -> None:
+def test_error_messages_are_one_line_without_secrets(kind: type[CheckpointError]) -> None:
     error = kind("'a\x1b[2J\n\ud800b' at https://u:pass-word@host/x?sig=5ec2e7 " + "n" * 10**6)
     error.rank = 3
     for text in (str(error), repr(error), str(copy.copy(error)), str(kind(str(error)))):
@@ -98,7 +98,7 @@ def test_an_error_is_one_line_that_may_be_shown(kind: type[CheckpointError]) -> 
     assert kind("a", 5).args == ("a", 5)
 
 
-def test_cells_of_html_are_escaped() -> None:
+def test_html_tables_escape_their_cells() -> None:
     page = table("c<\x1b>\n", ("n\u202e", "v"), [("<script>\x1b\ud800", "https://u:pass-word@h")])
     assert page.isprintable()
     assert "<script>" not in page
@@ -114,7 +114,7 @@ def test_cells_of_html_are_escaped() -> None:
         "?a", "&sig=", "\x1b", "'", "%3D", "key", "*", "https://u:p@h?sig=x ", "x://y:z@", '"secret": "',
     ],
 )  # fmt: skip
-def test_no_text_takes_long(text: str) -> None:
+def test_shown_is_fast_for_repetitive_text(text: str) -> None:
     code = "import sys; from reshard.planner.text import shown; text = sys.argv[1]; shown((text * 2**18)[:2**18])"
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", code, text], check=True, timeout=20)

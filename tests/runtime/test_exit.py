@@ -1,4 +1,4 @@
-"""A process whose call has failed or was interrupted exits soon, whatever its store does."""
+"""A process whose call fails or is interrupted exits soon, even if its store does not answer."""
 
 import json
 import os
@@ -42,7 +42,7 @@ CALLS = {
     "convert to": (writes, "reshard.convert(sys.argv[2], uri + '-copy', dst_options=options)"),
 }
 OTHER_CALLS = {
-    "save, nothing answers": (everything, "reshard.save(state(), uri, storage_options=options)"),
+    "save, no answer at all": (everything, "reshard.save(state(), uri, storage_options=options)"),
     "state_dict": (reads_of_data, "reshard.open(uri, storage_options=options).state_dict()"),
     "find_checkpoints": (everything, "reshard.find_checkpoints(uri, options)"),
     "StorageReader": (
@@ -101,7 +101,7 @@ def content(saved: Path) -> dict[str, bytes]:
 
 
 def child(call: str, server: FailingS3, client: str, saved: Path, tmp_path: Path) -> subprocess.Popen[str]:
-    """A process that makes a call. It takes SIGINT as one that was started at a terminal does."""
+    """Start a process that makes a call. It handles SIGINT like a process that was started in a terminal."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(call=call))
     arguments = [
@@ -124,7 +124,7 @@ def child(call: str, server: FailingS3, client: str, saved: Path, tmp_path: Path
 @pytest.mark.parametrize("answers", ANSWERS)
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_is_interrupted_ends_the_process(
+def test_an_interrupted_call_ends_the_process(
     call: str, client: str, answers: str, saved: Path, tmp_path: Path
 ) -> None:
     fails, code = CALLS[call]
@@ -133,7 +133,7 @@ def test_a_call_that_is_interrupted_ends_the_process(
 
 @pytest.mark.parametrize(("client", "answers"), [("obstore", "none")])
 @pytest.mark.parametrize("call", OTHER_CALLS)
-def test_other_calls_that_are_interrupted_end_the_process(
+def test_other_interrupted_calls_end_the_process(
     call: str, client: str, answers: str, saved: Path, tmp_path: Path
 ) -> None:
     fails, code = OTHER_CALLS[call]
@@ -153,7 +153,7 @@ def interrupted(
         _, errors = process.communicate(timeout=150)
         took = time.monotonic() - begin
     assert took < MAX_S, errors
-    by_dcp = "StorageReader" in code  # which raises an error of its own, that quotes the interrupt
+    by_dcp = "StorageReader" in code  # DCP raises its own error, whose message contains the interrupt
     assert process.returncode == (1 if by_dcp else -signal.SIGINT), errors
     assert errors.rstrip().endswith("KeyboardInterrupt"), errors
     check_end(errors)
@@ -185,7 +185,7 @@ def test_a_callback_that_raises_ends_the_process(
 
 
 @pytest.mark.parametrize(("client", "answers"), [("obstore", "none"), ("obstore", "503"), ("s3fs", "none")])
-def test_a_thread_that_nobody_waits_for_ends_with_the_process(
+def test_a_daemon_thread_that_loads_ends_with_the_process(
     client: str, answers: str, saved: Path, tmp_path: Path
 ) -> None:
     code = (
@@ -206,7 +206,7 @@ def test_a_thread_that_nobody_waits_for_ends_with_the_process(
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_a_command_that_is_interrupted_ends(command: str, saved: Path, tmp_path: Path) -> None:
+def test_an_interrupted_command_ends(command: str, saved: Path, tmp_path: Path) -> None:
     code = (
         "from reshard.cli import main; sys.argv[1:] = ['" + command + "', uri, '-o', 'key=k', '-o', 'secret=s', '-o', "
         "'client_kwargs.region_name=us-east-1', '-o', "

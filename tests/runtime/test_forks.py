@@ -1,4 +1,4 @@
-"""What a child process can do after a fork: everything, or it is told what else to do; it never waits for ever."""
+"""A forked child process can make every call, or gets an error that says what to do. It never waits forever."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRELUDE = """
 import json, os, signal, sys, threading, time, traceback, warnings, torch, reshard
 from reshard.storage.stores.open import open_store
 
-warnings.simplefilter("ignore", DeprecationWarning)  # of Python, that a process with threads is forked
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns about forking a process with threads
 MAX_S = 30
 
 def state(value=0.0):
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 
 
 def run(code: str, place: Place, tmp_path: Path) -> str:
-    """Run a script in a process that may not take long, by which a child that hangs is killed."""
+    """Run a script in a process with a time limit, which kills children that hang."""
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + textwrap.indent(textwrap.dedent(code), "    "))
     done = subprocess.run(
@@ -108,20 +108,20 @@ STORES = ["local", "moto", "moto by s3fs", "gcs"]
 
 
 @pytest.mark.parametrize("store_name", STORES)
-def test_a_child_can_do_all_that_its_parent_can(saved: Place, tmp_path: Path) -> None:
+def test_a_child_can_make_every_call(saved: Place, tmp_path: Path) -> None:
     code = """
     checkpoint = reshard.open(uri, **arguments)
     check(checkpoint.state_dict())
     store = open_store(uri, options)
     store.read("manifest.reshard", 0, 1)
 
-    def of_before():
+    def with_the_parents_objects():
         assert checkpoint.read("layers.7").eq(7).all()
         check(checkpoint.state_dict())
         assert checkpoint.verify() == []
         assert store.size("manifest.reshard")
 
-    def of_its_own():
+    def with_its_own_objects():
         check(reshard.open(uri, **arguments).state_dict())
         loaded = state()
         reshard.load(loaded, uri, **arguments)
@@ -132,17 +132,17 @@ def test_a_child_can_do_all_that_its_parent_can(saved: Place, tmp_path: Path) ->
         assert [row.is_complete for row in reshard.find_checkpoints(copy, options)] == [True]
         reshard.remove(copy, options)
 
-    in_child(of_before, of_its_own)
-    in_child(of_its_own, of_before, leave=sys.exit)
-    in_child(lambda: in_child(of_before))
+    in_child(with_the_parents_objects, with_its_own_objects)
+    in_child(with_its_own_objects, with_the_parents_objects, leave=sys.exit)
+    in_child(lambda: in_child(with_the_parents_objects))
     check(checkpoint.state_dict())
-    of_its_own()
+    with_its_own_objects()
     """
     run(code, saved, tmp_path)
 
 
 @pytest.mark.parametrize("store_name", ["moto"])
-def test_a_store_that_was_not_used_before_is_used_in_children_alone(saved: Place, tmp_path: Path) -> None:
+def test_children_can_use_a_store_that_the_parent_has_not_used(saved: Place, tmp_path: Path) -> None:
     code = """
     store = open_store(uri, options)
     calls = [lambda: check(reshard.open(uri, **arguments).state_dict()), store.list]
@@ -155,7 +155,7 @@ def test_a_store_that_was_not_used_before_is_used_in_children_alone(saved: Place
 
 
 @pytest.mark.parametrize("store_name", ["local", "moto", "moto by s3fs"])
-def test_workers_of_a_data_loader_that_are_forked_read(saved: Place, tmp_path: Path) -> None:
+def test_forked_workers_of_a_data_loader_can_read(saved: Place, tmp_path: Path) -> None:
     code = """
     checkpoint = reshard.open(uri, **arguments)
     checkpoint.read("layers.0")
@@ -170,7 +170,7 @@ def test_workers_of_a_data_loader_that_are_forked_read(saved: Place, tmp_path: P
 
 
 @pytest.mark.parametrize("store_name", ["local", "moto"])
-def test_a_pool_of_processes_that_are_forked_reads(saved: Place, tmp_path: Path) -> None:
+def test_a_pool_of_forked_processes_can_read(saved: Place, tmp_path: Path) -> None:
     code = """
     import multiprocessing
     checkpoint = reshard.open(uri, **arguments)
@@ -186,7 +186,7 @@ def test_a_pool_of_processes_that_are_forked_reads(saved: Place, tmp_path: Path)
 
 
 @pytest.mark.parametrize("store_name", ["local", "moto", "moto by s3fs"])
-def test_a_fork_amid_loads_of_other_threads(saved: Place, tmp_path: Path) -> None:
+def test_a_fork_during_loads_of_other_threads(saved: Place, tmp_path: Path) -> None:
     code = """
     checkpoint = reshard.open(uri, **arguments)
     ended = threading.Event()
@@ -219,7 +219,7 @@ def test_a_fork_amid_loads_of_other_threads(saved: Place, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("store_name", ["local"])
-def test_locks_that_another_thread_holds_are_free_in_a_child(saved: Place, tmp_path: Path) -> None:
+def test_locks_held_by_another_thread_are_free_in_a_child(saved: Place, tmp_path: Path) -> None:
     code = """
     import torch.distributed.checkpoint as dcp
     from reshard.storage.runtime import forks
@@ -261,7 +261,7 @@ def test_locks_that_another_thread_holds_are_free_in_a_child(saved: Place, tmp_p
 
 
 @pytest.mark.parametrize("store_name", ["moto"])
-def test_without_a_client_that_works_in_a_child_the_error_says_what_to_do(saved: Place, tmp_path: Path) -> None:
+def test_the_error_says_what_to_do_if_no_client_works_in_a_child(saved: Place, tmp_path: Path) -> None:
     code = """
     sys.modules["s3fs"] = None
     checkpoint = reshard.open(uri, **arguments)
@@ -288,7 +288,7 @@ def test_without_a_client_that_works_in_a_child_the_error_says_what_to_do(saved:
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_what_the_error_says_works(method: str, s3: Place, tmp_path: Path) -> None:
+def test_spawn_and_forkserver_work_as_the_error_says(method: str, s3: Place, tmp_path: Path) -> None:
     uri, options = s3
     reshard.save(STATE, uri, storage_options=options)
     code = f"""
@@ -304,8 +304,8 @@ def test_what_the_error_says_works(method: str, s3: Place, tmp_path: Path) -> No
     run(code, s3, tmp_path)
 
 
-def test_a_shard_of_dcp_that_is_half_settled_is_settled_again(tmp_path: Path) -> None:
-    """As a process finds it that was forked while a thread of its parent settled it."""
+def test_a_half_located_shard_of_dcp_is_located_again(tmp_path: Path) -> None:
+    """A fork while a thread of the parent locates the values leaves the shard in such a state."""
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         dcp.save(STATE, checkpoint_id=tmp_path, no_dist=True)
     for column, value in (("starts", 10_000), ("lengths", 1), ("encodings", 0)):
@@ -314,7 +314,7 @@ def test_a_shard_of_dcp_that_is_half_settled_is_settled_again(tmp_path: Path) ->
         assert checkpoint.read("layers.7").equal(STATE["layers.7"])
 
 
-def test_a_lock_is_free_again() -> None:
+def test_renew_frees_a_lock() -> None:
     before = forks.generation()
     lock = forks.Lock()
     with lock:
@@ -329,7 +329,7 @@ def test_a_lock_is_free_again() -> None:
         assert pool.submit(int, "3").result() == 3
 
 
-def test_a_uri_of_http_works_in_a_child(tmp_path: Path) -> None:
+def test_an_http_uri_works_in_a_child(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "run")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     content = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in files}
@@ -342,7 +342,7 @@ def test_a_uri_of_http_works_in_a_child(tmp_path: Path) -> None:
         run(code, (f"{server.endpoint}/bucket/run", {}), tmp_path)
 
 
-def test_options_of_a_client_are_passed_in_a_child_too(moto: servers.Server, tmp_path: Path) -> None:
+def test_storage_options_are_passed_in_a_child(moto: servers.Server, tmp_path: Path) -> None:
     uri, options = moto.place(uuid.uuid4().hex), by_client("s3fs", moto.options)
     code = """
     store = open_store(uri, options)

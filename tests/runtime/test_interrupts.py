@@ -1,6 +1,6 @@
-"""A save that is interrupted ends its process soon at any of its steps, and leaves a whole checkpoint.
+"""A save that is interrupted at any step ends its process soon and leaves a complete checkpoint.
 
-Beside tests/runtime/test_exit.py, which interrupts the other calls, and a save while it writes.
+tests/runtime/test_exit.py interrupts the other calls, and a save while it writes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def of_data(method: str, key: str) -> bool:
 SAVES: dict[str, tuple[Callable[[str, str], bool], str]] = {
     "begin": (everything, SAVE),
     "commit": (of_the_manifest, SAVE),
-    "removal of what was replaced": (removals, SAVE),
+    "removal of replaced objects": (removals, SAVE),
     "parts": (of_data, LARGE),
 }
 
@@ -55,13 +55,13 @@ SAVES: dict[str, tuple[Callable[[str, str], bool], str]] = {
         ("commit", "obstore", "none"),
         ("commit", "s3fs", "none"),
         ("commit", "s3fs", "503"),
-        ("removal of what was replaced", "obstore", "none"),
-        ("removal of what was replaced", "s3fs", "503"),
+        ("removal of replaced objects", "obstore", "none"),
+        ("removal of replaced objects", "s3fs", "503"),
         ("parts", "obstore", "503"),
         ("parts", "s3fs", "none"),
     ],
 )
-def test_a_save_that_is_interrupted_leaves_a_whole_checkpoint(
+def test_an_interrupted_save_leaves_a_complete_checkpoint(
     step: str, client: str, answers: str, saved: Path, tmp_path: Path
 ) -> None:
     fails, code = SAVES[step]
@@ -83,11 +83,11 @@ def test_a_save_that_is_interrupted_leaves_a_whole_checkpoint(
     assert len(reshard.open(store).tensors) == 40
 
 
-def test_a_removal_that_is_interrupted_ends(saved: Path, tmp_path: Path) -> None:
+def test_an_interrupted_removal_ends_the_process(saved: Path, tmp_path: Path) -> None:
     interrupted(removals, "reshard.remove(uri, options)", "s3fs", "none", saved, tmp_path)
 
 
-def test_a_save_by_dcp_that_is_interrupted_ends(saved: Path, tmp_path: Path) -> None:
+def test_an_interrupted_save_by_dcp_ends_the_process(saved: Path, tmp_path: Path) -> None:
     with failing_s3(content=content(saved), fails=of_data, answers=0) as server:
         process = child(BY_DCP, server, "obstore", saved, tmp_path)
         assert server.failing.wait(60), process.communicate(timeout=60)
@@ -101,8 +101,8 @@ def test_a_save_by_dcp_that_is_interrupted_ends(saved: Path, tmp_path: Path) -> 
     check_end(errors)
 
 
-def test_a_large_object_that_the_store_did_not_take_is_begun_anew() -> None:
-    """What obstore raises of an upload is an OSError like any other."""
+def test_a_large_object_is_written_again_after_a_failed_upload() -> None:
+    """For an upload, obstore raises a plain OSError."""
     seen: list[str] = []
 
     def fails(method: str, key: str) -> bool:

@@ -24,19 +24,19 @@ def test_the_ranks_of_a_machine_share_its_cores_and_memory(monkeypatch: pytest.M
     assert (limits.default_budget(), limits.default_threads()) == (64 * 1024**2, 1)
 
 
-def test_the_budget_is_a_tenth_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_is_a_tenth_of_the_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(limits, "_available", lambda: 10 * 1024**3)
     assert limits.default_budget() == 1024**3
 
 
-def test_what_is_available_is_less_than_what_the_machine_has() -> None:
+def test_available_memory_is_at_most_that_of_the_machine() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < limits._available() <= total
 
 
 @pytest.mark.parametrize("given", ["", " ", "1", " 1 "])
-def test_an_empty_number_of_local_ranks_is_one(given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_number_of_local_ranks_is_one(given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", given)
     assert limits.local_ranks() == 1
     reshard.save({"w": torch.ones(3)}, tmp_path / "x")
@@ -44,7 +44,7 @@ def test_an_empty_number_of_local_ranks_is_one(given: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", "8 ranks", "0x8", "²", "None"])
-def test_a_number_of_local_ranks_that_is_none_is_named(
+def test_an_invalid_number_of_local_ranks_raises_argument_error(
     given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     reshard.save({"w": torch.ones(3)}, tmp_path / "x")
@@ -62,7 +62,7 @@ def test_a_number_of_local_ranks_that_is_none_is_named(
 
 
 @pytest.mark.parametrize("budget", [0, -1, -(2**40), 1.5, 2e9, float("nan"), "1GB", True, [1]])
-def test_a_budget_that_is_none_is_refused(budget: Any, tmp_path: Path) -> None:
+def test_an_invalid_budget_raises_argument_error(budget: Any, tmp_path: Path) -> None:
     reshard.save({"w": torch.ones(3)}, tmp_path / "x")
     w = torch.zeros(3)
     calls: tuple[Callable[[], object], ...] = (
@@ -80,7 +80,7 @@ def test_a_budget_that_is_none_is_refused(budget: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 1, 10_000, 2**40, np.int64(10_000)])
-def test_any_positive_budget_does(budget: Any, tmp_path: Path) -> None:
+def test_any_positive_budget_works(budget: Any, tmp_path: Path) -> None:
     values = torch.randn(50, 40)
     reshard.save({"w": values}, tmp_path / "x", budget_bytes=budget)
     loaded = {"w": torch.zeros(50, 40)}

@@ -1,4 +1,4 @@
-"""Pools whose threads can be stopped, and the waits of retries and requests that heed it."""
+"""Pools whose threads can be stopped, and how that ends the waits of retries and requests."""
 
 import asyncio
 import threading
@@ -21,23 +21,23 @@ def unavailable() -> None:
     raise UnavailableError("injected: down")
 
 
-def tried_again() -> None:
+def retry_forever() -> None:
     retried(unavailable)
 
 
-def never_here() -> None:
+def wait_for_long() -> None:
     result_of(asyncio.sleep(60), event_loop())
 
 
 @pytest.fixture
-def soon() -> Iterator[None]:
-    """Fails a test that takes longer than stopped work should."""
+def in_time() -> Iterator[None]:
+    """Fail a test that takes longer than stopped work may take."""
     begin = time.monotonic()
     yield
     assert time.monotonic() - begin < 3
 
 
-def test_a_pool_runs_what_it_is_given() -> None:
+def test_a_pool_runs_tasks() -> None:
     names = set()
 
     def name(value: int) -> int:
@@ -51,11 +51,11 @@ def test_a_pool_runs_what_it_is_given() -> None:
             pool.submit(lambda: 1 // 0).result()
     assert names == {"test_0", "test_1", "test_2"}
     assert all(not thread.is_alive() for thread in pool.threads)
-    with pytest.raises(RuntimeError, match="takes no more"):
+    with pytest.raises(RuntimeError, match="the pool is shut down"):
         pool.submit(name, 1)
 
 
-def test_one_task_at_a_time_takes_one_thread() -> None:
+def test_one_task_at_a_time_starts_few_threads() -> None:
     with Pool(8, "test") as pool:
         for i in range(20):
             assert pool.submit(int, i).result() == i
@@ -63,8 +63,8 @@ def test_one_task_at_a_time_takes_one_thread() -> None:
         assert len(pool.threads) < 8
 
 
-@pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("work", [tried_again, never_here])
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("work", [retry_forever, wait_for_long])
 def test_a_block_that_fails_stops_its_threads(work: Callable[[], None]) -> None:
     pool = Pool(2, "test")
     futures = [pool.submit(work) for _ in range(4)]
@@ -79,8 +79,8 @@ def test_a_block_that_fails_stops_its_threads(work: Callable[[], None]) -> None:
     assert all(future.cancelled() for future in futures[2:])
 
 
-@pytest.mark.usefixtures("soon")
-def test_a_pool_in_a_thread_of_another_is_stopped_with_it() -> None:
+@pytest.mark.usefixtures("in_time")
+def test_stopping_a_pool_stops_the_pools_of_its_threads() -> None:
     def outer() -> list[None]:
         with Pool(2, "inner") as inner:
             return list(inner.map(lambda _: retried(unavailable), range(3)))
@@ -93,18 +93,18 @@ def test_a_pool_in_a_thread_of_another_is_stopped_with_it() -> None:
         future.result()
 
 
-@pytest.mark.usefixtures("soon")
-def test_what_is_stopped_may_clean_up_for_a_while() -> None:
+@pytest.mark.usefixtures("in_time")
+def test_stopped_work_may_clean_up_for_a_while() -> None:
     found = []
 
     def work() -> None:
         try:
-            never_here()
+            wait_for_long()
         finally:
             with cleaning_up():
                 found.append(result_of(asyncio.sleep(0.1, "removed"), event_loop()))
                 with pytest.raises(TimeoutError):
-                    never_here()
+                    wait_for_long()
             assert current_stop() is pool.stop
 
     pool = Pool(1, "test")
@@ -116,7 +116,7 @@ def test_what_is_stopped_may_clean_up_for_a_while() -> None:
     assert found == ["removed"]
 
 
-def test_a_stop_calls_back_once_it_is_set() -> None:
+def test_a_stop_calls_its_callbacks_once() -> None:
     called: list[str] = []
     parent = Stop()
     child = Stop(parent)
@@ -133,7 +133,7 @@ def test_a_stop_calls_back_once_it_is_set() -> None:
     assert Stop(seconds=0.01).wait(60)
 
 
-def test_a_coroutine_gives_what_it_gives() -> None:
+def test_result_of_returns_the_result_or_raises() -> None:
     async def fails() -> None:
         raise KeyError("x")
 
@@ -144,8 +144,8 @@ def test_a_coroutine_gives_what_it_gives() -> None:
         result_of(asyncio.sleep(60), event_loop(), 0.05)
 
 
-@pytest.mark.usefixtures("soon")
-def test_a_call_that_fails_stops_its_own_retries_and_no_others() -> None:
+@pytest.mark.usefixtures("in_time")
+def test_a_failed_call_stops_only_its_own_retries() -> None:
     memory = MemoryStore()
     values = torch.randn(300, 300)
     reshard.save({"w": values}, memory)
@@ -176,7 +176,7 @@ def test_a_call_that_fails_stops_its_own_retries_and_no_others() -> None:
     assert tries["failing"] == seen
 
 
-def test_a_slow_store_is_waited_for() -> None:
+def test_calls_wait_for_a_slow_store() -> None:
     memory = MemoryStore()
     reshard.save({"w": torch.ones(10)}, RecordingStore(memory, slow("write", 0.2)))
     assert reshard.open(RecordingStore(memory, slow("read", 0.2))).verify() == []

@@ -1,4 +1,4 @@
-"""Deletes stay in a checkpoint's folder: through no link, of no other name than a checkpoint has, all or nothing."""
+"""Deletes stay inside a checkpoint's folder: they follow no links, delete only its objects, and are all or nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRITTEN = f"data/{'0123456789abcdef' * 2}-00000.shard"
 
 
 def save_linked(tmp_path: Path) -> tuple[Path, Path]:
-    """Save a good checkpoint, and make another one whose data folder is a link into it."""
+    """Save a good checkpoint, and create another one whose data folder is a link into it."""
     good, evil = tmp_path / "good", tmp_path / "evil"
     reshard.save(STATE, good)
     evil.mkdir()
@@ -46,14 +46,14 @@ def names_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def of_dcp(folder: Path, *names: str) -> Path:
-    """Write metadata of DCP that names some objects, and those that can be written inside the folder."""
+def write_dcp(folder: Path, *names: str) -> Path:
+    """Write metadata of DCP that names some objects, and the objects that do not exist yet."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         f"w{at}": BytesStorageMetadata() for at in range(len(names))
     }
-    places = {MetadataIndex(f"w{at}"): _StorageInfo(name, 0, 1) for at, name in enumerate(names)}
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=places)))
+    storage_data = {MetadataIndex(f"w{at}"): _StorageInfo(name, 0, 1) for at, name in enumerate(names)}
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=storage_data)))
     for name in names:
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +64,14 @@ def of_dcp(folder: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda place: reshard.remove(place),
-        lambda place: reshard.save({"w": torch.arange(3)}, place, overwrite=True),
-        lambda place: reshard.save({"step": 3}, place, overwrite=True),
-        lambda place: reshard.save({}, place, overwrite=True),
-        lambda place: LocalStore(place).delete(["manifest.reshard", *LocalStore(place).list("data")]),
-        lambda place: open_store(f"file://{place}").delete(LocalStore(place).list("data")),
-        lambda place: open_store(f"simplecache::file://{place}").delete(LocalStore(place).list("data")),
-        lambda place: reshard.remove(f"simplecache::file://{place}"),
+        lambda folder: reshard.remove(folder),
+        lambda folder: reshard.save({"w": torch.arange(3)}, folder, overwrite=True),
+        lambda folder: reshard.save({"step": 3}, folder, overwrite=True),
+        lambda folder: reshard.save({}, folder, overwrite=True),
+        lambda folder: LocalStore(folder).delete(["manifest.reshard", *LocalStore(folder).list("data")]),
+        lambda folder: open_store(f"file://{folder}").delete(LocalStore(folder).list("data")),
+        lambda folder: open_store(f"simplecache::file://{folder}").delete(LocalStore(folder).list("data")),
+        lambda folder: reshard.remove(f"simplecache::file://{folder}"),
     ],
 )
 def test_nothing_is_deleted_through_a_linked_folder(call: Callable[[Path], object], tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_nothing_is_written_into_a_linked_folder(tmp_path: Path) -> None:
     assert names_below(tmp_path) == {"other", "run", "run/data"}
 
 
-def test_the_folder_that_is_named_may_be_a_link(tmp_path: Path) -> None:
+def test_the_folder_of_the_checkpoint_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "run"
     link.symlink_to("disk")
@@ -104,7 +104,7 @@ def test_the_folder_that_is_named_may_be_a_link(tmp_path: Path) -> None:
     assert names_below(tmp_path) == {"disk", "run"}
 
 
-def test_an_object_that_is_a_link_is_removed_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+def test_removing_a_linked_object_keeps_the_target_of_the_link(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "run")
     (data,) = (tmp_path / "run" / "data").iterdir()
     data.rename(tmp_path / "kept")
@@ -115,30 +115,30 @@ def test_an_object_that_is_a_link_is_removed_and_what_it_leads_to_is_not(tmp_pat
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "simplecache::file://"])
-def test_a_folder_in_the_place_of_an_object_stops_a_removal_before_it_begins(scheme: str, tmp_path: Path) -> None:
-    place = tmp_path / "run"
-    reshard.save({f"layers.{i}": torch.arange(10) for i in range(3)}, place)
-    (data,) = (place / "data").iterdir()
+def test_a_folder_instead_of_an_object_stops_a_removal_before_it_begins(scheme: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    reshard.save({f"layers.{i}": torch.arange(10) for i in range(3)}, folder)
+    (data,) = (folder / "data").iterdir()
     data.unlink()
     (data / "mine").mkdir(parents=True)
     before = names_below(tmp_path)
     for call in (reshard.remove, lambda uri: reshard.save(STATE, uri, overwrite=True)):
         with pytest.raises(StoreError, match=rf"{re.escape(data.name)}.*is a folder"):
-            call(f"{scheme}{place}")
+            call(f"{scheme}{folder}")
     assert names_below(tmp_path) == before
 
 
-def test_a_folder_in_the_place_of_metadata_stops_a_removal_too(tmp_path: Path) -> None:
-    place = of_dcp(tmp_path / "run", "__0_0.distcp", "__1_0.distcp")
-    (place / "__1_0.distcp").unlink()
-    (place / "__1_0.distcp").mkdir()
+def test_a_folder_instead_of_a_data_file_of_dcp_stops_a_removal(tmp_path: Path) -> None:
+    folder = write_dcp(tmp_path / "run", "__0_0.distcp", "__1_0.distcp")
+    (folder / "__1_0.distcp").unlink()
+    (folder / "__1_0.distcp").mkdir()
     with pytest.raises(StoreError, match="is a folder"):
-        reshard.remove(place)
-    assert names_below(place) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        reshard.remove(folder)
+    assert names_below(folder) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
 
 
 @pytest.mark.parametrize("name", ["../victim", "a/../../victim", "/etc/victim", "", ".", "a//b", "data/"])
-def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_outside_of_the_root_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"x")
     store = LocalStore(tmp_path / "run")
     store.put("x", b"x", overwrite=True)
@@ -152,8 +152,8 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> No
     assert names_below(tmp_path) == {"victim", "run", "run/x"}
 
 
-def test_a_folder_that_is_swapped_for_a_link_meanwhile_is_not_followed(tmp_path: Path) -> None:
-    """Somebody swaps the folder all the time: whatever happens, files outside stay."""
+def test_a_folder_that_is_replaced_by_a_link_during_a_delete_is_not_followed(tmp_path: Path) -> None:
+    """Another thread keeps replacing the folder by a link. Files outside must stay."""
     outside, inside = tmp_path / "outside", tmp_path / "run" / "data"
     names = [f"data/{number:04}.shard" for number in range(50)]
     outside.mkdir()
@@ -187,7 +187,7 @@ def test_a_folder_that_is_swapped_for_a_link_meanwhile_is_not_followed(tmp_path:
     assert len(list(outside.iterdir())) == len(names)
 
 
-def test_a_link_put_there_between_the_check_and_the_delete_is_not_followed(
+def test_a_link_created_between_the_check_and_the_delete_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, evil = tmp_path / "good", tmp_path / "evil"
@@ -221,52 +221,52 @@ def test_a_link_put_there_between_the_check_and_the_delete_is_not_followed(
         ".metadata",
     ],
 )
-def test_of_dcp_only_what_it_writes_is_removed(name: str, tmp_path: Path) -> None:
+def test_only_objects_that_dcp_writes_are_removed(name: str, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious.txt").write_bytes(b"x")
-    place = tmp_path / "run"
-    place.mkdir()
-    (place / "link").symlink_to("../victim")
-    of_dcp(place, "__0_0.distcp", name)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "link").symlink_to("../victim")
+    write_dcp(folder, "__0_0.distcp", name)
     before = names_below(tmp_path)
     for call in (find_removal, reshard.remove):
         with pytest.raises(ArgumentError, match=f"DCP does not write.*{re.escape(repr(name))}"):
-            call(place)
+            call(folder)
     assert names_below(tmp_path) == before
 
 
 @pytest.mark.parametrize("metadata", [".metadata", "__0.metadata"])
-def test_objects_of_a_checkpoint_below_are_not_removed(metadata: str, tmp_path: Path) -> None:
+def test_objects_of_a_nested_checkpoint_are_not_removed(metadata: str, tmp_path: Path) -> None:
     dcp.save(STATE, checkpoint_id=tmp_path / "runs" / "step-1", no_dist=True)
     (tmp_path / "runs" / "step-1" / ".metadata").rename(tmp_path / "runs" / "step-1" / metadata)
-    of_dcp(tmp_path / "runs", "step-1/__0_0.distcp")
+    write_dcp(tmp_path / "runs", "step-1/__0_0.distcp")
     with pytest.raises(ArgumentError, match="belong to another checkpoint"):
         reshard.remove(tmp_path / "runs")
     assert reshard.open(tmp_path / "runs" / "step-1").read("w").equal(STATE["w"])
 
 
-def test_through_a_link_no_object_of_dcp_is_removed(tmp_path: Path) -> None:
+def test_no_object_of_dcp_is_removed_through_a_link(tmp_path: Path) -> None:
     dcp.save(STATE, checkpoint_id=tmp_path / "other", no_dist=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "link").symlink_to("../other")
-    of_dcp(tmp_path / "run", "link/__0_0.distcp")
+    write_dcp(tmp_path / "run", "link/__0_0.distcp")
     with pytest.raises(StoreError, match="'link' is a symbolic link"):
         reshard.remove(tmp_path / "run")
     assert reshard.open(tmp_path / "other").read("w").equal(STATE["w"])
 
 
-def test_what_dcp_writes_is_removed_with_its_prefixes(tmp_path: Path) -> None:
-    place = of_dcp(tmp_path / "run", "__0_0.distcp", "10/epoch_5/__11_3.distcp", "model5__0_0.distcp")
-    (place / "__0.metadata").write_bytes((place / ".metadata").read_bytes())
-    (place / "notes.txt").write_text("mine")
-    removal = find_removal(place)
+def test_objects_of_dcp_with_prefixes_are_removed(tmp_path: Path) -> None:
+    folder = write_dcp(tmp_path / "run", "__0_0.distcp", "10/epoch_5/__11_3.distcp", "model5__0_0.distcp")
+    (folder / "__0.metadata").write_bytes((folder / ".metadata").read_bytes())
+    (folder / "notes.txt").write_text("mine")
+    removal = find_removal(folder)
     assert removal.unusual == ["10/epoch_5/__11_3.distcp", "model5__0_0.distcp"]
-    assert sorted(reshard.remove(place, expected=removal)) == sorted(removal.names)
-    assert {name for name in names_below(place) if (place / name).is_file()} == {"notes.txt"}
+    assert sorted(reshard.remove(folder, expected=removal)) == sorted(removal.names)
+    assert {name for name in names_below(folder) if (folder / name).is_file()} == {"notes.txt"}
 
 
-def test_what_has_changed_since_it_was_shown_is_not_removed(tmp_path: Path) -> None:
+def test_a_checkpoint_that_changed_since_find_removal_is_not_removed(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "run")
     removal = find_removal(tmp_path / "run")
     reshard.save(STATE, tmp_path / "run", overwrite=True)
@@ -281,22 +281,22 @@ def call(*arguments: object, code: int = 0, answer: str | None = None) -> str:
     return result.output
 
 
-def test_rm_shows_what_it_removes_before_it_asks(tmp_path: Path) -> None:
-    place = of_dcp(tmp_path / "run", *(f"__{rank}_0.distcp" for rank in range(30)))
-    shown = call("rm", place, answer="n\n", code=1)
+def test_rm_lists_the_objects_before_it_asks(tmp_path: Path) -> None:
+    folder = write_dcp(tmp_path / "run", *(f"__{rank}_0.distcp" for rank in range(30)))
+    shown = call("rm", folder, answer="n\n", code=1)
     assert shown.count(".distcp'") == 9
     assert "and 21 more" in shown
     assert "dcp checkpoint of 30 B, 31 objects" in shown
     names = [f"{rank}/__{rank}_0.distcp" for rank in range(30)]
-    shown = call("rm", of_dcp(tmp_path / "prefixed", "__0_0.distcp", *names), answer="n\n", code=1)
+    shown = call("rm", write_dcp(tmp_path / "prefixed", "__0_0.distcp", *names), answer="n\n", code=1)
     assert all(repr(name) in shown for name in names)
-    hostile = of_dcp(tmp_path / "hostile", "\x1b[2J__0_0.distcp")
+    hostile = write_dcp(tmp_path / "hostile", "\x1b[2J__0_0.distcp")
     assert "\x1b" not in call("rm", hostile, answer="n\n", code=1)
-    call("rm", place, answer="y\n")
-    assert not place.exists()
+    call("rm", folder, answer="y\n")
+    assert not folder.exists()
 
 
-def test_gc_deletes_through_no_link(tmp_path: Path) -> None:
+def test_gc_does_not_delete_through_a_link(tmp_path: Path) -> None:
     runs, victim = tmp_path / "runs", tmp_path / "victim"
     for folder in (runs / "step-1", victim):
         (folder / "data").mkdir(parents=True)
@@ -307,15 +307,15 @@ def test_gc_deletes_through_no_link(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="'step-1' is a symbolic link"):
         remove_remains(found, older_than_s=0)
     assert (victim / WRITTEN).exists()
-    assert find_remains(str(runs), older_than_s=0)[0].uri == str(runs / "aside"), "nor are remains looked for there"
+    assert find_remains(str(runs), older_than_s=0)[0].uri == str(runs / "aside"), "links are not searched either"
 
 
-def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
+def test_gc_keeps_objects_that_are_committed_while_it_searches(tmp_path: Path) -> None:
     for method in ("read", "size", "modified"):
-        place = tmp_path / method
-        reshard.save(STATE, place)
-        (data,) = (place / "data").iterdir()
-        manifest = place / "manifest.reshard"
+        folder = tmp_path / method
+        reshard.save(STATE, folder)
+        (data,) = (folder / "data").iterdir()
+        manifest = folder / "manifest.reshard"
         manifest.rename(tmp_path / "aside")
 
         def commit(call: Call, method: str = method, manifest: Path = manifest, name: str = data.name) -> None:
@@ -324,12 +324,12 @@ def test_gc_leaves_what_is_committed_while_it_looks(tmp_path: Path) -> None:
 
         from reshard.storage.maintenance.gc import _remains
 
-        assert _remains(RecordingStore(LocalStore(place), commit), [f"data/{data.name}"], 0) == {}
-        assert reshard.open(place).verify() == []
+        assert _remains(RecordingStore(LocalStore(folder), commit), [f"data/{data.name}"], 0) == {}
+        assert reshard.open(folder).verify() == []
 
 
 @pytest.mark.parametrize("method", ["read", "size", "modified"])
-def test_what_vanishes_while_gc_looks_is_gone(method: str, tmp_path: Path) -> None:
+def test_gc_ignores_objects_that_vanish_while_it_searches(method: str, tmp_path: Path) -> None:
     from reshard.storage.maintenance.gc import _remains
 
     store = LocalStore(tmp_path)
@@ -346,9 +346,7 @@ def test_what_vanishes_while_gc_looks_is_gone(method: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("hours", ["0", "0.5", "0.999", "-0"])
-def test_gc_of_what_may_be_of_a_save_in_progress_wants_to_be_told_that_there_is_none(
-    hours: str, tmp_path: Path
-) -> None:
+def test_gc_of_young_objects_requires_no_save_running(hours: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / WRITTEN).write_bytes(b"RESHARDD")
     assert "--no-save-running" in call("gc", tmp_path, "--older-than", hours, "--yes", code=2)
@@ -358,7 +356,7 @@ def test_gc_of_what_may_be_of_a_save_in_progress_wants_to_be_told_that_there_is_
     call("gc", tmp_path, "--older-than", hours, "--yes", "--no-save-running")
 
 
-def test_ages_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_an_invalid_age_raises_argument_error(tmp_path: Path) -> None:
     for age in (-1.0, float("nan")):
         with pytest.raises(ArgumentError, match="older_than_s"):
             find_remains(str(tmp_path), older_than_s=age)
@@ -376,7 +374,7 @@ TEMPORARIES = [
 OTHERS = [".manifest.reshard.tmp", ".metadata.tmp", f".notes.txt.{'0' * 32}.tmp", f".manifest.reshard.{'0' * 31}.tmp"]
 
 
-def test_gc_removes_what_killed_commits_left(tmp_path: Path) -> None:
+def test_gc_removes_temporary_files_of_killed_commits(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "run")
     (tmp_path / "alone").mkdir()
     for folder in (tmp_path / "run", tmp_path / "alone"):
@@ -394,7 +392,7 @@ def test_gc_removes_what_killed_commits_left(tmp_path: Path) -> None:
     assert reshard.open(tmp_path / "run").verify() == []
 
 
-def test_a_commit_removes_old_ones_that_were_killed(tmp_path: Path) -> None:
+def test_a_commit_removes_its_old_temporary_files(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path)
     young = f".manifest.reshard.{'9' * 32}.tmp"
     for name in (*TEMPORARIES, young):
@@ -408,11 +406,11 @@ def test_a_commit_removes_old_ones_that_were_killed(tmp_path: Path) -> None:
     assert left.issuperset([*TEMPORARIES[1:], young])
 
 
-def test_a_conversion_removes_what_its_killed_commits_left(tmp_path: Path) -> None:
+def test_a_conversion_removes_temporary_files_of_its_killed_commits(tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "run")
     (tmp_path / "copy").mkdir()
     for name in TEMPORARIES:
         (tmp_path / "copy" / name).write_bytes(b"half")
     reshard.convert(tmp_path / "run", tmp_path / "copy", format="dcp")
     left = names_below(tmp_path / "copy").intersection(TEMPORARIES)
-    assert left == {TEMPORARIES[0], TEMPORARIES[2]}, "of commits of other formats"
+    assert left == {TEMPORARIES[0], TEMPORARIES[2]}, "those of commits of other formats"

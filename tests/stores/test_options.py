@@ -1,4 +1,4 @@
-"""Storage options that cannot be meant are refused at once, and named."""
+"""Invalid storage options raise an error at once that names them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GOOD_ENDPOINTS = [
     "https://s3.eu.example.com",
     "HTTP://x",
 ]
-WAYS: list[Callable[[Any], dict[str, Any]]] = [
+FORMS: list[Callable[[Any], dict[str, Any]]] = [
     lambda endpoint: {**KEYS, "client_kwargs": {"endpoint_url": endpoint}},
     lambda endpoint: {
         **KEYS,
@@ -58,7 +58,7 @@ WAYS: list[Callable[[Any], dict[str, Any]]] = [
 
 
 @pytest.fixture(autouse=True)
-def _soon() -> Any:
+def _in_time() -> Any:
     begin = time.monotonic()
     yield
     assert time.monotonic() - begin < 20
@@ -66,28 +66,28 @@ def _soon() -> Any:
 
 @pytest.mark.parametrize("endpoint", [*ENDPOINTS, 5, [], {}, True, b"http://x"])
 @pytest.mark.parametrize("uri", ["s3://bucket/run", "s3a://bucket/run", "gs://bucket/run"])
-def test_an_endpoint_that_is_none_is_refused(uri: str, endpoint: Any) -> None:
-    for way in WAYS:
+def test_an_invalid_endpoint_raises_argument_error(uri: str, endpoint: Any) -> None:
+    for form in FORMS:
         with pytest.raises(ArgumentError, match="endpoint_url") as caught:
-            reshard.open(uri, storage_options=way(endpoint))
+            reshard.open(uri, storage_options=form(endpoint))
         assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("endpoint", GOOD_ENDPOINTS)
-def test_an_endpoint_that_can_be_is_taken(endpoint: str) -> None:
-    for way in WAYS:
-        open_store("s3://bucket/run", way(endpoint))
+def test_a_valid_endpoint_is_accepted(endpoint: str) -> None:
+    for form in FORMS:
+        open_store("s3://bucket/run", form(endpoint))
 
 
 def test_a_password_in_an_endpoint_is_not_shown() -> None:
     for endpoint in ("http://me:hidden@[x", "http://me:hidden@host:99999", "http://host:99999?token=hidden"):
         with pytest.raises(ArgumentError, match="endpoint_url") as caught:
-            open_store("s3://bucket/run", WAYS[0](endpoint))
+            open_store("s3://bucket/run", FORMS[0](endpoint))
         assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_an_endpoint_of_the_environment_is_checked_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_in_the_environment_is_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "http://[x")
     with pytest.raises(ArgumentError, match="environment"):
         open_store("s3://bucket/run", KEYS)
@@ -119,7 +119,7 @@ def test_an_endpoint_of_the_environment_is_checked_too(name: str, monkeypatch: p
     ],
 )
 @pytest.mark.parametrize("uri", ["s3://bucket/run", "gs://bucket/run", "memory://run", "http://127.0.0.1:9/run", "run"])
-def test_options_that_are_no_mapping_of_names_are_refused(uri: str, options: Any) -> None:
+def test_options_must_be_mappings_with_string_keys(uri: str, options: Any) -> None:
     with pytest.raises(ArgumentError, match=r"storage_options"):
         open_store(uri, options)
 
@@ -137,7 +137,7 @@ def test_options_that_are_no_mapping_of_names_are_refused(uri: str, options: Any
         {"client_kwargs": {"region_name": 5}},
     ],
 )
-def test_credentials_of_s3_are_strings(options: dict[str, Any]) -> None:
+def test_credentials_of_s3_must_be_strings(options: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=r"storage_options\["):
         open_store("s3://bucket/run", options)
 
@@ -156,15 +156,15 @@ CALLS: dict[str, Callable[[Any, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("options", [[1], "x", {1: 2}, {"client_kwargs": 5}, WAYS[0]("http://[x")])
+@pytest.mark.parametrize("options", [[1], "x", {1: 2}, {"client_kwargs": 5}, FORMS[0]("http://[x")])
 @pytest.mark.parametrize("call", CALLS)
-def test_every_call_refuses_them(call: str, options: Any, tmp_path: Path) -> None:
+def test_every_call_checks_storage_options(call: str, options: Any, tmp_path: Path) -> None:
     reshard.save(STATE, tmp_path / "run")
     with pytest.raises(ArgumentError, match="storage_options"):
         CALLS[call](options, tmp_path)
 
 
-def test_an_option_that_only_asynchronous_callers_need_is_left_out(s3: Place) -> None:
+def test_the_option_asynchronous_is_ignored(s3: Place) -> None:
     uri, options = s3
     for more in ({}, {"config_kwargs": {"max_pool_connections": 3}}):
         store = open_store(uri, {**options, **more, "asynchronous": True})
@@ -177,6 +177,6 @@ def test_an_option_that_only_asynchronous_callers_need_is_left_out(s3: Place) ->
     ["http://256.1.1.1", "http://1.2.3.4.5", "http://[::1]x", "http://[fe80::1%25eth0]", "http://{}", "http://h|x",
      "http://h%41", "http://<x>", "http://xn--", "http://h^x"],
 )  # fmt: skip
-def test_a_host_that_cannot_be_is_refused_before_a_client_is_opened(endpoint: str) -> None:
+def test_an_invalid_host_raises_before_a_client_is_opened(endpoint: str) -> None:
     with pytest.raises(ArgumentError, match="must be the URL of a server"):
         reshard.open("s3://b/x", storage_options={"key": "k", "secret": "s", "endpoint_url": endpoint})

@@ -16,7 +16,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Flaky:
-    """A hook that fails each call of some methods a number of times before it lets it pass."""
+    """A hook that fails each call of some methods a number of times before the call succeeds."""
 
     def __init__(self, times: int, *methods: str) -> None:
         self._times = times
@@ -31,13 +31,13 @@ class Flaky:
             raise UnavailableError("injected: slow down")
 
 
-def test_transient_failures_are_tried_again() -> None:
+def test_transient_failures_are_retried() -> None:
     flaky = Flaky(3, "read", "put", "list", "delete")
     check_store(RetryingStore(RecordingStore(MemoryStore(), flaky)))
     assert flaky.failed > 10
 
 
-def test_a_save_and_a_load_pass_through_them() -> None:
+def test_a_save_and_a_load_survive_transient_failures() -> None:
     memory = MemoryStore()
     flaky = Flaky(2, "read", "put", "list", "delete")
     store = RetryingStore(RecordingStore(memory, flaky))
@@ -49,7 +49,7 @@ def test_a_save_and_a_load_pass_through_them() -> None:
     assert flaky.failed >= 4
 
 
-def test_an_object_that_broke_off_is_begun_again_under_another_name() -> None:
+def test_an_interrupted_object_is_written_again_under_another_name() -> None:
     memory = MemoryStore()
     broken: list[str] = []
 
@@ -64,7 +64,7 @@ def test_an_object_that_broke_off_is_begun_again_under_another_name() -> None:
     assert reshard.open(memory).read("w").equal(torch.ones(10))
 
 
-def test_what_does_not_pass_is_given_up_at_the_deadline() -> None:
+def test_retries_end_at_the_deadline() -> None:
     store = RecordingStore(MemoryStore(), failing("read", error=UnavailableError("injected: down")))
     with pytest.raises(UnavailableError, match="injected: down"):
         RetryingStore(store, retry_for_s=0.05).read("x", 0, 1)
@@ -72,14 +72,14 @@ def test_what_does_not_pass_is_given_up_at_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("error", [StoreError("no"), AccessDeniedError("no")])
-def test_what_will_not_pass_is_not_tried_again(error: StoreError) -> None:
+def test_permanent_failures_are_not_retried(error: StoreError) -> None:
     store = RecordingStore(MemoryStore(), failing("read", error=error))
     with pytest.raises(type(error)):
         RetryingStore(store).read("x", 0, 1)
     assert len(store.calls) == 1
 
 
-def test_damage_on_the_way_is_read_again() -> None:
+def test_damaged_answers_are_read_again() -> None:
     memory = MemoryStore()
     values = torch.randn(300, 300)
     reshard.save({"w": values}, memory)
@@ -97,7 +97,7 @@ def test_damage_on_the_way_is_read_again() -> None:
     assert loaded.equal(values)
 
 
-def test_what_the_first_try_took_does_not_count() -> None:
+def test_the_duration_of_the_first_attempt_does_not_count() -> None:
     tries = 0
 
     def call() -> int:

@@ -1,4 +1,4 @@
-"""An answer that is too short, though the object has more, is tried again; an object that is too short is damaged."""
+"""A short answer is retried if the object is longer. If the object itself is too short, it is damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def native(folder: Path) -> None:
     reshard.save(STATE, folder, codec="none")
 
 
-def of_dcp(folder: Path) -> None:
+def with_dcp(folder: Path) -> None:
     dcp.save(STATE, checkpoint_id=folder, no_dist=True)
 
 
@@ -46,11 +46,11 @@ def torch_file(folder: Path) -> None:
     torch.save(STATE, folder / "model.pt")
 
 
-FORMATS = (native, of_dcp, safetensors, indexed, torch_file)
+FORMATS = (native, with_dcp, safetensors, indexed, torch_file)
 
 
 class ShortStore(MemoryStore):
-    """Answers some reads with half of the bytes."""
+    """A store that answers some reads with half of the bytes."""
 
     def __init__(self, folder: Path, is_short: Callable[[str, int], bool]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ShortStore(MemoryStore):
 
 
 @pytest.mark.parametrize("make", FORMATS)
-def test_metadata_that_came_short_is_read_again(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_metadata_is_read_again_after_a_short_answer(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "run")
     for short in range(1, 6):
         store = RetryingStore(ShortStore(tmp_path / "run", lambda name, count, short=short: count == short))  # type: ignore[misc]
@@ -80,7 +80,7 @@ def test_metadata_that_came_short_is_read_again(make: Callable[[Path], None], tm
 
 
 @pytest.mark.parametrize("make", FORMATS)
-def test_metadata_that_always_comes_short_is_given_up(
+def test_permanently_short_answers_raise_unavailable_error(
     make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
@@ -90,7 +90,7 @@ def test_metadata_that_always_comes_short_is_given_up(
 
 
 @pytest.mark.parametrize("make", FORMATS)
-def test_an_object_that_is_cut_short_is_damaged(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_truncated_object_raises_corrupt_error(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "run")
     names = ("manifest.reshard", ".metadata", "model.safetensors.index.json", "model.safetensors", "model.pt")
     for cut in (1, 20, 31, 33, 500):
@@ -101,16 +101,16 @@ def test_an_object_that_is_cut_short_is_damaged(make: Callable[[Path], None], tm
             reshard.open(RetryingStore(store)).read("layers.7.w")
 
 
-def test_what_is_there_costs_no_request_more(tmp_path: Path) -> None:
+def test_complete_answers_cost_no_extra_request(tmp_path: Path) -> None:
     for make in FORMATS:
         make(tmp_path / make.__name__)
-    for make, most in ((native, 0), (of_dcp, 0), (safetensors, 1), (torch_file, 1)):
+    for make, most in ((native, 0), (with_dcp, 0), (safetensors, 1), (torch_file, 1)):
         store = RecordingStore(ShortStore(tmp_path / make.__name__, lambda name, count: False))
         reshard.open(RetryingStore(store))
         assert [call.method for call in store.calls].count("size") == most, make
 
 
-def test_a_large_manifest_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_manifest_is_read_again_after_a_short_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_MANIFEST_READ_BYTES", 4096)
     native(tmp_path / "run")
     assert (tmp_path / "run" / "manifest.reshard").stat().st_size > 8192
@@ -119,7 +119,7 @@ def test_a_large_manifest_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(reshard.open(RetryingStore(store)).state_dict()) == len(STATE["layers.0.w"]) * 3
 
 
-def test_bytes_beyond_the_end_are_no_short_answer() -> None:
+def test_a_range_past_the_end_is_not_a_short_answer() -> None:
     store = MemoryStore()
     store.content["x"] = b"0123456789"
     calls: list[Call] = []
@@ -130,7 +130,7 @@ def test_bytes_beyond_the_end_are_no_short_answer() -> None:
     assert [call.method for call in calls] == ["read", "size", "read", "read", "size"]
 
 
-def test_a_conversion_reads_its_notes_again(tmp_path: Path) -> None:
+def test_a_conversion_reads_its_notes_again_after_a_short_answer(tmp_path: Path) -> None:
     native(tmp_path / "run")
     for short in range(1, 4):
         target = ShortStore(tmp_path / "nothing", lambda name, count, short=short: count == short)  # type: ignore[misc]
@@ -140,7 +140,7 @@ def test_a_conversion_reads_its_notes_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["body", "length", "range"])
 @pytest.mark.parametrize("client", CLIENTS)
-def test_short_answers_of_s3_are_tried_again(client: str, how: str, tmp_path: Path) -> None:
+def test_short_answers_of_s3_are_retried(client: str, how: str, tmp_path: Path) -> None:
     native(tmp_path / "run")
     content = {
         f"run/{path.relative_to(tmp_path / 'run').as_posix()}": path.read_bytes()

@@ -1,4 +1,4 @@
-"""FIFOs, sockets, devices and folders in the place of objects: one error, at once."""
+"""FIFOs, sockets, devices and folders instead of objects raise one error at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import reshard
-from tests.stores.test_deletes import WRITTEN, of_dcp
+from tests.stores.test_deletes import WRITTEN, write_dcp
 
 ROOT = Path(__file__).parents[2]
 MAX_S = 60
@@ -30,12 +30,12 @@ def fifo(path: Path) -> None:
 
 
 def bound(path: Path) -> None:
-    """Put a socket there; its path is too long to be bound from elsewhere."""
+    """Create a socket, from within its folder: the full path would be too long."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
+        with socket.socket(socket.AF_UNIX) as created:
+            created.bind(path.name)
     finally:
         os.chdir(before)
 
@@ -64,7 +64,7 @@ def native(folder: Path) -> None:
     reshard.save({"w": torch.arange(1000)}, folder)
 
 
-def of_torch_dcp(folder: Path) -> None:
+def with_dcp(folder: Path) -> None:
     dcp.save({"w": torch.arange(1000)}, checkpoint_id=folder, no_dist=True)
 
 
@@ -85,7 +85,7 @@ def torch_file(folder: Path) -> None:
     torch.save({"w": torch.arange(1000)}, folder / "model.pt")
 
 
-def begun(folder: Path) -> None:
+def unfinished_conversion(folder: Path) -> None:
     """A conversion to DCP that was killed."""
     folder.mkdir()
     (folder / ".reshard-convert.json").write_text("{}")
@@ -94,14 +94,14 @@ def begun(folder: Path) -> None:
 PLACES: list[tuple[Callable[[Path], None], str]] = [
     (native, "manifest.reshard"),
     (native, "data/*.shard"),
-    (of_torch_dcp, ".metadata"),
-    (of_torch_dcp, "__0_0.distcp"),
+    (with_dcp, ".metadata"),
+    (with_dcp, "__0_0.distcp"),
     (safetensors, "model.safetensors"),
     (safetensors, "config.json"),
     (indexed, "model.safetensors.index.json"),
     (indexed, "model-00001-of-00001.safetensors"),
     (torch_file, "model.pt"),
-    (begun, ".reshard-convert.json"),
+    (unfinished_conversion, ".reshard-convert.json"),
 ]
 SCRIPT = """
 import contextlib, os, sys, torch, reshard
@@ -142,7 +142,7 @@ def limited() -> None:
 
 
 def run(code: str, *arguments: object) -> str:
-    """Run a script in a process that may not take long. Returns what it prints."""
+    """Run a script in a process with a time limit. Return what it prints."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -152,8 +152,8 @@ def run(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_something_else_than_a_file_is_one_error(tmp_path: Path) -> None:
-    """All in one process, whose start takes longer than all the calls."""
+def test_a_special_file_raises_one_error(tmp_path: Path) -> None:
+    """All cases run in one process, since starting a process takes longer than the calls."""
     arguments = []
     for make, name in PLACES:
         for kind in KINDS:
@@ -175,14 +175,14 @@ def test_something_else_than_a_file_is_one_error(tmp_path: Path) -> None:
     for uri, shown in outcomes.items():
         failed = shown.rpartition("failed ")[2].split()
         if "config" in uri:
-            continue  # nothing reads it, unless a model is fused
+            continue  # only conversions of fused models read it
         assert failed[0] == failed[1] == failed[4] == "1", (uri, shown)
         assert "not a file" in shown or "symbolic links" in shown or "another tool" in shown, (uri, shown)
         assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "local://", "simplecache::file://", "blockcache::file://"])
-def test_by_whatever_scheme_a_fifo_is_one_error(scheme: str, tmp_path: Path) -> None:
+def test_a_fifo_raises_one_error_with_every_scheme(scheme: str, tmp_path: Path) -> None:
     native(tmp_path / "run")
     (tmp_path / "run" / "manifest.reshard").unlink()
     fifo(tmp_path / "run" / "manifest.reshard")
@@ -209,15 +209,15 @@ def test_the_command_line_lists_the_neighbours_of_a_fifo(tmp_path: Path) -> None
     assert "c.pt" in shown
 
 
-def test_a_fifo_in_the_place_of_data_can_be_removed(tmp_path: Path) -> None:
-    of_dcp(tmp_path / "run", "__0_0.distcp")
+def test_a_fifo_instead_of_data_can_be_removed(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "run", "__0_0.distcp")
     (tmp_path / "run" / "__0_0.distcp").unlink()
     fifo(tmp_path / "run" / "__0_0.distcp")
     reshard.remove(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_gc_passes_over_what_is_no_file(tmp_path: Path) -> None:
+def test_gc_ignores_special_files(tmp_path: Path) -> None:
     for at, kind in enumerate((fifo, bound, endless, null, linked_fifo)):
         folder = tmp_path / str(at)
         (folder / "data").mkdir(parents=True)

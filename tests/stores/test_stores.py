@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.storage.dcp import StorageWriter
+from reshard.storage.dcp_writer import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
 from reshard.storage.stores import base as store_module
 from reshard.storage.stores import conditional_put, obstore
@@ -22,7 +22,7 @@ from tests.conftest import STORES, Place
 
 
 @pytest.mark.parametrize("store_name", STORES)
-def test_a_store_keeps_the_contract(place: Place) -> None:
+def test_every_store_keeps_the_contract(place: Place) -> None:
     uri, options = place
     store = open_store(uri, options)
     assert store.location == uri
@@ -31,8 +31,8 @@ def test_a_store_keeps_the_contract(place: Place) -> None:
 
 
 @pytest.mark.parametrize("store_name", STORES)
-@pytest.mark.filterwarnings("ignore:Sending a large body")  # gcsfs, of its own parts
-def test_a_large_object_is_sent_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:Sending a large body")  # gcsfs warns about its own parts
+def test_a_large_object_is_uploaded_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "MAX_HELD_BYTES", 6 << 20)
     uri, options = place
     store = open_store(uri, options)
@@ -69,17 +69,17 @@ def test_a_file_uri_keeps_the_contract(tmp_path: Path) -> None:
     check_store(store)
 
 
-def test_the_stores_for_tests_keep_the_contract() -> None:
+def test_the_testing_stores_keep_the_contract() -> None:
     check_store(MemoryStore())
     check_store(RecordingStore(MemoryStore()))
 
 
-def test_a_store_is_taken_as_it_is() -> None:
+def test_open_store_returns_a_store_unchanged() -> None:
     store = MemoryStore()
     assert open_store(store) is store
 
 
-def test_obstore_takes_s3_where_it_understands_all_options(
+def test_obstore_opens_s3_if_it_supports_all_options(
     s3: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     uri, options = s3
@@ -92,7 +92,7 @@ def test_obstore_takes_s3_where_it_understands_all_options(
     assert client() == client(anon=True) == "ObstoreStore"
     assert client(config_kwargs={"max_pool_connections": 3}) == client(requester_pays=True) == "FsspecStore"
     monkeypatch.delenv("AWS_DEFAULT_REGION")
-    assert client() == "ObstoreStore", "a server of one's own has no regions"
+    assert client() == "ObstoreStore", "a custom endpoint needs no region"
     for name, value in (("AWS_USE_FIPS_ENDPOINT", "true"), ("AWS_PROFILE", "none-of-this-name")):
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
@@ -109,8 +109,8 @@ def test_obstore_takes_s3_where_it_understands_all_options(
     assert client() == "FsspecStore"
 
 
-def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-somebody-else")
+def test_a_session_token_of_the_environment_is_not_combined_with_explicit_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-another-user")
     options = {"key": "a", "secret": "b", "client_kwargs": {"region_name": "eu-west-1"}}
     config = obstore._config(options, obstore._session(None))
     assert config is not None
@@ -119,7 +119,7 @@ def test_a_session_of_the_environment_is_not_mixed_with_keys_that_are_given(monk
 
 
 @pytest.mark.parametrize(("endpoint", "unsigned"), [(None, True), ("https://host", True), ("http://host", False)])
-def test_what_is_sent_is_hashed_for_its_signature_where_there_is_no_tls(endpoint: str | None, unsigned: bool) -> None:
+def test_the_payload_is_signed_only_without_tls(endpoint: str | None, unsigned: bool) -> None:
     config = obstore._config(
         {"key": "a", "secret": "b", "endpoint_url": endpoint, "client_kwargs": {"region_name": "eu-west-1"}}, None
     )
@@ -135,7 +135,7 @@ def test_what_is_sent_is_hashed_for_its_signature_where_there_is_no_tls(endpoint
         "s3 =\n  addressing_style = virtual",
     ],
 )
-def test_what_botocore_is_configured_to_do_is_left_to_it(
+def test_obstore_is_not_used_if_botocore_is_configured_for_more(
     configured: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "config").write_text(f"[default]\nregion = eu-west-1\n{configured}\n")
@@ -145,8 +145,8 @@ def test_what_botocore_is_configured_to_do_is_left_to_it(
     assert obstore.open_s3("bucket/x", keys) is None
 
 
-def test_an_error_of_obstore_does_not_show_what_was_answered(seaweedfs: servers.Server) -> None:
-    """S3 answers a wrong signature with all that was signed, a session's token included."""
+def test_an_error_of_obstore_does_not_show_the_answer_of_the_server(seaweedfs: servers.Server) -> None:
+    """S3 answers a wrong signature with everything that was signed, including the session token."""
     store = open_store(seaweedfs.place("x"), {**seaweedfs.options, "secret": "wrong", "token": "a-token"})
     with pytest.raises(AccessDeniedError, match=r"SignatureDoesNotMatch|InvalidAccessKeyId") as caught:
         store.read("x", 0, 1)
@@ -155,7 +155,7 @@ def test_an_error_of_obstore_does_not_show_what_was_answered(seaweedfs: servers.
     assert "a-token" not in shown
 
 
-def test_a_store_can_be_sent_to_another_process(tmp_path: Path) -> None:
+def test_a_store_can_be_pickled(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("x", b"content", overwrite=True)
     writer = pickle.loads(pickle.dumps(StorageWriter(store)))  # noqa: S301
@@ -163,12 +163,12 @@ def test_a_store_can_be_sent_to_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["nosuchprotocol://x/y", "nosuch+protocol://x"])
-def test_an_unknown_protocol_is_refused(uri: str) -> None:
+def test_an_unknown_protocol_raises_unsupported_uri_error(uri: str) -> None:
     with pytest.raises(UnsupportedURIError, match="nosuch"):
         open_store(uri)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.registry import known_implementations
 
     monkeypatch.setitem(known_implementations, "abroad", {"class": "no_such_package.Files", "err": "install abroadfs"})
@@ -176,14 +176,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("abroad://x")
 
 
-def test_a_folder_in_the_way_is_a_store_error(tmp_path: Path) -> None:
+def test_reading_a_folder_raises_store_error(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(StoreError, match="'x'"):
         LocalStore(tmp_path).read("x", 0, 1)
 
 
 @pytest.mark.parametrize("cold", [False, True])
-def test_the_kernel_is_told_what_it_does_not_hold_yet(
+def test_will_read_advises_the_kernel_only_about_uncached_bytes(
     cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_bytes(bytes(3_000_000))
@@ -206,8 +206,8 @@ def test_the_kernel_is_told_what_it_does_not_hold_yet(
         assert advised == []
 
 
-def test_a_full_disk_is_a_store_error(tmp_path: Path) -> None:
-    """Here: a file that may not grow further, which the system tells at the flush."""
+def test_a_full_disk_raises_store_error(tmp_path: Path) -> None:
+    """A limit on the file size simulates the full disk. The system reports it at the flush."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -222,8 +222,8 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_what_a_disk_failed_to_keep_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system tells of it once: to the first that asks, while the file is still written."""
+def test_a_failed_background_sync_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports the failure only once, to the first sync, while the file is still being written."""
 
     def fails(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -236,8 +236,8 @@ def test_what_a_disk_failed_to_keep_is_told_at_the_end(tmp_path: Path, monkeypat
         out.write(bytes(MIN_SYNC_BYTES))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="checks the refusal through another user's rights")
-def test_no_permission_is_access_denied(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to switch to a user without permission")
+def test_a_read_without_permission_raises_access_denied_error(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x")
     (tmp_path / "x").chmod(0)
     tmp_path.chmod(0o700)
@@ -250,19 +250,19 @@ def test_no_permission_is_access_denied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store_name", [name for name in STORES if name not in ("local", "memory")])
-def test_a_store_that_ignores_conditions_is_found_out_once(
+def test_a_store_that_ignores_conditions_is_reported_once(
     place: Place, store_name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditional_put, "_probed", set())
     store = open_store(*place)
     for name in ("a", "b"):
         store.put(name, b"x", overwrite=False)
-    told = [record.message for record in caplog.records if "ignores conditional writes" in record.message]
-    assert len(told) == (1 if "rclone" in store_name else 0)
+    warned = [record.message for record in caplog.records if "ignores conditional writes" in record.message]
+    assert len(warned) == (1 if "rclone" in store_name else 0)
     assert set(store.list()) == {"a", "b"}
 
 
-def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: Place) -> None:
+def test_a_block_that_raises_leaves_no_object_on_s3(s3: Place) -> None:
     uri, options = s3
     store = open_store(uri, options)
 
@@ -277,7 +277,7 @@ def test_an_object_left_by_an_error_is_not_visible_on_s3(s3: Place) -> None:
         store.read("data/x", 0, 1)
 
 
-def test_a_missing_bucket_is_an_error_of_the_store(s3: Place) -> None:
+def test_a_missing_bucket_raises_store_error(s3: Place) -> None:
     _, options = s3
     store = open_store("s3://no-such-bucket-anywhere/x", options)
     with pytest.raises(StoreError, match="bucket or folder"):

@@ -1,4 +1,4 @@
-"""Which place a path or a URI is: nothing is written to a place other than the one that was named."""
+"""Which location a path or a URI means. Nothing is written to another location than the one that was passed."""
 
 import json
 import logging
@@ -93,110 +93,112 @@ def saved(folder: Path) -> Path:
     return folder
 
 
-def calls(place: Any, folder: Path) -> list[Callable[[], object]]:
-    """Every call of the API that takes a place."""
+def calls(location: Any, folder: Path) -> list[Callable[[], object]]:
+    """Return every call of the API that takes a location."""
     return [
-        lambda: reshard.save(STATE, place),
-        lambda: reshard.save(STATE, place, overwrite=True),
-        lambda: reshard.load(dict(STATE), place),
-        lambda: reshard.open(place),
-        lambda: reshard.open(place, format="reshard"),
-        lambda: reshard.open(place, format="torch"),
-        lambda: reshard.convert(place, folder / "copy"),
-        lambda: reshard.convert(folder / "c", place),
-        lambda: reshard.convert(folder / "c", place, format="safetensors"),
-        lambda: reshard.find_checkpoints(place),
-        lambda: reshard.remove(place),
-        lambda: find_remains(os.fspath(place)),
-        lambda: open_store(place),
+        lambda: reshard.save(STATE, location),
+        lambda: reshard.save(STATE, location, overwrite=True),
+        lambda: reshard.load(dict(STATE), location),
+        lambda: reshard.open(location),
+        lambda: reshard.open(location, format="reshard"),
+        lambda: reshard.open(location, format="torch"),
+        lambda: reshard.convert(location, folder / "copy"),
+        lambda: reshard.convert(folder / "c", location),
+        lambda: reshard.convert(folder / "c", location, format="safetensors"),
+        lambda: reshard.find_checkpoints(location),
+        lambda: reshard.remove(location),
+        lambda: find_remains(os.fspath(location)),
+        lambda: open_store(location),
     ]
 
 
-@pytest.mark.parametrize("place", LOST, ids=str)
-def test_a_uri_that_lost_a_slash_is_refused(place: str | os.PathLike[str], tmp_path: Path, empty_folder: Path) -> None:
+@pytest.mark.parametrize("location", LOST, ids=str)
+def test_a_uri_that_lost_a_slash_is_refused(
+    location: str | os.PathLike[str], tmp_path: Path, empty_folder: Path
+) -> None:
     saved(tmp_path / "c")
-    for call in calls(place, tmp_path):
+    for call in calls(location, tmp_path):
         with pytest.raises(UnsupportedURIError, match=r"pass the URI as a string, '[a-z0-9:]+://") as caught:
             call()
-        assert repr(os.fspath(place)) in str(caught.value)
+        assert repr(os.fspath(location)) in str(caught.value)
     assert list(empty_folder.iterdir()) == []
     assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("place", LOST[:6], ids=str)
-def test_dcp_does_not_write_to_a_uri_that_lost_a_slash(place: Any, empty_folder: Path) -> None:
+@pytest.mark.parametrize("location", LOST[:6], ids=str)
+def test_dcp_does_not_write_to_a_uri_that_lost_a_slash(location: Any, empty_folder: Path) -> None:
     for kind in (reshard.StorageWriter, reshard.StorageReader):
-        assert not kind.validate_checkpoint_id(place)
+        assert not kind.validate_checkpoint_id(location)
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://") as caught:
-        dcp.save(STATE, storage_writer=reshard.StorageWriter(place))
+        dcp.save(STATE, storage_writer=reshard.StorageWriter(location))
     assert "UnsupportedURIError" in str(caught.value)
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
-        dcp.load(dict(STATE), storage_reader=reshard.StorageReader(place))
+        dcp.load(dict(STATE), storage_reader=reshard.StorageReader(location))
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
-        dcp.save(STATE, checkpoint_id=place, storage_writer=reshard.StorageWriter("elsewhere"))
+        dcp.save(STATE, checkpoint_id=location, storage_writer=reshard.StorageWriter("elsewhere"))
     assert list(empty_folder.iterdir()) == []
 
 
-def commands(place: str, folder: Path) -> list[list[str]]:
+def commands(location: str, folder: Path) -> list[list[str]]:
     there = str(folder / "c")
     return [
-        ["inspect", place],
-        ["plan", place],
-        ["verify", place],
-        ["convert", place, str(folder / "copy")],
-        ["convert", there, place],
-        ["diff", place, there],
-        ["diff", there, place],
-        ["ls", place],
-        ["rm", place, "--yes"],
-        ["gc", place, "--yes"],
-        ["demo", "--uri", place],
+        ["inspect", location],
+        ["plan", location],
+        ["verify", location],
+        ["convert", location, str(folder / "copy")],
+        ["convert", there, location],
+        ["diff", location, there],
+        ["diff", there, location],
+        ["ls", location],
+        ["rm", location, "--yes"],
+        ["gc", location, "--yes"],
+        ["demo", "--uri", location],
     ]
 
 
-@pytest.mark.parametrize("place", ["s3:/bucket/run", "gs:bucket"])
-def test_every_command_refuses_a_uri_that_lost_a_slash(place: str, tmp_path: Path, empty_folder: Path) -> None:
+@pytest.mark.parametrize("location", ["s3:/bucket/run", "gs:bucket"])
+def test_every_command_refuses_a_uri_that_lost_a_slash(location: str, tmp_path: Path, empty_folder: Path) -> None:
     saved(tmp_path / "c")
-    for command in commands(place, tmp_path):
+    for command in commands(location, tmp_path):
         with pytest.raises(UnsupportedURIError, match="pass the URI as a string"):
             CliRunner().invoke(app, command, catch_exceptions=False)
     assert list(empty_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", LOCAL)
-def test_a_local_path_is_the_folder_of_its_name(place: str, empty_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("location", LOCAL)
+def test_a_local_path_with_colons_is_a_folder(location: str, empty_folder: Path, tmp_path: Path) -> None:
     saved(tmp_path / "c")
-    reshard.save(STATE, place)
-    assert (empty_folder / place / "manifest.reshard").is_file()
+    reshard.save(STATE, location)
+    assert (empty_folder / location / "manifest.reshard").is_file()
     assert {path.parts[0] for path in (p.relative_to(empty_folder) for p in empty_folder.iterdir())} == {
-        Path(place).parts[0]
+        Path(location).parts[0]
     }
-    for form in (place, Path(place) if not place.startswith("./") else place, empty_folder / place):
+    for form in (location, Path(location) if not location.startswith("./") else location, empty_folder / location):
         assert reshard.open(form).read("w").equal(STATE["w"])
         assert [found.is_complete for found in reshard.find_checkpoints(form)] == [True]
     loaded = {"w": torch.zeros(4, 3)}
-    reshard.load(loaded, place)
+    reshard.load(loaded, location)
     assert loaded["w"].equal(STATE["w"])
-    reshard.remove(place)
-    reshard.convert(tmp_path / "c", place, format="safetensors")
-    assert {path.suffix for path in (empty_folder / place).iterdir()} == {".json", ".safetensors"}
+    reshard.remove(location)
+    reshard.convert(tmp_path / "c", location, format="safetensors")
+    assert {path.suffix for path in (empty_folder / location).iterdir()} == {".json", ".safetensors"}
 
 
 @pytest.mark.parametrize("name", ["a::b", "a:", "s3:", "x::y/z::", "zip::b"])
-def test_a_file_uri_may_have_colons_in_it(name: str, empty_folder: Path) -> None:
+def test_a_file_uri_may_contain_colons(name: str, empty_folder: Path) -> None:
     reshard.save(STATE, f"file://{empty_folder}/{name}")
     assert reshard.open(empty_folder / name).read("w").equal(STATE["w"])
 
 
 def test_two_paths_with_colons_are_two_checkpoints() -> None:
-    for i, place in enumerate(("a::b", "a::c", "a:", "a")):
-        reshard.save({"w": torch.full((2,), i)}, place)
-    for i, place in enumerate(("a::b", "a::c", "a:", "a")):
-        assert reshard.open(place).read("w").tolist() == [i, i]
+    for i, location in enumerate(("a::b", "a::c", "a:", "a")):
+        reshard.save({"w": torch.full((2,), i)}, location)
+    for i, location in enumerate(("a::b", "a::c", "a:", "a")):
+        assert reshard.open(location).read("w").tolist() == [i, i]
 
 
 @pytest.mark.parametrize("name", ["a::b.safetensors", "zip::x.safetensors", "d::e/f::g.safetensors"])
-def test_a_file_whose_name_has_colons_is_read(name: str) -> None:
+def test_a_file_name_may_contain_colons(name: str) -> None:
     Path(name).parent.mkdir(exist_ok=True)
     save_file(STATE, name)
     assert reshard.open(name).read("w").equal(STATE["w"])
@@ -221,7 +223,7 @@ def test_a_chain_of_fsspec_still_works(tmp_path: Path) -> None:
         assert reshard.open(uri).read("w").equal(STATE["w"]), uri
 
 
-def test_colons_in_a_key_are_no_chain(s3: Place) -> None:
+def test_a_key_with_colons_is_not_a_chain(s3: Place) -> None:
     uri, options = s3
     reshard.save(STATE, f"{uri}/a::b", storage_options=options)
     assert reshard.open(f"{uri}/a::b", storage_options=options).read("w").equal(STATE["w"])
@@ -245,13 +247,13 @@ def test_colons_in_a_key_are_no_chain(s3: Place) -> None:
         ("simplecache::s3://b/a/m.pt", "simplecache::s3://b/a", "m.pt"),
     ],
 )
-def test_a_file_is_split_from_its_folder(uri: str, folder: str, name: str) -> None:
+def test_split_file_returns_folder_and_name(uri: str, folder: str, name: str) -> None:
     assert split_file(uri) == (folder, name)
     assert is_local(uri) == uri.startswith(("/", "file:"))
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}", "file:{}"])
-def test_options_of_a_local_path_are_refused(form: str, tmp_path: Path) -> None:
+def test_storage_options_for_a_local_path_raise_argument_error(form: str, tmp_path: Path) -> None:
     saved(tmp_path / "c")
     there, new = form.format(tmp_path / "c"), form.format(tmp_path / "new")
     for call in (
@@ -278,7 +280,7 @@ def test_options_of_a_local_path_are_refused(form: str, tmp_path: Path) -> None:
     reshard.save(STATE, new, storage_options=empty)
 
 
-def test_options_of_an_open_store_are_refused(tmp_path: Path) -> None:
+def test_storage_options_for_an_open_store_raise_argument_error(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"storage_options 'key' were passed for .*, which is an open Store"):
         reshard.save(STATE, LocalStore(tmp_path / "x"), storage_options=OPTIONS)
     assert not (tmp_path / "x").exists()
@@ -305,7 +307,7 @@ def as_arguments(option: str, options: dict[str, Any]) -> list[str]:
     return [part for key, value in flat.items() for part in (option, f"{key}={value}")]
 
 
-def test_commands_give_options_to_the_places_that_take_them(s3: Place, tmp_path: Path) -> None:
+def test_commands_pass_storage_options_to_remote_locations(s3: Place, tmp_path: Path) -> None:
     uri, options = s3
     local = saved(tmp_path / "c")
     given = as_arguments("-o", options)
@@ -321,7 +323,7 @@ def test_commands_give_options_to_the_places_that_take_them(s3: Place, tmp_path:
         assert "no difference" in run("diff", *pair, *given)
 
 
-def test_commands_refuse_options_that_no_place_takes(tmp_path: Path) -> None:
+def test_commands_refuse_storage_options_for_local_paths(tmp_path: Path) -> None:
     saved(tmp_path / "c")
     there, new = tmp_path / "c", tmp_path / "new"
     for command in commands(str(there), tmp_path):
@@ -341,7 +343,7 @@ def test_commands_refuse_options_that_no_place_takes(tmp_path: Path) -> None:
 
 
 class Signed(BaseHTTPRequestHandler):
-    """Serves files to those who have the signature, as a store does: GET alone, by ranges."""
+    """Serves byte ranges of files to requests with the right signature, like a store. By default it allows only GET."""
 
     folder: Path
     secret = "X-Amz-Credential=AKIA%2F2026%2Fs3&X-Amz-Signature=5ec2e7"
@@ -351,7 +353,7 @@ class Signed(BaseHTTPRequestHandler):
         if self.takes_head:
             self.do_GET()
         else:
-            self.send_error(403)  # it was signed for GET
+            self.send_error(403)  # the URL was signed for GET
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -408,13 +410,13 @@ def test_a_signed_url_is_read(
     reshard.convert(url, tmp_path / "copy")
     assert reshard.open(tmp_path / "copy").read("w").equal(STATE["w"])
     assert checkpoint.verify() == []
-    told = [*caplog.messages, repr(checkpoint), json.dumps([p.read_text() for p in tmp_path.glob("copy/*.json")])]
-    assert not any("5ec2e7" in text for text in told)
+    texts = [*caplog.messages, repr(checkpoint), json.dumps([p.read_text() for p in tmp_path.glob("copy/*.json")])]
+    assert not any("5ec2e7" in text for text in texts)
 
 
 @pytest.mark.parametrize("file", ["deep/model.safetensors", "deep/model.pt", "deep/absent.pt", "native"])
 @pytest.mark.parametrize("query", ["X-Amz-Signature=5ec2e7", "sig=5ec2e7%2Fx&a=b/c.safetensors"])
-def test_the_signature_of_a_url_is_in_no_error(file: str, query: str, signed: str, caplog: Any) -> None:
+def test_no_error_shows_the_signature_of_a_url(file: str, query: str, signed: str, caplog: Any) -> None:
     caplog.set_level(logging.DEBUG, "reshard")
     with pytest.raises(AccessDeniedError) as caught:
         reshard.open(f"{signed}/{file}?{query}")
@@ -423,15 +425,15 @@ def test_the_signature_of_a_url_is_in_no_error(file: str, query: str, signed: st
     assert file.rpartition("/")[2] in str(caught.value)
 
 
-def test_what_is_not_at_a_signed_url_is_told_without_its_signature(signed: str) -> None:
+def test_a_missing_checkpoint_at_a_signed_url_is_reported_without_the_signature(signed: str) -> None:
     with pytest.raises(CheckpointNotFoundError) as caught:
         reshard.open(f"{signed}/deep/absent.pt?{Signed.secret}", format="reshard")
     assert "5ec2e7" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("size", [7, 300_000])
-def test_s3fs_sends_no_checksum_that_was_not_asked_for(size: int) -> None:
-    """Servers other than Amazon's refuse the headers and trailers that botocore adds by default."""
+def test_s3fs_sends_no_checksums_by_default(size: int) -> None:
+    """Some servers refuse the headers and trailers that botocore adds by default."""
     unknown = ("x-amz-checksum-", "x-amz-sdk-checksum", "x-amz-trailer")
 
     def refuses(method: str, key: str, headers: dict[str, str]) -> int:
@@ -463,7 +465,7 @@ def test_an_empty_location_is_refused(empty_folder: Path) -> None:
     assert not list(empty_folder.iterdir())
 
 
-def test_a_folder_whose_name_ends_with_a_colon_is_local(empty_folder: Path) -> None:
+def test_a_folder_name_that_ends_with_a_colon_is_local(empty_folder: Path) -> None:
     (empty_folder / "notes:").mkdir()
     reshard.save(STATE, "notes:/run")
     assert (empty_folder / "notes:" / "run" / "manifest.reshard").exists()

@@ -1,4 +1,4 @@
-"""Torture reshard for as long as you like, and count what it survived.
+"""Run kills, damages, faults and hostile inputs for as long as you like, and count how they ended.
 
 python -m tests.torture [--kills N] [--damages N] [--faults N] [--structures N] [--seed S]
 """
@@ -23,27 +23,31 @@ from tests.torture.grammars import FORMATS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="saves to kill (default: %(default)s)")
-    parser.add_argument("--damages", type=int, default=20_000, help="damages to do (default: %(default)s)")
-    parser.add_argument("--faults", type=int, default=20, help="rounds through a bad network (default: %(default)s)")
-    parser.add_argument("--structures", type=int, default=5000, help="of each format, to read (default: %(default)s)")
+    parser.add_argument(
+        "--damages", type=int, default=20_000, help="damaged checkpoints to load (default: %(default)s)"
+    )
+    parser.add_argument("--faults", type=int, default=20, help="rounds through a faulty network (default: %(default)s)")
+    parser.add_argument(
+        "--structures", type=int, default=5000, help="hostile inputs to read per format (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")
     arguments = parser.parse_args()
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-    warnings.simplefilter("ignore", ResourceWarning)  # of connections that are broken on purpose
+    warnings.simplefilter("ignore", ResourceWarning)  # for connections that are broken on purpose
     seed = arguments.seed
     print(f"seed {seed}", flush=True)
-    show("damages by accident", damage.accidents(arguments.damages * 3 // 4, seed))
-    show("manifests that lie", damage.lies(arguments.damages // 4, seed))
-    show("hostile inputs that are known", structure.rounds("known", 1, seed))
+    show("accidental damage", damage.accidents(arguments.damages * 3 // 4, seed))
+    show("false manifests", damage.falsehoods(arguments.damages // 4, seed))
+    show("known hostile inputs", structure.rounds("known", 1, seed))
     for format in FORMATS:
         show(f"hostile inputs, {format}", structure.rounds(format, arguments.structures, seed))
     with tempfile.TemporaryDirectory() as folder:
         with seaweedfs(Path(folder)) as server:
             mixed = Faults(reset=0.02, truncate=0.02, slow_down=0.2, latency_s=0.002, seed=seed)
             for client in faults.CLIENTS:
-                show(f"faults of the network, by {client}", faults.rounds(arguments.faults, server, mixed, client))
+                show(f"network faults, {client}", faults.rounds(arguments.faults, server, mixed, client))
         with RankPool() as pool:
-            show("saves killed", kills.rounds(arguments.kills, seed, Path(folder, "killed"), pool))
+            show("killed saves", kills.rounds(arguments.kills, seed, Path(folder, "killed"), pool))
 
 
 def show(what: str, ended: collections.Counter[str]) -> None:

@@ -1,8 +1,8 @@
-"""Damage of every kind to a saved checkpoint: whatever is done to it, a load gives the right values, or an error.
+"""Damage a saved checkpoint in many ways. A load must return the right values or raise an error.
 
-Two kinds. Accidents (bytes flipped, cut, swapped, objects replaced): no wrong value may pass. And malice: a manifest
-that was changed and sealed again with a right checksum, whose values nobody can vouch for; it must not crash the
-reader, nor make it take memory that neither the manifest nor the tensors justify.
+There are two kinds. Accidents: bytes are flipped, truncated or swapped, or objects are replaced. No load may return a
+wrong value. Falsehoods: a manifest is changed and gets a right checksum. Its values can be anything, but it must not
+crash the reader or make it allocate memory that neither the manifest nor the tensors justify.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from reshard.storage.writing import object_layout
 
 Content = dict[str, bytes]
 MAX_MEMORY = 64 * 1024 * 1024
-"""More than a load of the small checkpoint takes, and what one decoded chunk may."""
+"""The memory limit: more than a load of the small checkpoint and one decoded chunk take."""
 
 
 def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
-    """A small checkpoint of several dtypes and data objects, and what was saved."""
+    """Return a small checkpoint with several dtypes and data objects, and the saved state."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Any] = {
         "w": torch.randn(120, 300, generator=generator),
@@ -56,7 +56,7 @@ def checkpoint(codec: str, seed: int) -> tuple[Content, dict[str, Any]]:
 
 
 def outcome(content: Content, state: dict[str, Any]) -> str:
-    """ "right", or the name of reshard's error. Raises AssertionError for wrong values, and whatever else comes."""
+    """Load it. Return "right" or the class name of reshard's error. Raise AssertionError for a wrong value."""
     store = MemoryStore()
     store.content = content
     loaded: dict[str, Any] = {
@@ -72,12 +72,12 @@ def outcome(content: Content, state: dict[str, Any]) -> str:
             checkpoint.read_value(name)
         assert checkpoint.verify() == []
     except reshard.errors.RankError as error:
-        raise AssertionError("what is not of reshard was raised") from error
+        raise AssertionError("an exception that is not one of reshard's was raised") from error
     except reshard.errors.CheckpointError as error:
         return type(error).__name__
     for name, value in state.items():
         same = loaded[name].equal(value) if isinstance(value, torch.Tensor) else loaded[name] == value
-        assert same, f"{name} is wrong, and nothing said so"
+        assert same, f"{name} is wrong, and no error was raised"
     return "right"
 
 
@@ -104,7 +104,7 @@ def grow(rng: random.Random, content: Content, other: Content) -> None:
 
 
 def blank(rng: random.Random, content: Content, other: Content) -> None:
-    """A page of zeros, as a disk that lost power leaves."""
+    """Replace a page by zeros, as after a power failure."""
     name = rng.choice(list(content))
     at = rng.randrange(len(content[name]))
     size = min(rng.choice((512, 4096)), len(content[name]) - at)
@@ -138,17 +138,17 @@ def drop(rng: random.Random, content: Content, other: Content) -> None:
 
 
 def foreign_data(rng: random.Random, content: Content, other: Content) -> None:
-    """The data of another checkpoint, under this one's name."""
+    """Replace a data object by one of another checkpoint."""
     content[rng.choice(data_of(content))] = other[rng.choice(data_of(other))]
 
 
 def foreign_manifest(rng: random.Random, content: Content, other: Content) -> None:
-    """The manifest of an older save, whose data is gone."""
+    """Replace the manifest by that of another save, whose data is missing."""
     content[MANIFEST_NAME] = other[MANIFEST_NAME]
 
 
 def swap_objects(rng: random.Random, content: Content, other: Content) -> None:
-    """Two objects, each under the other's name; the manifest may be one of them."""
+    """Swap two objects. One of them may be the manifest."""
     a, b = rng.sample(list(content), 2)
     content[a], content[b] = content[b], content[a]
 
@@ -158,8 +158,8 @@ ACCIDENTS: list[Callable[[random.Random, Content, Content], None]] = [
 ]  # fmt: skip
 
 
-def lie(rng: random.Random, manifest: bytes) -> bytes:
-    """A manifest that claims something else, sealed again with a right checksum."""
+def falsify(rng: random.Random, manifest: bytes) -> bytes:
+    """Return a manifest with changed values and a right checksum."""
     _, version, length, _ = struct.unpack_from("<8sIIQ", manifest)
     header = json.loads(manifest[32 : 32 + length])
     columns = bytearray(manifest[32 + length :])
@@ -178,22 +178,38 @@ def lie(rng: random.Random, manifest: bytes) -> bytes:
 
 
 def _change(rng: random.Random, header: dict[str, Any]) -> None:
-    """Put something else in some place of a header."""
-    place: Any = header[rng.choice(("entries", "objects", "blocks", "entries"))]
+    """Replace a value somewhere in a header."""
+    container: Any = header[rng.choice(("entries", "objects", "blocks", "entries"))]
     while True:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        if isinstance(place[key], (list, dict)) and place[key] and rng.random() < 0.9:
-            place = place[key]
+        key = rng.choice(list(container) if isinstance(container, dict) else range(len(container)))
+        if isinstance(container[key], (list, dict)) and container[key] and rng.random() < 0.9:
+            container = container[key]
             continue
-        place[key] = rng.choice(WILD)
+        container[key] = rng.choice(HOSTILE_VALUES)
         return
 
 
-WILD: tuple[Any, ...] = (0, 1, -1, 2**31, 2**63, 2**70, 1.5, float("inf"), None, "", "x" * 50, "../x", [], {}, True)
+HOSTILE_VALUES: tuple[Any, ...] = (
+    0,
+    1,
+    -1,
+    2**31,
+    2**63,
+    2**70,
+    1.5,
+    float("inf"),
+    None,
+    "",
+    "x" * 50,
+    "../x",
+    [],
+    {},
+    True,
+)
 
 
 def accidents(count: int, seed: int) -> collections.Counter[str]:
-    """Do `count` accidents, and count how each ended. Raises AssertionError where a wrong value passed."""
+    """Load after `count` accidents, and count how the loads ended. Raise AssertionError for a wrong value."""
     rng = random.Random(seed)
     ended: collections.Counter[str] = collections.Counter()
     saved = {codec: (checkpoint(codec, 1), checkpoint(codec, 2)) for codec in ("zstd", "none")}
@@ -205,8 +221,8 @@ def accidents(count: int, seed: int) -> collections.Counter[str]:
     return ended
 
 
-def lies(count: int, seed: int) -> collections.Counter[str]:
-    """Load by `count` manifests that lie. Raises AssertionError where memory was taken on their word."""
+def falsehoods(count: int, seed: int) -> collections.Counter[str]:
+    """Load with `count` false manifests, and count how the loads ended. Raise AssertionError for too much memory."""
     rng = random.Random(seed)
     ended: collections.Counter[str] = collections.Counter()
     saved = {codec: checkpoint(codec, 1) for codec in ("zstd", "none")}
@@ -216,10 +232,10 @@ def lies(count: int, seed: int) -> collections.Counter[str]:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
         try:
-            ended[outcome({**content, MANIFEST_NAME: lie(rng, content[MANIFEST_NAME])}, state)] += 1
+            ended[outcome({**content, MANIFEST_NAME: falsify(rng, content[MANIFEST_NAME])}, state)] += 1
         except AssertionError:
             ended["other values"] += 1
         taken = tracemalloc.get_traced_memory()[1] - before
-        assert taken < MAX_MEMORY, f"a lie took {taken} bytes"
+        assert taken < MAX_MEMORY, f"a false manifest took {taken} bytes"
     tracemalloc.stop()
     return ended

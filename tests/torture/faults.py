@@ -1,4 +1,4 @@
-"""Saves and loads through a network that fails: all come to the right values, by trying again."""
+"""Saves and loads through a faulty network: retries lead to the right values."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ CLIENTS = ("obstore", "s3fs")
 
 
 def state(value: float) -> dict[str, Any]:
-    """40 tensors, 800 kB: an answer is of a dozen pieces, each of which may be cut short."""
+    """Return 40 tensors of 800 kB in total. An answer has a dozen pieces, and each may be truncated."""
     return {f"layers.{i}.w": torch.full((100, 50), value + i) for i in range(40)}
 
 
 def through(server: Server, endpoint: str) -> dict[str, Any]:
-    """storage_options that lead through another endpoint, by a client and connections of their own."""
+    """Return storage_options for another endpoint, with a new client and new connections."""
     return {**server.through(endpoint).options, "skip_instance_cache": True}
 
 
 def by_client(client: str, options: dict[str, Any]) -> dict[str, Any]:
-    """storage_options for one of the clients: s3fs takes what obstore does not understand."""
+    """Return storage_options that select a client. For s3fs they contain an option that obstore does not support."""
     return {**options, "config_kwargs": {"max_pool_connections": 32}} if client == "s3fs" else options
 
 
 def rounds(count: int, server: Server, faults: Faults, client: str) -> collections.Counter[str]:
-    """Save, load and verify `count` times through a proxy, and count the faults that were met.
+    """Save, load and verify `count` times through a proxy, and return the number of faults of each kind.
 
-    Raises AssertionError where a value is wrong, and the error where a call fails.
+    Raises:
+        AssertionError: A loaded value is wrong.
+        CheckpointError: A call fails.
     """
     saved = state(1)
     with proxied(server.endpoint, faults) as (endpoint, proxy):

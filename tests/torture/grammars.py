@@ -1,7 +1,7 @@
-"""Generators of hostile inputs: pickles, zips, JSON and headers, by grammars with shared references.
+"""Generate hostile pickles, zips, JSON and headers from grammars with shared references.
 
-What is generated is nearly valid, so that it gets far into a reader. Most of it repeats a small pattern many times,
-each time on what the last one made: that is what makes a few bytes take exponential time or memory.
+The inputs are nearly valid, so that they get far into a reader. Many repeat a small pattern, each time on the previous
+result: this is how a few bytes can take exponential time or memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TORCH = (
     "torch._utils _rebuild_parameter_with_state", "torch.serialization _get_layout", "torch.nn.parameter Parameter",
     "torch._utils _rebuild_device_tensor_from_cpu_tensor", "os system", "builtins eval",
 )  # fmt: skip
-"""What a torch.save file may name, and some that it may not."""
+"""Classes and functions that a torch.save file may name, and some that it may not name."""
 HOME = "torch.distributed.checkpoint.metadata"
 DCP = (
     f"{HOME} Metadata", f"{HOME} TensorStorageMetadata", f"{HOME} BytesStorageMetadata", f"{HOME} MetadataIndex",
@@ -45,7 +45,7 @@ DCP = (
 
 
 def saved(value: Any) -> bytes:
-    """What torch.save writes."""
+    """Return the bytes that torch.save writes for a value."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -53,22 +53,25 @@ def saved(value: Any) -> bytes:
 
 SLICE = saved(torch.arange(16.0).reshape(4, 4))
 SLICES = SLICE + saved({"a": [1, 2]})
-"""A file of DCP: a tensor of (4, 4), and an object."""
+"""A data file of DCP: a (4, 4) tensor and a value."""
 
 
 class Pickles:
-    """A grammar of pickles."""
+    """A grammar of pickles.
+
+    Each method returns the opcodes that build a value. Names are those of classes and functions.
+    """
 
     def __init__(self, rng: random.Random, names: tuple[str, ...], *, protocol: int) -> None:
         self._rng = rng
         self._names = names
         self._protocol = protocol
         self._memo = 0
-        self._lies = rng.choice((0.0, 0.005, 0.03))
-        """How often something else stands for what is due."""
+        self._swap_rate = rng.choice((0.0, 0.005, 0.03))
+        """The probability that another value replaces the right one."""
 
     def document(self, made: Callable[[], bytes] | None = None) -> bytes:
-        """A pickle of a few values, and chains of some; `made` gives the one that counts."""
+        """Return a pickle of a few values and chains. Its result is that of `made`."""
         self._memo = 0
         body = b"".join(self.stored(self.value(2)) for _ in range(self._rng.randint(1, 3)))
         for _ in range(self._rng.choice((0, 0, 1, 1, 2))):
@@ -77,24 +80,24 @@ class Pickles:
         return b"\x80" + bytes([self._protocol]) + body + end + b"."
 
     def mostly(self, honest: bytes) -> bytes:
-        """A value, or at times something else in its place."""
+        """Return the opcodes of a value, or sometimes of another value instead."""
         roll = self._rng.random()
-        if roll < self._lies:
+        if roll < self._swap_rate:
             return self.get(self._rng.randrange(self._memo))
-        return self.value(1) if roll < 1.5 * self._lies else honest
+        return self.value(1) if roll < 1.5 * self._swap_rate else honest
 
     def object(self, name: str, state: dict[str, bytes]) -> bytes:
-        """An object of a class with attributes."""
+        """Build an instance of a class with attributes."""
         module, _, of = name.partition(" ")
         items = b"".join(self.word(key) + self.mostly(value) for key, value in state.items())
         return b"c" + module.encode() + b"\n" + of.encode() + b"\n)\x81}(" + items + b"ub"
 
     def sizes(self, *numbers: int) -> bytes:
-        """A torch.Size."""
+        """Build a torch.Size."""
         return b"ctorch\nSize\n((" + b"".join(self.mostly(self.number(n)) for n in numbers) + b"ttR"
 
     def metadata(self) -> bytes:
-        """The metadata of DCP: some tensors of (4, 4) and an object."""
+        """Build the metadata of DCP, with some (4, 4) tensors and a value."""
         rng = self._rng
         names = [f"w{i}" for i in range(rng.choice((1, 2, 10)))]
         before = self.stored(b"](" + b"".join(self.chunk() for _ in range(rng.choice((1, 1, 100)))) + b"e")
@@ -112,7 +115,7 @@ class Pickles:
         of_file = {"relative_path": self.word("__0_0.distcp"), "transform_descriptors": b"N"}
         slice = {**of_file, "offset": self.number(0), "length": self.number(len(SLICE))}
         blob = {**of_file, "offset": self.number(len(SLICE)), "length": self.number(len(SLICES) - len(SLICE))}
-        places = b"".join(
+        stored = b"".join(
             self.object(
                 DCP[3], {"fqn": self.word(name), "offset": b"N" if name == "o" else self.sizes(0, 0), "index": b"N"}
             )
@@ -127,33 +130,33 @@ class Pickles:
             {
                 "state_dict_metadata": self.dictionary(entries),
                 "planner_data": self.dictionary(paths),
-                "storage_data": b"}(" + places + b"u",
+                "storage_data": b"}(" + stored + b"u",
             },
         )
 
     def chunk(self) -> bytes:
-        """A shard."""
+        """Build the metadata of a shard."""
         return self.object(DCP[4], {"offsets": self.sizes(0, 0), "sizes": self.sizes(4, 4)})
 
     def state_dict(self) -> bytes:
-        """A state dict of tensors of four float32, and other values."""
+        """Build a state dict of tensors with four float32 values, and other values."""
         values = {f"w{i}": self.tensor(i) for i in range(self._rng.choice((1, 2, 3)))}
         values |= {f"o{i}": self.value(2) for i in range(2)} | {"last": self.get(self._rng.randrange(self._memo))}
         return self.dictionary(values)
 
     def tensor(self, key: int) -> bytes:
-        """A tensor of four float32."""
+        """Build a tensor with four float32 values."""
         pid = [self.word("storage"), b"ctorch\nFloatStorage\n", self.word(str(key)), self.word("cpu"), self.number(4)]
         storage = b"(" + b"".join(map(self.mostly, pid)) + b"tQ"
         parts = [storage, self.number(0), b"(K\4t", b"(K\1t", b"\x89", b"ccollections\nOrderedDict\n)R"]
         return b"ctorch._utils\n_rebuild_tensor_v2\n(" + b"".join(map(self.mostly, parts)) + b"tR"
 
     def dictionary(self, values: dict[str, bytes]) -> bytes:
-        """A dict."""
+        """Build a dict."""
         return b"}(" + b"".join(self.word(key) + self.mostly(value) for key, value in values.items()) + b"u"
 
     def chain(self, length: int) -> bytes:
-        """A pattern, again and again, each time of what it made last."""
+        """Repeat a pattern, each time on its previous result."""
         made = self.stored(self.value(1))
         shape = self._rng.randrange(8)
         called = self.name()
@@ -165,7 +168,7 @@ class Pickles:
         return made
 
     def combined(self, parts: list[bytes], shape: int, called: bytes) -> bytes:
-        """A value of some others."""
+        """Combine values into one."""
         if shape == 0:
             return b"(" + b"".join(parts) + b"t"
         if shape == 1:
@@ -213,7 +216,7 @@ class Pickles:
         return b"}(" + b"".join(self.text() + part for part in parts) + b"u"
 
     def stored(self, value: bytes) -> bytes:
-        """A value that later ones can refer to. It stays on the stack."""
+        """Store a value in the memo, so that later values can refer to it. It stays on the stack."""
         self._memo += 1
         return value + b"r" + struct.pack("<I", self._memo - 1)
 
@@ -233,7 +236,7 @@ class Pickles:
         return self.word(text + rng.choice(("", str(rng.randrange(100)))))
 
     def word(self, text: str) -> bytes:
-        """A string."""
+        """Build a string."""
         data = text.encode()
         return b"X" + struct.pack("<I", len(data)) + data
 
@@ -243,7 +246,7 @@ class Pickles:
 
 
 def mutated(rng: random.Random, data: bytes, *, in_place: bool = False) -> bytes:
-    """Some bytes changed; if not only `in_place`, cut, moved, or repeated many times too."""
+    """Change some bytes. Unless `in_place`, some parts may also be cut, moved or repeated many times."""
     made = bytearray(data)
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
         at = rng.randrange(len(made) + 1)
@@ -267,7 +270,7 @@ def mutated(rng: random.Random, data: bytes, *, in_place: bool = False) -> bytes
 
 
 def torch_zip(rng: random.Random, pickled: bytes) -> bytes:
-    """A zip as torch.save writes it, most often; else one that lies."""
+    """Return a zip like those of torch.save, or sometimes one with false records."""
     out = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if rng.random() < 0.05 else zipfile.ZIP_STORED
     with zipfile.ZipFile(out, "w", method) as archive:
@@ -297,7 +300,7 @@ def torch_zip(rng: random.Random, pickled: bytes) -> bytes:
 
 
 def two_directories(rng: random.Random, hidden: bytes) -> bytes:
-    """A zip of which readers see different records: Python's the last directory, others the one that the end names."""
+    """Return a zip with two directories. Python reads the last one, others the one that the end record names."""
 
     def local(name: bytes, content: bytes) -> bytes:
         sizes = (zlib.crc32(content), len(content), len(content), len(name), 0)
@@ -320,7 +323,7 @@ def two_directories(rng: random.Random, hidden: bytes) -> bytes:
 
 
 def torch_file(rng: random.Random) -> Content:
-    """A torch.save file."""
+    """Return a torch.save file."""
     if rng.random() < 0.3:
         honest = saved({"w": torch.arange(6.0), "o": {"a": [1, 2]}, "b": bytearray(9), "s": {1, 2}})
         return {"model.pt": mutated(rng, honest, in_place=rng.random() < 0.8)}
@@ -330,7 +333,7 @@ def torch_file(rng: random.Random) -> Content:
 
 
 def dcp_metadata(rng: random.Random) -> Content:
-    """A checkpoint of DCP."""
+    """Return a checkpoint of DCP."""
     grammar = Pickles(rng, DCP, protocol=rng.choice((2, 4, 5)))
     data = grammar.document(grammar.metadata if rng.random() < 0.8 else None)
     return {".metadata": mutated(rng, data) if rng.random() < 0.15 else data, "__0_0.distcp": SLICES}
@@ -345,7 +348,7 @@ WORDS = (
 
 
 def json_value(rng: random.Random, levels: int) -> Any:
-    """A value of JSON, with the words of plain data."""
+    """Return a value for JSON, with the keywords of plain data."""
     kind = rng.randrange(12 if levels else 5)
     if kind < 5:
         return rng.choice((None, True, 1.5, "", "a", "float32", "AAAA", "<f4", "|O", "2020-01-01", "x" * 999, *NUMBERS))
@@ -361,14 +364,14 @@ def json_value(rng: random.Random, levels: int) -> Any:
 
 
 def nested(rng: random.Random) -> str:
-    """The text of deeply nested JSON."""
+    """Return deeply nested JSON text."""
     depth = rng.choice((10, 100, 500, 5000, 50_000))
     begin, end = rng.choice((("[", "]"), ('{"$tuple":[', "]}"), ('{"$dict":[[', ",0]]}"), ('{"a":', "}")))
     return begin * depth + "1" + end * depth
 
 
 def objects(rng: random.Random) -> Content:
-    """A native checkpoint of one object, whose bytes are hostile."""
+    """Return a native checkpoint with one value, whose stored bytes are hostile."""
     store = MemoryStore()
     kind = rng.randrange(3)
     if kind == 0:
@@ -383,7 +386,7 @@ def objects(rng: random.Random) -> Content:
 
 
 def with_object(content: Content, data: bytes) -> Content:
-    """The checkpoint, with other bytes of its one object, and checksums that are right."""
+    """Replace the stored bytes of the only value of a checkpoint, with right checksums."""
     header, _ = read_manifest(content["manifest.reshard"])
     [name] = [name for name in content if name != "manifest.reshard"]
     store = MemoryStore()
@@ -398,20 +401,20 @@ def with_object(content: Content, data: bytes) -> Content:
 
 
 def read_manifest(manifest: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header, and the blocks."""
+    """Return the header and the blocks of a manifest."""
     length = struct.unpack_from("<8sIIQ", manifest)[2]
     return json.loads(manifest[32 : 32 + length]), manifest[32 + length :]
 
 
 def written_manifest(header: Any, blocks: bytes) -> bytes:
-    """A manifest with right checksums of its header."""
+    """Return a manifest with a right checksum of its header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     prefix = struct.pack("<8sIIQ", b"RESHARD\n", 4, len(text), 32 + len(text) + len(blocks))
     return prefix + struct.pack("<Q", checksum(prefix + text)) + text + blocks
 
 
 def manifest(rng: random.Random) -> Content:
-    """A native checkpoint whose manifest is hostile."""
+    """Return a native checkpoint whose manifest is hostile."""
     store = MemoryStore()
     state = {"w": torch.arange(12.0).reshape(3, 4), "e": torch.empty(0, 3), "l": {"s": [torch.ones(2)]}, "o": {"a": 1}}
     reshard.save(state, store, codec=rng.choice(("none", "zstd")))
@@ -429,24 +432,24 @@ def manifest(rng: random.Random) -> Content:
 
 
 def _change_header(rng: random.Random, header: dict[str, Any]) -> None:
-    place: Any = header
+    container: Any = header
     while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        keys = list(container) if isinstance(container, dict) else list(range(len(container)))
         if not keys:
             return
         key = rng.choice(keys)
-        if isinstance(place[key], (list, dict)) and place[key] and rng.random() < 0.85:
-            place = place[key]
+        if isinstance(container[key], (list, dict)) and container[key] and rng.random() < 0.85:
+            container = container[key]
             continue
-        if isinstance(place, list) and rng.random() < 0.2:
-            place += [place[key]] * rng.choice((1, 100, 3000))
+        if isinstance(container, list) and rng.random() < 0.2:
+            container += [container[key]] * rng.choice((1, 100, 3000))
         else:
-            place[key] = rng.choice((*NUMBERS, "x", "../x", "a" * 3000, None, {"key": json_value(rng, 2)}, []))
+            container[key] = rng.choice((*NUMBERS, "x", "../x", "a" * 3000, None, {"key": json_value(rng, 2)}, []))
         return
 
 
 def safetensors(rng: random.Random) -> Content:
-    """A safetensors file, and an index beside it at times."""
+    """Return a safetensors file, sometimes with an index."""
     tensors: dict[str, Any] = {}
     at = 0
     for i in range(rng.choice((0, 1, 2, 3, 300))):

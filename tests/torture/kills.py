@@ -1,8 +1,8 @@
-"""Ranks killed (SIGKILL) at random moments of a save: the place holds the old checkpoint whole, or the new one.
+"""Ranks are killed with SIGKILL at random moments of a save. The old or the new checkpoint must be complete.
 
-Each round overwrites a checkpoint with another one, from three real ranks, and kills one of them, all, or the
-coordinator around the commit; at a call of its store, or by the clock. Then what is there must verify, be of one save,
-and be overwritten by the next.
+In each round, three real ranks overwrite a checkpoint. One of them, all of them, or the coordinator around the commit
+is killed, at a call of its store or after a random time. The checkpoint must then verify, be the result of a single
+save, and be overwritten by the next round.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tests.ranks import RankFailed, RankPool
 RANKS = 3
 SHAPE = (96, 4096)
 CALLS = 40
-"""About as many calls as a rank makes of its store in a save."""
+"""The approximate number of store calls of a rank in a save."""
 
 
 def save_and_die(folder: str, value: float, kills: dict[int, tuple[str, int]]) -> None:
-    """Save on this rank, which kills itself at the nth call of a method ("any" counts all) if `kills` names it."""
+    """Save on this rank. If `kills` has it, it kills itself at the nth call of a method ("any": of any method)."""
     method, left = kills.get(dist.get_rank(), ("none", 0))
 
     def before(call: Call) -> None:
@@ -51,8 +51,8 @@ def save_and_die(folder: str, value: float, kills: dict[int, tuple[str, int]]) -
     reshard.save(state, RecordingStore(LocalStore(folder), before), codec="none", overwrite=True)
 
 
-def what_is_there(folder: Path) -> float:
-    """The value that the checkpoint holds throughout. Raises AssertionError where it is not whole."""
+def saved_value(folder: Path) -> float:
+    """Return the value of all tensors of the checkpoint. Raise AssertionError if it is not complete."""
     checkpoint = reshard.open(folder)
     assert checkpoint.verify() == []
     values = {float(value) for name in checkpoint.tensors for value in checkpoint.read(name).unique()}
@@ -62,6 +62,7 @@ def what_is_there(folder: Path) -> float:
 
 
 def how_to_kill(rng: random.Random) -> dict[int, tuple[str, int]]:
+    """Draw the ranks to kill, and at which call of which method."""
     kind = rng.choice(("one", "all", "before the commit", "after the commit"))
     if kind == "one":
         return {rng.randrange(RANKS): ("any", rng.randrange(CALLS))}
@@ -71,7 +72,7 @@ def how_to_kill(rng: random.Random) -> dict[int, tuple[str, int]]:
 
 
 def rounds(count: int, seed: int, folder: Path, pool: RankPool) -> collections.Counter[str]:
-    """Kill `count` saves, and count what was there after each. Raises AssertionError where it was not whole."""
+    """Kill `count` saves, and count which checkpoint was left. Raise AssertionError if one was not complete."""
     rng = random.Random(seed)
     ended: collections.Counter[str] = collections.Counter()
     pool.run(RANKS, save_and_die, str(folder), 1.0, {})
@@ -90,16 +91,16 @@ def rounds(count: int, seed: int, folder: Path, pool: RankPool) -> collections.C
             failure = str(failed)
         finally:
             timer.cancel()
-        # (The clock may kill a rank before it has joined the group, where the others wait for it by torch's own rules.)
-        assert by_clock or "did not answer" not in failure, "a rank that lives waits for one that is dead"
+        # The timer may kill a rank before it has joined the group; torch then waits for it on the other ranks.
+        assert by_clock or "did not answer" not in failure, "a live rank waits for a dead one"
         finished = not failure
-        found = what_is_there(folder)
+        found = saved_value(folder)
         assert found == new if finished else found in (old, new), f"round {number}: {found} after saving {new}"
         if 0 in kills and kills[0][0] in ("put", "delete"):
             assert found == (old if kills[0][0] == "put" else new)
         ended["finished" if finished else "new" if found == new else "old"] += 1
         old = found
-    pool.close()  # the clock may have killed a rank that had finished
+    pool.close()  # the timer may have killed a rank that had finished
     pool.run(RANKS, save_and_die, str(folder), 0.0, {})
-    assert what_is_there(folder) == 0.0
+    assert saved_value(folder) == 0.0
     return ended

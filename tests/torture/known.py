@@ -1,4 +1,4 @@
-"""Hostile inputs that are known to have hung or crashed a reader, or taken its memory, and others of their kinds."""
+"""Hostile inputs that have hung or crashed a reader or exhausted its memory, and similar inputs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tests.torture.grammars import (
 
 CORRUPT = {"CorruptCheckpointError"}
 GROUPS: list[tuple[Callable[[], dict[str, Content]], set[str]]] = []
-"""What makes inputs by name, and how reading each of them may end."""
+"""Functions that return inputs by name, and the allowed ends of reading them."""
 Make = Callable[[], dict[str, Content]]
 
 
 def known(*ends: str) -> Callable[[Make], Make]:
-    """Add the inputs that a function returns, which end so; by default by CorruptCheckpointError."""
+    """Register a function that returns inputs. `ends` are the allowed ends; the default is CorruptCheckpointError."""
 
     def add(make: Make) -> Make:
         GROUPS.append((make, set(ends) or CORRUPT))
@@ -61,21 +61,21 @@ def zipped(pickled: bytes, method: int = zipfile.ZIP_STORED, before: bytes = b""
 
 
 def as_object(data: bytes) -> Content:
-    """A native checkpoint with an object of these bytes, which torch.save should have written."""
+    """Return a native checkpoint with a value stored as these bytes, as if torch.save had written them."""
     store = MemoryStore()
     reshard.save({"o": {torch.float32: {1, 2}, "a": Metadata}}, store, codec="none")
     return with_object(store.content, data)
 
 
 def json_object(value: str) -> Content:
-    """A native checkpoint with an object of this JSON."""
+    """Return a native checkpoint with a value stored as this JSON."""
     store = MemoryStore()
     reshard.save({"o": 1}, store, codec="none")
     return with_object(store.content, value.encode())
 
 
 def everywhere(name: str, pickled: bytes) -> dict[str, Content]:
-    """A pickle in a torch.save file, and in an object of a native checkpoint."""
+    """Return a torch.save file with a pickle, and a native checkpoint with a value of that pickle."""
     return {f"{name}, file": {"m.pt": zipped(pickled)}, f"{name}, object": as_object(zipped(pickled))}
 
 
@@ -92,7 +92,7 @@ def put(number: int) -> bytes:
 
 
 def chain(first: bytes, step: Callable[[bytes], bytes], length: int) -> bytes:
-    """Values numbered from 0 on, each made of the one before."""
+    """Build values that are numbered from 0, each from the previous one."""
     return first + put(0) + b"".join(step(get(i)) + put(i + 1) for i in range(length))
 
 
@@ -114,7 +114,7 @@ P2 = b"\x80\x02"
 
 
 @known()
-def zips_of_which_readers_see_different_records() -> dict[str, Content]:
+def zips_whose_readers_see_different_records() -> dict[str, Content]:
     import random
 
     deep = P2 + b")" + b"\x85" * 1_000_000 + put(0) + b"}" + get(0) + b"Ns."
@@ -137,7 +137,7 @@ def zips_of_which_readers_see_different_records() -> dict[str, Content]:
 
 
 @known()
-def tuples_that_are_hashed_again_and_again() -> dict[str, Content]:
+def tuples_that_are_hashed_repeatedly() -> dict[str, Content]:
     keys = {
         "pairs": PAIRS + b"}" + get(40) + b"Ns.",
         "triples": TRIPLES + b"}" + get(40) + b"Ns.",
@@ -171,7 +171,7 @@ def keys_that_collide() -> dict[str, Content]:
 
 
 def colliding_pairs(count: int) -> list[tuple[int, int]]:
-    """Pairs of integers that all have one hash as tuples, by the xxHash that CPython 3.8 and later use for them."""
+    """Return pairs of integers that all have the same hash as tuples, by the xxHash of CPython 3.8 and later."""
     prime_1, prime_2, prime_5 = 11400714785074694791, 14029467366897019727, 2870177450012600261
     mask = 2**64 - 1
     inverse = pow(prime_2, -1, 2**64)
@@ -207,7 +207,7 @@ def tuples_that_collide() -> dict[str, Content]:
 
 
 @known()
-def values_that_are_copied_again_and_again() -> dict[str, Content]:
+def values_that_are_copied_repeatedly() -> dict[str, Content]:
     layout, size, ordered = glob("torch.serialization _get_layout"), glob("torch Size"), glob("collections OrderedDict")
     long_list = b"](" + b"N" * 50_000 + b"e" + put(0)
     long_tuple = b"(" + b"K\1" * 50_000 + b"t" + put(0)
@@ -256,7 +256,7 @@ def memory_for_a_number() -> dict[str, Content]:
 
 
 @known("CorruptCheckpointError", "UnsafeValueError", "UnsupportedFormatError")
-def calls_with_what_is_no_tuple() -> dict[str, Content]:
+def calls_with_arguments_that_are_not_a_tuple() -> dict[str, Content]:
     number = b"\x8a\x05" + (2**33).to_bytes(5, "little")
     found: dict[str, Content] = {}
     arguments = {
@@ -299,9 +299,9 @@ def attributes_that_hide_methods() -> dict[str, Content]:
 
 
 @known("CorruptCheckpointError")
-def long_words_that_many_names_share() -> dict[str, Content]:
+def long_keys_that_many_names_share() -> dict[str, Content]:
     grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
-    grammar._lies = 0
+    grammar._swap_rate = 0
     honest = grammar.metadata() + b"."
     word = text("x" * 300_000)
     return {"a dtype": metadata(P2 + honest.replace(b"(ctorch\nfloat32\n", b"(" + word))}
@@ -310,7 +310,7 @@ def long_words_that_many_names_share() -> dict[str, Content]:
 @known("CorruptCheckpointError")
 def typed_paths_of_lists_that_are_shared() -> dict[str, Content]:
     grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
-    grammar._lies = 0
+    grammar._swap_rate = 0
     honest = grammar.metadata().replace(b"r\x00\x00\x00\x00", b"q\xc8").replace(b"h\x00", b"h\xc8")
     paths = b"}" + text("w0") + b"]}" + text("key") + get(40) + b"sas"
     hostile = honest.replace(
@@ -333,7 +333,7 @@ def many_files_of_shared_lists() -> dict[str, Content]:
 @known("CorruptCheckpointError", "read")
 def messages_that_show_values_at_length() -> dict[str, Content]:
     grammar = Pickles(__import__("random").Random(0), DCP, protocol=2)
-    grammar._lies = 0
+    grammar._swap_rate = 0
     made = P2 + LISTS + put(0)
     honest = grammar.metadata().replace(b"r\x00\x00\x00\x00", b"q\xc8").replace(b"h\x00", b"h\xc8")
     honest += b"."
@@ -380,7 +380,7 @@ def shared_containers_that_torch_reads() -> dict[str, Content]:
 
 
 @known("CorruptCheckpointError", "UnsafeValueError")
-def pickles_that_change_what_stands_for_a_function() -> dict[str, Content]:
+def pickles_that_change_a_stand_in_for_a_function() -> dict[str, Content]:
     states = (b"N}" + text("__defaults__") + text("x") + b"\x85s\x86", b"}" + text("of") + text("x") + b"s")
     return {
         f"{name} {i}": metadata(P2 + glob(name) + state + b"b.")
@@ -390,7 +390,7 @@ def pickles_that_change_what_stands_for_a_function() -> dict[str, Content]:
 
 
 def bricks(rows: int, columns: int) -> bytes:
-    """A manifest of one tensor whose shards lie like bricks."""
+    """Return a manifest of one tensor whose shards are arranged like bricks."""
     offsets, sizes = [], []
     for row in range(rows):
         begins = [0, *range(1 + row % 2, columns, 2), columns]
@@ -436,7 +436,7 @@ def json_that_takes_quadratic_time() -> dict[str, Content]:
 
 
 @known()
-def json_of_words_that_no_save_writes() -> dict[str, Content]:
+def json_with_keywords_that_no_save_writes() -> dict[str, Content]:
     words = {
         "object array": {"$array": ["|O", [1], "AAAAAAAA"]},
         "structured array": {"$array": [[["a", "<f4"]], [1], "AAAAAA=="]},
@@ -460,7 +460,7 @@ def json_of_words_that_no_save_writes() -> dict[str, Content]:
 
 
 @known()
-def objects_that_claim_too_much() -> dict[str, Content]:
+def stored_values_that_claim_too_much() -> dict[str, Content]:
     store = MemoryStore()
     values = torch.zeros(40 * 2**20, dtype=torch.uint8)
     reshard.save({"o": values}, store, codec="zstd")
@@ -471,7 +471,7 @@ def objects_that_claim_too_much() -> dict[str, Content]:
 
 
 def _on_each_other(header: dict[str, Any], blocks: bytes) -> bytes:
-    """The blocks, with all segments at one byte of the object."""
+    """Return the blocks, with all segments at the same byte of the object."""
     from reshard.storage.runtime.checksums import checksum
 
     segments, extents = header["blocks"][0][1:3]
@@ -514,7 +514,7 @@ def shapes_whose_strides_overflow() -> dict[str, Content]:
 
 
 @known()
-def names_of_files_that_say_how_many_there_are() -> dict[str, Content]:
+def file_names_that_claim_how_many_there_are() -> dict[str, Content]:
     text = b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
     file = len(text).to_bytes(8, "little") + text
     return {

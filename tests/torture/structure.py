@@ -1,4 +1,4 @@
-"""Hostile structure: what the grammars generate is opened and read, under a limit of memory and of time."""
+"""Open and read the hostile inputs of the grammars, with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from tests.torture.grammars import FORMATS, Content
 from tests.torture.known import GROUPS
 
 MEMORY_PER_BYTE = 256
-"""Bytes of memory that opening and reading may take for each byte of input, at most."""
+"""The maximum memory that opening and reading may take, per byte of input."""
 FREE_MEMORY = 192 * 1024 * 1024
-"""Bytes of memory that any input may take."""
+"""The memory in bytes that every input may take in addition."""
 MAX_CHARS = 20_000
-"""Of a message."""
-SECONDS = 20.0
-"""How long one input may take, on a busy machine; most take some milliseconds."""
+"""The maximum length of an error message."""
+MAX_S = 20.0
+"""The time limit of one input, on a busy machine. Most inputs take a few milliseconds."""
 
 
 def rounds(format: str, count: int, seed: int) -> collections.Counter[str]:
-    """Read `count` inputs of a format, in processes of their own. Return how each ended.
+    """Read `count` inputs of a format in a separate process, and count how they ended.
 
-    Raises AssertionError for a crash, a hang, an exception that is not of reshard, or too much memory; it names the
-    seed of the input.
+    Raises:
+        AssertionError: An input crashes or hangs the process, takes too much memory, or raises an exception that is
+            not one of reshard's. The message has the seed of the input.
     """
     ended: collections.Counter[str] = collections.Counter()
     command = [sys.executable, "-m", "tests.torture.structure", format, str(seed), str(seed + count)]
@@ -57,12 +58,12 @@ def rounds(format: str, count: int, seed: int) -> collections.Counter[str]:
         process.wait()
         errors.seek(0)
         error = errors.read()
-    assert process.returncode == 0, f"{format}, input {number}: ended by {process.returncode}: {error[-3000:]}"
+    assert process.returncode == 0, f"{format}, input {number}: exit status {process.returncode}: {error[-3000:]}"
     return ended
 
 
 class _Watch:
-    """Kills a process that says nothing for too long."""
+    """Kills a process that prints nothing for too long."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -80,17 +81,17 @@ class _Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        limit = 120.0  # it imports torch first
+        limit = 120.0  # the process imports torch first
         while not self._closed:
             if not self._fed.wait(limit):
                 self._process.kill()
                 return
             self._fed.clear()
-            limit = SECONDS
+            limit = MAX_S
 
 
 def main() -> None:
-    """Read the inputs of some seeds; say how each begins and ends."""
+    """Read the inputs of some seeds, and print the start and the end of each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("format")
     parser.add_argument("first", type=int)
@@ -109,12 +110,12 @@ def main() -> None:
         if taken > FREE_MEMORY + MEMORY_PER_BYTE * nbytes:
             raise AssertionError(f"input {number} of {nbytes} bytes took {taken} bytes of memory")
         if ends and how not in ends:
-            raise AssertionError(f"input {number} ended by {how}, and should by {ends}")
+            raise AssertionError(f"input {number} ended with {how}, expected {ends}")
         print(number, how, flush=True)
 
 
 def inputs(format: str, first: int, last: int) -> Iterator[tuple[str, Content, set[str]]]:
-    """Yield inputs: which it is, the checkpoint, and how it may end, where that is known."""
+    """Yield the name of each input, its checkpoint, and the set of allowed ends, which is empty if any is allowed."""
     if format == "known":
         for make, ends in GROUPS:
             for name, content in make().items():
@@ -125,7 +126,7 @@ def inputs(format: str, first: int, last: int) -> Iterator[tuple[str, Content, s
 
 
 def _peak(*, reset: bool = True) -> int:
-    """The most memory that the process held since the last reset, in bytes; what it holds now, after one."""
+    """Return the peak memory of the process since the last reset, in bytes; with `reset`, reset it to now first."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     line = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
@@ -133,7 +134,7 @@ def _peak(*, reset: bool = True) -> int:
 
 
 def read_all(content: dict[str, bytes]) -> str:
-    """Open a checkpoint and read all of it. Return "read", or the first error of reshard by its class."""
+    """Open a checkpoint and read all of it. Return "read", or the class name of the last error of reshard."""
     store = MemoryStore()
     store.content = content
     opened: list[Any] = []
@@ -150,7 +151,7 @@ def read_all(content: dict[str, bytes]) -> str:
 
 
 def _tried(call: Callable[[], object]) -> str:
-    """Call. Return the class of the error of reshard, empty where there was none; its message may not be long."""
+    """Make a call. Return the class name of its error, or "". Raise AssertionError for a long message."""
     try:
         call()
     except RankError:

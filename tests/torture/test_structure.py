@@ -1,4 +1,4 @@
-"""Hostile structure, in processes of its own under limits of memory and time: a fault fails, and does not hang."""
+"""Hostile inputs are read in separate processes with limits on memory and time, so that a fault cannot hang."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint's own format as the target of a conversion: what `dcp.load` reads without reshard."""
+"""Writes the format of torch.distributed.checkpoint, which `dcp.load` reads without reshard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .target import UnitRecord, WorkUnit, in_pieces
 
 
 class DcpTarget:
-    """Writes a `.distcp` file for each unit, and `.metadata`."""
+    """Writes a `.distcp` file for each unit. `.metadata` commits the checkpoint."""
 
     format = "dcp"
     commits = METADATA
@@ -38,24 +38,23 @@ class DcpTarget:
         return in_pieces(items)
 
     def write(
-        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+        self, store: Store, label: str, unit: WorkUnit, stream: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
         file = f"__{unit.number}_0.distcp"
         store.delete([file])
         slices: list[dict[str, Any]] = []
         at = 0
-        tensors = values.stream(piece for piece in unit.pieces if piece.item.is_tensor)
-        objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
+        tensors = stream.tensors(piece for piece in unit.pieces if piece.item.is_tensor)
+        values = stream.values(piece for piece in unit.pieces if not piece.item.is_tensor)
         with store.create(file) as out:
             for piece in unit.pieces:
                 interrupt()
                 item, box = piece.item, piece.box
                 if item.is_tensor:
-                    data = torch_save(
-                        next(tensors).clone(memory_format=torch.contiguous_format)
-                    )  # not all that it is part of
+                    # torch.save would write the whole storage of a view.
+                    data = torch_save(next(tensors).clone(memory_format=torch.contiguous_format))
                 else:
-                    kind, encoded, value = next(objects)
+                    kind, encoded, value = next(values)
                     data = encoded if kind is Kind.TORCH_SAVE else torch_save(value)
                 out.write(data)
                 slices.append({"name": item.name, "offsets": box.offsets, "sizes": box.sizes, "length": len(data)})
@@ -63,19 +62,19 @@ class DcpTarget:
         return {"files": [file], "bytes": at, "slices": slices}
 
     def commit(
-        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+        self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
         tensors = {item.name for item in items if item.is_tensor}
-        for unit in done:
+        for record in records:
             at = 0
-            for piece in unit["slices"]:
-                name, offsets = piece["name"], torch.Size(piece["offsets"])
+            for shard in record["slices"]:
+                name, offsets = shard["name"], torch.Size(shard["offsets"])
                 index = MetadataIndex(name, offsets) if name in tensors else MetadataIndex(name)
-                chunks.setdefault(name, []).append(ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
-                storage[index] = _StorageInfo(unit["files"][0], at, piece["length"])
-                at += piece["length"]
+                chunks.setdefault(name, []).append(ChunkStorageMetadata(offsets, torch.Size(shard["sizes"])))
+                storage[index] = _StorageInfo(record["files"][0], at, shard["length"])
+                at += shard["length"]
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for item in items:
             if not item.is_tensor:
@@ -87,7 +86,7 @@ class DcpTarget:
             entries[item.name] = TensorStorageMetadata(properties, shape, chunks.get(item.name, [empty]))
         planner_data: dict[str, Any] = {item.name: path_for_dcp(paths.get(item.name, (item.name,))) for item in items}
         typed = {name: path_to_json(path) for name, path in paths.items() if path_for_dcp(path) != path}
-        if typed:  # DCP passes over what is not the name of an entry
+        if typed:  # DCP ignores keys that are not names of entries
             planner_data[TYPED_PATHS] = typed
         metadata = Metadata(entries, planner_data, storage, StorageMeta(location), CURRENT_DCP_VERSION)
         return pickle.dumps(metadata)

@@ -1,4 +1,4 @@
-"""reshard's own format as the target of a conversion."""
+"""Writes the native format of reshard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .target import UnitRecord, WorkUnit, in_pieces
 
 
 class NativeTarget:
-    """Writes data objects and the manifest."""
+    """Writes data objects for each unit. The manifest commits the checkpoint."""
 
     format = "reshard"
     commits = MANIFEST_NAME
@@ -38,11 +38,11 @@ class NativeTarget:
         return in_pieces(items)
 
     def write(
-        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+        self, store: Store, label: str, unit: WorkUnit, stream: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
-        load = _SharedReads(unit, values).load if store.capabilities.buffers_objects else _load_in_order(unit, values)
-        objects = values.objects(piece for piece in unit.pieces if not piece.item.is_tensor)
-        shards = [_shard(piece, objects, load) for piece in unit.pieces]
+        load = _SharedReads(unit, stream).load if store.capabilities.buffers_objects else _load_in_order(unit, stream)
+        values = stream.values(piece for piece in unit.pieces if not piece.item.is_tensor)
+        shards = [_shard(piece, values, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
         return {
             "files": [record.name for record in records],
@@ -51,11 +51,11 @@ class NativeTarget:
         }
 
     def commit(
-        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+        self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
-        records = [record_from_json(record) for unit in done for record in unit["objects"]]
+        objects = [record_from_json(found) for record in records for found in record["objects"]]
         empty = {item.name: (item.dtype, item.shape) for item in items if item.is_tensor and not item.nbytes}
-        index = assemble_index(records, empty)
+        index = assemble_index(objects, empty)
         info = {
             "writer": f"reshard {__version__}",
             "torch": torch.__version__,
@@ -74,14 +74,14 @@ Load = Callable[[Item, Box], torch.Tensor]
 
 
 class _SharedReads:
-    """Loads for objects that are written at once: who needs a piece first reads it, and those near it, for all."""
+    """Loads pieces for objects that are written concurrently. The first load of a piece also reads its neighbours."""
 
-    def __init__(self, unit: WorkUnit, values: SourceStream) -> None:
+    def __init__(self, unit: WorkUnit, stream: SourceStream) -> None:
         self._groups: dict[str, list[tuple[Piece, _PieceGroup]]] = {}
-        """Of each item, its pieces and the groups that they are in."""
+        """For each item, its pieces and their groups."""
         tensors = (piece for piece in unit.pieces if piece.item.is_tensor)
-        for pieces in group_by_bytes(tensors, values.group_bytes // 2):
-            group = _PieceGroup(pieces, values)
+        for pieces in group_by_bytes(tensors, stream.group_bytes // 2):
+            group = _PieceGroup(pieces, stream)
             for piece in pieces:
                 self._groups.setdefault(piece.item.name, []).append((piece, group))
 
@@ -91,20 +91,20 @@ class _SharedReads:
 
 
 class _PieceGroup:
-    """Pieces that are read at once, and kept until all of them were loaded."""
+    """Pieces that are read together, and kept until all have been loaded."""
 
-    def __init__(self, pieces: list[Piece], values: SourceStream) -> None:
+    def __init__(self, pieces: list[Piece], stream: SourceStream) -> None:
         self._pieces = pieces
-        self._values = values
+        self._stream = stream
         self._lock = threading.Lock()
         self._read: dict[Piece, torch.Tensor] = {}
         self._left = 0
-        """Elements that were not loaded yet."""
+        """The number of elements that have not been loaded yet."""
 
     def load(self, piece: Piece, box: Box) -> torch.Tensor:
         with self._lock:
             if not self._read:
-                self._read = dict(zip(self._pieces, self._values.read(self._pieces), strict=True))
+                self._read = dict(zip(self._pieces, self._stream.read(self._pieces), strict=True))
                 self._left = sum(piece.box.numel for piece in self._pieces)
             part = self._read[piece][box.relative_to(piece.box).slices]
             self._left -= box.numel
@@ -113,21 +113,24 @@ class _PieceGroup:
             return part
 
 
-def _load_in_order(unit: WorkUnit, values: SourceStream) -> Load:
-    """For one object, which takes the pieces, or parts of them, in their order; anew, where its writing is."""
+def _load_in_order(unit: WorkUnit, stream: SourceStream) -> Load:
+    """Return a function that loads pieces, or parts of them, for one object that needs them in order.
+
+    If the object is written again, the pieces are read again from the start.
+    """
     tensors = [piece for piece in unit.pieces if piece.item.is_tensor]
-    stream = values.stream(tensors)
+    values = stream.tensors(tensors)
     at = 0
     tensor: torch.Tensor | None = None
 
     def load(item: Item, box: Box) -> torch.Tensor:
-        nonlocal stream, at, tensor
+        nonlocal values, at, tensor
         if tensor is None or not _has(tensors[at], item, box):
             following = at + 1
             if tensor is None or following == len(tensors) or not _has(tensors[following], item, box):
-                stream, following = values.stream(tensors), 0
+                values, following = stream.tensors(tensors), 0
             tensor = None
-            at, tensor = following, next(stream)
+            at, tensor = following, next(values)
         return tensor[box.relative_to(tensors[at].box).slices]
 
     return load
@@ -137,9 +140,9 @@ def _has(piece: Piece, item: Item, box: Box) -> bool:
     return piece.item is item and piece.box.intersect(box) == box
 
 
-def _shard(piece: Piece, objects: Iterator[tuple[Kind, bytes, Any]], load: Load) -> ShardToWrite:
+def _shard(piece: Piece, values: Iterator[tuple[Kind, bytes, Any]], load: Load) -> ShardToWrite:
     item = piece.item
     if item.is_tensor:
         return ShardToWrite(item.name, Kind.TENSOR, item.torch_dtype, item.shape, piece.box, partial(load, item))
-    kind, data, _ = next(objects)
+    kind, data, _ = next(values)
     return ShardToWrite.of_value(item.name, kind, data)

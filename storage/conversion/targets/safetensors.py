@@ -1,4 +1,4 @@
-"""safetensors as the target of a conversion: files of bounded size and their index, as Hugging Face lays them out."""
+"""Writes safetensors: files of limited size, and an index, as Hugging Face does."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .target import UnitRecord, WorkUnit
 
 INDEX = f"model{INDEX_SUFFIX}"
 METADATA_KEY = "__metadata__"
-"""What the header has beside the tensors."""
+"""The key of the header that is not a tensor."""
 ALIGNMENT = 8
-"""The header is padded with spaces to a multiple of it."""
+"""The header is padded with spaces to a multiple of this."""
 
 
 class SafetensorsTarget:
-    """Writes a file for each unit, and the index. Only tensors can be in it."""
+    """Writes a file for each unit. The index commits the checkpoint. There can be only tensors."""
 
     format = "safetensors"
     commits = INDEX
@@ -35,7 +35,12 @@ class SafetensorsTarget:
         self._files = 0
 
     def units(self, items: Sequence[Item]) -> list[WorkUnit]:
-        """Raises DtypeError, ArgumentError."""
+        """Return a unit for each file.
+
+        Raises:
+            DtypeError: safetensors does not have the dtype of a tensor.
+            ArgumentError: The name of a tensor is reserved.
+        """
         _check_dtypes(items)
         files: list[list[Piece]] = [[]]
         held = 0
@@ -50,7 +55,7 @@ class SafetensorsTarget:
         return [WorkUnit(number, tuple(sorted(pieces, key=_file_order))) for number, pieces in enumerate(files)]
 
     def write(
-        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+        self, store: Store, label: str, unit: WorkUnit, stream: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
         name = f"model-{unit.number + 1:05}-of-{self._files:05}.safetensors"
         store.delete([name])
@@ -61,7 +66,7 @@ class SafetensorsTarget:
             pieces = (
                 Piece(piece.item, box) for piece in unit.pieces for box in row_boxes(piece.item.shape, piece.item.dtype)
             )
-            for tensor in values.stream(pieces):
+            for tensor in stream.tensors(pieces):
                 interrupt()
                 data = as_bytes(as_array(tensor))
                 out.write(data.data)
@@ -69,11 +74,11 @@ class SafetensorsTarget:
         return {"files": [name], "bytes": nbytes, "tensors": [piece.item.name for piece in unit.pieces]}
 
     def commit(
-        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+        self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in items)},
-            "weight_map": {name: unit["files"][0] for unit in done for name in unit["tensors"]},
+            "weight_map": {name: record["files"][0] for record in records for name in record["tensors"]},
         }
         return json.dumps(index, indent=2).encode()
 
@@ -82,12 +87,16 @@ class SafetensorsTarget:
 
 
 def _check_dtypes(items: Sequence[Item]) -> None:
-    """Check that safetensors has the dtype of every item. Raises DtypeError naming the first that it does not have."""
+    """Check that safetensors has the dtype of every item.
+
+    Raises:
+        DtypeError: It does not.
+    """
     lacking = [item for item in items if item.dtype not in SAFETENSORS_DTYPES]
     if not lacking:
         return
     first = lacking[0]
-    more = f", and so do {len(lacking) - 1} more tensors" if len(lacking) > 1 else ""
+    more = f" (nor those of {len(lacking) - 1} more tensors)" if len(lacking) > 1 else ""
     cast = " Or cast it to complex64 before it is saved." if first.dtype == "complex128" else ""
     raise DtypeError(
         f"{first.source!r} has dtype {first.dtype}, which safetensors does not have{more}. Leave it out with "
@@ -98,8 +107,8 @@ def _check_dtypes(items: Sequence[Item]) -> None:
 def _check_item(item: Item) -> None:
     if is_packed(item.dtype) and not item.shape:
         raise DtypeError(
-            f"{item.source!r} is a scalar of {item.dtype}: two values, for which safetensors has no shape. Leave it "
-            "out with exclude= (--exclude), or write format='reshard' or 'dcp'"
+            f"{item.source!r} is a scalar of {item.dtype}, which holds two values: safetensors has no shape for it. "
+            "Leave it out with exclude= (--exclude), or write format='reshard' or 'dcp'"
         )
     if item.name == METADATA_KEY:
         raise ArgumentError(
@@ -108,7 +117,7 @@ def _check_item(item: Item) -> None:
 
 
 def _file_order(piece: Piece) -> tuple[int, str]:
-    """Large elements come first, so that each tensor begins at a multiple of its own's size."""
+    """Sort large elements first, so that each tensor starts at a multiple of its itemsize."""
     return -ITEMSIZES[piece.item.dtype], piece.item.name
 
 

@@ -1,4 +1,4 @@
-"""A target: a format that a conversion writes, as units of work that stand by themselves, and a commit."""
+"""The interface of a conversion target: a format that is written as independent work units, followed by a commit."""
 
 from __future__ import annotations
 
@@ -15,63 +15,69 @@ from ..source_stream import SourceStream
 from ..work_items import Item, Piece
 
 UNIT_BYTES = 256 * 1024 * 1024
-"""Values of a unit, or a little more: what is done again at most after a kill."""
+"""Bytes of values in a work unit, at least. If a rank is killed, it loses about this many bytes of work."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """What one rank writes at once."""
+    """The pieces that one rank writes together, and adds to the journal together."""
 
     number: int
     pieces: tuple[Piece, ...]
 
 
 UnitRecord = dict[str, Any]
-"""What a target notes of a unit that it wrote, as a value of JSON: "files" are the names of its objects, "bytes" their
-size, and the rest is the target's own."""
+"""What a target writes about a finished unit, as JSON. "files" are the names of its objects, and "bytes" is their total
+size. The other keys depend on the target."""
 
 
 class ConversionTarget(Protocol):
-    """A format to write. `units` is a function of the items alone, so that all ranks, and a rerun, agree on them."""
+    """A format to write.
+
+    `units` depends on the items only, so all ranks, and a later run, cut the same units.
+    """
 
     format: str
-    """What `open_source` calls it."""
+    """The name of the format, as in `open_source`."""
     commits: str
-    """The object whose presence makes the checkpoint whole."""
+    """The name of the object that commits the checkpoint."""
 
     def units(self, items: Sequence[Item]) -> list[WorkUnit]:
-        """All work."""
+        """Return the units that write all items."""
 
     def write(
-        self, store: Store, label: str, unit: WorkUnit, values: SourceStream, interrupt: Callable[[], None]
+        self, store: Store, label: str, unit: WorkUnit, stream: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
-        """Write a unit's objects; what a killed try left of them is replaced.
+        """Write the objects of a unit. Objects that a killed run left are replaced.
 
         Args:
-            label: the conversion's, and the rank's: what is in the name of an object that no other may have.
+            label: Identifies the conversion and the rank. It is part of object names that must be unique.
+            stream: Reads the pieces of the unit.
+            interrupt: Called regularly. If it raises an error, the writing stops with this error.
         """
 
     def commit(
-        self, location: str, items: Sequence[Item], done: Sequence[UnitRecord], paths: Mapping[str, Any]
+        self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
-        """The object that makes the checkpoint whole, once all units are written.
+        """Return the bytes of the object that commits the checkpoint, after all units have been written.
 
         Args:
-            location: the store's.
-            done: of all units, in order.
-            paths: where items stand in the state dict that was saved, if that is known.
+            location: The location of the store.
+            records: The records of all units, in order.
+            paths: The paths of items in the state dict that was saved, if they are known.
         """
 
     def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
-        """Which of the names are of tries that were killed, and no part of the checkpoint that was committed.
+        """Return the names of objects that killed runs of a conversion left, and that the checkpoint does not need.
 
         Args:
-            conversion: what the labels of all units begin with.
+            conversion: The start of all labels of the conversion.
+            names: The names of all objects.
         """
 
 
 def in_pieces(items: Sequence[Item]) -> list[WorkUnit]:
-    """Units of pieces that are cut along the grid, in the order of the items; nothing of empty tensors."""
+    """Cut items along the grid into pieces, and group these into units. Empty tensors have no pieces."""
     units: list[WorkUnit] = []
     pieces: list[Piece] = []
     held = 0

@@ -1,0 +1,229 @@
+"""`StorageReader` of torch.distributed.checkpoint (DCP): DCP plans a load, reshard reads it."""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.storage as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from ..planner.box import Box
+from ..planner.chunk_reads import Want
+from ..planner.entries import Kind
+from .formats.detect import open_source
+from .formats.source import Source
+from .formats.value_codec import torch_save
+from .reading.read_tensors import ReadOptions, counting_metadata, read_boxes
+from .reading.value_reads import ValueRead
+from .runtime.limits import check_budget
+from .runtime.process_group import OpenedCheckpoint, check_same_checkpoint, is_distributed, raises_portable, rank_of
+from .runtime.reports import RankReport
+from .runtime.torch_modes import undisturbed
+from .stores.base import Store
+from .stores.open import can_open_store
+from .tensors.distributed_tensors import refuse_misplaced
+from .tensors.dtypes import torch_dtype
+from .tensors.state_dict import path_for_dcp
+from .tensors.tensor_classes import as_plain, is_whole, overrides_dispatch
+
+TENSOR_METHODS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+"""The methods of a LoadPlanner that decide which tensors are read into."""
+
+
+class StorageReader(dcp.StorageReader):
+    """Reads a checkpoint of any format, with any LoadPlanner of DCP.
+
+    Args:
+        uri: a path, a URI that fsspec can open, or a Store.
+        storage_options: options for fsspec.
+        allow_pickle: pass pickled values to the planner even if torch.load(weights_only=True) refuses them. The planner
+            may run the code in them.
+        budget_bytes, max_over_read, format: see `reshard.load`.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str] | Store,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        allow_pickle: bool = False,
+        budget_bytes: int | None = None,
+        max_over_read: float | None = None,
+        format: str | None = None,
+    ) -> None:
+        check_budget(budget_bytes)
+        self.checkpoint_id: str | os.PathLike[str] | Store = uri
+        self._storage_options = storage_options
+        self._allow_pickle = allow_pickle
+        self._budget_bytes = budget_bytes
+        self._max_over_read = max_over_read
+        self._format = format
+        self._opened: Source | None = None
+        self._rank = 0
+        self.load_id = uuid.uuid4().hex
+        self.report: RankReport | None = None
+        """The report of the last load on this rank."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self._opened = None
+        self.load_id = uuid.uuid4().hex
+
+    def _open(self) -> Source:
+        if self._opened is None:
+            self._opened = open_source(self.checkpoint_id, self._storage_options, self._format)
+        return self._opened
+
+    @raises_portable
+    @undisturbed()
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        source = self._open()
+        index = source.index()
+        # Unreadable names are listed, so that a plan with one of them reaches `read_data`, which raises the reason.
+        entries: dict[str, Any] = {name: BytesStorageMetadata() for name in (*source.inline, *source.unreadable)}
+        for position, entry in enumerate(index.entries):
+            if entry.name in source.unreadable:
+                continue
+            if not entry.is_tensor:
+                entries[entry.name] = BytesStorageMetadata()
+                continue
+            chunks = [
+                ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+                for box in index.shards_of(position)
+            ]
+            properties = TensorProperties(dtype=torch_dtype(entry.dtype))
+            entries[entry.name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+        save_id, version = source.info.get("save_id"), source.info.get("version")
+        return Metadata(
+            entries,
+            planner_data={name: path_for_dcp(path) for name, path in source.paths.items()} or None,
+            storage_meta=StorageMeta(source.store.location, save_id=save_id, load_id=self.load_id),
+            version=version if isinstance(version, str) else CURRENT_DCP_VERSION,
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._rank = kwargs.get("rank", rank_of(None))
+
+    @raises_portable
+    @undisturbed()
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        source = self._open()
+        fingerprint = source.fingerprint() if is_distributed() else ""
+        return replace(plan, storage_data=OpenedCheckpoint(source.location, fingerprint))
+
+    @raises_portable
+    @undisturbed()
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        check_same_checkpoint([plan.storage_data for plan in plans])
+        return plans
+
+    @raises_portable
+    @undisturbed()
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        refuse_misplaced(getattr(planner, "state_dict", {}))
+        source = self._open()
+        tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
+        values = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
+        wanted = {item.storage_index.fqn: None for item in plan.items}
+        source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
+        reads = [ValueRead(source, item.storage_index.fqn) for item in values]
+        wants, destinations, commits = _wants(tensors, planner)
+        options = ReadOptions(self._rank, self._budget_bytes, self._max_over_read)
+        report = read_boxes(source, wants, destinations, reads, options)
+        self.report = counting_metadata(report, source)
+        for item, target in commits:
+            planner.commit_tensor(item, target)
+        for item, read in zip(values, reads, strict=True):
+            planner.load_bytes(item, self._for_planner(read))
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _for_planner(self, read: ValueRead) -> io.BytesIO:
+        """Return a value as planners expect it: written by torch.save.
+
+        DCP's planner unpickles without an allow-list. Therefore the value is read with an allow-list and written again.
+        No byte of the checkpoint reaches the planner's unpickler, unless pickle is allowed.
+        """
+        if self._allow_pickle and read.kind is Kind.TORCH_SAVE:
+            return io.BytesIO(read.data)
+        return io.BytesIO(torch_save(read.value()))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return can_open_store(checkpoint_id)
+
+
+def _wants(
+    items: Sequence[ReadItem], planner: LoadPlanner
+) -> tuple[list[Want], list[torch.Tensor], list[tuple[ReadItem, torch.Tensor]]]:
+    """Return the boxes to read, the tensors to read them into, and the items to commit with their tensors.
+
+    DCP has one item for each saved shard that overlaps a local tensor. If its own planner provides the tensors, all
+    items of a tensor are read as one box: reshard finds the shards itself, and a tensor subclass with its own dispatch
+    must be written whole.
+    """
+    parts: dict[MetadataIndex, list[ReadItem]] = {}
+    for item in items:
+        parts.setdefault(item.dest_index, []).append(item)
+    wants: list[Want] = []
+    destinations: list[torch.Tensor] = []
+    commits: list[tuple[ReadItem, torch.Tensor]] = []
+    for of_one in parts.values():
+        whole = _whole_target(of_one, planner)
+        if whole is not None:
+            box = _read_box(of_one[0])
+            begin = tuple(a - b for a, b in zip(box.offsets, of_one[0].dest_offsets, strict=True))
+            wants.append(Want(of_one[0].storage_index.fqn, Box(begin, tuple(whole.shape))))
+            destinations.append(whole)
+            commits += [(item, whole) for item in of_one]
+            continue
+        for item in of_one:
+            target = planner.resolve_tensor(item)
+            wants.append(Want(item.storage_index.fqn, _read_box(item)))
+            destinations.append(as_plain(target))
+            commits.append((item, target))
+    return wants, destinations, commits
+
+
+def _whole_target(items: Sequence[ReadItem], planner: LoadPlanner) -> torch.Tensor | None:
+    """Return the local tensor that the items cover; None if they do not cover it or the planner is a custom one."""
+    if not isinstance(planner, DefaultLoadPlanner):
+        return None
+    kind, own = type(planner), DefaultLoadPlanner
+    if any(getattr(kind, method) is not getattr(own, method) for method in TENSOR_METHODS):
+        return None
+    named = planner.state_dict.get(items[0].dest_index.fqn)
+    local = named._local_tensor if isinstance(named, DTensor) else named
+    if not (isinstance(local, torch.Tensor) and is_whole(local) and overrides_dispatch(local)):
+        local = planner.lookup_tensor(items[0].dest_index)
+    is_covered = sum(item.lengths.numel() for item in items) == local.numel()
+    if not is_covered:
+        return None
+    return local if overrides_dispatch(local) else as_plain(local)
+
+
+def _read_box(item: ReadItem) -> Box:
+    origin = item.storage_index.offset or torch.Size([0] * len(item.lengths))
+    offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
+    return Box(offsets, tuple(item.lengths))

@@ -1,0 +1,339 @@
+"""`StorageWriter` of torch.distributed.checkpoint (DCP): DCP plans a save, reshard writes it.
+
+DCP's planner decides what each rank writes, and its collectives pass plans and results between the ranks. Each rank
+writes its items to one or more data objects. The coordinator then writes the manifest, which commits the checkpoint.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.storage as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from ..planner.box import Box
+from ..planner.entries import Kind
+from ..planner.errors import CheckpointError
+from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
+from .formats.native.codec import check_codec
+from .formats.native.commit import commit, refuse_if_there
+from .formats.native.manifest import encode_manifest
+from .formats.native.write_records import ObjectRecord, assemble_index
+from .formats.value_codec import EncodedValue, encode_value, needs_pickle
+from .runtime.limits import check_budget
+from .runtime.logs import logger_of
+from .runtime.process_group import Alarm, Arrivals, raises_portable, rank_of
+from .runtime.progress import Meter
+from .runtime.reports import RankReport
+from .runtime.threads import cleaning_up
+from .runtime.torch_modes import undisturbed
+from .stores.base import Store
+from .stores.open import can_open_store, open_store
+from .stores.retry import without_retries
+from .tensors.distributed_tensors import refuse_misplaced, waited
+from .tensors.dtypes import dtype_name
+from .tensors.name_patterns import quoted
+from .tensors.tensor_classes import as_plain, check_storable, is_whole
+from .version import __version__
+from .writing.agreement import ValueDescription, agreed_paths
+from .writing.object_layout import ShardToWrite, part_of
+from .writing.object_writer import write_objects
+
+logger = logger_of(__name__)
+
+
+class StorageWriter(dcp.StorageWriter):
+    """Writes a checkpoint in the native format, with any SavePlanner of DCP.
+
+    Args:
+        uri: a path, a URI that fsspec can open, or a Store.
+        codec: "zstd" compresses. "none" stores tensors uncompressed, so that parts of a chunk can be read.
+        storage_options: options for fsspec.
+        overwrite: whether to replace an existing checkpoint, as DCP's own writers do. The old checkpoint can be read
+            until the new one is committed; then its data is removed. Checkpoints of other tools and unfinished
+            conversions are never replaced: the save raises CheckpointExistsError.
+        allow_pickle, budget_bytes: see `reshard.save`.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str] | Store,
+        *,
+        codec: str = "zstd",
+        storage_options: Mapping[str, Any] | None = None,
+        overwrite: bool = True,
+        allow_pickle: bool = True,
+        budget_bytes: int | None = None,
+    ) -> None:
+        check_codec(codec)
+        check_budget(budget_bytes)
+        self.checkpoint_id: str | os.PathLike[str] | Store = uri
+        self.save_id = uuid.uuid4().hex
+        self._codec = codec
+        self._storage_options = storage_options
+        self._overwrite = overwrite
+        self._allow_pickle = allow_pickle
+        self._budget_bytes = budget_bytes
+        self._rank = 0
+        self._opened: Store | None = None
+        self._written: list[ObjectRecord] = []
+        self.alarm = Alarm(alone=True)
+        """Set by `reshard.save`, so that all ranks stop when one has failed."""
+        self.arrivals: Arrivals | None = None
+        """Set by `reshard.save`: which ranks have written."""
+        self.meter = Meter("save")
+        """Set by `reshard.save`: shows the progress."""
+        self.planned_at = 0.0
+        """The time at which DCP's planning was complete, by `time.perf_counter`."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+            self._opened = None
+        self.save_id = uuid.uuid4().hex
+        self._written = []
+
+    @raises_portable
+    @undisturbed()
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("use_collectives", True):
+            raise ArgumentError("reshard commits a checkpoint once for all ranks: pass use_collectives=True")
+        self._rank = kwargs.get("rank", rank_of(None))
+        if is_coordinator:
+            refuse_if_there(self._store(), overwrite=self._overwrite)
+
+    def _store(self) -> Store:
+        if self._opened is None:
+            self._opened = open_store(self.checkpoint_id, self._storage_options)
+        return self._opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to pickle. The process that unpickles it opens its own store."""
+        return {**self.__dict__, "_opened": None}
+
+    @undisturbed()
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Describe the values, before the planner assigns each replica to one rank."""
+        return replace(plan, storage_data=_described(plan))
+
+    @raises_portable
+    @undisturbed()
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        agreed_paths([plan.storage_data or {} for plan in plans])
+        return [replace(plan, storage_data=None) for plan in plans]
+
+    @raises_portable
+    @undisturbed()
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
+        begin = time.perf_counter()
+        self.planned_at = begin
+        if not getattr(planner, "holds_boxes", False):
+            state = getattr(planner, "state_dict", {})
+            refuse_misplaced(state)
+            for name in {item.index.fqn for item in plan.items}:
+                if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
+                    check_storable(name, tensor._local_tensor)
+        shards = [_shard_to_write(item, planner) for item in plan.items]
+        pickled = self._pickled(shards)
+        self.meter.location = self._store().location
+        self.meter.expect(sum(shard.nbytes for shard in shards))
+        with self.alarm, self.meter:
+            self._written = write_objects(
+                self._store(),
+                f"{self._rank:05}",
+                shards,
+                self._codec,
+                budget_bytes=self._budget_bytes,
+                interrupt=self.meter.watching(self.alarm.check),
+                failed=self.alarm.sound,
+                wrote=self.meter.add,
+            )
+        if self.arrivals is not None:
+            self.arrivals.arrive()
+        results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
+        if results:
+            written = sum(record.nbytes for record in self._written)
+            records = self._written, time.perf_counter() - begin, pickled
+            results[0] = dcp.WriteResult(plan.items[0].index, written, records)
+        future: Future[list[dcp.WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _pickled(self, shards: Sequence[ShardToWrite]) -> list[str]:
+        """Return the names of the values that need pickle. Raises UnsupportedValueError if it is not allowed."""
+        names = [
+            shard.name
+            for shard in shards
+            if shard.kind is Kind.TORCH_SAVE and needs_pickle(shard.kind, bytes(shard.load(shard.box).numpy()))
+        ]
+        if names and not self._allow_pickle:
+            raise UnsupportedValueError(
+                f"{quoted(names)} needs pickle, and this save has allow_pickle=False: use plain data instead, or leave "
+                "it out"
+            )
+        return names
+
+    @raises_portable
+    @undisturbed()
+    def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
+        by_rank = [rank[0].storage_data if rank else ([], 0.0, []) for rank in results]
+        records = [record for records, _, _ in by_rank for record in records]
+        index = assemble_index(records, _empty_tensors(metadata, records))
+        paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        info = {
+            "writer": f"reshard {__version__}",
+            "torch": torch.__version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "codec": self._codec,
+            "ranks": len(results),
+            "save_id": self.save_id,
+        }
+        manifest = encode_manifest(index, paths, info)
+        reports = [_report(rank, *written) for rank, written in enumerate(by_rank)]
+        reports[self._rank]["bytes_written"] += len(manifest)
+        reports[self._rank]["requests"] += 1
+        pickled = sorted(name for _, _, names in by_rank for name in names)
+        differing = metadata.storage_data or []
+        reports[self._rank]["differing"] = tuple(differing)
+        metadata.storage_data = reports
+        if pickled:
+            logger.warning(
+                "%d values can only be loaded with allow_pickle=True, which can run code: %s",
+                len(pickled),
+                quoted(pickled),
+            )
+        if differing:
+            logger.warning(
+                "%d values differ between ranks; those of the lowest rank are stored: %s. If a value belongs to one "
+                "rank only, such as a random state, give it another name on each rank",
+                len(differing),
+                quoted(differing),
+            )
+        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
+
+    def discard(self) -> None:
+        """Remove what this rank wrote, after a save that was not committed. Log what cannot be removed."""
+        names = [record.name for record in self._written]
+        if names:
+            try:
+                with cleaning_up():
+                    without_retries(self._store()).delete(names)
+            except Exception as error:
+                logger.warning("data objects of a failed save remain, %s: %s", ", ".join(names), error)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return can_open_store(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        checkpoint_id = self.checkpoint_id
+        location = checkpoint_id.location if isinstance(checkpoint_id, Store) else checkpoint_id
+        return StorageMeta(location, save_id=self.save_id)
+
+
+def _described(plan: SavePlan) -> dict[str, ValueDescription]:
+    """Return descriptions of the values of a DCP plan, with their paths if its planner flattened the state dict."""
+    paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
+    if any(isinstance(path, ValueDescription) for path in paths.values()):  # reshard's own planner has described them
+        return {}
+    described: dict[str, ValueDescription] = {}
+    for item in plan.items:
+        name, data = item.index.fqn, item.tensor_data
+        path = paths.get(name)
+        path = path if isinstance(path, tuple) else (name,)
+        if data is None:
+            described[name] = ValueDescription(path, "value")
+        else:
+            kind = "tensor" if item.type is WriteItemType.TENSOR else "sharded tensor"
+            dtype = str(data.properties.dtype).removeprefix("torch.")
+            described[name] = ValueDescription(path, kind, dtype, tuple(data.size))
+    return described
+
+
+def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
+    name = item.index.fqn
+    if item.type is WriteItemType.BYTE_IO:
+        kind, data = _encoded_value(item, planner)
+        return ShardToWrite.of_value(name, kind, data)
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+    dtype = item.tensor_data.properties.dtype
+
+    def load(part: Box) -> torch.Tensor:
+        try:
+            values = planner.resolve_data(item)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise UnsupportedValueError(f"{name!r} cannot be stored: {type(error).__name__}: {error}") from error
+        assert isinstance(values, torch.Tensor)
+        values = waited(values)
+        check_storable(name, values)
+        return part_of(name, as_plain(values), box, dtype, part)
+
+    return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
+
+
+def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
+    """Return a value as it is stored.
+
+    DCP's own planner pickles every value. Therefore this takes the value from the planner before that.
+    """
+    is_default = isinstance(planner, DefaultSavePlanner) and (
+        type(planner).resolve_data is DefaultSavePlanner.resolve_data
+        and type(planner).transform_object is DefaultSavePlanner.transform_object
+    )
+    if is_default:
+        assert isinstance(planner, DefaultSavePlanner)
+        value = planner.lookup_object(item.index)
+        try:
+            return encode_value(value)
+        except Exception as error:
+            raise UnsupportedValueError(
+                f"{item.index.fqn!r}, of {type(value)}, cannot be stored: {type(error).__name__}: {error}"
+            ) from error
+    resolved = planner.resolve_data(item)
+    assert isinstance(resolved, io.BytesIO)
+    return resolved.kind if isinstance(resolved, EncodedValue) else Kind.TORCH_SAVE, resolved.getvalue()
+
+
+def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors without elements. Raises CorruptCheckpointError if one was not written."""
+    written = {shard.name for record in records for shard in record.shards}
+    empty = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if name in written:
+            continue
+        if not isinstance(entry, TensorStorageMetadata) or entry.size.numel():
+            raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
+        empty[name] = dtype_name(name, entry.properties.dtype), tuple(entry.size)
+    return empty
+
+
+def _report(rank: int, records: list[ObjectRecord], seconds: float, pickled: list[str]) -> dict[str, Any]:
+    """Return a RankReport as plain data, because DCP pickles it."""
+    stages = {stage: sum(record.seconds[stage] for record in records) for stage in ("encode", "write")}
+    report = RankReport(
+        rank=rank,
+        bytes_needed=sum(record.bytes_needed for record in records),
+        bytes_written=sum(record.nbytes for record in records),
+        requests=len(records),
+        chunks=sum(record.chunks for record in records),
+        seconds={**stages, "total": seconds},
+        pickled=tuple(pickled),
+    )
+    return asdict(report)

@@ -1,0 +1,256 @@
+"""Matching the names of a state dict with those of a checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...planner.entries import Entry
+from ...planner.errors import MissingTensorError
+from ...planner.index import nearest_names
+from ..errors import DestinationError
+from ..formats.source import Source
+from ..tensors.name_patterns import by_new_name, matches_any, quoted
+from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
+from ..tensors.tensor_classes import missing_memory, overrides_dispatch
+from .read_tensors import read_boxes
+from .value_reads import ValueRead, check_values, value_wants
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Which names of a state dict are loaded, and how. See `reshard.load`."""
+
+    strict: bool = True
+    allow_missing: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: Mapping[str, str] = field(default_factory=dict)
+    allow_pickle: bool = False
+    budget_bytes: int | None = None
+    max_over_read: float | None = None
+
+
+class NameMatch:
+    """Where each leaf of a state dict is in a checkpoint.
+
+    A leaf may have an entry of the same name. It may be inside a value of the checkpoint (DCP and torch.save store
+    whole dicts as values). Or it may be a dict or list whose items are entries of the checkpoint.
+
+    Args:
+        states: the state dict, with the states of Stateful values.
+
+    Raises:
+        MissingTensorError: a name is not in the checkpoint, and `options` do not allow that.
+        DestinationError: a leaf is a tensor here and not in the checkpoint, or the reverse.
+        UnsafeValueError: a value that contains a leaf needs `allow_pickle`.
+        CorruptCheckpointError, StoreError: such a value cannot be read.
+    """
+
+    def __init__(self, source: Source, states: Mapping[str, Any], options: LoadOptions) -> None:
+        self._source = source
+        self._options = options
+        self._leaves = flatten(states)
+        self._sections = tuple(f"{key}." for key, state in states.items() if isinstance(state, (Mapping, list)))
+        """The keys of the state dict that contain other names."""
+        names = [*(entry.name for entry in source.entries), *source.unreadable]
+        self.stored_names = by_new_name(names, options.rename)
+        """The names in the checkpoint, by the names in the state dict."""
+        self._sorted_names = sorted(self.stored_names)
+        wanted = {name: leaf for name, leaf in self._leaves.items() if not matches_any(options.exclude, name)}
+        self.present = {name: leaf for name, leaf in wanted.items() if self._is_present(name)}
+        """The leaves that are entries of the checkpoint, by name."""
+        self.containers: list[tuple[Leaf, list[str]]] = []
+        """Leaves that are dicts or lists in the checkpoint, each with the names of its items."""
+        self.nested: list[tuple[Leaf, Any]] = []
+        """Leaves that are inside a value of the checkpoint, each with the decoded value."""
+        self._decoded: dict[Path, Any] = {}
+        """The leaves of those values of the checkpoint, by path in the state dict."""
+        self.missing_keys = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
+        """See `Report`."""
+        self.unexpected_keys = self._find_unexpected_keys()
+        """See `Report`."""
+
+    def entry(self, name: str) -> Entry:
+        """Return the entry for a name of the state dict."""
+        return self._source.entry(self.stored_names[name])
+
+    @property
+    def decoded_names(self) -> list[str]:
+        """The names of all leaves inside the values of the checkpoint that were decoded."""
+        return [name_of(path) for path in self._decoded]
+
+    def describe_resize(self, name: str, *kinds: str) -> str:
+        """Return a description of the list or dict around a name that has another number of items in the checkpoint.
+
+        Args:
+            kinds: "list", "dict" or both. Default: both.
+
+        Returns:
+            An empty string if there is none.
+        """
+        paths = ((new, self._source.paths.get(stored)) for new, stored in self.stored_names.items())
+        known = (renamed_path(path, new) for new, path in paths if path is not None)
+        stored_items = _items_by_container([*filter(None, known), *self._decoded])
+        items = _items_by_container(leaf.path for leaf in self._leaves.values())
+        for end in (at for at in range(len(name) - 1, 0, -1) if name[at] == "."):
+            outer = name[:end]
+            if outer in items and outer in stored_items and len(items[outer]) != len(stored_items[outer]):
+                is_list = all(type(part) is int for part in (*items[outer], *stored_items[outer]))
+                kind = "list" if is_list else "dict"
+                counts = f"{len(stored_items[outer])} items in the checkpoint and {len(items[outer])} in the state dict"
+                return f"the {kind} {outer!r} has {counts}" if kind in (kinds or ("list", "dict")) else ""
+        return ""
+
+    def _is_present(self, name: str) -> bool:
+        stored = self.stored_names.get(name)
+        if stored is None:
+            return False
+        return stored not in self._source.unreadable or not matches_any(self._options.allow_missing, name)
+
+    def _match_others(self, leaves: Sequence[Leaf]) -> tuple[str, ...]:
+        """Match the leaves that are not entries of the checkpoint. Return the names of those that it does not have."""
+        by_value: dict[str, list[Leaf]] = {}
+        missing: list[Leaf] = []
+        for leaf in leaves:
+            outer_names = (name_of(leaf.path[:length]) for length in range(len(leaf.path) - 1, 0, -1))
+            value_name = next(filter(self._is_value, outer_names), None)
+            if value_name is not None:
+                by_value.setdefault(value_name, []).append(leaf)
+            elif leaf.is_empty_dict:  # `unexpected_keys` lists what the checkpoint has in it
+                continue
+            elif not isinstance(leaf.value, torch.Tensor) and (items := self._names_below(leaf.name)):
+                self.containers.append((leaf, items))
+            else:
+                missing.append(leaf)
+        missing += self._match_inside_values(by_value)
+        options = self._options
+        fatal = [leaf for leaf in missing if options.strict and not matches_any(options.allow_missing, leaf.name)]
+        if fatal:
+            raise MissingTensorError(self._describe_missing(fatal))
+        return tuple(leaf.name for leaf in missing)
+
+    def _is_value(self, name: str) -> bool:
+        return name in self.stored_names and not self.entry(name).is_tensor
+
+    def _names_below(self, name: str) -> list[str]:
+        """Return the names in the checkpoint that begin with `name.`, except excluded ones."""
+        begin = bisect_left(self._sorted_names, f"{name}.")
+        following = (self._sorted_names[at] for at in range(begin, len(self._sorted_names)))
+        below = itertools.takewhile(lambda other: other.startswith(f"{name}."), following)
+        return [other for other in below if not matches_any(self._options.exclude, other)]
+
+    def _match_inside_values(self, by_value: Mapping[str, list[Leaf]]) -> list[Leaf]:
+        """Read the values that contain leaves. Return the leaves that are not in them."""
+        stored = [self.stored_names[name] for name in by_value]
+        check_values(self._source, stored, self._options.budget_bytes)
+        self._source.index(value_wants(self._source, stored))
+        reads = [ValueRead(self._source, name) for name in stored]
+        read_boxes(self._source, [], [], reads)
+        missing = []
+        for (name, leaves), read in zip(by_value.items(), reads, strict=True):
+            value = read.value(allow_pickle=self._options.allow_pickle)
+            path = leaves[0].path[: _path_length(leaves[0].path, name)]
+            self._decoded |= {(*path, *leaf.path[1:]): leaf.value for leaf in flatten({name: value}).values()}
+            for leaf in leaves:
+                try:
+                    found = _descend(value, leaf.path[len(path) :])
+                except LookupError:
+                    missing.append(leaf)
+                    continue
+                if isinstance(leaf.value, torch.Tensor) != isinstance(found, torch.Tensor):
+                    raise DestinationError(
+                        f"{leaf.name!r} is a {type(found).__name__} in the checkpoint and a "
+                        f"{type(leaf.value).__name__} in the state dict: load it into a value of the same type"
+                    )
+                self.nested.append((leaf, found))
+        return missing
+
+    def _find_unexpected_keys(self) -> tuple[str, ...]:
+        in_containers = {name for _, names in self.containers for name in names}
+        decoded_values = {name_of(path[:length]) for path in self._decoded for length in range(1, len(path))}
+        return tuple(
+            name
+            for name in dict.fromkeys((*self.stored_names, *self.decoded_names))
+            if name not in self._leaves
+            and name.startswith(self._sections)
+            and name not in in_containers
+            and name not in decoded_values
+            and not matches_any(self._options.exclude, name)
+        )
+
+    def _describe_missing(self, missing: Sequence[Leaf]) -> str:
+        """Return a message that names the missing leaves, and suggests what the caller may have meant."""
+        message = f"the checkpoint has no {quoted([leaf.name for leaf in missing])}"
+        return f"{message}; {self._suggest_tied(missing) or self._suggest_name(missing[0].name)}"
+
+    def _suggest_tied(self, missing: Sequence[Leaf]) -> str:
+        """Return a suggestion if a missing leaf shares its memory with one that the checkpoint has."""
+        owners = {memory: leaf.name for leaf in self.present.values() if (memory := _memory(leaf))}
+        for leaf in missing:
+            if tied := owners.get(_memory(leaf)):
+                return (
+                    f"{leaf.name!r} shares its memory with {tied!r}, which the checkpoint has: remove {leaf.name!r} "
+                    f"from the state dict, or pass allow_missing={leaf.name!r}"
+                )
+        return ""
+
+    def _suggest_name(self, missing: str) -> str:
+        names = list(self.stored_names)
+        for name in names:
+            if name.endswith(f".{missing}"):
+                return f"it has {name!r}: nest the state dict under {name.removesuffix(missing)[:-1]!r}"
+            if missing.endswith(f".{name}"):
+                return f"it has {name!r}: the state dict is nested too deeply"
+        for path, value in self._decoded.items():
+            if isinstance(value, Mapping) and missing.startswith(f"{name_of(path)}."):
+                return f"{name_of(path)!r} is an empty dict in the checkpoint"
+        if resize := self.describe_resize(missing):
+            return resize
+        near = nearest_names(missing, names, 5) or names[:5]
+        found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
+        return (
+            f"{found if names else 'it is empty'}; pass allow_missing= with patterns of names that may be missing, or "
+            "strict=False to skip all missing names"
+        )
+
+
+def _descend(value: Any, path: Path) -> Any:
+    """Return the value at a path inside another value. Raises LookupError if there is no such path."""
+    for part in path:
+        if isinstance(part, int):
+            if not isinstance(value, (list, tuple)):
+                raise KeyError(part)
+            value = value[part]
+        elif isinstance(value, Mapping):
+            keys = {str(key): key for key in value}
+            value = value[part.value if isinstance(part, Key) and part.value in value else keys[str(part)]]
+        else:
+            raise KeyError(part)
+    return value
+
+
+def _path_length(path: Path, name: str) -> int:
+    """Return how many parts of a path form a name."""
+    return next(length for length in range(1, len(path) + 1) if name_of(path[:length]) == name)
+
+
+def _items_by_container(paths: Iterable[Path]) -> dict[str, set[str | int | Key]]:
+    """Return the keys and positions in each dict and list, by its name."""
+    found: dict[str, set[str | int | Key]] = {}
+    for path in paths:
+        for length in range(1, len(path)):
+            found.setdefault(name_of(path[:length]), set()).add(path[length])
+    return found
+
+
+def _memory(leaf: Leaf) -> int:
+    """Return the address of the memory of a leaf's tensor; 0 if it has no memory of its own."""
+    local = getattr(leaf.value, "_local_tensor", leaf.value)
+    if not isinstance(local, torch.Tensor) or overrides_dispatch(local) or missing_memory(local):
+        return 0
+    return local.untyped_storage().data_ptr()

@@ -1,0 +1,185 @@
+"""Reading a checkpoint into a state dict, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...planner.chunk_reads import Want
+from ...planner.errors import CheckpointError, ShapeMismatchError
+from ..errors import DestinationError
+from ..formats.source import Source
+from ..runtime.reports import Cast, RankReport
+from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
+from ..tensors.dtypes import LocalShard, torch_dtype
+from ..tensors.local_shards import local_shards
+from ..tensors.name_patterns import quoted
+from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
+from ..tensors.tensor_classes import is_whole, missing_memory
+from .name_matching import LoadOptions, NameMatch
+from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
+from .value_reads import ValueRead, check_values, value_wants
+
+
+class StateDictRead:
+    """One rank's read of a checkpoint into its state dict.
+
+    Creating it matches names, checks that everything fits, and changes nothing. `run` writes to the tensors.
+    `replace_values` replaces the values that are not tensors; call it when all ranks have succeeded.
+
+    Args:
+        states: the state dict, with the states of Stateful values.
+
+    Raises:
+        ShapeMismatchError, DtypeError, DestinationError, LayoutError: a tensor does not fit the checkpoint.
+        Also what `NameMatch` raises.
+    """
+
+    def __init__(self, source: Source, states: Mapping[str, Any], options: LoadOptions) -> None:
+        self.source = source
+        self.match = NameMatch(source, states, options)
+        self._options = options
+        self._casts: dict[str, Cast] = {}
+        self._new_values: list[tuple[Leaf, Any]] = []
+        """Leaves that are not tensors, and their values from the checkpoint."""
+        match = self.match
+        items = [name for _, names in match.containers for name in names]
+        self._value_leaves = [leaf for name, leaf in match.present.items() if not match.entry(name).is_tensor]
+        self._value_names = [leaf.name for leaf in self._value_leaves]
+        self._value_names += [name for name in items if not match.entry(name).is_tensor]
+        wants, destinations = self._destinations()
+        decoded = self._decoded_tensors()
+        item_tensors = [name for name in items if match.entry(name).is_tensor]
+        wants += [Want(match.stored_names[name], match.entry(name).whole) for name in item_tensors]
+        stored = [match.stored_names[name] for name in self._value_names]
+        check_values(source, stored, options.budget_bytes)
+        # Reads all metadata at once, and checks it before memory is allocated by it.
+        source.index([*wants, *value_wants(source, stored)])
+        self._item_tensors = {name: _empty(match, name) for name in item_tensors}
+        """New tensors for the items of dicts and lists that the state dict does not have."""
+        self._check_containers()
+        self._reads = BoxReads.of(source, wants, [*destinations, *self._item_tensors.values()], decoded)
+
+    def run(self, options: ReadOptions) -> RankReport:
+        """Read the tensors and values, and write the tensors.
+
+        Raises:
+            CorruptCheckpointError, StoreError, DtypeError, UnsafeValueError: see `reshard.load`.
+        """
+        match = self.match
+        reads = {name: ValueRead(self.source, match.stored_names[name]) for name in self._value_names}
+        report = execute_reads(self.source, self._reads, list(reads.values()), options)
+        values = {name: read.value(allow_pickle=self._options.allow_pickle) for name, read in reads.items()}
+        self._new_values = [(leaf, values[leaf.name]) for leaf in self._value_leaves]
+        for leaf, names in match.containers:
+            items = {name: self._item_tensors[name] if name in self._item_tensors else values[name] for name in names}
+            self._new_values.append((leaf, self._assemble(leaf, items)))
+        return counting_metadata(replace(report, cast=tuple(self._casts.values())), self.source)
+
+    def replace_values(self) -> None:
+        """Replace the values of the state dict that are not tensors by those that `run` read."""
+        for leaf, value in (*self._new_values, *self.match.nested):
+            if not isinstance(leaf.value, torch.Tensor):
+                leaf.replace(value)
+
+    def describe_unexpected_keys(self) -> str:
+        """Return a message about the names of the checkpoint that the state dict does not have; empty if it has all."""
+        unexpected = self.match.unexpected_keys
+        if not unexpected:
+            return ""
+        message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {quoted(unexpected)}"
+        return "; ".join(filter(None, (message, self.match.describe_resize(unexpected[0], "list"))))
+
+    def _destinations(self) -> tuple[list[Want], list[torch.Tensor]]:
+        """Return the boxes to read, and the local tensors to read them into."""
+        wants: list[Want] = []
+        destinations: list[torch.Tensor] = []
+        for leaf in self.match.present.values():
+            stored = self.match.stored_names[leaf.name]
+            for box, tensor in _shards_to_load(leaf, self.source, stored):
+                wants.append(Want(stored, box))
+                destinations.append(tensor)
+                self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
+        return wants, destinations
+
+    def _decoded_tensors(self) -> list[DecodedTensor]:
+        """Return the tensors inside values of the checkpoint, and the local tensors to copy them to."""
+        decoded: list[DecodedTensor] = []
+        scales = scale_names(self.match.decoded_names)
+        for leaf, value in self.match.nested:
+            if isinstance(value, torch.Tensor):
+                for box, tensor in _local_shards(leaf, tuple(value.shape)):
+                    check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
+                    self._note_cast(leaf.name, value.dtype, tensor.dtype)
+                    decoded.append(DecodedTensor(leaf.name, value.detach()[box.slices], tensor))
+        return decoded
+
+    def _check_containers(self) -> None:
+        """Check that the values can be replaced in the dicts and lists that contain them."""
+        match = self.match
+        for leaf in (*self._value_leaves, *(leaf for leaf, _ in (*match.containers, *match.nested))):
+            if not isinstance(leaf.container, (MutableMapping, list)):
+                raise DestinationError(
+                    f"{leaf.name!r} is in a {type(leaf.container).__name__}, in which values cannot be replaced: use a "
+                    "dict or a list"
+                )
+
+    def _note_cast(self, name: str, stored: torch.dtype, to: torch.dtype) -> None:
+        if loses_bits(stored, to):
+            self._casts[name] = Cast(name, *(str(dtype).removeprefix("torch.") for dtype in (stored, to)))
+
+    def _assemble(self, leaf: Leaf, items: Mapping[str, Any]) -> Any:
+        """Return a dict or a list whose items are entries of the checkpoint."""
+        top = "value"
+        paths: dict[str, Path] = {}
+        for name in items:
+            path = renamed_path(self.source.paths.get(self.match.stored_names[name], ()), name) or ()
+            is_known = name_of(path[: len(leaf.path)]) == leaf.name
+            paths[name] = (top, *(path[len(leaf.path) :] if is_known else (name[len(leaf.name) + 1 :],)))
+        return nest(items, paths)[top]
+
+
+def _empty(match: NameMatch, name: str) -> torch.Tensor:
+    entry = match.entry(name)
+    return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="cpu")
+
+
+def _shards_to_load(leaf: Leaf, source: Source, stored: str) -> Iterable[LocalShard]:
+    """Return the parts of a leaf's tensor that this rank holds; nothing if the leaf is not a tensor."""
+    entry = source.entry(stored)
+    if not isinstance(leaf.value, torch.Tensor):
+        if entry.is_tensor:
+            raise DestinationError(
+                f"{leaf.name!r} is a tensor of shape {entry.shape} in the checkpoint and a {type(leaf.value).__name__} "
+                "in the state dict: pass a tensor to load it into"
+            )
+        return []
+    check_is_tensor(source, stored)
+    return _local_shards(leaf, entry.shape)
+
+
+def _local_shards(leaf: Leaf, shape: tuple[int, ...]) -> list[LocalShard]:
+    """Return the parts of a leaf's tensor that this rank holds.
+
+    Args:
+        shape: the shape of the tensor in the checkpoint.
+    """
+    tensor: torch.Tensor = leaf.value
+    try:
+        reason = missing_memory(tensor) if is_whole(tensor) else ""
+        if reason:
+            raise DestinationError(f"{leaf.name!r} {reason}; it cannot be loaded into")
+        if tuple(tensor.size()) != shape:
+            raise ShapeMismatchError(
+                f"{leaf.name!r} has shape {shape} in the checkpoint and {tuple(tensor.size())} in the state dict"
+            )
+        return [(box, local) for box, local in local_shards(leaf.name, tensor) if box.numel]
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise DestinationError(
+            f"{leaf.name!r}, a {type(tensor).__name__}, cannot be loaded into: {type(error).__name__}: {error}"
+        ) from error
