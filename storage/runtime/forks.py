@@ -7,11 +7,15 @@ released in the child, and a client with its own threads would wait for them for
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import weakref
 from types import TracebackType
 
+importlib.import_module("numpy.ma")
+"""`np.unique` imports this module when it is first called. A fork during that import, in another thread, would leave
+the module locked in the child, where the next `np.unique` would wait forever."""
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 _generation = 0
 

@@ -1,8 +1,7 @@
 """A store on S3 through obstore, a client in Rust.
 
-It stores the same objects as s3fs and needs less CPU time (benchmarks/overhead.py).
-It is used if obstore is installed and supports all of the storage options; otherwise s3fs is used. botocore finds the
-credentials if it is installed.
+It stores the same objects as s3fs and needs less CPU time (benchmarks/overhead.py). It is used if obstore is installed
+and supports all of the storage options; otherwise s3fs is used. botocore finds the credentials if it is installed.
 """
 
 from __future__ import annotations
