@@ -30,6 +30,17 @@ STORES = [
 ]
 Place = tuple[str, dict[str, Any]]
 """A URI and its storage_options."""
+SLOW_FIXTURES = {"ranks", "moto", "seaweedfs", "gcs", "rclone", "s3"}
+"""The fixtures that start servers or processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a server or several ranks as slow. Other slow tests mark themselves."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        store = item.callspec.params.get("store_name", "local") if hasattr(item, "callspec") else "local"
+        if SLOW_FIXTURES.intersection(item.fixturenames) or store not in ("local", "memory"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

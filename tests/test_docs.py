@@ -27,6 +27,8 @@ from tests.docs.files import FileRanges
 from tests.docs.run import run_page
 from tests.ranks import PRELOADED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted(path for folder in ("guides", "extending") for path in (ROOT / "docs" / folder).glob("*.md"))
 PAGES = [

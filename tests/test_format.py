@@ -19,6 +19,8 @@ import zstandard
 import reshard
 from reshard.storage.formats.native import manifest_blocks
 
+pytestmark = pytest.mark.slow
+
 Array = npt.NDArray[Any]
 COLUMNS = {
     "offsets": ("<i8", 2), "sizes": ("<i8", 2), "starts": ("<i8", 1), "checksums": ("<u8", 4), "regions": ("<u4", 1),

@@ -38,7 +38,7 @@ from tests.conversion.samples import (
 )
 from tests.samples import same, sample
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 INDEX = "model.safetensors.index.json"
 
 

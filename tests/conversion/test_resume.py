@@ -30,6 +30,8 @@ from tests.conversion.samples import (
 )
 from tests.ranks import PRELOADED
 
+pytestmark = pytest.mark.slow
+
 UNIT = 100 * KIB
 NOTE = ".reshard-convert-"
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -25,6 +25,7 @@ from reshard.storage.maintenance.diff import diff
 from reshard.storage.reading.destination import Destination
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning"),
 ]

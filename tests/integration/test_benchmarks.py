@@ -16,6 +16,8 @@ from tests.proxy import Link, linked, traffic
 from tests.ranks import RankPool
 from tests.servers import Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from reshard.humanize import format_age, format_bytes
 from reshard.storage.stores.open import open_store
 from tests.conftest import Place
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 STATE: dict[str, Any] = {
     "model": {f"layers.{i}.{name}.weight": torch.randn(64, 64) for i in range(3) for name in ("up", "down")},

@@ -27,6 +27,8 @@ from tests.conversion.samples import COMMITS, KIB, assert_clean, assert_converte
 from tests.integration.models import build, model
 from tests.ranks import RankFailed, RankPool
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("reshard", "dcp", "safetensors")
 MIB = 1024 * 1024
 STORES = ["local", "moto", "moto by s3fs", "seaweedfs", "gcs"]

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import reshard
 from tests import servers
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("train_fsdp_serve_tp", "resume_elastic", "read_remote_tensor", "convert_to_safetensors")
 Run = Callable[..., str]

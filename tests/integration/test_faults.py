@@ -18,7 +18,10 @@ from tests.proxy import Faults, proxied
 from tests.torture.faults import CLIENTS, by_client, rounds, state, through
 
 # The proxy and the client leave connections that are broken on purpose to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from reshard.cli.fold import fold, tree
 from reshard.errors import CheckpointError, MissingTensorError, ShapeMismatchError
 from reshard.planner.stages import even_stages
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 SHOWN = [
     "\x1b]0;TITLE\x07\x1b[2Jw\nfake\tfloat32", "\x9b31m", "a\nb\tc", "\r", "\x85", "\u2028", "\u202eabc", "\u2066x",

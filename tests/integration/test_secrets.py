@@ -36,7 +36,7 @@ from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.open import open_store
 from tests.failing_s3 import failing_s3
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 STATE = {"w": torch.arange(12.0).reshape(4, 3)}
 SECRET = "wJal/rX+UtnF7zz"

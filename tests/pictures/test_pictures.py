@@ -22,6 +22,8 @@ from reshard.planner.layout import Layout
 from reshard.planner.rank_plans import RankPlans, plan_ranks
 from tests.planner.indexes import Saved, index_of
 
+pytestmark = pytest.mark.slow
+
 SHAPES: list[tuple[int, ...]] = [(), (64,), (256, 512), (8, 64, 128), (16, 8, 3, 3), (0, 8)]
 
 

@@ -16,6 +16,8 @@ import reshard
 from tests.failing_s3 import FailingS3, failing_s3
 from tests.torture.faults import CLIENTS, by_client
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MAX_S = 5.0
 ANSWERS = {"503": 503, "none": 0}

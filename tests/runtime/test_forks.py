@@ -22,6 +22,8 @@ from tests.conftest import Place
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import by_client
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MAX_S = 100
 STATE = {f"layers.{i}": torch.full((64, 64), float(i)) for i in range(20)}

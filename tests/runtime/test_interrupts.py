@@ -18,6 +18,8 @@ from reshard.storage.stores.testing import MemoryStore
 from tests.failing_s3 import failing_s3
 from tests.runtime.test_exit import ANSWERS, MAX_S, check_end, child, content, everything, interrupted, saved
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["saved"]
 SAVE = "reshard.save(state(), uri, storage_options=options, overwrite=True)"
 BY_DCP = (

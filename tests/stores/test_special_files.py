@@ -22,7 +22,7 @@ from tests.stores.test_deletes import WRITTEN, write_dcp
 
 ROOT = Path(__file__).parents[2]
 MAX_S = 60
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 def fifo(path: Path) -> None:

@@ -1,4 +1,8 @@
+import pytest
+
 from tests.torture.damage import accidents, falsehoods
+
+pytestmark = pytest.mark.slow
 
 
 def test_no_accident_leads_to_a_wrong_value() -> None:

@@ -5,6 +5,8 @@ import pytest
 from tests.torture.grammars import FORMATS
 from tests.torture.structure import rounds
 
+pytestmark = pytest.mark.slow
+
 COUNT = 120
 
 
