@@ -28,7 +28,7 @@ test: env
 	$(BIN)/python -m pytest --durations=5
 
 test-fast: env
-	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto -m 'not slow' --cov --cov-report=term:skip-covered
 
 fix: env
 	$(BIN)/ruff format .

@@ -84,6 +84,7 @@ STORED_OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 # The safetensors writer only accepts contiguous tensors.
 @pytest.mark.parametrize("options", [options for options in WRITER_OPTIONS if options != "safetensors"])
 def test_tensors_of_any_memory_layout_round_trip(options: str, tmp_path: Path) -> None:

@@ -111,7 +111,18 @@ def test_metadata_that_would_run_code_raises_unsafe_error(
         Runs(bytearray, 10**11),
         os.system,
     ],
-    ids=str,
+    ids=[
+        "value",
+        "in a dict",
+        "in a list",
+        "as a key",
+        "nested",
+        "partial",
+        "reduce",
+        "torch.load",
+        "memory",
+        "function",
+    ],
 )
 def test_code_beside_the_metadata_of_tensors_does_not_run(
     value: object, attribute: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
@@ -186,6 +197,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("case", FOREIGN)
 def test_unknown_classes_beside_the_metadata_of_tensors_are_ignored(case: str, protocol: int) -> None:

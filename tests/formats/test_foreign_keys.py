@@ -18,6 +18,8 @@ from tests import servers
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
 
+pytestmark = pytest.mark.slow
+
 STATE = {"w": torch.arange(12.0).reshape(4, 3)}
 NO_NAMES = [
     "run//y",

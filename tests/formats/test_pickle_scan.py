@@ -77,11 +77,13 @@ def pickled_by_torch(value: Any) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_pickles_of_torch_save_pass(name: str) -> None:
     check_pickle(pickled_by_torch(HONEST[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", [name for name in HONEST if name not in ("an optimizer", "parameters", "types")])
 def test_pickles_of_every_protocol_pass(name: str, protocol: int) -> None:

@@ -420,11 +420,14 @@ def test_other_byte_order_raises_unsupported_format_error() -> None:
         opened(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail_bytes", [0, 70_000, 100_000])
 def test_directory_larger_than_the_first_read_is_completed(tail_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"layers.{i}": torch.full((2,), float(i)) for i in range(3000)}
     monkeypatch.setattr(torch_save_source, "TAIL_BYTES", tail_bytes)
-    assert_holds(opened(torch_saved(tensors)), tensors)
+    read = opened(torch_saved(tensors)).state_dict()
+    assert read.keys() == tensors.keys()
+    assert all(read[name].equal(tensor) for name, tensor in tensors.items())
 
 
 def test_opening_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
 from tests.ranks import RankFailed, RankPool
 
+pytestmark = pytest.mark.slow
+
 
 def store_on(rank: int, folder: str, method: str) -> reshard.Store:
     """Return a local store that fails on one rank."""

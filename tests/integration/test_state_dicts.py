@@ -507,6 +507,7 @@ def large_manifest() -> MemoryStore:
     return store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["load", "state_dict", "StorageReader", "some", "one by one"])
 def test_thousands_of_values_take_few_requests(large_manifest: MemoryStore, how: str) -> None:
     store = RecordingStore(large_manifest)

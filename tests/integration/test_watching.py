@@ -25,7 +25,7 @@ from reshard.storage.stores.testing import MemoryStore
 from tests.conftest import Place
 from tests.ranks import RankPool
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 VALUES = torch.arange(4 << 20, dtype=torch.float32).reshape(1024, 4096).cos()
 STATE = {"a": VALUES, "b": VALUES.bfloat16(), "n": 1}

@@ -19,7 +19,7 @@ from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 STATE = {f"layers.{i}.w": torch.arange(100) + i for i in range(300)}
 
 
