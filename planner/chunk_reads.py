@@ -13,7 +13,7 @@ from .slabs import ByteRuns
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class WantedBox:
     """A box of a tensor that a rank wants to read."""
 
     name: str
@@ -31,7 +31,7 @@ class ChunkReads:
         otherwise.
     """
 
-    want: Want
+    want: WantedBox
     entry: Entry
     encodings: npt.NDArray[np.uint8]
     """(n,) the Encoding of the chunk."""

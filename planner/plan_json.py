@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .box import Box, IntArray
-from .chunk_reads import ChunkReads, Want
+from .chunk_reads import ChunkReads, WantedBox
 from .coalesce import GapLimits, Requests
 from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
@@ -96,7 +96,7 @@ def _read_from_json(value: Any) -> ChunkReads:
     if not isinstance(value["encodings"], list):
         raise ValueError(f"encodings must be a list, got {type(value['encodings']).__name__}")
     return ChunkReads(
-        want=Want(entry.name, box, bool(value["heads_only"])),
+        want=WantedBox(entry.name, box, bool(value["heads_only"])),
         entry=entry,
         encodings=np.array(value["encodings"], np.uint8),
         skipped=_column(value["skipped"]).reshape(count),

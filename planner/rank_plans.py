@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .box import IntArray, intersect_many
-from .chunk_reads import Want
+from .chunk_reads import WantedBox
 from .coalesce import GapLimits
 from .entries import Entry
 from .errors import InvalidPlanError, LayoutError
@@ -30,9 +30,9 @@ class RankTensor:
     local: LocalTensor
 
     @property
-    def wants(self) -> list[Want]:
+    def wants(self) -> list[WantedBox]:
         """The boxes that the rank wants to read: one for each box of the local tensor."""
-        return [Want(self.entry.name, box) for box in self.local.boxes]
+        return [WantedBox(self.entry.name, box) for box in self.local.boxes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def plan_ranks(
 
 
 def _whole_shards(
-    index: CheckpointIndex, wants: Sequence[Want], shards_of: Callable[[int], tuple[IntArray, IntArray]]
+    index: CheckpointIndex, wants: Sequence[WantedBox], shards_of: Callable[[int], tuple[IntArray, IntArray]]
 ) -> WholeShards:
     """Count the shards that these boxes overlap, and their bytes. `shards_of` returns the shards of an entry."""
     shards = nbytes = 0

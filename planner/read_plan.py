@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from .box import IntArray, intersect_pairs
-from .chunk_reads import ChunkReads, Want
+from .chunk_reads import ChunkReads, WantedBox
 from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
 from .entries import Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
@@ -81,7 +81,7 @@ class ReadPlan:
 
 def plan_reads(
     index: CheckpointIndex,
-    wants: Sequence[Want],
+    wants: Sequence[WantedBox],
     *,
     gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     max_request_bytes: int = MAX_REQUEST_BYTES,
@@ -133,7 +133,7 @@ def plan_reads(
     return ReadPlan(reads, requests, gap_limits)
 
 
-def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
+def _chunk_reads(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
     """Find the chunks of each wanted box. Tensors with the same grid, such as the layers of a model, are processed
     together."""
     groups: dict[tuple[Grid, int, bool, bool], list[tuple[int, int]]] = {}
@@ -149,7 +149,7 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapL
     for (_, _, split, heads_only), members in groups.items():
         for first in range(0, len(members), BOXES_PER_CALL):
             positions, chosen = zip(*members[first : first + BOXES_PER_CALL], strict=True)
-            named = [Want(wants[at].name, wants[at].box, heads_only) for at in chosen]
+            named = [WantedBox(wants[at].name, wants[at].box, heads_only) for at in chosen]
             found |= zip(chosen, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))
     return tuple(
@@ -158,7 +158,7 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[Want], gap_limits: GapL
 
 
 def _of_one_grid(
-    index: CheckpointIndex, wants: Sequence[Want], positions: Sequence[int], *, wide: bool
+    index: CheckpointIndex, wants: Sequence[WantedBox], positions: Sequence[int], *, wide: bool
 ) -> Iterator[ChunkReads]:
     """Find the chunks of each wanted box of tensors with the same grid.
 

@@ -3,7 +3,6 @@
 from .planner.entries import ITEMSIZES as ITEMSIZES
 from .planner.entries import Encoding as Encoding
 from .planner.entries import Entry as Entry
-from .planner.entries import Kind as Kind
 from .storage.formats.foreign import ForeignSource as ForeignSource
 from .storage.formats.foreign import Shards as Shards
 from .storage.formats.foreign import whole_tensor as whole_tensor

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..planner.box import Box
-from ..planner.chunk_reads import Want
+from ..planner.chunk_reads import WantedBox
 from ..planner.entries import Entry
 from ..planner.errors import ShapeMismatchError
 from ..planner.html import table
@@ -198,7 +198,7 @@ class Checkpoint:
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
             raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, and {wanted} is not inside it")
-        self._source.index([Want(name, wanted)])  # checks the metadata before memory is allocated by it
+        self._source.index([WantedBox(name, wanted)])  # checks the metadata before memory is allocated by it
         if out is None:
             out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=device or "cpu")
         elif tuple(out.shape) != wanted.sizes:
@@ -208,7 +208,7 @@ class Checkpoint:
         elif device is not None and torch.empty(0, device=device).device != out.device:
             raise DestinationError(f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed")
         options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read)
-        read_boxes(self._source, [Want(name, wanted)], [out], options=options)
+        read_boxes(self._source, [WantedBox(name, wanted)], [out], options=options)
         return out
 
     @undisturbed()
@@ -260,7 +260,7 @@ class Checkpoint:
         selection = Selection.of(include, exclude, rename)
         check_readable(self._source, selection.includes)
         entries = self._selected_tensors(selection)
-        index = self._source.index(Want(entry.name, entry.whole) for entry in entries.values())
+        index = self._source.index(WantedBox(entry.name, entry.whole) for entry in entries.values())
         return plan_ranks(index, layout, entries, self._source.gap_limits(max_over_read, costs), self.location)
 
     def _selected_tensors(self, selection: Selection) -> dict[str, Entry]:
@@ -277,7 +277,7 @@ class Checkpoint:
             MissingTensorError, CorruptCheckpointError, StoreError.
         """
         entry = self._source.entry(name)
-        index = self._source.index([Want(name, Box.whole(entry.shape))])
+        index = self._source.index([WantedBox(name, Box.whole(entry.shape))])
         return index.shards_of(index.position(name)), entry.grid.parts
 
     @undisturbed()
@@ -331,7 +331,7 @@ class Checkpoint:
         check_readable(self._source, is_held)
         tensors: dict[str, torch.Tensor] = {}
         stored: dict[str, torch.dtype] = {}
-        wants: list[Want] = []
+        wants: list[WantedBox] = []
         views: list[torch.Tensor] = []
         held_tensors = rank_tensors(self._selected_tensors(selection), layout, rank)
         self._source.index(want for held in held_tensors for want in held.wants)
@@ -385,7 +385,7 @@ class Checkpoint:
         entries = [entry for entry in self._source.entries if selection.includes(entry.name)]
         value_names = [entry.name for entry in entries if not entry.is_tensor]
         held = [entry for entry in entries if entry.is_tensor]
-        wants = [Want(entry.name, entry.whole) for entry in held]
+        wants = [WantedBox(entry.name, entry.whole) for entry in held]
         check_budget(budget_bytes)
         check_values(self._source, value_names, budget_bytes)
         # Reads all metadata at once, and checks it before memory is allocated by it.

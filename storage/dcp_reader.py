@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ..planner.box import Box
-from ..planner.chunk_reads import Want
+from ..planner.chunk_reads import WantedBox
 from ..planner.entries import Kind
 from .formats.detect import open_source
 from .formats.source import Source
@@ -145,7 +145,9 @@ class StorageReader(dcp.StorageReader):
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         values = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         wanted = {item.storage_index.fqn: None for item in plan.items}
-        source.index([Want(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline])
+        source.index(
+            [WantedBox(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline]
+        )
         reads = [ValueRead(source, item.storage_index.fqn) for item in values]
         wants, destinations, commits = _wants(tensors, planner)
         options = ReadOptions(self._rank, self._budget_bytes, self._max_over_read)
@@ -176,7 +178,7 @@ class StorageReader(dcp.StorageReader):
 
 def _wants(
     items: Sequence[ReadItem], planner: LoadPlanner
-) -> tuple[list[Want], list[torch.Tensor], list[tuple[ReadItem, torch.Tensor]]]:
+) -> tuple[list[WantedBox], list[torch.Tensor], list[tuple[ReadItem, torch.Tensor]]]:
     """Return the boxes to read, the tensors to read them into, and the items to commit with their tensors.
 
     DCP has one item for each saved shard that overlaps a local tensor. If its own planner provides the tensors, all
@@ -186,7 +188,7 @@ def _wants(
     parts: dict[MetadataIndex, list[ReadItem]] = {}
     for item in items:
         parts.setdefault(item.dest_index, []).append(item)
-    wants: list[Want] = []
+    wants: list[WantedBox] = []
     destinations: list[torch.Tensor] = []
     commits: list[tuple[ReadItem, torch.Tensor]] = []
     for of_one in parts.values():
@@ -194,13 +196,13 @@ def _wants(
         if whole is not None:
             box = _read_box(of_one[0])
             begin = tuple(a - b for a, b in zip(box.offsets, of_one[0].dest_offsets, strict=True))
-            wants.append(Want(of_one[0].storage_index.fqn, Box(begin, tuple(whole.shape))))
+            wants.append(WantedBox(of_one[0].storage_index.fqn, Box(begin, tuple(whole.shape))))
             destinations.append(whole)
             commits += [(item, whole) for item in of_one]
             continue
         for item in of_one:
             target = planner.resolve_tensor(item)
-            wants.append(Want(item.storage_index.fqn, _read_box(item)))
+            wants.append(WantedBox(item.storage_index.fqn, _read_box(item)))
             destinations.append(as_plain(target))
             commits.append((item, target))
     return wants, destinations, commits

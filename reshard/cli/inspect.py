@@ -102,7 +102,7 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     if checkpoint.unreadable:
         print()
         print_table(("cannot be read", "why"), checkpoint.unreadable.items())
-    others = checkpoint.info.get("files_left_out")
+    others = checkpoint.info.get("unindexed_files")
     if isinstance(others, list) and others:
         print()
         tell(f"the index does not name these files, which were not read: {', '.join(map(in_words, others))}")

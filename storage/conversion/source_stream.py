@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...planner.box import Box
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.entries import Kind
 from ...planner.request_costs import UNBOUNDED_OVER_READ
 from ..errors import CorruptCheckpointError, UnsafeValueError
@@ -120,7 +120,7 @@ class SourceStream:
         nbytes = sum(piece.nbytes for piece in pieces)
         report = read_boxes(
             self._source,
-            [Want(boxes[at][0].source, boxes[at][1]) for at in full],
+            [WantedBox(boxes[at][0].source, boxes[at][1]) for at in full],
             [tensors[at] for at in full],
             options=self._options(UNBOUNDED_OVER_READ if nbytes < SMALL_READ_BYTES else None),
         )
@@ -142,7 +142,7 @@ class SourceStream:
             CheckpointError: As `read_boxes`.
         """
         for group in group_by_bytes(pieces, self.group_bytes):
-            self._source.index([Want(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
+            self._source.index([WantedBox(piece.item.source, Box.whole(piece.item.shape)) for piece in group])
             reads = [ValueRead(self._source, piece.item.source) for piece in group]
             report = read_boxes(self._source, [], [], reads, self._options(UNBOUNDED_OVER_READ))
             self._add(report, sum(piece.nbytes for piece in group))

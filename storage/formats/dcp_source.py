@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray, intersect_many
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.coalesce import MAX_REQUEST_BYTES
-from ...planner.entries import Encoding, Entry, Kind
+from ...planner.entries import Encoding, Entry
 from ...planner.index import CheckpointIndex
 from ...planner.slabs import slabs_of
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
@@ -78,18 +78,18 @@ class DcpSource(ForeignSource):
 
         for name, tensor in metadata.tensors.items():
             rows = [row(box, shard, Encoding.OPAQUE) for box, shard in tensor.shards.items()]
-            self.add(name, Kind.TENSOR, tensor.dtype, tensor.shape, Shards.of(rows, len(tensor.shape)))
+            self.add_tensor(name, tensor.dtype, tensor.shape, Shards.of(rows, len(tensor.shape)))
         for name, value in metadata.values.items():
             shape = (value.nbytes,)
             shards = Shards.of([row(Box.whole(shape), value, Encoding.PLAIN)], 1)
-            self.add(name, Kind.TORCH_SAVE, "uint8", shape, shards)
+            self.add_stored_value(name, value.nbytes, shards)
         for name, (kind, reason) in metadata.unreadable.items():
             self.refuse(name, kind, reason)
 
-    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+    def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         if wants is None:
             with self._lock:  # the metadata does not have the byte ranges of shards in safetensors files
-                self.locate([Want(name, Box.whole(self._entries[name].shape)) for name in self._in_safetensors()])
+                self.locate([WantedBox(name, Box.whole(self._entries[name].shape)) for name in self._in_safetensors()])
         return super().index(wants)
 
     def _in_safetensors(self) -> list[str]:
@@ -102,7 +102,7 @@ class DcpSource(ForeignSource):
                 found.append(name)
         return found
 
-    def locate(self, wants: list[Want]) -> None:
+    def locate(self, wants: list[WantedBox]) -> None:
         met: dict[tuple[str, int], bool] = {}
         """The shards that the reads overlap and that are not located; and whether locating each is worthwhile."""
         for want in wants:

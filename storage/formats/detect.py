@@ -114,7 +114,7 @@ def _noting_others(source: ForeignSource, beside: Sequence[str]) -> Source:
     """Note in the source's `info` the weight files in its folder that its index does not name."""
     others = sorted(set(beside).difference(name for name, _ in source.objects))
     if others:
-        source.info["files_left_out"] = others
+        source.info["unindexed_files"] = others
     return source
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import Box, IntArray
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.coalesce import GapLimits
 from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
@@ -103,37 +103,53 @@ class ForeignSource:
         """Values whose bytes are in `inline`. An index does not contain them."""
         self._lock = Lock()
 
-    def add(
-        self,
-        name: str,
-        kind: Kind,
-        dtype: str,
-        shape: tuple[int, ...],
-        shards: Shards,
-        order: tuple[int, ...] | None = None,
+    def add_tensor(
+        self, name: str, dtype: str, shape: tuple[int, ...], shards: Shards, order: tuple[int, ...] | None = None
     ) -> None:
-        """Add a tensor, or a value that is stored in an object. A tensor is unreadable if this torch lacks its dtype.
+        """Add a tensor. It is unreadable if this version of torch lacks its dtype.
 
         Args:
-            name: The name of the entry.
-            kind: What the entry is.
-            dtype: The planner's name of the dtype; "uint8" for a value.
-            shape: The global shape; (nbytes,) for a value.
+            name: The name of the tensor.
+            dtype: The planner's name of the dtype, such as "bfloat16".
+            shape: The global shape.
             shards: Where the shards are.
             order: The dimensions from the outermost to the innermost in the stored shards, if they are not row-major.
 
         Raises:
             CorruptCheckpointError: The name is taken, or there can be no such tensor.
         """
-        entry = self.check(name, kind, dtype, shape, order)
-        if name in self:
-            raise self.contradiction(f"two tensors have the name {name!r}")
+        entry = self.check(name, Kind.TENSOR, dtype, shape, order)
         try:
             torch_dtype(dtype)
         except DtypeError as error:
             self.refuse(name, DtypeError, f"{name!r} in {self.location} has the dtype {dtype}: {error}. Upgrade torch")
             return
-        self._entries[name], self._shards[name] = entry, shards
+        self._add_entry(entry, shards)
+
+    def add_stored_value(self, name: str, nbytes: int, shards: Shards) -> None:
+        """Add a value that an object stores as `torch.save` writes it.
+
+        Args:
+            name: The name of the value.
+            nbytes: The number of its bytes.
+            shards: Where they are, as one shard.
+
+        Raises:
+            CorruptCheckpointError: The name is taken, or a value cannot have so many bytes.
+        """
+        self._add_entry(self.check(name, Kind.TORCH_SAVE, "uint8", (nbytes,)), shards)
+
+    def add_value(self, name: str, value: object) -> None:
+        """Add a value that has already been read. Raise CorruptCheckpointError if the name is taken."""
+        kind, data = encode_value(value)
+        self._add_entry(self.check(name, kind, "uint8", (len(data),)), _NO_SHARDS)
+        self.inline[name] = data
+        self._unread.add(name)
+
+    def _add_entry(self, entry: Entry, shards: Shards) -> None:
+        if entry.name in self:
+            raise self.contradiction(f"two tensors have the name {entry.name!r}")
+        self._entries[entry.name], self._shards[entry.name] = entry, shards
 
     def check(
         self, name: str, kind: Kind, dtype: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None
@@ -159,13 +175,6 @@ class ForeignSource:
         if name in self:
             raise self.contradiction(f"two tensors have the name {name!r}")
         self.unreadable[name] = Unreadable(kind, reason, object)
-
-    def add_value(self, name: str, value: object) -> None:
-        """Add a value that has already been read. Raise CorruptCheckpointError if the name is taken."""
-        kind, data = encode_value(value)
-        self.add(name, kind, "uint8", (len(data),), _NO_SHARDS)
-        self.inline[name] = data
-        self._unread.add(name)
 
     def contradiction(self, what: object) -> CorruptCheckpointError:
         """Return the error for metadata that contradicts itself."""
@@ -227,7 +236,7 @@ class ForeignSource:
         bound = None if max_over_read is None else bounded(max_over_read)
         return (costs or self._reads.costs).gap_limits(bound)
 
-    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+    def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)
         names = self._entries if wants is None else dict.fromkeys(want.name for want in wants)
         with self._lock:
@@ -235,7 +244,7 @@ class ForeignSource:
                 self.locate(wants)
             return self._build([self.entry(name) for name in names if name not in self._unread])
 
-    def locate(self, wants: list[Want]) -> None:
+    def locate(self, wants: list[WantedBox]) -> None:
         """Find out where the values for some reads are. Formats override this if their metadata does not contain it."""
 
     def _build(self, entries: list[Entry]) -> CheckpointIndex:

@@ -141,7 +141,7 @@ class SafetensorsSource(ForeignSource):
             what = f"the shards of {name!r} hold {held} elements, its shape {shape} has {math.prod(shape)}"
             self._refuse_shards(name, what, boxes, files)
             return
-        self.add(name, Kind.TENSOR, first.dtype, shape, Shards.of(rows, len(shape)))
+        self.add_tensor(name, first.dtype, shape, Shards.of(rows, len(shape)))
 
     def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
         """Make a tensor unreadable because its shards do not form a whole tensor."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.coalesce import GapLimits
 from ...planner.entries import Entry
 from ...planner.errors import CheckpointError
@@ -121,7 +121,7 @@ class Source(Protocol):
     def entry(self, name: str) -> Entry:
         """Return the entry of this name. Raise MissingTensorError, or the error that `unreadable` has for the name."""
 
-    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+    def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         """Return an index to plan reads with.
 
         Args:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...planner.box import Box
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.entries import Entry, Kind
 from ..conversion.source_stream import SourceStream
 from ..conversion.work_items import Item, Piece
@@ -105,7 +105,7 @@ def _tensors_to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tu
     same_dtype = [name for name, (in_a, in_b) in both.items() if in_a.dtype == in_b.dtype]
     if not same_dtype or (a.format, b.format) != ("reshard", "reshard"):
         return both
-    wants = [Want(name, Box.whole(both[name][0].shape)) for name in same_dtype]
+    wants = [WantedBox(name, Box.whole(both[name][0].shape)) for name in same_dtype]
     index_a, index_b = a.index(wants), b.index(wants)
     same = {name for name in same_dtype if same_chunks(index_a, name, index_b, name)}
     return {name: entries for name, entries in both.items() if name not in same}

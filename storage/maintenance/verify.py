@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...planner.box import Box
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.entries import NATIVE_ENCODINGS, Encoding, Kind
 from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
@@ -62,7 +62,7 @@ def verify(
     Raises:
         StoreError: The store failed. A missing object is not an error.
     """
-    plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
+    plan = plan_reads(index, [WantedBox(entry.name, Box.whole(entry.shape)) for entry in index.entries])
     _, requests = arrange(plan)
 
     def check(request: Request) -> list[DamagedChunk]:

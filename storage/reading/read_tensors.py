@@ -14,7 +14,7 @@ import torch
 from torch.profiler import record_function
 
 from ...planner.box import Box
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import ShapeMismatchError
 from ...planner.read_plan import plan_reads
@@ -91,7 +91,7 @@ class BoxReads:
     may not fit the dtype of the destination, and destinations that only their class can write to.
     """
 
-    wants: tuple[Want, ...]
+    wants: tuple[WantedBox, ...]
     destinations: tuple[torch.Tensor, ...]
     direct: tuple[int, ...]
     """Positions of the boxes that are read straight into their destination."""
@@ -105,7 +105,7 @@ class BoxReads:
     def of(
         cls,
         source: Source,
-        wants: Sequence[Want],
+        wants: Sequence[WantedBox],
         destinations: Sequence[torch.Tensor],
         decoded: Sequence[DecodedTensor] = (),
     ) -> BoxReads:
@@ -173,7 +173,7 @@ def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype
 
 
 def _find_repeated(
-    source: Source, wants: Sequence[Want], destinations: Sequence[torch.Tensor], decoded: Sequence[DecodedTensor]
+    source: Source, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], decoded: Sequence[DecodedTensor]
 ) -> set[int]:
     """Return the positions of boxes that need not be read, because another box has the same values and destination.
 
@@ -207,7 +207,7 @@ def _find_repeated(
     return repeated
 
 
-def _have_same_values(source: Source, first: Want, second: Want) -> bool:
+def _have_same_values(source: Source, first: WantedBox, second: WantedBox) -> bool:
     """Return whether two boxes have the same stored values. If the index does not show it, the values are read."""
     entries = source.entry(first.name), source.entry(second.name)
     if first.box != second.box or entries[0].dtype != entries[1].dtype:
@@ -219,7 +219,7 @@ def _have_same_values(source: Source, first: Want, second: Want) -> bool:
     for rows in row_boxes(first.box.sizes, entries[0].dtype):
         box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
         parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
-        read_boxes(source, [Want(first.name, box), Want(second.name, box)], parts)
+        read_boxes(source, [WantedBox(first.name, box), WantedBox(second.name, box)], parts)
         if not _have_same_bits(*parts):
             return False
     return True
@@ -231,7 +231,7 @@ def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def read_boxes(
     source: Source,
-    wants: Sequence[Want],
+    wants: Sequence[WantedBox],
     destinations: Sequence[torch.Tensor],
     values: Sequence[ValueRead] = (),
     options: ReadOptions | None = None,
@@ -332,12 +332,12 @@ class _ReadRun:
         for at, tensor in zip(positions, tensors, strict=True):
             _copy_values(self._reads.wants[at].name, tensor, self._reads.destinations[at])
 
-    def _read(self, wants: Sequence[Want], destinations: Sequence[torch.Tensor]) -> None:
+    def _read(self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> None:
         """Plan one read, execute it, and add its report."""
         begin = time.perf_counter()
         source, meter = self._source, self._meter
         narrowed = [
-            Want(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
+            WantedBox(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
             for want, destination in zip(wants, destinations, strict=True)
         ]
         index = source.index(wants)

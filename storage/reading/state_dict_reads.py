@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ...planner.errors import CheckpointError, ShapeMismatchError
 from ..errors import DestinationError
 from ..formats.source import Source
@@ -53,7 +53,7 @@ class StateDictRead:
         wants, destinations = self._destinations()
         decoded = self._decoded_tensors()
         item_tensors = [name for name in items if match.entry(name).is_tensor]
-        wants += [Want(match.stored_names[name], match.entry(name).whole) for name in item_tensors]
+        wants += [WantedBox(match.stored_names[name], match.entry(name).whole) for name in item_tensors]
         stored = [match.stored_names[name] for name in self._value_names]
         check_values(source, stored, options.budget_bytes)
         # Reads all metadata at once, and checks it before memory is allocated by it.
@@ -93,14 +93,14 @@ class StateDictRead:
         message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {quoted(unexpected)}"
         return "; ".join(filter(None, (message, self.match.describe_resize(unexpected[0], "list"))))
 
-    def _destinations(self) -> tuple[list[Want], list[torch.Tensor]]:
+    def _destinations(self) -> tuple[list[WantedBox], list[torch.Tensor]]:
         """Return the boxes to read, and the local tensors to read them into."""
-        wants: list[Want] = []
+        wants: list[WantedBox] = []
         destinations: list[torch.Tensor] = []
         for leaf in self.match.present.values():
             stored = self.match.stored_names[leaf.name]
             for box, tensor in _shards_to_load(leaf, self.source, stored):
-                wants.append(Want(stored, box))
+                wants.append(WantedBox(stored, box))
                 destinations.append(tensor)
                 self._note_cast(leaf.name, torch_dtype(self.source.entry(stored).dtype), tensor.dtype)
         return wants, destinations

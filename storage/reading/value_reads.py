@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from ...planner.box import Box
-from ...planner.chunk_reads import Want
+from ...planner.chunk_reads import WantedBox
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.source import Source
 from ..formats.value_codec import MAX_VALUE_BYTES, decode_value
 from ..tensors.dtypes import from_bytes
 
 
-def value_wants(source: Source, names: Iterable[str]) -> list[Want]:
+def value_wants(source: Source, names: Iterable[str]) -> list[WantedBox]:
     """Return what must be read for some values.
 
     The metadata may already contain the bytes of a value. Then there is nothing to read.
@@ -24,7 +24,7 @@ def value_wants(source: Source, names: Iterable[str]) -> list[Want]:
     Raises:
         MissingTensorError: The checkpoint has no entry of such a name.
     """
-    return [Want(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
+    return [WantedBox(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
 
 
 def check_values(source: Source, names: Iterable[str], budget_bytes: int | None) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.entries import ITEMSIZES, Kind
 from reshard.planner.grid import Grid
 from reshard.planner.read_plan import plan_reads
@@ -116,7 +116,7 @@ def test_runs_are_written_to_the_boxes_of_their_chunks(codec: str, dtype: torch.
             offsets, sizes = [0] * values.ndim, list(values.shape)
             offsets[dim], sizes[dim] = (parts - 1) * n, n
             box = Box(tuple(offsets), tuple(sizes))
-            wants.append(Want(name, box, heads_only=into is torch.bfloat16))
+            wants.append(WantedBox(name, box, heads_only=into is torch.bfloat16))
             expected.append(values[box.slices].to(into))
         plan = plan_reads(source.index(wants), wants)
         assert any((runs.counts > 1).any() for runs in find_chunk_runs(plan.reads, list(plan.requests_of())))
@@ -128,7 +128,7 @@ def test_runs_are_written_to_the_boxes_of_their_chunks(codec: str, dtype: torch.
 def test_batches_contain_every_chunk_once() -> None:
     store, tensors = saved("zstd", torch.float32)
     source = open_source(store)
-    wants = [Want(name, Box.whole(tuple(values.shape))) for name, values in tensors.items()]
+    wants = [WantedBox(name, Box.whole(tuple(values.shape))) for name, values in tensors.items()]
     plan = plan_reads(source.index(wants), wants)
     arranged, _ = arrange(plan)
     for tensor, read in zip(arranged, plan.reads, strict=True):
@@ -150,7 +150,7 @@ def test_error_names_the_damaged_chunk_of_a_run(last: bool, monkeypatch: pytest.
     monkeypatch.setattr(workers, "default_threads", lambda: 1)
     store, _ = saved("zstd", torch.bfloat16)
     source = open_source(store)
-    want = Want("up", Box.whole(SHAPES["up"]))
+    want = WantedBox("up", Box.whole(SHAPES["up"]))
     plan = plan_reads(source.index([want]), [want])
     (read,) = plan.reads
     (runs,) = find_chunk_runs(plan.reads, list(plan.requests_of()))

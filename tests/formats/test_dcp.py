@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 import reshard
 from reshard.errors import CorruptCheckpointError, UnsafeValueError
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.coalesce import GapLimits
 from reshard.planner.entries import ITEMSIZES
 from reshard.planner.read_plan import plan_reads
@@ -49,10 +49,10 @@ def save(state: dict[str, Any], folder: Path, **options: Any) -> str:
 def read_box(checkpoint: str, name: str, box: reshard.Box, dtype: torch.dtype, max_over_read: float) -> torch.Tensor:
     """Read a box with a bound on over-reads."""
     source = open_source(checkpoint)
-    index = source.index([Want(name, box)])
+    index = source.index([WantedBox(name, box)])
     out = torch.empty(box.sizes, dtype=dtype)
     gap_limits = GapLimits(10**9 if max_over_read else 0, max_over_read)
-    execute(plan_reads(index, [Want(name, box)], gap_limits=gap_limits), index, source.store, [out])
+    execute(plan_reads(index, [WantedBox(name, box)], gap_limits=gap_limits), index, source.store, [out])
     return out
 
 

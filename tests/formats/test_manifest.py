@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.errors import MissingTensorError
 from reshard.planner.grid import Grid
 from reshard.storage.errors import (
@@ -206,7 +206,7 @@ def test_only_needed_blocks_of_a_large_manifest_are_read(monkeypatch: pytest.Mon
     recording = RecordingStore(store)
     manifest = open_source(recording)
     recording.calls.clear()
-    index = manifest.index(Want(name, Box((), ())) for name in ["t010", "t011", "t100"])
+    index = manifest.index(WantedBox(name, Box((), ())) for name in ["t010", "t011", "t100"])
     assert len(recording.calls) in (2, 3)
     assert sum(call.stop - call.start for call in recording.calls) < 3000
     assert len(index.entries) < 20
@@ -216,11 +216,11 @@ def test_only_needed_blocks_of_a_large_manifest_are_read(monkeypatch: pytest.Mon
         assert index.shards_of(got) == whole.shards_of(want)
         assert index.lengths[index.chunks_of(got)].tolist() == whole.lengths[whole.chunks_of(want)].tolist()
     recording.calls.clear()
-    assert manifest.index(Want(name, Box((), ())) for name in ["t100"]) is index
+    assert manifest.index(WantedBox(name, Box((), ())) for name in ["t100"]) is index
     assert recording.calls == []
     assert manifest.index() == whole
     with pytest.raises(MissingTensorError, match=r"no 'u'"):
-        manifest.index(Want(name, Box((), ())) for name in ["u"])
+        manifest.index(WantedBox(name, Box((), ())) for name in ["u"])
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -234,18 +234,18 @@ def test_only_regions_that_overlap_a_box_are_read(raw: bool, monkeypatch: pytest
     manifest = open_source(recording)
     total, opening = len(store.content[MANIFEST_NAME]) - manifest.bytes_read, manifest.bytes_read
     whole = index_of(*tensors)
-    wants = [Want("a", Box((0, 128), (512, 64))), Want("c", Box((64, 0), (64, 512)))]
+    wants = [WantedBox("a", Box((0, 128), (512, 64))), WantedBox("c", Box((64, 0), (64, 512)))]
     index = manifest.index(wants)
     assert [entry.name for entry in index.entries] == ["a", "c"]
     assert manifest.bytes_read - opening < total / 7
     for want in wants:
         assert chunks_read(index, want) == chunks_read(whole, want)
     recording.calls.clear()
-    assert manifest.index([Want("a", Box((100, 130), (50, 20)))]) is index
+    assert manifest.index([WantedBox("a", Box((100, 130), (50, 20)))]) is index
     assert recording.calls == []
-    assert manifest.index([Want("b", Box((0, 0), (512, 512)))]).sizes[0][1] == whole.sizes[1][1]
+    assert manifest.index([WantedBox("b", Box((0, 0), (512, 512)))]).sizes[0][1] == whole.sizes[1][1]
     for name, box in (("b", Box((3, 3), (0, 5))), ("b", Box((0, 0), (513, 1)))):  # empty, and too large
-        assert name in manifest.index([Want(name, box)])
+        assert name in manifest.index([WantedBox(name, box)])
     assert manifest.index().sizes == whole.sizes
 
 

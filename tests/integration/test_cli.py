@@ -528,4 +528,4 @@ def test_weight_files_that_the_index_does_not_name_are_shown(tmp_path: Path) -> 
     index = {"weight_map": {"a": "model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "does not name these files, which were not read: consolidated.safetensors" in call("inspect", tmp_path)
-    assert as_json("inspect", tmp_path)["files_left_out"] == ["consolidated.safetensors"]
+    assert as_json("inspect", tmp_path)["unindexed_files"] == ["consolidated.safetensors"]

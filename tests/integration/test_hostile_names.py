@@ -252,7 +252,7 @@ def test_values_and_files_are_shown_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "info", [{"files_left_out": 5}, {"files_left_out": ["\x1b[2J\n"], "created": "\x1b\t", "writer": [1]}]
+    "info", [{"unindexed_files": 5}, {"unindexed_files": ["\x1b[2J\n"], "created": "\x1b\t", "writer": [1]}]
 )
 def test_info_of_any_kind_is_shown(info: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reshard.save({"w": VALUES}, tmp_path / "c")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.entries import Encoding, Entry, Kind, Segments, Stream
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
@@ -67,7 +67,7 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
     )
 
 
-def chunks_read(index: CheckpointIndex, want: Want) -> list[Any]:
+def chunks_read(index: CheckpointIndex, want: WantedBox) -> list[Any]:
     """Return all columns of each chunk that a wanted box reads, with the values of the checksums."""
     (read,) = plan_reads(index, [want]).reads
     columns = (

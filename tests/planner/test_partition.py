@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.errors import InvalidIndexError
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
@@ -33,7 +33,7 @@ def test_partitioned_index_reads_the_same_chunks(
     assert len(cut.regions) == 2 + int(np.prod(parts))
     assert cut.sizes == whole.sizes
     for name in "abc":
-        want = Want(name, data.draw(boxes_in(shape)))
+        want = WantedBox(name, data.draw(boxes_in(shape)))
         assert chunks_read(cut, want) == chunks_read(whole, want)
 
 
@@ -74,9 +74,9 @@ def test_index_of_some_regions_plans_boxes_inside_them() -> None:
     box = Box((0, 32), (32, 32))  # the columns of a square tensor are the outermost dimension
     assert [column.tolist() for column in some.regions.boxes(some.entries, 2)] == [[0], [[0, 32]], [[32, 32]]]
     assert regions_met(shape, (2, 2), box).tolist() == [2]
-    assert chunks_read(some, Want("t", box)) == chunks_read(whole, Want("t", box))
+    assert chunks_read(some, WantedBox("t", box)) == chunks_read(whole, WantedBox("t", box))
     with pytest.raises(InvalidIndexError, match=r"the shards of 't' cover 1024 of the 4096 elements"):
-        plan_reads(some, [Want("t", Box.whole(shape))])
+        plan_reads(some, [WantedBox("t", Box.whole(shape))])
 
 
 def only(index: CheckpointIndex, region: int) -> CheckpointIndex:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.coalesce import GapLimits
 from reshard.planner.errors import InvalidPlanError
 from reshard.planner.grid import Grid
@@ -36,7 +36,7 @@ def test_plan_survives_a_json_round_trip(kind: str, heads_only: bool) -> None:
     shape = saved.grid.shape
     box = Box((0, 512), (1024, 512)) if shape == SHAPE else Box.whole(shape)
     for gap_limits in (GapLimits(0, 0.0), GapLimits(1 << 20, 10.0)):
-        plan = plan_reads(index_of(saved), [Want("t", box, heads_only)], gap_limits=gap_limits)
+        plan = plan_reads(index_of(saved), [WantedBox("t", box, heads_only)], gap_limits=gap_limits)
         back = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
         assert back == plan
         assert back.report == plan.report

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import ChunkReads, Want
+from reshard.planner.chunk_reads import ChunkReads, WantedBox
 from reshard.planner.errors import MissingTensorError, ShapeMismatchError
 from reshard.planner.grid import Grid
 from reshard.planner.layout import Layout
@@ -27,7 +27,7 @@ def test_pieces_tile_the_wanted_box(data: st.DataObject, shape: tuple[int, ...],
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     index = index_of(Saved("t", grid, data.draw(cuts_of(shape)), dtype, raw))
     wanted = data.draw(boxes_in(shape))
-    plan = plan_reads(index, [Want("t", wanted)])
+    plan = plan_reads(index, [WantedBox("t", wanted)])
     (read,) = plan.reads
     assert np.array_equal(paint(shape, pieces(read)), paint(shape, [wanted]))
     (requests,) = plan.requests_of()
@@ -41,7 +41,7 @@ def test_pieces_tile_the_wanted_box(data: st.DataObject, shape: tuple[int, ...],
 def test_byte_ranges_of_different_chunks_are_disjoint(data: st.DataObject, shape: tuple[int, ...]) -> None:
     grid = Grid(shape, tuple(data.draw(st.integers(1, n)) for n in shape))
     index = index_of(Saved("t", grid, data.draw(cuts_of(shape)), "float32", raw=False))
-    (read,) = plan_reads(index, [Want("t", Box.whole(shape))]).reads
+    (read,) = plan_reads(index, [WantedBox("t", Box.whole(shape))]).reads
     ranges = sorted(
         zip(read.objects.ravel().tolist(), read.starts.ravel().tolist(), read.stops.ravel().tolist(), strict=True)
     )
@@ -52,8 +52,8 @@ def test_byte_ranges_of_different_chunks_are_disjoint(data: st.DataObject, shape
 
 def test_heads_only_reads_no_tails() -> None:
     index = index_of(Saved("t", Grid((64, 64), (2, 2)), [Box.whole((64, 64))], "float32", raw=False))
-    (both,) = plan_reads(index, [Want("t", Box.whole((64, 64)))]).reads
-    (heads,) = plan_reads(index, [Want("t", Box.whole((64, 64)), heads_only=True)]).reads
+    (both,) = plan_reads(index, [WantedBox("t", Box.whole((64, 64)))]).reads
+    (heads,) = plan_reads(index, [WantedBox("t", Box.whole((64, 64)), heads_only=True)]).reads
     assert np.array_equal(heads.starts, both.starts[:, :1])
     assert heads.itemsize == 2
     assert heads.bytes_needed * 2 == both.bytes_needed
@@ -61,7 +61,7 @@ def test_heads_only_reads_no_tails() -> None:
 
 def test_heads_only_is_ignored_without_heads() -> None:
     index = index_of(Saved("t", Grid((8,), (1,)), [Box.whole((8,))], "float32", raw=True))
-    (read,) = plan_reads(index, [Want("t", Box.whole((8,)), heads_only=True)]).reads
+    (read,) = plan_reads(index, [WantedBox("t", Box.whole((8,)), heads_only=True)]).reads
     assert not read.heads_only
     assert read.itemsize == 4
 
@@ -69,7 +69,7 @@ def test_heads_only_is_ignored_without_heads() -> None:
 def test_raw_chunks_are_read_by_pages() -> None:
     shape = (1024, 256)  # 512 bytes per row: a page is a 16th of the chunk, so it has 64 rows
     index = index_of(Saved("t", Grid(shape, (1, 1)), [Box.whole(shape)], "bfloat16", raw=True))
-    (read,) = plan_reads(index, [Want("t", Box((100, 0), (50, 256)))]).reads
+    (read,) = plan_reads(index, [WantedBox("t", Box((100, 0), (50, 256)))]).reads
     assert read.skipped.tolist() == [64 * 512]
     assert (read.stops - read.starts).tolist() == [[2 * 64 * 512]]
     assert read.checksums.tolist() == [[1]]
@@ -91,21 +91,21 @@ def test_adjacent_shards_are_read_with_one_request() -> None:
 def test_unknown_names_and_boxes_outside_the_shape_raise_errors() -> None:
     index = index_of(Saved("t", Grid((8, 8), (2, 2)), [Box.whole((8, 8))]))
     with pytest.raises(MissingTensorError, match="'u'"):
-        plan_reads(index, [Want("u", Box.whole((8, 8)))])
+        plan_reads(index, [WantedBox("u", Box.whole((8, 8)))])
     with pytest.raises(ShapeMismatchError, match=r"'t' has shape \(8, 8\)"):
-        plan_reads(index, [Want("t", Box((4, 0), (8, 8)))])
+        plan_reads(index, [WantedBox("t", Box((4, 0), (8, 8)))])
 
 
 def test_plans_compare_by_value() -> None:
     index = index_of(Saved("t", Grid((8, 8), (2, 2)), [Box.whole((8, 8))]))
-    plan = plan_reads(index, [Want("t", Box.whole((8, 8)))])
-    assert plan == plan_reads(index, [Want("t", Box.whole((8, 8)))])
-    assert plan != plan_reads(index, [Want("t", Box((0, 0), (4, 8)))])
+    plan = plan_reads(index, [WantedBox("t", Box.whole((8, 8)))])
+    assert plan == plan_reads(index, [WantedBox("t", Box.whole((8, 8)))])
+    assert plan != plan_reads(index, [WantedBox("t", Box((0, 0), (4, 8)))])
 
 
 def test_plan_of_empty_tensors_has_no_requests() -> None:
     index = index_of(Saved("t", Grid((0, 8), (1, 1)), []))
-    plan = plan_reads(index, [Want("t", Box.whole((0, 8)))])
+    plan = plan_reads(index, [WantedBox("t", Box.whole((0, 8)))])
     assert len(plan.requests) == 0
     assert plan.report.amplification == 0
     assert len(plan_reads(index, []).requests) == 0
@@ -123,6 +123,6 @@ def test_planning_many_boxes_equals_planning_each_alone(
     ]
     index = index_of(*saved, Saved("one", Grid(shape, (1,) * len(shape)), [Box.whole(shape)], plain=True))
     names = data.draw(st.lists(st.sampled_from([entry.name for entry in index.entries]), max_size=12))
-    wants = [Want(name, data.draw(boxes_in(shape)), heads_only=not wide) for name in names]
+    wants = [WantedBox(name, data.draw(boxes_in(shape)), heads_only=not wide) for name in names]
     together = plan_reads(index, wants).reads
     assert list(together) == [plan_reads(index, [want]).reads[0] for want in wants]

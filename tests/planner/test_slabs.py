@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from reshard.planner import slabs
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import ChunkReads, Want
+from reshard.planner.chunk_reads import ChunkReads, WantedBox
 from reshard.planner.coalesce import GapLimits
 from reshard.planner.grid import Grid
 from reshard.planner.read_plan import ReadPlan, plan_reads
@@ -19,7 +19,7 @@ from tests.planner.indexes import Saved, index_of
 def plan_of(shape: tuple[int, ...], shards: list[Box], wanted: Box, gap_limits: GapLimits) -> ReadPlan:
     parts = tuple(1 for _ in shape)
     index = index_of(Saved("t", Grid(shape, parts), shards, "float32", plain=True))
-    return plan_reads(index, [Want("t", wanted)], gap_limits=gap_limits)
+    return plan_reads(index, [WantedBox("t", wanted)], gap_limits=gap_limits)
 
 
 def values_of(read: ChunkReads, row: int, content: list[bytes]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.entries import Kind
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
@@ -55,7 +55,9 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
     return store, open_source(store)
 
 
-def read(store: Store, manifest: Source, wants: list[Want], out: list[torch.Tensor], budget: int = 1 << 30) -> None:
+def read(
+    store: Store, manifest: Source, wants: list[WantedBox], out: list[torch.Tensor], budget: int = 1 << 30
+) -> None:
     execute(plan_reads(manifest.index(), wants), manifest.index(), store, out, budget_bytes=budget)
 
 
@@ -76,7 +78,7 @@ def test_boxes_are_read_under_any_budget(codec: str, budget_bytes: int) -> None:
             name: Box(tuple(s.start or 0 for s in slices), tuple(values.shape)) for name, values in expected.items()
         }
         out = [torch.zeros_like(values) for values in expected.values()]
-        read(store, manifest, [Want(name, box) for name, box in boxes.items()], out, budget_bytes)
+        read(store, manifest, [WantedBox(name, box) for name, box in boxes.items()], out, budget_bytes)
         assert all(a.equal(b) for a, b in zip(out, expected.values(), strict=True))
 
 
@@ -85,7 +87,7 @@ def test_fetched_bytes_stay_within_the_budget(codec: str, monkeypatch: pytest.Mo
     """Law 3 holds for bytes that have been requested and not been placed, however slow placing is."""
     values = torch.randn(4096, 256).to(torch.bfloat16)
     store, manifest = saved(codec, {f"t{i}": values for i in range(4)})
-    wants = [Want(f"t{i}", Box.whole((4096, 256))) for i in range(4)]
+    wants = [WantedBox(f"t{i}", Box.whole((4096, 256))) for i in range(4)]
     plan = plan_reads(manifest.index(), wants, max_request_bytes=1 << 17)
     budget = 1 << 19
     largest = int((plan.requests.stops - plan.requests.starts).max())
@@ -116,7 +118,7 @@ def test_requests_run_concurrently() -> None:
     def before(call: Call) -> None:
         barrier.wait(timeout=20)
 
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 19)
     assert len(plan.requests) == concurrent
     execute(plan, manifest.index(), RecordingStore(store, before), [torch.empty(2048, 1024)])
 
@@ -145,7 +147,7 @@ def test_corrupt_error_names_tensor_and_object_and_tensor_is_unchanged(
     name = damaged(store, change)
     for tensor, values in TENSORS.items():
         out = torch.full_like(values, 7)
-        wants = [Want(tensor, Box.whole(tuple(values.shape)))]
+        wants = [WantedBox(tensor, Box.whole(tuple(values.shape)))]
         if tensor in harmed:
             with pytest.raises(CorruptCheckpointError, match=f"^'{tensor}': .*{message}") as caught:
                 read(store, manifest, wants, [out])
@@ -162,7 +164,7 @@ def test_missing_object_raises_corrupt_error() -> None:
     name = next(name for name in store.content if name != MANIFEST_NAME)
     del store.content[name]
     with pytest.raises(CorruptCheckpointError, match=f"'w': object '{name}' is missing"):
-        read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
+        read(store, manifest, [WantedBox("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
 
 
 def test_corrupt_error_says_if_part_of_a_large_tensor_was_overwritten() -> None:
@@ -170,7 +172,7 @@ def test_corrupt_error_says_if_part_of_a_large_tensor_was_overwritten() -> None:
     store, manifest = saved("none", {"w": values})
     name = list(store.content)[1]
     store.content[name] = store.content[name][:-1] + bytes([store.content[name][-1] ^ 1])
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((2048, 1024)))], max_request_bytes=1 << 18)
     with pytest.raises(CorruptCheckpointError, match="a part of the tensor was overwritten"):
         execute(plan, manifest.index(), store, [torch.zeros(2048, 1024)], budget_bytes=1 << 19)
 
@@ -180,7 +182,7 @@ def test_corrupt_error_waits_for_chunks_that_are_being_written(monkeypatch: pyte
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 2)
     monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
     store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
-    want = Want("w", Box.whole((4096, 1024)))
+    want = WantedBox("w", Box.whole((4096, 1024)))
     plan = plan_reads(manifest.index(), [want])
     first = manifest.index().objects[int(plan.reads[0].objects[0, 0])][0]
     content, start = store.content[first], int(plan.reads[0].starts[0, 0])
@@ -221,7 +223,7 @@ def test_interrupt_does_not_wait_for_a_repeated_read() -> None:
         if again.is_set():
             raise StoreError("interrupted by the test")
 
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((512, 256)))])
     with pytest.raises(StoreError, match="interrupted by the test"):
         execute(plan, manifest.index(), RecordingStore(store, before), [torch.zeros(512, 256)], interrupt=interrupt)
     assert not waited
@@ -231,7 +233,7 @@ def test_interrupt_does_not_wait_for_a_repeated_read() -> None:
 def test_failed_load_releases_its_buffers(tmp_path: Path) -> None:
     reshard.save({"w": torch.randn(4096, 1024)}, tmp_path / "x", codec="none")
     source = open_source(tmp_path / "x")
-    want = Want("w", Box.whole((4096, 1024)))
+    want = WantedBox("w", Box.whole((4096, 1024)))
     plan = plan_reads(source.index([want]), [want], max_request_bytes=1 << 18)
     name = source.index([want]).objects[0][0]
     os.truncate(tmp_path / "x" / name, 1 << 20)
@@ -246,12 +248,12 @@ def test_store_error_names_tensor_object_and_byte_range() -> None:
     store, manifest = saved("zstd", TENSORS)
     failed = RecordingStore(store, failing("read"))
     with pytest.raises(StoreError, match=r"'w': bytes \[8, \d+\) of object 'data/.*-0000\d\.shard'.*injected"):
-        read(failed, manifest, [Want("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
+        read(failed, manifest, [WantedBox("w", Box.whole((512, 256)))], [torch.empty(512, 256)])
 
 
 def test_error_stops_requests_that_have_not_started() -> None:
     store, manifest = saved("none", {"w": torch.randn(4096, 1024)})
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((4096, 1024)))], max_request_bytes=1 << 16)
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((4096, 1024)))], max_request_bytes=1 << 16)
     slowly, fails = slow("read", 0.01), failing("read", after=3)
     failed = RecordingStore(store, lambda call: (slowly(call), fails(call))[0])
     with pytest.raises(StoreError, match="injected"):
@@ -264,7 +266,7 @@ def test_plans_that_share_workers_do_not_wait_for_each_other(monkeypatch: pytest
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 1)
     store, manifest = saved("zstd", TENSORS)
     name = manifest.index().objects[0][0]
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((512, 256)))])
     answered, asked = threading.Event(), threading.Event()
 
     class Answering(MemoryStore):
@@ -296,7 +298,7 @@ def test_execute_raises_if_its_workers_are_stopped(tmp_path: Path) -> None:
     values = torch.randn(2048, 1024)
     reshard.save({"w": values}, tmp_path / "x", codec="none")
     source = open_source(tmp_path / "x")
-    want = Want("w", Box.whole((2048, 1024)))
+    want = WantedBox("w", Box.whole((2048, 1024)))
     plan = plan_reads(source.index([want]), [want])
     workers = Workers(source.store)
     workers.stopped = True
@@ -315,7 +317,7 @@ def test_execute_that_waits_for_the_store_ends_when_its_workers_are_stopped(
     monkeypatch.setattr(MemoryStore, "capabilities", Capabilities(concurrent_reads=concurrent_reads))
     monkeypatch.setattr(Fetcher, "max_requests", 16)
     store, manifest = saved("zstd", TENSORS)
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((512, 256)))])
     assert len(plan.requests) > 1
     asked, answered = threading.Event(), threading.Event()
 
@@ -348,7 +350,7 @@ def test_loaded_tensor_is_not_kept_in_memory() -> None:
     gc.collect()
     gc.disable()  # reference cycles would stay in memory until the garbage collector runs
     try:
-        read(store, manifest, [Want("w", Box.whole((512, 256)))], [torch.from_numpy(memory)])
+        read(store, manifest, [WantedBox("w", Box.whole((512, 256)))], [torch.from_numpy(memory)])
         assert np.array_equal(memory, TENSORS["w"].numpy())
         del memory
         end = time.monotonic() + 30
@@ -369,7 +371,7 @@ def test_execute_raises_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPa
         return submit(self, task, *arguments)
 
     monkeypatch.setattr(Pool, "submit", refusing)
-    plan = plan_reads(manifest.index(), [Want("w", Box.whole((512, 256)))])
+    plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((512, 256)))])
     with pytest.raises(RuntimeError, match="new thread"):
         execute(plan, manifest.index(), store, [torch.zeros(512, 256)])
 

@@ -20,7 +20,7 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
@@ -117,7 +117,7 @@ def swap_chunks(rng: random.Random, content: Content, other: Content) -> None:
     index = open_source(store).index()
     name = rng.choice(data_of(content))
     data = bytearray(content[name])
-    plan = plan_reads(index, [Want(entry.name, Box.whole(entry.shape)) for entry in index.entries])
+    plan = plan_reads(index, [WantedBox(entry.name, Box.whole(entry.shape)) for entry in index.entries])
     starts, stops, objects = (
         np.concatenate([getattr(read, column).ravel() for read in plan.reads])
         for column in ("starts", "stops", "objects")

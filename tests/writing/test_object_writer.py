@@ -10,7 +10,7 @@ import torch
 
 import reshard
 from reshard.planner.box import Box
-from reshard.planner.chunk_reads import Want
+from reshard.planner.chunk_reads import WantedBox
 from reshard.planner.entries import Kind
 from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.read_plan import plan_reads
@@ -72,7 +72,7 @@ def test_tp_rank_reads_its_part_of_grouped_shards_with_one_request_per_stream(
     assert [index.shards_of(position) for position in range(3)] == [held] * 3
     for tp in (2, 4, 8):
         box = Box((0, 4096 // tp), (512, 4096 // tp))
-        plan = plan_reads(index, [Want(name, box) for name in values])
+        plan = plan_reads(index, [WantedBox(name, box) for name in values])
         assert len(plan.requests) == 2 * (2 if dtype is torch.float32 and codec == "zstd" else 1)
         loaded = [torch.zeros(box.sizes, dtype=dtype) for _ in values]
         execute(plan, index, store, loaded)
@@ -166,7 +166,7 @@ def test_several_objects_are_written_concurrently_if_the_store_holds_objects(mon
     assert max(record.bytes_needed for record in records) <= sum(record.bytes_needed for record in records) // 8
     index = assemble_index(records)
     assert len(index.shards_of(index.position("large"))) == 8
-    plan = plan_reads(index, [Want(name, Box.whole(tuple(tensor.shape))) for name, tensor in values.items()])
+    plan = plan_reads(index, [WantedBox(name, Box.whole(tuple(tensor.shape))) for name, tensor in values.items()])
     loaded = [torch.zeros_like(tensor) for tensor in values.values()]
     execute(plan, index, memory, loaded)
     assert all(a.equal(b) for a, b in zip(loaded, values.values(), strict=True))

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ....planner.chunk_reads import Want
+from ....planner.chunk_reads import WantedBox
 from ....planner.coalesce import GapLimits
 from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
@@ -175,7 +175,7 @@ class Manifest:
             raise missing_tensor(name, self._positions)
         return self._positions[name]
 
-    def index(self, wants: Iterable[Want] | None = None) -> CheckpointIndex:
+    def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         """Return an index with the regions that some reads need, or with all regions. It may contain more.
 
         Raises:
@@ -191,7 +191,7 @@ class Manifest:
                 self._loaded = wanted, self._load(sorted(wanted))
             return self._loaded[1]
 
-    def _blocks_of(self, want: Want) -> list[int]:
+    def _blocks_of(self, want: WantedBox) -> list[int]:
         """Return the blocks with the regions that a read needs."""
         position = self._position(want.name)
         met = regions_met(self._entries[position].shape, self._parts[position], want.box)

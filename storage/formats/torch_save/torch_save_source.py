@@ -18,7 +18,6 @@ import torch
 from torch._weights_only_unpickler import Unpickler
 from torch.overrides import TorchFunctionMode
 
-from ....planner.entries import Kind
 from ....planner.errors import CheckpointError
 from ...errors import (
     CorruptCheckpointError,
@@ -111,7 +110,7 @@ class TorchSaveSource(ForeignSource):
         dtype, shape, order = value.value.dtype, value.value.shape, value.value.order
         row_major = order == tuple(range(len(shape)))
         shards = whole_tensor(dtype, shape, at, value.value.start)
-        self.add(name, Kind.TENSOR, dtype, shape, shards, None if row_major else order)
+        self.add_tensor(name, dtype, shape, shards, None if row_major else order)
 
     @property
     def location(self) -> str:
