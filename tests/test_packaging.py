@@ -99,7 +99,7 @@ def test_metadata_matches_the_project(built: tuple[Path, Path, Path]) -> None:
     assert metadata["Name"] == "reshard"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert "torch>=2.7" in metadata.get_all("Requires-Dist", [])
+    assert "torch>=2.11" in metadata.get_all("Requires-Dist", [])
     assert {"s3", "obstore", "gcs", "docs", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     with tarfile.open(sdist) as source:
         inside = {name.partition("/")[2] for name in source.getnames()}

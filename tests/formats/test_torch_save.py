@@ -145,6 +145,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("case", REFUSED)
 def test_tensors_that_byte_ranges_cannot_express_raise_when_read(case: str) -> None:
     value, message = REFUSED[case]

@@ -101,6 +101,7 @@ def strided(uri: str) -> None:
     assert tensor.full_tensor().equal(whole)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="DTensor of torch 2.11 cannot reshape a strided shard")
 def test_strided_shard_without_fsdp_is_saved_and_loaded(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, strided, str(tmp_path))
 

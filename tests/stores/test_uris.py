@@ -35,6 +35,8 @@ from tests.conftest import Place
 from tests.failing_s3 import failing_s3
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+HIDDEN_BY_DCP = "metadata is None"
+"""`dcp.load` of torch before 2.13 raises this instead of the error of the reader."""
 
 STATE = {"w": torch.arange(12.0).reshape(4, 3)}
 OPTIONS = {"key": "a"}
@@ -132,7 +134,7 @@ def test_dcp_does_not_write_to_a_uri_that_lost_a_slash(location: Any, empty_fold
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://") as caught:
         dcp.save(STATE, storage_writer=reshard.StorageWriter(location))
     assert "UnsupportedURIError" in str(caught.value)
-    with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
+    with pytest.raises(CheckpointException, match=f"pass the URI as a string, 's3://|{HIDDEN_BY_DCP}"):
         dcp.load(dict(STATE), storage_reader=reshard.StorageReader(location))
     with pytest.raises(CheckpointException, match="pass the URI as a string, 's3://"):
         dcp.save(STATE, checkpoint_id=location, storage_writer=reshard.StorageWriter("elsewhere"))
@@ -271,7 +273,7 @@ def test_storage_options_for_a_local_path_raise_argument_error(form: str, tmp_pa
     with pytest.raises(CheckpointException, match="takes no storage_options"):
         dcp.save(STATE, storage_writer=writer)
     reader = reshard.StorageReader(there, storage_options=OPTIONS)
-    with pytest.raises(CheckpointException, match="takes no storage_options"):
+    with pytest.raises(CheckpointException, match=f"takes no storage_options|{HIDDEN_BY_DCP}"):
         dcp.load(dict(STATE), storage_reader=reader)
     assert not (tmp_path / "new").exists()
     empty: dict[str, Any] = {}
