@@ -563,6 +563,7 @@ def deflated(data: bytes) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")  # torch 2.14
 @pytest.mark.parametrize(
     ("value", "message"),
     [
