@@ -48,7 +48,7 @@ def save_without_collectives(layout: str, uri: str) -> None:
 
 
 def save_to_store(layout: str, uri: str, options: dict[str, Any]) -> None:
-    dcp.save({"model": build(layout, seed=0)}, storage_writer=FsspecWriter(uri, **options))
+    dcp.save({"model": build(layout, seed=0)}, storage_writer=FsspecWriter(uri, sync_files=False, **options))
 
 
 def load_by_dcp(layout: str, uri: str) -> None:
