@@ -1,4 +1,4 @@
-"""The command line, `reshard …`: a thin layer over the library, which has all that it does."""
+"""The command line, `reshard …`: a thin layer over the library."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from reshard.planner.text import shown
 
 
 def main() -> None:
-    """Run a command: an error is one sentence and exit code 2; `--debug` shows where it was.
+    """Run a command. An error is printed as one sentence, with exit code 2; `--debug` shows its traceback.
 
-    Exit code 1 is for what was looked for and found: damage, differences.
+    Exit code 1 means that the command found damage or differences.
     """
     from .app import app
 
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # closed, as by `>&-`
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not have all letters
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack characters
     try:
         app()
     except CheckpointError as error:
         if "--debug" in sys.argv:
-            sys.excepthook = _tell_traceback
+            sys.excepthook = _print_traceback
             raise
         print(f"reshard: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def _tell_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """Print a traceback as Python does, each line as `shown` returns it: causes are of other libraries."""
+def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Print a traceback, each line through `shown`, because causes come from other libraries."""
     for line in "".join(traceback.format_exception(kind, error, where)).split("\n"):
         print(shown(line), file=sys.stderr)

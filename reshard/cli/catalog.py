@@ -15,7 +15,7 @@ from reshard.storage.maintenance.catalog import find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
 
 from ..humanize import format_age, format_bytes
-from .common import print_json, print_table, storage_options, tell
+from .common import print_json, print_line, print_table, storage_options
 
 SHOWN_NAMES = 10
 """How many names `rm` shows before it asks for confirmation. It shows all unusual names of a DCP checkpoint."""
@@ -27,7 +27,7 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
         print_json([{**asdict(checkpoint), "uri": masked(checkpoint.uri)} for checkpoint in found])
         return
     if not found:
-        tell(f"there is no checkpoint at or below {uri}", file=sys.stderr)
+        print_line(f"there is no checkpoint at or below {uri}", file=sys.stderr)
         return
     now = datetime.datetime.now(datetime.UTC)
     rows = [
@@ -53,13 +53,13 @@ def rm(uri: str, yes: bool, options: list[str] | None) -> None:
     if not yes:
         names = removal.unusual or removal.names[:SHOWN_NAMES]
         for name in names:
-            tell(f"  {name!r}")
+            print_line(f"  {name!r}")
         if len(names) < len(removal.names):
-            tell(f"  and {len(removal.names) - len(names)} more")
+            print_line(f"  and {len(removal.names) - len(names)} more")
         what = f"{removal.format} checkpoint of {format_bytes(removal.nbytes)}, {len(removal.names)} objects,"
         if not typer.confirm(shown(f"Remove the {what} at {uri}?")):
             raise typer.Exit(1)
-    tell(f"{len(reshard.remove(uri, given, expected=removal))} objects removed")
+    print_line(f"{len(reshard.remove(uri, given, expected=removal))} objects removed")
 
 
 def gc(
@@ -75,12 +75,12 @@ def gc(
     given = storage_options(options)
     found = reshard.gc(uri, given, older_than_s=older_than_s, dry_run=True)
     for remains in found:
-        tell(f"{remains.uri}: {len(remains.names)} objects, {format_bytes(remains.nbytes)}")
+        print_line(f"{remains.uri}: {len(remains.names)} objects, {format_bytes(remains.nbytes)}")
     if not found:
-        tell(f"no data that is older than {older_than_hours:g} hours")
+        print_line(f"no data that is older than {older_than_hours:g} hours")
     elif not dry_run:
         total = sum(remains.nbytes for remains in found)
         if not yes and not typer.confirm(f"Remove {format_bytes(total)} that no checkpoint uses?"):
             raise typer.Exit(1)
         remove_remains(found, given, older_than_s=older_than_s)
-        tell("removed")
+        print_line("removed")

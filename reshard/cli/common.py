@@ -1,4 +1,4 @@
-"""What commands share: their options, and how they print."""
+"""Options and printing that the commands share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
-    """Options of fsspec from `key=value`; a value that is JSON is read as that."""
+    """Return options for fsspec from `key=value` pairs. A value that is JSON is decoded."""
     options: dict[str, Any] = {}
     for pair in pairs or ():
         key, equals, text = pair.partition("=")
@@ -49,7 +49,9 @@ def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
         for part in outer:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise typer.BadParameter(f"{part!r} is a value, and has none below it", param_hint="--storage-option")
+                raise typer.BadParameter(
+                    f"{part!r} is a value, so it has no options of its own", param_hint="--storage-option"
+                )
         try:
             place[last] = json.loads(text)
         except ValueError:
@@ -58,37 +60,38 @@ def storage_options(pairs: Iterable[str] | None) -> dict[str, Any]:
 
 
 def options_of(uri: str, uris: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Return what one of several places takes of the options that were given for all of them.
+    """Return the options for one of several locations that share storage options.
 
-    A local path takes none. Where all are local, they are returned, so that they are refused.
+    A local path takes no options. If all locations are local, the options are returned, so that the call refuses them.
     """
     from reshard.storage.stores.fsspec import is_local
 
     return {} if is_local(uri) and not all(map(is_local, uris)) else options
 
 
-def tell(line: object, *, file: TextIO | None = None) -> None:
-    """Print a line, as `shown` returns it: what a checkpoint holds cannot add lines, or move the cursor."""
+def print_line(line: object, *, file: TextIO | None = None) -> None:
+    """Print a line through `shown`, so that the content of a checkpoint cannot add lines or move the cursor."""
     print(shown(line, MAX_OF_A_LINE), file=file)
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON: exact, and in ASCII.
+    """Print a value as JSON, in ASCII and without rounding.
 
-    Raises UnsupportedValueError for one that holds itself, or is nested too deeply.
+    Raises:
+        UnsupportedValueError: the value contains itself or is nested too deeply.
     """
     try:
-        text = json.dumps(_plain(value), indent=1, default=_in_words)
+        text = json.dumps(_plain(value), indent=1, default=_encode_default)
     except (RecursionError, ValueError) as error:
-        raise UnsupportedValueError("a value holds itself, or is nested too deeply to be shown") from error
+        raise UnsupportedValueError("a value contains itself or is nested too deeply to be shown") from error
     print(text)
 
 
-def _in_words(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime.datetime) else in_words(value)
+def _encode_default(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime.datetime) else as_text(value)
 
 
-def in_words(value: object) -> str:
+def as_text(value: object) -> str:
     """Return a value of a checkpoint as text."""
     try:
         return str(value)
@@ -97,19 +100,19 @@ def in_words(value: object) -> str:
 
 
 def _plain(value: object) -> object:
-    """A value without infinities and NaNs, which JSON has no word for: they are strings; and so are keys."""
+    """Return a value with strings in the place of infinities, NaNs and keys, because JSON cannot express them."""
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else in_words(key): _plain(item) for key, item in value.items()}
+        return {key if isinstance(key, str) else as_text(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
-    """A table on a terminal; plain lines, tabs between the values, elsewhere. Values are as `shown` returns them.
+    """Print a table on a terminal, and lines with tabs between the values elsewhere. Values go through `shown`.
 
     Args:
-        right: columns of numbers.
+        right: the columns that are aligned to the right.
     """
     if not sys.stdout.isatty():
         print("\t".join(columns))

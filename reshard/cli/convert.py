@@ -15,7 +15,7 @@ import typer
 import reshard
 
 from ..humanize import format_bytes, format_names
-from .common import options_of, storage_options, tell
+from .common import options_of, print_line, storage_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,16 @@ def run(
         )
     if report.rank == 0:
         total = report.total
-        tell(
+        print_line(
             f"{dst}: {format_bytes(total.bytes_needed)} of values, {format_bytes(total.bytes_written)} written, in "
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
             names = format_names([cast.name for cast in report.cast])
-            tell(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
+            print_line(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
         if report.dropped:
             why = "; safetensors stores tensors only" if options.to == "safetensors" else ""
-            tell(f"{len(report.dropped)} names were not converted: {format_names(report.dropped)}{why}")
+            print_line(f"{len(report.dropped)} names were not converted: {format_names(report.dropped)}{why}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import reshard
 
-from .common import options_of, print_json, print_table, storage_options, tell
+from .common import options_of, print_json, print_line, print_table, storage_options
 
 
 def run(a: str, b: str, options: list[str] | None, as_json: bool) -> int:
@@ -26,5 +26,5 @@ def run(a: str, b: str, options: list[str] | None, as_json: bool) -> int:
         columns = ("name", "difference", "A", "B", "elements", "largest")
         print_table(columns, rows, right=("elements", "largest"))
     else:
-        tell("no difference")
+        print_line("no difference")
     return int(bool(found))

@@ -1,4 +1,4 @@
-"""Many tensors in few lines: layers that are alike are one, and names are a tree."""
+"""Shows many tensors in few lines: similar layers are one line, and names form a tree."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from ..humanize import format_ranges
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
-"""A part of a name that counts layers. Other digits, as in "01", "²" or a thousand of them, are letters."""
+"""A part of a name that counts layers. Other digits, such as "01", "²" or a thousand digits, are treated as letters."""
 MAX_LEVELS = 32
-"""Of a tree; what is below stays in one line."""
+"""The depth of a tree. Deeper names stay in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Tensors that differ in numbers of their names alone."""
+    """Tensors whose names differ only in numbers."""
 
     name: str
-    """With what the numbers are, as in `layers.[0-31].up.weight`."""
+    """The name with the ranges of the numbers, such as `layers.[0-31].up.weight`."""
     names: tuple[str, ...]
     alike: tuple[object, ...]
-    """What they have in common."""
+    """The properties that the tensors have in common."""
 
     @property
     def count(self) -> int:
@@ -30,7 +30,7 @@ class Folded:
 
 
 def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
-    """Fold names by what they have in common: names with other numbers, but the same values, are one."""
+    """Fold tensors with the same properties whose names differ only in numbers."""
     groups: dict[tuple[str, tuple[object, ...]], list[str]] = {}
     for name, alike in tensors.items():
         pattern = ".".join("*" if _NUMBER.fullmatch(part) else part for part in name.split("."))
@@ -52,9 +52,9 @@ class _Node:
 
 
 def tree(folded: Iterable[Folded]) -> list[tuple[str, Folded | None]]:
-    """The lines of a tree of names, each indented, with the tensors that it stands for, or None.
+    """Return the lines of a tree of names, each indented, with the tensors of the line, or None.
 
-    A name with one thing below it is in one line with that, and so is all that is nested more than MAX_LEVELS deep.
+    A name with a single child shares a line with it. Names that are nested more than MAX_LEVELS deep share a line, too.
     """
     root = _Node()
     for tensors in folded:

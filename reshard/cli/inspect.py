@@ -12,7 +12,7 @@ import reshard
 from reshard.storage.checkpoint import Checkpoint
 
 from ..humanize import format_bytes
-from .common import in_words, print_json, print_table, storage_options, tell
+from .common import as_text, print_json, print_line, print_table, storage_options
 from .fold import Folded, fold, tree
 
 
@@ -20,16 +20,16 @@ def run(uri: str, names: list[str], format: str | None, options: list[str] | Non
     """Return the exit code: 1 if tensors of the checkpoint are missing."""
     checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
     if names:
-        _tell_tensors(checkpoint, names, as_json)
+        _print_details(checkpoint, names, as_json)
     elif as_json:
         print_json(summary(checkpoint) | {"tensors": {name: _row(checkpoint, name) for name in checkpoint.tensors}})
     else:
-        _tell_all(checkpoint)
+        _print_summary(checkpoint)
     return int(bool(checkpoint.damaged))
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint in numbers."""
+    """Return the sizes and names of a checkpoint, as plain data."""
     parameters: Counter[str] = Counter()
     raw: Counter[str] = Counter()
     stored: Counter[str] = Counter()
@@ -70,22 +70,22 @@ def _row(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     }
 
 
-def _tell_all(checkpoint: Checkpoint) -> None:
-    told = summary(checkpoint)
-    made = ", ".join(
-        f"{key} {in_words(told[key])}" for key in ("created", "writer", "torch", "codec", "ranks") if key in told
+def _print_summary(checkpoint: Checkpoint) -> None:
+    found = summary(checkpoint)
+    origin = ", ".join(
+        f"{key} {as_text(found[key])}" for key in ("created", "writer", "torch", "codec", "ranks") if key in found
     )
-    tell(f"{told['location']}: {told['format']}" + (f" ({made})" if made else ""))
+    print_line(f"{found['location']}: {found['format']}" + (f" ({origin})" if origin else ""))
     dtypes = [
         (dtype, f"{row['parameters']:,}", format_bytes(row["bytes"]), format_bytes(row["stored_bytes"]), _ratio(row))
-        for dtype, row in told["dtypes"].items()
+        for dtype, row in found["dtypes"].items()
     ]
     total = (
         "all",
-        f"{told['parameters']:,}",
-        format_bytes(told["bytes"]),
-        format_bytes(told["stored_bytes"]),
-        _ratio(told),
+        f"{found['parameters']:,}",
+        format_bytes(found["bytes"]),
+        format_bytes(found["stored_bytes"]),
+        _ratio(found),
     )
     columns = ("dtype", "values", "raw", "stored", "ratio")
     print_table(columns, [*dtypes, total] if len(dtypes) != 1 else dtypes, right=columns[1:])
@@ -105,7 +105,7 @@ def _tell_all(checkpoint: Checkpoint) -> None:
     others = checkpoint.info.get("unindexed_files")
     if isinstance(others, list) and others:
         print()
-        tell(f"the index does not name these files, which were not read: {', '.join(map(in_words, others))}")
+        print_line(f"these files are not in the index and were not read: {', '.join(map(as_text, others))}")
     if checkpoint.unindexed:
         print()
         unindexed = fold(dict.fromkeys(checkpoint.unindexed, ()))
@@ -125,23 +125,23 @@ def _ratio(row: dict[str, Any]) -> str:
     return f"{row['stored_bytes'] / row['bytes']:.3f}" if row["bytes"] else ""
 
 
-def _tell_tensors(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
-    told: dict[str, Any] = {}
-    there = [*checkpoint.tensors, *checkpoint.value_names]
-    for name in (found for given in names for found in fnmatch.filter(there, given) or [given]):
+def _print_details(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
+    details: dict[str, Any] = {}
+    all_names = [*checkpoint.tensors, *checkpoint.value_names]
+    for name in (found for given in names for found in fnmatch.filter(all_names, given) or [given]):
         if name in checkpoint.value_names:
-            told[name] = {"value": checkpoint.read_value(name)}
+            details[name] = {"value": checkpoint.read_value(name)}
             continue
         shards, grid = checkpoint.layout_of(name)
-        told[name] = _row(checkpoint, name) | {"grid": list(grid), "shards": [str(box) for box in shards]}
+        details[name] = _row(checkpoint, name) | {"grid": list(grid), "shards": [str(box) for box in shards]}
     if as_json:
-        print_json(told)
+        print_json(details)
         return
-    for name, row in told.items():
-        tell(name)
+    for name, row in details.items():
+        print_line(name)
         for key, value in row.items():
-            tell(f"  {key}: " + (" x ".join(map(str, value)) if key in ("shape", "grid") else _listed(value)))
+            print_line(f"  {key}: " + (" x ".join(map(str, value)) if key in ("shape", "grid") else _listed(value)))
 
 
 def _listed(value: Any) -> str:
-    return ", ".join(map(in_words, value)) if isinstance(value, list) else in_words(value)
+    return ", ".join(map(as_text, value)) if isinstance(value, list) else as_text(value)

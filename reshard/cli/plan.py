@@ -21,7 +21,7 @@ from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint
 
 from ..humanize import format_bytes, format_ranks
-from .common import print_json, print_table, storage_options, tell
+from .common import print_json, print_line, print_table, storage_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,17 +31,17 @@ COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP"
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a rank has to the store."""
+    """The connection of a rank to the store, and its price."""
 
     latency_s: float
     bytes_per_s: float
     concurrent_requests: int
     dollars_per_1000: float
     is_given: bool
-    """Whether to plan for it; else for what the checkpoint's own store is known to be."""
+    """Whether to plan for this link. If not, the plan is for the checkpoint's own store."""
 
     def seconds(self, nbytes: int, requests: int, concurrent: int | None = None) -> float:
-        """How long a rank takes for its requests: their latencies, so many at once, and their bytes."""
+        """Return the seconds that requests take: their latencies, `concurrent` at a time, and the transfer."""
         rounds = -(-requests // (concurrent or self.concurrent_requests))
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
@@ -54,16 +54,16 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What is to be planned."""
+    """What to plan."""
 
     mesh: Mapping[str, int]
-    """Sizes of "pp", "dp", "fsdp" and "tp", where they are more than 1."""
+    """The sizes of "pp", "dp", "fsdp" and "tp" that are more than 1."""
     tp_plan: list[str]
     include: list[str]
     exclude: list[str]
     max_over_read: float | None
     tensor: str | None
-    """To be drawn chunk by chunk."""
+    """The tensor whose chunks are drawn."""
 
 
 def run(
@@ -78,12 +78,14 @@ def run(
 ) -> None:
     checkpoint: Checkpoint | None = None
     if options.tensor and not plot:
-        raise typer.BadParameter("it is what --plot draws", param_hint="--tensor")
+        raise typer.BadParameter("it needs --plot", param_hint="--tensor")
     if save and not save.endswith(".json"):
-        raise typer.BadParameter("end its name with .json, by which it is known again", param_hint="--save")
+        raise typer.BadParameter("the name must end with .json", param_hint="--save")
     if uri.endswith(".json") and not uri.endswith(".index.json") and os.path.isfile(uri):
         if storage_option:
-            raise typer.BadParameter("a saved plan is a local file: leave them out", param_hint="--storage-option")
+            raise typer.BadParameter(
+                "a saved plan is a local file and takes no storage options", param_hint="--storage-option"
+            )
         plans = _read_back(uri, options)
     else:
         checkpoint = reshard.open(uri, storage_options=storage_options(storage_option), format=format)
@@ -94,7 +96,7 @@ def run(
         figure = _drawn(checkpoint, plans, options.tensor, link)
         _write(plot, "--plot", lambda: figure.savefig(plot, dpi=120))
     if as_json:
-        print_json(_told(plans, link))
+        print_json(_as_json(plans, link))
     else:
         _print(plans, checkpoint.format if checkpoint else "a saved plan", link)
 
@@ -107,7 +109,7 @@ def _read_back(path: str, options: PlanOptions) -> RankPlans:
         or options.exclude
         or options.max_over_read is not None
     ):
-        raise typer.BadParameter("a saved plan has its ranks and rules: leave them out", param_hint="URI")
+        raise typer.BadParameter("a saved plan has its own ranks and rules: omit the other options", param_hint="URI")
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -144,7 +146,7 @@ def _write(path: str, option: str, write: Callable[[], object]) -> None:
         raise typer.BadParameter(f"{path!r} cannot be written: {error}", param_hint=option) from None
 
 
-def _told(plans: RankPlans, link: Link) -> dict[str, object]:
+def _as_json(plans: RankPlans, link: Link) -> dict[str, object]:
     rows = [
         {
             "rank": rank,
@@ -161,14 +163,14 @@ def _told(plans: RankPlans, link: Link) -> dict[str, object]:
 
 
 def _print(plans: RankPlans, what: str, link: Link) -> None:
-    tell(f"{plans.location}: {what}, read by {plans.mesh}")
+    print_line(f"{plans.location}: {what}, read by {plans.mesh}")
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
     print_table(COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
-        tell(f"rank {most}: {note}")
+        print_line(f"rank {most}: {note}")
 
 
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:
@@ -192,12 +194,12 @@ def _in_dollars(dollars: float) -> str:
 
 
 def _words(checkpoint: Checkpoint, given: list[str], tp: int) -> dict[str, str]:
-    """Patterns and words of tensor parallelism: of the command line, of files that it names, or of the config.json."""
+    """Return tensor-parallel words by pattern, from the command line, files that it names, or config.json."""
     if not given:
         plan = checkpoint.tp_plan
         if not plan and tp > 1:
             raise typer.BadParameter(
-                "the checkpoint has no config.json with a plan: give the rules", param_hint="--tp-plan"
+                "the checkpoint has no config.json with a plan: pass rules", param_hint="--tp-plan"
             )
         return plan
     words: dict[str, str] = {}
@@ -210,12 +212,12 @@ def _words(checkpoint: Checkpoint, given: list[str], tp: int) -> dict[str, str]:
             with open(rule) as file:
                 words |= {str(pattern): str(word) for pattern, word in json.load(file).items()}
         except (OSError, ValueError, AttributeError) as error:
-            raise typer.BadParameter(f"{rule!r} is neither PATTERN=WORD nor a JSON file of such: {error}") from None
+            raise typer.BadParameter(f"{rule!r} is neither PATTERN=WORD nor a JSON file of rules: {error}") from None
     return words
 
 
 def _rules(checkpoint: Checkpoint, mesh: Mapping[str, int], words: Mapping[str, str]) -> dict[str, Rule]:
-    """The rules of a layout that shards by words over "tp", and by the first dimension over "fsdp", as FSDP2 does."""
+    """Return rules that shard by words over "tp", and by the first dimension over "fsdp", as FSDP2 does."""
     if "fsdp" not in mesh:
         return dict(words) if "tp" in mesh else {}
     if "tp" not in mesh:

@@ -83,7 +83,7 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert all(row["whole_shards"]["nbytes"] == 6 * 64 * 64 * 4 for row in plan["ranks"])
     assert "read by tp 4\nranks\tneeded" in call("plan", place, "--tp", 4, *RULES)
     assert "of 6 tensors are" in call("verify", place)
-    assert "of 6 tensors are there, by the sizes" in call("verify", place, "--quick")
+    assert "of 6 tensors exist, according to the sizes" in call("verify", place, "--quick")
     assert as_json("diff", saved(native, tmp_path), place, code=int(save is of_safetensors)) == (
         [
             {"name": "step", "what": "only in A", "a": "value of 1 bytes", "b": "", "changed": 0, "largest": 0.0},
@@ -268,14 +268,14 @@ def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None
     assert (other / "data" / written).exists()
     assert not (place / "data" / written).exists()
     assert all(path.exists() for path in others)
-    assert "are right" in call("verify", place)
+    assert "match their checksums" in call("verify", place)
 
 
 def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     (place / "notes.txt").write_text("mine")
     call("rm", place, code=1, answer="n\n")
-    assert "are right" in call("verify", place)
+    assert "match their checksums" in call("verify", place)
     assert call("rm", place, answer="y\n").endswith("2 objects removed\n")
     assert list(open_store(place).list()) == ["notes.txt"]
     assert not (place / "data").exists()
@@ -527,5 +527,5 @@ def test_weight_files_that_the_index_does_not_name_are_shown(tmp_path: Path) -> 
     save_file({"b": torch.ones(2)}, tmp_path / "consolidated.safetensors")
     index = {"weight_map": {"a": "model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "does not name these files, which were not read: consolidated.safetensors" in call("inspect", tmp_path)
+    assert "are not in the index and were not read: consolidated.safetensors" in call("inspect", tmp_path)
     assert as_json("inspect", tmp_path)["unindexed_files"] == ["consolidated.safetensors"]

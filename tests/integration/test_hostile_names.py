@@ -243,7 +243,7 @@ def test_values_and_files_are_shown_in_one_line(tmp_path: Path) -> None:
     index = {"weight_map": {"w": "model.safetensors", hostile: f"gone{hostile}.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     output = call("inspect", folder)
-    assert "does not name these files" in output
+    assert "are not in the index" in output
     (folder / "config.json").write_text(json.dumps({"base_model_tp_plan": {hostile: hostile}}))
     for command in (["plan", folder, "--tp", 2], ["convert", folder, tmp_path / "copy"], ["inspect", folder, hostile]):
         with pytest.raises(CheckpointError) as refused:
