@@ -82,7 +82,7 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert [row["bytes_needed"] for row in plan["ranks"]] == [6 * 16 * 64 * 4] * 4
     assert all(row["whole_shards"]["nbytes"] == 6 * 64 * 64 * 4 for row in plan["ranks"])
     assert "read by tp 4\nranks\tneeded" in call("plan", place, "--tp", 4, *RULES)
-    assert "of 6 tensors are" in call("verify", place)
+    assert "of 6 tensors" in call("verify", place)
     assert "of 6 tensors exist, according to the sizes" in call("verify", place, "--quick")
     assert as_json("diff", saved(native, tmp_path), place, code=int(save is of_safetensors)) == (
         [
@@ -99,7 +99,7 @@ def test_every_command_reads_every_format(save: Callable[[Path], None], tmp_path
     assert "entries\tage\tstate" in call("ls", tmp_path)
 
 
-def test_what_lacks_objects_is_not_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_objects_is_incomplete(tmp_path: Path) -> None:
     for save in (native, of_dcp):
         place = saved(save, tmp_path)
         next(path for path in place.rglob("*") if path.suffix in (".shard", ".distcp")).unlink()
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_listed(tmp_path: Path, monkeypatch: pytes
     assert [there.state for there in reshard.find_checkpoints(tmp_path)][1] == "no permission"
 
 
-def test_files_of_torch_save_are_listed_where_they_stand_alone(tmp_path: Path) -> None:
+def test_files_of_torch_save_are_listed_in_folders_without_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     torch.save({"a": torch.ones(4)}, tmp_path / "run" / "step-3.pt")
     (tmp_path / "run" / "other.bin").write_bytes(b"of something else")
@@ -148,8 +148,8 @@ def test_every_command_on_s3(to: str, s3: Place, tmp_path: Path) -> None:
     drawn = tmp_path / "plan.png"
     assert as_json("plan", place, "--tp", 2, *RULES, "--plot", drawn, *given)["ranks"][0]["requests"] > 0
     assert drawn.exists()
-    assert "of 6 tensors are" in call("verify", place, *given)
-    assert "of 6 tensors are there" in call("verify", place, "--quick", *given)
+    assert "of 6 tensors" in call("verify", place, *given)
+    assert "of 6 tensors exist" in call("verify", place, "--quick", *given)
     assert "no difference" in call("diff", place, place, *given)
     assert [row["uri"] for row in as_json("ls", uri, *given)] == [place]
     assert "no data that is older" in call("gc", uri, "--dry-run", *given)
@@ -163,12 +163,12 @@ def test_every_command_on_s3(to: str, s3: Place, tmp_path: Path) -> None:
         assert as_json("ls", uri, *given) == []
 
 
-def test_a_plan_under_fsdp_and_tp_is_that_of_torch(tmp_path: Path) -> None:
+def test_a_plan_for_fsdp_and_tp_agrees_with_torch(tmp_path: Path) -> None:
     ranks = as_json("plan", saved(native, tmp_path), "--fsdp", 2, "--tp", 2, "--dp", 2, *RULES)["ranks"]
     assert [row["bytes_needed"] for row in ranks] == [6 * 64 * 64] * 8, "a fourth of each, on two replicas"
 
 
-def test_a_plan_is_drawn_kept_and_read_back(tmp_path: Path) -> None:
+def test_a_plan_is_drawn_saved_and_read_back(tmp_path: Path) -> None:
     place, kept = saved(native, tmp_path), tmp_path / "plan.json"
     told = as_json("plan", place, "--tp", 4, *RULES, "--save", kept, "--plot", tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -177,7 +177,7 @@ def test_a_plan_is_drawn_kept_and_read_back(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "again.svg").read_text()
     refused = CliRunner().invoke(app, ["plan", str(kept), "--tp", "2"])
     assert refused.exit_code == 2
-    assert "leave them out" in refused.output
+    assert "a saved plan has its own ranks and rules" in refused.output
     refused = CliRunner().invoke(app, ["plan", str(kept), "--plot", str(tmp_path / "plan.what")])
     assert refused.exit_code == 2
     assert "cannot be written" in refused.output
@@ -193,7 +193,7 @@ def test_a_stage_of_a_pipeline_reads_its_layers(tmp_path: Path) -> None:
     assert [row["bytes_needed"] for row in ranks] == [2 * 32 * 64 * 4] * 6, "of one layer, a half"
 
 
-def test_the_plan_of_a_config_is_taken(tmp_path: Path) -> None:
+def test_plan_uses_the_tp_plan_of_config_json(tmp_path: Path) -> None:
     place = saved(of_safetensors, tmp_path)
     (place / "config.json").write_text(json.dumps({"base_model_tp_plan": {"layers.*.up": "colwise"}}))
     (first, _) = as_json("plan", place, "--tp", 2)["ranks"]
@@ -203,7 +203,7 @@ def test_the_plan_of_a_config_is_taken(tmp_path: Path) -> None:
     assert first["bytes_needed"] == 6 * 32 * 64 * 4
 
 
-def test_damage_is_told_and_named(tmp_path: Path) -> None:
+def test_verify_names_the_damaged_tensor(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     (data,) = (place / "data").iterdir()
     content = bytearray(data.read_bytes())
@@ -211,14 +211,14 @@ def test_damage_is_told_and_named(tmp_path: Path) -> None:
     data.write_bytes(content)
     (damage,) = as_json("verify", place, code=1)
     assert damage["tensor"].startswith("model.layers.")
-    assert "are there" in call("verify", place, "--quick")
+    assert "of 6 tensors exist" in call("verify", place, "--quick")
     data.write_bytes(content[:100])
     assert "cut short" in call("verify", place, "--quick", code=1)
     data.unlink()
     assert "the object is missing" in call("verify", place, "--quick", code=1)
 
 
-def test_differences_are_told_the_largest_first(tmp_path: Path) -> None:
+def test_diff_shows_the_largest_differences_first(tmp_path: Path) -> None:
     a: dict[str, Any] = {
         "same": torch.ones(8),
         "little": torch.zeros(100, 100),
@@ -240,7 +240,7 @@ def test_differences_are_told_the_largest_first(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None:
+def test_gc_removes_data_of_unfinished_saves_when_it_is_old(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     other = tmp_path / "killed-2"
     (other / "data").mkdir(parents=True)
@@ -271,7 +271,7 @@ def test_remains_are_found_and_removed_once_they_are_old(tmp_path: Path) -> None
     assert "match their checksums" in call("verify", place)
 
 
-def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_rm_removes_only_the_checkpoint(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     (place / "notes.txt").write_text("mine")
     call("rm", place, code=1, answer="n\n")
@@ -291,14 +291,14 @@ def test_a_checkpoint_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "alone").exists()
 
 
-def test_what_does_not_tell_what_it_is_made_of_is_not_removed(tmp_path: Path) -> None:
+def test_rm_refuses_formats_that_do_not_list_their_objects(tmp_path: Path) -> None:
     place = saved(of_safetensors, tmp_path)
     with pytest.raises(reshard.errors.ArgumentError, match="only checkpoints of reshard and DCP can be removed"):
         call("rm", place, "--yes")
     assert len(reshard.open(place).tensors) == 6
 
 
-def test_values_are_compared_as_they_are(tmp_path: Path) -> None:
+def test_diff_compares_values_exactly(tmp_path: Path) -> None:
     a = {"i": torch.tensor([2**60]), "c": torch.tensor([1 + 1j]), "f": torch.tensor([float("inf"), float("nan"), 1.0])}
     b = {
         "i": torch.tensor([2**60 + 1]),
@@ -312,7 +312,7 @@ def test_values_are_compared_as_they_are(tmp_path: Path) -> None:
     assert rows["c"]["largest"] == rows["f"]["largest"] == 1.0
 
 
-def test_a_plan_is_of_the_store_that_it_is_on_or_of_another(tmp_path: Path) -> None:
+def test_plan_is_for_the_own_store_or_another_one(tmp_path: Path) -> None:
     big = {"w": torch.randn(2048, 1024)}
     dcp.save(big, checkpoint_id=tmp_path / "a")
     here = reshard.open(tmp_path / "a").plan(reshard.Layout({"tp": 4}, {"w": "rowwise"}))
@@ -323,13 +323,13 @@ def test_a_plan_is_of_the_store_that_it_is_on_or_of_another(tmp_path: Path) -> N
     assert far[0]["bytes_fetched"] > 2 * told[0]["bytes_fetched"]
 
 
-def test_inspect_takes_patterns(tmp_path: Path) -> None:
+def test_inspect_accepts_patterns(tmp_path: Path) -> None:
     assert set(as_json("inspect", saved(native, tmp_path), "model.layers.*.up.weight")) == {
         f"model.layers.{i}.up.weight" for i in range(3)
     }
 
 
-def test_values_that_differ_are_shown(tmp_path: Path) -> None:
+def test_diff_shows_values(tmp_path: Path) -> None:
     reshard.save({"n": 1}, tmp_path / "a")
     reshard.save({"n": "x" * 100}, tmp_path / "b")
     (row,) = as_json("diff", tmp_path / "a", tmp_path / "b", code=1)
@@ -338,7 +338,7 @@ def test_values_that_differ_are_shown(tmp_path: Path) -> None:
     assert len(row["b"]) < 50
 
 
-def test_a_demo_keeps_off_somebody_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_refuses_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo-run").mkdir()
     (tmp_path / "demo-run" / "mine.txt").touch()
@@ -347,7 +347,7 @@ def test_a_demo_keeps_off_somebody_s_folder(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "demo-run" / "mine.txt").exists()
 
 
-def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_invalid_options_are_refused(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     call("plan", place, "--tensor", "x", code=2)
     call("plan", place, "--save", tmp_path / "plan", code=2)
@@ -367,7 +367,7 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
         reshard.load({"model": {}}, place, max_over_read=float("nan"))
 
 
-def test_conversion_by_the_command_line(tmp_path: Path) -> None:
+def test_convert_selects_renames_and_casts(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     said = call(
         "convert",
@@ -420,7 +420,7 @@ def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
     assert "Example: reshard" in help
 
 
-def test_names_are_folded_where_they_are_alike() -> None:
+def test_similar_names_are_folded() -> None:
     folded = fold({"a.0.w": (1,), "a.1.w": (1,), "a.3.w": (1,), "a.2.w": (2,), "b": (1,)})
     assert folded == [
         Folded("a.[0-1,3].w", ("a.0.w", "a.1.w", "a.3.w"), (1,)),
@@ -429,7 +429,7 @@ def test_names_are_folded_where_they_are_alike() -> None:
     ]
 
 
-def test_names_are_a_tree() -> None:
+def test_names_form_a_tree() -> None:
     names = ("m.layers.0.up.w", "m.layers.0.up.b", "m.layers.0.down.w", "m.norm", "m.norm.w", "step")
     lines = [(line, tensors.name if tensors else "") for line, tensors in tree(fold(dict.fromkeys(names, (1,))))]
     assert lines == [
@@ -445,7 +445,7 @@ def test_names_are_a_tree() -> None:
     ]
 
 
-def test_numbers_in_words() -> None:
+def test_numbers_are_formatted() -> None:
     assert [format_bytes(n) for n in (0, 999, 1000, 12_345, 999_999, 5_000_000_000)] == [
         "0 B", "999 B", "1 kB", "12.3 kB", "1000 kB", "5 GB",
     ]  # fmt: skip
@@ -463,7 +463,7 @@ def test_the_shell_completes_commands() -> None:
     assert done.stdout.split() == ["inspect"]
 
 
-def test_spans_of_time_in_words() -> None:
+def test_ages_are_formatted() -> None:
     assert [format_age(s) for s in (-1, 0, 59, 61, 7300, 200_000)] == ["0 s", "0 s", "59 s", "1 min", "2 h", "2 d"]
 
 
@@ -471,7 +471,7 @@ def test_options_nest_by_dots() -> None:
     assert storage_options(["a=1", "b.c=x", "b.d=true"]) == {"a": 1, "b": {"c": "x", "d": True}}
 
 
-def test_what_an_index_names_and_is_missing_is_listed(tmp_path: Path) -> None:
+def test_tensors_that_an_index_lists_but_no_file_has_are_shown(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.ones(3), "extra": torch.ones(1)}, tmp_path / "one.safetensors")
     index = {"a": "one.safetensors", "b": "one.safetensors", "lost": "one.safetensors", "far": "gone.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
@@ -490,7 +490,7 @@ def test_what_an_index_names_and_is_missing_is_listed(tmp_path: Path) -> None:
     assert row["state"] == "2 tensors are missing"
 
 
-def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
+def test_unreadable_names_are_shown(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(4), "odd": torch.ones(3).expand(2, 3)}, tmp_path / "x.pt")
     assert "cannot be read\twhy\nodd\tthe torch.save file 'x.pt'" in call("inspect", tmp_path / "x.pt")
     told = call("verify", tmp_path / "x.pt")
@@ -522,7 +522,7 @@ def test_a_sharded_bin_folder_is_listed_once(with_index: bool, tmp_path: Path) -
     assert (row["uri"], row["format"], row["state"], row["entries"]) == (str(folder), "torch", "complete", 2)
 
 
-def test_weight_files_that_the_index_does_not_name_are_shown(tmp_path: Path) -> None:
+def test_weight_files_that_are_not_in_the_index_are_shown(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     save_file({"b": torch.ones(2)}, tmp_path / "consolidated.safetensors")
     index = {"weight_map": {"a": "model.safetensors"}}

@@ -286,8 +286,8 @@ def torch_zip(rng: random.Random, pickled: bytes) -> bytes:
     kind = rng.randrange(14)
     if kind == 0:
         at = data.rindex(b"PK\5\6") + rng.choice((4, 8, 10, 12, 16, 20))
-        lie = struct.pack("<I", rng.choice((0, 1, 2**16 - 1, 2**31, 2**32 - 1, rng.randrange(len(data)))))
-        return data[:at] + lie + data[at + 4 :]
+        wrong = struct.pack("<I", rng.choice((0, 1, 2**16 - 1, 2**31, 2**32 - 1, rng.randrange(len(data)))))
+        return data[:at] + wrong + data[at + 4 :]
     if kind == 1:
         at = data.index(b"PK\1\2") + rng.choice((8, 10, 20, 24, 28, 30, 32, 42))
         return data[:at] + struct.pack("<I", rng.choice((0, 1, 2**31, 2**32 - 1, rng.randrange(999)))) + data[at + 4 :]
