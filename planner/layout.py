@@ -136,6 +136,8 @@ class Mesh:
 
     def coordinate(self, rank: int) -> tuple[int, ...]:
         """Return the position of a rank in each mesh dimension. Raises LayoutError."""
+        if not isinstance(rank, int):
+            raise LayoutError(f"a rank must be an integer, got {rank!r}")
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is not in the mesh {self}, which has ranks 0 to {self.world_size - 1}")
         return tuple(int(i) for i in np.unravel_index(rank, self.sizes))
@@ -336,6 +338,8 @@ class Layout:
         rules: Mapping[str, Rule] | None = None,
         stages: Mapping[str, int] | None = None,
     ) -> None:
+        if rules is not None and not isinstance(rules, Mapping):
+            raise LayoutError(f'rules must map patterns to rules, such as {{"*.up": "colwise"}}, got {rules!r}')
         object.__setattr__(self, "mesh", Mesh.of(mesh))
         object.__setattr__(self, "rules", tuple((rules or {}).items()))
         object.__setattr__(self, "stages", tuple(sorted((stages or {}).items())))
@@ -419,6 +423,8 @@ def _placement(pattern: str, rule: str | AnyPlacement, ndim: int) -> Placement:
 
 def _of_torch(pattern: str, placement: AnyPlacement) -> Placement:
     """Return the planner's placement for one of torch. Raises LayoutError."""
+    if isinstance(placement, type):
+        raise LayoutError(f"{pattern!r}: got the class {placement.__name__}: pass an instance, such as Shard(0)")
     if isinstance(placement, Shard | StridedShard | Replicate):
         return placement
     dim, split_factor = getattr(placement, "dim", None), getattr(placement, "split_factor", None)

@@ -8,3 +8,4 @@ from .storage.stores.base import Store as Store
 from .storage.stores.base import held as held
 from .storage.stores.local import LocalStore as LocalStore
 from .storage.stores.open import open_store as open_store
+from .storage.stores.retry import RetryingStore as RetryingStore

@@ -13,7 +13,7 @@ import torch
 from ..planner.box import Box
 from ..planner.chunk_reads import WantedBox
 from ..planner.entries import Entry
-from ..planner.errors import ShapeMismatchError
+from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.html import table
 from ..planner.layout import Layout
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
@@ -258,6 +258,7 @@ class Checkpoint:
             StoreError: the metadata cannot be read.
         """
         selection = Selection.of(include, exclude, rename)
+        _check_layout(layout)
         check_readable(self._source, selection.includes)
         entries = self._selected_tensors(selection)
         index = self._source.index(WantedBox(entry.name, entry.whole) for entry in entries.values())
@@ -266,6 +267,9 @@ class Checkpoint:
     def _selected_tensors(self, selection: Selection) -> dict[str, Entry]:
         """Return the selected tensors by their new names. Raises MissingTensorError, ArgumentError."""
         tensors = {entry.name: entry for entry in self._source.entries if entry.is_tensor}
+        values = [name for name in self.value_names if selection.includes(name)]
+        if values and not any(map(selection.includes, tensors)):
+            raise MissingTensorError(f"{values[0]!r} is a value, not a tensor: read it with read_value")
         selection.check_include([*tensors, *self._source.unreadable])
         return {new: tensors[name] for new, name in selection.select(tensors).items()}
 
@@ -323,6 +327,7 @@ class Checkpoint:
         """
         selection, may_miss = Selection.of(include, exclude, rename), patterns_of("allow_missing", allow_missing)
         check_dtype(dtype)
+        _check_layout(layout)
 
         def is_held(name: str) -> bool:
             is_wanted = selection.includes(name) and not matches_any(may_miss, name)
@@ -447,6 +452,11 @@ class Checkpoint:
             for name, info in self._tensors.items()
         ]
         return table(repr(self), columns, rows)
+
+
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, Layout):
+        raise ArgumentError(f"layout must be a reshard.Layout, got {layout!r}")
 
 
 def open_checkpoint(

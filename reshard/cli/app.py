@@ -181,7 +181,7 @@ def diff(
 ) -> None:
     """Show the names, shapes, dtypes and values that differ between two checkpoints, the largest differences first.
 
-    The exit code is 1 if there are differences.
+    The exit code is 1 if there are differences. This does not detect damaged data; `reshard verify` does.
 
     Example: reshard diff step-1000 step-2000
     """

@@ -84,7 +84,7 @@ def find_checkpoints(
     Raises:
         StoreError, UnsupportedURIError: the location cannot be listed.
     """
-    uri = os.fspath(uri) or "."
+    uri = location_of(uri)
     folders: dict[str, set[str]] = {}
     for name in open_store(uri, storage_options).list():
         folder, base = split_name(name)
@@ -104,6 +104,16 @@ def find_checkpoints(
 
         found = pool.map(open_candidate, sorted(candidates, key=itemgetter(0)))
         return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def location_of(uri: str | os.PathLike[str]) -> str:
+    """Return a path or URI as a string. Raises ArgumentError."""
+    try:
+        return os.fspath(uri) or "."
+    except TypeError:
+        raise ArgumentError(
+            f"expected a path or a URI, got {uri!r}: folders in a Store instance cannot be searched"
+        ) from None
 
 
 def split_name(name: str) -> tuple[str, str]:

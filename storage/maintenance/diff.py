@@ -57,7 +57,8 @@ def diff(
 ) -> list[Difference]:
     """Return the names, shapes, dtypes and values that differ between two checkpoints of any format, sorted by name.
 
-    Tensors that are equal according to the checksums of two native checkpoints are not read. Others are read in pieces.
+    Tensors that are equal according to the checksums of two native checkpoints are not read, so damage is not detected:
+    use `Checkpoint.verify` for that. Others are read in pieces.
 
     Args:
         a, b: paths, URIs that fsspec can open, or Stores.

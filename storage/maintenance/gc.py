@@ -19,7 +19,7 @@ from ..stores.base import Store
 from ..stores.local import TEMPORARY, SpecialFileError
 from ..stores.open import open_found_store, open_store
 from ..writing.object_writer import OBJECT_MAGIC
-from .catalog import split_name
+from .catalog import location_of, split_name
 
 MIN_AGE_S = 3600
 """No save takes longer from its last write to its commit. Younger data may belong to a save that is running."""
@@ -82,7 +82,7 @@ def gc(
             f"older_than_s={older_than_s:g} could remove the data of a save that is about to commit, and damage its "
             f"checkpoint: pass {MIN_AGE_S} or more, or no_save_running=True if no save is running there"
         )
-    uri = os.fspath(uri) or "."
+    uri = location_of(uri)
     found = find_remains(uri, storage_options, older_than_s=older_than_s)
     if not dry_run:
         remove_remains(found, storage_options, older_than_s=older_than_s)

@@ -126,3 +126,20 @@ def test_load_rank_needs_no_process_group(ranks: RankPool, tmp_path: Path) -> No
         for name, value in expected[rank].items():
             assert tensors[f"model.{name}"].equal(value), name
         assert plans[rank].report.bytes_needed == sum(value.nbytes for value in expected[rank].values())
+
+
+def layouts_of_device_meshes() -> tuple[reshard.layout.Mesh, str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layout = reshard.Layout(mesh, {"w": "colwise"})
+    try:
+        reshard.Layout(mesh["tp"], {"w": "colwise"})
+    except reshard.errors.LayoutError as error:
+        return layout.mesh, str(error)
+    return layout.mesh, ""
+
+
+def test_a_layout_accepts_a_device_mesh_of_all_ranks(ranks: RankPool) -> None:
+    found = ranks.run(4, layouts_of_device_meshes)
+    assert [mesh for mesh, _ in found] == [reshard.Mesh(("dp", "tp"), (2, 2))] * 4
+    assert [bool(message) for _, message in found] == [False, False, True, True], "ranks 2 and 3 are not 0 and 1"
+    assert "this mesh has the ranks [2, 3]: pass the sizes instead, as {'tp': 2}" in found[3][1]

@@ -1,0 +1,52 @@
+"""Arguments of a wrong type raise an error that says what to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+import reshard
+from reshard.errors import ArgumentError, LayoutError, MissingTensorError
+from reshard.testing import MemoryStore
+
+
+def saved() -> MemoryStore:
+    store = MemoryStore()
+    reshard.save({"w": torch.ones(4, 4), "step": 3}, store)
+    return store
+
+
+CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
+    "gc": (reshard.gc, ArgumentError, "expected a path or a URI, got"),  # type: ignore[dict-item]
+    "find": (reshard.find_checkpoints, ArgumentError, "expected a path or a URI, got"),  # type: ignore[dict-item]
+    "class": (lambda _: reshard.Layout(2, {"w": Shard}), LayoutError, r"pass an instance, such as Shard\(0\)"),  # type: ignore[dict-item]
+    "rules": (lambda _: reshard.Layout(2, ["w"]), LayoutError, "rules must map patterns"),  # type: ignore[arg-type]
+    "plan": (lambda store: reshard.open(store).plan(2), ArgumentError, "layout must be a reshard.Layout, got 2"),  # type: ignore[arg-type]
+    "rank": (
+        lambda store: reshard.open(store).load_rank(reshard.Layout(2), "0"),  # type: ignore[arg-type]
+        LayoutError,
+        "a rank must be an integer, got '0'",
+    ),
+    "value": (
+        lambda store: reshard.open(store).plan(reshard.Layout(2), include="step"),
+        MissingTensorError,
+        "'step' is a value, not a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_wrong_arguments_raise_an_error_that_says_what_to_pass(case: str) -> None:
+    call, error, message = CALLS[case]
+    with pytest.raises(error, match=message):
+        call(saved())
+
+
+def test_a_layout_accepts_placements_of_torch() -> None:
+    layout = reshard.Layout({"dp": 2, "tp": 2}, {"a": [Replicate(), Shard(0)], "b": {"tp": Shard(-1)}, "c": Shard(1)})
+    boxes = [layout.local(name, (4, 4), rank=3).boxes[0] for name in "abc"]
+    assert boxes == [reshard.Box((2, 0), (2, 4)), reshard.Box((0, 2), (4, 2)), reshard.Box((0, 2), (4, 2))]
