@@ -1,9 +1,9 @@
 """Layouts: which part of each tensor each rank holds. This needs no GPU, no processes and no torch.
 
 A placement describes how one mesh dimension splits a tensor, as in torch.distributed.tensor. `Shard` splits a dimension
-into parts of equal size, rounded up, as torch.chunk does. `StridedShard` describes FSDP over a dimension that TP has
-already split. `Replicate` keeps the tensor whole. The placements of a tensor apply from the first mesh dimension to the
-last.
+as torch.chunk does: into parts of ceil(n / ranks) elements, of which the last can be smaller or empty. `StridedShard`
+describes FSDP over a dimension that TP has already split. `Replicate` keeps the tensor whole. The placements of a
+tensor apply from the first mesh dimension to the last.
 
 A `Layout` assigns placements to tensors by patterns of their names. A rule is a placement of torch, or a word of a
 tensor-parallel plan ("colwise", "rowwise", "replicate"), as in the `tp_plan` of a Hugging Face config.
@@ -181,9 +181,10 @@ def held_tensor(
 ) -> LocalTensor:
     """Return the part of a DTensor that a rank really holds. It differs from `local_tensor` for uneven FSDP over TP.
 
-    FSDP2 splits the part that TP left. It records this as a strided shard, with the number of TP parts as split factor.
-    The two agree if TP's parts are equal. If they are not, the placements describe a part that no rank holds: of 28
-    rows under FSDP 4 x TP 3, rank (3, 0) holds row 9, but DTensor computes rows 9 and 19 (torch 2.13).
+    FSDP2 splits the part that TP has assigned to a rank, and records this as a strided shard with the number of TP
+    parts as split factor. The two agree if TP's parts are equal. If they are not, the placements describe a part that
+    no rank holds: of 28 rows under FSDP 4 x TP 3, rank (3, 0) holds row 9, but DTensor computes rows 9 and 19 (torch
+    2.13).
 
     Args:
         order: the mesh dimensions in the order in which they split the tensor. Default: from the first to the last.
@@ -320,7 +321,7 @@ class Layout:
 
     mesh: Mesh
     rules: tuple[tuple[str, Rule], ...]
-    """Patterns and their rules. The first pattern that matches a tensor counts. A tensor that no pattern matches is
+    """Patterns and their rules. The first pattern that matches a tensor is used. A tensor that no pattern matches is
     replicated.
 
     A pattern is compared with the name of the tensor and with the names of the modules that contain it. `*` matches any

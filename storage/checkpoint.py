@@ -176,8 +176,9 @@ class Checkpoint:
             box: the part to read. Default: the whole tensor.
             out: a tensor to read into, with the sizes of the box. Its dtype and device may differ from the stored ones.
                 Default: a new tensor.
-            dtype: the dtype of the new tensor. Default: the stored dtype. Reading float32 values of a native checkpoint
-                as bfloat16 fetches about a third of the bytes; the result is the same as a cast.
+            dtype: the dtype of the new tensor. Default: the stored dtype. Reading float32 that was saved with
+                codec "zstd" as bfloat16 fetches only the heads, about a third of the uncompressed bytes; the result is
+                the same as a cast.
             device: the device of the new tensor. Default: the CPU.
             budget_bytes, max_over_read: see `reshard.load`.
 
@@ -197,16 +198,25 @@ class Checkpoint:
         entry = self._source.entry(name)
         wanted = Box.whole(entry.shape) if box is None else box
         if not wanted.fits(entry.shape):
-            raise ShapeMismatchError(f"{name!r} has shape {entry.shape}, and {wanted} is not inside it")
+            raise ShapeMismatchError(
+                f"{name!r} has shape {entry.shape}, and {wanted} is not inside it: pass a box inside the shape"
+            )
         self._source.index([WantedBox(name, wanted)])  # checks the metadata before memory is allocated by it
         if out is None:
             out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=device or "cpu")
         elif tuple(out.shape) != wanted.sizes:
-            raise ShapeMismatchError(f"{name!r}: out has shape {tuple(out.shape)}, the box {wanted} has {wanted.sizes}")
+            raise ShapeMismatchError(
+                f"{name!r}: out has shape {tuple(out.shape)}, but the box {wanted} has {wanted.sizes}: pass an out "
+                "with these sizes"
+            )
         elif dtype not in (None, out.dtype):
-            raise DestinationError(f"{name!r}: out has dtype {out.dtype}, but dtype={dtype} was passed")
+            raise DestinationError(
+                f"{name!r}: out has dtype {out.dtype}, but dtype={dtype} was passed: omit one of them"
+            )
         elif device is not None and torch.empty(0, device=device).device != out.device:
-            raise DestinationError(f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed")
+            raise DestinationError(
+                f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed: omit one of them"
+            )
         options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read)
         read_boxes(self._source, [WantedBox(name, wanted)], [out], options=options)
         return out
@@ -278,7 +288,8 @@ class Checkpoint:
         """Return the shards that a tensor was saved as, and the number of parts that each dimension is cut into.
 
         Raises:
-            MissingTensorError, CorruptCheckpointError, StoreError.
+            MissingTensorError: the checkpoint has no tensor of this name.
+            CorruptCheckpointError, StoreError: the metadata cannot be read.
         """
         entry = self._source.entry(name)
         index = self._source.index([WantedBox(name, Box.whole(entry.shape))])
@@ -312,7 +323,8 @@ class Checkpoint:
                 layout apply to the new names.
             allow_missing: patterns of names that are skipped if they cannot be read (see `unreadable`).
             dtype: the dtype of floating-point tensors with at least one dimension. Default: the stored dtype. Reading
-                float32 values of a native checkpoint as bfloat16 fetches about a third of the bytes.
+                float32 that was saved with codec "zstd" as bfloat16 fetches only the heads: about a third of the
+                uncompressed bytes.
             device: the device of the tensors. Default: the CPU.
             budget_bytes, max_over_read, progress: see `reshard.load`.
 

@@ -1,7 +1,7 @@
 """`reshard.load`: every rank plans its own reads from the metadata.
 
-There are two collectives. The first checks that all ranks opened the same checkpoint and that it fits their state
-dicts, before anything is changed. The second exchanges the errors and the reports of reading.
+The ranks communicate twice. The first exchange checks that all ranks opened the same checkpoint and that it fits their
+state dicts, before anything is changed. The second sends errors and reports to all ranks.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def load(
         allow_pickle: whether to unpickle values that torch.load(weights_only=True) refuses. This can run any code.
         budget_bytes: the memory that this rank may use in addition to the tensors. Default: the smaller of 2 GiB and a
             tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
-            torchrun sets).
-        max_over_read: unneeded bytes that requests may read, as a fraction of the needed bytes, to save requests.
-            Default: 0.005 for a native checkpoint, 0.25 for another format on a disk, and for another format on a
-            store, as much as the latency of the store justifies.
+            torchrun sets), but at least 64 MiB.
+        max_over_read: bytes in gaps that requests may read over, as a fraction of the stored bytes that are wanted, to
+            save requests. Default: 0.005 for a native checkpoint, and every gap of at most 4 KiB; 0.25 for another
+            format on a disk; for another format on an object store, as much as the latency of the store justifies.
         format: "reshard", "dcp", "safetensors" or "torch". Default: detect the format.
         progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank.
 
@@ -89,14 +89,16 @@ def load(
         What each rank read, and which names were missing, unexpected or cast.
 
     Raises, on every rank and naming the rank that failed:
-        CheckpointNotFoundError, NotCommittedError, UnsupportedVersionError: there is no checkpoint that can be loaded.
+        CheckpointNotFoundError, NotCommittedError: there is no checkpoint.
+        UnsupportedVersionError, UnsupportedFormatError, UnsupportedURIError: the checkpoint cannot be opened.
         MissingTensorError, ShapeMismatchError, DtypeError, DestinationError, LayoutError: the state dict does not fit
-            the checkpoint. Nothing was changed on any rank, except if an integer does not fit its dtype: then nothing
-            was changed on the rank that raised the error.
+            the checkpoint. Nothing was changed on any rank. Exception: if an integer does not fit its dtype, other
+            ranks may already have loaded tensors; only the rank that raised the error is unchanged.
         ArgumentError: an argument is not valid, or the ranks opened different checkpoints. Nothing was changed.
         CorruptCheckpointError, StoreError: the bytes cannot be read. The tensor that the error names is unchanged,
             unless the message says otherwise. Other tensors may have been loaded.
         UnsafeValueError: a value needs `allow_pickle`.
+        RankError: any other error.
     """
     rank = rank_of(process_group)
     alarm, meter = Alarm(process_group), Meter("load", progress, rank=rank)

@@ -56,7 +56,8 @@ def save(
 
     The state dict may contain tensors, DTensors, ShardedTensors and other values, in nested dicts and lists. Each rank
     writes its shards to its own objects. Replicas are written once. The checkpoint exists when every rank has written
-    its objects and the manifest is written. A save that fails leaves an existing checkpoint unchanged.
+    its objects and the manifest is written. A save that fails before the commit leaves an existing checkpoint
+    unchanged. After a CommitError, either the old or the new checkpoint exists.
 
     Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. If several ranks have
     a value, or a tensor of 64 KiB or less, the one of the lowest rank is stored. If another rank has a different one,
@@ -74,7 +75,7 @@ def save(
             report and a warning list their names. If False, such a value raises UnsupportedValueError.
         budget_bytes: the memory that this rank may use in addition to the state dict. Default: the smaller of 2 GiB and
             a tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
-            torchrun sets).
+            torchrun sets), but at least 64 MiB.
         progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank.
 
     Returns:

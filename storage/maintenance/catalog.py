@@ -258,7 +258,7 @@ def remove(
             not the expected one. Nothing was removed.
         StoreError: an object cannot be deleted because it is a folder or is in a folder that is a symbolic link; then
             nothing was removed. Or the store failed during the removal.
-        Also what `reshard.open` raises.
+        CheckpointError: a checkpoint cannot be opened; see `reshard.open`.
     """
     source = open_source(uri, storage_options)
     removal = _removal(source)

@@ -66,7 +66,7 @@ def diff(
 
     Raises:
         CorruptCheckpointError, StoreError: the bytes cannot be read.
-        Also what `reshard.open` raises.
+        CheckpointError: a checkpoint cannot be opened; see `reshard.open`.
     """
     return list(_differences(open_source(a, a_options), open_source(b, b_options)))
 

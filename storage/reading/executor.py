@@ -2,8 +2,9 @@
 
 Many requests run concurrently. As many workers as this rank has cores verify the bytes against their checksums, decode
 them, and write the values straight into the destination tensors. A tensor is written only after all its bytes have
-arrived and been verified, so damage leaves it unchanged. The bytes that wait for this stay within a budget. A tensor
-that is larger than the budget is written as its chunks arrive.
+arrived and been verified, so damage leaves it unchanged. The bytes that wait for this stay within a budget. When the
+waiting bytes fill the budget, chunks of incomplete tensors are written as they arrive: damage that is found later then
+leaves such a tensor partly overwritten.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def execute(
 class _Execution:
     """The state of one plan while it is executed. `_lock` protects everything that threads share.
 
-    A worker repeats the step that is closest to the end, until there is nothing to do: it places batches that are
-    verified, or verifies requests that have arrived. If the fetcher reads in the calling thread, the worker also reads
+    A worker always takes the latest possible step: it places batches that are verified, or verifies requests that have
+    arrived. If the fetcher reads in the calling thread, the worker also reads
     the next group, so that the core that read the bytes also processes them (`benchmarks/overhead.py`). For other
     fetchers, the thread that called `run` starts the reads.
     """

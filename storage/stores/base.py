@@ -76,7 +76,8 @@ class Store(Protocol):
     """Objects below one root.
 
     The name of an object is relative to the root, with "/" between its parts. All methods may be called from several
-    threads at once. They raise StoreError or one of its subclasses for every failure.
+    threads at once. For every failure they raise StoreError or one of its subclasses, except that `put` raises
+    CheckpointExistsError if the object exists.
     """
 
     @property

@@ -4,10 +4,10 @@ Of the bits of a float, only the exponent compresses well. So the bytes of a chu
 of each element: for bfloat16, the exponents, and the signs with the mantissas; for other dtypes, the bytes by
 significance.
 
-float32 values are stored as two streams that can be read separately. The head is the value rounded to bfloat16 (to
-nearest even, as `.to(torch.bfloat16)` does). The tail is the 16-bit difference `bits(x) - (bits(head) << 16)` modulo
-2**16, which is read back as a signed number. Elements that head and tail do not restore (ties that round down, NaN
-payloads) are listed with their bits at the end of the tail.
+With codec "zstd", float32 values are stored as two streams that can be read separately. The head is the value rounded
+to bfloat16 (to nearest even, as `.to(torch.bfloat16)` does). The tail is the 16-bit difference `bits(x) - (bits(head)
+<< 16)` modulo 2**16, which is read back as a signed number. Elements that head and tail do not restore (ties that round
+down, NaN payloads) are listed with their bits at the end of the tail.
 
 The functions only turn bytes into bytes, and any thread may call them. docs/FORMAT.md describes the encoding byte by
 byte. `benchmarks/codec.py` measures size and speed.
