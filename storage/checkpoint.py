@@ -284,7 +284,7 @@ class Checkpoint:
         return {new: tensors[name] for new, name in selection.select(tensors).items()}
 
     @undisturbed()
-    def layout_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
+    def shards_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
         """Return the shards that a tensor was saved as, and the number of parts that each dimension is cut into.
 
         Raises:

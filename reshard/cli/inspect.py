@@ -132,7 +132,7 @@ def _print_details(checkpoint: Checkpoint, names: list[str], as_json: bool) -> N
         if name in checkpoint.value_names:
             details[name] = {"value": checkpoint.read_value(name)}
             continue
-        shards, grid = checkpoint.layout_of(name)
+        shards, grid = checkpoint.shards_of(name)
         details[name] = _row(checkpoint, name) | {"grid": list(grid), "shards": [str(box) for box in shards]}
     if as_json:
         print_json(details)

@@ -134,7 +134,7 @@ def _planned(checkpoint: Checkpoint, options: PlanOptions, link: Link) -> RankPl
 
 def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
     name = tensor or pictures.most_over_read(plans)
-    shards = checkpoint.layout_of(name)[0] if checkpoint and name else ()
+    shards = checkpoint.shards_of(name)[0] if checkpoint and name else ()
     seconds = [link.seconds_of(plan.report) for plan in plans]
     return pictures.overview(plans, name=name, shards=shards, seconds=seconds)
 

@@ -36,7 +36,7 @@ def chunk_map(plans: RankPlans, name: str, *, shards: Iterable[Box] = ()) -> Fig
     Args:
         plans: the plans, as `Checkpoint.plan` returns them.
         name: the name of the tensor.
-        shards: the shards that the tensor was saved as, to outline them: `checkpoint.layout_of(name)[0]`.
+        shards: the shards that the tensor was saved as, to outline them: `checkpoint.shards_of(name)[0]`.
 
     Raises:
         MissingTensorError: no rank reads the tensor.

@@ -1,4 +1,4 @@
-"""What a checkpoint needs from a store: the `Store` protocol, the `Capabilities` of a store, and `held`.
+"""What a checkpoint needs from a store: the `Store` protocol, the `Capabilities` of a store, and `buffered_writer`.
 
 An instance of any class that has the methods of `Store` can be passed where a URI is expected.
 """
@@ -215,12 +215,13 @@ class _HoldingWriter:
 
 
 @contextmanager
-def held(
+def buffered_writer(
     put: Callable[[bytes], None], begin_upload: Callable[[], MultipartUpload] | None = None
 ) -> Iterator[ObjectWriter]:
     """Implement `Store.create` for a client that accepts only whole objects.
 
-    The object is held in memory and put when the block ends without an error.
+    The object is kept in memory and written when the block ends without an error. If it exceeds MAX_HELD_BYTES and
+    `begin_upload` is given, it is uploaded in parts.
 
     Args:
         put: Puts a whole object.

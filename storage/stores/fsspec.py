@@ -21,7 +21,7 @@ from typing_extensions import Buffer
 from ...planner.masking import harmless, masked, remember_secrets
 from ..errors import ArgumentError, StoreError, UnsupportedURIError
 from ..runtime.threads import result_of, run_bounded
-from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, held, is_name
+from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, buffered_writer, is_name
 from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new, refuse_to_replace
 from .local import LocalStore
@@ -270,7 +270,7 @@ class FsspecStore:
             return float(self._fs.modified(self._path(name)).timestamp())
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
+        return buffered_writer(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
 
     def _upload(self, name: str) -> MultipartUpload:
         errors = partial(self._errors, "write", name)

@@ -26,7 +26,7 @@ from ..errors import ArgumentError, StoreError
 from ..runtime.logs import logger_of
 from ..runtime.threads import event_loop, result_of
 from . import retry
-from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, held, is_name, top_names
+from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, buffered_writer, is_name, top_names
 from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new
 from .options import check_endpoint
@@ -314,7 +314,7 @@ class ObstoreStore:
             return self._wait(head())
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return held(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
+        return buffered_writer(lambda data: self._put(name, data, "overwrite"), lambda: self._upload(name))
 
     def _upload(self, name: str) -> MultipartUpload:
         """Begin an upload in parts.

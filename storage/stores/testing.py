@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from ..errors import CheckpointExistsError, ObjectNotFoundError, StoreError
-from .base import Capabilities, ObjectWriter, Store, check_delete, held, top_names
+from .base import Capabilities, ObjectWriter, Store, buffered_writer, check_delete, top_names
 from .wrapped import WrappedStore
 
 
@@ -47,7 +47,7 @@ class MemoryStore:
         return time.time()
 
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
-        return held(lambda data: self.content.update({name: data}))
+        return buffered_writer(lambda data: self.content.update({name: data}))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         if name in self.content and not overwrite:

@@ -324,7 +324,7 @@ def test_ranks_load_with_parts_of_the_manifest(tmp_path: Path, monkeypatch: pyte
         assert loaded["norm"].equal(state["norm"])
         read = sum(call.stop - call.start for call in recording.calls if call.name == MANIFEST_NAME)
         assert read < 0.8 * (tmp_path / MANIFEST_NAME).stat().st_size
-    assert reshard.open(tmp_path).layout_of("down")[0] == [Box((0, 0), (512, 2048))]
+    assert reshard.open(tmp_path).shards_of("down")[0] == [Box((0, 0), (512, 2048))]
     assert not reshard.open(tmp_path).verify()
 
 

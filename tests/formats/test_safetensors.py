@@ -246,7 +246,7 @@ def test_unknown_dtype_does_not_hide_the_other_tensors(dtype: str, tmp_path: Pat
         lambda: checkpoint.state_dict(include="a"),
         lambda: checkpoint.load_rank(layout, 0),
         lambda: checkpoint.plan(layout),
-        lambda: checkpoint.layout_of("a"),
+        lambda: checkpoint.shards_of("a"),
         lambda: reshard.load({"a": torch.zeros(4, 4)}, path),
         lambda: reshard.convert(path, tmp_path / "dst"),
         lambda: reshard.convert(path, tmp_path / "dst", rename={"a": "x"}),
