@@ -26,7 +26,7 @@ from .common import print_json, print_line, print_table, storage_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP", "x", "s")
+PLAN_COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP", "x", "s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
         alike.setdefault(_row(plan.report, whole, link), []).append(rank)
-    print_table(COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=COLUMNS[1:])
+    print_table(PLAN_COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=PLAN_COLUMNS[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
         print_line(f"rank {most}: {note}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ...planner.html import table
 
-COLUMNS = ("", "MB needed", "MB fetched", "MB written", "moved / needed", "requests", "chunks", "seconds")
+RANK_REPORT_COLUMNS = ("", "MB needed", "MB fetched", "MB written", "moved / needed", "requests", "chunks", "seconds")
 """What `RankReport.row` has the values of."""
 
 
@@ -54,7 +54,7 @@ class RankReport:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """The values of COLUMNS, in words."""
+        """The values of RANK_REPORT_COLUMNS, in words."""
         return (
             "all ranks" if self.rank is None else f"rank {self.rank}",
             *(f"{nbytes / 1e6:.2f}" for nbytes in (self.bytes_needed, self.bytes_fetched, self.bytes_written)),
@@ -65,7 +65,7 @@ class RankReport:
         )
 
     def _repr_html_(self) -> str:
-        return table("", COLUMNS, [self.row])
+        return table("", RANK_REPORT_COLUMNS, [self.row])
 
     @property
     def _moved(self) -> int:
@@ -154,7 +154,7 @@ class Report:
         notes += [f"{len(self.differing)} values differ between ranks"] if self.differing else []
         notes += [f"{len(self.pickled)} objects need allow_pickle=True"] if self.pickled else []
         notes += [f"{len(self.dropped)} names dropped"] if self.dropped else []
-        return table("; ".join(notes), COLUMNS, [report.row for report in (self.total, *self.ranks)])
+        return table("; ".join(notes), RANK_REPORT_COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 
 def added(a: RankReport, b: RankReport) -> RankReport:
