@@ -1,4 +1,4 @@
-"""What a save or a load did, on each rank and over all."""
+"""Reports of what a call did, for each rank and for all ranks together."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from typing import NamedTuple
 from ...planner.html import table
 
 RANK_REPORT_COLUMNS = ("", "MB needed", "MB fetched", "MB written", "moved / needed", "requests", "chunks", "seconds")
-"""What `RankReport.row` has the values of."""
+"""The columns of the table in which notebooks show a report."""
 
 
 class Cast(NamedTuple):
-    """A tensor whose values were rounded."""
+    """A tensor that was cast to fewer bits."""
 
     name: str
     stored: str
-    """The dtype that it is stored with, as "float32"."""
+    """The stored dtype, such as "float32"."""
     to: str
-    """The dtype that it was cast to."""
+    """The dtype after the cast."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What one rank did; or, as `Report.total`, all ranks together."""
+    """What one rank did, or all ranks together (`Report.total`)."""
 
     rank: int | None
-    """None in a total."""
+    """The rank; None in a total."""
     bytes_needed: int = 0
-    """Bytes of the values: of the local tensors that were loaded, or of the shards that this rank saved."""
+    """The size of the local tensors that were loaded, or of the shards that were saved, in bytes."""
     bytes_fetched: int = 0
-    """Bytes read from the store by a load, the manifest included."""
+    """Bytes that a load read from the store, with the metadata."""
     bytes_written: int = 0
-    """Bytes written to the store by a save; the manifest counts on the rank that commits."""
+    """Bytes that a save wrote to the store. The manifest counts on the rank that commits."""
     requests: int = 0
-    """Reads asked of the store by a load, or objects written by a save."""
+    """The reads of a load, or the objects that a save wrote."""
     chunks: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by stage. "total" is wall time; a stage that runs on several threads is the sum over them. A total
-    over ranks has the longest of each. What a save took to "plan" and to "commit" is known of this rank alone."""
+    """Seconds by stage. "total" is wall time. The other stages are summed over the threads of the rank. A total over
+    ranks contains the longest time of each stage. A save knows "plan" and "commit" of this rank only."""
     cast: tuple[Cast, ...] = ()
-    """As of `Report`, of this rank."""
+    """See `Report`; of this rank."""
     differing: tuple[str, ...] = ()
-    """As of `Report`; on the rank that commits."""
+    """See `Report`; on the rank that commits."""
     pickled: tuple[str, ...] = ()
-    """As of `Report`, of what this rank wrote."""
+    """See `Report`; of what this rank wrote."""
 
     @property
     def amplification(self) -> float:
-        """Bytes fetched over bytes needed; of a save, bytes written."""
+        """Bytes fetched (by a save: written), divided by bytes needed."""
         return (self.bytes_fetched or self.bytes_written) / self.bytes_needed if self.bytes_needed else 0.0
 
     @property
     def row(self) -> tuple[str, ...]:
-        """The values of RANK_REPORT_COLUMNS, in words."""
+        """The report as a row of a table, with the columns RANK_REPORT_COLUMNS."""
         return (
             "all ranks" if self.rank is None else f"rank {self.rank}",
             *(f"{nbytes / 1e6:.2f}" for nbytes in (self.bytes_needed, self.bytes_fetched, self.bytes_written)),
@@ -73,7 +73,7 @@ class RankReport:
 
     @property
     def words(self) -> str:
-        """It in a line, but for the rank."""
+        """The report in one line, without the rank."""
         parts = {"fetched": self.bytes_fetched, "written": self.bytes_written}
         moved = ", ".join(f"{nbytes / 1e6:.2f} MB {how}" for how, nbytes in parts.items() if nbytes or not self._moved)
         stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
@@ -88,16 +88,17 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a collective call did: `local` is this rank's part, `ranks` are all, `total` is their sum.
+    """What a collective call did: on this rank (`local`), on each rank (`ranks`) and on all together (`total`).
 
-    Amplification, printed as "x", is bytes moved over bytes needed: below 1 where compression saves more than the grid
-    and the manifest cost. Seconds of a stage are summed over a rank's threads, so that they can exceed "total".
+    The amplification, printed as "x", is the bytes moved divided by the bytes needed. It is below 1 if compression
+    saves more than the metadata and partly needed chunks cost. The seconds of a stage are summed over the threads of a
+    rank, so they can exceed "total".
     """
 
     rank: int
     """The rank that this report is on."""
     ranks: tuple[RankReport, ...]
-    """All ranks, in order."""
+    """The reports of all ranks, in order."""
     missing_keys: tuple[str, ...] = ()
     """Names of the state dict that a load did not find in the checkpoint. Their tensors and values are unchanged."""
     unexpected_keys: tuple[str, ...] = ()
@@ -109,30 +110,27 @@ class Report:
 
     @property
     def cast(self) -> tuple[Cast, ...]:
-        """Floating-point tensors that were loaded or written with fewer bits than they are stored with, on any rank."""
+        """Floating-point tensors that were cast to fewer bits, on any rank."""
         return tuple(dict.fromkeys(cast for report in self.ranks for cast in report.cast))
 
     @property
     def differing(self) -> tuple[str, ...]:
-        """Of a save: names of objects and small tensors that differ between the ranks that hold them.
-
-        Those of the lowest rank are stored.
-        """
+        """Names of values and small tensors that differ between ranks. A save stores those of the lowest rank."""
         return tuple(dict.fromkeys(name for report in self.ranks for name in report.differing))
 
     @property
     def pickled(self) -> tuple[str, ...]:
-        """Of a save: names of objects that can only be loaded with `allow_pickle=True`."""
+        """Names of saved values that can only be loaded with `allow_pickle=True`."""
         return tuple(dict.fromkeys(name for report in self.ranks for name in report.pickled))
 
     @property
     def local(self) -> RankReport:
-        """What this rank did."""
+        """The report of this rank."""
         return self.ranks[self.rank]
 
     @property
     def total(self) -> RankReport:
-        """All ranks together."""
+        """The report of all ranks together."""
         return RankReport(
             None,
             sum(report.bytes_needed for report in self.ranks),
@@ -152,13 +150,13 @@ class Report:
         notes += [f"{len(self.unexpected_keys)} unexpected keys"] if self.unexpected_keys else []
         notes += [f"{len(self.cast)} tensors cast to fewer bits"] if self.cast else []
         notes += [f"{len(self.differing)} values differ between ranks"] if self.differing else []
-        notes += [f"{len(self.pickled)} objects need allow_pickle=True"] if self.pickled else []
+        notes += [f"{len(self.pickled)} values need allow_pickle=True"] if self.pickled else []
         notes += [f"{len(self.dropped)} names dropped"] if self.dropped else []
         return table("; ".join(notes), RANK_REPORT_COLUMNS, [report.row for report in (self.total, *self.ranks)])
 
 
 def added(a: RankReport, b: RankReport) -> RankReport:
-    """What a rank did in two calls. Seconds of stages that ran at the same time add up, and have no total."""
+    """Return what a rank did in two calls. The seconds of each stage are added, without a total."""
     return RankReport(
         a.rank,
         a.bytes_needed + b.bytes_needed,
