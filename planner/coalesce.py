@@ -77,7 +77,7 @@ def coalesce(
 
     Args:
         objects, starts, stops: (n,) columns; range i is [starts[i], stops[i]) of object objects[i].
-        sparse: the ranges of which only byte runs are read, as in `Requests`. Each becomes one request.
+        sparse: the ranges that are read only in byte runs, as in `Requests`. Each becomes one request.
         max_gap_bytes: the largest gap between two ranges that one request may read over.
         max_over_read: the maximum sum of all gaps that are read over, as a fraction of the bytes of all ranges.
         max_request_bytes: a request that spans this many bytes is closed. A range is never split.

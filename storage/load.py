@@ -122,7 +122,6 @@ def load(
             rename or {},
             allow_pickle,
             budget_bytes,
-            max_over_read,
         )
         with record_function("reshard.open"):
             source = open_source(uri, storage_options, format)

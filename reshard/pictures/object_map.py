@@ -27,7 +27,7 @@ MAX_LANES = 160
 MAX_NAMED_OBJECTS = 32
 MAX_STRIPS = 2000
 FAINTEST = 0.3
-"""The opacity of a bin of which only a few bytes are read."""
+"""The opacity of a bin if only a few of its bytes are read."""
 
 
 def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:

@@ -32,7 +32,6 @@ class LoadOptions:
     rename: Mapping[str, str] = field(default_factory=dict)
     allow_pickle: bool = False
     budget_bytes: int | None = None
-    max_over_read: float | None = None
 
 
 class NameMatch:

@@ -81,7 +81,7 @@ class Selection:
         Raises:
             MissingTensorError: one matches none of the names. The message shows the nearest ones.
         """
-        unused = [pattern for pattern in self.include if not any(matches(pattern, name) for name in names)]
+        unused = _unused(self.include, names)
         if unused and unused != ["*"]:
             raise no_match(unused, names)
 
@@ -97,9 +97,7 @@ class Selection:
         """
         if not names:
             return
-        unused = [
-            pattern for pattern in (*self.include, *self.exclude) if not any(matches(pattern, name) for name in names)
-        ]
+        unused = _unused((*self.include, *self.exclude), names)
         current = [name for name in names if self.includes(name)]
         for pattern, new in self.rename.items():
             renamed = [_renamed(name, pattern, new) for name in current]
@@ -109,6 +107,11 @@ class Selection:
         unused = [pattern for pattern in unused if not matches_any(may_miss, pattern)]
         if unused:
             raise no_match(unused, names)
+
+
+def _unused(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the patterns that match none of the names."""
+    return [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
 
 
 def no_match(patterns: Sequence[str], names: Sequence[str]) -> MissingTensorError:

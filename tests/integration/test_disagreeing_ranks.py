@@ -353,7 +353,7 @@ def test_partial_placements_are_refused_by_name(ranks: RankPool, tmp_path: Path)
 
 
 def wrapped(values: torch.Tensor) -> DTensor:
-    """Return a DTensor of which each rank holds two shards of columns, in a LocalShardsWrapper."""
+    """Return a DTensor. Each rank holds two shards of columns, in a LocalShardsWrapper."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     columns = values.shape[1] // (2 * world)

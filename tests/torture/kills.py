@@ -62,7 +62,7 @@ def saved_value(folder: Path) -> float:
 
 
 def how_to_kill(rng: random.Random) -> dict[int, tuple[str, int]]:
-    """Draw the ranks to kill, and at which call of which method."""
+    """Draw the ranks to kill, and the method and the call at which each is killed."""
     kind = rng.choice(("one", "all", "before the commit", "after the commit"))
     if kind == "one":
         return {rng.randrange(RANKS): ("any", rng.randrange(CALLS))}

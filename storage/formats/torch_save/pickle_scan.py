@@ -97,7 +97,7 @@ _LENGTH_BYTES = {
 """The opcodes of strings, bytes, bytearrays and long integers, and the size of the length before their content."""
 _NUMBERS = frozenset(_codes(pickle.BININT1, pickle.BININT2, pickle.BININT, pickle.BINFLOAT, pickle.LONG1, pickle.LONG4))
 _NEVER_COLLIDE = frozenset([*_ARGUMENT_BYTES, _EMPTY_STRING[0]])
-"""Constants of which only a few different ones have the same hash."""
+"""Opcodes of constants. Only a few different constants of one opcode can have the same hash."""
 _COPYING = {
     *(("builtins", name) for name in ("set", "frozenset", "bytearray")),
     ("collections", "OrderedDict"),
