@@ -26,10 +26,10 @@ import zstandard
 
 from benchmarks.common import Row, alternate, arguments_of, header, installed, line, median, positive, write
 from benchmarks.samples import SAMPLES
-from reshard.planner.entries import Stream
-from reshard.storage.formats.native.codec import Bytes, decode, decode_heads_and_tails, encode, streams_of
+from reshard.storage.formats.native.codec import Bytes, encode, streams_of
 from reshard.storage.runtime.checksums import checksum, page_checksums
 from reshard.storage.tensors.dtypes import as_array, as_bytes, dtype_name
+from tests.encoded_chunks import decode_chunks
 
 CHUNK_BYTES = 1 << 20
 PAGE_BYTES = CHUNK_BYTES // 16
@@ -63,10 +63,7 @@ def reshard_zstd(dtype: str, threads: int) -> Coder:
     def decompress(stored: list[tuple[bytes, int]], nbytes: int) -> Bytes:
         for data, expected in stored:
             assert checksum(data) == expected
-        parts = [data for data, _ in stored]
-        if streams == (Stream.HEAD, Stream.TAIL):
-            return decode_heads_and_tails(parts[:1], parts[1:], nbytes // itemsize).copy()
-        return decode(parts[:1], dtype, nbytes // itemsize).copy()
+        return decode_chunks([[data] for data, _ in stored], dtype, nbytes // itemsize)
 
     return Coder(compress, decompress, lambda stored: sum(len(data) for data, _ in stored))
 

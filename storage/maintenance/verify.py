@@ -18,6 +18,7 @@ from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
 from ..formats.torch_save.safe_load import damage_of
+from ..reading.checks import damages
 from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
@@ -81,8 +82,8 @@ def verify(
     with meter, Pool(concurrent, "reshard-verify") as pool:
         names = [name for name, _ in index.objects] if quick else []
         sizes = dict(zip(names, pool.map(lambda name: _size(store, name), names), strict=True))
-        for request, damages in zip(requests, pool.map(check, requests), strict=True):
-            found += damages
+        for request, chunks in zip(requests, pool.map(check, requests), strict=True):
+            found += chunks
             meter.add(request.nbytes)
             meter.tick()
     logger.info("verified %s: %d chunks are damaged or missing", store.location, len(found))
@@ -98,7 +99,7 @@ def _size(store: Store, name: str) -> int | None:
 
 def _beyond_end(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ChunkRange, str]]:
     """Return the chunks of a request that are beyond the end of its object, which has `nbytes` or is missing."""
-    chunks = request.damages(memoryview(b""), index) if nbytes is None or nbytes < request.stop else []
+    chunks = damages(request, index, memoryview(b"")) if nbytes is None or nbytes < request.stop else []
     reason = "the object is missing" if nbytes is None else "the object is cut short"
     return [(chunk, reason) for chunk in chunks if nbytes is None or chunk.stop > nbytes]
 
@@ -107,10 +108,10 @@ def _damaged(store: Store, index: CheckpointIndex, name: str, request: Request) 
     try:
         data = memoryview(store.read(name, request.start, request.stop))
     except ObjectNotFoundError:
-        return [(chunk, "the object is missing") for chunk in request.damages(memoryview(b""), index)]
+        return [(chunk, "the object is missing") for chunk in damages(request, index, memoryview(b""))]
     damaged = [
         (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else DAMAGED)
-        for chunk in request.damages(data, index)
+        for chunk in damages(request, index, data)
     ]
     return damaged or [found for batch, _ in request.parts for found in _wrong_crcs(batch, request, data)]
 

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..formats.native.chunk_runs import Slices
 from ..formats.native.codec import Bytes
 from ..runtime.torch_modes import writing_to
 from ..tensors.dtypes import UNSIGNED, cast, from_bytes
+from .blocks import Block, split_shape
 
 
 class Destination:
@@ -64,41 +64,11 @@ class Destination:
             self._array = target.view(UNSIGNED[target.itemsize]).numpy()
         self._target = target
 
-    def write(
-        self, at: Slices, values: Bytes, chunk_shape: tuple[int, ...], part: Slices, count: int = 1, dim: int = 0
-    ) -> None:
-        """Write a part of a chunk, or several adjacent chunks as a whole.
-
-        Args:
-            at: The position in the tensor.
-            values: The bytes of the whole chunks, one after another. Each is row-major and has the stored dtype.
-            chunk_shape: The shape of each chunk.
-            part: The part of the chunk to write, with the sizes of `at`.
-            count: The number of chunks. If there are several, each is written as a whole.
-            dim: The dimension in which the chunks are adjacent.
-        """
-        array, target = self._array, self._target
+    def open(self, block: Block) -> Target:
+        """Return the part of the tensor that a block is written to."""
+        target = self._target
         assert target is not None
-        if array is not None and target.dtype != self._stored:
-            as_cast = np.empty(len(values) // self._stored.itemsize * target.itemsize, np.uint8)
-            cast(values, self._stored, as_cast, target.dtype)
-            values = as_cast
-        if count == 1:
-            if array is not None:
-                array[at] = values.view(array.dtype).reshape(chunk_shape)[part]
-            else:
-                with writing_to(target):
-                    target[at].copy_(from_bytes(values, self._stored, chunk_shape)[part])
-            return
-        # The first dimension of `values` counts the chunks. Move it before the dimension in which they are adjacent.
-        shape, before, after = (count, *chunk_shape), chunk_shape[:dim], chunk_shape[dim:]
-        axes = (*range(1, dim + 1), 0, *range(dim + 1, len(shape)))
-        if array is not None:
-            array[at].reshape(*before, count, *after)[...] = values.view(array.dtype).reshape(shape).transpose(axes)
-        else:
-            with writing_to(target):
-                split = target[at].unflatten(dim, (count, chunk_shape[dim]))
-                split.copy_(from_bytes(values, self._stored, shape).permute(axes))
+        return Target(block, target, self._array, self._stored)
 
     def finish(self) -> None:
         """Copy the tensor to the device, after all boxes have been written to host memory."""
@@ -106,6 +76,61 @@ class Destination:
             if self._target is not None and self._target is not self._tensor:
                 _copy_to_device(self._target, self._tensor)
                 self._target = self._array = None
+
+
+class Target:
+    """The part of a tensor that the chunks of a block are written to, with one axis for each direction of the block.
+
+    Args:
+        block: The block.
+        tensor: The tensor.
+        array: Its bits as an array. None if numpy cannot write them.
+        stored: The dtype of the values of the block.
+    """
+
+    def __init__(self, block: Block, tensor: torch.Tensor, array: npt.NDArray[Any] | None, stored: torch.dtype) -> None:
+        self._block = block
+        self._stored = stored
+        self._tensor = tensor
+        self.casts = tensor.dtype != stored
+        """Whether the values are cast."""
+        self._shape, self._axes = split_shape(block.sizes, block.counts, block.dims)
+        self._array: npt.NDArray[Any] | None = None
+        if array is not None:
+            index: tuple[Any, ...] = (..., *block.target)  # the ellipsis makes it a view, even of a scalar
+            region = array[index]
+            self._array = region.reshape(self._shape).transpose(self._axes) if block.counts else region
+
+    def write(self, index: tuple[int | slice, ...], values: npt.NDArray[Any]) -> None:
+        """Write some chunks of the block, or the needed part of its only chunk.
+
+        Args:
+            index: Which chunks: an index into the directions of the block.
+            values: The values of the whole chunks, one after another, as bytes or as unsigned integers. Each chunk is
+                row-major and has the stored dtype.
+        """
+        block, array = self._block, self._array
+        if array is None:
+            self._copy(index, values.view(np.uint8))
+            return
+        if self.casts:
+            as_cast = np.empty(values.nbytes // self._stored.itemsize * array.itemsize, np.uint8)
+            cast(values.view(np.uint8), self._stored, as_cast, self._tensor.dtype)
+            values = as_cast
+        words = values if values.dtype == array.dtype else values.view(array.dtype)
+        target = array[index] if index else array
+        target[...] = words.reshape(target.shape) if block.counts else words.reshape(block.sizes)[block.part]
+
+    def _copy(self, index: tuple[int | slice, ...], values: Bytes) -> None:
+        """Write with torch."""
+        block = self._block
+        with writing_to(self._tensor):
+            target = self._tensor[block.target]
+            if block.counts:
+                target = target.view(self._shape).permute(self._axes)[index]
+                target.copy_(from_bytes(values, self._stored, target.shape))
+            else:
+                target.copy_(from_bytes(values, self._stored, block.sizes)[block.part])
 
 
 def _copy_to_device(staged: torch.Tensor, tensor: torch.Tensor) -> None:

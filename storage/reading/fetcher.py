@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
-from functools import partial
 from types import TracebackType
 
 from typing_extensions import Buffer
@@ -16,7 +15,7 @@ from ...planner.errors import CheckpointError
 from ..errors import StoreError
 from ..runtime.threads import Pool
 from ..stores.base import AsyncReads, Store
-from ..stores.buffer_pool import BufferPool
+from ..stores.buffer_pool import read_buffers
 
 ObjectRanges = tuple[str, Sequence[tuple[int, int]]]
 """The name of an object, and byte ranges [start, stop) of it."""
@@ -37,7 +36,6 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         if can.async_reads is None and can.read_into is None:
             self._pool = Pool(can.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Fetched]]] = set()
-        self._buffers = BufferPool()
         self._turns = asyncio.Semaphore(can.concurrent_reads)
 
     @property
@@ -62,7 +60,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             future = asyncio.run_coroutine_threadsafe(self._read_by(reads, wanted), reads.loop)
         else:
             assert self._pool is not None
-            future = self._pool.submit(self._read, wanted, partial(read_ranges, self._store))
+            future = self._pool.submit(self._read, wanted)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(done)
@@ -75,19 +73,26 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 if len(ranges) == 1:  # thousands of byte ranges would need as many system calls
                     will_read(name, ranges)
 
-    def read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
-        """Read byte ranges of objects into buffers that are reused."""
+    def read(
+        self, name: str, ranges: Sequence[tuple[int, int]], arrived: Callable[[memoryview, int], None]
+    ) -> memoryview | StoreError:
+        """Read byte ranges of an object into a buffer that is reused.
+
+        Args:
+            arrived: Called several times while the bytes arrive, with the buffer and the number of bytes in it.
+        """
         into = self._capabilities.read_into
         assert into is not None
-        return self._read(wanted, partial(self._buffers.read, into))
+        try:
+            return read_buffers.read(into, name, ranges, arrived)
+        except Exception as error:
+            return _of_store(error)
 
-    def _read(
-        self, wanted: Sequence[ObjectRanges], read: Callable[[str, Sequence[tuple[int, int]]], Buffer]
-    ) -> list[Fetched]:
+    def _read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
         found = list[Fetched]()
         for name, ranges in wanted:
             try:
-                found.append(read(name, ranges))
+                found.append(read_ranges(self._store, name, ranges))
             except Exception as error:
                 found.append(_of_store(error))
         return found
@@ -107,7 +112,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def release(self, data: memoryview) -> None:
         """Return a buffer that `read` returned, so that it can be reused."""
-        self._buffers.release(data)
+        read_buffers.release(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

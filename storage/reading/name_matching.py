@@ -145,6 +145,8 @@ class NameMatch:
 
     def _match_inside_values(self, by_value: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Read the values that contain leaves. Return the leaves that are not in them."""
+        if not by_value:
+            return []
         stored = [self.stored_names[name] for name in by_value]
         check_values(self._source, stored, self._options.budget_bytes)
         self._source.index(value_wants(self._source, stored))

@@ -367,7 +367,12 @@ class _ReadRun:
             bytes_fetched=plan.requests.nbytes,
             requests=plan.report.requests,
             chunks=plan.report.chunks,
-            seconds={"plan": planned - begin, "fetch": stats.fetch_s, "decode": stats.decode_s},
+            seconds={
+                "plan": planned - begin,
+                "fetch": stats.fetch_s,
+                "verify": stats.verify_s,
+                "decode": stats.decode_s,
+            },
         )
         self.report = added(self.report, report)
 

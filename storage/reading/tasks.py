@@ -1,27 +1,24 @@
 """The tasks of a read plan: requests, batches of chunks, and tensors.
 
-A plan consists of columns. A batch is some consecutive rows of them, with about 2 MiB of values, so that there are few
-Python objects and tasks for the bytes they process. The work on each chunk is a loop over the columns of a batch.
+A plan consists of columns. A batch is the consecutive rows of one read whose bytes one request fetches, so that there
+are few Python objects and tasks for the bytes they process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, starmap
+
+import numpy as np
 
 from ...planner.box import Box, IntArray
 from ...planner.chunk_reads import ChunkReads
-from ...planner.entries import NATIVE_ENCODINGS, Encoding
-from ...planner.index import CheckpointIndex
 from ...planner.read_plan import ReadPlan
-from ..formats.native.chunk_runs import ChunkRuns, find_chunk_runs
-from ..runtime.checksums import checksum, page_checksums
+from .blocks import Blocks, find_blocks
 from .destination import Destination
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
-BATCH_BYTES = 2 * 1024 * 1024
-"""Decoded bytes of a batch, at least. A batch ends with the first chunk run that reaches this size. Smaller
-batches would need more Python time for each byte (`benchmarks/overhead.py`)."""
 
 
 @dataclass(slots=True)
@@ -53,14 +50,6 @@ class Request:
         """The number of bytes that are fetched."""
         return self.stop - self.start if self.sparse is None else self.sparse[0] * self.sparse[1]
 
-    def damages(self, data: memoryview, index: CheckpointIndex) -> list[ChunkRange]:
-        """Return the chunks whose bytes do not match their checksums or are missing.
-
-        Args:
-            data: The bytes of the request.
-        """
-        return [damage for batch, stream in self.parts for damage in batch.damages(stream, self.start, data, index)]
-
 
 @dataclass(slots=True)
 class ChunkBatch:
@@ -69,9 +58,9 @@ class ChunkBatch:
     tensor: TensorRead
     read: ChunkReads
     rows: slice
-    chunk_runs: ChunkRuns
-    run_rows: slice
-    """The rows of `chunk_runs` that belong to the batch."""
+    blocks: Blocks
+    block_rows: slice
+    """The rows of `blocks` that belong to the batch."""
     destination: Destination | None
     requests: list[Request]
     submitted: bool = False
@@ -79,35 +68,6 @@ class ChunkBatch:
     @property
     def has_arrived(self) -> bool:
         return all(request.data is not None for request in self.requests)
-
-    def damages(self, stream: int, start: int, data: memoryview, index: CheckpointIndex) -> list[ChunkRange]:
-        """Return the chunks whose bytes in a stream do not match their checksums.
-
-        Args:
-            start: The position in the object at which `data` begins.
-        """
-        read, rows = self.read, self.rows
-        begins, nbytes = read.starts[rows, stream].tolist(), read.packed_bytes(rows)[:, stream].tolist()
-        encodings, firsts = read.encodings[rows].tolist(), read.checksums[rows, stream]
-        native = max(encodings, default=0) <= max(NATIVE_ENCODINGS)
-        expected = index.checksums[firsts].tolist() if native else encodings
-        page_bytes = read.entry.page_bytes
-        damaged = []
-        for i, (begin, size) in enumerate(zip(begins, nbytes, strict=True)):
-            view = data[begin - start : begin - start + size]
-            if not native:
-                intact = True  # other formats have no checksums of chunks
-            elif encodings[i] == Encoding.RAW:
-                found = page_checksums(view, page_bytes)
-                first = int(firsts[i])
-                intact = found == index.checksums[first : first + len(found)].tolist()
-            else:
-                intact = checksum(view) == expected[i]
-            if not intact or len(view) != size:
-                damaged.append(
-                    ChunkRange(self.tensor, self.chunk_box(i), begin, int(read.stops[rows.start + i, stream]))
-                )
-        return damaged
 
     def chunk_box(self, i: int) -> Box:
         """Return the box of chunk i of the batch, in the global tensor."""
@@ -160,12 +120,12 @@ def arrange(
     tensors: dict[str, TensorRead] = {}
     ordered: dict[int, Request] = {}
     requests_of = list(plan.requests_of())
-    all_runs = find_chunk_runs(plan.reads, requests_of)
-    for read, request_of, runs, destination in zip(plan.reads, requests_of, all_runs, destinations, strict=True):
+    all_blocks = find_blocks(plan.reads, requests_of)
+    for read, request_of, blocks, destination in zip(plan.reads, requests_of, all_blocks, destinations, strict=True):
         tensor = tensors.setdefault(read.want.name, TensorRead(read.want.name))
-        for rows, of_runs in _batches(read, runs, request_of):
+        for rows, block_rows in _batches(request_of, blocks):
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
-            batch = ChunkBatch(tensor, read, rows, runs, of_runs, destination, held)
+            batch = ChunkBatch(tensor, read, rows, blocks, block_rows, destination, held)
             tensor.batches.append(batch)
             tensor.unplaced += 1
             for stream, request in enumerate(held):
@@ -186,12 +146,10 @@ def separate(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None
         request.parts.clear()
 
 
-def _batches(read: ChunkReads, runs: ChunkRuns, request_of: IntArray) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows of each batch, and the chunk runs in it. A batch needs the bytes of one or two requests."""
-    requests, rows = request_of[runs.firsts].tolist(), [*runs.firsts.tolist(), len(read)]
-    begin = nbytes = 0
-    for end, size in enumerate([*runs.nbytes.tolist(), 0]):
-        if nbytes and (end == len(requests) or nbytes >= BATCH_BYTES or requests[end] != requests[begin]):
-            yield slice(rows[begin], rows[end]), slice(begin, end)
-            begin, nbytes = end, 0
-        nbytes += size
+def _batches(request_of: IntArray, blocks: Blocks) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows of each batch, and its blocks. All chunks of a batch need the same one or two requests."""
+    if len(request_of):
+        opens = np.concatenate(([0], np.flatnonzero((request_of[1:] != request_of[:-1]).any(axis=1)) + 1))
+        rows = [*opens.tolist(), len(request_of)]
+        block_rows = [*np.searchsorted(blocks.firsts, opens).tolist(), len(blocks.firsts)]
+        yield from zip(starmap(slice, pairwise(rows)), starmap(slice, pairwise(block_rows)), strict=True)

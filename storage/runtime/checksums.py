@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import xxhash
 from typing_extensions import Buffer
 
-
-def checksum(data: Buffer) -> int:
-    """Return the XXH3-64 checksum of bytes, with seed 0."""
-    return xxhash.xxh3_64_intdigest(data)
+checksum: Callable[[Buffer], int] = xxhash.xxh3_64_intdigest
+"""Returns the XXH3-64 checksum of bytes, with seed 0."""
 
 
 def page_checksums(data: Buffer, page_bytes: int) -> list[int]:

@@ -15,10 +15,11 @@ from typing_extensions import Buffer
 
 from ..runtime.threads import cleaning_up
 
-ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
+ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview, Callable[[int], None]], int]
 """Reads byte ranges [start, stop) of the named object, one after another, into a buffer of their total size.
 
-Returns the number of bytes that were read, which is smaller if the object ends early. Raises like `Store.read`."""
+While the bytes arrive, it calls the last argument several times, with the number of bytes in the buffer. Returns the
+number of bytes that were read, which is smaller if the object ends early. Raises like `Store.read`."""
 
 
 class AsyncReads(Protocol):

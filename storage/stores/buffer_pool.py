@@ -5,16 +5,20 @@ Faulting in new pages takes longer than filling pages that are already mapped (b
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.forks import Lock
 from .base import ReadInto
 
 ByteArray = npt.NDArray[np.uint8]
 PAGE_BYTES = 4096
+MAX_IDLE_BYTES = 256 * 1024 * 1024
+"""The most bytes that a process keeps between loads."""
 
 
 def aligned_buffer(start: int, nbytes: int) -> memoryview:
@@ -34,25 +38,61 @@ def _page_aligned(nbytes: int) -> ByteArray:
 
 
 class BufferPool:
-    """Buffers of a few sizes that are used again. It never keeps more bytes than were lent at the same time."""
+    """Buffers of a few sizes that are used again.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    While reads run, it never keeps more bytes than were lent at the same time. Between reads it keeps at most
+    `max_idle_bytes`.
+    """
+
+    def __init__(self, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
+        self._max_idle_bytes = max_idle_bytes
+        self._lock = Lock()
         self._free: dict[int, list[ByteArray]] = {}
         """Free arrays by size. The array that was released last is at the end: it is most likely in the cache."""
         self._lent: dict[int, ByteArray] = {}
         """Lent arrays by their `id`."""
         self._lent_bytes = self._free_bytes = self._max_bytes = 0
+        self._readers = 0
 
-    def read(self, read_into: ReadInto, name: str, ranges: Sequence[tuple[int, int]]) -> memoryview:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a call that reads. When the last one ends, free memory beyond `max_idle_bytes` is dropped."""
+        with self._lock:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._max_bytes = max(self._max_bytes, self._max_idle_bytes)
+                if self._readers == 0:
+                    self._max_bytes = self._max_idle_bytes
+                    self._drop_excess()
+
+    def clear(self) -> None:
+        """Drop all free memory."""
+        with self._lock:
+            self._free.clear()
+            self._free_bytes = 0
+
+    def read(
+        self,
+        read_into: ReadInto,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        arrived: Callable[[memoryview, int], None] = lambda data, nbytes: None,
+    ) -> memoryview:
         """Read byte ranges of an object into a buffer of the pool. Raises what `read_into` raises.
 
         Pass the result to `release` when nothing refers to it any more.
+
+        Args:
+            arrived: Called several times while the bytes arrive, with the buffer and the number of bytes in it.
         """
         nbytes = sum(stop - start for start, stop in ranges)
         data = self._lend(nbytes).data[ranges[0][0] % PAGE_BYTES :]  # the alignment of `aligned_buffer`
         try:
-            return data[: read_into(name, ranges, data[:nbytes])]
+            return data[: read_into(name, ranges, data[:nbytes], partial(arrived, data))]
         except BaseException:
             self.release(data)
             raise
@@ -75,7 +115,7 @@ class BufferPool:
 
     def _drop_excess(self) -> None:
         """Drop free arrays beyond the limit, first those of the size that was released longest ago."""
-        while self._free_bytes + self._lent_bytes > self._max_bytes:
+        while self._free_bytes and self._free_bytes + self._lent_bytes > self._max_bytes:
             size, free = next(iter(self._free.items()))
             if free:
                 free.pop(0)
@@ -94,3 +134,7 @@ class BufferPool:
                 free.append(array)
                 self._free[array.nbytes] = free  # moves this size to the end of the dict
                 self._drop_excess()
+
+
+read_buffers = BufferPool()
+"""The buffers of this process: the pages of new ones would have to be faulted in by each load."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
@@ -30,6 +31,9 @@ OLD_S = 24 * 3600
 MAX_OPEN_FILES = 64
 MAX_ADVICE_BYTES = 512 * 1024
 """Linux ignores the part of an advice that exceeds what the device accepts at once, usually 100 KiB to 1 MiB."""
+MAX_READ_BYTES = 1024 * 1024
+"""The most bytes of one read: they should still be in the cache of the core when their checksums are computed
+(`benchmarks/overhead.py`)."""
 MIN_WRITE_BYTES = 1024 * 1024
 """Data is collected up to this size before the file is written to."""
 MAX_BUFFERS_PER_WRITE = 512
@@ -71,14 +75,24 @@ class _OpenFile:
         """Open a file. Raise _IrregularFileError for a FIFO, a device and so on, without waiting for it."""
         _check_regular(os.stat(path))  # before `open`, which may change the state of a device
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        _check_regular(os.fstat(self.descriptor))
+        self.device = _check_regular(os.fstat(self.descriptor)).st_dev
 
-    def read_into(self, ranges: Iterable[tuple[int, int]], buffer: memoryview) -> int:
+    def read_into(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        buffer: memoryview,
+        arrived: Callable[[int], None] = lambda nbytes: None,
+    ) -> int:
         done = 0
         for start, stop in ranges:
-            while start < stop and (moved := os.preadv(self.descriptor, [buffer[done : done + stop - start]], start)):
+            while start < stop:
+                nbytes = stop - start if stop - start < MAX_READ_BYTES else MAX_READ_BYTES
+                moved = os.preadv(self.descriptor, [buffer[done : done + nbytes]], start)
+                if not moved:
+                    break
                 start += moved
                 done += moved
+                arrived(done)
         return done
 
     def is_cached(self, at: int) -> bool:
@@ -142,15 +156,19 @@ class LocalStore:
                 raise FileNotFoundError(name)
             return _check_regular(found)
 
-    def read_into(self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+    def read_into(
+        self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview, arrived: Callable[[int], None]
+    ) -> int:
         with self._errors("read", name):
-            return self._open(name).read_into(ranges, buffer)
+            return self._open(name).read_into(ranges, buffer, arrived)
 
     def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         """Ask the kernel to read byte ranges ahead if they are not in the page cache."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError, StoreError), self._errors("read", name):
                 file = self._open(name)
+                if _is_in_memory(file.device):
+                    return
                 for start, stop in ranges:
                     if file.is_cached(stop - 1):
                         continue  # advice on cached pages takes half as long as reading them (benchmarks/overhead.py)
@@ -409,6 +427,18 @@ def _create(temporary: Path, path: Path) -> None:
         if os.path.lexists(path):
             raise FileExistsError(str(path)) from None
         os.replace(temporary, path)
+
+
+@functools.cache
+def _is_in_memory(device: int) -> bool:
+    """Return whether a filesystem keeps its files in memory, so that reading ahead is useless."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            mounted, _, filesystem = line.partition(" - ")
+            if mounted.split()[2] == number:
+                return filesystem.split()[0] in ("tmpfs", "ramfs")
+    return False
 
 
 def _sync_data(descriptor: int) -> None:

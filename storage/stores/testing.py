@@ -230,13 +230,15 @@ def _check_read_into(store: Store) -> None:
     read_into = store.capabilities.read_into
     if read_into is None:
         return
-    nbytes, buffer = len(_CONTENT), bytearray(100)
-    assert read_into(_OBJECT, [(1000, 1060), (7, 47)], memoryview(buffer)) == 100
+    nbytes, buffer, arrived = len(_CONTENT), bytearray(100), list[int]()
+    assert read_into(_OBJECT, [(1000, 1060), (7, 47)], memoryview(buffer), arrived.append) == 100
     assert buffer == _CONTENT[1000:1060] + _CONTENT[7:47]
-    assert read_into(_OBJECT, [(nbytes - 3, nbytes + 97)], memoryview(buffer)) == 3
+    assert arrived == sorted(arrived)
+    assert arrived[-1] == 100
+    assert read_into(_OBJECT, [(nbytes - 3, nbytes + 97)], memoryview(buffer), arrived.append) == 3
     assert buffer[:3] == _CONTENT[-3:]
-    assert read_into(_OBJECT, [(nbytes + 5, nbytes + 105)], memoryview(buffer)) == 0
-    _expect(ObjectNotFoundError, lambda: read_into("absent", [(0, 100)], memoryview(buffer)))
+    assert read_into(_OBJECT, [(nbytes + 5, nbytes + 105)], memoryview(buffer), arrived.append) == 0
+    _expect(ObjectNotFoundError, lambda: read_into("absent", [(0, 100)], memoryview(buffer), arrived.append))
 
 
 def _check_reads_ahead(store: Store) -> None:
@@ -295,7 +297,9 @@ def _check_deletes(store: Store) -> None:
     store.delete([])
     read_into = store.capabilities.read_into
     if read_into is not None:
-        _expect(ObjectNotFoundError, lambda: read_into(_OBJECT, [(0, 1)], memoryview(bytearray(1))))
+        _expect(
+            ObjectNotFoundError, lambda: read_into(_OBJECT, [(0, 1)], memoryview(bytearray(1)), lambda nbytes: None)
+        )
     _expect(ObjectNotFoundError, lambda: store.read("manifest", 0, 1))
 
 

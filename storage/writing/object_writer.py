@@ -31,7 +31,7 @@ from ...planner.box import Box, box_slices
 from ...planner.entries import Encoding, Entry, Stream
 from ...planner.grid import EIGHTHS, Grid
 from ..errors import StoreError
-from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
+from ..formats.native.chunk_runs import MAX_CHUNK_RUN_BYTES, Slices, continued_dims, group_into_runs, run_sizes
 from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
@@ -324,7 +324,9 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _EncodingTasks:
     """Cut a shard into tasks. The result is cached because the layers of a model are cut in the same way."""
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
-    firsts, counts, dims = group_into_runs(continued_dims(offsets, sizes), chunk_bytes)
+    firsts, counts, dims = group_into_runs(
+        continued_dims(offsets, sizes), np.maximum(1, MAX_CHUNK_RUN_BYTES // chunk_bytes)
+    )
     starts = offsets[firsts] - np.asarray(box.offsets, np.int64)
     places = box_slices(starts, run_sizes(sizes[firsts], counts, dims))
     runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from reshard.planner.entries import ITEMSIZES, Stream
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.native import codec
-from reshard.storage.formats.native.codec import decode, decode_heads, decode_heads_and_tails, encode, streams_of
+from reshard.storage.formats.native.codec import encode, streams_of
+from tests.encoded_chunks import decode_chunks, decode_head_chunks
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -30,9 +31,7 @@ def round_trip(values: Bytes, dtype: str) -> tuple[Bytes, int]:
 
 
 def decoded(streams: Sequence[bytes | bytearray], dtype: str, numel: int) -> Bytes:
-    if len(streams) == 2:
-        return decode_heads_and_tails(streams[:1], streams[1:], numel)
-    return decode(streams, dtype, numel)
+    return decode_chunks([[stream] for stream in streams], dtype, numel)
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZES))
@@ -66,7 +65,7 @@ def test_heads_are_values_rounded_to_bfloat16() -> None:
     high = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
     every_rounding = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
     bits = np.concatenate([np.array(SPECIAL_FLOATS, np.uint32), high, every_rounding, every_rounding - 1])
-    heads = decode_heads(encode(bits.view(np.uint8), "float32", Stream.HEAD, len(bits)), len(bits)).copy()
+    heads = decode_head_chunks(encode(bits.view(np.uint8), "float32", Stream.HEAD, len(bits)), len(bits))
     cast = torch.from_numpy(bits).view(torch.float32).to(torch.bfloat16)
     assert np.array_equal(heads.view(np.uint16), cast.view(torch.uint16).numpy())
     nan = np.isnan(bits.view(np.float32))
@@ -141,4 +140,4 @@ def test_zstd_bomb_raises_corrupt_error() -> None:
     bomb = bytearray(encode(np.zeros(1 << 24, np.uint8), "uint8", Stream.WHOLE, 1 << 24)[0])
     assert len(bomb) < 5000
     with pytest.raises(CorruptCheckpointError, match="does not hold 100 bytes"):
-        decode([bomb], "uint8", 100)
+        decode_chunks([[bomb]], "uint8", 100)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reshard
 from reshard.storage.maintenance.diff import diff
+from reshard.storage.reading.blocks import Block
 from reshard.storage.reading.destination import Destination
 
 pytestmark = [
@@ -239,9 +240,8 @@ def test_staged_destinations_work_in_every_mode(dtype: torch.dtype, in_inference
     with undisturbed_mode(mode):
         destination = Destination(tensor, dtype, staged=True)
         destination.begin(whole=True, max_bytes=2**20)
-        destination.write(
-            (slice(0, 4), slice(0, 6)), values.reshape(-1).view(torch.uint8).numpy(), (4, 6), (slice(4), slice(6))
-        )
+        block = Block(0, 0, 24, (4, 6), (slice(4), slice(6)), (slice(0, 4), slice(0, 6)))
+        destination.open(block).write((), values.reshape(-1).view(torch.uint8).numpy())
         destination.finish()
     check(tensor, values)
 

@@ -1,9 +1,18 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from reshard.storage.formats.native.chunk_runs import Slices
+from reshard.storage.reading.blocks import Block
 from reshard.storage.reading.destination import Destination
 from reshard.storage.tensors.dtypes import SINGLE_THREAD_NUMEL, as_array, as_bytes, cast, from_bytes
+
+
+def chunk_at(target: Slices, sizes: tuple[int, ...]) -> Block:
+    """Return a block of one chunk."""
+    return Block(0, 0, math.prod(sizes), sizes, (slice(None),) * len(sizes), target)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -13,9 +22,7 @@ def test_staged_destination_is_written_to_host_memory_first(stored: torch.dtype)
     for columns in (slice(0, 2), slice(2, 6)):
         destination.begin(whole=True, max_bytes=1000)
         part = values[:, columns].to(stored)
-        destination.write(
-            (slice(0, 4), columns), as_bytes(as_array(part)), tuple(part.shape), (slice(None), slice(None))
-        )
+        destination.open(chunk_at((slice(0, 4), columns), tuple(part.shape))).write((), as_bytes(as_array(part)))
         assert (tensor == 0).all(), "the tensor changes only in finish()"
     destination.finish()
     assert tensor.equal(values)
@@ -26,7 +33,7 @@ def test_destination_that_is_too_large_to_stage_is_written_directly(whole: bool,
     tensor = torch.zeros(4)
     destination = Destination(tensor, torch.float32, staged=True)
     destination.begin(whole=whole, max_bytes=max_bytes)
-    destination.write((slice(0, 2),), as_bytes(as_array(torch.ones(2))), (2,), (slice(None),))
+    destination.open(chunk_at((slice(0, 2),), (2,))).write((), as_bytes(as_array(torch.ones(2))))
     assert tensor.tolist() == [1, 1, 0, 0]
     destination.finish()
     assert tensor.tolist() == [1, 1, 0, 0]

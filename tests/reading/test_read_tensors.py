@@ -26,10 +26,12 @@ from reshard.storage.reading import executor
 from reshard.storage.reading.decode import place_chunk_batch
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.fetcher import Fetcher
-from reshard.storage.reading.tasks import ChunkBatch, Request, TensorRead
+from reshard.storage.reading.schedule import Fetch, Schedule
+from reshard.storage.reading.tasks import ChunkBatch, TensorRead
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
 from reshard.storage.stores.base import Capabilities, Store
+from reshard.storage.stores.buffer_pool import read_buffers
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing, slow
 from reshard.storage.writing.object_layout import ShardToWrite
 from reshard.storage.writing.object_writer import write_objects
@@ -93,17 +95,15 @@ def test_fetched_bytes_stay_within_the_budget(codec: str, monkeypatch: pytest.Mo
     largest = int((plan.requests.stops - plan.requests.starts).max())
     assert plan.requests.nbytes > 4 * budget
 
-    from reshard.storage.reading import executor
-
     held: list[int] = []
-    admitted = executor._Execution._admitted
+    fetch = Schedule.fetch
 
-    def watching(self: executor._Execution) -> list[Request] | None:
-        group = admitted(self)
-        held.append(self._held)
-        return group
+    def watching(self: Schedule) -> Fetch | None:
+        step = fetch(self)
+        held.append(self.held_bytes)
+        return step
 
-    monkeypatch.setattr(executor._Execution, "_admitted", watching)
+    monkeypatch.setattr(Schedule, "fetch", watching)
     out = [torch.zeros_like(values) for _ in wants]
     execute(plan, manifest.index(), store, out, budget_bytes=budget)
     assert all(tensor.equal(values) for tensor in out)
@@ -180,7 +180,7 @@ def test_corrupt_error_says_if_part_of_a_large_tensor_was_overwritten() -> None:
 def test_corrupt_error_waits_for_chunks_that_are_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk cannot be decoded, although its checksum is right, while other chunks of the tensor are written."""
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 2)
-    monkeypatch.setattr("reshard.storage.reading.tasks.ChunkBatch.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.checks.RequestCheck.damages", lambda *arguments: [])
     store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
     want = WantedBox("w", Box.whole((4096, 1024)))
     plan = plan_reads(manifest.index(), [want])
@@ -241,7 +241,7 @@ def test_failed_load_releases_its_buffers(tmp_path: Path) -> None:
         with pytest.raises(CorruptCheckpointError, match="cut short"):
             execute(plan, source.index([want]), source.store, [torch.zeros(4096, 1024)], workers=workers)
         workers.pool.shutdown()
-        assert workers.fetcher._buffers._lent == {}
+        assert read_buffers._lent == {}
 
 
 def test_store_error_names_tensor_object_and_byte_range() -> None:

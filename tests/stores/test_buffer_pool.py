@@ -1,6 +1,6 @@
 """The pool of read buffers: it reuses its own memory, and keeps no more than was lent at the same time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from reshard.storage.errors import StoreError
 from reshard.storage.stores.buffer_pool import PAGE_BYTES, BufferPool, aligned_buffer
 
 
-def fill(name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+def fill(name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview, arrived: Callable[[int], None]) -> int:
     buffer[:] = bytes([ranges[0][0] % 256]) * len(buffer)
     return len(buffer)
 
@@ -59,7 +59,9 @@ def test_a_buffer_is_at_most_an_eighth_larger_than_needed(nbytes: int) -> None:
 
 
 def test_a_failed_read_releases_its_buffer() -> None:
-    def failing(name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+    def failing(
+        name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview, arrived: Callable[[int], None]
+    ) -> int:
         raise StoreError("injected")
 
     pool = BufferPool()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +41,9 @@ class FullStore(MemoryStore):
     def close(self) -> None:
         self.called.append("close")
 
-    def read_into(self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+    def read_into(
+        self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview, arrived: Callable[[int], None]
+    ) -> int:
         raise AssertionError("not called")
 
 

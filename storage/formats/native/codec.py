@@ -18,8 +18,10 @@ from __future__ import annotations
 import struct
 import sys
 import threading
+from dataclasses import dataclass
+from itertools import compress as chosen
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +38,7 @@ from ...errors import ArgumentError, CorruptCheckpointError
 from ...tensors.dtypes import cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -52,6 +54,10 @@ _SAMPLE_BYTES = 1024
 """Bytes at each position of a sample."""
 _PAYS_BELOW = 0.97
 """A plane is stored compressed if its sample, and then the whole plane, shrinks below this fraction of its size."""
+
+MAX_JOINED_NUMEL = 128 * 1024
+"""The most elements that are joined from their planes at once: the arrays should fit the L2 cache of a core
+(`benchmarks/codec.py`)."""
 
 _LITERAL_COMPRESSION_MODE = 1002
 """ZSTD_c_literalCompressionMode of zstd.h. It has no name in Python, and python-zstandard cannot set it."""
@@ -184,65 +190,158 @@ class _Rounding(threading.local):
 _rounding = _Rounding()
 
 
-def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
+@dataclass(frozen=True, slots=True, eq=False)
+class Planes:
+    """Where the planes of equal chunks are stored: one row per chunk, one column per plane."""
+
+    data: memoryview
+    """The bytes that contain the chunks."""
+    numel: int
+    """The number of elements, and so of bytes, of each plane."""
+    starts: npt.NDArray[np.int64]
+    stops: npt.NDArray[np.int64]
+    """(chunks, planes) the byte range of each plane in `data`."""
+    compressed: npt.NDArray[np.bool_]
+
+    @classmethod
+    def find(
+        cls,
+        data: memoryview,
+        begins: npt.NDArray[np.int64],
+        ends: npt.NDArray[np.int64],
+        count: int,
+        numel: int,
+        *,
+        whole: bool = True,
+    ) -> Planes:
+        """Read the tables in front of the planes.
+
+        Args:
+            data: The bytes that contain the chunks.
+            begins, ends: (chunks,) the byte range of each chunk in `data`.
+            count: The number of planes of each chunk.
+            numel: The number of elements of each plane.
+            whole: Whether the chunks contain nothing after the last plane.
+
+        Raises:
+            CorruptCheckpointError: A table is not valid.
+        """
+        firsts = begins + 4 * count
+        _require(bool((firsts <= ends).all()), "the table of planes is cut short")
+        tables = np.frombuffer(data, np.uint8)[begins[:, None] + np.arange(4 * count)].view("<u4")
+        lengths = (tables & ~np.uint32(_COMPRESSED)).astype(np.int64)
+        compressed = tables >= _COMPRESSED
+        stops = firsts[:, None] + np.cumsum(lengths, axis=1)
+        _require(bool((stops[:, -1] <= ends).all()), "a plane is cut short")
+        wrong = ~compressed & (lengths != numel)
+        if bool(wrong.any()):
+            raise CorruptCheckpointError(f"a plane has {lengths[wrong][0]} bytes, expected {numel}")
+        _require(not whole or bool((stops[:, -1] == ends).all()), "bytes follow the last plane")
+        return cls(data, numel, stops - lengths, stops, compressed)
+
+    def parts(self, plane: int) -> Iterator[memoryview]:
+        """Return an iterator over the bytes of one plane of each chunk.
+
+        Raises:
+            CorruptCheckpointError: A plane does not declare `numel` bytes.
+            ZstdError: A plane cannot be decompressed. Also raised by the iterator.
+        """
+        slices = map(slice, self.starts[:, plane].tolist(), self.stops[:, plane].tolist())
+        compressed = self.compressed[:, plane]
+        stored = list(map(self.data.__getitem__, slices))
+        if not bool(compressed.any()):
+            return iter(stored)
+        frames = stored if bool(compressed.all()) else list(chosen(stored, compressed))
+        # The decompressor allocates as many bytes as a frame declares.
+        if set(map(zstandard.frame_content_size, frames)) != {self.numel}:
+            raise CorruptCheckpointError(f"a compressed plane does not hold {self.numel} bytes")
+        decompressed: Iterator[memoryview] = map(memoryview, map(_zstd.decompressor.decompress, frames))
+        if len(frames) == len(stored):
+            return decompressed
+        return (next(decompressed) if packed else part for packed, part in zip(compressed, stored, strict=True))
+
+
+def plane_shape(dtype: str, numel: int) -> tuple[int, int]:
+    """Return the number of planes of a chunk that is one whole stream, and the number of bytes of each."""
+    itemsize = ITEMSIZES[dtype]
+    width = _COMPONENT_SIZES.get(dtype, itemsize)
+    return width, numel * (itemsize // width)
+
+
+def decode(planes: Planes, counts: Iterable[int], dtype: str) -> Iterator[npt.NDArray[Any]]:
     """Decode chunks that are stored as one whole stream each.
 
     Args:
-        chunks: The encoded bytes of each chunk.
-        numel: How many values each chunk has.
+        planes: The planes of the chunks.
+        counts: The number of chunks to decode in each step.
+        dtype: The dtype of the values.
 
-    Returns:
-        (nbytes,) uint8, the values of the chunks, one chunk after another. The array may be scratch memory of this
-        thread: it is valid until the thread encodes or decodes again.
+    Yields:
+        For each of `counts`, the values of the next chunks, one chunk after another, as bytes or as unsigned integers.
+        The array may be scratch memory of this thread, which is valid until the next step.
 
     Raises:
         CorruptCheckpointError: The bytes cannot be decoded.
     """
-    if dtype == "bfloat16":
-        return decode_heads(chunks, numel)
-    itemsize = ITEMSIZES[dtype]
-    width = _COMPONENT_SIZES.get(dtype, itemsize)
-    n = numel * (itemsize // width)
-    return _join_bytes([_whole_planes(chunk, width, n) for chunk in chunks], n)
+    return decode_heads(planes, counts) if dtype == "bfloat16" else _join_bytes(planes, counts)
 
 
-def decode_heads(chunks: Sequence[Buffer], numel: int) -> Bytes:
-    """Decode the bfloat16 values of chunks with `numel` values each, from their streams of heads. See `decode`."""
-    n = numel * len(chunks)
-    words, signs = _scratch.take(_WORDS, n), _scratch.take(_OPERAND, n)
-    for at, chunk in enumerate(chunks):
-        exponents, rest = _whole_planes(chunk, 2, numel)
-        words[at * numel : (at + 1) * numel] = exponents
-        signs[at * numel : (at + 1) * numel] = rest
-    words *= 256
-    words |= signs
-    # Rotate each word right by one bit. The multiplication moves the lowest bit to the highest.
-    np.multiply(words, 32768, out=signs)
-    words >>= 1
-    words |= signs
-    return words.view(np.uint8)
+def decode_heads(planes: Planes, counts: Iterable[int]) -> Iterator[npt.NDArray[np.uint16]]:
+    """Decode the bfloat16 values of chunks from their streams of heads. See `decode`."""
+    numel = planes.numel
+    other = _scratch.take(_OPERAND, min(numel, MAX_JOINED_NUMEL))
+    pieces = list(pairwise([*range(0, numel, MAX_JOINED_NUMEL), numel]))
+    size = 0
+    try:
+        chunks = zip(planes.parts(0), planes.parts(1), strict=True)
+        for count in counts:
+            if size != count * numel:
+                size = count * numel
+                words = _scratch.take(_WORDS, size)
+            for begin, (exponents, rests) in zip(range(0, size, numel), chunks, strict=False):
+                for at, end in pieces:
+                    joined, rest = words[begin + at : begin + end], other[: end - at]
+                    joined[...] = exponents[at:end]
+                    rest[...] = rests[at:end]
+                    joined *= 256
+                    joined |= rest
+                    # Rotate each word right by one bit. The multiplication moves the lowest bit to the highest.
+                    np.multiply(joined, 32768, out=rest)
+                    joined >>= 1
+                    joined |= rest
+            yield words
+    except zstandard.ZstdError as error:
+        raise _undecodable(error) from error
 
 
-def decode_heads_and_tails(heads: Sequence[Buffer], tails: Sequence[Buffer], numel: int) -> Bytes:
-    """Decode the float32 values of chunks with `numel` values each, from the two streams of each. See `decode`."""
-    high = _scratch.take(_WIDE, 2 * numel * len(heads)).view(np.uint32)
-    np.copyto(high, decode_heads(heads, numel).view(np.uint16))
-    high *= 65536
-    planes, exceptions = [], []
-    for at, tail in enumerate(tails):
-        split, rest = _split_planes(tail, 2, numel)
-        planes.append(split)
-        _require(len(rest) % 8 == 0, "the list of exceptions is cut short")
-        listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
-        if len(listed):
+def decode_heads_and_tails(
+    heads: Planes, tails: Planes, ends: npt.NDArray[np.int64], counts: Sequence[int]
+) -> Iterator[npt.NDArray[np.uint32]]:
+    """Decode the float32 values of chunks from their two streams. See `decode`.
+
+    Args:
+        heads, tails: The planes of each stream.
+        ends: (chunks,) the end of each chunk's tails. The exceptions are before it.
+        counts: See `decode`.
+    """
+    numel = heads.numel
+    head_words, tail_words = decode_heads(heads, counts), _join_bytes(tails, counts)
+    begins, first = tails.stops[:, -1], 0
+    for count in counts:
+        low = _scratch.take(_PLANES, 2 * count * numel).view(np.uint32)
+        np.copyto(low, next(tail_words).view(np.int16), casting="unsafe")
+        high = _scratch.take(_WIDE, 2 * count * numel).view(np.uint32)
+        np.copyto(high, next(head_words).view(np.uint16))
+        high *= 65536
+        high += low
+        for at in np.flatnonzero(ends[first : first + count] > begins[first : first + count]).tolist():
+            rest = tails.data[int(begins[first + at]) : int(ends[first + at])]
+            _require(len(rest) % 8 == 0, "the list of exceptions is cut short")
+            listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
             _require(int(listed[:, 0].max()) < numel, "an exception is outside the chunk")
-            exceptions.append((listed[:, 0] + np.uint32(at * numel), listed[:, 1]))
-    low = _scratch.take(_PLANES, 2 * len(high)).view(np.uint32)
-    np.copyto(low, _join_bytes(planes, numel).view(np.int16), casting="unsafe")
-    high += low
-    for positions, bits in exceptions:
-        high[positions] = bits
-    return high.view(np.uint8)
+            high[at * numel + listed[:, 0].astype(np.int64)] = listed[:, 1]
+        first += count
+        yield high
 
 
 def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
@@ -259,28 +358,34 @@ def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
     return [np.ascontiguousarray(by_byte[:, i]) for i in range(width)]
 
 
-def _join_bytes(chunks: list[list[Bytes]], n: int) -> Bytes:
-    """Return the bytes of elements, from the planes of chunks with `n` elements each, the least significant first.
+def _join_bytes(planes: Planes, counts: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
+    """Join planes with one byte of each element, the least significant first. See `decode`.
 
     Words of two bytes are joined by a product, because numpy writes to every second byte one byte at a time
     (`benchmarks/codec.py`).
     """
-    width = len(chunks[0])
-    if width == 1:
-        return chunks[0][0] if len(chunks) == 1 else np.concatenate([planes[0] for planes in chunks])
-    if width == 2:
-        words, low = _scratch.take(_WORDS, n * len(chunks)), _scratch.take(_OPERAND, n * len(chunks)).view(np.uint8)
-        for at, planes in enumerate(chunks):
-            low[at * n : (at + 1) * n] = planes[0]
-            words[at * n : (at + 1) * n] = planes[1]
-        words *= 256
-        words |= low[: len(words)]
-        return words.view(np.uint8)
-    values = np.empty((len(chunks), n, width), np.uint8)
-    for at, planes in enumerate(chunks):
-        for i, plane in enumerate(planes):
-            values[at, :, i] = plane
-    return values.reshape(-1)
+    numel, width = planes.numel, planes.starts.shape[1]
+    low = _scratch.take(_OPERAND, numel)
+    try:
+        chunks = zip(*(planes.parts(plane) for plane in range(width)), strict=True)
+        for count in counts:
+            if width == 2:
+                words = _scratch.take(_WORDS, count * numel)
+                for begin, (lower, upper) in zip(range(0, count * numel, numel), chunks, strict=False):
+                    joined = words[begin : begin + numel]
+                    joined[...] = upper
+                    low[...] = lower
+                    joined *= 256
+                    joined |= low
+                yield words
+            else:
+                values = np.empty((count, numel, width), np.uint8)
+                for chunk, parts in zip(values, chunks, strict=False):
+                    for plane, part in enumerate(parts):
+                        chunk[:, plane] = part
+                yield values.reshape(-1)
+    except zstandard.ZstdError as error:
+        raise _undecodable(error) from error
 
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
@@ -352,39 +457,8 @@ def _may_pay(plane: Bytes, n: int, compress: Callable[[memoryview], bytes]) -> b
     return len(compress(sample.data)) < _PAYS_BELOW * len(sample)
 
 
-def _split_planes(data: Buffer, count: int, n: int) -> tuple[list[Bytes], memoryview]:
-    """Return the planes, `n` bytes each, and the bytes after them."""
-    view = memoryview(data)
-    at = 4 * count
-    if len(view) < at:
-        raise CorruptCheckpointError("the table of planes is cut short")
-    planes = []
-    for head in _TABLES[count].unpack_from(view):
-        end = at + (head & ~_COMPRESSED)
-        if end > len(view):
-            raise CorruptCheckpointError("a plane is cut short")
-        body = _decompress(view[at:end], n) if head & _COMPRESSED else view[at:end]
-        if len(body) != n:
-            raise CorruptCheckpointError(f"a plane has {len(body)} bytes, expected {n}")
-        planes.append(np.frombuffer(body, np.uint8))
-        at = end
-    return planes, view[at:]
-
-
-def _whole_planes(data: Buffer, count: int, n: int) -> list[Bytes]:
-    """Return the planes of a stream that holds nothing else, `n` bytes each."""
-    planes, rest = _split_planes(data, count, n)
-    _require(len(rest) == 0, "bytes follow the last plane")
-    return planes
-
-
-def _decompress(body: memoryview, n: int) -> bytes:
-    try:
-        if zstandard.frame_content_size(body) != n:
-            raise CorruptCheckpointError(f"a compressed plane does not hold {n} bytes")
-        return _zstd.decompressor.decompress(body, max_output_size=n)
-    except zstandard.ZstdError as error:
-        raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
+def _undecodable(error: zstandard.ZstdError) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"a plane cannot be decompressed: {error}")
 
 
 def _require(condition: bool, message: str) -> None:

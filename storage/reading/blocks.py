@@ -1,0 +1,190 @@
+"""Group chunks into blocks, which are placed with one strided copy.
+
+A call of numpy costs as much as copying some KiB of values (`benchmarks/overhead.py`), so that one call should place
+many chunks. A block consists of consecutive chunks of equal size that form a box of the tensor: for example all chunks
+of one request that are in the same rows. All bytes of a block are consecutive in one object and come from one request.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from ...planner.box import IntArray, box_slices
+from ...planner.chunk_reads import ChunkReads
+from ...planner.entries import NATIVE_ENCODINGS
+from ...planner.read_plan import BOXES_PER_CALL
+from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Chunks that form a box, in the order of their bytes."""
+
+    row: int
+    """The row of the first chunk in the ChunkReads."""
+    encoding: int
+    numel: int
+    """The number of elements of each chunk."""
+    sizes: tuple[int, ...]
+    """The sizes of each chunk."""
+    part: Slices
+    """The part of the chunk that is needed. If there are several chunks, the whole of each."""
+    target: Slices
+    """The destination of the block in the wanted box."""
+    count: int = 1
+    """The number of chunks."""
+    counts: tuple[int, ...] = ()
+    """The number of chunks in each direction, the outermost direction first. Empty for a single chunk."""
+    dims: tuple[int, ...] = ()
+    """The dimension of each direction."""
+
+
+@functools.lru_cache(maxsize=256)  # the blocks of a model have few shapes
+def split_shape(block_sizes: tuple[int, ...], counts: tuple[int, ...], dims: tuple[int, ...]) -> _Split:
+    """Return how to view a block with one axis for each direction.
+
+    Args:
+        block_sizes: The sizes of each chunk of the block.
+        counts, dims: See `Block`.
+
+    Returns:
+        The shape if each dimension is split into the chunks along it and their size, and its axes in the order of the
+        bytes: first the directions, then the dimensions of a chunk.
+    """
+    along = dict(zip(dims, counts, strict=True))
+    shape = tuple(n for d, size in enumerate(block_sizes) for n in ((along[d], size) if d in along else (size,)))
+    first = [d + sum(dim < d for dim in dims) for d in range(len(block_sizes))]
+    return shape, (*(first[dim] for dim in dims), *(at + (d in along) for d, at in enumerate(first)))
+
+
+_Split = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """The blocks of a read, in columns. Row i is block i."""
+
+    firsts: IntArray
+    """(b,) the rows of their first chunks in the ChunkReads."""
+    counts: IntArray
+    """(b, levels) the number of chunks in each direction, the outermost first; 1 if there is no such direction."""
+    dims: IntArray
+    """(b, levels) the dimension of each direction."""
+    encodings: npt.NDArray[np.uint8]
+    numels: IntArray
+    sizes: IntArray
+    """(b, ndim) the sizes of each of their chunks."""
+    part_offsets: IntArray
+    """(b, ndim) the part of the first chunk that is needed, relative to the chunk."""
+    part_sizes: IntArray
+    target_offsets: IntArray
+    """(b, ndim) the destination of the block in the wanted box."""
+    target_sizes: IntArray
+
+    def select(self, blocks: slice) -> Iterator[Block]:
+        """Iterate over some of the blocks."""
+        columns = [column[blocks].tolist() for column in (self.firsts, self.encodings, self.numels)]
+        parts = box_slices(self.part_offsets[blocks], self.part_sizes[blocks])
+        targets = box_slices(self.target_offsets[blocks], self.target_sizes[blocks])
+        sizes = map(tuple, self.sizes[blocks].tolist())
+        counts, dims = map(tuple, self.counts[blocks].tolist()), map(tuple, self.dims[blocks].tolist())
+        directions = zip(*map(_without_ones, counts, dims), strict=True)
+        return map(Block, *columns, sizes, parts, targets, *directions)
+
+
+@functools.lru_cache(maxsize=256)
+def _without_ones(counts: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return the number of chunks, and the directions with more than one chunk."""
+    kept = [at for at, count in enumerate(counts) if count > 1]
+    return math.prod(counts), tuple(counts[at] for at in kept), tuple(dims[at] for at in kept)
+
+
+def find_blocks(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Blocks]:
+    """Find the blocks of each read. Many reads are processed together.
+
+    Args:
+        reads: The reads.
+        requests_of: For each read, the (n, s) requests that fetch the byte ranges of its n chunks.
+    """
+    groups: dict[int, list[int]] = {}
+    for at, read in enumerate(reads):
+        groups.setdefault(len(read.want.box.sizes), []).append(at)
+    found: dict[int, Blocks] = {}
+    for members in groups.values():
+        for first in range(0, len(members), BOXES_PER_CALL):
+            positions = members[first : first + BOXES_PER_CALL]
+            blocks = _of_one_ndim([reads[at] for at in positions], [requests_of[at] for at in positions])
+            found |= zip(positions, blocks, strict=True)
+    return (found[at] for at in range(len(reads)))
+
+
+def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Blocks]:
+    """Find the blocks of reads whose tensors have the same number of dimensions."""
+    lengths = [len(read) for read in reads]
+    bounds = np.cumsum([0, *lengths])
+
+    def column(name: str) -> IntArray:
+        return np.concatenate([getattr(read, name) for read in reads])
+
+    sizes, encodings = column("chunk_sizes"), column("encodings")
+    offsets, piece_offsets, piece_sizes = column("chunk_offsets"), column("piece_offsets"), column("piece_sizes")
+    origins = np.repeat(np.array([read.want.box.offsets for read in reads], np.int64), lengths, axis=0)
+    starts = np.concatenate([read.starts[:, 0] for read in reads])
+    stops = np.concatenate([read.stops[:, 0] for read in reads])
+    requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
+
+    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE_ENCODINGS))
+    alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
+    alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
+    between = bounds[1:-1]
+    alike[between[(between > 0) & (between <= len(alike))] - 1] = False
+    firsts, counts, dims, block_sizes = form_boxes(offsets, sizes, alike)
+
+    ends = np.searchsorted(firsts, bounds)
+    rows = firsts - np.repeat(bounds[:-1], np.diff(ends))
+    columns = [rows, counts, dims, encodings[firsts], sizes[firsts].prod(axis=1), sizes[firsts]]
+    columns += [piece_offsets[firsts] - offsets[firsts], piece_sizes[firsts], piece_offsets[firsts] - origins[firsts]]
+    columns += [np.where((counts.prod(axis=1) > 1)[:, None], block_sizes, piece_sizes[firsts])]
+    for begin, end in pairwise(ends.tolist()):
+        yield Blocks(*(column[begin:end] for column in columns))
+
+
+def form_boxes(
+    offsets: IntArray, sizes: IntArray, alike: npt.NDArray[np.bool_]
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Group consecutive chunks that form a box: chunks in a row, rows of chunks in a plane, and so on.
+
+    Args:
+        offsets, sizes: (n, ndim) the boxes of the chunks.
+        alike: (n - 1,) whether a chunk and the next one may be in the same block.
+
+    Returns:
+        For each block: (b,) its first chunk; (b, levels) the number of chunks in each direction, the outermost first,
+        and the dimension of each direction; (b, ndim) the sizes of the whole block.
+    """
+    firsts = np.arange(len(sizes))
+    counts: list[IntArray] = []
+    dims: list[IntArray] = []
+    for _ in range(sizes.shape[1]):
+        continued = continued_dims(offsets, sizes)
+        same = alike[firsts[1:] - 1]
+        for count, dim in zip(counts, dims, strict=True):
+            same &= (count[1:] == count[:-1]) & (dim[1:] == dim[:-1])
+            same &= (count[1:] == 1) | (dim[1:] != continued[1:])
+        continued[1:][~same] = -1
+        opening, count, dim = group_into_runs(continued)
+        if len(opening) == len(firsts):
+            break
+        counts = [count, *(column[opening] for column in counts)]
+        dims = [dim, *(column[opening] for column in dims)]
+        firsts, offsets, sizes = firsts[opening], offsets[opening], run_sizes(sizes[opening], count, dim)
+    if not counts:
+        counts, dims = [np.ones(len(firsts), np.int64)], [np.zeros(len(firsts), np.int64)]
+    return firsts, np.stack(counts, axis=1), np.stack(dims, axis=1), sizes

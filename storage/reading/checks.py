@@ -1,0 +1,121 @@
+"""Compares the bytes of requests with their checksums."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...planner.box import IntArray, concat_ranges
+from ...planner.entries import NATIVE_ENCODINGS, Encoding
+from ...planner.index import CheckpointIndex
+from ..runtime.checksums import checksum
+from .tasks import ChunkBatch, ChunkRange, Request
+
+_RAW, _LAST_NATIVE = int(Encoding.RAW), int(max(NATIVE_ENCODINGS))
+
+
+class RequestCheck:
+    """Computes the checksums of a request while its bytes arrive, as long as they are in the cache.
+
+    Chunks of other formats have no checksums. Of them, only the length is checked.
+    """
+
+    def __init__(self, request: Request, index: CheckpointIndex) -> None:
+        self._request = request
+        self._parts = [_Checked.of(batch, stream, request.start, index) for batch, stream in request.parts]
+        columns = [(part.begins, part.ends, part.expected) for part in self._parts]
+        begins, ends, expected = columns[0] if len(columns) == 1 else map(np.concatenate, zip(*columns, strict=True))
+        if len(columns) > 1:
+            order = ends.argsort(kind="stable")
+            begins, ends, expected = begins[order], ends[order], expected[order]
+        self._begins, self._ends, self._expected = begins.tolist(), ends.tolist(), expected.tolist()
+        self._found: list[int] = []
+        self._done = 0
+        """The number of checksums that have been computed."""
+
+    def take(self, data: memoryview, nbytes: int) -> None:
+        """Compute the checksums of the bytes that have arrived.
+
+        Args:
+            data: The buffer for the bytes of the request.
+            nbytes: The number of bytes in it.
+        """
+        begin, self._done = self._done, bisect_right(self._ends, nbytes, self._done)
+        part = slice(begin, self._done)
+        self._found += map(checksum, map(data.__getitem__, map(slice, self._begins[part], self._ends[part])))
+
+    def damages(self, data: memoryview) -> list[ChunkRange]:
+        """Return the chunks that are damaged or missing, after `take` has been called with all bytes.
+
+        Args:
+            data: All bytes that have arrived.
+        """
+        if self._found == self._expected and len(data) >= self._request.nbytes:
+            return []
+        return [chunk for part in self._parts for chunk in part.damages(data)]
+
+
+def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[ChunkRange]:
+    """Return the chunks of a request that are damaged or missing.
+
+    Args:
+        data: The bytes of the request. They may be fewer than requested.
+    """
+    check = RequestCheck(request, index)
+    check.take(data, len(data))
+    return check.damages(data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Checked:
+    """The byte ranges of one stream of a batch that have a checksum: pages of raw chunks, and whole other chunks."""
+
+    batch: ChunkBatch
+    stream: int
+    start: int
+    """The position in the object at which the bytes of the request begin."""
+    chunks: IntArray
+    """(c,) the chunk of each byte range, counted in the batch."""
+    begins: IntArray
+    ends: IntArray
+    """(c,) the byte range [begin, end) in the bytes of the request."""
+    expected: npt.NDArray[np.uint64]
+    """(c,) the checksums."""
+
+    @classmethod
+    def of(cls, batch: ChunkBatch, stream: int, start: int, index: CheckpointIndex) -> _Checked:
+        read, rows = batch.read, batch.rows
+        chunks = np.flatnonzero(read.encodings[rows] <= _LAST_NATIVE)
+        begins = read.starts[rows, stream][chunks] - start
+        ends = read.stops[rows, stream][chunks] - start
+        firsts = read.checksums[rows, stream][chunks]
+        if bool((raw := read.encodings[rows][chunks] == _RAW).any()):
+            page_bytes = read.entry.page_bytes
+            counts = np.where(raw, -(-(ends - begins) // page_bytes), 1)
+            pages = concat_ranges(0, counts)
+            of = np.arange(len(counts)).repeat(counts)
+            begins, last = begins[of] + pages * page_bytes, ends[of]
+            ends = np.where(raw[of], np.minimum(begins + page_bytes, last), last)
+            chunks, firsts = chunks[of], firsts[of] + pages
+        return cls(batch, stream, start, chunks, begins, ends, index.checksums[firsts])
+
+    def damages(self, data: memoryview) -> list[ChunkRange]:
+        """Return the chunks that do not match their checksums or are not in `data`."""
+        batch = self.batch
+        starts = batch.read.starts[batch.rows, self.stream]
+        damaged = starts - self.start + batch.read.packed_bytes(batch.rows)[:, self.stream] > len(data)
+        views = map(data.__getitem__, map(slice, self.begins.tolist(), self.ends.tolist()))
+        found = np.fromiter(map(checksum, views), np.uint64, len(self.begins))
+        damaged[self.chunks[found != self.expected]] = True
+        return [
+            ChunkRange(
+                batch.tensor,
+                batch.chunk_box(i),
+                int(starts[i]),
+                int(batch.read.stops[batch.rows.start + i, self.stream]),
+            )
+            for i in np.flatnonzero(damaged).tolist()
+        ]

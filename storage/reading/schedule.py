@@ -1,0 +1,189 @@
+"""Decides what a read does next: which requests to fetch, and which batches to write.
+
+A schedule has no threads and does no I/O. Its caller performs the steps that it returns, several at a time, and reports
+when they end. So tests can try all orders of events. `executor` drives it with threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .fetcher import Fetched
+from .tasks import ChunkBatch, Request, TensorRead
+
+GROUPS_AHEAD = 4
+"""The number of groups of requests that are announced in advance to a store that reads ahead."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetch:
+    """Fetch the bytes of some requests with one call."""
+
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verify:
+    """Verify the bytes of requests that have arrived."""
+
+    requests: Sequence[Request]
+    found: Sequence[Fetched]
+    """What the fetch returned for each request."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Decode a batch and write it to its destination."""
+
+    batch: ChunkBatch
+
+
+class Schedule:
+    """The state of a read plan while it is executed.
+
+    A tensor is written only after all its bytes have been verified. When the bytes that wait for this fill the budget,
+    the batches of incomplete tensors are written as they arrive.
+
+    Args:
+        tensors, requests: The result of `tasks.arrange`.
+        budget_bytes: The maximum number of bytes that have been requested and not been written. A single request may
+            exceed it.
+        group_bytes: The number of bytes that one fetch should read. If it is 0, each fetch reads one request.
+        max_fetches: The maximum number of fetches at the same time.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorRead],
+        requests: Sequence[Request],
+        *,
+        budget_bytes: int,
+        group_bytes: int,
+        max_fetches: int,
+    ) -> None:
+        self._tensors = tensors
+        self._budget_bytes = budget_bytes
+        self._max_fetches = max_fetches
+        self._groups = deque(_grouped(requests, min(group_bytes, budget_bytes // 4)))
+        self._unannounced = deque(self._groups)
+        self._fetched: deque[Verify] = deque()
+        self._verified: deque[ChunkBatch] = deque()
+        self._fetching = 0
+        self._working = 0
+        self.held_bytes = 0
+        """The number of bytes that have been requested and not been written."""
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been written."""
+        return not (self._fetching or self._working or self._groups or self._fetched or self._verified)
+
+    @property
+    def groups_left(self) -> int:
+        """The number of fetches that have not begun."""
+        return len(self._groups)
+
+    @property
+    def work_left(self) -> int:
+        """The number of Verify and Place steps that can begin now."""
+        return len(self._fetched) + len(self._verified)
+
+    def fetch(self) -> Fetch | None:
+        """Begin the next fetch. Return None if there is none, or the store or the budget is full.
+
+        If the budget is full and nothing else can free memory, batches of incomplete tensors become work.
+        """
+        if not self._groups or self._fetching >= self._max_fetches:
+            return None
+        nbytes = sum(request.nbytes for request in self._groups[0])
+        if self.held_bytes and self.held_bytes + nbytes > self._budget_bytes:
+            if self._fetching or self._working or self._fetched or self._verified:
+                return None
+            self._place_incomplete_tensors()
+            if self._verified:
+                return None
+            # Nothing else can free memory: this fetch exceeds the budget.
+        self._fetching += 1
+        self.held_bytes += nbytes
+        return Fetch(self._groups.popleft())
+
+    def announcements(self) -> list[Sequence[Request]]:
+        """Return the groups that will be fetched soon and have not been announced."""
+        count = len(self._unannounced) - len(self._groups) + GROUPS_AHEAD
+        return [self._unannounced.popleft() for _ in range(min(count, len(self._unannounced)))]
+
+    def work(self) -> Verify | Place | None:
+        """Begin the latest possible step, which frees memory soonest. Return None if there is none now."""
+        step: Verify | Place | None = None
+        if self._verified:
+            step = Place(self._verified.popleft())
+        elif self._fetched:
+            step = self._fetched.popleft()
+        self._working += step is not None
+        return step
+
+    def fetched(self, step: Fetch, found: Sequence[Fetched] | None = None) -> None:
+        """Record that a fetch has ended.
+
+        Args:
+            found: What it returned for each request. None if the bytes have been verified already.
+        """
+        self._fetching -= 1
+        if found is not None:
+            self._fetched.append(Verify(step.requests, found))
+
+    def verified(self, request: Request, data: memoryview) -> None:
+        """Record that the bytes of a request are intact."""
+        request.data = data
+        for batch, _ in request.parts:
+            batch.tensor.missing -= 1
+            if batch.tensor.missing == 0:
+                self._place(batch.tensor.batches)
+            elif batch.tensor.piecemeal:
+                self._place([batch])
+
+    def written(self, batch: ChunkBatch) -> bool:
+        """Record that a batch has been written. Return whether it was the last one of its tensor."""
+        batch.tensor.unplaced -= 1
+        return batch.tensor.unplaced == 0
+
+    def ended(self, step: Verify | Place) -> list[Request]:
+        """Record that a step has ended. Return the requests whose bytes are no longer needed."""
+        self._working -= 1
+        if isinstance(step, Verify):
+            return []
+        freed = []
+        for request in step.batch.requests:
+            request.unplaced -= 1
+            if request.unplaced == 0:
+                self.held_bytes -= request.nbytes
+                freed.append(request)
+        return freed
+
+    def _place_incomplete_tensors(self) -> None:
+        for tensor in self._tensors:
+            if tensor.missing and any(batch.has_arrived for batch in tensor.batches):
+                tensor.piecemeal = True
+                self._place(tensor.batches)
+
+    def _place(self, batches: Sequence[ChunkBatch]) -> None:
+        """Queue the batches that have arrived."""
+        for batch in batches:
+            if batch.has_arrived and not batch.submitted:
+                batch.submitted = True
+                self._verified.append(batch)
+
+
+def _grouped(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
+    """Yield groups of requests that are read by one call."""
+    group, nbytes = list[Request](), 0
+    for request in requests:
+        group.append(request)
+        nbytes += request.nbytes
+        if nbytes >= most:
+            yield group
+            group, nbytes = [], 0
+    if group:
+        yield group
