@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
+from ..errors import ArgumentError
 from ..runtime.threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview], int]
@@ -61,7 +62,7 @@ class Capabilities:
 
     def __post_init__(self) -> None:
         if self.concurrent_reads < 1:
-            raise ValueError(f"concurrent_reads must be at least 1, got {self.concurrent_reads}")
+            raise ArgumentError(f"concurrent_reads must be at least 1, got {self.concurrent_reads}")
 
 
 class ObjectWriter(Protocol):
@@ -111,7 +112,7 @@ class Store(Protocol):
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         """Return a context manager that writes a new object.
 
-        The object is complete and durable when the block ends. If the block raises, the object need not exist.
+        The object is complete and durable when the block ends. If the block raises, the object may or may not exist.
         """
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:

@@ -395,4 +395,4 @@ def _require(condition: bool, message: str) -> None:
 def check_codec(codec: str) -> None:
     """Raise ArgumentError if there is no codec of this name."""
     if codec not in CODECS:
-        raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
+        raise ArgumentError(f"codec must be {' or '.join(map(repr, CODECS))}, got {codec!r}")

@@ -289,9 +289,14 @@ def _min_size(first: bytes) -> int:
 
 def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
     """Return the header, the position where it ends, and the position where the manifest should end."""
-    if len(source.first) < _HEADER_START or not source.first.startswith(MAGIC):
+    if not source.first.startswith(MAGIC[: len(source.first)]):
         raise CorruptCheckpointError(
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
+        )
+    if len(source.first) < _HEADER_START:
+        raise CorruptCheckpointError(
+            f"the manifest {source.where} is truncated: it has {len(source.first)} bytes, but should have at least "
+            f"{_HEADER_START}; load a copy or an older checkpoint"
         )
     _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
     if version not in READABLE_VERSIONS:
