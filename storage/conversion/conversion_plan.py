@@ -119,7 +119,7 @@ def _select_items(
 ) -> list[Item]:
     """Return the entries to write, sorted by their new names."""
     names = [*(entry.name for entry in source.entries), *source.unreadable]
-    selection.check_all(names, may_miss)
+    selection.check(names, may_miss=may_miss)
     for name, unreadable in source.unreadable.items():
         if selection.includes(name) and not matches_any(may_miss, name):
             raise unreadable.kind(f"{unreadable.reason}. To convert the rest, pass exclude={name!r} (--exclude)")
