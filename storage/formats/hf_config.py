@@ -23,8 +23,8 @@ def read_tp_plan(store: Store) -> dict[str, str]:
         it.
 
     Raises:
-        CorruptCheckpointError: The file is not a configuration.
-        StoreError: The store cannot be read.
+        CorruptCheckpointError: the file is not a configuration.
+        StoreError: the store cannot be read.
     """
     try:
         data = bytes(store.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES))

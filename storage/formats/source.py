@@ -126,11 +126,11 @@ class Source(Protocol):
         """Return an index to plan reads with.
 
         Args:
-            wants: The reads. The index contains at least the chunks that they need. By default, it contains all
+            wants: the reads. The index contains at least the chunks that they need. By default, it contains all
                 entries.
 
         Raises:
-            MissingTensorError, CorruptCheckpointError, StoreError: The index cannot be read.
+            MissingTensorError, CorruptCheckpointError, StoreError: the index cannot be read.
         """
 
     def fingerprint(self) -> str:
@@ -147,6 +147,6 @@ class Source(Protocol):
         """Return which gaps between byte ranges are worth reading over.
 
         Args:
-            max_over_read: The user's bound on over-reads, or None for the default.
-            costs: The costs of another store to plan for. By default, the costs of this store.
+            max_over_read: the user's bound on over-reads, or None for the default.
+            costs: the costs of another store to plan for. By default, the costs of this store.
         """

@@ -93,14 +93,14 @@ class Store(Protocol):
         """Return the bytes [start, stop) of an object, or fewer if the object ends before `stop`.
 
         Args:
-            name: The object.
-            start: The first byte, at least 0. It may be past the end of the object.
-            stop: The byte after the last one, greater than `start`.
+            name: the object.
+            start: the first byte, at least 0. It may be past the end of the object.
+            stop: the byte after the last one, greater than `start`.
 
         Raises:
-            ObjectNotFoundError: There is no such object.
-            AccessDeniedError: The store refuses the request.
-            StoreError: The read fails for any other reason.
+            ObjectNotFoundError: there is no such object.
+            AccessDeniedError: the store refuses the request.
+            StoreError: the read fails for any other reason.
         """
 
     def size(self, name: str) -> int:
@@ -174,9 +174,9 @@ class MultipartUpload:
     """An object that a client's file uploads in parts.
 
     Args:
-        file: A file of the client, with the methods `write` and `close`. `close` completes the object.
-        errors: Returns a context manager that translates the client's exceptions.
-        abort: Cancels the upload.
+        file: a file of the client, with the methods `write` and `close`. `close` completes the object.
+        errors: returns a context manager that translates the client's exceptions.
+        abort: cancels the upload.
     """
 
     def __init__(
@@ -225,8 +225,8 @@ def buffered_writer(
     `begin_upload` is given, it is uploaded in parts.
 
     Args:
-        put: Puts a whole object.
-        begin_upload: Begins an upload in parts, for objects larger than MAX_HELD_BYTES. If None, every object is held
+        put: puts a whole object.
+        begin_upload: begins an upload in parts, for objects larger than MAX_HELD_BYTES. If None, every object is held
             as a whole.
     """
     writer = _HoldingWriter(begin_upload)

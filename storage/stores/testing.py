@@ -20,8 +20,8 @@ class MemoryStore:
     """A store in the memory of this process.
 
     Attributes:
-        content: The objects by name. Change it to damage a checkpoint.
-        capabilities: May be replaced, also on an instance.
+        content: the objects by name. Change it to damage a checkpoint.
+        capabilities: may be replaced, also on an instance.
     """
 
     capabilities = Capabilities()
@@ -77,8 +77,8 @@ class RecordingStore(WrappedStore):
     """Another store whose calls are recorded, with a hook before each call.
 
     Args:
-        store: The store that does the work.
-        before: Called before each call, and before each write to an object, in the same thread. It may wait or raise.
+        store: the store that does the work.
+        before: called before each call, and before each write to an object, in the same thread. It may wait or raise.
     """
 
     def __init__(self, store: Store, before: Callable[[Call], None] = lambda call: None) -> None:
@@ -142,9 +142,9 @@ def failing(method: str, *, after: int = 0, error: Exception | None = None) -> C
     """Return a hook that fails the calls of a method.
 
     Args:
-        method: The method, as in `Call.method`.
-        after: The number of calls that succeed before.
-        error: The exception to raise. None is a StoreError.
+        method: the method, as in `Call.method`.
+        after: the number of calls that succeed before.
+        error: the exception to raise. None is a StoreError.
     """
     lock = threading.Lock()
     left = after

@@ -86,8 +86,8 @@ def find_chunk_runs(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]
     """Find the chunk runs of each read. Many reads are processed together.
 
     Args:
-        reads: The reads.
-        requests_of: For each read, the (n, s) requests that fetch the byte ranges of its n chunks. All bytes of a run
+        reads: the reads.
+        requests_of: for each read, the (n, s) requests that fetch the byte ranges of its n chunks. All bytes of a run
             come from one request.
     """
     groups: dict[int, list[int]] = {}

@@ -125,7 +125,7 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
 
     Args:
         values: (nbytes,) uint8, the little-endian values of equal chunks, one chunk after another.
-        numel: How many values each chunk has.
+        numel: how many values each chunk has.
 
     Returns:
         The encoded bytes of each chunk.
@@ -188,15 +188,15 @@ def decode(chunks: Sequence[Buffer], dtype: str, numel: int) -> Bytes:
     """Decode chunks that are stored as one whole stream each.
 
     Args:
-        chunks: The encoded bytes of each chunk.
-        numel: How many values each chunk has.
+        chunks: the encoded bytes of each chunk.
+        numel: how many values each chunk has.
 
     Returns:
         (nbytes,) uint8, the values of the chunks, one chunk after another. The array may be scratch memory of this
         thread: it is valid until the thread encodes or decodes again.
 
     Raises:
-        CorruptCheckpointError: The bytes cannot be decoded.
+        CorruptCheckpointError: the bytes cannot be decoded.
     """
     if dtype == "bfloat16":
         return decode_heads(chunks, numel)
@@ -316,9 +316,9 @@ def _join_planes(
 
     Args:
         planes: (chunks * n,) uint8 each, the planes of all chunks.
-        after: The bytes that follow the planes of each chunk.
-        floats: Whether the planes are of floating-point values, which only entropy coding makes smaller.
-        exponents_first: Whether the first plane has the exponents of bfloat16 values.
+        after: the bytes that follow the planes of each chunk.
+        floats: whether the planes are of floating-point values, which only entropy coding makes smaller.
+        exponents_first: whether the first plane has the exponents of bfloat16 values.
     """
     compress = _zstd.entropy if floats else _zstd.matches
     may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compress) for at, plane in enumerate(planes)]
