@@ -1,7 +1,8 @@
 """Join byte ranges into requests: reading over a small gap is cheaper than another request.
 
-Bytes in a gap are fetched and discarded. So the smallest gaps are closed first, and only while their sum is within
-`max_over_read` of the bytes wanted. `benchmarks/coalescing.py` compares the limits.
+Bytes in a gap are fetched and discarded. So the smallest gaps are read over first, as long as their sum is at most
+`max_over_read` of the bytes wanted. Gaps of at most `free_gap_bytes` are always read over. `benchmarks/coalescing.py`
+compares the limits.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def coalesce(
         sparse: the ranges that are read only in byte runs, as in `Requests`. Each becomes one request.
         max_gap_bytes: the largest gap between two ranges that one request may read over.
         max_over_read: the maximum sum of all gaps that are read over, as a fraction of the bytes of all ranges.
-        max_request_bytes: a request that spans this many bytes is closed. A range is never split.
+        max_request_bytes: joined ranges are divided into requests at multiples of this many bytes. A range is never
+            split, so a request may be longer.
         free_gap_bytes: gaps of at most this size are always read over, whatever their sum.
     """
     n = len(objects)

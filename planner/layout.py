@@ -1,7 +1,7 @@
 """Layouts: which part of each tensor each rank holds. This needs no GPU, no processes and no torch.
 
 A placement describes how one mesh dimension splits a tensor, as in torch.distributed.tensor. `Shard` splits a dimension
-as torch.chunk does: into parts of ceil(n / ranks) elements, of which the last can be smaller or empty. `StridedShard`
+as torch.chunk does: into parts of ceil(n / ranks) elements; the last parts can be smaller or empty. `StridedShard`
 describes FSDP over a dimension that TP has already split. `Replicate` keeps the tensor whole. The placements of a
 tensor apply from the first mesh dimension to the last.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -41,7 +41,10 @@ class StridedShard:
 
     def __post_init__(self) -> None:
         if self.split_factor < 1:
-            raise LayoutError(f"split_factor must be 1 or more, got {self.split_factor}")
+            raise LayoutError(
+                f"split_factor must be 1 or more, got {self.split_factor}: pass the number of parts that other mesh "
+                "dimensions split the dimension into"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,19 @@ class Mesh:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.sizes) or not self.names or len(set(self.names)) != len(self.names):
-            raise LayoutError(f"a mesh needs one distinct name for each size: names {self.names}, sizes {self.sizes}")
+            raise LayoutError(
+                f"a mesh needs one distinct name for each size, got names {self.names} and sizes {self.sizes}: pass "
+                'sizes by name, such as {"dp": 2, "tp": 4}'
+            )
         if any(type(name) is not str for name in self.names) or any(type(size) is not int for size in self.sizes):
             raise LayoutError(
                 f"a mesh has names that are strings and sizes that are integers, got names {self.names!r} and sizes "
                 f"{self.sizes!r}"
             )
         if any(size < 1 for size in self.sizes):
-            raise LayoutError(f"a mesh dimension has 1 rank or more: {dict(zip(self.names, self.sizes, strict=True))}")
+            raise LayoutError(
+                f"every mesh dimension needs 1 rank or more, got {dict(zip(self.names, self.sizes, strict=True))}"
+            )
 
     @classmethod
     def of(cls, mesh: Mesh | TorchMesh | Mapping[str, int] | int) -> Mesh:
@@ -137,9 +145,11 @@ class Mesh:
     def coordinate(self, rank: int) -> tuple[int, ...]:
         """Return the position of a rank in each mesh dimension. Raises LayoutError."""
         if not isinstance(rank, int):
-            raise LayoutError(f"a rank must be an integer, got {rank!r}")
+            raise LayoutError(f"a rank must be an integer from 0 to {self.world_size - 1}, got {rank!r}")
         if not 0 <= rank < self.world_size:
-            raise LayoutError(f"rank {rank} is not in the mesh {self}, which has ranks 0 to {self.world_size - 1}")
+            raise LayoutError(
+                f"rank {rank} is not in the mesh {self}: pass a rank from 0 to {self.world_size - 1}, or a larger mesh"
+            )
         return tuple(int(i) for i in np.unravel_index(rank, self.sizes))
 
     def __str__(self) -> str:
@@ -168,7 +178,10 @@ def local_tensor(
         LayoutError: the placements do not fit the mesh or the shape.
     """
     if not len(mesh_sizes) == len(coordinate) == len(placements):
-        raise LayoutError(f"a mesh of {len(mesh_sizes)} dimensions needs as many placements, got {placements}")
+        raise LayoutError(
+            f"a mesh of {len(mesh_sizes)} dimensions needs as many coordinates and placements, got {coordinate} and "
+            f"{placements}"
+        )
     return _apply(shape, list(zip(mesh_sizes, coordinate, placements, strict=True)))
 
 
@@ -227,7 +240,8 @@ def _apply(shape: Sequence[int], steps: Sequence[tuple[int, int, Placement]]) ->
             continue
         dim = placement.dim + len(shape) if placement.dim < 0 else placement.dim
         if not 0 <= dim < len(shape):
-            raise LayoutError(f"{placement} does not fit a tensor of shape {tuple(shape)}")
+            dims = f"dim must be from {-len(shape)} to {len(shape) - 1}" if shape else "it can only be replicated"
+            raise LayoutError(f"{placement} does not fit a tensor of shape {tuple(shape)}: {dims}")
         factor = placement.split_factor if isinstance(placement, StridedShard) else 1
         held[dim] = _split(held[dim], factor, size, at)
 
@@ -322,7 +336,8 @@ class Layout:
     mesh: Mesh
     rules: tuple[tuple[str, Rule], ...]
     """Patterns and their rules. The first pattern that matches a tensor is used. A tensor that no pattern matches is
-    replicated.
+    replicated. `Checkpoint.plan` and `Checkpoint.load_rank` raise LayoutError if no pattern matches any of the tensors,
+    and log a warning that names the patterns that match no tensor of the checkpoint.
 
     A pattern is compared with the name of the tensor and with the names of the modules that contain it. `*` matches any
     text. A rule is one of: a tensor-parallel word; a placement for the mesh dimension "tp", or for the only one;
@@ -357,12 +372,15 @@ class Layout:
         if not self.stages:
             return
         if "pp" not in self.mesh.names:
-            raise LayoutError(f'stages need the mesh dimension "pp", but the mesh is {self.mesh}')
+            raise LayoutError(
+                f'stages need the mesh dimension "pp", but the mesh is {self.mesh}: add it, or omit stages'
+            )
         size = self.mesh.sizes[self.mesh.names.index("pp")]
         for name, stage in self.stages:
             if not isinstance(stage, int) or not 0 <= stage < size:
                 raise LayoutError(
-                    f"{name!r} is on stage {stage!r}, but the mesh {self.mesh} has the stages 0 to {size - 1}"
+                    f"{name!r} is on stage {stage!r}, but the mesh {self.mesh} has only the stages 0 to {size - 1}: "
+                    'use one of them, or a larger "pp"'
                 )
 
     def holds(self, name: str, rank: int) -> bool:
@@ -390,14 +408,16 @@ class Layout:
         if isinstance(rule, Sequence) and not isinstance(rule, str):
             if len(rule) != len(self.mesh.sizes):
                 raise LayoutError(
-                    f"{pattern!r}: mesh {self.mesh} has {len(self.mesh.sizes)} dimensions, got {len(rule)} placements"
+                    f"{pattern!r}: mesh {self.mesh} has {len(self.mesh.sizes)} dimensions, got {len(rule)} placements: "
+                    "pass one for each mesh dimension"
                 )
             return tuple(_placement(pattern, placement, ndim) for placement in rule)
         by_name = rule if isinstance(rule, Mapping) else {self._tp_dimension(pattern): _placement(pattern, rule, ndim)}
         unknown = set(by_name) - set(self.mesh.names)
         if unknown:
             raise LayoutError(
-                f"{pattern!r} has placements for {sorted(unknown)}, which the mesh {self.mesh} does not have"
+                f"{pattern!r} has placements for {sorted(unknown, key=str)}, but the mesh has only the dimensions "
+                f"{list(self.mesh.names)}: use their names"
             )
         return tuple(_placement(pattern, by_name.get(name, REPLICATE), ndim) for name in self.mesh.names)
 
@@ -406,7 +426,8 @@ class Layout:
             return self.mesh.names[0]
         if "tp" not in self.mesh.names:
             raise LayoutError(
-                f"{pattern!r}: the rule does not name a dimension of mesh {self.mesh}, and none of them is named 'tp'"
+                f"{pattern!r}: the rule does not name a dimension of mesh {self.mesh}, and none of them is named 'tp': "
+                f"pass placements by mesh dimension, such as {{{self.mesh.names[0]!r}: Shard(0)}}"
             )
         return "tp"
 
@@ -439,6 +460,27 @@ def _of_torch(pattern: str, placement: AnyPlacement) -> Placement:
         f"{pattern!r}: expected a tensor-parallel word, or Shard or Replicate of torch.distributed.tensor, got "
         f"{placement!r}"
     )
+
+
+def unused_rules(layout: Layout, names: Iterable[str]) -> list[str]:
+    """Return the patterns of a layout that match none of the names.
+
+    "layers.*.up" and "*.layers.*.up" count as one pattern: the plan in a Hugging Face config becomes rules of both
+    forms, and only one of them matches.
+    """
+    modules = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts) + 1)}
+    patterns = [pattern for pattern, _ in layout.rules]
+    # A layout may have a rule for each tensor. A pattern without special characters needs no search.
+    used = {
+        pattern.removeprefix("*.")
+        for pattern in patterns
+        if (pattern in modules if _is_literal(pattern) else any(fnmatch.fnmatchcase(name, pattern) for name in modules))
+    }
+    return [pattern for pattern in patterns if pattern.removeprefix("*.") not in used]
+
+
+def _is_literal(pattern: str) -> bool:
+    return not any(character in pattern for character in "*?[")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -125,7 +125,11 @@ def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> lis
     """
     patterns = [pattern for pattern, _ in layout.rules]
     if entries and patterns and not any(matches(pattern, name) for name in entries for pattern in patterns):
-        raise LayoutError(f"no pattern of the layout, {patterns}, matches any tensor: {next(iter(entries))!r}, ...")
+        shown = ", ".join(map(repr, patterns[:5])) + (", ..." if len(patterns) > 5 else "")
+        raise LayoutError(
+            f"no pattern of the layout ({shown}) matches any of the {len(entries)} tensors, such as "
+            f"{next(iter(entries))!r}: correct the patterns, or pass no rules to replicate all tensors"
+        )
     return [
         RankTensor(name, entry, layout.local(name, entry.shape, rank))
         for name, entry in entries.items()

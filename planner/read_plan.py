@@ -2,8 +2,8 @@
 
 For each wanted box, arithmetic on the grid of the tensor finds the chunks that the box overlaps, and the index returns
 the byte ranges that store them. Then the ranges of all boxes are joined into requests. An encoded chunk is read as a
-whole; of a raw chunk, only the pages with wanted rows are read. Planning uses only the index. The plan is a value that
-another function executes.
+whole. A raw (uncompressed) chunk is read from the page of the first wanted element to the page of the last. A plain
+chunk is read in slabs. Planning uses only the index. The plan is a value that another function executes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class ReadPlan:
     reads: tuple[ChunkReads, ...]
     """One item per wanted box, in the order of `wants`."""
     requests: Requests
-    """The requests. `request_of_range` has the byte ranges of all `reads`, one after another, row by row."""
+    """The requests. `request_of_range` has the number of the request for each byte range of all `reads`, one after
+    another, row by row."""
     gap_limits: GapLimits = NATIVE_GAP_LIMITS
     """The limits under which gaps between byte ranges are read over."""
 
@@ -92,7 +93,8 @@ def plan_reads(
         index: the index of the checkpoint.
         wants: the boxes to read.
         gap_limits: which gaps to read over, between chunks and between the byte runs of plain chunks.
-        max_request_bytes: a request that spans this many bytes is closed.
+        max_request_bytes: joined ranges are divided into requests at multiples of this many bytes. A range is never
+            split, so a request may be longer.
 
     Raises:
         MissingTensorError: the checkpoint has no tensor of this name.
@@ -141,7 +143,10 @@ def _chunk_reads(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits:
         position = index.position(want.name)
         entry, rows = index.entries[position], index.segments_of(position)
         if not want.box.fits(entry.shape):
-            raise ShapeMismatchError(f"{want.name!r} has shape {entry.shape}, the box {want.box} is not inside it")
+            raise ShapeMismatchError(
+                f"{want.name!r} has shape {entry.shape}, and the box {want.box} is not inside it: pass a box inside "
+                "the shape"
+            )
         split = rows.stop > rows.start and bool(index.segments.streams[rows.start] == Stream.HEAD)
         key = (entry.grid, entry.itemsize, split, want.heads_only and split)
         groups.setdefault(key, []).append((position, at))
@@ -191,7 +196,8 @@ def _of_one_grid(
     for want, numel in zip(wants, covered.tolist(), strict=True):
         if numel != want.box.numel:
             raise InvalidIndexError(
-                f"the shards of {want.name!r} cover {numel} of the {want.box.numel} elements of the box {want.box}"
+                f"the shards of {want.name!r} cover {numel} of the {want.box.numel} elements of the box {want.box}: "
+                "the metadata of the checkpoint is damaged, load a copy or an older checkpoint"
             )
     segments = np.stack([rows, rows + 1], axis=1) if wide else rows[:, None]
     boxed = (chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
@@ -247,7 +253,10 @@ def _byte_ranges(
         wrong = as_they_are & ((streams == Stream.HEAD) | (lengths[:, 0] != nbytes))
         if bool(wrong.any()):
             name = index.entries[int(index.segments.entries[segments[np.argmax(wrong), 0]])].name
-            raise InvalidIndexError(f"a raw chunk of {name!r} does not have as many bytes as its box")
+            raise InvalidIndexError(
+                f"a raw or plain chunk of {name!r} does not have as many bytes as its box: the metadata of the "
+                "checkpoint is damaged, load a copy or an older checkpoint"
+            )
     if bool(raw.any()):
         first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
         page = entry.page_bytes

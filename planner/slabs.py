@@ -1,11 +1,10 @@
-"""Slabs: how parts of plain chunks are read, as byte runs at a regular distance.
+"""Slabs: how parts of plain chunks are read, as byte runs with a stride.
 
 A plain chunk was written by another tool. It holds the values of a shard in row-major order, has any size, and has no
-checksums. A part of it consists of byte runs at a regular distance: whole rows if the part is cut by rows, pieces of
-rows if it is cut by columns. A wanted part is split into **slabs** of about 1 MiB (a slab is a box, like a hyperslab of
-HDF5). All byte runs of a slab have the same size and the same distance. If a request costs more than the gaps between
-the runs, one request reads over the gaps. Otherwise only the runs are read and packed. `benchmarks/foreign.py` measures
-both.
+checksums. A part of it is a set of byte runs: whole rows if the part is cut by rows, pieces of rows if it is cut by
+columns. A wanted part is split into **slabs** of about 1 MiB (a slab is a box, like a hyperslab of HDF5). All byte runs
+of a slab have the same size and the same stride. If a request costs more than the gaps between the runs, one request
+reads over the gaps. Otherwise only the runs are read and packed. `benchmarks/foreign.py` measures both.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from ..planner.chunk_reads import WantedBox
 from ..planner.entries import Entry
 from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.html import table
-from ..planner.layout import Layout
+from ..planner.layout import Layout, unused_rules
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.request_costs import RequestCosts
 from .errors import ArgumentError, DestinationError
@@ -33,7 +33,7 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store, close_store
 from .tensors.casts import check_dtype, loses_bits, weight_dtype
 from .tensors.dtypes import torch_dtype
-from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of
+from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
 from .tensors.state_dict import nest
 from .tensors.tensor_classes import missing_memory
 
@@ -263,7 +263,8 @@ class Checkpoint:
                 store, as far as they are known.
 
         Raises:
-            ArgumentError, MissingTensorError, LayoutError: the arguments do not fit the checkpoint.
+            MissingTensorError: a pattern matches no name; see `load_rank`.
+            ArgumentError, LayoutError: the arguments do not fit the checkpoint.
             DtypeError, UnsupportedFormatError, CorruptCheckpointError: a selected name is in `unreadable`.
             StoreError: the metadata cannot be read.
         """
@@ -272,16 +273,25 @@ class Checkpoint:
         check_readable(self._source, selection.includes)
         entries = self._selected_tensors(selection)
         index = self._source.index(WantedBox(entry.name, entry.whole) for entry in entries.values())
-        return plan_ranks(index, layout, entries, self._source.gap_limits(max_over_read, costs), self.location)
+        plans = plan_ranks(index, layout, entries, self._source.gap_limits(max_over_read, costs), self.location)
+        self._warn_of_unused_rules(layout, selection)
+        return plans
 
-    def _selected_tensors(self, selection: Selection) -> dict[str, Entry]:
+    def _selected_tensors(self, selection: Selection, may_miss: Sequence[str] = ()) -> dict[str, Entry]:
         """Return the selected tensors by their new names. Raises MissingTensorError, ArgumentError."""
         tensors = {entry.name: entry for entry in self._source.entries if entry.is_tensor}
         values = [name for name in self.value_names if selection.includes(name)]
         if values and not any(map(selection.includes, tensors)):
             raise MissingTensorError(f"{values[0]!r} is a value, not a tensor: read it with read_value")
-        selection.check_include([*tensors, *self._source.unreadable])
+        includable = [*tensors, *self._source.unreadable]
+        selection.check([*includable, *self.value_names], may_miss=may_miss, includable=includable)
         return {new: tensors[name] for new, name in selection.select(tensors).items()}
+
+    def _warn_of_unused_rules(self, layout: Layout, selection: Selection) -> None:
+        """Warn on rank 0 of rules that match no tensor of the checkpoint, selected or not."""
+        if rank_of(None) == 0:
+            names = [*self._tensors, *self._source.unreadable]
+            warn_of_unused_rules(layout, map(selection.new_name, names), self.location)
 
     @undisturbed()
     def shards_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
@@ -314,14 +324,16 @@ class Checkpoint:
         """Read the local tensors of one rank of a layout. This needs no process group.
 
         Args:
-            layout: which part of each tensor each rank holds.
+            layout: which part of each tensor each rank holds. Rank 0 logs a warning if a pattern of its rules matches
+                no tensor of the checkpoint.
             rank: the rank whose tensors are read, from 0 to `layout.world_size - 1`.
             include: patterns of the names to read. `*` matches any text, and "model" also matches every name below it,
                 such as "model.w".
             exclude: patterns of names that are not read, even if `include` matches them.
             rename: patterns of names and what the tensors are called instead; see `reshard.load`. The rules of the
                 layout apply to the new names.
-            allow_missing: patterns of names that are skipped if they cannot be read (see `unreadable`).
+            allow_missing: patterns of names that are skipped if they are missing or cannot be read (see
+                `unreadable`).
             dtype: the dtype of floating-point tensors with at least one dimension. Default: the stored dtype. Reading
                 float32 that was saved with codec "zstd" as bfloat16 fetches only the heads: about a third of the
                 uncompressed bytes.
@@ -332,7 +344,9 @@ class Checkpoint:
             The rank's local tensors by their new names.
 
         Raises:
-            ArgumentError, MissingTensorError, LayoutError, DtypeError: the arguments do not fit the checkpoint.
+            MissingTensorError: a pattern of `include` matches no tensor, one of `exclude` no name, or one of `rename`
+                no selected name.
+            ArgumentError, LayoutError, DtypeError: the arguments do not fit the checkpoint.
             DtypeError, UnsupportedFormatError, CorruptCheckpointError: a name that the rank would hold is in
                 `unreadable`.
             CorruptCheckpointError, StoreError: the bytes cannot be read.
@@ -350,7 +364,8 @@ class Checkpoint:
         stored: dict[str, torch.dtype] = {}
         wants: list[WantedBox] = []
         views: list[torch.Tensor] = []
-        held_tensors = rank_tensors(self._selected_tensors(selection), layout, rank)
+        held_tensors = rank_tensors(self._selected_tensors(selection, may_miss), layout, rank)
+        self._warn_of_unused_rules(layout, selection)
         self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored[held.name] = torch_dtype(held.entry.dtype)
@@ -391,14 +406,15 @@ class Checkpoint:
             device: the device of the tensors. Default: the CPU.
 
         Raises:
-            ArgumentError, MissingTensorError: the arguments do not fit the checkpoint.
+            MissingTensorError: a pattern of `include` or `exclude` matches no name.
+            ArgumentError: an argument is not valid.
             DtypeError, UnsupportedFormatError, CorruptCheckpointError: a selected name is in `unreadable`.
             UnsafeValueError: a value needs `allow_pickle`.
             CorruptCheckpointError, StoreError: the bytes cannot be read.
         """
         selection = Selection.of(include, exclude)
         check_readable(self._source, selection.includes)
-        selection.check_include([*(entry.name for entry in self._source.entries), *self._source.unreadable])
+        selection.check([*(entry.name for entry in self._source.entries), *self._source.unreadable])
         entries = [entry for entry in self._source.entries if selection.includes(entry.name)]
         value_names = [entry.name for entry in entries if not entry.is_tensor]
         held = [entry for entry in entries if entry.is_tensor]
@@ -464,6 +480,19 @@ class Checkpoint:
             for name, info in self._tensors.items()
         ]
         return table(repr(self), columns, rows)
+
+
+def warn_of_unused_rules(layout: Layout, names: Iterable[str], location: str) -> None:
+    """Log a warning if rules of a layout match none of the tensors of a checkpoint."""
+    unused = unused_rules(layout, names)
+    if unused:
+        logger.warning(
+            "%d of %d patterns of the layout match no tensor of %s: %s; a tensor that no pattern matches is replicated",
+            len(unused),
+            len(layout.rules),
+            location,
+            quoted(unused),
+        )
 
 
 def _check_layout(layout: object) -> None:

@@ -1,4 +1,7 @@
-"""`StorageReader` of torch.distributed.checkpoint (DCP): DCP plans a load, reshard reads it."""
+"""`StorageReader`: implements the StorageReader of torch.distributed.checkpoint (DCP).
+
+DCP plans a load, and reshard reads the data.
+"""
 
 from __future__ import annotations
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests import servers
 from tests.ranks import RankPool
 from tests.torture.faults import by_client
 
+settings.register_profile("reshard", deadline=None)  # the time of a test depends on what else the machine does
+settings.load_profile("reshard")
 os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs would call an API that the GCS server does not have
 

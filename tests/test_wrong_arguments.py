@@ -29,7 +29,7 @@ CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
     "rank": (
         lambda store: reshard.open(store).load_rank(reshard.Layout(2), "0"),  # type: ignore[arg-type]
         LayoutError,
-        "a rank must be an integer, got '0'",
+        "a rank must be an integer from 0 to 1, got '0'",
     ),
     "value": (
         lambda store: reshard.open(store).plan(reshard.Layout(2), include="step"),

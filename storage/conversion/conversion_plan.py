@@ -81,16 +81,16 @@ def plan_conversion(
     """Plan a conversion.
 
     Args:
-        may_miss: Patterns of names that are dropped if they are missing or cannot be read.
-        dtype: The dtype to cast floating-point tensors to.
-        budget_bytes: The memory limit that the caller passed.
-        arguments: All other arguments that determine what is written, as JSON.
+        may_miss: patterns of names that are dropped if they are missing or cannot be read.
+        dtype: the dtype to cast floating-point tensors to.
+        budget_bytes: the memory limit that the caller passed.
+        arguments: all other arguments that determine what is written, as JSON.
 
     Raises:
-        MissingTensorError: A pattern matches no name.
-        ArgumentError: Two names would become the same, or a value is larger than the budget.
-        DtypeError: The target does not have the dtype of a tensor, or a tensor cannot be cast.
-        UnsupportedFormatError, CorruptCheckpointError, UnsafeValueError: A selected name cannot be read.
+        MissingTensorError: a pattern matches no name.
+        ArgumentError: two names would become the same, or a value is larger than the budget.
+        DtypeError: the target does not have the dtype of a tensor, or a tensor cannot be cast.
+        UnsupportedFormatError, CorruptCheckpointError, UnsafeValueError: a selected name cannot be read.
     """
     items = _select_items(source, selection, may_miss, dtype)
     if isinstance(target, SafetensorsTarget):
@@ -119,7 +119,7 @@ def _select_items(
 ) -> list[Item]:
     """Return the entries to write, sorted by their new names."""
     names = [*(entry.name for entry in source.entries), *source.unreadable]
-    selection.check_all(names, may_miss)
+    selection.check(names, may_miss=may_miss)
     for name, unreadable in source.unreadable.items():
         if selection.includes(name) and not matches_any(may_miss, name):
             raise unreadable.kind(f"{unreadable.reason}. To convert the rest, pass exclude={name!r} (--exclude)")

@@ -50,7 +50,7 @@ logger = logger_of(__name__)
 
 TARGETS = ("reshard", "dcp", "safetensors")
 MAX_FILE_BYTES = 5_000_000_000
-"""The default size of safetensors files. Hugging Face's own writers long used the same default."""
+"""The default size of safetensors files. Hugging Face's writers used the same default for a long time."""
 
 
 @undisturbed()
@@ -91,9 +91,11 @@ def convert(
         allow_missing: patterns of names in `src` that are skipped if they are missing or cannot be read (see
             `Checkpoint.unreadable`).
         dtype: the dtype to cast floating-point tensors with at least one dimension to, except packed ones (two values
-            in a byte). Casting float32 values of a native checkpoint to bfloat16 reads about a third of the bytes.
+            in a byte). Casting float32 that was saved with codec "zstd" to bfloat16 reads only the heads: about a third
+            of the uncompressed bytes.
         codec: the codec of the format "reshard": "zstd" or "none".
-        max_file_bytes: the largest size of a file of the format "safetensors". A larger tensor gets its own file.
+        max_file_bytes: the maximum size of a file of the format "safetensors". A tensor that is larger gets its own
+            file, which exceeds the maximum.
         src_format: the format of `src`; see `reshard.open`.
         src_options, dst_options: options for fsspec.
         process_group, budget_bytes, progress: see `reshard.load`.
@@ -105,7 +107,7 @@ def convert(
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: `dst` contains a checkpoint, or a part of one or of another conversion.
-        MissingTensorError: a pattern of `include`, `exclude` or `rename` matches no name.
+        MissingTensorError: a pattern of `include` or `exclude` matches no name, or one of `rename` no selected name.
         DtypeError, UnsupportedFormatError, CorruptCheckpointError: a selected name cannot be read (see
             `Checkpoint.unreadable`), or the format that is written does not have its dtype.
         ArgumentError: an argument is not valid, two tensors would have the same name, or the ranks passed different
@@ -165,14 +167,16 @@ def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_fil
     """Check the arguments that do not depend on the source.
 
     Raises:
-        ArgumentError: One of them is not valid.
+        ArgumentError: one of them is not valid.
     """
     check_codec(codec)
     check_dtype(dtype)
     if format not in TARGETS:
         raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
     if dtype is not None and (not dtype.is_floating_point or is_packed(dtype)):
-        raise ArgumentError(f"floating-point tensors cannot be cast to {dtype}")
+        raise ArgumentError(
+            f"dtype must be a floating-point dtype with one value in each element, such as torch.bfloat16, got {dtype}"
+        )
     if max_file_bytes < 1:
         raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
 
@@ -271,12 +275,12 @@ class _RankConversion:
         """Return the bytes of the object that commits the checkpoint.
 
         Raises:
-            CorruptCheckpointError: The records are not what the target wrote.
+            CorruptCheckpointError: the records are not what the target wrote.
         """
         try:
             return self.plan.target.commit(self.store.location, self.plan.items, records, self.plan.paths())
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
             raise CorruptCheckpointError(
-                f"the notes of the conversion in {self.store.location} are damaged: {reason(error)}. Remove what is "
-                "there, and convert again"
+                f"the journal of the conversion in {self.store.location} is damaged: {reason(error)}. Remove the "
+                "destination, and convert again"
             ) from error

@@ -72,9 +72,9 @@ class Journal:
         """Claim the location for a conversion, or find out how far the same conversion came. One rank calls this.
 
         Raises:
-            CheckpointExistsError: The location contains a checkpoint, a part of one, or another conversion.
-            CorruptCheckpointError: The claim or a note is damaged.
-            StoreError: The store failed.
+            CheckpointExistsError: the location contains a checkpoint, a part of one, or another conversion.
+            CorruptCheckpointError: the claim or a note is damaged.
+            StoreError: the store failed.
         """
         names = set(self._store.list())
         if CLAIM not in names:
@@ -106,7 +106,7 @@ class Journal:
         """Check that the location still belongs to this conversion. Another run of it may have finished.
 
         Raises:
-            CheckpointExistsError: It does not.
+            CheckpointExistsError: it does not.
         """
         if (self._claim() or {}).get("conversion") != self._conversion:
             raise CheckpointExistsError(
@@ -133,9 +133,9 @@ class Journal:
         """Return the records of all units, in order.
 
         Raises:
-            CorruptCheckpointError: A note or an object is missing.
-            CheckpointExistsError: As `check`.
-            StoreError: The store failed.
+            CorruptCheckpointError: a note or an object is missing.
+            CheckpointExistsError: as `check`.
+            StoreError: the store failed.
         """
         names = set(self._store.list())
         numbers = [unit.number for unit in units]
@@ -155,9 +155,9 @@ class Journal:
         """Write the object that commits the checkpoint.
 
         Raises:
-            CheckpointExistsError: The location contains another checkpoint by now, or as `check`.
-            CommitError: The store failed, and it is unknown whether the object was written.
-            StoreError: The store failed.
+            CheckpointExistsError: the location contains another checkpoint by now, or as `check`.
+            CommitError: the store failed, and it is unknown whether the object was written.
+            StoreError: the store failed.
         """
         self.check()
         claim = {"conversion": self._conversion, "commit": _commit_digest(data)}

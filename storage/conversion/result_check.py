@@ -45,12 +45,12 @@ def check_converted(store: Store, format: str, items: Sequence[Item], commit: Ma
     """Check that the converted checkpoint can be opened and has all entries and bytes.
 
     Args:
-        items: All entries that the checkpoint must have.
-        commit: The object that will commit the checkpoint, by its name. Empty if the checkpoint is committed already.
+        items: all entries that the checkpoint must have.
+        commit: the object that will commit the checkpoint, by its name. Empty if the checkpoint is committed already.
 
     Raises:
-        CorruptCheckpointError: Something is missing or different.
-        StoreError: The store failed.
+        CorruptCheckpointError: something is missing or different.
+        StoreError: the store failed.
     """
     checked = store
     for name, data in commit.items():

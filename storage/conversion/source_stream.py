@@ -46,9 +46,9 @@ class SourceStream:
     conversions in `benchmarks/foreign.py`.
 
     Args:
-        rank: The rank that the report names.
-        was_read: Called with the bytes of values after each read.
-        interrupt: Called regularly while waiting. If it raises an error, waiting stops with this error.
+        rank: the rank that the report names.
+        was_read: called with the bytes of values after each read.
+        interrupt: called regularly while waiting. If it raises an error, waiting stops with this error.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SourceStream:
         Several of the tensors may be views of one larger tensor.
 
         Raises:
-            CheckpointError: As `read_boxes`.
+            CheckpointError: as `read_boxes`.
         """
         groups = group_by_bytes(pieces, self.group_bytes)
         waiting: deque[Future[list[torch.Tensor]]] = deque()
@@ -112,7 +112,7 @@ class SourceStream:
         """Read pieces of tensors together. Several threads may call this.
 
         Raises:
-            CheckpointError: As `read_boxes`.
+            CheckpointError: as `read_boxes`.
         """
         boxes = [whole for group in _group_by_item(pieces) for whole in _join(group)]
         tensors = [torch.empty(box.sizes, dtype=item.torch_dtype, device="cpu") for item, box, _ in boxes]
@@ -139,7 +139,7 @@ class SourceStream:
             needs a pickle that is not safe.
 
         Raises:
-            CheckpointError: As `read_boxes`.
+            CheckpointError: as `read_boxes`.
         """
         for group in group_by_bytes(pieces, self.group_bytes):
             self._source.index([WantedBox(piece.item.source, Box.whole(piece.item.shape)) for piece in group])

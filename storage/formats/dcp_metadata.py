@@ -116,12 +116,12 @@ class DcpMetadata:
         """Read and merge the metadata of a checkpoint.
 
         Args:
-            names: The objects with metadata: one, or one for each rank.
+            names: the objects with metadata: one, or one for each rank.
 
         Raises:
-            CheckpointNotFoundError: There is no such object.
-            CorruptCheckpointError: The metadata is damaged or contradicts itself.
-            UnsafeValueError: The metadata needs a class or function that is not allowed.
+            CheckpointNotFoundError: there is no such object.
+            CorruptCheckpointError: the metadata is damaged or contradicts itself.
+            UnsafeValueError: the metadata needs a class or function that is not allowed.
         """
         merged = cls()
         for name in names:
@@ -142,10 +142,10 @@ class DcpMetadata:
         """Add the metadata of one object. Of a shard that several ranks describe, the first description counts.
 
         Args:
-            where: The name of the object in error messages.
+            where: the name of the object in error messages.
 
         Raises:
-            _UnknownClassError, *MALFORMED_ERRORS: The metadata cannot be used.
+            _UnknownClassError, *MALFORMED_ERRORS: the metadata cannot be used.
         """
         storage = _StorageTable(metadata)
         boxes = _ShardBoxes()

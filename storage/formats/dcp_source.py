@@ -37,11 +37,11 @@ class DcpSource(ForeignSource):
         """Read the metadata.
 
         Args:
-            reads: The store.
-            names: The objects with metadata: one, or one for each rank.
+            reads: the store.
+            names: the objects with metadata: one, or one for each rank.
 
         Raises:
-            CheckpointNotFoundError, CorruptCheckpointError, UnsafeValueError, StoreError: See `DcpMetadata.read`.
+            CheckpointNotFoundError, CorruptCheckpointError, UnsafeValueError, StoreError: see `DcpMetadata.read`.
         """
         metadata = DcpMetadata.read(reads, names)
         shards = [shard for tensor in metadata.tensors.values() for shard in tensor.shards.values()]
@@ -141,7 +141,7 @@ class DcpSource(ForeignSource):
         (`benchmarks/foreign.py`).
 
         Args:
-            name: The tensor.
+            name: the tensor.
             rows: (n,) the shards that a read overlaps.
             offsets, sizes: (n, ndim) the boxes of the overlaps.
         """

@@ -49,16 +49,16 @@ def open_source(
     """Open the checkpoint at a path or URI, or in a store.
 
     Args:
-        target: The location of a folder or file, or the store of a folder.
-        storage_options: Options of the store.
-        format: One of FORMATS. By default, the format is detected.
-        is_found: Whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
+        target: the location of a folder or file, or the store of a folder.
+        storage_options: options of the store.
+        format: one of FORMATS. By default, the format is detected.
+        is_found: whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
 
     Raises:
-        CheckpointNotFoundError: There is no checkpoint, or it is unclear which one is meant.
-        NotCommittedError: The save or conversion has not finished, or was interrupted.
-        CorruptCheckpointError, UnsupportedVersionError, UnsafeValueError: The metadata cannot be read.
-        UnsupportedURIError, ArgumentError, StoreError: See the messages.
+        CheckpointNotFoundError: there is no checkpoint, or it is unclear which one is meant.
+        NotCommittedError: the save or conversion has not finished, or was interrupted.
+        CorruptCheckpointError, UnsupportedVersionError, UnsafeValueError: the metadata cannot be read.
+        UnsupportedURIError, ArgumentError, StoreError: see the messages.
     """
     if format not in (None, *FORMATS):
         raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
@@ -175,7 +175,7 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
     """Return the torch.save files that form one model: a single file, or numbered files. Empty if that is unclear.
 
     Raises:
-        CorruptCheckpointError: Numbered files are missing.
+        CorruptCheckpointError: numbered files are missing.
     """
     if HF_FILE in files or len(files) == 1:
         files = [HF_FILE] if HF_FILE in files else files

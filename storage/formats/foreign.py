@@ -64,10 +64,10 @@ def whole_tensor(dtype: str, shape: tuple[int, ...], at: int, start: int) -> Sha
     """Return the shards of a tensor that is stored row-major as one byte range. A tensor without elements has none.
 
     Args:
-        dtype: The planner's name of the dtype.
-        shape: The shape of the tensor.
-        at: The position of the object in the source's `objects`.
-        start: The first byte of the values in the object.
+        dtype: the planner's name of the dtype.
+        shape: the shape of the tensor.
+        at: the position of the object in the source's `objects`.
+        start: the first byte of the values in the object.
     """
     box = Box.whole(shape)
     rows = [(box, at, start, box.numel * ITEMSIZES[dtype], Encoding.PLAIN)] if box.numel else []
@@ -87,8 +87,8 @@ class ForeignSource:
         """Start without entries.
 
         Args:
-            reads: The store.
-            objects: Name and size in bytes of each object with values.
+            reads: the store.
+            objects: name and size in bytes of each object with values.
         """
         self._reads = reads
         self.objects = tuple(objects)
@@ -109,14 +109,14 @@ class ForeignSource:
         """Add a tensor. It is unreadable if this version of torch lacks its dtype.
 
         Args:
-            name: The name of the tensor.
-            dtype: The planner's name of the dtype, such as "bfloat16".
-            shape: The global shape.
-            shards: Where the shards are.
-            order: The dimensions from the outermost to the innermost in the stored shards, if they are not row-major.
+            name: the name of the tensor.
+            dtype: the planner's name of the dtype, such as "bfloat16".
+            shape: the global shape.
+            shards: where the shards are.
+            order: the dimensions from the outermost to the innermost in the stored shards, if they are not row-major.
 
         Raises:
-            CorruptCheckpointError: The name is taken, or there can be no such tensor.
+            CorruptCheckpointError: the name is taken, or there can be no such tensor.
         """
         entry = self.check(name, Kind.TENSOR, dtype, shape, order)
         try:
@@ -130,12 +130,12 @@ class ForeignSource:
         """Add a value that an object stores as `torch.save` writes it.
 
         Args:
-            name: The name of the value.
-            nbytes: The number of its bytes.
-            shards: Where they are, as one shard.
+            name: the name of the value.
+            nbytes: the number of its bytes.
+            shards: where they are, as one shard.
 
         Raises:
-            CorruptCheckpointError: The name is taken, or a value cannot have so many bytes.
+            CorruptCheckpointError: the name is taken, or a value cannot have so many bytes.
         """
         self._add_entry(self.check(name, Kind.TORCH_SAVE, "uint8", (nbytes,)), shards)
 
@@ -164,13 +164,13 @@ class ForeignSource:
         """Add a name that cannot be read.
 
         Args:
-            name: The name of the entry.
-            kind: The class of the error that reading the name raises.
-            reason: The message of that error.
-            object: The object that should hold the values, if known.
+            name: the name of the entry.
+            kind: the class of the error that reading the name raises.
+            reason: the message of that error.
+            object: the object that should hold the values, if known.
 
         Raises:
-            CorruptCheckpointError: The name is taken.
+            CorruptCheckpointError: the name is taken.
         """
         if name in self:
             raise self.contradiction(f"two tensors have the name {name!r}")

@@ -18,13 +18,13 @@ def read_tp_plan(store: Store) -> dict[str, str]:
     """Read the tensor-parallel plan in the `config.json` of a store.
 
     Returns:
-        Rules for a Layout: patterns of names, and words such as "colwise". Each pattern also matches names below
-            another
-        module: `layers.*.up` matches `model.layers.0.up`. Empty if there is no `config.json` or no plan in it.
+        Rules for a Layout: patterns of names, and words such as "colwise". Each pattern has a second form that matches
+        names inside another module: `*.layers.*.up` for `layers.*.up`. Empty if there is no `config.json` or no plan in
+        it.
 
     Raises:
-        CorruptCheckpointError: The file is not a configuration.
-        StoreError: The store cannot be read.
+        CorruptCheckpointError: the file is not a configuration.
+        StoreError: the store cannot be read.
     """
     try:
         data = bytes(store.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES))

@@ -50,14 +50,14 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
     """Read an index of Hugging Face.
 
     Args:
-        reads: The store.
-        name: The name of the index.
-        beside: Weight files in the same folder, for the error message.
+        reads: the store.
+        name: the name of the index.
+        beside: weight files in the same folder, for the error message.
 
     Raises:
-        CorruptCheckpointError: The object is not an index.
-        ObjectNotFoundError: There is no such object.
-        StoreError: The store cannot be read.
+        CorruptCheckpointError: the object is not an index.
+        ObjectNotFoundError: there is no such object.
+        StoreError: the store cannot be read.
     """
     try:
         nbytes = reads.size(name)
@@ -134,13 +134,13 @@ def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | N
     """Return the files that exist, with their sizes.
 
     Args:
-        reads: The store.
-        names: The files of a model.
-        weight_map: The index that names them, if there is one.
+        reads: the store.
+        names: the files of a model.
+        weight_map: the index that names them, if there is one.
 
     Raises:
-        ObjectNotFoundError: A file is missing, and there is no index.
-        CorruptCheckpointError: There is an index, and all files that it names are missing.
+        ObjectNotFoundError: a file is missing, and there is no index.
+        CorruptCheckpointError: there is an index, and all files that it names are missing.
     """
 
     def size(name: str) -> int | None:
@@ -173,7 +173,7 @@ def select_by_index(
     source's `left_out`.
 
     Raises:
-        CorruptCheckpointError: The index names nothing, although the files contain tensors.
+        CorruptCheckpointError: the index names nothing, although the files contain tensors.
     """
     where = f"the index {weight_map.index!r} in {source.store.location}"
     if found and not weight_map.files:

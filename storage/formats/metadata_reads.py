@@ -52,9 +52,9 @@ class Reads:
         """Read a byte range, with further requests if the store returns fewer bytes than the object has.
 
         Args:
-            name: The object.
-            start, stop: The byte range. It may end after the object.
-            ending: The last bytes of the object, if known. A shorter result that ends with them is complete.
+            name: the object.
+            start, stop: the byte range. It may end after the object.
+            ending: the last bytes of the object, if known. A shorter result that ends with them is complete.
         """
         begin = time.perf_counter()
         data = bytes(self.store.read(name, start, stop))

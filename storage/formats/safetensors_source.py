@@ -68,14 +68,14 @@ class SafetensorsSource(ForeignSource):
         """Read the headers.
 
         Args:
-            reads: The store.
-            names: The files.
-            weight_map: The index that says which file contains which tensor, if there is one.
+            reads: the store.
+            names: the files.
+            weight_map: the index that says which file contains which tensor, if there is one.
 
         Raises:
-            CorruptCheckpointError: A header is damaged or contradicts itself.
-            ObjectNotFoundError: A file is missing.
-            StoreError: The store cannot be read.
+            CorruptCheckpointError: a header is damaged or contradicts itself.
+            ObjectNotFoundError: a file is missing.
+            StoreError: the store cannot be read.
         """
         super().__init__(reads, existing_files(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
@@ -155,16 +155,16 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
     """Read the header of a safetensors file.
 
     Args:
-        reads: The store.
-        name: The object.
-        start, stop: The byte range of the file in the object.
+        reads: the store.
+        name: the object.
+        start, stop: the byte range of the file in the object.
 
     Returns:
         The tensors by name, and the `__metadata__` of the file.
 
     Raises:
-        CorruptCheckpointError: The header is damaged, or does not fit the size of the file.
-        StoreError: The store cannot be read.
+        CorruptCheckpointError: the header is damaged, or does not fit the size of the file.
+        StoreError: the store cannot be read.
     """
     where = f"the safetensors file {name!r} in {reads.store.location}"
     first = reads.whole(name, start, min(start + FIRST_HEADER_READ_BYTES, stop))

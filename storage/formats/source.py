@@ -52,7 +52,8 @@ def check_readable(source: Source, is_wanted: Callable[[str], bool]) -> None:
     """Check that every wanted name can be read.
 
     Raises:
-        CheckpointError: the error of the first name that cannot be read. It counts the others.
+        CheckpointError: the error of the first name that cannot be read. The message says how many other names cannot
+            be read.
     """
     found = [unreadable for name, unreadable in source.unreadable.items() if is_wanted(name)]
     if found:
@@ -73,7 +74,7 @@ class Source(Protocol):
 
     @property
     def format(self) -> str:
-        """One of FORMATS."""
+        """The format: "reshard", "dcp", "safetensors" or "torch"."""
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -125,11 +126,11 @@ class Source(Protocol):
         """Return an index to plan reads with.
 
         Args:
-            wants: The reads. The index contains at least the chunks that they need. By default, it contains all
+            wants: the reads. The index contains at least the chunks that they need. By default, it contains all
                 entries.
 
         Raises:
-            MissingTensorError, CorruptCheckpointError, StoreError: The index cannot be read.
+            MissingTensorError, CorruptCheckpointError, StoreError: the index cannot be read.
         """
 
     def fingerprint(self) -> str:
@@ -140,12 +141,12 @@ class Source(Protocol):
         """
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        """Learn how fast the store is from a finished reading of `nbytes` bytes."""
+        """Record that a read of `nbytes` bytes took `seconds`, to estimate the speed of the store."""
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         """Return which gaps between byte ranges are worth reading over.
 
         Args:
-            max_over_read: The user's bound on over-reads, or None for the default.
-            costs: The costs of another store to plan for. By default, the costs of this store.
+            max_over_read: the user's bound on over-reads, or None for the default.
+            costs: the costs of another store to plan for. By default, the costs of this store.
         """

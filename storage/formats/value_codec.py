@@ -44,7 +44,7 @@ def encode_value(value: Any) -> tuple[Kind, bytes]:
         The kind of the encoding, and the bytes.
 
     Raises:
-        UnsupportedValueError: The encoded value has more than MAX_VALUE_BYTES bytes.
+        UnsupportedValueError: the encoded value has more than MAX_VALUE_BYTES bytes.
     """
     kind, data = Kind.TORCH_SAVE, b""
     if not is_repetitive(value):
@@ -74,14 +74,14 @@ def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fal
     """Decode a value.
 
     Args:
-        name: The name of the value, for error messages.
-        kind: The kind of the encoding.
-        data: The bytes.
-        allow_pickle: Whether to unpickle values that weights_only=True refuses. This can run code from the checkpoint.
+        name: the name of the value, for error messages.
+        kind: the kind of the encoding.
+        data: the bytes.
+        allow_pickle: whether to unpickle values that weights_only=True refuses. This can run code from the checkpoint.
 
     Raises:
         UnsafeValueError: weights_only=True refuses the value, and `allow_pickle` is False.
-        CorruptCheckpointError: The bytes are not an encoded value of this kind.
+        CorruptCheckpointError: the bytes are not an encoded value of this kind.
     """
     try:
         if kind is Kind.JSON:

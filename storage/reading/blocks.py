@@ -51,8 +51,8 @@ def split_shape(block_sizes: tuple[int, ...], counts: tuple[int, ...], dims: tup
     """Return how to view a block with one axis for each direction.
 
     Args:
-        block_sizes: The sizes of each chunk of the block.
-        counts, dims: See `Block`.
+        block_sizes: the sizes of each chunk of the block.
+        counts, dims: see `Block`.
 
     Returns:
         The shape if each dimension is split into the chunks along it and their size, and its axes in the order of the
@@ -110,8 +110,8 @@ def find_blocks(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) ->
     """Find the blocks of each read. Many reads are processed together.
 
     Args:
-        reads: The reads.
-        requests_of: For each read, the (n, s) requests that fetch the byte ranges of its n chunks.
+        reads: the reads.
+        requests_of: for each read, the (n, s) requests that fetch the byte ranges of its n chunks.
     """
     groups: dict[int, list[int]] = {}
     for at, read in enumerate(reads):

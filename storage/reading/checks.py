@@ -40,8 +40,8 @@ class RequestCheck:
         """Compute the checksums of the bytes that have arrived.
 
         Args:
-            data: The buffer for the bytes of the request.
-            nbytes: The number of bytes in it.
+            data: the buffer for the bytes of the request.
+            nbytes: the number of bytes in it.
         """
         begin, self._done = self._done, bisect_right(self._ends, nbytes, self._done)
         part = slice(begin, self._done)
@@ -51,7 +51,7 @@ class RequestCheck:
         """Return the chunks that are damaged or missing, after `take` has been called with all bytes.
 
         Args:
-            data: All bytes that have arrived.
+            data: all bytes that have arrived.
         """
         if self._found == self._expected and len(data) >= self._request.nbytes:
             return []
@@ -62,7 +62,7 @@ def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[
     """Return the chunks of a request that are damaged or missing.
 
     Args:
-        data: The bytes of the request. They may be fewer than requested.
+        data: the bytes of the request. They may be fewer than requested.
     """
     check = RequestCheck(request, index)
     check.take(data, len(data))

@@ -35,7 +35,7 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
     """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination.
 
     Args:
-        damage: Returns the error to raise for a tensor and a message.
+        damage: returns the error to raise for a tensor and a message.
     """
     streams = [_StreamBytes.of(batch, stream) for stream in range(len(batch.requests))]
     for block in batch.blocks.select(batch.block_rows):
@@ -65,8 +65,8 @@ def parts_of(counts: tuple[int, ...], most: int) -> tuple[Sequence[tuple[int | s
     """Split a block into parts of at most `most` chunks, which are boxes again.
 
     Args:
-        counts: The number of chunks in each direction, the outermost first.
-        most: The maximum number of chunks of a part.
+        counts: the number of chunks in each direction, the outermost first.
+        most: the maximum number of chunks of a part.
 
     Returns:
         For each part, an index into the directions of the block, and the number of chunks.
@@ -122,14 +122,14 @@ def _decode(read: ChunkReads, block: Block, streams: list[_StreamBytes], counts:
     """Decode a block.
 
     Args:
-        counts: The number of chunks of each part.
+        counts: the number of chunks of each part.
 
     Yields:
         The values of each part: row-major, one chunk after another. They may be in scratch memory of this thread, which
         is valid until the next part.
 
     Raises:
-        CorruptCheckpointError: The bytes cannot be decoded.
+        CorruptCheckpointError: the bytes cannot be decoded.
     """
     if block.encoding == _PLANES:
         return _decode_planes(read, block, streams, counts)

@@ -22,9 +22,9 @@ class Destination:
     A tensor on a device is written to host memory first (pinned for CUDA), and copied to the device as a whole.
 
     Args:
-        tensor: The destination.
-        stored: The dtype of the values that are written.
-        staged: Whether to write to host memory first. By default, if the tensor is not in host memory.
+        tensor: the destination.
+        stored: the dtype of the values that are written.
+        staged: whether to write to host memory first. By default, if the tensor is not in host memory.
     """
 
     def __init__(self, tensor: torch.Tensor, stored: torch.dtype, *, staged: bool | None = None) -> None:
@@ -43,8 +43,8 @@ class Destination:
         """Prepare for writing. All calls except the first do nothing.
 
         Args:
-            whole: Whether all boxes are written now, and `finish` follows.
-            max_bytes: The maximum size of the copy in host memory. A larger tensor is written on the device, box by
+            whole: whether all boxes are written now, and `finish` follows.
+            max_bytes: the maximum size of the copy in host memory. A larger tensor is written on the device, box by
                 box.
         """
         with self._lock:
@@ -82,10 +82,10 @@ class Target:
     """The part of a tensor that the chunks of a block are written to, with one axis for each direction of the block.
 
     Args:
-        block: The block.
-        tensor: The tensor.
-        array: Its bits as an array. None if numpy cannot write them.
-        stored: The dtype of the values of the block.
+        block: the block.
+        tensor: the tensor.
+        array: its bits as an array. None if numpy cannot write them.
+        stored: the dtype of the values of the block.
     """
 
     def __init__(self, block: Block, tensor: torch.Tensor, array: npt.NDArray[Any] | None, stored: torch.dtype) -> None:
@@ -105,8 +105,8 @@ class Target:
         """Write some chunks of the block, or the needed part of its only chunk.
 
         Args:
-            index: Which chunks: an index into the directions of the block.
-            values: The values of the whole chunks, one after another, as bytes or as unsigned integers. Each chunk is
+            index: which chunks: an index into the directions of the block.
+            values: the values of the whole chunks, one after another, as bytes or as unsigned integers. Each chunk is
                 row-major and has the stored dtype.
         """
         block, array = self._block, self._array

@@ -36,7 +36,7 @@ from .decode import place_chunk_batch
 from .destination import Destination
 from .fetcher import Fetched, ObjectRanges, read_ranges
 from .schedule import Fetch, Place, Schedule, Verify
-from .tasks import DAMAGED, ChunkBatch, ChunkRange, Request, TensorRead, arrange, separate
+from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, arrange, separate
 from .workers import Workers
 
 STOPPED = "the read was stopped"
@@ -67,18 +67,18 @@ def execute(
     """Execute a plan: read each box into its destination.
 
     Args:
-        destinations: One tensor for each of `plan.reads`, with the sizes of its box, on any device. The stored dtype
+        destinations: one tensor for each of `plan.reads`, with the sizes of its box, on any device. The stored dtype
             can be cast to its dtype. The tensors are written in place.
-        budget_bytes: Memory for bytes that have been fetched and not been placed yet. `default_budget()` by default.
-        interrupt: Called regularly by this thread. If it raises an error, the read stops with this error.
-        placed: Called by any thread, with the number of stored bytes of a request whose values have all been placed.
-        workers: Threads and buffers that are shared with other calls. By default this call creates its own.
+        budget_bytes: memory for bytes that have been fetched and not been placed yet. `default_budget()` by default.
+        interrupt: called regularly by this thread. If it raises an error, the read stops with this error.
+        placed: called by any thread, with the number of stored bytes of a request whose values have all been placed.
+        workers: threads and buffers that are shared with other calls. By default this call creates its own.
 
     Raises:
-        CorruptCheckpointError: Bytes are damaged or missing. The tensor that the message names is unchanged, unless
+        CorruptCheckpointError: bytes are damaged or missing. The tensor that the message names is unchanged, unless
             the message says that a part of it was overwritten.
-        StoreError: The store failed.
-        RankError: Torch or a device failed while values were written.
+        StoreError: the store failed.
+        RankError: torch or a device failed while values were written.
     """
     if not plan.reads:
         return ReadStats()
@@ -283,14 +283,40 @@ class _Execution:
             self._stats.verify_s += time.perf_counter() - begin
 
     def _take(self, request: Request, found: Fetched, check: RequestCheck) -> None:
-        """Accept the bytes of a request if they are intact."""
+        """Accept the bytes of a request if they are intact. Release their buffer otherwise."""
+        arrived = found if isinstance(found, StoreError) else memoryview(found)
+        kept = False
+        try:
+            data = self._intact(request, arrived, check)
+            with self._lock:
+                if self._error is None:
+                    kept = data is arrived
+                    self._schedule.verified(request, data)
+                    self._call_workers()
+        finally:
+            if not isinstance(arrived, StoreError) and not kept:
+                self._fetcher.release(arrived)
+
+    def _intact(self, request: Request, found: memoryview | StoreError, check: RequestCheck) -> memoryview:
+        """Return the bytes of a request. Raise the error of the read, or the damage.
+
+        If a chunk is damaged, the request is read once more, because the damage may have happened in transit.
+        """
+        if not request.parts:  # the read has failed in the meantime
+            raise StoreError(STOPPED)
         name = self._index.objects[request.object][0]
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
         tensor = request.parts[0][0].tensor
         try:
             if isinstance(found, StoreError):
                 raise found
-            data, damaged = self._checked(request, memoryview(found), check, name)
+            data = found
+            damaged = check.damages(data)
+            if damaged:
+                data = memoryview(read_ranges(self._store, name, request.ranges))
+                again = RequestCheck(request, self._index)
+                again.take(data, len(data))
+                damaged = again.damages(data)
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:
@@ -304,28 +330,7 @@ class _Execution:
         if damaged:
             where = f"{damaged[0]} of object {name!r} in {self._store.location}"
             raise self._damage(damaged[0].tensor, f"{where}: {DAMAGED}")
-        with self._lock:
-            if self._error is None:
-                self._schedule.verified(request, data)
-                self._call_workers()
-            else:
-                self._fetcher.release(data)
-
-    def _checked(
-        self, request: Request, data: memoryview, check: RequestCheck, name: str
-    ) -> tuple[memoryview, list[ChunkRange]]:
-        """Return the bytes of a request and the damaged chunks.
-
-        If a chunk is damaged, the request is read once more, because the damage may have happened in transit.
-        """
-        damaged = check.damages(data)
-        if damaged:
-            self._fetcher.release(data)
-            data = memoryview(read_ranges(self._store, name, request.ranges))
-            again = RequestCheck(request, self._index)
-            again.take(data, len(data))
-            damaged = again.damages(data)
-        return data, damaged
+        return data
 
     def _damage(self, tensor: TensorRead, message: str) -> Exception:
         return self._failure(CorruptCheckpointError, tensor, message)

@@ -79,7 +79,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         """Read byte ranges of an object into a buffer that is reused.
 
         Args:
-            arrived: Called several times while the bytes arrive, with the buffer and the number of bytes in it.
+            arrived: called several times while the bytes arrive, with the buffer and the number of bytes in it.
         """
         into = self._capabilities.read_into
         assert into is not None
@@ -138,7 +138,7 @@ def read_ranges(store: Store, name: str, ranges: Sequence[tuple[int, int]]) -> B
     """Read byte ranges of an object, and join them.
 
     Raises:
-        StoreError: As `Store.read`.
+        StoreError: as `Store.read`.
     """
     return _packed([store.read(name, start, stop) for start, stop in ranges])
 

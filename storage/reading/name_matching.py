@@ -68,7 +68,7 @@ class NameMatch:
         self.nested: list[tuple[Leaf, Any]] = []
         """Leaves that are inside a value of the checkpoint, each with the decoded value."""
         self._decoded: dict[Path, Any] = {}
-        """The leaves of those values of the checkpoint, by path in the state dict."""
+        """All leaves of the checkpoint's values that were decoded for `nested`, by their paths in the state dict."""
         self.missing_keys = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
         """See `Report`."""
         self.unexpected_keys = self._find_unexpected_keys()
@@ -206,12 +206,16 @@ class NameMatch:
             if name.endswith(f".{missing}"):
                 return f"it has {name!r}: nest the state dict under {name.removesuffix(missing)[:-1]!r}"
             if missing.endswith(f".{name}"):
-                return f"it has {name!r}: the state dict is nested too deeply"
+                outer = missing.removesuffix(name)[:-1]
+                return f"it has {name!r}: the state dict is nested too deeply, remove the outer key {outer!r}"
         for path, value in self._decoded.items():
             if isinstance(value, Mapping) and missing.startswith(f"{name_of(path)}."):
-                return f"{name_of(path)!r} is an empty dict in the checkpoint"
+                return (
+                    f"{name_of(path)!r} is an empty dict in the checkpoint: use an empty dict in the state dict, or "
+                    "pass allow_missing= or exclude= for its items"
+                )
         if resize := self.describe_resize(missing):
-            return resize
+            return f"{resize}: use the same items in the state dict, or pass allow_missing= or exclude= for the others"
         near = nearest_names(missing, names, 5) or names[:5]
         found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
         return (

@@ -43,8 +43,8 @@ def check_is_tensor(source: Source, name: str) -> None:
     """Check that an entry of a checkpoint is a tensor.
 
     Raises:
-        DestinationError: It is a value.
-        MissingTensorError: The checkpoint has no entry of this name.
+        DestinationError: it is a value.
+        MissingTensorError: the checkpoint has no entry of this name.
     """
     if not source.entry(name).is_tensor:
         raise DestinationError(
@@ -112,17 +112,17 @@ class BoxReads:
         """Check that boxes can be read into tensors. No tensor is changed.
 
         Args:
-            wants: The boxes, one for each destination.
-            destinations: Tensors with the sizes of the boxes, on any device.
-            decoded: Tensors in memory that are copied after the read.
+            wants: the boxes, one for each destination.
+            destinations: tensors with the sizes of the boxes, on any device.
+            decoded: tensors in memory that are copied after the read.
 
         Raises:
-            DtypeError: A stored dtype cannot be cast to the dtype of its destination, or an integer of `decoded` does
+            DtypeError: a stored dtype cannot be cast to the dtype of its destination, or an integer of `decoded` does
                 not fit.
-            DestinationError: A destination has no dense memory, its elements share memory, or it shares memory with
+            DestinationError: a destination has no dense memory, its elements share memory, or it shares memory with
                 a destination of other values.
-            ShapeMismatchError: A destination has another shape than its box.
-            MissingTensorError, CorruptCheckpointError, StoreError: The metadata cannot be read.
+            ShapeMismatchError: a destination has another shape than its box.
+            MissingTensorError, CorruptCheckpointError, StoreError: the metadata cannot be read.
         """
         direct: list[int] = []
         checked: list[int] = []
@@ -178,7 +178,7 @@ def _find_repeated(
     """Return the positions of boxes that need not be read, because another box has the same values and destination.
 
     Raises:
-        DestinationError: Other destinations share memory.
+        DestinationError: other destinations share memory.
     """
     targets = [*destinations, *(value.destination for value in decoded)]
     memories = [(at, memory) for at, target in enumerate(targets) if (memory := memory_of(target)) is not None]
@@ -239,7 +239,7 @@ def read_boxes(
     """Check that boxes can be read into tensors, and read them. See `BoxReads.of` and `execute_reads`.
 
     Raises:
-        CheckpointError: As `BoxReads.of`, before anything is read, and as `execute_reads`.
+        CheckpointError: as `BoxReads.of`, before anything is read, and as `execute_reads`.
     """
     return execute_reads(source, BoxReads.of(source, wants, destinations), values, options)
 
@@ -253,9 +253,9 @@ def execute_reads(
     writes come before all others.
 
     Raises:
-        DtypeError: An integer does not fit the dtype of its destination. No tensor was changed.
-        DestinationError: The `copy_` of a tensor's class failed.
-        CorruptCheckpointError, StoreError: As `executor.execute`.
+        DtypeError: an integer does not fit the dtype of its destination. No tensor was changed.
+        DestinationError: the `copy_` of a tensor's class failed.
+        CorruptCheckpointError, StoreError: as `executor.execute`.
     """
     begin = time.perf_counter()
     run = _ReadRun(source, reads, options or ReadOptions())

@@ -47,11 +47,11 @@ class Schedule:
     the batches of incomplete tensors are written as they arrive.
 
     Args:
-        tensors, requests: The result of `tasks.arrange`.
-        budget_bytes: The maximum number of bytes that have been requested and not been written. A single request may
+        tensors, requests: the result of `tasks.arrange`.
+        budget_bytes: the maximum number of bytes that have been requested and not been written. A single request may
             exceed it.
-        group_bytes: The number of bytes that one fetch should read. If it is 0, each fetch reads one request.
-        max_fetches: The maximum number of fetches at the same time.
+        group_bytes: the number of bytes that one fetch should read. If it is 0, each fetch reads one request.
+        max_fetches: the maximum number of fetches at the same time.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Schedule:
         """Record that a fetch has ended.
 
         Args:
-            found: What it returned for each request. None if the bytes have been verified already.
+            found: what it returned for each request. None if the bytes have been verified already.
         """
         self._fetching -= 1
         if found is not None:

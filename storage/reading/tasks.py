@@ -110,7 +110,7 @@ def arrange(
     """Return the tensors of a plan, and its requests in the order that completes one tensor after another.
 
     Args:
-        destinations: One for each of `plan.reads`. Without them the plan can be verified, but not placed.
+        destinations: one for each of `plan.reads`. Without them the plan can be verified, but not placed.
     """
     destinations = [None] * len(plan.reads) if destinations is None else destinations
     columns = (plan.requests.objects, plan.requests.starts, plan.requests.stops)

@@ -22,7 +22,7 @@ def value_wants(source: Source, names: Iterable[str]) -> list[WantedBox]:
     The metadata may already contain the bytes of a value. Then there is nothing to read.
 
     Raises:
-        MissingTensorError: The checkpoint has no entry of such a name.
+        MissingTensorError: the checkpoint has no entry of such a name.
     """
     return [WantedBox(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
 
@@ -31,10 +31,10 @@ def check_values(source: Source, names: Iterable[str], budget_bytes: int | None)
     """Check that values that are read together fit a budget.
 
     Args:
-        budget_bytes: The budget that the caller passed. None means that there is no limit.
+        budget_bytes: the budget that the caller passed. None means that there is no limit.
 
     Raises:
-        ArgumentError: The values are larger than the budget.
+        ArgumentError: the values are larger than the budget.
     """
     if budget_bytes is None:
         return
@@ -52,8 +52,8 @@ class ValueRead:
     """The read of one value: the buffer that its bytes are read into, and how to decode them.
 
     Raises:
-        MissingTensorError: The checkpoint has no entry of this name.
-        CorruptCheckpointError: The value is larger than any value that can be saved.
+        MissingTensorError: the checkpoint has no entry of this name.
+        CorruptCheckpointError: the value is larger than any value that can be saved.
     """
 
     def __init__(self, source: Source, name: str) -> None:
@@ -86,7 +86,7 @@ class ValueRead:
         """Decode the value.
 
         Raises:
-            UnsafeValueError: The value needs a pickle that is not safe, and `allow_pickle` is False.
-            CorruptCheckpointError: The bytes cannot be decoded.
+            UnsafeValueError: the value needs a pickle that is not safe, and `allow_pickle` is False.
+            CorruptCheckpointError: the bytes cannot be decoded.
         """
         return decode_value(self.name, self.kind, self.data, allow_pickle=allow_pickle)

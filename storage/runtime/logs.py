@@ -31,7 +31,7 @@ def logger_of(module: str) -> logging.LoggerAdapter[logging.Logger]:
     """Return the logger of a module of reshard. Its messages are escaped and masked by `shown`.
 
     Args:
-        module: The `__name__` of the module.
+        module: the `__name__` of the module.
     """
     logger = logging.getLogger(module)
     logger.addFilter(_sanitize)

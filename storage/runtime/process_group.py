@@ -92,8 +92,8 @@ class Alarm:
     error itself travels in the collective that follows. All ranks must create their alarms in the same order.
 
     Args:
-        process_group: The group of the ranks, or None for the default group.
-        alone: Whether this rank works without the others. Its alarm then does nothing.
+        process_group: the group of the ranks, or None for the default group.
+        alone: whether this rank works without the others. Its alarm then does nothing.
     """
 
     _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
@@ -180,7 +180,7 @@ def check_same_checkpoint(opened: Sequence[OpenedCheckpoint]) -> None:
     """Check that all ranks opened the same checkpoint. Their locations may differ.
 
     Raises:
-        ArgumentError: The fingerprints differ.
+        ArgumentError: the fingerprints differ.
     """
     ranks: dict[str, list[int]] = {}
     for rank, found in enumerate(opened):

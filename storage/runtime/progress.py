@@ -51,10 +51,10 @@ class Meter(AbstractContextManager["Meter"]):
 
     Args:
         task: "save", "load", "verify" or "convert".
-        progress: Whether to show a bar, or a callback.
-        location: The location of the checkpoint. It may be set later.
-        rank: This rank.
-        draws: Whether this process shows the bar. None: rank 0 does.
+        progress: whether to show a bar, or a callback.
+        location: the location of the checkpoint. It may be set later.
+        rank: this rank.
+        draws: whether this process shows the bar. None: rank 0 does.
     """
 
     def __init__(

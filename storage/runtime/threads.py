@@ -38,8 +38,8 @@ class Stop:
     """A signal to threads that their work is no longer needed.
 
     Args:
-        parent: Another signal. When it is set, this one is set, too.
-        seconds: The time after which waits end as if the signal were set. None: no limit.
+        parent: another signal. When it is set, this one is set, too.
+        seconds: the time after which waits end as if the signal were set. None: no limit.
     """
 
     def __init__(self, parent: Stop | None = None, *, seconds: float | None = None) -> None:
@@ -124,8 +124,8 @@ class Pool(Executor):
     If a `with` block raises, its pool is stopped, and the block does not wait for the threads.
 
     Args:
-        count: The maximum number of threads.
-        name: The prefix of the threads' names.
+        count: the maximum number of threads.
+        name: the prefix of the threads' names.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -227,9 +227,9 @@ def result_of(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
     The coroutine is cancelled when the work of this thread is stopped, and when the wait is interrupted.
 
     Raises:
-        TimeoutError: The coroutine takes longer than `timeout_s`.
-        StoreError: The work of this thread was stopped.
-        Exception: Any exception of the coroutine.
+        TimeoutError: the coroutine takes longer than `timeout_s`.
+        StoreError: the work of this thread was stopped.
+        Exception: any exception of the coroutine.
     """
     stop = current_stop()
     future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, timeout_s), loop)

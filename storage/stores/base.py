@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
+from ..errors import ArgumentError
 from ..runtime.threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview, Callable[[int], None]], int]
@@ -62,7 +63,7 @@ class Capabilities:
 
     def __post_init__(self) -> None:
         if self.concurrent_reads < 1:
-            raise ValueError(f"concurrent_reads must be at least 1, got {self.concurrent_reads}")
+            raise ArgumentError(f"concurrent_reads must be at least 1, got {self.concurrent_reads}")
 
 
 class ObjectWriter(Protocol):
@@ -93,14 +94,14 @@ class Store(Protocol):
         """Return the bytes [start, stop) of an object, or fewer if the object ends before `stop`.
 
         Args:
-            name: The object.
-            start: The first byte, at least 0. It may be past the end of the object.
-            stop: The byte after the last one, greater than `start`.
+            name: the object.
+            start: the first byte, at least 0. It may be past the end of the object.
+            stop: the byte after the last one, greater than `start`.
 
         Raises:
-            ObjectNotFoundError: There is no such object.
-            AccessDeniedError: The store refuses the request.
-            StoreError: The read fails for any other reason.
+            ObjectNotFoundError: there is no such object.
+            AccessDeniedError: the store refuses the request.
+            StoreError: the read fails for any other reason.
         """
 
     def size(self, name: str) -> int:
@@ -112,7 +113,7 @@ class Store(Protocol):
     def create(self, name: str) -> AbstractContextManager[ObjectWriter]:
         """Return a context manager that writes a new object.
 
-        The object is complete and durable when the block ends. If the block raises, the object need not exist.
+        The object is complete and durable when the block ends. If the block raises, the object may or may not exist.
         """
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
@@ -174,9 +175,9 @@ class MultipartUpload:
     """An object that a client's file uploads in parts.
 
     Args:
-        file: A file of the client, with the methods `write` and `close`. `close` completes the object.
-        errors: Returns a context manager that translates the client's exceptions.
-        abort: Cancels the upload.
+        file: a file of the client, with the methods `write` and `close`. `close` completes the object.
+        errors: returns a context manager that translates the client's exceptions.
+        abort: cancels the upload.
     """
 
     def __init__(
@@ -225,8 +226,8 @@ def buffered_writer(
     `begin_upload` is given, it is uploaded in parts.
 
     Args:
-        put: Puts a whole object.
-        begin_upload: Begins an upload in parts, for objects larger than MAX_HELD_BYTES. If None, every object is held
+        put: puts a whole object.
+        begin_upload: begins an upload in parts, for objects larger than MAX_HELD_BYTES. If None, every object is held
             as a whole.
     """
     writer = _HoldingWriter(begin_upload)

@@ -5,9 +5,10 @@ Faulting in new pages takes longer than filling pages that are already mapped (b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +41,8 @@ def _page_aligned(nbytes: int) -> ByteArray:
 class BufferPool:
     """Buffers of a few sizes that are used again.
 
-    While reads run, it never keeps more bytes than were lent at the same time. Between reads it keeps at most
-    `max_idle_bytes`.
+    While reads run, it keeps as many bytes as were lent at the same time, and at least `max_idle_bytes`. Between reads
+    it keeps at most `max_idle_bytes`.
     """
 
     def __init__(self, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
@@ -49,9 +50,9 @@ class BufferPool:
         self._lock = Lock()
         self._free: dict[int, list[ByteArray]] = {}
         """Free arrays by size. The array that was released last is at the end: it is most likely in the cache."""
-        self._lent: dict[int, ByteArray] = {}
-        """Lent arrays by their `id`."""
-        self._lent_bytes = self._free_bytes = self._max_bytes = 0
+        self._lent: WeakValueDictionary[int, ByteArray] = WeakValueDictionary()
+        """Lent arrays by their `id`. A buffer that is dropped without `release` is no longer counted."""
+        self._max_bytes = max_idle_bytes
         self._readers = 0
 
     @contextmanager
@@ -64,7 +65,6 @@ class BufferPool:
         finally:
             with self._lock:
                 self._readers -= 1
-                self._max_bytes = max(self._max_bytes, self._max_idle_bytes)
                 if self._readers == 0:
                     self._max_bytes = self._max_idle_bytes
                     self._drop_excess()
@@ -73,7 +73,6 @@ class BufferPool:
         """Drop all free memory."""
         with self._lock:
             self._free.clear()
-            self._free_bytes = 0
 
     def read(
         self,
@@ -87,7 +86,7 @@ class BufferPool:
         Pass the result to `release` when nothing refers to it any more.
 
         Args:
-            arrived: Called several times while the bytes arrive, with the buffer and the number of bytes in it.
+            arrived: called several times while the bytes arrive, with the buffer and the number of bytes in it.
         """
         nbytes = sum(stop - start for start, stop in ranges)
         data = self._lend(nbytes).data[ranges[0][0] % PAGE_BYTES :]  # the alignment of `aligned_buffer`
@@ -102,24 +101,20 @@ class BufferPool:
         step = 1 << max(0, (nbytes - 1).bit_length() - 4)
         size = -(-nbytes // step) * step + PAGE_BYTES  # rounding up adds at most an eighth
         with self._lock:
-            if free := self._free.get(size):
-                array = free.pop()
-                self._free_bytes -= size
-            else:
-                array = _page_aligned(size)
+            array = free.pop() if (free := self._free.get(size)) else _page_aligned(size)
             self._lent[id(array)] = array
-            self._lent_bytes += size
-            self._max_bytes = max(self._max_bytes, self._lent_bytes)
+            self._max_bytes = max(self._max_bytes, _nbytes(self._lent.values()))
             self._drop_excess()
         return array
 
     def _drop_excess(self) -> None:
         """Drop free arrays beyond the limit, first those of the size that was released longest ago."""
-        while self._free_bytes and self._free_bytes + self._lent_bytes > self._max_bytes:
+        excess = _nbytes(self._lent.values()) + sum(map(_nbytes, self._free.values())) - self._max_bytes
+        while excess > 0 and self._free:
             size, free = next(iter(self._free.items()))
             if free:
                 free.pop(0)
-                self._free_bytes -= size
+                excess -= size
             if not free:
                 del self._free[size]
 
@@ -128,12 +123,14 @@ class BufferPool:
         with self._lock:
             array = self._lent.pop(id(data.obj), None)
             if array is not None:
-                self._lent_bytes -= array.nbytes
-                self._free_bytes += array.nbytes
                 free = self._free.pop(array.nbytes, [])
                 free.append(array)
                 self._free[array.nbytes] = free  # moves this size to the end of the dict
                 self._drop_excess()
+
+
+def _nbytes(arrays: Iterable[ByteArray]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 read_buffers = BufferPool()

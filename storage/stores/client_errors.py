@@ -72,10 +72,10 @@ def translating(doing: str, name: str, location: str, *, with_cause: bool = True
     """Translate the exceptions that a block raises.
 
     Args:
-        doing: What the block does: "read", "write", "list" or "delete".
-        name: The object.
-        location: The root of the store.
-        with_cause: Whether to keep the client's exception as the cause. False if it may contain a secret.
+        doing: what the block does: "read", "write", "list" or "delete".
+        name: the object.
+        location: the root of the store.
+        with_cause: whether to keep the client's exception as the cause. False if it may contain a secret.
     """
     try:
         yield

@@ -20,15 +20,15 @@ def put_new(store: Store, bucket: object, put: Callable[[str, bytes], None], nam
     """Put an object that does not exist yet.
 
     Args:
-        store: The store of the object.
-        bucket: Identifies the bucket. The first call for a bucket checks whether it respects conditions, and logs a
+        store: the store of the object.
+        bucket: identifies the bucket. The first call for a bucket checks whether it respects conditions, and logs a
             warning if it does not.
-        put: Puts an object on the condition that it does not exist.
-        name: The object.
-        data: Its content.
+        put: puts an object on the condition that it does not exist.
+        name: the object.
+        data: its content.
 
     Raises:
-        CheckpointExistsError: The object exists.
+        CheckpointExistsError: the object exists.
     """
     refuse_to_replace(store, name)  # some stores ignore the condition and overwrite
     if bucket not in _probed:

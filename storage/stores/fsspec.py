@@ -111,7 +111,7 @@ def is_local(uri: str) -> bool:
     """Return whether a path or URI is on a local disk.
 
     Raises:
-        UnsupportedURIError: A URI has lost a slash, as in `Path("s3://bucket")`. It would be a local folder.
+        UnsupportedURIError: a URI has lost a slash, as in `Path("s3://bucket")`. It would be a local folder.
     """
     parts = uri.split("::")
     lost = [_lost_slash(part) for part in parts]
@@ -202,8 +202,8 @@ class FsspecStore:
     """Objects below a path of a filesystem of fsspec.
 
     Args:
-        filesystem: The filesystem.
-        path: The root, as a path in the filesystem.
+        filesystem: the filesystem.
+        path: the root, as a path in the filesystem.
     """
 
     def __init__(self, filesystem: Any, path: str) -> None:

@@ -111,7 +111,7 @@ class LocalStore:
     """Objects as files below a folder, which is created when the first object is written.
 
     Args:
-        root: The folder.
+        root: the folder.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -225,15 +225,15 @@ class LocalStore:
         """Open the folder of an object without following a symbolic link below the root.
 
         Args:
-            doing: The operation, for error messages.
-            name: The object.
-            make: Whether to create missing folders.
+            doing: the operation, for error messages.
+            name: the object.
+            make: whether to create missing folders.
 
         Yields:
             The descriptor of the folder, and the name of the object's file in it.
 
         Raises:
-            StoreError: A folder is a symbolic link, or any error of `_errors`.
+            StoreError: a folder is a symbolic link, or any error of `_errors`.
         """
         self._check_name(doing, name)
         *folders, base = name.split("/")
@@ -363,9 +363,9 @@ class _NewFile:
     (benchmarks/fsdp_to_tp.py).
 
     Args:
-        name: The name of the file in its folder.
-        folder: A descriptor of the folder.
-        errors: Returns a context manager that translates the exceptions of the operating system.
+        name: the name of the file in its folder.
+        folder: a descriptor of the folder.
+        errors: returns a context manager that translates the exceptions of the operating system.
     """
 
     def __init__(self, name: str, folder: int, errors: Callable[[], AbstractContextManager[None]]) -> None:

@@ -75,9 +75,9 @@ def open_s3(
     """Open the store at "bucket/folder". Return None if obstore cannot be used or does not support an option.
 
     Args:
-        path: The bucket and the folder.
-        options: Storage options of s3fs.
-        open_lister: Opens the same location with s3fs, for listings that obstore returns wrongly or not at all.
+        path: the bucket and the folder.
+        options: storage options of s3fs.
+        open_lister: opens the same location with s3fs, for listings that obstore returns wrongly or not at all.
     """
     bucket, _, folder = path.rstrip("/").partition("/")
     if is_lost_in_fork() or find_spec("obstore") is None:
@@ -169,8 +169,8 @@ def _session(profile: str | None, *, may_call: bool = True) -> Any:
     """Return a session of botocore, which reads profiles, files, roles and instance metadata; None without botocore.
 
     Args:
-        profile: The AWS profile, or None.
-        may_call: Whether the session is used for credentials. It may call a service for them, and takes longer to
+        profile: the AWS profile, or None.
+        may_call: whether the session is used for credentials. It may call a service for them, and takes longer to
             prepare.
     """
     try:
@@ -386,8 +386,8 @@ class ObstoreStore:
         It raises an error for "a//b".
 
         Args:
-            listed: Lists with obstore.
-            list_with: Lists with the store that it gets.
+            listed: lists with obstore.
+            list_with: lists with the store that it gets.
         """
         if not self._prefix and self._open_lister is not None:
             return list_with(self._open_lister())

@@ -18,9 +18,9 @@ def open_store(location: str | os.PathLike[str] | Store, storage_options: Mappin
     """Open the store at a path or URI. A Store is returned as it is.
 
     Raises:
-        UnsupportedURIError: No store for this URI is installed, or the URI is malformed.
-        ArgumentError: Storage options were passed for a local path or for a Store, or `location` is none of these.
-        StoreError: The store cannot be opened.
+        UnsupportedURIError: no store for this URI is installed, or the URI is malformed.
+        ArgumentError: storage options were passed for a local path or for a Store, or `location` is none of these.
+        StoreError: the store cannot be opened.
     """
     options = checked_options(storage_options)
     if isinstance(location, Store):

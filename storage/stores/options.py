@@ -20,11 +20,11 @@ def checked_options(options: Mapping[str, Any] | None, protocol: str = "") -> di
     """Return storage options as a dict.
 
     Args:
-        options: The options. None is an empty dict.
-        protocol: The protocol of the URI that they are for.
+        options: the options. None is an empty dict.
+        protocol: the protocol of the URI that they are for.
 
     Raises:
-        ArgumentError: The options are not a mapping with strings as keys, or a value cannot be used by any client.
+        ArgumentError: the options are not a mapping with strings as keys, or a value cannot be used by any client.
     """
     if options is None:
         return {}
@@ -69,8 +69,8 @@ def check_endpoint(what: str, endpoint: str) -> None:
     A client would hang on some invalid endpoints, and abort on others.
 
     Args:
-        what: How the error message calls the endpoint.
-        endpoint: The URL.
+        what: how the error message calls the endpoint.
+        endpoint: the URL.
     """
     if not endpoint:
         return

@@ -43,11 +43,11 @@ def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
     """Call a function until it does not raise UnavailableError, and return its result.
 
     Args:
-        call: The function.
-        retry_for_s: How long to retry, in seconds. None is RETRY_FOR_S.
+        call: the function.
+        retry_for_s: how long to retry, in seconds. None is RETRY_FOR_S.
 
     Raises:
-        UnavailableError: The function still fails after that time, or the work of this thread was stopped.
+        UnavailableError: the function still fails after that time, or the work of this thread was stopped.
     """
     pauses = _Pauses(retry_for_s)
     while True:
@@ -74,8 +74,8 @@ def read_whole(store: Store, name: str, start: int, stop: int) -> Buffer:
         The bytes [start, stop), or fewer if the object ends before `stop`.
 
     Raises:
-        UnavailableError: The answers remain too short.
-        StoreError: Any other error of `Store.read`.
+        UnavailableError: the answers remain too short.
+        StoreError: any other error of `Store.read`.
     """
 
     def read() -> Buffer:
@@ -142,9 +142,9 @@ class RetryingStore(WrappedStore):
     """Another store whose transient failures are retried.
 
     Args:
-        store: The store that does the work.
-        retry_for_s: How long each call is retried, in seconds. None is RETRY_FOR_S.
-        reopen: Opens the store again in a child process after a fork, since its client may need threads that the child
+        store: the store that does the work.
+        retry_for_s: how long each call is retried, in seconds. None is RETRY_FOR_S.
+        reopen: opens the store again in a child process after a fork, since its client may need threads that the child
             does not have. None uses the same store there.
     """
 

@@ -18,7 +18,7 @@ class WrappedStore:
     overridden `read` or `list`; a subclass adds those that it supports.
 
     Args:
-        inner: The store that does the work.
+        inner: the store that does the work.
     """
 
     def __init__(self, inner: Store) -> None:

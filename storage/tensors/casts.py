@@ -33,12 +33,12 @@ def check_cast(name: str, stored: torch.dtype, to: torch.dtype) -> None:
     """Check that a stored dtype can be cast to another, as `torch.can_cast` defines it.
 
     Args:
-        name: The name of the tensor, for the error message.
-        stored: The stored dtype.
-        to: The dtype of the destination.
+        name: the name of the tensor, for the error message.
+        stored: the stored dtype.
+        to: the dtype of the destination.
 
     Raises:
-        DtypeError: The cast is not allowed. Packed dtypes are never cast.
+        DtypeError: the cast is not allowed. Packed dtypes are never cast.
     """
     if stored != to and (is_packed(stored) or is_packed(to) or not torch.can_cast(stored, to)):
         raise DtypeError(f"{name!r} is stored as {stored}, which cannot be cast to the destination's {to}")
@@ -72,12 +72,12 @@ def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
     """Check that integers keep their values in another dtype.
 
     Args:
-        name: The name of the tensor, for the error message.
-        values: A tensor of an integer dtype, on any device.
-        to: The other dtype.
+        name: the name of the tensor, for the error message.
+        values: a tensor of an integer dtype, on any device.
+        to: the other dtype.
 
     Raises:
-        DtypeError: A value does not fit. The message contains the first such value.
+        DtypeError: a value does not fit. The message contains the first such value.
     """
     array = np.atleast_1d(values.detach().cpu().numpy())
     if _is_floating(to):
@@ -111,13 +111,13 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
     """Check that a cast does not use quantised values as if they were weights.
 
     Args:
-        name: The name of the tensor.
-        stored: The stored dtype.
-        to: The dtype of the destination.
-        scales: The result of `scale_names` for the checkpoint.
+        name: the name of the tensor.
+        stored: the stored dtype.
+        to: the dtype of the destination.
+        scales: the result of `scale_names` for the checkpoint.
 
     Raises:
-        DtypeError: The stored dtype has at most 8 bits, and the checkpoint has a scale for the tensor.
+        DtypeError: the stored dtype has at most 8 bits, and the checkpoint has a scale for the tensor.
     """
     if stored == to or stored.itemsize > 1 or stored is torch.bool:
         return

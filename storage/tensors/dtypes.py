@@ -62,9 +62,9 @@ def cast(values: npt.NDArray[np.uint8], dtype: torch.dtype, out: npt.NDArray[np.
 
     Args:
         values: (nbytes,) the values to cast.
-        dtype: Their dtype.
+        dtype: their dtype.
         out: (nbytes,) the destination.
-        to: The dtype of the destination.
+        to: the dtype of the destination.
     """
     target, source = torch.from_numpy(out).view(to), from_bytes(values, dtype, (-1,))
     most = SINGLE_THREAD_NUMEL if torch.get_num_threads() > 1 else max(1, len(target))

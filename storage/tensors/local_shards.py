@@ -14,7 +14,7 @@ def local_shards(name: str, tensor: torch.Tensor) -> list[LocalShard]:
     A tensor whose class has its own `__torch_dispatch__` is returned unchanged. `tensor_classes` can write to it.
 
     Raises:
-        LayoutError: A DTensor has placements that are neither shards nor replicas.
+        LayoutError: a DTensor has placements that are neither shards nor replicas.
     """
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return [(Box.whole(tuple(tensor.shape)), tensor.detach())]

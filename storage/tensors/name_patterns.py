@@ -75,38 +75,39 @@ class Selection:
         """
         return by_new_name((name for name in names if self.includes(name)), self.rename)
 
-    def check_include(self, names: Sequence[str]) -> None:
-        """Check that every pattern of `include` matches a name.
-
-        Raises:
-            MissingTensorError: one matches none of the names. The message shows the nearest ones.
-        """
-        unused = _unused(self.include, names)
-        if unused and unused != ["*"]:
-            raise no_match(unused, names)
-
-    def check_all(self, names: Sequence[str], may_miss: Sequence[str] = ()) -> None:
-        """Check that every pattern of `include`, `exclude` and `rename` matches a name.
+    def check(
+        self, names: Sequence[str], *, may_miss: Sequence[str] = (), includable: Sequence[str] | None = None
+    ) -> None:
+        """Check that every pattern matches a name: of `include` and `exclude` any name, of `rename` a selected one.
 
         Args:
-            names: the names of the checkpoint. If there are none, every pattern is accepted.
+            names: the names of the checkpoint. If there are none, `exclude` and `rename` may have any patterns.
             may_miss: patterns that may match no name.
+            includable: the names of which each pattern of `include` must match one. Default: all.
 
         Raises:
-            MissingTensorError: a pattern matches none of the names.
+            MissingTensorError: a pattern matches none of the names. The message shows the nearest ones.
         """
+        includable = names if includable is None else includable
+        self._refuse(_unused([pattern for pattern in self.include if pattern != "*"], includable), may_miss, includable)
         if not names:
             return
-        unused = _unused((*self.include, *self.exclude), names)
-        current = [name for name in names if self.includes(name)]
+        self._refuse(_unused(self.exclude, names), may_miss, names)
+        unused = []
+        current = selected = [name for name in names if self.includes(name)]
         for pattern, new in self.rename.items():
             renamed = [_renamed(name, pattern, new) for name in current]
             if all(name is None for name in renamed):
                 unused.append(pattern)
             current = [old if name is None else name for old, name in zip(current, renamed, strict=True)]
+        self._refuse(unused, may_miss, selected, "" if len(selected) == len(names) else " and is selected")
+
+    @staticmethod
+    def _refuse(unused: Sequence[str], may_miss: Sequence[str], names: Sequence[str], kind: str = "") -> None:
+        """Raise MissingTensorError for patterns that match no name, except those that `may_miss` allows."""
         unused = [pattern for pattern in unused if not matches_any(may_miss, pattern)]
         if unused:
-            raise no_match(unused, names)
+            raise no_match(unused, names, kind)
 
 
 def _unused(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -114,12 +115,12 @@ def _unused(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
 
 
-def no_match(patterns: Sequence[str], names: Sequence[str]) -> MissingTensorError:
-    """Return the error for patterns that match none of the names of a checkpoint."""
+def no_match(patterns: Sequence[str], names: Sequence[str], kind: str = "") -> MissingTensorError:
+    """Return the error for patterns that match none of the names of a checkpoint, or none of a kind."""
     parents = {f"{name[: dot.start()]}.*" for name in names for dot in re.finditer(r"\.", name)}
     near = nearest_names(patterns[0], [*names, *sorted(parents)], 3) or names[:3]
     return MissingTensorError(
-        f"the checkpoint has no name that matches {', '.join(map(repr, patterns))}"
+        f"the checkpoint has no name that matches {', '.join(map(repr, patterns))}{kind}"
         + (f"; nearest are {', '.join(map(repr, near))}" if near else "")
     )
 

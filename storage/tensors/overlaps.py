@@ -45,7 +45,7 @@ def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[Overlap]:
     """Return pairs of tensors that share memory. If several share the same memory, each is paired with one other.
 
     Args:
-        tensors: Strided tensors that have memory, on any devices.
+        tensors: strided tensors that have memory, on any devices.
     """
     spans = []
     for position, tensor in enumerate(tensors):

@@ -39,7 +39,7 @@ def to_plain(value: Any) -> Any:
     """Turn a value into one that `json.dumps` writes.
 
     Raises:
-        NotPlainError: The value, or a value inside it, is not plain data.
+        NotPlainError: the value, or a value inside it, is not plain data.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str):
@@ -64,7 +64,7 @@ def from_plain(value: Any) -> Any:
     """Turn what `json.loads` returned back into the value.
 
     Raises:
-        Exception: The JSON is not a result of `to_plain`. Constructors of any type may raise their own errors.
+        Exception: the JSON is not a result of `to_plain`. Constructors of any type may raise their own errors.
     """
     if isinstance(value, list):
         return [from_plain(item) for item in value]

@@ -48,8 +48,8 @@ def _split_rows(shape: tuple[int, ...], at: tuple[int, ...], lines: Sequence[int
     """Yield the part of a tensor at some leading indexes, in boxes of at most `most` elements.
 
     Args:
-        at: The leading indexes.
-        lines: Indexes of the next dimension at which boxes should end if possible, from 0 to its size.
+        at: the leading indexes.
+        lines: indexes of the next dimension at which boxes should end if possible, from 0 to its size.
     """
     rest = shape[len(at) :]
     numel = Box.whole(rest).numel

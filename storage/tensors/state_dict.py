@@ -127,13 +127,13 @@ def flatten(state_dict: Mapping[Any, Any], room: list[float] | None = None) -> d
     """Return the values of a state dict by name. An empty dict is a value too.
 
     Args:
-        state_dict: The state dict.
-        room: A list with one number: how many characters all further names may have together. Each name takes
+        state_dict: the state dict.
+        room: a list with one number: how many characters all further names may have together. Each name takes
             CHARS_PER_LEAF in addition to its length. The number is reduced.
 
     Raises:
-        DestinationError: Two values have the same name.
-        UnsupportedValueError: A key is not plain data, dicts and lists are nested too deeply, or names are too long.
+        DestinationError: two values have the same name.
+        UnsupportedValueError: a key is not plain data, dicts and lists are nested too deeply, or names are too long.
     """
     leaves: dict[str, Leaf] = {}
     room = [math.inf] if room is None else room
@@ -193,11 +193,11 @@ def nest(values: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]
     A list with only some of its items becomes a dict by position.
 
     Args:
-        values: The values by name.
-        paths: The path of each name. A value without a path is put under its name.
+        values: the values by name.
+        paths: the path of each name. A value without a path is put under its name.
 
     Raises:
-        CorruptCheckpointError: The paths contradict each other.
+        CorruptCheckpointError: the paths contradict each other.
     """
     root = _Nested()
     for name, value in values.items():

@@ -36,7 +36,7 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a detached view of a tensor, of the class torch.Tensor.
 
     Args:
-        tensor: A tensor whose class does not have its own `__torch_dispatch__`.
+        tensor: a tensor whose class does not have its own `__torch_dispatch__`.
     """
     if type(tensor) in _TORCH_CLASSES:
         return tensor.detach()
@@ -83,7 +83,7 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     """Check that the values of a local tensor can be stored.
 
     Raises:
-        UnsupportedValueError: The values are not in dense memory, or the tensor's class decides what they are.
+        UnsupportedValueError: the values are not in dense memory, or the tensor's class decides what they are.
     """
     check_has_memory(name, tensor)
     if overrides_dispatch(tensor):
@@ -97,12 +97,12 @@ def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> Non
     """Write to a tensor whose class decides how, by its `copy_`.
 
     Args:
-        name: The name of the tensor, for error messages.
-        destination: The tensor to write to.
-        values: The values, of the same shape.
+        name: the name of the tensor, for error messages.
+        destination: the tensor to write to.
+        values: the values, of the same shape.
 
     Raises:
-        DestinationError: The `copy_` of the class raises an error, or changes nothing.
+        DestinationError: the `copy_` of the class raises an error, or changes nothing.
     """
     before = _digests(destination)
     try:

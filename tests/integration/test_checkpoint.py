@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import reshard
-from reshard import Box, Layout, errors
+from reshard import Box, Checkpoint, Layout, errors
 from reshard.layout import Shard
 from reshard.storage.stores.testing import MemoryStore, RecordingStore
 from tests.conftest import Place
@@ -154,6 +155,98 @@ def test_include_limits_plan_and_load_rank() -> None:
     with pytest.raises(errors.LayoutError, match="no pattern of the layout"):
         checkpoint.load_rank(Layout(2, {"*.fcx": "colwise"}), 0)
     assert list(checkpoint.load_rank(layout, 0)) == ["model.w", "optimizer.w"]
+
+
+TWO_PARTS = {"model": {"up": torch.ones(4, 4), "norm": torch.ones(4)}, "opt": {"up": torch.ones(4, 4)}, "step": 1}
+
+
+def two_parts() -> Checkpoint:
+    store = MemoryStore()
+    reshard.save(TWO_PARTS, store)
+    return reshard.open(store)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    caplog.clear()
+    return messages
+
+
+def test_rule_that_matches_no_tensor_is_logged_beside_one_that_does(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = two_parts()
+    expected = (
+        "1 of 2 patterns of the layout match no tensor of memory: 'model.nrom'; a tensor that no pattern matches is "
+        "replicated"
+    )
+    layout = Layout(2, {"model.up": "rowwise", "model.nrom": "colwise"})
+    checkpoint.plan(layout)
+    assert warnings_of(caplog) == [expected], "once, not once per rank"
+    assert checkpoint.load_rank(layout, 1)["model.norm"].shape == (4,)
+    assert warnings_of(caplog) == [expected]
+    renamed = Layout(2, {"up": "rowwise", "model.norm": "colwise"})
+    checkpoint.load_rank(renamed, 0, include="model", rename={"model.*": "*"})
+    assert "'model.norm'" in "".join(warnings_of(caplog)), "rules apply to the new names"
+
+
+def test_rule_for_a_tensor_that_is_not_selected_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = two_parts()
+    layout = Layout(2, {"model.up": "rowwise", "opt.up": "colwise", "model.norm": "replicate"})
+    selections: list[dict[str, Any]] = [{"include": "model.up"}, {"exclude": "opt"}, {"include": ["model", "opt"]}]
+    for selection in selections:
+        checkpoint.plan(layout, **selection)
+        checkpoint.load_rank(layout, 0, **selection)
+    checkpoint.plan(Layout(2))
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"include": "model", "exclude": "model.norm"}], ids=["all", "selected"])
+def test_every_method_refuses_patterns_that_match_no_name(options: dict[str, Any]) -> None:
+    checkpoint = two_parts()
+    layout = Layout(2, {"*up": "rowwise"})
+    of_layout: list[Callable[..., object]] = [
+        lambda **wrong: checkpoint.plan(layout, **wrong),
+        lambda **wrong: checkpoint.load_rank(layout, 0, **wrong),
+        lambda **wrong: reshard.convert(checkpoint._source.store, MemoryStore(), **wrong),
+    ]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"include": ["model", "modle"]}, r"no name that matches 'modle'; nearest are 'model\.\*'"),
+        ({"exclude": ["model.norm", "nrom"]}, r"no name that matches 'nrom'"),
+        ({"rename": {"model.*": "*", "modle.*": "*"}}, r"no name that matches 'modle\.\*'"),
+    ]
+    for wrong, message in cases:
+        for call in (*of_layout, *([checkpoint.state_dict] if "rename" not in wrong else [])):
+            with pytest.raises(errors.MissingTensorError, match=message):
+                call(**{**options, **wrong})
+    for call in of_layout:
+        with pytest.raises(errors.MissingTensorError, match=r"no name that matches 'opt\.\*' and is selected"):
+            call(include="model", rename={"opt.*": "*"})
+
+
+def test_exclude_and_rename_may_match_values() -> None:
+    checkpoint = two_parts()
+    layout = Layout(2, {"*up": "rowwise"})
+    options: dict[str, Any] = {"exclude": "opt", "rename": {"step": "n", "model.*": "*"}}
+    assert list(checkpoint.load_rank(layout, 0, **options)) == ["norm", "up"]
+    assert list(checkpoint.load_rank(layout, 0, exclude=["step", "opt"])) == ["model.norm", "model.up"]
+    assert len(checkpoint.plan(layout, **options)) == 2
+    assert list(checkpoint.state_dict(exclude=["step", "opt"])) == ["model"]
+
+
+def test_allow_missing_allows_patterns_that_match_no_name() -> None:
+    checkpoint = two_parts()
+    layout = Layout(2, {"*up": "rowwise"})
+    tensors = checkpoint.load_rank(layout, 0, include=["model.up", "head"], allow_missing="head")
+    assert list(tensors) == ["model.up"]
+
+
+def test_include_of_an_empty_checkpoint_must_match() -> None:
+    store = MemoryStore()
+    reshard.save({}, store)
+    checkpoint = reshard.open(store)
+    assert checkpoint.state_dict() == checkpoint.load_rank(Layout(1), 0) == {}
+    for call in (checkpoint.state_dict, lambda include: checkpoint.load_rank(Layout(1), 0, include=include)):
+        with pytest.raises(errors.MissingTensorError, match="no name that matches 'model'"):
+            call(include="model")
 
 
 def test_strided_layout_is_loaded_from_several_boxes() -> None:

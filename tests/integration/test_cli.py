@@ -203,6 +203,16 @@ def test_plan_uses_the_tp_plan_of_config_json(tmp_path: Path) -> None:
     assert first["bytes_needed"] == 6 * 32 * 64 * 4
 
 
+@pytest.mark.parametrize("mesh", [("--tp", 2), ("--tp", 2, "--fsdp", 2)], ids=["tp", "fsdp and tp"])
+def test_plan_warns_of_rules_that_match_no_tensor(
+    mesh: tuple[object, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call("plan", saved(native, tmp_path), *mesh, *RULES, "--tp-plan", "*.dwn=rowwise")
+    (message,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "1 of 3 patterns of the layout match no tensor" in message
+    assert "'*.dwn'" in message
+
+
 def test_verify_names_the_damaged_tensor(tmp_path: Path) -> None:
     place = saved(native, tmp_path)
     (data,) = (place / "data").iterdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
+from reshard.errors import MissingTensorError
 from tests.conftest import STORES, Place
 from tests.integration.models import build, local_values
 from tests.ranks import RankFailed, RankPool
@@ -143,3 +145,45 @@ def test_a_layout_accepts_a_device_mesh_of_all_ranks(ranks: RankPool) -> None:
     assert [mesh for mesh, _ in found] == [reshard.Mesh(("dp", "tp"), (2, 2))] * 4
     assert [bool(message) for _, message in found] == [False, False, True, True], "ranks 2 and 3 are not 0 and 1"
     assert "this mesh has the ranks [2, 3]: pass the sizes instead, as {'tp': 2}" in found[3][1]
+
+
+def warnings_of_load_rank(uri: str) -> tuple[list[str], list[int]]:
+    """Load a rank with a misspelt rule. Return what it logs, and the shape of the tensor that no rule matches."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign,assignment]
+    logger = logging.getLogger("reshard.storage.checkpoint")
+    logger.addHandler(handler)
+    try:
+        layout = reshard.Layout({"tp": dist.get_world_size()}, {"*.up": "colwise", "*.dwn": "rowwise"})
+        tensors = reshard.open(uri).load_rank(layout, dist.get_rank())
+    finally:
+        logger.removeHandler(handler)
+    down = next(tensor for name, tensor in tensors.items() if ".down" in name)
+    return [record.getMessage() for record in records], list(down.shape)
+
+
+def test_one_rank_logs_rules_that_match_no_tensor(ranks: RankPool, tmp_path: Path) -> None:
+    uri = str(tmp_path / "step-1")
+    ranks.run(2, save_rank, "fsdp", uri, "zstd")
+    found = ranks.run(3, warnings_of_load_rank, uri)
+    (message,) = found[0][0]
+    assert message.startswith("rank 0: 1 of 2 patterns of the layout match no tensor of ")
+    assert "'*.dwn'" in message
+    assert [messages for messages, _ in found[1:]] == [[], []]
+    assert len({tuple(shape) for _, shape in found}) == 1, "replicated"
+
+
+def load_rank_with_a_wrong_pattern(uri: str) -> str:
+    layout = reshard.Layout({"tp": dist.get_world_size()}, {"*.up": "colwise"})
+    with pytest.raises(MissingTensorError) as caught:
+        reshard.open(uri).load_rank(layout, dist.get_rank(), exclude="modle")
+    return str(caught.value)
+
+
+def test_every_rank_refuses_patterns_that_match_no_name(ranks: RankPool, tmp_path: Path) -> None:
+    uri = str(tmp_path / "step-1")
+    ranks.run(2, save_rank, "fsdp", uri, "zstd")
+    messages = ranks.run(3, load_rank_with_a_wrong_pattern, uri)
+    assert len(set(messages)) == 1
+    assert "no name that matches 'modle'" in messages[0]

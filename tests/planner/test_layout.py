@@ -21,6 +21,8 @@ from reshard.planner.layout import (
     StridedShard,
     held_tensor,
     local_tensor,
+    matches,
+    unused_rules,
 )
 from tests.planner.boxes import paint
 
@@ -114,6 +116,35 @@ def test_first_matching_pattern_applies() -> None:
     layout = Layout(2, {"*.up": "colwise", "*": Shard(1)})
     assert layout.placements("a.up.weight", 2) == (Shard(-2),)
     assert layout.placements("a.upper.weight", 2) == (Shard(1),)
+
+
+def test_unused_rules_match_no_name() -> None:
+    names = ["model.layers.0.up.weight", "model.layers.1.up.weight", "model.norm", "a[0]"]
+    rules = {
+        "*.up": "colwise",
+        "*.up.weight": "colwise",
+        "model.layers.?.up": "colwise",
+        "model.layers": "colwise",
+        "model": "colwise",
+        "model.norm": "replicate",
+        "layers.*.up": "colwise",
+        "*.layers.*.up": "colwise",
+    }
+    assert unused_rules(Layout(2, rules), names) == []
+    wrong = {"norm": "replicate", "*.upp": "colwise", "layers.*.down": "rowwise", "*.layers.*.down": "rowwise"}
+    assert unused_rules(Layout(2, {**rules, **wrong}), names) == list(wrong)
+    assert unused_rules(Layout(2, wrong), []) == list(wrong)
+    assert unused_rules(Layout(2), names) == []
+
+
+@given(
+    st.lists(st.text("ab.*?[]", min_size=1, max_size=5), max_size=5, unique=True),
+    st.lists(st.text("ab.*?[]", max_size=5), max_size=5, unique=True),
+)
+def test_unused_rules_agree_with_matches(names: list[str], patterns: list[str]) -> None:
+    used = {pattern.removeprefix("*.") for pattern in patterns if any(matches(pattern, name) for name in names)}
+    expected = [pattern for pattern in patterns if pattern.removeprefix("*.") not in used]
+    assert unused_rules(Layout(2, dict.fromkeys(patterns, "colwise")), names) == expected
 
 
 def test_rules_may_name_mesh_dimensions() -> None:

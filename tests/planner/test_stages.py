@@ -63,7 +63,7 @@ def test_even_stages_recognises_embeddings() -> None:
 def test_invalid_stages_raise_layout_error() -> None:
     with pytest.raises(LayoutError, match='dimension "pp"'):
         Layout({"tp": 2}, stages={"a": 0})
-    with pytest.raises(LayoutError, match="'a' is on stage 2, but the mesh pp 2 has the stages 0 to 1"):
+    with pytest.raises(LayoutError, match="'a' is on stage 2, but the mesh pp 2 has only the stages 0 to 1: use one"):
         Layout({"pp": 2}, stages={"a": 2})
     for wrong in (1.5, "x", None):
         with pytest.raises(LayoutError, match="'a' is on stage"):

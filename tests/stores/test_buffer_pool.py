@@ -1,4 +1,4 @@
-"""The pool of read buffers: it reuses its own memory, and keeps no more than was lent at the same time."""
+"""The pool of read buffers: it reuses its own memory, and keeps a limited amount of it."""
 
 from collections.abc import Callable, Sequence
 
@@ -35,7 +35,7 @@ def test_a_released_buffer_is_lent_again() -> None:
 
 
 def test_the_pool_keeps_no_more_than_was_lent_at_the_same_time() -> None:
-    pool = BufferPool()
+    pool = BufferPool(0)
     for order in range(6):  # one at a time
         pool.release(pool.read(fill, "x", [(0, 128 << order)]))
         assert kept(pool) == [128 << order]
@@ -47,7 +47,27 @@ def test_the_pool_keeps_no_more_than_was_lent_at_the_same_time() -> None:
     assert kept(pool) == [1 << 20] * 2
     pool.release(lent[0])
     assert kept(pool) == [1 << 20] * 2 + [3 << 20]
-    assert pool._lent == {}
+    assert not pool._lent
+
+
+def test_the_pool_keeps_a_limited_amount_between_reads() -> None:
+    pool = BufferPool(max_idle_bytes=3 << 20)
+    with pool.reading(), pool.reading():
+        lent = [pool.read(fill, "x", [(0, 1 << 20)]) for _ in range(5)]
+        for data in lent:
+            pool.release(data)
+        assert kept(pool) == [1 << 20] * 5
+    assert kept(pool) == [1 << 20] * 2  # each takes one more page
+    pool.clear()
+    assert kept(pool) == []
+
+
+def test_a_buffer_that_is_dropped_is_forgotten() -> None:
+    pool = BufferPool()
+    data = pool.read(fill, "x", [(0, 1000)])
+    assert len(pool._lent) == 1
+    del data
+    assert not pool._lent
 
 
 @pytest.mark.parametrize("nbytes", [1, 2, 7, 8, 9, 1000, 1025, 9 << 20, (9 << 20) + 1])
@@ -68,7 +88,7 @@ def test_a_failed_read_releases_its_buffer() -> None:
     for _ in range(3):
         with pytest.raises(StoreError, match="injected"):
             pool.read(failing, "x", [(0, 1000)])
-    assert pool._lent == {}
+    assert not pool._lent
     assert len(kept(pool)) == 1
 
 

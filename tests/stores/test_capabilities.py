@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.storage.errors import StoreError, UnavailableError
+from reshard.storage.errors import ArgumentError, StoreError, UnavailableError
 from reshard.storage.runtime.threads import event_loop, result_of
 from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities, Store, check_delete, close_store, top_names
@@ -93,7 +93,7 @@ def test_an_optional_method_that_is_not_declared_is_not_called() -> None:
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_concurrent_reads_must_be_positive(count: int) -> None:
-    with pytest.raises(ValueError, match=f"concurrent_reads must be at least 1, got {count}"):
+    with pytest.raises(ArgumentError, match=f"concurrent_reads must be at least 1, got {count}"):
         Capabilities(concurrent_reads=count)
 
 

@@ -4,10 +4,13 @@ import pickle
 import resource
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from typing_extensions import Buffer
 
 from reshard.storage.dcp_writer import StorageWriter
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnsupportedURIError
@@ -72,6 +75,100 @@ def test_a_file_uri_keeps_the_contract(tmp_path: Path) -> None:
 def test_the_testing_stores_keep_the_contract() -> None:
     check_store(MemoryStore())
     check_store(RecordingStore(MemoryStore()))
+
+
+class PrefixList(MemoryStore):
+    def list(self, folder: str = "") -> Iterable[str]:
+        return [name for name in self.content if name.startswith(folder)]
+
+
+class DeepestFolderList(MemoryStore):
+    def list(self, folder: str = "") -> Iterable[str]:
+        return [name for name in self.content if not folder or f"/{folder}/" in f"/{name}"]
+
+
+class HalfPut(MemoryStore):
+    """`put` replaces an object in two steps, and waits for a read in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_read = threading.Event()
+
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        data = super().read(name, start, stop)
+        self.was_read.set()
+        return data
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        if overwrite:
+            self.content[name] = data[: len(data) // 2]
+            self.was_read.clear()
+            self.was_read.wait(0.2)
+        super().put(name, data, overwrite=overwrite)
+
+
+class DeletingPut(HalfPut):
+    """`put` deletes an object and writes it again."""
+
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        try:
+            return super().read(name, start, stop)
+        finally:
+            self.was_read.set()
+
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        if overwrite:
+            self.content.pop(name, None)
+            self.was_read.clear()
+            self.was_read.wait(0.2)
+        MemoryStore.put(self, name, data, overwrite=overwrite)
+
+
+class ReplacingPut(MemoryStore):
+    def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
+        super().put(name, data, overwrite=True)
+
+
+class StrictRead(MemoryStore):
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        data = bytes(super().read(name, start, stop))
+        if len(data) < stop - start < 2**60:
+            raise StoreError("the object is too short")
+        return data
+
+
+class WrongSize(MemoryStore):
+    def size(self, name: str) -> int:
+        return super().size(name) + 1
+
+
+class KeyErrorRead(MemoryStore):
+    def read(self, name: str, start: int, stop: int) -> Buffer:
+        return self.content[name][start:stop]
+
+
+class KeepingDelete(MemoryStore):
+    def delete(self, names: Iterable[str]) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (PrefixList, r"list\('data'\), beside .* returned \['data.txt', 'data/a.shard', 'database/b'\] instead of"),
+        (DeepestFolderList, r"list\('data'\), beside .* returned \['a/data/c', 'data/a.shard'\] instead of"),
+        (HalfPut, r"put is not atomic: .* bytes that are neither the old nor the new object"),
+        (DeletingPut, r"put is not atomic: .* ObjectNotFoundError"),
+        (ReplacingPut, r"put with overwrite=False of an object that exists returned None"),
+        (StrictRead, r"the object is too short"),
+        (WrongSize, r"size of an object of 262144 bytes returned 262145"),
+        (KeyErrorRead, r"read of an object that does not exist raised KeyError\('absent'\) instead of ObjectNotFound"),
+        (KeepingDelete, r"list\(\) after delete returned"),
+    ],
+)
+def test_check_store_describes_what_a_broken_store_does(broken: type[MemoryStore], message: str) -> None:
+    with pytest.raises(StoreError if broken is StrictRead else AssertionError, match=message):
+        check_store(broken())
 
 
 def test_open_store_returns_a_store_unchanged() -> None:

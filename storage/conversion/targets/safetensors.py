@@ -39,7 +39,7 @@ class SafetensorsTarget:
 
         Raises:
             DtypeError: safetensors does not have the dtype of a tensor.
-            ArgumentError: The name of a tensor is reserved.
+            ArgumentError: the name of a tensor is reserved.
         """
         _check_dtypes(items)
         files: list[list[Piece]] = [[]]
@@ -90,7 +90,7 @@ def _check_dtypes(items: Sequence[Item]) -> None:
     """Check that safetensors has the dtype of every item.
 
     Raises:
-        DtypeError: It does not.
+        DtypeError: it does not.
     """
     lacking = [item for item in items if item.dtype not in SAFETENSORS_DTYPES]
     if not lacking:

@@ -51,9 +51,9 @@ class ConversionTarget(Protocol):
         """Write the objects of a unit. Objects that a killed run left are replaced.
 
         Args:
-            label: Identifies the conversion and the rank. It is part of object names that must be unique.
-            stream: Reads the pieces of the unit.
-            interrupt: Called regularly. If it raises an error, the writing stops with this error.
+            label: identifies the conversion and the rank. It is part of object names that must be unique.
+            stream: reads the pieces of the unit.
+            interrupt: called regularly. If it raises an error, the writing stops with this error.
         """
 
     def commit(
@@ -62,17 +62,17 @@ class ConversionTarget(Protocol):
         """Return the bytes of the object that commits the checkpoint, after all units have been written.
 
         Args:
-            location: The location of the store.
-            records: The records of all units, in order.
-            paths: The paths of items in the state dict that was saved, if they are known.
+            location: the location of the store.
+            records: the records of all units, in order.
+            paths: the paths of items in the state dict that was saved, if they are known.
         """
 
     def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
         """Return the names of objects that killed runs of a conversion left, and that the checkpoint does not need.
 
         Args:
-            conversion: The start of all labels of the conversion.
-            names: The names of all objects.
+            conversion: the start of all labels of the conversion.
+            names: the names of all objects.
         """
 
 

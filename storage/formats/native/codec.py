@@ -131,7 +131,7 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
 
     Args:
         values: (nbytes,) uint8, the little-endian values of equal chunks, one chunk after another.
-        numel: How many values each chunk has.
+        numel: how many values each chunk has.
 
     Returns:
         The encoded bytes of each chunk.
@@ -217,14 +217,14 @@ class Planes:
         """Read the tables in front of the planes.
 
         Args:
-            data: The bytes that contain the chunks.
+            data: the bytes that contain the chunks.
             begins, ends: (chunks,) the byte range of each chunk in `data`.
-            count: The number of planes of each chunk.
-            numel: The number of elements of each plane.
-            whole: Whether the chunks contain nothing after the last plane.
+            count: the number of planes of each chunk.
+            numel: the number of elements of each plane.
+            whole: whether the chunks contain nothing after the last plane.
 
         Raises:
-            CorruptCheckpointError: A table is not valid.
+            CorruptCheckpointError: a table is not valid.
         """
         firsts = begins + 4 * count
         _require(bool((firsts <= ends).all()), "the table of planes is cut short")
@@ -243,8 +243,8 @@ class Planes:
         """Return an iterator over the bytes of one plane of each chunk.
 
         Raises:
-            CorruptCheckpointError: A plane does not declare `numel` bytes.
-            ZstdError: A plane cannot be decompressed. Also raised by the iterator.
+            CorruptCheckpointError: a plane does not declare `numel` bytes.
+            ZstdError: a plane cannot be decompressed. Also raised by the iterator.
         """
         slices = map(slice, self.starts[:, plane].tolist(), self.stops[:, plane].tolist())
         compressed = self.compressed[:, plane]
@@ -272,16 +272,16 @@ def decode(planes: Planes, counts: Iterable[int], dtype: str) -> Iterator[npt.ND
     """Decode chunks that are stored as one whole stream each.
 
     Args:
-        planes: The planes of the chunks.
-        counts: The number of chunks to decode in each step.
-        dtype: The dtype of the values.
+        planes: the planes of the chunks.
+        counts: the number of chunks to decode in each step.
+        dtype: the dtype of the values.
 
     Yields:
         For each of `counts`, the values of the next chunks, one chunk after another, as bytes or as unsigned integers.
         The array may be scratch memory of this thread, which is valid until the next step.
 
     Raises:
-        CorruptCheckpointError: The bytes cannot be decoded.
+        CorruptCheckpointError: the bytes cannot be decoded.
     """
     return decode_heads(planes, counts) if dtype == "bfloat16" else _join_bytes(planes, counts)
 
@@ -320,9 +320,9 @@ def decode_heads_and_tails(
     """Decode the float32 values of chunks from their two streams. See `decode`.
 
     Args:
-        heads, tails: The planes of each stream.
+        heads, tails: the planes of each stream.
         ends: (chunks,) the end of each chunk's tails. The exceptions are before it.
-        counts: See `decode`.
+        counts: see `decode`.
     """
     numel = heads.numel
     head_words, tail_words = decode_heads(heads, counts), _join_bytes(tails, counts)
@@ -421,9 +421,9 @@ def _join_planes(
 
     Args:
         planes: (chunks * n,) uint8 each, the planes of all chunks.
-        after: The bytes that follow the planes of each chunk.
-        floats: Whether the planes are of floating-point values, which only entropy coding makes smaller.
-        exponents_first: Whether the first plane has the exponents of bfloat16 values.
+        after: the bytes that follow the planes of each chunk.
+        floats: whether the planes are of floating-point values, which only entropy coding makes smaller.
+        exponents_first: whether the first plane has the exponents of bfloat16 values.
     """
     compress = _zstd.entropy if floats else _zstd.matches
     may_pay = [(exponents_first and at == 0) or _may_pay(plane, n, compress) for at, plane in enumerate(planes)]
@@ -469,4 +469,4 @@ def _require(condition: bool, message: str) -> None:
 def check_codec(codec: str) -> None:
     """Raise ArgumentError if there is no codec of this name."""
     if codec not in CODECS:
-        raise ArgumentError(f"codec must be one of {CODECS}, got {codec!r}")
+        raise ArgumentError(f"codec must be {' or '.join(map(repr, CODECS))}, got {codec!r}")

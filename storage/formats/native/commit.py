@@ -25,7 +25,7 @@ def refuse_if_there(store: Store, *, overwrite: bool) -> None:
     found.
 
     Raises:
-        CheckpointExistsError: There is a checkpoint. For reshard's own format, the commit checks this again.
+        CheckpointExistsError: there is a checkpoint. For reshard's own format, the commit checks this again.
     """
     with contextlib.suppress(ObjectNotFoundError):
         store.read(MANIFEST_NAME, 0, 1)
@@ -54,16 +54,16 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
     two manifests are equal.
 
     Args:
-        store: The store of the checkpoint.
-        manifest: The bytes of the manifest.
-        objects: The names of all data objects, which must exist.
-        overwrite: Whether to replace a checkpoint.
-        rank: The rank that commits, for error messages.
+        store: the store of the checkpoint.
+        manifest: the bytes of the manifest.
+        objects: the names of all data objects, which must exist.
+        overwrite: whether to replace a checkpoint.
+        rank: the rank that commits, for error messages.
 
     Raises:
-        CheckpointExistsError: Another save has committed, and this one certainly has not.
-        StoreError: Data objects are missing or cannot be listed, or objects that are replaced cannot be removed.
-        CommitError: The write failed, and the store does not have the manifest. The manifest may still appear.
+        CheckpointExistsError: another save has committed, and this one certainly has not.
+        StoreError: data objects are missing or cannot be listed, or objects that are replaced cannot be removed.
+        CommitError: the write failed, and the store does not have the manifest. The manifest may still appear.
     """
     replaced: set[str] = set()
     if overwrite:

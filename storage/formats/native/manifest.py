@@ -122,7 +122,7 @@ class Manifest:
         """Return the manifest in a store, or None if there is none. A small manifest takes one request.
 
         Raises:
-            CorruptCheckpointError, UnsupportedVersionError, StoreError: The manifest cannot be read.
+            CorruptCheckpointError, UnsupportedVersionError, StoreError: the manifest cannot be read.
         """
         try:
             source = _ManifestBytes(store)
@@ -179,8 +179,8 @@ class Manifest:
         """Return an index with the regions that some reads need, or with all regions. It may contain more.
 
         Raises:
-            CorruptCheckpointError, StoreError: The blocks cannot be read.
-            MissingTensorError: A name is missing. Only a large manifest checks this here.
+            CorruptCheckpointError, StoreError: the blocks cannot be read.
+            MissingTensorError: a name is missing. Only a large manifest checks this here.
         """
         if wants is None or self._is_small:
             wanted = frozenset(range(len(self._blocks)))
@@ -289,9 +289,14 @@ def _min_size(first: bytes) -> int:
 
 def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
     """Return the header, the position where it ends, and the position where the manifest should end."""
-    if len(source.first) < _HEADER_START or not source.first.startswith(MAGIC):
+    if not source.first.startswith(MAGIC[: len(source.first)]):
         raise CorruptCheckpointError(
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
+        )
+    if len(source.first) < _HEADER_START:
+        raise CorruptCheckpointError(
+            f"the manifest {source.where} is truncated: it has {len(source.first)} bytes, but should have at least "
+            f"{_HEADER_START}; load a copy or an older checkpoint"
         )
     _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
     if version not in READABLE_VERSIONS:
@@ -381,9 +386,9 @@ def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dic
     """Return the bytes of a manifest.
 
     Args:
-        index: The index of the checkpoint.
-        paths: Where entries were in the saved state dict.
-        info: What wrote the checkpoint, and when.
+        index: the index of the checkpoint.
+        paths: where entries were in the saved state dict.
+        info: what wrote the checkpoint, and when.
     """
     parts, blocks, encoded = encode_blocks(index)
     found = {name: path_to_json(path) for name, path in paths.items()}

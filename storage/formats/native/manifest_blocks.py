@@ -88,13 +88,13 @@ class BlockTable:
         A region with elements has at least one segment, so the counts cannot exceed the bytes that are read.
 
         Args:
-            rows: The rows: the counts and the checksum of each block.
-            start: The first byte of the first block.
-            regions: The number of regions of all entries.
-            empty: The regions of tensors without elements, sorted.
+            rows: the rows: the counts and the checksum of each block.
+            start: the first byte of the first block.
+            regions: the number of regions of all entries.
+            empty: the regions of tensors without elements, sorted.
 
         Raises:
-            ValueError: The counts are impossible.
+            ValueError: the counts are impossible.
         """
         numbers = [row[:-1] for row in rows]
         fit = all(
@@ -121,7 +121,7 @@ def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], BlockT
     """Encode an index as blocks.
 
     Args:
-        index: The index, with one region for each entry.
+        index: the index, with one region for each entry.
 
     Returns:
         Into how many parts regions divide each dimension of each entry; the table of the blocks, as if the first began
@@ -201,17 +201,17 @@ def decode_blocks(
     """Decode blocks to the index of the regions that they contain.
 
     Args:
-        blocks: The table of all blocks.
-        read: The rows of the blocks to decode, in order, each with its bytes.
-        entries: The entries of the whole checkpoint.
-        parts: Into how many parts regions divide each dimension of each entry.
+        blocks: the table of all blocks.
+        read: the rows of the blocks to decode, in order, each with its bytes.
+        entries: the entries of the whole checkpoint.
+        parts: into how many parts regions divide each dimension of each entry.
         first_regions: (entries + 1,) the number of each entry's first region.
-        objects: Name and size of the data objects of the whole checkpoint.
-        where: The location of the manifest, for error messages.
+        objects: name and size of the data objects of the whole checkpoint.
+        where: the location of the manifest, for error messages.
 
     Raises:
-        CorruptCheckpointError: A block is damaged.
-        InvalidIndexError: The index is impossible.
+        CorruptCheckpointError: a block is damaged.
+        InvalidIndexError: the index is impossible.
     """
     found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in BLOCK_COLUMNS}
     known = 0

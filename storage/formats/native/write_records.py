@@ -94,11 +94,11 @@ def assemble_index(
     """Build the index of a checkpoint.
 
     Args:
-        objects: The data objects of all ranks.
-        empty: The dtype and shape of tensors without elements, for which nothing was written.
+        objects: the data objects of all ranks.
+        empty: the dtype and shape of tensors without elements, for which nothing was written.
 
     Raises:
-        ArgumentError: Ranks used different grids for a tensor, because they saved with different codecs.
+        ArgumentError: ranks used different grids for a tensor, because they saved with different codecs.
     """
     shards = sorted(
         ((shard, at) for at, record in enumerate(objects) for shard in record.shards),

@@ -161,20 +161,20 @@ def load_inert(
     """Unpickle inert data.
 
     Args:
-        data: Bytes that begin with the pickle. Bytes after its end are ignored.
-        allowed: The replacement of each allowed class and function, by module and name. A dtype of torch is replaced by
+        data: bytes that begin with the pickle. Bytes after its end are ignored.
+        allowed: the replacement of each allowed class and function, by module and name. A dtype of torch is replaced by
             its name.
-        where: The name of the pickle in error messages.
-        persistent_load: A function from a persistent id to the object that replaces it. By default, a persistent id is
+        where: the name of the pickle in error messages.
+        persistent_load: a function from a persistent id to the object that replaces it. By default, a persistent id is
             an error.
-        allow_unknown: Whether other classes and functions become an `UnknownObject`. By default they are an error.
+        allow_unknown: whether other classes and functions become an `UnknownObject`. By default they are an error.
 
     Returns:
         The unpickled data, and the position of the first byte after the pickle.
 
     Raises:
-        UnsafeValueError: The pickle names another class or function.
-        CorruptCheckpointError: The data is not a pickle, or is one that no honest writer makes.
+        UnsafeValueError: the pickle names another class or function.
+        CorruptCheckpointError: the data is not a pickle, or is one that no honest writer makes.
     """
 
     unknown: dict[tuple[str, str], type[UnknownObject]] = {}

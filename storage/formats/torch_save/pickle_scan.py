@@ -122,11 +122,11 @@ def check_pickle(data: bytes, *, calls: bool = True) -> None:
     This follows the opcodes to the end and creates no objects. It accepts the opcodes that protocols 2 to 5 write.
 
     Args:
-        data: The pickle. Bytes after its end are ignored.
-        calls: Whether the unpickler calls the classes and functions of torch and Python, as torch.load does.
+        data: the pickle. Bytes after its end are ignored.
+        calls: whether the unpickler calls the classes and functions of torch and Python, as torch.load does.
 
     Raises:
-        ValueError, LookupError: The pickle is malformed, or does something that no honest pickle does.
+        ValueError, LookupError: the pickle is malformed, or does something that no honest pickle does.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"the pickle has {len(data)} bytes, more than {MAX_PICKLE_BYTES}")

@@ -33,15 +33,15 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     """Decode the values of a shard.
 
     Args:
-        data: A torch.save file of one tensor, or a zstd stream of one.
-        dtype: The planner's name of the expected dtype.
-        shape: The expected shape.
+        data: a torch.save file of one tensor, or a zstd stream of one.
+        dtype: the planner's name of the expected dtype.
+        shape: the expected shape.
 
     Returns:
         (nbytes,) uint8, the row-major values. A view of `data` if possible.
 
     Raises:
-        CorruptCheckpointError: The data contains something else, or cannot be read.
+        CorruptCheckpointError: the data contains something else, or cannot be read.
     """
     begin = locate_values(bytes(data[:MAX_PREAMBLE_BYTES]), len(data), dtype, shape)
     if begin is not None:  # no copy is needed
@@ -72,7 +72,7 @@ def load_checked(content: bytes) -> Any:
     file.
 
     Raises:
-        Exception: The data is not a torch.save file, or needs more of pickle than weights_only=True allows.
+        Exception: the data is not a torch.save file, or needs more of pickle than weights_only=True allows.
     """
     rewritten = io.BytesIO()
     with zipfile.ZipFile(rewritten, "w") as archive:
@@ -90,7 +90,7 @@ def check_file(content: bytes) -> dict[str, memoryview]:
         The contents of its records, by their names in the folder of the zip.
 
     Raises:
-        ValueError, LookupError: The data is not a torch.save file, or its pickle does not pass `check_pickle`.
+        ValueError, LookupError: the data is not a torch.save file, or its pickle does not pass `check_pickle`.
     """
     records = _by_key(contents(memoryview(content)))
     if "data.pkl" not in records:

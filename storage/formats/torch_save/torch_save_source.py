@@ -73,16 +73,16 @@ class TorchSaveSource(ForeignSource):
         """Read the structure of the files.
 
         Args:
-            reads: The store.
-            names: The files: one, or several that contain parts of one state dict.
-            weight_map: The index that says which file contains which tensor, if there is one.
+            reads: the store.
+            names: the files: one, or several that contain parts of one state dict.
+            weight_map: the index that says which file contains which tensor, if there is one.
 
         Raises:
-            CorruptCheckpointError: A file is damaged.
-            UnsafeValueError: A file needs more of pickle than weights_only=True allows.
-            UnsupportedFormatError: A file is of a kind that only torch.load can read.
-            ObjectNotFoundError: A file is missing.
-            StoreError: The store cannot be read.
+            CorruptCheckpointError: a file is damaged.
+            UnsafeValueError: a file needs more of pickle than weights_only=True allows.
+            UnsupportedFormatError: a file is of a kind that only torch.load can read.
+            ObjectNotFoundError: a file is missing.
+            StoreError: the store cannot be read.
         """
         super().__init__(reads, existing_files(reads, names, weight_map))
         self._is_folder = weight_map is not None or len(self.objects) > 1
@@ -144,11 +144,11 @@ class _File:
         """Read the structure of a file.
 
         Args:
-            reads: The store.
-            at: The position of the file in the source's `objects`.
-            name: The name of the file.
-            nbytes: The size of the file.
-            room: How many characters further names may have, in all files. See `flatten`.
+            reads: the store.
+            at: the position of the file in the source's `objects`.
+            name: the name of the file.
+            nbytes: the size of the file.
+            room: how many characters further names may have, in all files. See `flatten`.
         """
         self._reads = reads
         self.at = at
@@ -246,8 +246,8 @@ class _File:
         """Return what was saved, with tensors that have no memory.
 
         Args:
-            data: The pickle.
-            storages: A dict to fill with the untyped and the typed storages, by the keys of their records.
+            data: the pickle.
+            storages: a dict to fill with the untyped and the typed storages, by the keys of their records.
         """
 
         def storage_of(pid: Any) -> Any:

@@ -83,10 +83,10 @@ def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ..
     """Find the row-major values of a tensor in a torch.save file.
 
     Args:
-        preamble: The first MAX_PREAMBLE_BYTES of the file, or the whole file.
-        nbytes: The size of the file.
-        dtype: The planner's name of the tensor's dtype.
-        shape: The tensor's shape.
+        preamble: the first MAX_PREAMBLE_BYTES of the file, or the whole file.
+        nbytes: the size of the file.
+        dtype: the planner's name of the tensor's dtype.
+        shape: the tensor's shape.
 
     Returns:
         The first byte of the values in the file. None if they are not row-major in one byte range, if they are of

@@ -57,11 +57,11 @@ def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
     """Find the directory of a zip.
 
     Args:
-        tail: The last END_BYTES of the file or more, or the whole file.
-        nbytes: The size of the file.
+        tail: the last END_BYTES of the file or more, or the whole file.
+        nbytes: the size of the file.
 
     Raises:
-        NotATorchZipError: There is no directory, or it is not as torch.save writes it.
+        NotATorchZipError: there is no directory, or it is not as torch.save writes it.
     """
     start = nbytes - len(tail)
     found = tail.rfind(b"PK\5\6", max(0, len(tail) - MAX_TRAILING - _END.size), len(tail) - _END.size + 4)
@@ -171,11 +171,11 @@ def content_begins(record: ZipRecord, header: bytes) -> int:
     """Return the first byte of a record's content in the file.
 
     Args:
-        record: The record.
-        header: Its local header with the name, LOCAL_BYTES + `record.name_bytes` bytes.
+        record: the record.
+        header: its local header with the name, LOCAL_BYTES + `record.name_bytes` bytes.
 
     Raises:
-        NotATorchZipError: The header is that of another record.
+        NotATorchZipError: the header is that of another record.
     """
     if len(header) < _LOCAL.size:
         raise NotATorchZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
