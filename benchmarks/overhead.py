@@ -1,6 +1,6 @@
 """The overhead of a load, compared with bare reads of the same byte ranges.
 
-    python -m benchmarks.overhead [--stores local s3 slow-s3] [--ranks 1 4] [--layers N] [--repeat N]
+    python -m benchmarks.overhead [--stores local s3 slow-s3] [--ranks 1 4] [--layers N] [--matrices N] [--repeat N]
 
 1 rank and 4 TP ranks load a checkpoint of the MLP, which 4 FSDP ranks saved with codec "none". For comparison, the same
 ranks read the byte ranges of their plans without anything else. On a disk, they use os.preadv, into buffers that are
@@ -9,6 +9,8 @@ requests as reshard. On a disk, two more contenders do what every load must do: 
 their destination, or in a buffer from which they copy them to the destination. The contenders take turns. A run lasts
 from one barrier to the next. GB/s are those of all ranks together. A load also opens the manifest, plans, verifies
 checksums, and copies into the tensors.
+
+A second table compares the processor time of a load with that of a bare loop in one process (`bare_loop.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +34,7 @@ import torch
 from fsspec.asyn import sync
 
 import reshard
+from benchmarks import bare_loop
 from benchmarks.common import Row, alternate, arguments_of, header, installed, line, median, positive, write
 from benchmarks.contenders import State
 from benchmarks.models import TP_PLAN, mlp, under
@@ -241,6 +246,7 @@ def run(stores: list[BenchmarkStore], counts: list[int], layers: int, repeat: in
 
 def draw(rows: list[Row], figure: Any) -> None:
     """Draw bars of GB/s, one plot per store."""
+    rows = [row for row in rows if "store" in row]
     stores = list(dict.fromkeys(row["store"] for row in rows))
     for axes, store in zip(figure.subplots(1, len(stores), squeeze=False)[0], stores, strict=True):
         here = [row for row in rows if row["store"] == store]
@@ -265,6 +271,9 @@ def main(argv: list[str] | None = None) -> None:
         "--layers", type=positive, default=32, help="the number of layers, of 16.8 MB each (default: %(default)s)"
     )
     parser.add_argument(
+        "--matrices", type=positive, default=8, help="the matrices of the second table, of 117 MB each (default: 8)"
+    )
+    parser.add_argument(
         "--repeat", type=positive, default=5, help="timed runs of each contender (default: %(default)s)"
     )
     parser.add_argument(
@@ -273,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with opened(arguments.stores, arguments.folder) as stores:
         rows = run(stores, arguments.ranks, arguments.layers, arguments.repeat)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        rows += bare_loop.run(Path(folder), arguments.matrices, arguments.repeat)
     write(arguments, rows, draw)
 
 
