@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import json
 import os
 import time
 import uuid
@@ -31,6 +32,7 @@ from .formats.native.codec import check_codec
 from .formats.native.commit import commit, refuse_if_there
 from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, assemble_index
+from .formats.user_metadata import plain_metadata
 from .formats.value_codec import EncodedValue, encode_value, needs_pickle
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
@@ -47,7 +49,7 @@ from .tensors.dtypes import dtype_name
 from .tensors.name_patterns import quoted
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
 from .version import __version__
-from .writing.agreement import ValueDescription, agreed_paths
+from .writing.agreement import ValueDescription, agreed_paths, check_same_metadata
 from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
@@ -64,7 +66,7 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: whether to replace an existing checkpoint, as DCP's own writers do. The old checkpoint can be read
             until the new one is committed; then its data is removed. Checkpoints of other tools and unfinished
             conversions are never replaced: the save raises CheckpointExistsError.
-        allow_pickle, budget_bytes: see `reshard.save`.
+        allow_pickle, budget_bytes, metadata: see `reshard.save`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: bool = True,
         allow_pickle: bool = True,
         budget_bytes: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         check_codec(codec)
         check_budget(budget_bytes)
@@ -86,6 +89,7 @@ class StorageWriter(dcp.StorageWriter):
         self._overwrite = overwrite
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
+        self._metadata = plain_metadata(metadata)
         self._rank = 0
         self._opened: Store | None = None
         self._written: list[ObjectRecord] = []
@@ -126,12 +130,14 @@ class StorageWriter(dcp.StorageWriter):
     @undisturbed()
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Describe the values, before the planner assigns each replica to one rank."""
-        return replace(plan, storage_data=_described(plan))
+        return replace(plan, storage_data=(_described(plan), json.dumps(self._metadata, sort_keys=True)))
 
     @raises_portable
     @undisturbed()
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        agreed_paths([plan.storage_data or {} for plan in plans])
+        kept = [plan.storage_data for plan in plans if plan.storage_data]  # a custom planner may drop it
+        check_same_metadata([metadata for _, metadata in kept])
+        agreed_paths([described for described, _ in kept])
         return [replace(plan, storage_data=None) for plan in plans]
 
     @raises_portable
@@ -200,7 +206,7 @@ class StorageWriter(dcp.StorageWriter):
             "ranks": len(results),
             "save_id": self.save_id,
         }
-        manifest = encode_manifest(index, paths, info)
+        manifest = encode_manifest(index, paths, info, self._metadata)
         reports = [_report(rank, *written) for rank, written in enumerate(by_rank)]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1

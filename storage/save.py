@@ -17,6 +17,7 @@ from ..planner.errors import CheckpointError
 from .dcp_writer import StorageWriter
 from .errors import ArgumentError, CommitError
 from .formats.native.codec import check_codec
+from .formats.user_metadata import plain_metadata
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -50,6 +51,7 @@ def save(
     overwrite: bool = False,
     allow_pickle: bool = True,
     budget_bytes: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: OnProgress = False,
 ) -> Report:
     """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
@@ -76,6 +78,9 @@ def save(
         budget_bytes: the memory that this rank may use in addition to the state dict. Default: the smaller of 2 GiB and
             a tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
             torchrun sets), but at least 64 MiB.
+        metadata: plain data to store with the checkpoint, such as the step and metrics: a dict of strings, numbers
+            (NaN and infinity included), booleans, None, lists and dicts with string keys, up to 1 MiB as JSON. All
+            ranks pass the same. `Checkpoint.metadata` returns it without reading tensors.
         progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank.
 
     Returns:
@@ -88,7 +93,7 @@ def save(
         UnsupportedValueError, DtypeError, LayoutError: the state dict contains something that cannot be stored.
         DestinationError: two values have the same name.
         ArgumentError: an argument is not valid, `state_dict` is not a mapping, or the ranks passed different locations,
-            codecs, or different dtypes, shapes or kinds of values for one name.
+            codecs or metadata, or different dtypes, shapes or kinds of values for one name.
         RankError: any other error.
     """
     begin = time.perf_counter()
@@ -97,6 +102,7 @@ def save(
     def prepare() -> tuple[str | None, str]:
         check_codec(codec)
         check_budget(budget_bytes)
+        plain_metadata(metadata)
         leaves.update(flatten(stateful_to_state(state_dict)))
         return None if isinstance(uri, Store) else str(uri), codec
 
@@ -106,7 +112,12 @@ def save(
         if len(passed) > 1:
             raise ArgumentError(f"the ranks of one save passed different {what}: {', '.join(sorted(passed))}")
     writer = StorageWriter(
-        uri, codec=codec, storage_options=storage_options, overwrite=overwrite, budget_bytes=budget_bytes
+        uri,
+        codec=codec,
+        storage_options=storage_options,
+        overwrite=overwrite,
+        budget_bytes=budget_bytes,
+        metadata=metadata,
     )
     rank = rank_of(process_group)
     writer.alarm, writer.meter = Alarm(process_group), Meter("save", progress, rank=rank)
@@ -115,7 +126,7 @@ def save(
         with warnings.catch_warnings(), naming_lost_ranks(writer.arrivals):
             # Saving from one process is intended here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            metadata = dcp_save(
+            saved = dcp_save(
                 {name: leaf.value for name, leaf in leaves.items()},
                 storage_writer=writer,
                 planner=SavePlanner(leaves, allow_pickle=allow_pickle),
@@ -134,7 +145,7 @@ def save(
     finally:
         writer.alarm.close()
     writer.arrivals.forget()
-    ranks = [RankReport(**report) for report in metadata.storage_data]
+    ranks = [RankReport(**report) for report in saved.storage_data]
     plan_s, total_s = writer.planned_at - begin, time.perf_counter() - begin
     stages = dict(ranks[rank].seconds)
     commit_s = total_s - plan_s - stages.pop("total")  # includes waiting for the slowest rank

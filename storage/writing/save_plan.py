@@ -120,7 +120,9 @@ class SavePlanner(DefaultSavePlanner):
         paths = agreed_paths(described)
         plans = assign_replicas([[item for item in plan.items if item.index.fqn in paths] for plan in all_plans])
         check_coverage(plans, paths)
-        self.global_plan, metadata = create_default_global_save_plan([SavePlan(items) for items in plans])
+        self.global_plan, metadata = create_default_global_save_plan(
+            [replace(plan, items=items, planner_data=None) for plan, items in zip(all_plans, plans, strict=True)]
+        )
         self.metadata = replace(metadata, planner_data=paths, storage_data=differing_names(described))
         return self.global_plan, self.metadata
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -321,6 +322,12 @@ def test_plan_is_for_the_own_store_or_another_one(tmp_path: Path) -> None:
     assert [row["bytes_fetched"] for row in told] == [plan.report.bytes_fetched for plan in here]
     far = as_json("plan", tmp_path / "a", *rules, "--latency", 50)["ranks"]
     assert far[0]["bytes_fetched"] > 2 * told[0]["bytes_fetched"]
+
+
+def test_inspect_shows_metadata(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "c", metadata={"step": 1000, "loss": math.nan})
+    assert as_json("inspect", tmp_path / "c")["metadata"] == {"step": 1000, "loss": "nan"}
+    assert "\n  step: 1000\n  loss: nan\n" in call("inspect", tmp_path / "c")
 
 
 def test_inspect_accepts_patterns(tmp_path: Path) -> None:
