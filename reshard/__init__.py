@@ -49,33 +49,45 @@ if TYPE_CHECKING:
     from .storage.runtime.reports import Report as Report
     from .storage.save import save as save
     from .storage.stores.base import Store as Store
+    from .storage.training.manager import CheckpointManager as CheckpointManager
+    from .storage.training.policies import Policy as Policy
+    from .storage.training.policies import SavedStep as SavedStep
+    from .storage.training.policies import best as best
+    from .storage.training.policies import every as every
+    from .storage.training.policies import latest as latest
 
 __all__ = [
     "Box",
     "Cast",
     "Checkpoint",
+    "CheckpointManager",
     "DamagedChunk",
     "Difference",
     "FoundCheckpoint",
     "Layout",
     "Mesh",
+    "Policy",
     "Progress",
     "RankReport",
     "Remains",
     "Removal",
     "Report",
+    "SavedStep",
     "StorageReader",
     "StorageWriter",
     "Store",
     "TensorInfo",
     "__version__",
+    "best",
     "convert",
     "diff",
     "errors",
+    "every",
     "find_checkpoints",
     "find_removal",
     "formats",
     "gc",
+    "latest",
     "layout",
     "load",
     "open",
@@ -104,6 +116,8 @@ _HOMES = {
     "storage.runtime.reports": ("Cast", "RankReport", "Report"),
     "storage.save": ("save",),
     "storage.stores.base": ("Store",),
+    "storage.training.manager": ("CheckpointManager",),
+    "storage.training.policies": ("Policy", "SavedStep", "best", "every", "latest"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,6 +17,7 @@ from .storage.errors import DtypeError as DtypeError
 from .storage.errors import NotCommittedError as NotCommittedError
 from .storage.errors import ObjectNotFoundError as ObjectNotFoundError
 from .storage.errors import RankError as RankError
+from .storage.errors import RunInUseError as RunInUseError
 from .storage.errors import StoreError as StoreError
 from .storage.errors import UnavailableError as UnavailableError
 from .storage.errors import UnsafeValueError as UnsafeValueError

@@ -9,6 +9,7 @@ CheckpointError
 ├── CheckpointNotFoundError (FileNotFoundError)     fix the call: there is no checkpoint at this location
 │   └── NotCommittedError                           save again: there is only what an unfinished save wrote
 ├── CheckpointExistsError (FileExistsError)         fix the call: pass overwrite=True to replace the checkpoint
+├── RunInUseError                                   end the other run: two managers save to one location
 ├── UnsupportedURIError                             fix the call, or install the package for the protocol
 ├── UnsupportedVersionError                         upgrade: a newer reshard wrote the checkpoint
 ├── UnsupportedFormatError                          convert the checkpoint with the tool that wrote it
@@ -65,6 +66,10 @@ class NotCommittedError(CheckpointNotFoundError):
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
     """A checkpoint exists at this location, and `overwrite` is False."""
+
+
+class RunInUseError(CheckpointError):
+    """Another CheckpointManager saves to this location."""
 
 
 class UnsupportedURIError(CheckpointError):

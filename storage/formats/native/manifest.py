@@ -302,6 +302,11 @@ def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
         )
     _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
     if version not in READABLE_VERSIONS:
+        if _is_of_readable_version(source, header_bytes, total):
+            raise CorruptCheckpointError(
+                f"the manifest {source.where} has the version {version}, which does not match its checksum: it is "
+                "damaged"
+            )
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise UnsupportedVersionError(
             f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
@@ -319,6 +324,16 @@ def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
         return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
     except MALFORMED_ERRORS as error:
         raise _contradiction(source.where, error) from error
+
+
+def _is_of_readable_version(source: _ManifestBytes, header_bytes: int, total: int) -> bool:
+    """Return whether only the version field of a manifest is damaged: its checksum is right for another version."""
+    if header_bytes > len(source.first):
+        return False
+    text = source.first[_HEADER_START : _HEADER_START + header_bytes]
+    expected = _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0]
+    prefixes = (_PREFIX.pack(MAGIC, readable, header_bytes, total) for readable in READABLE_VERSIONS)
+    return any(checksum(prefix + text) == expected for prefix in prefixes)
 
 
 def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
