@@ -25,7 +25,7 @@ from ..runtime.logs import logger_of
 from ..runtime.threads import Pool, current_stop
 
 logger = logger_of(__name__)
-POLL_EVERY_S = 1.0
+POLL_EVERY_S = 0.5
 """How often each rank looks for a request of another rank."""
 POLL_WHILE_PENDING_S = 0.02
 MAX_WAIT_S = 600.0
@@ -109,7 +109,7 @@ class AgreedSaves:
                     self._unserved.add(kind)
 
     def _wait_for_choice(self) -> None:
-        """Wait until rank 0 has chosen the call. The threads of all ranks take part, whatever the ranks do meanwhile."""
+        """Wait until rank 0 has chosen the call. The threads of all ranks answer, whatever the ranks do meanwhile."""
         if not self._changed.wait_for(lambda: self._chosen is not None or self._failure is not None, MAX_WAIT_S):
             raise RankError(
                 f"a save was requested, but some ranks did not answer within {MAX_WAIT_S:g} s: they have ended, or "
@@ -144,10 +144,10 @@ class AgreedSaves:
         if chosen is not None:
             return False
         key = f"{self._key}/{now}"
-        for kind in unserved:
+        for kind in sorted(unserved):
             self._store.set(f"{key}/{kind}", "")
-        is_pending = bool(unserved) or any(self._store.check([f"{key}/{kind}"]) for kind in (SAVE, STOP))
-        if not is_pending:
+            self._store.set(f"{key}/any", "")
+        if not unserved and not self._store.check([f"{key}/any"]):
             return False
         if not answered:
             with self._changed:

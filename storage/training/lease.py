@@ -87,6 +87,10 @@ def _has_ended(holder: Holder) -> bool:
     return holder.process != f"{machine} {holder.pid} {_start_of(holder.pid)}"
 
 
+def _is_same_process(first: Holder, second: Holder) -> bool:
+    return (first.host, first.pid, first.process) == (second.host, second.pid, second.process)
+
+
 class Lease:
     """The right to write to a run. Creating it takes the lease, or raises RunInUseError.
 
@@ -161,12 +165,10 @@ class Lease:
     def _acquire(self, expires_after_s: float) -> int:
         number = max(self._numbers(), default=0)
         holder = self._read(number) if number else None
-        if holder is not None and not holder.released and self._holder.process in (holder.process, ""):
-            if (holder.host, holder.pid) == (self._holder.host, self._holder.pid):
-                raise RunInUseError(
-                    f"{self._store.location} is managed by another CheckpointManager of this process: close that one "
-                    "first"
-                )
+        if holder is not None and not holder.released and _is_same_process(holder, self._holder):
+            raise RunInUseError(
+                f"{self._store.location} is managed by another CheckpointManager of this process: close that one first"
+            )
         if holder is not None and not self._may_take_over(holder):
             logger.warning(
                 "%s was managed by %s, which ended without closing its manager, or still runs: waiting up to %.0f s "

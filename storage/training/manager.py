@@ -110,7 +110,11 @@ class CheckpointManager:
             )
         self._asynchronous = asynchronous
         self._storage_options = storage_options
-        self._save_options = {"codec": codec, "allow_pickle": allow_pickle, "budget_bytes": budget_bytes}
+        self._save_options: dict[str, Any] = {
+            "codec": codec,
+            "allow_pickle": allow_pickle,
+            "budget_bytes": budget_bytes,
+        }
         self._read_only = read_only
         self._group = _own_group(process_group)
         self._rank = rank_of(self._group)
@@ -308,7 +312,8 @@ class CheckpointManager:
                 progress=progress,
             )
 
-        candidates = self._on_rank_0(lambda run: self._begin_restore(run, wanted), [])
+        none: list[Candidate] = []
+        candidates = self._on_rank_0(lambda run: self._begin_restore(run, wanted), none)
         try:
             if wanted is not None and not any(not candidate.reason for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)

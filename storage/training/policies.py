@@ -96,10 +96,9 @@ def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> Pol
         if saved and not warned and not any(metric in found.metrics for found in saved):
             known = sorted({name for found in saved for name in found.metrics})
             logger.warning(
-                'best(%r) keeps nothing: no checkpoint has this metric; they have: %s. Pass metrics={"%s": ...} to save',
+                "best(%r) keeps nothing: no checkpoint has this metric; they have: %s. Pass it to save() in metrics",
                 metric,
                 ", ".join(map(repr, known)) or "none",
-                metric,
             )
             warned = True
         return [found.step for found in ranked[:count]]

@@ -74,7 +74,7 @@ def test_best_warns_once_if_no_checkpoint_has_the_metric(caplog: pytest.LogCaptu
         assert list(policy(run(1, 2))) == []
         assert list(policy([])) == []
     assert [record.getMessage() for record in caplog.records] == [
-        "best('lss') keeps nothing: no checkpoint has this metric; they have: 'loss'. Pass metrics={\"lss\": ...} to save"
+        "best('lss') keeps nothing: no checkpoint has this metric; they have: 'loss'. Pass it to save() in metrics"
     ]
 
 
@@ -106,7 +106,7 @@ def test_saved_step_is_immutable_and_can_be_pickled() -> None:
     found = run(1)[0]
     with pytest.raises(TypeError):
         found.metrics["loss"] = 2  # type: ignore[index]
-    assert pickle.loads(pickle.dumps(found)) == found
+    assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301
 
 
 @pytest.mark.parametrize(
