@@ -183,10 +183,11 @@ class StorageWriter(dcp.StorageWriter):
         self.meter.expect(sum(shard.nbytes for shard in shards))
         return shards
 
-    def write(self, shards: Sequence[ShardToWrite], writing: WriteObjects = write_objects) -> Written:
+    def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
         """Write shards to new objects.
 
         Args:
+            shards: In the form that `writing` takes.
             writing: Does the work: `write_objects`, or a function that calls it in another process.
 
         Returns:

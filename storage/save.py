@@ -14,8 +14,6 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from .dcp_writer import StorageWriter, WriteObjects, Written
 from .errors import ArgumentError, CommitError
-from .formats.native.codec import check_codec
-from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Arrivals, Exchange
 from .runtime.progress import Meter, OnProgress
@@ -53,7 +51,7 @@ class LocalPlan:
 
 
 class Saving:
-    """A save on one rank. The ranks call `local_plan`, `global_plan` on rank 0, `accept_plan`, `write`, `finish`.
+    """A save on one rank: `open`, `local_plan`, `global_plan` on rank 0, `accept_plan`, `write`, `finish`.
 
     Args:
         uri: As for `save`.
@@ -79,16 +77,17 @@ class Saving:
 
     @property
     def writer(self) -> StorageWriter:
-        """The writer. `local_plan` creates it."""
+        """The writer. `open` creates it."""
         assert self._writer is not None
         return self._writer
 
-    def local_plan(self, state_dict: Mapping[str, Any]) -> LocalPlan:
-        """Plan what this rank would write alone. Raises what `save` raises for this rank's arguments."""
+    @property
+    def codec(self) -> str:
+        return self._options.codec
+
+    def open(self) -> None:
+        """Check the options and open the store. Raises what `save` raises for them."""
         options = self._options
-        check_codec(options.codec)
-        check_budget(options.budget_bytes)
-        leaves = flatten(stateful_to_state(state_dict))
         self._writer = StorageWriter(
             self._uri,
             codec=options.codec,
@@ -99,11 +98,15 @@ class Saving:
         )
         self._writer.meter = self.meter
         self.meter.location = self._writer.store.location
-        self._planner = SavePlanner(leaves, allow_pickle=options.allow_pickle)
+
+    def local_plan(self, state_dict: Mapping[str, Any]) -> LocalPlan:
+        """Plan what this rank would write alone. Raises what `save` raises for the state dict."""
+        leaves = flatten(stateful_to_state(state_dict))
+        self._planner = SavePlanner(leaves, allow_pickle=self._options.allow_pickle)
         self._planner.set_up_planner({name: leaf.value for name, leaf in leaves.items()}, None, self._rank == 0)
-        self._writer.set_up_storage_writer(False, rank=self._rank)
-        plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
-        return LocalPlan(None if isinstance(self._uri, Store) else str(self._uri), options.codec, plan)
+        self.writer.set_up_storage_writer(False, rank=self._rank)
+        plan = self.writer.prepare_local_plan(self._planner.create_local_plan())
+        return LocalPlan(None if isinstance(self._uri, Store) else str(self._uri), self.codec, plan)
 
     def global_plan(self, plans: Sequence[LocalPlan]) -> list[SavePlan]:
         """Compare the plans of all ranks, and assign each replica to one of them. Only rank 0 calls it.
@@ -135,7 +138,7 @@ class Saving:
         """Forget the tensors of the state dict, and `shards`, which read them."""
         self._planner, self.shards = None, []
 
-    def write(self, shards: Sequence[ShardToWrite], writing: WriteObjects = write_objects) -> Written:
+    def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
         """Write shards; see `StorageWriter.write`."""
         return self.writer.write(shards, writing)
 
@@ -230,7 +233,12 @@ def save(
     exchange = Exchange(process_group)
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
     saving = Saving(uri, options, progress, exchange.rank)
-    plan = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
+
+    def local_plan() -> LocalPlan:
+        saving.open()
+        return saving.local_plan(state_dict)
+
+    plan = exchange.through_rank_0(local_plan, saving.global_plan)
     saving.writer.alarm = Alarm(process_group)
 
     def work() -> Written:

@@ -40,7 +40,7 @@ LAYERS = (
     ("reading", "writing"),
     ("conversion",),
     ("maintenance",),
-    ("checkpoint", "dcp_reader", "dcp_writer", "load", "save"),
+    ("async_save", "checkpoint", "dcp_reader", "dcp_writer", "load", "save"),
 )
 """The folders of storage, and the modules beside them, from the lowest to the highest."""
 EVERYBODY_IMPORTS = ("errors", "version")

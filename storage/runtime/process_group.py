@@ -277,6 +277,7 @@ class BackgroundExchange(Exchange):
             ranks = dist.get_process_group_ranks(self._group)
             options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
             self._raw = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+            self._group = self._raw
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
