@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .planner.box import Box as Box
     from .planner.layout import Layout as Layout
     from .planner.layout import Mesh as Mesh
+    from .storage.async_save import AsyncSave as AsyncSave
+    from .storage.async_save import async_save as async_save
+    from .storage.async_save import release_memory as release_memory
     from .storage.checkpoint import Checkpoint as Checkpoint
     from .storage.checkpoint import TensorInfo as TensorInfo
     from .storage.checkpoint import open_checkpoint as open
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from .storage.training.policies import latest as latest
 
 __all__ = [
+    "AsyncSave",
     "Box",
     "Cast",
     "Checkpoint",
@@ -78,6 +82,7 @@ __all__ = [
     "Store",
     "TensorInfo",
     "__version__",
+    "async_save",
     "best",
     "convert",
     "diff",
@@ -93,6 +98,7 @@ __all__ = [
     "open",
     "pictures",
     "plans",
+    "release_memory",
     "remove",
     "save",
     "stores",
@@ -103,6 +109,7 @@ _MODULES = ("errors", "formats", "layout", "pictures", "plans", "stores", "testi
 _HOMES = {
     "planner.box": ("Box",),
     "planner.layout": ("Layout", "Mesh"),
+    "storage.async_save": ("AsyncSave", "async_save", "release_memory"),
     "storage.checkpoint": ("Checkpoint", "TensorInfo"),
     "storage.conversion.convert": ("convert",),
     "storage.dcp_reader": ("StorageReader",),

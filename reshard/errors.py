@@ -8,6 +8,7 @@ from .planner.errors import MissingTensorError as MissingTensorError
 from .planner.errors import ShapeMismatchError as ShapeMismatchError
 from .storage.errors import AccessDeniedError as AccessDeniedError
 from .storage.errors import ArgumentError as ArgumentError
+from .storage.errors import BusyError as BusyError
 from .storage.errors import CheckpointExistsError as CheckpointExistsError
 from .storage.errors import CheckpointNotFoundError as CheckpointNotFoundError
 from .storage.errors import CommitError as CommitError

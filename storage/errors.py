@@ -16,6 +16,7 @@ CheckpointError
 ├── DtypeError                                      fix the call: the stored dtype cannot be cast to the requested one
 ├── DestinationError                                fix the call: the destination cannot be written in place
 ├── UnsupportedValueError                           fix the call: a value of the state dict cannot be stored
+├── BusyError                                       wait: an asynchronous save of the same ranks is still running
 ├── ArgumentError (ValueError)                      fix the call: an argument is not valid
 ├── UnsafeValueError                                decide: reading the value would run pickled code
 ├── CorruptCheckpointError                          do not use it: bytes are damaged, missing or contradictory
@@ -94,6 +95,10 @@ class DestinationError(CheckpointError):
 
 class UnsupportedValueError(CheckpointError):
     """A value that is not a tensor cannot be stored, not even by pickle."""
+
+
+class BusyError(CheckpointError):
+    """An asynchronous save of the same process group is still running, and `busy` is "refuse"."""
 
 
 class ArgumentError(CheckpointError, ValueError):

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from ...planner.masking import masked
+from ..async_save import CHOICES, AsyncSave, async_save
 from ..errors import ArgumentError, CheckpointNotFoundError
 from ..formats.native.codec import check_codec
 from ..formats.user_metadata import plain_metadata
@@ -23,7 +24,7 @@ from ..maintenance.catalog import location_of
 from ..reading.name_matching import LoadOptions
 from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
-from ..runtime.process_group import is_distributed, on_all_ranks, rank_of
+from ..runtime.process_group import BackgroundExchange, is_distributed, on_all_ranks, rank_of
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
@@ -37,6 +38,14 @@ from .run_catalog import check_metrics, metadata_of, step_folder
 
 logger = logger_of(__name__)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A save that runs in the background."""
+
+    handle: AsyncSave
+    decision: SaveDecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,8 @@ class CheckpointManager:
         save_every: `save` saves steps that are divisible by this number. None: it saves at every call.
         keep: policies such as `reshard.latest(3)`. A checkpoint is kept if any policy keeps it. The last one is always
             kept. None keeps all checkpoints.
-        asynchronous: whether training continues while a checkpoint is written. See `reshard.async_save`.
+        asynchronous: whether training continues while a checkpoint is written.
+        staging, background: see `reshard.async_save`. With "overlapped", call `wait_staged` before `optimizer.step()`.
         process_group: the ranks of the run. Default: the default group if there is one.
         storage_options: options of `root` for fsspec.
         codec, allow_pickle, budget_bytes: see `reshard.save`.
@@ -84,6 +94,8 @@ class CheckpointManager:
         save_every: int | None = None,
         keep: Sequence[Policy] | None = None,
         asynchronous: bool = True,
+        staging: Literal["blocking", "overlapped"] = "blocking",
+        background: Literal["thread", "process"] = "process",
         process_group: dist.ProcessGroup | None = None,
         storage_options: Mapping[str, Any] | None = None,
         codec: str = "zstd",
@@ -96,6 +108,7 @@ class CheckpointManager:
         def prepare() -> tuple[str, int | None, bool, str, bool]:
             check_codec(codec)
             check_budget(budget_bytes)
+            self._async_options = _async_options(staging, background) if asynchronous else {}
             self._policies = check_policies(keep)
             self._save_every = None if save_every is None else _whole_number("save_every", save_every, minimum=1)
             self._root = location_of(root)
@@ -122,6 +135,7 @@ class CheckpointManager:
         self._run: Run | None = None
         """The checkpoints, on rank 0."""
         self._reading: list[str] = []
+        self._running: _Running | None = None
 
         def open_run() -> tuple[SavedStep, ...]:
             if self._rank:
@@ -324,6 +338,14 @@ class CheckpointManager:
         self._saved = self._on_rank_0(lambda run: self._end_restore(run, found), ())
         return None if found is None else found.step
 
+    def wait_staged(self) -> None:
+        """Wait until nothing that is done to the tensors changes the checkpoint that is being saved.
+
+        Call it before `optimizer.step()` if `staging` is "overlapped". It returns at once if no save is running.
+        """
+        if self._running is not None:
+            self._running.handle.wait_staged()
+
     def wait(self) -> None:
         """Wait until the running save has finished, and removals too. Collective. Raises the error of the save."""
         self._check_open()
@@ -400,7 +422,15 @@ class CheckpointManager:
         return run.saved()
 
     def _finish_running(self) -> None:
-        """Wait for the running save."""
+        """Wait for the running save, if there is one. Raises its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            error = running.handle.exception()
+            if self._run is not None:
+                self._run.wait_for_saves()
+            if error is not None:
+                raise error
+            self._saved = with_step(self._saved, running.decision.saved)
 
     def _save(
         self,
@@ -429,11 +459,10 @@ class CheckpointManager:
         decision = call.decision
         if decision.is_skipped:
             return False
-        folder = step_folder(step)
         if self._run is not None:
-            self._run.protect([folder])
+            self._run.begin_save(decision)
         try:
-            save(
+            begun = (async_save if self._asynchronous else save)(
                 state_dict,
                 self.location(step),
                 storage_options=self._storage_options,
@@ -441,17 +470,20 @@ class CheckpointManager:
                 overwrite=decision.overwrite,
                 metadata=call.metadata,
                 **self._save_options,
+                **self._async_options,
             )
         except BaseException:
             if self._run is not None:
-                self._run.failed()
+                self._run.end_save(decision, is_committed=False)
             raise
-        finally:
+        if isinstance(begun, AsyncSave):
+            self._running = _Running(begun, decision)
             if self._run is not None:
-                self._run.unprotect([folder])
-        self._saved = with_step(self._saved, decision.saved)
-        if self._run is not None:
-            self._run.committed(decision.saved, decision.sequence)
+                self._run.follow_save(decision, begun.exception)
+        else:
+            self._saved = with_step(self._saved, decision.saved)
+            if self._run is not None:
+                self._run.end_save(decision, is_committed=True)
         return True
 
 
@@ -468,6 +500,13 @@ def _no_such_step(
     return CheckpointNotFoundError(
         f"there is no complete checkpoint of step {step} at {root}{reason}. Complete checkpoints: {steps}"
     )
+
+
+def _async_options(staging: str, background: str) -> dict[str, Any]:
+    for name, passed in ("staging", staging), ("background", background):
+        if passed not in CHOICES[name]:
+            raise ArgumentError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {passed!r}")
+    return {"staging": staging, "background": background}
 
 
 def _whole_number(name: str, value: Any, *, minimum: int = 0) -> int:
@@ -487,10 +526,7 @@ def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | N
     """
     if not is_distributed() or dist.get_world_size(process_group) == 1:
         return process_group
-    if process_group is None:
-        return dist.new_group(backend="gloo")  # type: ignore[no-any-return]
-    ranks = dist.get_process_group_ranks(process_group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # type: ignore[no-any-return]
+    return BackgroundExchange(process_group).process_group
 
 
 def _release_at_exit(lease: weakref.ref[Lease]) -> None:

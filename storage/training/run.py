@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +87,11 @@ class Run:
         self._removing: str | None = None
         self._removed: list[str] = []
         self._pool = Pool(1, "reshard-retention")
+        self._followers = Pool(1, "reshard-manager")
         self._pending = 0
         """How many tasks of the pool have not finished."""
+        self._followed = 0
+        """How many saves run in the background."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -202,17 +205,45 @@ class Run:
         with self._changed:
             return [entry.folder for entry in self._entries]
 
-    def failed(self) -> None:
-        """Note that a save failed."""
-        self._is_stale = True
+    def begin_save(self, decision: SaveDecision) -> None:
+        """Keep the folder of a step from being removed until `end_save`."""
+        self.protect([step_folder(decision.saved.step)])
 
-    def committed(self, saved: SavedStep, sequence: int) -> None:
-        """Note that a checkpoint was committed, and remove those that are no longer kept, in the background."""
-        folder = step_folder(saved.step)
+    def end_save(self, decision: SaveDecision, *, is_committed: bool) -> None:
+        """Note that a save has ended. If it succeeded, remove the checkpoints that are no longer kept."""
+        folder = step_folder(decision.saved.step)
+        self.unprotect([folder])
+        if not is_committed:
+            self._is_stale = True
+            return
         with self._changed:
             self._entries = [entry for entry in self._entries if entry.folder != folder]
-            self._entries.append(RunEntry(saved, sequence, folder))
+            self._entries.append(RunEntry(decision.saved, decision.sequence, folder))
         self.remove_others()
+
+    def follow_save(self, decision: SaveDecision, wait: Callable[[], BaseException | None]) -> None:
+        """Call `end_save` when a save in the background has ended.
+
+        Args:
+            wait: waits for the save, and returns its error.
+        """
+        with self._changed:
+            self._followed += 1
+
+        def follow() -> None:
+            try:
+                self.end_save(decision, is_committed=wait() is None)
+            finally:
+                with self._changed:
+                    self._followed -= 1
+                    self._changed.notify_all()
+
+        self._followers.submit(follow)
+
+    def wait_for_saves(self) -> None:
+        """Wait until `end_save` was called for all saves."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._followed)
 
     def remove_others(self) -> None:
         """Remove the checkpoints that no policy keeps, in the background."""
@@ -237,6 +268,7 @@ class Run:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
+        self._followers.shutdown(wait=False)
 
     def _submit(self, task: Any) -> None:
         def run() -> None:
