@@ -116,6 +116,9 @@ class CorruptCheckpointError(CheckpointError):
 class RankError(CheckpointError):
     """An error from outside reshard stopped a rank. `rank` is that rank; the message contains the error."""
 
+    group_is_broken = False
+    """Whether the ranks cannot communicate any more, so that this rank does not know what the others have done."""
+
 
 class StoppedError(RankError):
     """This rank stopped because another one failed."""

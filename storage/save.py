@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from .dcp_writer import StorageWriter, WriteObjects, Written
-from .errors import ArgumentError, CommitError
+from .errors import ArgumentError, CommitError, RankError
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Arrivals, Exchange
 from .runtime.progress import Meter, OnProgress
@@ -152,15 +152,36 @@ class Saving:
         Raises what `save` raises after planning, on every rank.
         """
 
+        has_written = False
+        interrupt: BaseException | None = None
+
+        def write() -> Written:
+            nonlocal has_written
+            written = work()
+            has_written = True
+            return written
+
         def commit(by_rank: list[Written]) -> list[list[dict[str, Any]]]:
+            nonlocal interrupt
             assert self._metadata is not None
-            return [self.writer.commit(self._metadata, by_rank)] * exchange.size
+            try:
+                return [self.writer.commit(self._metadata, by_rank)] * exchange.size
+            except Exception:
+                raise
+            except BaseException as error:
+                interrupt = error
+                raise CommitError(
+                    "the commit was interrupted: the manifest may or may not have been written"
+                ) from error
 
         try:
-            plain = exchange.through_rank_0(work, commit, arrivals)
+            plain = exchange.through_rank_0(write, commit, arrivals)
         except BaseException as error:
-            if not isinstance(error, CommitError):
+            # A rank that lost the others, or was interrupted while it waited, may not know that rank 0 has committed.
+            if not (isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))):
                 self.writer.discard()
+            if interrupt is not None:
+                raise interrupt from None
             raise
         finally:
             self.writer.alarm.close()
@@ -247,3 +268,8 @@ def save(
             return saving.write(saving.shards)
 
     return saving.finish(exchange, work)
+
+
+def _is_of_this_rank_only(error: BaseException) -> bool:
+    """Return whether a collective ended on this rank without the answer of rank 0."""
+    return not isinstance(error, Exception) or (isinstance(error, RankError) and error.group_is_broken)

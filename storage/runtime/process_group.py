@@ -368,7 +368,9 @@ def naming_lost_ranks(arrivals: Arrivals) -> Iterator[None]:
     except RuntimeError as error:
         lost = arrivals.missing()
         who = f"; missing: rank {', '.join(map(str, lost))}" if lost else ""
-        raise RankError(f"the process group broke, probably because a rank died{who}: {error}") from error
+        broken = RankError(f"the process group broke, probably because a rank died{who}: {error}")
+        broken.group_is_broken = True
+        raise broken from error
 
 
 def of_rank(rank: int, error: BaseException) -> CheckpointError:
