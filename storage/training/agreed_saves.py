@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
@@ -207,7 +207,7 @@ class StopSignals:
         if callable(previous):
             previous(number, frame)
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Restore the previous handlers, unless others were installed since. Only the main thread can do that."""
         if threading.current_thread() is not threading.main_thread() or os.getpid() != self._pid:
             return
@@ -215,15 +215,3 @@ class StopSignals:
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous if previous is not None else signal.SIG_DFL)
             del self._previous[number]
-
-    def __enter__(self) -> StopSignals:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.restore()
-
-
-@contextlib.contextmanager
-def no_signals() -> Iterator[None]:
-    """Do nothing, as a context manager."""
-    yield

@@ -115,6 +115,11 @@ class Lease:
         self._pool = Pool(1, "reshard-lease")
         self._pool.submit(self._keep_renewing, renew_every_s)
 
+    @property
+    def name(self) -> str:
+        """The name of the object."""
+        return _name(self._number)
+
     def check(self) -> None:
         """Raise RunInUseError if another manager has taken the lease over. This lists the objects of the lease."""
         with self._lock:

@@ -7,17 +7,18 @@ import operator
 import os
 import signal
 import weakref
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, SupportsFloat, TypeVar
 
 import torch.distributed as dist
 
 from ...planner.masking import masked
 from ..async_save import CHOICES, AsyncSave, async_save
-from ..errors import ArgumentError, CheckpointNotFoundError
+from ..errors import ArgumentError, CheckpointNotFoundError, ObjectNotFoundError
 from ..formats.native.codec import check_codec
+from ..formats.native.manifest import MANIFEST_NAME
 from ..formats.user_metadata import plain_metadata
 from ..load import load
 from ..maintenance.catalog import location_of
@@ -28,12 +29,16 @@ from ..runtime.process_group import BackgroundExchange, is_distributed, on_all_r
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
+from ..stores.local import LocalStore, NodeLocalStore
+from ..stores.open import open_store
 from ..tensors.name_patterns import Patterns, patterns_of
 from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals
+from .decisions import Candidate, Decisions, SaveDecision, with_step
 from .lease import Lease
+from .mirror import Mirror, remove_own_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
 from .restoring import restore_latest
-from .run import Candidate, Run, SaveDecision, with_step
+from .run import Run
 from .run_catalog import check_metrics, metadata_of, step_folder
 
 logger = logger_of(__name__)
@@ -49,12 +54,25 @@ class _Running:
 
 
 @dataclass(frozen=True, slots=True)
+class _News:
+    """What rank 0 sends to all ranks from time to time."""
+
+    saved: tuple[SavedStep, ...] = ()
+    """The checkpoints of the run."""
+    removed: tuple[str, ...] = ()
+    """The folders that were removed since the last news."""
+
+    @classmethod
+    def of(cls, decisions: Decisions) -> _News:
+        return cls(decisions.saved(), tuple(decisions.run.take_removed()))
+
+
+@dataclass(frozen=True, slots=True)
 class _SaveCall:
     """What rank 0 sends to all ranks before a save."""
 
     decision: SaveDecision
-    saved: tuple[SavedStep, ...]
-    """The checkpoints of the run."""
+    news: _News
     metadata: dict[str, Any]
 
 
@@ -70,6 +88,10 @@ class CheckpointManager:
     Args:
         root: the location of the run, a path or a URI that fsspec can open.
         save_every: `save` saves steps that are divisible by this number. None: it saves at every call.
+        mirror: a second location, to which complete checkpoints are copied in the background. `root` is then usually a
+            local disk, which need not be shared: each rank copies what it wrote. `restore` reads from `root` if all
+            ranks see the whole checkpoint there, and from the mirror otherwise. The policies apply to both.
+        mirror_options: options of `mirror` for fsspec.
         keep: policies such as `reshard.latest(3)`. A checkpoint is kept if any policy keeps it. The last one is always
             kept. None keeps all checkpoints.
         asynchronous: whether training continues while a checkpoint is written.
@@ -96,8 +118,10 @@ class CheckpointManager:
         asynchronous: bool = True,
         staging: Literal["blocking", "overlapped"] = "blocking",
         background: Literal["thread", "process"] = "process",
+        mirror: str | os.PathLike[str] | None = None,
         process_group: dist.ProcessGroup | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        mirror_options: Mapping[str, Any] | None = None,
         codec: str = "zstd",
         allow_pickle: bool = True,
         budget_bytes: int | None = None,
@@ -105,24 +129,28 @@ class CheckpointManager:
         read_only: bool = False,
         _lease_expires_after_s: float | None = None,
     ) -> None:
-        def prepare() -> tuple[str, int | None, bool, str, bool]:
+        def prepare() -> tuple[str, str | None, int | None, bool, str, bool]:
             check_codec(codec)
             check_budget(budget_bytes)
             self._async_options = _async_options(staging, background) if asynchronous else {}
             self._policies = check_policies(keep)
             self._save_every = None if save_every is None else _whole_number("save_every", save_every, minimum=1)
             self._root = location_of(root)
-            return self._root, self._save_every, asynchronous, codec, read_only
+            self._mirror = None if mirror is None else location_of(mirror)
+            if self._mirror == self._root:
+                raise ArgumentError(f"root and mirror are the same location, {masked(self._root)}")
+            return self._root, self._mirror, self._save_every, asynchronous, codec, read_only
 
         self._is_closed = True  # until everything below has succeeded
         passed = on_all_ranks(prepare, process_group)
         if len(set(passed)) > 1:
             raise ArgumentError(
-                "the ranks passed different arguments (root, save_every, asynchronous, codec, read_only): "
+                "the ranks passed different arguments (root, mirror, save_every, asynchronous, codec, read_only): "
                 + "; ".join(masked(str(arguments)) for arguments in dict.fromkeys(passed))
             )
         self._asynchronous = asynchronous
         self._storage_options = storage_options
+        self._mirror_options = mirror_options
         self._save_options: dict[str, Any] = {
             "codec": codec,
             "allow_pickle": allow_pickle,
@@ -131,33 +159,76 @@ class CheckpointManager:
         self._read_only = read_only
         self._group = _own_group(process_group)
         self._rank = rank_of(self._group)
-        self._lease: Lease | None = None
-        self._run: Run | None = None
-        """The checkpoints, on rank 0."""
-        self._reading: list[str] = []
+        self._leases: list[Lease] = []
+        """On rank 0: of the root and the mirror."""
+        self._copies: Mirror | None = None
+        self._decisions: Decisions | None = None
+        """On rank 0."""
         self._running: _Running | None = None
+        self._agreed = AgreedSaves(self._group)
+        self._signals = StopSignals((), self._request_stop)
+        try:
+            self._is_shared = self._take_leases(_lease_expires_after_s)
+            if self._mirror is not None and not read_only:
+                self._copies = Mirror(self._root, storage_options, self._mirror, mirror_options, self._group)
+            self._saved = self._open_run()
+        except BaseException:
+            self._end()
+            raise
+        self._signals = StopSignals(() if read_only else signals, self._request_stop)
+        self._is_closed = False
+
+    def _take_leases(self, expires_after_s: float | None) -> bool:
+        """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
+        if self._read_only:
+            return True
+
+        def take() -> str:
+            if self._rank:
+                return ""
+            expiry = {} if expires_after_s is None else {"expires_after_s": expires_after_s}
+            locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
+            for location, options in locations[: 1 if self._mirror is None else 2]:
+                assert location is not None
+                self._leases.append(Lease(location, options, **expiry))
+                atexit.register(_release_at_exit, weakref.ref(self._leases[-1]))
+            return self._leases[0].name
+
+        name = on_all_ranks(take, self._group)[0]
+
+        def sees_the_lease() -> bool:
+            try:
+                open_store(self._root, self._storage_options).size(name)
+            except ObjectNotFoundError:
+                return False
+            return True
+
+        sees = on_all_ranks(sees_the_lease, self._group)
+        is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
+        if not all(sees) and (self._mirror is None or not is_local):
+            raise ArgumentError(
+                f"rank {sees.index(False)} does not see what rank 0 writes to {self._root}: all ranks must save to one "
+                "shared location, or copy what they save to one: pass mirror="
+            )
+        return all(sees)
+
+    def _open_run(self) -> tuple[SavedStep, ...]:
+        """List the checkpoints on rank 0, and return them on every rank."""
 
         def open_run() -> tuple[SavedStep, ...]:
             if self._rank:
                 return ()
-            if not read_only:
-                expiry = {} if _lease_expires_after_s is None else {"expires_after_s": _lease_expires_after_s}
-                self._lease = Lease(self._root, storage_options, **expiry)
-            try:
-                self._run = Run(self._root, storage_options, self._policies, self._lease)
-            except BaseException:
-                self._release()
-                raise
-            return self._run.saved()
+            leases = [*self._leases, None, None]
+            run = Run(self._root, self._storage_options, self._policies, leases[0], is_shared=self._is_shared)
+            mirror = None
+            if self._mirror is not None:
+                mirror = Run(self._mirror, self._mirror_options, self._policies, leases[1])
+            self._decisions = Decisions(run, mirror, self._copies)
+            saved = self._decisions.saved()
+            self._decisions.begin()
+            return saved
 
-        self._saved = on_all_ranks(open_run, self._group)[0]
-        if self._lease is not None:
-            atexit.register(_release_at_exit, weakref.ref(self._lease))
-        if self._run is not None:
-            self._run.remove_remains()
-        self._agreed = AgreedSaves(self._group)
-        self._signals = StopSignals(() if read_only else signals, lambda: self._agreed.request(STOP))
-        self._is_closed = False
+        return on_all_ranks(open_run, self._group)[0]
 
     @property
     def root(self) -> str:
@@ -210,7 +281,7 @@ class CheckpointManager:
         self,
         step: int,
         state_dict: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, SupportsFloat] | None = None,
         *,
         force: bool = False,
         metadata: Mapping[str, Any] | None = None,
@@ -248,7 +319,7 @@ class CheckpointManager:
             self._finish_running()  # the process may be killed soon
             self._agreed.end_save()
             if self.should_stop:
-                self._signals.restore()
+                self._signals.close()
         return is_made
 
     def save_now(self, *, stop: bool = False) -> None:
@@ -327,15 +398,18 @@ class CheckpointManager:
             )
 
         none: list[Candidate] = []
-        candidates = self._on_rank_0(lambda run: self._begin_restore(run, wanted), none)
+        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none)
         try:
             if wanted is not None and not any(not candidate.reason for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
+            candidates = [found for found in candidates if self._is_visible(found)]
             found = restore_latest(state_dict, candidates, load_from, options, self._options_of, self._group)
         finally:
-            if self._run is not None:
-                self._run.unprotect(self._reading)
-        self._saved = self._on_rank_0(lambda run: self._end_restore(run, found), ())
+            if self._decisions is not None:
+                self._decisions.end_restore()
+        if self._decisions is not None and found is not None:
+            self._decisions.rewind(found.step)
+        self._update()
         return None if found is None else found.step
 
     def wait_staged(self) -> None:
@@ -350,7 +424,8 @@ class CheckpointManager:
         """Wait until the running save has finished, and removals too. Collective. Raises the error of the save."""
         self._check_open()
         self._finish_running()
-        self._saved = self._on_rank_0(_wait_for_removals, ())
+        self._on_rank_0(Decisions.wait, None)
+        self._update()
 
     def close(self) -> None:
         """Wait like `wait`, and end the manager. Collective. Closing twice has no effect."""
@@ -381,17 +456,16 @@ class CheckpointManager:
     def __repr__(self) -> str:
         return f"CheckpointManager({masked(self._root)!r}, steps={self.steps() if not self._is_closed else 'closed'})"
 
+    def _request_stop(self) -> None:
+        self._agreed.request(STOP)
+
     def _end(self) -> None:
         self._is_closed = True
-        self._signals.restore()
-        self._agreed.close()
-        if self._run is not None:
-            self._run.close()
-        self._release()
-
-    def _release(self) -> None:
-        if self._lease is not None:
-            self._lease.release()
+        for part in (self._signals, self._agreed, self._decisions, self._copies):
+            if part is not None:
+                part.close()
+        for lease in self._leases:
+            lease.release()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -402,32 +476,43 @@ class CheckpointManager:
         if self._read_only:
             raise ArgumentError("this CheckpointManager is read_only and cannot save: create it with read_only=False")
 
-    def _on_rank_0(self, task: Any, otherwise: T) -> T:
-        """Run a task with the run on rank 0, and return its result on every rank. Its error is raised on every rank."""
-        result: T = on_all_ranks(lambda: otherwise if self._run is None else task(self._run), self._group)[0]
-        return result
+    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T) -> T:
+        """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
+        return on_all_ranks(lambda: otherwise if self._decisions is None else task(self._decisions), self._group)[0]
+
+    def _update(self) -> None:
+        """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
+        self._accept(self._on_rank_0(_News.of, _News()))
+
+    def _accept(self, news: _News) -> None:
+        self._saved = news.saved
+        if not self._is_shared and self._rank:
+            remove_own_objects(self._root, news.removed, self._rank)
+
+    def _is_visible(self, candidate: Candidate) -> bool:
+        """Return whether all ranks see a candidate, which may be on a local disk. Collective with a mirror."""
+        if self._mirror is None or candidate.on_mirror or candidate.reason:
+            return True
+
+        def sees() -> bool:
+            try:
+                open_store(candidate.uri, self._options_of(candidate)).size(MANIFEST_NAME)
+            except ObjectNotFoundError:
+                return False
+            return True
+
+        return all(on_all_ranks(sees, self._group))
 
     def _options_of(self, candidate: Candidate) -> Mapping[str, Any] | None:
-        return self._storage_options
-
-    def _begin_restore(self, run: Run, step: int | None) -> list[Candidate]:
-        candidates = run.candidates(step)
-        self._reading = [candidate.uri.rpartition("/")[2] for candidate in candidates]
-        run.protect(self._reading)
-        return candidates
-
-    def _end_restore(self, run: Run, found: Candidate | None) -> tuple[SavedStep, ...]:
-        if found is not None:
-            run.rewind(found.step)
-        return run.saved()
+        return self._mirror_options if candidate.on_mirror else self._storage_options
 
     def _finish_running(self) -> None:
         """Wait for the running save, if there is one. Raises its error."""
         running, self._running = self._running, None
         if running is not None:
             error = running.handle.exception()
-            if self._run is not None:
-                self._run.wait_for_saves()
+            if self._decisions is not None:
+                self._decisions.wait_for_saves()
             if error is not None:
                 raise error
             self._saved = with_step(self._saved, running.decision.saved)
@@ -436,18 +521,20 @@ class CheckpointManager:
         self,
         step: int,
         state_dict: Mapping[str, Any],
-        metrics: Mapping[str, float] | None,
+        metrics: Mapping[str, SupportsFloat] | None,
         force: bool,
         metadata: Mapping[str, Any] | None,
     ) -> bool:
         def prepare() -> tuple[int, bool, _SaveCall | None]:
             checked = check_metrics(metrics)
             plain_metadata(metadata)
-            if self._run is None:
+            if self._decisions is None:
                 return step, force, None
-            decision = self._run.decide(step, checked, force=force)
+            for lease in self._leases:
+                lease.check()
+            decision = self._decisions.decide(step, checked, force=force)
             stored = metadata_of(decision.saved, decision.sequence, metadata)
-            return step, force, _SaveCall(decision, self._run.saved(), stored)
+            return step, force, _SaveCall(decision, _News.of(self._decisions), stored)
 
         prepared = on_all_ranks(prepare, self._group)
         if len({(of_rank[:2]) for of_rank in prepared}) > 1:
@@ -455,16 +542,16 @@ class CheckpointManager:
             raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
         call = prepared[0][2]
         assert call is not None
-        self._saved = call.saved
+        self._accept(call.news)
         decision = call.decision
         if decision.is_skipped:
             return False
-        if self._run is not None:
-            self._run.begin_save(decision)
+        if self._decisions is not None:
+            self._decisions.begin_save(decision)
         try:
             begun = (async_save if self._asynchronous else save)(
                 state_dict,
-                self.location(step),
+                self.location(step) if self._is_shared else NodeLocalStore(open_store(self.location(step)).location),
                 storage_options=self._storage_options,
                 process_group=self._group,
                 overwrite=decision.overwrite,
@@ -473,23 +560,18 @@ class CheckpointManager:
                 **self._async_options,
             )
         except BaseException:
-            if self._run is not None:
-                self._run.end_save(decision, is_committed=False)
+            if self._decisions is not None:
+                self._decisions.end_save(decision, is_committed=False)
             raise
         if isinstance(begun, AsyncSave):
             self._running = _Running(begun, decision)
-            if self._run is not None:
-                self._run.follow_save(decision, begun.exception)
+            if self._decisions is not None:
+                self._decisions.follow_save(decision, begun.exception)
         else:
             self._saved = with_step(self._saved, decision.saved)
-            if self._run is not None:
-                self._run.end_save(decision, is_committed=True)
+            if self._decisions is not None:
+                self._decisions.end_save(decision, is_committed=True)
         return True
-
-
-def _wait_for_removals(run: Run) -> tuple[SavedStep, ...]:
-    run.wait()
-    return run.saved()
 
 
 def _no_such_step(

@@ -15,7 +15,7 @@ from ..runtime.logs import logger_of
 from ..runtime.process_group import first_failure, on_all_ranks, portable, rank_of
 from ..runtime.reports import Report
 from ..tensors.state_dict import stateful_to_state
-from .run import Candidate
+from .decisions import Candidate
 
 logger = logger_of(__name__)
 DAMAGE = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError, CheckpointNotFoundError)
@@ -66,8 +66,8 @@ def restore_latest(
     if damaged:
         details = "; ".join(f"{candidate}: {error}" for candidate, error in damaged)
         raise CorruptCheckpointError(
-            f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the state "
-            f"dict, so do not continue with it: {details}"
+            f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the "
+            f"state dict, so do not continue with it: {details}"
         )
     return None
 

@@ -1,56 +1,25 @@
-"""The checkpoints of a run as rank 0 manages them: what to save, what to load, and what to remove."""
+"""The checkpoints below one location, as rank 0 manages them: listing, protecting and removing them."""
 
 from __future__ import annotations
 
-import datetime
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ...planner.errors import CheckpointError
-from ..errors import ArgumentError, CheckpointNotFoundError
+from ..errors import CheckpointNotFoundError
 from ..formats.native.manifest import MANIFEST_NAME
-from ..maintenance.catalog import NOT_COMMITTED, remove
+from ..maintenance.catalog import remove
 from ..maintenance.gc import gc
 from ..runtime.logs import logger_of
-from ..runtime.process_group import portable
 from ..runtime.threads import Pool
 from ..stores.open import open_store
 from .lease import Lease
-from .policies import Policy, SavedStep, kept_steps
-from .run_catalog import RunEntry, branch, find_entries, next_sequence, step_folder
+from .policies import Policy, kept_steps
+from .run_catalog import RunEntry, branch, find_entries
 
 logger = logger_of(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SaveDecision:
-    """What a call of `CheckpointManager.save` does, as rank 0 decided it."""
-
-    is_skipped: bool
-    """Whether the checkpoint exists already."""
-    overwrite: bool
-    saved: SavedStep
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A checkpoint that `CheckpointManager.restore` may load."""
-
-    step: int
-    uri: str
-    on_mirror: bool
-    reason: str = ""
-    """Why it is not loaded. Empty if it can be loaded."""
-    is_committed: bool = True
-    error: CheckpointError | None = None
-    """The error that opening it raised."""
-
-    def __str__(self) -> str:
-        return f"step {self.step} at {self.uri}"
 
 
 class Run:
@@ -60,6 +29,7 @@ class Run:
         root: the location.
         policies: which checkpoints are kept; None keeps all.
         lease: the right to remove checkpoints; None removes nothing.
+        is_shared: whether this rank sees the objects of all ranks.
 
     Raises:
         StoreError, UnsupportedURIError: the location cannot be listed.
@@ -71,9 +41,12 @@ class Run:
         storage_options: Mapping[str, Any] | None,
         policies: Sequence[Policy] | None,
         lease: Lease | None,
+        *,
+        is_shared: bool = True,
     ) -> None:
         self.root = root
-        self._storage_options = storage_options
+        self.is_shared = is_shared
+        self.storage_options = storage_options
         self._policies = policies
         self._lease = lease
         self._changed = threading.Condition()
@@ -82,100 +55,45 @@ class Run:
         """Folder and sequence number of the checkpoints that `rewind` abandoned."""
         self._protected: dict[str, int] = {}
         """How many reads and writes are using each folder."""
-        self._is_stale = True
-        """Whether a save failed, so that it is unknown whether its checkpoint exists."""
         self._removing: str | None = None
         self._removed: list[str] = []
         self._pool = Pool(1, "reshard-retention")
-        self._followers = Pool(1, "reshard-manager")
         self._pending = 0
         """How many tasks of the pool have not finished."""
-        self._followed = 0
-        """How many saves run in the background."""
         self.refresh()
 
     def refresh(self) -> None:
         """List the checkpoints again."""
-        found = find_entries(self.root, self._storage_options)
+        found = find_entries(self.root, self.storage_options, is_shared=self.is_shared)
         with self._changed:
-            self._is_stale = False
             self._entries = [entry for entry in found if entry.folder != self._removing]
 
-    def branch(self) -> list[RunEntry]:
-        """Return the complete checkpoints of the current branch, in the order of steps."""
+    def entries(self) -> list[RunEntry]:
+        """Return all known checkpoints, complete or not."""
         with self._changed:
-            return self._branch()
+            return list(self._entries)
 
-    def _branch(self) -> list[RunEntry]:
-        return branch(entry for entry in self._entries if (entry.folder, entry.sequence) not in self._abandoned)
-
-    def saved(self) -> tuple[SavedStep, ...]:
-        """Return the checkpoints of the current branch, in the order of steps."""
-        return tuple(entry.saved for entry in self.branch())
+    def current(self) -> list[RunEntry]:
+        """Return the known checkpoints that were not abandoned by `rewind`."""
+        with self._changed:
+            return [entry for entry in self._entries if (entry.folder, entry.sequence) not in self._abandoned]
 
     def location(self, folder: str) -> str:
         """Return the location of a checkpoint."""
         return f"{self.root.rstrip('/')}/{folder}"
 
-    def rewind(self, step: int) -> None:
-        """Continue from a step: abandon the checkpoints of later steps."""
+    def rewind(self, step: int | None) -> None:
+        """Abandon the checkpoints of later steps than a step. None: abandon none."""
         with self._changed:
-            self._abandoned |= {(entry.folder, entry.sequence) for entry in self._entries if entry.step > step}
+            self._abandoned = {
+                (entry.folder, entry.sequence) for entry in self._entries if step is not None and entry.step > step
+            }
 
-    def decide(self, step: int, metrics: Mapping[str, float], *, force: bool) -> SaveDecision:
-        """Decide whether a step is saved, and under which number.
-
-        Raises:
-            ArgumentError: the run has a checkpoint of a later step, and none of this step.
-            RunInUseError: another manager saves to this run.
-        """
-        if self._lease is not None:
-            self._lease.check()
-        if self._is_stale:
-            self.refresh()
+    def add(self, entry: RunEntry) -> None:
+        """Note that a checkpoint was committed. It replaces another one in its folder."""
         with self._changed:
-            current = self._branch()
-            is_saved = any(entry.step == step for entry in current)
-            if current and step < current[-1].step and (force or not is_saved):
-                raise ArgumentError(
-                    f"step {step} cannot be saved, because the run at {self.root} has a checkpoint of step "
-                    f"{current[-1].step}: call restore() before training and continue from the step that it returns, "
-                    "or use another location"
-                )
-            overwrite = any(entry.step == step for entry in self._entries)
-            sequence = next_sequence(self._entries)
-        now = datetime.datetime.now(datetime.UTC)
-        return SaveDecision(is_saved and not force, overwrite, SavedStep(step, now, metrics), sequence)
-
-    def candidates(self, step: int | None, *, on_mirror: bool = False) -> list[Candidate]:
-        """List the checkpoints again, and return those that can be loaded, the latest first.
-
-        Incomplete checkpoints that are later than the last complete one are included, with the reason.
-
-        Args:
-            step: the only step to return, or None for all steps of the current branch.
-        """
-        self.refresh()
-        with self._changed:
-            self._abandoned.clear()
-            complete = self._branch()
-            if step is not None:
-                complete = [entry for entry in self._entries if entry.step == step and not entry.state][-1:]
-            last = complete[-1].step if complete else -1
-            others = [entry for entry in self._entries if entry.state and step in (None, entry.step)]
-            entries = [*complete, *(entry for entry in others if entry.step > last)]
-        entries.sort(key=lambda entry: entry.step, reverse=True)
-        return [
-            Candidate(
-                entry.step,
-                self.location(entry.folder),
-                on_mirror,
-                entry.state,
-                entry.state != NOT_COMMITTED,
-                entry.error and portable(entry.error),
-            )
-            for entry in entries
-        ]
+            self._entries = [known for known in self._entries if known.folder != entry.folder]
+            self._entries.append(entry)
 
     @contextmanager
     def protecting(self, folders: Iterable[str]) -> Iterator[None]:
@@ -188,62 +106,27 @@ class Run:
             self.unprotect(folders)
 
     def protect(self, folders: Iterable[str]) -> None:
+        """Keep checkpoints from being removed until `unprotect`. Waits for one that is being removed."""
         with self._changed:
             for folder in folders:
                 self._changed.wait_for(lambda folder=folder: self._removing != folder)  # type: ignore[misc]
                 self._protected[folder] = self._protected.get(folder, 0) + 1
 
     def unprotect(self, folders: Iterable[str]) -> None:
+        """Undo `protect`."""
         with self._changed:
             for folder in folders:
                 self._protected[folder] -= 1
                 if not self._protected[folder]:
                     del self._protected[folder]
 
-    def all_folders(self) -> list[str]:
-        """Return the folders of all known checkpoints."""
-        with self._changed:
-            return [entry.folder for entry in self._entries]
-
-    def begin_save(self, decision: SaveDecision) -> None:
-        """Keep the folder of a step from being removed until `end_save`."""
-        self.protect([step_folder(decision.saved.step)])
-
-    def end_save(self, decision: SaveDecision, *, is_committed: bool) -> None:
-        """Note that a save has ended. If it succeeded, remove the checkpoints that are no longer kept."""
-        folder = step_folder(decision.saved.step)
-        self.unprotect([folder])
-        if not is_committed:
-            self._is_stale = True
-            return
-        with self._changed:
-            self._entries = [entry for entry in self._entries if entry.folder != folder]
-            self._entries.append(RunEntry(decision.saved, decision.sequence, folder))
-        self.remove_others()
-
-    def follow_save(self, decision: SaveDecision, wait: Callable[[], BaseException | None]) -> None:
-        """Call `end_save` when a save in the background has ended.
-
-        Args:
-            wait: waits for the save, and returns its error.
-        """
-        with self._changed:
-            self._followed += 1
-
-        def follow() -> None:
-            try:
-                self.end_save(decision, is_committed=wait() is None)
-            finally:
-                with self._changed:
-                    self._followed -= 1
-                    self._changed.notify_all()
-
-        self._followers.submit(follow)
-
-    def wait_for_saves(self) -> None:
-        """Wait until `end_save` was called for all saves."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._followed)
+    def kept(self) -> list[RunEntry]:
+        """Return the checkpoints that are complete, not abandoned, and kept by a policy, in the order of steps."""
+        found = branch(self.current())
+        if self._policies is None:
+            return found
+        steps = kept_steps(self._policies, [entry.saved for entry in found])
+        return [entry for entry in found if entry.step in steps]
 
     def remove_others(self) -> None:
         """Remove the checkpoints that no policy keeps, in the background."""
@@ -268,9 +151,8 @@ class Run:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
-        self._followers.shutdown(wait=False)
 
-    def _submit(self, task: Any) -> None:
+    def _submit(self, task: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 task()
@@ -287,16 +169,12 @@ class Run:
 
     def _not_kept(self) -> list[RunEntry]:
         """Return the checkpoints to remove. Only complete ones in reshard's format are removed."""
-        assert self._policies is not None
-        current = self.branch()
-        kept = kept_steps(self._policies, [entry.saved for entry in current])
-        keeping = [entry for entry in current if entry.step in kept]
+        keeping = self.kept()
         if not keeping:
             return []
-        # Other processes may remove checkpoints, too.
-        open_store(self.location(keeping[-1].folder), self._storage_options).size(MANIFEST_NAME)
-        with self._changed:
-            return [entry for entry in self._entries if entry.is_native and not entry.state and entry not in keeping]
+        # Other processes may remove checkpoints, too. The last one must exist before another one is removed.
+        open_store(self.location(keeping[-1].folder), self.storage_options).size(MANIFEST_NAME)
+        return [entry for entry in self.entries() if entry.is_native and not entry.state and entry not in keeping]
 
     def _remove_others(self) -> None:
         for entry in self._not_kept():
@@ -316,7 +194,7 @@ class Run:
         self._lease.check()
         location = self.location(entry.folder)
         try:
-            remove(location, self._storage_options)
+            remove(location, self.storage_options)
         except CheckpointNotFoundError:
             pass  # another process removed it
         except CheckpointError as error:
@@ -331,16 +209,11 @@ class Run:
     def _remove_remains(self) -> None:
         assert self._lease is not None
         self._lease.check()
-        for folder in self.all_folders():
+        for folder in [entry.folder for entry in self.entries()]:
             location = self.location(folder)
             with self.protecting([folder]):
                 try:
-                    for remains in gc(location, self._storage_options):
+                    for remains in gc(location, self.storage_options):
                         logger.info("removed %d objects of a killed save at %s", len(remains.names), location)
                 except CheckpointError as error:
                     logger.warning("the data of a killed save at %s remains: %s", location, error)
-
-
-def with_step(saved: Sequence[SavedStep], new: SavedStep) -> tuple[SavedStep, ...]:
-    """Return the checkpoints of a branch with a new one, which replaces those of the same and of later steps."""
-    return (*(found for found in saved if found.step < new.step), new)

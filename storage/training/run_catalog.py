@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...planner.errors import CheckpointError
 from ..errors import ArgumentError
-from ..maintenance.catalog import FoundCheckpoint, find_checkpoints
+from ..maintenance.catalog import NOT_COMMITTED, FoundCheckpoint, find_checkpoints
 from .policies import SavedStep
 
 MANAGED = "manager"
@@ -41,6 +42,8 @@ class RunEntry:
     """Whether it has reshard's format. Others can be loaded, but are never removed."""
     error: CheckpointError | None = field(default=None, compare=False)
     """Why it cannot be opened."""
+    is_partial: bool = False
+    """Whether some of its objects are on the disks of other machines, which only their ranks see."""
 
     @property
     def step(self) -> int:
@@ -52,8 +55,13 @@ def step_folder(step: int) -> str:
     return f"step-{step:08}"
 
 
-def find_entries(root: str, storage_options: Mapping[str, Any] | None = None) -> list[RunEntry]:
+def find_entries(
+    root: str, storage_options: Mapping[str, Any] | None = None, *, is_shared: bool = True
+) -> list[RunEntry]:
     """Return the checkpoints at `root`/step-…, complete or not, in no particular order.
+
+    Args:
+        is_shared: whether this rank sees the objects of all ranks. If not, missing objects are normal.
 
     Raises:
         StoreError, UnsupportedURIError: the location cannot be listed.
@@ -64,7 +72,9 @@ def find_entries(root: str, storage_options: Mapping[str, Any] | None = None) ->
         folder = found.uri[len(base) + 1 :]
         step = _STEP_FOLDER.fullmatch(folder)
         if step:
-            entries.append(_entry(found, folder, int(step[1])))
+            entry = _entry(found, folder, int(step[1]))
+            has_manifest = entry.is_native and entry.error is None and entry.state != NOT_COMMITTED
+            entries.append(entry if is_shared or not has_manifest else replace(entry, state="", is_partial=True))
     return entries
 
 
@@ -95,12 +105,18 @@ def metadata_of(saved: SavedStep, sequence: int, metadata: Mapping[str, Any] | N
 
 
 def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
-    """Return the complete checkpoints that are not abandoned, in the order of steps."""
+    """Return the complete checkpoints that are not abandoned, in the order of steps.
+
+    An incomplete checkpoint, too, shows that training went back to an earlier step.
+    """
     found: list[RunEntry] = []
-    complete = [entry for entry in entries if not entry.state]
-    for entry in sorted(complete, key=lambda entry: (entry.sequence, entry.step, entry.is_native), reverse=True):
-        if not found or entry.step < found[-1].step:
-            found.append(entry)
+    last = math.inf
+    known = [entry for entry in entries if not entry.state or entry.sequence >= 0]
+    for entry in sorted(known, key=lambda e: (e.sequence, e.step, not e.state, e.is_native), reverse=True):
+        if entry.step < last:
+            last = entry.step
+            if not entry.state:
+                found.append(entry)
     return found[::-1]
 
 

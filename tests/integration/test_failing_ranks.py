@@ -272,7 +272,7 @@ def save_and_die_after_the_commit(folder: str, asynchronous: bool) -> None:
         committing(self, *args)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    writer.commit = commit_and_die  # type: ignore[method-assign]
+    writer.commit = commit_and_die  # type: ignore[method-assign, assignment]
     if asynchronous:
         reshard.async_save(state_on_ranks(1), folder, background="thread").result()
     else:

@@ -125,14 +125,15 @@ def rounds(count: int, seed: int, folder: Path) -> collections.Counter[str]:
             timer = threading.Timer(rng.uniform(0.05, 4 if background == "process" else 1), pool.kill, [victims])
             if by_clock:
                 timer.start()
+            failure = ""
             try:
                 pool.run(RANKS, train, str(folder), deaths, background, 400, timeout_s=60)
-                how = "finished"
             except RankFailed as failed:
-                how = "killed"
-                assert "the process died" in str(failed), f"round {number}: {failed}"
+                failure = str(failed)
             finally:
                 timer.cancel()
+            assert not failure or "the process died" in failure, f"round {number}: {failure}"
+            how = "killed" if failure else "finished"
         now = check(folder)
         assert now >= last, f"round {number}: step {now} after {last}"
         ended[f"{how}, {'with' if now > last else 'without'} a new checkpoint"] += 1

@@ -31,7 +31,7 @@ def state(value: float) -> dict[str, Any]:
 def train(folder: str, request_on: list[int], at: int, kind: str, asynchronous: bool) -> tuple[list[int], int, bool]:
     """Train in lock step, as FSDP does, until `should_stop` or step 2000. Return the steps that were saved."""
     rank, rng = dist.get_rank(), random.Random(dist.get_rank())
-    saved = []
+    saved: list[int] = []
     with reshard.CheckpointManager(
         folder, save_every=10_000, asynchronous=asynchronous, background="thread", signals=[signal.SIGUSR1]
     ) as manager:
@@ -71,7 +71,7 @@ def test_all_ranks_save_the_same_step_after_a_request(
 def request_many(folder: str) -> list[int]:
     """Request saves from all ranks at random times, and return the steps that were saved."""
     rng = random.Random(dist.get_rank())
-    saved = []
+    saved: list[int] = []
     with reshard.CheckpointManager(folder, save_every=10_000, asynchronous=False, signals=()) as manager:
         for step in range(1, 301):
             dist.all_reduce(torch.ones(3))
@@ -93,7 +93,7 @@ def request_in_group(folder: str) -> list[int]:
     group = dist.new_group([2, 0], sort_ranks=False)
     if dist.get_rank() == 1:
         return []
-    saved = []
+    saved: list[int] = []
     with reshard.CheckpointManager(
         folder, save_every=10_000, asynchronous=True, background="thread", process_group=group, signals=()
     ) as manager:

@@ -20,6 +20,7 @@ from reshard import errors
 from reshard.storage.formats import detect
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.base import Store
+from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
 from reshard.storage.stores.wrapped import WrappedStore
 from tests.ranks import RankPool
@@ -349,7 +350,7 @@ def test_newer_format_is_an_error_and_not_damage(tmp_path: Path) -> None:
 
 def list_run(folder: str) -> int:
     listed = 0
-    walking = reshard.storage.stores.local.LocalStore.list  # type: ignore[attr-defined]
+    walking = LocalStore.list
 
     def counted(store: Any, folder: str = "") -> Any:
         nonlocal listed
@@ -357,7 +358,7 @@ def list_run(folder: str) -> int:
         return walking(store, folder)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(reshard.storage.stores.local.LocalStore, "list", counted)  # type: ignore[attr-defined]
+    patch.setattr(LocalStore, "list", counted)
     try:
         with manager_of(folder, keep=[reshard.latest(2)]) as manager:
             manager.restore(state(-1))

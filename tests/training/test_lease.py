@@ -67,9 +67,9 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_second_manager_in_one_process_is_refused(tmp_path: Path) -> None:
-    with reshard.CheckpointManager(tmp_path):
-        with pytest.raises(errors.RunInUseError, match="another CheckpointManager of this process: close that one"):
-            reshard.CheckpointManager(tmp_path)
+    message = "another CheckpointManager of this process: close that one"
+    with reshard.CheckpointManager(tmp_path), pytest.raises(errors.RunInUseError, match=message):
+        reshard.CheckpointManager(tmp_path)
     reshard.CheckpointManager(tmp_path).close()
 
 
@@ -137,9 +137,9 @@ def test_manager_that_lost_its_lease_neither_saves_nor_removes(
         second.save(2, {"w": torch.ones(3)})
         with pytest.raises(errors.RunInUseError, match="another manager has taken over this run, process"):
             first.save(3, {"w": torch.ones(3)})
-        first._run.refresh()  # type: ignore[union-attr]
-        first._run.remove_others()  # type: ignore[union-attr]
-        first._run.wait()  # type: ignore[union-attr]
+        first._decisions.run.refresh()  # type: ignore[union-attr]
+        first._decisions.run.remove_others()  # type: ignore[union-attr]
+        first._decisions.run.wait()  # type: ignore[union-attr]
         assert "RunInUseError" in caplog.text
         assert second.restore({"w": torch.zeros(3)}, step=1) == 1
         first.close()
@@ -148,7 +148,7 @@ def test_manager_that_lost_its_lease_neither_saves_nor_removes(
 
 def test_only_one_of_two_managers_takes_over(abandoned: Path) -> None:
     change_holder(abandoned, released=True)
-    leases = []
+    leases: list[Any] = []
     listing = Lease._numbers
 
     def numbers(lease: Lease) -> list[int]:
@@ -162,8 +162,8 @@ def test_only_one_of_two_managers_takes_over(abandoned: Path) -> None:
         patch.setattr(Lease, "_numbers", numbers)
         with pytest.raises(errors.RunInUseError):
             Lease(str(abandoned))
-    leases[0].check()  # type: ignore[attr-defined]
-    leases[0].release()  # type: ignore[attr-defined]
+    leases[0].check()
+    leases[0].release()
 
 
 def test_lease_is_renewed_and_old_ones_are_removed(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+import types
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 import reshard
 from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
-from reshard.storage.maintenance import catalog, gc
+from reshard.storage.maintenance import gc
+from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import run as run_module
 
 
@@ -70,7 +73,7 @@ def test_step_may_be_any_whole_number(tmp_path: Path) -> None:
 
 
 def test_metrics_and_metadata_are_stored_without_tensors(tmp_path: Path) -> None:
-    metrics = {"loss": torch.tensor(0.5), "accuracy": 1, "nan": math.nan, "inf": -math.inf}
+    metrics: dict[str, Any] = {"loss": torch.tensor(0.5), "accuracy": 1, "nan": math.nan, "inf": -math.inf}
     with manager_of(tmp_path) as manager:
         manager.save(1, state(1), metrics, metadata={"tokens": 100, "git": "abc"})
         with pytest.raises(errors.ArgumentError, match="metadata has the key 'metrics'"):
@@ -134,9 +137,9 @@ def test_metadata_is_removed_first_so_that_no_half_removed_checkpoint_looks_comp
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    deleting = catalog.LocalStore.delete
+    deleting = LocalStore.delete
 
-    def delete(store: catalog.LocalStore, names: Iterable[str]) -> None:
+    def delete(store: LocalStore, names: Iterable[str]) -> None:
         names = list(names)
         deleting(store, names)
         if not names:  # a commit that replaces nothing
@@ -145,7 +148,7 @@ def test_metadata_is_removed_first_so_that_no_half_removed_checkpoint_looks_comp
 
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, [1])
-        monkeypatch.setattr(catalog.LocalStore, "delete", delete)
+        monkeypatch.setattr(LocalStore, "delete", delete)
         train(manager, [2])
         manager.wait()
     assert seen[0] == [2]
@@ -166,7 +169,7 @@ def test_earlier_step_than_the_last_is_refused(tmp_path: Path) -> None:
     with manager_of(tmp_path) as manager:
         for force in (False, True):
             with pytest.raises(
-                errors.ArgumentError, match="step 15 cannot be saved.*has a checkpoint of step 20: call"
+                errors.ArgumentError, match=r"step 15 cannot be saved.*has a checkpoint of step 20: call"
             ):
                 manager.save(15, state(15), force=force)
         assert not manager.save(10, state(10))
@@ -240,8 +243,7 @@ def test_remains_of_killed_saves_are_removed_after_a_day(tmp_path: Path, monkeyp
     with manager_of(tmp_path) as manager:
         manager.wait()
         assert list(tmp_path.glob("step-00000020/data/*"))
-    now = gc.time.time()
-    monkeypatch.setattr(gc.time, "time", lambda: now + 25 * 3600)
+    monkeypatch.setattr(gc, "time", types.SimpleNamespace(time=lambda: time.time() + 25 * 3600))
     with manager_of(tmp_path) as manager:
         manager.wait()
         assert not list(tmp_path.glob("step-00000020/data/*"))
@@ -255,8 +257,7 @@ def test_damaged_checkpoint_does_not_stop_the_removal_of_remains(
         reshard.save(state(step), tmp_path / f"step-{step:08}")
     (tmp_path / "step-00000010" / MANIFEST_NAME).write_bytes(b"damaged")
     (tmp_path / "step-00000020" / MANIFEST_NAME).unlink()
-    now = gc.time.time()
-    monkeypatch.setattr(gc.time, "time", lambda: now + 25 * 3600)
+    monkeypatch.setattr(gc, "time", types.SimpleNamespace(time=lambda: time.time() + 25 * 3600))
     with manager_of(tmp_path) as manager:
         manager.wait()
     assert not list(tmp_path.glob("step-00000020/data/*"))
@@ -266,11 +267,11 @@ def test_damaged_checkpoint_does_not_stop_the_removal_of_remains(
 def test_checkpoint_that_is_read_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, [1])
-        manager._run.protect(["step-00000001"])  # type: ignore[union-attr]
+        manager._decisions.run.protect(["step-00000001"])  # type: ignore[union-attr]
         train(manager, [2, 3])
         manager.wait()
         assert steps_on_disk(tmp_path) == [1, 3]
-        manager._run.unprotect(["step-00000001"])  # type: ignore[union-attr]
+        manager._decisions.run.unprotect(["step-00000001"])  # type: ignore[union-attr]
         train(manager, [4])
         manager.wait()
         assert steps_on_disk(tmp_path) == [4]
@@ -280,11 +281,11 @@ def test_nothing_is_removed_if_the_last_checkpoint_is_gone(tmp_path: Path) -> No
     """Somebody removed it, so the others may be needed."""
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, [1])
-        manager._run._policies, policies = None, manager._run._policies  # type: ignore[union-attr]
+        manager._decisions.run._policies, policies = None, manager._decisions.run._policies  # type: ignore[union-attr]
         train(manager, [2])
-        manager._run._policies = policies  # type: ignore[union-attr]
+        manager._decisions.run._policies = policies  # type: ignore[union-attr]
         (tmp_path / "step-00000002" / MANIFEST_NAME).unlink()
-        manager._run.remove_others()  # type: ignore[union-attr]
+        manager._decisions.run.remove_others()  # type: ignore[union-attr]
         manager.wait()
     assert steps_on_disk(tmp_path) == [1]
 
@@ -292,7 +293,7 @@ def test_nothing_is_removed_if_the_last_checkpoint_is_gone(tmp_path: Path) -> No
 def test_failed_removal_is_logged_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    removing = run_module.remove
+    removing = reshard.remove
 
     def fail(uri: str, *_: Any) -> list[str]:
         raise errors.AccessDeniedError(f"no permission to delete {uri}")
@@ -310,9 +311,14 @@ def test_failed_removal_is_logged_and_tried_again(
 
 
 def test_block_that_raises_closes_the_manager_and_keeps_its_exception(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), manager_of(tmp_path) as manager:
-        train(manager, [1])
-        raise ZeroDivisionError
+    def fail(manager: reshard.CheckpointManager) -> None:
+        with manager:
+            train(manager, [1])
+            raise ZeroDivisionError
+
+    manager = manager_of(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        fail(manager)
     with pytest.raises(errors.ArgumentError, match="the CheckpointManager is closed"):
         manager.save(2, state(2))
     manager.close()
@@ -338,7 +344,9 @@ def test_restore_of_a_missing_step_names_those_that_exist(tmp_path: Path) -> Non
     with manager_of(tmp_path) as manager:
         train(manager, [1, 2])
         loaded = state(0)
-        with pytest.raises(errors.CheckpointNotFoundError, match="no complete checkpoint of step 3.*checkpoints: 1, 2"):
+        with pytest.raises(
+            errors.CheckpointNotFoundError, match=r"no complete checkpoint of step 3.*checkpoints: 1, 2"
+        ):
             manager.restore(loaded, step=3)
         assert value_of(loaded) == 0
 
