@@ -46,7 +46,7 @@ WATCH_S = 1.0
 LET_STOP_S = 10.0
 """How long a writer process may take to stop and to remove what it wrote. Then it is killed."""
 LET_EXIT_S = 5.0
-NICENESS = 5
+NICENESS = 10
 """Added to the niceness of the writer process, so that training has priority on shared cores."""
 _START = """
 import json, sys
@@ -127,7 +127,7 @@ class WriterProcess:
                 [sys.executable, "-c", _START, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in a terminal is for the trainer
+                process_group=0,  # Ctrl-C in a terminal is for the trainer
             )
         self._connection = Connection(ours.detach())
         self._lock = threading.Lock()
