@@ -36,6 +36,7 @@ from ..runtime.forks import Lock, generation
 from ..runtime.process_group import Interrupt, never, portable
 from ..stores.base import Store
 from ..stores.open import open_store
+from ..stores.testing import MemoryStore
 from .object_writer import write_objects
 from .staging import STAGING, Arena, StagedShard, mapped
 
@@ -74,10 +75,10 @@ class PickledStore:
                     f"background='process' needs a store that another process can import, but {type(location)} is "
                     f"defined in the main module: move it to a module, or {advice}"
                 )
-        elif os.fspath(location).startswith("memory:"):
+        if isinstance(location, MemoryStore) or str(location).startswith("memory:"):
             raise ArgumentError(
-                f"{os.fspath(location)} is in the memory of this process, so background='process' cannot write it: "
-                "use background='thread'"
+                f"{location.location if isinstance(location, MemoryStore) else location} is in the memory of this "
+                "process, so background='process' cannot write it: use background='thread'"
             )
         try:
             data = pickle.dumps((location if isinstance(location, Store) else os.fspath(location), options))
