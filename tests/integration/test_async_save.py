@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import resource
 import signal
 import subprocess
@@ -19,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import reshard
 from reshard import errors
@@ -87,8 +88,11 @@ def wait_for(path: Path) -> None:
 def change(state: dict[str, Any]) -> None:
     with torch.no_grad():
         for value in state.values():
-            local = value.to_local() if hasattr(value, "to_local") else value
-            local.fill_(7)
+            if isinstance(value, ShardedTensor):
+                for shard in value.local_shards():
+                    shard.tensor.fill_(7)
+            else:
+                (value.to_local() if isinstance(value, DTensor) else value).fill_(7)
 
 
 def save_and_change(folder: str, layout: str, background: Any, staging: Any) -> dict[str, int]:
@@ -212,7 +216,7 @@ def test_an_existing_checkpoint_is_replaced_only_with_overwrite(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-@pytest.mark.parametrize("staging_bytes", [1, 2 * PAGE_BYTES, 5 * PAGE_BYTES])
+@pytest.mark.parametrize("staging_bytes", [1, 2 * PAGE_BYTES, 4 * PAGE_BYTES])
 def test_what_does_not_fit_is_written_before_the_call_returns(
     staging_bytes: int, background: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,9 +272,11 @@ def test_every_rank_reports_the_error_of_one(background: str, ranks: RankPool, t
     for first, second in ranks.run(3, fail_on_one_rank, str(tmp_path), background):
         assert first == "rank 1: injected"
         assert second.endswith(earlier)
-    assert reshard.open(tmp_path / "c").verify() == []
-    remains = reshard.gc(tmp_path / "c", older_than_s=0) if False else []
-    assert remains == []
+    checkpoint = reshard.open(tmp_path / "c")
+    assert checkpoint.verify() == []
+    assert {path.name for path in (tmp_path / "c" / "data").iterdir()} == {
+        name.removeprefix("data/") for name, _ in checkpoint._source.objects
+    }, "failed saves leave nothing"
 
 
 def find_errors_while_planning(folder: str) -> list[str]:
@@ -319,7 +325,7 @@ UNSUITABLE: dict[str, tuple[Any, str]] = {
     "store in memory": (MemoryStore(), "memory is in the memory of this process, so"),
     "lambda": (
         RecordingStore(LocalStore("/tmp/x"), lambda call: None),
-        "needs to pickle the store .*: pass a URI|Pass",
+        "needs to pickle the store .* Pass a URI with plain options, or",
     ),
 }
 
@@ -470,7 +476,7 @@ def save_and_destroy_the_group(folder: str) -> None:
     dist.destroy_process_group()
     (own / "hold").unlink()
     handle.result()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the pool destroys it
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)  # the pool destroys it
 
 
 def test_a_save_survives_the_process_group(ranks: RankPool, tmp_path: Path) -> None:
@@ -666,6 +672,7 @@ def test_memory_and_files_do_not_grow(background: Any, tmp_path: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
+    reshard.release_memory()
     measured = []
     for step in range(50):
         reshard.async_save(state, tmp_path / "c", background=background, overwrite=True).result()
@@ -703,7 +710,7 @@ def test_a_finished_handle_does_not_keep_the_tensors(tmp_path: Path) -> None:
 
 def test_a_handle_refuses_what_is_no_optimizer(tmp_path: Path) -> None:
     handle = reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread")
-    with pytest.raises(errors.ArgumentError, match=r"before\(\) takes a torch.optim.Optimizer, got <class 'int'>"):
+    with pytest.raises(errors.ArgumentError, match=r"before\(\) takes a torch\.optim\.Optimizer, got <class 'int'>"):
         handle.before(3)
     handle.result()
 
@@ -720,7 +727,7 @@ def test_wait_staged_has_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Staging, "copy", slowly)
     handle = reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread", staging="overlapped")
-    with pytest.raises(TimeoutError, match="has not copied the tensors after 0.05 s"):
+    with pytest.raises(TimeoutError, match=r"has not copied the tensors after 0\.05 s"):
         handle.wait_staged(timeout=0.05)
     go_on.set()
     handle.wait_staged()
@@ -733,14 +740,10 @@ def test_an_interrupted_copy_ends_the_save(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(self: Staging) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Staging, "copy", interrupted)
-        reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread")
+        with pytest.raises(KeyboardInterrupt):
+            reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread")
     with pytest.raises(errors.RankError, match="failed, and nothing was saved now: KeyboardInterrupt"):
         reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread")
     reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread").result()
-
-
-def test_the_records_of_stores_can_be_pickled() -> None:
-    """The tests above send such a store to the writer process."""
-    assert pickle.loads(pickle.dumps(Waits("a", "b"))) == Waits("a", "b")  # noqa: S301
