@@ -19,7 +19,7 @@ from .errors import ArgumentError, BusyError, nearest
 from .runtime.background import BackgroundThread
 from .runtime.forks import generation
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Arrivals, BackgroundExchange, is_distributed, portable
+from .runtime.process_group import Alarm, Arrivals, BackgroundExchange, check_member, is_distributed, portable
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
@@ -192,6 +192,7 @@ class _Ranks:
             if cls._alone is None or cls._alone.generation != generation():
                 cls._alone = cls(None)
             return cls._alone
+        check_member(process_group)
         group = process_group or dist.group.WORLD
         assert group is not None
         found = cls._known.get(group)

@@ -46,6 +46,14 @@ def rank_of(process_group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(process_group) if is_distributed() else 0
 
 
+def check_member(process_group: dist.ProcessGroup | None) -> None:
+    """Raise ArgumentError if this process is not in a group."""
+    if dist.get_rank(process_group) < 0:
+        raise ArgumentError(
+            f"rank {dist.get_rank()} is not in the process group that was passed: only its ranks may call"
+        )
+
+
 class Arrivals:
     """Records which ranks have arrived at a collective call, as keys in the process group's own store.
 
@@ -189,10 +197,7 @@ class Exchange:
         if self.is_distributed:
             self._group = process_group or dist.group.WORLD
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
-            if self.rank < 0:
-                raise ArgumentError(
-                    f"rank {dist.get_rank()} is not in the process group that was passed: only its ranks may call"
-                )
+            check_member(process_group)
 
     def through_rank_0(
         self, task: Callable[[], T], combine: Callable[[list[T]], list[R]], arrivals: Arrivals | None = None

@@ -34,8 +34,11 @@ from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
 from ..runtime.forks import Lock, generation
 from ..runtime.process_group import Interrupt, never, portable
+from ..runtime.threads import cleaning_up
 from ..stores.base import Store
 from ..stores.open import open_store
+from ..stores.retry import without_retries
+from ..stores.testing import MemoryStore
 from .object_writer import write_objects
 from .staging import STAGING, Arena, StagedShard, mapped
 
@@ -46,7 +49,7 @@ WATCH_S = 1.0
 LET_STOP_S = 10.0
 """How long a writer process may take to stop and to remove what it wrote. Then it is killed."""
 LET_EXIT_S = 5.0
-NICENESS = 5
+NICENESS = 10
 """Added to the niceness of the writer process, so that training has priority on shared cores."""
 _START = """
 import json, sys
@@ -67,24 +70,23 @@ class PickledStore:
     @classmethod
     def of(cls, location: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> PickledStore:
         """Pickle a location. Raise ArgumentError if another process cannot open it."""
-        advice = "pass a URI, or use background='thread'"
-        if isinstance(location, Store):
-            if type(location).__module__ == "__main__":
-                raise ArgumentError(
-                    f"background='process' needs a store that another process can import, but {type(location)} is "
-                    f"defined in the main module: move it to a module, or {advice}"
-                )
-        elif os.fspath(location).startswith("memory:"):
+        if isinstance(location, Store) and type(location).__module__ == "__main__":
             raise ArgumentError(
-                f"{os.fspath(location)} is in the memory of this process, so background='process' cannot write it: "
-                "use background='thread'"
+                f"background='process' needs a store that another process can import, but {type(location)} is defined "
+                "in the main module: move it to a module, or use background='thread'"
+            )
+        if isinstance(location, MemoryStore) or str(location).startswith("memory:"):
+            raise ArgumentError(
+                f"{location.location if isinstance(location, MemoryStore) else location} is in the memory of this "
+                "process, so background='process' cannot write it: use background='thread'"
             )
         try:
             data = pickle.dumps((location if isinstance(location, Store) else os.fspath(location), options))
         except Exception as error:
             what = f"the store {type(location)}" if isinstance(location, Store) else "storage_options"
             raise ArgumentError(
-                f"background='process' needs to pickle {what}, which failed: {reason(error)}. {advice.capitalize()}"
+                f"background='process' needs to pickle {what}, which failed: {reason(error)}. Pass a URI with plain "
+                "options, or use background='thread'"
             ) from error
         return cls(data, os.getcwd())
 
@@ -127,7 +129,7 @@ class WriterProcess:
                 [sys.executable, "-c", _START, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in a terminal is for the trainer
+                process_group=0,  # Ctrl-C in a terminal is for the trainer
             )
         self._connection = Connection(ours.detach())
         self._lock = threading.Lock()
@@ -142,8 +144,18 @@ class WriterProcess:
         """Return whether the process runs."""
         return not self._connection.closed and self._process.poll() is None
 
-    def write(self, job: Job, arena: Arena, interrupt: Interrupt, wrote: Callable[[int], None]) -> list[ObjectRecord]:
+    def write(
+        self,
+        job: Job,
+        arena: Arena,
+        interrupt: Interrupt,
+        wrote: Callable[[int], None],
+        remove: Callable[[list[ObjectRecord]], None],
+    ) -> list[ObjectRecord]:
         """Write staged shards, after the jobs of other saves. `interrupt` and `wrote` are those of `write_objects`.
+
+        Args:
+            remove: Called with what was written, if the job was done when `interrupt` raised an error.
 
         Raises what `write_objects` raises, and RankError if the process ended.
         """
@@ -153,7 +165,7 @@ class WriterProcess:
             self._jobs += 1
             self._map(arena)
             self._connection.send(("write", replace(job, number=self._jobs)))
-            return self._await(interrupt, wrote)
+            return self._await(interrupt, wrote, remove)
         except (EOFError, OSError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -161,37 +173,47 @@ class WriterProcess:
         finally:
             self._lock.release()
 
-    def _await(self, interrupt: Interrupt, wrote: Callable[[int], None]) -> list[ObjectRecord]:
+    def _await(
+        self,
+        interrupt: Interrupt,
+        wrote: Callable[[int], None],
+        remove: Callable[[list[ObjectRecord]], None],
+    ) -> list[ObjectRecord]:
         written = 0
         while True:
             try:
-                answer: tuple[str, Any] = self._connection.recv() if self._connection.poll(POLL_S) else ("wrote", 0)
-                kind, value = answer
-                if kind == "wrote":
-                    written += value
-                    wrote(value)
                 interrupt()
-            except (EOFError, OSError):
-                raise
             except BaseException:
-                self._stop()
+                remove(self._stop())
                 raise
+            answer: tuple[str, Any] = self._connection.recv() if self._connection.poll(POLL_S) else ("wrote", 0)
+            kind, value = answer
             if kind == "failed":
                 raise value
             if kind == "done":
                 records: list[ObjectRecord] = value
                 wrote(sum(record.bytes_needed for record in records) - written)
                 return records
+            written += value
+            wrote(value)
 
-    def _stop(self) -> None:
-        """Stop the job, and wait until the process has removed what it wrote."""
+    def _stop(self) -> list[ObjectRecord]:
+        """Stop the job, and wait until the process has removed what it wrote.
+
+        Returns:
+            What it wrote, if it was done before.
+        """
         deadline = time.monotonic() + LET_STOP_S
         with contextlib.suppress(EOFError, OSError):
             self._connection.send(("stop", self._jobs))
             while time.monotonic() < deadline:
-                if self._connection.poll(POLL_S) and self._connection.recv()[0] in ("failed", "done"):
-                    return
+                if self._connection.poll(POLL_S):
+                    answer: tuple[str, Any] = self._connection.recv()
+                    kind, value = answer
+                    if kind != "wrote":
+                        return value if kind == "done" else []
         self._process.kill()
+        return []
 
     def _map(self, arena: Arena) -> None:
         if arena.number not in self._arenas:
@@ -250,8 +272,13 @@ class WriteInProcess:
         wrote: Callable[[int], None] = lambda nbytes: None,
     ) -> list[ObjectRecord]:
         job = Job(self.store, self.arena.number, label, list(shards), codec, budget_bytes)
+
+        def remove(records: list[ObjectRecord]) -> None:
+            with contextlib.suppress(Exception), cleaning_up():  # the error that stopped the job is the one to raise
+                without_retries(store).delete([record.name for record in records])
+
         try:
-            return self.process.write(job, self.arena, interrupt, wrote)
+            return self.process.write(job, self.arena, interrupt, wrote, remove)
         except BaseException as error:
             failed(error)
             raise
