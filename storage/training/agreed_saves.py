@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterable
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
@@ -41,7 +42,7 @@ class AgreedSaves:
             order.
     """
 
-    _made: ClassVar[dict[str, int]] = {}
+    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self._requests: SimpleQueue[str] = SimpleQueue()
@@ -64,9 +65,8 @@ class AgreedSaves:
         self._pool: Pool | None = None
         if process_group is not None and self._world > 1:
             self._rank = dist.get_rank(process_group)
-            name = process_group.group_name
-            count = self._made[name] = self._made.get(name, 0) + 1
-            self._key = f"reshard/agreed/{name}/{count}"
+            count = self._made[process_group] = self._made.get(process_group, 0) + 1
+            self._key = f"reshard/agreed/{process_group.group_name}/{count}"
             self._store: Any = distributed_c10d._get_default_store()
             self._pool = Pool(1, "reshard-agreed")
             self._pool.submit(self._watch)

@@ -87,8 +87,8 @@ def _has_ended(holder: Holder) -> bool:
     return holder.process != f"{machine} {holder.pid} {_start_of(holder.pid)}"
 
 
-def _is_same_process(first: Holder, second: Holder) -> bool:
-    return (first.host, first.pid, first.process) == (second.host, second.pid, second.process)
+_held: set[str] = set()
+"""The ids of the leases that this process holds."""
 
 
 class Lease:
@@ -109,9 +109,11 @@ class Lease:
     ) -> None:
         self._store: Store = open_store(root, storage_options)
         self._lock = threading.Lock()
+        self._is_closing = threading.Event()
         self._holder = _myself()
         self._lost = ""
         self._number = self._acquire(expires_after_s)
+        _held.add(self._holder.id)
         self._pool = Pool(1, "reshard-lease")
         self._pool.submit(self._keep_renewing, renew_every_s)
 
@@ -129,7 +131,10 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back, so that the next manager need not wait. Log an error of the store."""
-        self._pool.stop.set()
+        if os.getpid() != self._holder.pid:  # a forked child, at its exit
+            return
+        self._is_closing.set()  # a renewal is not cancelled: a store could apply it after the release
+        _held.discard(self._holder.id)
         with self._lock:
             if self._lost:
                 return
@@ -150,9 +155,10 @@ class Lease:
         )
 
     def _keep_renewing(self, every_s: float) -> None:
-        while not current_stop().wait(every_s):
+        stop = current_stop()
+        while not self._is_closing.wait(every_s):
             with self._lock:
-                if self._lost:
+                if self._lost or stop.wait(0):
                     return
                 try:
                     numbers = self._numbers()
@@ -170,7 +176,7 @@ class Lease:
     def _acquire(self, expires_after_s: float) -> int:
         number = max(self._numbers(), default=0)
         holder = self._read(number) if number else None
-        if holder is not None and not holder.released and _is_same_process(holder, self._holder):
+        if holder is not None and holder.id in _held:
             raise RunInUseError(
                 f"{self._store.location} is managed by another CheckpointManager of this process: close that one first"
             )
@@ -193,7 +199,8 @@ class Lease:
         return number + 1
 
     def _may_take_over(self, holder: Holder) -> bool:
-        return holder.released or _has_ended(holder) or time.time() - holder.time > LONG_AGO_S
+        is_own = holder.process != "" and holder.process == self._holder.process  # but `_held` does not have it
+        return holder.released or is_own or _has_ended(holder) or time.time() - holder.time > LONG_AGO_S
 
     def _wait_for_silence(self, number: int, holder: Holder, seconds: float) -> None:
         """Wait until a lease has not been renewed for some seconds. Raises RunInUseError if it is renewed."""

@@ -23,6 +23,7 @@ from ..formats.user_metadata import plain_metadata
 from ..load import load
 from ..maintenance.catalog import location_of
 from ..reading.name_matching import LoadOptions
+from ..runtime.forks import generation
 from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import BackgroundExchange, is_distributed, on_all_ranks, rank_of
@@ -177,6 +178,7 @@ class CheckpointManager:
             raise
         self._signals = StopSignals(() if read_only else signals, self._request_stop)
         self._is_closed = False
+        self._generation = generation()
 
     def _take_leases(self, expires_after_s: float | None) -> bool:
         """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
@@ -429,7 +431,7 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Wait like `wait`, and end the manager. Collective. Closing twice has no effect."""
-        if self._is_closed:
+        if self._is_closed or self._generation != generation():
             return
         try:
             self.wait()
@@ -444,7 +446,7 @@ class CheckpointManager:
     ) -> None:
         if error is None:
             self.close()
-        elif not self._is_closed:
+        elif not self._is_closed and self._generation == generation():
             # Other ranks may not come here, so this calls no collective.
             try:
                 self._finish_running()
@@ -470,6 +472,10 @@ class CheckpointManager:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ArgumentError("the CheckpointManager is closed: create a new one")
+        if self._generation != generation():
+            raise ArgumentError(
+                "this CheckpointManager belongs to the process that created it: a forked child cannot use it"
+            )
 
     def _check_may_save(self) -> None:
         self._check_open()

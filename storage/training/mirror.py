@@ -8,6 +8,7 @@ ranks communicate through torch's key-value store, so training is not interrupte
 from __future__ import annotations
 
 import json
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Mirror:
             order.
     """
 
-    _made: ClassVar[dict[str, int]] = {}
+    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
 
     def __init__(
         self,
@@ -88,9 +89,8 @@ class Mirror:
         self._store: Any = None
         if process_group is not None and dist.get_world_size(process_group) > 1:
             self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
-            name = process_group.group_name
-            count = self._made[name] = self._made.get(name, 0) + 1
-            self._key = f"reshard/mirror/{name}/{count}"
+            count = self._made[process_group] = self._made.get(process_group, 0) + 1
+            self._key = f"reshard/mirror/{process_group.group_name}/{count}"
             self._store = distributed_c10d._get_default_store()
         self._changed = Condition()
         self._waiting: deque[_Task] = deque()

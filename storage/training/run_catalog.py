@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ...planner.errors import CheckpointError
 from ..errors import ArgumentError
 from ..maintenance.catalog import NOT_COMMITTED, FoundCheckpoint, find_checkpoints
@@ -148,7 +150,7 @@ def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
         try:
             if isinstance(value, (str, bytes)):
                 raise TypeError("a text")
-            checked[name] = float(value)
+            checked[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
         except Exception as error:
             raise ArgumentError(
                 f"the metric {name!r} must be a number or a tensor with one element, got {value!r}: {error}"

@@ -18,6 +18,7 @@ import torch
 
 import reshard
 from reshard import errors
+from reshard.storage.training import lease as lease_module
 from reshard.storage.training.lease import FOLDER, Lease
 from tests.conftest import Place
 
@@ -43,6 +44,7 @@ def abandoned(tmp_path: Path) -> Path:
     """A run whose manager ended without releasing the lease."""
     lease = Lease(str(tmp_path), renew_every_s=3600)
     lease._lost = "the test ended it"
+    lease_module._held.clear()
     return tmp_path
 
 
@@ -133,6 +135,7 @@ def test_manager_that_lost_its_lease_neither_saves_nor_removes(
     first = reshard.CheckpointManager(tmp_path, asynchronous=False, keep=[reshard.latest(1)])
     first.save(1, {"w": torch.ones(3)})
     of_another_machine(tmp_path)  # so that it is not refused as one of this process
+    lease_module._held.clear()
     with reshard.CheckpointManager(tmp_path, asynchronous=False, _lease_expires_after_s=0.1) as second:
         second.save(2, {"w": torch.ones(3)})
         with pytest.raises(errors.RunInUseError, match="another manager has taken over this run, process"):
@@ -194,6 +197,10 @@ def test_lease_works_on_stores(place: Place) -> None:
         first.check()
     second.release()
     assert reshard.find_checkpoints(uri, options) == []
+
+
+def test_manager_that_was_lost_in_this_process_is_taken_over(abandoned: Path) -> None:
+    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
+import textwrap
 import time
 import types
 import warnings
@@ -20,6 +23,8 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import run as run_module
+
+ROOT = Path(__file__).parents[2]
 
 
 def state(value: float) -> dict[str, Any]:
@@ -73,7 +78,12 @@ def test_step_may_be_any_whole_number(tmp_path: Path) -> None:
 
 
 def test_metrics_and_metadata_are_stored_without_tensors(tmp_path: Path) -> None:
-    metrics: dict[str, Any] = {"loss": torch.tensor(0.5), "accuracy": 1, "nan": math.nan, "inf": -math.inf}
+    metrics: dict[str, Any] = {
+        "loss": torch.tensor(0.5, requires_grad=True),
+        "accuracy": 1,
+        "nan": math.nan,
+        "inf": -math.inf,
+    }
     with manager_of(tmp_path) as manager:
         manager.save(1, state(1), metrics, metadata={"tokens": 100, "git": "abc"})
         with pytest.raises(errors.ArgumentError, match="metadata has the key 'metrics'"):
@@ -338,6 +348,34 @@ def test_read_only_manager_restores_beside_a_manager_that_saves(tmp_path: Path) 
             with pytest.raises(errors.ArgumentError, match="is read_only and cannot save"):
                 reader.save_now()
         train(manager, [3])
+
+
+@pytest.mark.slow
+def test_forked_child_cannot_use_the_manager_and_does_not_release_it(tmp_path: Path) -> None:
+    code = """
+        import os, sys, warnings
+        import reshard
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks with threads
+        manager = reshard.CheckpointManager(sys.argv[1], asynchronous=False)
+        child = os.fork()
+        if not child:
+            try:
+                with manager:
+                    manager.save(1, {"step": 1})
+            except reshard.errors.ArgumentError as error:
+                print(error)
+            sys.exit(0)
+        os.waitpid(child, 0)
+        print(manager.save(1, {"step": 1}))
+        manager._leases[0].check()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "this CheckpointManager belongs to the process that created it: a forked child cannot use it",
+        "True",
+    ]
 
 
 def test_restore_of_a_missing_step_names_those_that_exist(tmp_path: Path) -> None:
