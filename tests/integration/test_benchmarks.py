@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from benchmarks import coalescing, codec, foreign, fsdp_to_tp, memory, overhead
+from benchmarks import coalescing, codec, foreign, fsdp_to_tp, manager_calls, memory, overhead
 from tests.proxy import Link, linked, traffic
 from tests.ranks import RankPool
 from tests.servers import Server
@@ -29,7 +29,7 @@ def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __exit__(self, *_: object) -> None: ...
 
-    for module in (foreign, fsdp_to_tp, overhead):
+    for module in (foreign, fsdp_to_tp, manager_calls, overhead):
         monkeypatch.setattr(module, "RankPool", SharedPool)
 
 
@@ -82,6 +82,12 @@ def test_overhead(tmp_path: Path) -> None:
     rows = rows_of(overhead, tmp_path, "--stores", "local", "--ranks", "2", "--layers", "1", "--repeat", "1")
     bare = {"preadv", "preadv, kept", "preadv, kept, verified", "preadv, verified, copied"}
     assert {row["contender"] for row in rows} == {*bare, "reshard none"}
+
+
+@pytest.mark.usefixtures("pools")
+def test_manager_calls(tmp_path: Path) -> None:
+    (row,) = rows_of(manager_calls, tmp_path, "--ranks", "2", "--calls", "20", "--requests", "1")
+    assert row["steps"] >= 1
 
 
 def test_link_has_the_given_latency_and_bandwidth_and_counts_traffic(seaweedfs: Server) -> None:

@@ -13,5 +13,4 @@ KILLS = int(os.environ.get("RESHARD_MANAGED_KILLS", "12"))
 @pytest.mark.timeout(60 * KILLS)
 def test_killed_training_leaves_complete_checkpoints(tmp_path: Path) -> None:
     ended = rounds(KILLS, 0, tmp_path)
-    print(ended)
     assert ended["killed, with a new checkpoint"] > 0
