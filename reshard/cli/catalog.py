@@ -32,6 +32,7 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
         print_line(f"there is no checkpoint at or below {uri}", file=sys.stderr)
         return
     now = datetime.datetime.now(datetime.UTC)
+    has_metrics = any(map(_metrics_of, found))
     rows = [
         (
             checkpoint.uri,
@@ -40,13 +41,13 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
             "" if checkpoint.nbytes is None else format_bytes(checkpoint.nbytes),
             "" if checkpoint.entries is None else checkpoint.entries,
             "" if checkpoint.created is None else format_age((now - checkpoint.created).total_seconds()),
-            _metrics_of(checkpoint),
+            *([_metrics_of(checkpoint)] if has_metrics else []),
             checkpoint.state,
         )
         for checkpoint in sorted(found, key=lambda checkpoint: (checkpoint.step or 0, checkpoint.uri))
     ]
     print_table(
-        ("uri", "format", "step", "stored", "entries", "age", "metrics", "state"),
+        ("uri", "format", "step", "stored", "entries", "age", *(["metrics"] if has_metrics else []), "state"),
         rows,
         right=("step", "stored", "entries", "age"),
     )

@@ -145,7 +145,7 @@ def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] 
     step = int(number[1]) if number else None
     try:
         source = open_source(uri, storage_options, is_found=True)
-        metadata = source.metadata
+        metadata = dict(source.metadata)
     except NotCommittedError:
         return FoundCheckpoint(uri, "", NOT_COMMITTED, step, None, None, None)
     except CheckpointError as error:

@@ -26,7 +26,7 @@ from ..reading.name_matching import LoadOptions
 from ..runtime.forks import generation
 from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
-from ..runtime.process_group import BackgroundExchange, is_distributed, on_all_ranks, rank_of
+from ..runtime.process_group import BackgroundExchange, Exchange, is_distributed, on_all_ranks, rank_of
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
@@ -143,6 +143,7 @@ class CheckpointManager:
             return self._root, self._mirror, self._save_every, asynchronous, codec, read_only
 
         self._is_closed = True  # until everything below has succeeded
+        Exchange(process_group)  # raises ArgumentError if this rank is not in the group
         passed = on_all_ranks(prepare, process_group)
         if len(set(passed)) > 1:
             raise ArgumentError(
@@ -159,7 +160,6 @@ class CheckpointManager:
         }
         self._read_only = read_only
         self._group = _own_group(process_group)
-        self._rank = rank_of(self._group)
         self._leases: list[Lease] = []
         """On rank 0: of the root and the mirror."""
         self._copies: Mirror | None = None
@@ -231,6 +231,10 @@ class CheckpointManager:
             return saved
 
         return on_all_ranks(open_run, self._group)[0]
+
+    @property
+    def _rank(self) -> int:
+        return rank_of(self._group)
 
     @property
     def root(self) -> str:

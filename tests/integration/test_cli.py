@@ -417,6 +417,18 @@ def test_an_error_is_one_sentence(
         main()
 
 
+def test_ls_shows_metrics(tmp_path: Path) -> None:
+    with reshard.CheckpointManager(tmp_path, asynchronous=False) as manager:
+        manager.save(1, {"step": 1}, {"loss": 0.25, "accuracy": math.nan}, metadata={"tokens": 7})
+    reshard.save({"step": 2}, tmp_path / "step-2")
+    lines = call("ls", tmp_path).splitlines()
+    assert lines[0].split("\t")[-2:] == ["metrics", "state"]
+    assert [line.split("\t")[-2:] for line in lines[1:]] == [["loss=0.25 accuracy=nan", "complete"], ["", "complete"]]
+    first, second = as_json("ls", tmp_path)
+    assert (first["metadata"]["metrics"]["loss"], first["metadata"]["tokens"]) == (0.25, 7)
+    assert second["metadata"] == {}
+
+
 COMMANDS = ("inspect", "plan", "verify", "convert", "diff", "ls", "rm", "gc", "demo")
 
 

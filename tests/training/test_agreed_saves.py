@@ -93,6 +93,7 @@ def request_in_group(folder: str) -> list[int]:
     group = dist.new_group([2, 0], sort_ranks=False)
     if dist.get_rank() == 1:
         return []
+    assert isinstance(group, dist.ProcessGroup)
     saved: list[int] = []
     with reshard.CheckpointManager(
         folder, save_every=10_000, asynchronous=True, background="thread", process_group=group, signals=()

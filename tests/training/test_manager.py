@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import reshard
 from reshard import errors
@@ -23,6 +25,7 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import run as run_module
+from tests.ranks import RankFailed, RankPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -348,6 +351,58 @@ def test_read_only_manager_restores_beside_a_manager_that_saves(tmp_path: Path) 
             with pytest.raises(errors.ArgumentError, match="is read_only and cannot save"):
                 reader.save_now()
         train(manager, [3])
+
+
+def create_outside_of_the_group(folder: str) -> str:
+    group: Any = dist.new_group([0])
+    if dist.get_rank() == 0:
+        reshard.CheckpointManager(folder, process_group=group, signals=()).close()
+        return ""
+    with pytest.raises(errors.ArgumentError) as caught:
+        reshard.CheckpointManager(folder, process_group=group, signals=())
+    return str(caught.value)
+
+
+def test_rank_outside_of_the_group_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    assert "is not in the process group" in ranks.run(2, create_outside_of_the_group, str(tmp_path))[1]
+
+
+def create_with_other_arguments(folder: str) -> str:
+    with pytest.raises(errors.ArgumentError) as caught:
+        reshard.CheckpointManager(folder, save_every=10 + dist.get_rank(), signals=())
+    with reshard.CheckpointManager(folder, asynchronous=False, signals=()) as manager:
+        with pytest.raises(errors.ArgumentError, match="the ranks passed different steps or force"):
+            manager.save(dist.get_rank(), {})
+        manager.save(3, state(3), {"loss": dist.get_rank()}, metadata={"rank": dist.get_rank()})
+        assert manager.checkpoints()[0].metrics == {"loss": 0}
+        assert reshard.open(manager.location(3)).metadata["rank"] == 0
+        with pytest.raises(errors.ArgumentError, match="rank 1: the metric 'loss'"):
+            manager.save(4, state(4), {"loss": [0.5, "x"][dist.get_rank()]})  # type: ignore[dict-item]
+    return str(caught.value)
+
+
+def test_ranks_that_disagree_raise_an_error(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(2, create_with_other_arguments, str(tmp_path)):
+        assert "the ranks passed different arguments" in message
+
+
+def die_in_a_save(folder: str) -> str:
+    manager = reshard.CheckpointManager(folder, signals=())
+    manager.save(1, state(1))
+    manager.wait()
+    if dist.get_rank() == 1:
+        os._exit(1)
+    with pytest.raises(errors.RankError) as caught:
+        manager.save(2, state(2))
+    return str(caught.value)
+
+
+def test_rank_that_dies_ends_the_save_of_the_others(tmp_path: Path) -> None:
+    with RankPool() as pool, pytest.raises(RankFailed, match="rank 1:\nthe process died") as failed:
+        pool.run(2, die_in_a_save, str(tmp_path))
+    assert "rank 0" not in str(failed.value)
+    with manager_of(tmp_path) as manager:
+        assert manager.restore(state(0)) == 1
 
 
 @pytest.mark.slow
