@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -278,18 +280,31 @@ def async_save(
             remote.append(PickledStore.of(uri, storage_options))
         return chosen, "plan", saving.local_plan(state_dict)
 
-    kind, decided = ranks.planning.through_rank_0(plan, lambda found: _decide(found, saving))
-    if kind == "failed":
-        if last is not None:
-            last._asked = True
-        raise decided
-    if kind == _BUSY:
-        return _skipped(saving, ranks)
-    save = AsyncSave(saving.meter)
-    worker = _Worker(save, saving, ranks.writing, remote[0] if remote else None)
-    ranks.last = save
-    worker.begin(decided, staging_bytes, overlapped=staging == "overlapped")
-    return save
+    with _without_collections():
+        kind, decided = ranks.planning.through_rank_0(plan, lambda found: _decide(found, saving))
+        if kind == "failed":
+            if last is not None:
+                last._asked = True
+            raise decided
+        if kind == _BUSY:
+            return _skipped(saving, ranks)
+        save = AsyncSave(saving.meter)
+        worker = _Worker(save, saving, ranks.writing, remote[0] if remote else None)
+        ranks.last = save
+        worker.begin(decided, staging_bytes, overlapped=staging == "overlapped")
+        return save
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Do not search for cyclic garbage: a plan has many objects without cycles, and a search takes as long as a plan."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _decide(found: Sequence[tuple[_AsyncOptions, str, Any]], saving: Saving) -> list[_Planned]:
