@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -201,9 +203,8 @@ class _Ranks:
         return found
 
 
-_BUSY = "busy"
-_Planned = tuple[str, Any]
-"""What rank 0 decides: a SavePlan, the error of the last save, or that the ranks are busy."""
+_Found = tuple[_AsyncOptions, str, Any]
+"""What a rank sends to rank 0: its options; "plan", "ready", "busy" or "failed"; and its LocalPlan or the error."""
 
 
 @undisturbed()
@@ -266,25 +267,28 @@ def async_save(
     saving = Saving(uri, options, progress, ranks.planning.rank)
     remote: list[PickledStore] = []
 
-    def plan() -> tuple[_AsyncOptions, str, Any]:
+    def checked() -> _AsyncOptions:
         chosen = _AsyncOptions(staging, busy, background)
         check_staging_bytes(staging_bytes)
         saving.open()
-        if last is not None and not last.done():
-            return chosen, _BUSY, None
-        if last is not None and last._unreported is not None:
-            return chosen, "failed", _as_earlier(last)
+        return chosen
+
+    def plan() -> _Found:
+        chosen = checked()
         if background == "process":
             remote.append(PickledStore.of(uri, storage_options))
         return chosen, "plan", saving.local_plan(state_dict)
 
-    kind, decided = ranks.planning.through_rank_0(plan, lambda found: _decide(found, saving))
-    if kind == "failed":
-        if last is not None:
-            last._asked = True
-        raise decided
-    if kind == _BUSY:
-        return _skipped(saving, ranks)
+    with _without_collections():
+        if last is not None and (busy != "wait" or last._error is not None):
+            # Before any rank calls state_dict() of a value, in which all ranks may have to take part.
+            kind, error = ranks.planning.through_rank_0(lambda: _state_of(last, checked()), _decide)
+            if kind == "failed":
+                last._asked = True
+                raise error
+            if kind == "busy":
+                return _skipped(saving, ranks)
+        decided = ranks.planning.through_rank_0(plan, lambda found: _plan_for_all(found, saving))
     save = AsyncSave(saving.meter)
     worker = _Worker(save, saving, ranks.writing, remote[0] if remote else None)
     ranks.last = save
@@ -292,30 +296,60 @@ def async_save(
     return save
 
 
-def _decide(found: Sequence[tuple[_AsyncOptions, str, Any]], saving: Saving) -> list[_Planned]:
-    """Return what each rank does, from what all ranks found. Runs on rank 0.
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Do not search for cyclic garbage: a plan has many objects without cycles, and a search can take as long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
-    Raises:
-        BusyError: A save is running, and `busy` is "refuse".
-        Also what planning raises.
-    """
+
+def _state_of(last: AsyncSave, options: _AsyncOptions) -> _Found:
+    """Return what this rank knows about the last save."""
+    if not last.done():
+        return options, "busy", None
+    return (options, "failed", _as_earlier(last)) if last._unreported is not None else (options, "ready", None)
+
+
+def _check_options(found: Sequence[_Found]) -> _AsyncOptions:
+    """Return the options of all ranks. Raise ArgumentError if they differ."""
     options = [chosen for chosen, _, _ in found]
     for rank, other in enumerate(options):
         if other != options[0]:
             raise ArgumentError(
                 f"the ranks of one async_save passed different options: rank 0 {options[0]}, rank {rank} {other}"
             )
+    return options[0]
+
+
+def _decide(found: Sequence[_Found]) -> list[tuple[str, Any]]:
+    """Return for each rank whether to save, or why not, from what all ranks know about the last save.
+
+    Raises:
+        BusyError: A save is running, and `busy` is "refuse".
+    """
+    options = _check_options(found)
     errors = [value for _, kind, value in found if kind == "failed"]
     if errors:
         return [("failed", errors[0])] * len(found)
-    if any(kind == _BUSY for _, kind, _ in found):
-        if options[0].busy == "refuse":
-            raise BusyError(
-                "the last async_save of these ranks is still running: wait for its result(), or pass busy='wait' or "
-                "busy='skip'"
-            )
-        return [(_BUSY, None)] * len(found)
-    return [("plan", plan) for plan in saving.global_plan([value for _, _, value in found])]
+    if all(kind == "ready" for _, kind, _ in found):
+        return [("ready", None)] * len(found)
+    if options.busy == "refuse":
+        raise BusyError(
+            "the last async_save of these ranks is still running: wait for its result(), or pass busy='wait' or "
+            "busy='skip'"
+        )
+    return [("busy", None)] * len(found)
+
+
+def _plan_for_all(found: Sequence[_Found], saving: Saving) -> list[SavePlan]:
+    """Return the plan of each rank. Raises what planning raises."""
+    _check_options(found)
+    return saving.global_plan([plan for _, _, plan in found])
 
 
 def _as_earlier(save: AsyncSave) -> CheckpointError:

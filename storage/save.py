@@ -86,7 +86,9 @@ class Saving:
         return self._options.codec
 
     def open(self) -> None:
-        """Check the options and open the store. Raises what `save` raises for them."""
+        """Check the options and open the store, unless this has been done. Raises what `save` raises for them."""
+        if self._writer is not None:
+            return
         options = self._options
         self._writer = StorageWriter(
             self._uri,

@@ -20,7 +20,8 @@ _at_exit: list[Callable[[], object]] = []
 class BackgroundThread:
     """A thread that the interpreter waits for when it exits.
 
-    Other threads of reshard are stopped at exit (see `threads`). This happens later, so the work can still use them.
+    Other threads of reshard are stopped at exit (see `threads`). This happens later, so the work can still use them. If
+    no thread can start, the work is done at once.
 
     Args:
         work: The work. It must not raise.
@@ -33,9 +34,8 @@ class BackgroundThread:
         _running.add(self)
         try:
             self._thread.start()
-        except BaseException:
-            _running.discard(self)
-            raise
+        except RuntimeError:  # there are too many threads, or the interpreter is exiting
+            self._run()
 
     def _run(self) -> None:
         try:
@@ -45,7 +45,8 @@ class BackgroundThread:
 
     def join(self) -> None:
         """Wait until the work has ended."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 def call_at_exit(callback: Callable[[], object]) -> None:

@@ -253,7 +253,7 @@ class Exchange:
 
     def _gather(self, value: Any) -> list[Any] | None:
         """Return the values of all ranks on rank 0, and None on the others."""
-        if self._group is None:
+        if self.size == 1:
             return [value]
         values = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, group=self._group, group_dst=0)
@@ -261,7 +261,7 @@ class Exchange:
 
     def _scatter(self, values: list[Any]) -> Any:
         """Return on each rank its item of the list of rank 0."""
-        if self._group is None:
+        if self.size == 1:
             return values[0]
         part: list[Any] = [None]
         dist.scatter_object_list(part, values if self.rank == 0 else None, group=self._group, group_src=0)
@@ -292,7 +292,7 @@ class BackgroundExchange(Exchange):
     # These methods do not call functions of torch.distributed, which forget all groups in destroy_process_group.
 
     def _gather(self, value: Any) -> list[Any] | None:
-        if self._raw is None:
+        if self._raw is None or self.size == 1:
             return [value]
         data = _to_bytes(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -305,7 +305,7 @@ class BackgroundExchange(Exchange):
         return [_from_bytes(one[: int(size)]) for one, size in zip(received, sizes, strict=True)] if received else None
 
     def _scatter(self, values: list[Any]) -> Any:
-        if self._raw is None:
+        if self._raw is None or self.size == 1:
             return values[0]
         parts = [_to_bytes(value) for value in values]
         nbytes = torch.tensor([max(map(len, parts), default=0)], dtype=torch.int64)

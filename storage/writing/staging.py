@@ -63,19 +63,19 @@ class Arena:
         self.fd = os.memfd_create("reshard-staging", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else -1
         """The file of the memory, which another process can map; -1 if the system has no such files."""
         self.bytes = mapped(self.fd, self.nbytes)
-        self.pinned = False
-        if pinned:
-            self._pin()
+        self.for_device = pinned
+        """Whether it was to be page-locked. That may have failed."""
+        self.pinned = pinned and self._pin()
 
-    def _pin(self) -> None:
-        status = torch.cuda.cudart().cudaHostRegister(self.bytes.ctypes.data, self.nbytes, 0)
-        self.pinned = int(status) == 0
-        if not self.pinned:
+    def _pin(self) -> bool:
+        status = int(torch.cuda.cudart().cudaHostRegister(self.bytes.ctypes.data, self.nbytes, 1))
+        if status:
             logger.warning(
                 "CUDA cannot page-lock %d bytes of staging memory (error %d), so copies from the device are slower",
                 self.nbytes,
-                int(status),
+                status,
             )
+        return status == 0
 
     def close(self) -> None:
         """Return the memory to the system."""
@@ -110,7 +110,7 @@ class StagingMemory:
         """Return memory of at least this size. Idle memory that is too small for it is returned to the system."""
         with self._lock:
             self._forget_parent()
-            fits = [arena for arena in self._idle if arena.nbytes >= nbytes and (arena.pinned or not pinned)]
+            fits = [arena for arena in self._idle if arena.nbytes >= nbytes and (arena.for_device or not pinned)]
             if fits:
                 arena = min(fits, key=lambda arena: arena.nbytes)
                 self._idle.remove(arena)

@@ -133,6 +133,8 @@ class WriterProcess:
             )
         self._connection = Connection(ours.detach())
         self._lock = threading.Lock()
+        """Held while a job is done."""
+        self._sending = threading.Lock()
         self._jobs = 0
         self._arenas: set[int] = set()
 
@@ -164,7 +166,7 @@ class WriterProcess:
         try:
             self._jobs += 1
             self._map(arena)
-            self._connection.send(("write", replace(job, number=self._jobs)))
+            self._send("write", replace(job, number=self._jobs))
             return self._await(interrupt, wrote, remove)
         except (EOFError, OSError) as error:
             if isinstance(error, CheckpointError):
@@ -205,7 +207,7 @@ class WriterProcess:
         """
         deadline = time.monotonic() + LET_STOP_S
         with contextlib.suppress(EOFError, OSError):
-            self._connection.send(("stop", self._jobs))
+            self._send("stop", self._jobs)
             while time.monotonic() < deadline:
                 if self._connection.poll(POLL_S):
                     answer: tuple[str, Any] = self._connection.recv()
@@ -217,8 +219,9 @@ class WriterProcess:
 
     def _map(self, arena: Arena) -> None:
         if arena.number not in self._arenas:
-            self._connection.send(("map", (arena.number, arena.nbytes)))
-            reduction.send_handle(self._connection, arena.fd, self._process.pid)
+            with self._sending:
+                self._connection.send(("map", (arena.number, arena.nbytes)))
+                reduction.send_handle(self._connection, arena.fd, self._process.pid)
             self._arenas.add(arena.number)
 
     def unmap(self, arena: Arena) -> None:
@@ -226,7 +229,11 @@ class WriterProcess:
         if arena.number in self._arenas:
             self._arenas.discard(arena.number)
             with contextlib.suppress(OSError):
-                self._connection.send(("unmap", arena.number))
+                self._send("unmap", arena.number)
+
+    def _send(self, kind: str, value: Any) -> None:
+        with self._sending:
+            self._connection.send((kind, value))
 
     def _lost(self) -> RankError:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -284,35 +291,34 @@ class WriteInProcess:
             raise
 
 
-_current: list[tuple[int, WriterProcess]] = []
-"""The writer process of this process, and the generation of forks that it belongs to."""
-_current_lock = Lock()
+_processes: dict[int, WriterProcess] = {}
+"""The writer process of each generation of forks. A child does not use that of its parent, and must not close it."""
+_processes_lock = Lock()
 
 
 def writer_process() -> WriterProcess:
     """Return the writer process of this process. It is started if it does not run."""
-    with _current_lock:
-        if _current and _current[0][0] == generation() and _current[0][1].is_alive():
-            return _current[0][1]
-        close_left_over = [process for of, process in _current if of == generation()]
-        _current[:] = [(generation(), WriterProcess())]
-    for process in close_left_over:
-        process.close()
-    return _current[0][1]
+    with _processes_lock:
+        found = _processes.get(generation())
+        if found is None or not found.is_alive():
+            if found is not None:
+                found.close()
+            found = _processes[generation()] = WriterProcess()
+        return found
 
 
 def end_writer_process() -> None:
     """End the writer process of this process, if there is one and it is not writing."""
-    with _current_lock:
-        for of, process in _current:
-            if of == generation():
-                process.close()
+    with _processes_lock:
+        found = _processes.get(generation())
+        if found is not None:
+            found.close()
 
 
 def _unmap(arena: Arena) -> None:
-    for of, process in _current:
-        if of == generation():
-            process.unmap(arena)
+    found = _processes.get(generation())
+    if found is not None:
+        found.unmap(arena)
 
 
 STAGING.closing = _unmap

@@ -27,7 +27,6 @@ import reshard
 from reshard import errors
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
-from reshard.storage.writing import writer_process as writer_processes
 from reshard.storage.writing.staging import PAGE_BYTES, STAGING
 from reshard.storage.writing.writer_process import writer_process
 from reshard.testing import MemoryStore
@@ -245,11 +244,23 @@ def test_what_does_not_fit_is_written_before_the_call_returns(
 # Errors
 
 
+class Collective:
+    """A Stateful whose state_dict is collective, as that of FSDP with a full state dict is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        values = torch.ones(1)
+        dist.all_reduce(values)
+        return {"values": values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("never reached")
+
+
 def fail_on_one_rank(folder: str, background: Any) -> list[str]:
     local = LocalStore(Path(folder, "c"))
     bad = RecordingStore(local, Waits(folder, "write", fails=True)) if dist.get_rank() == 1 else local
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    state = {"w": distribute_tensor(torch.ones(64, 8), mesh, [Shard(0)]), "step": 1}
+    state = {"w": distribute_tensor(torch.ones(64, 8), mesh, [Shard(0)]), "step": 1, "all": Collective()}
     messages = []
     handle = reshard.async_save(state, bad, background=background)
     with pytest.raises(errors.AccessDeniedError) as caught:
@@ -391,7 +402,7 @@ def test_a_rank_that_fails_stops_the_others(background: str, tmp_path: Path) -> 
 
 def call_while_busy(folder: str, background: Any) -> list[str]:
     rank = dist.get_rank()
-    state = {"w": torch.full((1000,), 1.0), "step": 1}
+    state: dict[str, Any] = {"w": torch.full((1000,), 1.0), "step": 1}
     own = Path(folder, "hold-of-rank-1")
     store = RecordingStore(LocalStore(Path(folder, "first")), Waits(str(own), "write"))
     if rank == 0:
@@ -400,6 +411,7 @@ def call_while_busy(folder: str, background: Any) -> list[str]:
     dist.barrier()
     first = reshard.async_save(state, store, background=background)
     found = []
+    state["all"] = Collective()
     skipped = reshard.async_save(state, f"{folder}/skipped", busy="skip", background=background)
     report = skipped.result()
     assert skipped.skipped
@@ -415,7 +427,7 @@ def call_while_busy(folder: str, background: Any) -> list[str]:
     dist.barrier()
     if rank == 0:
         threading.Timer(0.3, (own / "hold").unlink).start()
-    state["w"].fill_(2)  # type: ignore[attr-defined]
+    state["w"].fill_(2)
     second = reshard.async_save(state, f"{folder}/second", background=background)
     assert first.done()
     first.result()
@@ -693,12 +705,12 @@ def test_release_memory_ends_the_writer_process(tmp_path: Path) -> None:
     assert STAGING.held_bytes == 0
     reshard.release_memory()
     reshard.async_save({"w": torch.ones(3)}, tmp_path / "d", background="process").result()
-    assert len(writer_processes._current) == 1
 
 
 def test_a_finished_handle_does_not_keep_the_tensors(tmp_path: Path) -> None:
     import weakref
 
+    reshard.async_save({"w": torch.ones(3)}, tmp_path / "first", background="thread").result()  # torch imports modules
     tensor = torch.ones(1000)
     freed = weakref.ref(tensor)
     handle = reshard.async_save({"w": tensor}, tmp_path / "c", background="thread")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -112,6 +114,44 @@ def test_released_memory_leaves_no_open_file() -> None:
     assert len(os.listdir("/proc/self/fd")) > before
     memory.release()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+class FakeStream:
+    """Records what a copy on a separate stream does."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.calls.append("new stream")
+
+    def wait_stream(self, other: str) -> None:
+        self.calls.append(f"wait for {other}")
+
+    def record_event(self) -> FakeStream:
+        self.calls.append("record")
+        return self
+
+    def synchronize(self) -> None:
+        self.calls.append("wait")
+
+
+def test_copies_from_a_device_use_one_separate_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether CUDA copies correctly is shown by `benchmarks/async_save.py --device cuda`."""
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(staging.DeviceCopies, "_streams", {})
+    FakeStream.calls.clear()
+    for _ in range(2):
+        copies = staging.DeviceCopies(torch.device("cpu"))
+        to, values = torch.zeros(3, 2), torch.randn(2, 3).t()
+        copies.add(to, values)
+        copies.start()
+        assert FakeStream.calls[-2:] == ["wait for the current stream", "record"]
+        copies.wait()
+        assert FakeStream.calls[-1] == "wait"
+        assert to.equal(values)
+    assert FakeStream.calls.count("new stream") == 1
 
 
 def test_a_failed_copy_returns_its_memory() -> None:
