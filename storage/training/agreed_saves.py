@@ -96,7 +96,11 @@ class AgreedSaves:
             self._has_answered, self._chosen, self._stops = False, None, False
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread. Log if a request of this rank was not served."""
+        with self._changed:
+            self._take_requests()
+            if self._unserved:
+                logger.warning("a save was requested, but `save` was not called again before the manager was closed")
         if self._pool is not None:
             self._pool.stop.set()
             self._requests.put("")

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...planner.errors import CheckpointError, InvalidIndexError
+from ...planner.text import shown
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
 from ..formats.detect import open_source
 from ..reading.name_matching import LoadOptions, NameMatch
@@ -75,9 +76,8 @@ def restore_latest(
 def _noting(error: CheckpointError, damaged: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
     """Return an error with a note about the damaged checkpoints that were tried before."""
     if damaged:
-        error.add_note(
-            f"Before this, {damaged[-1][0]} was damaged. Its load may have overwritten a part of the state dict"
-        )
+        before = f"Before this, {damaged[-1][0]} was damaged. Its load may have overwritten a part of the state dict"
+        error.add_note(shown(before))
     return error
 
 

@@ -141,6 +141,13 @@ def test_signal_saves_once_and_is_then_handled_as_before(tmp_path: Path) -> None
         signal.signal(signal.SIGUSR1, previous)
 
 
+def test_request_that_no_save_served_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with reshard.CheckpointManager(tmp_path, save_every=100, signals=()) as manager:
+        manager.save(1, state(1))
+        manager.save_now()
+    assert "a save was requested, but `save` was not called again" in caplog.text
+
+
 def test_closing_restores_the_signal_handler(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with reshard.CheckpointManager(tmp_path):

@@ -259,6 +259,18 @@ def restore_damaged_step(folder: str) -> tuple[str, float]:
         return str(caught.value), value_of(loaded)
 
 
+def test_error_after_a_damaged_checkpoint_says_that_the_state_may_be_overwritten(tmp_path: Path) -> None:
+    with manager_of(str(tmp_path)) as manager:
+        manager.save(1, {"w": torch.ones(100, 100)})
+        manager.save(2, {"w": torch.ones(200, 200)})
+    (path,) = (tmp_path / "step-00000002" / "data").iterdir()
+    flip(path, 0.5)
+    with manager_of(str(tmp_path)) as manager, pytest.raises(errors.ShapeMismatchError) as caught:
+        manager.restore({"w": torch.zeros(200, 200)})
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"Before this, step 2 at {tmp_path}/step-00000002 was damaged.")
+
+
 def test_requested_step_does_not_fall_back(ranks: RankPool, saved_run: Path, tmp_path: Path) -> None:
     shutil.copytree(saved_run, tmp_path / "run")
     for path in objects_of(1)(tmp_path / "run" / LAST):
