@@ -86,7 +86,7 @@ class Dcp:
     def __init__(self, kind: AsyncCheckpointerType, options: StagingOptions | None = None) -> None:
         self._kind = kind
         self._stager = DefaultStager(options) if options else None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, state: State, folder: str) -> Running:
         found = dcp.async_save(

@@ -281,8 +281,8 @@ class BackgroundExchange(Exchange):
         if self._group is not None:
             ranks = dist.get_process_group_ranks(self._group)
             options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-            self._raw = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-            self._group = self._raw
+            created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+            self._raw = self._group = created
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

@@ -454,7 +454,7 @@ def test_a_call_while_a_save_runs_waits_refuses_or_skips(background: str, ranks:
 
 def save_in_groups(folder: str) -> str:
     rank = dist.get_rank()
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pairs: list[Any] = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     own = pairs[rank // 2]
     handles = [
         reshard.async_save({"w": torch.full((3,), float(rank // 2))}, f"{folder}/{rank // 2}", process_group=own),
