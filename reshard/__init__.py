@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .planner.box import Box as Box
     from .planner.layout import Layout as Layout
     from .planner.layout import Mesh as Mesh
+    from .storage.async_save import AsyncSave as AsyncSave
+    from .storage.async_save import async_save as async_save
+    from .storage.async_save import release_memory as release_memory
     from .storage.checkpoint import Checkpoint as Checkpoint
     from .storage.checkpoint import TensorInfo as TensorInfo
     from .storage.checkpoint import open_checkpoint as open
@@ -49,38 +52,53 @@ if TYPE_CHECKING:
     from .storage.runtime.reports import Report as Report
     from .storage.save import save as save
     from .storage.stores.base import Store as Store
+    from .storage.training.manager import CheckpointManager as CheckpointManager
+    from .storage.training.policies import Policy as Policy
+    from .storage.training.policies import SavedStep as SavedStep
+    from .storage.training.policies import best as best
+    from .storage.training.policies import every as every
+    from .storage.training.policies import latest as latest
 
 __all__ = [
+    "AsyncSave",
     "Box",
     "Cast",
     "Checkpoint",
+    "CheckpointManager",
     "DamagedChunk",
     "Difference",
     "FoundCheckpoint",
     "Layout",
     "Mesh",
+    "Policy",
     "Progress",
     "RankReport",
     "Remains",
     "Removal",
     "Report",
+    "SavedStep",
     "StorageReader",
     "StorageWriter",
     "Store",
     "TensorInfo",
     "__version__",
+    "async_save",
+    "best",
     "convert",
     "diff",
     "errors",
+    "every",
     "find_checkpoints",
     "find_removal",
     "formats",
     "gc",
+    "latest",
     "layout",
     "load",
     "open",
     "pictures",
     "plans",
+    "release_memory",
     "remove",
     "save",
     "stores",
@@ -91,6 +109,7 @@ _MODULES = ("errors", "formats", "layout", "pictures", "plans", "stores", "testi
 _HOMES = {
     "planner.box": ("Box",),
     "planner.layout": ("Layout", "Mesh"),
+    "storage.async_save": ("AsyncSave", "async_save", "release_memory"),
     "storage.checkpoint": ("Checkpoint", "TensorInfo"),
     "storage.conversion.convert": ("convert",),
     "storage.dcp_reader": ("StorageReader",),
@@ -104,6 +123,8 @@ _HOMES = {
     "storage.runtime.reports": ("Cast", "RankReport", "Report"),
     "storage.save": ("save",),
     "storage.stores.base": ("Store",),
+    "storage.training.manager": ("CheckpointManager",),
+    "storage.training.policies": ("Policy", "SavedStep", "best", "every", "latest"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -8,6 +8,7 @@ from .planner.errors import MissingTensorError as MissingTensorError
 from .planner.errors import ShapeMismatchError as ShapeMismatchError
 from .storage.errors import AccessDeniedError as AccessDeniedError
 from .storage.errors import ArgumentError as ArgumentError
+from .storage.errors import BusyError as BusyError
 from .storage.errors import CheckpointExistsError as CheckpointExistsError
 from .storage.errors import CheckpointNotFoundError as CheckpointNotFoundError
 from .storage.errors import CommitError as CommitError
@@ -17,6 +18,7 @@ from .storage.errors import DtypeError as DtypeError
 from .storage.errors import NotCommittedError as NotCommittedError
 from .storage.errors import ObjectNotFoundError as ObjectNotFoundError
 from .storage.errors import RankError as RankError
+from .storage.errors import RunInUseError as RunInUseError
 from .storage.errors import StoreError as StoreError
 from .storage.errors import UnavailableError as UnavailableError
 from .storage.errors import UnsafeValueError as UnsafeValueError

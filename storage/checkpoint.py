@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,15 @@ class Checkpoint:
     def info(self) -> Mapping[str, Any]:
         """What the writer recorded: its version, the time, the codec, the number of ranks."""
         return MappingProxyType(self._source.info)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """A copy of the `metadata` that was passed to `reshard.save`. {} if there is none, and for other formats.
+
+        Raises:
+            CorruptCheckpointError: it cannot be decoded.
+        """
+        return copy.deepcopy(dict(self._source.metadata))
 
     @property
     def format(self) -> str:

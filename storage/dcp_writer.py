@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 import io
+import json
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ from .formats.native.codec import check_codec
 from .formats.native.commit import commit, refuse_if_there
 from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, assemble_index
+from .formats.user_metadata import plain_metadata
 from .formats.value_codec import EncodedValue, encode_value, needs_pickle
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Arrivals, raises_portable, rank_of
+from .runtime.process_group import Alarm, raises_portable, rank_of
 from .runtime.progress import Meter
 from .runtime.reports import RankReport
 from .runtime.threads import cleaning_up
@@ -47,11 +49,24 @@ from .tensors.dtypes import dtype_name
 from .tensors.name_patterns import quoted
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
 from .version import __version__
-from .writing.agreement import ValueDescription, agreed_paths
+from .writing.agreement import ValueDescription, agreed_paths, check_same_metadata
 from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
 logger = logger_of(__name__)
+
+WriteObjects = Callable[..., list[ObjectRecord]]
+"""A function with the parameters of `write_objects`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a rank wrote."""
+
+    records: list[ObjectRecord] = field(default_factory=list)
+    seconds: float = 0.0
+    pickled: list[str] = field(default_factory=list)
+    """The names of values that need pickle."""
 
 
 class StorageWriter(dcp.StorageWriter):
@@ -64,7 +79,7 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: whether to replace an existing checkpoint, as DCP's own writers do. The old checkpoint can be read
             until the new one is committed; then its data is removed. Checkpoints of other tools and unfinished
             conversions are never replaced: the save raises CheckpointExistsError.
-        allow_pickle, budget_bytes: see `reshard.save`.
+        allow_pickle, budget_bytes, metadata: see `reshard.save`.
     """
 
     def __init__(
@@ -76,6 +91,7 @@ class StorageWriter(dcp.StorageWriter):
         overwrite: bool = True,
         allow_pickle: bool = True,
         budget_bytes: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         check_codec(codec)
         check_budget(budget_bytes)
@@ -86,24 +102,23 @@ class StorageWriter(dcp.StorageWriter):
         self._overwrite = overwrite
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
+        self._metadata = plain_metadata(metadata)
         self._rank = 0
         self._opened: Store | None = None
         self._written: list[ObjectRecord] = []
+        self._seconds = 0.0
+        self._pickled: list[str] = []
         self.alarm = Alarm(alone=True)
         """Set by `reshard.save`, so that all ranks stop when one has failed."""
-        self.arrivals: Arrivals | None = None
-        """Set by `reshard.save`: which ranks have written."""
         self.meter = Meter("save")
         """Set by `reshard.save`: shows the progress."""
-        self.planned_at = 0.0
-        """The time at which DCP's planning was complete, by `time.perf_counter`."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
             self._opened = None
         self.save_id = uuid.uuid4().hex
-        self._written = []
+        self._written, self._seconds, self._pickled = [], 0.0, []
 
     @raises_portable
     @undisturbed()
@@ -112,9 +127,11 @@ class StorageWriter(dcp.StorageWriter):
             raise ArgumentError("reshard commits a checkpoint once for all ranks: pass use_collectives=True")
         self._rank = kwargs.get("rank", rank_of(None))
         if is_coordinator:
-            refuse_if_there(self._store(), overwrite=self._overwrite)
+            refuse_if_there(self.store, overwrite=self._overwrite)
 
-    def _store(self) -> Store:
+    @property
+    def store(self) -> Store:
+        """The store of the checkpoint, which is opened when it is first needed."""
         if self._opened is None:
             self._opened = open_store(self.checkpoint_id, self._storage_options)
         return self._opened
@@ -126,19 +143,35 @@ class StorageWriter(dcp.StorageWriter):
     @undisturbed()
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Describe the values, before the planner assigns each replica to one rank."""
-        return replace(plan, storage_data=_described(plan))
+        return replace(plan, storage_data=(_described(plan), json.dumps(self._metadata, sort_keys=True)))
 
     @raises_portable
     @undisturbed()
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        agreed_paths([plan.storage_data or {} for plan in plans])
+        kept = [plan.storage_data for plan in plans if plan.storage_data]  # a custom planner may drop it
+        check_same_metadata([metadata for _, metadata in kept])
+        agreed_paths([described for described, _ in kept])
         return [replace(plan, storage_data=None) for plan in plans]
 
     @raises_portable
     @undisturbed()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
-        begin = time.perf_counter()
-        self.planned_at = begin
+        with self.meter:
+            written = self.write(self.shards_to_write(plan, planner))
+        results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
+        if results:
+            nbytes = sum(record.nbytes for record in written.records)
+            results[0] = dcp.WriteResult(plan.items[0].index, nbytes, written)
+        future: Future[list[dcp.WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def shards_to_write(self, plan: SavePlan, planner: SavePlanner) -> list[ShardToWrite]:
+        """Return the shards that the final plan of this rank lists. Their values are read when they are written.
+
+        Raises:
+            UnsupportedValueError, LayoutError: A tensor or a value cannot be stored.
+        """
         if not getattr(planner, "holds_boxes", False):
             state = getattr(planner, "state_dict", {})
             refuse_misplaced(state)
@@ -146,12 +179,26 @@ class StorageWriter(dcp.StorageWriter):
                 if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
                     check_storable(name, tensor._local_tensor)
         shards = [_shard_to_write(item, planner) for item in plan.items]
-        pickled = self._pickled(shards)
-        self.meter.location = self._store().location
+        self._pickled = self._names_of_pickled(shards)
         self.meter.expect(sum(shard.nbytes for shard in shards))
-        with self.alarm, self.meter:
-            self._written = write_objects(
-                self._store(),
+        return shards
+
+    def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
+        """Write shards to new objects.
+
+        Args:
+            shards: In the form that `writing` takes.
+            writing: Does the work: `write_objects`, or a function that calls it in another process.
+
+        Returns:
+            What this rank has written since the save began.
+
+        Raises what `write_objects` raises.
+        """
+        begin = time.perf_counter()
+        with self.alarm:
+            records = writing(
+                self.store,
                 f"{self._rank:05}",
                 shards,
                 self._codec,
@@ -160,18 +207,11 @@ class StorageWriter(dcp.StorageWriter):
                 failed=self.alarm.sound,
                 wrote=self.meter.add,
             )
-        if self.arrivals is not None:
-            self.arrivals.arrive()
-        results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
-        if results:
-            written = sum(record.nbytes for record in self._written)
-            records = self._written, time.perf_counter() - begin, pickled
-            results[0] = dcp.WriteResult(plan.items[0].index, written, records)
-        future: Future[list[dcp.WriteResult]] = Future()
-        future.set_result(results)
-        return future
+        self._written += records
+        self._seconds += time.perf_counter() - begin
+        return Written(self._written, self._seconds, self._pickled)
 
-    def _pickled(self, shards: Sequence[ShardToWrite]) -> list[str]:
+    def _names_of_pickled(self, shards: Sequence[ShardToWrite]) -> list[str]:
         """Return the names of the values that need pickle. Raises UnsupportedValueError if it is not allowed."""
         names = [
             shard.name
@@ -188,8 +228,21 @@ class StorageWriter(dcp.StorageWriter):
     @raises_portable
     @undisturbed()
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
-        by_rank = [rank[0].storage_data if rank else ([], 0.0, []) for rank in results]
-        records = [record for records, _, _ in by_rank for record in records]
+        metadata.storage_data = self.commit(metadata, [rank[0].storage_data if rank else Written() for rank in results])
+
+    def commit(self, metadata: Metadata, by_rank: Sequence[Written]) -> list[dict[str, Any]]:
+        """Write the manifest, which commits the checkpoint.
+
+        Args:
+            metadata: The metadata of DCP's global plan.
+            by_rank: What each rank wrote.
+
+        Returns:
+            The report of each rank, as plain data.
+
+        Raises what `commit` of the native format raises.
+        """
+        records = [record for written in by_rank for record in written.records]
         index = assemble_index(records, _empty_tensors(metadata, records))
         paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
         info = {
@@ -197,17 +250,16 @@ class StorageWriter(dcp.StorageWriter):
             "torch": torch.__version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "codec": self._codec,
-            "ranks": len(results),
+            "ranks": len(by_rank),
             "save_id": self.save_id,
         }
-        manifest = encode_manifest(index, paths, info)
-        reports = [_report(rank, *written) for rank, written in enumerate(by_rank)]
+        manifest = encode_manifest(index, paths, info, self._metadata)
+        reports = [_report(rank, written) for rank, written in enumerate(by_rank)]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1
-        pickled = sorted(name for _, _, names in by_rank for name in names)
+        pickled = sorted(name for written in by_rank for name in written.pickled)
         differing = metadata.storage_data or []
         reports[self._rank]["differing"] = tuple(differing)
-        metadata.storage_data = reports
         if pickled:
             logger.warning(
                 "%d values can only be loaded with allow_pickle=True, which can run code: %s",
@@ -221,7 +273,8 @@ class StorageWriter(dcp.StorageWriter):
                 len(differing),
                 quoted(differing),
             )
-        commit(self._store(), manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
+        commit(self.store, manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
+        return reports
 
     def discard(self) -> None:
         """Remove what this rank wrote, after a save that was not committed. Log what cannot be removed."""
@@ -229,7 +282,7 @@ class StorageWriter(dcp.StorageWriter):
         if names:
             try:
                 with cleaning_up():
-                    without_retries(self._store()).delete(names)
+                    without_retries(self.store).delete(names)
             except Exception as error:
                 logger.warning("data objects of a failed save remain, %s: %s", ", ".join(names), error)
 
@@ -324,8 +377,9 @@ def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str,
     return empty
 
 
-def _report(rank: int, records: list[ObjectRecord], seconds: float, pickled: list[str]) -> dict[str, Any]:
+def _report(rank: int, written: Written) -> dict[str, Any]:
     """Return a RankReport as plain data, because DCP pickles it."""
+    records = written.records
     stages = {stage: sum(record.seconds[stage] for record in records) for stage in ("encode", "write")}
     report = RankReport(
         rank=rank,
@@ -333,7 +387,7 @@ def _report(rank: int, records: list[ObjectRecord], seconds: float, pickled: lis
         bytes_written=sum(record.nbytes for record in records),
         requests=len(records),
         chunks=sum(record.chunks for record in records),
-        seconds={**stages, "total": seconds},
-        pickled=tuple(pickled),
+        seconds={**stages, "total": written.seconds},
+        pickled=tuple(written.pickled),
     )
     return asdict(report)

@@ -9,12 +9,14 @@ CheckpointError
 ├── CheckpointNotFoundError (FileNotFoundError)     fix the call: there is no checkpoint at this location
 │   └── NotCommittedError                           save again: there is only what an unfinished save wrote
 ├── CheckpointExistsError (FileExistsError)         fix the call: pass overwrite=True to replace the checkpoint
+├── RunInUseError                                   end the other run: two managers save to one location
 ├── UnsupportedURIError                             fix the call, or install the package for the protocol
 ├── UnsupportedVersionError                         upgrade: a newer reshard wrote the checkpoint
 ├── UnsupportedFormatError                          convert the checkpoint with the tool that wrote it
 ├── DtypeError                                      fix the call: the stored dtype cannot be cast to the requested one
 ├── DestinationError                                fix the call: the destination cannot be written in place
 ├── UnsupportedValueError                           fix the call: a value of the state dict cannot be stored
+├── BusyError                                       wait: an asynchronous save of the same ranks is still running
 ├── ArgumentError (ValueError)                      fix the call: an argument is not valid
 ├── UnsafeValueError                                decide: reading the value would run pickled code
 ├── CorruptCheckpointError                          do not use it: bytes are damaged, missing or contradictory
@@ -67,6 +69,10 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
     """A checkpoint exists at this location, and `overwrite` is False."""
 
 
+class RunInUseError(CheckpointError):
+    """Another CheckpointManager saves to this location."""
+
+
 class UnsupportedURIError(CheckpointError):
     """No filesystem for the protocol of the URI is known or installed."""
 
@@ -91,6 +97,10 @@ class UnsupportedValueError(CheckpointError):
     """A value that is not a tensor cannot be stored, not even by pickle."""
 
 
+class BusyError(CheckpointError):
+    """An asynchronous save of the same process group is still running, and `busy` is "refuse"."""
+
+
 class ArgumentError(CheckpointError, ValueError):
     """An argument of a call is not valid."""
 
@@ -105,6 +115,9 @@ class CorruptCheckpointError(CheckpointError):
 
 class RankError(CheckpointError):
     """An error from outside reshard stopped a rank. `rank` is that rank; the message contains the error."""
+
+    group_is_broken = False
+    """Whether the ranks cannot communicate any more, so that this rank does not know what the others have done."""
 
 
 class StoppedError(RankError):

@@ -1,42 +1,200 @@
-"""`reshard.save`: DCP plans the save and exchanges the plans, reshard writes."""
+"""`reshard.save`: the ranks plan together, each rank writes, and rank 0 commits. `async_save` takes the same steps."""
 
 from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
-from ..planner.errors import CheckpointError
-from .dcp_writer import StorageWriter
-from .errors import ArgumentError, CommitError
-from .formats.native.codec import check_codec
-from .runtime.limits import check_budget
+from .dcp_writer import StorageWriter, WriteObjects, Written
+from .errors import ArgumentError, CommitError, RankError
 from .runtime.logs import logger_of
-from .runtime.process_group import (
-    Alarm,
-    Arrivals,
-    first_failure,
-    is_distributed,
-    naming_lost_ranks,
-    of_rank,
-    on_all_ranks,
-    rank_of,
-)
+from .runtime.process_group import Alarm, Arrivals, Exchange
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
-from .tensors.state_dict import Leaf, flatten, stateful_to_state
+from .tensors.state_dict import flatten, stateful_to_state
+from .writing.object_layout import ShardToWrite
+from .writing.object_writer import write_objects
 from .writing.save_plan import SavePlanner
 
 logger = logger_of(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """The options that `save` and `async_save` share; see `save`."""
+
+    codec: str
+    storage_options: Mapping[str, Any] | None
+    overwrite: bool
+    allow_pickle: bool
+    budget_bytes: int | None
+    metadata: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlan:
+    """What one rank would write, before rank 0 has compared the plans and assigned the replicas."""
+
+    location: str | None
+    """None for a Store."""
+    codec: str
+    plan: SavePlan
+
+
+class Saving:
+    """A save on one rank: `open`, `local_plan`, `global_plan` on rank 0, `accept_plan`, `write`, `finish`.
+
+    Args:
+        uri: As for `save`.
+        progress: As for `save`.
+        rank: The rank in the process group of the save.
+    """
+
+    def __init__(
+        self, uri: str | os.PathLike[str] | Store, options: SaveOptions, progress: OnProgress, rank: int
+    ) -> None:
+        self._begin = time.perf_counter()
+        self._uri = uri
+        self._options = options
+        self._rank = rank
+        self.meter = Meter("save", progress, rank=rank)
+        self._writer: StorageWriter | None = None
+        self._planner: SavePlanner | None = None
+        self._metadata: Metadata | None = None
+        self.shards: list[ShardToWrite] = []
+        """What this rank writes. Known after `accept_plan`."""
+        self.seconds: dict[str, float] = {}
+        """The seconds of the stages in which only this rank works, by stage."""
+
+    @property
+    def writer(self) -> StorageWriter:
+        """The writer. `open` creates it."""
+        assert self._writer is not None
+        return self._writer
+
+    @property
+    def codec(self) -> str:
+        return self._options.codec
+
+    def open(self) -> None:
+        """Check the options and open the store, unless this has been done. Raises what `save` raises for them."""
+        if self._writer is not None:
+            return
+        options = self._options
+        self._writer = StorageWriter(
+            self._uri,
+            codec=options.codec,
+            storage_options=options.storage_options,
+            overwrite=options.overwrite,
+            budget_bytes=options.budget_bytes,
+            metadata=options.metadata,
+        )
+        self._writer.meter = self.meter
+        self.meter.location = self._writer.store.location
+
+    def local_plan(self, state_dict: Mapping[str, Any]) -> LocalPlan:
+        """Plan what this rank would write alone. Raises what `save` raises for the state dict."""
+        leaves = flatten(stateful_to_state(state_dict))
+        self._planner = SavePlanner(leaves, allow_pickle=self._options.allow_pickle)
+        self._planner.set_up_planner({name: leaf.value for name, leaf in leaves.items()}, None, self._rank == 0)
+        self.writer.set_up_storage_writer(False, rank=self._rank)
+        plan = self.writer.prepare_local_plan(self._planner.create_local_plan())
+        return LocalPlan(None if isinstance(self._uri, Store) else str(self._uri), self.codec, plan)
+
+    def global_plan(self, plans: Sequence[LocalPlan]) -> list[SavePlan]:
+        """Compare the plans of all ranks, and assign each replica to one of them. Only rank 0 calls it.
+
+        Raises:
+            ArgumentError: The ranks disagree.
+            CheckpointExistsError: There is a checkpoint that must not be replaced.
+        """
+        for what, passed in (
+            ("locations", {plan.location for plan in plans} - {None}),
+            ("codecs", {plan.codec for plan in plans}),
+        ):
+            if len(passed) > 1:
+                raise ArgumentError(
+                    f"the ranks of one save passed different {what}: {', '.join(sorted(map(str, passed)))}"
+                )
+        assert self._planner is not None
+        self.writer.set_up_storage_writer(True, rank=0)
+        assigned, self._metadata = self._planner.create_global_plan([plan.plan for plan in plans])
+        return self.writer.prepare_global_plan(assigned)
+
+    def accept_plan(self, plan: SavePlan) -> None:
+        """Receive what this rank is to write."""
+        assert self._planner is not None
+        self.shards = self.writer.shards_to_write(self._planner.finish_plan(plan), self._planner)
+        self.seconds["plan"] = time.perf_counter() - self._begin
+
+    def release_tensors(self) -> None:
+        """Forget the tensors of the state dict, and `shards`, which read them."""
+        self._planner, self.shards = None, []
+
+    def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
+        """Write shards; see `StorageWriter.write`."""
+        return self.writer.write(shards, writing)
+
+    def finish(self, exchange: Exchange, work: Callable[[], Written], arrivals: Arrivals | None = None) -> Report:
+        """Write on every rank, commit on rank 0, and return the report. Collective.
+
+        Args:
+            work: Writes what this rank has to write.
+            arrivals: See `Exchange.through_rank_0`.
+
+        Raises what `save` raises after planning, on every rank.
+        """
+
+        has_written = False
+        interrupt: BaseException | None = None
+
+        def write() -> Written:
+            nonlocal has_written
+            written = work()
+            has_written = True
+            return written
+
+        def commit(by_rank: list[Written]) -> list[list[dict[str, Any]]]:
+            nonlocal interrupt
+            assert self._metadata is not None
+            try:
+                return [self.writer.commit(self._metadata, by_rank)] * exchange.size
+            except Exception:
+                raise
+            except BaseException as error:
+                interrupt = error
+                raise CommitError(
+                    "the commit was interrupted: the manifest may or may not have been written"
+                ) from error
+
+        try:
+            plain = exchange.through_rank_0(write, commit, arrivals)
+        except BaseException as error:
+            # A rank that lost the others, or was interrupted while it waited, may not know that rank 0 has committed.
+            if not (isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))):
+                self.writer.discard()
+            if interrupt is not None:
+                raise interrupt from None
+            raise
+        finally:
+            self.writer.alarm.close()
+        ranks = [RankReport(**report) for report in plain]
+        stages = dict(ranks[self._rank].seconds)
+        total_s = time.perf_counter() - self._begin
+        commit_s = total_s - stages.pop("total") - sum(self.seconds.values())  # with waiting for the slowest rank
+        seconds = {**self.seconds, **stages, "commit": commit_s, "total": total_s}
+        ranks[self._rank] = replace(ranks[self._rank], seconds=seconds)
+        logger.info("saved to %s: %s", self.meter.location, ranks[self._rank].words)
+        return Report(self._rank, tuple(ranks))
 
 
 @undisturbed()
@@ -50,6 +208,7 @@ def save(
     overwrite: bool = False,
     allow_pickle: bool = True,
     budget_bytes: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: OnProgress = False,
 ) -> Report:
     """Save a state dict as a checkpoint. Collective: every rank of the group calls it.
@@ -76,6 +235,9 @@ def save(
         budget_bytes: the memory that this rank may use in addition to the state dict. Default: the smaller of 2 GiB and
             a tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
             torchrun sets), but at least 64 MiB.
+        metadata: plain data to store with the checkpoint, such as the step and metrics: a dict of strings, numbers
+            (NaN and infinity included), booleans, None, lists and dicts with string keys, up to 1 MiB as JSON. All
+            ranks pass the same. `Checkpoint.metadata` returns it without reading tensors.
         progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank.
 
     Returns:
@@ -88,62 +250,28 @@ def save(
         UnsupportedValueError, DtypeError, LayoutError: the state dict contains something that cannot be stored.
         DestinationError: two values have the same name.
         ArgumentError: an argument is not valid, `state_dict` is not a mapping, or the ranks passed different locations,
-            codecs, or different dtypes, shapes or kinds of values for one name.
+            codecs or metadata, or different dtypes, shapes or kinds of values for one name.
         RankError: any other error.
     """
-    begin = time.perf_counter()
-    leaves: dict[str, Leaf] = {}
+    exchange = Exchange(process_group)
+    options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
+    saving = Saving(uri, options, progress, exchange.rank)
 
-    def prepare() -> tuple[str | None, str]:
-        check_codec(codec)
-        check_budget(budget_bytes)
-        leaves.update(flatten(stateful_to_state(state_dict)))
-        return None if isinstance(uri, Store) else str(uri), codec
+    def local_plan() -> LocalPlan:
+        saving.open()
+        return saving.local_plan(state_dict)
 
-    # All ranks do this together, so that an error on one of them stops all.
-    locations, codecs = zip(*on_all_ranks(prepare, process_group), strict=True)
-    for what, passed in ("locations", set(locations) - {None}), ("codecs", set(codecs)):
-        if len(passed) > 1:
-            raise ArgumentError(f"the ranks of one save passed different {what}: {', '.join(sorted(passed))}")
-    writer = StorageWriter(
-        uri, codec=codec, storage_options=storage_options, overwrite=overwrite, budget_bytes=budget_bytes
-    )
-    rank = rank_of(process_group)
-    writer.alarm, writer.meter = Alarm(process_group), Meter("save", progress, rank=rank)
-    writer.arrivals = Arrivals(process_group)
-    try:
-        with warnings.catch_warnings(), naming_lost_ranks(writer.arrivals):
-            # Saving from one process is intended here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            metadata = dcp_save(
-                {name: leaf.value for name, leaf in leaves.items()},
-                storage_writer=writer,
-                planner=SavePlanner(leaves, allow_pickle=allow_pickle),
-                process_group=process_group,
-                no_dist=not is_distributed(),
-            )
-    except CheckpointException as failed:
-        own, _ = failed.failures.get(rank, (None, None))
-        if isinstance(own, KeyboardInterrupt):  # DCP treats it as an error
-            writer.discard()
-            raise own from failed
-        error = _first_failure(failed)
-        if not isinstance(error, CommitError):
-            writer.discard()
-        raise error from failed
-    finally:
-        writer.alarm.close()
-    writer.arrivals.forget()
-    ranks = [RankReport(**report) for report in metadata.storage_data]
-    plan_s, total_s = writer.planned_at - begin, time.perf_counter() - begin
-    stages = dict(ranks[rank].seconds)
-    commit_s = total_s - plan_s - stages.pop("total")  # includes waiting for the slowest rank
-    seconds = {"plan": plan_s, **stages, "commit": commit_s, "total": total_s}
-    ranks[rank] = replace(ranks[rank], seconds=seconds)
-    logger.info("saved to %s: %s", writer.meter.location, ranks[rank].words)
-    return Report(rank, tuple(ranks))
+    plan = exchange.through_rank_0(local_plan, saving.global_plan)
+    saving.writer.alarm = Alarm(process_group)
+
+    def work() -> Written:
+        with saving.writer.alarm, saving.meter:
+            saving.accept_plan(plan)
+            return saving.write(saving.shards)
+
+    return saving.finish(exchange, work)
 
 
-def _first_failure(failed: CheckpointException) -> CheckpointError:
-    """Return the error of the lowest rank that failed."""
-    return of_rank(*first_failure({rank: error for rank, (error, _) in failed.failures.items()}))
+def _is_of_this_rank_only(error: BaseException) -> bool:
+    """Return whether a collective ended on this rank without the answer of rank 0."""
+    return not isinstance(error, Exception) or (isinstance(error, RankError) and error.group_is_broken)

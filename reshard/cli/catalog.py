@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import typer
 
@@ -13,6 +14,7 @@ from reshard.planner.masking import masked
 from reshard.planner.text import shown
 from reshard.storage.maintenance.catalog import find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
+from reshard.storage.training.run_catalog import METRICS, stored_metrics
 
 from ..humanize import format_age, format_bytes
 from .common import print_json, print_line, print_table, storage_options
@@ -24,12 +26,13 @@ SHOWN_NAMES = 10
 def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
     found = reshard.find_checkpoints(uri, storage_options(options))
     if as_json:
-        print_json([{**asdict(checkpoint), "uri": masked(checkpoint.uri)} for checkpoint in found])
+        print_json([_as_json(checkpoint) for checkpoint in found])
         return
     if not found:
         print_line(f"there is no checkpoint at or below {uri}", file=sys.stderr)
         return
     now = datetime.datetime.now(datetime.UTC)
+    has_metrics = any(map(_metrics_of, found))
     rows = [
         (
             checkpoint.uri,
@@ -38,13 +41,26 @@ def ls(uri: str, options: list[str] | None, as_json: bool) -> None:
             "" if checkpoint.nbytes is None else format_bytes(checkpoint.nbytes),
             "" if checkpoint.entries is None else checkpoint.entries,
             "" if checkpoint.created is None else format_age((now - checkpoint.created).total_seconds()),
+            *([_metrics_of(checkpoint)] if has_metrics else []),
             checkpoint.state,
         )
         for checkpoint in sorted(found, key=lambda checkpoint: (checkpoint.step or 0, checkpoint.uri))
     ]
     print_table(
-        ("uri", "format", "step", "stored", "entries", "age", "state"), rows, right=("step", "stored", "entries", "age")
+        ("uri", "format", "step", "stored", "entries", "age", *(["metrics"] if has_metrics else []), "state"),
+        rows,
+        right=("step", "stored", "entries", "age"),
     )
+
+
+def _as_json(checkpoint: reshard.FoundCheckpoint) -> dict[str, Any]:
+    shown_fields = replace(checkpoint, uri=masked(checkpoint.uri), error=None)
+    return {name: value for name, value in asdict(shown_fields).items() if name != "error"}
+
+
+def _metrics_of(checkpoint: reshard.FoundCheckpoint) -> str:
+    metrics = stored_metrics(checkpoint.metadata.get(METRICS))
+    return " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
 
 
 def rm(uri: str, yes: bool, options: list[str] | None) -> None:

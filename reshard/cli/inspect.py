@@ -40,6 +40,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
         stored[dtype] += info.stored_bytes
     return {
         **checkpoint.info,
+        "metadata": checkpoint.metadata,
         "location": checkpoint.location,
         "format": checkpoint.format,
         "parameters": sum(parameters.values()),
@@ -76,6 +77,8 @@ def _print_summary(checkpoint: Checkpoint) -> None:
         f"{key} {as_text(found[key])}" for key in ("created", "writer", "torch", "codec", "ranks") if key in found
     )
     print_line(f"{found['location']}: {found['format']}" + (f" ({origin})" if origin else ""))
+    for key, value in found["metadata"].items():
+        print_line(f"  {key}: {as_text(value)}")
     dtypes = [
         (dtype, f"{row['parameters']:,}", format_bytes(row["bytes"]), format_bytes(row["stored_bytes"]), _ratio(row))
         for dtype, row in found["dtypes"].items()

@@ -123,9 +123,10 @@ def convert(
     def prepare() -> tuple[str, str]:
         check_budget(budget_bytes)
         _check_arguments(format, codec, dtype, max_file_bytes)
+        source = open_source(src, src_options, src_format)
         plan = plan_conversion(
-            open_source(src, src_options, src_format),
-            _make_target(format, codec, max_file_bytes, budget_bytes),
+            source,
+            _make_target(format, codec, max_file_bytes, budget_bytes, source.metadata),
             Selection.of(include, exclude, rename),
             patterns_of("allow_missing", allow_missing),
             dtype,
@@ -181,10 +182,12 @@ def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_fil
         raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
 
 
-def _make_target(format: str, codec: str, max_file_bytes: int, budget_bytes: int | None) -> ConversionTarget:
+def _make_target(
+    format: str, codec: str, max_file_bytes: int, budget_bytes: int | None, metadata: Mapping[str, Any]
+) -> ConversionTarget:
     if format == "safetensors":
         return SafetensorsTarget(max_file_bytes)
-    return NativeTarget(codec, budget_bytes) if format == "reshard" else DcpTarget()
+    return NativeTarget(codec, budget_bytes, metadata) if format == "reshard" else DcpTarget()
 
 
 class _RankConversion:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ class ForeignSource:
 
     format = ""
     """The name of the format, as in `FORMATS`."""
+    metadata: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, reads: Reads, objects: Iterable[tuple[str, int]]) -> None:
         """Start without entries.

@@ -105,6 +105,10 @@ class Source(Protocol):
         """What wrote the checkpoint, and other information in its metadata."""
 
     @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the user stored with the checkpoint, or {} if the format has no such data."""
+
+    @property
     def paths(self) -> Mapping[str, Path]:
         """Where entries were in the saved state dict, if known."""
 

@@ -7,7 +7,7 @@ import datetime
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -58,6 +58,10 @@ class FoundCheckpoint:
     created: datetime.datetime | None
     """The time of the save. Other formats do not record it; for them, the time at which the first data object was last
     written."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The `metadata` that was passed to `reshard.save`. The metrics of a CheckpointManager are under "metrics"."""
+    error: CheckpointError | None = field(default=None, compare=False)
+    """The error that opening the checkpoint raised, if it is committed and cannot be opened."""
 
     def __repr__(self) -> str:
         """Return a description without the secrets that `uri` may contain."""
@@ -141,19 +145,20 @@ def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] 
     step = int(number[1]) if number else None
     try:
         source = open_source(uri, storage_options, is_found=True)
+        metadata = dict(source.metadata)
     except NotCommittedError:
         return FoundCheckpoint(uri, "", NOT_COMMITTED, step, None, None, None)
     except CheckpointError as error:
         if names is None and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
             return None
-        return FoundCheckpoint(uri, "", str(error), step, None, None, None)
+        return FoundCheckpoint(uri, "", str(error), step, None, None, None, error=error)
     nbytes = sum(nbytes for _, nbytes in source.objects)
     missing = 0 if names is None else sum(name not in names for name, _ in source.objects)
     damaged = sum(found.is_damage for found in source.unreadable.values())
     state = f"{damaged} tensors are missing" if damaged else COMPLETE
     if missing:
         state = f"{missing} of {len(source.objects)} objects are missing"
-    return FoundCheckpoint(uri, source.format, state, step, nbytes, len(source.entries), _created(source))
+    return FoundCheckpoint(uri, source.format, state, step, nbytes, len(source.entries), _created(source), metadata)
 
 
 def _created(source: Source) -> datetime.datetime | None:

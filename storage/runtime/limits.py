@@ -31,10 +31,14 @@ def local_ranks() -> int:
     return int(given)
 
 
+def is_positive_integer(value: object) -> bool:
+    """Return whether a value is an integer greater than 0. NumPy's integers are integers, booleans are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+
+
 def check_budget(budget_bytes: object) -> None:
     """Raise ArgumentError unless a budget is None or a positive number of bytes."""
-    is_whole = isinstance(budget_bytes, numbers.Integral) and not isinstance(budget_bytes, bool)
-    if budget_bytes is not None and not (is_whole and int(budget_bytes) > 0):  # type: ignore[call-overload]
+    if budget_bytes is not None and not is_positive_integer(budget_bytes):
         raise ArgumentError(
             f"budget_bytes must be a positive integer or None for the default budget, got {budget_bytes!r}"
         )
@@ -61,8 +65,16 @@ def give_back_memory() -> None:
 
 
 def _available() -> int:
-    """Return how many bytes of memory are available to this process, by its machine and its control group."""
-    found = [MAX_BUDGET_BYTES * 10]
+    """Return how many bytes of memory are available to this process, or what suffices for the largest budget."""
+    return min(MAX_BUDGET_BYTES * 10, available_bytes())
+
+
+def available_bytes() -> int:
+    """Return how many bytes of memory are available to this process, by its machine and its control group.
+
+    If the system does not say, the result is 20 GiB.
+    """
+    found: list[int] = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         line = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
         found.append(int(line.split()[0]) * 1024)
@@ -71,4 +83,4 @@ def _available() -> int:
         used = int((group / "memory.current").read_text())
         cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
         found.append(int((group / "memory.max").read_text()) - used + cached)
-    return max(0, min(found))
+    return max(0, min(found, default=MAX_BUDGET_BYTES * 10))

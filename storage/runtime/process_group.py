@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -22,6 +24,7 @@ from ..errors import ArgumentError, RankError, StoppedError, nearest
 
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
 CHECK_EVERY_S = 0.5
 """The minimum time between two checks of long work whether another rank has failed."""
@@ -41,6 +44,14 @@ def is_distributed() -> bool:
 def rank_of(process_group: dist.ProcessGroup | None) -> int:
     """Return the rank of this process in a group, or 0 without a process group."""
     return dist.get_rank(process_group) if is_distributed() else 0
+
+
+def check_member(process_group: dist.ProcessGroup | None) -> None:
+    """Raise ArgumentError if this process is not in a group."""
+    if dist.get_rank(process_group) < 0:
+        raise ArgumentError(
+            f"rank {dist.get_rank()} is not in the process group that was passed: only its ranks may call"
+        )
 
 
 class Arrivals:
@@ -168,6 +179,156 @@ def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None)
     return [value for value, _ in outcomes]
 
 
+class Exchange:
+    """Sends objects from all ranks of a group to rank 0, and a part of the answer to each rank.
+
+    Args:
+        process_group: The group of the ranks, or None for the default group. Without a process group, this process is
+            the only rank.
+
+    Raises:
+        ArgumentError: This process is not in the group.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.is_distributed = is_distributed()
+        self.rank, self.size = 0, 1
+        self._group: dist.ProcessGroup | None = None
+        if self.is_distributed:
+            self._group = process_group or dist.group.WORLD
+            self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+            check_member(process_group)
+
+    def through_rank_0(
+        self, task: Callable[[], T], combine: Callable[[list[T]], list[R]], arrivals: Arrivals | None = None
+    ) -> R:
+        """Run a task on every rank, combine the results on rank 0, and return to each rank its part.
+
+        If the task fails on any rank, or if `combine` fails, all ranks raise the error: that of the lowest rank that
+        failed. A rank that was interrupted raises its own exception, such as KeyboardInterrupt.
+
+        Args:
+            task: Runs on every rank.
+            combine: Receives the results in the order of ranks. Returns a list with one item for each rank.
+            arrivals: Records which ranks have run the task. By default, a new one.
+        """
+        cause: BaseException | None = None
+        outcome: tuple[T | None, CheckpointError | None]
+        try:
+            outcome = task(), None
+        except BaseException as error:
+            cause = error
+            outcome = None, self._of_rank(error)
+        arrivals = arrivals or Arrivals(self._group)
+        arrivals.arrive()
+        with naming_lost_ranks(arrivals):
+            outcomes = self._gather(outcome)
+        answers: list[Any] = []
+        if outcomes is not None:
+            failures = {at: failure for at, (_, failure) in enumerate(outcomes) if failure is not None}
+            try:
+                if not failures:
+                    answers = [(part, None) for part in combine([value for value, _ in outcomes])]
+            except BaseException as error:
+                cause = error
+                failures = {0: self._of_rank(error)}
+            if failures:
+                answers = [(None, first_failure(failures))] * self.size
+        with naming_lost_ranks(arrivals):
+            answer: tuple[R, tuple[int, CheckpointError] | None] = self._scatter(answers)
+        arrivals.forget()
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause
+        part, failed = answer
+        if failed is not None:
+            at, failure = failed
+            raise failure from (harmless(cause) if at == self.rank and cause and cause is not failure else None)
+        return part
+
+    def _of_rank(self, error: BaseException) -> CheckpointError:
+        found = portable(error)
+        if self.is_distributed:
+            found.rank = self.rank
+        return found
+
+    def _gather(self, value: Any) -> list[Any] | None:
+        """Return the values of all ranks on rank 0, and None on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._group, group_dst=0)
+        return values
+
+    def _scatter(self, values: list[Any]) -> Any:
+        """Return on each rank its item of the list of rank 0."""
+        if self.size == 1:
+            return values[0]
+        part: list[Any] = [None]
+        dist.scatter_object_list(part, values if self.rank == 0 else None, group=self._group, group_src=0)
+        return part[0]
+
+
+class BackgroundExchange(Exchange):
+    """An exchange over gloo that works in any thread, while the training uses the process group.
+
+    It creates a group of its own. This is collective. It keeps working after `destroy_process_group`, so that a save
+    that was begun before can end.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(process_group)
+        self._raw: dist.ProcessGroup | None = None
+        if self._group is not None:
+            ranks = dist.get_process_group_ranks(self._group)
+            options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+            created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+            self._raw = self._group = created
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The group that was created."""
+        return self._raw
+
+    # These methods do not call functions of torch.distributed, which forget all groups in destroy_process_group.
+
+    def _gather(self, value: Any) -> list[Any] | None:
+        if self._raw is None or self.size == 1:
+            return [value]
+        data = _to_bytes(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._raw.allgather([sizes], [torch.tensor([len(data)], dtype=torch.int64)]).wait()
+        data = _padded(data, max(map(int, sizes)))
+        options = distributed_c10d.GatherOptions()
+        options.rootRank = 0
+        received = [torch.empty_like(data) for _ in sizes] if self.rank == 0 else []
+        self._raw.gather([received] if received else [], [data], options).wait()
+        return [_from_bytes(one[: int(size)]) for one, size in zip(received, sizes, strict=True)] if received else None
+
+    def _scatter(self, values: list[Any]) -> Any:
+        if self._raw is None or self.size == 1:
+            return values[0]
+        parts = [_to_bytes(value) for value in values]
+        nbytes = torch.tensor([max(map(len, parts), default=0)], dtype=torch.int64)
+        self._raw.broadcast([nbytes], distributed_c10d.BroadcastOptions()).wait()
+        options = distributed_c10d.ScatterOptions()
+        options.rootRank = 0
+        part = torch.empty(int(nbytes), dtype=torch.uint8)
+        self._raw.scatter([part], [[_padded(one, int(nbytes)) for one in parts]] if parts else [], options).wait()
+        return _from_bytes(part)
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _from_bytes(data: torch.Tensor) -> Any:
+    return pickle.loads(data.numpy().data)  # noqa: S301 (from a rank of the same program)
+
+
+def _padded(data: torch.Tensor, nbytes: int) -> torch.Tensor:
+    return torch.cat([data, data.new_zeros(nbytes - len(data))])
+
+
 @dataclass(frozen=True, slots=True)
 class OpenedCheckpoint:
     """The checkpoint that a rank opened."""
@@ -212,7 +373,9 @@ def naming_lost_ranks(arrivals: Arrivals) -> Iterator[None]:
     except RuntimeError as error:
         lost = arrivals.missing()
         who = f"; missing: rank {', '.join(map(str, lost))}" if lost else ""
-        raise RankError(f"the process group broke, probably because a rank died{who}: {error}") from error
+        broken = RankError(f"the process group broke, probably because a rank died{who}: {error}")
+        broken.group_is_broken = True
+        raise broken from error
 
 
 def of_rank(rank: int, error: BaseException) -> CheckpointError:

@@ -100,6 +100,11 @@ class Meter(AbstractContextManager["Meter"]):
         """The number of bytes that are done."""
         return self._done
 
+    @property
+    def progress(self) -> Progress:
+        """The progress so far."""
+        return self._progress()
+
     def tick(self) -> None:
         """Show the progress, at most every SHOWN_EVERY_S. Only the thread that made the call may call it."""
         if self._show is None or time.perf_counter() - self._shown < SHOWN_EVERY_S:

@@ -143,20 +143,33 @@ class Pool(Executor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
+        task = future, partial(fn, *args, **kwargs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool is shut down and accepts no tasks")
-            self._tasks.put((future, partial(fn, *args, **kwargs)))
             if not self._idle.acquire(blocking=False) and len(self.threads) < self._count:
-                thread = threading.Thread(
-                    target=_work,
-                    args=(self._tasks, self._idle, self.stop),
-                    name=f"{self._name}_{len(self.threads)}",
-                    daemon=True,
-                )
-                thread.start()
-                self.threads.append(thread)
+                self._start_thread()
+            has_threads = bool(self.threads)
+            if has_threads:
+                self._tasks.put(task)
+        if not has_threads:
+            _run(*task)
         return future
+
+    def _start_thread(self) -> None:
+        """Start another thread if the system permits it. If there is none, tasks run in the thread that submits them.
+
+        Since Python 3.12 no thread can start while the interpreter exits, when it may still wait for a save.
+        """
+        thread = threading.Thread(
+            target=_work,
+            args=(self._tasks, self._idle, self.stop),
+            name=f"{self._name}_{len(self.threads)}",
+            daemon=True,
+        )
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            self.threads.append(thread)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         waiting: list[Future[Any]] = []

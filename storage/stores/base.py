@@ -58,6 +58,9 @@ class Capabilities:
     """Lists the objects at the root without those in folders. Raises what `Store.list` raises."""
     check_delete: Callable[[Iterable[str]], None] | None = None
     """Raises StoreError for the first object that `Store.delete` would refuse to delete. Changes nothing."""
+    is_shared: bool = True
+    """Whether all ranks see the same objects. False for a disk of one machine: then rank 0 commits a checkpoint without
+    checking that it sees what the other ranks wrote."""
     close: Callable[[], None] | None = None
     """Closes files and connections. The store may open them again when it is used."""
 

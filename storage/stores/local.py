@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from typing_extensions import Buffer
@@ -354,6 +355,14 @@ class LocalStore:
             if doing == "read":
                 raise ObjectNotFoundError(f"{self.location} has no object {name!r}: {error}") from error
             raise StoreError(f"cannot {doing} {name!r} in {self.location}: {error}") from error
+
+
+class NodeLocalStore(LocalStore):
+    """Objects on a disk that only the ranks of one machine see."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, is_shared=False)
 
 
 class _NewFile:

@@ -87,6 +87,10 @@ class RecordingStore(WrappedStore):
         self._lock = threading.Lock()
         self.calls: list[Call] = []
 
+    def __reduce__(self) -> tuple[type[RecordingStore], tuple[Store, Callable[[Call], None]]]:
+        """Pickle without the calls: those in another process are not recorded here."""
+        return type(self), (self.inner, self._before)
+
     def _record(self, call: Call) -> None:
         with self._lock:
             self.calls.append(call)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
+from ..runtime.brief import brief
 from ..tensors.state_dict import Key, Path, name_of
 
 
@@ -70,6 +71,24 @@ def agreed_paths(described: Sequence[Mapping[str, ValueDescription]]) -> dict[st
         if inside is not None and not (value.kind == "empty dict" and not inside[0]):
             raise _disagreement(name, rank, value, inside[1], _holding(inside))
     return {name: value.path for name, (_, value) in first.items() if value.path not in containers}
+
+
+def check_same_metadata(metadata: Sequence[str]) -> None:
+    """Check that all ranks passed the same metadata.
+
+    Args:
+        metadata: For each rank, its metadata as JSON with sorted keys.
+
+    Raises:
+        ArgumentError: Two ranks passed different metadata.
+    """
+    for rank, other in enumerate(metadata):
+        if other != metadata[0]:
+            raise ArgumentError(
+                f"the ranks of one save passed different metadata: rank 0 {brief(metadata[0])}, rank {rank} "
+                f"{brief(other)}. Pass the same on all ranks: reduce metrics over the ranks first, for example with "
+                "torch.distributed.all_reduce"
+            )
 
 
 def _holding(container: tuple[bool, int, Path]) -> str:

@@ -24,7 +24,7 @@ from ...planner.index_checks import tile
 from ..errors import ArgumentError, UnsupportedValueError
 from ..formats.value_codec import EncodedValue, encode_value, needs_pickle
 from ..runtime.checksums import checksum
-from ..tensors.dtypes import as_array, as_bytes, dtype_name
+from ..tensors.dtypes import LocalShard, as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path
 from ..tensors.tensor_classes import check_has_memory, check_storable, is_whole
@@ -59,6 +59,8 @@ class SavePlanner(DefaultSavePlanner):
         self._allow_pickle = allow_pickle
         self._views: dict[MetadataIndex, torch.Tensor] = {}
         self._encoded: dict[str, EncodedValue] = {}
+        self._shards: dict[str, list[LocalShard]] = {}
+        """The shards of each tensor that this rank holds. Known while the plan is made."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -72,6 +74,7 @@ class SavePlanner(DefaultSavePlanner):
         described = {name: self._described(name, leaf) for name, leaf in self._leaves.items()}
         plan = super().create_local_plan()
         items = [held for item in plan.items for held in self._as_held(item)]
+        self._shards = {}
         self.plan = replace(plan, items=items, planner_data=described)
         return self.plan
 
@@ -81,7 +84,7 @@ class SavePlanner(DefaultSavePlanner):
             return [item]
         if hasattr(tensor._local_tensor, "__create_chunk_list__"):  # an item is one of its shards
             return [item]
-        shards = local_shards(name, tensor)
+        shards = self._shards[name]
         chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in shards]
         if chunks == [item.tensor_data.chunk] or not (chunks or item.tensor_data.chunk.sizes.numel()):
             return [item]
@@ -95,7 +98,7 @@ class SavePlanner(DefaultSavePlanner):
     def _described(self, name: str, leaf: Leaf) -> ValueDescription:
         try:
             if isinstance(leaf.value, torch.Tensor):
-                return _describe_tensor(name, leaf.path, leaf.value)
+                return self._describe_tensor(name, leaf.path, leaf.value)
             self._encoded[name] = self._encode(name, leaf)
             digest = checksum(self._encoded[name].getbuffer())
             return ValueDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value", digests=(((), digest),))
@@ -105,6 +108,26 @@ class SavePlanner(DefaultSavePlanner):
             raise UnsupportedValueError(
                 f"{name!r}, of {type(leaf.value)}, cannot be stored: {type(error).__name__}: {error}"
             ) from error
+
+    def _describe_tensor(self, name: str, path: Path, tensor: torch.Tensor) -> ValueDescription:
+        is_sharded = not is_whole(tensor)
+        if not is_sharded:
+            check_has_memory(name, tensor)
+        shards = self._shards[name] = local_shards(name, tensor)
+        for _, local in shards:
+            check_storable(name, local)
+        may_repeat = not is_sharded or (
+            isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
+        )
+        digests = tuple(
+            (box.offsets, checksum(as_bytes(as_array(local)).data))
+            for box, local in shards
+            if may_repeat and local.nbytes <= SMALL_REPLICA_BYTES
+        )
+        dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
+        return ValueDescription(
+            path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests
+        )
 
     def _encode(self, name: str, leaf: Leaf) -> EncodedValue:
         kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
@@ -120,7 +143,9 @@ class SavePlanner(DefaultSavePlanner):
         paths = agreed_paths(described)
         plans = assign_replicas([[item for item in plan.items if item.index.fqn in paths] for plan in all_plans])
         check_coverage(plans, paths)
-        self.global_plan, metadata = create_default_global_save_plan([SavePlan(items) for items in plans])
+        self.global_plan, metadata = create_default_global_save_plan(
+            [replace(plan, items=items, planner_data=None) for plan, items in zip(all_plans, plans, strict=True)]
+        )
         self.metadata = replace(metadata, planner_data=paths, storage_data=differing_names(described))
         return self.global_plan, self.metadata
 
@@ -136,25 +161,6 @@ class SavePlanner(DefaultSavePlanner):
         if write_item.type is WriteItemType.BYTE_IO:
             return self._encoded[write_item.index.fqn]
         return super().transform_object(write_item, object)
-
-
-def _describe_tensor(name: str, path: Path, tensor: torch.Tensor) -> ValueDescription:
-    is_sharded = not is_whole(tensor)
-    if not is_sharded:
-        check_has_memory(name, tensor)
-    shards = local_shards(name, tensor)
-    for _, local in shards:
-        check_storable(name, local)
-    may_repeat = not is_sharded or (
-        isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
-    )
-    digests = tuple(
-        (box.offsets, checksum(as_bytes(as_array(local)).data))
-        for box, local in shards
-        if may_repeat and local.nbytes <= SMALL_REPLICA_BYTES
-    )
-    dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
-    return ValueDescription(path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests)
 
 
 def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:

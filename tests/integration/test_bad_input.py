@@ -87,8 +87,8 @@ def damage(store: MemoryStore, change: Callable[[bytes], bytes], suffix: str) ->
         (
             MANIFEST_NAME,
             lambda data: data[:8] + b"\7" + data[9:],
-            errors.UnsupportedVersionError,
-            "version 7; .* reads version",
+            errors.CorruptCheckpointError,
+            "version 7, which does not match its checksum",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from benchmarks import coalescing, codec, foreign, fsdp_to_tp, memory, overhead
+from benchmarks import async_save, coalescing, codec, foreign, fsdp_to_tp, manager_calls, memory, overhead
 from tests.proxy import Link, linked, traffic
 from tests.ranks import RankPool
 from tests.servers import Server
@@ -29,7 +29,7 @@ def pools(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __exit__(self, *_: object) -> None: ...
 
-    for module in (foreign, fsdp_to_tp, overhead):
+    for module in (async_save, foreign, fsdp_to_tp, manager_calls, overhead):
         monkeypatch.setattr(module, "RankPool", SharedPool)
 
 
@@ -49,6 +49,16 @@ def test_fsdp_to_tp(tmp_path: Path) -> None:
     few = ("--contenders", "dcp", "reshard-none", "reshard-zstd", "--layers", "1", "--repeat", "1")
     by = {row["contender"]: row for row in rows_of(fsdp_to_tp, tmp_path, "--stores", "local", *few)}
     assert by["reshard-zstd"]["load_read"] < by["reshard-none"]["load_read"] < by["dcp"]["load_read"]
+
+
+@pytest.mark.usefixtures("pools")
+def test_async_save(tmp_path: Path) -> None:
+    names = "dcp-thread", "reshard-thread-none", "reshard-process-zstd"
+    few = ("--layers", "1", "--rounds", "1", "--saves", "1", "--folder", str(tmp_path))
+    by = {row["contender"]: row for row in rows_of(async_save, tmp_path, "--contenders", *names, *few)}
+    assert list(by) == list(names)
+    assert all(row["stop"] <= row["save_s"] for row in by.values())
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 @pytest.mark.usefixtures("pools")
@@ -83,6 +93,12 @@ def test_overhead(tmp_path: Path) -> None:
     rows = rows_of(overhead, tmp_path, "--stores", "local", *few)
     bare = {"preadv", "preadv, kept", "preadv, kept, verified", "preadv, verified, copied"}
     assert {row["contender"] for row in rows} == {*bare, "reshard none", "bare loop", "reshard, one process"}
+
+
+@pytest.mark.usefixtures("pools")
+def test_manager_calls(tmp_path: Path) -> None:
+    (row,) = rows_of(manager_calls, tmp_path, "--ranks", "2", "--calls", "20", "--requests", "1")
+    assert row["steps"] >= 1
 
 
 def test_link_has_the_given_latency_and_bandwidth_and_counts_traffic(seaweedfs: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -333,6 +334,12 @@ def test_plan_is_for_the_own_store_or_another_one(tmp_path: Path) -> None:
     assert far[0]["bytes_fetched"] > 2 * told[0]["bytes_fetched"]
 
 
+def test_inspect_shows_metadata(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "c", metadata={"step": 1000, "loss": math.nan})
+    assert as_json("inspect", tmp_path / "c")["metadata"] == {"step": 1000, "loss": "nan"}
+    assert "\n  step: 1000\n  loss: nan\n" in call("inspect", tmp_path / "c")
+
+
 def test_inspect_accepts_patterns(tmp_path: Path) -> None:
     assert set(as_json("inspect", saved(native, tmp_path), "model.layers.*.up.weight")) == {
         f"model.layers.{i}.up.weight" for i in range(3)
@@ -418,6 +425,18 @@ def test_an_error_is_one_sentence(
     monkeypatch.setattr("sys.argv", ["reshard", "--debug", "inspect", str(tmp_path / "nothing")])
     with pytest.raises(reshard.errors.CheckpointNotFoundError):
         main()
+
+
+def test_ls_shows_metrics(tmp_path: Path) -> None:
+    with reshard.CheckpointManager(tmp_path, asynchronous=False) as manager:
+        manager.save(1, {"step": 1}, {"loss": 0.25, "accuracy": math.nan}, metadata={"tokens": 7})
+    reshard.save({"step": 2}, tmp_path / "step-2")
+    lines = call("ls", tmp_path).splitlines()
+    assert lines[0].split("\t")[-2:] == ["metrics", "state"]
+    assert [line.split("\t")[-2:] for line in lines[1:]] == [["loss=0.25 accuracy=nan", "complete"], ["", "complete"]]
+    first, second = as_json("ls", tmp_path)
+    assert (first["metadata"]["metrics"]["loss"], first["metadata"]["tokens"]) == (0.25, 7)
+    assert second["metadata"] == {}
 
 
 COMMANDS = ("inspect", "plan", "verify", "convert", "diff", "ls", "rm", "gc", "demo")

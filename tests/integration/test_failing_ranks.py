@@ -262,3 +262,27 @@ def test_ranks_with_different_locations_raise_argument_error(ranks: RankPool, tm
     messages = ranks.run(2, save_to_different_locations, str(tmp_path))
     assert all("passed different locations" in message for message in messages)
     assert list(tmp_path.iterdir()) == []
+
+
+def save_and_die_after_the_commit(folder: str, asynchronous: bool) -> None:
+    writer = reshard.StorageWriter
+    committing = writer.commit
+
+    def commit_and_die(self: reshard.StorageWriter, *args: Any) -> Any:
+        committing(self, *args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    writer.commit = commit_and_die  # type: ignore[method-assign, assignment]
+    if asynchronous:
+        reshard.async_save(state_on_ranks(1), folder, background="thread").result()
+    else:
+        reshard.save(state_on_ranks(1), folder)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["save", "async_save"])
+def test_death_of_rank_0_after_the_commit_leaves_the_checkpoint_complete(tmp_path: Path, asynchronous: bool) -> None:
+    """The other ranks do not know that it has committed, so they must not remove what they wrote."""
+    with RankPool() as pool, pytest.raises(RankFailed, match=r"rank 1:(.|\n)*the process group broke"):
+        pool.run(3, save_and_die_after_the_commit, str(tmp_path), asynchronous)
+    assert reshard.open(tmp_path).verify() == []
+    assert reshard.open(tmp_path).read("w").eq(1).all()

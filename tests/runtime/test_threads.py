@@ -180,3 +180,19 @@ def test_calls_wait_for_a_slow_store() -> None:
     memory = MemoryStore()
     reshard.save({"w": torch.ones(10)}, RecordingStore(memory, slow("write", 0.2)))
     assert reshard.open(RecordingStore(memory, slow("read", 0.2))).verify() == []
+
+
+def test_tasks_run_in_the_caller_if_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since Python 3.12, no thread can start while the interpreter exits."""
+
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with Pool(3, "test") as started:
+        first = started.submit(threading.get_ident).result()
+        monkeypatch.setattr(threading.Thread, "start", fails)
+        assert list(started.map(lambda _: threading.get_ident(), range(5))) == [first] * 5
+        with Pool(3, "test") as pool:
+            assert pool.submit(threading.get_ident).result() == threading.get_ident()
+            failed = pool.submit(int, "x")
+            assert isinstance(failed.exception(), ValueError)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.proxy import Faults
 from tests.ranks import RankPool
 from tests.servers import seaweedfs
-from tests.torture import damage, faults, kills, structure
+from tests.torture import damage, faults, kills, managed_kills, structure
 from tests.torture.grammars import FORMATS
 
 
@@ -31,6 +31,9 @@ def main() -> None:
         "--structures", type=int, default=5000, help="hostile inputs to read per format (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")
+    parser.add_argument(
+        "--managed-kills", type=int, default=50, help="runs of a CheckpointManager to kill (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
     warnings.simplefilter("ignore", ResourceWarning)  # for connections that are broken on purpose
@@ -48,6 +51,9 @@ def main() -> None:
                 show(f"network faults, {client}", faults.rounds(arguments.faults, server, mixed, client))
         with RankPool() as pool:
             show("killed saves", kills.rounds(arguments.kills, seed, Path(folder, "killed"), pool))
+        managed = Path(folder, "managed")
+        managed.mkdir()
+        show("killed runs", managed_kills.rounds(arguments.managed_kills, seed, managed))
 
 
 def show(what: str, ended: collections.Counter[str]) -> None:

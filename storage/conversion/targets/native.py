@@ -14,6 +14,7 @@ from ....planner.box import Box
 from ....planner.entries import Kind
 from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
 from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
+from ...formats.user_metadata import plain_metadata
 from ...stores.base import Store
 from ...tensors.splitting import group_by_bytes
 from ...version import __version__
@@ -30,8 +31,9 @@ class NativeTarget:
     format = "reshard"
     commits = MANIFEST_NAME
 
-    def __init__(self, codec: str, budget_bytes: int | None) -> None:
+    def __init__(self, codec: str, budget_bytes: int | None, metadata: Mapping[str, Any] | None = None) -> None:
         self._codec = codec
+        self._metadata = plain_metadata(metadata)
         self._budget_bytes = budget_bytes
 
     def units(self, items: Sequence[Item]) -> list[WorkUnit]:
@@ -62,7 +64,7 @@ class NativeTarget:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "codec": self._codec,
         }
-        return encode_manifest(index, dict(paths), info)
+        return encode_manifest(index, dict(paths), info, self._metadata)
 
     def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
         manifest = Manifest.find(store)

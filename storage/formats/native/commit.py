@@ -56,7 +56,7 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
     Args:
         store: the store of the checkpoint.
         manifest: the bytes of the manifest.
-        objects: the names of all data objects, which must exist.
+        objects: the names of all data objects. They must exist; in a store that is not shared, those of this rank.
         overwrite: whether to replace a checkpoint.
         rank: the rank that commits, for error messages.
 
@@ -70,7 +70,8 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
         with contextlib.suppress(CheckpointError):  # a checkpoint whose manifest is damaged
             there = Manifest.find(store)
             replaced = {name for name, _ in there.objects} if there else set()
-    gone = objects - set(store.list(DATA_FOLDER)) if objects else set()
+    expected = objects if store.capabilities.is_shared else {name for name in objects if rank_of_object(name) == rank}
+    gone = expected - set(store.list(DATA_FOLDER)) if expected else set()
     if gone:
         raise StoreError(f"{_gone(store, gone, rank)}; the checkpoint was not committed")
     check_delete(store, replaced - objects)
@@ -81,10 +82,15 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
         logger.warning("data objects of the checkpoint that was replaced remain in %s: %s", store.location, error)
 
 
+def rank_of_object(name: str) -> int | None:
+    """Return the rank that wrote a data object, or None if its name does not show it."""
+    found = _RANK.search(name)
+    return int(found[1]) if found else None
+
+
 def _gone(store: Store, gone: set[str], rank: int) -> str:
     """Describe which ranks wrote the missing data objects, and why they may be missing."""
-    found = (_RANK.search(name) for name in gone)
-    others = sorted({int(of[1]) for of in found if of} - {rank})
+    others = sorted({of for of in map(rank_of_object, gone) if of is not None} - {rank})
     if not others:
         return (
             f"{len(gone)} data objects that were just written are gone from {store.location}, such as {min(gone)!r}: "

@@ -42,6 +42,7 @@ from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json, path_to_json
 from ..metadata_reads import MALFORMED_ERRORS
 from ..source import Unreadable, bounded
+from ..user_metadata import read_metadata
 from .manifest_blocks import MAX_MANIFEST_BYTES, BlockTable, decode_blocks, encode_blocks
 
 MANIFEST_NAME = "manifest.reshard"
@@ -99,6 +100,7 @@ class Manifest:
             """The name and size in bytes of each data object."""
             self.info: dict[str, Any] = dict(header["info"])
             """What wrote the checkpoint, and when."""
+            self._metadata: Any = header.get("metadata", {})
             self._positions = {entry.name: position for position, entry in enumerate(self._entries)}
             if len(self._entries) != len(self._positions):
                 raise ValueError("two tensors have the same name")
@@ -150,6 +152,11 @@ class Manifest:
             if max_over_read is None
             else replace(NATIVE_GAP_LIMITS, max_over_read=bounded(max_over_read))
         )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the user stored with the checkpoint. Raises CorruptCheckpointError if it cannot be decoded."""
+        return read_metadata(self._metadata, self._source.where)
 
     @property
     def bytes_read(self) -> int:
@@ -300,6 +307,11 @@ def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
         )
     _, version, header_bytes, total = _PREFIX.unpack_from(source.first)
     if version not in READABLE_VERSIONS:
+        if _is_of_readable_version(source, header_bytes, total):
+            raise CorruptCheckpointError(
+                f"the manifest {source.where} has the version {version}, which does not match its checksum: it is "
+                "damaged"
+            )
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise UnsupportedVersionError(
             f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
@@ -317,6 +329,16 @@ def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
         return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
     except MALFORMED_ERRORS as error:
         raise _contradiction(source.where, error) from error
+
+
+def _is_of_readable_version(source: _ManifestBytes, header_bytes: int, total: int) -> bool:
+    """Return whether only the version field of a manifest is damaged: its checksum is right for another version."""
+    if header_bytes > len(source.first):
+        return False
+    text = source.first[_HEADER_START : _HEADER_START + header_bytes]
+    expected = _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0]
+    prefixes = (_PREFIX.pack(MAGIC, readable, header_bytes, total) for readable in READABLE_VERSIONS)
+    return any(checksum(prefix + text) == expected for prefix in prefixes)
 
 
 def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
@@ -382,13 +404,19 @@ def _object_name(name: str) -> str:
     return name
 
 
-def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dict[str, Any]) -> bytes:
+def encode_manifest(
+    index: CheckpointIndex,
+    paths: Mapping[str, Path],
+    info: dict[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> bytes:
     """Return the bytes of a manifest.
 
     Args:
         index: the index of the checkpoint.
         paths: where entries were in the saved state dict.
         info: what wrote the checkpoint, and when.
+        metadata: what the user stores with the checkpoint, as `plain_metadata` returns it.
     """
     parts, blocks, encoded = encode_blocks(index)
     found = {name: path_to_json(path) for name, path in paths.items()}
@@ -400,7 +428,8 @@ def encode_manifest(index: CheckpointIndex, paths: Mapping[str, Path], info: dic
         ]
         for e, sizes, of_one in zip(index.entries, index.sizes, parts, strict=True)
     ]
-    content = {"info": info, "objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
+    content: dict[str, Any] = {"info": info} | ({"metadata": metadata} if metadata else {})
+    content |= {"objects": index.objects, "entries": entries, "blocks": blocks.to_json()}
     header = json.dumps(content, separators=(",", ":")).encode()
     header += b" " * (-(len(header) + _HEADER_START) % 8)
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), _HEADER_START + len(header) + sum(map(len, encoded)))

@@ -1,0 +1,478 @@
+"""`reshard.async_save`: a save that copies what it writes, and writes it while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.planner import SavePlan
+
+from ..planner.errors import CheckpointError
+from .dcp_writer import Written
+from .errors import ArgumentError, BusyError, nearest
+from .runtime.background import BackgroundThread
+from .runtime.forks import generation
+from .runtime.logs import logger_of
+from .runtime.process_group import Alarm, Arrivals, BackgroundExchange, check_member, is_distributed, portable
+from .runtime.progress import Meter, OnProgress, Progress
+from .runtime.reports import RankReport, Report
+from .runtime.torch_modes import undisturbed
+from .save import SaveOptions, Saving
+from .stores.base import Store
+from .stores.buffer_pool import read_buffers
+from .writing.staging import (
+    STAGING,
+    Staging,
+    check_staging_bytes,
+    default_staging_bytes,
+    split_to_fit,
+    staged_bytes,
+)
+from .writing.writer_process import PickledStore, WriteInProcess, end_writer_process, writer_process
+
+logger = logger_of(__name__)
+
+CHOICES = {
+    "staging": ("blocking", "overlapped"),
+    "busy": ("wait", "refuse", "skip"),
+    "background": ("thread", "process"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _AsyncOptions:
+    """The options that only `async_save` has. They must be the same on all ranks, except `staging_bytes`."""
+
+    staging: str
+    busy: str
+    background: str
+
+    def __post_init__(self) -> None:
+        for option, choices in CHOICES.items():
+            passed = getattr(self, option)
+            if passed not in choices:
+                raise ArgumentError(f"{option} must be one of {', '.join(map(repr, choices))}, got {passed!r}")
+
+
+class AsyncSave:
+    """A save that was begun by `reshard.async_save`.
+
+    Its methods are not collective, except that the save ends on all ranks at about the same time.
+    """
+
+    def __init__(self, meter: Meter, *, skipped: bool = False) -> None:
+        self._meter = meter
+        self._generation = generation()
+        self._staged = threading.Event()
+        self._ended = threading.Event()
+        self._asked = False
+        self._report: Report | None = None
+        self._error: BaseException | None = None
+        self.skipped = skipped
+        """Whether nothing was saved, because another save was running and `busy` is "skip"."""
+        self.location = meter.location
+        """The location of the checkpoint."""
+
+    def done(self) -> bool:
+        """Return whether the save has ended, successfully or not."""
+        return self._ended.is_set()
+
+    def result(self, timeout: float | None = None) -> Report:
+        """Wait for the save to end, and return its report.
+
+        An interrupt such as Ctrl-C ends the wait, but not the save.
+
+        Args:
+            timeout: the longest time to wait, in seconds. Default: no limit.
+
+        Raises, on every rank:
+            TimeoutError: the save has not ended in this time. It continues.
+            StoreError, CommitError, RankError, ...: the save failed; see `reshard.save`.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        assert self._report is not None
+        return self._report
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the save to end, and return its error, or None if it succeeded.
+
+        Args:
+            timeout: the longest time to wait, in seconds. Default: no limit.
+
+        Raises:
+            TimeoutError: the save has not ended in this time. It continues.
+        """
+        self._wait(self._ended, timeout, "ended")
+        self._asked = True
+        return self._error
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Wait until nothing that is done to the tensors changes what is saved.
+
+        With `staging="overlapped"`, call it before the tensors change, for example before `optimizer.step()`. Work that
+        is queued on the current stream of a device afterwards begins when the copies from this device are done.
+
+        Args:
+            timeout: the longest time to wait, in seconds. Default: no limit.
+
+        Raises:
+            TimeoutError: the copies were not finished in this time.
+        """
+        self._wait(self._staged, timeout, "copied the tensors")
+
+    def before(self, optimizer: Any) -> None:
+        """Call `wait_staged` before the next step of an optimizer, once.
+
+        Args:
+            optimizer: a `torch.optim.Optimizer`.
+        """
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise ArgumentError(
+                f"before() takes a torch.optim.Optimizer, got {type(optimizer)}: call wait_staged() before its step"
+            )
+
+        def wait(*args: object) -> None:
+            handle.remove()
+            self.wait_staged()
+
+        handle = optimizer.register_step_pre_hook(wait)
+
+    @property
+    def progress(self) -> Progress:
+        """How much of this rank's part has been written."""
+        return self._meter.progress
+
+    def _wait(self, event: threading.Event, timeout: float | None, what: str) -> None:
+        if self._generation != generation():
+            raise ArgumentError("this save belongs to the process that began it: a forked child cannot wait for it")
+        if not event.wait(timeout):
+            raise TimeoutError(f"the save to {self.location} has not {what} after {timeout} s")
+
+    @property
+    def _unreported(self) -> BaseException | None:
+        """The error that nobody has asked for."""
+        return None if self._asked or not self.done() else self._error
+
+    def _end(self, report: Report | None, error: BaseException | None) -> None:
+        self._report, self._error = report, error
+        self._staged.set()
+        self._ended.set()
+
+    def __repr__(self) -> str:
+        if self.skipped:
+            return f"AsyncSave({self.location!r}, skipped)"
+        state = "failed" if self._error else "saved" if self.done() else "running"
+        return f"AsyncSave({self.location!r}, {state})"
+
+
+class _Ranks:
+    """The ranks of a process group that save together, and their last save."""
+
+    _known: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, _Ranks]] = weakref.WeakKeyDictionary()
+    _alone: ClassVar[_Ranks | None] = None
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        # Two groups, so that planning the next save does not meet the end of the last one.
+        self.planning = BackgroundExchange(process_group)
+        self.writing = BackgroundExchange(process_group)
+        self.last: AsyncSave | None = None
+        self.generation = generation()
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup | None) -> _Ranks:
+        """Return the ranks of a group. The first call for a group is collective."""
+        if not is_distributed():
+            if cls._alone is None or cls._alone.generation != generation():
+                cls._alone = cls(None)
+            return cls._alone
+        check_member(process_group)
+        group = process_group or dist.group.WORLD
+        assert group is not None
+        found = cls._known.get(group)
+        if found is None:
+            found = cls._known[group] = cls(group)
+        return found
+
+
+_Found = tuple[_AsyncOptions, str, Any]
+"""What a rank sends to rank 0: its options; "plan", "ready", "busy" or "failed"; and its LocalPlan or the error."""
+
+
+@undisturbed()
+def async_save(
+    state_dict: Mapping[str, Any],
+    uri: str | os.PathLike[str] | Store,
+    *,
+    codec: str = "zstd",
+    storage_options: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = True,
+    budget_bytes: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: OnProgress = False,
+    staging: Literal["blocking", "overlapped"] = "blocking",
+    staging_bytes: int | None = None,
+    busy: Literal["wait", "refuse", "skip"] = "wait",
+    background: Literal["thread", "process"] = "process",
+) -> AsyncSave:
+    """Save a state dict while training goes on. Collective: every rank of the group calls it.
+
+    The call plans the save and copies what this rank will write into memory that is kept for the next save. Then it
+    returns, and the tensors may change. Encoding, writing and the commit follow in the background. The checkpoint
+    exists when the commit is done, which `AsyncSave.result` waits for. If the process is killed before that, an older
+    checkpoint at the same location is unchanged.
+
+    When the interpreter exits, it waits for saves that are running. Their errors are logged.
+
+    Args:
+        state_dict, uri, codec, storage_options, process_group, overwrite, allow_pickle, budget_bytes, metadata: see
+            `reshard.save`.
+        progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank, in a
+            thread of reshard.
+        staging: "blocking" returns when the values have been copied. "overlapped" returns at once and copies in the
+            background: call `AsyncSave.wait_staged` before the tensors change.
+        staging_bytes: the memory for copies on this rank. If what it writes takes more, a warning says so, and the rest
+            is written before the call returns. Default: half of the available memory, divided by the number of ranks on
+            the machine.
+        busy: what to do if the last `async_save` of the group is still running: "wait" for it, "refuse" with a
+            BusyError, or "skip", which saves nothing and returns a handle with `skipped` True. The decision is the same
+            on all ranks.
+        background: what encodes and writes: a "process", which leaves the trainer's interpreter alone, or a "thread".
+
+    Returns:
+        The running save.
+
+    Raises, on every rank:
+        BusyError: a save is running, and `busy` is "refuse".
+        CheckpointExistsError, UnsupportedURIError, StoreError, UnsupportedValueError, DtypeError, LayoutError,
+        DestinationError, ArgumentError: as `reshard.save`, if planning finds it.
+        CheckpointError: the last save of the group failed, and `result` and `exception` were not called on every rank.
+            Nothing was saved by this call: call it again.
+    """
+    ranks = _Ranks.of(process_group)
+    last = ranks.last
+    if busy == "wait" and last is not None:
+        last._ended.wait()
+    options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
+    saving = Saving(uri, options, progress, ranks.planning.rank)
+    remote: list[PickledStore] = []
+
+    def checked() -> _AsyncOptions:
+        chosen = _AsyncOptions(staging, busy, background)
+        check_staging_bytes(staging_bytes)
+        saving.open()
+        return chosen
+
+    def plan() -> _Found:
+        chosen = checked()
+        if background == "process":
+            remote.append(PickledStore.of(uri, storage_options))
+        return chosen, "plan", saving.local_plan(state_dict)
+
+    with _without_collections():
+        if last is not None and (busy != "wait" or last._error is not None):
+            # Before any rank calls state_dict() of a value, in which all ranks may have to take part.
+            kind, error = ranks.planning.through_rank_0(lambda: _state_of(last, checked()), _decide)
+            if kind == "failed":
+                last._asked = True
+                raise error
+            if kind == "busy":
+                return _skipped(saving, ranks)
+        decided = ranks.planning.through_rank_0(plan, lambda found: _plan_for_all(found, saving))
+    save = AsyncSave(saving.meter)
+    worker = _Worker(save, saving, ranks.writing, remote[0] if remote else None)
+    ranks.last = save
+    worker.begin(decided, staging_bytes, overlapped=staging == "overlapped")
+    return save
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Do not search for cyclic garbage: a plan has many objects without cycles, and a search can take as long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _state_of(last: AsyncSave, options: _AsyncOptions) -> _Found:
+    """Return what this rank knows about the last save."""
+    if not last.done():
+        return options, "busy", None
+    return (options, "failed", _as_earlier(last)) if last._unreported is not None else (options, "ready", None)
+
+
+def _check_options(found: Sequence[_Found]) -> _AsyncOptions:
+    """Return the options of all ranks. Raise ArgumentError if they differ."""
+    options = [chosen for chosen, _, _ in found]
+    for rank, other in enumerate(options):
+        if other != options[0]:
+            raise ArgumentError(
+                f"the ranks of one async_save passed different options: rank 0 {options[0]}, rank {rank} {other}"
+            )
+    return options[0]
+
+
+def _decide(found: Sequence[_Found]) -> list[tuple[str, Any]]:
+    """Return for each rank whether to save, or why not, from what all ranks know about the last save.
+
+    Raises:
+        BusyError: A save is running, and `busy` is "refuse".
+    """
+    options = _check_options(found)
+    errors = [value for _, kind, value in found if kind == "failed"]
+    if errors:
+        return [("failed", errors[0])] * len(found)
+    if all(kind == "ready" for _, kind, _ in found):
+        return [("ready", None)] * len(found)
+    if options.busy == "refuse":
+        raise BusyError(
+            "the last async_save of these ranks is still running: wait for its result(), or pass busy='wait' or "
+            "busy='skip'"
+        )
+    return [("busy", None)] * len(found)
+
+
+def _plan_for_all(found: Sequence[_Found], saving: Saving) -> list[SavePlan]:
+    """Return the plan of each rank. Raises what planning raises."""
+    _check_options(found)
+    return saving.global_plan([plan for _, _, plan in found])
+
+
+def _as_earlier(save: AsyncSave) -> CheckpointError:
+    """Return the error of an earlier save, with a message that says so."""
+    assert save._error is not None
+    error = portable(save._error)
+    return nearest(error)(f"the last async_save, to {save.location}, failed, and nothing was saved now: {error}")
+
+
+def _skipped(saving: Saving, ranks: _Ranks) -> AsyncSave:
+    save = AsyncSave(saving.meter, skipped=True)
+    reports = tuple(RankReport(rank) for rank in range(ranks.planning.size))
+    save._end(Report(ranks.planning.rank, reports), None)
+    return save
+
+
+class _Worker:
+    """Copies and writes for an AsyncSave.
+
+    Args:
+        exchange: Used in the background.
+        remote: The store, if the writer process writes.
+    """
+
+    def __init__(
+        self, save: AsyncSave, saving: Saving, exchange: BackgroundExchange, remote: PickledStore | None
+    ) -> None:
+        self._save = save
+        self._saving = saving
+        self._exchange = exchange
+        self._remote = remote
+        # All ranks must create these in the same order, so not in the background.
+        self._saving.writer.alarm = Alarm(exchange.process_group)
+        self._arrivals = Arrivals(exchange.process_group)
+        self._staging: Staging | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, plan: SavePlan, staging_bytes: int | None, *, overlapped: bool) -> None:
+        """Copy, or start to copy, and start to write in the background.
+
+        An error ends the save on all ranks: it is the result. Only interrupts are raised at once.
+
+        Args:
+            plan: What this rank writes.
+            staging_bytes: As for `async_save`.
+            overlapped: Whether to copy in the background.
+        """
+        try:
+            with self._saving.writer.alarm:
+                self._stage(plan, staging_bytes)
+                if not overlapped:
+                    self._copy()
+        except BaseException as error:
+            self._error = error
+        self._saving.release_tensors()
+        BackgroundThread(self._run, "reshard-save")
+        if self._error is not None and not isinstance(self._error, Exception):
+            raise self._error
+
+    def _stage(self, plan: SavePlan, staging_bytes: int | None) -> None:
+        saving = self._saving
+        saving.accept_plan(plan)
+        most = default_staging_bytes() if staging_bytes is None else int(staging_bytes)
+        at_once, later = split_to_fit(saving.shards, most, saving.codec)
+        if at_once:
+            nbytes = sum(shard.nbytes for shard in at_once)
+            logger.warning(
+                "this rank writes %d bytes, but staging_bytes is %d: %d bytes are written before async_save returns",
+                staged_bytes(saving.shards),
+                most,
+                nbytes,
+            )
+            saving.write(at_once)
+        if self._remote is not None:
+            writer_process()  # starts while the values are copied
+        begin = time.perf_counter()
+        self._staging = Staging.begin(later)
+        self._saving.seconds["stage"] = time.perf_counter() - begin
+
+    def _copy(self) -> None:
+        """Finish the copies, unless this has been done."""
+        assert self._staging is not None
+        if not self._save._staged.is_set():
+            begin = time.perf_counter()
+            self._staging.copy()
+            self._saving.seconds["stage"] += time.perf_counter() - begin
+            self._save._staged.set()
+
+    def _run(self) -> None:
+        report, error = None, None
+        try:
+            with undisturbed():
+                report = self._saving.finish(self._exchange, self._write, self._arrivals)
+        except BaseException as raised:
+            error = raised if isinstance(raised, Exception) else portable(raised)
+            logger.error("the save to %s failed: %s", self._save.location, error)
+        self._save._end(report, error)
+
+    def _write(self) -> Written:
+        try:
+            if self._error is not None:
+                raise self._error
+            with self._saving.writer.alarm, self._saving.meter:
+                self._copy()
+                return self._write_staged()
+        finally:
+            if self._staging is not None:
+                STAGING.put(self._staging.arena)
+
+    def _write_staged(self) -> Written:
+        assert self._staging is not None
+        arena, shards = self._staging.arena, self._staging.shards
+        if self._remote is not None:
+            return self._saving.write(shards, WriteInProcess(writer_process(), self._remote, arena))
+        return self._saving.write([shard.shard(arena.bytes) for shard in shards])
+
+
+def release_memory() -> None:
+    """Return the memory that loads and `async_save` keep for their next calls, and end the writer process.
+
+    Memory that a running call uses stays: wait for its `result()` first. Not collective.
+    """
+    read_buffers.clear()
+    STAGING.release()
+    end_writer_process()

@@ -1,0 +1,83 @@
+"""Threads that finish work after the call that began it has returned. The interpreter waits for them when it exits."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+import threading
+from collections.abc import Callable
+
+from .logs import logger_of
+
+logger = logger_of(__name__)
+
+_running: set[BackgroundThread] = set()
+_at_exit: list[Callable[[], object]] = []
+
+
+class BackgroundThread:
+    """A thread that the interpreter waits for when it exits.
+
+    Other threads of reshard are stopped at exit (see `threads`). This happens later, so the work can still use them. If
+    no thread can start, the work is done at once.
+
+    Args:
+        work: The work. It must not raise.
+        name: The name of the thread.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        _running.add(self)
+        try:
+            self._thread.start()
+        except RuntimeError:  # there are too many threads, or the interpreter is exiting
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            _running.discard(self)
+
+    def join(self) -> None:
+        """Wait until the work has ended."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+
+def call_at_exit(callback: Callable[[], object]) -> None:
+    """Call a function when the interpreter exits, after all background threads have ended."""
+    _at_exit.append(callback)
+
+
+def _wait_at_exit() -> None:
+    """Wait for the background threads. Ctrl-C ends the wait."""
+    threads = list(_running)
+    if threads:
+        logger.info("waiting for %d saves to end before the interpreter exits", len(threads))
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        for callback in _at_exit:
+            with contextlib.suppress(Exception):
+                callback()
+
+
+# The callbacks of `atexit` are too late: the executors of concurrent.futures, which clients of stores use, accept no
+# tasks then. The callbacks of `threading` run before, the last one registered first.
+importlib.import_module("concurrent.futures.thread")
+getattr(threading, "_register_atexit", atexit.register)(_wait_at_exit)
+
+
+def _forget_threads() -> None:
+    """Forget the threads of the parent process, which do not run in a forked child."""
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

@@ -1,0 +1,249 @@
+"""The lease of a run: how two managers that write to one run detect each other.
+
+The manager that holds the lease renews an object in the run's folder every few seconds. The objects are numbered.
+Creating the object with the next number takes the lease over, and a store creates an object only once, so of several
+managers that try this, one succeeds. A manager that sees a higher number than its own has lost the lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ...planner.errors import CheckpointError
+from ..errors import CheckpointExistsError, ObjectNotFoundError, RunInUseError, UnavailableError
+from ..runtime.logs import logger_of
+from ..runtime.threads import Pool, current_stop
+from ..stores.base import Store
+from ..stores.open import open_store
+
+logger = logger_of(__name__)
+FOLDER = ".reshard-manager"
+RENEW_EVERY_S = 5.0
+EXPIRES_AFTER_S = 30.0
+"""A lease that was not renewed for this long is taken over. A pause of the holder must be shorter than this."""
+LONG_AGO_S = 600.0
+"""A lease whose time is older than this is taken over at once. Clocks of two machines differ by less."""
+_NAME = re.compile(rf"{re.escape(FOLDER)}/(\d{{8,18}})\.json")
+_MAX_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The content of the object: who holds the lease."""
+
+    id: str
+    host: str
+    pid: int
+    process: str
+    """Identifies the process on its machine, so that a manager on the same machine can check if it still runs."""
+    renewals: int = 0
+    time: float = 0.0
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process started, in ticks since boot; None if there is no such process or it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+    except (OSError, IndexError):
+        return None
+
+
+def _machine() -> str:
+    """Identify the machine and its process namespace; empty if the system cannot."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _myself() -> Holder:
+    machine = _machine()
+    process = f"{machine} {os.getpid()} {_start_of(os.getpid())}" if machine else ""
+    return Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), process)
+
+
+def _has_ended(holder: Holder) -> bool:
+    """Return whether a process certainly no longer runs. False if it runs, or on another machine."""
+    machine = _machine()
+    if not machine or not holder.process.startswith(f"{machine} "):
+        return False
+    return holder.process != f"{machine} {holder.pid} {_start_of(holder.pid)}"
+
+
+_held: set[str] = set()
+"""The ids of the leases that this process holds."""
+
+
+class Lease:
+    """The right to write to a run. Creating it takes the lease, or raises RunInUseError.
+
+    Args:
+        root: the location of the run.
+        expires_after_s: how long to wait for a sign of life of the manager that held the lease before.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        expires_after_s: float = EXPIRES_AFTER_S,
+        renew_every_s: float = RENEW_EVERY_S,
+    ) -> None:
+        self._store: Store = open_store(root, storage_options)
+        self._lock = threading.Lock()
+        self._is_closing = threading.Event()
+        self._holder = _myself()
+        self._lost = ""
+        self._number = self._acquire(expires_after_s)
+        _held.add(self._holder.id)
+        self._pool = Pool(1, "reshard-lease")
+        self._pool.submit(self._keep_renewing, renew_every_s)
+
+    @property
+    def name(self) -> str:
+        """The name of the object."""
+        return _name(self._number)
+
+    def check(self) -> None:
+        """Raise RunInUseError if another manager has taken the lease over. This lists the objects of the lease."""
+        with self._lock:
+            numbers = self._numbers()
+            if self._lost or max(numbers, default=0) > self._number:
+                self._lose(max(numbers, default=0))
+
+    def release(self) -> None:
+        """Give the lease back, so that the next manager need not wait. Log an error of the store."""
+        if os.getpid() != self._holder.pid:  # a forked child, at its exit
+            return
+        self._is_closing.set()  # a renewal is not cancelled: a store could apply it after the release
+        _held.discard(self._holder.id)
+        with self._lock:
+            if self._lost:
+                return
+            self._lost = "it was closed"
+            try:
+                if max(self._numbers(), default=0) == self._number:
+                    self._write(self._number, replace(self._holder, released=True, time=time.time()), overwrite=True)
+            except CheckpointError as error:
+                logger.warning("the lease of %s could not be released: %s", self._store.location, error)
+        self._pool.shutdown(wait=False)
+
+    def _lose(self, number: int) -> None:
+        if not self._lost:
+            other = self._read(number)
+            self._lost = f"another manager has taken over this run, {other or 'an unknown process'}"
+        raise RunInUseError(
+            f"this manager may no longer save to {self._store.location}: {self._lost}. End one of the two runs"
+        )
+
+    def _keep_renewing(self, every_s: float) -> None:
+        stop = current_stop()
+        while not self._is_closing.wait(every_s):
+            with self._lock:
+                if self._lost or stop.wait(0):
+                    return
+                try:
+                    numbers = self._numbers()
+                    if max(numbers, default=0) > self._number:
+                        self._lose(max(numbers))
+                    self._holder = replace(self._holder, renewals=self._holder.renewals + 1, time=time.time())
+                    self._write(self._number, self._holder, overwrite=True)
+                    self._store.delete([_name(number) for number in numbers if number < self._number])
+                except RunInUseError as error:
+                    logger.error("%s", error)
+                    return
+                except Exception as error:  # the next renewal may succeed
+                    logger.warning("the lease of %s could not be renewed: %s", self._store.location, error)
+
+    def _acquire(self, expires_after_s: float) -> int:
+        number = max(self._numbers(), default=0)
+        holder = self._read(number) if number else None
+        if holder is not None and holder.id in _held:
+            raise RunInUseError(
+                f"{self._store.location} is managed by another CheckpointManager of this process: close that one first"
+            )
+        if holder is not None and not self._may_take_over(holder):
+            logger.warning(
+                "%s was managed by %s, which ended without closing its manager, or still runs: waiting up to %.0f s "
+                "for a sign of life",
+                self._store.location,
+                holder,
+                expires_after_s,
+            )
+            self._wait_for_silence(number, holder, expires_after_s)
+        self._holder = replace(self._holder, time=time.time())
+        try:
+            self._write(number + 1, self._holder, overwrite=False)
+        except CheckpointExistsError:
+            raise self._in_use(self._read(number + 1)) from None
+        if max(self._numbers(), default=0) > number + 1:
+            raise self._in_use(None)
+        return number + 1
+
+    def _may_take_over(self, holder: Holder) -> bool:
+        is_own = holder.process != "" and holder.process == self._holder.process  # but `_held` does not have it
+        return holder.released or is_own or _has_ended(holder) or time.time() - holder.time > LONG_AGO_S
+
+    def _wait_for_silence(self, number: int, holder: Holder, seconds: float) -> None:
+        """Wait until a lease has not been renewed for some seconds. Raises RunInUseError if it is renewed."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, seconds / 10))
+            if max(self._numbers(), default=0) > number:
+                raise self._in_use(self._read(number + 1))
+            now = self._read(number)
+            if now is None or self._may_take_over(now):
+                return
+            if now.renewals != holder.renewals:
+                raise self._in_use(now)
+
+    def _in_use(self, holder: Holder | None) -> RunInUseError:
+        return RunInUseError(
+            f"{self._store.location} is managed by another CheckpointManager, {holder or 'an unknown process'}: end "
+            "that run, use another location, or pass read_only=True to restore without saving"
+        )
+
+    def _numbers(self) -> list[int]:
+        found = (_NAME.fullmatch(name) for name in self._store.list(FOLDER))
+        return [int(name[1]) for name in found if name]
+
+    def _read(self, number: int) -> Holder | None:
+        """Return the holder of a lease; None if the object is gone or cannot be understood."""
+        try:
+            data = bytes(self._store.read(_name(number), 0, _MAX_BYTES))
+            return Holder(**json.loads(data))
+        except (ObjectNotFoundError, ValueError, TypeError):
+            return None
+
+    def _write(self, number: int, holder: Holder, *, overwrite: bool) -> None:
+        data = json.dumps(asdict(holder)).encode()
+        try:
+            self._store.put(_name(number), data, overwrite=overwrite)
+        except CheckpointExistsError:
+            with contextlib.suppress(UnavailableError):  # a retried put, whose first answer was lost
+                found = self._read(number)
+                if found is not None and found.id == holder.id:
+                    return
+            raise
+
+
+def _name(number: int) -> str:
+    return f"{FOLDER}/{number:08}.json"

@@ -1,0 +1,627 @@
+"""`CheckpointManager`: saves, keeps and restores the checkpoints of a training run."""
+
+from __future__ import annotations
+
+import atexit
+import operator
+import os
+import signal
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, SupportsFloat, TypeVar
+
+import torch.distributed as dist
+
+from ...planner.masking import masked
+from ..async_save import CHOICES, AsyncSave, async_save
+from ..errors import ArgumentError, CheckpointNotFoundError, ObjectNotFoundError
+from ..formats.native.codec import check_codec
+from ..formats.native.manifest import MANIFEST_NAME
+from ..formats.user_metadata import plain_metadata
+from ..load import load
+from ..maintenance.catalog import location_of
+from ..reading.name_matching import LoadOptions
+from ..runtime.forks import generation
+from ..runtime.limits import check_budget
+from ..runtime.logs import logger_of
+from ..runtime.process_group import BackgroundExchange, Exchange, is_distributed, on_all_ranks, rank_of
+from ..runtime.progress import OnProgress
+from ..runtime.reports import Report
+from ..save import save
+from ..stores.local import LocalStore, NodeLocalStore
+from ..stores.open import open_store
+from ..tensors.name_patterns import Patterns, patterns_of
+from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals
+from .decisions import Candidate, Decisions, SaveDecision, with_step
+from .lease import Lease
+from .mirror import Mirror, remove_own_objects
+from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
+from .restoring import restore_latest
+from .run import Run
+from .run_catalog import check_metrics, metadata_of, step_folder
+
+logger = logger_of(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A save that runs in the background."""
+
+    handle: AsyncSave
+    decision: SaveDecision
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What rank 0 sends to all ranks from time to time."""
+
+    saved: tuple[SavedStep, ...] = ()
+    """The checkpoints of the run."""
+    removed: tuple[str, ...] = ()
+    """The folders that were removed since the last news."""
+
+    @classmethod
+    def of(cls, decisions: Decisions) -> _News:
+        return cls(decisions.saved(), tuple(decisions.run.take_removed()))
+
+
+@dataclass(frozen=True, slots=True)
+class _SaveCall:
+    """What rank 0 sends to all ranks before a save."""
+
+    decision: SaveDecision
+    news: _News
+    metadata: dict[str, Any]
+
+
+class CheckpointManager:
+    """Saves the checkpoints of a training run, removes those that are no longer needed, and restores the latest one.
+
+    Each step is stored at `root/step-…` as an ordinary checkpoint, which `reshard.load` and `reshard.open` can read.
+    Creating the manager is collective, and so are `save`, `restore`, `wait` and `close`: every rank calls them, in the
+    same order. Rank 0 lists the checkpoints and decides; the other ranks receive its decisions.
+
+    Use it as a context manager, or call `close`. One manager at a time may save to a location.
+
+    Args:
+        root: the location of the run, a path or a URI that fsspec can open.
+        save_every: `save` saves steps that are divisible by this number. None: it saves at every call.
+        mirror: a second location, to which complete checkpoints are copied in the background. `root` is then usually a
+            local disk, which need not be shared: each rank copies what it wrote. `restore` reads from `root` if all
+            ranks see the whole checkpoint there, and from the mirror otherwise. The policies apply to both.
+        mirror_options: options of `mirror` for fsspec.
+        keep: policies such as `reshard.latest(3)`. A checkpoint is kept if any policy keeps it. The last one is always
+            kept. None keeps all checkpoints.
+        asynchronous: whether training continues while a checkpoint is written.
+        staging, background: see `reshard.async_save`. With "overlapped", call `wait_staged` before `optimizer.step()`.
+        process_group: the ranks of the run. Default: the default group if there is one.
+        storage_options: options of `root` for fsspec.
+        codec, allow_pickle, budget_bytes: see `reshard.save`.
+        signals: the signals after which all ranks make one last save, at the same step. `should_stop` is then True.
+            Pass () to handle none.
+        read_only: whether the manager only restores. It then does not conflict with a manager that saves.
+
+    Raises, on every rank:
+        RunInUseError: another manager saves to this location.
+        ArgumentError: an argument is not valid, or the ranks passed different ones.
+        StoreError, UnsupportedURIError: the location cannot be listed or written.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        save_every: int | None = None,
+        keep: Sequence[Policy] | None = None,
+        asynchronous: bool = True,
+        staging: Literal["blocking", "overlapped"] = "blocking",
+        background: Literal["thread", "process"] = "process",
+        mirror: str | os.PathLike[str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        mirror_options: Mapping[str, Any] | None = None,
+        codec: str = "zstd",
+        allow_pickle: bool = True,
+        budget_bytes: int | None = None,
+        signals: Iterable[signal.Signals | int] = (signal.SIGTERM,),
+        read_only: bool = False,
+        _lease_expires_after_s: float | None = None,
+    ) -> None:
+        def prepare() -> tuple[str, str | None, int | None, bool, str, bool]:
+            check_codec(codec)
+            check_budget(budget_bytes)
+            self._async_options = _async_options(staging, background) if asynchronous else {}
+            self._policies = check_policies(keep)
+            self._save_every = None if save_every is None else _whole_number("save_every", save_every, minimum=1)
+            self._root = location_of(root)
+            self._mirror = None if mirror is None else location_of(mirror)
+            if self._mirror == self._root:
+                raise ArgumentError(f"root and mirror are the same location, {masked(self._root)}")
+            return self._root, self._mirror, self._save_every, asynchronous, codec, read_only
+
+        self._is_closed = True  # until everything below has succeeded
+        Exchange(process_group)  # raises ArgumentError if this rank is not in the group
+        passed = on_all_ranks(prepare, process_group)
+        if len(set(passed)) > 1:
+            raise ArgumentError(
+                "the ranks passed different arguments (root, mirror, save_every, asynchronous, codec, read_only): "
+                + "; ".join(masked(str(arguments)) for arguments in dict.fromkeys(passed))
+            )
+        self._asynchronous = asynchronous
+        self._storage_options = storage_options
+        self._mirror_options = mirror_options
+        self._save_options: dict[str, Any] = {
+            "codec": codec,
+            "allow_pickle": allow_pickle,
+            "budget_bytes": budget_bytes,
+        }
+        self._read_only = read_only
+        self._group = _own_group(process_group)
+        self._leases: list[Lease] = []
+        """On rank 0: of the root and the mirror."""
+        self._copies: Mirror | None = None
+        self._decisions: Decisions | None = None
+        """On rank 0."""
+        self._running: _Running | None = None
+        self._agreed = AgreedSaves(self._group)
+        self._signals = StopSignals((), self._request_stop)
+        try:
+            self._is_shared = self._take_leases(_lease_expires_after_s)
+            if self._mirror is not None and not read_only:
+                self._copies = Mirror(self._root, storage_options, self._mirror, mirror_options, self._group)
+            self._saved = self._open_run()
+        except BaseException:
+            self._end()
+            raise
+        self._signals = StopSignals(() if read_only else signals, self._request_stop)
+        self._is_closed = False
+        self._generation = generation()
+
+    def _take_leases(self, expires_after_s: float | None) -> bool:
+        """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
+        if self._read_only:
+            return True
+
+        def take() -> str:
+            if self._rank:
+                return ""
+            expiry = {} if expires_after_s is None else {"expires_after_s": expires_after_s}
+            locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
+            for location, options in locations[: 1 if self._mirror is None else 2]:
+                assert location is not None
+                self._leases.append(Lease(location, options, **expiry))
+                atexit.register(_release_at_exit, weakref.ref(self._leases[-1]))
+            return self._leases[0].name
+
+        name = on_all_ranks(take, self._group)[0]
+
+        def sees_the_lease() -> bool:
+            try:
+                open_store(self._root, self._storage_options).size(name)
+            except ObjectNotFoundError:
+                return False
+            return True
+
+        sees = on_all_ranks(sees_the_lease, self._group)
+        is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
+        if not all(sees) and (self._mirror is None or not is_local):
+            raise ArgumentError(
+                f"rank {sees.index(False)} does not see what rank 0 writes to {self._root}: all ranks must save to one "
+                "shared location, or copy what they save to one: pass mirror="
+            )
+        return all(sees)
+
+    def _open_run(self) -> tuple[SavedStep, ...]:
+        """List the checkpoints on rank 0, and return them on every rank."""
+
+        def open_run() -> tuple[SavedStep, ...]:
+            if self._rank:
+                return ()
+            leases = [*self._leases, None, None]
+            run = Run(self._root, self._storage_options, self._policies, leases[0], is_shared=self._is_shared)
+            mirror = None
+            if self._mirror is not None:
+                mirror = Run(self._mirror, self._mirror_options, self._policies, leases[1])
+            self._decisions = Decisions(run, mirror, self._copies)
+            saved = self._decisions.saved()
+            self._decisions.begin()
+            return saved
+
+        return on_all_ranks(open_run, self._group)[0]
+
+    @property
+    def _rank(self) -> int:
+        return rank_of(self._group)
+
+    @property
+    def root(self) -> str:
+        """The location of the run."""
+        return self._root
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the last save after a signal, or after `save_now(stop=True)`, was made. The same on every rank."""
+        return self._agreed.should_stop
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, in order. The same on every rank.
+
+        Checkpoints that a later save has abandoned, because training went back to an earlier step, are left out. This
+        makes no request: the list is as of the last call of `save` that saved, `restore` or `wait`.
+        """
+        return [found.step for found in self._saved]
+
+    def checkpoints(self) -> list[SavedStep]:
+        """Return the complete checkpoints with their times and metrics, in the order of steps. See `steps`."""
+        return list(self._saved)
+
+    def latest_step(self) -> int | None:
+        """Return the step of the latest complete checkpoint, or None if there is none. See `steps`."""
+        return self._saved[-1].step if self._saved else None
+
+    def best_step(self, metric: str, mode: Literal["min", "max"] = "min") -> int | None:
+        """Return the step with the best value of a metric, or None if no checkpoint has it. See `steps`.
+
+        Checkpoints without the metric, or with NaN, do not count. Of equal values, the later step is returned.
+
+        Args:
+            metric: the name of the metric.
+            mode: "min" if small values are good, "max" if large ones are.
+        """
+        check_mode(mode)
+        ranked = by_metric(self._saved, metric, mode)
+        return ranked[0].step if ranked else None
+
+    def location(self, step: int) -> str:
+        """Return where the checkpoint of a step is stored, whether or not it exists."""
+        return f"{self._root.rstrip('/')}/{step_folder(_whole_number('step', step))}"
+
+    def is_due(self, step: int) -> bool:
+        """Return whether `save` saves a step without being forced or requested to."""
+        return self._save_every is None or _whole_number("step", step) % self._save_every == 0
+
+    def save(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any],
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        *,
+        force: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Save a step if it is due. Collective: every rank calls it, once in each step.
+
+        A call that does not save makes no request and no collective. A save that is running is waited for first; if it
+        failed, its error is raised.
+
+        Args:
+            step: the number of the step. It must be the same on every rank.
+            state_dict: see `reshard.save`.
+            metrics: numbers that the policies and `best_step` use. Those of rank 0 are stored.
+            force: save even if the step is not due, and replace a checkpoint of this step.
+            metadata: plain data to store with the checkpoint; see `reshard.save`. That of rank 0 is stored.
+
+        Returns:
+            Whether a save was made, or was started if the manager is asynchronous. False if the step is not due, or if
+            there is a checkpoint of this step already.
+
+        Raises, on every rank:
+            ArgumentError: the run has a checkpoint of a later step: `restore` was not called, or the step that it
+                returned was ignored. Or an argument is not valid.
+            RunInUseError: another manager has taken over this run.
+            CheckpointError: what `reshard.save` raises.
+        """
+        self._check_may_save()
+        number = _whole_number("step", step)
+        is_requested = self._agreed.begin_call()
+        if not (force or is_requested or self.is_due(number)):
+            return False
+        self._finish_running()
+        is_made = self._save(number, state_dict, metrics, force, metadata)
+        if is_requested:
+            self._finish_running()  # the process may be killed soon
+            self._agreed.end_save()
+            if self.should_stop:
+                self._signals.close()
+        return is_made
+
+    def save_now(self, *, stop: bool = False) -> None:
+        """Request a save by all ranks in one of their next calls of `save`, from any thread of any rank.
+
+        The ranks agree on the call, so all save the same step. The call that saves returns when the checkpoint is
+        complete.
+
+        Args:
+            stop: whether this save is the last one. `should_stop` is then True on every rank. Pass True if the process
+                will be ended soon, for example because the machine is preempted.
+        """
+        self._check_may_save()
+        self._agreed.request(STOP if stop else SAVE)
+
+    def restore(
+        self,
+        state_dict: MutableMapping[str, Any],
+        step: int | None = None,
+        *,
+        strict: bool = True,
+        allow_missing: Patterns = (),
+        exclude: Patterns = (),
+        rename: Mapping[str, str] | None = None,
+        allow_pickle: bool = False,
+        budget_bytes: int | None = None,
+        progress: OnProgress = False,
+    ) -> int | None:
+        """Load the latest checkpoint that is complete and not damaged, in place. Collective.
+
+        If a checkpoint turns out to be damaged while it is read, on any rank, a warning names it, and all ranks load
+        the previous one. The load of that one overwrites everything that the damaged one may have loaded. Errors that
+        are not damage are raised: a state dict that does not fit, a store that is not available.
+
+        Checkpoints of later steps than the restored one are abandoned: they are no longer listed. When a new checkpoint
+        is complete, they are removed, unless the manager keeps all checkpoints.
+
+        Args:
+            state_dict: see `reshard.load`, as for all other arguments.
+            step: the step to load. Then no other checkpoint is loaded if it is damaged. Default: the latest one.
+
+        Returns:
+            The step that was loaded, or None if the run has no checkpoint. Then the state dict is unchanged.
+
+        Raises, on every rank:
+            CheckpointNotFoundError: there is no complete checkpoint of `step`.
+            CorruptCheckpointError: all checkpoints are damaged. The loads may have overwritten a part of the state
+                dict.
+            CheckpointError: what `reshard.load` raises for other reasons than damage.
+        """
+        self._check_open()
+        self._finish_running()
+        wanted = None if step is None else _whole_number("step", step)
+        options = LoadOptions(
+            strict,
+            patterns_of("allow_missing", allow_missing),
+            patterns_of("exclude", exclude),
+            rename or {},
+            allow_pickle,
+            budget_bytes,
+        )
+
+        def load_from(candidate: Candidate) -> Report:
+            return load(
+                state_dict,
+                candidate.uri,
+                strict=strict,
+                allow_missing=allow_missing,
+                exclude=exclude,
+                rename=rename,
+                storage_options=self._options_of(candidate),
+                process_group=self._group,
+                allow_pickle=allow_pickle,
+                budget_bytes=budget_bytes,
+                progress=progress,
+            )
+
+        none: list[Candidate] = []
+        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none)
+        try:
+            if wanted is not None and not any(not candidate.reason for candidate in candidates):
+                raise _no_such_step(wanted, candidates, self._root, self._saved)
+            candidates = [found for found in candidates if self._is_visible(found)]
+            found = restore_latest(state_dict, candidates, load_from, options, self._options_of, self._group)
+        finally:
+            if self._decisions is not None:
+                self._decisions.end_restore()
+        if self._decisions is not None and found is not None:
+            self._decisions.rewind(found.step)
+        self._update()
+        return None if found is None else found.step
+
+    def wait_staged(self) -> None:
+        """Wait until nothing that is done to the tensors changes the checkpoint that is being saved.
+
+        Call it before `optimizer.step()` if `staging` is "overlapped". It returns at once if no save is running.
+        """
+        if self._running is not None:
+            self._running.handle.wait_staged()
+
+    def wait(self) -> None:
+        """Wait until the running save has finished, and removals too. Collective. Raises the error of the save."""
+        self._check_open()
+        self._finish_running()
+        self._on_rank_0(Decisions.wait, None)
+        self._update()
+
+    def close(self) -> None:
+        """Wait like `wait`, and end the manager. Collective. Closing twice has no effect."""
+        if self._is_closed or self._generation != generation():
+            return
+        try:
+            self.wait()
+        finally:
+            self._end()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif not self._is_closed and self._generation == generation():
+            # Other ranks may not come here, so this calls no collective.
+            try:
+                self._finish_running()
+            except Exception as failed:
+                logger.error("the last save failed, too: %s", failed)
+            finally:
+                self._end()
+
+    def __repr__(self) -> str:
+        return f"CheckpointManager({masked(self._root)!r}, steps={self.steps() if not self._is_closed else 'closed'})"
+
+    def _request_stop(self) -> None:
+        self._agreed.request(STOP)
+
+    def _end(self) -> None:
+        self._is_closed = True
+        for part in (self._signals, self._agreed, self._decisions, self._copies):
+            if part is not None:
+                part.close()
+        for lease in self._leases:
+            lease.release()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ArgumentError("the CheckpointManager is closed: create a new one")
+        if self._generation != generation():
+            raise ArgumentError(
+                "this CheckpointManager belongs to the process that created it: a forked child cannot use it"
+            )
+
+    def _check_may_save(self) -> None:
+        self._check_open()
+        if self._read_only:
+            raise ArgumentError("this CheckpointManager is read_only and cannot save: create it with read_only=False")
+
+    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T) -> T:
+        """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
+        return on_all_ranks(lambda: otherwise if self._decisions is None else task(self._decisions), self._group)[0]
+
+    def _update(self) -> None:
+        """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
+        self._accept(self._on_rank_0(_News.of, _News()))
+
+    def _accept(self, news: _News) -> None:
+        self._saved = news.saved
+        if not self._is_shared and self._rank:
+            remove_own_objects(self._root, news.removed, self._rank)
+
+    def _is_visible(self, candidate: Candidate) -> bool:
+        """Return whether all ranks see a candidate, which may be on a local disk. Collective with a mirror."""
+        if self._mirror is None or candidate.on_mirror or candidate.reason:
+            return True
+
+        def sees() -> bool:
+            try:
+                open_store(candidate.uri, self._options_of(candidate)).size(MANIFEST_NAME)
+            except ObjectNotFoundError:
+                return False
+            return True
+
+        return all(on_all_ranks(sees, self._group))
+
+    def _options_of(self, candidate: Candidate) -> Mapping[str, Any] | None:
+        return self._mirror_options if candidate.on_mirror else self._storage_options
+
+    def _finish_running(self) -> None:
+        """Wait for the running save, if there is one. Raises its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            error = running.handle.exception()
+            if self._decisions is not None:
+                self._decisions.wait_for_saves()
+            if error is not None:
+                raise error
+            self._saved = with_step(self._saved, running.decision.saved)
+
+    def _save(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any],
+        metrics: Mapping[str, SupportsFloat] | None,
+        force: bool,
+        metadata: Mapping[str, Any] | None,
+    ) -> bool:
+        def prepare() -> tuple[int, bool, _SaveCall | None]:
+            checked = check_metrics(metrics)
+            plain_metadata(metadata)
+            if self._decisions is None:
+                return step, force, None
+            for lease in self._leases:
+                lease.check()
+            decision = self._decisions.decide(step, checked, force=force)
+            stored = metadata_of(decision.saved, decision.sequence, metadata)
+            return step, force, _SaveCall(decision, _News.of(self._decisions), stored)
+
+        prepared = on_all_ranks(prepare, self._group)
+        if len({(of_rank[:2]) for of_rank in prepared}) > 1:
+            steps = ", ".join(f"rank {rank}: {of_rank[:2]}" for rank, of_rank in enumerate(prepared[:8]))
+            raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
+        call = prepared[0][2]
+        assert call is not None
+        self._accept(call.news)
+        decision = call.decision
+        if decision.is_skipped:
+            return False
+        if self._decisions is not None:
+            self._decisions.begin_save(decision)
+        try:
+            begun = (async_save if self._asynchronous else save)(
+                state_dict,
+                self.location(step) if self._is_shared else NodeLocalStore(open_store(self.location(step)).location),
+                storage_options=self._storage_options,
+                process_group=self._group,
+                overwrite=decision.overwrite,
+                metadata=call.metadata,
+                **self._save_options,
+                **self._async_options,
+            )
+        except BaseException:
+            if self._decisions is not None:
+                self._decisions.end_save(decision, is_committed=False)
+            raise
+        if isinstance(begun, AsyncSave):
+            self._running = _Running(begun, decision)
+            if self._decisions is not None:
+                self._decisions.follow_save(decision, begun.exception)
+        else:
+            self._saved = with_step(self._saved, decision.saved)
+            if self._decisions is not None:
+                self._decisions.end_save(decision, is_committed=True)
+        return True
+
+
+def _no_such_step(
+    step: int, candidates: Sequence[Candidate], root: str, saved: Sequence[SavedStep]
+) -> CheckpointNotFoundError:
+    steps = ", ".join(str(found.step) for found in saved[-8:]) or "none"
+    reason = f": {candidates[0].reason}" if candidates else ""
+    return CheckpointNotFoundError(
+        f"there is no complete checkpoint of step {step} at {root}{reason}. Complete checkpoints: {steps}"
+    )
+
+
+def _async_options(staging: str, background: str) -> dict[str, Any]:
+    for name, passed in ("staging", staging), ("background", background):
+        if passed not in CHOICES[name]:
+            raise ArgumentError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {passed!r}")
+    return {"staging": staging, "background": background}
+
+
+def _whole_number(name: str, value: Any, *, minimum: int = 0) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or number < minimum:
+        raise ArgumentError(f"{name} must be a whole number of {minimum} or more, got {value!r}")
+    return number
+
+
+def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Create a gloo group of the same ranks; None without a process group or with one rank.
+
+    The collectives of the manager then do not wait for a device, and cannot meet other collectives of the ranks.
+    """
+    if not is_distributed() or dist.get_world_size(process_group) == 1:
+        return process_group
+    return BackgroundExchange(process_group).process_group
+
+
+def _release_at_exit(lease: weakref.ref[Lease]) -> None:
+    found = lease()
+    if found is not None:
+        found.release()

@@ -1,0 +1,250 @@
+"""Copying the checkpoints of a run to another location in the background.
+
+Each rank copies the objects that it wrote, since with disks of its own a machine sees only those. Rank 0 publishes what
+to copy, waits until all ranks have copied their objects, and then writes the manifest, which commits the copy. The
+ranks communicate through torch's key-value store, so training is not interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import Condition
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from ...planner.errors import CheckpointError
+from ..errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
+from ..formats.native.commit import commit, rank_of_object
+from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
+from ..runtime.logs import logger_of
+from ..runtime.threads import Pool, current_stop
+from ..stores.base import Store
+from ..stores.local import LocalStore
+from ..stores.open import open_store
+
+logger = logger_of(__name__)
+POLL_EVERY_S = 0.5
+READ_BYTES = 8 * 1024 * 1024
+CONCURRENT_COPIES = 2
+"""How many objects a rank copies at once. A writer holds up to 80 MB of each in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A checkpoint to copy."""
+
+    folder: str
+    objects: Sequence[tuple[str, int]]
+    """The names and sizes of its data objects."""
+
+    def to_json(self) -> str:
+        return json.dumps([self.folder, list(self.objects)])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Copy:
+        folder, objects = json.loads(text)
+        return cls(folder, [(name, nbytes) for name, nbytes in objects])
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A copy that was submitted; see `Mirror.submit`."""
+
+    folder: str
+    overwrite: bool
+    is_needed: Callable[[], bool]
+    ended: Callable[[str | None], None]
+
+
+class Mirror:
+    """The part of one rank in the copies.
+
+    Args:
+        root: the location to copy from.
+        mirror: the location to copy to.
+        process_group: the ranks, or None without a process group. All ranks must create their instances in the same
+            order.
+    """
+
+    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
+
+    def __init__(
+        self,
+        root: str,
+        storage_options: Mapping[str, Any] | None,
+        mirror: str,
+        mirror_options: Mapping[str, Any] | None,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self._source = partial(_open, root, storage_options)
+        self._target = partial(_open, mirror, mirror_options)
+        self._rank, self._world = 0, 1
+        self._store: Any = None
+        if process_group is not None and dist.get_world_size(process_group) > 1:
+            self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
+            count = self._made[process_group] = self._made.get(process_group, 0) + 1
+            self._key = f"reshard/mirror/{process_group.group_name}/{count}"
+            self._store = distributed_c10d._get_default_store()
+        self._changed = Condition()
+        self._waiting: deque[_Task] = deque()
+        self._is_busy = False
+        self._count = 0
+        """How many copies have begun."""
+        self._pool = Pool(1, "reshard-mirror")
+        self._pool.submit(self._serve if self._rank == 0 else self._follow)
+
+    def submit(
+        self, folder: str, *, overwrite: bool, is_needed: Callable[[], bool], ended: Callable[[str | None], None]
+    ) -> None:
+        """Copy a checkpoint in the background. Only rank 0 calls it.
+
+        Args:
+            folder: its folder below the root.
+            overwrite: whether to replace a checkpoint in this folder of the mirror.
+            is_needed: called before the copy begins. If it returns False, nothing is copied.
+            ended: called with an error message, "" if the copy is complete, or None if nothing was copied.
+        """
+        with self._changed:
+            self._waiting.append(_Task(folder, overwrite, is_needed, ended))
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all copies have ended. Only rank 0 calls it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._is_busy)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.stop.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._pool.shutdown(wait=False)
+
+    def _serve(self) -> None:
+        """Copy what was submitted, on rank 0."""
+        stop = current_stop()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or stop.wait(0), POLL_EVERY_S)
+                if stop.wait(0):
+                    return
+                if not self._waiting:
+                    continue
+                task = self._waiting.popleft()
+                self._is_busy = True
+            try:
+                error = self._copy(task.folder, task.overwrite) if task.is_needed() else None
+            except Exception as failed:
+                error = f"{type(failed).__name__}: {failed}"
+            try:
+                task.ended(error)
+            finally:
+                with self._changed:
+                    self._is_busy = False
+                    self._changed.notify_all()
+
+    def _copy(self, folder: str, overwrite: bool) -> str:
+        """Copy a checkpoint with all ranks, and commit it. Return an error message, or ""."""
+        source, target = self._source(folder), self._target(folder)
+        manifest = Manifest.find(source)
+        if manifest is None:
+            return "it was removed"
+        data = bytes(source.read(MANIFEST_NAME, 0, source.size(MANIFEST_NAME)))
+        copy = Copy(folder, list(manifest.objects))
+        self._count += 1
+        if self._store is not None:
+            self._store.set(f"{self._key}/{self._count}", copy.to_json())
+        errors = [self._copy_own(copy), *self._others_errors()]
+        if any(errors):
+            return "; ".join(filter(None, errors))
+        commit(target, data, {name for name, _ in copy.objects}, overwrite=overwrite)
+        return ""
+
+    def _others_errors(self) -> list[str]:
+        """Wait for the other ranks, and return their error messages."""
+        keys = [f"{self._key}/{self._count}/{rank}" for rank in range(1, self._world)]
+        stop = current_stop()
+        while keys and not self._store.check(keys):
+            if stop.wait(POLL_EVERY_S / 5):
+                raise StoreError("the copy was stopped")
+        errors = [self._store.get(key).decode() for key in keys]
+        for key in keys:
+            self._store.delete_key(key)
+        if self._store is not None:
+            self._store.delete_key(f"{self._key}/{self._count}")
+        return errors
+
+    def _follow(self) -> None:
+        """Copy what rank 0 publishes, on another rank."""
+        stop = current_stop()
+        try:
+            while not stop.wait(POLL_EVERY_S):
+                key = f"{self._key}/{self._count + 1}"
+                if self._store.check([key]):
+                    copy = Copy.from_json(self._store.get(key))
+                    self._count += 1
+                    self._store.set(f"{key}/{self._rank}", self._copy_own(copy))
+        except RuntimeError as error:
+            logger.info("the process group has ended, and this rank copies no more checkpoints: %s", error)
+
+    def _copy_own(self, copy: Copy) -> str:
+        """Copy the objects of this rank. Return an error message, or ""."""
+        own = [
+            (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
+        ]
+        try:
+            source, target = self._source(copy.folder), self._target(copy.folder)
+            with Pool(CONCURRENT_COPIES, "reshard-copy") as pool:
+                for _ in pool.map(lambda item: copy_object(source, target, *item), own):
+                    pass
+        except CheckpointError as error:
+            return f"rank {self._rank}: {error}"
+        except Exception as error:
+            return f"rank {self._rank}: {type(error).__name__}: {error}"
+        return ""
+
+
+def copy_object(source: Store, target: Store, name: str, nbytes: int) -> None:
+    """Copy an object, unless the target has it already. The names of data objects are unique.
+
+    Raises:
+        CorruptCheckpointError: the object is missing or shorter than `nbytes`.
+        StoreError: a store failed.
+    """
+    try:
+        if target.size(name) == nbytes:
+            return
+        target.delete([name])  # a copy that was killed
+    except ObjectNotFoundError:
+        pass
+    with target.create(name) as out:
+        for start in range(0, nbytes, READ_BYTES):
+            stop = min(start + READ_BYTES, nbytes)
+            data = source.read(name, start, stop)
+            if memoryview(data).nbytes != stop - start:
+                raise CorruptCheckpointError(f"{name!r} in {source.location} ends before byte {stop}: it is truncated")
+            out.write(data)
+
+
+def remove_own_objects(root: str, folders: Iterable[str], rank: int) -> None:
+    """Remove what a rank wrote to folders on a disk of its machine, after rank 0 has removed the checkpoints."""
+    for folder in folders:
+        store = _open(root, None, folder)
+        try:
+            store.delete([name for name in store.list() if rank_of_object(name) == rank])
+        except CheckpointError as error:
+            logger.warning("objects of a checkpoint that was removed remain in %s: %s", store.location, error)
+        if isinstance(store, LocalStore):
+            store.delete_if_empty(DATA_FOLDER)
+            store.delete_if_empty()
+
+
+def _open(root: str, storage_options: Mapping[str, Any] | None, folder: str) -> Store:
+    return open_store(f"{root.rstrip('/')}/{folder}", storage_options)

@@ -1,0 +1,153 @@
+"""Policies: which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from ..errors import ArgumentError
+from ..runtime.logs import logger_of
+
+logger = logger_of(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedStep:
+    """A complete checkpoint of a run, as policies see it."""
+
+    step: int
+    time: datetime.datetime
+    """When it was saved."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The metrics that were passed to `CheckpointManager.save`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+
+    def __reduce__(self) -> tuple[type[SavedStep], tuple[int, datetime.datetime, dict[str, float]]]:
+        return SavedStep, (self.step, self.time, dict(self.metrics))
+
+
+Policy = Callable[[Sequence[SavedStep]], Iterable[int]]
+"""Returns the steps to keep, given all complete checkpoints of a run in the order of steps."""
+
+
+def latest(n: int) -> Policy:
+    """Return a policy that keeps the checkpoints of the last `n` steps."""
+    count = _positive("latest", n)
+
+    def keep(saved: Sequence[SavedStep]) -> Iterable[int]:
+        return [found.step for found in saved[-count:]]
+
+    return keep
+
+
+def every(n: int | datetime.timedelta) -> Policy:
+    """Return a policy that keeps checkpoints at regular intervals.
+
+    Args:
+        n: a number of steps: steps that are divisible by `n` are kept. Or a time: the first checkpoint is kept, and
+            each one that was saved at least this time after the last one that is kept.
+    """
+    if isinstance(n, datetime.timedelta):
+        if n <= datetime.timedelta():
+            raise ArgumentError(f"every() needs a positive time, got {n}")
+        interval = n
+
+        def keep_by_time(saved: Sequence[SavedStep]) -> Iterable[int]:
+            kept: list[SavedStep] = []
+            for found in saved:
+                if not kept or found.time - kept[-1].time >= interval:
+                    kept.append(found)
+            return [found.step for found in kept]
+
+        return keep_by_time
+    steps = _positive("every", n)
+
+    def keep(saved: Sequence[SavedStep]) -> Iterable[int]:
+        return [found.step for found in saved if found.step % steps == 0]
+
+    return keep
+
+
+def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> Policy:
+    """Return a policy that keeps the `n` checkpoints with the best values of a metric.
+
+    Of equal values, the later step counts as better. A checkpoint without the metric, or with NaN, never counts as
+    best. If no checkpoint has the metric, a warning names it, since its name is probably wrong.
+
+    Args:
+        metric: the name of the metric, a key of the `metrics` of `CheckpointManager.save`.
+        n: how many checkpoints are kept.
+        mode: "min" if small values are good, "max" if large ones are.
+    """
+    count = _positive("best", n)
+    check_mode(mode)
+    warned = False
+
+    def keep(saved: Sequence[SavedStep]) -> Iterable[int]:
+        nonlocal warned
+        ranked = by_metric(saved, metric, mode)
+        if saved and not warned and not any(metric in found.metrics for found in saved):
+            known = sorted({name for found in saved for name in found.metrics})
+            logger.warning(
+                "best(%r) keeps nothing: no checkpoint has this metric; they have: %s. Pass it to save() in metrics",
+                metric,
+                ", ".join(map(repr, known)) or "none",
+            )
+            warned = True
+        return [found.step for found in ranked[:count]]
+
+    return keep
+
+
+def by_metric(saved: Iterable[SavedStep], metric: str, mode: Literal["min", "max"]) -> list[SavedStep]:
+    """Return the checkpoints that have a metric other than NaN, the best first. Of equal values, the later is first."""
+    sign = 1 if mode == "min" else -1
+    having = [found for found in saved if not math.isnan(found.metrics.get(metric, math.nan))]
+    return sorted(having, key=lambda found: (sign * found.metrics[metric], -found.step))
+
+
+def check_mode(mode: object) -> None:
+    """Raise ArgumentError if a mode is neither "min" nor "max"."""
+    if mode not in ("min", "max"):
+        raise ArgumentError(f'mode must be "min" or "max", got {mode!r}')
+
+
+def check_policies(keep: Sequence[Policy] | None) -> tuple[Policy, ...] | None:
+    """Return policies as a tuple, or None if all checkpoints are kept. Raises ArgumentError."""
+    if keep is None:
+        return None
+    if callable(keep):
+        raise ArgumentError(f"keep must be a list of policies, got {keep!r}: write keep=[latest(3)]")
+    policies = tuple(keep)
+    if not policies:
+        raise ArgumentError("keep is an empty list, which would keep nothing: pass None to keep all checkpoints")
+    for policy in policies:
+        if not callable(policy):
+            raise ArgumentError(f"keep must contain policies such as reshard.latest(3), got {policy!r}")
+    return policies
+
+
+def kept_steps(policies: Iterable[Policy], saved: Sequence[SavedStep]) -> set[int]:
+    """Return the steps that at least one policy keeps. The last one is always kept."""
+    ordered = sorted(saved, key=lambda found: found.step)
+    kept = {ordered[-1].step} if ordered else set()
+    for policy in policies:
+        kept.update(policy(tuple(ordered)))
+    return kept
+
+
+def _positive(name: str, n: object) -> int:
+    try:
+        count = operator.index(n)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if isinstance(n, bool) or count < 1:
+        raise ArgumentError(f"{name}() needs a whole number of 1 or more, got {n!r}")
+    return count

@@ -1,0 +1,147 @@
+"""Restore the latest checkpoint that can be loaded. If one is damaged, all ranks move to the previous one together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from ...planner.errors import CheckpointError, InvalidIndexError
+from ...planner.text import shown
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
+from ..formats.detect import open_source
+from ..reading.name_matching import LoadOptions, NameMatch
+from ..runtime.logs import logger_of
+from ..runtime.process_group import first_failure, on_all_ranks, portable, rank_of
+from ..runtime.reports import Report
+from ..tensors.state_dict import stateful_to_state
+from .decisions import Candidate
+
+logger = logger_of(__name__)
+DAMAGE = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError, CheckpointNotFoundError)
+"""Errors that mean that a checkpoint is damaged or gone. Any other error is not a reason to continue from an earlier
+step: the state dict does not fit, the access is denied, the store is not available, or a newer version is needed."""
+Load = Callable[[Candidate], Report]
+
+
+def restore_latest(
+    state_dict: MutableMapping[str, Any],
+    candidates: Sequence[Candidate],
+    load: Load,
+    options: LoadOptions,
+    storage_options: Callable[[Candidate], Any],
+    process_group: dist.ProcessGroup | None,
+) -> Candidate | None:
+    """Load the first candidate that is not damaged. Collective. Return None if there are no candidates.
+
+    Args:
+        candidates: the same on every rank, in the order in which they are tried.
+        load: calls `reshard.load` for a candidate.
+        options: the options of `load` that concern names.
+        storage_options: returns the options for the location of a candidate.
+
+    Raises:
+        CorruptCheckpointError: all candidates are damaged, or the state dict has been partly overwritten by a damaged
+            candidate and the one that was loaded does not have these entries.
+        CheckpointError: what `reshard.load` raises for other reasons than damage.
+    """
+    damaged: list[tuple[Candidate, CheckpointError]] = []
+    for candidate in candidates:
+        if candidate.error is not None and not isinstance(candidate.error, DAMAGE):
+            raise _noting(candidate.error, damaged)
+        if candidate.reason:
+            _pass_over(candidate, candidate.reason, process_group)
+            if candidate.is_committed:
+                damaged.append((candidate, CorruptCheckpointError(candidate.reason)))
+            continue
+        report, error = _attempt(lambda candidate=candidate: load(candidate), process_group)  # type: ignore[misc]
+        if report is not None:
+            _check_nothing_is_left(state_dict, report, candidate, damaged, options, storage_options, process_group)
+            return candidate
+        assert error is not None
+        if not isinstance(error, DAMAGE):
+            raise _noting(error, damaged)
+        _pass_over(candidate, str(error), process_group)
+        damaged.append((candidate, error))
+    if damaged:
+        details = "; ".join(f"{candidate}: {error}" for candidate, error in damaged)
+        raise CorruptCheckpointError(
+            f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the "
+            f"state dict, so do not continue with it: {details}"
+        )
+    return None
+
+
+def _noting(error: CheckpointError, damaged: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
+    """Return an error with a note about the damaged checkpoints that were tried before."""
+    if damaged:
+        before = f"Before this, {damaged[-1][0]} was damaged. Its load may have overwritten a part of the state dict"
+        error.add_note(shown(before))
+    return error
+
+
+def _attempt(
+    load: Callable[[], Report], process_group: dist.ProcessGroup | None
+) -> tuple[Report | None, CheckpointError | None]:
+    """Load on all ranks, and return the report of this rank, or the error of the lowest rank that failed."""
+    reports: list[Report] = []
+
+    def task() -> CheckpointError | None:
+        try:
+            reports.append(load())
+        except CheckpointError as error:
+            return portable(error)
+        return None
+
+    errors = on_all_ranks(task, process_group)
+    failures = {rank: error for rank, error in enumerate(errors) if error is not None}
+    if not failures:
+        return reports[0], None
+    return None, first_failure(failures)[1]
+
+
+def _pass_over(candidate: Candidate, reason: str, process_group: dist.ProcessGroup | None) -> None:
+    if rank_of(process_group):
+        return
+    if candidate.is_committed:
+        logger.warning("%s is damaged and is not restored: %s", candidate, reason)
+    else:
+        logger.info("%s is not restored: its save did not finish", candidate)
+
+
+def _check_nothing_is_left(
+    state_dict: MutableMapping[str, Any],
+    report: Report,
+    loaded: Candidate,
+    damaged: Sequence[tuple[Candidate, CheckpointError]],
+    options: LoadOptions,
+    storage_options: Callable[[Candidate], Any],
+    process_group: dist.ProcessGroup | None,
+) -> None:
+    """Check that every entry that a damaged checkpoint may have overwritten was loaded from the next one.
+
+    This concerns only entries that may be missing (`strict=False`, `allow_missing`).
+    """
+    tried = [candidate for candidate, _ in damaged if not candidate.reason]
+
+    def find_left() -> list[str]:
+        if not tried or not report.missing_keys:
+            return []
+        states = stateful_to_state(state_dict)
+        left: set[str] = set()
+        for candidate in tried:
+            try:
+                match = NameMatch(open_source(candidate.uri, storage_options(candidate)), states, options)
+            except CheckpointError:  # then the load failed before it wrote anything
+                continue
+            left |= set(report.missing_keys) - set(match.missing_keys)
+        return sorted(left)
+
+    names = [name for found in on_all_ranks(find_left, process_group) for name in found]
+    if names:
+        raise CorruptCheckpointError(
+            f"{tried[-1]} is damaged, and {loaded} does not have {names[0]!r}, which the damaged one may have "
+            "overwritten: do not continue with this state dict. Initialize it again, and call "
+            f"restore(state, step={loaded.step})"
+        )

@@ -1,0 +1,219 @@
+"""The checkpoints below one location, as rank 0 manages them: listing, protecting and removing them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...planner.errors import CheckpointError
+from ..errors import CheckpointNotFoundError
+from ..formats.native.manifest import MANIFEST_NAME
+from ..maintenance.catalog import remove
+from ..maintenance.gc import gc
+from ..runtime.logs import logger_of
+from ..runtime.threads import Pool
+from ..stores.open import open_store
+from .lease import Lease
+from .policies import Policy, kept_steps
+from .run_catalog import RunEntry, branch, find_entries
+
+logger = logger_of(__name__)
+
+
+class Run:
+    """The checkpoints below one location.
+
+    Args:
+        root: the location.
+        policies: which checkpoints are kept; None keeps all.
+        lease: the right to remove checkpoints; None removes nothing.
+        is_shared: whether this rank sees the objects of all ranks.
+
+    Raises:
+        StoreError, UnsupportedURIError: the location cannot be listed.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        storage_options: Mapping[str, Any] | None,
+        policies: Sequence[Policy] | None,
+        lease: Lease | None,
+        *,
+        is_shared: bool = True,
+    ) -> None:
+        self.root = root
+        self.is_shared = is_shared
+        self.storage_options = storage_options
+        self._policies = policies
+        self._lease = lease
+        self._changed = threading.Condition()
+        self._entries: list[RunEntry] = []
+        self._abandoned: set[tuple[str, int]] = set()
+        """Folder and sequence number of the checkpoints that `rewind` abandoned."""
+        self._protected: dict[str, int] = {}
+        """How many reads and writes are using each folder."""
+        self._removing: str | None = None
+        self._removed: list[str] = []
+        self._pool = Pool(1, "reshard-retention")
+        self._pending = 0
+        """How many tasks of the pool have not finished."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """List the checkpoints again."""
+        found = find_entries(self.root, self.storage_options, is_shared=self.is_shared)
+        with self._changed:
+            self._entries = [entry for entry in found if entry.folder != self._removing]
+
+    def entries(self) -> list[RunEntry]:
+        """Return all known checkpoints, complete or not."""
+        with self._changed:
+            return list(self._entries)
+
+    def current(self) -> list[RunEntry]:
+        """Return the known checkpoints that were not abandoned by `rewind`."""
+        with self._changed:
+            return [entry for entry in self._entries if (entry.folder, entry.sequence) not in self._abandoned]
+
+    def location(self, folder: str) -> str:
+        """Return the location of a checkpoint."""
+        return f"{self.root.rstrip('/')}/{folder}"
+
+    def rewind(self, step: int | None) -> None:
+        """Abandon the checkpoints of later steps than a step. None: abandon none."""
+        with self._changed:
+            self._abandoned = {
+                (entry.folder, entry.sequence) for entry in self._entries if step is not None and entry.step > step
+            }
+
+    def add(self, entry: RunEntry) -> None:
+        """Note that a checkpoint was committed. It replaces another one in its folder."""
+        with self._changed:
+            self._entries = [known for known in self._entries if known.folder != entry.folder]
+            self._entries.append(entry)
+
+    @contextmanager
+    def protecting(self, folders: Iterable[str]) -> Iterator[None]:
+        """Keep checkpoints from being removed while the block runs. Waits for one that is being removed."""
+        folders = list(folders)
+        self.protect(folders)
+        try:
+            yield
+        finally:
+            self.unprotect(folders)
+
+    def protect(self, folders: Iterable[str]) -> None:
+        """Keep checkpoints from being removed until `unprotect`. Waits for one that is being removed."""
+        with self._changed:
+            for folder in folders:
+                self._changed.wait_for(lambda folder=folder: self._removing != folder)  # type: ignore[misc]
+                self._protected[folder] = self._protected.get(folder, 0) + 1
+
+    def unprotect(self, folders: Iterable[str]) -> None:
+        """Undo `protect`."""
+        with self._changed:
+            for folder in folders:
+                self._protected[folder] -= 1
+                if not self._protected[folder]:
+                    del self._protected[folder]
+
+    def kept(self) -> list[RunEntry]:
+        """Return the checkpoints that are complete, not abandoned, and kept by a policy, in the order of steps."""
+        found = branch(self.current())
+        if self._policies is None:
+            return found
+        steps = kept_steps(self._policies, [entry.saved for entry in found])
+        return [entry for entry in found if entry.step in steps]
+
+    def remove_others(self) -> None:
+        """Remove the checkpoints that no policy keeps, in the background."""
+        if self._policies is not None and self._lease is not None:
+            self._submit(self._remove_others)
+
+    def remove_remains(self) -> None:
+        """Remove the data that killed saves left, when it is a day old, in the background."""
+        if self._lease is not None:
+            self._submit(self._remove_remains)
+
+    def take_removed(self) -> list[str]:
+        """Return the folders that were removed since the last call."""
+        with self._changed:
+            removed, self._removed = self._removed, []
+        return removed
+
+    def wait(self) -> None:
+        """Wait until all removals have finished."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                task()
+            except Exception as error:
+                logger.error("checkpoints of %s could not be removed: %s: %s", self.root, type(error).__name__, error)
+            finally:
+                with self._changed:
+                    self._pending -= 1
+                    self._changed.notify_all()
+
+        with self._changed:
+            self._pending += 1
+        self._pool.submit(run)
+
+    def _not_kept(self) -> list[RunEntry]:
+        """Return the checkpoints to remove. Only complete ones in reshard's format are removed."""
+        keeping = self.kept()
+        if not keeping:
+            return []
+        # Other processes may remove checkpoints, too. The last one must exist before another one is removed.
+        open_store(self.location(keeping[-1].folder), self.storage_options).size(MANIFEST_NAME)
+        return [entry for entry in self.entries() if entry.is_native and not entry.state and entry not in keeping]
+
+    def _remove_others(self) -> None:
+        for entry in self._not_kept():
+            with self._changed:
+                if entry.folder in self._protected or entry not in self._entries:
+                    continue
+                self._removing = entry.folder
+            try:
+                self._remove(entry)
+            finally:
+                with self._changed:
+                    self._removing = None
+                    self._changed.notify_all()
+
+    def _remove(self, entry: RunEntry) -> None:
+        assert self._lease is not None
+        self._lease.check()
+        location = self.location(entry.folder)
+        try:
+            remove(location, self.storage_options)
+        except CheckpointNotFoundError:
+            pass  # another process removed it
+        except CheckpointError as error:
+            logger.warning("the checkpoint at %s could not be removed: %s", location, error)
+            return
+        logger.info("removed the checkpoint at %s", location)
+        with self._changed:
+            self._entries.remove(entry)
+            self._abandoned.discard((entry.folder, entry.sequence))
+            self._removed.append(entry.folder)
+
+    def _remove_remains(self) -> None:
+        assert self._lease is not None
+        self._lease.check()
+        for folder in [entry.folder for entry in self.entries()]:
+            location = self.location(folder)
+            with self.protecting([folder]):
+                try:
+                    for remains in gc(location, self.storage_options):
+                        logger.info("removed %d objects of a killed save at %s", len(remains.names), location)
+                except CheckpointError as error:
+                    logger.warning("the data of a killed save at %s remains: %s", location, error)

@@ -1,0 +1,158 @@
+"""The checkpoints of one run: where each step is stored, and which of them belong to the current branch of training.
+
+A run that continues from an earlier step leaves checkpoints of later steps behind. They belong to an abandoned branch.
+Each checkpoint has a sequence number, so that this follows from the checkpoints alone: one is abandoned if a later save
+has the same or a smaller step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ...planner.errors import CheckpointError
+from ..errors import ArgumentError
+from ..maintenance.catalog import NOT_COMMITTED, FoundCheckpoint, find_checkpoints
+from .policies import SavedStep
+
+MANAGED = "manager"
+"""The key of the metadata of a checkpoint under which the manager keeps its own."""
+METRICS = "metrics"
+"""The key of the metadata of a checkpoint under which the metrics are."""
+_STEP_FOLDER = re.compile(r"step-([0-9]{1,18})")
+
+
+@dataclass(frozen=True, slots=True)
+class RunEntry:
+    """A checkpoint of a run."""
+
+    saved: SavedStep
+    sequence: int
+    """Increases with each save of the run; -1 if another tool saved it."""
+    folder: str
+    """The folder below the root of the run."""
+    state: str = ""
+    """Empty if the checkpoint is complete; otherwise what is wrong with it."""
+    is_native: bool = True
+    """Whether it has reshard's format. Others can be loaded, but are never removed."""
+    error: CheckpointError | None = field(default=None, compare=False)
+    """Why it cannot be opened."""
+    is_partial: bool = False
+    """Whether some of its objects are on the disks of other machines, which only their ranks see."""
+
+    @property
+    def step(self) -> int:
+        return self.saved.step
+
+
+def step_folder(step: int) -> str:
+    """Return the folder of a step, below the root of a run."""
+    return f"step-{step:08}"
+
+
+def find_entries(
+    root: str, storage_options: Mapping[str, Any] | None = None, *, is_shared: bool = True
+) -> list[RunEntry]:
+    """Return the checkpoints at `root`/step-…, complete or not, in no particular order.
+
+    Args:
+        is_shared: whether this rank sees the objects of all ranks. If not, missing objects are normal.
+
+    Raises:
+        StoreError, UnsupportedURIError: the location cannot be listed.
+    """
+    base = root.rstrip("/")
+    entries = []
+    for found in find_checkpoints(root, storage_options):
+        folder = found.uri[len(base) + 1 :]
+        step = _STEP_FOLDER.fullmatch(folder)
+        if step:
+            entry = _entry(found, folder, int(step[1]))
+            has_manifest = entry.is_native and entry.error is None and entry.state != NOT_COMMITTED
+            entries.append(entry if is_shared or not has_manifest else replace(entry, state="", is_partial=True))
+    return entries
+
+
+def _entry(found: FoundCheckpoint, folder: str, step: int) -> RunEntry:
+    managed = found.metadata.get(MANAGED)
+    managed = managed if isinstance(managed, Mapping) else {}
+    sequence, time = managed.get("sequence"), found.created or datetime.datetime.fromtimestamp(0, datetime.UTC)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        time = datetime.datetime.fromisoformat(managed["time"]).astimezone(datetime.UTC)
+    saved = SavedStep(step, time, stored_metrics(found.metadata.get(METRICS)))
+    state = "" if found.is_complete else found.state
+    return RunEntry(
+        saved, sequence if type(sequence) is int else -1, folder, state, found.format == "reshard", found.error
+    )
+
+
+def metadata_of(saved: SavedStep, sequence: int, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the metadata of a checkpoint: the user's, the metrics, and what `find_entries` needs.
+
+    Raises:
+        ArgumentError: the user's metadata has a key that the manager uses.
+    """
+    for key in (METRICS, MANAGED):
+        if metadata and key in metadata:
+            raise ArgumentError(f"metadata has the key {key!r}, which the CheckpointManager uses: use another key")
+    managed = {"sequence": sequence, "time": saved.time.isoformat()}
+    return {**(metadata or {}), **({METRICS: dict(saved.metrics)} if saved.metrics else {}), MANAGED: managed}
+
+
+def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
+    """Return the complete checkpoints that are not abandoned, in the order of steps.
+
+    An incomplete checkpoint, too, shows that training went back to an earlier step.
+    """
+    found: list[RunEntry] = []
+    last = math.inf
+    known = [entry for entry in entries if not entry.state or entry.sequence >= 0]
+    for entry in sorted(known, key=lambda e: (e.sequence, e.step, not e.state, e.is_native), reverse=True):
+        if entry.step < last:
+            last = entry.step
+            if not entry.state:
+                found.append(entry)
+    return found[::-1]
+
+
+def next_sequence(entries: Iterable[RunEntry]) -> int:
+    """Return the sequence number of the next save."""
+    return 1 + max((entry.sequence for entry in entries), default=-1)
+
+
+def stored_metrics(stored: object) -> dict[str, float]:
+    """Return the metrics in the metadata of a checkpoint. Other values in it are ignored."""
+    if not isinstance(stored, Mapping):
+        return {}
+    is_number = {
+        name: isinstance(value, (int, float)) and not isinstance(value, bool) for name, value in stored.items()
+    }
+    return {name: float(value) for name, value in stored.items() if is_number[name] and isinstance(name, str)}
+
+
+def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return metrics as numbers. Raises ArgumentError for a value that is not a number."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(f'metrics must be a dict such as {{"loss": 0.5}}, got {metrics!r}')
+    checked = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise ArgumentError(f"the names of metrics must be strings, got {name!r}")
+        try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError("a text")
+            checked[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        except Exception as error:
+            raise ArgumentError(
+                f"the metric {name!r} must be a number or a tensor with one element, got {value!r}: {error}"
+            ) from error
+    return checked

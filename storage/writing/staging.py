@@ -1,0 +1,330 @@
+"""Copies what a save writes into memory that is kept between saves, so that training can go on while it is written.
+
+The pages of new memory cost more than the copy (`benchmarks/async_save.py`), so memory is reused. It is shared memory,
+which a writer process can map. For tensors on a CUDA device it is page-locked, and copied to on a separate stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...planner.box import Box
+from ...planner.entries import Kind
+from ..errors import ArgumentError
+from ..runtime.forks import Lock, generation
+from ..runtime.limits import available_bytes, default_threads, is_positive_integer, local_ranks
+from ..runtime.logs import logger_of
+from ..runtime.threads import Pool
+from ..tensors.dtypes import as_array, from_bytes
+from .object_layout import ShardToWrite, part_of
+
+logger = logger_of(__name__)
+
+ALIGNMENT = 64
+"""Staged tensors begin at multiples of this many bytes."""
+PAGE_BYTES = 2 * 1024 * 1024
+"""Staging memory has a multiple of this size, so that the kernel can use large pages."""
+MIN_STAGING_BYTES = 64 * 1024 * 1024
+PIECE_BYTES = 16 * 1024 * 1024
+"""A core copies about this many bytes at once."""
+MAX_PIECES = 8
+"""If what a rank writes does not fit its staging memory, shards are cut into pieces of an eighth of that memory."""
+
+
+def check_staging_bytes(staging_bytes: object) -> None:
+    """Raise ArgumentError unless the limit is None or a positive number of bytes."""
+    if staging_bytes is not None and not is_positive_integer(staging_bytes):
+        raise ArgumentError(f"staging_bytes must be a positive integer or None for the default, got {staging_bytes!r}")
+
+
+class Arena:
+    """A region of staging memory. Only one save uses it at a time.
+
+    Args:
+        nbytes: Its size.
+        pinned: Whether to page-lock it, so that a CUDA device can copy to it while the host works.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+        self.number = next(self._numbers)
+        self.nbytes = max(1, -(-nbytes // PAGE_BYTES)) * PAGE_BYTES
+        self.fd = os.memfd_create("reshard-staging", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else -1
+        """The file of the memory, which another process can map; -1 if the system has no such files."""
+        self.bytes = mapped(self.fd, self.nbytes)
+        self.for_device = pinned
+        """Whether it was to be page-locked. That may have failed."""
+        self.pinned = pinned and self._pin()
+
+    def _pin(self) -> bool:
+        status = int(torch.cuda.cudart().cudaHostRegister(self.bytes.ctypes.data, self.nbytes, 1))
+        if status:
+            logger.warning(
+                "CUDA cannot page-lock %d bytes of staging memory (error %d), so copies from the device are slower",
+                self.nbytes,
+                status,
+            )
+        return status == 0
+
+    def close(self) -> None:
+        """Return the memory to the system."""
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.ctypes.data)
+            self.pinned = False
+        self.bytes = np.empty(0, np.uint8)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def mapped(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a memory file, or new memory if `fd` is -1."""
+    if fd >= 0 and os.fstat(fd).st_size < nbytes:
+        os.ftruncate(fd, nbytes)
+    return np.frombuffer(mmap.mmap(fd, nbytes), np.uint8)
+
+
+class StagingMemory:
+    """The staging memory of this process."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._idle: list[Arena] = []
+        self._used: list[Arena] = []
+        self._generation = generation()
+        self.closing: Callable[[Arena], object] = lambda arena: None
+        """Called before the memory of an arena is returned to the system."""
+
+    def take(self, nbytes: int, *, pinned: bool) -> Arena:
+        """Return memory of at least this size. Idle memory that is too small for it is returned to the system."""
+        with self._lock:
+            self._forget_parent()
+            fits = [arena for arena in self._idle if arena.nbytes >= nbytes and (arena.for_device or not pinned)]
+            if fits:
+                arena = min(fits, key=lambda arena: arena.nbytes)
+                self._idle.remove(arena)
+            else:
+                self._close_idle()
+                arena = Arena(nbytes, pinned=pinned)
+            self._used.append(arena)
+            return arena
+
+    def put(self, arena: Arena) -> None:
+        """Keep memory for the next save."""
+        with self._lock:
+            if arena in self._used:
+                self._used.remove(arena)
+                self._idle.append(arena)
+
+    def release(self) -> None:
+        """Return idle memory to the system."""
+        with self._lock:
+            self._forget_parent()
+            self._close_idle()
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes of idle memory."""
+        return sum(arena.nbytes for arena in self._idle)
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            arena = self._idle.pop()
+            self.closing(arena)
+            arena.close()
+
+    def _forget_parent(self) -> None:
+        """Forget the memory of the parent process. The two must not write to it at once, nor must both unlock it."""
+        if self._generation != generation():
+            self._idle, self._used, self._generation = [], [], generation()
+
+
+STAGING = StagingMemory()
+
+
+def default_staging_bytes() -> int:
+    """Return how many bytes a save may stage on this rank: its share of half of the available memory."""
+    return max(MIN_STAGING_BYTES, (available_bytes() // local_ranks() + STAGING.held_bytes) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class StagedShard:
+    """A shard whose values are in staging memory."""
+
+    name: str
+    kind: Kind
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    box: Box
+    start: int
+    """The first byte of the values. They are row-major."""
+
+    def shard(self, memory: npt.NDArray[np.uint8]) -> ShardToWrite:
+        """Return the shard to write, which reads its values from staging memory."""
+        nbytes = self.box.numel * self.dtype.itemsize
+        values = from_bytes(memory[self.start : self.start + nbytes], self.dtype, self.box.sizes)
+
+        def load(part: Box) -> torch.Tensor:
+            return part_of(self.name, values, self.box, self.dtype, part)
+
+        return ShardToWrite(self.name, self.kind, self.dtype, self.shape, self.box, load)
+
+
+def staged_bytes(shards: Iterable[ShardToWrite]) -> int:
+    """Return how many bytes of staging memory shards take."""
+    return sum(_aligned(shard.nbytes) for shard in shards)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def split_to_fit(
+    shards: Sequence[ShardToWrite], max_bytes: int, codec: str
+) -> tuple[list[ShardToWrite], list[ShardToWrite]]:
+    """Split shards into those to write at once, and those to stage, which take at most `max_bytes`."""
+    max_bytes = max_bytes // PAGE_BYTES * PAGE_BYTES
+    if not max_bytes:
+        return list(shards), []
+    if staged_bytes(shards) <= max_bytes:
+        return [], list(shards)
+    pieces = [piece for shard in shards for piece in shard.pieces(max_bytes // MAX_PIECES, codec)]
+    at, left = len(pieces), max_bytes
+    while at and _aligned(pieces[at - 1].nbytes) <= left:
+        at -= 1
+        left -= _aligned(pieces[at].nbytes)
+    return pieces[:at], pieces[at:]
+
+
+@dataclass(slots=True)
+class Staging:
+    """Shards that are being copied into an arena.
+
+    The constructor starts the copies from devices. `copy` does the others and waits for all.
+    """
+
+    arena: Arena
+    shards: list[StagedShard] = field(default_factory=list)
+    _host: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=list)
+    """Destinations and sources of the copies that the host makes."""
+    _device: list[DeviceCopies] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, shards: Sequence[ShardToWrite]) -> Staging:
+        """Take an arena for shards, and start the copies from devices."""
+        loaded = [(shard, shard.load(shard.box)) for shard in shards if shard.box.numel]
+        pinned = any(values.device.type == "cuda" for _, values in loaded)
+        staging = cls(STAGING.take(staged_bytes(shards), pinned=pinned))
+        try:
+            staging._begin(loaded)
+        except BaseException:
+            STAGING.put(staging.arena)
+            raise
+        return staging
+
+    def _begin(self, loaded: Sequence[tuple[ShardToWrite, torch.Tensor]]) -> None:
+        by_device: dict[torch.device, DeviceCopies] = {}
+        start = 0
+        for shard, values in loaded:
+            to = self.arena.bytes[start : start + shard.nbytes]
+            if values.device.type == "cuda":
+                copies = by_device.setdefault(values.device, DeviceCopies(values.device))
+                copies.add(from_bytes(to, shard.dtype, shard.box.sizes), values)
+            else:
+                source = as_array(values)
+                self._host.append((to.view(source.dtype).reshape(source.shape), source))
+            self.shards.append(StagedShard(shard.name, shard.kind, shard.dtype, shard.shape, shard.box, start))
+            start += _aligned(shard.nbytes)
+        self._device = list(by_device.values())
+        for copies in self._device:
+            copies.start()
+
+    def copy(self) -> None:
+        """Copy the values that are on the host, with all cores of this rank, and wait for those from devices."""
+        pieces = [piece for pair in self._host for piece in _pieces(*pair)]
+        threads = min(default_threads(), -(-sum(to.nbytes for to, _ in pieces) // PIECE_BYTES))
+        if threads > 1:
+            with Pool(threads, "reshard-stage") as pool:
+                list(pool.map(_copy, _grouped(pieces)))
+        else:
+            _copy(pieces)
+        for copies in self._device:
+            copies.wait()
+        self._host, self._device = [], []
+
+
+class DeviceCopies:
+    """Copies from a CUDA device on a separate stream.
+
+    The copies begin after the work that is queued on the current stream of the device.
+    """
+
+    _streams: dict[torch.device, torch.cuda.Stream] = {}  # noqa: RUF012 (shared by all instances)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Destinations and sources. They are referenced until the copies are done, so their memory is not reused."""
+        self._done: torch.cuda.Event | None = None
+
+    def add(self, to: torch.Tensor, values: torch.Tensor) -> None:
+        """Add a copy."""
+        self._pairs.append((to, values))
+
+    def start(self) -> None:
+        """Start the copies."""
+        stream = self._streams.get(self._device)
+        if stream is None:
+            stream = self._streams[self._device] = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for to, values in self._pairs:
+                to.copy_(values, non_blocking=True)
+            self._done = stream.record_event()
+
+    def wait(self) -> None:
+        """Wait on the host until the copies are done."""
+        assert self._done is not None
+        self._done.synchronize()
+        self._pairs.clear()
+
+
+def _pieces(to: npt.NDArray[Any], source: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Cut a copy along its first dimension into copies of about PIECE_BYTES."""
+    if not to.shape or to.nbytes <= PIECE_BYTES:
+        yield to, source
+        return
+    rows = max(1, PIECE_BYTES // max(1, math.prod(to.shape[1:]) * to.itemsize))
+    for at in range(0, len(to), rows):
+        yield to[at : at + rows], source[at : at + rows]
+
+
+def _grouped(
+    pairs: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+) -> list[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
+    """Return the copies in groups of about PIECE_BYTES."""
+    groups: list[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = []
+    room = 0
+    for pair in pairs:
+        if room <= 0:
+            groups.append([])
+            room = PIECE_BYTES
+        groups[-1].append(pair)
+        room -= pair[0].nbytes
+    return groups
+
+
+def _copy(pairs: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
+    for to, source in pairs:
+        np.copyto(to, source)

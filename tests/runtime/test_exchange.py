@@ -1,0 +1,90 @@
+"""Exchanges through rank 0, in the caller's process group and in one for the background."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from reshard.errors import ArgumentError, RankError
+from reshard.storage.runtime.process_group import BackgroundExchange, Exchange
+from tests.ranks import RankPool
+
+KINDS = {"caller": Exchange, "background": BackgroundExchange}
+
+
+def exchange_all(kind: str) -> list[Any]:
+    rank = dist.get_rank()
+    exchange = KINDS[kind]()
+    assert (exchange.rank, exchange.size) == (rank, dist.get_world_size())
+    found: list[Any] = [
+        exchange.through_rank_0(lambda: "x" * rank * 1000, lambda all_of: [len(one) for one in all_of]),
+        exchange.through_rank_0(lambda: None, lambda all_of: [all_of] * len(all_of)),
+    ]
+
+    def fail(ranks: tuple[int, ...], error: BaseException) -> Any:
+        def task() -> int:
+            if rank in ranks:
+                raise error
+            return rank
+
+        return task
+
+    def combine(all_of: list[int]) -> list[int]:
+        raise ArgumentError("they do not fit")
+
+    for task, combined, expected in (
+        (fail((1, 2), ValueError("wrong")), lambda all_of: all_of, RankError),
+        (fail((), ValueError()), combine, ArgumentError),
+    ):
+        with pytest.raises(expected) as caught:
+            exchange.through_rank_0(task, combined)
+        found.append((str(caught.value), getattr(caught.value, "rank", None)))
+    with pytest.raises(KeyboardInterrupt if rank == 1 else RankError) as interrupted:
+        exchange.through_rank_0(fail((1,), KeyboardInterrupt()), lambda all_of: all_of)
+    found.append(str(interrupted.value))
+    assert exchange.through_rank_0(lambda: rank, lambda all_of: all_of[::-1]) == dist.get_world_size() - 1 - rank
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_and_errors_reach_every_rank(kind: str, ranks: RankPool) -> None:
+    for rank, found in enumerate(ranks.run(3, exchange_all, kind)):
+        size, nothing, first, second, interrupted = found
+        assert size == rank * 1000
+        assert nothing == [None] * 3
+        assert first == ("rank 1: ValueError: wrong", 1)
+        assert second == ("rank 0: they do not fit", 0)
+        assert interrupted == ("" if rank == 1 else "rank 1: KeyboardInterrupt: ")
+
+
+def exchange_while_training() -> list[int]:
+    group: Any = dist.new_group([2, 0, 1], sort_ranks=False)
+    exchange = BackgroundExchange(group)
+    results: list[int] = []
+
+    def work() -> None:
+        results.extend(exchange.through_rank_0(dist.get_rank, lambda all_of: all_of) for _ in range(20))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(20):
+        dist.all_reduce(torch.ones(1000))
+    thread.join()
+    return [exchange.rank, *set(results)]
+
+
+def test_an_exchange_in_the_background_does_not_disturb_others(ranks: RankPool) -> None:
+    assert ranks.run(3, exchange_while_training) == [[1, 0], [2, 1], [0, 2]]
+
+
+def test_a_process_without_a_group_is_rank_0() -> None:
+    for kind in KINDS.values():
+        assert kind().through_rank_0(lambda: 3, lambda all_of: [all_of]) == [3]
+        with pytest.raises(RankError, match="ZeroDivisionError") as caught:
+            kind().through_rank_0(lambda: 1 // 0, lambda all_of: all_of)
+        assert caught.value.rank is None
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)

@@ -1,0 +1,210 @@
+"""Two managers that save to one run detect each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reshard
+from reshard import errors
+from reshard.storage.training import lease as lease_module
+from reshard.storage.training.lease import FOLDER, Lease
+from tests.conftest import Place
+
+ROOT = Path(__file__).parents[2]
+
+
+def holder_of(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(max((root / FOLDER).iterdir()).read_text())
+    return found
+
+
+def change_holder(root: Path, **fields: Any) -> None:
+    path = max((root / FOLDER).iterdir())
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def of_another_machine(root: Path) -> None:
+    change_holder(root, host="other", process="other", time=time.time())
+
+
+@pytest.fixture
+def abandoned(tmp_path: Path) -> Path:
+    """A run whose manager ended without releasing the lease."""
+    lease = Lease(str(tmp_path), renew_every_s=3600)
+    lease._lost = "the test ended it"
+    lease_module._held.clear()
+    return tmp_path
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process with a manager of the run at `tmp_path`."""
+    code = """
+        import sys, time, torch, reshard
+        manager = reshard.CheckpointManager(sys.argv[1], asynchronous=False)
+        manager.save(1, {"w": torch.ones(3)})
+        print("ready", flush=True)
+        time.sleep(600)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_second_manager_in_one_process_is_refused(tmp_path: Path) -> None:
+    message = "another CheckpointManager of this process: close that one"
+    with reshard.CheckpointManager(tmp_path), pytest.raises(errors.RunInUseError, match=message):
+        reshard.CheckpointManager(tmp_path)
+    reshard.CheckpointManager(tmp_path).close()
+
+
+@pytest.mark.slow
+def test_manager_of_a_process_that_runs_is_refused(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    with pytest.raises(errors.RunInUseError, match=f"is managed by another CheckpointManager, process {other.pid} on"):
+        reshard.CheckpointManager(tmp_path)
+
+
+@pytest.mark.slow
+def test_run_of_a_killed_process_is_taken_over_at_once(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    """Also while the killed process is a zombie."""
+    other.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    with reshard.CheckpointManager(tmp_path, _lease_expires_after_s=3600) as manager:
+        assert manager.restore({"w": torch.zeros(3)}) == 1
+
+
+def test_lease_of_another_machine_is_taken_over_when_it_is_not_renewed(
+    abandoned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_another_machine(abandoned)
+    reshard.CheckpointManager(abandoned, _lease_expires_after_s=0.2).close()
+    assert "ended without closing its manager, or still runs: waiting up to" in caplog.text
+
+
+def test_lease_of_another_machine_is_respected_when_it_is_renewed(
+    abandoned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_another_machine(abandoned)
+    reading = Lease._read
+
+    def read(lease: Lease, number: int) -> Any:
+        change_holder(abandoned, renewals=holder_of(abandoned)["renewals"] + 1)
+        return reading(lease, number)
+
+    monkeypatch.setattr(Lease, "_read", read)
+    with pytest.raises(errors.RunInUseError, match=r"process \d+ on other"):
+        reshard.CheckpointManager(abandoned, _lease_expires_after_s=60)
+
+
+def test_lease_that_expired_long_ago_is_taken_over_at_once(abandoned: Path) -> None:
+    change_holder(abandoned, host="other", process="other", time=time.time() - 3600)
+    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+
+
+def test_process_id_that_was_reused_does_not_hold_the_lease(abandoned: Path) -> None:
+    *machine, pid, start = holder_of(abandoned)["process"].split(" ")
+    change_holder(abandoned, process=" ".join([*machine, pid, f"{int(start) - 1}"]))
+    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+
+
+def test_lease_that_cannot_be_understood_is_taken_over(abandoned: Path) -> None:
+    max((abandoned / FOLDER).iterdir()).write_text("{")
+    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+
+
+def test_manager_that_lost_its_lease_neither_saves_nor_removes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = reshard.CheckpointManager(tmp_path, asynchronous=False, keep=[reshard.latest(1)])
+    first.save(1, {"w": torch.ones(3)})
+    of_another_machine(tmp_path)  # so that it is not refused as one of this process
+    lease_module._held.clear()
+    with reshard.CheckpointManager(tmp_path, asynchronous=False, _lease_expires_after_s=0.1) as second:
+        second.save(2, {"w": torch.ones(3)})
+        with pytest.raises(errors.RunInUseError, match="another manager has taken over this run, process"):
+            first.save(3, {"w": torch.ones(3)})
+        first._decisions.run.refresh()  # type: ignore[union-attr]
+        first._decisions.run.remove_others()  # type: ignore[union-attr]
+        first._decisions.run.wait()  # type: ignore[union-attr]
+        assert "RunInUseError" in caplog.text
+        assert second.restore({"w": torch.zeros(3)}, step=1) == 1
+        first.close()
+        assert second.save(4, {"w": torch.ones(3)})
+
+
+def test_only_one_of_two_managers_takes_over(abandoned: Path) -> None:
+    change_holder(abandoned, released=True)
+    leases: list[Any] = []
+    listing = Lease._numbers
+
+    def numbers(lease: Lease) -> list[int]:
+        found = listing(lease)
+        if not leases:
+            leases.append(None)
+            leases[0] = Lease(str(abandoned))  # between the listing and the creation of the other one
+        return found
+
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(Lease, "_numbers", numbers)
+        with pytest.raises(errors.RunInUseError):
+            Lease(str(abandoned))
+    leases[0].check()
+    leases[0].release()
+
+
+def test_lease_is_renewed_and_old_ones_are_removed(tmp_path: Path) -> None:
+    Lease(str(tmp_path)).release()
+    lease = Lease(str(tmp_path), renew_every_s=0.01)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (
+        not holder_of(tmp_path)["renewals"] or len([*(tmp_path / FOLDER).iterdir()]) > 1
+    ):
+        time.sleep(0.01)
+    lease.release()
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["00000002.json"]
+    assert holder_of(tmp_path)["renewals"] > 0
+    assert holder_of(tmp_path)["released"]
+
+
+@pytest.mark.parametrize("store_name", ["memory", "moto", "seaweedfs", "gcs"])
+def test_lease_works_on_stores(place: Place) -> None:
+    uri, options = place
+    first = Lease(uri, options, renew_every_s=3600)
+    with pytest.raises(errors.RunInUseError):
+        Lease(uri, options)
+    first.check()
+    first.release()
+    second = Lease(uri, options, renew_every_s=3600)
+    second.check()
+    with pytest.raises(errors.RunInUseError):
+        first.check()
+    second.release()
+    assert reshard.find_checkpoints(uri, options) == []
+
+
+def test_manager_that_was_lost_in_this_process_is_taken_over(abandoned: Path) -> None:
+    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+
+
+@pytest.mark.slow
+def test_dropped_manager_releases_its_lease_at_exit(tmp_path: Path) -> None:
+    code = "import sys, reshard; manager = reshard.CheckpointManager(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    assert holder_of(tmp_path)["released"]

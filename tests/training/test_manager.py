@@ -1,0 +1,519 @@
+"""A CheckpointManager of one process: what is saved, kept, restored and refused."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import reshard
+from reshard import errors
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
+from reshard.storage.maintenance import gc
+from reshard.storage.stores.local import LocalStore
+from reshard.storage.training import run as run_module
+from tests.ranks import RankFailed, RankPool
+
+ROOT = Path(__file__).parents[2]
+
+
+def state(value: float) -> dict[str, Any]:
+    return {"model": {"w": torch.full((20, 30), float(value))}, "step": value}
+
+
+def value_of(loaded: dict[str, Any]) -> float:
+    """Return the value of a state, after checking that all its entries are of one save."""
+    w: torch.Tensor = loaded["model"]["w"]
+    assert w.eq(w[0, 0]).all()
+    assert loaded["step"] == w[0, 0]
+    return float(w[0, 0])
+
+
+def manager_of(folder: Path, **options: Any) -> reshard.CheckpointManager:
+    return reshard.CheckpointManager(folder, **{"asynchronous": False, "signals": (), **options})
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/manifest.reshard"))
+
+
+def train(manager: reshard.CheckpointManager, steps: Iterable[int]) -> list[int]:
+    return [step for step in steps if manager.save(step, state(step), {"loss": abs(step - 30)})]
+
+
+def test_saves_due_steps_and_restores_the_latest(tmp_path: Path) -> None:
+    with manager_of(tmp_path, save_every=10) as manager:
+        assert manager.restore(state(0)) is None
+        assert (manager.steps(), manager.latest_step(), manager.best_step("loss")) == ([], None, None)
+        assert train(manager, range(1, 36)) == [10, 20, 30]
+        assert manager.save(36, state(36), force=True)
+        assert manager.steps() == [10, 20, 30, 36]
+    with manager_of(tmp_path, save_every=10) as manager:
+        loaded = state(0)
+        assert manager.restore(loaded) == 36
+        assert value_of(loaded) == 36
+        assert manager.restore(loaded, step=20) == 20
+        assert value_of(loaded) == 20
+
+
+def test_every_call_saves_without_an_interval(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        assert train(manager, [3, 4, 9]) == [3, 4, 9]
+
+
+def test_step_may_be_any_whole_number(tmp_path: Path) -> None:
+    with manager_of(tmp_path, save_every=2) as manager:
+        assert manager.save(torch.tensor(4), state(4))  # type: ignore[arg-type]
+        assert manager.steps() == [4]
+
+
+def test_metrics_and_metadata_are_stored_without_tensors(tmp_path: Path) -> None:
+    metrics: dict[str, Any] = {
+        "loss": torch.tensor(0.5, requires_grad=True),
+        "accuracy": 1,
+        "nan": math.nan,
+        "inf": -math.inf,
+    }
+    with manager_of(tmp_path) as manager:
+        manager.save(1, state(1), metrics, metadata={"tokens": 100, "git": "abc"})
+        with pytest.raises(errors.ArgumentError, match="metadata has the key 'metrics'"):
+            manager.save(2, state(2), metadata={"metrics": {}})
+    with manager_of(tmp_path) as manager:
+        (saved,) = manager.checkpoints()
+        assert {name: str(value) for name, value in saved.metrics.items()} == {
+            "loss": "0.5", "accuracy": "1.0", "nan": "nan", "inf": "-inf",
+        }  # fmt: skip
+        metadata = reshard.open(manager.location(1)).metadata
+    assert (metadata["tokens"], metadata["git"], metadata["metrics"]["loss"]) == (100, "abc", 0.5)
+
+
+def test_times_and_metrics_are_the_same_after_a_restart(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+        before = manager.checkpoints()
+    with manager_of(tmp_path) as manager:
+        assert manager.checkpoints() == before
+
+
+def test_policies_decide_what_is_kept(tmp_path: Path) -> None:
+    keep = [reshard.latest(2), reshard.every(50), reshard.best("loss")]
+    with manager_of(tmp_path, keep=keep) as manager:
+        train(manager, range(10, 130, 10))
+        manager.wait()
+        assert manager.steps() == steps_on_disk(tmp_path) == [30, 50, 100, 110, 120]
+        assert manager.best_step("loss") == 30
+        assert manager.best_step("loss", mode="max") == 120
+
+
+def test_nothing_is_removed_without_policies(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, range(1, 8))
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [*range(1, 8)]
+
+
+def test_user_can_write_a_policy(tmp_path: Path) -> None:
+    def low_loss(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        return (found.step for found in saved if found.metrics["loss"] < 2)
+
+    with manager_of(tmp_path, keep=[low_loss]) as manager:
+        train(manager, range(27, 36))
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [29, 30, 31, 35]
+
+
+def test_policy_that_raises_removes_nothing_and_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        raise KeyError("a bug")
+
+    with manager_of(tmp_path, keep=[broken]) as manager:
+        train(manager, [1, 2, 3])
+    assert steps_on_disk(tmp_path) == [1, 2, 3]
+    assert "checkpoints of" in caplog.text
+    assert "KeyError: 'a bug'" in caplog.text
+
+
+def test_metadata_is_removed_first_so_that_no_half_removed_checkpoint_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    deleting = LocalStore.delete
+
+    def delete(store: LocalStore, names: Iterable[str]) -> None:
+        names = list(names)
+        deleting(store, names)
+        if not names:  # a commit that replaces nothing
+            return
+        seen.append([found.step or 0 for found in reshard.find_checkpoints(tmp_path) if found.is_complete])
+
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1])
+        monkeypatch.setattr(LocalStore, "delete", delete)
+        train(manager, [2])
+        manager.wait()
+    assert seen[0] == [2]
+
+
+def test_existing_step_is_skipped_and_replaced_by_force(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        assert manager.save(1, state(1))
+        assert not manager.save(1, state(5))
+        assert manager.save(1, {**state(1), "extra": 7}, force=True)
+        assert reshard.open(manager.location(1)).read_value("extra") == 7
+        assert manager.steps() == [1]
+
+
+def test_earlier_step_than_the_last_is_refused(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [10, 20])
+    with manager_of(tmp_path) as manager:
+        for force in (False, True):
+            with pytest.raises(
+                errors.ArgumentError, match=r"step 15 cannot be saved.*has a checkpoint of step 20: call"
+            ):
+                manager.save(15, state(15), force=force)
+        assert not manager.save(10, state(10))
+        with pytest.raises(errors.ArgumentError, match="step 10 cannot be saved"):
+            manager.save(10, state(10), force=True)
+        assert manager.save(30, state(30))
+
+
+def test_checkpoints_after_the_restored_step_are_abandoned(tmp_path: Path) -> None:
+    """They are not restored, listed or kept when training has continued from an earlier step."""
+    with manager_of(tmp_path) as manager:
+        train(manager, [10, 20, 30, 40])
+    with manager_of(tmp_path) as manager:
+        assert manager.restore(state(0), step=20) == 20
+        assert manager.steps() == [10, 20]
+    with manager_of(tmp_path) as manager:  # nothing was saved since
+        assert manager.steps() == [10, 20, 30, 40]
+        assert manager.restore(state(0), step=20) == 20
+        assert manager.save(25, state(25))
+        assert manager.steps() == [10, 20, 25]
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [10, 20, 25]
+        assert manager.restore(state(0)) == 25
+        assert manager.save(30, state(-30), {"loss": 1})  # replaces an abandoned one
+        assert steps_on_disk(tmp_path) == [10, 20, 25, 30, 40]
+    with manager_of(tmp_path, keep=[reshard.latest(10)]) as manager:
+        loaded = state(0)
+        assert manager.restore(loaded) == 30
+        assert value_of(loaded) == -30
+        assert steps_on_disk(tmp_path) == [10, 20, 25, 30, 40]
+        manager.save(35, state(35))
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [10, 20, 25, 30, 35]
+
+
+def test_run_of_another_tool_is_continued_and_not_removed(tmp_path: Path) -> None:
+    """torchtitan saves to step-N with DCP."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(state(5), storage_writer=dcp.FileSystemWriter(tmp_path / "step-5"), no_dist=True)
+    reshard.save(state(7), tmp_path / "step-7")
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        assert manager.steps() == [5, 7]
+        loaded = state(0)
+        assert manager.restore(loaded, step=5) == 5
+        assert value_of(loaded) == 5
+        assert manager.restore(loaded) == 7
+        manager.save(8, state(8))
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [8]
+        assert (tmp_path / "step-5" / ".metadata").exists()
+
+
+def test_checkpoints_in_other_folders_are_ignored(tmp_path: Path) -> None:
+    reshard.save(state(1), tmp_path / "final")
+    reshard.save(state(2), tmp_path / "step-2x")
+    reshard.save(state(3), tmp_path / "eval" / "step-3")
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        assert manager.steps() == []
+        train(manager, [1, 2])
+        manager.wait()
+    assert len(reshard.find_checkpoints(tmp_path)) == 4
+
+
+def test_remains_of_killed_saves_are_removed_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20):
+        reshard.save(state(step), tmp_path / f"step-{step:08}")
+    (tmp_path / "step-00000020" / MANIFEST_NAME).unlink()
+    with manager_of(tmp_path) as manager:
+        manager.wait()
+        assert list(tmp_path.glob("step-00000020/data/*"))
+    monkeypatch.setattr(gc, "time", types.SimpleNamespace(time=lambda: time.time() + 25 * 3600))
+    with manager_of(tmp_path) as manager:
+        manager.wait()
+        assert not list(tmp_path.glob("step-00000020/data/*"))
+        assert manager.restore(state(0)) == 10
+
+
+def test_damaged_checkpoint_does_not_stop_the_removal_of_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        reshard.save(state(step), tmp_path / f"step-{step:08}")
+    (tmp_path / "step-00000010" / MANIFEST_NAME).write_bytes(b"damaged")
+    (tmp_path / "step-00000020" / MANIFEST_NAME).unlink()
+    monkeypatch.setattr(gc, "time", types.SimpleNamespace(time=lambda: time.time() + 25 * 3600))
+    with manager_of(tmp_path) as manager:
+        manager.wait()
+    assert not list(tmp_path.glob("step-00000020/data/*"))
+    assert list(tmp_path.glob("step-00000010/data/*"))
+
+
+def test_checkpoint_that_is_read_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1])
+        manager._decisions.run.protect(["step-00000001"])  # type: ignore[union-attr]
+        train(manager, [2, 3])
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [1, 3]
+        manager._decisions.run.unprotect(["step-00000001"])  # type: ignore[union-attr]
+        train(manager, [4])
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [4]
+
+
+def test_nothing_is_removed_if_the_last_checkpoint_is_gone(tmp_path: Path) -> None:
+    """Somebody removed it, so the others may be needed."""
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1])
+        manager._decisions.run._policies, policies = None, manager._decisions.run._policies  # type: ignore[union-attr]
+        train(manager, [2])
+        manager._decisions.run._policies = policies  # type: ignore[union-attr]
+        (tmp_path / "step-00000002" / MANIFEST_NAME).unlink()
+        manager._decisions.run.remove_others()  # type: ignore[union-attr]
+        manager.wait()
+    assert steps_on_disk(tmp_path) == [1]
+
+
+def test_failed_removal_is_logged_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    removing = reshard.remove
+
+    def fail(uri: str, *_: Any) -> list[str]:
+        raise errors.AccessDeniedError(f"no permission to delete {uri}")
+
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        monkeypatch.setattr(run_module, "remove", fail)
+        train(manager, [1, 2])
+        manager.wait()
+        assert "could not be removed: no permission to delete" in caplog.text
+        assert manager.steps() == [1, 2]
+        monkeypatch.setattr(run_module, "remove", removing)
+        train(manager, [3])
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [3]
+
+
+def test_block_that_raises_closes_the_manager_and_keeps_its_exception(tmp_path: Path) -> None:
+    def fail(manager: reshard.CheckpointManager) -> None:
+        with manager:
+            train(manager, [1])
+            raise ZeroDivisionError
+
+    manager = manager_of(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        fail(manager)
+    with pytest.raises(errors.ArgumentError, match="the CheckpointManager is closed"):
+        manager.save(2, state(2))
+    manager.close()
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [1]
+
+
+def test_read_only_manager_restores_beside_a_manager_that_saves(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        with manager_of(tmp_path, read_only=True, keep=[reshard.latest(1)]) as reader:
+            assert reader.restore(state(0)) == 1
+            train(manager, [2])
+            assert reader.restore(state(0)) == 2
+            with pytest.raises(errors.ArgumentError, match="is read_only and cannot save"):
+                reader.save(3, state(3))
+            with pytest.raises(errors.ArgumentError, match="is read_only and cannot save"):
+                reader.save_now()
+        train(manager, [3])
+
+
+def create_outside_of_the_group(folder: str) -> str:
+    group: Any = dist.new_group([0])
+    if dist.get_rank() == 0:
+        reshard.CheckpointManager(folder, process_group=group, signals=()).close()
+        return ""
+    with pytest.raises(errors.ArgumentError) as caught:
+        reshard.CheckpointManager(folder, process_group=group, signals=())
+    return str(caught.value)
+
+
+def test_rank_outside_of_the_group_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    assert "is not in the process group" in ranks.run(2, create_outside_of_the_group, str(tmp_path))[1]
+
+
+def create_with_other_arguments(folder: str) -> str:
+    with pytest.raises(errors.ArgumentError) as caught:
+        reshard.CheckpointManager(folder, save_every=10 + dist.get_rank(), signals=())
+    with reshard.CheckpointManager(folder, asynchronous=False, signals=()) as manager:
+        with pytest.raises(errors.ArgumentError, match="the ranks passed different steps or force"):
+            manager.save(dist.get_rank(), {})
+        manager.save(3, state(3), {"loss": dist.get_rank()}, metadata={"rank": dist.get_rank()})
+        assert manager.checkpoints()[0].metrics == {"loss": 0}
+        assert reshard.open(manager.location(3)).metadata["rank"] == 0
+        with pytest.raises(errors.ArgumentError, match="rank 1: the metric 'loss'"):
+            manager.save(4, state(4), {"loss": [0.5, "x"][dist.get_rank()]})  # type: ignore[dict-item]
+    return str(caught.value)
+
+
+def test_ranks_that_disagree_raise_an_error(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(2, create_with_other_arguments, str(tmp_path)):
+        assert "the ranks passed different arguments" in message
+
+
+def die_in_a_save(folder: str) -> str:
+    manager = reshard.CheckpointManager(folder, signals=())
+    manager.save(1, state(1))
+    manager.wait()
+    if dist.get_rank() == 1:
+        os._exit(1)
+    with pytest.raises(errors.RankError) as caught:
+        manager.save(2, state(2))
+    return str(caught.value)
+
+
+def test_rank_that_dies_ends_the_save_of_the_others(tmp_path: Path) -> None:
+    with RankPool() as pool, pytest.raises(RankFailed, match="rank 1:\nthe process died") as failed:
+        pool.run(2, die_in_a_save, str(tmp_path))
+    assert "rank 0" not in str(failed.value)
+    with manager_of(tmp_path) as manager:
+        assert manager.restore(state(0)) == 1
+
+
+@pytest.mark.slow
+def test_forked_child_cannot_use_the_manager_and_does_not_release_it(tmp_path: Path) -> None:
+    code = """
+        import os, sys, warnings
+        import reshard
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks with threads
+        manager = reshard.CheckpointManager(sys.argv[1], asynchronous=False)
+        child = os.fork()
+        if not child:
+            try:
+                with manager:
+                    manager.save(1, {"step": 1})
+            except reshard.errors.ArgumentError as error:
+                print(error)
+            sys.exit(0)
+        os.waitpid(child, 0)
+        print(manager.save(1, {"step": 1}))
+        manager._leases[0].check()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "this CheckpointManager belongs to the process that created it: a forked child cannot use it",
+        "True",
+    ]
+
+
+def test_restore_of_a_missing_step_names_those_that_exist(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+        loaded = state(0)
+        with pytest.raises(
+            errors.CheckpointNotFoundError, match=r"no complete checkpoint of step 3.*checkpoints: 1, 2"
+        ):
+            manager.restore(loaded, step=3)
+        assert value_of(loaded) == 0
+
+
+def test_failed_save_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a CommitError the checkpoint may exist. The next save of that step must work in both cases."""
+    with manager_of(tmp_path) as manager:
+        for committed in (False, True):
+            with monkeypatch.context() as patch:
+
+                def lost(store: Any, manifest: bytes, *_: Any, committed: bool = committed, **__: Any) -> None:
+                    if committed:
+                        store.put(MANIFEST_NAME, manifest, overwrite=True)
+                    raise errors.CommitError("the manifest may or may not have been written")
+
+                patch.setattr("reshard.storage.dcp_writer.commit", lost)
+                with pytest.raises(errors.CommitError):
+                    manager.save(1 + committed, state(1))
+        assert manager.save(3, state(3))
+        assert manager.steps() == [2, 3]
+        with monkeypatch.context() as patch:
+            patch.setattr("reshard.storage.dcp_writer.commit", lost)
+            with pytest.raises(errors.CommitError):
+                manager.save(4, state(0))
+        assert not manager.save(4, state(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_every": 0}, "save_every must be a whole number of 1 or more, got 0"),
+        ({"save_every": 2.5}, "got 2.5"),
+        ({"keep": []}, "keep is an empty list, which would keep nothing: pass None"),
+        ({"keep": reshard.latest(3)}, r"keep must be a list of policies, got .*write keep=\[latest\(3\)\]"),
+        ({"keep": [3]}, r"keep must contain policies such as reshard.latest\(3\), got 3"),
+        ({"codec": "lz4"}, "lz4"),
+    ],
+    ids=["zero", "float", "empty", "no list", "number", "codec"],
+)
+def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.ArgumentError, match=message):
+        manager_of(tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda manager: manager.save(-1, {}), "step must be a whole number of 0 or more, got -1"),
+        (lambda manager: manager.save(True, {}), "got True"),
+        (lambda manager: manager.save("3", {}), "got '3'"),
+        (lambda manager: manager.save(1, {}, {"loss": "low"}), "the metric 'loss' must be a number"),
+        (lambda manager: manager.save(1, {}, {"loss": torch.ones(2)}), "the metric 'loss' must be a number"),
+        (lambda manager: manager.save(1, {}, {1: 2}), "the names of metrics must be strings, got 1"),
+        (lambda manager: manager.save(1, {}, [1]), "metrics must be a dict"),
+        (lambda manager: manager.best_step("loss", mode="low"), 'mode must be "min" or "max"'),
+        (lambda manager: manager.restore({}, step=-1), "step must be a whole number"),
+    ],
+    ids=["negative", "bool", "text", "metric", "many", "name", "list", "mode", "restore"],
+)
+def test_wrong_arguments_are_refused(tmp_path: Path, call: Any, message: str) -> None:
+    with manager_of(tmp_path) as manager, pytest.raises(errors.ArgumentError, match=message):
+        call(manager)
+
+
+def test_missing_signal_handlers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import signal
+    import threading
+
+    def create() -> None:
+        manager_of(tmp_path, signals=[signal.SIGUSR1]).close()
+
+    with caplog.at_level(logging.WARNING):
+        thread = threading.Thread(target=create)
+        thread.start()
+        thread.join()
+    assert "signals are not handled" in caplog.text

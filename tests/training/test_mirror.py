@@ -1,0 +1,335 @@
+"""Checkpoints are saved to a first location and copied to a second one in the background."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import reshard
+from reshard import errors
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
+from reshard.storage.training import mirror as mirror_module
+from tests.conftest import Place
+from tests.ranks import RankPool
+
+
+def state(value: float) -> dict[str, Any]:
+    return {"w": torch.full((200, 300), float(value)), "step": value}
+
+
+def manager_of(folder: Path, **options: Any) -> reshard.CheckpointManager:
+    defaults = {"mirror": folder / "mirror", "asynchronous": False, "signals": ()}
+    return reshard.CheckpointManager(folder / "root", **{**defaults, **options})
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/manifest.reshard"))
+
+
+def train(manager: reshard.CheckpointManager, steps: Iterable[int]) -> None:
+    for step in steps:
+        manager.save(step, state(step), {"loss": abs(step - 2)})
+
+
+def restored(manager: reshard.CheckpointManager) -> int | None:
+    loaded = state(0)
+    step = manager.restore(loaded)
+    assert loaded["step"] == (step or 0)
+    assert loaded["w"].eq(step or 0).all()
+    return step
+
+
+def test_complete_checkpoints_are_copied(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+        manager.wait()
+        assert steps_in(tmp_path / "root") == steps_in(tmp_path / "mirror") == [1, 2]
+        assert reshard.open(tmp_path / "mirror" / "step-00000002").verify() == []
+        assert not reshard.diff(tmp_path / "root" / "step-00000002", tmp_path / "mirror" / "step-00000002")
+
+
+def test_root_is_read_if_it_is_complete_and_the_mirror_otherwise(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    with manager_of(tmp_path) as manager:
+        shutil.rmtree(tmp_path / "mirror" / "step-00000002")
+        assert restored(manager) == 2
+    with manager_of(tmp_path) as manager:
+        manager.wait()
+        assert steps_in(tmp_path / "mirror") == [1, 2]  # copied again
+    shutil.rmtree(tmp_path / "root")
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [1, 2]
+        assert restored(manager) == 2
+        train(manager, [3])
+        assert steps_in(tmp_path / "root") == [3]
+        assert manager.steps() == [1, 2, 3]
+
+
+def test_damaged_root_falls_back_to_the_mirror_of_the_same_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    (path,) = (tmp_path / "root" / "step-00000002" / "data").iterdir()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with manager_of(tmp_path) as manager:
+        assert restored(manager) == 2
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"step 2 at {tmp_path}/root/step-00000002 is damaged" in message
+
+
+def test_missing_objects_at_the_root_fall_back_to_the_mirror(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    shutil.rmtree(tmp_path / "root" / "step-00000002" / "data")
+    with manager_of(tmp_path) as manager:
+        assert restored(manager) == 2
+        assert manager.steps() == [1, 2]
+
+
+def test_policies_apply_to_both_locations(tmp_path: Path) -> None:
+    with manager_of(tmp_path, keep=[reshard.latest(2), reshard.best("loss")]) as manager:
+        for step in range(1, 7):
+            train(manager, [step])
+            manager.wait()
+        assert steps_in(tmp_path / "root") == steps_in(tmp_path / "mirror") == [2, 5, 6]
+
+
+def test_abandoned_checkpoints_are_removed_from_both_locations(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2, 3, 4])
+    with manager_of(tmp_path, keep=[reshard.latest(9)]) as manager:
+        assert manager.restore(state(0), step=2) == 2
+        manager.save(3, state(3))
+        manager.wait()
+        assert steps_in(tmp_path / "root") == steps_in(tmp_path / "mirror") == [1, 2, 3]
+        assert not reshard.diff(tmp_path / "root" / "step-00000003", tmp_path / "mirror" / "step-00000003")
+        assert reshard.gc(tmp_path / "mirror", older_than_s=0, dry_run=True) == []
+
+
+def test_stale_copy_on_the_mirror_is_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 2 was saved again at the root, but its new version is not on the mirror yet, and is lost with the root."""
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    with manager_of(tmp_path) as manager:
+        assert manager.restore(state(0), step=1) == 1
+        monkeypatch.setattr(mirror_module.Mirror, "_copy", lambda *_: "the mirror is down")
+        manager.save(2, {"w": torch.full((200, 300), -2.0), "step": -2})
+        with pytest.raises(errors.StoreError, match="could not be copied to the mirror: the mirror is down"):
+            manager.wait()
+        loaded = state(0)
+        assert manager.restore(loaded) == 2
+        assert loaded["step"] == -2
+        shutil.rmtree(tmp_path / "root" / "step-00000002" / "data")
+        assert restored(manager) == 1
+
+
+def test_failed_copy_is_reported_and_made_after_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copying = mirror_module.copy_object
+
+    def fail(*_: Any) -> None:
+        raise errors.UnavailableError("the mirror is down")
+
+    with manager_of(tmp_path, keep=[reshard.latest(2)]) as manager:
+        monkeypatch.setattr(mirror_module, "copy_object", fail)
+        train(manager, [1])
+        with pytest.raises(errors.StoreError, match=r"step-00000001 is complete, but could not be copied.*is down"):
+            manager.wait()
+        assert "could not be copied to" in caplog.text
+        assert restored(manager) == 1
+        monkeypatch.setattr(mirror_module, "copy_object", copying)
+        train(manager, [2])
+        manager.wait()
+        assert steps_in(tmp_path / "mirror") == [1, 2]
+
+
+def test_checkpoint_is_not_removed_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    may_copy = threading.Event()
+    copying = mirror_module.copy_object
+
+    def wait(*arguments: Any) -> None:
+        assert may_copy.wait(60)
+        copying(*arguments)
+
+    monkeypatch.setattr(mirror_module, "copy_object", wait)
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, range(1, 6))
+        manager._decisions.run.wait()  # type: ignore[union-attr]
+        assert 1 in steps_in(tmp_path / "root")  # its copy has begun
+        may_copy.set()
+        manager.wait()
+        assert steps_in(tmp_path / "root") == steps_in(tmp_path / "mirror") == [5]
+    assert not list((tmp_path / "mirror").glob("step-0000000[234]"))  # copies that nobody needs were not made
+
+
+def test_copy_that_was_cut_off_is_completed(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+    copied = tmp_path / "mirror" / "step-00000001"
+    (copied / MANIFEST_NAME).unlink()
+    (path,) = (copied / "data").iterdir()
+    path.write_bytes(path.read_bytes()[:50])
+    with manager_of(tmp_path) as manager:
+        manager.wait()
+    assert reshard.open(copied).verify() == []
+
+
+@pytest.mark.parametrize("store_name", ["moto", "seaweedfs"])
+def test_mirror_on_a_store(tmp_path: Path, place: Place) -> None:
+    uri, options = place
+    with manager_of(tmp_path, mirror=uri, mirror_options=options, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1])
+        manager.wait()
+        train(manager, [2])
+        manager.wait()
+        assert [found.step for found in reshard.find_checkpoints(uri, options)] == [2]
+    shutil.rmtree(tmp_path / "root")
+    with manager_of(tmp_path, mirror=uri, mirror_options=options) as manager:
+        assert restored(manager) == 2
+
+
+def test_mirror_must_be_another_location(tmp_path: Path) -> None:
+    with pytest.raises(errors.ArgumentError, match="root and mirror are the same location"):
+        manager_of(tmp_path, mirror=tmp_path / "root")
+
+
+def test_lost_mirror_lease_stops_the_manager(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        with pytest.raises(errors.RunInUseError):
+            reshard.CheckpointManager(tmp_path / "elsewhere", mirror=tmp_path / "mirror")
+
+
+def sharded_state(value: float) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.full((64, 512), float(value))
+    return {"w": distribute_tensor(whole, mesh, [Shard(0)]), "r": torch.full((300, 40), float(value)), "step": value}
+
+
+def train_on_own_disks(
+    folder: str, asynchronous: bool, first: int, stop: int
+) -> tuple[list[str], list[int], int | None]:
+    """Save with a root that is another folder on each rank, as on disks of the nodes."""
+    rank = dist.get_rank()
+    own = Path(folder) / f"disk-{rank}"
+    own.mkdir(exist_ok=True)
+    before = os.getcwd()
+    os.chdir(own)
+    try:
+        with reshard.CheckpointManager(
+            "run",
+            mirror=f"{folder}/mirror",
+            asynchronous=asynchronous,
+            background="thread",
+            keep=[reshard.latest(2)],
+            signals=(),
+        ) as manager:
+            loaded = sharded_state(-1)
+            restored = manager.restore(loaded)
+            if restored is not None:
+                assert loaded["step"] == restored
+                assert all(loaded[name].eq(restored).all() for name in ("w", "r"))
+            for step in range(first, stop):
+                manager.save(step, sharded_state(step))
+            manager.wait()
+            manager.wait()  # the other ranks remove what rank 0 has removed
+            steps = manager.steps()
+            objects = sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file())
+        return objects, steps, restored
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_disks_of_the_ranks_need_not_be_shared(ranks: RankPool, tmp_path: Path, asynchronous: bool) -> None:
+    results = ranks.run(2, train_on_own_disks, str(tmp_path), asynchronous, 1, 5)
+    for rank, (objects, steps, restored) in enumerate(results):
+        assert (steps, restored) == ([3, 4], None)
+        shards = [name for name in objects if name.endswith(".shard")]
+        assert shards
+        assert all(name.endswith(f"-{rank:05}.shard") for name in shards)
+        assert {name.split("/")[1] for name in shards} == {"step-00000003", "step-00000004"}
+    for step in (3, 4):
+        assert reshard.open(tmp_path / "mirror" / f"step-{step:08}").verify() == []
+    assert steps_in(tmp_path / "mirror") == [3, 4]
+    results = ranks.run(2, train_on_own_disks, str(tmp_path), asynchronous, 5, 6)
+    assert [result[1:] for result in results] == [([4, 5], 4)] * 2
+    shutil.rmtree(tmp_path / "disk-0")  # rank 0 runs on a new node
+    results = ranks.run(2, train_on_own_disks, str(tmp_path), asynchronous, 6, 7)
+    assert [result[2] for result in results] == [5, 5]
+    assert steps_in(tmp_path / "mirror") == [5, 6]
+    results = ranks.run(3, train_on_own_disks, str(tmp_path), asynchronous, 7, 8)
+    assert [result[2] for result in results] == [6, 6, 6]
+
+
+def save_and_leave(folder: str) -> None:
+    """Save, but end before the copies are made, as after a kill."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(mirror_module, "copy_object", lambda *_: None)
+    patch.setattr(mirror_module, "commit", lambda *_, **__: None)
+    try:
+        train_on_own_disks(folder, False, 1, 3)
+    finally:
+        patch.undo()
+
+
+def test_pieces_on_the_disks_are_copied_after_a_restart(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_and_leave, str(tmp_path))
+    assert steps_in(tmp_path / "mirror") == []
+    results = ranks.run(2, train_on_own_disks, str(tmp_path), False, 0, 0)
+    assert [result[1:] for result in results] == [([1, 2], 2)] * 2
+
+
+def save_without_a_mirror(folder: str) -> str:
+    own = Path(folder) / f"disk-{dist.get_rank()}"
+    own.mkdir()
+    before = os.getcwd()
+    os.chdir(own)
+    try:
+        with pytest.raises(errors.ArgumentError) as caught:
+            reshard.CheckpointManager("run")
+        return str(caught.value)
+    finally:
+        os.chdir(before)
+
+
+def test_disks_that_are_not_shared_need_a_mirror(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(2, save_without_a_mirror, str(tmp_path)):
+        assert message.startswith("rank 1 does not see what rank 0 writes to run: all ranks must save to one shared")
+
+
+def restore_where_one_rank_lost_the_root(folder: str) -> int | None:
+    """Rank 0 sees a complete root; rank 1 sees nothing there."""
+    before = os.getcwd()
+    os.chdir(Path(folder) if dist.get_rank() == 0 else Path(folder) / "empty")
+    try:
+        with reshard.CheckpointManager("root", mirror=f"{folder}/mirror", read_only=True) as manager:
+            loaded = state(0)
+            step = manager.restore(loaded)
+            assert loaded["step"] == step
+            return step
+    finally:
+        os.chdir(before)
+
+
+def test_mirror_is_read_if_one_rank_does_not_see_the_root(ranks: RankPool, tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    (tmp_path / "empty").mkdir()
+    assert ranks.run(2, restore_where_one_rank_lost_the_root, str(tmp_path)) == [2, 2]
