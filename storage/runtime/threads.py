@@ -147,11 +147,12 @@ class Pool(Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool is shut down and accepts no tasks")
+            self._tasks.put(task)  # before a thread starts: one that finds no task counts as idle
             if not self._idle.acquire(blocking=False) and len(self.threads) < self._count:
                 self._start_thread()
             has_threads = bool(self.threads)
-            if has_threads:
-                self._tasks.put(task)
+            if not has_threads:
+                self._tasks.get_nowait()
         if not has_threads:
             _run(*task)
         return future

@@ -55,6 +55,14 @@ def test_a_pool_runs_tasks() -> None:
         pool.submit(name, 1)
 
 
+def test_tasks_that_wait_for_each_other_run_at_the_same_time() -> None:
+    for _ in range(100):
+        barrier = threading.Barrier(3)
+        with Pool(3, "test") as pool:
+            for future in [pool.submit(barrier.wait, 20) for _ in range(3)]:
+                future.result()
+
+
 def test_one_task_at_a_time_starts_few_threads() -> None:
     with Pool(8, "test") as pool:
         for i in range(20):
