@@ -5,7 +5,7 @@ Faulting in new pages takes longer than filling pages that are already mapped (b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from weakref import WeakValueDictionary
@@ -51,7 +51,8 @@ class BufferPool:
         self._free: dict[int, list[ByteArray]] = {}
         """Free arrays by size. The array that was released last is at the end: it is most likely in the cache."""
         self._lent: WeakValueDictionary[int, ByteArray] = WeakValueDictionary()
-        """Lent arrays by their `id`. A buffer that is dropped without `release` is no longer counted."""
+        """Lent arrays by their `id`. A buffer that is dropped without `release` is not kept in memory."""
+        self._lent_bytes = self._free_bytes = 0
         self._max_bytes = max_idle_bytes
         self._readers = 0
 
@@ -67,12 +68,14 @@ class BufferPool:
                 self._readers -= 1
                 if self._readers == 0:
                     self._max_bytes = self._max_idle_bytes
+                    self._lent_bytes = sum(array.nbytes for array in self._lent.values())  # without dropped buffers
                     self._drop_excess()
 
     def clear(self) -> None:
         """Drop all free memory."""
         with self._lock:
             self._free.clear()
+            self._free_bytes = 0
 
     def read(
         self,
@@ -101,20 +104,24 @@ class BufferPool:
         step = 1 << max(0, (nbytes - 1).bit_length() - 4)
         size = -(-nbytes // step) * step + PAGE_BYTES  # rounding up adds at most an eighth
         with self._lock:
-            array = free.pop() if (free := self._free.get(size)) else _page_aligned(size)
+            if free := self._free.get(size):
+                array = free.pop()
+                self._free_bytes -= size
+            else:
+                array = _page_aligned(size)
             self._lent[id(array)] = array
-            self._max_bytes = max(self._max_bytes, _nbytes(self._lent.values()))
+            self._lent_bytes += size
+            self._max_bytes = max(self._max_bytes, self._lent_bytes)
             self._drop_excess()
         return array
 
     def _drop_excess(self) -> None:
         """Drop free arrays beyond the limit, first those of the size that was released longest ago."""
-        excess = _nbytes(self._lent.values()) + sum(map(_nbytes, self._free.values())) - self._max_bytes
-        while excess > 0 and self._free:
+        while self._free_bytes > 0 and self._lent_bytes + self._free_bytes > self._max_bytes:
             size, free = next(iter(self._free.items()))
             if free:
                 free.pop(0)
-                excess -= size
+                self._free_bytes -= size
             if not free:
                 del self._free[size]
 
@@ -123,14 +130,12 @@ class BufferPool:
         with self._lock:
             array = self._lent.pop(id(data.obj), None)
             if array is not None:
+                self._lent_bytes -= array.nbytes
+                self._free_bytes += array.nbytes
                 free = self._free.pop(array.nbytes, [])
                 free.append(array)
                 self._free[array.nbytes] = free  # moves this size to the end of the dict
                 self._drop_excess()
-
-
-def _nbytes(arrays: Iterable[ByteArray]) -> int:
-    return sum(array.nbytes for array in arrays)
 
 
 read_buffers = BufferPool()

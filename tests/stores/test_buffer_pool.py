@@ -64,10 +64,12 @@ def test_the_pool_keeps_a_limited_amount_between_reads() -> None:
 
 def test_a_buffer_that_is_dropped_is_forgotten() -> None:
     pool = BufferPool()
-    data = pool.read(fill, "x", [(0, 1000)])
-    assert len(pool._lent) == 1
-    del data
+    with pool.reading():
+        data = pool.read(fill, "x", [(0, 1000)])
+        assert len(pool._lent) == 1
+        del data
     assert not pool._lent
+    assert pool._lent_bytes == 0
 
 
 @pytest.mark.parametrize("nbytes", [1, 2, 7, 8, 9, 1000, 1025, 9 << 20, (9 << 20) + 1])
