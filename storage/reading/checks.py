@@ -28,10 +28,9 @@ class RequestCheck:
         self._parts = [_Checked.of(batch, stream, request.start, index) for batch, stream in request.parts]
         columns = [(part.begins, part.ends, part.expected) for part in self._parts]
         begins, ends, expected = columns[0] if len(columns) == 1 else map(np.concatenate, zip(*columns, strict=True))
-        if len(columns) > 1:
-            order = ends.argsort(kind="stable")
-            begins, ends, expected = begins[order], ends[order], expected[order]
-        self._begins, self._ends, self._expected = begins.tolist(), ends.tolist(), expected.tolist()
+        order = ends.argsort(kind="stable")  # the bytes of a shard may be before those of a shard with a lower offset
+        self._begins, self._ends, self._expected = (column[order].tolist() for column in (begins, ends, expected))
+        """In the order in which the bytes arrive: `_ends` ascends."""
         self._found: list[int] = []
         self._done = 0
         """The number of checksums that have been computed."""

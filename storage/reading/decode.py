@@ -21,7 +21,7 @@ from ..formats.torch_save.safe_load import decode_opaque
 from .blocks import Block
 from .tasks import ChunkBatch, TensorRead
 
-MAX_PART_BYTES = 1048576
+MAX_PART_BYTES = 1024 * 1024
 """The most decoded bytes of a block that are decoded or cast at once. They should fit the cache of a core
 (`benchmarks/overhead.py`)."""
 
@@ -48,7 +48,7 @@ def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exc
 
 
 def _place(batch: ChunkBatch, block: Block, streams: list[_StreamBytes]) -> None:
-    """Write the values of a block, in parts that fit the cache unless a single copy does it."""
+    """Write the values of a block in parts that fit the cache. Write raw chunks that are not cast with one copy."""
     read, destination = batch.read, batch.destination
     assert destination is not None
     target = destination.open(block)

@@ -153,10 +153,16 @@ class _Execution:
                     self._fetcher.release(request.data)
         separate(self._tensors, self._requests)
         if self._error is not None:
-            tensor = self._failed_at.get(self._error)
+            # A reference to the error, whose traceback refers to this object, would keep the tensors in memory.
+            failure, self._error = self._error, StoreError(STOPPED)
+            tensor = self._failed_at.get(failure)
+            self._failed_at.clear()
             if tensor is not None and tensor.overwritten:
-                self._error.args = (f"{self._error}; a part of the tensor was overwritten",)
-            raise self._error
+                failure.args = (f"{failure}; a part of the tensor was overwritten",)
+            try:
+                raise failure
+            finally:
+                del failure
         return self._stats
 
     def _wanted(self, requests: Sequence[Request]) -> list[ObjectRanges]:
@@ -182,10 +188,14 @@ class _Execution:
 
     def _call_workers(self) -> None:
         """Start a worker for each step that can begin, up to the maximum. The caller holds the lock."""
-        waiting = self._schedule.work_left + (self._schedule.groups_left if self._fetcher.reads_here else 0)
+        waiting = self._schedule.work_left + (self._schedule.fetches_left if self._fetcher.reads_here else 0)
         for _ in range(min(self._workers.count - self._active, waiting)):
-            self._workers.pool.submit(self._work)
-            self._active += 1
+            self._active += 1  # first: if no thread can be started, the pool runs the worker here
+            try:
+                self._workers.pool.submit(self._work)
+            except BaseException:
+                self._active -= 1
+                raise
 
     def _work(self) -> None:
         """Perform steps until there are none. Each worker runs this."""
@@ -206,7 +216,6 @@ class _Execution:
                     step = self._schedule.fetch() or self._schedule.work()
             if step is None:
                 self._active -= 1
-                self._caller.notify()
             self._placing += isinstance(step, Place)
             return step
 
@@ -234,6 +243,7 @@ class _Execution:
                 self._call_workers()
             if self._schedule.done or self._error is not None or not self._fetcher.reads_here:
                 self._caller.notify()
+        del failed  # its traceback refers to this frame
 
     def _free(self, request: Request) -> None:
         """Release the bytes of a request whose values have been written. The caller holds the lock."""

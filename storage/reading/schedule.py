@@ -81,9 +81,22 @@ class Schedule:
         return not (self._fetching or self._working or self._groups or self._fetched or self._verified)
 
     @property
-    def groups_left(self) -> int:
-        """The number of fetches that have not begun."""
+    def fetches_left(self) -> int:
+        """The number of fetches that have not begun; 0 if `fetch` could do nothing now."""
+        if not self._groups or self._fetching >= self._max_fetches or (self._is_full and self._can_free_memory):
+            return 0
         return len(self._groups)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the next fetch would exceed the budget."""
+        nbytes = sum(request.nbytes for request in self._groups[0])
+        return self.held_bytes > 0 and self.held_bytes + nbytes > self._budget_bytes
+
+    @property
+    def _can_free_memory(self) -> bool:
+        """Whether steps that run or wait may free memory."""
+        return bool(self._fetching or self._working or self._fetched or self._verified)
 
     @property
     def work_left(self) -> int:
@@ -97,17 +110,17 @@ class Schedule:
         """
         if not self._groups or self._fetching >= self._max_fetches:
             return None
-        nbytes = sum(request.nbytes for request in self._groups[0])
-        if self.held_bytes and self.held_bytes + nbytes > self._budget_bytes:
-            if self._fetching or self._working or self._fetched or self._verified:
+        if self._is_full:
+            if self._can_free_memory:
                 return None
             self._place_incomplete_tensors()
             if self._verified:
                 return None
             # Nothing else can free memory: this fetch exceeds the budget.
+        group = self._groups.popleft()
         self._fetching += 1
-        self.held_bytes += nbytes
-        return Fetch(self._groups.popleft())
+        self.held_bytes += sum(request.nbytes for request in group)
+        return Fetch(group)
 
     def announcements(self) -> list[Sequence[Request]]:
         """Return the groups that will be fetched soon and have not been announced."""
@@ -115,7 +128,7 @@ class Schedule:
         return [self._unannounced.popleft() for _ in range(min(count, len(self._unannounced)))]
 
     def work(self) -> Verify | Place | None:
-        """Begin the latest possible step, which frees memory soonest. Return None if there is none now."""
+        """Begin the step that frees memory soonest: a Place before a Verify. Return None if there is none now."""
         step: Verify | Place | None = None
         if self._verified:
             step = Place(self._verified.popleft())

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.forks import Lock
+from ..runtime.forks import Lock, generation
 from .base import ReadInto
 
 ByteArray = npt.NDArray[np.uint8]
@@ -41,31 +41,39 @@ def _page_aligned(nbytes: int) -> ByteArray:
 class BufferPool:
     """Buffers of a few sizes that are used again.
 
-    While reads run, it keeps as many bytes as were lent at the same time, and at least `max_idle_bytes`. Between reads
-    it keeps at most `max_idle_bytes`.
+    While reads run, free and lent buffers together have at most as many bytes as were lent at the same time, or
+    `max_idle_bytes` if that is more. Between reads it keeps at most `max_idle_bytes`. A forked child begins with an
+    empty pool.
     """
 
     def __init__(self, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
         self._max_idle_bytes = max_idle_bytes
         self._lock = Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._generation = generation()
         self._free: dict[int, list[ByteArray]] = {}
         """Free arrays by size. The array that was released last is at the end: it is most likely in the cache."""
         self._lent: WeakValueDictionary[int, ByteArray] = WeakValueDictionary()
         """Lent arrays by their `id`. A buffer that is dropped without `release` is not kept in memory."""
         self._lent_bytes = self._free_bytes = 0
-        self._max_bytes = max_idle_bytes
+        self._max_bytes = self._max_idle_bytes
         self._readers = 0
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Count a call that reads. When the last one ends, free memory beyond `max_idle_bytes` is dropped."""
         with self._lock:
+            if self._generation != generation():  # a fork happened, perhaps while another thread changed the pool
+                self._begin()
+            begun = self._generation
             self._readers += 1
         try:
             yield
         finally:
             with self._lock:
-                self._readers -= 1
+                self._readers -= begun == self._generation
                 if self._readers == 0:
                     self._max_bytes = self._max_idle_bytes
                     self._lent_bytes = sum(array.nbytes for array in self._lent.values())  # without dropped buffers
@@ -74,8 +82,8 @@ class BufferPool:
     def clear(self) -> None:
         """Drop all free memory."""
         with self._lock:
-            self._free.clear()
             self._free_bytes = 0
+            self._free.clear()
 
     def read(
         self,
@@ -117,24 +125,26 @@ class BufferPool:
 
     def _drop_excess(self) -> None:
         """Drop free arrays beyond the limit, first those of the size that was released longest ago."""
-        while self._free_bytes > 0 and self._lent_bytes + self._free_bytes > self._max_bytes:
+        while self._free and self._lent_bytes + self._free_bytes > self._max_bytes:
             size, free = next(iter(self._free.items()))
             if free:
                 free.pop(0)
                 self._free_bytes -= size
             if not free:
                 del self._free[size]
+        if not self._free:
+            self._free_bytes = 0
 
     def release(self, data: memoryview) -> None:
         """Take back a buffer that `read` returned. Other memory is ignored."""
         with self._lock:
             array = self._lent.pop(id(data.obj), None)
             if array is not None:
-                self._lent_bytes -= array.nbytes
-                self._free_bytes += array.nbytes
                 free = self._free.pop(array.nbytes, [])
                 free.append(array)
                 self._free[array.nbytes] = free  # moves this size to the end of the dict
+                self._lent_bytes -= array.nbytes
+                self._free_bytes += array.nbytes
                 self._drop_excess()
 
 

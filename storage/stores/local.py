@@ -290,7 +290,7 @@ class LocalStore:
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         """Pickle only the root: another process opens its own files."""
-        return LocalStore, (self._root,)
+        return type(self), (self._root,)
 
     def check_delete(self, names: Iterable[str]) -> None:
         names = list(names)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from reshard.storage.errors import StoreError
+from reshard.storage.stores import buffer_pool
 from reshard.storage.stores.buffer_pool import PAGE_BYTES, BufferPool, aligned_buffer
 
 
@@ -118,3 +119,16 @@ def test_a_buffer_has_the_same_offset_in_a_page_as_the_file(start: int, nbytes: 
 
 def test_a_new_buffer_can_be_empty() -> None:
     assert bytes(aligned_buffer(4095, 0)) == b""
+
+
+def test_a_child_that_forked_during_a_change_has_an_empty_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = BufferPool()
+    lent = pool.read(fill, "x", [(0, 1 << 20)])
+    pool._free_bytes = 1 << 40  # another thread of the parent was about to add a buffer
+    monkeypatch.setattr(buffer_pool, "generation", lambda: 1_000_000)
+    with pool.reading():
+        data = pool.read(fill, "x", [(0, 1 << 20)])
+        pool.release(data)
+        assert len(kept(pool)) == 1
+    pool.release(lent)  # a buffer of the parent
+    assert len(kept(pool)) == 1
