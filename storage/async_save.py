@@ -384,6 +384,7 @@ class _Worker:
         self._remote = remote
         # All ranks must create these in the same order, so not in the background.
         self._saving.writer.alarm = Alarm(exchange.process_group)
+        self._saving.writer.in_writer_process = remote is not None
         self._arrivals = Arrivals(exchange.process_group)
         self._staging: Staging | None = None
         self._error: BaseException | None = None

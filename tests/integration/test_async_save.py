@@ -348,6 +348,30 @@ def test_a_store_that_a_process_cannot_open_is_refused(case: str) -> None:
         reshard.async_save({"w": torch.ones(3)}, location, background="process")
 
 
+def test_a_store_in_memory_that_can_be_pickled_needs_a_thread() -> None:
+    store = RecordingStore(MemoryStore(), do_nothing)
+    handle = reshard.async_save({"w": torch.ones(3)}, store, background="process")
+    with pytest.raises(errors.StoreError, match=r"are gone from memory, .* then pass background='thread'; the check"):
+        handle.result()
+    reshard.async_save({"w": torch.ones(3)}, store, background="thread").result()
+    assert reshard.open(store).verify() == []
+
+
+def do_nothing(call: Call) -> None:
+    """Stay picklable, unlike the default hook."""
+
+
+def test_objects_that_a_thread_wrote_and_that_are_gone_do_not_suggest_a_thread() -> None:
+    store = Forgets()
+    with pytest.raises(errors.StoreError, match="something else removes objects there; the checkpoint was not"):
+        reshard.async_save({"w": torch.ones(3)}, store, background="thread").result()
+
+
+class Forgets(MemoryStore):
+    def list(self, folder: str = "") -> list[str]:
+        return []
+
+
 def test_an_unpickled_store_that_fails_is_an_error(tmp_path: Path) -> None:
     store = FailsToUnpickle(tmp_path / "c")
     handle = reshard.async_save({"w": torch.ones(3)}, store, background="process")
