@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import numbers
 import os
 import threading
 import time
@@ -21,7 +22,15 @@ from .errors import ArgumentError, BusyError, nearest
 from .runtime.background import BackgroundThread
 from .runtime.forks import generation
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Arrivals, BackgroundExchange, check_member, is_distributed, portable
+from .runtime.process_group import (
+    Alarm,
+    Arrivals,
+    BackgroundExchange,
+    check_member,
+    check_process_group,
+    is_distributed,
+    portable,
+)
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
@@ -155,6 +164,10 @@ class AsyncSave:
     def _wait(self, event: threading.Event, timeout: float | None, what: str) -> None:
         if self._generation != generation():
             raise ArgumentError("this save belongs to the process that began it: a forked child cannot wait for it")
+        if timeout is not None and not (
+            isinstance(timeout, numbers.Real) and not isinstance(timeout, bool) and timeout <= threading.TIMEOUT_MAX
+        ):
+            raise ArgumentError(f"timeout must be a number of seconds, or None to wait without limit, got {timeout!r}")
         if not event.wait(timeout):
             raise TimeoutError(f"the save to {self.location} has not {what} after {timeout} s")
 
@@ -191,6 +204,7 @@ class _Ranks:
     @classmethod
     def of(cls, process_group: dist.ProcessGroup | None) -> _Ranks:
         """Return the ranks of a group. The first call for a group is collective."""
+        check_process_group(process_group)
         if not is_distributed():
             if cls._alone is None or cls._alone.generation != generation():
                 cls._alone = cls(None)
@@ -384,6 +398,7 @@ class _Worker:
         self._remote = remote
         # All ranks must create these in the same order, so not in the background.
         self._saving.writer.alarm = Alarm(exchange.process_group)
+        self._saving.writer.in_writer_process = remote is not None
         self._arrivals = Arrivals(exchange.process_group)
         self._staging: Staging | None = None
         self._error: BaseException | None = None

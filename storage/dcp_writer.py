@@ -112,6 +112,8 @@ class StorageWriter(dcp.StorageWriter):
         """Set by `reshard.save`, so that all ranks stop when one has failed."""
         self.meter = Meter("save")
         """Set by `reshard.save`: shows the progress."""
+        self.in_writer_process = False
+        """Set by `reshard.async_save`: whether a writer process writes the objects."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -273,7 +275,14 @@ class StorageWriter(dcp.StorageWriter):
                 len(differing),
                 quoted(differing),
             )
-        commit(self.store, manifest, {name for name, _ in index.objects}, overwrite=self._overwrite, rank=self._rank)
+        commit(
+            self.store,
+            manifest,
+            {name for name, _ in index.objects},
+            overwrite=self._overwrite,
+            rank=self._rank,
+            in_writer_process=self.in_writer_process,
+        )
         return reports
 
     def discard(self) -> None:

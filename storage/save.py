@@ -65,6 +65,7 @@ class Saving:
         self._begin = time.perf_counter()
         self._uri = uri
         self._options = options
+        self._progress = progress
         self._rank = rank
         self.meter = Meter("save", progress, rank=rank)
         self._writer: StorageWriter | None = None
@@ -90,6 +91,11 @@ class Saving:
         if self._writer is not None:
             return
         options = self._options
+        for name, passed in (("overwrite", options.overwrite), ("allow_pickle", options.allow_pickle)):
+            if not isinstance(passed, bool):
+                raise ArgumentError(f"{name} must be True or False, got {passed!r}")
+        if not (isinstance(self._progress, bool) or callable(self._progress)):
+            raise ArgumentError(f"progress must be True, False or a function, got {self._progress!r}")
         self._writer = StorageWriter(
             self._uri,
             codec=options.codec,

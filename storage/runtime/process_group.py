@@ -46,6 +46,17 @@ def rank_of(process_group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(process_group) if is_distributed() else 0
 
 
+def check_process_group(process_group: object) -> None:
+    """Raise ArgumentError if an argument is neither a process group nor None."""
+    if process_group is None or process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ArgumentError(
+            f"process_group must be a torch.distributed.ProcessGroup or None, got {process_group!r}; the group of a "
+            "DeviceMesh is mesh.get_group()"
+        )
+
+
 def check_member(process_group: dist.ProcessGroup | None) -> None:
     """Raise ArgumentError if this process is not in a group."""
     if dist.get_rank(process_group) < 0:
@@ -187,10 +198,11 @@ class Exchange:
             the only rank.
 
     Raises:
-        ArgumentError: This process is not in the group.
+        ArgumentError: This process is not in the group, or the argument is no group.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        check_process_group(process_group)
         self.is_distributed = is_distributed()
         self.rank, self.size = 0, 1
         self._group: dist.ProcessGroup | None = None

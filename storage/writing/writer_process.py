@@ -19,9 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,11 +62,14 @@ import_module(sys.argv[4]).serve(int(sys.argv[1]), int(sys.argv[2]))
 
 @dataclass(frozen=True, slots=True)
 class PickledStore:
-    """A location and its storage options, for another process."""
+    """A location and its storage options, for another process, and the state of this process that opening it uses."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     folder: str
     """The working directory, to which a path is relative."""
+    environment: dict[str, str] = field(repr=False)
+    """The environment variables, which may contain credentials."""
+    umask: int
 
     @classmethod
     def of(cls, location: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> PickledStore:
@@ -88,12 +92,21 @@ class PickledStore:
                 f"background='process' needs to pickle {what}, which failed: {reason(error)}. Pass a URI with plain "
                 "options, or use background='thread'"
             ) from error
-        return cls(data, os.getcwd())
+        return cls(data, os.getcwd(), dict(os.environ), _umask())
 
     def open(self) -> Store:
-        """Open the store. Raise ArgumentError if it cannot be unpickled, and what `open_store` raises."""
+        """Open the store. Raise ArgumentError if it cannot be unpickled, and what `open_store` raises.
+
+        The folder, the environment variables and the umask of this process become those of the process that pickled.
+        """
         with contextlib.suppress(OSError):
             os.chdir(self.folder)
+        for name in os.environ.keys() - self.environment.keys():
+            del os.environ[name]
+        for name, value in self.environment.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+        os.umask(self.umask)
         try:
             location, options = pickle.loads(self.data)  # noqa: S301 (from the trainer)
         except Exception as error:
@@ -101,6 +114,17 @@ class PickledStore:
                 f"the writer process cannot unpickle the store: {reason(error)}. Use background='thread'"
             ) from error
         return open_store(location, options)
+
+
+def _umask() -> int:
+    """Return the umask of this process."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    found = os.umask(0o077)  # without /proc it can only be read by a change, which is a strict one for other threads
+    os.umask(found)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -348,6 +348,74 @@ def test_a_store_that_a_process_cannot_open_is_refused(case: str) -> None:
         reshard.async_save({"w": torch.ones(3)}, location, background="process")
 
 
+WRONG_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "progress": ({"progress": 3}, "progress must be True, False or a function, got 3"),
+    "overwrite": ({"overwrite": "no"}, "overwrite must be True or False, got 'no'"),
+    "allow_pickle": ({"allow_pickle": None}, "allow_pickle must be True or False, got None"),
+    "process_group": ({"process_group": 3}, r"process_group must be .* got 3; .* is mesh\.get_group\(\)"),
+}
+
+
+@pytest.mark.parametrize("call", [reshard.async_save, reshard.save])
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+def test_arguments_of_a_wrong_type_are_refused(case: str, call: Any, tmp_path: Path) -> None:
+    arguments, message = WRONG_ARGUMENTS[case]
+    with pytest.raises(errors.ArgumentError, match=message):
+        call({"w": torch.ones(3)}, tmp_path / "c", **arguments)
+    assert not (tmp_path / "c").exists()
+
+
+def refuse_arguments_of_one_rank(folder: str) -> list[str]:
+    wrong = dist.get_rank() == 1
+    found = []
+    for name, value in (("progress", 3), ("overwrite", "no"), ("allow_pickle", None)):
+        arguments: dict[str, Any] = {name: value} if wrong else {}
+        with pytest.raises(errors.ArgumentError) as caught:
+            reshard.async_save({"w": torch.ones(3)}, f"{folder}/c", **arguments)
+        found.append(str(caught.value))
+    return found
+
+
+def test_every_rank_refuses_the_wrong_argument_of_one(ranks: RankPool, tmp_path: Path) -> None:
+    for found in ranks.run(2, refuse_arguments_of_one_rank, str(tmp_path)):
+        assert len(found) == 3
+        for message, name in zip(found, ("progress", "overwrite", "allow_pickle"), strict=True):
+            assert f"{name} must be True" in message
+
+
+@pytest.mark.parametrize("timeout", ["x", True, float("nan"), float("inf"), [1]], ids=repr)
+def test_a_timeout_that_is_no_number_is_refused(timeout: Any, tmp_path: Path) -> None:
+    handle = reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread")
+    for wait in (handle.result, handle.exception, handle.wait_staged):
+        with pytest.raises(errors.ArgumentError, match="timeout must be a number of seconds"):
+            wait(timeout)
+    assert handle.result(60).total.bytes_needed > 0
+
+
+def test_a_store_in_memory_that_can_be_pickled_needs_a_thread() -> None:
+    store = RecordingStore(MemoryStore(), do_nothing)
+    handle = reshard.async_save({"w": torch.ones(3)}, store, background="process")
+    with pytest.raises(errors.StoreError, match=r"are gone from memory, .* then pass background='thread'; the check"):
+        handle.result()
+    reshard.async_save({"w": torch.ones(3)}, store, background="thread").result()
+    assert reshard.open(store).verify() == []
+
+
+def do_nothing(call: Call) -> None:
+    """Stay picklable, unlike the default hook."""
+
+
+def test_objects_that_a_thread_wrote_and_that_are_gone_do_not_suggest_a_thread() -> None:
+    store = Forgets()
+    with pytest.raises(errors.StoreError, match="something else removes objects there; the checkpoint was not"):
+        reshard.async_save({"w": torch.ones(3)}, store, background="thread").result()
+
+
+class Forgets(MemoryStore):
+    def list(self, folder: str = "") -> list[str]:
+        return []
+
+
 def test_an_unpickled_store_that_fails_is_an_error(tmp_path: Path) -> None:
     store = FailsToUnpickle(tmp_path / "c")
     handle = reshard.async_save({"w": torch.ones(3)}, store, background="process")

@@ -47,7 +47,15 @@ def refuse_if_there(store: Store, *, overwrite: bool) -> None:
         )
 
 
-def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool, rank: int = 0) -> None:
+def commit(
+    store: Store,
+    manifest: bytes,
+    objects: set[str],
+    *,
+    overwrite: bool,
+    rank: int = 0,
+    in_writer_process: bool = False,
+) -> None:
     """Write the manifest, and then remove the data objects of the checkpoint that it replaced.
 
     If the store's answer to the write is lost, reading the manifest back shows whether the write succeeded, because no
@@ -59,6 +67,8 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
         objects: the names of all data objects. They must exist; in a store that is not shared, those of this rank.
         overwrite: whether to replace a checkpoint.
         rank: the rank that commits, for error messages.
+        in_writer_process: whether a pickled copy of the store wrote the objects, in another process. For error
+            messages.
 
     Raises:
         CheckpointExistsError: another save has committed, and this one certainly has not.
@@ -73,7 +83,13 @@ def commit(store: Store, manifest: bytes, objects: set[str], *, overwrite: bool,
     expected = objects if store.capabilities.is_shared else {name for name in objects if rank_of_object(name) == rank}
     gone = expected - set(store.list(DATA_FOLDER)) if expected else set()
     if gone:
-        raise StoreError(f"{_gone(store, gone, rank)}; the checkpoint was not committed")
+        hint = ""
+        if in_writer_process and any(rank_of_object(name) == rank for name in gone):
+            hint = (
+                ", or the store keeps its objects in memory, where the copy of the store in the writer process wrote "
+                "them: then pass background='thread'"
+            )
+        raise StoreError(f"{_gone(store, gone, rank)}{hint}; the checkpoint was not committed")
     check_delete(store, replaced - objects)
     put_commit(store, MANIFEST_NAME, manifest, "the manifest", overwrite=overwrite)
     try:

@@ -1,0 +1,85 @@
+"""The writer process of `reshard.async_save` works in the environment of the trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import reshard
+from reshard.storage.stores.local import LocalStore, NodeLocalStore
+from reshard.storage.stores.testing import Call, RecordingStore
+from reshard.storage.writing.writer_process import PickledStore, writer_process
+
+pytestmark = pytest.mark.slow
+
+CREDENTIAL = "RESHARD_TEST_CREDENTIAL"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_of_the_writer_process() -> Iterator[None]:
+    yield
+    reshard.release_memory()
+
+
+@dataclass
+class NotesCredential:
+    """Notes the credential of the process that writes, unless it is the trainer."""
+
+    folder: str
+    trainer: int
+
+    def __call__(self, call: Call) -> None:
+        if call.method == "write" and os.getpid() != self.trainer:
+            Path(self.folder, "credential").write_text(str(os.environ.get(CREDENTIAL)))
+
+
+@pytest.mark.parametrize("credentials", [("old", "new"), (None, "new"), ("old", None)], ids=str)
+def test_the_writer_process_uses_credentials_that_were_set_after_it_started(
+    credentials: tuple[str | None, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RecordingStore(LocalStore(tmp_path / "c"), NotesCredential(str(tmp_path), os.getpid()))
+    pids = []
+    for credential in credentials:
+        monkeypatch.delenv(CREDENTIAL, raising=False)
+        if credential is not None:
+            monkeypatch.setenv(CREDENTIAL, credential)
+        reshard.async_save({"w": torch.ones(3)}, store, overwrite=True, background="process").result()
+        assert (tmp_path / "credential").read_text() == str(credential)
+        pids.append(writer_process().pid)
+    assert pids[0] == pids[1]
+
+
+def test_the_writer_process_uses_the_umask_of_the_trainer(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for mask in (0o022, 0o077, 0o027):
+            os.umask(mask)
+            path = tmp_path / f"{mask:o}"
+            reshard.async_save({"w": torch.ones(3)}, path, background="process").result()
+            files = [file for file in path.rglob("*") if file.is_file()]
+            assert len(files) >= 2
+            assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
+            assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+
+
+def test_a_pickled_store_does_not_show_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CREDENTIAL, "hidden-value")
+    pickled = PickledStore.of(tmp_path / "c", None)
+    assert pickled.environment[CREDENTIAL] == "hidden-value"
+    assert "hidden-value" not in repr(pickled)
+
+
+@pytest.mark.parametrize("kind", [LocalStore, NodeLocalStore])
+def test_a_pickled_store_keeps_its_class(kind: type[LocalStore], tmp_path: Path) -> None:
+    store = kind(tmp_path / "c")
+    opened = PickledStore.of(store, None).open()
+    assert type(opened) is kind
+    assert opened.location == store.location
+    assert opened.capabilities.is_shared == store.capabilities.is_shared == (kind is LocalStore)
