@@ -146,6 +146,18 @@ def test_policy_that_raises_removes_nothing_and_is_logged(tmp_path: Path, caplog
     assert "KeyError: 'a bug'" in caplog.text
 
 
+def test_policy_that_returns_no_steps_removes_nothing_and_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def odd(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        return [str(found.step) for found in saved[:1]]  # type: ignore[misc]
+
+    with manager_of(tmp_path, keep=[odd]) as manager:
+        train(manager, [1, 2, 3])
+    assert steps_on_disk(tmp_path) == [1, 2, 3]
+    assert "odd returned '1', which is not the step of a checkpoint" in caplog.text
+
+
 def test_metadata_is_removed_first_so_that_no_half_removed_checkpoint_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,9 +487,12 @@ def test_failed_save_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"keep": []}, "keep is an empty list, which would keep nothing: pass None"),
         ({"keep": reshard.latest(3)}, r"keep must be a list of policies, got .*write keep=\[latest\(3\)\]"),
         ({"keep": [3]}, r"keep must contain policies such as reshard.latest\(3\), got 3"),
+        ({"keep": 3}, r"keep must be a list of policies such as reshard.latest\(3\), got 3"),
+        ({"keep": [reshard.latest]}, r"keep contains the function latest: call it, as in reshard.latest\(3\)"),
+        ({"keep": [reshard.best]}, "keep contains the function best: call it"),
         ({"codec": "lz4"}, "lz4"),
     ],
-    ids=["zero", "float", "empty", "no list", "number", "codec"],
+    ids=["zero", "float", "empty", "no list", "number", "no sequence", "latest", "best", "codec"],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(errors.ArgumentError, match=message):

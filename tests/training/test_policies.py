@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 import reshard
 from reshard.errors import ArgumentError
@@ -89,6 +90,30 @@ def test_last_checkpoint_is_kept_even_if_no_policy_keeps_it() -> None:
 
     assert kept_steps([none], run(1, 2, 3)) == {300}
     assert kept_steps([none], []) == set()
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [["100"], [100.0], [77], [True], run(1), None, 100, [START], torch.tensor([100.0])],
+    ids=["text", "float", "unknown", "bool", "checkpoints", "none", "number", "time", "tensor"],
+)
+def test_policy_that_does_not_return_steps_is_refused(returned: Any) -> None:
+    def odd(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        kept: Iterable[int] = returned
+        return kept
+
+    with pytest.raises(ArgumentError, match=r"the policy .*odd (returned|failed)"):
+        kept_steps([odd], run(1, 2, 3))
+
+
+def test_policy_may_return_integers_of_other_libraries() -> None:
+    def of_tensor(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        kept: Any = torch.tensor([found.step for found in saved])[:1]
+        return kept
+
+    kept = kept_steps([of_tensor], run(1, 2, 3))
+    assert kept == {100, 300}
+    assert all(type(step) is int for step in kept)
 
 
 def test_policies_see_the_checkpoints_in_the_order_of_steps() -> None:
