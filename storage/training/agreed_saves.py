@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from ..errors import RankError
+from ..errors import ArgumentError, RankError
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool, current_stop
 
@@ -74,6 +74,10 @@ class AgreedSaves:
     def request(self, kind: str) -> None:
         """Request a save, from any thread and from a signal handler."""
         self._requests.put(kind)
+
+    def request_stop(self) -> None:
+        """Request the last save, from any thread and from a signal handler."""
+        self.request(STOP)
 
     def begin_call(self) -> bool:
         """Count a call of `save`, and return whether the requested save is made in this call."""
@@ -175,6 +179,23 @@ class AgreedSaves:
             call = 1 + max(int(self._store.get(answer)) for answer in answers)
             kind = STOP if self._store.check([f"{key}/{STOP}"]) else SAVE
             self._store.set(f"{key}/choice", f"{call} {kind}")
+
+
+def checked_signals(signals: Iterable[signal.Signals | int]) -> list[int]:
+    """Return the numbers of signals that can be handled. Raises ArgumentError."""
+    if isinstance(signals, int):
+        raise ArgumentError(f"signals must be a sequence of signals, got {signals!r}: write signals=({signals!r},)")
+    try:
+        passed = [signals] if isinstance(signals, str) else list(signals)
+    except TypeError:
+        raise ArgumentError(f"signals must be a sequence of signals such as signal.SIGTERM, got {signals!r}") from None
+    valid = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    for passed_signal in passed:
+        if not isinstance(passed_signal, int) or isinstance(passed_signal, bool) or passed_signal not in valid:
+            raise ArgumentError(
+                f"signals must contain signals that a process can handle, such as signal.SIGTERM, got {passed_signal!r}"
+            )
+    return [int(passed_signal) for passed_signal in passed]
 
 
 class StopSignals:

@@ -30,10 +30,11 @@ from ..runtime.process_group import BackgroundExchange, Exchange, is_distributed
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
+from ..stores.fsspec import is_local
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import open_store
 from ..tensors.name_patterns import Patterns, patterns_of
-from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals
+from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals, checked_signals
 from .decisions import Candidate, Decisions, SaveDecision, with_step
 from .lease import Lease
 from .mirror import Mirror, remove_own_objects
@@ -130,17 +131,19 @@ class CheckpointManager:
         read_only: bool = False,
         _lease_expires_after_s: float | None = None,
     ) -> None:
-        def prepare() -> tuple[str, str | None, int | None, bool, str, bool]:
+        stop_signals: list[int] = []
+
+        def prepare() -> tuple[str, str, int | None, bool, str, bool]:
+            _check_flags(asynchronous=asynchronous, read_only=read_only, allow_pickle=allow_pickle)
             check_codec(codec)
             check_budget(budget_bytes)
             self._async_options = _async_options(staging, background) if asynchronous else {}
             self._policies = check_policies(keep)
             self._save_every = None if save_every is None else _whole_number("save_every", save_every, minimum=1)
-            self._root = location_of(root)
-            self._mirror = None if mirror is None else location_of(mirror)
-            if self._mirror == self._root:
-                raise ArgumentError(f"root and mirror are the same location, {masked(self._root)}")
-            return self._root, self._mirror, self._save_every, asynchronous, codec, read_only
+            stop_signals.extend(checked_signals(signals))
+            self._root, self._mirror = _locations(root, mirror)
+            # The locations are compared as they were passed: the current folders of the ranks may differ.
+            return _as_passed(root), _as_passed(mirror), self._save_every, asynchronous, codec, read_only
 
         self._is_closed = True  # until everything below has succeeded
         Exchange(process_group)  # raises ArgumentError if this rank is not in the group
@@ -167,16 +170,16 @@ class CheckpointManager:
         """On rank 0."""
         self._running: _Running | None = None
         self._agreed = AgreedSaves(self._group)
-        self._signals = StopSignals((), self._request_stop)
+        self._signals = StopSignals((), self._agreed.request_stop)
         try:
             self._is_shared = self._take_leases(_lease_expires_after_s)
             if self._mirror is not None and not read_only:
                 self._copies = Mirror(self._root, storage_options, self._mirror, mirror_options, self._group)
             self._saved = self._open_run()
+            self._signals = StopSignals(() if read_only else stop_signals, self._agreed.request_stop)
         except BaseException:
             self._end()
             raise
-        self._signals = StopSignals(() if read_only else signals, self._request_stop)
         self._is_closed = False
         self._generation = generation()
 
@@ -462,9 +465,6 @@ class CheckpointManager:
     def __repr__(self) -> str:
         return f"CheckpointManager({masked(self._root)!r}, steps={self.steps() if not self._is_closed else 'closed'})"
 
-    def _request_stop(self) -> None:
-        self._agreed.request(STOP)
-
     def _end(self) -> None:
         self._is_closed = True
         for part in (self._signals, self._agreed, self._decisions, self._copies):
@@ -582,6 +582,34 @@ class CheckpointManager:
             if self._decisions is not None:
                 self._decisions.end_save(decision, is_committed=True)
         return True
+
+
+def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+    """Return the locations of a run and its mirror. Raises ArgumentError if they overlap."""
+    at = _absolute(location_of(root))
+    if mirror is None:
+        return at, None
+    copies = _absolute(location_of(mirror))
+    if copies == at:
+        raise ArgumentError(f"root and mirror are the same location, {masked(at)}")
+    if copies.startswith(at.rstrip("/") + "/"):
+        raise ArgumentError(f"mirror={masked(copies)} is inside root={masked(at)}: pass a location outside")
+    return at, copies
+
+
+def _as_passed(location: str | os.PathLike[str] | None) -> str:
+    return "" if location is None else location_of(location)
+
+
+def _check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ArgumentError(f"{name} must be True or False, got {flag!r}")
+
+
+def _absolute(location: str) -> str:
+    """Return a local path as an absolute one, so that `os.chdir` does not move the run. Other URIs are unchanged."""
+    return open_store(location).location if is_local(location) else location
 
 
 def _no_such_step(

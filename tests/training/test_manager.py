@@ -520,6 +520,41 @@ def test_wrong_arguments_are_refused(tmp_path: Path, call: Any, message: str) ->
         call(manager)
 
 
+def test_relative_locations_do_not_follow_a_change_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with manager_of(Path("run"), mirror="copies") as manager:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        train(manager, [1, 2])
+    assert steps_on_disk(tmp_path / "run") == steps_on_disk(tmp_path / "copies") == [1, 2]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signals": ("x",)}, "signals that a process can handle, such as signal.SIGTERM, got 'x'"),
+        ({"signals": (9,)}, "got 9"),
+        ({"signals": 15}, r"signals must be a sequence of signals, got 15: write signals=\(15,\)"),
+        ({"signals": None}, "signals must be a sequence"),
+        ({"asynchronous": "q"}, "asynchronous must be True or False, got 'q'"),
+        ({"allow_pickle": None}, "allow_pickle must be True or False, got None"),
+    ],
+    ids=["text", "SIGKILL", "number", "none", "asynchronous", "pickle"],
+)
+def test_refused_arguments_do_not_lock_the_run(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.ArgumentError, match=message):
+        manager_of(tmp_path, **options)
+    manager_of(tmp_path).close()
+
+
+def test_mirror_inside_of_the_root_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.ArgumentError, match="is inside root"):
+        manager_of(tmp_path, mirror=tmp_path / "copies")
+
+
 def test_missing_signal_handlers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import signal
     import threading
