@@ -407,7 +407,7 @@ class CheckpointManager:
             )
 
         none: list[Candidate] = []
-        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none)
+        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none, call="restore()")
         try:
             if wanted is not None and not any(not candidate.reason for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
@@ -431,17 +431,14 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until the running save has finished, and removals too. Collective. Raises the error of the save."""
-        self._check_open()
-        self._finish_running()
-        self._on_rank_0(Decisions.wait, None)
-        self._update()
+        self._wait("wait()")
 
     def close(self) -> None:
         """Wait like `wait`, and end the manager. Collective. Closing twice has no effect."""
         if self._is_closed or self._generation != generation():
             return
         try:
-            self.wait()
+            self._wait("close()")
         finally:
             self._end()
 
@@ -486,9 +483,31 @@ class CheckpointManager:
         if self._read_only:
             raise ArgumentError("this CheckpointManager is read_only and cannot save: create it with read_only=False")
 
-    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T) -> T:
+    def _wait(self, call: str) -> None:
+        self._check_open()
+        self._finish_running()
+        self._on_rank_0(Decisions.wait, None, call=call)
+        self._update()
+
+    def _on_all_ranks(self, call: str, task: Callable[[], T]) -> list[T]:
+        """Run a task on every rank, and return the results of all ranks.
+
+        Args:
+            call: the method that the user called. If it is not the same on all ranks, all of them raise ArgumentError.
+        """
+        found = on_all_ranks(lambda: (call, task()), self._group)
+        first = found[0][0]
+        for rank, (other, _) in enumerate(found):
+            if other.partition("(")[0] != first.partition("(")[0]:
+                raise ArgumentError(
+                    f"rank {rank} called {other} while rank 0 called {first} of the CheckpointManager: every rank must "
+                    "call the same methods in the same order"
+                )
+        return [result for _, result in found]
+
+    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T, *, call: str = "") -> T:
         """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
-        return on_all_ranks(lambda: otherwise if self._decisions is None else task(self._decisions), self._group)[0]
+        return self._on_all_ranks(call, lambda: otherwise if self._decisions is None else task(self._decisions))[0]
 
     def _update(self) -> None:
         """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
@@ -546,7 +565,7 @@ class CheckpointManager:
             stored = metadata_of(decision.saved, decision.sequence, metadata)
             return step, force, _SaveCall(decision, _News.of(self._decisions), stored)
 
-        prepared = on_all_ranks(prepare, self._group)
+        prepared = self._on_all_ranks(f"save({step})", prepare)
         if len({(of_rank[:2]) for of_rank in prepared}) > 1:
             steps = ", ".join(f"rank {rank}: {of_rank[:2]}" for rank, of_rank in enumerate(prepared[:8]))
             raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")

@@ -398,6 +398,28 @@ def test_ranks_that_disagree_raise_an_error(ranks: RankPool, tmp_path: Path) -> 
         assert "the ranks passed different arguments" in message
 
 
+def call_other_methods(folder: str) -> list[str]:
+    found = []
+    for of_rank_1 in ("close", "wait", "restore"):
+        method = of_rank_1
+        manager = reshard.CheckpointManager(folder, asynchronous=False, signals=())
+        arguments: tuple[Any, ...] = ({},) if method == "restore" else ()
+        if dist.get_rank() == 0:
+            method, arguments = "save", (6, state(6))
+        with pytest.raises(errors.ArgumentError) as caught:
+            getattr(manager, method)(*arguments)
+        found.append(str(caught.value))
+        manager._end()
+        dist.barrier()
+    return found
+
+
+def test_ranks_that_call_different_methods_raise_an_error(ranks: RankPool, tmp_path: Path) -> None:
+    for messages in ranks.run(2, call_other_methods, str(tmp_path)):
+        for method, message in zip(("close", "wait", "restore"), messages, strict=True):
+            assert f"rank 1 called {method}() while rank 0 called save(6)" in message
+
+
 def die_in_a_save(folder: str) -> str:
     manager = reshard.CheckpointManager(folder, signals=())
     manager.save(1, state(1))
