@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from queue import Empty, SimpleQueue
@@ -31,6 +32,9 @@ POLL_EVERY_S = 0.5
 POLL_WHILE_PENDING_S = 0.02
 MAX_WAIT_S = 600.0
 """How long a rank waits for the answers of the others. They answer even while they train."""
+REPEATED_AFTER_S = 5.0
+"""A signal that arrives again after this time is handled as without a manager. An earlier one is a duplicate: a
+launcher and the system that it runs on may both send it."""
 SAVE, STOP = "save", "stop"
 
 
@@ -212,6 +216,8 @@ class StopSignals:
         self._received = received
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
+        self._received_at: dict[int, float] = {}
+        """When each signal arrived first."""
         wanted = [int(number) for number in signals]
         if wanted and threading.current_thread() is not threading.main_thread():
             logger.warning(
@@ -228,15 +234,27 @@ class StopSignals:
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        now = time.monotonic()
         self._received()
         if callable(previous):
             previous(number, frame)
+        elif now - self._received_at.setdefault(number, now) >= REPEATED_AFTER_S:
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    def close(self) -> None:
-        """Restore the previous handlers, unless others were installed since. Only the main thread can do that."""
+    def close(self) -> list[int]:
+        """Restore the previous handlers, unless others were installed since. Only the main thread can do that.
+
+        Returns:
+            The signals that arrived and that the previous handlers, which are now restored, have not seen.
+        """
         if threading.current_thread() is not threading.main_thread() or os.getpid() != self._pid:
-            return
+            return []
+        unseen = []
         for number, previous in list(self._previous.items()):
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+                if number in self._received_at:
+                    unseen.append(number)
             del self._previous[number]
+        return unseen

@@ -457,18 +457,23 @@ class CheckpointManager:
             except Exception as failed:
                 logger.error("the last save failed, too: %s", failed)
             finally:
-                self._end()
+                self._end(deliver_signals=False)  # a signal would hide the exception
 
     def __repr__(self) -> str:
         return f"CheckpointManager({masked(self._root)!r}, steps={self.steps() if not self._is_closed else 'closed'})"
 
-    def _end(self) -> None:
+    def _end(self, *, deliver_signals: bool = True) -> None:
         self._is_closed = True
-        for part in (self._signals, self._agreed, self._decisions, self._copies):
+        unseen = self._signals.close()
+        for part in (self._agreed, self._decisions, self._copies):
             if part is not None:
                 part.close()
         for lease in self._leases:
             lease.release()
+        if deliver_signals and not self.should_stop:
+            for number in unseen:  # no save has served them, and they may have to end the process
+                logger.warning("signal %d arrived before the manager was closed, and is now handled as before", number)
+                os.kill(os.getpid(), number)
 
     def _check_open(self) -> None:
         if self._is_closed:
