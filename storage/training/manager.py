@@ -176,12 +176,18 @@ class CheckpointManager:
             if self._mirror is not None and not read_only:
                 self._copies = Mirror(self._root, storage_options, self._mirror, mirror_options, self._group)
             self._saved = self._open_run()
-            self._signals = StopSignals(() if read_only else stop_signals, self._agreed.request_stop)
+            self._signals = self._handle_signals(() if read_only else stop_signals)
         except BaseException:
             self._end()
             raise
         self._is_closed = False
         self._generation = generation()
+
+    def _handle_signals(self, signals: Iterable[int]) -> StopSignals:
+        handlers = StopSignals(signals, self._agreed.request_stop)
+        # If the manager is dropped without `close`, a signal must not wait for a save that is never made.
+        weakref.finalize(self, handlers.close).atexit = False
+        return handlers
 
     def _take_leases(self, expires_after_s: float | None) -> bool:
         """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
@@ -195,7 +201,7 @@ class CheckpointManager:
             locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
             for location, options in locations[: 1 if self._mirror is None else 2]:
                 assert location is not None
-                self._leases.append(Lease(location, options, **expiry))
+                self._leases.append(Lease(location, options, owner=self, **expiry))
                 atexit.register(_release_at_exit, weakref.ref(self._leases[-1]))
             return self._leases[0].name
 
