@@ -90,6 +90,8 @@ def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> Pol
         mode: "min" if small values are good, "max" if large ones are.
     """
     count = _positive("best", n)
+    if not isinstance(metric, str):
+        raise ArgumentError(f"best() needs the name of a metric, got {metric!r}")
     check_mode(mode)
     warned = False
 

@@ -142,9 +142,10 @@ def test_saved_step_is_immutable_and_can_be_pickled() -> None:
         (lambda: reshard.every(2.5), r"every\(\) needs a whole number of 1 or more, got 2.5"),  # type: ignore[arg-type]
         (lambda: reshard.every(datetime.timedelta()), "every.. needs a positive time"),
         (lambda: reshard.best("loss", -1), r"best\(\) needs"),
+        (lambda: reshard.best(3, 1), r"best\(\) needs the name of a metric, got 3"),  # type: ignore[arg-type]
         (lambda: reshard.best("loss", mode="least"), 'mode must be "min" or "max", got \'least\''),  # type: ignore[arg-type]
     ],
-    ids=["zero", "bool", "float", "no time", "negative", "mode"],
+    ids=["zero", "bool", "float", "no time", "negative", "metric", "mode"],
 )
 def test_wrong_arguments_of_policies_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
