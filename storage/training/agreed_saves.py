@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from queue import Empty, SimpleQueue
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from ..errors import RankError
+from ..errors import ArgumentError, RankError
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool, current_stop
 
@@ -31,6 +32,9 @@ POLL_EVERY_S = 0.5
 POLL_WHILE_PENDING_S = 0.02
 MAX_WAIT_S = 600.0
 """How long a rank waits for the answers of the others. They answer even while they train."""
+REPEATED_AFTER_S = 5.0
+"""A signal that arrives again after this time is handled as without a manager. An earlier one is a duplicate: a
+launcher and the system that it runs on may both send it."""
 SAVE, STOP = "save", "stop"
 
 
@@ -74,6 +78,10 @@ class AgreedSaves:
     def request(self, kind: str) -> None:
         """Request a save, from any thread and from a signal handler."""
         self._requests.put(kind)
+
+    def request_stop(self) -> None:
+        """Request the last save, from any thread and from a signal handler."""
+        self.request(STOP)
 
     def begin_call(self) -> bool:
         """Count a call of `save`, and return whether the requested save is made in this call."""
@@ -177,6 +185,23 @@ class AgreedSaves:
             self._store.set(f"{key}/choice", f"{call} {kind}")
 
 
+def checked_signals(signals: Iterable[signal.Signals | int]) -> list[int]:
+    """Return the numbers of signals that can be handled. Raises ArgumentError."""
+    if isinstance(signals, int):
+        raise ArgumentError(f"signals must be a sequence of signals, got {signals!r}: write signals=({signals!r},)")
+    try:
+        passed = [signals] if isinstance(signals, str) else list(signals)
+    except TypeError:
+        raise ArgumentError(f"signals must be a sequence of signals such as signal.SIGTERM, got {signals!r}") from None
+    valid = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    for passed_signal in passed:
+        if not isinstance(passed_signal, int) or isinstance(passed_signal, bool) or passed_signal not in valid:
+            raise ArgumentError(
+                f"signals must contain signals that a process can handle, such as signal.SIGTERM, got {passed_signal!r}"
+            )
+    return [int(passed_signal) for passed_signal in passed]
+
+
 class StopSignals:
     """Calls a function when the process receives a signal, and restores the previous handlers afterwards.
 
@@ -191,6 +216,8 @@ class StopSignals:
         self._received = received
         self._pid = os.getpid()
         self._previous: dict[int, Any] = {}
+        self._received_at: dict[int, float] = {}
+        """When each signal arrived first."""
         wanted = [int(number) for number in signals]
         if wanted and threading.current_thread() is not threading.main_thread():
             logger.warning(
@@ -207,15 +234,27 @@ class StopSignals:
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        now = time.monotonic()
         self._received()
         if callable(previous):
             previous(number, frame)
+        elif now - self._received_at.setdefault(number, now) >= REPEATED_AFTER_S:
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    def close(self) -> None:
-        """Restore the previous handlers, unless others were installed since. Only the main thread can do that."""
+    def close(self) -> list[int]:
+        """Restore the previous handlers, unless others were installed since. Only the main thread can do that.
+
+        Returns:
+            The signals that arrived and that the previous handlers, which are now restored, have not seen.
+        """
         if threading.current_thread() is not threading.main_thread() or os.getpid() != self._pid:
-            return
+            return []
+        unseen = []
         for number, previous in list(self._previous.items()):
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+                if number in self._received_at:
+                    unseen.append(number)
             del self._previous[number]
+        return unseen

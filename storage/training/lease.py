@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -87,8 +88,8 @@ def _has_ended(holder: Holder) -> bool:
     return holder.process != f"{machine} {holder.pid} {_start_of(holder.pid)}"
 
 
-_held: set[str] = set()
-"""The ids of the leases that this process holds."""
+_held: dict[str, Lease] = {}
+"""The leases that this process holds, by id."""
 
 
 class Lease:
@@ -97,6 +98,7 @@ class Lease:
     Args:
         root: the location of the run.
         expires_after_s: how long to wait for a sign of life of the manager that held the lease before.
+        owner: the object that uses the lease. When it has been collected, another lease of this process may replace it.
     """
 
     def __init__(
@@ -106,14 +108,16 @@ class Lease:
         *,
         expires_after_s: float = EXPIRES_AFTER_S,
         renew_every_s: float = RENEW_EVERY_S,
+        owner: object = None,
     ) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
         self._store: Store = open_store(root, storage_options)
         self._lock = threading.Lock()
         self._is_closing = threading.Event()
         self._holder = _myself()
         self._lost = ""
         self._number = self._acquire(expires_after_s)
-        _held.add(self._holder.id)
+        _held[self._holder.id] = self
         self._pool = Pool(1, "reshard-lease")
         self._pool.submit(self._keep_renewing, renew_every_s)
 
@@ -134,7 +138,7 @@ class Lease:
         if os.getpid() != self._holder.pid:  # a forked child, at its exit
             return
         self._is_closing.set()  # a renewal is not cancelled: a store could apply it after the release
-        _held.discard(self._holder.id)
+        _held.pop(self._holder.id, None)
         with self._lock:
             if self._lost:
                 return
@@ -173,10 +177,17 @@ class Lease:
                 except Exception as error:  # the next renewal may succeed
                     logger.warning("the lease of %s could not be renewed: %s", self._store.location, error)
 
+    def _is_abandoned(self) -> bool:
+        return self._owner is not None and self._owner() is None
+
     def _acquire(self, expires_after_s: float) -> int:
         number = max(self._numbers(), default=0)
         holder = self._read(number) if number else None
-        if holder is not None and holder.id in _held:
+        other = _held.get(holder.id) if holder is not None else None
+        if other is not None and other._is_abandoned():
+            other.release()  # its manager was not closed, and no longer exists
+            return self._acquire(expires_after_s)
+        if other is not None:
             raise RunInUseError(
                 f"{self._store.location} is managed by another CheckpointManager of this process: close that one first"
             )

@@ -30,10 +30,11 @@ from ..runtime.process_group import BackgroundExchange, Exchange, is_distributed
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
+from ..stores.fsspec import is_local
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import open_store
 from ..tensors.name_patterns import Patterns, patterns_of
-from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals
+from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals, checked_signals
 from .decisions import Candidate, Decisions, SaveDecision, with_step
 from .lease import Lease
 from .mirror import Mirror, remove_own_objects
@@ -130,17 +131,19 @@ class CheckpointManager:
         read_only: bool = False,
         _lease_expires_after_s: float | None = None,
     ) -> None:
-        def prepare() -> tuple[str, str | None, int | None, bool, str, bool]:
+        stop_signals: list[int] = []
+
+        def prepare() -> tuple[str, str, int | None, bool, str, bool]:
+            _check_flags(asynchronous=asynchronous, read_only=read_only, allow_pickle=allow_pickle)
             check_codec(codec)
             check_budget(budget_bytes)
             self._async_options = _async_options(staging, background) if asynchronous else {}
             self._policies = check_policies(keep)
             self._save_every = None if save_every is None else _whole_number("save_every", save_every, minimum=1)
-            self._root = location_of(root)
-            self._mirror = None if mirror is None else location_of(mirror)
-            if self._mirror == self._root:
-                raise ArgumentError(f"root and mirror are the same location, {masked(self._root)}")
-            return self._root, self._mirror, self._save_every, asynchronous, codec, read_only
+            stop_signals.extend(checked_signals(signals))
+            self._root, self._mirror = _locations(root, mirror)
+            # The locations are compared as they were passed: the current folders of the ranks may differ.
+            return _as_passed(root), _as_passed(mirror), self._save_every, asynchronous, codec, read_only
 
         self._is_closed = True  # until everything below has succeeded
         Exchange(process_group)  # raises ArgumentError if this rank is not in the group
@@ -167,18 +170,24 @@ class CheckpointManager:
         """On rank 0."""
         self._running: _Running | None = None
         self._agreed = AgreedSaves(self._group)
-        self._signals = StopSignals((), self._request_stop)
+        self._signals = StopSignals((), self._agreed.request_stop)
         try:
             self._is_shared = self._take_leases(_lease_expires_after_s)
             if self._mirror is not None and not read_only:
                 self._copies = Mirror(self._root, storage_options, self._mirror, mirror_options, self._group)
             self._saved = self._open_run()
+            self._signals = self._handle_signals(() if read_only else stop_signals)
         except BaseException:
             self._end()
             raise
-        self._signals = StopSignals(() if read_only else signals, self._request_stop)
         self._is_closed = False
         self._generation = generation()
+
+    def _handle_signals(self, signals: Iterable[int]) -> StopSignals:
+        handlers = StopSignals(signals, self._agreed.request_stop)
+        # If the manager is dropped without `close`, a signal must not wait for a save that is never made.
+        weakref.finalize(self, handlers.close).atexit = False
+        return handlers
 
     def _take_leases(self, expires_after_s: float | None) -> bool:
         """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
@@ -192,7 +201,7 @@ class CheckpointManager:
             locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
             for location, options in locations[: 1 if self._mirror is None else 2]:
                 assert location is not None
-                self._leases.append(Lease(location, options, **expiry))
+                self._leases.append(Lease(location, options, owner=self, **expiry))
                 atexit.register(_release_at_exit, weakref.ref(self._leases[-1]))
             return self._leases[0].name
 
@@ -404,7 +413,7 @@ class CheckpointManager:
             )
 
         none: list[Candidate] = []
-        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none)
+        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none, call="restore()")
         try:
             if wanted is not None and not any(not candidate.reason for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
@@ -428,17 +437,14 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until the running save has finished, and removals too. Collective. Raises the error of the save."""
-        self._check_open()
-        self._finish_running()
-        self._on_rank_0(Decisions.wait, None)
-        self._update()
+        self._wait("wait()")
 
     def close(self) -> None:
         """Wait like `wait`, and end the manager. Collective. Closing twice has no effect."""
         if self._is_closed or self._generation != generation():
             return
         try:
-            self.wait()
+            self._wait("close()")
         finally:
             self._end()
 
@@ -457,21 +463,23 @@ class CheckpointManager:
             except Exception as failed:
                 logger.error("the last save failed, too: %s", failed)
             finally:
-                self._end()
+                self._end(deliver_signals=False)  # a signal would hide the exception
 
     def __repr__(self) -> str:
         return f"CheckpointManager({masked(self._root)!r}, steps={self.steps() if not self._is_closed else 'closed'})"
 
-    def _request_stop(self) -> None:
-        self._agreed.request(STOP)
-
-    def _end(self) -> None:
+    def _end(self, *, deliver_signals: bool = True) -> None:
         self._is_closed = True
-        for part in (self._signals, self._agreed, self._decisions, self._copies):
+        unseen = self._signals.close()
+        for part in (self._agreed, self._decisions, self._copies):
             if part is not None:
                 part.close()
         for lease in self._leases:
             lease.release()
+        if deliver_signals and not self.should_stop:
+            for number in unseen:  # no save has served them, and they may have to end the process
+                logger.warning("signal %d arrived before the manager was closed, and is now handled as before", number)
+                os.kill(os.getpid(), number)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -486,9 +494,31 @@ class CheckpointManager:
         if self._read_only:
             raise ArgumentError("this CheckpointManager is read_only and cannot save: create it with read_only=False")
 
-    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T) -> T:
+    def _wait(self, call: str) -> None:
+        self._check_open()
+        self._finish_running()
+        self._on_rank_0(Decisions.wait, None, call=call)
+        self._update()
+
+    def _on_all_ranks(self, call: str, task: Callable[[], T]) -> list[T]:
+        """Run a task on every rank, and return the results of all ranks.
+
+        Args:
+            call: the method that the user called. If it is not the same on all ranks, all of them raise ArgumentError.
+        """
+        found = on_all_ranks(lambda: (call, task()), self._group)
+        first = found[0][0]
+        for rank, (other, _) in enumerate(found):
+            if other.partition("(")[0] != first.partition("(")[0]:
+                raise ArgumentError(
+                    f"rank {rank} called {other} while rank 0 called {first} of the CheckpointManager: every rank must "
+                    "call the same methods in the same order"
+                )
+        return [result for _, result in found]
+
+    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T, *, call: str = "") -> T:
         """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
-        return on_all_ranks(lambda: otherwise if self._decisions is None else task(self._decisions), self._group)[0]
+        return self._on_all_ranks(call, lambda: otherwise if self._decisions is None else task(self._decisions))[0]
 
     def _update(self) -> None:
         """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
@@ -546,7 +576,7 @@ class CheckpointManager:
             stored = metadata_of(decision.saved, decision.sequence, metadata)
             return step, force, _SaveCall(decision, _News.of(self._decisions), stored)
 
-        prepared = on_all_ranks(prepare, self._group)
+        prepared = self._on_all_ranks(f"save({step})", prepare)
         if len({(of_rank[:2]) for of_rank in prepared}) > 1:
             steps = ", ".join(f"rank {rank}: {of_rank[:2]}" for rank, of_rank in enumerate(prepared[:8]))
             raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
@@ -582,6 +612,34 @@ class CheckpointManager:
             if self._decisions is not None:
                 self._decisions.end_save(decision, is_committed=True)
         return True
+
+
+def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+    """Return the locations of a run and its mirror. Raises ArgumentError if they overlap."""
+    at = _absolute(location_of(root))
+    if mirror is None:
+        return at, None
+    copies = _absolute(location_of(mirror))
+    if copies == at:
+        raise ArgumentError(f"root and mirror are the same location, {masked(at)}")
+    if copies.startswith(at.rstrip("/") + "/"):
+        raise ArgumentError(f"mirror={masked(copies)} is inside root={masked(at)}: pass a location outside")
+    return at, copies
+
+
+def _as_passed(location: str | os.PathLike[str] | None) -> str:
+    return "" if location is None else location_of(location)
+
+
+def _check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ArgumentError(f"{name} must be True or False, got {flag!r}")
+
+
+def _absolute(location: str) -> str:
+    """Return a local path as an absolute one, so that `os.chdir` does not move the run. Other URIs are unchanged."""
+    return open_store(location).location if is_local(location) else location
 
 
 def _no_such_step(

@@ -34,7 +34,10 @@ class SavedStep:
 
 
 Policy = Callable[[Sequence[SavedStep]], Iterable[int]]
-"""Returns the steps to keep, given all complete checkpoints of a run in the order of steps."""
+"""Returns the steps to keep, as ints, given all complete checkpoints of a run in the order of steps.
+
+If it fails or returns something else, the error is logged and nothing is removed.
+"""
 
 
 def latest(n: int) -> Policy:
@@ -87,6 +90,8 @@ def best(metric: str, n: int = 1, *, mode: Literal["min", "max"] = "min") -> Pol
         mode: "min" if small values are good, "max" if large ones are.
     """
     count = _positive("best", n)
+    if not isinstance(metric, str):
+        raise ArgumentError(f"best() needs the name of a metric, got {metric!r}")
     check_mode(mode)
     warned = False
 
@@ -125,22 +130,58 @@ def check_policies(keep: Sequence[Policy] | None) -> tuple[Policy, ...] | None:
         return None
     if callable(keep):
         raise ArgumentError(f"keep must be a list of policies, got {keep!r}: write keep=[latest(3)]")
-    policies = tuple(keep)
+    try:
+        policies = tuple(keep)
+    except TypeError:
+        raise ArgumentError(f"keep must be a list of policies such as reshard.latest(3), got {keep!r}") from None
     if not policies:
         raise ArgumentError("keep is an empty list, which would keep nothing: pass None to keep all checkpoints")
+    functions: list[tuple[object, str]] = [(latest, "latest(3)"), (every, "every(100)"), (best, 'best("loss")')]
     for policy in policies:
         if not callable(policy):
             raise ArgumentError(f"keep must contain policies such as reshard.latest(3), got {policy!r}")
+        for function, example in functions:
+            if policy is function:
+                raise ArgumentError(f"keep contains the function {_name_of(policy)}: call it, as in reshard.{example}")
     return policies
 
 
 def kept_steps(policies: Iterable[Policy], saved: Sequence[SavedStep]) -> set[int]:
-    """Return the steps that at least one policy keeps. The last one is always kept."""
+    """Return the steps that at least one policy keeps. The last one is always kept.
+
+    Raises:
+        ArgumentError: a policy failed, or returned something else than steps of the checkpoints.
+    """
     ordered = sorted(saved, key=lambda found: found.step)
     kept = {ordered[-1].step} if ordered else set()
     for policy in policies:
-        kept.update(policy(tuple(ordered)))
+        kept |= _kept_by(policy, tuple(ordered))
     return kept
+
+
+def _kept_by(policy: Policy, saved: tuple[SavedStep, ...]) -> set[int]:
+    try:
+        returned = list(policy(saved))
+    except Exception as error:
+        raise ArgumentError(f"the policy {_name_of(policy)} failed: {type(error).__name__}: {error}") from error
+    known = {found.step for found in saved}
+    kept = set()
+    for step in returned:
+        try:
+            number = operator.index(step)
+        except TypeError:
+            number = -1
+        if isinstance(step, bool) or number not in known:
+            raise ArgumentError(
+                f"the policy {_name_of(policy)} returned {step!r}, which is not the step of a checkpoint: it must "
+                "return steps of the checkpoints that it receives, as ints, for example [found.step for found in saved]"
+            )
+        kept.add(number)
+    return kept
+
+
+def _name_of(policy: Policy) -> str:
+    return getattr(policy, "__qualname__", None) or repr(policy)
 
 
 def _positive(name: str, n: object) -> int:

@@ -141,6 +141,43 @@ def test_signal_saves_once_and_is_then_handled_as_before(tmp_path: Path) -> None
         signal.signal(signal.SIGUSR1, previous)
 
 
+def run_process(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_signal_that_no_save_served_ends_the_process_when_the_manager_is_closed(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys, reshard
+        with reshard.CheckpointManager(sys.argv[1], asynchronous=False) as manager:
+            manager.save(1, {"step": 1})
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("closing", flush=True)
+        print("closed", flush=True)
+    """
+    done = run_process(tmp_path, code)
+    assert (done.stdout.split(), done.returncode) == (["closing"], -signal.SIGTERM), done.stderr
+    reshard.CheckpointManager(tmp_path, _lease_expires_after_s=3600).close()
+
+
+@pytest.mark.slow
+def test_signal_that_is_repeated_ends_the_process(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys, reshard
+        from reshard.storage.training import agreed_saves
+        manager = reshard.CheckpointManager(sys.argv[1], asynchronous=False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("duplicate", flush=True)
+        agreed_saves.REPEATED_AFTER_S = 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("repeated", flush=True)
+    """
+    done = run_process(tmp_path, code)
+    assert (done.stdout.split(), done.returncode) == (["duplicate"], -signal.SIGTERM), done.stderr
+
+
 def test_request_that_no_save_served_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with reshard.CheckpointManager(tmp_path, save_every=100, signals=()) as manager:
         manager.save(1, state(1))

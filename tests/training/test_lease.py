@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -201,6 +202,19 @@ def test_lease_works_on_stores(place: Place) -> None:
 
 def test_manager_that_was_lost_in_this_process_is_taken_over(abandoned: Path) -> None:
     reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+
+
+def test_manager_that_was_dropped_is_taken_over_in_the_same_process(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    manager = reshard.CheckpointManager(tmp_path, asynchronous=False)
+    manager.save(1, {"w": torch.ones(3)})
+    assert signal.getsignal(signal.SIGTERM) != before
+    del manager
+    gc.collect()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with reshard.CheckpointManager(tmp_path, asynchronous=False, _lease_expires_after_s=3600) as manager:
+        assert manager.save(2, {"w": torch.ones(3)})
+        assert manager.steps() == [1, 2]
 
 
 @pytest.mark.slow

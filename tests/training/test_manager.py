@@ -146,6 +146,18 @@ def test_policy_that_raises_removes_nothing_and_is_logged(tmp_path: Path, caplog
     assert "KeyError: 'a bug'" in caplog.text
 
 
+def test_policy_that_returns_no_steps_removes_nothing_and_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def odd(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        return [str(found.step) for found in saved[:1]]  # type: ignore[misc]
+
+    with manager_of(tmp_path, keep=[odd]) as manager:
+        train(manager, [1, 2, 3])
+    assert steps_on_disk(tmp_path) == [1, 2, 3]
+    assert "odd returned '1', which is not the step of a checkpoint" in caplog.text
+
+
 def test_metadata_is_removed_first_so_that_no_half_removed_checkpoint_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +398,28 @@ def test_ranks_that_disagree_raise_an_error(ranks: RankPool, tmp_path: Path) -> 
         assert "the ranks passed different arguments" in message
 
 
+def call_other_methods(folder: str) -> list[str]:
+    found = []
+    for of_rank_1 in ("close", "wait", "restore"):
+        method = of_rank_1
+        manager = reshard.CheckpointManager(folder, asynchronous=False, signals=())
+        arguments: tuple[Any, ...] = ({},) if method == "restore" else ()
+        if dist.get_rank() == 0:
+            method, arguments = "save", (6, state(6))
+        with pytest.raises(errors.ArgumentError) as caught:
+            getattr(manager, method)(*arguments)
+        found.append(str(caught.value))
+        manager._end()
+        dist.barrier()
+    return found
+
+
+def test_ranks_that_call_different_methods_raise_an_error(ranks: RankPool, tmp_path: Path) -> None:
+    for messages in ranks.run(2, call_other_methods, str(tmp_path)):
+        for method, message in zip(("close", "wait", "restore"), messages, strict=True):
+            assert f"rank 1 called {method}() while rank 0 called save(6)" in message
+
+
 def die_in_a_save(folder: str) -> str:
     manager = reshard.CheckpointManager(folder, signals=())
     manager.save(1, state(1))
@@ -475,9 +509,12 @@ def test_failed_save_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"keep": []}, "keep is an empty list, which would keep nothing: pass None"),
         ({"keep": reshard.latest(3)}, r"keep must be a list of policies, got .*write keep=\[latest\(3\)\]"),
         ({"keep": [3]}, r"keep must contain policies such as reshard.latest\(3\), got 3"),
+        ({"keep": 3}, r"keep must be a list of policies such as reshard.latest\(3\), got 3"),
+        ({"keep": [reshard.latest]}, r"keep contains the function latest: call it, as in reshard.latest\(3\)"),
+        ({"keep": [reshard.best]}, "keep contains the function best: call it"),
         ({"codec": "lz4"}, "lz4"),
     ],
-    ids=["zero", "float", "empty", "no list", "number", "codec"],
+    ids=["zero", "float", "empty", "no list", "number", "no sequence", "latest", "best", "codec"],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(errors.ArgumentError, match=message):
@@ -503,6 +540,41 @@ def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], mess
 def test_wrong_arguments_are_refused(tmp_path: Path, call: Any, message: str) -> None:
     with manager_of(tmp_path) as manager, pytest.raises(errors.ArgumentError, match=message):
         call(manager)
+
+
+def test_relative_locations_do_not_follow_a_change_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with manager_of(Path("run"), mirror="copies") as manager:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        train(manager, [1, 2])
+    assert steps_on_disk(tmp_path / "run") == steps_on_disk(tmp_path / "copies") == [1, 2]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signals": ("x",)}, "signals that a process can handle, such as signal.SIGTERM, got 'x'"),
+        ({"signals": (9,)}, "got 9"),
+        ({"signals": 15}, r"signals must be a sequence of signals, got 15: write signals=\(15,\)"),
+        ({"signals": None}, "signals must be a sequence"),
+        ({"asynchronous": "q"}, "asynchronous must be True or False, got 'q'"),
+        ({"allow_pickle": None}, "allow_pickle must be True or False, got None"),
+    ],
+    ids=["text", "SIGKILL", "number", "none", "asynchronous", "pickle"],
+)
+def test_refused_arguments_do_not_lock_the_run(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.ArgumentError, match=message):
+        manager_of(tmp_path, **options)
+    manager_of(tmp_path).close()
+
+
+def test_mirror_inside_of_the_root_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.ArgumentError, match="is inside root"):
+        manager_of(tmp_path, mirror=tmp_path / "copies")
 
 
 def test_missing_signal_handlers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

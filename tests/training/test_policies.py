@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 import reshard
 from reshard.errors import ArgumentError
@@ -91,6 +92,30 @@ def test_last_checkpoint_is_kept_even_if_no_policy_keeps_it() -> None:
     assert kept_steps([none], []) == set()
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [["100"], [100.0], [77], [True], run(1), None, 100, [START], torch.tensor([100.0])],
+    ids=["text", "float", "unknown", "bool", "checkpoints", "none", "number", "time", "tensor"],
+)
+def test_policy_that_does_not_return_steps_is_refused(returned: Any) -> None:
+    def odd(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        kept: Iterable[int] = returned
+        return kept
+
+    with pytest.raises(ArgumentError, match=r"the policy .*odd (returned|failed)"):
+        kept_steps([odd], run(1, 2, 3))
+
+
+def test_policy_may_return_integers_of_other_libraries() -> None:
+    def of_tensor(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        kept: Iterable[int] = iter(torch.tensor([found.step for found in saved])[:1])
+        return kept
+
+    kept = kept_steps([of_tensor], run(1, 2, 3))
+    assert kept == {100, 300}
+    assert all(type(step) is int for step in kept)
+
+
 def test_policies_see_the_checkpoints_in_the_order_of_steps() -> None:
     seen: list[int] = []
 
@@ -117,9 +142,10 @@ def test_saved_step_is_immutable_and_can_be_pickled() -> None:
         (lambda: reshard.every(2.5), r"every\(\) needs a whole number of 1 or more, got 2.5"),  # type: ignore[arg-type]
         (lambda: reshard.every(datetime.timedelta()), "every.. needs a positive time"),
         (lambda: reshard.best("loss", -1), r"best\(\) needs"),
+        (lambda: reshard.best(3, 1), r"best\(\) needs the name of a metric, got 3"),  # type: ignore[arg-type]
         (lambda: reshard.best("loss", mode="least"), 'mode must be "min" or "max", got \'least\''),  # type: ignore[arg-type]
     ],
-    ids=["zero", "bool", "float", "no time", "negative", "mode"],
+    ids=["zero", "bool", "float", "no time", "negative", "metric", "mode"],
 )
 def test_wrong_arguments_of_policies_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
