@@ -197,7 +197,7 @@ def test_report_has_seconds_per_stage(tmp_path: Path) -> None:
     assert set(saved) == {"plan", "encode", "write", "commit", "total"}
     assert saved["plan"] + saved["commit"] < saved["total"]
     loaded = reshard.load({**STATE}, tmp_path / "a").local.seconds
-    assert set(loaded) == {"open", "plan", "fetch", "decode", "total"}
+    assert set(loaded) == {"open", "plan", "fetch", "verify", "decode", "total"}
     assert loaded["open"] + loaded["plan"] < loaded["total"]
     converted = reshard.convert(tmp_path / "a", tmp_path / "b", format="dcp").local.seconds
     assert set(converted) == {"plan", "fetch", "decode", "total"}
