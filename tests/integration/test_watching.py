@@ -201,8 +201,8 @@ def test_report_has_seconds_per_stage(tmp_path: Path) -> None:
     assert loaded["open"] + loaded["plan"] < loaded["total"]
     converted = reshard.convert(tmp_path / "a", tmp_path / "b", format="dcp").local.seconds
     assert set(converted) == {"plan", "fetch", "verify", "decode", "total"}
-    assert loaded.pop("verify") == converted.pop("verify") == 0  # a local read contains it
-    assert min(*saved.values(), *loaded.values(), *converted.values()) > 0
+    measured = [*saved.items(), *loaded.items(), *converted.items()]
+    assert all(seconds > 0 for stage, seconds in measured if stage != "verify")  # a local fetch also verifies
 
 
 def test_log_records_are_from_reshard_and_have_the_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
