@@ -108,7 +108,8 @@ def test_policy_that_does_not_return_steps_is_refused(returned: Any) -> None:
 
 def test_policy_may_return_integers_of_other_libraries() -> None:
     def of_tensor(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
-        kept: Iterable[int] = iter(torch.tensor([found.step for found in saved])[:1])
+        steps: Any = torch.tensor([found.step for found in saved])
+        kept: Iterable[int] = steps[:1]
         return kept
 
     kept = kept_steps([of_tensor], run(1, 2, 3))
