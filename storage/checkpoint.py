@@ -117,7 +117,9 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """A copy of the `metadata` that was passed to `reshard.save`. {} if there is none, and for other formats.
+        """A copy of the `metadata` that was passed to `reshard.save`.
+
+        It is empty if nothing was passed, and for other formats.
 
         Raises:
             CorruptCheckpointError: it cannot be decoded.

@@ -27,7 +27,7 @@ from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
-from .tensors.name_patterns import Patterns, check_renames, patterns_of, quoted
+from .tensors.name_patterns import Patterns, check_renames, quoted
 from .tensors.state_dict import state_to_stateful, stateful_to_state
 
 logger = logger_of(__name__)
@@ -115,14 +115,7 @@ def load(
             )
         check_budget(budget_bytes)
         check_renames("rename", rename or {})
-        options = LoadOptions(
-            strict,
-            patterns_of("allow_missing", allow_missing),
-            patterns_of("exclude", exclude),
-            rename or {},
-            allow_pickle,
-            budget_bytes,
-        )
+        options = LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
         with record_function("reshard.open"):
             source = open_source(uri, storage_options, format)
         opened = OpenedCheckpoint(source.location, source.fingerprint() if is_distributed() else "")

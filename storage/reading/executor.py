@@ -207,7 +207,7 @@ class _Execution:
             self._fail(error)
 
     def _next(self) -> Fetch | Verify | Place | None:
-        """Return the next step. None if there is none now: the thread that adds one starts a worker again."""
+        """Return the next step, or None if no step can begin now. The thread that adds one starts a worker again."""
         with self._lock:
             step: Fetch | Verify | Place | None = None
             if self._error is None and not self._workers.stopped:

@@ -15,7 +15,7 @@ from ...planner.errors import MissingTensorError
 from ...planner.index import nearest_names
 from ..errors import DestinationError
 from ..formats.source import Source
-from ..tensors.name_patterns import by_new_name, matches_any, quoted
+from ..tensors.name_patterns import Patterns, by_new_name, matches_any, patterns_of, quoted
 from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
 from .read_tensors import read_boxes
@@ -32,6 +32,20 @@ class LoadOptions:
     rename: Mapping[str, str] = field(default_factory=dict)
     allow_pickle: bool = False
     budget_bytes: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        strict: bool,
+        allow_missing: Patterns,
+        exclude: Patterns,
+        rename: Mapping[str, str] | None,
+        allow_pickle: bool,
+        budget_bytes: int | None,
+    ) -> LoadOptions:
+        """Return the options for the arguments of `reshard.load`. Raises ArgumentError if a pattern is not valid."""
+        missing, excluded = patterns_of("allow_missing", allow_missing), patterns_of("exclude", exclude)
+        return cls(strict, missing, excluded, rename or {}, allow_pickle, budget_bytes)
 
 
 class NameMatch:

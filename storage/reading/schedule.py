@@ -104,7 +104,7 @@ class Schedule:
         return len(self._fetched) + len(self._verified)
 
     def fetch(self) -> Fetch | None:
-        """Begin the next fetch. Return None if there is none, or the store or the budget is full.
+        """Begin the next fetch. Return None if all have begun, or if the store or the budget is full.
 
         If the budget is full and nothing else can free memory, batches of incomplete tensors become work.
         """
@@ -128,7 +128,7 @@ class Schedule:
         return [self._unannounced.popleft() for _ in range(min(count, len(self._unannounced)))]
 
     def work(self) -> Verify | Place | None:
-        """Begin the step that frees memory soonest: a Place before a Verify. Return None if there is none now."""
+        """Begin a Place, or else a Verify, because a Place frees memory. Return None if no step can begin now."""
         step: Verify | Place | None = None
         if self._verified:
             step = Place(self._verified.popleft())

@@ -158,7 +158,7 @@ class Pool(Executor):
         return future
 
     def _start_thread(self) -> None:
-        """Start another thread if the system permits it. If there is none, tasks run in the thread that submits them.
+        """Start another thread if the system permits it. In a pool without threads, `submit` runs the tasks itself.
 
         Since Python 3.12 no thread can start while the interpreter exits, when it may still wait for a save.
         """

@@ -33,7 +33,7 @@ from ..save import save
 from ..stores.fsspec import is_local
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import open_store
-from ..tensors.name_patterns import Patterns, patterns_of
+from ..tensors.name_patterns import Patterns
 from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals, checked_signals
 from .decisions import Candidate, Decisions, SaveDecision, with_step
 from .lease import Lease
@@ -268,7 +268,7 @@ class CheckpointManager:
         return list(self._saved)
 
     def latest_step(self) -> int | None:
-        """Return the step of the latest complete checkpoint, or None if there is none. See `steps`."""
+        """Return the step of the latest complete checkpoint, or None if no checkpoint is complete. See `steps`."""
         return self._saved[-1].step if self._saved else None
 
     def best_step(self, metric: str, mode: Literal["min", "max"] = "min") -> int | None:
@@ -388,14 +388,7 @@ class CheckpointManager:
         self._check_open()
         self._finish_running()
         wanted = None if step is None else _whole_number("step", step)
-        options = LoadOptions(
-            strict,
-            patterns_of("allow_missing", allow_missing),
-            patterns_of("exclude", exclude),
-            rename or {},
-            allow_pickle,
-            budget_bytes,
-        )
+        options = LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
 
         def load_from(candidate: Candidate) -> Report:
             return load(
