@@ -1,20 +1,22 @@
-# make demo       train with FSDP, save, serve with TP, resume        (URI=s3://... saves there)
-# make test       the whole suite, with the servers that it needs
-# make test-fast  the tests without servers and ranks, with coverage
-# make check      linters, type checkers and the documentation
-# make fix        format the code and apply safe lint fixes
-# make docs       build the documentation in build/site
-# make torture    kills, damage and network faults                    (ARGS='--kills 500 --seed 1')
-# make bench      the benchmarks: tables, JSON and pictures in build/benchmarks   (BENCHMARKS='codec memory')
+# make demo          train with FSDP, save, serve with TP, resume        (URI=s3://... saves there)
+# make test          the whole suite, with the servers that it needs
+# make test-fast     the tests without servers and ranks, with coverage
+# make test-engines  the tests with vLLM, in an environment of its own
+# make check         linters, type checkers and the documentation
+# make fix           format the code and apply safe lint fixes
+# make docs          build the documentation in build/site
+# make torture       kills, damage and network faults                 (ARGS='--kills 500 --seed 1')
+# make bench         the benchmarks: tables, JSON and pictures in build/benchmarks   (BENCHMARKS='codec memory')
 
 PYTHON ?= python3
 VENV ?= .venv
+ENGINES ?= .venv-engines
 URI ?=
 ARGS ?=
-BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead
+BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead lazy_weights many_ranks coordinator
 BIN := $(VENV)/bin
 
-.PHONY: test test-fast check fix docs demo torture bench env
+.PHONY: test test-fast test-engines check fix docs demo torture bench env
 .DELETE_ON_ERROR:
 
 env: $(VENV)/installed
@@ -25,10 +27,20 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 test: env
-	$(BIN)/python -m pytest --durations=5
+	$(BIN)/python -m pytest -n auto -m 'not slow'
+	$(BIN)/python -m pytest -m slow --durations=5
 
 test-fast: env
 	$(BIN)/python -m pytest -n auto -m 'not slow' --cov --cov-report=term:skip-covered
+
+test-engines: $(ENGINES)/installed
+	$(ENGINES)/bin/python -m pytest tests/engines --durations=5
+
+$(ENGINES)/installed: pyproject.toml tests/engines/requirements.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --no-compile --no-deps --requirement tests/engines/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 fix: env
 	$(BIN)/ruff format .

@@ -1,8 +1,8 @@
 """Join byte ranges into requests: reading over a small gap is cheaper than another request.
 
 Bytes in a gap are fetched and discarded. So the smallest gaps are read over first, as long as their sum is at most
-`max_over_read` of the bytes wanted. Gaps of at most `free_gap_bytes` are always read over. `benchmarks/coalescing.py`
-compares the limits.
+`GapLimits.max_over_read` of the bytes wanted. Gaps of at most `free_gap_bytes` are always read over.
+`benchmarks/coalescing.py` compares the limits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ class GapLimits:
     """The largest gap."""
     max_over_read: float
     """The sum of all gaps that are read over, as a fraction of the bytes wanted."""
+    enough_requests: int = 0
+    """If not 0, so many requests are no problem, because they are in flight together. Larger gaps than those of a
+    native checkpoint are read over only if there would be more requests, and only as many gaps as that takes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,13 +66,15 @@ class Requests:
         return len(self) + sum(count - 1 for count, _, _ in self.sparse.values())
 
 
+DEFAULT_LIMITS = GapLimits(MAX_GAP_BYTES, MAX_OVER_READ)
+
+
 def coalesce(
     objects: IntArray,
     starts: IntArray,
     stops: IntArray,
+    limits: GapLimits = DEFAULT_LIMITS,
     *,
-    max_gap_bytes: int = MAX_GAP_BYTES,
-    max_over_read: float = MAX_OVER_READ,
     max_request_bytes: int = MAX_REQUEST_BYTES,
     free_gap_bytes: int = 0,
     sparse: dict[int, tuple[int, int, int]] | None = None,
@@ -78,12 +83,11 @@ def coalesce(
 
     Args:
         objects, starts, stops: (n,) columns; range i is [starts[i], stops[i]) of object objects[i].
-        sparse: the ranges that are read only in byte runs, as in `Requests`. Each becomes one request.
-        max_gap_bytes: the largest gap between two ranges that one request may read over.
-        max_over_read: the maximum sum of all gaps that are read over, as a fraction of the bytes of all ranges.
+        limits: which gaps between two ranges one request may read over.
         max_request_bytes: joined ranges are divided into requests at multiples of this many bytes. A range is never
             split, so a request may be longer.
         free_gap_bytes: gaps of at most this size are always read over, whatever their sum.
+        sparse: the ranges that are read only in byte runs, as in `Requests`. Each becomes one request.
     """
     n = len(objects)
     if sparse:
@@ -93,8 +97,7 @@ def coalesce(
             objects[dense],
             starts[dense],
             stops[dense],
-            max_gap_bytes=max_gap_bytes,
-            max_over_read=max_over_read,
+            limits,
             max_request_bytes=max_request_bytes,
             free_gap_bytes=free_gap_bytes,
         )
@@ -123,11 +126,13 @@ def coalesce(
     reach = np.maximum.accumulate(hi + base) - base
     gaps = lo[1:] - reach[:-1]
     joined = same_object & (gaps <= 0)
-    candidates = np.flatnonzero(same_object & (gaps > 0) & (gaps <= max_gap_bytes))
+    candidates = np.flatnonzero(same_object & (gaps > 0) & (gaps <= limits.max_gap_bytes))
     candidates = candidates[np.argsort(gaps[candidates], kind="stable")]
-    allowed = int(max_over_read * int((hi - lo).sum()))
-    joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True
+    allowed = int(limits.max_over_read * int((hi - lo).sum()))
     joined[same_object & (gaps <= free_gap_bytes)] = True
+    if limits.enough_requests:
+        candidates = candidates[~joined[candidates]][: max(0, n - int(joined.sum()) - limits.enough_requests)]
+    joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True
 
     runs = np.concatenate(([0], np.cumsum(~joined)))
     run_start = lo[np.flatnonzero(np.concatenate(([True], ~joined)))][runs]

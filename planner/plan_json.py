@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
             "request_of_range": requests.request_of_range.tolist(),
             "sparse": [[at, *runs] for at, runs in requests.sparse.items()],
         },
-        "gaps": [plan.gap_limits.max_gap_bytes, plan.gap_limits.max_over_read],
+        "gaps": list(astuple(plan.gap_limits)),
     }
 
 
@@ -50,14 +51,14 @@ def plan_from_json(value: Any) -> ReadPlan:
         columns = {name: _column(requests[name]).reshape(count) for name in ("objects", "starts", "stops")}
         of_range = _column(requests["request_of_range"])
         sparse = {int(at): (int(count), int(nbytes), int(stride)) for at, count, nbytes, stride in requests["sparse"]}
-        max_gap_bytes, max_over_read = value["gaps"]
+        max_gap_bytes, max_over_read, *enough = value["gaps"]  # older versions write two numbers
         reads = tuple(_read_from_json(read) for read in value["reads"])
         if of_range.shape != (sum(read.objects.size for read in reads),) or not _within(of_range, count):
             raise ValueError("request_of_range does not name one request for each byte range")
         if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
             raise ValueError("a request starts before its object, or a sparse request does not exist")
         fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
-        return ReadPlan(reads, fetched, GapLimits(int(max_gap_bytes), float(max_over_read)))
+        return ReadPlan(reads, fetched, GapLimits(int(max_gap_bytes), float(max_over_read), *map(int, enough)))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
         raise InvalidPlanError(f"this is not a valid read plan: {type(error).__name__}: {error}") from error
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from .box import IntArray, intersect_pairs
 from .chunk_reads import ChunkReads, WantedBox
-from .coalesce import MAX_GAP_BYTES, MAX_OVER_READ, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
+from .coalesce import DEFAULT_LIMITS, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
 from .entries import Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
@@ -25,7 +26,7 @@ from .index import CheckpointIndex
 from .report import PlanReport
 from .slabs import ByteRuns, slabs_of
 
-NATIVE_GAP_LIMITS = GapLimits(MAX_GAP_BYTES, MAX_OVER_READ)
+NATIVE_GAP_LIMITS = DEFAULT_LIMITS
 """The limits for native checkpoints. The order of their chunks leaves few gaps (`benchmarks/coalescing.py`)."""
 FREE_GAP_BYTES = 4096
 """Under NATIVE_GAP_LIMITS, gaps of at most this size are always read over, whatever their sum: a request costs more on
@@ -46,6 +47,8 @@ class ReadPlan:
     another, row by row."""
     gap_limits: GapLimits = NATIVE_GAP_LIMITS
     """The limits under which gaps between byte ranges are read over."""
+    order: IntArray | None = None
+    """The requests in the order in which they must be fetched. By default, the order does not matter."""
 
     def requests_of(self) -> Iterator[IntArray]:
         """Yield for each item of `reads` the (n, s) requests that fetch its byte ranges."""
@@ -101,41 +104,64 @@ def plan_reads(
         ShapeMismatchError: a box is not inside its tensor.
         InvalidIndexError: the shards in the index do not cover a box exactly once.
     """
-    reads = _chunk_reads(index, wants, gap_limits)
+    reads = find_chunks(index, wants, gap_limits)
+    return ReadPlan(reads, join_ranges(reads, gap_limits, max_request_bytes), gap_limits)
 
-    def column(name: str) -> IntArray:
-        parts = [getattr(read, name).reshape(-1) for read in reads]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    starts, stops = column("starts"), column("stops")
-    wanted = spanned = int((stops - starts).sum())
+def row_column(reads: Sequence[ChunkReads], name: str) -> IntArray:
+    """Return a column of all byte ranges of some reads, one after another, row by row."""
+    parts = [getattr(read, name).reshape(-1) for read in reads]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def join_ranges(
+    reads: Sequence[ChunkReads],
+    gap_limits: GapLimits,
+    max_request_bytes: int,
+    kept: npt.NDArray[np.bool_] | None = None,
+) -> Requests:
+    """Join the byte ranges of reads into requests. See `plan_reads`.
+
+    Args:
+        kept: which byte ranges of all reads to join. Default: all.
+    """
+    objects, starts, stops = (row_column(reads, name) for name in ("objects", "starts", "stops"))
+    kept = np.ones(len(starts), bool) if kept is None else kept
+    position = np.cumsum(kept) - 1
+    wanted = spanned = int((stops - starts)[kept].sum())
     sparse: dict[int, tuple[int, int, int]] = {}
     first = 0
     for read in reads:
         if read.runs is not None:
-            runs, at = read.runs, np.flatnonzero(read.runs.sparse)
-            columns = (first + at, runs.counts[at], runs.nbytes[at], runs.strides[at])
+            runs, at = read.runs, np.flatnonzero(kept[first : first + len(read)])
+            gaps = runs.spans[at] - runs.packed_bytes[at]
+            wanted -= int(gaps.sum())
+            spanned -= int(gaps[runs.sparse[at]].sum())
+            at = at[runs.sparse[at]]
+            columns = (position[first + at], runs.counts[at], runs.nbytes[at], runs.strides[at])
             sparse |= {row: (c, b, s) for row, c, b, s in zip(*(column.tolist() for column in columns), strict=True)}
-            ranges = int((read.stops - read.starts).sum())
-            wanted += read.bytes_read - ranges
-            spanned += read.bytes_spanned - ranges
         first += read.objects.size
     # The gaps that are read over inside slabs count toward the limit, too.
-    left = max(0.0, gap_limits.max_over_read * wanted - (spanned - wanted))
-    requests = coalesce(
-        column("objects"),
-        starts,
-        stops,
-        max_gap_bytes=gap_limits.max_gap_bytes,
-        max_over_read=left / max(spanned, 1),
-        max_request_bytes=max_request_bytes,
-        free_gap_bytes=FREE_GAP_BYTES if gap_limits is NATIVE_GAP_LIMITS else 0,
-        sparse=sparse,
-    )
-    return ReadPlan(reads, requests, gap_limits)
+    over_read = spanned - wanted
+
+    def joined(limits: GapLimits, free_gap_bytes: int) -> Requests:
+        return coalesce(
+            objects[kept],
+            starts[kept],
+            stops[kept],
+            replace(limits, max_over_read=max(0.0, limits.max_over_read * wanted - over_read) / max(spanned, 1)),
+            max_request_bytes=max_request_bytes,
+            free_gap_bytes=free_gap_bytes,
+            sparse=sparse,
+        )
+
+    if not gap_limits.enough_requests:
+        return joined(gap_limits, FREE_GAP_BYTES if gap_limits is NATIVE_GAP_LIMITS else 0)
+    requests = joined(NATIVE_GAP_LIMITS, FREE_GAP_BYTES)
+    return requests if len(requests) <= gap_limits.enough_requests else joined(gap_limits, FREE_GAP_BYTES)
 
 
-def _chunk_reads(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
+def find_chunks(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
     """Find the chunks of each wanted box. Tensors with the same grid, such as the layers of a model, are processed
     together."""
     groups: dict[tuple[Grid, int, bool, bool], list[tuple[int, int]]] = {}

@@ -12,6 +12,9 @@ from .coalesce import GapLimits
 UNBOUNDED_OVER_READ = 1e9
 """A value of `max_over_read` that imposes no limit: the costs alone decide which gaps are read over."""
 
+ROUNDS = 4
+"""A rank may make so many rounds of concurrent requests before gaps of a native checkpoint are read over."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestCosts:
@@ -34,6 +37,14 @@ class RequestCosts:
     def gap_limits(self, max_over_read: float | None = None) -> GapLimits:
         """Return the limits of gaps, with the user's limit of the over-read or the default one."""
         return GapLimits(self.gap_bytes, self.max_over_read if max_over_read is None else max_over_read)
+
+    def native_gap_limits(self) -> GapLimits:
+        """Return the limits for a native checkpoint, whose chunks are ordered so that few requests are needed.
+
+        If there are many requests nevertheless, because many ranks saved small shards, gaps are read over as in other
+        formats. If there are few, this would save nothing: they are in flight together.
+        """
+        return replace(self.gap_limits(), enough_requests=ROUNDS * self.concurrent_requests)
 
     def measured(self, latency_s: float | None, bytes_per_s: float | None) -> RequestCosts:
         """Return these costs with the measured latency and bandwidth. None means not measured."""

@@ -23,6 +23,11 @@ SPAN_BYTES = 4 * SLAB_BYTES
 """The maximum bytes from the first to the last byte of a slab whose gaps are read over."""
 
 
+NO_GAPS = GapLimits(0, 0.0)
+"""No gap is read over. The number of rows of a slab is then a power of two, so that slabs of ranks that need other
+columns of the same rows begin at the same rows (`cooperation`)."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteRuns:
     """The byte runs of slabs, in columns: slab i has `counts[i]` runs of `nbytes[i]` bytes, `strides[i]` bytes
@@ -109,7 +114,10 @@ def slabs_of(
     each = np.where(several, np.where(joined, strides * SLAB_BYTES // SPAN_BYTES, run_bytes), row_bytes[at, inner])
     each = np.where(several & joined, np.maximum(each, run_bytes), each)
     block = np.where(dims < axis[:, None], 1, piece_sizes)
-    block[at, axis] = np.clip(SLAB_BYTES // np.maximum(each, 1), 1, piece_sizes[at, axis])
+    most = np.maximum(SLAB_BYTES // np.maximum(each, 1), 1)
+    if gap_limits == NO_GAPS:
+        most = 2 ** np.floor(np.log2(most)).astype(np.int64)
+    block[at, axis] = np.minimum(most, piece_sizes[at, axis])
     blocks = -(-piece_sizes // block)
     counts = blocks.prod(axis=1)
     chunks = np.repeat(at, counts)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .storage.conversion.convert import convert as convert
     from .storage.dcp_reader import StorageReader as StorageReader
     from .storage.dcp_writer import StorageWriter as StorageWriter
+    from .storage.lazy.weights import LazyWeights as LazyWeights
     from .storage.load import load as load
     from .storage.maintenance.catalog import FoundCheckpoint as FoundCheckpoint
     from .storage.maintenance.catalog import Removal as Removal
@@ -69,6 +70,7 @@ __all__ = [
     "Difference",
     "FoundCheckpoint",
     "Layout",
+    "LazyWeights",
     "Mesh",
     "Policy",
     "Progress",
@@ -114,6 +116,7 @@ _HOMES = {
     "storage.conversion.convert": ("convert",),
     "storage.dcp_reader": ("StorageReader",),
     "storage.dcp_writer": ("StorageWriter",),
+    "storage.lazy.weights": ("LazyWeights",),
     "storage.load": ("load",),
     "storage.maintenance.catalog": ("FoundCheckpoint", "Removal", "find_checkpoints", "find_removal", "remove"),
     "storage.maintenance.diff": ("Difference", "diff"),

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import numbers
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.planner import SavePlan
 
 from ..planner.errors import CheckpointError
 from .dcp_writer import Written
 from .errors import ArgumentError, BusyError, nearest
 from .runtime.background import BackgroundThread
+from .runtime.collector import without_collections
 from .runtime.forks import generation
 from .runtime.logs import logger_of
 from .runtime.process_group import (
     Alarm,
-    Arrivals,
     BackgroundExchange,
     check_member,
     check_process_group,
@@ -34,9 +32,10 @@ from .runtime.process_group import (
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
-from .save import SaveOptions, Saving
+from .save import AgreedPlan, Assignment, SaveOptions, Saving
 from .stores.base import Store
 from .stores.buffer_pool import read_buffers
+from .tensors.state_dict import check_mapping, has_stateful
 from .writing.staging import (
     STAGING,
     Staging,
@@ -199,6 +198,8 @@ class _Ranks:
         self.planning = BackgroundExchange(process_group)
         self.writing = BackgroundExchange(process_group)
         self.last: AsyncSave | None = None
+        self.agreed: AgreedPlan | None = None
+        """The plan of the last save."""
         self.generation = generation()
 
     @classmethod
@@ -279,48 +280,46 @@ def async_save(
     if busy == "wait" and last is not None:
         last._ended.wait()
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
-    saving = Saving(uri, options, progress, ranks.planning.rank)
+    saving = Saving(uri, options, progress, ranks.planning.rank, ranks.agreed)
     remote: list[PickledStore] = []
 
     def checked() -> _AsyncOptions:
         chosen = _AsyncOptions(staging, busy, background)
         check_staging_bytes(staging_bytes)
         saving.open()
+        check_mapping(state_dict)
+        if background == "process" and not remote:
+            remote.append(PickledStore.of(uri, storage_options))
         return chosen
 
-    def plan() -> _Found:
+    def begin() -> _Found:
+        """Return what this rank knows, but call no state_dict() of a value: all ranks may have to take part in it."""
         chosen = checked()
-        if background == "process":
-            remote.append(PickledStore.of(uri, storage_options))
-        return chosen, "plan", saving.local_plan(state_dict)
-
-    with _without_collections():
         if last is not None and (busy != "wait" or last._error is not None):
-            # Before any rank calls state_dict() of a value, in which all ranks may have to take part.
-            kind, error = ranks.planning.through_rank_0(lambda: _state_of(last, checked()), _decide)
-            if kind == "failed":
-                last._asked = True
-                raise error
-            if kind == "busy":
-                return _skipped(saving, ranks)
-        decided = ranks.planning.through_rank_0(plan, lambda found: _plan_for_all(found, saving))
+            return _state_of(last, chosen)
+        return (chosen, "ready", None) if has_stateful(state_dict) else plan(is_repeated=False)
+
+    def plan(*, is_repeated: bool) -> _Found:
+        return checked(), "plan", saving.local_plan(state_dict, is_repeated=is_repeated)
+
+    decide = partial(_decide, saving)
+    with without_collections():
+        kind, value = ranks.planning.through_rank_0(begin, decide)
+        while kind in ("ready", "again"):
+            kind, value = ranks.planning.through_rank_0(partial(plan, is_repeated=kind == "again"), decide)
+    if kind == "failed":
+        assert last is not None
+        last._asked = True
+        raise value
+    if kind == "busy":
+        return _skipped(saving, ranks)
+    assigned: Assignment = value
+    ranks.agreed = saving.agreed_plan(assigned)
     save = AsyncSave(saving.meter)
     worker = _Worker(save, saving, ranks.writing, remote[0] if remote else None)
     ranks.last = save
-    worker.begin(decided, staging_bytes, overlapped=staging == "overlapped")
+    worker.begin(assigned, staging_bytes, overlapped=staging == "overlapped")
     return save
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Do not search for cyclic garbage: a plan has many objects without cycles, and a search can take as long."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _state_of(last: AsyncSave, options: _AsyncOptions) -> _Found:
@@ -341,30 +340,31 @@ def _check_options(found: Sequence[_Found]) -> _AsyncOptions:
     return options[0]
 
 
-def _decide(found: Sequence[_Found]) -> list[tuple[str, Any]]:
-    """Return for each rank whether to save, or why not, from what all ranks know about the last save.
+def _decide(saving: Saving, found: Sequence[_Found]) -> list[tuple[str, Any]]:
+    """Return for each rank what to do, from what all ranks sent. Only rank 0 calls it.
+
+    Returns:
+        "failed" and the error of the last save, "busy" if nothing is saved, "ready" if all ranks are to plan, "again"
+        if they must plan without the last plan, or "plan" and what the rank writes.
 
     Raises:
-        BusyError: A save is running, and `busy` is "refuse".
+        BusyError: a save is running, and `busy` is "refuse".
+        ArgumentError, CheckpointExistsError: as `Saving.global_plan`.
     """
     options = _check_options(found)
-    errors = [value for _, kind, value in found if kind == "failed"]
-    if errors:
-        return [("failed", errors[0])] * len(found)
-    if all(kind == "ready" for _, kind, _ in found):
-        return [("ready", None)] * len(found)
-    if options.busy == "refuse":
+    kinds = {kind for _, kind, _ in found}
+    if "failed" in kinds:
+        return [("failed", next(value for _, kind, value in found if kind == "failed"))] * len(found)
+    if "busy" in kinds and options.busy == "refuse":
         raise BusyError(
             "the last async_save of these ranks is still running: wait for its result(), or pass busy='wait' or "
             "busy='skip'"
         )
-    return [("busy", None)] * len(found)
-
-
-def _plan_for_all(found: Sequence[_Found], saving: Saving) -> list[SavePlan]:
-    """Return the plan of each rank. Raises what planning raises."""
-    _check_options(found)
-    return saving.global_plan([plan for _, _, plan in found])
+    for kind in ("busy", "ready"):
+        if kind in kinds:
+            return [(kind, None)] * len(found)
+    assigned = saving.global_plan([plan for _, _, plan in found])
+    return [("again" if one is None else "plan", one) for one in assigned]
 
 
 def _as_earlier(save: AsyncSave) -> CheckpointError:
@@ -385,8 +385,8 @@ class _Worker:
     """Copies and writes for an AsyncSave.
 
     Args:
-        exchange: Used in the background.
-        remote: The store, if the writer process writes.
+        exchange: used in the background.
+        remote: the store, if the writer process writes.
     """
 
     def __init__(
@@ -396,26 +396,25 @@ class _Worker:
         self._saving = saving
         self._exchange = exchange
         self._remote = remote
-        # All ranks must create these in the same order, so not in the background.
+        # All ranks must create their alarms in the same order, so not in the background.
         self._saving.writer.alarm = Alarm(exchange.process_group)
         self._saving.writer.in_writer_process = remote is not None
-        self._arrivals = Arrivals(exchange.process_group)
         self._staging: Staging | None = None
         self._error: BaseException | None = None
 
-    def begin(self, plan: SavePlan, staging_bytes: int | None, *, overlapped: bool) -> None:
+    def begin(self, assigned: Assignment, staging_bytes: int | None, *, overlapped: bool) -> None:
         """Copy, or start to copy, and start to write in the background.
 
         An error ends the save on all ranks: it is the result. Only interrupts are raised at once.
 
         Args:
-            plan: What this rank writes.
-            staging_bytes: As for `async_save`.
-            overlapped: Whether to copy in the background.
+            assigned: what this rank writes.
+            staging_bytes: as for `async_save`.
+            overlapped: whether to copy in the background.
         """
         try:
             with self._saving.writer.alarm:
-                self._stage(plan, staging_bytes)
+                self._stage(assigned, staging_bytes)
                 if not overlapped:
                     self._copy()
         except BaseException as error:
@@ -425,9 +424,9 @@ class _Worker:
         if self._error is not None and not isinstance(self._error, Exception):
             raise self._error
 
-    def _stage(self, plan: SavePlan, staging_bytes: int | None) -> None:
+    def _stage(self, assigned: Assignment, staging_bytes: int | None) -> None:
         saving = self._saving
-        saving.accept_plan(plan)
+        saving.accept_plan(assigned)
         most = default_staging_bytes() if staging_bytes is None else int(staging_bytes)
         at_once, later = split_to_fit(saving.shards, most, saving.codec)
         if at_once:
@@ -458,7 +457,7 @@ class _Worker:
         report, error = None, None
         try:
             with undisturbed():
-                report = self._saving.finish(self._exchange, self._write, self._arrivals)
+                report = self._saving.finish(self._exchange, self._write)
         except BaseException as raised:
             error = raised if isinstance(raised, Exception) else portable(raised)
             logger.error("the save to %s failed: %s", self._save.location, error)

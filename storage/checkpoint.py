@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,11 +24,13 @@ from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
+from .reading.cooperative import check_cooperative
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .reading.value_reads import ValueRead, check_values, value_wants
+from .runtime.deferred_writes import finish_writes
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
-from .runtime.process_group import rank_of
+from .runtime.process_group import check_member, check_process_group, rank_of
 from .runtime.progress import Meter, OnProgress
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store, close_store
@@ -37,6 +39,11 @@ from .tensors.dtypes import torch_dtype
 from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
 from .tensors.state_dict import nest
 from .tensors.tensor_classes import missing_memory
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from .lazy.weights import LazyWeights
 
 logger = logger_of(__name__)
 
@@ -230,6 +237,7 @@ class Checkpoint:
                 f"{name!r}: out is on {out.device}, but device={str(device)!r} was passed: omit one of them"
             )
         options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read)
+        finish_writes("Checkpoint.read", [out])
         read_boxes(self._source, [WantedBox(name, wanted)], [out], options=options)
         return out
 
@@ -443,6 +451,46 @@ class Checkpoint:
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
         values |= {value.name: value.value(allow_pickle=allow_pickle) for value in stored_values}
         return nest({entry.name: values[entry.name] for entry in entries}, self._source.paths)
+
+    def lazy(
+        self,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        cooperative: bool | Literal["auto"] = "auto",
+        budget_bytes: int | None = None,
+        max_over_read: float | None = None,
+        progress: OnProgress = False,
+    ) -> LazyWeights:
+        """Return the tensors without their values, to be copied by ordinary torch code.
+
+        Inside a `with` block, slicing, views, casts, `torch.cat`, `torch.stack` and `copy_` are recorded. At the end of
+        the block, one plan reads the byte ranges of exactly those slices, straight into the destinations:
+
+            with checkpoint.lazy() as weights:
+                q, k = weights["q.weight"], weights["k.weight"]
+                layer.qk.weight.data[:64].copy_(q.narrow(0, rank * 64, 64))
+                layer.qk.weight.data[64:].copy_(k.narrow(0, rank * 64, 64))
+
+        Args:
+            process_group: ranks that share their reads. All of them must enter the block, call `fill` equally often,
+                and leave the block; if one fails, all raise its error. Default: each rank reads by itself.
+            cooperative: whether the ranks of `process_group` read once what several of them need; see `reshard.load`.
+            budget_bytes, max_over_read, progress: see `reshard.load`.
+
+        Raises:
+            ArgumentError: the checkpoint is closed, or an argument is not valid.
+        """
+        from .lazy.recorder import LazyOptions
+        from .lazy.weights import LazyWeights
+
+        check_budget(budget_bytes)
+        check_cooperative(cooperative)
+        check_process_group(process_group)
+        if process_group is not None:
+            check_member(process_group)
+        self._source.gap_limits(max_over_read)  # checks the argument
+        options = LazyOptions(budget_bytes, max_over_read, progress, process_group, cooperative)
+        return LazyWeights(lambda: self._source, options)
 
     @undisturbed()
     def verify(self, *, quick: bool = False, progress: OnProgress = False) -> list[DamagedChunk]:

@@ -13,13 +13,13 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint.storage as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -31,9 +31,9 @@ from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .formats.native.codec import check_codec
 from .formats.native.commit import commit, refuse_if_there
 from .formats.native.manifest import encode_manifest
-from .formats.native.write_records import ObjectRecord, assemble_index
+from .formats.native.write_records import ObjectRecord, PackedRecords, assemble_index, entries_of
 from .formats.user_metadata import plain_metadata
-from .formats.value_codec import EncodedValue, encode_value, needs_pickle
+from .formats.value_codec import encode_value, needs_pickle
 from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, raises_portable, rank_of
@@ -47,9 +47,16 @@ from .stores.retry import without_retries
 from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name
 from .tensors.name_patterns import quoted
+from .tensors.state_dict import Path
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
 from .version import __version__
-from .writing.agreement import ValueDescription, agreed_paths, check_same_metadata
+from .writing.agreement import (
+    ValueDescription,
+    agreed_paths,
+    check_same_metadata,
+    pack_descriptions,
+    unpack_descriptions,
+)
 from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
@@ -61,12 +68,23 @@ WriteObjects = Callable[..., list[ObjectRecord]]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a rank wrote."""
+    """What a rank wrote, in plain data, because DCP pickles it."""
 
-    records: list[ObjectRecord] = field(default_factory=list)
-    seconds: float = 0.0
-    pickled: list[str] = field(default_factory=list)
-    """The names of values that need pickle."""
+    records: PackedRecords
+    report: dict[str, Any]
+    """The report of the rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the ranks agreed on before they wrote."""
+
+    paths: Mapping[str, Path | None]
+    """The path of each entry that is saved. DCP's planner may know no paths."""
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    """The dtype and shape of each tensor."""
+    differing: tuple[str, ...] = ()
+    """The names of small entries that differ between ranks."""
 
 
 class StorageWriter(dcp.StorageWriter):
@@ -138,6 +156,11 @@ class StorageWriter(dcp.StorageWriter):
             self._opened = open_store(self.checkpoint_id, self._storage_options)
         return self._opened
 
+    @property
+    def user_metadata(self) -> dict[str, Any]:
+        """The metadata of the checkpoint, as the manifest stores it."""
+        return self._metadata
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle. The process that unpickles it opens its own store."""
         return {**self.__dict__, "_opened": None}
@@ -145,14 +168,20 @@ class StorageWriter(dcp.StorageWriter):
     @undisturbed()
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Describe the values, before the planner assigns each replica to one rank."""
-        return replace(plan, storage_data=(_described(plan), json.dumps(self._metadata, sort_keys=True)))
+        described = pack_descriptions(_described(plan))
+        return replace(plan, storage_data=(described, json.dumps(self._metadata, sort_keys=True)))
 
     @raises_portable
     @undisturbed()
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        kept = [plan.storage_data for plan in plans if plan.storage_data]  # a custom planner may drop it
-        check_same_metadata([metadata for _, metadata in kept])
-        agreed_paths([described for described, _ in kept])
+        kept = {
+            rank: plan.storage_data for rank, plan in enumerate(plans) if plan.storage_data
+        }  # a custom planner may drop it
+        check_same_metadata([metadata for _, metadata in kept.values()])
+        first_ranks: dict[bytes, int] = {}
+        for rank, (described, _) in kept.items():
+            first_ranks.setdefault(described, rank)
+        agreed_paths({rank: unpack_descriptions(described) for described, rank in first_ranks.items()})
         return [replace(plan, storage_data=None) for plan in plans]
 
     @raises_portable
@@ -160,12 +189,10 @@ class StorageWriter(dcp.StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         with self.meter:
             written = self.write(self.shards_to_write(plan, planner))
-        results = [dcp.WriteResult(item.index, 0, None) for item in plan.items]
-        if results:
-            nbytes = sum(record.nbytes for record in written.records)
-            results[0] = dcp.WriteResult(plan.items[0].index, nbytes, written)
+        # Only `finish` reads the results. DCP sends them to the coordinator, so one for each rank is enough.
+        index = plan.items[0].index if plan.items else MetadataIndex("")
         future: Future[list[dcp.WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([dcp.WriteResult(index, written.report["bytes_written"], written)])
         return future
 
     def shards_to_write(self, plan: SavePlan, planner: SavePlanner) -> list[ShardToWrite]:
@@ -174,16 +201,19 @@ class StorageWriter(dcp.StorageWriter):
         Raises:
             UnsupportedValueError, LayoutError: A tensor or a value cannot be stored.
         """
-        if not getattr(planner, "holds_boxes", False):
-            state = getattr(planner, "state_dict", {})
-            refuse_misplaced(state)
-            for name in {item.index.fqn for item in plan.items}:
-                if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
-                    check_storable(name, tensor._local_tensor)
+        state = getattr(planner, "state_dict", {})
+        refuse_misplaced(state)
+        for name in {item.index.fqn for item in plan.items}:
+            if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
+                check_storable(name, tensor._local_tensor)
         shards = [_shard_to_write(item, planner) for item in plan.items]
+        self.announce(shards)
+        return shards
+
+    def announce(self, shards: Sequence[ShardToWrite]) -> None:
+        """Prepare to write shards. Raises UnsupportedValueError if one needs pickle and may not use it."""
         self._pickled = self._names_of_pickled(shards)
         self.meter.expect(sum(shard.nbytes for shard in shards))
-        return shards
 
     def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
         """Write shards to new objects.
@@ -211,7 +241,22 @@ class StorageWriter(dcp.StorageWriter):
             )
         self._written += records
         self._seconds += time.perf_counter() - begin
-        return Written(self._written, self._seconds, self._pickled)
+        return Written(PackedRecords.of(self._written), self._report())
+
+    def _report(self) -> dict[str, Any]:
+        """Return the RankReport of this rank as plain data."""
+        records = self._written
+        stages = {stage: sum(record.seconds[stage] for record in records) for stage in ("encode", "write")}
+        report = RankReport(
+            rank=self._rank,
+            bytes_needed=sum(record.bytes_needed for record in records),
+            bytes_written=sum(record.nbytes for record in records),
+            requests=len(records),
+            chunks=sum(record.chunks for record in records),
+            seconds={**stages, "total": self._seconds},
+            pickled=tuple(self._pickled),
+        )
+        return asdict(report)
 
     def _names_of_pickled(self, shards: Sequence[ShardToWrite]) -> list[str]:
         """Return the names of the values that need pickle. Raises UnsupportedValueError if it is not allowed."""
@@ -230,23 +275,34 @@ class StorageWriter(dcp.StorageWriter):
     @raises_portable
     @undisturbed()
     def finish(self, metadata: Metadata, results: list[list[dcp.WriteResult]]) -> None:
-        metadata.storage_data = self.commit(metadata, [rank[0].storage_data if rank else Written() for rank in results])
+        tensors = {
+            name: (dtype_name(name, entry.properties.dtype), tuple(entry.size))
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        known = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        paths = {name: known.get(name) for name in metadata.state_dict_metadata}
+        metadata.storage_data = self.commit(Agreed(paths, tensors), [rank[0].storage_data for rank in results])
 
-    def commit(self, metadata: Metadata, by_rank: Sequence[Written]) -> list[dict[str, Any]]:
+    def commit(self, agreed: Agreed, by_rank: Sequence[Written]) -> list[dict[str, Any]]:
         """Write the manifest, which commits the checkpoint.
 
         Args:
-            metadata: The metadata of DCP's global plan.
-            by_rank: What each rank wrote.
+            agreed: what the ranks save.
+            by_rank: what each rank wrote.
 
         Returns:
             The report of each rank, as plain data.
 
-        Raises what `commit` of the native format raises.
+        Raises what `commit` of the native format raises. CorruptCheckpointError: an entry was not written.
         """
-        records = [record for written in by_rank for record in written.records]
-        index = assemble_index(records, _empty_tensors(metadata, records))
-        paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        packed = [written.records for written in by_rank]
+        written = {entry.name for entries in entries_of(packed).values() for entry in entries}
+        empty = {name: tensor for name, tensor in agreed.tensors.items() if name not in written}
+        for name in agreed.paths:
+            if name not in written and (name not in empty or 0 not in empty[name][1]):
+                raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
+        index = assemble_index(packed, empty)
         info = {
             "writer": f"reshard {__version__}",
             "torch": torch.__version__,
@@ -255,13 +311,14 @@ class StorageWriter(dcp.StorageWriter):
             "ranks": len(by_rank),
             "save_id": self.save_id,
         }
+        paths = {name: path for name, path in agreed.paths.items() if path is not None}
         manifest = encode_manifest(index, paths, info, self._metadata)
-        reports = [_report(rank, written) for rank, written in enumerate(by_rank)]
+        reports = [written.report for written in by_rank]
         reports[self._rank]["bytes_written"] += len(manifest)
         reports[self._rank]["requests"] += 1
-        pickled = sorted(name for written in by_rank for name in written.pickled)
-        differing = metadata.storage_data or []
-        reports[self._rank]["differing"] = tuple(differing)
+        pickled = sorted(name for report in reports for name in report["pickled"])
+        differing = agreed.differing
+        reports[self._rank]["differing"] = differing
         if pickled:
             logger.warning(
                 "%d values can only be loaded with allow_pickle=True, which can run code: %s",
@@ -308,8 +365,6 @@ class StorageWriter(dcp.StorageWriter):
 def _described(plan: SavePlan) -> dict[str, ValueDescription]:
     """Return descriptions of the values of a DCP plan, with their paths if its planner flattened the state dict."""
     paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-    if any(isinstance(path, ValueDescription) for path in paths.values()):  # reshard's own planner has described them
-        return {}
     described: dict[str, ValueDescription] = {}
     for item in plan.items:
         name, data = item.index.fqn, item.tensor_data
@@ -370,33 +425,4 @@ def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
             ) from error
     resolved = planner.resolve_data(item)
     assert isinstance(resolved, io.BytesIO)
-    return resolved.kind if isinstance(resolved, EncodedValue) else Kind.TORCH_SAVE, resolved.getvalue()
-
-
-def _empty_tensors(metadata: Metadata, records: list[ObjectRecord]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of the tensors without elements. Raises CorruptCheckpointError if one was not written."""
-    written = {shard.name for record in records for shard in record.shards}
-    empty = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        if name in written:
-            continue
-        if not isinstance(entry, TensorStorageMetadata) or entry.size.numel():
-            raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
-        empty[name] = dtype_name(name, entry.properties.dtype), tuple(entry.size)
-    return empty
-
-
-def _report(rank: int, written: Written) -> dict[str, Any]:
-    """Return a RankReport as plain data, because DCP pickles it."""
-    records = written.records
-    stages = {stage: sum(record.seconds[stage] for record in records) for stage in ("encode", "write")}
-    report = RankReport(
-        rank=rank,
-        bytes_needed=sum(record.bytes_needed for record in records),
-        bytes_written=sum(record.nbytes for record in records),
-        requests=len(records),
-        chunks=sum(record.chunks for record in records),
-        seconds={**stages, "total": written.seconds},
-        pickled=tuple(written.pickled),
-    )
-    return asdict(report)
+    return Kind.TORCH_SAVE, resolved.getvalue()

@@ -1,34 +1,47 @@
 """`reshard.load`: every rank plans its own reads from the metadata.
 
 The ranks communicate twice. The first exchange checks that all ranks opened the same checkpoint and that it fits their
-state dicts, before anything is changed. The second sends errors and reports to all ranks.
+state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object store, rank 0
+reads the metadata for all ranks. Then there is one more exchange, and two more for a large manifest.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, MutableMapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.profiler import record_function
 
 from .errors import ArgumentError
-from .formats.detect import open_source
+from .reading.cooperative import Cooperation, Offer, agree_to_share, check_cooperative, may_share
 from .reading.name_matching import LoadOptions
+from .reading.opening import BegunOpening, Blocks, Opening, blocks_to_read, keep_blocks, read_blocks
 from .reading.read_tensors import ReadOptions
 from .reading.state_dict_reads import StateDictRead
-from .runtime.limits import check_budget
+from .runtime.limits import check_budget, default_budget
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, OpenedCheckpoint, check_same_checkpoint, is_distributed, on_all_ranks, rank_of
+from .runtime.peers import Peers
+from .runtime.process_group import (
+    Alarm,
+    Exchange,
+    OpenedCheckpoint,
+    are_different,
+    check_same_checkpoint,
+    is_distributed,
+    on_all_ranks,
+    rank_of,
+)
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.name_patterns import Patterns, check_renames, quoted
-from .tensors.state_dict import state_to_stateful, stateful_to_state
+from .tensors.state_dict import check_mapping, has_stateful, state_to_stateful, stateful_to_state
 
 logger = logger_of(__name__)
 
@@ -47,6 +60,7 @@ def load(
     allow_pickle: bool = False,
     budget_bytes: int | None = None,
     max_over_read: float | None = None,
+    cooperative: bool | Literal["auto"] = "auto",
     format: str | None = None,
     progress: OnProgress = False,
 ) -> Report:
@@ -81,7 +95,11 @@ def load(
             torchrun sets), but at least 64 MiB.
         max_over_read: bytes in gaps that requests may read over, as a fraction of the stored bytes that are wanted, to
             save requests. Default: 0.005 for a native checkpoint, and every gap of at most 4 KiB; 0.25 for another
-            format on a disk; for another format on an object store, as much as the latency of the store justifies.
+            format on a disk; for another format on an object store, and for a native checkpoint there that would need
+            hundreds of requests, as much as the latency of the store justifies.
+        cooperative: whether ranks that need the same bytes, or parts of the same rows, read them once between them and
+            send them to each other over gloo. "auto" does so if the checkpoint is on an object store, and if it saves
+            at least a tenth of the estimated time. All ranks must pass the same value.
         format: "reshard", "dcp", "safetensors" or "torch". Default: detect the format.
         progress: True for a progress bar on rank 0, or a function that is called with a `Progress` on every rank.
 
@@ -100,51 +118,182 @@ def load(
         UnsafeValueError: a value needs `allow_pickle`.
         RankError: any other error.
     """
-    rank = rank_of(process_group)
-    alarm, meter = Alarm(process_group), Meter("load", progress, rank=rank)
-    begin = time.perf_counter()
-    states: Mapping[str, Any] = {}
-    prepared: list[StateDictRead] = []
-
-    def prepare() -> OpenedCheckpoint:
-        nonlocal states
-        if not isinstance(strict, bool):
-            raise ArgumentError(
-                f"strict must be True or False, got {strict!r}; allow_missing= takes patterns of names that may be "
-                "missing"
-            )
-        check_budget(budget_bytes)
-        check_renames("rename", rename or {})
-        options = LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
-        with record_function("reshard.open"):
-            source = open_source(uri, storage_options, format)
-        opened = OpenedCheckpoint(source.location, source.fingerprint() if is_distributed() else "")
-        states = stateful_to_state(state_dict)
-        prepared.append(StateDictRead(source, states, options))
-        return opened
-
-    def read() -> RankReport:
-        meter.location = prepared[0].source.location
-        with alarm, meter:
-            report = prepared[0].run(ReadOptions(rank, budget_bytes, max_over_read, alarm.check, meter))
-        seconds = {"open": opened - begin, **report.seconds, "total": time.perf_counter() - begin}
-        report = replace(report, seconds=seconds)
-        logger.info("loaded from %s: %s", meter.location, report.words)
-        return report
-
+    check_arguments = partial(_check_arguments, strict, budget_bytes, cooperative, rename)
+    options = partial(LoadOptions.of, strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
+    run = _Load(state_dict, process_group, cooperative, ReadOptions(0, budget_bytes, max_over_read), progress)
     try:
-        check_same_checkpoint(on_all_ranks(prepare, process_group))
-        opened = time.perf_counter()
-        reports = on_all_ranks(read, process_group)
+        offers = run.prepare(check_arguments, partial(Opening, uri, storage_options, format, process_group), options)
+        run.agree(offers)
+        reports = run.read()
+    except BaseException:
+        run.stop_sharing()
+        raise
     finally:
-        alarm.close()
-    done = prepared[0]
-    done.replace_values()
-    state_to_stateful(state_dict, states)
-    report = Report(rank, tuple(reports), done.match.missing_keys, done.match.unexpected_keys)
-    if rank == 0:
-        _log(report, done.describe_unexpected_keys())
-    return report
+        run.alarm.close()
+    return run.report(reports)
+
+
+def _check_arguments(
+    strict: object, budget_bytes: object, cooperative: object, rename: Mapping[str, str] | None
+) -> None:
+    """Check arguments of `load`. Raise ArgumentError."""
+    if not isinstance(strict, bool):
+        raise ArgumentError(
+            f"strict must be True or False, got {strict!r}; allow_missing= takes patterns of names that may be missing"
+        )
+    check_budget(budget_bytes)
+    check_cooperative(cooperative)
+    check_renames("rename", rename or {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What all ranks know after rank 0 has read metadata for them."""
+
+    opened: list[OpenedCheckpoint]
+    offers: list[Offer | None]
+    blocks: Blocks
+    is_complete: bool
+    """Whether every rank has compared its state dict."""
+
+
+class _Load:
+    """One rank's call of `load`."""
+
+    def __init__(
+        self,
+        state_dict: MutableMapping[str, Any],
+        process_group: dist.ProcessGroup | None,
+        cooperative: object,
+        options: ReadOptions,
+        progress: OnProgress,
+    ) -> None:
+        self.alarm = Alarm(process_group)
+        self._state_dict = state_dict
+        self._group = process_group
+        self._cooperative = cooperative
+        self._rank = rank_of(process_group)
+        self._meter = Meter("load", progress, rank=self._rank)
+        self._options = replace(options, rank=self._rank, interrupt=self.alarm.check, meter=self._meter)
+        self._begin = self._prepared = time.perf_counter()
+        self._states: Mapping[str, Any] = {}
+        self._read: StateDictRead | None = None
+        self._cooperation: Cooperation | None = None
+        self._peers: Peers | None = None
+
+    def prepare(
+        self,
+        check_arguments: Callable[[], None],
+        begin_opening: Callable[[], Opening],
+        load_options: Callable[[], LoadOptions],
+    ) -> list[Offer | None]:
+        """Open the checkpoint, and compare it with the state dict. Nothing is changed. Collective.
+
+        Returns:
+            What each rank needs, if the ranks may share the read.
+
+        Raises what `load` raises before anything is changed.
+        """
+
+        def begin() -> tuple[BegunOpening, bool, Offer | None]:
+            """Return how this rank opens the checkpoint, whether it has a Stateful, and what it needs, if known."""
+            check_arguments()
+            self._load_options = load_options()
+            check_mapping(self._state_dict)
+            with record_function("reshard.open"):
+                self._opening = begin_opening()
+                begun = self._opening.begin()
+            # a state_dict() may be collective: it is called when all ranks have opened the checkpoint
+            is_waiting = has_stateful(self._state_dict)
+            return begun, is_waiting, self._compare() if begun.is_complete and not is_waiting else None
+
+        found = on_all_ranks(begin, self._group)
+        begun = [one for one, _, _ in found]
+        is_waiting = any(waits for _, waits, _ in found)
+        if all(one.is_complete for one in begun):
+            check_same_checkpoint([one.opened for one in begun])
+            if not is_waiting:
+                return [offer for _, _, offer in found]
+        elif is_waiting:
+            on_all_ranks(lambda: self._finish_opening(begun), self._group)
+        return self._compare_together(begun)
+
+    def _compare_together(self, begun: Sequence[BegunOpening]) -> list[Offer | None]:
+        """Open the checkpoint with what rank 0 has read, and compare it with the state dict. Collective."""
+
+        def match() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
+            """Return what this rank opened, which blocks of the manifest it needs, and otherwise what it needs."""
+            self._finish_opening(begun)
+            blocks = blocks_to_read(self._opening.source, self._match().needs)
+            return self._opening.opened, blocks, None if blocks else self._compare()
+
+        def combine(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
+            opened, wanted, offers = (list(column) for column in zip(*found, strict=True))
+            budget_bytes = self._options.budget_bytes or default_budget()
+            blocks = {} if are_different(opened) else read_blocks(self._opening.source, wanted, budget_bytes)
+            return [_Compared(opened, offers, blocks, is_complete=not any(wanted))] * len(found)
+
+        compared = Exchange(self._group).through_rank_0(match, combine)
+        check_same_checkpoint(compared.opened)
+        if compared.is_complete:
+            return compared.offers
+        keep_blocks(self._opening.source, compared.blocks)
+        return on_all_ranks(self._compare, self._group)
+
+    def _finish_opening(self, begun: Sequence[BegunOpening]) -> None:
+        with record_function("reshard.open"):
+            self._opening.finish(begun)
+
+    def _match(self) -> StateDictRead:
+        """Match the names of the state dict, unless this has been done."""
+        if self._read is None:
+            self._states = stateful_to_state(self._state_dict)
+            self._read = StateDictRead(self._opening.source, self._states, self._load_options)
+        return self._read
+
+    def _compare(self) -> Offer | None:
+        """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
+        read = self._match()
+        if not read.is_planned:
+            read.plan()
+            if is_distributed() and may_share(read.source, self._cooperative):
+                budget_bytes = self._options.budget_bytes or default_budget()
+                self._cooperation = read.cooperation(self._cooperative, budget_bytes)
+        return None if self._cooperation is None else self._cooperation.offer
+
+    def agree(self, offers: Sequence[Offer | None]) -> None:
+        """Decide with the other ranks whether to share the read. Collective."""
+        self._peers = agree_to_share(self._cooperation, offers, self._group)
+        self._prepared = time.perf_counter()
+
+    def read(self) -> list[RankReport]:
+        """Read the tensors and values. Collective."""
+
+        def run() -> RankReport:
+            self._meter.location = self._match().source.location
+            cooperation = None if self._peers is None else self._cooperation
+            with self.alarm, self._meter:
+                report = self._match().run(replace(self._options, cooperation=cooperation, peers=self._peers))
+            times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
+            logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
+            return replace(report, seconds=times)
+
+        return on_all_ranks(run, self._group)
+
+    def stop_sharing(self) -> None:
+        """End the messages of a shared read that failed. All ranks call it, because all of them raise an error."""
+        if self._peers is not None:
+            self._peers.abort()
+
+    def report(self, reports: Sequence[RankReport]) -> Report:
+        """Replace the values of the state dict, and return the report."""
+        done = self._match()
+        done.replace_values()
+        state_to_stateful(self._state_dict, self._states)
+        report = Report(self._rank, tuple(reports), done.match.missing_keys, done.match.unexpected_keys)
+        if self._rank == 0:
+            _log(report, done.describe_unexpected_keys())
+        return report
 
 
 def _log(report: Report, unexpected: str) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
 
-from .dcp_writer import StorageWriter, WriteObjects, Written
+from .dcp_writer import Agreed, StorageWriter, WriteObjects, Written
 from .errors import ArgumentError, CommitError, RankError
+from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Arrivals, Exchange
+from .runtime.process_group import Alarm, Exchange
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
-from .tensors.state_dict import flatten, stateful_to_state
+from .tensors.state_dict import check_mapping, flatten, stateful_to_state
+from .writing.agreement import check_same_metadata
+from .writing.held_state import HeldState
 from .writing.object_layout import ShardToWrite
 from .writing.object_writer import write_objects
-from .writing.save_plan import SavePlanner
+from .writing.save_plan import GlobalPlan, HeldShards, plan_save
 
 logger = logger_of(__name__)
 
@@ -41,26 +46,71 @@ class SaveOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Unchanged:
+    """This rank holds what it held when the ranks last agreed on a plan."""
+
+    number: int
+    """The number of that plan."""
+    digests: bytes
+    """As in `HeldShards`, now."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalPlan:
-    """What one rank would write, before rank 0 has compared the plans and assigned the replicas."""
+    """What one rank holds, before rank 0 has compared the ranks and assigned the replicas."""
 
     location: str | None
     """None for a Store."""
     codec: str
-    plan: SavePlan
+    metadata: str
+    """In JSON with sorted keys."""
+    held: HeldShards | Unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What rank 0 sends to each rank: what the rank writes."""
+
+    number: int
+    """The number of the plan."""
+    rows: bytes | None
+    """One bit for each shard that the rank holds: whether it writes the shard. None if the plan is the one that all
+    ranks have under this number."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AgreedPlan:
+    """The plan of a save, as one rank keeps it for the next one. It refers to no tensors."""
+
+    number: int
+    """Identifies the plan. Rank 0 chooses it."""
+    held: HeldShards
+    """What this rank held."""
+    rows: bytes
+    """As in `Assignment`."""
+    plan: GlobalPlan | None
+    """Only on rank 0."""
 
 
 class Saving:
     """A save on one rank: `open`, `local_plan`, `global_plan` on rank 0, `accept_plan`, `write`, `finish`.
 
     Args:
-        uri: As for `save`.
-        progress: As for `save`.
-        rank: The rank in the process group of the save.
+        uri: as for `save`.
+        progress: as for `save`.
+        rank: the rank in the process group of the save.
+        agreed: the plan of the last save of these ranks. If all ranks hold the same as then, it is used again.
     """
 
+    _numbers = itertools.count()
+
     def __init__(
-        self, uri: str | os.PathLike[str] | Store, options: SaveOptions, progress: OnProgress, rank: int
+        self,
+        uri: str | os.PathLike[str] | Store,
+        options: SaveOptions,
+        progress: OnProgress,
+        rank: int,
+        agreed: AgreedPlan | None = None,
     ) -> None:
         self._begin = time.perf_counter()
         self._uri = uri
@@ -69,8 +119,11 @@ class Saving:
         self._rank = rank
         self.meter = Meter("save", progress, rank=rank)
         self._writer: StorageWriter | None = None
-        self._planner: SavePlanner | None = None
-        self._metadata: Metadata | None = None
+        self._state: HeldState | None = None
+        self._held: HeldShards | None = None
+        self._plan: GlobalPlan | None = None
+        self._differing: list[str] = []
+        self._agreed = agreed
         self.shards: list[ShardToWrite] = []
         """What this rank writes. Known after `accept_plan`."""
         self.seconds: dict[str, float] = {}
@@ -107,21 +160,36 @@ class Saving:
         self._writer.meter = self.meter
         self.meter.location = self._writer.store.location
 
-    def local_plan(self, state_dict: Mapping[str, Any]) -> LocalPlan:
-        """Plan what this rank would write alone. Raises what `save` raises for the state dict."""
-        leaves = flatten(stateful_to_state(state_dict))
-        self._planner = SavePlanner(leaves, allow_pickle=self._options.allow_pickle)
-        self._planner.set_up_planner({name: leaf.value for name, leaf in leaves.items()}, None, self._rank == 0)
-        self.writer.set_up_storage_writer(False, rank=self._rank)
-        plan = self.writer.prepare_local_plan(self._planner.create_local_plan())
-        return LocalPlan(None if isinstance(self._uri, Store) else str(self._uri), self.codec, plan)
+    def local_plan(self, state_dict: Mapping[str, Any], *, is_repeated: bool = False) -> LocalPlan:
+        """Plan what this rank would write alone. Raises what `save` raises for the state dict.
 
-    def global_plan(self, plans: Sequence[LocalPlan]) -> list[SavePlan]:
+        Args:
+            state_dict: the state dict. It is read in the first call only.
+            is_repeated: whether `global_plan` returned None before, so that it needs a plan that does not refer to the
+                last one.
+        """
+        if self._state is None:
+            leaves = flatten(stateful_to_state(state_dict))
+            tensors = [leaf.value for leaf in leaves.values() if isinstance(leaf.value, torch.Tensor)]
+            finish_writes("reshard.save", tensors)
+            self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle)
+            self._held = self._state.held
+        assert self._held is not None
+        held: HeldShards | Unchanged = self._held
+        if self._agreed is not None and not is_repeated and self._agreed.held.holds_the_same_as(self._held):
+            held = Unchanged(self._agreed.number, self._held.digests)
+        location = None if isinstance(self._uri, Store) else str(self._uri)
+        return LocalPlan(location, self.codec, json.dumps(self.writer.user_metadata, sort_keys=True), held)
+
+    def global_plan(self, plans: Sequence[LocalPlan]) -> list[Assignment | None]:
         """Compare the plans of all ranks, and assign each replica to one of them. Only rank 0 calls it.
 
+        Returns:
+            What each rank writes. None for all if the last plan cannot be used again, so that all ranks must plan.
+
         Raises:
-            ArgumentError: The ranks disagree.
-            CheckpointExistsError: There is a checkpoint that must not be replaced.
+            ArgumentError: the ranks disagree.
+            CheckpointExistsError: there is a checkpoint that must not be replaced.
         """
         for what, passed in (
             ("locations", {plan.location for plan in plans} - {None}),
@@ -131,31 +199,56 @@ class Saving:
                 raise ArgumentError(
                     f"the ranks of one save passed different {what}: {', '.join(sorted(map(str, passed)))}"
                 )
-        assert self._planner is not None
+        check_same_metadata([plan.metadata for plan in plans])
+        unchanged = [plan.held for plan in plans if isinstance(plan.held, Unchanged)]
+        if unchanged and not (len(unchanged) == len(plans) and len({one.number for one in unchanged}) == 1):
+            return [None] * len(plans)
         self.writer.set_up_storage_writer(True, rank=0)
-        assigned, self._metadata = self._planner.create_global_plan([plan.plan for plan in plans])
-        return self.writer.prepare_global_plan(assigned)
+        if unchanged:
+            assert self._agreed is not None
+            self._plan = self._agreed.plan
+            number = self._agreed.number
+        else:
+            held = [plan.held for plan in plans if isinstance(plan.held, HeldShards)]
+            self._plan = plan_save(held)
+            number = next(self._numbers)
+        assert self._plan is not None
+        self._differing = self._plan.differing([plan.held.digests for plan in plans])
+        return [Assignment(number, None if unchanged else mask) for mask in self._plan.masks]
 
-    def accept_plan(self, plan: SavePlan) -> None:
+    def agreed_plan(self, assigned: Assignment) -> AgreedPlan | None:
+        """Return the plan for the next save to use again."""
+        if assigned.rows is None:
+            return self._agreed
+        assert self._held is not None
+        return AgreedPlan(assigned.number, self._held, assigned.rows, self._plan)
+
+    def accept_plan(self, assigned: Assignment) -> None:
         """Receive what this rank is to write."""
-        assert self._planner is not None
-        self.shards = self.writer.shards_to_write(self._planner.finish_plan(plan), self._planner)
+        assert self._state is not None
+        rows = assigned.rows
+        if rows is None:
+            assert self._agreed is not None
+            rows = self._agreed.rows
+        self.writer.set_up_storage_writer(False, rank=self._rank)
+        chosen = np.flatnonzero(np.unpackbits(np.frombuffer(rows, np.uint8)))
+        self.shards = self._state.shards_to_write(chosen.tolist())
+        self.writer.announce(self.shards)
         self.seconds["plan"] = time.perf_counter() - self._begin
 
     def release_tensors(self) -> None:
         """Forget the tensors of the state dict, and `shards`, which read them."""
-        self._planner, self.shards = None, []
+        self._state, self.shards = None, []
 
     def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
         """Write shards; see `StorageWriter.write`."""
         return self.writer.write(shards, writing)
 
-    def finish(self, exchange: Exchange, work: Callable[[], Written], arrivals: Arrivals | None = None) -> Report:
+    def finish(self, exchange: Exchange, work: Callable[[], Written]) -> Report:
         """Write on every rank, commit on rank 0, and return the report. Collective.
 
         Args:
-            work: Writes what this rank has to write.
-            arrivals: See `Exchange.through_rank_0`.
+            work: writes what this rank has to write.
 
         Raises what `save` raises after planning, on every rank.
         """
@@ -171,9 +264,13 @@ class Saving:
 
         def commit(by_rank: list[Written]) -> list[list[dict[str, Any]]]:
             nonlocal interrupt
-            assert self._metadata is not None
+            assert self._plan is not None
+            entries = self._plan.entries
+            paths = {name: entry.path for name, entry in entries.items()}
+            tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if entry.dtype}
+            agreed = Agreed(paths, tensors, tuple(self._differing))
             try:
-                return [self.writer.commit(self._metadata, by_rank)] * exchange.size
+                return [self.writer.commit(agreed, by_rank)] * exchange.size
             except Exception:
                 raise
             except BaseException as error:
@@ -183,7 +280,7 @@ class Saving:
                 ) from error
 
         try:
-            plain = exchange.through_rank_0(write, commit, arrivals)
+            plain = exchange.through_rank_0(write, commit)
         except BaseException as error:
             # A rank that lost the others, or was interrupted while it waited, may not know that rank 0 has committed.
             if not (isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))):
@@ -263,16 +360,19 @@ def save(
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
     saving = Saving(uri, options, progress, exchange.rank)
 
-    def local_plan() -> LocalPlan:
+    def check() -> None:
         saving.open()
-        return saving.local_plan(state_dict)
+        check_mapping(state_dict)
 
-    plan = exchange.through_rank_0(local_plan, saving.global_plan)
+    # All ranks may have to take part in the state_dict() of a value: first make sure that they will.
+    exchange.through_rank_0(check, lambda checked: checked)
+    assigned = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
+    assert assigned is not None
     saving.writer.alarm = Alarm(process_group)
 
     def work() -> Written:
         with saving.writer.alarm, saving.meter:
-            saving.accept_plan(plan)
+            saving.accept_plan(assigned)
             return saving.write(saving.shards)
 
     return saving.finish(exchange, work)

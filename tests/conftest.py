@@ -31,10 +31,18 @@ STORES = [
     "rclone",
     "rclone by s3fs",
 ]
+ENGINES = Path(__file__).parent / "engines"
 Place = tuple[str, dict[str, Any]]
 """A URI and its storage_options."""
 SLOW_FIXTURES = {"ranks", "moto", "seaweedfs", "gcs", "rclone", "s3"}
 """The fixtures that start servers or processes."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Ignore tests/engines unless the command line names it. It needs another environment: `make test-engines`."""
+    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    ignored = collection_path == ENGINES and not any(path.is_relative_to(ENGINES) for path in named)
+    return ignored or None  # None lets other rules decide
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,8 @@
 `proxied`, for tests of faults, runs in a thread. It draws faults with a seed: some connections are answered with 503 or
 never; some pieces of answers are truncated, and the connection is then reset or closed normally.
 
+`overloaded` answers requests with 503 for a while, and later those beyond a limit. It records all requests.
+
 `linked`, for benchmarks, is a link with a given round trip time and bandwidth, which counts its traffic. It runs in a
 separate process, so that it takes no CPU time from the threads that are measured.
 """
@@ -23,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from urllib.parse import urlsplit
 
@@ -117,6 +119,67 @@ class Proxy:
             server_writer.close()
 
 
+class OverloadedProxy:
+    """Forwards requests without a body to an endpoint, and refuses those that are too many with 503.
+
+    Args:
+        endpoint: The endpoint.
+        is_down: Returns whether all requests are refused now.
+        max_in_progress: How many requests are forwarded at the same time otherwise.
+    """
+
+    def __init__(self, endpoint: str, is_down: Callable[[], bool], max_in_progress: int) -> None:
+        address = urlsplit(endpoint)
+        assert address.hostname is not None
+        self._target = (address.hostname, address.port)
+        self._is_down = is_down
+        self._max_in_progress = max_in_progress
+        self._in_progress = 0
+        self.requests: list[bool] = []
+        """Whether each request was refused."""
+        self._tasks: set[asyncio.Task[None] | None] = set()
+
+    async def serve(self) -> asyncio.Server:
+        return await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=512)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._tasks.add(asyncio.current_task())
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if not head.startswith((b"GET ", b"HEAD ")):
+                    raise ValueError(f"the proxy forwards only GET and HEAD, got {head[:80]!r}")
+                is_refused = self._is_down() or self._in_progress >= self._max_in_progress
+                self.requests.append(is_refused)
+                if not is_refused:
+                    await self._forward(head, writer)
+                    return
+                body = b"" if head.startswith(b"HEAD ") else SLOW_DOWN
+                writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\n")
+                writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(SLOW_DOWN), body))
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(asyncio.current_task())
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    async def _forward(self, head: bytes, writer: asyncio.StreamWriter) -> None:
+        """Forward a request and its answer. Both connections are closed afterwards."""
+        self._in_progress += 1
+        try:
+            server_reader, server_writer = await asyncio.open_connection(*self._target)
+            try:
+                lines = [each for each in head.split(b"\r\n")[:-2] if not each.lower().startswith(b"connection:")]
+                server_writer.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]))
+                await _copy(server_reader, writer)
+            finally:
+                server_writer.close()
+        finally:
+            self._in_progress -= 1
+
+
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         while data := await reader.read(65536):
@@ -128,12 +191,29 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 def proxied(endpoint: str, faults: Faults) -> Iterator[tuple[str, Proxy]]:
     """Run a proxy in front of an endpoint. Yield the endpoint of the proxy, and the proxy."""
     proxy = Proxy(endpoint, faults)
+    with _serving(proxy) as own_endpoint:
+        yield own_endpoint, proxy
+
+
+@contextlib.contextmanager
+def overloaded(
+    endpoint: str, is_down: Callable[[], bool], max_in_progress: int
+) -> Iterator[tuple[str, OverloadedProxy]]:
+    """Run an `OverloadedProxy`. Yield the endpoint of the proxy, and the proxy."""
+    proxy = OverloadedProxy(endpoint, is_down, max_in_progress)
+    with _serving(proxy) as own_endpoint:
+        yield own_endpoint, proxy
+
+
+@contextlib.contextmanager
+def _serving(proxy: Proxy | OverloadedProxy) -> Iterator[str]:
+    """Run a proxy in a thread. Yield its endpoint."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="proxy", daemon=True)
     thread.start()
     server = asyncio.run_coroutine_threadsafe(proxy.serve(), loop).result()
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", proxy
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         asyncio.run_coroutine_threadsafe(_stop(server), loop).result()
         loop.call_soon_threadsafe(loop.stop)

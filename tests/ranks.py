@@ -42,9 +42,13 @@ class RankFailed(AssertionError):
 class RankPool:
     """Processes that act as ranks. Each is started when it is first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, preloaded: Sequence[str] = PRELOADED) -> None:
+        """
+        Args:
+            preloaded: the modules to import before the ranks are forked. The first pool of a process determines them.
+        """
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context.set_forkserver_preload(list(preloaded))
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -59,7 +63,8 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        with tempfile.TemporaryDirectory() as folder:
+        # torch's FileStore writes its file when it is freed, which may be later than the answer of the rank
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             meeting = os.path.join(folder, "store")
             try:
                 for rank in range(world_size):
@@ -136,7 +141,8 @@ def _work(connection: Connection) -> None:
             try:
                 answer = True, function(*args)
             finally:
-                dist.destroy_process_group()
+                if dist.is_initialized():
+                    dist.destroy_process_group()
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send(answer)

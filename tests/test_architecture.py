@@ -38,6 +38,7 @@ LAYERS = (
     ("stores",),
     ("formats",),
     ("reading", "writing"),
+    ("lazy",),
     ("conversion",),
     ("maintenance",),
     ("async_save", "checkpoint", "dcp_reader", "dcp_writer", "load", "save"),
@@ -123,6 +124,13 @@ def test_importing_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_plugin_imports_its_engine_when_it_is_registered() -> None:
+    code = "import sys, reshard.integrations.vllm as plugin; print('torch' in sys.modules); plugin.register()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False"
+    assert "ModuleNotFoundError: No module named 'vllm'" in done.stderr
 
 
 def test_plain_tensors_are_loaded_without_what_only_sharded_ones_need(tmp_path: Path) -> None:

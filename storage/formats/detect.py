@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -45,6 +45,7 @@ def open_source(
     format: str | None = None,
     *,
     is_found: bool = False,
+    wrap: Callable[[Store], Store] = lambda store: store,
 ) -> Source:
     """Open the checkpoint at a path or URI, or in a store.
 
@@ -53,6 +54,7 @@ def open_source(
         storage_options: options of the store.
         format: one of FORMATS. By default, the format is detected.
         is_found: whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
+        wrap: Returns the store to read from, for the store at the location.
 
     Raises:
         CheckpointNotFoundError: there is no checkpoint, or it is unclear which one is meant.
@@ -62,8 +64,12 @@ def open_source(
     """
     if format not in (None, *FORMATS):
         raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
-    opened = open_found_store if is_found and isinstance(target, str) else open_store
-    store = opened(target, storage_options)  # type: ignore[arg-type]
+    opened_store = open_found_store if is_found and isinstance(target, str) else open_store
+
+    def opened(location: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> Store:
+        return wrap(opened_store(location, options))  # type: ignore[arg-type]
+
+    store = opened(target, storage_options)
     if isinstance(target, Store) or format == "reshard":
         return _in_folder(store, format)
     folder, name = split_file(os.fspath(target))

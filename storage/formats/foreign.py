@@ -24,7 +24,7 @@ from ..runtime.forks import Lock
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from ..tensors.state_dict import Path
-from .metadata_reads import Reads
+from .metadata_reads import Reads, Speed
 from .source import Unreadable, bounded
 from .value_codec import encode_value
 
@@ -202,6 +202,13 @@ class ForeignSource:
             (1, len(self.inline[name])) if name in self.inline else (len(shards.starts), int(shards.lengths.sum()))
             for name, shards in self._shards.items()
         )
+
+    @property
+    def speed(self) -> Speed:
+        return self._reads.speed
+
+    def use_store(self, store: Store, speed: Speed | None = None) -> None:
+        self._reads.use_store(store, speed)
 
     @property
     def bytes_read(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ...planner.request_costs import LOCAL_COSTS, REMOTE_COSTS, RequestCosts
@@ -24,6 +24,14 @@ MAX_CONCURRENT = 64
 """How many reads are in flight at once."""
 MALFORMED_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What Python raises when code that expects well-formed metadata works on metadata that is malformed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast a store answers. None if that was not measured."""
+
+    latency_s: float | None = None
+    bytes_per_s: float | None = None
 
 
 class Reads:
@@ -88,6 +96,18 @@ class Reads:
             self.requests += 1
             if nbytes <= MAX_LATENCY_READ_BYTES:
                 self.latency_s = seconds if self.latency_s is None else min(self.latency_s, seconds)
+
+    @property
+    def speed(self) -> Speed:
+        """What the reads measured."""
+        return Speed(self.latency_s, self.bytes_per_s)
+
+    def use_store(self, store: Store, speed: Speed | None) -> None:
+        """Read from another store from now on; see `Source.use_store`."""
+        self.store = store
+        if speed is not None:
+            self.bytes_read = self.requests = 0
+            self.latency_s, self.bytes_per_s = speed.latency_s, speed.bytes_per_s
 
     def observe(self, nbytes: int, seconds: float) -> None:
         """Learn the throughput from concurrent requests that took some time together. Small readings are ignored."""

@@ -18,6 +18,7 @@ from ...planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..stores.base import Store
 from ..tensors.state_dict import Path
+from .metadata_reads import Speed
 
 
 def bounded(max_over_read: float) -> float:
@@ -67,6 +68,18 @@ class Source(Protocol):
     @property
     def store(self) -> Store:
         """The store with the objects."""
+
+    @property
+    def speed(self) -> Speed:
+        """What opening the checkpoint measured."""
+
+    def use_store(self, store: Store, speed: Speed | None = None) -> None:
+        """Read from this store from now on. It has the same objects.
+
+        Args:
+            store: the store.
+            speed: what another rank measured, which read the metadata for this one. The reads are then not counted.
+        """
 
     @property
     def location(self) -> str:

@@ -27,14 +27,6 @@ _REFUSAL_MESSAGE = re.compile(
 )
 
 
-class EncodedValue(io.BytesIO):
-    """An encoded value and its kind. reshard's SavePlanner resolves values to it."""
-
-    def __init__(self, kind: Kind, data: bytes) -> None:
-        super().__init__(data)
-        self.kind = kind
-
-
 def encode_value(value: Any) -> tuple[Kind, bytes]:
     """Encode a value.
 

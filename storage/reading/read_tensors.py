@@ -17,11 +17,13 @@ from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
 from ...planner.coalesce import MAX_REQUEST_BYTES
 from ...planner.errors import ShapeMismatchError
-from ...planner.read_plan import plan_reads
+from ...planner.index import CheckpointIndex
+from ...planner.read_plan import ReadPlan, plan_reads
 from ..errors import DestinationError
 from ..formats.source import Source
 from ..runtime.limits import check_budget, default_budget
 from ..runtime.logs import logger_of
+from ..runtime.peers import Peers
 from ..runtime.process_group import Interrupt, never
 from ..runtime.progress import Meter
 from ..runtime.reports import RankReport, added
@@ -31,8 +33,10 @@ from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
 from ..tensors.splitting import group_by_bytes, row_boxes
 from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
-from .executor import execute
+from .cooperative import Cooperation
+from .executor import ReadStats, execute
 from .same_chunks import same_chunks
+from .sharing import SharingFetcher
 from .value_reads import ValueRead
 from .workers import Workers
 
@@ -72,6 +76,10 @@ class ReadOptions:
     """Reports the progress."""
     workers: Workers | None = None
     """Threads that several reads share. If it is None, the read starts its own."""
+    cooperation: Cooperation | None = None
+    """What the ranks agreed on, if they share the boxes that are read straight into their destinations."""
+    peers: Peers | None = None
+    """The ranks that share the read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,11 @@ class BoxReads:
     through_class: tuple[int, ...]
     """Positions of the boxes that are written by the `copy_` of the destination's class."""
     decoded: tuple[DecodedTensor, ...]
+
+    @property
+    def direct_wants(self) -> list[WantedBox]:
+        """The boxes that are read straight into their destination, with only the heads if these are enough."""
+        return narrowed([self.wants[at] for at in self.direct], [self.destinations[at] for at in self.direct])
 
     @classmethod
     def of(
@@ -296,14 +309,14 @@ class _ReadRun:
 
     def read_direct(self, values: Sequence[ValueRead]) -> None:
         """Read the other boxes straight into their destinations, and the bytes of values with them."""
-        reads = self._reads
-        self._read(
-            [*(reads.wants[at] for at in reads.direct), *(want for value in values for want in value.wants)],
-            [
-                *(reads.destinations[at] for at in reads.direct),
-                *(tensor for value in values for tensor in value.tensors),
-            ],
-        )
+        wants = [*self._reads.direct_wants, *(want for value in values for want in value.wants)]
+        destinations = [self._reads.destinations[at] for at in self._reads.direct]
+        destinations += [tensor for value in values for tensor in value.tensors]
+        cooperation = self._options.cooperation
+        if cooperation is not None and cooperation.shared is not None:
+            self._read_shared(wants, destinations, cooperation)
+        else:
+            self._read(wants, destinations)
 
     def _in_budget(self, positions: Sequence[int]) -> list[list[int]]:
         """Split positions into groups whose temporary tensors fit the budget."""
@@ -335,46 +348,103 @@ class _ReadRun:
     def _read(self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> None:
         """Plan one read, execute it, and add its report."""
         begin = time.perf_counter()
-        source, meter = self._source, self._meter
-        narrowed = [
-            WantedBox(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
-            for want, destination in zip(wants, destinations, strict=True)
-        ]
+        source = self._source
         index = source.index(wants)
-        most = min(MAX_REQUEST_BYTES, self._budget // 4)  # several requests run at once, whatever the budget
         with record_function("reshard.plan"):
             gap_limits = source.gap_limits(self._options.max_over_read)
-            plan = plan_reads(index, narrowed, gap_limits=gap_limits, max_request_bytes=max(most, 1))
-        meter.expect(plan.requests.nbytes)
-        logger.debug("%s: %r", source.location, plan)
+            wanted = narrowed(wants, destinations)
+            plan = plan_reads(index, wanted, gap_limits=gap_limits, max_request_bytes=self._max_request_bytes)
         planned = time.perf_counter()
+        stats = self._execute(plan, index, destinations, self._budget, self._options.workers)
+        source.observe(plan.requests.nbytes, time.perf_counter() - planned)
+        self._add(plan, stats, planned - begin, plan.requests.nbytes, plan.report.requests)
+
+    def _read_shared(
+        self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], cooperation: Cooperation
+    ) -> None:
+        """Execute this rank's part of a read that ranks share, and add its report."""
+        begin = time.perf_counter()
+        shared, peers, rank = cooperation.shared, self._options.peers, self._options.rank
+        assert shared is not None
+        assert peers is not None
+        index = self._source.index(wants)
+        gap_limits = self._source.gap_limits(self._options.max_over_read)
+        plan = cooperation.plan(rank, gap_limits, self._max_request_bytes)
+        planned = time.perf_counter()
+        fetcher = SharingFetcher(self._source.store, shared.units, peers, self._budget // 4)
+        with Workers(self._source.store, fetcher) as workers:
+            stats = self._execute(plan, index, destinations, self._budget // 2, workers, fetcher.check)
+            fetcher.finish(self._meter.watching(self._options.interrupt))
+        pieces = [piece for unit in shared.units for piece in unit.pieces[rank]]
+        nbytes, requests = sum(piece.size for piece in pieces), sum(piece.count for piece in pieces)
+        self._add(
+            plan,
+            stats,
+            planned - begin,
+            plan.requests.nbytes - nbytes + shared.bytes_read,
+            plan.report.requests - requests + len(shared.units_read),
+        )
+        sent, received = shared.bytes_sent, shared.bytes_received
+        self.report = replace(self.report, bytes_sent=sent, bytes_received=received)
+
+    @property
+    def _max_request_bytes(self) -> int:
+        return max(min(MAX_REQUEST_BYTES, self._budget // 4), 1)  # several requests run at once, whatever the budget
+
+    def _execute(
+        self,
+        plan: ReadPlan,
+        index: CheckpointIndex,
+        destinations: Sequence[torch.Tensor],
+        budget_bytes: int,
+        workers: Workers | None,
+        check: Interrupt = never,
+    ) -> ReadStats:
+        """Execute a plan.
+
+        Args:
+            check: called regularly, as `ReadOptions.interrupt` is.
+        """
+        self._meter.expect(plan.requests.nbytes)
+        logger.debug("%s: %r", self._source.location, plan)
         for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
             torch.accelerator.synchronize(device)  # other streams may still write to the destinations
+        watching = self._meter.watching(self._options.interrupt)
+
+        def interrupt() -> None:
+            watching()
+            check()
+
         with record_function("reshard.read"):
-            stats = execute(
+            return execute(
                 plan,
                 index,
-                source.store,
+                self._source.store,
                 destinations,
-                budget_bytes=self._budget,
-                interrupt=meter.watching(self._options.interrupt),
-                placed=meter.add,
-                workers=self._options.workers,
+                budget_bytes=budget_bytes,
+                interrupt=interrupt,
+                placed=self._meter.add,
+                workers=workers,
             )
-        source.observe(plan.requests.nbytes, time.perf_counter() - planned)
+
+    def _add(self, plan: ReadPlan, stats: ReadStats, plan_s: float, fetched: int, requests: int) -> None:
+        """Add a read to the report."""
         report = RankReport(
             rank=0,
-            bytes_fetched=plan.requests.nbytes,
-            requests=plan.report.requests,
+            bytes_fetched=fetched,
+            requests=requests,
             chunks=plan.report.chunks,
-            seconds={
-                "plan": planned - begin,
-                "fetch": stats.fetch_s,
-                "verify": stats.verify_s,
-                "decode": stats.decode_s,
-            },
+            seconds={"plan": plan_s, "fetch": stats.fetch_s, "verify": stats.verify_s, "decode": stats.decode_s},
         )
         self.report = added(self.report, report)
+
+
+def narrowed(wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> list[WantedBox]:
+    """Return the wants, with only the heads of float32 values for destinations of bfloat16."""
+    return [
+        WantedBox(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
+        for want, destination in zip(wants, destinations, strict=True)
+    ]
 
 
 def _copy_values(name: str, values: torch.Tensor, destination: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from ...planner.chunk_reads import WantedBox
 from ...planner.errors import CheckpointError, ShapeMismatchError
 from ..errors import DestinationError
 from ..formats.source import Source
+from ..runtime.deferred_writes import finish_writes
 from ..runtime.reports import Cast, RankReport
 from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
 from ..tensors.dtypes import LocalShard, torch_dtype
@@ -19,6 +20,7 @@ from ..tensors.local_shards import local_shards
 from ..tensors.name_patterns import quoted
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
+from .cooperative import Cooperation
 from .name_matching import LoadOptions, NameMatch
 from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
 from .value_reads import ValueRead, check_values, value_wants
@@ -27,7 +29,8 @@ from .value_reads import ValueRead, check_values, value_wants
 class StateDictRead:
     """One rank's read of a checkpoint into its state dict.
 
-    Creating it matches names, checks that everything fits, and changes nothing. `run` writes to the tensors.
+    Creating it matches names, checks that everything fits, and changes nothing. `plan` reads the metadata of `needs`,
+    and creates the tensors that the state dict does not have. `run` writes to the tensors.
     `replace_values` replaces the values that are not tensors; call it when all ranks have succeeded.
 
     Args:
@@ -50,18 +53,29 @@ class StateDictRead:
         self._value_leaves = [leaf for name, leaf in match.present.items() if not match.entry(name).is_tensor]
         self._value_names = [leaf.name for leaf in self._value_leaves]
         self._value_names += [name for name in items if not match.entry(name).is_tensor]
-        wants, destinations = self._destinations()
-        decoded = self._decoded_tensors()
-        item_tensors = [name for name in items if match.entry(name).is_tensor]
-        wants += [WantedBox(match.stored_names[name], match.entry(name).whole) for name in item_tensors]
+        self._wants, self._destinations = self._find_destinations()
+        finish_writes("reshard.load", self._destinations)
+        self._decoded = self._decoded_tensors()
+        self._item_names = [name for name in items if match.entry(name).is_tensor]
+        self._wants += [WantedBox(match.stored_names[name], match.entry(name).whole) for name in self._item_names]
         stored = [match.stored_names[name] for name in self._value_names]
         check_values(source, stored, options.budget_bytes)
-        # Reads all metadata at once, and checks it before memory is allocated by it.
-        source.index([*wants, *value_wants(source, stored)])
-        self._item_tensors = {name: _empty(match, name) for name in item_tensors}
-        """New tensors for the items of dicts and lists that the state dict does not have."""
         self._check_containers()
-        self._reads = BoxReads.of(source, wants, [*destinations, *self._item_tensors.values()], decoded)
+        self.needs = [*self._wants, *value_wants(source, stored)]
+        """The boxes that this rank reads."""
+        self.is_planned = False
+
+    def plan(self) -> None:
+        """Read the metadata of all boxes, and create new tensors for the items that the state dict does not have.
+
+        Raises:
+            CorruptCheckpointError, StoreError, DestinationError: see `reshard.load`.
+        """
+        self.source.index(self.needs)  # reads all metadata at once, and checks it before memory is allocated by it
+        self._item_tensors = {name: _empty(self.match, name) for name in self._item_names}
+        destinations = [*self._destinations, *self._item_tensors.values()]
+        self._reads = BoxReads.of(self.source, self._wants, destinations, self._decoded)
+        self.is_planned = True
 
     def run(self, options: ReadOptions) -> RankReport:
         """Read the tensors and values, and write the tensors.
@@ -79,6 +93,12 @@ class StateDictRead:
             self._new_values.append((leaf, self._assemble(leaf, items)))
         return counting_metadata(replace(report, cast=tuple(self._casts.values())), self.source)
 
+    def cooperation(self, mode: object, budget_bytes: int) -> Cooperation:
+        """Return what this rank needs, for a read that ranks share. See `Cooperation`."""
+        values = [self.match.stored_names[name] for name in self._value_names]
+        wants = [*self._reads.direct_wants, *value_wants(self.source, values)]
+        return Cooperation(self.source, wants, mode, budget_bytes)
+
     def replace_values(self) -> None:
         """Replace the values of the state dict that are not tensors by those that `run` read."""
         for leaf, value in (*self._new_values, *self.match.nested):
@@ -93,7 +113,7 @@ class StateDictRead:
         message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {quoted(unexpected)}"
         return "; ".join(filter(None, (message, self.match.describe_resize(unexpected[0], "list"))))
 
-    def _destinations(self) -> tuple[list[WantedBox], list[torch.Tensor]]:
+    def _find_destinations(self) -> tuple[list[WantedBox], list[torch.Tensor]]:
         """Return the boxes to read, and the local tensors to read them into."""
         wants: list[WantedBox] = []
         destinations: list[torch.Tensor] = []

@@ -109,6 +109,8 @@ def arrange(
 ) -> tuple[list[TensorRead], list[Request]]:
     """Return the tensors of a plan, and its requests in the order that completes one tensor after another.
 
+    If the plan has an order of requests, they are in this order.
+
     Args:
         destinations: one for each of `plan.reads`. Without them the plan can be verified, but not placed.
     """
@@ -132,6 +134,8 @@ def arrange(
                 request.parts.append((batch, stream))
                 request.unplaced += 1
                 tensor.missing += 1
+    if plan.order is not None:
+        ordered = {at: ordered[at] for at in plan.order.tolist() if at in ordered}
     return list(tensors.values()), list(ordered.values())
 
 

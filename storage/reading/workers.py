@@ -12,12 +12,17 @@ from .fetcher import Fetcher
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """The threads that verify, decode and place chunks, and the fetcher that reads for them from one store."""
+    """The threads that verify, decode and place chunks, and the fetcher that reads for them from one store.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: the store.
+        fetcher: the fetcher. By default, a new one that reads everything from the store.
+    """
+
+    def __init__(self, store: Store, fetcher: Fetcher | None = None) -> None:
         self.count = default_threads()
         self.pool = Pool(self.count, "reshard-read")
-        self.fetcher = Fetcher(store)
+        self.fetcher = fetcher or Fetcher(store)
         self.stopped = False
 
     def __exit__(

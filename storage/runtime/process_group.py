@@ -10,17 +10,18 @@ import functools
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, NoReturn, ParamSpec, TypeVar, cast
 
-import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from ...planner.errors import CheckpointError
 from ...planner.masking import harmless
 from ..errors import ArgumentError, RankError, StoppedError, nearest
+from .collector import without_collections
+from .lost_ranks import Poller, Watch
+from .messages import Messages
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,48 +66,6 @@ def check_member(process_group: dist.ProcessGroup | None) -> None:
         )
 
 
-class Arrivals:
-    """Records which ranks have arrived at a collective call, as keys in the process group's own store.
-
-    All ranks must create their instances in the same order.
-    """
-
-    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
-
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._store: distributed_c10d.Store | None = None
-        if is_distributed() and dist.get_world_size(process_group) > 1:
-            group = process_group or dist.group.WORLD
-            assert group is not None
-            count = self._made[group] = self._made.get(group, 0) + 1
-            self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
-            self._key = f"reshard/arrived/{group.group_name}/{count}"
-            self._store = distributed_c10d._get_default_store()
-
-    def arrive(self) -> None:
-        """Record that this rank has arrived."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # the group is broken: the collective that follows reports it
-                self._store.set(f"{self._key}/{self._rank}", "here")
-
-    def missing(self) -> list[int]:
-        """Return the ranks that have not arrived, or [] if this rank has not arrived or the store cannot be read."""
-        if self._store is None:
-            return []
-        try:
-            if not self._store.check([f"{self._key}/{self._rank}"]):
-                return []
-            return [rank for rank in range(self._world) if not self._store.check([f"{self._key}/{rank}"])]
-        except RuntimeError:
-            return []
-
-    def forget(self) -> None:
-        """Remove the key of this rank. Call it when all ranks are known to have arrived."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                self._store.delete_key(f"{self._key}/{self._rank}")
-
-
 class Alarm:
     """Lets a rank that fails stop the other ranks soon, through a key in the process group's own store.
 
@@ -121,7 +80,9 @@ class Alarm:
     _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
-        self._store: distributed_c10d.Store | None = None
+        self._watch: Watch | None = None
+        self._poller: Poller | None = None
+        self._is_heard = False
         self._sounded = False
         self._checked = 0.0
         if not alone and is_distributed() and dist.get_world_size(process_group) > 1:
@@ -129,16 +90,26 @@ class Alarm:
             assert group is not None
             count = self._made[group] = self._made.get(group, 0) + 1
             self._key = f"reshard/alarm/{group.group_name}/{count}"
-            self._store = distributed_c10d._get_default_store()
+            self._watch = Watch.of(group)
+            self._poller = Poller.add(self, self._watch.store)
 
     def check(self) -> None:
-        """Raise StoppedError if another rank has failed."""
-        now = time.monotonic()
-        if self._store is None or now - self._checked < CHECK_EVERY_S:
+        """Raise StoppedError if another rank has failed, and RankError if one is lost."""
+        if self._watch is None:
             return
-        self._checked = now
-        if self._store.check([self._key]):
+        if self._poller is None or not self._poller.is_running:
+            now = time.monotonic()
+            if now - self._checked < CHECK_EVERY_S:
+                return
+            self._checked = now
+            self.poll(self._watch.store)
+        if self._is_heard:
             raise StoppedError("another rank has failed")
+        self._watch.check()
+
+    def poll(self, store: Any) -> None:
+        """Read the key. The poller calls this."""
+        self._is_heard = self._is_heard or store.check([self._key])
 
     def __enter__(self) -> Alarm:
         return self
@@ -149,53 +120,33 @@ class Alarm:
 
     def sound(self, error: BaseException) -> None:
         """Sound the alarm, unless the error only reports that another rank has failed."""
-        if self._store is None or self._sounded or isinstance(error, StoppedError):
+        is_known = isinstance(error, StoppedError) or (isinstance(error, RankError) and error.group_is_broken)
+        if self._watch is None or self._sounded or is_known:
             return
         with contextlib.suppress(RuntimeError):  # the group is broken: the other ranks fail anyway
-            self._store.set(self._key, "failed")
+            self._watch.store.set(self._key, "failed")
             self._sounded = True
 
     def close(self) -> None:
         """Remove the key. Call it when all ranks know of the failure."""
-        if self._sounded and self._store is not None:
+        if self._poller is not None:
+            self._poller.remove(self)
+        if self._sounded and self._watch is not None and self._watch.lost is None:
             with contextlib.suppress(RuntimeError):
-                self._store.delete_key(self._key)
+                self._watch.store.delete_key(self._key)
 
 
 def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> list[T]:
-    """Run a task on every rank and return the results of all ranks, in the order of ranks.
-
-    If the task fails on any rank, all ranks wait for each other, and then raise the error of the lowest failed rank.
-    """
-    outcome: tuple[T | None, CheckpointError | None]
-    cause: Exception | None = None
-    rank = rank_of(process_group)
-    try:
-        outcome = task(), None
-    except Exception as error:
-        cause = error
-        outcome = None, of_rank(rank, error)
-    outcomes: list[Any] = [outcome]
-    if is_distributed():
-        outcomes = [None] * dist.get_world_size(process_group)
-        arrivals = Arrivals(process_group)
-        arrivals.arrive()
-        with naming_lost_ranks(arrivals):
-            dist.all_gather_object(outcomes, outcome, group=process_group)
-        arrivals.forget()
-    failures = {at: failure for at, (_, failure) in enumerate(outcomes) if failure is not None}
-    if failures:
-        at, failure = first_failure(failures)
-        raise failure from (harmless(cause) if at == rank and cause and cause is not failure else None)
-    return [value for value, _ in outcomes]
+    """Run a task on every rank; see `Exchange.on_all_ranks`."""
+    return Exchange(process_group).on_all_ranks(task)
 
 
 class Exchange:
-    """Sends objects from all ranks of a group to rank 0, and a part of the answer to each rank.
+    """Sends objects from all ranks of a group to rank 0, and an answer to each rank.
 
     Args:
         process_group: The group of the ranks, or None for the default group. Without a process group, this process is
-            the only rank.
+            the only rank. If the group has no gloo, the first exchange creates another group, which is collective.
 
     Raises:
         ArgumentError: This process is not in the group, or the argument is no group.
@@ -206,14 +157,53 @@ class Exchange:
         self.is_distributed = is_distributed()
         self.rank, self.size = 0, 1
         self._group: dist.ProcessGroup | None = None
+        self._watch: Watch | None = None
+        self._messages: Messages | None = None
         if self.is_distributed:
-            self._group = process_group or dist.group.WORLD
-            self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
             check_member(process_group)
+            self._group = self._group_of_messages(process_group or dist.group.WORLD)
+            self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+            if self.size > 1:
+                self._watch = Watch.of(self._group_to_watch(process_group or dist.group.WORLD))
+                self._messages = Messages(self._group, self._watch)
 
-    def through_rank_0(
-        self, task: Callable[[], T], combine: Callable[[list[T]], list[R]], arrivals: Arrivals | None = None
-    ) -> R:
+    def _group_of_messages(self, group: Any) -> dist.ProcessGroup:
+        return group if _has_gloo(group) else _gloo_group(group)
+
+    def _group_to_watch(self, group: Any) -> dist.ProcessGroup:
+        return cast(dist.ProcessGroup, group)
+
+    def on_all_ranks(self, task: Callable[[], T]) -> list[T]:
+        """Run a task on every rank and return the results of all ranks, in the order of ranks.
+
+        If the task fails on any rank, all ranks wait for each other, and then raise the error of the lowest rank that
+        failed.
+        """
+        cause: Exception | None = None
+        with self._in_call():
+            try:
+                value = task()
+                if self._messages is None:
+                    return [value]
+                data = _packed(value, None)
+            except Exception as error:
+                cause = error
+                if self._messages is None:
+                    self._raise((0, self._of_rank(error)), error)
+                data = _packed(None, self._of_rank(error))
+            outcomes = self._messages.gather(data)
+            answer: bytes | None = None
+            if outcomes is not None:
+                failed = _first_failure(outcomes)
+                answer = _packed([bytes(one) for one in outcomes], None) if failed is None else _packed(None, failed)
+            found = self._messages.broadcast(answer)
+        with without_collections():
+            values, failed = _unpacked(found)
+            if failed is not None:
+                self._raise(failed, cause)
+            return [_unpacked(memoryview(one))[0] for one in values]
+
+    def through_rank_0(self, task: Callable[[], T], combine: Callable[[list[T]], list[R]]) -> R:
         """Run a task on every rank, combine the results on rank 0, and return to each rank its part.
 
         If the task fails on any rank, or if `combine` fails, all ranks raise the error: that of the lowest rank that
@@ -222,62 +212,51 @@ class Exchange:
         Args:
             task: Runs on every rank.
             combine: Receives the results in the order of ranks. Returns a list with one item for each rank.
-            arrivals: Records which ranks have run the task. By default, a new one.
         """
         cause: BaseException | None = None
-        outcome: tuple[T | None, CheckpointError | None]
-        try:
-            outcome = task(), None
-        except BaseException as error:
-            cause = error
-            outcome = None, self._of_rank(error)
-        arrivals = arrivals or Arrivals(self._group)
-        arrivals.arrive()
-        with naming_lost_ranks(arrivals):
-            outcomes = self._gather(outcome)
-        answers: list[Any] = []
-        if outcomes is not None:
-            failures = {at: failure for at, (_, failure) in enumerate(outcomes) if failure is not None}
+        with self._in_call():
             try:
-                if not failures:
-                    answers = [(part, None) for part in combine([value for value, _ in outcomes])]
+                value = task()
+                if self._messages is None:
+                    return combine([value])[0]
+                data = _packed(value, None)
             except BaseException as error:
                 cause = error
-                failures = {0: self._of_rank(error)}
-            if failures:
-                answers = [(None, first_failure(failures))] * self.size
-        with naming_lost_ranks(arrivals):
-            answer: tuple[R, tuple[int, CheckpointError] | None] = self._scatter(answers)
-        arrivals.forget()
+                if self._messages is None:
+                    self._raise((0, self._of_rank(error)), error)
+                data = _packed(None, self._of_rank(error))
+            outcomes = self._messages.gather(data)
+            answers: list[bytes] = []
+            if outcomes is not None:
+                failed = _first_failure(outcomes)
+                if failed is None:
+                    try:
+                        answers = _combined(outcomes, combine)
+                    except BaseException as error:
+                        cause = error
+                        failed = 0, self._of_rank(error)
+                if failed is not None:
+                    answers = [_packed(None, failed)] * self.size
+            part, failed = _unpacked(self._messages.scatter(answers))
+        if failed is not None:
+            self._raise(failed, cause)
+        return cast(R, part)
+
+    def _in_call(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._watch is None else self._watch.in_call()
+
+    def _raise(self, failed: tuple[int, CheckpointError], cause: BaseException | None) -> NoReturn:
+        """Raise the error of a rank, or the exception that interrupted this rank."""
         if cause is not None and not isinstance(cause, Exception):
             raise cause
-        part, failed = answer
-        if failed is not None:
-            at, failure = failed
-            raise failure from (harmless(cause) if at == self.rank and cause and cause is not failure else None)
-        return part
+        at, failure = failed
+        raise failure from (harmless(cause) if at == self.rank and cause and cause is not failure else None)
 
     def _of_rank(self, error: BaseException) -> CheckpointError:
         found = portable(error)
         if self.is_distributed:
             found.rank = self.rank
         return found
-
-    def _gather(self, value: Any) -> list[Any] | None:
-        """Return the values of all ranks on rank 0, and None on the others."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, group=self._group, group_dst=0)
-        return values
-
-    def _scatter(self, values: list[Any]) -> Any:
-        """Return on each rank its item of the list of rank 0."""
-        if self.size == 1:
-            return values[0]
-        part: list[Any] = [None]
-        dist.scatter_object_list(part, values if self.rank == 0 else None, group=self._group, group_src=0)
-        return part[0]
 
 
 class BackgroundExchange(Exchange):
@@ -287,58 +266,66 @@ class BackgroundExchange(Exchange):
     that was begun before can end.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        super().__init__(process_group)
-        self._raw: dist.ProcessGroup | None = None
-        if self._group is not None:
-            ranks = dist.get_process_group_ranks(self._group)
-            options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-            created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-            self._raw = self._group = created
+    def _group_of_messages(self, group: Any) -> dist.ProcessGroup:
+        self._created = _create_gloo_group(group)
+        return self._created
+
+    def _group_to_watch(self, group: Any) -> dist.ProcessGroup:
+        return self._created
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The group that was created."""
-        return self._raw
-
-    # These methods do not call functions of torch.distributed, which forget all groups in destroy_process_group.
-
-    def _gather(self, value: Any) -> list[Any] | None:
-        if self._raw is None or self.size == 1:
-            return [value]
-        data = _to_bytes(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._raw.allgather([sizes], [torch.tensor([len(data)], dtype=torch.int64)]).wait()
-        data = _padded(data, max(map(int, sizes)))
-        options = distributed_c10d.GatherOptions()
-        options.rootRank = 0
-        received = [torch.empty_like(data) for _ in sizes] if self.rank == 0 else []
-        self._raw.gather([received] if received else [], [data], options).wait()
-        return [_from_bytes(one[: int(size)]) for one, size in zip(received, sizes, strict=True)] if received else None
-
-    def _scatter(self, values: list[Any]) -> Any:
-        if self._raw is None or self.size == 1:
-            return values[0]
-        parts = [_to_bytes(value) for value in values]
-        nbytes = torch.tensor([max(map(len, parts), default=0)], dtype=torch.int64)
-        self._raw.broadcast([nbytes], distributed_c10d.BroadcastOptions()).wait()
-        options = distributed_c10d.ScatterOptions()
-        options.rootRank = 0
-        part = torch.empty(int(nbytes), dtype=torch.uint8)
-        self._raw.scatter([part], [[_padded(one, int(nbytes)) for one in parts]] if parts else [], options).wait()
-        return _from_bytes(part)
+        return self._group
 
 
-def _to_bytes(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+_gloo_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
-def _from_bytes(data: torch.Tensor) -> Any:
-    return pickle.loads(data.numpy().data)  # noqa: S301 (from a rank of the same program)
+def _gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a gloo group of the ranks of another group. The first call for a group is collective."""
+    found = _gloo_groups.get(group)
+    if found is None:
+        found = _gloo_groups[group] = _create_gloo_group(group)
+    return found
 
 
-def _padded(data: torch.Tensor, nbytes: int) -> torch.Tensor:
-    return torch.cat([data, data.new_zeros(nbytes - len(data))])
+def _has_gloo(group: dist.ProcessGroup) -> bool:
+    """Return whether a group sends tensors on the CPU over gloo."""
+    return "cpu:gloo" in dist.get_backend_config(group)
+
+
+def _create_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    if _has_gloo(group):  # waits until all ranks have called: new_group would not notice one that died before
+        Exchange(group).on_all_ranks(lambda: None)
+    ranks = dist.get_process_group_ranks(group)
+    options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+    created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+    return cast(dist.ProcessGroup, created)
+
+
+def _packed(value: Any, failure: Any) -> bytes:
+    """Return a value or a failure as bytes. The first one shows which of them it is."""
+    return b"\0" + pickle.dumps(value) if failure is None else b"\1" + pickle.dumps(failure)
+
+
+def _unpacked(data: memoryview) -> tuple[Any, Any]:
+    """Return a value and None, or None and a failure."""
+    found = pickle.loads(data[1:])  # noqa: S301 (from a rank of the same program)
+    return (None, found) if data[0] else (found, None)
+
+
+def _first_failure(outcomes: Sequence[memoryview]) -> tuple[int, CheckpointError] | None:
+    """Return the lowest rank that failed and its error, or None. Results are not unpickled."""
+    failures = {rank: _unpacked(outcome)[1] for rank, outcome in enumerate(outcomes) if outcome[0]}
+    return first_failure(failures) if failures else None
+
+
+def _combined(outcomes: Sequence[memoryview], combine: Callable[[list[T]], list[R]]) -> list[bytes]:
+    with without_collections():
+        parts = combine([_unpacked(outcome)[0] for outcome in outcomes])
+        packed = {id(part): _packed(part, None) for part in {id(part): part for part in parts}.values()}
+        return [packed[id(part)] for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,16 +336,21 @@ class OpenedCheckpoint:
     fingerprint: str
 
 
+def are_different(opened: Iterable[OpenedCheckpoint]) -> bool:
+    """Return whether ranks opened different checkpoints."""
+    return len({one.fingerprint for one in opened}) > 1
+
+
 def check_same_checkpoint(opened: Sequence[OpenedCheckpoint]) -> None:
     """Check that all ranks opened the same checkpoint. Their locations may differ.
 
     Raises:
         ArgumentError: the fingerprints differ.
     """
-    ranks: dict[str, list[int]] = {}
-    for rank, found in enumerate(opened):
-        ranks.setdefault(found.fingerprint, []).append(rank)
-    if len(ranks) > 1:
+    if are_different(opened):
+        ranks: dict[str, list[int]] = {}
+        for rank, found in enumerate(opened):
+            ranks.setdefault(found.fingerprint, []).append(rank)
         opened_by = "; ".join(
             f"{'rank' if len(some) == 1 else 'ranks'} {', '.join(map(str, some[:8]))}{', …' if len(some) > 8 else ''}: "
             f"{opened[some[0]].location} ({fingerprint})"
@@ -375,27 +367,6 @@ def first_failure(failures: Mapping[int, E]) -> tuple[int, E]:
     origins = [rank for rank, error in failures.items() if not isinstance(error, StoppedError)]
     rank = min(origins or failures)
     return rank, failures[rank]
-
-
-@contextlib.contextmanager
-def naming_lost_ranks(arrivals: Arrivals) -> Iterator[None]:
-    """Translate the RuntimeError of a broken process group into a RankError that names the missing ranks."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = arrivals.missing()
-        who = f"; missing: rank {', '.join(map(str, lost))}" if lost else ""
-        broken = RankError(f"the process group broke, probably because a rank died{who}: {error}")
-        broken.group_is_broken = True
-        raise broken from error
-
-
-def of_rank(rank: int, error: BaseException) -> CheckpointError:
-    """Return an error as one of reshard's classes, with the rank on which it happened."""
-    found = portable(error)
-    if is_distributed():
-        found.rank = rank
-    return found
 
 
 def portable(error: BaseException) -> CheckpointError:

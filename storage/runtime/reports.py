@@ -46,6 +46,10 @@ class RankReport:
     """See `Report`; on the rank that commits."""
     pickled: tuple[str, ...] = ()
     """See `Report`; of what this rank wrote."""
+    bytes_sent: int = 0
+    """Bytes that a shared load sent to other ranks."""
+    bytes_received: int = 0
+    """Bytes that a shared load received from other ranks."""
 
     @property
     def amplification(self) -> float:
@@ -67,15 +71,16 @@ class RankReport:
     def _repr_html_(self) -> str:
         return table("", RANK_REPORT_COLUMNS, [self.row])
 
-    @property
-    def _moved(self) -> int:
-        return self.bytes_fetched + self.bytes_written
+    def _shows(self, how: str) -> bool:
+        """Return whether a zero is shown: what was fetched and written if nothing was."""
+        return how in ("fetched", "written") and not self.bytes_fetched + self.bytes_written
 
     @property
     def words(self) -> str:
         """The report in one line, without the rank."""
         parts = {"fetched": self.bytes_fetched, "written": self.bytes_written}
-        moved = ", ".join(f"{nbytes / 1e6:.2f} MB {how}" for how, nbytes in parts.items() if nbytes or not self._moved)
+        parts |= {"sent": self.bytes_sent, "received": self.bytes_received}
+        moved = ", ".join(f"{nbytes / 1e6:.2f} MB {how}" for how, nbytes in parts.items() if nbytes or self._shows(how))
         stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
         return (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "
@@ -139,6 +144,8 @@ class Report:
             sum(report.requests for report in self.ranks),
             sum(report.chunks for report in self.ranks),
             _longest([report.seconds for report in self.ranks]),
+            bytes_sent=sum(report.bytes_sent for report in self.ranks),
+            bytes_received=sum(report.bytes_received for report in self.ranks),
         )
 
     def __str__(self) -> str:
@@ -169,6 +176,8 @@ def added(a: RankReport, b: RankReport) -> RankReport:
             for stage in dict.fromkeys((*a.seconds, *b.seconds))
             if stage != "total"
         },
+        bytes_sent=a.bytes_sent + b.bytes_sent,
+        bytes_received=a.bytes_received + b.bytes_received,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import _pop_mode, _push_mode
 
 
@@ -18,10 +19,12 @@ from torch.overrides import _pop_mode, _push_mode
 def undisturbed() -> Iterator[None]:
     """Disable the torch modes of this thread, as a context manager or a decorator.
 
-    These are the default device, function and dispatch modes (such as fake tensors), inference mode, and gradients. New
+    These are the default device, function and dispatch modes (such as fake tensors), inference mode, and gradients.
+    `torch.compile` does not compile the functions that are called. New
     tensors are then ordinary tensors with memory. The default dtype belongs to the process and stays as it is, so code
     that creates a tensor must pass a dtype.
     """
+    compile_frame = set_eval_frame(None)
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
         with ExitStack() as stack:
@@ -35,6 +38,7 @@ def undisturbed() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
+        set_eval_frame(compile_frame)
 
 
 def writing_to(tensor: torch.Tensor) -> torch.inference_mode:

@@ -59,8 +59,8 @@ class Capabilities:
     check_delete: Callable[[Iterable[str]], None] | None = None
     """Raises StoreError for the first object that `Store.delete` would refuse to delete. Changes nothing."""
     is_shared: bool = True
-    """Whether all ranks see the same objects. False for a disk of one machine: then rank 0 commits a checkpoint without
-    checking that it sees what the other ranks wrote."""
+    """Whether all ranks see the same objects. If so, and without `read_into`, rank 0 reads the metadata of a load for
+    all ranks. If not, rank 0 commits a checkpoint without checking that it sees what the other ranks wrote."""
     close: Callable[[], None] | None = None
     """Closes files and connections. The store may open them again when it is used."""
 

@@ -34,6 +34,7 @@ _TRANSIENT = frozenset(
         "SlowDown",
         "Throttling",
         "ThrottlingException",
+        "XAmzContentSHA256Mismatch",
         "408",
         "429",
         "500",
@@ -52,6 +53,7 @@ _TRANSIENT_CLASSES = frozenset(
         "IncompleteRead",
         "IncompleteReadError",
         "ReadTimeout",
+        "ResponseParserError",
         "ResponseStreamingError",
         "ServerDisconnectedError",
     ]
@@ -125,7 +127,7 @@ def is_beyond_the_end(error: Exception) -> bool:
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(error, (TimeoutError, ConnectionError)) or _code(error) in _TRANSIENT:
+    if isinstance(error, (TimeoutError, ConnectionError)) or not _TRANSIENT.isdisjoint((_code(error), _status(error))):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO:
         return True

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import accumulate
@@ -38,6 +38,8 @@ S3_CONFIG = {
 }
 """botocore's default of 10 connections allows only ten requests at once. Its checksums are off because reshard has its
 own, and because some servers answer a range with the checksum of the whole object, and others refuse checksums."""
+NO_RETRIES = {"total_max_attempts": 1}
+"""botocore's configuration for the calls that RetryingStore retries. Without it, one call makes up to 5 requests."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
 S3_MAX_PUT_BYTES = 5 * 1024**3
 
@@ -70,13 +72,17 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
     """Open the store at a URI that is not local. Raise UnsupportedURIError or StoreError."""
     shown = masked(uri)
     storage_options = {name: value for name, value in storage_options.items() if name != "asynchronous"}
+    open_uploads: Callable[[], tuple[Any, str]] | None = None
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
         raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")
     if protocol in ("s3", "s3a"):
         given = storage_options
-        storage_options = {**given, "config_kwargs": {**S3_CONFIG, **(given.get("config_kwargs") or {})}}
-        store = open_s3(path, given, lambda: FsspecStore(*url_to_fs(uri, **storage_options)))
+        passed = given.get("config_kwargs") or {}
+        storage_options = {**given, "config_kwargs": {**S3_CONFIG, "retries": NO_RETRIES, **passed}}
+        uploading = {**given, "config_kwargs": {**S3_CONFIG, **passed}}
+        open_uploads = partial(_filesystem, uri, protocol, uploading)
+        store = open_s3(path, given, lambda: FsspecStore(*_filesystem(uri, protocol, storage_options)))
         if store is not None:
             return store
     if _without_query(protocol, path)[1]:
@@ -95,16 +101,20 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
         raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from harmless(error)
     except Exception as error:  # some filesystems connect when they are opened
         raise StoreError(f"cannot open a location of {protocol}://: {error}") from harmless(error)
-    return FsspecStore(filesystem, path)
+    return FsspecStore(filesystem, path, open_uploads)
 
 
 def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
     """Return fsspec's filesystem for a URI, and the path in it."""
     if "::" not in uri or _is_chain(uri) or protocol in WRAPPERS:
         filesystem, path = url_to_fs(uri, **options)
-        return filesystem, path
-    kind = fsspec.get_filesystem_class(protocol)  # `url_to_fs` would split the URI at a "::" in a name
-    return fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(uri), **options}), kind._strip_protocol(uri)
+    else:
+        kind = fsspec.get_filesystem_class(protocol)  # `url_to_fs` would split the URI at a "::" in a name
+        filesystem = fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(uri), **options})
+        path = kind._strip_protocol(uri)
+    if protocol in ("s3", "s3a"):
+        filesystem.retries = 1  # the pauses of s3fs have no jitter, and it repeats each retry of botocore
+    return filesystem, path
 
 
 def is_local(uri: str) -> bool:
@@ -204,10 +214,13 @@ class FsspecStore:
     Args:
         filesystem: the filesystem.
         path: the root, as a path in the filesystem.
+        open_uploads: returns the filesystem and the path for uploads in parts, which the client has to retry. Default:
+            the same ones.
     """
 
-    def __init__(self, filesystem: Any, path: str) -> None:
+    def __init__(self, filesystem: Any, path: str, open_uploads: Callable[[], tuple[Any, str]] | None = None) -> None:
         self._fs = filesystem
+        self._open_uploads = open_uploads or (lambda: (filesystem, path))
         path, self._query = _without_query(path.partition("://")[0], path)
         self._root = path.rstrip("/")
         self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
@@ -275,7 +288,7 @@ class FsspecStore:
     def _upload(self, name: str) -> MultipartUpload:
         errors = partial(self._errors, "write", name)
         with errors():
-            file = self._fs.open(self._path(name), "wb", block_size=PART_BYTES)
+            file = self._open_uploads()[0].open(self._path(name), "wb", block_size=PART_BYTES)
 
         def abort() -> None:
             run_bounded(file.discard)

@@ -33,7 +33,7 @@ from .options import check_endpoint
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import ClientConfig, RetryConfig, S3Credential, S3Store
+    from obstore.store import BackoffConfig, ClientConfig, RetryConfig, S3Credential, S3Store
 
 T = TypeVar("T")
 logger = logger_of(__name__)
@@ -152,12 +152,14 @@ def _open(
     if bundle and not str(config.get("endpoint", "")).startswith("http:"):
         writing["root_certificate"] = Path(bundle).read_bytes()
     reading: ClientConfig = {**writing, "read_timeout": silence}  # not for writes: nothing is read during an upload
-    # RetryingStore retries instead: it logs, and it stops when the call is stopped.
-    retries: RetryConfig = {"max_retries": 1, "retry_timeout": silence}
-    client = partial(S3Store, bucket, **config, retry_config=retries)
+    # RetryingStore retries instead: it logs, and it stops when the call is stopped. The parts of an upload are an
+    # exception. The client has no jitter in its first pause, which must differ between processes.
+    pause: BackoffConfig = {"init_backoff": datetime.timedelta(seconds=retry.jittered(retry.FIRST_WAIT_S))}
+    once_more: RetryConfig = {"max_retries": 1, "retry_timeout": silence, "backoff": pause}
+    client = partial(S3Store, bucket, **config)
     return ObstoreStore(
-        client(client_options=reading),
-        lambda: client(client_options=writing),
+        client(client_options=reading, retry_config={"max_retries": 0}),
+        lambda: client(client_options=writing, retry_config=once_more),
         bucket,
         folder,
         str(config.get("endpoint")),

@@ -37,6 +37,13 @@ QUIET_S = 5.0
 """Failures for longer than this are logged as warnings."""
 FIRST_WAIT_S = 0.1
 MAX_WAIT_S = 10.0
+_jitter = random.SystemRandom()
+"""Training scripts often seed `random` with the same number on all ranks, which would then retry at the same times."""
+
+
+def jittered(wait_s: float) -> float:
+    """Return a random time between half of a wait and the whole wait, in seconds. It differs between processes."""
+    return wait_s * _jitter.uniform(0.5, 1)
 
 
 def retried(call: Callable[[], T], *, retry_for_s: float | None = None) -> T:
@@ -101,7 +108,7 @@ class _Pauses:
     def next(self, error: UnavailableError) -> float | None:
         if self._deadline is None:  # the time that the first attempt took does not count
             self._deadline = time.monotonic() + self._retry_for_s
-        pause = self._wait * random.uniform(0.5, 1)
+        pause = jittered(self._wait)
         self._wait = min(2 * self._wait, MAX_WAIT_S)
         if time.monotonic() + pause > self._deadline:
             return None

@@ -255,10 +255,20 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a shallow copy in which the state dict of every Stateful value replaces it. Raise ArgumentError."""
+def check_mapping(state_dict: object) -> None:
+    """Raise ArgumentError if a state dict is not a mapping."""
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(f"expected a state dict, a mapping of names to values, got {type(state_dict).__name__}")
+
+
+def has_stateful(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether a state dict has a Stateful value."""
+    return any(map(_is_stateful, state_dict.values()))
+
+
+def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a shallow copy in which the state dict of every Stateful value replaces it. Raise ArgumentError."""
+    check_mapping(state_dict)
     return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
 
 

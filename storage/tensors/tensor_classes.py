@@ -46,13 +46,8 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def missing_memory(tensor: torch.Tensor) -> str:
     """Return why a tensor has no values in dense memory. Empty if it has, or if its class decides."""
-    name = type(tensor).__name__
-    if is_lazy(tensor):
-        return f"is an {name}, which has no shape yet: run the module once, or give it a shape"
-    if _derives_from(tensor, "FakeTensor", "torch._subclasses"):
-        return "is a FakeTensor, which has no values"
-    if _derives_from(tensor, "MaskedTensor", "torch.masked"):
-        return "is a MaskedTensor, so some values are masked: use its get_data() and get_mask()"
+    if type(tensor) not in _TORCH_CLASSES and (reason := _class_without_values(tensor)):
+        return reason
     if tensor.is_nested:
         return "is a nested tensor: use its values() and offsets()"
     if tensor.is_quantized:
@@ -64,12 +59,26 @@ def missing_memory(tensor: torch.Tensor) -> str:
     if overrides_dispatch(tensor) or tensor.numel() == 0:
         return ""
     try:
-        end = tensor.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if tensor.untyped_storage().data_ptr() and tensor.untyped_storage().nbytes() >= end * tensor.itemsize:
+        numel = tensor.numel()
+        if not tensor.is_contiguous():
+            numel = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() and storage.nbytes() >= (tensor.storage_offset() + numel) * tensor.itemsize:
             return ""
     except RuntimeError:  # raised by torch for zero tensors and the storages of wrappers
         pass
     return "has no memory, like a parameter that FSDP has freed"
+
+
+def _class_without_values(tensor: torch.Tensor) -> str:
+    """Return why tensors of this class have no values in dense memory. Empty if they may have."""
+    if is_lazy(tensor):
+        return f"is an {type(tensor).__name__}, which has no shape yet: run the module once, or give it a shape"
+    if _derives_from(tensor, "FakeTensor", "torch._subclasses"):
+        return "is a FakeTensor, which has no values"
+    if _derives_from(tensor, "MaskedTensor", "torch.masked"):
+        return "is a MaskedTensor, so some values are masked: use its get_data() and get_mask()"
+    return ""
 
 
 def check_has_memory(name: str, tensor: torch.Tensor) -> None:
@@ -149,8 +158,10 @@ def _digests(tensor: torch.Tensor) -> list[int]:
 def _inner(tensor: torch.Tensor) -> list[torch.Tensor]:
     if hasattr(tensor, "__tensor_flatten__"):
         flattened: Any = tensor.__tensor_flatten__()
-        return [getattr(tensor, attribute) for attribute in flattened[0]]
-    return [value for value in vars(tensor).values() if isinstance(value, torch.Tensor)]
+        values = [getattr(tensor, attribute) for attribute in flattened[0]]  # a DTensor's mesh is among them
+    else:
+        values = list(vars(tensor).values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
@@ -160,10 +171,14 @@ def _derives_from(tensor: torch.Tensor, name: str, package: str) -> bool:
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the plain tensor whose memory holds a tensor's values: the tensor, or the largest tensor inside it."""
+    return max(memories_of(tensor), key=lambda part: part.nbytes, default=None)
+
+
+def memories_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors whose memory a tensor uses: the tensor, or all tensors inside it."""
     if not overrides_dispatch(tensor):
-        return None if missing_memory(tensor) else tensor
-    inner = [found for part in _inner(tensor) if (found := memory_of(part)) is not None]
-    return max(inner, key=lambda part: part.nbytes, default=None)
+        return [] if missing_memory(tensor) else [tensor]
+    return [memory for part in _inner(tensor) for memory in memories_of(part)]
 
 
 def _full_name(tensor: torch.Tensor) -> str:

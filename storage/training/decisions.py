@@ -157,6 +157,12 @@ class Decisions:
         with self._changed:
             self._changed.wait_for(lambda: not self._following)
 
+    def wait_for_removals(self) -> None:
+        """Wait for saves and removals on this rank, but not for copies, in which other ranks take part."""
+        self.wait_for_saves()
+        for run in self._runs:
+            run.wait()
+
     def wait(self) -> None:
         """Wait for copies and removals. Raises StoreError if the last checkpoint could not be copied."""
         self.wait_for_saves()

@@ -23,6 +23,7 @@ from ..formats.user_metadata import plain_metadata
 from ..load import load
 from ..maintenance.catalog import location_of
 from ..reading.name_matching import LoadOptions
+from ..runtime.background import BackgroundThread
 from ..runtime.forks import generation
 from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
@@ -34,6 +35,7 @@ from ..stores.fsspec import is_local
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import open_store
 from ..tensors.name_patterns import Patterns
+from ..tensors.state_dict import check_mapping
 from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals, checked_signals
 from .decisions import Candidate, Decisions, SaveDecision, with_step
 from .lease import Lease
@@ -76,6 +78,46 @@ class _SaveCall:
     decision: SaveDecision
     news: _News
     metadata: dict[str, Any]
+
+
+class _Parts:
+    """The parts of a manager that have threads. They end when the manager is dropped without `close`.
+
+    Args:
+        manager: the manager. Nothing here refers to it, so that it is collected if it has no other references.
+        end: ends the first part.
+    """
+
+    def __init__(self, manager: object, end: Callable[[], object]) -> None:
+        self.waits: list[Callable[[], object]] = []
+        """Wait for the work that runs in the background."""
+        self.ends = [end]
+        """End the parts."""
+        self._finalizer = weakref.finalize(manager, _end_dropped, self.waits, self.ends, generation())
+        self._finalizer.atexit = False
+
+    def end(self) -> None:
+        """End the parts, without waiting for saves."""
+        self._finalizer.detach()
+        for end in self.ends:
+            end()
+
+
+def _end_dropped(waits: Sequence[Callable[[], object]], ends: Sequence[Callable[[], object]], created_in: int) -> None:
+    """End the parts of a manager that was dropped.
+
+    The garbage collector calls this in any thread, which may hold locks. So a new thread does the work.
+    """
+
+    def work() -> None:
+        for function in (*waits, *ends):
+            try:
+                function()
+            except Exception as error:
+                logger.warning("a CheckpointManager that was dropped could not be ended: %s", error)
+
+    if created_in == generation():  # a forked child has no threads to end
+        BackgroundThread(work, "reshard-dropped")
 
 
 class CheckpointManager:
@@ -171,10 +213,10 @@ class CheckpointManager:
         self._running: _Running | None = None
         self._agreed = AgreedSaves(self._group)
         self._signals = StopSignals((), self._agreed.request_stop)
+        self._parts = _Parts(self, self._agreed.close)
         try:
             self._is_shared = self._take_leases(_lease_expires_after_s)
-            if self._mirror is not None and not read_only:
-                self._copies = Mirror(self._root, storage_options, self._mirror, mirror_options, self._group)
+            self._copies = self._open_mirror()
             self._saved = self._open_run()
             self._signals = self._handle_signals(() if read_only else stop_signals)
         except BaseException:
@@ -201,8 +243,10 @@ class CheckpointManager:
             locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
             for location, options in locations[: 1 if self._mirror is None else 2]:
                 assert location is not None
-                self._leases.append(Lease(location, options, owner=self, **expiry))
-                atexit.register(_release_at_exit, weakref.ref(self._leases[-1]))
+                lease = Lease(location, options, owner=self, **expiry)
+                self._leases.append(lease)
+                self._parts.ends.append(lease.release)
+                atexit.register(_release_at_exit, weakref.ref(lease))
             return self._leases[0].name
 
         name = on_all_ranks(take, self._group)[0]
@@ -223,6 +267,13 @@ class CheckpointManager:
             )
         return all(sees)
 
+    def _open_mirror(self) -> Mirror | None:
+        if self._mirror is None or self._read_only:
+            return None
+        copies = Mirror(self._root, self._storage_options, self._mirror, self._mirror_options, self._group)
+        self._parts.ends.insert(0, copies.close)
+        return copies
+
     def _open_run(self) -> tuple[SavedStep, ...]:
         """List the checkpoints on rank 0, and return them on every rank."""
 
@@ -235,6 +286,8 @@ class CheckpointManager:
             if self._mirror is not None:
                 mirror = Run(self._mirror, self._mirror_options, self._policies, leases[1])
             self._decisions = Decisions(run, mirror, self._copies)
+            self._parts.waits.append(self._decisions.wait_for_removals)
+            self._parts.ends.insert(0, self._decisions.close)
             saved = self._decisions.saved()
             self._decisions.begin()
             return saved
@@ -365,9 +418,9 @@ class CheckpointManager:
     ) -> int | None:
         """Load the latest checkpoint that is complete and not damaged, in place. Collective.
 
-        If a checkpoint turns out to be damaged while it is read, on any rank, a warning names it, and all ranks load
-        the previous one. The load of that one overwrites everything that the damaged one may have loaded. Errors that
-        are not damage are raised: a state dict that does not fit, a store that is not available.
+        If a checkpoint turns out to be damaged or unreadable while it is read, on any rank, a warning names it, and all
+        ranks load the previous one. The load of that one overwrites everything that the damaged one may have loaded.
+        Other errors are raised: a state dict that does not fit, a store that is not available or refuses access.
 
         Checkpoints of later steps than the restored one are abandoned: they are no longer listed. When a new checkpoint
         is complete, they are removed, unless the manager keeps all checkpoints.
@@ -383,6 +436,8 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no complete checkpoint of `step`.
             CorruptCheckpointError: all checkpoints are damaged. The loads may have overwritten a part of the state
                 dict.
+            StoreError: no checkpoint can be loaded, and not only because of damage. The same applies.
+            ArgumentError: the state dict is empty on all ranks, or another argument is not valid.
             CheckpointError: what `reshard.load` raises for other reasons than damage.
         """
         self._check_open()
@@ -405,9 +460,18 @@ class CheckpointManager:
                 progress=progress,
             )
 
-        none: list[Candidate] = []
-        candidates = self._on_rank_0(lambda decisions: decisions.begin_restore(wanted), none, call="restore()")
+        def begin() -> tuple[list[Candidate], bool]:
+            check_mapping(state_dict)
+            return [] if self._decisions is None else self._decisions.begin_restore(wanted), bool(state_dict)
+
         try:
+            begun = self._on_all_ranks("restore()", begin)
+            candidates = begun[0][0]
+            if not any(has_entries for _, has_entries in begun):
+                raise ArgumentError(
+                    "the state dict is empty on every rank, so restore() would load nothing: pass the state dict that "
+                    "save() gets. latest_step() returns the latest step without loading it"
+                )
             if wanted is not None and not any(not candidate.reason for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
             candidates = [found for found in candidates if self._is_visible(found)]
@@ -464,11 +528,7 @@ class CheckpointManager:
     def _end(self, *, deliver_signals: bool = True) -> None:
         self._is_closed = True
         unseen = self._signals.close()
-        for part in (self._agreed, self._decisions, self._copies):
-            if part is not None:
-                part.close()
-        for lease in self._leases:
-            lease.release()
+        self._parts.end()
         if deliver_signals and not self.should_stop:
             for number in unseen:  # no save has served them, and they may have to end the process
                 logger.warning("signal %d arrived before the manager was closed, and is now handled as before", number)

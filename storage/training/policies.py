@@ -36,7 +36,8 @@ class SavedStep:
 Policy = Callable[[Sequence[SavedStep]], Iterable[int]]
 """Returns the steps to keep, as ints, given all complete checkpoints of a run in the order of steps.
 
-If it fails or returns something else, the error is logged and nothing is removed.
+A step without a checkpoint has no effect; a warning names the first one. If the policy fails or returns something else
+than ints, the error is logged and nothing is removed.
 """
 
 
@@ -124,8 +125,53 @@ def check_mode(mode: object) -> None:
         raise ArgumentError(f'mode must be "min" or "max", got {mode!r}')
 
 
-def check_policies(keep: Sequence[Policy] | None) -> tuple[Policy, ...] | None:
-    """Return policies as a tuple, or None if all checkpoints are kept. Raises ArgumentError."""
+class CheckedPolicy:
+    """A policy whose result is restricted to the steps of checkpoints. It may be passed a whole list of fixed steps.
+
+    Args:
+        policy: the policy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._warned = False
+
+    def __call__(self, saved: Sequence[SavedStep]) -> set[int]:
+        """Return the steps that are kept.
+
+        Raises:
+            ArgumentError: the policy failed, or returned something else than ints.
+        """
+        name = _name_of(self._policy)
+        try:
+            returned = list(self._policy(saved))
+        except Exception as error:
+            raise ArgumentError(f"the policy {name} failed: {type(error).__name__}: {error}") from error
+        steps = {self._number(step) for step in returned}
+        others = steps - {found.step for found in saved}
+        if others and not self._warned:
+            logger.warning(
+                "the policy %s returned step %d, which has no checkpoint: such steps are ignored, now and later",
+                name,
+                min(others),
+            )
+            self._warned = True
+        return steps - others
+
+    def _number(self, step: object) -> int:
+        try:
+            if isinstance(step, bool):
+                raise TypeError("a bool")
+            return operator.index(step)  # type: ignore[arg-type]
+        except TypeError:
+            raise ArgumentError(
+                f"the policy {_name_of(self._policy)} returned {step!r}, which is not a step: it must return steps of "
+                "the checkpoints that it receives, as ints, for example [found.step for found in saved]"
+            ) from None
+
+
+def check_policies(keep: Sequence[Policy] | None) -> tuple[CheckedPolicy, ...] | None:
+    """Return checked policies, or None if all checkpoints are kept. Raises ArgumentError."""
     if keep is None:
         return None
     if callable(keep):
@@ -143,40 +189,19 @@ def check_policies(keep: Sequence[Policy] | None) -> tuple[Policy, ...] | None:
         for function, example in functions:
             if policy is function:
                 raise ArgumentError(f"keep contains the function {_name_of(policy)}: call it, as in reshard.{example}")
-    return policies
+    return tuple(map(CheckedPolicy, policies))
 
 
-def kept_steps(policies: Iterable[Policy], saved: Sequence[SavedStep]) -> set[int]:
+def kept_steps(policies: Iterable[CheckedPolicy], saved: Sequence[SavedStep]) -> set[int]:
     """Return the steps that at least one policy keeps. The last one is always kept.
 
     Raises:
-        ArgumentError: a policy failed, or returned something else than steps of the checkpoints.
+        ArgumentError: a policy failed, or returned something else than ints.
     """
     ordered = sorted(saved, key=lambda found: found.step)
     kept = {ordered[-1].step} if ordered else set()
     for policy in policies:
-        kept |= _kept_by(policy, tuple(ordered))
-    return kept
-
-
-def _kept_by(policy: Policy, saved: tuple[SavedStep, ...]) -> set[int]:
-    try:
-        returned = list(policy(saved))
-    except Exception as error:
-        raise ArgumentError(f"the policy {_name_of(policy)} failed: {type(error).__name__}: {error}") from error
-    known = {found.step for found in saved}
-    kept = set()
-    for step in returned:
-        try:
-            number = operator.index(step)
-        except TypeError:
-            number = -1
-        if isinstance(step, bool) or number not in known:
-            raise ArgumentError(
-                f"the policy {_name_of(policy)} returned {step!r}, which is not the step of a checkpoint: it must "
-                "return steps of the checkpoints that it receives, as ints, for example [found.step for found in saved]"
-            )
-        kept.add(number)
+        kept |= policy(tuple(ordered))
     return kept
 
 

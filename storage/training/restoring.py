@@ -9,7 +9,14 @@ import torch.distributed as dist
 
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.text import shown
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError, ObjectNotFoundError
+from ..errors import (
+    AccessDeniedError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ObjectNotFoundError,
+    StoreError,
+    UnavailableError,
+)
 from ..formats.detect import open_source
 from ..reading.name_matching import LoadOptions, NameMatch
 from ..runtime.logs import logger_of
@@ -20,8 +27,9 @@ from .decisions import Candidate
 
 logger = logger_of(__name__)
 DAMAGE = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError, CheckpointNotFoundError)
-"""Errors that mean that a checkpoint is damaged or gone. Any other error is not a reason to continue from an earlier
-step: the state dict does not fit, the access is denied, the store is not available, or a newer version is needed."""
+"""Errors that mean that a checkpoint is damaged or gone."""
+OF_THE_STORE = (UnavailableError, AccessDeniedError)
+"""Errors that concern the store as a whole. A later restore may not have them."""
 Load = Callable[[Candidate], Report]
 
 
@@ -44,40 +52,56 @@ def restore_latest(
     Raises:
         CorruptCheckpointError: all candidates are damaged, or the state dict has been partly overwritten by a damaged
             candidate and the one that was loaded does not have these entries.
+        StoreError: no candidate can be loaded, and not only because of damage.
         CheckpointError: what `reshard.load` raises for other reasons than damage.
     """
     damaged: list[tuple[Candidate, CheckpointError]] = []
     for candidate in candidates:
-        if candidate.error is not None and not isinstance(candidate.error, DAMAGE):
+        if candidate.error is not None and not _is_unreadable(candidate.error):
             raise _noting(candidate.error, damaged)
         if candidate.reason:
-            _pass_over(candidate, candidate.reason, process_group)
+            why = candidate.error or CorruptCheckpointError(candidate.reason)
+            _pass_over(candidate, why, process_group)
             if candidate.is_committed:
-                damaged.append((candidate, CorruptCheckpointError(candidate.reason)))
+                damaged.append((candidate, why))
             continue
         report, error = _attempt(lambda candidate=candidate: load(candidate), process_group)  # type: ignore[misc]
         if report is not None:
             _check_nothing_is_left(state_dict, report, candidate, damaged, options, storage_options, process_group)
             return candidate
         assert error is not None
-        if not isinstance(error, DAMAGE):
+        if not _is_unreadable(error):
             raise _noting(error, damaged)
-        _pass_over(candidate, str(error), process_group)
+        _pass_over(candidate, error, process_group)
         damaged.append((candidate, error))
     if damaged:
         details = "; ".join(f"{candidate}: {error}" for candidate, error in damaged)
-        raise CorruptCheckpointError(
+        is_damage = all(isinstance(error, DAMAGE) for _, error in damaged)
+        raise (CorruptCheckpointError if is_damage else StoreError)(
             f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the "
             f"state dict, so do not continue with it: {details}"
         )
     return None
 
 
+def _is_unreadable(error: CheckpointError) -> bool:
+    """Return whether an error concerns one checkpoint, so that the previous one is loaded.
+
+    Any other error is not a reason to continue from an earlier step: the state dict does not fit, the access is denied,
+    the store is not available, or a newer version is needed. If a store fails in another way, loading the previous
+    checkpoint shows whether it fails as a whole.
+    """
+    return isinstance(error, DAMAGE) or (isinstance(error, StoreError) and not isinstance(error, OF_THE_STORE))
+
+
 def _noting(error: CheckpointError, damaged: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
     """Return an error with a note about the damaged checkpoints that were tried before."""
     if damaged:
-        before = f"Before this, {damaged[-1][0]} was damaged. Its load may have overwritten a part of the state dict"
-        error.add_note(shown(before))
+        candidate, earlier = damaged[-1]
+        state = "was damaged" if isinstance(earlier, DAMAGE) else "could not be read"
+        error.add_note(
+            shown(f"Before this, {candidate} {state}. Its load may have overwritten a part of the state dict")
+        )
     return error
 
 
@@ -101,11 +125,12 @@ def _attempt(
     return None, first_failure(failures)[1]
 
 
-def _pass_over(candidate: Candidate, reason: str, process_group: dist.ProcessGroup | None) -> None:
+def _pass_over(candidate: Candidate, error: CheckpointError, process_group: dist.ProcessGroup | None) -> None:
     if rank_of(process_group):
         return
     if candidate.is_committed:
-        logger.warning("%s is damaged and is not restored: %s", candidate, reason)
+        state = "is damaged" if isinstance(error, DAMAGE) else "cannot be read"
+        logger.warning("%s %s and is not restored: %s", candidate, state, error)
     else:
         logger.info("%s is not restored: its save did not finish", candidate)
 

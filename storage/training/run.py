@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ...planner.errors import CheckpointError
-from ..errors import CheckpointNotFoundError
+from ...planner.errors import CheckpointError, InvalidIndexError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..formats.native.manifest import MANIFEST_NAME
 from ..maintenance.catalog import remove
 from ..maintenance.gc import gc
@@ -16,7 +16,7 @@ from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
 from ..stores.open import open_store
 from .lease import Lease
-from .policies import Policy, kept_steps
+from .policies import CheckedPolicy, kept_steps
 from .run_catalog import RunEntry, branch, find_entries
 
 logger = logger_of(__name__)
@@ -39,7 +39,7 @@ class Run:
         self,
         root: str,
         storage_options: Mapping[str, Any] | None,
-        policies: Sequence[Policy] | None,
+        policies: Sequence[CheckedPolicy] | None,
         lease: Lease | None,
         *,
         is_shared: bool = True,
@@ -215,5 +215,7 @@ class Run:
                 try:
                     for remains in gc(location, self.storage_options):
                         logger.info("removed %d objects of a killed save at %s", len(remains.names), location)
+                except (CorruptCheckpointError, InvalidIndexError) as error:
+                    logger.warning("the checkpoint at %s is damaged, so nothing is removed there: %s", location, error)
                 except CheckpointError as error:
-                    logger.warning("the data of a killed save at %s remains: %s", location, error)
+                    logger.warning("data that a killed save may have left at %s is not removed: %s", location, error)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
 from ..runtime.brief import brief
-from ..tensors.state_dict import Key, Path, name_of
+from ..tensors.state_dict import Key, Path, name_of, path_from_json, path_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,38 +22,46 @@ class ValueDescription:
     """ "tensor", "sharded tensor", "value" or "empty dict"."""
     dtype: str = ""
     shape: tuple[int, ...] = ()
-    digests: tuple[tuple[tuple[int, ...], int], ...] = ()
-    """Offsets and checksum of each small part that other ranks may hold too."""
-
-    def agrees_with(self, other: ValueDescription) -> bool:
-        """Return whether both describe the same entry. Its bytes are not compared."""
-        return (self.path, self.kind, self.dtype, self.shape) == (other.path, other.kind, other.dtype, other.shape)
 
     def __str__(self) -> str:
         what = f" of {self.dtype}, shape {list(self.shape)}" if self.dtype else ""
         return f"{'an' if self.kind[0] == 'e' else 'a'} {self.kind}{what}, at {self.path}"
 
 
-def agreed_paths(described: Sequence[Mapping[str, ValueDescription]]) -> dict[str, Path]:
+def pack_descriptions(described: Mapping[str, ValueDescription]) -> bytes:
+    """Return descriptions as bytes, which are equal for equal descriptions in the same order."""
+    rows = [[name, path_to_json(d.path), d.kind, d.dtype, d.shape] for name, d in described.items()]
+    return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 1)
+
+
+def unpack_descriptions(packed: bytes) -> dict[str, ValueDescription]:
+    """Return the descriptions from the result of `pack_descriptions`."""
+    return {
+        name: ValueDescription(path_from_json(path), kind, dtype, tuple(shape))
+        for name, path, kind, dtype, shape in json.loads(zlib.decompress(packed))
+    }
+
+
+def agreed_paths(described: Mapping[int, Mapping[str, ValueDescription]]) -> dict[str, Path]:
     """Return the path of every entry of a save.
 
     A dict that is empty on one rank may have items on another.
 
     Args:
-        described: For each rank, the descriptions of its entries by name.
+        described: by rank, the descriptions of its entries by name. Of ranks with the same descriptions, one suffices.
 
     Raises:
-        ArgumentError: Two ranks disagree about a name.
+        ArgumentError: two ranks disagree about a name.
     """
     first: dict[str, tuple[int, ValueDescription]] = {}
     containers: dict[Path, tuple[bool, int, Path]] = {}
     """For each dict and list: whether it is a list, a rank that has an entry in it, and the path of that entry."""
     keys: dict[tuple[Path, Any], tuple[Key, int]] = {}
     """For each key of each dict: how it is stored, and a rank that has it."""
-    for rank, values in enumerate(described):
+    for rank, values in described.items():
         for name, value in values.items():
             known_by, known = first.setdefault(name, (rank, value))
-            if known is value:
+            if known_by == rank:
                 _check_key(name, rank, value, keys)
                 for length in range(1, len(value.path)):
                     is_list = type(value.path[length]) is int
@@ -64,7 +74,7 @@ def agreed_paths(described: Sequence[Mapping[str, ValueDescription]]) -> dict[st
                             rank,
                             _holding((is_list, rank, value.path)),
                         )
-            elif not known.agrees_with(value):
+            elif known != value:
                 raise _disagreement(name, known_by, known, rank, value)
     for name, (rank, value) in first.items():
         inside = containers.get(value.path)
@@ -77,10 +87,10 @@ def check_same_metadata(metadata: Sequence[str]) -> None:
     """Check that all ranks passed the same metadata.
 
     Args:
-        metadata: For each rank, its metadata as JSON with sorted keys.
+        metadata: for each rank, its metadata as JSON with sorted keys.
 
     Raises:
-        ArgumentError: Two ranks passed different metadata.
+        ArgumentError: two ranks passed different metadata.
     """
     for rank, other in enumerate(metadata):
         if other != metadata[0]:
@@ -102,23 +112,11 @@ def _disagreement(name: str, rank: int, value: object, other_rank: int, other: o
     )
 
 
-def differing_names(described: Sequence[Mapping[str, ValueDescription]]) -> list[str]:
-    """Return the names of small entries that several ranks hold, but not with the same bytes."""
-    known: dict[tuple[str, tuple[int, ...]], int] = {}
-    differing: dict[str, None] = {}
-    for values in described:
-        for name, value in values.items():
-            for offsets, digest in value.digests:
-                if known.setdefault((name, offsets), digest) != digest:
-                    differing[name] = None
-    return list(differing)
-
-
 def _check_key(name: str, rank: int, value: ValueDescription, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
     """Check that the keys in the path of an entry have the same types on all ranks.
 
     Raises:
-        ArgumentError: A key is equal to a key of another rank, but has another type.
+        ArgumentError: a key is equal to a key of another rank, but has another type.
     """
     for at, part in enumerate(value.path):
         if isinstance(part, Key):

@@ -68,9 +68,9 @@ def part_of(name: str, values: torch.Tensor, shard: Box, dtype: torch.dtype, box
     """Return the values of a box, taken from the values of a shard.
 
     Args:
-        values: The values of the whole shard.
-        shard: The box of the shard in the tensor.
-        box: The box to return, inside of `shard`.
+        values: the values of the whole shard.
+        shard: the box of the shard in the tensor.
+        box: the box to return, inside of `shard`.
 
     Raises:
         ShapeMismatchError: `values` does not have the sizes of `shard` and the dtype `dtype`.
@@ -92,7 +92,7 @@ def in_objects(
     """Return the shards of each data object to write, cut into parts.
 
     Args:
-        several: Whether to write several objects of similar size that are not too small. Otherwise there is one object.
+        several: whether to write several objects of similar size that are not too small. Otherwise there is one object.
     """
     if not several:
         pieces = [

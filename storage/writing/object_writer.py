@@ -141,19 +141,19 @@ def write_objects(
     object is written again under another name. If the call fails, the objects that it wrote are removed.
 
     Args:
-        label: The end of the object names, usually the rank.
-        budget_bytes: Memory for values that wait to be written. `default_budget()` by default.
-        interrupt: Called regularly by this thread. If it raises an error, the writing stops with this error.
-        failed: Called with the first error, before any object is removed.
-        wrote: Called by any thread, with the bytes of values that the store has accepted. If an object has to be
+        label: the end of the object names, usually the rank.
+        budget_bytes: memory for values that wait to be written. `default_budget()` by default.
+        interrupt: called regularly by this thread. If it raises an error, the writing stops with this error.
+        failed: called with the first error, before any object is removed.
+        wrote: called by any thread, with the bytes of values that the store has accepted. If an object has to be
             written again, it is called with the negative number.
 
     Returns:
         A record for each object.
 
     Raises:
-        StoreError: The store failed.
-        DtypeError: A dtype cannot be stored.
+        StoreError: the store failed.
+        DtypeError: a dtype cannot be stored.
         ShapeMismatchError: `load` returned values of another shape or dtype.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes

@@ -1,34 +1,24 @@
-"""The save planner of `reshard.save`, which is based on DCP's default planner.
+"""Plan a save on rank 0: compare what the ranks hold, and choose which rank writes each shard.
 
-Every rank describes the entries of its state dict. Before anything is written, the coordinator compares the
-descriptions (see `agreement`) and assigns each replica to one rank.
+Each rank describes its entries and shards in columns (`HeldShards`). Ranks that hold the same entries send the same
+bytes for them, and rank 0 decodes these once. So planning takes few operations per rank (`benchmarks/many_ranks.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor, Replicate
 
-from ...planner.errors import CheckpointError
+from ...planner.box import Box, IntArray, concat_ranges
+from ...planner.entries import ITEMSIZES
 from ...planner.index_checks import tile
-from ..errors import ArgumentError, UnsupportedValueError
-from ..formats.value_codec import EncodedValue, encode_value, needs_pickle
-from ..runtime.checksums import checksum
-from ..tensors.dtypes import LocalShard, as_array, as_bytes, dtype_name
-from ..tensors.local_shards import local_shards
-from ..tensors.state_dict import Leaf, Path
-from ..tensors.tensor_classes import check_has_memory, check_storable, is_whole
-from .agreement import ValueDescription, agreed_paths, differing_names
+from ..errors import ArgumentError
+from .agreement import ValueDescription, agreed_paths, pack_descriptions, unpack_descriptions
 
 SMALL_REPLICA_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them. So entries that belong together come from one
@@ -36,198 +26,239 @@ rank, for example the parts of a random state, or mean and variance of a BatchNo
 ranks."""
 
 
-class SavePlanner(DefaultSavePlanner):
-    """DCP's default planner for the leaves of a state dict, with a few differences.
+@dataclass(frozen=True, slots=True)
+class HeldShards:
+    """The shards that one rank holds, as it sends them to rank 0. A value is a shard of shape ()."""
 
-    - The state dicts of the ranks are compared.
-    - Small replicas and values are written by the lowest rank that has them.
-    - Values that are plain data are not pickled.
-    - A DTensor is written as the boxes that this rank really holds. They may differ from the boxes that DTensor
-      computes (see `planner.layout.held_tensor`).
+    entries: bytes
+    """The descriptions of the entries, packed."""
+    shards: bytes
+    """The number of shards of each entry, then the offsets and sizes of all shards, packed."""
+    digests: bytes
+    """Of each shard that other ranks may hold too and that is small: the position of its entry, the position of its
+    first element in the tensor, and the checksum of its bytes."""
 
-    Args:
-        leaves: The leaves of this rank's state dict, by name.
-        allow_pickle: Whether to store values that need pickle. If not, they are an error.
-    """
+    @classmethod
+    def of(
+        cls,
+        described: Mapping[str, ValueDescription],
+        boxes: Sequence[Sequence[Box]],
+        digests: Sequence[tuple[int, Box, int]],
+    ) -> HeldShards:
+        """Pack what a rank holds.
 
-    holds_boxes = True
-    """Shows StorageWriter that the plans contain the boxes that ranks really hold."""
+        Args:
+            described: the entries by name.
+            boxes: for each entry, its shards.
+            digests: position of the entry, shard and checksum of the shards that other ranks may hold too.
+        """
+        counts = np.array([len(of_entry) for of_entry in boxes], "<i8")
+        extents = [n for of_entry in boxes for box in of_entry for n in (*box.offsets, *box.sizes)]
+        shapes = [value.shape for value in described.values()]
+        rows = [(at, first_element(box, shapes[at]), digest) for at, box, digest in digests]
+        table = np.array(rows, np.uint64).reshape(-1, 3)
+        packed = zlib.compress(counts.tobytes() + np.array(extents, "<i8").tobytes(), 1)
+        return cls(pack_descriptions(described), packed, table.astype("<u8").tobytes())
 
-    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._leaves = leaves
-        self._allow_pickle = allow_pickle
-        self._views: dict[MetadataIndex, torch.Tensor] = {}
-        self._encoded: dict[str, EncodedValue] = {}
-        self._shards: dict[str, list[LocalShard]] = {}
-        """The shards of each tensor that this rank holds. Known while the plan is made."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        # DCP flattens sharded tensors that contain sharded tensors. Pass tensors only: it would drop empty dicts.
-        tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-        super().set_up_planner(tensors, storage_meta, is_coordinator)
-        self.state_dict = {**state_dict, **self.state_dict}
-
-    def create_local_plan(self) -> SavePlan:
-        described = {name: self._described(name, leaf) for name, leaf in self._leaves.items()}
-        plan = super().create_local_plan()
-        items = [held for item in plan.items for held in self._as_held(item)]
-        self._shards = {}
-        self.plan = replace(plan, items=items, planner_data=described)
-        return self.plan
-
-    def _as_held(self, item: WriteItem) -> list[WriteItem]:
-        name, tensor = item.index.fqn, self.state_dict[item.index.fqn]
-        if not isinstance(tensor, DTensor) or item.tensor_data is None:
-            return [item]
-        if hasattr(tensor._local_tensor, "__create_chunk_list__"):  # an item is one of its shards
-            return [item]
-        shards = self._shards[name]
-        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in shards]
-        if chunks == [item.tensor_data.chunk] or not (chunks or item.tensor_data.chunk.sizes.numel()):
-            return [item]
-        items = []
-        for chunk, (_, view) in zip(chunks, shards, strict=True):
-            index = MetadataIndex(name, chunk.offsets)
-            self._views[index] = view
-            items.append(replace(item, index=index, tensor_data=replace(item.tensor_data, chunk=chunk)))
-        return items
-
-    def _described(self, name: str, leaf: Leaf) -> ValueDescription:
-        try:
-            if isinstance(leaf.value, torch.Tensor):
-                return self._describe_tensor(name, leaf.path, leaf.value)
-            self._encoded[name] = self._encode(name, leaf)
-            digest = checksum(self._encoded[name].getbuffer())
-            return ValueDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value", digests=(((), digest),))
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise UnsupportedValueError(
-                f"{name!r}, of {type(leaf.value)}, cannot be stored: {type(error).__name__}: {error}"
-            ) from error
-
-    def _describe_tensor(self, name: str, path: Path, tensor: torch.Tensor) -> ValueDescription:
-        is_sharded = not is_whole(tensor)
-        if not is_sharded:
-            check_has_memory(name, tensor)
-        shards = self._shards[name] = local_shards(name, tensor)
-        for _, local in shards:
-            check_storable(name, local)
-        may_repeat = not is_sharded or (
-            isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
-        )
-        digests = tuple(
-            (box.offsets, checksum(as_bytes(as_array(local)).data))
-            for box, local in shards
-            if may_repeat and local.nbytes <= SMALL_REPLICA_BYTES
-        )
-        dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
-        return ValueDescription(
-            path, "sharded tensor" if is_sharded else "tensor", dtype, tuple(tensor.size()), digests
-        )
-
-    def _encode(self, name: str, leaf: Leaf) -> EncodedValue:
-        kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
-        if not self._allow_pickle and needs_pickle(kind, data):
-            raise UnsupportedValueError(
-                f"{name!r}, of {type(leaf.value)}, needs pickle, but allow_pickle is False: use plain data instead, "
-                "leave it out, or pass allow_pickle=True"
-            )
-        return EncodedValue(kind, data)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        described = [plan.planner_data for plan in all_plans]
-        paths = agreed_paths(described)
-        plans = assign_replicas([[item for item in plan.items if item.index.fqn in paths] for plan in all_plans])
-        check_coverage(plans, paths)
-        self.global_plan, metadata = create_default_global_save_plan(
-            [replace(plan, items=items, planner_data=None) for plan, items in zip(all_plans, plans, strict=True)]
-        )
-        self.metadata = replace(metadata, planner_data=paths, storage_data=differing_names(described))
-        return self.global_plan, self.metadata
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        written = {item.index.fqn for item in new_plan.items}
-        self._encoded = {name: encoded for name, encoded in self._encoded.items() if name in written}
-        return super().finish_plan(new_plan)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._views[index] if index in self._views else super().lookup_object(index)
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        if write_item.type is WriteItemType.BYTE_IO:
-            return self._encoded[write_item.index.fqn]
-        return super().transform_object(write_item, object)
+    def holds_the_same_as(self, other: HeldShards) -> bool:
+        """Return whether both are the same shards of the same entries. Their bytes may differ."""
+        return (self.entries, self.shards) == (other.entries, other.shards)
 
 
-def assign_replicas(plans: Sequence[Sequence[WriteItem]]) -> list[list[WriteItem]]:
-    """Assign each item that several ranks hold to one of them.
+def first_element(box: Box, shape: tuple[int, ...]) -> int:
+    """Return the position of the first element of a box in a row-major tensor."""
+    position = 0
+    for offset, n in zip(box.offsets, shape, strict=True):
+        position = position * n + offset
+    return position
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GlobalPlan:
+    """What all ranks write together."""
+
+    entries: dict[str, ValueDescription]
+    """The entries to save, with their paths."""
+    masks: list[bytes]
+    """For each rank, one bit for each shard that it holds: whether it writes the shard."""
+    ids: list[IntArray]
+    """For each rank, the positions in `entries` of the entries that it holds; -1 for one that is not saved."""
+
+    def differing(self, digests: Sequence[bytes]) -> list[str]:
+        """Return the names of small entries that several ranks hold, but not with the same bytes.
+
+        Args:
+            digests: for each rank, `HeldShards.digests`.
+        """
+        tables = [np.frombuffer(of_rank, "<u8").reshape(-1, 3) for of_rank in digests]
+        ids = np.concatenate([of[table[:, 0].astype(np.int64)] for of, table in zip(self.ids, tables, strict=True)])
+        starts, sums = (np.concatenate([table[:, column] for table in tables]) for column in (1, 2))
+        order = np.lexsort((starts, ids))
+        ids, starts, sums = ids[order], starts[order], sums[order]
+        differ = (ids[1:] == ids[:-1]) & (starts[1:] == starts[:-1]) & (sums[1:] != sums[:-1]) & (ids[1:] >= 0)
+        names = list(self.entries)
+        return [names[at] for at in np.unique(ids[1:][differ]).tolist()]
+
+
+def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
+    """Compare what the ranks hold, and assign each replica to one of them.
 
     Args:
-        plans: The items that each rank holds.
+        held: what each rank holds.
 
-    Returns:
-        The items that each rank writes.
+    Raises:
+        ArgumentError: two ranks disagree about an entry, the shards of a tensor overlap or leave gaps, or no rank
+            holds a part of an entry.
     """
-    holders: dict[MetadataIndex, list[int]] = defaultdict(list)
-    sizes: dict[MetadataIndex, int] = {}
-    for rank, items in enumerate(plans):
-        for item in items:
-            holders[item.index].append(rank)
-            sizes[item.index] = _nbytes(item)
-    writers: dict[MetadataIndex, int] = {}
-    loads = [0] * len(plans)
-    for index in sorted(holders, key=lambda index: len(holders[index]) > 1 and sizes[index] > SMALL_REPLICA_BYTES):
-        ranks = holders[index]
-        is_small = sizes[index] <= SMALL_REPLICA_BYTES
-        writers[index] = min(ranks) if is_small else min(ranks, key=lambda rank: loads[rank])
-        loads[writers[index]] += sizes[index]
-    return [[item for item in items if writers[item.index] == rank] for rank, items in enumerate(plans)]
+    first_ranks: dict[bytes, int] = {}
+    for rank, of_rank in enumerate(held):
+        first_ranks.setdefault(of_rank.entries, rank)
+    tables = {packed: unpack_descriptions(packed) for packed in first_ranks}
+    paths = agreed_paths({rank: tables[packed] for packed, rank in first_ranks.items()})
+    known = {name: value for table in reversed(tables.values()) for name, value in table.items()}
+    entries = {name: known[name] for name in paths}
+    positions = {name: at for at, name in enumerate(entries)}
+    ids = {packed: np.array([positions.get(name, -1) for name in table], np.int64) for packed, table in tables.items()}
+    shards = _Shards.of(held, ids, list(entries.values()))
+    _check_held(entries, shards)
+    chosen = _choose_writers(shards, len(held))
+    _check_coverage(entries, shards, chosen)
+    bounds = np.searchsorted(shards.ranks[chosen], np.arange(len(held) + 1)).tolist()
+    masks = [_mask(shards.rows[chosen[begin:end]]) for begin, end in pairwise(bounds)]
+    return GlobalPlan(entries, masks, [ids[of_rank.entries] for of_rank in held])
 
 
-def _nbytes(item: WriteItem) -> int:
-    if item.tensor_data is None:
-        return 0
-    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+def _mask(rows: IntArray) -> bytes:
+    """Return bits that are 1 at these positions."""
+    bits = np.zeros(int(rows.max(initial=-1)) + 1, np.uint8)
+    bits[rows] = 1
+    return np.packbits(bits).tobytes()
 
 
-def check_coverage(plans: Sequence[Sequence[WriteItem]], names: Iterable[str]) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shards:
+    """The shards of all ranks in columns, rank after rank. Boxes have as many dimensions as the largest one."""
+
+    ids: IntArray
+    """(n,) the position of the entry."""
+    ranks: IntArray
+    rows: IntArray
+    """(n,) the position among the shards of the rank."""
+    shapes: IntArray
+    offsets: IntArray
+    sizes: IntArray
+    """(n, ndim) global shape of the tensor, offsets and sizes; 1, 0 and 1 in the dimensions that it does not have."""
+    nbytes: IntArray
+
+    @classmethod
+    def of(
+        cls, held: Sequence[HeldShards], ids: Mapping[bytes, IntArray], entries: Sequence[ValueDescription]
+    ) -> _Shards:
+        """Unpack the shards of all ranks. Leave out those of entries that are not saved."""
+        ndims = np.array([len(entry.shape) for entry in entries], np.int64)
+        itemsizes = np.array([ITEMSIZES.get(entry.dtype, 0) for entry in entries], np.int64)
+        most = int(ndims.max(initial=0))
+        table = np.ones((len(entries), most), np.int64)
+        for at, entry in enumerate(entries):
+            table[at, : len(entry.shape)] = entry.shape
+        owners, rows, extents = [], [], []
+        for of_rank in held:
+            of_entries = ids[of_rank.entries]
+            values = np.frombuffer(zlib.decompress(of_rank.shards), "<i8")
+            owner = np.repeat(of_entries, values[: len(of_entries)])
+            found = values[len(of_entries) :]
+            kept = owner >= 0  # an entry that is not saved is a value, and its shards have no extents
+            owners.append(owner[kept])
+            rows.append(np.flatnonzero(kept))
+            extents.append(found)
+        counts = [len(owner) for owner in owners]
+        owned, flat = np.concatenate(owners), np.concatenate(extents)
+        ndim = ndims[owned]
+        begins = np.cumsum(2 * ndim) - 2 * ndim
+        offsets, sizes = np.zeros((len(owned), most), np.int64), np.ones((len(owned), most), np.int64)
+        cells = np.repeat(np.arange(len(owned)), ndim), concat_ranges(0, ndim)
+        offsets[cells] = flat[concat_ranges(begins, ndim)]
+        sizes[cells] = flat[concat_ranges(begins + ndim, ndim)]
+        nbytes = sizes.prod(axis=1) * itemsizes[owned]
+        ranks = np.repeat(np.arange(len(held)), counts)
+        return cls(owned, ranks, np.concatenate(rows), table[owned], offsets, sizes, nbytes)
+
+    @property
+    def starts(self) -> IntArray:
+        """(n,) the position of the first element in the tensor."""
+        found = np.zeros(len(self.ids), np.int64)
+        for d in range(self.offsets.shape[1]):
+            found = found * self.shapes[:, d] + self.offsets[:, d]
+        return found
+
+
+def _check_held(entries: Mapping[str, ValueDescription], shards: _Shards) -> None:
+    """Check that each entry is on a rank, and that all shards are inside their tensors.
+
+    Raises:
+        ArgumentError: an entry is on no rank, or a shard is not inside its tensor.
+    """
+    absent = np.bincount(shards.ids, minlength=len(entries)) == 0
+    names = list(entries)
+    if bool(absent.any()):
+        raise ArgumentError(
+            f"no rank of the process group holds a part of {names[int(np.argmax(absent))]!r}, so it would not be "
+            "saved: save from the ranks that hold it, or leave it out"
+        )
+    outside = (shards.offsets + shards.sizes > shards.shapes).any(axis=1)
+    if bool(outside.any()):
+        at = int(np.argmax(outside))
+        name = names[int(shards.ids[at])]
+        ndim = len(entries[name].shape)
+        raise ArgumentError(
+            f"{name!r} has shape {[*entries[name].shape]}, but rank {int(shards.ranks[at])} holds a shard of shape "
+            f"{shards.sizes[at, :ndim].tolist()} at {shards.offsets[at, :ndim].tolist()}: all ranks need the same mesh "
+            "and placements"
+        )
+
+
+def _choose_writers(shards: _Shards, world_size: int) -> IntArray:
+    """Return the shards to write, ascending: one of each set of replicas. Empty shards are not written."""
+    filled = np.flatnonzero((shards.sizes > 0).all(axis=1))
+    ids, starts = shards.ids[filled], shards.starts[filled]
+    order = np.lexsort((starts, ids))  # stable: the ranks of replicas ascend
+    by_key, ids, starts = filled[order], ids[order], starts[order]
+    sizes = shards.sizes[by_key]  # boxes of different sizes at one position are no replicas: `_check_coverage` fails
+    differs = (ids[1:] != ids[:-1]) | (starts[1:] != starts[:-1]) | (sizes[1:] != sizes[:-1]).any(axis=1)
+    opens = np.concatenate(([True], differs))[: len(ids)]
+    firsts = np.flatnonzero(opens)
+    counts = np.diff(np.append(firsts, len(ids)))
+    is_spread = (counts > 1) & (shards.nbytes[by_key[firsts]] > SMALL_REPLICA_BYTES)
+    chosen = by_key[firsts]
+    settled = chosen[~is_spread]
+    loads = np.bincount(shards.ranks[settled], shards.nbytes[settled], world_size).astype(np.int64)
+    spread = np.flatnonzero(is_spread)
+    for at in spread[np.argsort(chosen[spread], kind="stable")].tolist():
+        holders = by_key[firsts[at] : firsts[at] + counts[at]]
+        best = holders[np.argmin(loads[shards.ranks[holders]])]
+        loads[shards.ranks[best]] += shards.nbytes[best]
+        chosen[at] = best
+    return np.sort(chosen)
+
+
+def _check_coverage(entries: Mapping[str, ValueDescription], shards: _Shards, chosen: IntArray) -> None:
     """Check that the ranks together write every entry completely.
 
     Raises:
-        ArgumentError: The shards of a tensor overlap or leave gaps, for example because the placements of the ranks
-            differ, or no rank holds a part of an entry.
+        ArgumentError: the shards of a tensor overlap or leave gaps, for example because the placements of the ranks
+            differ.
     """
-    written = {item.index.fqn for items in plans for item in items}
-    for name in names:
-        if name not in written:
+    by_entry = chosen[np.argsort(shards.ids[chosen], kind="stable")]
+    bounds = np.searchsorted(shards.ids[by_entry], np.arange(len(entries) + 1)).tolist()
+    volumes = np.concatenate(([0], np.cumsum(shards.sizes[by_entry].prod(axis=1))))[bounds]
+    held = np.diff(volumes).tolist()
+    for at, (name, entry) in enumerate(entries.items()):
+        mine, ndim = by_entry[bounds[at] : bounds[at + 1]], len(entry.shape)
+        numel = math.prod(entry.shape)
+        if held[at] != numel or (
+            len(mine) > 1 and not tile(entry.shape, shards.offsets[mine, :ndim], shards.sizes[mine, :ndim])
+        ):
             raise ArgumentError(
-                f"no rank of the process group holds a part of {name!r}, so it would not be saved: save from the "
-                "ranks that hold it, or leave it out"
-            )
-    boxes: dict[str, list[tuple[list[int], list[int]]]] = defaultdict(list)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for item in (item for items in plans for item in items):
-        data = item.tensor_data
-        if data is None:
-            continue
-        name, offsets, sizes = item.index.fqn, [*data.chunk.offsets], [*data.chunk.sizes]
-        shapes[name] = tuple(data.size)
-        if any(offset + size > n for offset, size, n in zip(offsets, sizes, data.size, strict=True)):
-            raise ArgumentError(
-                f"{name!r} has shape {[*data.size]}, but a rank holds a shard of shape {sizes} at {offsets}: all ranks "
-                "need the same mesh and placements"
-            )
-        if data.chunk.sizes.numel():
-            boxes[name].append((offsets, sizes))
-    for name, shape in shapes.items():
-        held, numel = boxes[name], sum(math.prod(sizes) for _, sizes in boxes[name])
-        columns = [np.array(column, np.int64) for column in zip(*held, strict=True)]
-        if numel != math.prod(shape) or (len(held) > 1 and not tile(shape, *columns)):
-            raise ArgumentError(
-                f"the ranks hold {numel} elements of {name!r}, which has {math.prod(shape)}: its shards overlap or "
-                "leave gaps. All ranks of the process group must save it, with the same mesh and placements"
+                f"the ranks hold {held[at]} elements of {name!r}, which has {numel}: its shards overlap or leave gaps. "
+                "All ranks of the process group must save it, with the same mesh and placements"
             )

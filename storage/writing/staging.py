@@ -51,8 +51,8 @@ class Arena:
     """A region of staging memory. Only one save uses it at a time.
 
     Args:
-        nbytes: Its size.
-        pinned: Whether to page-lock it, so that a CUDA device can copy to it while the host works.
+        nbytes: its size.
+        pinned: whether to page-lock it, so that a CUDA device can copy to it while the host works.
     """
 
     _numbers = itertools.count()

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.errors import CheckpointError
-from ..errors import ArgumentError, RankError, StoppedError
+from ..errors import ArgumentError, RankError, StoppedError, StoreError
 from ..formats.native.write_records import ObjectRecord
 from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
@@ -92,15 +92,32 @@ class PickledStore:
                 f"background='process' needs to pickle {what}, which failed: {reason(error)}. Pass a URI with plain "
                 "options, or use background='thread'"
             ) from error
-        return cls(data, os.getcwd(), dict(os.environ), _umask())
+        try:
+            folder = os.getcwd()
+        except OSError as error:
+            raise ArgumentError(
+                f"background='process' needs a working directory, but that of this process is gone: {reason(error)}. "
+                "Call os.chdir, or use background='thread'"
+            ) from error
+        return cls(data, folder, dict(os.environ), _umask())
 
     def open(self) -> Store:
-        """Open the store. Raise ArgumentError if it cannot be unpickled, and what `open_store` raises.
+        """Open the store.
 
         The folder, the environment variables and the umask of this process become those of the process that pickled.
+
+        Raises:
+            ArgumentError: it cannot be unpickled.
+            StoreError: the folder cannot be entered, so that a relative path would be another one.
+            CheckpointError: what `open_store` raises.
         """
-        with contextlib.suppress(OSError):
+        try:
             os.chdir(self.folder)
+        except OSError as error:
+            raise StoreError(
+                f"the writer process cannot change to {self.folder}, the working directory of the trainer when it "
+                f"called async_save: {reason(error)}. Do not remove it while a save runs, or use background='thread'"
+            ) from error
         for name in os.environ.keys() - self.environment.keys():
             del os.environ[name]
         for name, value in self.environment.items():
@@ -181,7 +198,7 @@ class WriterProcess:
         """Write staged shards, after the jobs of other saves. `interrupt` and `wrote` are those of `write_objects`.
 
         Args:
-            remove: Called with what was written, if the job was done when `interrupt` raised an error.
+            remove: called with what was written, if the job was done when `interrupt` raised an error.
 
         Raises what `write_objects` raises, and RankError if the process ended.
         """
@@ -429,8 +446,8 @@ def serve(fd: int, trainer: int) -> None:
     """Run a writer process.
 
     Args:
-        fd: The socket to the trainer.
-        trainer: The process ID of the trainer.
+        fd: the socket to the trainer.
+        trainer: the process ID of the trainer.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when to end
         signal.signal(number, signal.SIG_IGN)

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REASONS = frozenset(
-    ("needs Azure", "needs GPUs", "runs under torchrun: see examples/", "see tests/integration/test_demo.py")
+    (
+        "needs Azure",
+        "needs GPUs",
+        "see tests/engines",
+        "runs under torchrun: see examples/",
+        "see tests/integration/test_demo.py",
+    )
 )
 """The reasons for which a block may not run."""
 LANGUAGES = frozenset(("", "console", "python", "text", "toml", "json"))

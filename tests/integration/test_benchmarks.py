@@ -11,7 +11,20 @@ from typing import Any
 import fsspec
 import pytest
 
-from benchmarks import async_save, coalescing, codec, foreign, fsdp_to_tp, manager_calls, memory, overhead
+from benchmarks import (
+    async_save,
+    coalescing,
+    codec,
+    cooperative,
+    coordinator,
+    foreign,
+    fsdp_to_tp,
+    lazy_weights,
+    manager_calls,
+    many_ranks,
+    memory,
+    overhead,
+)
 from tests.proxy import Link, linked, traffic
 from tests.ranks import RankPool
 from tests.servers import Server
@@ -52,6 +65,29 @@ def test_fsdp_to_tp(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("pools")
+def test_cooperative(tmp_path: Path) -> None:
+    few = ("--layers", "1", "--repeat", "1", "--folder", str(tmp_path))
+    rows = rows_of(cooperative, tmp_path, "--cases", "hsdp", "local", *few)
+    by = {(row["case"], row["mode"]): row for row in rows}
+    assert by["hsdp", "True"]["bytes"] < 0.7 * by["hsdp", "False"]["bytes"]
+    assert ("local", "auto") in by
+
+
+@pytest.mark.usefixtures("pools")
+def test_many_ranks(tmp_path: Path) -> None:
+    few = ("--ranks", "2", "4", "--tensors", "3", "--repeat", "1", "--folder", str(tmp_path))
+    rows = rows_of(many_ranks, tmp_path, *few)
+    assert len(rows) == 2 * len(many_ranks.CALLS) * len(many_ranks.NAMES)
+    assert all(row["bytes"] > 0 for row in rows)
+
+
+def test_coordinator(tmp_path: Path) -> None:
+    rows = rows_of(coordinator, tmp_path, "--ranks", "4", "64", "--tensors", "3", "--folder", str(tmp_path))
+    assert [row["ranks"] for row in rows] == [4, 64, 4, 4, 64, 64]
+    assert rows[1]["manifest"] > 4 * rows[0]["manifest"]
+
+
+@pytest.mark.usefixtures("pools")
 def test_async_save(tmp_path: Path) -> None:
     names = "dcp-thread", "reshard-thread-none", "reshard-process-zstd"
     few = ("--layers", "1", "--rounds", "1", "--saves", "1", "--folder", str(tmp_path))
@@ -79,6 +115,19 @@ def test_coalescing(tmp_path: Path) -> None:
     rows = rows_of(coalescing, tmp_path, "--cases", "0.3B, fsdp 8 → tp 4")
     assert [row["over_read"] for row in rows if row["max_gap_bytes"] == 0] == [0]
     assert min(row["requests"] for row in rows) < rows[0]["requests"]
+
+
+def test_lazy_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"DIM": 1024, "HIDDEN": 2048, "VOCABULARY": 1024, "EXPERT_HIDDEN": 1024}.items():
+        monkeypatch.setattr(lazy_weights, name, size)
+    rows = rows_of(lazy_weights, tmp_path, "--layers", "1")
+    ratios = {(row["model"], row["saved_as"]): row["ratio"] for row in rows if row["table"] == "bytes"}
+    assert ratios["dense, TP 4", "reshard zstd"] <= 0.70
+    assert ratios["dense, TP 4", "safetensors"] <= 1.05
+    shares = [row["share"] for row in rows if row["table"] == "bytes" and row["model"] == "8 experts, EP 4"]
+    assert len(shares) == 3
+    assert max(shares) <= 0.26
+    assert [row["tensors"] for row in rows if row["table"] == "recording"] == [1002]
 
 
 def test_memory(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_bytes_over_is_the_over_read_of_the_byte_ranges() -> None:
 
 def test_object_map_computes_the_part_of_each_bin_that_is_read() -> None:
     column = np.array
-    requests = coalesce(column([0, 0, 1]), column([10, 25, 0]), column([20, 30, 7]), max_gap_bytes=0)
+    requests = coalesce(column([0, 0, 1]), column([10, 25, 0]), column([20, 30, 7]), GapLimits(0, 0.0))
     edges = np.linspace(0, 40, 5)
     found = {strip: covered.tolist() for strip, covered in _covered(requests, [2, 1, 0], edges)}
     assert found == {2: [0, 1, 0.5, 0], 1: [0.7, 0, 0, 0]}

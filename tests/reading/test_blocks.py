@@ -21,7 +21,7 @@ from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
-from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.reading import executor, workers
 from reshard.storage.reading.blocks import Block, find_blocks, form_boxes, split_shape
 from reshard.storage.reading.decode import parts_of
@@ -113,7 +113,7 @@ def saved(codec: str, dtype: torch.dtype, ranks: int = 2) -> tuple[MemoryStore, 
             load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, f"{rank:05}", shards, codec)
-    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index([PackedRecords.of(records)]), {}, {}), overwrite=False)
     return store, tensors
 
 

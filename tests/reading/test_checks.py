@@ -17,7 +17,7 @@ from reshard.planner.index import CheckpointIndex
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
-from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.reading.checks import RequestCheck, damages
 from reshard.storage.reading.tasks import Request, arrange
 from reshard.storage.stores.testing import MemoryStore
@@ -38,7 +38,7 @@ def requests_of(codec: str, part: bool) -> tuple[CheckpointIndex, list[tuple[Req
             load = functools.partial(part_of, name, values[box.slices], box, values.dtype)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, shape, box, load))
     records = write_objects(store, "0", shards, codec)
-    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index([PackedRecords.of(records)]), {}, {}), overwrite=False)
     rows = {name: max(1, shape[0] // 3) if part else shape[0] for name, shape in SHAPES.items()}
     wants = [WantedBox(name, Box((0,) * len(shape), (rows[name], *shape[1:]))) for name, shape in SHAPES.items()]
     index = open_source(store).index(wants)

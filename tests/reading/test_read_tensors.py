@@ -20,7 +20,7 @@ from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import CorruptCheckpointError, RankError, StoreError
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
-from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.formats.source import Source
 from reshard.storage.reading import executor
 from reshard.storage.reading.decode import place_chunk_batch
@@ -53,7 +53,7 @@ def saved(codec: str, tensors: dict[str, torch.Tensor], ranks: int = 2) -> tuple
             load = functools.partial(part_of, values)
             shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, tuple(values.shape), box, load))
         records += write_objects(store, f"{rank:05}", shards, codec)
-    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index([PackedRecords.of(records)]), {}, {}), overwrite=False)
     return store, open_source(store)
 
 

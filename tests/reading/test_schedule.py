@@ -17,7 +17,7 @@ from reshard.planner.entries import Kind
 from reshard.planner.read_plan import ReadPlan, plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
-from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.reading.schedule import Fetch, Place, Schedule, Verify
 from reshard.storage.reading.tasks import Request, arrange
 from reshard.storage.stores.testing import MemoryStore
@@ -37,7 +37,7 @@ def plan_of(codec: str, max_request_bytes: int) -> ReadPlan:
         load = functools.partial(part_of, name, values, box, values.dtype)
         shards.append(ShardToWrite(name, Kind.TENSOR, values.dtype, shape, box, load))
     records = write_objects(store, "0", shards, codec)
-    store.put(MANIFEST_NAME, encode_manifest(assemble_index(records), {}, {}), overwrite=False)
+    store.put(MANIFEST_NAME, encode_manifest(assemble_index([PackedRecords.of(records)]), {}, {}), overwrite=False)
     wants = [WantedBox(name, Box.whole(shape)) for name, shape in SHAPES.items()]
     return plan_reads(open_source(store).index(wants), wants, max_request_bytes=max_request_bytes)
 

@@ -210,7 +210,7 @@ def restore_with_one_damaged_rank(folder: str, rank: int, fault: str, names: str
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("names", ["data/", "manifest"])
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "failing"])
 def test_damage_that_one_rank_sees_moves_all_ranks(
     ranks: RankPool, saved_run: Path, fault: str, names: str, rank: int
 ) -> None:
@@ -218,14 +218,29 @@ def test_damage_that_one_rank_sees_moves_all_ranks(
     assert [result[:2] for result in results] == [(20, 20), (20, 20)]
     (message,) = results[0][2]
     assert "step 30 at" in message
+    assert ("cannot be read and is not restored" if fault == "failing" else "is damaged and is not") in message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("names", ["data/", "manifest"])
+def test_store_that_cannot_read_any_checkpoint_is_an_error_of_the_store(
+    ranks: RankPool, saved_run: Path, names: str, rank: int
+) -> None:
+    for kind, _, message in ranks.run(
+        2, restore_with_one_damaged_rank, str(saved_run), rank, "failing", names, ["step-"]
+    ):
+        assert kind == "StoreError"
+        assert "none of the checkpoints of this run can be loaded" in message
+        assert all(f"step {step} at" in message for step in (10, 20, 30))
+        assert "Input/output error" in message
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("names", ["data/", "manifest"])
 @pytest.mark.parametrize(
     ("fault", "kind"),
-    [("denied", "AccessDeniedError"), ("unavailable", "UnavailableError"), ("failing", "StoreError")],
-    ids=["denied", "unavailable", "failing"],
+    [("denied", "AccessDeniedError"), ("unavailable", "UnavailableError")],
+    ids=["denied", "unavailable"],
 )
 def test_error_that_is_not_damage_is_raised(
     ranks: RankPool, saved_run: Path, fault: str, kind: str, names: str, rank: int

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc as gc_of_python
+import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
+from reshard.storage.training import manager as manager_module
 from reshard.storage.training import run as run_module
 from tests.ranks import RankFailed, RankPool
 
@@ -32,6 +38,17 @@ ROOT = Path(__file__).parents[2]
 
 def state(value: float) -> dict[str, Any]:
     return {"model": {"w": torch.full((20, 30), float(value))}, "step": value}
+
+
+def threads_left(before: set[threading.Thread]) -> list[str]:
+    """Wait up to a minute for the threads that are not in `before`, then return the names of those that still run."""
+    deadline = time.monotonic() + 60
+    while True:  # join() refuses a thread that another thread is starting
+        left = [thread.name for thread in threading.enumerate() if thread not in before]
+        left = [name for name in left if name != "reshard-loop"]  # the event loop of the process
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)
 
 
 def value_of(loaded: dict[str, Any]) -> float:
@@ -155,7 +172,17 @@ def test_policy_that_returns_no_steps_removes_nothing_and_is_logged(
     with manager_of(tmp_path, keep=[odd]) as manager:
         train(manager, [1, 2, 3])
     assert steps_on_disk(tmp_path) == [1, 2, 3]
-    assert "odd returned '1', which is not the step of a checkpoint" in caplog.text
+    assert "odd returned '1', which is not a step" in caplog.text
+
+
+def test_policy_may_return_fixed_steps_before_they_are_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fixed(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        return [2, 4, 1000]
+
+    with manager_of(tmp_path, keep=[fixed]) as manager:
+        train(manager, [1, 2, 3, 4, 5, 6])
+    assert steps_on_disk(tmp_path) == [2, 4, 6]
+    assert ["fixed returned step 2, which has no" in message for message in caplog.messages] == [True]
 
 
 def test_metadata_is_removed_first_so_that_no_half_removed_checkpoint_looks_complete(
@@ -589,3 +616,126 @@ def test_missing_signal_handlers_are_reported(tmp_path: Path, caplog: pytest.Log
         thread.start()
         thread.join()
     assert "signals are not handled" in caplog.text
+
+
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_dropped_manager_ends_its_threads_and_releases_its_lease(
+    is_mirrored: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = set(threading.enumerate())
+    manager = reshard.CheckpointManager(
+        tmp_path / "run",
+        mirror=tmp_path / "mirror" if is_mirrored else None,
+        keep=[reshard.latest(1)],
+        background="thread",
+        signals=(),
+    )
+    manager.save(1, state(1))
+    manager.save(2, state(2))
+    dropped = weakref.ref(manager)
+    started = set(threading.enumerate()) - before
+    assert {thread.name for thread in started} >= {"reshard-lease_0", *["reshard-mirror_0"] * is_mirrored}
+    del manager
+    gc_of_python.collect()
+    assert dropped() is None
+    assert threads_left(before) == []
+    (lease,) = (tmp_path / "run" / ".reshard-manager").iterdir()
+    assert json.loads(lease.read_text())["released"]
+    steps = steps_on_disk(tmp_path / "run")
+    assert steps[-1] == 2, "the running save was not lost"
+    assert is_mirrored or steps == [2]  # a checkpoint that is not on the mirror yet is not removed
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def drop_on_all_ranks(folder: str) -> tuple[list[str], list[str]]:
+    before = set(threading.enumerate())
+    manager = manager_of(Path(folder))
+    started = set(threading.enumerate()) - before
+    del manager
+    gc_of_python.collect()
+    return [thread.name for thread in started], threads_left(before)
+
+
+def test_dropped_managers_of_several_ranks_end_their_threads(ranks: RankPool, tmp_path: Path) -> None:
+    for started, left in ranks.run(2, drop_on_all_ranks, str(tmp_path)):
+        assert "reshard-agreed_0" in started
+        assert left == []
+
+
+def test_closed_manager_is_not_ended_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(manager_module, "_end_dropped", lambda *_: ended.append("dropped"))
+    manager = manager_of(tmp_path)
+    manager.close()
+    del manager
+    gc_of_python.collect()
+    assert ended == []
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_restore_refuses_an_empty_state_dict(is_saved: bool, tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        if is_saved:
+            manager.save(1, state(1))
+        with pytest.raises(errors.ArgumentError, match=r"the state dict is empty on every rank.*latest_step\(\)"):
+            manager.restore({})
+        with pytest.raises(errors.ArgumentError, match="expected a state dict, a mapping of names to values, got int"):
+            manager.restore(3)  # type: ignore[arg-type]
+        assert manager.restore(state(0)) == (1 if is_saved else None)
+
+
+def restore_nothing_on_one_rank(folder: str) -> tuple[int | None, float]:
+    loaded: dict[str, Any] = {} if dist.get_rank() == 1 else state(0)
+    with manager_of(Path(folder)) as manager:
+        manager.save(1, state(1))
+        step = manager.restore(loaded)
+    return step, value_of(loaded) if loaded else 1.0
+
+
+def test_one_rank_may_restore_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, restore_nothing_on_one_rank, str(tmp_path)) == [(1, 1.0)] * 2
+
+
+def test_process_group_of_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        errors.ArgumentError, match=r"process_group must be a torch\.distributed\.ProcessGroup or None, got 3"
+    ):
+        reshard.CheckpointManager(tmp_path, process_group=3)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_checkpoint_is_not_called_a_killed_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2])
+    path = tmp_path / "step-00000001" / MANIFEST_NAME
+    path.write_bytes(path.read_bytes()[:50])
+    with manager_of(tmp_path) as manager:
+        manager.wait()
+    (message,) = [message for message in caplog.messages if "step-00000001" in message]
+    assert message.startswith(f"the checkpoint at {tmp_path}/step-00000001 is damaged, so nothing is removed there: ")
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_data_that_is_a_folder_is_named_by_a_save_over_it(is_empty: bool, tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        manager.save(1, state(1))
+        folder = Path(manager.location(1))
+        (path,) = (folder / "data").iterdir()
+        path.unlink()
+        path.mkdir()
+        if not is_empty:
+            (path / "notes").touch()
+        for save in (
+            lambda: manager.save(1, state(2), force=True),
+            lambda: reshard.save(state(2), folder, overwrite=True),
+            lambda: reshard.async_save(state(2), folder, overwrite=True, background="thread").result(),
+        ):
+            with pytest.raises(errors.StoreError) as caught:
+                save()
+            message = str(caught.value)
+            assert message.startswith(f"the checkpoint at {folder} cannot be replaced, and is unchanged: ")
+            assert f"'data/{path.name}' in {folder}: it is a folder instead of an object" in message
+            assert message.endswith("remove that folder by other means; then save again, or save to another location")
+        shutil.rmtree(path)
+        manager.save(1, state(2), force=True)
+        assert reshard.open(folder).verify() == []

@@ -14,7 +14,7 @@ import torch
 
 import reshard
 from reshard.errors import ArgumentError
-from reshard.storage.training.policies import kept_steps
+from reshard.storage.training.policies import check_policies, kept_steps
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
@@ -79,23 +79,29 @@ def test_best_warns_once_if_no_checkpoint_has_the_metric(caplog: pytest.LogCaptu
     ]
 
 
+def kept_by(policies: Sequence[reshard.Policy], saved: Sequence[reshard.SavedStep]) -> set[int]:
+    checked = check_policies(policies)
+    assert checked is not None
+    return kept_steps(checked, saved)
+
+
 def test_checkpoint_is_kept_if_any_policy_keeps_it() -> None:
     saved = run(1, 5, 6, 7, 8, 9)
-    assert kept_steps([reshard.latest(1), reshard.every(300), reshard.best("loss")], saved) == {100, 300, 600}
+    assert kept_by([reshard.latest(1), reshard.every(300), reshard.best("loss")], saved) == {100, 300, 600}
 
 
 def test_last_checkpoint_is_kept_even_if_no_policy_keeps_it() -> None:
     def none(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
         return []
 
-    assert kept_steps([none], run(1, 2, 3)) == {300}
-    assert kept_steps([none], []) == set()
+    assert kept_by([none], run(1, 2, 3)) == {300}
+    assert kept_by([none], []) == set()
 
 
 @pytest.mark.parametrize(
     "returned",
-    [["100"], [100.0], [77], [True], run(1), None, 100, [START], torch.tensor([100.0])],
-    ids=["text", "float", "unknown", "bool", "checkpoints", "none", "number", "time", "tensor"],
+    [["100"], [100.0], [True], run(1), None, 100, [START], torch.tensor([100.0])],
+    ids=["text", "float", "bool", "checkpoints", "none", "number", "time", "tensor"],
 )
 def test_policy_that_does_not_return_steps_is_refused(returned: Any) -> None:
     def odd(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
@@ -103,7 +109,19 @@ def test_policy_that_does_not_return_steps_is_refused(returned: Any) -> None:
         return kept
 
     with pytest.raises(ArgumentError, match=r"the policy .*odd (returned|failed)"):
-        kept_steps([odd], run(1, 2, 3))
+        kept_by([odd], run(1, 2, 3))
+
+
+def test_steps_without_a_checkpoint_are_ignored_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def fixed(saved: Sequence[reshard.SavedStep]) -> Iterable[int]:
+        return [100, 77, -1, 500]
+
+    policies = check_policies([fixed])
+    assert policies is not None
+    assert kept_steps(policies, run(1, 2, 3)) == {100, 300}
+    assert kept_steps(policies, run(1, 2, 3, 4, 5, 6)) == {100, 500, 600}
+    (message,) = caplog.messages
+    assert "fixed returned step -1, which has no checkpoint" in message
 
 
 def test_policy_may_return_integers_of_other_libraries() -> None:
@@ -112,7 +130,7 @@ def test_policy_may_return_integers_of_other_libraries() -> None:
         kept: Iterable[int] = steps[:1]
         return kept
 
-    kept = kept_steps([of_tensor], run(1, 2, 3))
+    kept = kept_by([of_tensor], run(1, 2, 3))
     assert kept == {100, 300}
     assert all(type(step) is int for step in kept)
 
@@ -124,7 +142,7 @@ def test_policies_see_the_checkpoints_in_the_order_of_steps() -> None:
         seen.extend(found.step for found in saved)
         return []
 
-    kept_steps([policy], run(1, 2, 3)[::-1])
+    kept_by([policy], run(1, 2, 3)[::-1])
     assert seen == [100, 200, 300]
 
 

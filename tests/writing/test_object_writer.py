@@ -15,7 +15,7 @@ from reshard.planner.entries import Kind
 from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
-from reshard.storage.formats.native.write_records import assemble_index
+from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities
@@ -39,7 +39,7 @@ def test_rank_writes_one_object_and_the_index_describes_it() -> None:
     assert re.fullmatch(r"data/[0-9a-f]{32}-00003\.shard", record.name)
     assert record.nbytes == len(store.content[record.name])
     assert record.bytes_needed == 64 * 64 * 4 + 80
-    index = assemble_index([record], {"none": ("float32", (0, 3))})
+    index = assemble_index([PackedRecords.of([record])], {"none": ("float32", (0, 3))})
     assert [entry.name for entry in index.entries] == ["a", "b", "none"]
     assert int(index.lengths.sum()) + 8 == record.nbytes
 
@@ -47,10 +47,10 @@ def test_rank_writes_one_object_and_the_index_describes_it() -> None:
 def test_codec_determines_the_grid_and_ranks_must_use_the_same_codec() -> None:
     store, values = MemoryStore(), torch.randn(1024, 1024)
     encoded, raw = (write_objects(store, "00000", [shard("t", values)], codec) for codec in ("zstd", "none"))
-    assert assemble_index(encoded).entry("t").grid.parts == (8, 8)
-    assert assemble_index(raw).entry("t").grid.parts == (8, 4)
-    with pytest.raises(ArgumentError, match=r"one rank divided 't' into \(8, 4\) parts, another into \(8, 8\)"):
-        assemble_index([*encoded, *raw])
+    assert assemble_index([PackedRecords.of(encoded)]).entry("t").grid.parts == (8, 8)
+    assert assemble_index([PackedRecords.of(raw)]).entry("t").grid.parts == (8, 4)
+    with pytest.raises(ArgumentError, match=r"one rank divided 't' into \(8, 8\) parts, another into \(8, 4\)"):
+        assemble_index([PackedRecords.of(encoded), PackedRecords.of(raw)])
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
@@ -68,7 +68,7 @@ def test_tp_rank_reads_its_part_of_grouped_shards_with_one_request_per_stream(
     for box in held:
         shards = [replace(shard(name, tensor), box=box) for name, tensor in values.items()]
         records += write_objects(store, "00000", shards, codec)
-    index = assemble_index(records)
+    index = assemble_index([PackedRecords.of(records)])
     assert [index.shards_of(position) for position in range(3)] == [held] * 3
     for tp in (2, 4, 8):
         box = Box((0, 4096 // tp), (512, 4096 // tp))
@@ -164,7 +164,7 @@ def test_several_objects_are_written_concurrently_if_the_store_holds_objects(mon
     assert 8 <= len(records) <= 12
     assert sorted(memory.content) == sorted(record.name for record in records)
     assert max(record.bytes_needed for record in records) <= sum(record.bytes_needed for record in records) // 8
-    index = assemble_index(records)
+    index = assemble_index([PackedRecords.of(records)])
     assert len(index.shards_of(index.position("large"))) == 8
     plan = plan_reads(index, [WantedBox(name, Box.whole(tuple(tensor.shape))) for name, tensor in values.items()])
     loaded = [torch.zeros_like(tensor) for tensor in values.values()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import reshard
+from reshard.errors import ArgumentError, StoreError
 from reshard.storage.stores.local import LocalStore, NodeLocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
 from reshard.storage.writing.writer_process import PickledStore, writer_process
@@ -67,6 +68,34 @@ def test_the_writer_process_uses_the_umask_of_the_trainer(tmp_path: Path) -> Non
             assert os.umask(mask) == mask
     finally:
         os.umask(before)
+
+
+def test_a_working_directory_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a relative path would be another one, and the objects would be written there."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    pickled = PickledStore.of("c", None)
+    monkeypatch.setattr(PickledStore, "of", lambda *_: pickled)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(StoreError, match=r"cannot change to .*/gone, the working directory of the trainer"):
+        pickled.open()
+    handle = reshard.async_save({"w": torch.ones(3)}, "c", background="process")
+    with pytest.raises(StoreError, match=r"cannot change to .*/gone, the working directory of the trainer"):
+        handle.result()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    reshard.async_save({"w": torch.ones(3)}, "c", background="process").result()
+    assert reshard.open(tmp_path / "c").read("w").tolist() == [1, 1, 1]
+
+
+def test_a_trainer_without_a_working_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ArgumentError, match=r"needs a working directory, but that of this process is gone.*os\.chdir"):
+        reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="process")
+    reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread").result()
 
 
 def test_a_pickled_store_does_not_show_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

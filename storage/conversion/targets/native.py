@@ -13,7 +13,7 @@ import torch
 from ....planner.box import Box
 from ....planner.entries import Kind
 from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
-from ...formats.native.write_records import assemble_index, record_from_json, record_to_json
+from ...formats.native.write_records import PackedRecords, assemble_index, record_from_json, record_to_json
 from ...formats.user_metadata import plain_metadata
 from ...stores.base import Store
 from ...tensors.splitting import group_by_bytes
@@ -57,7 +57,7 @@ class NativeTarget:
     ) -> bytes:
         objects = [record_from_json(found) for record in records for found in record["objects"]]
         empty = {item.name: (item.dtype, item.shape) for item in items if item.is_tensor and not item.nbytes}
-        index = assemble_index(objects, empty)
+        index = assemble_index([PackedRecords.of(objects)], empty)
         info = {
             "writer": f"reshard {__version__}",
             "torch": torch.__version__,

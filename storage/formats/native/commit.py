@@ -6,7 +6,7 @@ import contextlib
 import re
 
 from ....planner.errors import CheckpointError
-from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError
+from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError, nearest
 from ...runtime.logs import logger_of
 from ...stores.base import Store, check_delete, top_names
 from ..detect import CONVERSION, is_of_a_checkpoint
@@ -90,7 +90,13 @@ def commit(
                 "them: then pass background='thread'"
             )
         raise StoreError(f"{_gone(store, gone, rank)}{hint}; the checkpoint was not committed")
-    check_delete(store, replaced - objects)
+    try:
+        check_delete(store, replaced - objects)
+    except StoreError as error:
+        raise nearest(error)(
+            f"the checkpoint at {store.location} cannot be replaced, and is unchanged: {error}; then save again, or "
+            "save to another location"
+        ) from error
     put_commit(store, MANIFEST_NAME, manifest, "the manifest", overwrite=overwrite)
     try:
         store.delete(replaced - objects)

@@ -14,13 +14,14 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, compress
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from typing_extensions import Buffer
 
 from ....planner.chunk_reads import WantedBox
 from ....planner.coalesce import GapLimits
@@ -30,7 +31,7 @@ from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex, missing_tensor
 from ....planner.read_plan import NATIVE_GAP_LIMITS
 from ....planner.regions import check_region_parts, regions_met
-from ....planner.request_costs import RequestCosts
+from ....planner.request_costs import REMOTE_COSTS, RequestCosts
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
 from ...runtime.checksums import checksum
@@ -40,7 +41,7 @@ from ...stores.base import Store
 from ...stores.retry import read_whole
 from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json, path_to_json
-from ..metadata_reads import MALFORMED_ERRORS
+from ..metadata_reads import MALFORMED_ERRORS, Speed
 from ..source import Unreadable, bounded
 from ..user_metadata import read_metadata
 from .manifest_blocks import MAX_MANIFEST_BYTES, BlockTable, decode_blocks, encode_blocks
@@ -144,19 +145,29 @@ class Manifest:
         return f"{_CHECKSUM.unpack_from(self._source.first, _PREFIX.size)[0]:016x}"
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        """Ignore the speed of the store: there are few gaps between chunks."""
+        """Ignore the speed of the store."""
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        return (
-            NATIVE_GAP_LIMITS
-            if max_over_read is None
-            else replace(NATIVE_GAP_LIMITS, max_over_read=bounded(max_over_read))
-        )
+        if costs is None and self.store.capabilities.read_into is None:
+            costs = REMOTE_COSTS
+        bound = None if max_over_read is None else bounded(max_over_read)
+        if costs is not None:
+            return costs.native_gap_limits() if bound is None else costs.gap_limits(bound)
+        return NATIVE_GAP_LIMITS if bound is None else replace(NATIVE_GAP_LIMITS, max_over_read=bound)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What the user stored with the checkpoint. Raises CorruptCheckpointError if it cannot be decoded."""
         return read_metadata(self._metadata, self._source.where)
+
+    @property
+    def speed(self) -> Speed:
+        return Speed()
+
+    def use_store(self, store: Store, speed: Speed | None = None) -> None:
+        self._source.store = store
+        if speed is not None:
+            self._source.bytes_read = self._source.requests = 0
 
     @property
     def bytes_read(self) -> int:
@@ -197,6 +208,25 @@ class Manifest:
             if self._loaded is None or not wanted <= self._loaded[0]:
                 self._loaded = wanted, self._load(sorted(wanted))
             return self._loaded[1]
+
+    def blocks_to_read(self, wants: Iterable[WantedBox]) -> list[int]:
+        """Return the blocks that `index` would read for some reads. Raises what `index` raises for missing names."""
+        if self._is_small:
+            return []
+        return sorted({block for want in wants for block in self._blocks_of(want)}.difference(self._kept))
+
+    def block_bytes(self, blocks: Sequence[int]) -> int:
+        """Return the size of some blocks."""
+        at = np.asarray(blocks, np.int64)
+        return int((self._blocks.starts[at + 1] - self._blocks.starts[at]).sum())
+
+    def read_blocks(self, blocks: list[int]) -> dict[int, bytes]:
+        """Read blocks for other ranks. Raise CorruptCheckpointError or StoreError."""
+        return {at: bytes(data) for at, data in self._read(blocks)}
+
+    def keep_blocks(self, blocks: Mapping[int, Buffer]) -> None:
+        """Keep blocks that another rank has read."""
+        self._kept |= {at: memoryview(data) for at, data in blocks.items()}
 
     def _blocks_of(self, want: WantedBox) -> list[int]:
         """Return the blocks with the regions that a read needs."""

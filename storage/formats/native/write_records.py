@@ -1,17 +1,23 @@
-"""Records of what each rank wrote. Ranks send them as plain data to the rank that commits, which builds the index."""
+"""Records of what each rank wrote. Ranks send them in columns to the rank that commits, which builds the index.
+
+Ranks that wrote shards of the same entries send the same bytes for these, and rank 0 decodes them once. So building the
+index takes few operations per rank (`benchmarks/many_ranks.py`).
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ....planner.box import Box
-from ....planner.entries import ITEMSIZES, Entry, Kind, Segments
+from ....planner.box import Box, IntArray, concat_ranges
+from ....planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex
 from ...errors import ArgumentError
@@ -88,49 +94,151 @@ def record_from_json(value: dict[str, Any]) -> ObjectRecord:
     return ObjectRecord(**{**value, "shards": shards})
 
 
+@dataclass(frozen=True, slots=True)
+class PackedRecords:
+    """The records of a rank in columns, as it sends them to the rank that commits."""
+
+    objects: tuple[tuple[str, int], ...]
+    """The name and size in bytes of each object."""
+    entries: bytes
+    """The entries of its shards, packed. They are equal for ranks that wrote shards of the same entries."""
+    columns: bytes
+    """The columns of its segments, packed."""
+    boxes: bytes
+    """Offsets and sizes of each segment, packed."""
+    lengths: bytes
+    checksums: bytes
+
+    @classmethod
+    def of(cls, records: Sequence[ObjectRecord]) -> PackedRecords:
+        """Pack records."""
+        entries: dict[str, tuple[int, tuple[Any, ...]]] = {}
+        rows: list[tuple[int, ...]] = []
+        boxes: list[int] = []
+        found: list[SegmentRecord] = []
+        for at, record in enumerate(records):
+            for shard in record.shards:
+                described = (shard.name, shard.kind, shard.dtype, shard.grid.shape, shard.grid.parts)
+                entry, known = entries.setdefault(shard.name, (len(entries), described))
+                if known != described:
+                    raise _different_grids(shard.name, known[4], shard.grid.parts)
+                for segment in shard.segments:
+                    rows.append((entry, at, segment.stream, segment.encoding, segment.start, len(segment.lengths) // 4))
+                    boxes += (*shard.box.offsets, *shard.box.sizes)
+                    found.append(segment)
+        columns = np.array(rows, "<i8").reshape(-1, 6).T
+        return cls(
+            tuple((record.name, record.nbytes) for record in records),
+            zlib.compress(json.dumps([known for _, known in entries.values()], separators=(",", ":")).encode(), 1),
+            zlib.compress(columns.tobytes(), 1),
+            zlib.compress(np.array(boxes, "<i8").tobytes(), 1),
+            b"".join(segment.lengths for segment in found),
+            b"".join(segment.checksums for segment in found),
+        )
+
+
+def entries_of(packed: Sequence[PackedRecords]) -> dict[bytes, list[Entry]]:
+    """Return the entries of each set that a rank wrote shards of, by its packed form.
+
+    Raises:
+        ArgumentError: ranks used different grids for a tensor, because they saved with different codecs.
+    """
+    found: dict[bytes, list[Entry]] = {}
+    known: dict[str, Entry] = {}
+    for entries in dict.fromkeys(one.entries for one in packed):
+        found[entries] = [
+            Entry(name, Kind(kind), dtype, Grid(tuple(shape), tuple(parts)))
+            for name, kind, dtype, shape, parts in json.loads(zlib.decompress(entries))
+        ]
+        for entry in found[entries]:
+            if known.setdefault(entry.name, entry).grid != entry.grid:
+                raise _different_grids(entry.name, known[entry.name].grid.parts, entry.grid.parts)
+    return found
+
+
+def _different_grids(name: str, parts: tuple[int, ...], others: tuple[int, ...]) -> ArgumentError:
+    return ArgumentError(
+        f"one rank divided {name!r} into {parts} parts, another into {others}: use the same codec on all ranks"
+    )
+
+
 def assemble_index(
-    objects: Sequence[ObjectRecord], empty: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+    packed: Sequence[PackedRecords], empty: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
 ) -> CheckpointIndex:
     """Build the index of a checkpoint.
 
     Args:
-        objects: the data objects of all ranks.
+        packed: the records of all ranks.
         empty: the dtype and shape of tensors without elements, for which nothing was written.
 
     Raises:
         ArgumentError: ranks used different grids for a tensor, because they saved with different codecs.
     """
-    shards = sorted(
-        ((shard, at) for at, record in enumerate(objects) for shard in record.shards),
-        key=lambda item: (item[0].name, item[0].box.offsets),
-    )
-    kinds = {
-        name: (Kind.TENSOR, dtype, Grid.choose(shape, ITEMSIZES[dtype]))
+    tables = entries_of(packed)
+    known = {
+        name: Entry(name, Kind.TENSOR, dtype, Grid.choose(shape, ITEMSIZES[dtype]))
         for name, (dtype, shape) in (empty or {}).items()
     }
-    kinds |= {shard.name: (Kind(shard.kind), shard.dtype, shard.grid) for shard, _ in shards}
-    for shard, _ in shards:
-        if shard.grid != (grid := kinds[shard.name][2]):
-            raise ArgumentError(
-                f"one rank divided {shard.name!r} into {grid.parts} parts, another into {shard.grid.parts}: "
-                "use the same codec on all ranks"
-            )
-    entries = tuple(Entry(name, *kind) for name, kind in sorted(kinds.items()))
-    position = {entry.name: i for i, entry in enumerate(entries)}
-    rows = [(shard, segment, at) for shard, at in shards for segment in shard.segments]
+    known |= {entry.name: entry for table in tables.values() for entry in table}
+    entries = tuple(entry for _, entry in sorted(known.items()))
+    position = {entry.name: at for at, entry in enumerate(entries)}
+    positions = {key: np.array([position[e.name] for e in table], np.int64) for key, table in tables.items()}
+    rows = [np.frombuffer(zlib.decompress(one.columns), "<i8").reshape(6, -1) for one in packed]
+    first_objects = np.cumsum([0, *(len(one.objects) for one in packed)]).tolist()
+    owners = _joined([positions[one.entries][columns[0]] for one, columns in zip(packed, rows, strict=True)])
+    objects = _joined([columns[1] + first for columns, first in zip(rows, first_objects, strict=False)])
+    streams, encodings, starts, counts = (_joined([columns[at] for columns in rows]) for at in range(2, 6))
+    boxes = np.frombuffer(b"".join(zlib.decompress(one.boxes) for one in packed), "<i8")
+    lengths = np.frombuffer(b"".join(one.lengths for one in packed), "<u4")
+    checksums = np.frombuffer(b"".join(one.checksums for one in packed), "<u8")
+
+    ndims = np.array([len(entry.shape) for entry in entries], np.int64)[owners]
+    begins = np.cumsum(2 * ndims) - 2 * ndims
+    order = np.lexsort((_first_elements(entries, owners, boxes, begins), owners))
+    of_checksums = _checksum_counts(entries, owners, encodings, counts, lengths)
+    first_lengths, first_checksums = np.cumsum(counts) - counts, np.cumsum(of_checksums) - of_checksums
     segments = Segments(
-        entries=np.array([position[shard.name] for shard, _, _ in rows], np.int64),
-        streams=np.array([segment.stream for _, segment, _ in rows], np.uint8),
-        encodings=np.array([segment.encoding for _, segment, _ in rows], np.uint8),
-        objects=np.array([at for _, _, at in rows], np.int64),
-        starts=np.array([segment.start for _, segment, _ in rows], np.int64),
-        offsets=np.array([n for shard, _, _ in rows for n in shard.box.offsets], np.int64),
-        sizes=np.array([n for shard, _, _ in rows for n in shard.box.sizes], np.int64),
+        entries=owners[order],
+        streams=streams[order].astype(np.uint8),
+        encodings=encodings[order].astype(np.uint8),
+        objects=objects[order],
+        starts=starts[order],
+        offsets=boxes[concat_ranges(begins[order], ndims[order])],
+        sizes=boxes[concat_ranges((begins + ndims)[order], ndims[order])],
     )
     return CheckpointIndex(
         entries,
-        tuple((record.name, record.nbytes) for record in objects),
+        tuple(named for one in packed for named in one.objects),
         segments,
-        np.frombuffer(b"".join(segment.lengths for _, segment, _ in rows), "<u4"),
-        np.frombuffer(b"".join(segment.checksums for _, segment, _ in rows), "<u8"),
+        lengths[concat_ranges(first_lengths[order], counts[order])],
+        checksums[concat_ranges(first_checksums[order], of_checksums[order])],
     )
+
+
+def _joined(columns: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([*columns, np.empty(0, np.int64)])
+
+
+def _first_elements(entries: Sequence[Entry], owners: IntArray, boxes: IntArray, begins: IntArray) -> IntArray:
+    """Return the (n,) position of the first element of each box in its row-major tensor."""
+    found = np.zeros(len(owners), np.int64)
+    for ndim in {len(entry.shape) for entry in entries}:
+        shapes = np.array([e.shape if len(e.shape) == ndim else (1,) * ndim for e in entries], np.int64)
+        mine = np.flatnonzero(np.array([len(entry.shape) == ndim for entry in entries])[owners])
+        for d in range(ndim):
+            found[mine] = found[mine] * shapes[owners[mine], d] + boxes[begins[mine] + d]
+    return found
+
+
+def _checksum_counts(
+    entries: Sequence[Entry], owners: IntArray, encodings: IntArray, counts: IntArray, lengths: npt.NDArray[np.uint32]
+) -> IntArray:
+    """Return the (n,) number of checksums of each segment: one for each chunk, or for each page of a raw chunk."""
+    pages = np.array([entry.page_bytes for entry in entries], np.int64)[owners]
+    of_chunks = np.where(
+        np.repeat(encodings == Encoding.RAW, counts), -(-lengths.astype(np.int64) // np.repeat(pages, counts)), 1
+    )
+    before = np.concatenate(([0], np.cumsum(of_chunks)))
+    ends = np.cumsum(counts)
+    found: IntArray = before[ends] - before[ends - counts]
+    return found

@@ -1,0 +1,1 @@
+"""Plugins for inference engines. The engines import them; reshard itself does not."""

@@ -1,0 +1,157 @@
+"""Agree with the other ranks on a read that they share, and plan it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from ...planner.chunk_reads import WantedBox
+from ...planner.coalesce import GapLimits
+from ...planner.cooperation import MAX_UNIT_BYTES, Needs, Shared, cooperative_plan, digest, share
+from ...planner.read_plan import ReadPlan, find_chunks
+from ...planner.request_costs import REMOTE_COSTS
+from ...planner.slabs import NO_GAPS
+from ..errors import ArgumentError
+from ..formats.source import Source
+from ..runtime.peers import Peers
+from ..runtime.process_group import on_all_ranks, rank_of
+
+EXCHANGE_BYTES_PER_S = 1e9
+"""An estimate of how fast a rank sends and receives."""
+WORTH_IT = 0.9
+"""The most time, as a fraction of that of separate reads, for which a shared read is chosen by itself."""
+MIN_UNIT_BYTES = 256 * 1024
+UNITS_PER_RANK = 16
+"""The least number of units that each rank reads of a large read, so that all read about the same number of bytes."""
+MAX_ROWS = 2_000_000
+"""The most byte ranges of all ranks that "auto" compares. It takes about a second."""
+_MODES = (True, False, "auto")
+
+
+def check_cooperative(cooperative: object) -> None:
+    """Raise ArgumentError unless the argument is True, False or "auto"."""
+    if not any(cooperative is mode or (mode == "auto" and cooperative == mode) for mode in _MODES):
+        raise ArgumentError(f'cooperative must be True, False or "auto", got {cooperative!r}')
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a rank sends to the others before a read that they may share."""
+
+    mode: object
+    """True or "auto"."""
+    digest: bytes
+    """A hash of what the rank needs."""
+    rows: int
+    """The number of byte ranges that the rank needs."""
+    budget_bytes: int
+
+
+def may_share(source: Source, mode: object) -> bool:
+    """Return whether a read of a checkpoint may be shared. "auto" never shares reads of local files."""
+    return mode is True or (mode == "auto" and source.store.capabilities.read_into is None)
+
+
+def check_same_mode(offers: Sequence[Offer | None]) -> None:
+    """Check that either all ranks demand a shared read or none does.
+
+    Raises:
+        ArgumentError: some ranks passed `cooperative=True`, and others did not.
+    """
+    demanding = [offer is not None and offer.mode is True for offer in offers]
+    if any(demanding) and not all(demanding):
+        raise ArgumentError(
+            f"rank {demanding.index(True)} passed cooperative=True, and rank {demanding.index(False)} did not: pass "
+            "the same value on all ranks"
+        )
+
+
+def agree_to_share(
+    cooperation: Cooperation | None, offers: Sequence[Offer | None], process_group: dist.ProcessGroup | None
+) -> Peers | None:
+    """Decide with the other ranks whether to share a read. Collective.
+
+    Args:
+        cooperation: this rank's part of the read. None if it cannot be shared.
+        offers: the offers of all ranks.
+        process_group: the ranks.
+
+    Returns:
+        The ranks to share with, or None if the read is not shared.
+
+    Raises:
+        ArgumentError: some ranks demand a shared read, and others do not.
+    """
+    check_same_mode(offers)
+    known = [offer for offer in offers if offer is not None]
+    if cooperation is None or len(known) < len(offers) or len(known) == 1:
+        return None
+    cooperation.agree(known, rank_of(process_group), lambda data: on_all_ranks(lambda: data, process_group))
+    return None if cooperation.shared is None else Peers.of(process_group)
+
+
+class Cooperation:
+    """One rank's part of a read that several ranks share.
+
+    Args:
+        source: the checkpoint.
+        wants: the boxes that the rank reads.
+        mode: True, or "auto" to share the read only if it saves time.
+        budget_bytes: the memory that this rank may use.
+    """
+
+    def __init__(self, source: Source, wants: Sequence[WantedBox], mode: object, budget_bytes: int) -> None:
+        self._source = source
+        self._index = source.index(wants)
+        positions = {entry.name: at for at, entry in enumerate(source.entries)}
+        self._tensors = [positions[want.name] for want in wants]
+        self._reads = find_chunks(self._index, wants, NO_GAPS)
+        objects = [name for name, _ in self._index.objects]
+        self._needs = Needs.of(self._reads, objects, self._tensors)
+        self._packed = self._needs.pack()
+        self._budget_bytes = budget_bytes
+        self._mode = mode
+        self.shared: Shared | None = None
+        """What this rank reads, sends and receives. None if the ranks do not share the read."""
+
+    @property
+    def offer(self) -> Offer:
+        return Offer(self._mode, digest(self._packed), len(self._needs), self._budget_bytes)
+
+    def agree(self, offers: Sequence[Offer], rank: int, gather: Callable[[bytes], Sequence[bytes]]) -> None:
+        """Decide whether to share the read, in the same way on all ranks. Collective.
+
+        Args:
+            offers: the offers of all ranks.
+            rank: this rank.
+            gather: returns the bytes that each rank passes.
+        """
+        ranks_of: dict[bytes, list[int]] = {}
+        for other, offer in enumerate(offers):
+            ranks_of.setdefault(offer.digest, []).append(other)
+        groups = list(ranks_of.values())
+        is_demanded = all(offer.mode is True for offer in offers)
+        if not is_demanded and sum(offers[ranks[0]].rows for ranks in groups) > MAX_ROWS:
+            return
+        if len(groups) == 1:
+            needs = [self._needs]
+        else:
+            is_first = any(ranks[0] == rank for ranks in groups)
+            packed = gather(self._packed if is_first else b"")
+            needs = [Needs.unpack(packed[ranks[0]]) for ranks in groups]
+        smallest = min(offer.budget_bytes for offer in offers)
+        total = sum(int(one.bytes_needed.sum()) for one in needs)
+        part = total // (UNITS_PER_RANK * len(offers))
+        unit_bytes = max(MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, smallest // 32, part))
+        shared = share(needs, groups, rank, unit_bytes)
+        if is_demanded or shared.saves_time(REMOTE_COSTS.bytes_per_s, EXCHANGE_BYTES_PER_S, WORTH_IT):
+            self.shared = shared
+
+    def plan(self, rank: int, gap_limits: GapLimits, max_request_bytes: int) -> ReadPlan:
+        """Plan this rank's part of a shared read."""
+        assert self.shared is not None
+        return cooperative_plan(
+            self._index, self._reads, self._tensors, self.shared, rank, gap_limits, max_request_bytes
+        )

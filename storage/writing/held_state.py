@@ -1,0 +1,118 @@
+"""What one rank holds of the state dict to save: its entries, its shards and their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+
+from ...planner.box import Box
+from ...planner.entries import Kind
+from ...planner.errors import CheckpointError
+from ..errors import UnsupportedValueError
+from ..formats.value_codec import encode_value, needs_pickle
+from ..runtime.checksums import checksum
+from ..tensors.dtypes import LocalShard, as_array, as_bytes, dtype_name
+from ..tensors.local_shards import local_shards
+from ..tensors.state_dict import Leaf
+from ..tensors.tensor_classes import as_plain, check_has_memory, check_storable, is_whole
+from .agreement import ValueDescription
+from .object_layout import ShardToWrite, part_of
+from .save_plan import SMALL_REPLICA_BYTES, HeldShards
+
+
+class HeldState:
+    """The leaves of this rank's state dict, checked and described. Values are encoded.
+
+    A DTensor is saved as the boxes that this rank really holds. They may differ from the boxes that DTensor computes
+    (see `planner.layout.held_tensor`).
+
+    Args:
+        leaves: the leaves of the state dict, by name.
+        allow_pickle: whether to store values that need pickle. If not, they are an error.
+
+    Raises:
+        UnsupportedValueError, DtypeError, LayoutError: a leaf cannot be stored.
+    """
+
+    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True) -> None:
+        self._allow_pickle = allow_pickle
+        self._shards: list[tuple[str, LocalShard | tuple[Kind, bytes]]] = []
+        """The shards that this rank holds: local tensors with their boxes, and encoded values."""
+        self._described: dict[str, ValueDescription] = {}
+        self._boxes: list[list[Box]] = []
+        self._digests: list[tuple[int, Box, int]] = []
+        for name, leaf in leaves.items():
+            try:
+                add = self._add_tensor if isinstance(leaf.value, torch.Tensor) else self._add_value
+                add(name, leaf)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                raise UnsupportedValueError(
+                    f"{name!r}, of {type(leaf.value)}, cannot be stored: {type(error).__name__}: {error}"
+                ) from error
+        self.held = HeldShards.of(self._described, self._boxes, self._digests)
+        """What this rank holds, as it is sent to rank 0."""
+
+    def shards_to_write(self, rows: Iterable[int]) -> list[ShardToWrite]:
+        """Return some of the shards that this rank holds.
+
+        Args:
+            rows: their positions in `held`.
+        """
+        found: list[ShardToWrite] = []
+        for row in rows:
+            name, (first, second) = self._shards[row]
+            if isinstance(first, Box):
+                assert isinstance(second, torch.Tensor)
+                shape = self._described[name].shape
+                load = partial(_load, name, second, first)
+                found.append(ShardToWrite(name, Kind.TENSOR, second.dtype, shape, first, load))
+            else:
+                assert isinstance(second, bytes)
+                found.append(ShardToWrite.of_value(name, first, second))
+        return found
+
+    def _add_value(self, name: str, leaf: Leaf) -> None:
+        kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
+        if not self._allow_pickle and needs_pickle(kind, data):
+            raise UnsupportedValueError(
+                f"{name!r}, of {type(leaf.value)}, needs pickle, but allow_pickle is False: use plain data instead, "
+                "leave it out, or pass allow_pickle=True"
+            )
+        box = Box((), ())
+        self._digests.append((len(self._boxes), box, checksum(data)))
+        self._described[name] = ValueDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value")
+        self._boxes.append([box])
+        self._shards.append((name, (kind, data)))
+
+    def _add_tensor(self, name: str, leaf: Leaf) -> None:
+        tensor: torch.Tensor = leaf.value
+        is_sharded = not is_whole(tensor)
+        if not is_sharded:
+            check_has_memory(name, tensor)
+        shards = local_shards(name, tensor)
+        for _, local in shards:
+            check_storable(name, local)
+        may_repeat = not is_sharded or (
+            isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
+        )
+        if may_repeat:
+            self._digests += [
+                (len(self._boxes), box, checksum(as_bytes(as_array(local)).data))
+                for box, local in shards
+                if 0 < local.nbytes <= SMALL_REPLICA_BYTES
+            ]
+        dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
+        kind = "sharded tensor" if is_sharded else "tensor"
+        self._described[name] = ValueDescription(leaf.path, kind, dtype, tuple(tensor.size()))
+        self._boxes.append([box for box, _ in shards])
+        self._shards += [(name, shard) for shard in shards]
+
+
+def _load(name: str, local: torch.Tensor, shard: Box, box: Box) -> torch.Tensor:
+    check_storable(name, local)
+    return part_of(name, as_plain(local), shard, local.dtype, box)
