@@ -50,6 +50,10 @@ class RankPool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preloaded))
         self._workers: list[tuple[Any, Connection]] = []
+        # one folder for all runs: torch's FileStore aborts its process if its folder is gone when it is freed, which
+        # may be later than the answer of the rank
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._runs = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
         """Run a function on all ranks, and return their results in the order of ranks.
@@ -63,16 +67,16 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        # torch's FileStore writes its file when it is freed, which may be later than the answer of the rank
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            meeting = os.path.join(folder, "store")
-            try:
-                for rank in range(world_size):
-                    self._workers[rank][1].send((rank, world_size, meeting, function, args))
-            except (BrokenPipeError, ConnectionResetError) as error:
-                self.close()
-                raise RankFailed("a process died before it began") from error
-            return self._collect(world_size, timeout_s)
+        self._folder = self._folder or tempfile.TemporaryDirectory()
+        self._runs += 1
+        meeting = os.path.join(self._folder.name, f"store-{self._runs}")
+        try:
+            for rank in range(world_size):
+                self._workers[rank][1].send((rank, world_size, meeting, function, args))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            self.close()
+            raise RankFailed("a process died before it began") from error
+        return self._collect(world_size, timeout_s)
 
     def _collect(self, world_size: int, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -120,6 +124,9 @@ class RankPool:
             process.join()
             connection.close()
         self._workers.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 def _work(connection: Connection) -> None:
