@@ -288,8 +288,7 @@ class Watch:
         self._polls += 1
         if self._polls % TICKS_PER_BEAT:
             return
-        if self.lost is None and store.check([f"{self._prefix}/lost"]):
-            self._accept(store.get(f"{self._prefix}/lost").decode())
+        self.hear(store)
         with self._lock:
             if not self._active or self.lost is not None:
                 return
@@ -297,6 +296,11 @@ class Watch:
             self._let_ping()
             store.set(self._pulse_key(self.rank), f"{self._calls} {self._polls}")
         self._listen(store)
+
+    def hear(self, store: Any) -> None:
+        """Read which ranks are lost, if another rank has noticed it."""
+        if self.lost is None and store.check([f"{self._prefix}/lost"]):
+            self._accept(store.get(f"{self._prefix}/lost").decode())
 
     def _let_ping(self) -> None:
         """Let the previous rank ping this one: PINGS times, and once more after each silence."""

@@ -5,6 +5,9 @@ other. Instead, a thread of each rank watches for a request in torch's key-value
 calls of `save` that its rank has begun. Rank 0 chooses the call after the largest of these numbers. A rank that has
 answered waits for this choice when it makes its next call, so it cannot pass the chosen call. Without a request, a call
 takes about a microsecond.
+
+The connections of a rank that has died are closed. Rank 0 looks at those of the ranks that have not answered, and these
+look at rank 0.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch.distributed import distributed_c10d
 
 from ..errors import ArgumentError, RankError
 from ..runtime.logs import logger_of
+from ..runtime.lost_ranks import CLOSED_BEATS, DIED, Watch
 from ..runtime.threads import Pool, current_stop
 
 logger = logger_of(__name__)
@@ -32,6 +36,10 @@ POLL_EVERY_S = 0.5
 POLL_WHILE_PENDING_S = 0.02
 MAX_WAIT_S = 600.0
 """How long a rank waits for the answers of the others. They answer even while they train."""
+LOOK_EVERY_S = 1.0
+"""How often a rank that waits looks whether a rank has died."""
+STUCK_S = 10.0
+"""The store does not answer if the thread has waited for it for so long."""
 REPEATED_AFTER_S = 5.0
 """A signal that arrives again after this time is handled as without a manager. An earlier one is a duplicate: a
 launcher and the system that it runs on may both send it."""
@@ -64,16 +72,21 @@ class AgreedSaves:
         self._unserved: set[str] = set()
         """Requests of this rank that no save has served yet."""
         self._failure: Exception | None = None
+        self._step_began: float | None = None
+        """When the thread began the step of the protocol that it is in."""
         self.should_stop = False
         self._world = 1 if process_group is None else dist.get_world_size(process_group)
         self._pool: Pool | None = None
         if process_group is not None and self._world > 1:
             self._rank = dist.get_rank(process_group)
+            self._watch = Watch.of(process_group)
+            self._closed_beats = dict.fromkeys(range(self._world), 0)
+            self._looked = 0.0
             count = self._made[process_group] = self._made.get(process_group, 0) + 1
             self._key = f"reshard/agreed/{process_group.group_name}/{count}"
             self._store: Any = distributed_c10d._get_default_store()
             self._pool = Pool(1, "reshard-agreed")
-            self._pool.submit(self._watch)
+            self._pool.submit(self._run)
 
     def request(self, kind: str) -> None:
         """Request a save, from any thread and from a signal handler."""
@@ -91,8 +104,11 @@ class AgreedSaves:
                 self._take_requests()
                 if self._unserved:
                     self._chosen, self._stops = self._calls, STOP in self._unserved
-            elif self._has_answered and self._chosen is None:
-                self._wait_for_choice()
+            else:
+                if self._unserved or not self._requests.empty():
+                    self._check()
+                if self._has_answered and self._chosen is None:
+                    self._wait_for_choice()
             return self._chosen is not None and self._calls >= self._chosen
 
     def end_save(self) -> None:
@@ -122,32 +138,41 @@ class AgreedSaves:
 
     def _wait_for_choice(self) -> None:
         """Wait until rank 0 has chosen the call. The threads of all ranks answer, whatever the ranks do meanwhile."""
-        if not self._changed.wait_for(lambda: self._chosen is not None or self._failure is not None, MAX_WAIT_S):
-            raise RankError(
-                f"a save was requested, but some ranks did not answer within {MAX_WAIT_S:g} s: they have ended, or "
-                "have not created their CheckpointManager"
-            )
+        deadline = time.monotonic() + MAX_WAIT_S
+        while not self._changed.wait_for(lambda: self._chosen is not None, LOOK_EVERY_S):
+            self._check()
+            if time.monotonic() > deadline:
+                raise RankError(
+                    f"a save was requested, but some ranks did not answer within {MAX_WAIT_S:g} s: they were stopped, "
+                    "or have not created their CheckpointManager"
+                )
+
+    def _check(self) -> None:
+        """Raise RankError if the ranks cannot agree any more."""
         if self._failure is not None:
             raise RankError(f"a save was requested, but the ranks cannot agree on a step: {self._failure}")
+        if self._step_began is not None and time.monotonic() - self._step_began > STUCK_S:
+            raise RankError("a save was requested, but the store of the process group does not answer")
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         """Exchange requests, answers and choices with the other ranks."""
         stop = current_stop()
         pause = POLL_EVERY_S
-        while not stop.wait(0):
-            with contextlib.suppress(Empty):
-                if kind := self._requests.get(timeout=pause):
-                    with self._changed:
-                        self._unserved.add(kind)
-            if stop.wait(0):
-                return
-            try:
+        try:
+            while not stop.wait(0):
+                with contextlib.suppress(Empty):
+                    if kind := self._requests.get(timeout=pause):
+                        with self._changed:
+                            self._unserved.add(kind)
+                if stop.wait(0):
+                    return
+                self._step_began = time.monotonic()
                 pause = POLL_WHILE_PENDING_S if self._exchange() else POLL_EVERY_S
-            except Exception as error:  # the process group is gone
-                with self._changed:
-                    self._failure = error
-                    self._changed.notify_all()
-                return
+                self._step_began = None
+        except Exception as error:  # the store is gone, or a rank is lost
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
 
     def _exchange(self) -> bool:
         """Make one step of the protocol. Return whether a request is pending."""
@@ -174,6 +199,7 @@ class AgreedSaves:
                 self._chosen, self._stops = int(call), kind == STOP
                 self._changed.notify_all()
             return False
+        self._look_for_lost(key)
         return True
 
     def _choose(self, key: str) -> None:
@@ -183,6 +209,24 @@ class AgreedSaves:
             call = 1 + max(int(self._store.get(answer)) for answer in answers)
             kind = STOP if self._store.check([f"{key}/{STOP}"]) else SAVE
             self._store.set(f"{key}/choice", f"{call} {kind}")
+
+    def _look_for_lost(self, key: str) -> None:
+        """Raise RankError if a rank that this rank waits for has died, and tell the other ranks."""
+        connections = self._watch.connections
+        if connections is None or time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        self._watch.hear(self._store)
+        if self._watch.lost is None:
+            awaited = [0]
+            if self._rank == 0:
+                awaited = [at for at in range(1, self._world) if not self._store.check([f"{key}/calls/{at}"])]
+            for rank in awaited:
+                self._closed_beats[rank] = self._closed_beats[rank] + 1 if connections.is_closed(rank) else 0
+            if lost := [rank for rank in awaited if self._closed_beats[rank] >= CLOSED_BEATS]:
+                self._watch.announce(lost, DIED, self._store)
+        if self._watch.lost is not None:
+            raise self._watch.broken()
 
 
 def checked_signals(signals: Iterable[signal.Signals | int]) -> list[int]:
