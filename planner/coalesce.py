@@ -7,9 +7,10 @@ Bytes in a gap are fetched and discarded. So the smallest gaps are read over fir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from .box import IntArray, columns_equal
 
@@ -51,6 +52,22 @@ class Requests:
 
     __eq__ = columns_equal
     __hash__ = None  # type: ignore[assignment]
+
+    def select(self, kept: npt.NDArray[np.bool_]) -> Requests:
+        """Return some of the requests, without `request_of_range`."""
+        numbers = np.cumsum(kept) - 1
+        sparse = {int(numbers[at]): runs for at, runs in self.sparse.items() if kept[at]}
+        none = np.empty(0, np.int64)
+        return Requests(self.objects[kept], self.starts[kept], self.stops[kept], none, sparse)
+
+    def extended(self, objects: IntArray, starts: IntArray, stops: IntArray) -> Requests:
+        """Return the requests with further ones behind them."""
+        return replace(
+            self,
+            objects=np.concatenate([self.objects, objects]),
+            starts=np.concatenate([self.starts, starts]),
+            stops=np.concatenate([self.stops, stops]),
+        )
 
     @property
     def nbytes(self) -> int:

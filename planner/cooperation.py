@@ -1,7 +1,7 @@
 """Plan which rank reads which bytes, if several ranks need the same bytes or parts of the same rows.
 
-Each rank describes the byte ranges that it needs (`Needs`). From the descriptions of all ranks, `share` computes which
-bytes are read once (`Unit`), by which rank, and what that rank sends to the others. Every rank computes the same
+Each rank describes the byte ranges that it needs (`Needs`). From the descriptions of all ranks, `Sharing` computes
+which bytes are read once (`Unit`), by which rank, and what that rank sends to the others. Every rank computes the same
 result, so that the ranks need not communicate about it. All ranks read, send and receive units in the same order.
 """
 
@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from .box import IntArray
 from .chunk_reads import ChunkReads
-from .coalesce import GapLimits, Requests
+from .coalesce import MAX_REQUEST_BYTES, GapLimits, Requests
 from .index import CheckpointIndex
-from .read_plan import ReadPlan, find_chunks, join_ranges, row_column
+from .read_plan import Exchange, ReadPlan, find_chunks, join_ranges, row_column
 from .request_costs import REMOTE_COSTS
 
 MAX_UNIT_BYTES = 8 * 1024 * 1024
@@ -33,6 +33,14 @@ MAX_UNIT_GAP_BYTES = 16 * 1024
 REQUEST_COST_BYTES = REMOTE_COSTS.gap_bytes
 """The bytes that take as long as another request. Neighbouring byte ranges that different ranks need are read together
 if each has fewer bytes."""
+UNITS_PER_RANK = 16
+"""The least number of units that each rank reads of a large read, so that all read about the same number of bytes."""
+MIN_LARGE_UNIT_BYTES = 256 * 1024
+"""The least size of the units of a large read."""
+EXCHANGE_BYTES_PER_S = 1e9
+"""An estimate of how fast a rank sends and receives."""
+WORTH_IT = 0.9
+"""The most time, as a fraction of that of separate reads, for which a shared read is chosen by itself."""
 MIN_USED_FRACTION = 0.8
 """The least fraction of a unit that ranks must need. Parts of rows are shared only if most of the row is needed."""
 
@@ -162,25 +170,11 @@ class Shared:
     unit_of_row: IntArray
     """(n,) for each row of its `Needs`, the position in `units`; -1 if the rank reads the row by itself."""
     rank: int
-    loads: IntArray
-    """(ranks,) the bytes that each rank reads from the store."""
-    together: IntArray
-    """(ranks,) the cost of these reads, in bytes. A gap between rows that the rank reads by itself costs its bytes, or
-    those that another request costs. Units are large: only their bytes count."""
-    separate: IntArray
-    """(ranks,) the cost if each rank read what it needs by itself."""
-    exchanged: IntArray
-    """(ranks,) the bytes that each rank needs and does not read alone. It sends or receives about as many."""
 
     @property
     def units_read(self) -> list[Unit]:
         """The units that the rank reads."""
         return [unit for unit in self.units if unit.reader == self.rank]
-
-    @property
-    def bytes_read(self) -> int:
-        """The bytes of the units that the rank reads."""
-        return sum(unit.stop - unit.start for unit in self.units_read)
 
     @property
     def bytes_sent(self) -> int:
@@ -193,7 +187,73 @@ class Shared:
         """The bytes that the rank receives."""
         return sum(_size(unit.pieces[self.rank]) for unit in self.units if unit.reader != self.rank)
 
-    def saves_time(self, bytes_per_s: float, exchanged_per_s: float, fraction: float) -> bool:
+
+def _size(pieces: Sequence[Piece]) -> int:
+    return sum(piece.size for piece in pieces)
+
+
+def digest(data: bytes) -> bytes:
+    """Return a hash that differs for different packed needs."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sharing:
+    """How ranks divide the reading of bytes that several of them need."""
+
+    loads: IntArray
+    """(ranks,) the bytes that each rank reads from the store."""
+    together: IntArray
+    """(ranks,) the cost of these reads, in bytes. A gap between rows that the rank reads by itself costs its bytes, or
+    those that another request costs. Units are large: only their bytes count."""
+    separate: IntArray
+    """(ranks,) the cost if each rank read what it needs by itself."""
+    exchanged: IntArray
+    """(ranks,) the bytes that each rank needs and does not read alone. It sends or receives about as many."""
+    _rows: _Rows
+    _units: _Units
+    _ranks_of: Sequence[Sequence[int]]
+    _readers: list[int]
+    """The rank that reads each unit."""
+
+    @classmethod
+    def of(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], budget_bytes: int | None = None) -> Sharing:
+        """Divide the reading.
+
+        Args:
+            needs: the needs of the ranks. Ranks with the same needs share one item.
+            ranks_of: for each item, the ranks that have these needs.
+            budget_bytes: the memory that each rank may use.
+        """
+        total, ranks = sum(int(one.bytes_needed.sum()) for one in needs), sum(map(len, ranks_of))
+        most = MAX_UNIT_BYTES if budget_bytes is None else min(MAX_UNIT_BYTES, budget_bytes // 32)
+        part = total // (UNITS_PER_RANK * ranks)
+        return cls.in_units(needs, ranks_of, max(MIN_LARGE_UNIT_BYTES, min(most, part)))
+
+    @classmethod
+    def in_units(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], max_unit_bytes: int) -> Sharing:
+        """Divide the reading into units of at most so many bytes."""
+        rows = _Rows.of(needs)
+        alone = np.zeros(len(rows.starts), bool)
+        while True:  # a tensor whose parts of rows nobody else needs is planned by its rank alone
+            units = _find_units(rows, alone, np.array([len(ranks) for ranks in ranks_of], np.int64), max_unit_bytes)
+            stray = (units.of_row < 0) & (rows.counts > 1) & ~alone
+            if not bool(stray.any()):
+                break
+            keys = rows.groups * (int(rows.tensors.max()) + 1) + rows.tensors
+            alone |= np.isin(keys, keys[stray])
+        is_alone, needed = units.of_row < 0, rows.counts * rows.nbytes
+        loads = _bytes_of_ranks(rows, ranks_of, needed * is_alone)
+        together = _read_costs(rows, ranks_of, is_alone)
+        readers = _choose_readers(units, ranks_of, loads)
+        np.add.at(together, readers, units.stops - units.starts)
+        separate = _read_costs(rows, ranks_of, np.ones(len(is_alone), bool))
+        exchanged = _bytes_of_ranks(rows, ranks_of, needed * ~is_alone)
+        return cls(loads, together, separate, exchanged, rows, units, ranks_of, readers)
+
+    def saves_time(
+        self, bytes_per_s: float, exchanged_per_s: float = EXCHANGE_BYTES_PER_S, fraction: float = WORTH_IT
+    ) -> bool:
         """Return whether sharing is estimated to take at most a fraction of the time of separate reads.
 
         Args:
@@ -206,37 +266,30 @@ class Shared:
         together += int(self.exchanged.max(initial=0)) / exchanged_per_s
         return bool((self.exchanged > 0).any()) and together <= fraction * separate
 
-
-def _size(pieces: Sequence[Piece]) -> int:
-    return sum(piece.size for piece in pieces)
-
-
-def digest(data: bytes) -> bytes:
-    """Return a hash that differs for different packed needs."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def share(
-    needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], rank: int, max_unit_bytes: int = MAX_UNIT_BYTES
-) -> Shared:
-    """Divide the reading of bytes that several ranks need.
-
-    Args:
-        needs: the needs of the ranks. Ranks with the same needs share one item.
-        ranks_of: for each item, the ranks that have these needs.
-        rank: the rank to compute the result for.
-        max_unit_bytes: the most bytes of a unit.
-    """
-    rows = _Rows.of(needs)
-    alone = np.zeros(len(rows.starts), bool)
-    while True:  # a tensor whose parts of rows nobody else needs is planned by its rank alone
-        units = _find_units(rows, alone, np.array([len(ranks) for ranks in ranks_of], np.int64), max_unit_bytes)
-        stray = (units.of_row < 0) & (rows.counts > 1) & ~alone
-        if not bool(stray.any()):
-            break
-        keys = rows.groups * (int(rows.tensors.max()) + 1) + rows.tensors
-        alone |= np.isin(keys, keys[stray])
-    return _assign(rows, units, ranks_of, rank)
+    def part_of(self, rank: int) -> Shared:
+        """Return what one rank reads, sends and receives."""
+        rows, units, ranks_of = self._rows, self._units, self._ranks_of
+        group = next(at for at, ranks in enumerate(ranks_of) if rank in ranks)
+        in_units = np.flatnonzero(units.of_row >= 0)
+        by_unit = in_units[np.argsort(units.of_row[in_units], kind="stable")]
+        bounds = np.searchsorted(units.of_row[by_unit], np.arange(len(units.starts) + 1)).tolist()
+        found: list[Unit] = []
+        position = np.full(len(units.starts) + 1, -1, np.int64)
+        columns = (column.tolist() for column in (units.tensors, units.objects, units.starts, units.stops))
+        for number, (tensor, of_object, start, stop, (begin, end)) in enumerate(
+            zip(*columns, pairwise(bounds), strict=True)
+        ):
+            groups, reader = units.group_sets[number].tolist(), self._readers[number]
+            if group in groups:
+                wanted = groups if reader == rank else [group]
+                of_group = {at: _pieces(rows, by_unit[begin:end], at) for at in wanted}
+                pieces = {one: of_group[at] for at in wanted for one in ranks_of[at]}
+                position[number] = len(found)
+                found.append(Unit(number, tensor, rows.names[of_object], start, stop, reader, pieces))
+        mine = rows.groups == group
+        unit_of_row = np.full(int(mine.sum()), -1, np.int64)
+        unit_of_row[rows.positions[mine]] = position[units.of_row[mine]]
+        return Shared(tuple(found), unit_of_row, rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -384,43 +437,19 @@ def _mixed(count: int) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def _assign(rows: _Rows, units: _Units, ranks_of: Sequence[Sequence[int]], rank: int) -> Shared:
-    """Choose the reader of each unit, so that all ranks read about the same number of bytes."""
-    group = next(at for at, ranks in enumerate(ranks_of) if rank in ranks)
-    is_alone, needed = units.of_row < 0, rows.counts * rows.nbytes
-    loads = _bytes_of_ranks(rows, ranks_of, needed * is_alone)
-    together = _read_costs(rows, ranks_of, is_alone)
-    in_units = np.flatnonzero(units.of_row >= 0)
-    by_unit = in_units[np.argsort(units.of_row[in_units], kind="stable")]
-    bounds = np.searchsorted(units.of_row[by_unit], np.arange(len(units.starts) + 1)).tolist()
+def _choose_readers(units: _Units, ranks_of: Sequence[Sequence[int]], loads: IntArray) -> list[int]:
+    """Choose the reader of each unit so that all ranks read about the same number of bytes. Add them to `loads`."""
     sets: dict[bytes, IntArray] = {}
-    found: list[Unit] = []
-    position = np.full(len(units.starts) + 1, -1, np.int64)
-    columns = (column.tolist() for column in (units.tensors, units.objects, units.starts, units.stops))
-    for number, (tensor, of_object, start, stop, (begin, end)) in enumerate(
-        zip(*columns, pairwise(bounds), strict=True)
-    ):
-        groups = units.group_sets[number]
-        if groups.tobytes() not in sets:
-            sets[groups.tobytes()] = np.sort(
-                np.concatenate([np.array(ranks_of[at], np.int64) for at in groups.tolist()])
-            )
-        members = sets[groups.tobytes()]
+    readers = []
+    for groups, nbytes in zip(units.group_sets, (units.stops - units.starts).tolist(), strict=True):
+        key = groups.tobytes()
+        if key not in sets:
+            sets[key] = np.sort(np.concatenate([np.array(ranks_of[at], np.int64) for at in groups.tolist()]))
+        members = sets[key]
         reader = int(members[np.argmin(loads[members])])
-        loads[reader] += stop - start
-        together[reader] += stop - start
-        if group in groups.tolist():
-            wanted = groups.tolist() if reader == rank else [group]
-            of_group = {at: _pieces(rows, by_unit[begin:end], at) for at in wanted}
-            pieces = {one: of_group[at] for at in wanted for one in ranks_of[at]}
-            position[number] = len(found)
-            found.append(Unit(number, tensor, rows.names[of_object], start, stop, reader, pieces))
-    mine = rows.groups == group
-    unit_of_row = np.full(int(mine.sum()), -1, np.int64)
-    unit_of_row[rows.positions[mine]] = position[units.of_row[mine]]
-    separate = _read_costs(rows, ranks_of, np.ones(len(is_alone), bool))
-    exchanged = _bytes_of_ranks(rows, ranks_of, needed * ~is_alone)
-    return Shared(tuple(found), unit_of_row, rank, loads, together, separate, exchanged)
+        loads[reader] += nbytes
+        readers.append(reader)
+    return readers
 
 
 def _read_costs(rows: _Rows, ranks_of: Sequence[Sequence[int]], kept: npt.NDArray[np.bool_]) -> IntArray:
@@ -470,9 +499,8 @@ def cooperative_plan(
     reads: Sequence[ChunkReads],
     tensors: Sequence[int],
     shared: Shared,
-    rank: int,
     gap_limits: GapLimits,
-    max_request_bytes: int,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> ReadPlan:
     """Return the plan of a rank that shares some of its reads.
 
@@ -480,7 +508,7 @@ def cooperative_plan(
         index: the index of the checkpoint.
         reads: the reads of a plan with the limits NO_GAPS, from which the needs of the rank were made.
         tensors: for each read, the position of its tensor.
-        shared: the result of `share` for the rank.
+        shared: the part of the rank.
         gap_limits: the limits for what the rank reads by itself.
         max_request_bytes: the most bytes of a request that the rank makes by itself.
     """
@@ -500,7 +528,7 @@ def cooperative_plan(
     request_of_range[units < 0] = own.request_of_range
     request_tensors = np.full(len(own), np.iinfo(np.int64).max)
     np.minimum.at(request_tensors, own.request_of_range, of_tensor[units < 0])
-    added = _Requests.of(mixed, np.flatnonzero(units >= 0), units, shared, rank, len(own))
+    added = _Requests.of(mixed, np.flatnonzero(units >= 0), units, shared, len(own))
     request_of_range[units >= 0] = added.of_row
     keys = np.concatenate([request_tensors, added.tensors])
     numbers = np.concatenate([np.full(len(own), -1), added.numbers])
@@ -511,7 +539,15 @@ def cooperative_plan(
         request_of_range,
         own.sparse | added.sparse,
     )
-    return ReadPlan(tuple(mixed), requests, gap_limits, np.lexsort((numbers, keys)))
+    return ReadPlan(tuple(mixed), requests, gap_limits, np.lexsort((numbers, keys)), _exchange(index, shared, numbers))
+
+
+def _exchange(index: CheckpointIndex, shared: Shared, numbers: IntArray) -> Exchange:
+    """Return what a rank reads for several ranks, sends and receives. Request i is part of the unit `numbers[i]`."""
+    positions = {name: at for at, (name, _) in enumerate(index.objects)}
+    ranges = [(positions[unit.name], unit.start, unit.stop) for unit in shared.units_read]
+    table = np.array(ranges, np.int64).reshape(-1, 3)
+    return Exchange(table[:, 0], table[:, 1], table[:, 2], numbers >= 0, shared.bytes_sent, shared.bytes_received)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -529,9 +565,7 @@ class _Requests:
     """(m,) the request of each row."""
 
     @classmethod
-    def of(
-        cls, reads: Sequence[ChunkReads], rows: IntArray, units: IntArray, shared: Shared, rank: int, first: int
-    ) -> _Requests:
+    def of(cls, reads: Sequence[ChunkReads], rows: IntArray, units: IntArray, shared: Shared, first: int) -> _Requests:
         """Make the requests.
 
         Args:
@@ -547,7 +581,7 @@ class _Requests:
         columns = zip(units[rows].tolist(), objects, starts, stops, counts[rows].tolist(), strict=True)
         for unit_at, of_object, start, stop, count in columns:
             unit = shared.units[unit_at]
-            piece = _containing(unit.pieces[rank], start, stop, count)
+            piece = _containing(unit.pieces[shared.rank], start, stop, count)
             number = known.setdefault((unit_at, piece), first + len(known))
             if number == first + len(made):
                 made.append((of_object, piece.start, piece.stop, unit.tensor, unit.number))

@@ -13,7 +13,7 @@ from .coalesce import GapLimits, Requests
 from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
-from .read_plan import ReadPlan
+from .read_plan import Exchange, ReadPlan
 from .slabs import ByteRuns
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
@@ -36,6 +36,8 @@ def plan_to_json(plan: ReadPlan) -> dict[str, Any]:
             "sparse": [[at, *runs] for at, runs in requests.sparse.items()],
         },
         "gaps": list(astuple(plan.gap_limits)),
+        "order": None if plan.order is None else plan.order.tolist(),
+        "exchange": None if plan.exchange is None else _exchange_to_json(plan.exchange),
     }
 
 
@@ -58,9 +60,36 @@ def plan_from_json(value: Any) -> ReadPlan:
         if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
             raise ValueError("a request starts before its object, or a sparse request does not exist")
         fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
-        return ReadPlan(reads, fetched, GapLimits(int(max_gap_bytes), float(max_over_read), *map(int, enough)))
+        limits = GapLimits(int(max_gap_bytes), float(max_over_read), *map(int, enough))
+        order, exchange = value.get("order"), value.get("exchange")  # older versions do not write them
+        return ReadPlan(
+            reads,
+            fetched,
+            limits,
+            None if order is None else _permutation(order, count),
+            None if exchange is None else _exchange_from_json(exchange, count),
+        )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidIndexError) as error:
         raise InvalidPlanError(f"this is not a valid read plan: {type(error).__name__}: {error}") from error
+
+
+def _exchange_to_json(exchange: Exchange) -> dict[str, Any]:
+    columns = {name: getattr(exchange, name).tolist() for name in ("objects", "starts", "stops", "is_given")}
+    return {**columns, "sent": exchange.bytes_sent, "received": exchange.bytes_received}
+
+
+def _exchange_from_json(value: Any, requests: int) -> Exchange:
+    count = len(value["objects"])
+    columns = {name: _column(value[name]).reshape(count) for name in ("objects", "starts", "stops")}
+    is_given = np.array(value["is_given"], np.bool_).reshape(requests)
+    return Exchange(**columns, is_given=is_given, bytes_sent=int(value["sent"]), bytes_received=int(value["received"]))
+
+
+def _permutation(value: Any, count: int) -> IntArray:
+    order = _column(value)
+    if order.shape != (count,) or not np.array_equal(np.sort(order), np.arange(count)):
+        raise ValueError("order does not name each request once")
+    return order
 
 
 def _read_to_json(read: ChunkReads) -> dict[str, Any]:

@@ -6,18 +6,22 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from .box import IntArray, intersect_many
 from .chunk_reads import WantedBox
 from .coalesce import GapLimits
+from .cooperation import Needs, Sharing, cooperative_plan
 from .entries import Entry
 from .errors import InvalidPlanError, LayoutError
 from .html import table
 from .index import CheckpointIndex
 from .layout import Layout, LocalTensor, Mesh, matches
 from .plan_json import plan_from_json, plan_to_json
-from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, plan_reads
+from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, find_chunks, plan_reads
 from .report import REPORT_COLUMNS, WholeShards
+from .request_costs import REMOTE_COSTS
+from .slabs import NO_GAPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class RankPlans:
                 f"{len(self.whole_shards)} counts of whole shards"
             )
         named = [plan.requests.objects for plan in self.plans]
+        named += [plan.exchange.objects for plan in self.plans if plan.exchange is not None]
         if any(bool(((objects < 0) | (objects >= len(self.objects))).any()) for objects in named):
             raise InvalidPlanError(f"a plan reads an object that is not one of the {len(self.objects)} listed")
 
@@ -143,6 +148,8 @@ def plan_ranks(
     entries: Mapping[str, Entry] | None = None,
     gap_limits: GapLimits = NATIVE_GAP_LIMITS,
     location: str = "",
+    cooperative: bool | Literal["auto"] = False,
+    bytes_per_s: float = REMOTE_COSTS.bytes_per_s,
 ) -> RankPlans:
     """Plan what each rank of a layout reads.
 
@@ -152,6 +159,8 @@ def plan_ranks(
         entries: the tensors to read, by their names in the layout. By default, all tensors of the index.
         gap_limits: which gaps between byte ranges to read over.
         location: the location of the checkpoint.
+        cooperative: whether ranks read together what several of them need. "auto": if it saves time.
+        bytes_per_s: how fast a rank reads from the store.
 
     Raises:
         LayoutError: no tensor matches a rule of the layout, or one of them does not fit its rule.
@@ -163,17 +172,46 @@ def plan_ranks(
         tuple(want for tensor in rank_tensors(entries, layout, rank) for want in tensor.wants)
         for rank in range(layout.world_size)
     ]
-    each_once = dict.fromkeys(wants)  # replicas want the same boxes
-    plans = {of_rank: plan_reads(index, of_rank, gap_limits=gap_limits) for of_rank in each_once}
+    ranks_of: dict[tuple[WantedBox, ...], list[int]] = {}  # replicas want the same boxes
+    for rank, of_rank in enumerate(wants):
+        ranks_of.setdefault(of_rank, []).append(rank)
+    plans = None
+    if cooperative is not False and len(wants) > 1:
+        plans = _plan_together(index, ranks_of, gap_limits, bytes_per_s if cooperative == "auto" else None)
+    if plans is None:
+        separate = {of_rank: plan_reads(index, of_rank, gap_limits=gap_limits) for of_rank in ranks_of}
+        plans = [separate[of_rank] for of_rank in wants]
     shards_of = functools.cache(index.shards)
-    shards = {of_rank: _whole_shards(index, of_rank, shards_of) for of_rank in each_once}
-    return RankPlans(
-        layout.mesh,
-        tuple(plans[of_rank] for of_rank in wants),
-        tuple(shards[of_rank] for of_rank in wants),
-        index.objects,
-        location,
-    )
+    shards = {of_rank: _whole_shards(index, of_rank, shards_of) for of_rank in ranks_of}
+    return RankPlans(layout.mesh, tuple(plans), tuple(shards[of_rank] for of_rank in wants), index.objects, location)
+
+
+def _plan_together(
+    index: CheckpointIndex,
+    ranks_of: Mapping[tuple[WantedBox, ...], Sequence[int]],
+    gap_limits: GapLimits,
+    bytes_per_s: float | None,
+) -> list[ReadPlan] | None:
+    """Plan what each rank reads if the ranks share a read.
+
+    Args:
+        ranks_of: the ranks that want the same boxes.
+        bytes_per_s: how fast a rank reads. The result is None if sharing is then estimated to save no time. None:
+            share in any case.
+    """
+    objects = [name for name, _ in index.objects]
+    reads = [find_chunks(index, wants, NO_GAPS) for wants in ranks_of]
+    tensors = [[index.position(want.name) for want in wants] for wants in ranks_of]
+    needs = [Needs.of(of_group, objects, at) for of_group, at in zip(reads, tensors, strict=True)]
+    sharing = Sharing.of(needs, list(ranks_of.values()))
+    if bytes_per_s is not None and not sharing.saves_time(bytes_per_s):
+        return None
+    plans = {
+        rank: cooperative_plan(index, of_group, at, sharing.part_of(rank), gap_limits)
+        for of_group, at, ranks in zip(reads, tensors, ranks_of.values(), strict=True)
+        for rank in ranks
+    }
+    return [plans[rank] for rank in sorted(plans)]
 
 
 def _whole_shards(

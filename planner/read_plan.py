@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray, intersect_pairs
+from .box import IntArray, columns_equal, intersect_pairs
 from .chunk_reads import ChunkReads, WantedBox
 from .coalesce import DEFAULT_LIMITS, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
 from .entries import Encoding, Entry, Stream
@@ -36,7 +36,25 @@ BOXES_PER_CALL = 64
 the temporary arrays are small (`benchmarks/planner.py`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """What a rank reads for several ranks, sends and receives, if ranks share a read."""
+
+    objects: IntArray
+    starts: IntArray
+    stops: IntArray
+    """(n,) the byte ranges that the rank reads for several ranks: the object, and [start, stop)."""
+    is_given: npt.NDArray[np.bool_]
+    """(requests,) whether the bytes of a request are part of such a range, of this rank or of another one. The rank
+    reads all other requests for itself."""
+    bytes_sent: int
+    bytes_received: int
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ReadPlan:
     """What one rank reads: the chunks of every wanted box, and the requests that fetch them."""
 
@@ -49,6 +67,11 @@ class ReadPlan:
     """The limits under which gaps between byte ranges are read over."""
     order: IntArray | None = None
     """The requests in the order in which they must be fetched. By default, the order does not matter."""
+    exchange: Exchange | None = None
+    """What the rank reads for several ranks, sends and receives. None if it reads everything by itself."""
+
+    __eq__ = columns_equal
+    __hash__ = None  # type: ignore[assignment]
 
     def requests_of(self) -> Iterator[IntArray]:
         """Yield for each item of `reads` the (n, s) requests that fetch its byte ranges."""
@@ -61,15 +84,23 @@ class ReadPlan:
     @property
     def report(self) -> PlanReport:
         """The bytes, requests and chunks of the plan."""
+        own, fetched, given = self.requests, self.requests, 0
+        if exchange := self.exchange:
+            own, given = own.select(~exchange.is_given), own.select(exchange.is_given).nbytes
+            fetched = own.extended(exchange.objects, exchange.starts, exchange.stops)
+        wanted = sum(read.bytes_read for read in self.reads)
         return PlanReport(
             bytes_needed=sum(read.bytes_needed for read in self.reads),
-            bytes_wanted=sum(read.bytes_read for read in self.reads),
-            bytes_fetched=self.requests.nbytes,
-            requests=self.requests.byte_ranges,
+            bytes_wanted=wanted,
+            bytes_fetched=fetched.nbytes,
+            requests=fetched.byte_ranges,
             chunks=sum(map(len, self.reads)),
-            objects=len(np.unique(self.requests.objects)),
+            objects=len(np.unique(fetched.objects)),
+            bytes_over_read=max(0, own.nbytes + given - wanted),
             max_gap_bytes=self.gap_limits.max_gap_bytes,
             opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
+            bytes_sent=exchange.bytes_sent if exchange else 0,
+            bytes_received=exchange.bytes_received if exchange else 0,
         )
 
     def __repr__(self) -> str:

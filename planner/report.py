@@ -25,15 +25,15 @@ class PlanReport:
     chunks: int
     objects: int
     """The number of data objects that the requests read."""
+    bytes_over_read: int = 0
+    """Bytes that the rank reads and no rank wants, in the gaps between the byte ranges that it reads for itself."""
     max_gap_bytes: int = 0
     """The largest gap between byte ranges that a request may read over."""
     opaque_chunks: int = 0
     """The number of opaque chunks (of other formats): they are read and decoded as a whole."""
-
-    @property
-    def bytes_over_read(self) -> int:
-        """Bytes that are fetched but not wanted, in the gaps between byte ranges."""
-        return max(0, self.bytes_fetched - self.bytes_wanted)
+    bytes_sent: int = 0
+    """Bytes that the rank sends to other ranks, if they share a read."""
+    bytes_received: int = 0
 
     @property
     def amplification(self) -> float:
@@ -61,6 +61,8 @@ class PlanReport:
             notes += f"; {self.bytes_over_read / 1e6:.2f} MB in gaps of up to {self.max_gap_bytes} bytes"
         if self.opaque_chunks:
             notes += f"; {self.opaque_chunks} chunks read as a whole"
+        if self.bytes_sent or self.bytes_received:
+            notes += f"; {self.bytes_sent / 1e6:.2f} MB sent, {self.bytes_received / 1e6:.2f} MB received"
         chunks = f"{self.chunks} chunks"
         return (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {self.bytes_fetched / 1e6:.2f} MB fetched "

@@ -18,13 +18,13 @@ from ..planner.errors import MissingTensorError, ShapeMismatchError
 from ..planner.html import table
 from ..planner.layout import Layout, unused_rules
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
-from ..planner.request_costs import RequestCosts
+from ..planner.request_costs import REMOTE_COSTS, RequestCosts
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
-from .reading.cooperative import check_cooperative
+from .reading.cooperative import check_cooperative, may_share
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .reading.value_reads import ValueRead, check_values, value_wants
 from .runtime.deferred_writes import finish_writes
@@ -273,6 +273,7 @@ class Checkpoint:
         rename: Mapping[str, str] | None = None,
         max_over_read: float | None = None,
         costs: RequestCosts | None = None,
+        cooperative: bool | Literal["auto"] = False,
     ) -> RankPlans:
         """Plan what every rank of a layout would read. This reads metadata only.
 
@@ -281,6 +282,9 @@ class Checkpoint:
             max_over_read: see `reshard.load`.
             costs: the costs of requests to another store, to plan for that store. Default: those of this checkpoint's
                 store, as far as they are known.
+            cooperative: True to plan for ranks that share the read, as with `reshard.load(cooperative=True)`. The
+                plans then show what each rank sends and receives. "auto" shares it if `reshard.load` would, with the
+                default budget. False, the default, suits `load_rank`, which needs no other ranks.
 
         Raises:
             MissingTensorError: a pattern matches no name; see `load_rank`.
@@ -290,10 +294,15 @@ class Checkpoint:
         """
         selection = Selection.of(include, exclude, rename)
         _check_layout(layout)
+        check_cooperative(cooperative)
         check_readable(self._source, selection.includes)
         entries = self._selected_tensors(selection)
         index = self._source.index(WantedBox(entry.name, entry.whole) for entry in entries.values())
-        plans = plan_ranks(index, layout, entries, self._source.gap_limits(max_over_read, costs), self.location)
+        limits = self._source.gap_limits(max_over_read, costs)
+        speed = (costs or REMOTE_COSTS).bytes_per_s
+        if costs is None and not may_share(self._source, cooperative):
+            cooperative = False
+        plans = plan_ranks(index, layout, entries, limits, self.location, cooperative, speed)
         self._warn_of_unused_rules(layout, selection)
         return plans
 

@@ -85,6 +85,7 @@ def plan(
         float | None,
         typer.Option(min=0, metavar="FRACTION", help="Over-read bytes per needed byte."),
     ] = None,
+    cooperative: Annotated[bool, typer.Option("--cooperative", help="The ranks share the read.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
     tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor for --plot.")] = None,
     save: Annotated[str | None, typer.Option(metavar="FILE.json", help="Save the plan; usable as URI.")] = None,
@@ -94,7 +95,8 @@ def plan(
 ) -> None:
     """Show what each rank of a layout would read, from metadata only, and what DCP would read (whole shards).
 
-    Without --tp-plan, the plan in config.json is used. --latency and --bandwidth plan for another store.
+    Without --tp-plan, the plan in config.json is used. --latency and --bandwidth plan for another store. With
+    --cooperative, the ranks read once what several of them need, and send it to each other, as in reshard.load.
 
     Example: reshard plan s3://bucket/run/step-1000 --tp 8 --tp-plan '*.up=colwise' --tp-plan '*.down=rowwise'
     """
@@ -102,7 +104,7 @@ def plan(
 
     sizes = {"pp": pp, "dp": dp, "fsdp": fsdp, "tp": tp}
     mesh = {name: size for name, size in sizes.items() if size > 1}
-    options = PlanOptions(mesh, tp_plan or [], include or ["*"], exclude or [], max_over_read, tensor)
+    options = PlanOptions(mesh, tp_plan or [], include or ["*"], exclude or [], max_over_read, tensor, cooperative)
     link = Link(
         (20.0 if latency is None else latency) / 1e3,
         (1000.0 if bandwidth is None else bandwidth) * 1e6,

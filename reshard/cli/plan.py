@@ -13,6 +13,7 @@ import typer
 
 import reshard
 from reshard import pictures
+from reshard.planner.cooperation import EXCHANGE_BYTES_PER_S
 from reshard.planner.layout import Layout, Rule, Shard, StridedShard
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP", "x", "s")
+EXCHANGE_COLUMNS = ("sent", "received")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Link:
         return rounds * self.latency_s + nbytes / self.bytes_per_s
 
     def seconds_of(self, report: PlanReport) -> float:
-        return self.seconds(report.bytes_fetched, report.requests)
+        exchange_s = max(report.bytes_sent, report.bytes_received) / EXCHANGE_BYTES_PER_S
+        return self.seconds(report.bytes_fetched, report.requests) + exchange_s
 
     def dollars_of(self, report: PlanReport) -> float:
         return report.requests * self.dollars_per_1000 / 1000
@@ -64,6 +67,8 @@ class PlanOptions:
     max_over_read: float | None
     tensor: str | None
     """The tensor whose chunks are drawn."""
+    cooperative: bool
+    """Whether the ranks share the read."""
 
 
 def run(
@@ -108,6 +113,7 @@ def _read_back(path: str, options: PlanOptions) -> RankPlans:
         or options.include != ["*"]
         or options.exclude
         or options.max_over_read is not None
+        or options.cooperative
     ):
         raise typer.BadParameter("a saved plan has its own ranks and rules: omit the other options", param_hint="URI")
     try:
@@ -128,7 +134,12 @@ def _planned(checkpoint: Checkpoint, options: PlanOptions, link: Link) -> RankPl
         else None
     )
     return checkpoint.plan(
-        layout, include=options.include, exclude=options.exclude, max_over_read=options.max_over_read, costs=costs
+        layout,
+        include=options.include,
+        exclude=options.exclude,
+        max_over_read=options.max_over_read,
+        costs=costs,
+        cooperative=options.cooperative,
     )
 
 
@@ -164,10 +175,14 @@ def _as_json(plans: RankPlans, link: Link) -> dict[str, object]:
 
 def _print(plans: RankPlans, what: str, link: Link) -> None:
     print_line(f"{plans.location}: {what}, read by {plans.mesh}")
+    is_shared = any(plan.exchange for plan in plans)
+    columns = PLAN_COLUMNS[:6] + EXCHANGE_COLUMNS + PLAN_COLUMNS[6:] if is_shared else PLAN_COLUMNS
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
-        alike.setdefault(_row(plan.report, whole, link), []).append(rank)
-    print_table(PLAN_COLUMNS, [(format_ranks(of), *row) for row, of in alike.items()], right=PLAN_COLUMNS[1:])
+        row = _row(plan.report, whole, link)
+        exchanged = format_bytes(plan.report.bytes_sent), format_bytes(plan.report.bytes_received)
+        alike.setdefault(row[:5] + exchanged + row[5:] if is_shared else row, []).append(rank)
+    print_table(columns, [(format_ranks(of), *row) for row, of in alike.items()], right=columns[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
     if note := str(plans[most].report).partition("; ")[2]:
         print_line(f"rank {most}: {note}")

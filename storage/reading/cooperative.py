@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ...planner.chunk_reads import WantedBox
 from ...planner.coalesce import GapLimits
-from ...planner.cooperation import MAX_UNIT_BYTES, Needs, Shared, cooperative_plan, digest, share
+from ...planner.cooperation import Needs, Shared, Sharing, cooperative_plan, digest
 from ...planner.read_plan import ReadPlan, find_chunks
 from ...planner.request_costs import REMOTE_COSTS
 from ...planner.slabs import NO_GAPS
@@ -18,13 +18,6 @@ from ..formats.source import Source
 from ..runtime.peers import Peers
 from ..runtime.process_group import on_all_ranks, rank_of
 
-EXCHANGE_BYTES_PER_S = 1e9
-"""An estimate of how fast a rank sends and receives."""
-WORTH_IT = 0.9
-"""The most time, as a fraction of that of separate reads, for which a shared read is chosen by itself."""
-MIN_UNIT_BYTES = 256 * 1024
-UNITS_PER_RANK = 16
-"""The least number of units that each rank reads of a large read, so that all read about the same number of bytes."""
 MAX_ROWS = 2_000_000
 """The most byte ranges of all ranks that "auto" compares. It takes about a second."""
 _MODES = (True, False, "auto")
@@ -141,17 +134,11 @@ class Cooperation:
             is_first = any(ranks[0] == rank for ranks in groups)
             packed = gather(self._packed if is_first else b"")
             needs = [Needs.unpack(packed[ranks[0]]) for ranks in groups]
-        smallest = min(offer.budget_bytes for offer in offers)
-        total = sum(int(one.bytes_needed.sum()) for one in needs)
-        part = total // (UNITS_PER_RANK * len(offers))
-        unit_bytes = max(MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, smallest // 32, part))
-        shared = share(needs, groups, rank, unit_bytes)
-        if is_demanded or shared.saves_time(REMOTE_COSTS.bytes_per_s, EXCHANGE_BYTES_PER_S, WORTH_IT):
-            self.shared = shared
+        sharing = Sharing.of(needs, groups, min(offer.budget_bytes for offer in offers))
+        if is_demanded or sharing.saves_time(REMOTE_COSTS.bytes_per_s):
+            self.shared = sharing.part_of(rank)
 
-    def plan(self, rank: int, gap_limits: GapLimits, max_request_bytes: int) -> ReadPlan:
+    def plan(self, gap_limits: GapLimits, max_request_bytes: int) -> ReadPlan:
         """Plan this rank's part of a shared read."""
         assert self.shared is not None
-        return cooperative_plan(
-            self._index, self._reads, self._tensors, self.shared, rank, gap_limits, max_request_bytes
-        )
+        return cooperative_plan(self._index, self._reads, self._tensors, self.shared, gap_limits, max_request_bytes)

@@ -357,35 +357,25 @@ class _ReadRun:
         planned = time.perf_counter()
         stats = self._execute(plan, index, destinations, self._budget, self._options.workers)
         source.observe(plan.requests.nbytes, time.perf_counter() - planned)
-        self._add(plan, stats, planned - begin, plan.requests.nbytes, plan.report.requests)
+        self._add(plan, stats, planned - begin)
 
     def _read_shared(
         self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], cooperation: Cooperation
     ) -> None:
         """Execute this rank's part of a read that ranks share, and add its report."""
         begin = time.perf_counter()
-        shared, peers, rank = cooperation.shared, self._options.peers, self._options.rank
+        shared, peers = cooperation.shared, self._options.peers
         assert shared is not None
         assert peers is not None
         index = self._source.index(wants)
         gap_limits = self._source.gap_limits(self._options.max_over_read)
-        plan = cooperation.plan(rank, gap_limits, self._max_request_bytes)
+        plan = cooperation.plan(gap_limits, self._max_request_bytes)
         planned = time.perf_counter()
         fetcher = SharingFetcher(self._source.store, shared.units, peers, self._budget // 4)
         with Workers(self._source.store, fetcher) as workers:
             stats = self._execute(plan, index, destinations, self._budget // 2, workers, fetcher.check)
             fetcher.finish(self._meter.watching(self._options.interrupt))
-        pieces = [piece for unit in shared.units for piece in unit.pieces[rank]]
-        nbytes, requests = sum(piece.size for piece in pieces), sum(piece.count for piece in pieces)
-        self._add(
-            plan,
-            stats,
-            planned - begin,
-            plan.requests.nbytes - nbytes + shared.bytes_read,
-            plan.report.requests - requests + len(shared.units_read),
-        )
-        sent, received = shared.bytes_sent, shared.bytes_received
-        self.report = replace(self.report, bytes_sent=sent, bytes_received=received)
+        self._add(plan, stats, planned - begin)
 
     @property
     def _max_request_bytes(self) -> int:
@@ -427,14 +417,17 @@ class _ReadRun:
                 workers=workers,
             )
 
-    def _add(self, plan: ReadPlan, stats: ReadStats, plan_s: float, fetched: int, requests: int) -> None:
+    def _add(self, plan: ReadPlan, stats: ReadStats, plan_s: float) -> None:
         """Add a read to the report."""
+        planned = plan.report
         report = RankReport(
             rank=0,
-            bytes_fetched=fetched,
-            requests=requests,
-            chunks=plan.report.chunks,
+            bytes_fetched=planned.bytes_fetched,
+            requests=planned.requests,
+            chunks=planned.chunks,
             seconds={"plan": plan_s, "fetch": stats.fetch_s, "verify": stats.verify_s, "decode": stats.decode_s},
+            bytes_sent=planned.bytes_sent,
+            bytes_received=planned.bytes_received,
         )
         self.report = added(self.report, report)
 

@@ -334,6 +334,20 @@ def test_plan_is_for_the_own_store_or_another_one(tmp_path: Path) -> None:
     assert far[0]["bytes_fetched"] > 2 * told[0]["bytes_fetched"]
 
 
+def test_plan_shows_what_ranks_send_and_receive(tmp_path: Path) -> None:
+    reshard.save({"w": torch.randn(2048, 1024)}, tmp_path / "a")
+    rules = ("--dp", 2, "--tp", 2, "--tp-plan", "w=rowwise", "--cooperative")
+    saved_plan = tmp_path / "plan.json"
+    rows = as_json("plan", tmp_path / "a", *rules, "--save", saved_plan)["ranks"]
+    whole = reshard.open(tmp_path / "a").tensors["w"].stored_bytes
+    assert sum(row["bytes_fetched"] for row in rows) == pytest.approx(whole, rel=0.01)
+    assert sum(row["bytes_sent"] for row in rows) == sum(row["bytes_received"] for row in rows) > 0.9 * whole
+    shown = call("plan", tmp_path / "a", *rules)
+    assert {"sent", "received"} <= set(shown.split())
+    assert as_json("plan", saved_plan)["ranks"] == rows
+    assert "received" not in call("plan", tmp_path / "a", *rules[:-1])
+
+
 def test_inspect_shows_metadata(tmp_path: Path) -> None:
     reshard.save({"w": torch.ones(4)}, tmp_path / "c", metadata={"step": 1000, "loss": math.nan})
     assert as_json("inspect", tmp_path / "c")["metadata"] == {"step": 1000, "loss": "nan"}

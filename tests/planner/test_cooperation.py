@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner import cooperation
-from reshard.planner.cooperation import Needs, Piece, Shared, share
+from reshard.planner.cooperation import Needs, Piece, Shared, Sharing
 
 Row = tuple[int, int, int, int, int, int, int]
 """object, start, stop, tensor, number of runs, bytes of a run, stride"""
@@ -92,13 +92,14 @@ def test_all_ranks_compute_the_same_and_get_what_they_need(random: Random) -> No
     ranks_of = [[rank] for rank in ranks[: len(needs)]]
     for rank in ranks[len(needs) :]:
         random.choice(ranks_of).append(rank)
-    found = [share(needs, ranks_of, rank, 20) for rank in range(len(ranks))]
+    sharings = [Sharing.in_units(needs, ranks_of, 20) for _ in ranks]
+    found = [sharing.part_of(rank) for rank, sharing in enumerate(sharings)]
     units: dict[int, set[tuple[str, int, int, int]]] = {}
     members: dict[int, list[int]] = {}
     for rank, shared in enumerate(found):
         group = next(at for at, some in enumerate(ranks_of) if rank in some)
         check_rank(shared, needs[group], rank)
-        assert np.array_equal(shared.loads, found[0].loads)
+        assert np.array_equal(sharings[rank].loads, sharings[0].loads)
         for unit in shared.units:
             units.setdefault(unit.number, set()).add((unit.name, unit.start, unit.stop, unit.reader))
             members.setdefault(unit.number, []).append(rank)
@@ -112,7 +113,8 @@ def test_all_ranks_compute_the_same_and_get_what_they_need(random: Random) -> No
             unit = next(unit for unit in found[rank].units if unit.number == number)
             assert unit.pieces[rank] == of_reader.pieces[rank]
     assert sum(shared.bytes_sent for shared in found) == sum(shared.bytes_received for shared in found)
-    assert all(shared.bytes_read <= shared.loads[rank] for rank, shared in enumerate(found))
+    for rank, shared in enumerate(found):
+        assert sum(unit.stop - unit.start for unit in shared.units_read) <= sharings[0].loads[rank]
 
 
 @given(st.randoms(use_true_random=False))
@@ -127,25 +129,27 @@ def test_needs_are_the_same_after_packing(random: Random) -> None:
 
 def test_replicas_divide_the_bytes_evenly() -> None:
     needs = needs_of([(0, at * 10, at * 10 + 10, at, 1, 10, 10) for at in range(80)])
-    shared = [share([needs], [[0, 1, 2, 3]], rank, 20) for rank in range(4)]
-    assert shared[0].loads.tolist() == [200, 200, 200, 200]
+    sharing = Sharing.in_units([needs], [[0, 1, 2, 3]], 20)
+    shared = [sharing.part_of(rank) for rank in range(4)]
+    assert sharing.loads.tolist() == [200, 200, 200, 200]
     assert {unit.stop - unit.start for unit in shared[0].units} == {20}
     assert all(one.bytes_received == 600 for one in shared)
-    assert shared[0].saves_time(1, 10, 0.8)
-    assert not shared[0].saves_time(10, 1, 0.8)
+    assert sharing.saves_time(1, 10, 0.8)
+    assert not sharing.saves_time(10, 1, 0.8)
 
 
 def test_columns_of_rows_are_read_once() -> None:
     needs = [needs_of([(0, first, first + 9 * 8 + 2, 0, 10, 2, 8)]) for first in (0, 2, 4, 6)]
-    shared = [share(needs, [[0], [1], [2], [3]], rank, 1000) for rank in range(4)]
+    sharing = Sharing.in_units(needs, [[0], [1], [2], [3]], 1000)
+    shared = [sharing.part_of(rank) for rank in range(4)]
     (unit,) = shared[0].units
     assert (unit.start, unit.stop) == (0, 80)
-    assert int(shared[0].loads.sum()) == 80
+    assert int(sharing.loads.sum()) == 80
     assert sum(one.bytes_sent for one in shared) == 60
-    assert shared[0].separate.tolist() == [74 + 9] * 4  # from the first to the last byte that is needed, and a request
-    assert shared[0].together.tolist() == [80, 0, 0, 0]
-    assert shared[0].exchanged.tolist() == [20] * 4
-    assert not shared[0].saves_time(1, 1, 0.9)  # one rank reads the only unit
+    assert sharing.separate.tolist() == [74 + 9] * 4  # from the first to the last byte that is needed, and a request
+    assert sharing.together.tolist() == [80, 0, 0, 0]
+    assert sharing.exchanged.tolist() == [20] * 4
+    assert not sharing.saves_time(1, 1, 0.9)  # one rank reads the only unit
 
 
 def test_small_neighbours_that_different_ranks_need_are_read_together() -> None:
@@ -154,31 +158,32 @@ def test_small_neighbours_that_different_ranks_need_are_read_together() -> None:
         needs_of([(0, at + 8 * rank, at + 8 * rank + 8, at // 32, 1, 8, 8) for at in range(0, 320, 32)])
         for rank in range(4)
     ]
-    shared = [share(needs, [[0], [1], [2], [3]], rank, 80) for rank in range(4)]
+    sharing = Sharing.in_units(needs, [[0], [1], [2], [3]], 80)
+    shared = [sharing.part_of(rank) for rank in range(4)]
     assert [(unit.start, unit.stop) for unit in shared[0].units] == [(at, at + 80) for at in range(0, 320, 80)]
-    assert shared[0].loads.tolist() == [80] * 4
-    assert shared[0].separate.tolist() == [10 * (8 + 9)] * 4
+    assert sharing.loads.tolist() == [80] * 4
+    assert sharing.separate.tolist() == [10 * (8 + 9)] * 4
     assert sum(one.bytes_received for one in shared) == 240
-    assert shared[0].saves_time(1, 10, 0.9)
+    assert sharing.saves_time(1, 10, 0.9)
 
 
 def test_large_neighbours_that_different_ranks_need_are_read_separately() -> None:
     needs = [needs_of([(0, 10 * rank, 10 * rank + 10, 0, 1, 10, 10)]) for rank in range(4)]
-    assert not share(needs, [[0], [1], [2], [3]], 0, 80).units
+    assert not Sharing.in_units(needs, [[0], [1], [2], [3]], 80).part_of(0).units
 
 
 def test_columns_that_nobody_else_needs_are_read_alone() -> None:
     needs = [needs_of([(0, 0, 9 * 8 + 2, 0, 10, 2, 8)]), needs_of([(1, 0, 40, 1, 1, 40, 40)])]
     for rank in range(2):
-        assert not share(needs, [[0], [1]], rank, 1000).units
+        assert not Sharing.in_units(needs, [[0], [1]], 1000).part_of(rank).units
 
 
 def test_what_few_of_the_ranks_need_of_a_row_is_not_shared() -> None:
     needs = [needs_of([(0, first, first + 9 * 32 + 2, 0, 10, 2, 32)]) for first in (0, 2)]
-    assert not share(needs, [[0], [1]], 0, 1000).units
+    assert not Sharing.in_units(needs, [[0], [1]], 1000).part_of(0).units
 
 
 def test_ranks_without_needs_take_no_part() -> None:
     needs = [needs_of([]), needs_of([(0, 0, 100, 0, 1, 100, 100)])]
-    assert share(needs, [[0], [1]], 0, 1000).loads.tolist() == [0, 100]
-    assert not share([needs_of([])], [[0, 1]], 1, 1000).units
+    assert Sharing.in_units(needs, [[0], [1]], 1000).loads.tolist() == [0, 100]
+    assert not Sharing.in_units([needs_of([])], [[0, 1]], 1000).part_of(1).units

@@ -52,6 +52,34 @@ def test_rank_plans_survive_a_json_round_trip() -> None:
     assert "<td" in plans._repr_html_()
 
 
+def test_plans_of_ranks_that_share_a_read_survive_a_json_round_trip() -> None:
+    plans = plan_ranks(index_of(TENSORS["raw"]), Layout(2), cooperative=True)
+    assert sum(plan.report.bytes_sent for plan in plans) == sum(plan.report.bytes_received for plan in plans) > 0
+    assert RankPlans.from_json(plans.to_json()) == plans
+    older = json.loads(plan_ranks(index_of(TENSORS["raw"]), Layout(2)).to_json())
+    for plan in older["plans"]:
+        del plan["order"], plan["exchange"]
+    assert RankPlans.from_json(json.dumps(older)) == plan_ranks(index_of(TENSORS["raw"]), Layout(2)) != plans
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (("order",), [0]),
+        (("order",), "x"),
+        (("exchange",), []),
+        (("exchange", "objects"), [99]),
+        (("exchange", "starts"), []),
+        (("exchange", "is_given"), []),
+        (("exchange", "sent"), None),
+    ],
+)
+def test_invalid_json_of_shared_reads_raises_invalid_plan_error(path: tuple[str, ...], to: Any) -> None:
+    value = json.loads(plan_ranks(index_of(TENSORS["raw"]), Layout(2), cooperative=True).to_json())
+    with pytest.raises(InvalidPlanError):
+        RankPlans.from_json(broken(value, "plans", 0, *path, to=to))
+
+
 def broken(value: dict[str, Any], *path: str | int, to: Any) -> str:
     parent: Any = value
     for key in path[:-1]:

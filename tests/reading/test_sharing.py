@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 import reshard
 from reshard.errors import ArgumentError, CorruptCheckpointError, RankError, StoreError
+from reshard.planner.rank_plans import RankPlans
+from reshard.planner.request_costs import RequestCosts
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
@@ -126,6 +128,50 @@ def test_shared_loads_have_the_same_values(ranks: RankPool, folder: Path, format
             assert total.bytes_fetched <= 1.05 * stored + metadata
             if layout in ("dp", "hsdp"):
                 assert total.bytes_received > 0
+
+
+RULES = {
+    "dp": reshard.Layout({"dp": 4}),
+    "dp_tp": reshard.Layout(
+        {"dp": 2, "tp": 2}, dict.fromkeys(("*up", "*odd", "wide"), "colwise") | {"*down": "rowwise"}
+    ),
+    "columns": reshard.Layout({"tp": 4}, dict.fromkeys(("*up", "*odd", "wide", "*down"), "rowwise")),
+}
+
+
+def load_tensors(folder: str, layout: str) -> reshard.RankReport:
+    state = state_of(layout)
+    del state["step"]
+    return reshard.load(state, folder, cooperative=True).local
+
+
+@pytest.mark.parametrize("layout", RULES)
+@pytest.mark.parametrize("format", ["zstd", "dcp"])
+def test_the_plan_shows_what_a_load_sends_and_receives(ranks: RankPool, folder: Path, format: str, layout: str) -> None:
+    checkpoint = reshard.open(folder / format)
+    plans = checkpoint.plan(RULES[layout], cooperative=True)
+    found = ranks.run(4, load_tensors, str(folder / format), layout)
+    for plan, local in zip(plans, found, strict=True):
+        assert (plan.report.bytes_sent, plan.report.bytes_received) == (local.bytes_sent, local.bytes_received)
+        assert plan.report.bytes_fetched <= local.bytes_fetched <= plan.report.bytes_fetched + 100_000  # metadata
+    assert sum(plan.report.bytes_received for plan in plans) > 0
+    assert RankPlans.from_json(plans.to_json()) == plans
+    separate = checkpoint.plan(RULES[layout])
+    if layout != "columns":  # from a local disk, a rank reads only its columns
+        fetched = [sum(plan.report.bytes_fetched for plan in of) for of in (plans, separate)]
+        assert fetched[0] < 0.8 * fetched[1]
+    assert all(plan.exchange is None for plan in (*separate, *checkpoint.plan(RULES[layout], cooperative="auto")))
+
+
+def test_a_plan_for_a_distant_store_shares_if_it_pays(folder: Path) -> None:
+    costs = RequestCosts(0.02, 50e6, 32, 1e9)
+    with reshard.open(folder / "none") as checkpoint:
+        alike = checkpoint.plan(RULES["dp"], costs=costs, cooperative="auto")
+        assert all(plan.report.bytes_received > 0 for plan in alike)
+        alone = checkpoint.plan(reshard.Layout({"tp": 1}), costs=costs, cooperative=True)
+        assert [plan.exchange for plan in alone] == [None]
+        with pytest.raises(ArgumentError, match='cooperative must be True, False or "auto", got 1'):
+            checkpoint.plan(RULES["dp"], cooperative=1)  # type: ignore[arg-type]
 
 
 def test_shared_loads_from_s3(ranks: RankPool, s3: Place) -> None:
