@@ -84,7 +84,7 @@ def coordinate(ranks: int, tensors: int, folder: Path) -> Row:
     begin = time.perf_counter()
     plan = plan_save([pickle.loads(one) for one in held])  # noqa: S301 (made above)
     plan_s = time.perf_counter() - begin
-    written = [written_by(rank, names, Grid.choose(shape, 2)) for rank in range(ranks)]
+    written = [written_by(rank, names, Grid.choose(shape, 2, shard=(ROWS, WIDTH))) for rank in range(ranks)]
     begin = time.perf_counter()
     index = assemble_index([pickle.loads(one) for one in written])  # noqa: S301 (made above)
     manifest = encode_manifest(index, {name: entry.path for name, entry in plan.entries.items()}, {})

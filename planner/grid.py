@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,6 +35,12 @@ TARGET_BYTES = 1024 * 1024
 EIGHTHS = 8
 """The number of parts by which small shards in one object are interleaved. What a rank of TP 2, 4 or 8 needs of all
 these shards is then contiguous."""
+SHARD_FLOOR_BYTES = 32 * 1024
+"""If shards are so small that their chunks are smaller, cells are merged, but not to fewer than eighths."""
+MIN_CHUNK_BYTES = 4 * 1024
+"""Even smaller chunks are merged in any case: reading a part of a page takes as long as reading all of it."""
+MAX_MERGED_BYTES = 2 * 1024 * 1024
+"""A cell of more bytes is not merged, however small the chunks are: the format limits cells to 16 MiB."""
 
 
 def cells(shapes: IntArray, parts: IntArray, offsets: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray]:
@@ -50,6 +57,22 @@ def cells(shapes: IntArray, parts: IntArray, offsets: IntArray, sizes: IntArray)
     first = ((offsets + 1) * parts - 1) // extent
     last = ((offsets + sizes) * parts - 1) // extent
     return first, np.where(sizes > 0, last - first + 1, 0)
+
+
+def _merged_in_shards(
+    parts: Sequence[int], shape: tuple[int, ...], shard: tuple[int, ...], itemsize: int
+) -> Sequence[int]:
+    """Return fewer parts of the dimensions in which a shard overlaps several cells, while its chunks are small."""
+    merged = list(parts)
+    while True:
+        cell = [n / part for n, part in zip(shape, merged, strict=True)]
+        edges = [min(*both) for both in zip(shard, cell, strict=True)]
+        nbytes = math.prod(edges) * itemsize
+        least = 2 if nbytes < MIN_CHUNK_BYTES else 2 * EIGHTHS
+        spanned = [d for d, size in enumerate(shard) if size > cell[d] and merged[d] >= least]
+        if nbytes >= SHARD_FLOOR_BYTES or math.prod(cell) * itemsize > MAX_MERGED_BYTES or not spanned:
+            return merged
+        merged[min(spanned, key=lambda d: (edges[d], -d))] //= 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +93,22 @@ class Grid:
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)  # the tensors of a model have few shapes
-    def choose(shape: tuple[int, ...], itemsize: int, *, raw: bool = False) -> Grid:
+    def choose(
+        shape: tuple[int, ...], itemsize: int, *, raw: bool = False, shard: tuple[int, ...] | None = None
+    ) -> Grid:
         """Choose the grid for a tensor of this shape.
 
         The choice starts with 16 equal parts of each dimension. It merges cells along their shortest edge while a cell
         is smaller than 64 KiB (128 KiB for raw chunks), and cuts them along their longest edge while a cell is larger
-        than 1 MiB.
+        than 1 MiB. If many ranks save small shards, a chunk is the small part of a cell that a shard overlaps. So cells
+        are merged further while a chunk is smaller than 32 KiB, but 8 parts of a dimension remain: tensor parallelism
+        over 2, 4 or 8 ranks still cuts between chunks. Chunks of less than 4 KiB are merged in any case.
 
         Args:
             shape: the global shape.
             itemsize: bytes per element.
             raw: whether the chunks are raw, not encoded.
+            shard: the sizes of the largest shard that is saved. Default: those of the tensor.
         """
         floor = RAW_FLOOR_BYTES if raw else FLOOR_BYTES
         parts = [max(1, min(INITIAL_PARTS, n)) for n in shape]
@@ -99,7 +127,7 @@ class Grid:
                 break
             parts[longest] *= 2
             edges[longest] = shape[longest] / parts[longest]
-        return Grid(shape, tuple(parts))
+        return Grid(shape, tuple(parts if shard is None else _merged_in_shards(parts, shape, shard, itemsize)))
 
     @property
     def cell_numel(self) -> int:

@@ -9,10 +9,11 @@ import io
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.storage as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
@@ -32,13 +33,22 @@ from torch.futures import Future
 from ..planner.box import Box
 from ..planner.chunk_reads import WantedBox
 from ..planner.entries import Kind
+from .errors import ArgumentError
 from .formats.detect import open_source
 from .formats.source import Source
 from .formats.value_codec import torch_save
-from .reading.read_tensors import ReadOptions, counting_metadata, read_boxes
+from .reading.cooperative import Cooperation, Offer, agree_to_share, check_cooperative, may_share
+from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
 from .reading.value_reads import ValueRead
-from .runtime.limits import check_budget
-from .runtime.process_group import OpenedCheckpoint, check_same_checkpoint, is_distributed, raises_portable, rank_of
+from .runtime.limits import check_budget, default_budget
+from .runtime.process_group import (
+    OpenedCheckpoint,
+    check_same_checkpoint,
+    is_distributed,
+    on_all_ranks,
+    raises_portable,
+    rank_of,
+)
 from .runtime.reports import RankReport
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
@@ -61,6 +71,7 @@ class StorageReader(dcp.StorageReader):
         allow_pickle: pass pickled values to the planner even if torch.load(weights_only=True) refuses them. The planner
             may run the code in them.
         budget_bytes, max_over_read, format: see `reshard.load`.
+        cooperative: whether ranks share the read; see `reshard.load`. Only the ranks of the default process group do.
     """
 
     def __init__(
@@ -72,14 +83,17 @@ class StorageReader(dcp.StorageReader):
         budget_bytes: int | None = None,
         max_over_read: float | None = None,
         format: str | None = None,
+        cooperative: bool | Literal["auto"] = "auto",
     ) -> None:
         check_budget(budget_bytes)
+        check_cooperative(cooperative)
         self.checkpoint_id: str | os.PathLike[str] | Store = uri
         self._storage_options = storage_options
         self._allow_pickle = allow_pickle
         self._budget_bytes = budget_bytes
         self._max_over_read = max_over_read
         self._format = format
+        self._cooperative = cooperative
         self._opened: Source | None = None
         self._rank = 0
         self.load_id = uuid.uuid4().hex
@@ -99,7 +113,9 @@ class StorageReader(dcp.StorageReader):
 
     @raises_portable
     @undisturbed()
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        # A parameter named `kwargs` would tell DCP that ranks have metadata of their own. If one rank fails here, DCP
+        # would call this again on that rank, and let it load without the others, which would wait for it.
         source = self._open()
         index = source.index()
         # Unreadable names are listed, so that a plan with one of them reaches `read_data`, which raises the reason.
@@ -132,17 +148,41 @@ class StorageReader(dcp.StorageReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         source = self._open()
         fingerprint = source.fingerprint() if is_distributed() else ""
-        return replace(plan, storage_data=OpenedCheckpoint(source.location, fingerprint))
+        opened = OpenedCheckpoint(source.location, fingerprint)
+        return replace(plan, storage_data=_LocalData(opened, may_share(source, self._cooperative)))
 
     @raises_portable
     @undisturbed()
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        check_same_checkpoint([plan.storage_data for plan in plans])
-        return plans
+        local: list[_LocalData] = [plan.storage_data for plan in plans]
+        check_same_checkpoint([of_rank.opened for of_rank in local])
+        is_default_group = is_distributed() and len(plans) == dist.get_world_size()
+        if self._cooperative is True and is_distributed() and not is_default_group:
+            raise ArgumentError(
+                f"cooperative=True, but {len(plans)} of the {dist.get_world_size()} ranks of the default process group "
+                "load: load with all of them, or with reshard.load, which takes a process group"
+            )
+        shares = is_default_group and len(plans) > 1 and any(of_rank.may_share for of_rank in local)
+        return [replace(plan, storage_data=shares) for plan in plans]
 
     @raises_portable
     @undisturbed()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        if plan.storage_data is True:
+            reading = self._read_together(plan, planner)
+        else:
+            reading = self._prepare(plan, planner)
+            self.report = self._read(reading, ReadOptions())
+        for item, target in reading.commits:
+            planner.commit_tensor(item, target)
+        for item, read in reading.values:
+            planner.load_bytes(item, self._for_planner(read))
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _prepare(self, plan: LoadPlan, planner: LoadPlanner) -> _Reading:
+        """Check that what a plan lists can be read. No tensor is changed."""
         refuse_misplaced(getattr(planner, "state_dict", {}))
         source = self._open()
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
@@ -151,18 +191,56 @@ class StorageReader(dcp.StorageReader):
         source.index(
             [WantedBox(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline]
         )
-        reads = [ValueRead(source, item.storage_index.fqn) for item in values]
+        reads = [(item, ValueRead(source, item.storage_index.fqn)) for item in values]
         wants, destinations, commits = _wants(tensors, planner)
-        options = ReadOptions(self._rank, self._budget_bytes, self._max_over_read)
-        report = read_boxes(source, wants, destinations, reads, options)
-        self.report = counting_metadata(report, source)
-        for item, target in commits:
-            planner.commit_tensor(item, target)
-        for item, read in zip(values, reads, strict=True):
-            planner.load_bytes(item, self._for_planner(read))
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+        return _Reading(BoxReads.of(source, wants, destinations), reads, commits)
+
+    def _read(self, reading: _Reading, options: ReadOptions) -> RankReport:
+        options = replace(options, rank=self._rank, budget_bytes=self._budget_bytes, max_over_read=self._max_over_read)
+        values = [read for _, read in reading.values]
+        report = execute_reads(self._open(), reading.boxes, values, options)
+        return counting_metadata(report, self._open())
+
+    def _read_together(self, plan: LoadPlan, planner: LoadPlanner) -> _Reading:
+        """Read, and share the read with the other ranks if it pays. Collective.
+
+        If a rank fails, all ranks raise its error.
+        """
+        reading: _Reading | None = None
+        cooperation: Cooperation | None = None
+
+        def prepare() -> Offer | None:
+            nonlocal reading, cooperation
+            reading = self._prepare(plan, planner)
+            if not may_share(self._open(), self._cooperative):
+                return None
+            wants = [*reading.boxes.direct_wants, *(want for _, read in reading.values for want in read.wants)]
+            budget_bytes = self._budget_bytes or default_budget()
+            cooperation = Cooperation(self._open(), wants, self._cooperative, budget_bytes)
+            return cooperation.offer
+
+        offers = on_all_ranks(prepare, None)
+        assert reading is not None
+        peers = agree_to_share(cooperation, offers, None)
+        if peers is None:
+            self.report = self._read(reading, ReadOptions())
+            return reading
+        options = ReadOptions(cooperation=cooperation, peers=peers)
+        shared = peers
+
+        def read() -> RankReport:
+            try:
+                return self._read(reading, options)
+            except BaseException:
+                shared.abort()  # the other ranks may wait for messages of this one
+                raise
+
+        try:
+            self.report = on_all_ranks(read, None)[self._rank]
+        except BaseException:
+            shared.abort()
+            raise
+        return reading
 
     def _for_planner(self, read: ValueRead) -> io.BytesIO:
         """Return a value as planners expect it: written by torch.save.
@@ -177,6 +255,25 @@ class StorageReader(dcp.StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return can_open_store(checkpoint_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalData:
+    """What a rank sends to the coordinator with its plan."""
+
+    opened: OpenedCheckpoint
+    may_share: bool
+    """Whether the read may be shared between ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What a rank reads."""
+
+    boxes: BoxReads
+    values: list[tuple[ReadItem, ValueRead]]
+    commits: list[tuple[ReadItem, torch.Tensor]]
+    """The items to commit after the read, and their tensors."""
 
 
 def _wants(

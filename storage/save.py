@@ -76,6 +76,8 @@ class Assignment:
     rows: bytes | None
     """One bit for each shard that the rank holds: whether it writes the shard. None if the plan is the one that all
     ranks have under this number."""
+    largest_sizes: bytes = b""
+    """As in `GlobalPlan`, for this rank. Empty if `rows` is None."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,8 +88,8 @@ class AgreedPlan:
     """Identifies the plan. Rank 0 chooses it."""
     held: HeldShards
     """What this rank held."""
-    rows: bytes
-    """As in `Assignment`."""
+    assigned: Assignment
+    """What this rank wrote."""
     plan: GlobalPlan | None
     """Only on rank 0."""
 
@@ -214,25 +216,28 @@ class Saving:
             number = next(self._numbers)
         assert self._plan is not None
         self._differing = self._plan.differing([plan.held.digests for plan in plans])
-        return [Assignment(number, None if unchanged else mask) for mask in self._plan.masks]
+        if unchanged:
+            return [Assignment(number, None)] * len(plans)
+        assigned = zip(self._plan.masks, self._plan.largest_sizes, strict=True)
+        return [Assignment(number, mask, largest) for mask, largest in assigned]
 
     def agreed_plan(self, assigned: Assignment) -> AgreedPlan | None:
         """Return the plan for the next save to use again."""
         if assigned.rows is None:
             return self._agreed
         assert self._held is not None
-        return AgreedPlan(assigned.number, self._held, assigned.rows, self._plan)
+        return AgreedPlan(assigned.number, self._held, assigned, self._plan)
 
     def accept_plan(self, assigned: Assignment) -> None:
         """Receive what this rank is to write."""
         assert self._state is not None
-        rows = assigned.rows
-        if rows is None:
+        if assigned.rows is None:
             assert self._agreed is not None
-            rows = self._agreed.rows
+            assigned = self._agreed.assigned
+        assert assigned.rows is not None
         self.writer.set_up_storage_writer(False, rank=self._rank)
-        chosen = np.flatnonzero(np.unpackbits(np.frombuffer(rows, np.uint8)))
-        self.shards = self._state.shards_to_write(chosen.tolist())
+        chosen = np.flatnonzero(np.unpackbits(np.frombuffer(assigned.rows, np.uint8)))
+        self.shards = self._state.shards_to_write(chosen.tolist(), assigned.largest_sizes)
         self.writer.announce(self.shards)
         self.seconds["plan"] = time.perf_counter() - self._begin
 

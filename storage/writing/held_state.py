@@ -20,7 +20,7 @@ from ..tensors.state_dict import Leaf
 from ..tensors.tensor_classes import as_plain, check_has_memory, check_storable, is_whole
 from .agreement import ValueDescription
 from .object_layout import ShardToWrite, part_of
-from .save_plan import SMALL_REPLICA_BYTES, HeldShards
+from .save_plan import SMALL_REPLICA_BYTES, HeldShards, unpack_largest_sizes
 
 
 class HeldState:
@@ -57,12 +57,15 @@ class HeldState:
         self.held = HeldShards.of(self._described, self._boxes, self._digests)
         """What this rank holds, as it is sent to rank 0."""
 
-    def shards_to_write(self, rows: Iterable[int]) -> list[ShardToWrite]:
+    def shards_to_write(self, rows: Iterable[int], largest_sizes: bytes) -> list[ShardToWrite]:
         """Return some of the shards that this rank holds.
 
         Args:
             rows: their positions in `held`.
+            largest_sizes: as in `GlobalPlan`.
         """
+        shapes = [value.shape for value in self._described.values()]
+        largest = dict(zip(self._described, unpack_largest_sizes(largest_sizes, shapes), strict=True))
         found: list[ShardToWrite] = []
         for row in rows:
             name, (first, second) = self._shards[row]
@@ -70,7 +73,7 @@ class HeldState:
                 assert isinstance(second, torch.Tensor)
                 shape = self._described[name].shape
                 load = partial(_load, name, second, first)
-                found.append(ShardToWrite(name, Kind.TENSOR, second.dtype, shape, first, load))
+                found.append(ShardToWrite(name, Kind.TENSOR, second.dtype, shape, first, load, largest[name]))
             else:
                 assert isinstance(second, bytes)
                 found.append(ShardToWrite.of_value(name, first, second))

@@ -44,6 +44,8 @@ class ShardToWrite:
     """The position of the shard in the tensor."""
     load: Callable[[Box], torch.Tensor]
     """Returns the values of a box inside the shard, on any device. It is called just before the box is written."""
+    largest_sizes: tuple[int, ...] | None = None
+    """The sizes of the largest shard of the tensor on any rank, if there are several."""
 
     @classmethod
     def of_value(cls, name: str, kind: Kind, data: bytes) -> ShardToWrite:
@@ -56,11 +58,13 @@ class ShardToWrite:
     def nbytes(self) -> int:
         return self.box.numel * self.dtype.itemsize
 
+    def grid(self, codec: str) -> Grid:
+        """Return the grid of the tensor."""
+        return Grid.choose(self.shape, self.dtype.itemsize, raw=codec == "none", shard=self.largest_sizes)
+
     def pieces(self, max_bytes: int, codec: str) -> list[ShardToWrite]:
         """Cut the shard along the grid into shards of at most `max_bytes`. Single chunks may be larger."""
-        boxes = grid_of(self.shape, self.dtype.itemsize, codec).split(
-            self.box, max(1, max_bytes // self.dtype.itemsize)
-        )
+        boxes = self.grid(codec).split(self.box, max(1, max_bytes // self.dtype.itemsize))
         return [replace(self, box=box) for box in boxes]
 
 
@@ -80,10 +84,6 @@ def part_of(name: str, values: torch.Tensor, shard: Box, dtype: torch.dtype, box
             f"{name!r} should hold {shard} of {dtype} on this rank, but has shape {tuple(values.shape)}, {values.dtype}"
         )
     return values[box.relative_to(shard).slices]
-
-
-def grid_of(shape: tuple[int, ...], itemsize: int, codec: str) -> Grid:
-    return Grid.choose(shape, itemsize, raw=codec == "none")
 
 
 def in_objects(

@@ -44,7 +44,7 @@ from ..stores.base import Store
 from ..stores.retry import retried, without_retries
 from ..tensors.dtypes import as_array, as_bytes, dtype_name
 from ..tensors.splitting import group_by_bytes
-from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, grid_of, in_objects
+from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, in_objects
 
 logger = logger_of(__name__)
 
@@ -290,7 +290,7 @@ class _ObjectWriter:
         for source in group:
             values = source.load(source.box)
             dtype = dtype_name(source.name, values.dtype)
-            grid = grid_of(source.shape, values.itemsize, self._codec)
+            grid = source.grid(self._codec)
             entry = Entry(source.name, source.kind, dtype, grid)
             streams = streams_of(dtype, self._codec)
             if values.device.type != "cpu":

@@ -83,6 +83,8 @@ class GlobalPlan:
     """For each rank, one bit for each shard that it holds: whether it writes the shard."""
     ids: list[IntArray]
     """For each rank, the positions in `entries` of the entries that it holds; -1 for one that is not saved."""
+    largest_sizes: list[bytes]
+    """For each rank, the sizes of the largest shard of each entry that it holds, packed."""
 
     def differing(self, digests: Sequence[bytes]) -> list[str]:
         """Return the names of small entries that several ranks hold, but not with the same bytes.
@@ -125,7 +127,38 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
     _check_coverage(entries, shards, chosen)
     bounds = np.searchsorted(shards.ranks[chosen], np.arange(len(held) + 1)).tolist()
     masks = [_mask(shards.rows[chosen[begin:end]]) for begin, end in pairwise(bounds)]
-    return GlobalPlan(entries, masks, [ids[of_rank.entries] for of_rank in held])
+    largest = _pack_largest_sizes(entries, shards, chosen, ids)
+    return GlobalPlan(
+        entries, masks, [ids[of_rank.entries] for of_rank in held], [largest[of_rank.entries] for of_rank in held]
+    )
+
+
+def _pack_largest_sizes(
+    entries: Mapping[str, ValueDescription], shards: _Shards, chosen: IntArray, ids: Mapping[bytes, IntArray]
+) -> dict[bytes, bytes]:
+    """Return the sizes of the largest shard of each entry, packed for ranks that hold the same entries."""
+    largest = np.zeros((len(entries), shards.sizes.shape[1]), np.int64)
+    np.maximum.at(largest, shards.ids[chosen], shards.sizes[chosen])
+    ndims = np.array([len(entry.shape) for entry in entries.values()], np.int64)
+
+    def packed(of_rank: IntArray) -> bytes:
+        kept = of_rank[of_rank >= 0]
+        cells = np.repeat(kept, ndims[kept]), concat_ranges(0, ndims[kept])
+        return zlib.compress(largest[cells].astype("<i8").tobytes(), 1)
+
+    return {key: packed(of_rank) for key, of_rank in ids.items()}
+
+
+def unpack_largest_sizes(packed: bytes, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the sizes of the largest shard of each entry.
+
+    Args:
+        packed: an item of `GlobalPlan.largest_sizes`.
+        shapes: the shapes of the entries that the rank holds.
+    """
+    values = np.frombuffer(zlib.decompress(packed), "<i8").tolist()
+    bounds = np.cumsum([0, *map(len, shapes)]).tolist()
+    return [tuple(values[begin:end]) for begin, end in pairwise(bounds)]
 
 
 def _mask(rows: IntArray) -> bytes:

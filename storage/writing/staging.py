@@ -169,6 +169,8 @@ class StagedShard:
     box: Box
     start: int
     """The first byte of the values. They are row-major."""
+    largest_sizes: tuple[int, ...] | None
+    """As in `ShardToWrite`."""
 
     def shard(self, memory: npt.NDArray[np.uint8]) -> ShardToWrite:
         """Return the shard to write, which reads its values from staging memory."""
@@ -178,7 +180,7 @@ class StagedShard:
         def load(part: Box) -> torch.Tensor:
             return part_of(self.name, values, self.box, self.dtype, part)
 
-        return ShardToWrite(self.name, self.kind, self.dtype, self.shape, self.box, load)
+        return ShardToWrite(self.name, self.kind, self.dtype, self.shape, self.box, load, self.largest_sizes)
 
 
 def staged_bytes(shards: Iterable[ShardToWrite]) -> int:
@@ -244,7 +246,9 @@ class Staging:
             else:
                 source = as_array(values)
                 self._host.append((to.view(source.dtype).reshape(source.shape), source))
-            self.shards.append(StagedShard(shard.name, shard.kind, shard.dtype, shard.shape, shard.box, start))
+            self.shards.append(
+                StagedShard(shard.name, shard.kind, shard.dtype, shard.shape, shard.box, start, shard.largest_sizes)
+            )
             start += _aligned(shard.nbytes)
         self._device = list(by_device.values())
         for copies in self._device:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner.box import Box
-from reshard.planner.grid import FLOOR_BYTES, RAW_FLOOR_BYTES, TARGET_BYTES, Grid
+from reshard.planner.grid import EIGHTHS, FLOOR_BYTES, MIN_CHUNK_BYTES, RAW_FLOOR_BYTES, TARGET_BYTES, Grid
+from reshard.storage.formats.native.manifest import MAX_CHUNK_BYTES
 from tests.planner.boxes import boxes_in, paint, shapes
 
 
@@ -121,3 +122,38 @@ def test_eighths_keep_the_chunks_and_their_order(shape: tuple[int, ...]) -> None
         for of_parts, of_shard in zip(zip(*map(grid.chunks, parts), strict=True), grid.chunks(shard), strict=True):
             if of_shard.ndim == 2:
                 assert np.concatenate(of_parts).tolist() == of_shard.tolist()
+
+
+@given(st.lists(st.integers(1, 1500), min_size=1, max_size=3).map(tuple), st.integers(1, 5000), st.booleans())
+def test_small_shards_merge_cells_down_to_eighths(shape: tuple[int, ...], ranks: int, raw: bool) -> None:
+    default = Grid.choose(shape, 2, raw=raw)
+    shard = (-(-shape[0] // ranks), *shape[1:])
+    grid = Grid.choose(shape, 2, raw=raw, shard=shard)
+    box = Box((0,) * len(shape), shard)
+    chunks, of_default = (len(one.chunks(box)[0]) for one in (grid, default))
+    assert chunks < of_default or grid == default
+    if math.prod(shard) * 2 >= MIN_CHUNK_BYTES * of_default:
+        assert all(part == known or part >= EIGHTHS for known, part in zip(default.parts, grid.parts, strict=True))
+    assert grid.cell_numel * 2 <= MAX_CHUNK_BYTES
+
+
+@pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (8192, 8192), (2048, 64, 64)])
+def test_shards_of_many_ranks_have_few_chunks(shape: tuple[int, ...]) -> None:
+    for ranks in (1, 4, 16):
+        shard = (shape[0] // ranks, *shape[1:])
+        assert Grid.choose(shape, 2, shard=shard) == Grid.choose(shape, 2)
+    shard = (shape[0] // 1024, *shape[1:])
+    grid = Grid.choose(shape, 2, shard=shard)
+    assert len(grid.chunks(Box((0,) * len(shape), shard))[0]) <= EIGHTHS
+    sizes = grid.chunks(Box((0,) * len(shape), shard))[2]
+    assert int(sizes.prod(axis=1).min()) * 2 >= MIN_CHUNK_BYTES
+    for tp in (2, 4, 8):
+        offsets = [n // tp if d == 1 else 0 for d, n in enumerate(shape)]
+        rank = Box(tuple(offsets), (shape[0], shape[1] // tp, *shape[2:]))
+        if len(shape) == 2:
+            assert grid.chunks(Box.whole(shape), within=rank)[2].prod(axis=1).sum() == rank.numel
+
+
+def test_a_grid_of_shards_does_not_depend_on_small_differences() -> None:
+    """The largest shard decides: the last rank may hold fewer rows."""
+    assert Grid.choose((1000, 8192), 2, shard=(4, 8192)).parts == Grid.choose((1000, 8192), 2, shard=(3, 8192)).parts
