@@ -3,8 +3,14 @@
     python -m benchmarks.many_ranks [--ranks N ...] [--tensors N] [--repeat N] [--folder PATH]
 
 Each of the ranks is a process of its own; they are forked from one that has imported torch. The state has 300 tensors
-of 512 x 256 float32 (157 MB) and a step. The checkpoints are on a disk: pass a folder in memory to leave it out. A rank
-saves rows of each tensor (as FSDP), and loads the same rows ("same") or columns ("columns", as tensor parallelism).
+of 512 x 256 float32 (157 MB) and a step. The checkpoints are on a disk: pass a folder in memory to leave it out.
+
+- save: a rank saves rows of each tensor, as FSDP does.
+- same, columns: it loads the same rows, or columns, as tensor parallelism does.
+- manager: 300 steps of a CheckpointManager that saves every hundredth step and keeps the last checkpoint; with DCP, the
+  same saves, and rank 0 removes the previous checkpoint.
+- no save: 1,000 calls of a CheckpointManager when no save is due.
+- failure: a load of a checkpoint that is not there, so all ranks fail. The lines of its traceback are counted.
 
 Seconds are medians, from one barrier to the next. The traffic is what passes the loopback interface between the same
 barriers: collectives over gloo, and keys of the process group's store. It is shown per rank. The values that a load
@@ -13,27 +19,36 @@ finds are compared with the saved ones.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 import tempfile
+import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+import reshard
 from benchmarks.common import Row, alternate, arguments_of, header, line, median, positive, write
 from benchmarks.contenders import CONTENDERS, State
 from benchmarks.timing import elapsed, on_rank_0
 from tests.ranks import RankPool
 
-COLUMNS = ("ranks", "call", "contender", "seconds", "of DCP's", "kB per rank", "packets per rank")
-CALLS = ("save", "same", "columns")
+COLUMNS = ("ranks", "call", "contender", "seconds", "of DCP's", "kB per rank", "packets per rank", "error lines")
+CALLS = ("save", "same", "columns", "manager", "no save", "failure")
+DRAWN = ("save", "same", "columns", "manager", "failure")
 NAMES = ("dcp", "reshard-none")
 SHAPE = (512, 256)
+STEPS, EVERY = 300, 100
 
 
 def values_of(at: int) -> torch.Tensor:
@@ -57,27 +72,82 @@ def traffic() -> tuple[int, int]:
     return int(words[1]), int(words[2])
 
 
+def call_of(call: str, name: str, state: State, uri: str, stack: contextlib.ExitStack) -> Callable[[], object]:
+    """Return what is measured. Collective. `stack` ends what it needs."""
+    contender = CONTENDERS[name]()
+    if call == "save":
+        return partial(contender.save, state, uri, {})
+    if call in ("same", "columns"):
+        return partial(contender.load, state, uri, {})
+    if call == "manager":
+        return partial(_save_with_dcp if name == "dcp" else _save_with_manager, state, f"{uri}-run")
+    if call == "no save":
+        if name == "dcp":
+            return lambda: None
+        manager = reshard.CheckpointManager(f"{uri}-none", save_every=10**9, signals=())
+        return partial(_save_nothing, state, stack.enter_context(manager))
+    return partial(_fail, partial(contender.load, state, f"{uri}-missing", {}))
+
+
+def _save_with_manager(state: State, uri: str) -> None:
+    options: dict[str, Any] = {"asynchronous": False, "codec": "none", "signals": ()}
+    with reshard.CheckpointManager(uri, save_every=EVERY, keep=[reshard.latest(1)], **options) as manager:
+        for step in range(1, STEPS + 1):
+            manager.save(step, state)
+
+
+def _save_with_dcp(state: State, uri: str) -> None:
+    for step in range(EVERY, STEPS + 1, EVERY):
+        dcp.save(state, checkpoint_id=f"{uri}/{step}")
+        if step > EVERY and dist.get_rank() == 0:
+            shutil.rmtree(f"{uri}/{step - EVERY}")
+
+
+def _save_nothing(state: State, manager: reshard.CheckpointManager) -> None:
+    for step in range(1, 1001):
+        manager.save(step, state)
+
+
+def _keep(call: Callable[[], object], returned: list[object]) -> None:
+    returned.append(call())
+
+
+def _fail(load: Callable[[], object]) -> int:
+    """Return the number of lines of the error."""
+    try:
+        load()
+    except (reshard.errors.CheckpointError, CheckpointException):
+        return len(traceback.format_exc().splitlines())
+    raise AssertionError("there is a checkpoint")
+
+
 def measure_rank(tensors: int, repeat: int, folder: str) -> list[Row]:
     """Return one row for each call and contender."""
+    logging.disable(logging.WARNING)  # DCP logs the traceback of each rank
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         saved = state_of(mesh, tensors, 0, is_empty=False)
         rows: dict[tuple[str, str], Row] = {}
         for at, name in alternate(NAMES, repeat + 1):
-            contender, uri = CONTENDERS[name](), f"{folder}/{name}-{at}"
+            uri = f"{folder}/{name}-{at}"
             for call in CALLS:
-                state = saved if call == "save" else state_of(mesh, tensors, int(call == "columns"), is_empty=True)
-                before = on_rank_0(traffic)
-                run = contender.save if call == "save" else contender.load
-                seconds = elapsed(partial(run, state, uri, {}))
-                after = on_rank_0(traffic)
+                is_load = call in ("same", "columns")
+                state = state_of(mesh, tensors, int(call == "columns"), is_empty=True) if is_load else saved
+                returned: list[object] = []
+                with contextlib.ExitStack() as stack:
+                    run = call_of(call, name, state, uri, stack)
+                    before = on_rank_0(traffic)
+                    seconds = elapsed(partial(_keep, run, returned))
+                    after = on_rank_0(traffic)
                 _check(state, mesh, tensors, int(call == "columns"))
                 if at:  # the first round warms up
                     row = rows.setdefault((call, name), {"call": call, "contender": name, "all": [], "traffic": []})
                     row["all"].append(seconds)
                     row["traffic"].append((after[0] - before[0], after[1] - before[1]))
-            on_rank_0(partial(shutil.rmtree, uri))
+                    row["error_lines"] = returned[0]
+            for made in (uri, f"{uri}-run", f"{uri}-none"):
+                on_rank_0(partial(shutil.rmtree, made, ignore_errors=True))
         for row in rows.values():
             row["seconds"] = median(row.pop("all"))
             nbytes, packets = zip(*row.pop("traffic"), strict=True)
@@ -101,28 +171,35 @@ def run(ranks: list[int], tensors: int, repeat: int, parent: str | None) -> list
         for row in found:
             dcp = next(one for one in found if one["call"] == row["call"] and one["contender"] == "dcp")
             row |= {"ranks": world, "of_dcp": row["seconds"] / dcp["seconds"]}
-            seconds, ratio = f"{row['seconds']:.2f}", f"{row['of_dcp']:.2f}"
+            has_ratio = row["call"] != "no save"
             line(
                 world,
                 row["call"],
                 row["contender"],
-                seconds,
-                ratio,
+                f"{row['seconds']:.2f}",
+                f"{row['of_dcp']:.2f}" if has_ratio else "",
                 f"{row['bytes'] / 1e3:.0f}",
                 f"{row['packets']:.0f}",
+                row["error_lines"] or "",
             )
         rows += found
     return rows
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Draw the seconds of each call over the number of ranks."""
-    for axes, call in zip(figure.subplots(1, len(CALLS)), CALLS, strict=True):
+    """Draw the seconds of each call, and the traffic of each rank, over the number of ranks."""
+    for at, axes in enumerate(figure.subplots(2, len(DRAWN), sharex=True).flat):
+        call, value = DRAWN[at % len(DRAWN)], ("seconds", "bytes")[at // len(DRAWN)]
         for name in NAMES:
-            points = [(row["ranks"], row["seconds"]) for row in rows if (row["call"], row["contender"]) == (call, name)]
+            points = [(row["ranks"], row[value]) for row in rows if (row["call"], row["contender"]) == (call, name)]
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        axes.set(title=call, xlabel="ranks", ylabel="seconds", xscale="log", yscale="log")
-        axes.legend()
+        axes.set(xscale="log", yscale="log", **({"title": call} if value == "seconds" else {"xlabel": "ranks"}))
+        ticks = sorted({row["ranks"] for row in rows})
+        axes.set_xticks(ticks, ticks, minor=False)
+        axes.minorticks_off()
+        if at % len(DRAWN) == 0:
+            axes.set_ylabel("seconds" if value == "seconds" else "bytes per rank")
+            axes.legend()
 
 
 def main(argv: list[str] | None = None) -> None:
