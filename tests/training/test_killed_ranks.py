@@ -43,7 +43,7 @@ def train_alone(manager: reshard.CheckpointManager) -> str:
 
 
 def request_after_a_kill(folder: str, dying: int, requesting: int) -> None:
-    group = dist.new_group(timeout=timedelta(minutes=30))
+    group: Any = dist.new_group(timeout=timedelta(minutes=30))
     manager = reshard.CheckpointManager(folder, save_every=10_000, signals=(), process_group=group)
     dist.barrier()
     if dist.get_rank() == dying:
