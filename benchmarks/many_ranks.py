@@ -199,7 +199,7 @@ def draw(rows: list[Row], figure: Any) -> None:
         axes.minorticks_off()
         if at % len(DRAWN) == 0:
             axes.set_ylabel("seconds" if value == "seconds" else "bytes per rank")
-            axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES), frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:

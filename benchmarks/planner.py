@@ -66,9 +66,9 @@ CASES = {
 }
 
 
-def grid_of(shape: tuple[int, ...], chunk_bytes: int) -> Grid:
-    """Return the grid that reshard chooses, or one with larger chunks."""
-    parts = list(Grid.choose(shape, 2).parts)
+def grid_of(shape: tuple[int, ...], ranks: int, chunk_bytes: int) -> Grid:
+    """Return the grid that reshard chooses for a save by so many ranks, or one with larger chunks."""
+    parts = list(Grid.choose(shape, 2, shard=(-(-shape[0] // ranks), *shape[1:])).parts)
     for d in range(len(shape)):
         while parts[d] > 16 and math.prod(shape) * 2 / math.prod(parts) * 2 <= chunk_bytes:
             parts[d] //= 2
@@ -82,7 +82,7 @@ def index_of(case: Case, chunk_bytes: int) -> CheckpointIndex:
     lengths = []
     ends = np.full(case.saved_by, 8, np.int64)
     for name, shape in sorted(case.shapes.items()):
-        entry = Entry(name, Kind.TENSOR, "bfloat16", grid_of(shape, chunk_bytes))
+        entry = Entry(name, Kind.TENSOR, "bfloat16", grid_of(shape, case.saved_by, chunk_bytes))
         begins, rows = fsdp_rows(shape[0], case.saved_by)
         offsets = np.zeros((len(begins), len(shape)), np.int64)
         offsets[:, 0] = begins
