@@ -5,6 +5,7 @@
 | case | saved by | loaded by | where |
 |---|---|---|---|
 | replicas | FSDP, 4 ranks, native | 8 ranks that need everything | S3 behind 20 ms and 200 MB/s |
+| replicas-none | the same with codec "none" | | |
 | hsdp | FSDP, 4 ranks, native | HSDP 2 x 4 | S3 |
 | columns | FSDP, 4 ranks, DCP | TP, 8 ranks | S3 |
 | slow-dcp | FSDP, 4 ranks, DCP | TP, 4 ranks | S3 behind 20 ms and 200 MB/s; DCP's reader takes part, too |
@@ -47,25 +48,26 @@ class Case:
     store: str
     layout: str
     ranks: int
-    is_dcp: bool = False
+    saver: str = "reshard-zstd"
+    """The contender that saves."""
     modes: tuple[object, ...] = (False, True)
 
 
 CASES = {
     "replicas": Case("slow-s3", "replicas", 8),
+    "replicas-none": Case("slow-s3", "replicas", 8, "reshard-none"),
     "hsdp": Case("s3", "hsdp", 8),
-    "columns": Case("s3", "tp", 8, is_dcp=True),
-    "slow-dcp": Case("slow-s3", "tp", 4, is_dcp=True, modes=(False, True, "dcp")),
+    "columns": Case("s3", "tp", 8, "dcp"),
+    "slow-dcp": Case("slow-s3", "tp", 4, "dcp", modes=(False, True, "dcp")),
     "local": Case("local", "tp", 4, modes=(False, "auto")),
 }
 
 
-def save_rank(store: BenchmarkStore, uri: str, layers: int, is_dcp: bool) -> None:
+def save_rank(store: BenchmarkStore, uri: str, layers: int, saver: str) -> None:
     state = under("fsdp", mlp(seed=0, layers=layers)).state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        contender = CONTENDERS["dcp" if is_dcp else "reshard-zstd"]()
-        contender.save(state, uri, store.options())
+        CONTENDERS[saver]().save(state, uri, store.options())
 
 
 def state_of(layout: str, layers: int) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def run(names: list[str], stores: dict[str, BenchmarkStore], layers: int, repeat
         store = stores[case.store]
         uri = store.make()
         with RankPool() as pool:
-            pool.run(SAVERS, save_rank, store, uri, layers, case.is_dcp, timeout_s=3600)
+            pool.run(SAVERS, save_rank, store, uri, layers, case.saver, timeout_s=3600)
             stored = stored_bytes(store, uri)
             found = pool.run(case.ranks, load_rank, case, store, uri, layers, repeat, timeout_s=3600)[0]
         store.remove(uri)

@@ -82,7 +82,10 @@ def _exchange_from_json(value: Any, requests: int) -> Exchange:
     count = len(value["objects"])
     columns = {name: _column(value[name]).reshape(count) for name in ("objects", "starts", "stops")}
     is_given = np.array(value["is_given"], np.bool_).reshape(requests)
-    return Exchange(**columns, is_given=is_given, bytes_sent=int(value["sent"]), bytes_received=int(value["received"]))
+    sent, received = int(value["sent"]), int(value["received"])
+    if not bool(((columns["starts"] >= 0) & (columns["stops"] >= columns["starts"])).all()) or min(sent, received) < 0:
+        raise ValueError("a shared byte range or the bytes that are exchanged are negative")
+    return Exchange(**columns, is_given=is_given, bytes_sent=sent, bytes_received=received)
 
 
 def _permutation(value: Any, count: int) -> IntArray:

@@ -82,12 +82,19 @@ class ReadPlan:
             begin += count
 
     @property
+    def fetched(self) -> Requests:
+        """The requests to the store: those that the rank makes for itself, then those for several ranks."""
+        if (exchange := self.exchange) is None:
+            return self.requests
+        own = self.requests.select(~exchange.is_given)
+        return own.extended(exchange.objects, exchange.starts, exchange.stops)
+
+    @property
     def report(self) -> PlanReport:
         """The bytes, requests and chunks of the plan."""
-        own, fetched, given = self.requests, self.requests, 0
-        if exchange := self.exchange:
-            own, given = own.select(~exchange.is_given), own.select(exchange.is_given).nbytes
-            fetched = own.extended(exchange.objects, exchange.starts, exchange.stops)
+        fetched, exchange = self.fetched, self.exchange
+        for_all = 0 if exchange is None else int((exchange.stops - exchange.starts).sum())
+        given = 0 if exchange is None else self.requests.select(exchange.is_given).nbytes
         wanted = sum(read.bytes_read for read in self.reads)
         return PlanReport(
             bytes_needed=sum(read.bytes_needed for read in self.reads),
@@ -96,7 +103,7 @@ class ReadPlan:
             requests=fetched.byte_ranges,
             chunks=sum(map(len, self.reads)),
             objects=len(np.unique(fetched.objects)),
-            bytes_over_read=max(0, own.nbytes + given - wanted),
+            bytes_over_read=max(0, fetched.nbytes - for_all + given - wanted),
             max_gap_bytes=self.gap_limits.max_gap_bytes,
             opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
             bytes_sent=exchange.bytes_sent if exchange else 0,

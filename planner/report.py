@@ -55,19 +55,25 @@ class PlanReport:
     def _repr_html_(self) -> str:
         return table("", REPORT_COLUMNS, [self.row])
 
-    def __str__(self) -> str:
-        notes = ""
+    @property
+    def notes(self) -> list[str]:
+        """Why more is read than is needed, if it is."""
+        found = []
         if self.bytes_over_read:
-            notes += f"; {self.bytes_over_read / 1e6:.2f} MB in gaps of up to {self.max_gap_bytes} bytes"
+            found.append(f"{self.bytes_over_read / 1e6:.2f} MB in gaps of up to {self.max_gap_bytes} bytes")
         if self.opaque_chunks:
-            notes += f"; {self.opaque_chunks} chunks read as a whole"
+            found.append(f"{self.opaque_chunks} chunks read as a whole")
+        return found
+
+    def __str__(self) -> str:
+        notes = self.notes
         if self.bytes_sent or self.bytes_received:
-            notes += f"; {self.bytes_sent / 1e6:.2f} MB sent, {self.bytes_received / 1e6:.2f} MB received"
-        chunks = f"{self.chunks} chunks"
-        return (
+            notes.append(f"{self.bytes_sent / 1e6:.2f} MB sent, {self.bytes_received / 1e6:.2f} MB received")
+        read = (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {self.bytes_fetched / 1e6:.2f} MB fetched "
-            f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {chunks}{notes}"
+            f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {self.chunks} chunks"
         )
+        return "; ".join([read, *notes])
 
 
 @dataclass(frozen=True, slots=True)

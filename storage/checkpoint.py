@@ -283,8 +283,8 @@ class Checkpoint:
             costs: the costs of requests to another store, to plan for that store. Default: those of this checkpoint's
                 store, as far as they are known.
             cooperative: True to plan for ranks that share the read, as with `reshard.load(cooperative=True)`. The
-                plans then show what each rank sends and receives. "auto" shares it if `reshard.load` would, with the
-                default budget. False, the default, suits `load_rank`, which needs no other ranks.
+                plans then show what each rank sends and receives. "auto" shares it if that is estimated to save time,
+                which is never the case on a disk. False, the default, suits `load_rank`, which needs no other ranks.
 
         Raises:
             MissingTensorError: a pattern matches no name; see `load_rank`.

@@ -33,7 +33,7 @@ from torch.futures import Future
 from ..planner.box import Box
 from ..planner.chunk_reads import WantedBox
 from ..planner.entries import Kind
-from .errors import ArgumentError
+from .errors import ArgumentError, RankError
 from .formats.detect import open_source
 from .formats.source import Source
 from .formats.value_codec import torch_save
@@ -41,7 +41,10 @@ from .reading.cooperative import Cooperation, Offer, agree_to_share, check_coope
 from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
 from .reading.value_reads import ValueRead
 from .runtime.limits import check_budget, default_budget
+from .runtime.logs import logger_of
+from .runtime.peers import Peers
 from .runtime.process_group import (
+    Alarm,
     OpenedCheckpoint,
     check_same_checkpoint,
     is_distributed,
@@ -58,6 +61,7 @@ from .tensors.dtypes import torch_dtype
 from .tensors.state_dict import path_for_dcp
 from .tensors.tensor_classes import as_plain, is_whole, overrides_dispatch
 
+logger = logger_of(__name__)
 TENSOR_METHODS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
 """The methods of a LoadPlanner that decide which tensors are read into."""
 
@@ -168,7 +172,8 @@ class StorageReader(dcp.StorageReader):
     @raises_portable
     @undisturbed()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        if plan.storage_data is True:
+        # A rank whose own `finish_plan` failed is not here, and the others must not wait for it.
+        if plan.storage_data is True and type(planner).finish_plan is DefaultLoadPlanner.finish_plan:
             reading = self._read_together(plan, planner)
         else:
             reading = self._prepare(plan, planner)
@@ -219,27 +224,27 @@ class StorageReader(dcp.StorageReader):
             cooperation = Cooperation(self._open(), wants, self._cooperative, budget_bytes)
             return cooperation.offer
 
-        offers = on_all_ranks(prepare, None)
-        assert reading is not None
-        peers = agree_to_share(cooperation, offers, None)
-        if peers is None:
-            self.report = self._read(reading, ReadOptions())
-            return reading
-        options = ReadOptions(cooperation=cooperation, peers=peers)
-        shared = peers
-
         def read() -> RankReport:
-            try:
-                return self._read(reading, options)
-            except BaseException:
-                shared.abort()  # the other ranks may wait for messages of this one
-                raise
+            assert reading is not None
+            with alarm:
+                return self._read(reading, ReadOptions(interrupt=alarm.check, cooperation=cooperation, peers=peers))
 
+        alarm = Alarm()
+        peers: Peers | None = None
         try:
+            offers = on_all_ranks(prepare, None)
+            peers = agree_to_share(cooperation, offers, None)
+            cooperation = None if peers is None else cooperation
             self.report = on_all_ranks(read, None)[self._rank]
-        except BaseException:
-            shared.abort()
+        except BaseException as error:
+            if peers is not None:
+                peers.abort()
+            if isinstance(error, RankError) and error.group_is_broken:
+                logger.error("%s", error)  # DCP's next collective fails, too, with an error that names no rank
             raise
+        finally:
+            alarm.close()
+        assert reading is not None
         return reading
 
     def _for_planner(self, read: ValueRead) -> io.BytesIO:

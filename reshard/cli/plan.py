@@ -184,8 +184,8 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
         alike.setdefault(row[:5] + exchanged + row[5:] if is_shared else row, []).append(rank)
     print_table(columns, [(format_ranks(of), *row) for row, of in alike.items()], right=columns[1:])
     most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
-    if note := str(plans[most].report).partition("; ")[2]:
-        print_line(f"rank {most}: {note}")
+    if notes := plans[most].report.notes:
+        print_line(f"rank {most}: {'; '.join(notes)}")
 
 
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:

@@ -32,11 +32,11 @@ FAINTEST = 0.3
 
 def draw_object_map(plans: RankPlans, figure: FigureBase) -> None:
     axes = figure.subplots()
-    groups = group_ranks([_requests_key(plan.requests) for plan in plans])
+    groups = group_ranks([_requests_key(plan.fetched) for plan in plans])
     if not groups:
         axes.set_title("No rank reads anything", fontsize="medium", loc="left")
         return
-    requests = [plans[group.ranks[0]].requests for group in groups]
+    requests = [plans[group.ranks[0]].fetched for group in groups]
     touched = sorted({int(at) for of in requests for at in np.unique(of.objects)}, key=_by_writer(plans))
     shown = touched[:: -(-len(touched) // MAX_STRIPS)]
     nbytes = np.array([plans.objects[at][1] for at in shown])

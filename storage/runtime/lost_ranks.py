@@ -114,7 +114,7 @@ class Poller:
                     del self._running[id(self._store)]
                     return
             try:
-                client = client or _client_of(self._store)
+                client = client or client_of(self._store)
                 for one in polled:
                     one.poll(client)
                 error = self.error = None
@@ -145,7 +145,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Poller.forget_threads)
 
 
-def _client_of(store: Any) -> Any:
+def client_of(store: Any) -> Any:
+    """Return another client of a store, for another thread. A thread that waits for a key blocks its client."""
     try:
         return store.clone()
     except (AttributeError, NotImplementedError):

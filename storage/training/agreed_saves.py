@@ -27,19 +27,22 @@ from torch.distributed import distributed_c10d
 
 from ..errors import ArgumentError, RankError
 from ..runtime.logs import logger_of
-from ..runtime.lost_ranks import CLOSED_BEATS, DIED, Watch
+from ..runtime.lost_ranks import CLOSED_BEATS, DIED, Watch, client_of
 from ..runtime.threads import Pool, current_stop
 
 logger = logger_of(__name__)
 POLL_EVERY_S = 0.5
 """How often each rank looks for a request of another rank."""
 POLL_WHILE_PENDING_S = 0.02
+"""How often each of up to RANKS_AT_ONCE ranks looks while a request is pending. More ranks look less often, because one
+process serves the requests of all."""
+RANKS_AT_ONCE = 64
 MAX_WAIT_S = 600.0
 """How long a rank waits for the answers of the others. They answer even while they train."""
 LOOK_EVERY_S = 1.0
 """How often a rank that waits looks whether a rank has died."""
 STUCK_S = 10.0
-"""The store does not answer if the thread has waited for it for so long."""
+"""The store is lost if it has not answered for so long, while this rank waited."""
 REPEATED_AFTER_S = 5.0
 """A signal that arrives again after this time is handled as without a manager. An earlier one is a duplicate: a
 launcher and the system that it runs on may both send it."""
@@ -72,15 +75,22 @@ class AgreedSaves:
         self._unserved: set[str] = set()
         """Requests of this rank that no save has served yet."""
         self._failure: Exception | None = None
-        self._step_began: float | None = None
-        """When the thread began the step of the protocol that it is in."""
+        self._answers = 0
+        """How many requests the store has answered."""
+        self._known_answers = -1
+        """The same, when this rank last looked."""
+        self._last_look = 0.0
+        self._silent_s = 0.0
+        """How long this rank has waited since then. The time of a suspended process does not count."""
         self.should_stop = False
         self._world = 1 if process_group is None else dist.get_world_size(process_group)
         self._pool: Pool | None = None
         if process_group is not None and self._world > 1:
             self._rank = dist.get_rank(process_group)
             self._watch = Watch.of(process_group)
-            self._closed_beats = dict.fromkeys(range(self._world), 0)
+            self._awaited = range(1, self._world) if self._rank == 0 else range(1)
+            """The ranks whose answers this rank waits for."""
+            self._closed_beats = dict.fromkeys(self._awaited, 0)
             self._looked = 0.0
             count = self._made[process_group] = self._made.get(process_group, 0) + 1
             self._key = f"reshard/agreed/{process_group.group_name}/{count}"
@@ -144,21 +154,29 @@ class AgreedSaves:
             if time.monotonic() > deadline:
                 raise RankError(
                     f"a save was requested, but some ranks did not answer within {MAX_WAIT_S:g} s: they were stopped, "
-                    "or have not created their CheckpointManager"
+                    "or have no CheckpointManager any more"
                 )
 
     def _check(self) -> None:
         """Raise RankError if the ranks cannot agree any more."""
         if self._failure is not None:
             raise RankError(f"a save was requested, but the ranks cannot agree on a step: {self._failure}")
-        if self._step_began is not None and time.monotonic() - self._step_began > STUCK_S:
+        now = time.monotonic()
+        if self._answers == self._known_answers:
+            self._silent_s += min(now - self._last_look, STUCK_S / 4)
+        else:
+            self._known_answers, self._silent_s = self._answers, 0.0
+        self._last_look = now
+        if self._silent_s > STUCK_S:
             raise RankError("a save was requested, but the store of the process group does not answer")
 
     def _run(self) -> None:
         """Exchange requests, answers and choices with the other ranks."""
         stop = current_stop()
         pause = POLL_EVERY_S
+        pause_while_pending = min(POLL_EVERY_S, POLL_WHILE_PENDING_S * max(1.0, self._world / RANKS_AT_ONCE))
         try:
+            self._store = client_of(self._store)
             while not stop.wait(0):
                 with contextlib.suppress(Empty):
                     if kind := self._requests.get(timeout=pause):
@@ -166,9 +184,7 @@ class AgreedSaves:
                             self._unserved.add(kind)
                 if stop.wait(0):
                     return
-                self._step_began = time.monotonic()
-                pause = POLL_WHILE_PENDING_S if self._exchange() else POLL_EVERY_S
-                self._step_began = None
+                pause = pause_while_pending if self._exchange() else POLL_EVERY_S
         except Exception as error:  # the store is gone, or a rank is lost
             with self._changed:
                 self._failure = error
@@ -182,19 +198,19 @@ class AgreedSaves:
             return False
         key = f"{self._key}/{now}"
         for kind in sorted(unserved):
-            self._store.set(f"{key}/{kind}", "")
-            self._store.set(f"{key}/any", "")
-        if not unserved and not self._store.check([f"{key}/any"]):
+            self._ask("set", f"{key}/{kind}", "")
+            self._ask("set", f"{key}/any", "")
+        if not unserved and not self._ask("check", [f"{key}/any"]):
             return False
         if not answered:
             with self._changed:
                 self._has_answered = True
                 calls = self._calls
-            self._store.set(f"{key}/calls/{self._rank}", str(calls))
+            self._ask("set", f"{key}/calls/{self._rank}", str(calls))
         if self._rank == 0:
             self._choose(key)
-        if self._store.check([f"{key}/choice"]):
-            call, kind = self._store.get(f"{key}/choice").decode().split()
+        if self._ask("check", [f"{key}/choice"]):
+            call, kind = self._ask("get", f"{key}/choice").decode().split()
             with self._changed:
                 self._chosen, self._stops = int(call), kind == STOP
                 self._changed.notify_all()
@@ -202,13 +218,19 @@ class AgreedSaves:
         self._look_for_lost(key)
         return True
 
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Call a method of the store, and count the answer."""
+        found = getattr(self._store, method)(*arguments)
+        self._answers += 1
+        return found
+
     def _choose(self, key: str) -> None:
         """Publish the chosen call, if all ranks have answered."""
         answers = [f"{key}/calls/{rank}" for rank in range(self._world)]
-        if self._store.check(answers):
-            call = 1 + max(int(self._store.get(answer)) for answer in answers)
-            kind = STOP if self._store.check([f"{key}/{STOP}"]) else SAVE
-            self._store.set(f"{key}/choice", f"{call} {kind}")
+        if self._ask("check", answers):
+            call = 1 + max(map(int, self._ask("multi_get", answers)))
+            kind = STOP if self._ask("check", [f"{key}/{STOP}"]) else SAVE
+            self._ask("set", f"{key}/choice", f"{call} {kind}")
 
     def _look_for_lost(self, key: str) -> None:
         """Raise RankError if a rank that this rank waits for has died, and tell the other ranks."""
@@ -218,9 +240,9 @@ class AgreedSaves:
         self._looked = time.monotonic()
         self._watch.hear(self._store)
         if self._watch.lost is None:
-            awaited = [0]
+            awaited = list(self._awaited)
             if self._rank == 0:
-                awaited = [at for at in range(1, self._world) if not self._store.check([f"{key}/calls/{at}"])]
+                awaited = [at for at in awaited if not self._ask("check", [f"{key}/calls/{at}"])]
             for rank in awaited:
                 self._closed_beats[rank] = self._closed_beats[rank] + 1 if connections.is_closed(rank) else 0
             if lost := [rank for rank in awaited if self._closed_beats[rank] >= CLOSED_BEATS]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call
 from tests.conftest import Place
-from tests.ranks import RankPool
+from tests.ranks import RankFailed, RankPool
 from tests.reading.test_sharing import RemoteStore, check, state_of, tensors
 
 LAYOUTS = ["dp", "hsdp", "dp_tp", "columns"]
@@ -182,19 +187,60 @@ class FailingPlanner(DefaultLoadPlanner):
         return super().lookup_tensor(index)
 
 
-def load_with_failing_planner(folder: str) -> str:
+class FailingFinish(DefaultLoadPlanner):
+    """Fails on one rank after the ranks have planned, and before they read."""
+
+    def finish_plan(self, central_plan: Any) -> Any:
+        if dist.get_rank() == 2:
+            raise ValueError("injected")
+        return super().finish_plan(central_plan)
+
+
+def load_with_failing_planner(folder: str, planner: Any) -> str:
     state = state_of("dp")
     reader = reshard.StorageReader(folder, cooperative=True)
     with pytest.raises(CheckpointException) as caught:
-        dcp.load(state, storage_reader=reader, planner=FailingPlanner())
+        dcp.load(state, storage_reader=reader, planner=planner())
     dcp.load(state, storage_reader=reader)
     check(state)
     return str(caught.value)
 
 
-def test_a_planner_that_fails_on_one_rank_does_not_block_the_others(ranks: RankPool, folder: Path) -> None:
-    for message in ranks.run(4, load_with_failing_planner, str(folder / "zstd")):
+@pytest.mark.parametrize("planner", [FailingPlanner, FailingFinish])
+def test_a_planner_that_fails_on_one_rank_does_not_block_the_others(
+    ranks: RankPool, folder: Path, planner: Any
+) -> None:
+    for message in ranks.run(4, load_with_failing_planner, str(folder / "zstd"), planner, timeout_s=30):
         assert "injected" in message
+
+
+def stop_a_rank(folder: str) -> str:
+    """Rank 1 stops while it reads. Its connections stay open."""
+    pids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+
+    def before(call: Call) -> None:
+        if dist.get_rank() == 1 and call.method == "read" and call.name != MANIFEST_NAME:
+            time.sleep(3)  # so that the rank has shown a pulse
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    reader = reshard.StorageReader(RemoteStore(LocalStore(folder), before), cooperative=True)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("reshard").addHandler(handler)
+    with pytest.raises((RuntimeError, CheckpointException)):
+        dcp.load(state_of("dp"), storage_reader=reader)
+    with contextlib.suppress(ProcessLookupError):  # another rank was faster
+        os.kill(pids[1], signal.SIGKILL)
+    raise AssertionError(f"found: {messages}")
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_is_named(folder: Path) -> None:
+    with RankPool() as pool, pytest.raises(RankFailed) as failed:
+        pool.run(3, stop_a_rank, str(folder / "zstd"), timeout_s=60)
+    assert str(failed.value).count("because rank 1 did not respond for 8 s") >= 2, str(failed.value)
 
 
 def test_a_wrong_value_is_refused(folder: Path) -> None:
