@@ -188,7 +188,8 @@ def run(ranks: list[int], tensors: int, repeat: int, parent: str | None) -> list
 
 def draw(rows: list[Row], figure: Any) -> None:
     """Draw the seconds of each call, and the traffic of each rank, over the number of ranks."""
-    for at, axes in enumerate(figure.subplots(2, len(DRAWN), sharex=True).flat):
+    plots = figure.subplots(2, len(DRAWN), sharex=True)
+    for at, axes in enumerate(plots.flat):
         call, value = DRAWN[at % len(DRAWN)], ("seconds", "bytes")[at // len(DRAWN)]
         for name in NAMES:
             points = [(row["ranks"], row[value]) for row in rows if (row["call"], row["contender"]) == (call, name)]
@@ -199,7 +200,7 @@ def draw(rows: list[Row], figure: Any) -> None:
         axes.minorticks_off()
         if at % len(DRAWN) == 0:
             axes.set_ylabel("seconds" if value == "seconds" else "bytes per rank")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES), frameon=False)
+    figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES), frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -190,10 +190,10 @@ class FailingPlanner(DefaultLoadPlanner):
 class FailingFinish(DefaultLoadPlanner):
     """Fails on one rank after the ranks have planned, and before they read."""
 
-    def finish_plan(self, central_plan: Any) -> Any:
+    def finish_plan(self, new_plan: Any) -> Any:
         if dist.get_rank() == 2:
             raise ValueError("injected")
-        return super().finish_plan(central_plan)
+        return super().finish_plan(new_plan)
 
 
 def load_with_failing_planner(folder: str, planner: Any) -> str:
