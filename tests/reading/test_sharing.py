@@ -160,6 +160,12 @@ def test_the_plan_shows_what_a_load_sends_and_receives(ranks: RankPool, folder: 
     if layout != "columns":  # from a local disk, a rank reads only its columns
         fetched = [sum(plan.report.bytes_fetched for plan in of) for of in (plans, separate)]
         assert fetched[0] < 0.8 * fetched[1]
+    shared = [plan.exchange for plan in plans if plan.exchange is not None]
+    ranges = {
+        (at, start) for one in shared for at, start in zip(one.objects.tolist(), one.starts.tolist(), strict=True)
+    }
+    assert len(ranges) == sum(len(one.objects) for one in shared) > 0  # no two ranks read the same
+    assert all(plan.fetched.byte_ranges == plan.report.requests for plan in plans)
     assert all(plan.exchange is None for plan in (*separate, *checkpoint.plan(RULES[layout], cooperative="auto")))
 
 

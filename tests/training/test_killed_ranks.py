@@ -9,6 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 import reshard
 from reshard.errors import RankError
+from reshard.storage.training import agreed_saves
 from reshard.storage.training.agreed_saves import STUCK_S
 from tests.ranks import RankFailed, RankPool
 
@@ -88,3 +90,28 @@ def test_request_is_not_lost_with_the_store(tmp_path: Path, is_stopped: bool) ->
     with RankPool() as pool, pytest.raises(RankFailed) as failed:
         pool.run(2, lose_the_store, str(tmp_path), port, is_stopped, timeout_s=SOON_S + STUCK_S)
     assert "found: a save was requested, but the" in str(failed.value), str(failed.value)
+
+
+class SlowStore:
+    """Answers each request after a while."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, method: str) -> Any:
+        time.sleep(0.1)
+        return getattr(self._store, method)
+
+
+def save_with_a_slow_store(folder: str) -> str:
+    with (
+        patch.object(agreed_saves, "client_of", SlowStore),
+        patch.object(agreed_saves, "STUCK_S", 0.3),
+        reshard.CheckpointManager(folder, save_every=10_000, signals=()) as manager,
+    ):
+        manager.save_now()
+        return train_alone(manager)
+
+
+def test_a_slow_store_is_not_lost(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, save_with_a_slow_store, str(tmp_path), timeout_s=SOON_S) == ["saved", "saved"]
