@@ -124,13 +124,13 @@ def load(
     try:
         offers = run.prepare(check_arguments, partial(Opening, uri, storage_options, format, process_group), options)
         run.agree(offers)
-        reports = run.read()
+        done = run.read()
     except BaseException:
         run.stop_sharing()
         raise
     finally:
         run.alarm.close()
-    return run.report(reports)
+    return run.report(done)
 
 
 def _check_arguments(
@@ -155,6 +155,17 @@ class _Compared:
     blocks: Blocks
     is_complete: bool
     """Whether every rank has compared its state dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What a rank has read."""
+
+    report: RankReport
+    unused: tuple[str, ...]
+    """Patterns that match no name on this rank."""
+    is_empty: bool
+    """Whether there was nothing to load."""
 
 
 class _Load:
@@ -266,17 +277,18 @@ class _Load:
         self._peers = agree_to_share(self._cooperation, offers, self._group)
         self._prepared = time.perf_counter()
 
-    def read(self) -> list[RankReport]:
+    def read(self) -> list[_Done]:
         """Read the tensors and values. Collective."""
 
-        def run() -> RankReport:
+        def run() -> _Done:
             self._meter.location = self._match().source.location
             cooperation = None if self._peers is None else self._cooperation
             with self.alarm, self._meter:
                 report = self._match().run(replace(self._options, cooperation=cooperation, peers=self._peers))
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
-            return replace(report, seconds=times)
+            match = self._match().match
+            return _Done(replace(report, seconds=times), match.unused_patterns, match.is_empty)
 
         return on_all_ranks(run, self._group)
 
@@ -285,18 +297,31 @@ class _Load:
         if self._peers is not None:
             self._peers.abort()
 
-    def report(self, reports: Sequence[RankReport]) -> Report:
+    def report(self, done: Sequence[_Done]) -> Report:
         """Replace the values of the state dict, and return the report."""
-        done = self._match()
-        done.replace_values()
+        read = self._match()
+        read.replace_values()
         state_to_stateful(self._state_dict, self._states)
-        report = Report(self._rank, tuple(reports), done.match.missing_keys, done.match.unexpected_keys)
+        unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
+        report = Report(
+            self._rank,
+            tuple(of_rank.report for of_rank in done),
+            read.match.missing_keys,
+            read.match.unexpected_keys,
+            unused_patterns=tuple(unused),
+        )
         if self._rank == 0:
-            _log(report, done.describe_unexpected_keys())
+            if all(of_rank.is_empty for of_rank in done):
+                logger.warning("nothing was loaded: no rank has a name in its state dict that `exclude` does not match")
+            _log(report, read.describe_unexpected_keys())
         return report
 
 
 def _log(report: Report, unexpected: str) -> None:
+    if report.unused_patterns:
+        logger.warning(
+            "exclude or rename has patterns that match no name, probably misspelt: %s", quoted(report.unused_patterns)
+        )
     if unexpected:
         logger.warning("%s", unexpected)
     if report.cast:

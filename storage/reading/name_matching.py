@@ -15,7 +15,15 @@ from ...planner.errors import MissingTensorError
 from ...planner.index import nearest_names
 from ..errors import DestinationError
 from ..formats.source import Source
-from ..tensors.name_patterns import Patterns, by_new_name, matches_any, patterns_of, quoted
+from ..tensors.name_patterns import (
+    Patterns,
+    by_new_name,
+    matches_any,
+    patterns_of,
+    quoted,
+    unused_patterns,
+    unused_renames,
+)
 from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
 from .read_tensors import read_boxes
@@ -75,6 +83,13 @@ class NameMatch:
         """The names in the checkpoint, by the names in the state dict."""
         self._sorted_names = sorted(self.stored_names)
         wanted = {name: leaf for name, leaf in self._leaves.items() if not matches_any(options.exclude, name)}
+        self.is_empty = not wanted
+        """Whether no name of the state dict is to be loaded."""
+        self.unused_patterns = (
+            *unused_patterns(options.exclude, list(self._leaves)),
+            *unused_renames(options.rename, names),
+        )
+        """See `Report`. Patterns of `exclude` may match a name on another rank."""
         self.present = {name: leaf for name, leaf in wanted.items() if self._is_present(name)}
         """The leaves that are entries of the checkpoint, by name."""
         self.containers: list[tuple[Leaf, list[str]]] = []

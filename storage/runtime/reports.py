@@ -109,6 +109,9 @@ class Report:
     unexpected_keys: tuple[str, ...] = ()
     """Names that the checkpoint has under a key of the state dict, but the state dict does not have, for example the
     state of an optimizer that has not been initialized. They were not loaded."""
+    unused_patterns: tuple[str, ...] = ()
+    """Patterns of `exclude` that match no name of the state dict on any rank, and of `rename` that match no name of the
+    checkpoint. They are probably misspelt."""
     dropped: tuple[str, ...] = ()
     """Names of the source that a conversion did not write: `include` does not match them, `exclude` matches them, the
     index of the source does not list them, or the target format cannot store them."""

@@ -89,17 +89,14 @@ class Selection:
             MissingTensorError: a pattern matches none of the names. The message shows the nearest ones.
         """
         includable = names if includable is None else includable
-        self._refuse(_unused([pattern for pattern in self.include if pattern != "*"], includable), may_miss, includable)
+        self._refuse(
+            unused_patterns([pattern for pattern in self.include if pattern != "*"], includable), may_miss, includable
+        )
         if not names:
             return
-        self._refuse(_unused(self.exclude, names), may_miss, names)
-        unused = []
-        current = selected = [name for name in names if self.includes(name)]
-        for pattern, new in self.rename.items():
-            renamed = [_renamed(name, pattern, new) for name in current]
-            if all(name is None for name in renamed):
-                unused.append(pattern)
-            current = [old if name is None else name for old, name in zip(current, renamed, strict=True)]
+        self._refuse(unused_patterns(self.exclude, names), may_miss, names)
+        selected = [name for name in names if self.includes(name)]
+        unused = unused_renames(self.rename, selected)
         self._refuse(unused, may_miss, selected, "" if len(selected) == len(names) else " and is selected")
 
     @staticmethod
@@ -110,9 +107,20 @@ class Selection:
             raise no_match(unused, names, kind)
 
 
-def _unused(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+def unused_patterns(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the patterns that match none of the names."""
     return [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
+
+
+def unused_renames(renames: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """Return the patterns that match none of the names when all are applied one after another."""
+    unused = []
+    for pattern, new in renames.items():
+        renamed = [_renamed(name, pattern, new) for name in names]
+        if all(name is None for name in renamed):
+            unused.append(pattern)
+        names = [old if name is None else name for old, name in zip(names, renamed, strict=True)]
+    return unused
 
 
 def no_match(patterns: Sequence[str], names: Sequence[str], kind: str = "") -> MissingTensorError:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import reshard
 from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
+from tests.ranks import RankPool
 from tests.samples import Custom
 
 SAVED: dict[str, Any] = {"w": torch.arange(12.0).reshape(3, 4), "c": torch.ones(2, dtype=torch.complex64), "step": 3}
@@ -249,6 +251,49 @@ def test_unexpected_keys_are_reported_and_logged(caplog: pytest.LogCaptureFixtur
     report = reshard.load({"optimizer": {"lr": 0}}, store)
     assert report.unexpected_keys == ("optimizer.state.0",)
     assert "1 names of the checkpoint are not in the state dict: 'optimizer.state.0'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        ({"exclude": "optimzer"}, ("optimzer",)),
+        ({"exclude": ["optimizer", "modle.*"]}, ("modle.*",)),
+        ({"rename": {"module.*": "*"}}, ("module.*",)),
+        ({"rename": {"optimizer.*": "opt.*", "opt.*": "optimizer.*", "module.*": "*"}}, ("module.*",)),
+        ({"exclude": "optimizer", "rename": {"model.*": "model.*"}}, ()),
+        ({"allow_missing": "ema"}, ()),
+    ],
+)
+def test_patterns_that_match_nothing_are_reported(
+    arguments: dict[str, Any], unused: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemoryStore()
+    saved = {"model": {"w": torch.ones(3)}, "optimizer": {"lr": 0.1}}
+    reshard.save(saved, store)
+    report = reshard.load({"model": {"w": torch.zeros(3)}, "optimizer": {"lr": 0}}, store, **arguments)
+    assert report.unused_patterns == unused
+    assert ("exclude or rename has patterns that match no name" in caplog.text) == bool(unused)
+    assert "nothing was loaded" not in caplog.text
+
+
+def load_stages(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Only rank 1 has the last layer, as in a pipeline."""
+    state = {("first", "last")[dist.get_rank()]: torch.zeros(3)}
+    first = reshard.load(state, folder, exclude=["last", "lost"]).unused_patterns
+    return first, reshard.load(state, folder, exclude="last").unused_patterns
+
+
+def test_a_pattern_may_match_a_name_of_another_rank(ranks: RankPool, tmp_path: Path) -> None:
+    reshard.save({"first": torch.ones(3), "last": torch.ones(3)}, tmp_path)
+    assert ranks.run(2, load_stages, str(tmp_path)) == [(("lost",), ())] * 2
+
+
+@pytest.mark.parametrize(("state", "exclude"), [({}, ()), ({"w": torch.zeros(3)}, "*")])
+def test_a_load_of_nothing_is_logged(state: dict[str, Any], exclude: Any, caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    reshard.save({"w": torch.ones(3)}, store)
+    reshard.load(state, store, exclude=exclude)
+    assert "nothing was loaded" in caplog.text
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", "s3a+x://y"])
