@@ -13,6 +13,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import _pop_mode, _push_mode
+from torch.profiler import record_function
+
+# It imports a module when it is first called. A fork during that import, in another thread, would leave the module
+# locked in the child, where the next call would wait forever. See `forks.py`.
+with record_function("reshard.import"):
+    pass
 
 
 @contextmanager

@@ -187,6 +187,21 @@ def test_a_pool_of_forked_processes_can_read(saved: Place, tmp_path: Path) -> No
     run(code, saved, tmp_path)
 
 
+def test_calls_import_nothing(tmp_path: Path) -> None:
+    """A fork during an import, in another thread, would leave the module locked in the child."""
+    code = """
+    save, load, checkpoint = reshard.save, reshard.load, reshard.open(uri)
+    before = set(sys.modules)
+    check(checkpoint.state_dict())
+    loaded = state()
+    load(loaded, uri)
+    save(loaded, uri + "-again")
+    assert set(sys.modules) == before, sorted(set(sys.modules) - before)
+    """
+    reshard.save(STATE, tmp_path / "c")
+    run(code, (str(tmp_path / "c"), {}), tmp_path)
+
+
 @pytest.mark.parametrize("store_name", ["local", "moto", "moto by s3fs"])
 def test_a_fork_during_loads_of_other_threads(saved: Place, tmp_path: Path) -> None:
     code = """
