@@ -61,8 +61,7 @@ def load_columns(folder: str) -> None:
             assert found[name].to_local().equal(expected.to_local())
 
 
-@pytest.mark.parametrize("background", [None, "thread", "process"])
-@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize(("codec", "background"), [("zstd", None), ("none", "thread"), ("zstd", "process")])
 def test_shards_of_many_ranks_have_chunks_of_eighths(
     ranks: RankPool, tmp_path: Path, codec: str, background: str | None
 ) -> None:

@@ -62,9 +62,8 @@ def load_through_dcp(uri: str, layout: str, planner: Any, options: dict[str, Any
     return found[0].bytes_fetched, found[1].bytes_fetched, found[1].bytes_received
 
 
-@pytest.mark.parametrize("planner", [None, OtherPlanner])
+@pytest.mark.parametrize(("format", "planner"), [("zstd", None), ("none", OtherPlanner)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("format", ["zstd", "none"])
 def test_dcp_loads_share_the_read(ranks: RankPool, folder: Path, format: str, layout: str, planner: Any) -> None:
     found = ranks.run(4, load_through_dcp, str(folder / format), layout, planner, {})
     separate, shared, received = (sum(column) for column in zip(*found, strict=True))
