@@ -64,7 +64,7 @@ def test_requested_save_names_the_rank_that_was_killed(tmp_path: Path, dying: in
 
 
 def lose_the_store(folder: str, port: int, is_stopped: bool) -> None:
-    """Rank 0 has the store of the process group. It is killed, or its process stands still."""
+    """Rank 0 hosts the store of the process group. Its process is killed or stopped."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
