@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ..planner.errors import CheckpointError
 from .dcp_writer import Written
 from .errors import ArgumentError, BusyError, nearest
+from .reading.device.ring import RING
 from .runtime.background import BackgroundThread
 from .runtime.collector import without_collections
 from .runtime.forks import generation
@@ -488,5 +489,6 @@ def release_memory() -> None:
     Memory that a running call uses stays: wait for its `result()` first. Not collective.
     """
     read_buffers.clear()
+    RING.release()
     STAGING.release()
     end_writer_process()

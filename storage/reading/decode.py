@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...planner.box import IntArray
 from ...planner.chunk_reads import ChunkReads
 from ...planner.entries import Encoding
 from ..errors import CorruptCheckpointError
-from ..formats.native.codec import Bytes, Planes, decode, decode_heads, decode_heads_and_tails, plane_shape
+from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.safe_load import decode_opaque
 from .blocks import Block
+from .destination import Target
+from .stream_bytes import StreamBytes
 from .tasks import ChunkBatch, TensorRead
 
 MAX_PART_BYTES = 1024 * 1024
@@ -27,37 +28,49 @@ MAX_PART_BYTES = 1024 * 1024
 
 
 _RAW, _PLANES, _OPAQUE = int(Encoding.RAW), int(Encoding.PLANES), int(Encoding.OPAQUE)
+Damage = Callable[[TensorRead, str], Exception]
+"""Returns the error to raise for a tensor and a message."""
 Values = npt.NDArray[Any]
 """The values of chunks, as bytes or as unsigned integers."""
 
 
-def place_chunk_batch(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
-    """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination.
-
-    Args:
-        damage: returns the error to raise for a tensor and a message.
-    """
-    streams = [_StreamBytes.of(batch, stream) for stream in range(len(batch.requests))]
+def place_chunk_batch(batch: ChunkBatch, damage: Damage) -> None:
+    """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination."""
+    streams = streams_of(batch)
     for block in batch.blocks.select(batch.block_rows):
         try:
             _place(batch, block, streams)
         except CorruptCheckpointError as error:
-            row, cause = _first_damaged(batch.read, block, streams) or (block.row, error)
-            message = f"chunk {batch.chunk_box(row - batch.rows.start)} cannot be decoded: {cause}"
-            raise damage(batch.tensor, message) from error
+            raise damaged_chunk(batch, block, streams, error, damage) from error
 
 
-def _place(batch: ChunkBatch, block: Block, streams: list[_StreamBytes]) -> None:
+def damaged_chunk(
+    batch: ChunkBatch, block: Block, streams: list[StreamBytes], error: CorruptCheckpointError, damage: Damage
+) -> Exception:
+    """Return the error for a block that cannot be decoded. It names the first chunk that cannot be decoded."""
+    return undecodable(batch, *(_first_damaged(batch.read, block, streams) or (block.row, error)), damage)
+
+
+def undecodable(batch: ChunkBatch, row: int, cause: CorruptCheckpointError, damage: Damage) -> Exception:
+    """Return the error for a chunk whose bytes cannot be decoded."""
+    return damage(batch.tensor, f"chunk {batch.chunk_box(row - batch.rows.start)} cannot be decoded: {cause}")
+
+
+def _place(batch: ChunkBatch, block: Block, streams: list[StreamBytes]) -> None:
     """Write the values of a block in parts that fit the cache. Write raw chunks that are not cast with one copy."""
-    read, destination = batch.read, batch.destination
-    assert destination is not None
-    target = destination.open(block)
+    read, target = batch.read, open_target(batch, block)
     in_one_copy = block.encoding == _RAW and not target.casts
     most = block.count if in_one_copy else max(1, MAX_PART_BYTES // (block.numel * read.itemsize))
     indexes, counts = parts_of(block.counts, most)
-    for index, values in zip(indexes, _decode(read, block, streams, counts), strict=True):
+    for index, values in zip(indexes, decode_block(read, block, streams, counts), strict=True):
         batch.tensor.overwritten = True
         target.write(index, values)
+
+
+def open_target(batch: ChunkBatch, block: Block) -> Target:
+    """Return the part of the destination that a block is written to."""
+    assert batch.destination is not None
+    return batch.destination.open(block)
 
 
 @functools.lru_cache(maxsize=256)  # the blocks of a model have few shapes
@@ -87,38 +100,16 @@ def parts_of(counts: tuple[int, ...], most: int) -> tuple[Sequence[tuple[int | s
     return indexes, numbers
 
 
-@dataclass(frozen=True, slots=True)
-class _StreamBytes:
-    """The bytes of one stream of a batch."""
-
-    data: memoryview
-    first: int
-    """The row of the first chunk of the batch."""
-    begins: IntArray
-    ends: IntArray
-    """The byte range [begin, end) of each chunk in `data`."""
-
-    @classmethod
-    def of(cls, batch: ChunkBatch, stream: int) -> _StreamBytes:
-        data = batch.requests[stream].data
-        assert data is not None
-        begins = batch.read.starts[batch.rows, stream] - batch.requests[stream].start
-        return cls(data, batch.rows.start, begins, begins + batch.read.packed_bytes(batch.rows)[:, stream])
-
-    def rows(self, block: Block) -> slice:
-        return slice(block.row - self.first, block.row - self.first + block.count)
-
-    def bytes_of(self, block: Block) -> memoryview:
-        """Return the bytes of a block, which are one byte range."""
-        rows = self.rows(block)
-        return self.data[int(self.begins[rows.start]) : int(self.ends[rows.stop - 1])]
-
-    def planes(self, block: Block, count: int, numel: int, *, whole: bool = True) -> Planes:
-        rows = self.rows(block)
-        return Planes.find(self.data, self.begins[rows], self.ends[rows], count, numel, whole=whole)
+def streams_of(batch: ChunkBatch) -> list[StreamBytes]:
+    """Return the bytes of each stream of a batch that has arrived."""
+    found = []
+    for stream, request in enumerate(batch.requests):
+        assert request.data is not None
+        found.append(StreamBytes.of(batch.read, batch.rows, stream, request.start, request.data))
+    return found
 
 
-def _decode(read: ChunkReads, block: Block, streams: list[_StreamBytes], counts: Sequence[int]) -> Iterator[Values]:
+def decode_block(read: ChunkReads, block: Block, streams: list[StreamBytes], counts: Sequence[int]) -> Iterator[Values]:
     """Decode a block.
 
     Args:
@@ -133,7 +124,7 @@ def _decode(read: ChunkReads, block: Block, streams: list[_StreamBytes], counts:
     """
     if block.encoding == _PLANES:
         return _decode_planes(read, block, streams, counts)
-    data = streams[0].bytes_of(block)
+    data = streams[0].data[streams[0].range_of(block)]
     if block.encoding == _RAW:
         values = _decode_raw(data, block.count * block.numel * read.itemsize, int(read.skipped[block.row]))
         if len(counts) == 1:
@@ -146,26 +137,25 @@ def _decode(read: ChunkReads, block: Block, streams: list[_StreamBytes], counts:
 
 
 def _decode_planes(
-    read: ChunkReads, block: Block, streams: list[_StreamBytes], counts: Sequence[int]
+    read: ChunkReads, block: Block, streams: list[StreamBytes], counts: Sequence[int]
 ) -> Iterator[Values]:
-    numel = block.numel
-    if len(streams) == 2:
-        heads, tails = streams[0].planes(block, 2, numel), streams[1].planes(block, 2, numel, whole=False)
+    planes = [stream.planes(read, block) for stream in streams]
+    if len(planes) == 2:
+        heads, tails = planes
         return decode_heads_and_tails(heads, tails, streams[1].ends[streams[1].rows(block)], counts)
     if read.heads_only:
-        return decode_heads(streams[0].planes(block, 2, numel), counts)
-    planes = streams[0].planes(block, *plane_shape(read.entry.dtype, numel))
-    return decode(planes, counts, read.entry.dtype)
+        return decode_heads(planes[0], counts)
+    return decode(planes[0], counts, read.entry.dtype)
 
 
 def _first_damaged(
-    read: ChunkReads, block: Block, streams: list[_StreamBytes]
+    read: ChunkReads, block: Block, streams: list[StreamBytes]
 ) -> tuple[int, CorruptCheckpointError] | None:
     """Return the row of the first chunk that cannot be decoded, and the error. None if all can be decoded."""
     for row in range(block.row, block.row + block.count):
         chunk = replace(block, row=row, count=1, counts=(), dims=())
         try:
-            list(_decode(read, chunk, streams, [1]))
+            list(decode_block(read, chunk, streams, [1]))
         except CorruptCheckpointError as error:
             return row, error
     return None

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch.profiler import record_function
 
@@ -32,14 +33,18 @@ from ..stores.base import Store
 from ..stores.buffer_pool import read_buffers
 from ..tensors.dtypes import torch_dtype
 from .checks import RequestCheck
-from .decode import place_chunk_batch
 from .destination import Destination
+from .device.frames import MIN_FRAMES
+from .device.placing import assign_device, move, place
+from .device.ring import Slot
 from .fetcher import Fetched, ObjectRanges, read_ranges
 from .schedule import Fetch, Place, Schedule, Verify
 from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, arrange, separate
 from .workers import Workers
 
 STOPPED = "the read was stopped"
+DEVICE_BUDGET_BYTES = 1024 * 1024 * 1024
+"""The most bytes that a load into tensors on a device needs there, in addition to the tensors, by default."""
 
 
 @dataclass(slots=True)
@@ -51,6 +56,14 @@ class ReadStats:
     """Computing checksums. If the store reads into memory of the caller, this is a part of `fetch_s`, since it happens
     while the bytes arrive."""
     decode_s: float = 0.0
+    copy_s: float = 0.0
+    """Starting to copy bytes to devices, and waiting for page-locked memory."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds by stage. Copies only count if there are any."""
+        copied = {"copy": self.copy_s} if self.copy_s else {}
+        return {"fetch": self.fetch_s, "verify": self.verify_s, **copied, "decode": self.decode_s}
 
 
 def execute(
@@ -69,7 +82,8 @@ def execute(
     Args:
         destinations: one tensor for each of `plan.reads`, with the sizes of its box, on any device. The stored dtype
             can be cast to its dtype. The tensors are written in place.
-        budget_bytes: memory for bytes that have been fetched and not been placed yet. `default_budget()` by default.
+        budget_bytes: memory for bytes that have been fetched and not been placed yet, on the host and on a device.
+            `default_budget()` by default, and at most DEVICE_BUDGET_BYTES if a device decodes.
         interrupt: called regularly by this thread. If it raises an error, the read stops with this error.
         placed: called by any thread, with the number of stored bytes of a request whose values have all been placed.
         workers: threads and buffers that are shared with other calls. By default this call creates its own.
@@ -82,9 +96,8 @@ def execute(
     """
     if not plan.reads:
         return ReadStats()
-    budget = default_budget() if budget_bytes is None else budget_bytes
     with Workers(store) if workers is None else nullcontext(workers) as used, read_buffers.reading():
-        execution = _Execution(plan, index, store, destinations, budget, used)
+        execution = _Execution(plan, index, store, destinations, budget_bytes, used)
         return execution.run(interrupt, placed)
 
 
@@ -101,7 +114,7 @@ class _Execution:
         index: CheckpointIndex,
         store: Store,
         destinations: Sequence[torch.Tensor],
-        budget_bytes: int,
+        budget_bytes: int | None,
         workers: Workers,
     ) -> None:
         self._stats = ReadStats()
@@ -109,14 +122,17 @@ class _Execution:
         self._store = store
         self._workers = workers
         self._fetcher = workers.fetcher
-        self._max_copy_bytes = budget_bytes // 4
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
+        for batch in (batch for tensor in self._tensors for batch in tensor.batches):
+            if batch.destination is not None and batch.destination.device is not None:
+                assign_device(batch, batch.destination.device)
         self._schedule = Schedule(
             self._tensors,
             self._requests,
-            budget_bytes=budget_bytes,
+            budget_bytes=_budget(budget_bytes, self._requests),
             group_bytes=self._fetcher.group_bytes,
             max_fetches=self._fetcher.max_requests,
+            min_frames=MIN_FRAMES,
         )
         self._lock = threading.RLock()  # the thread that starts a read runs its callback if it has already ended
         self._caller = threading.Condition(self._lock)
@@ -227,7 +243,7 @@ class _Execution:
             elif isinstance(step, Verify):
                 self._verify(step)
             else:
-                self._place(step.batch)
+                self._place(step.batches)
         except BaseException as error:
             failed = error
         with self._lock:  # under one lock: no thread may see that the step has ended, and not that it failed
@@ -263,10 +279,11 @@ class _Execution:
                 return
             begin = time.perf_counter()
             check = RequestCheck(request, self._index)
-            found = self._fetcher.read(name, ranges, check.take)
-            with self._lock:
-                self._stats.fetch_s += time.perf_counter() - begin
-            self._take(request, found, check)
+            with _slot_for(request) as slot:
+                found = self._fetcher.read(name, ranges, check.take, None if slot is None else slot.memory)
+                with self._lock:
+                    self._stats.fetch_s += time.perf_counter() - begin
+                self._take(request, found, check, slot)
 
     def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
         """Pass the bytes on to the workers. The thread that read them calls this."""
@@ -292,20 +309,42 @@ class _Execution:
         with self._lock:
             self._stats.verify_s += time.perf_counter() - begin
 
-    def _take(self, request: Request, found: Fetched, check: RequestCheck) -> None:
-        """Accept the bytes of a request if they are intact. Release their buffer otherwise."""
+    def _take(self, request: Request, found: Fetched, check: RequestCheck, slot: Slot | None = None) -> None:
+        """Accept the bytes of a request if they are intact. Release their buffer otherwise.
+
+        Args:
+            slot: the slot of a ring that they were read into.
+        """
         arrived = found if isinstance(found, StoreError) else memoryview(found)
         kept = False
         try:
             data = self._intact(request, arrived, check)
+            if request.device is not None:
+                self._move(request, data, slot)
             with self._lock:
                 if self._error is None:
-                    kept = data is arrived
-                    self._schedule.verified(request, data)
+                    kept = data is arrived and request.on_host
+                    self._schedule.verified(request, data if request.on_host else None)
                     self._call_workers()
         finally:
             if not isinstance(arrived, StoreError) and not kept:
                 self._fetcher.release(arrived)
+
+    def _move(self, request: Request, data: memoryview, slot: Slot | None) -> None:
+        """Copy the bytes of a request to the devices that decode them."""
+        begin = time.perf_counter()
+        tensor = request.parts[0][0].tensor
+        if slot is not None and not slot.contains(data):  # they were read again
+            slot.memory[: len(data)] = np.frombuffer(data, np.uint8)
+            data = slot.memory[: len(data)].data
+        try:
+            move(request, data, slot, self._damage)
+        except CheckpointError:
+            raise
+        except Exception as error:  # raised by torch or by the device
+            raise self._failure(RankError, tensor, f"{type(error).__name__}: {error}") from harmless(error)
+        with self._lock:
+            self._stats.copy_s += time.perf_counter() - begin
 
     def _intact(self, request: Request, found: memoryview | StoreError, check: RequestCheck) -> memoryview:
         """Return the bytes of a request. Raise the error of the read, or the damage.
@@ -351,27 +390,41 @@ class _Execution:
         self._failed_at[error] = tensor
         return error
 
-    def _place(self, batch: ChunkBatch) -> None:
-        """Write the values of a batch. The last batch of a tensor also completes its destination."""
+    def _place(self, batches: Sequence[ChunkBatch]) -> None:
+        """Write the values of batches."""
         begin = time.perf_counter()
-        tensor, destination = batch.tensor, batch.destination
-        assert destination is not None
         try:
-            destination.begin(whole=not tensor.piecemeal, max_bytes=self._max_copy_bytes)
-            place_chunk_batch(batch, self._damage)
-            with self._lock:
-                complete = self._schedule.written(batch)
-            if complete:
-                for destination in {id(batch.destination): batch.destination for batch in tensor.batches}.values():
-                    assert destination is not None
-                    destination.finish()
+            place(batches, self._damage)
         except CheckpointError:
             raise
         except Exception as error:  # raised by torch or by the device
-            raise self._failure(RankError, tensor, f"{type(error).__name__}: {error}") from harmless(error)
+            message = f"{type(error).__name__}: {error}"
+            raise self._failure(RankError, batches[0].tensor, message) from harmless(error)
         with self._lock:
             self._stats.decode_s += time.perf_counter() - begin
 
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:
     return Destination(tensor, torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype))
+
+
+def _budget(budget_bytes: int | None, requests: Sequence[Request]) -> int:
+    """Return how many bytes may wait. A quarter of a device's budget is left for the values that are decoded there."""
+    budget = default_budget() if budget_bytes is None else budget_bytes
+    if all(request.device is None for request in requests):
+        return budget
+    return (min(budget, DEVICE_BUDGET_BYTES) if budget_bytes is None else budget) * 3 // 4
+
+
+@contextmanager
+def _slot_for(request: Request) -> Iterator[Slot | None]:
+    """Lend a slot of a ring for the bytes of a request if only devices need them."""
+    device = request.device
+    if device is None or request.on_host or request.nbytes > device.ring.max_request_bytes:
+        yield None
+        return
+    slot = device.ring.take()
+    try:
+        yield slot
+    finally:
+        device.ring.put(slot)

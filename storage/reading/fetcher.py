@@ -9,6 +9,8 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import Buffer
 
 from ...planner.errors import CheckpointError
@@ -74,17 +76,22 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                     will_read(name, ranges)
 
     def read(
-        self, name: str, ranges: Sequence[tuple[int, int]], arrived: Callable[[memoryview, int], None]
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        arrived: Callable[[memoryview, int], None],
+        memory: npt.NDArray[np.uint8] | None = None,
     ) -> memoryview | StoreError:
         """Read byte ranges of an object into a buffer that is reused.
 
         Args:
             arrived: called several times while the bytes arrive, with the buffer and the number of bytes in it.
+            memory: memory to use instead of such a buffer, with one page more than the bytes.
         """
         into = self._capabilities.read_into
         assert into is not None
         try:
-            return read_buffers.read(into, name, ranges, arrived)
+            return read_buffers.read(into, name, ranges, arrived, memory)
         except Exception as error:
             return _of_store(error)
 

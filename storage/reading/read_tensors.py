@@ -425,7 +425,7 @@ class _ReadRun:
             bytes_fetched=planned.bytes_fetched,
             requests=planned.requests,
             chunks=planned.chunks,
-            seconds={"plan": plan_s, "fetch": stats.fetch_s, "verify": stats.verify_s, "decode": stats.decode_s},
+            seconds={"plan": plan_s, **stats.seconds},
             bytes_sent=planned.bytes_sent,
             bytes_received=planned.bytes_received,
         )

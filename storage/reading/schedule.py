@@ -35,9 +35,9 @@ class Verify:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Decode a batch and write it to its destination."""
+    """Decode batches and write them to their destinations. Several at once only if a device decompresses frames."""
 
-    batch: ChunkBatch
+    batches: Sequence[ChunkBatch]
 
 
 class Schedule:
@@ -52,6 +52,8 @@ class Schedule:
             exceed it.
         group_bytes: the number of bytes that one fetch should read. If it is 0, each fetch reads one request.
         max_fetches: the maximum number of fetches at the same time.
+        min_frames: batches with frames that a device decompresses are written together, until they have at least so
+            many frames or until nothing else can be done.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Schedule:
         budget_bytes: int,
         group_bytes: int,
         max_fetches: int,
+        min_frames: int = 0,
     ) -> None:
         self._tensors = tensors
         self._budget_bytes = budget_bytes
@@ -70,6 +73,9 @@ class Schedule:
         self._unannounced = deque(self._groups)
         self._fetched: deque[Verify] = deque()
         self._verified: deque[ChunkBatch] = deque()
+        self._with_frames: list[ChunkBatch] = []
+        """Batches with frames that a device decompresses."""
+        self._min_frames = min_frames
         self._fetching = 0
         self._working = 0
         self.held_bytes = 0
@@ -78,7 +84,7 @@ class Schedule:
     @property
     def done(self) -> bool:
         """Whether everything has been written."""
-        return not (self._fetching or self._working or self._groups or self._fetched or self._verified)
+        return not (self._groups or self._can_free_memory)
 
     @property
     def fetches_left(self) -> int:
@@ -96,12 +102,20 @@ class Schedule:
     @property
     def _can_free_memory(self) -> bool:
         """Whether steps that run or wait may free memory."""
-        return bool(self._fetching or self._working or self._fetched or self._verified)
+        return bool(self._fetching or self._working or self._fetched or self._verified or self._with_frames)
 
     @property
     def work_left(self) -> int:
         """The number of Verify and Place steps that can begin now."""
-        return len(self._fetched) + len(self._verified)
+        return len(self._fetched) + len(self._verified) + self._has_enough_frames
+
+    @property
+    def _has_enough_frames(self) -> bool:
+        """Whether to write the batches with frames."""
+        if not self._with_frames or sum(batch.frames for batch in self._with_frames) >= self._min_frames:
+            return bool(self._with_frames)
+        more_may_come = self._fetching or self._working or self._fetched or self._verified
+        return not more_may_come and (not self._groups or self._is_full)
 
     def fetch(self) -> Fetch | None:
         """Begin the next fetch. Return None if all have begun, or if the store or the budget is full.
@@ -114,7 +128,7 @@ class Schedule:
             if self._can_free_memory:
                 return None
             self._place_incomplete_tensors()
-            if self._verified:
+            if self._verified or self._with_frames:
                 return None
             # Nothing else can free memory: this fetch exceeds the budget.
         group = self._groups.popleft()
@@ -131,7 +145,9 @@ class Schedule:
         """Begin a Place, or else a Verify, because a Place frees memory. Return None if no step can begin now."""
         step: Verify | Place | None = None
         if self._verified:
-            step = Place(self._verified.popleft())
+            step = Place([self._verified.popleft()])
+        elif self._has_enough_frames:
+            step, self._with_frames = Place(self._with_frames), []
         elif self._fetched:
             step = self._fetched.popleft()
         self._working += step is not None
@@ -147,8 +163,13 @@ class Schedule:
         if found is not None:
             self._fetched.append(Verify(step.requests, found))
 
-    def verified(self, request: Request, data: memoryview) -> None:
-        """Record that the bytes of a request are intact."""
+    def verified(self, request: Request, data: memoryview | None) -> None:
+        """Record that the bytes of a request are intact.
+
+        Args:
+            data: the bytes. None if they are only needed on a device, where they are.
+        """
+        request.arrived = True
         request.data = data
         for batch, _ in request.parts:
             batch.tensor.missing -= 1
@@ -157,18 +178,13 @@ class Schedule:
             elif batch.tensor.piecemeal:
                 self._place([batch])
 
-    def written(self, batch: ChunkBatch) -> bool:
-        """Record that a batch has been written. Return whether it was the last one of its tensor."""
-        batch.tensor.unplaced -= 1
-        return batch.tensor.unplaced == 0
-
     def ended(self, step: Verify | Place) -> list[Request]:
         """Record that a step has ended. Return the requests whose bytes are no longer needed."""
         self._working -= 1
         if isinstance(step, Verify):
             return []
         freed = []
-        for request in step.batch.requests:
+        for request in (request for batch in step.batches for request in batch.requests):
             request.unplaced -= 1
             if request.unplaced == 0:
                 self.held_bytes -= request.nbytes
@@ -186,7 +202,7 @@ class Schedule:
         for batch in batches:
             if batch.has_arrived and not batch.submitted:
                 batch.submitted = True
-                self._verified.append(batch)
+                (self._with_frames if batch.frames else self._verified).append(batch)
 
 
 def _grouped(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:

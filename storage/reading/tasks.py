@@ -17,6 +17,8 @@ from ...planner.chunk_reads import ChunkReads
 from ...planner.read_plan import ReadPlan
 from .blocks import Blocks, find_blocks
 from .destination import Destination
+from .device.device import Device
+from .stream_bytes import StreamOnDevice
 
 DAMAGED = "does not match its checksum: the bytes are damaged"
 
@@ -34,8 +36,10 @@ class Request:
     """The batches, each with the number of the stream that the request contains."""
     unplaced: int = 0
     """The number of parts that are not in their destination yet. When it reaches 0, the buffer is released."""
+    arrived: bool = False
+    """Whether the bytes have arrived and been verified."""
     data: memoryview | None = None
-    """The bytes, after they have arrived and been verified."""
+    """The bytes, after they have arrived, if a batch is decoded on the host."""
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -44,6 +48,16 @@ class Request:
             return [(self.start, self.stop)]
         count, nbytes, stride = self.sparse
         return [(at, at + nbytes) for at in range(self.start, self.start + count * stride, stride)]
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a batch is decoded on the host."""
+        return any(batch.device is None for batch, _ in self.parts)
+
+    @property
+    def device(self) -> Device | None:
+        """The first device that decodes a batch. None if the host decodes all."""
+        return next((batch.device for batch, _ in self.parts if batch.device is not None), None)
 
     @property
     def nbytes(self) -> int:
@@ -63,11 +77,17 @@ class ChunkBatch:
     """The rows of `blocks` that belong to the batch."""
     destination: Destination | None
     requests: list[Request]
+    device: Device | None = None
+    """The device that the stored bytes are copied to before they are decoded. None: the host decodes."""
+    on_device: dict[int, StreamOnDevice] = field(default_factory=dict)
+    """The bytes of each stream that have arrived on `device`."""
+    frames: int = 0
+    """The number of planes that `device` may have to decompress."""
     submitted: bool = False
 
     @property
     def has_arrived(self) -> bool:
-        return all(request.data is not None for request in self.requests)
+        return all(request.arrived for request in self.requests)
 
     def chunk_box(self, i: int) -> Box:
         """Return the box of chunk i of the batch, in the global tensor."""
@@ -96,8 +116,6 @@ class TensorRead:
     batches: list[ChunkBatch] = field(default_factory=list)
     missing: int = 0
     """The number of parts of requests that have not arrived."""
-    unplaced: int = 0
-    """The number of batches that have not been written."""
     piecemeal: bool = False
     """Whether chunks are placed as they arrive, because the tensor does not fit the budget."""
     overwritten: bool = False
@@ -129,7 +147,6 @@ def arrange(
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
             batch = ChunkBatch(tensor, read, rows, blocks, block_rows, destination, held)
             tensor.batches.append(batch)
-            tensor.unplaced += 1
             for stream, request in enumerate(held):
                 request.parts.append((batch, stream))
                 request.unplaced += 1

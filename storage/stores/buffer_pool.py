@@ -91,6 +91,7 @@ class BufferPool:
         name: str,
         ranges: Sequence[tuple[int, int]],
         arrived: Callable[[memoryview, int], None] = lambda data, nbytes: None,
+        memory: ByteArray | None = None,
     ) -> memoryview:
         """Read byte ranges of an object into a buffer of the pool. Raises what `read_into` raises.
 
@@ -98,9 +99,11 @@ class BufferPool:
 
         Args:
             arrived: called several times while the bytes arrive, with the buffer and the number of bytes in it.
+            memory: memory to use instead of a buffer of the pool, with one page more than the bytes.
         """
         nbytes = sum(stop - start for start, stop in ranges)
-        data = self._lend(nbytes).data[ranges[0][0] % PAGE_BYTES :]  # the alignment of `aligned_buffer`
+        buffer = self._lend(nbytes) if memory is None else memory
+        data = buffer.data[ranges[0][0] % PAGE_BYTES :]  # the alignment of `aligned_buffer`
         try:
             return data[: read_into(name, ranges, data[:nbytes], partial(arrived, data))]
         except BaseException:

@@ -23,12 +23,10 @@ from ...planner.entries import Kind
 from ..errors import ArgumentError
 from ..runtime.forks import Lock, generation
 from ..runtime.limits import available_bytes, default_threads, is_positive_integer, local_ranks
-from ..runtime.logs import logger_of
+from ..runtime.pinned import pin, unpin
 from ..runtime.threads import Pool
 from ..tensors.dtypes import as_array, from_bytes
 from .object_layout import ShardToWrite, part_of
-
-logger = logger_of(__name__)
 
 ALIGNMENT = 64
 """Staged tensors begin at multiples of this many bytes."""
@@ -65,22 +63,12 @@ class Arena:
         self.bytes = mapped(self.fd, self.nbytes)
         self.for_device = pinned
         """Whether it was to be page-locked. That may have failed."""
-        self.pinned = pinned and self._pin()
-
-    def _pin(self) -> bool:
-        status = int(torch.cuda.cudart().cudaHostRegister(self.bytes.ctypes.data, self.nbytes, 1))
-        if status:
-            logger.warning(
-                "CUDA cannot page-lock %d bytes of staging memory (error %d), so copies from the device are slower",
-                self.nbytes,
-                status,
-            )
-        return status == 0
+        self.pinned = pinned and pin(self.bytes)
 
     def close(self) -> None:
         """Return the memory to the system."""
         if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.ctypes.data)
+            unpin(self.bytes)
             self.pinned = False
         self.bytes = np.empty(0, np.uint8)
         if self.fd >= 0:

@@ -233,16 +233,14 @@ def test_tensor_read_in_inference_mode_is_not_an_inference_tensor(locations: dic
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("in_inference", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-def test_staged_destinations_work_in_every_mode(dtype: torch.dtype, in_inference: bool, mode: str) -> None:
+def test_torch_writes_to_destinations_in_every_mode(dtype: torch.dtype, in_inference: bool, mode: str) -> None:
     values = torch.randn(4, 6).to(dtype)
     with torch.inference_mode(in_inference):
         tensor = torch.zeros(4, 6, dtype=dtype)
     with undisturbed_mode(mode):
-        destination = Destination(tensor, dtype, staged=True)
-        destination.begin(whole=True, max_bytes=2**20)
+        destination = Destination(tensor, dtype)
         block = Block(0, 0, 24, (4, 6), (slice(4), slice(6)), (slice(0, 4), slice(0, 6)))
-        destination.open(block).write((), values.reshape(-1).view(torch.uint8).numpy())
-        destination.finish()
+        destination.open(block).write_tensor((), values.reshape(-1))
     check(tensor, values)
 
 

@@ -16,27 +16,18 @@ def chunk_at(target: Slices, sizes: tuple[int, ...]) -> Block:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_staged_destination_is_written_to_host_memory_first(stored: torch.dtype) -> None:
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_boxes_are_written_and_cast(stored: torch.dtype, by_torch: bool) -> None:
     tensor, values = torch.zeros(4, 6), torch.arange(24.0).reshape(4, 6)
-    destination = Destination(tensor, stored, staged=True)
+    destination = Destination(tensor, stored)
     for columns in (slice(0, 2), slice(2, 6)):
-        destination.begin(whole=True, max_bytes=1000)
         part = values[:, columns].to(stored)
-        destination.open(chunk_at((slice(0, 4), columns), tuple(part.shape))).write((), as_bytes(as_array(part)))
-        assert (tensor == 0).all(), "the tensor changes only in finish()"
-    destination.finish()
+        target = destination.open(chunk_at((slice(0, 4), columns), tuple(part.shape)))
+        if by_torch:
+            target.write_tensor((), part.reshape(-1))
+        else:
+            target.write((), as_bytes(as_array(part)))
     assert tensor.equal(values)
-
-
-@pytest.mark.parametrize(("whole", "max_bytes"), [(False, 1000), (True, 15)])
-def test_destination_that_is_too_large_to_stage_is_written_directly(whole: bool, max_bytes: int) -> None:
-    tensor = torch.zeros(4)
-    destination = Destination(tensor, torch.float32, staged=True)
-    destination.begin(whole=whole, max_bytes=max_bytes)
-    destination.open(chunk_at((slice(0, 2),), (2,))).write((), as_bytes(as_array(torch.ones(2))))
-    assert tensor.tolist() == [1, 1, 0, 0]
-    destination.finish()
-    assert tensor.tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("numel", [1, SINGLE_THREAD_NUMEL, 3 * SINGLE_THREAD_NUMEL + 7])

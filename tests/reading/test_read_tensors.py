@@ -22,8 +22,8 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.formats.source import Source
-from reshard.storage.reading import executor
 from reshard.storage.reading.decode import place_chunk_batch
+from reshard.storage.reading.device import placing
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.fetcher import Fetcher
 from reshard.storage.reading.schedule import Fetch, Schedule
@@ -201,7 +201,7 @@ def test_corrupt_error_waits_for_chunks_that_are_being_written(monkeypatch: pyte
             assert failed.wait(20)
             place_chunk_batch(batch, damage)
 
-    monkeypatch.setattr(executor, "place_chunk_batch", place)
+    monkeypatch.setattr(placing, "place_chunk_batch", place)
     with pytest.raises(CorruptCheckpointError, match=r"cannot be decoded.*a part of the tensor was overwritten"):
         execute(plan, manifest.index(), store, [torch.zeros(4096, 1024)])
 
@@ -408,6 +408,6 @@ def test_error_of_torch_during_placing_names_the_tensor(monkeypatch: pytest.Monk
     def fail(*arguments: Any) -> None:
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(executor, "place_chunk_batch", fail)
+    monkeypatch.setattr(placing, "place_chunk_batch", fail)
     with pytest.raises(RankError, match=r"^'w': RuntimeError: no device"):
         reshard.load({"w": torch.zeros(40, 30)}, memory)

@@ -246,19 +246,33 @@ class Planes:
             CorruptCheckpointError: a plane does not declare `numel` bytes.
             ZstdError: a plane cannot be decompressed. Also raised by the iterator.
         """
-        slices = map(slice, self.starts[:, plane].tolist(), self.stops[:, plane].tolist())
+        stored = self._stored(plane)
         compressed = self.compressed[:, plane]
-        stored = list(map(self.data.__getitem__, slices))
         if not bool(compressed.any()):
             return iter(stored)
         frames = stored if bool(compressed.all()) else list(chosen(stored, compressed))
-        # The decompressor allocates as many bytes as a frame declares.
-        if set(map(zstandard.frame_content_size, frames)) != {self.numel}:
-            raise CorruptCheckpointError(f"a compressed plane does not hold {self.numel} bytes")
+        _check_sizes(frames, self.numel)
         decompressed: Iterator[memoryview] = map(memoryview, map(_zstd.decompressor.decompress, frames))
         if len(frames) == len(stored):
             return decompressed
         return (next(decompressed) if packed else part for packed, part in zip(compressed, stored, strict=True))
+
+    def check_frames(self) -> None:
+        """Check what compressed planes declare. Raises what `parts` raises."""
+        for plane in range(self.starts.shape[1]):
+            compressed = self.compressed[:, plane]
+            if bool(compressed.any()):
+                _check_sizes(chosen(self._stored(plane), compressed), self.numel)
+
+    def _stored(self, plane: int) -> list[memoryview]:
+        slices = map(slice, self.starts[:, plane].tolist(), self.stops[:, plane].tolist())
+        return list(map(self.data.__getitem__, slices))
+
+
+def _check_sizes(frames: Iterable[memoryview], numel: int) -> None:
+    """Check that frames declare `numel` bytes: the decompressor allocates as many bytes as a frame declares."""
+    if set(map(zstandard.frame_content_size, frames)) != {numel}:
+        raise CorruptCheckpointError(f"a compressed plane does not hold {numel} bytes")
 
 
 def plane_shape(dtype: str, numel: int) -> tuple[int, int]:
@@ -326,7 +340,8 @@ def decode_heads_and_tails(
     """
     numel = heads.numel
     head_words, tail_words = decode_heads(heads, counts), _join_bytes(tails, counts)
-    begins, first = tails.stops[:, -1], 0
+    listed = exceptions_of(tails, ends)
+    first = 0
     for count in counts:
         low = _scratch.take(_PLANES, 2 * count * numel).view(np.uint32)
         np.copyto(low, next(tail_words).view(np.int16), casting="unsafe")
@@ -334,14 +349,35 @@ def decode_heads_and_tails(
         np.copyto(high, next(head_words).view(np.uint16))
         high *= 65536
         high += low
-        for at in np.flatnonzero(ends[first : first + count] > begins[first : first + count]).tolist():
-            rest = tails.data[int(begins[first + at]) : int(ends[first + at])]
-            _require(len(rest) % 8 == 0, "the list of exceptions is cut short")
-            listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
-            _require(int(listed[:, 0].max()) < numel, "an exception is outside the chunk")
-            high[at * numel + listed[:, 0].astype(np.int64)] = listed[:, 1]
+        for at in range(first, first + count) if listed else ():
+            if at in listed:
+                positions, bits = listed[at]
+                high[(at - first) * numel + positions] = bits
         first += count
         yield high
+
+
+def exceptions_of(
+    tails: Planes, ends: npt.NDArray[np.int64]
+) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]]:
+    """Return the elements of float32 chunks that heads and tails do not restore.
+
+    Args:
+        tails: the planes of the tails.
+        ends: (chunks,) the end of each chunk's tails. The exceptions are before it.
+
+    Returns:
+        For each chunk that has some: their positions in the chunk, and their bits.
+    """
+    begins = tails.stops[:, -1]
+    found = {}
+    for at in np.flatnonzero(ends > begins).tolist():
+        rest = tails.data[int(begins[at]) : int(ends[at])]
+        _require(len(rest) % 8 == 0, "the list of exceptions is cut short")
+        listed = np.frombuffer(rest, "<u4").reshape(-1, 2)
+        _require(int(listed[:, 0].max()) < tails.numel, "an exception is outside the chunk")
+        found[at] = listed[:, 0].astype(np.int64), listed[:, 1].copy()  # `data` may be overwritten later
+    return found
 
 
 def _split_bytes(values: Bytes, width: int) -> list[Bytes]:

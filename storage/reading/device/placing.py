@@ -1,0 +1,293 @@
+"""Decodes chunks on a device, and writes them to destinations there.
+
+What a device can decode is copied to it as soon as it has been verified, unchanged: raw chunks, chunks of other
+formats, and with nvCOMP also compressed ones. Other chunks stay on the host until they are placed. Then the host
+decompresses their planes, and the device joins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, islice
+
+import numpy as np
+import torch
+
+from ....planner.chunk_reads import ChunkReads
+from ....planner.entries import Encoding
+from ...errors import CorruptCheckpointError
+from ...formats.native.codec import Planes, exceptions_of
+from ...tensors.dtypes import torch_dtype
+from ..blocks import Block
+from ..decode import (
+    Damage,
+    damaged_chunk,
+    decode_block,
+    open_target,
+    parts_of,
+    place_chunk_batch,
+    streams_of,
+    undecodable,
+)
+from ..destination import Target
+from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
+from ..tasks import ChunkBatch, Request
+from .device import Device
+from .frames import Frames
+from .join import join_bfloat16, join_float32, join_planes
+from .ring import Slot
+
+MAX_PART_BYTES = 4 * 1024 * 1024
+"""The most decoded bytes that are copied from the host, joined and written at once."""
+MAX_DECOMPRESSED_BYTES = 128 * 1024 * 1024
+"""The most decoded bytes of frames that are decompressed with one call."""
+
+
+def count_frames(batch: ChunkBatch) -> int:
+    """Return the number of planes that the device may have to decompress."""
+    planes = batch.blocks.encodings[batch.block_rows] == Encoding.PLANES
+    chunks = batch.blocks.counts[batch.block_rows].prod(axis=1)
+    return int(chunks[planes].sum()) * len(batch.requests)
+
+
+def assign_device(batch: ChunkBatch, device: Device) -> None:
+    """Let a device decode the chunks of a batch from the bytes that are stored, if it can."""
+    encodings = batch.blocks.encodings[batch.block_rows]
+    able = (encodings == Encoding.RAW) | (encodings == Encoding.PLAIN)
+    if device.decompressor is not None:
+        able |= encodings == Encoding.PLANES
+    if bool(able.all()):
+        batch.device, batch.frames = device, count_frames(batch)
+
+
+def move(request: Request, data: memoryview, slot: Slot | None, damage: Damage) -> None:
+    """Start to copy the bytes of a request to the devices that decode them.
+
+    Args:
+        data: its bytes, which have been verified.
+        slot: the slot of the ring that contains them. If it is None, they are copied into the ring.
+
+    Raises:
+        CorruptCheckpointError: the bytes cannot be decoded.
+    """
+    moved: dict[Device, torch.Tensor] = {}
+    for batch, stream in request.parts:
+        device = batch.device
+        if device is None:
+            continue
+        if device not in moved and slot is None:
+            moved[device] = device.upload([data], request.start)
+        elif device not in moved:
+            assert slot is not None
+            moved[device] = device.send(slot, slot.position(data), len(data), request.start)
+        batch.on_device[stream] = _describe(batch, stream, data, moved[device], damage)
+
+
+def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Tensor, damage: Damage) -> StreamOnDevice:
+    """Read the tables of the planes of a stream on the host."""
+    found, nothing = StreamBytes.of(batch.read, batch.rows, stream, batch.requests[stream].start, data), memoryview(b"")
+    planes_of: dict[int, Planes] = {}
+    exceptions: dict[int, dict[int, Exceptions]] = {}
+    for block in batch.blocks.select(batch.block_rows):
+        if block.encoding != Encoding.PLANES:
+            continue
+        try:
+            planes = found.planes(batch.read, block)
+            planes.check_frames()
+            if stream == 1:
+                exceptions[block.row] = exceptions_of(planes, found.ends[found.rows(block)])
+        except CorruptCheckpointError as error:
+            raise undecodable(batch, block.row, error, damage) from error
+        planes_of[block.row] = replace(planes, data=nothing)
+    return StreamOnDevice(moved, replace(found, data=nothing), planes_of, exceptions)
+
+
+def place(batches: Sequence[ChunkBatch], damage: Damage) -> None:
+    """Decode batches whose bytes have arrived, and write them to their destinations.
+
+    Args:
+        batches: one batch, or several with frames on a device.
+        damage: returns the error to raise for a tensor and a message.
+    """
+    on_device: dict[Device, list[ChunkBatch]] = {}
+    for batch in batches:
+        assert batch.destination is not None
+        if batch.device is not None:
+            on_device.setdefault(batch.device, []).append(batch)
+        elif batch.destination.device is not None:
+            _place_from_host(batch.destination.device, batch, damage)
+        else:
+            place_chunk_batch(batch, damage)
+    for device, members in on_device.items():
+        _place_on_device(device, members)
+
+
+def _place_on_device(device: Device, batches: Sequence[ChunkBatch]) -> None:
+    """Decode batches whose bytes are on a device, and write them to their destinations. Wait until this is done."""
+    with device.working():
+        waiting: list[_PlanesToPlace] = []
+        frames = Frames()
+        for batch in batches:
+            for block in batch.blocks.select(batch.block_rows):
+                target = open_target(batch, block)
+                if block.encoding != Encoding.PLANES:
+                    _write(batch, target, (), _decoded(batch.read, block, batch.on_device[0]))
+                    continue
+                for index, chunks in _parts(batch.read, block, MAX_DECOMPRESSED_BYTES):
+                    waiting.append(_PlanesToPlace(batch, block, target, index, chunks, frames))
+                    if frames.value_bytes >= MAX_DECOMPRESSED_BYTES:
+                        _place_planes(device, waiting, frames)
+                        waiting, frames = [], Frames()
+        _place_planes(device, waiting, frames)
+    for batch in batches:
+        batch.on_device.clear()
+
+
+def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
+    """Decompress the planes of a batch on the host, join them on the device and write them to their destination."""
+    streams = streams_of(batch)
+    for block in batch.blocks.select(batch.block_rows):
+        target = open_target(batch, block)
+        try:
+            for index, values in _values_from_host(device, batch.read, block, streams):
+                with device.working():
+                    _write(batch, target, index, values())
+        except CorruptCheckpointError as error:
+            raise damaged_chunk(batch, block, streams, error, damage) from error
+
+
+def _write(batch: ChunkBatch, target: Target, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
+    batch.tensor.overwritten = True
+    target.write_tensor(index, values)
+
+
+def _values_from_host(
+    device: Device, read: ChunkReads, block: Block, streams: list[StreamBytes]
+) -> Iterator[tuple[tuple[int | slice, ...], Callable[[], torch.Tensor]]]:
+    """Yield the parts of a block: an index into its directions, and a function that returns the values.
+
+    The function must be called in a `working` block of the device, before the next part.
+    """
+    if block.encoding != Encoding.PLANES:
+        for decoded in decode_block(read, block, streams, [block.count]):
+            yield (), partial(device.upload([decoded.view(np.uint8).data]).view, _stored_dtype(read))
+        return
+    planes = [stream.planes(read, block) for stream in streams]
+    exceptions = exceptions_of(planes[1], streams[1].ends[streams[1].rows(block)]) if len(planes) == 2 else {}
+    iterators = [found.parts(plane) for found in planes for plane in range(found.starts.shape[1])]
+    for index, chunks in _parts(read, block, MAX_PART_BYTES):
+        count = chunks.stop - chunks.start
+        moved = device.upload([part for iterator in iterators for part in islice(iterator, count)])
+        listed = _in_part(exceptions, chunks, planes[0].numel)
+        yield index, partial(_joined, read, moved.view(len(iterators), -1).unbind(), listed)
+
+
+class _PlanesToPlace:
+    """A part of a block whose planes are on a device.
+
+    The constructor adds its compressed planes to `frames`.
+    """
+
+    def __init__(
+        self,
+        batch: ChunkBatch,
+        block: Block,
+        target: Target,
+        index: tuple[int | slice, ...],
+        chunks: slice,
+        frames: Frames,
+    ) -> None:
+        self._batch = batch
+        self._target = target
+        self._index = index
+        self._numel = 0
+        self._pieces: list[list[tuple[torch.Tensor | None, int]]] = []
+        """For each plane, the memory and the position of each chunk's bytes. No memory: in what is decompressed."""
+        self._exceptions: list[Exceptions] = []
+        for stream in map(batch.on_device.__getitem__, range(len(batch.requests))):
+            planes = stream.planes[block.row]
+            self._numel = planes.numel
+            self._exceptions += _in_part(stream.exceptions.get(block.row, {}), chunks, planes.numel)
+            for plane in range(planes.starts.shape[1]):
+                columns = (planes.compressed, planes.starts, planes.stops)
+                rows = zip(*(column[chunks, plane].tolist() for column in columns), strict=True)
+                self._pieces.append(
+                    [
+                        (None, frames.add(stream.data[start:stop], planes.numel)) if packed else (stream.data, start)
+                        for packed, start, stop in rows
+                    ]
+                )
+
+    def place(self, decompressed: torch.Tensor | None) -> None:
+        """Join the planes and write the values."""
+        planes = []
+        for pieces in self._pieces:
+            slices = []
+            for stored, start in pieces:
+                memory = decompressed if stored is None else stored
+                assert memory is not None
+                slices.append(memory[start : start + self._numel])
+            planes.append(slices[0] if len(slices) == 1 else torch.cat(slices))
+        _write(self._batch, self._target, self._index, _joined(self._batch.read, planes, self._exceptions))
+
+
+def _place_planes(device: Device, parts: Iterable[_PlanesToPlace], frames: Frames) -> None:
+    decompressed = None
+    if frames.stored:
+        assert device.decompressor is not None
+        decompressed = frames.decompress(device.decompressor)
+    for part in parts:
+        part.place(decompressed)
+
+
+def _decoded(read: ChunkReads, block: Block, stream: StreamOnDevice) -> torch.Tensor:
+    """Return the values of chunks that are raw or of another format."""
+    data = stream.data[stream.ranges.range_of(block)]
+    if block.encoding == Encoding.RAW:
+        nbytes, skipped = block.count * block.numel * read.itemsize, int(read.skipped[block.row])
+        if len(data) < nbytes:  # a chunk that was read in part: its other values are not used
+            whole = torch.empty(nbytes, dtype=torch.uint8, device=data.device)
+            whole[skipped : skipped + len(data)] = data
+            data = whole
+    else:
+        assert read.runs is not None
+        nbytes, count = int(read.runs.nbytes[block.row]), int(read.runs.counts[block.row])
+        if len(data) != count * nbytes:  # without the bytes between the byte runs
+            strides = (int(read.runs.strides[block.row]), 1)
+            data = data.as_strided((count, nbytes), strides, data.storage_offset()).reshape(-1)
+        if read.entry.order is not None:
+            order = read.entry.order
+            sizes = [block.sizes[d] for d in order]
+            back = [order.index(d) for d in range(len(order))]
+            data = data.view(*sizes, read.itemsize).permute(*back, len(order)).reshape(-1)
+    if data.storage_offset() % read.itemsize:
+        data = data.clone()
+    return data.view(_stored_dtype(read))
+
+
+def _joined(read: ChunkReads, planes: Sequence[torch.Tensor], exceptions: Sequence[Exceptions]) -> torch.Tensor:
+    if len(planes) == 4 and read.starts.shape[1] == 2:
+        return join_float32(planes[:2], planes[2:], exceptions)
+    return join_bfloat16(*planes) if read.heads_only else join_planes(planes, read.entry.dtype)
+
+
+def _in_part(exceptions: dict[int, Exceptions], chunks: slice, numel: int) -> list[Exceptions]:
+    """Return the exceptions of some chunks, with positions in these chunks together."""
+    return [
+        (positions + (at - chunks.start) * numel, bits)
+        for at, (positions, bits) in exceptions.items()
+        if chunks.start <= at < chunks.stop
+    ]
+
+
+def _parts(read: ChunkReads, block: Block, max_bytes: int) -> Iterator[tuple[tuple[int | slice, ...], slice]]:
+    """Split a block into parts of about `max_bytes`: an index into its directions, and the chunks."""
+    indexes, counts = parts_of(block.counts, max(1, max_bytes // max(1, block.numel * read.itemsize)))
+    ends = [0, *accumulate(counts)]
+    return zip(indexes, map(slice, ends, ends[1:]), strict=False)
+
+
+def _stored_dtype(read: ChunkReads) -> torch.dtype:
+    return torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype)

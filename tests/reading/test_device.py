@@ -1,0 +1,301 @@
+"""Loads into tensors of a device, with a device of host memory: everything runs but streams and page-locked memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+
+import reshard
+from reshard.storage.reading import destination, executor
+from reshard.storage.reading.checks import RequestCheck
+from reshard.storage.reading.device import placing
+from reshard.storage.reading.device.device import Device
+from reshard.storage.reading.device.frames import HostDecompressor
+from reshard.storage.reading.device.ring import MAX_SLOTS, Ring, Slot
+from reshard.storage.stores.buffer_pool import PAGE_BYTES
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class CountingDecompressor(HostDecompressor):
+    """Counts the frames of each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def decompress(self, packed: torch.Tensor, starts: Any, sizes: Any, values: Any, to: Any, numels: Any) -> None:
+        self.calls.append(len(starts))
+        assert all(start % 16 == 0 for start in (*starts, *to))
+        super().decompress(packed, starts, sizes, values, to, numels)
+
+
+def new_device(decompresses: bool, slot_bytes: int = 1 << 20) -> Device:
+    ring = Ring(slot_bytes + PAGE_BYTES, page_lock=lambda memory: False)
+    return Device(torch.device("cpu"), ring, CountingDecompressor() if decompresses else None)
+
+
+@pytest.fixture(params=[False, True], ids=["host decompresses", "device decompresses"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Decode on this device for all destinations."""
+    device = new_device(request.param)
+    monkeypatch.setattr(destination, "device_of", lambda tensor: device)
+    return device
+
+
+def samples() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    many_zeros = torch.zeros(3000, 500)
+    many_zeros[::7] = 1
+    return {
+        "float32": torch.randn(700, 300),
+        "float32 with exceptions": torch.tensor([1.00390625, float("nan"), 3.0]).repeat(40_000),
+        "bfloat16": torch.randn(2048, 512).bfloat16(),
+        "float16": torch.randn(1000, 33).half(),
+        "float64": torch.randn(1000, 7, dtype=torch.float64),
+        "float8": torch.randn(512, 100).to(torch.float8_e4m3fn),
+        "complex": torch.randn(64, 64, dtype=torch.complex64),
+        "int64": torch.arange(300_000),
+        "uint8": torch.arange(100_000).to(torch.uint8),
+        "bool": torch.rand(300, 7) < 0.5,
+        "zeros": many_zeros,
+        "random bits": torch.randint(0, 2**31, (100_000,), dtype=torch.int32),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "three dims": torch.randn(20, 64, 96).bfloat16(),
+        "odd": torch.randn(101, 1003),
+    }
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("budget_bytes", [None, 1 << 18])
+def test_loads_restore_all_dtypes(device: Device, codec: str, budget_bytes: int | None, tmp_path: Path) -> None:
+    values = samples()
+    reshard.save(values, tmp_path, codec=codec)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    report = reshard.load(loaded, tmp_path, budget_bytes=budget_bytes)
+    check_equal(loaded, values)
+    assert device.ring.held_bytes > 0
+    assert "copy" in report.local.seconds or (codec == "zstd" and device.decompressor is None)
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_ranks_of_other_layouts_get_their_boxes(device: Device, codec: str, tmp_path: Path) -> None:
+    values = {name: tensor for name, tensor in samples().items() if tensor.dim() == 2 and tensor.numel()}
+    reshard.save(values, tmp_path, codec=codec)
+    checkpoint = reshard.open(tmp_path)
+    for style, dim in (("colwise", 0), ("rowwise", 1)):
+        layout = reshard.Layout({"tp": 3}, {"*": style})
+        for rank in range(3):
+            found = checkpoint.load_rank(layout, rank)
+            expected = {name: torch.chunk(tensor, 3, dim)[rank] for name, tensor in values.items()}
+            check_equal(found, expected)
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_values_are_cast_and_views_are_filled(device: Device, codec: str, tmp_path: Path) -> None:
+    values = {"a": torch.randn(600, 500), "b": torch.randn(600, 500).bfloat16(), "c": torch.randn(90, 80)}
+    reshard.save(values, tmp_path, codec=codec)
+    memory = torch.full((600, 1000), 7.0, dtype=torch.bfloat16)
+    transposed = torch.zeros(500, 600, dtype=torch.float64)
+    complex_values = torch.zeros(90, 80, dtype=torch.complex64).conj()
+    reshard.load({"a": memory[:, ::2], "b": transposed.t(), "c": complex_values}, tmp_path)
+    assert memory[:, ::2].equal(values["a"].bfloat16())
+    assert (memory[:, 1::2] == 7).all()
+    assert transposed.t().equal(values["b"].double())
+    assert complex_values.equal(values["c"].to(torch.complex64))
+
+
+def write_dcp(values: dict[str, torch.Tensor], folder: Path) -> None:
+    dcp.save(dict(values), checkpoint_id=folder, no_dist=True)
+
+
+def write_safetensors(values: dict[str, torch.Tensor], folder: Path) -> None:
+    folder.mkdir()
+    safetensors.torch.save_file(dict(values), folder / "model.safetensors")
+
+
+def write_torch(values: dict[str, torch.Tensor], folder: Path) -> None:
+    folder.mkdir()
+    torch.save({name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in values.items()}, folder / "m.pt")
+
+
+@pytest.mark.parametrize("write", [write_dcp, write_safetensors])
+def test_other_formats_are_loaded(device: Device, write: Callable[..., None], tmp_path: Path) -> None:
+    values = samples()
+    write(values, tmp_path / "there")
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    reshard.load(loaded, tmp_path / "there")
+    check_equal(loaded, values)
+    columns = reshard.open(tmp_path / "there").load_rank(reshard.Layout({"tp": 4}, {"bfloat16": "rowwise"}), 2)
+    assert columns["bfloat16"].equal(values["bfloat16"].chunk(4, 1)[2])
+
+
+def test_files_of_torch_save_with_other_strides_are_loaded(device: Device, tmp_path: Path) -> None:
+    values = samples()
+    write_torch(values, tmp_path / "there")
+    stored = {name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in values.items()}
+    loaded = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
+    reshard.load(loaded, tmp_path / "there" / "m.pt")
+    check_equal(loaded, stored)
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("where", [0.2, 0.9])
+def test_damage_leaves_the_tensor_unchanged(device: Device, codec: str, where: float, tmp_path: Path) -> None:
+    values = {"w": torch.randn(4096, 512).bfloat16()}
+    reshard.save(values, tmp_path, codec=codec)
+    (data,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20)
+    content = bytearray(data.read_bytes())
+    content[int(where * len(content))] ^= 1
+    data.write_bytes(content)
+    loaded = {"w": torch.full((4096, 512), 3.0, dtype=torch.bfloat16)}
+    with pytest.raises(reshard.errors.CorruptCheckpointError, match=r"'w': chunk .* damaged"):
+        reshard.load(loaded, tmp_path)
+    assert (loaded["w"] == 3).all()
+    assert len(device.ring._free) * device.ring.nbytes == device.ring.held_bytes, "all slots are put back"
+
+
+def test_frames_of_many_tensors_are_decompressed_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = new_device(decompresses=True)
+    monkeypatch.setattr(destination, "device_of", lambda tensor: device)
+    values = {f"w{i}": torch.randn(512, 512).bfloat16() for i in range(40)}
+    reshard.save(values, tmp_path)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    reshard.load(loaded, tmp_path)
+    check_equal(loaded, values)
+    assert isinstance(device.decompressor, CountingDecompressor)
+    assert len(device.decompressor.calls) <= 2, "one call for all, or one more for the rest"
+    assert sum(device.decompressor.calls) >= 40
+
+
+def test_frames_are_decompressed_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Zeros compress so well that one request would fill the device."""
+    device = new_device(decompresses=True)
+    monkeypatch.setattr(destination, "device_of", lambda tensor: device)
+    monkeypatch.setattr(placing, "MAX_DECOMPRESSED_BYTES", 1 << 20)
+    values = {"zeros": torch.zeros(4096, 2048, dtype=torch.int32)}
+    reshard.save(values, tmp_path)
+    loaded = {"zeros": torch.ones(4096, 2048, dtype=torch.int32)}
+    reshard.load(loaded, tmp_path)
+    check_equal(loaded, values)
+    assert isinstance(device.decompressor, CountingDecompressor)
+    assert len(device.decompressor.calls) >= 16
+
+
+def test_requests_larger_than_a_slot_pass_through_the_ring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = new_device(decompresses=False, slot_bytes=10_000)
+    monkeypatch.setattr(destination, "device_of", lambda tensor: device)
+    values = samples()
+    reshard.save(values, tmp_path, codec="none")
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    reshard.load(loaded, tmp_path)
+    check_equal(loaded, values)
+
+
+def test_host_and_device_share_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = new_device(decompresses=True)
+    values = {f"w{i}": torch.randn(200, 100) for i in range(10)}
+    reshard.save(values, tmp_path)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    there = {tensor.data_ptr() for tensor in list(loaded.values())[::2]}
+    monkeypatch.setattr(destination, "device_of", lambda tensor: device if tensor.data_ptr() in there else None)
+    reshard.load(loaded, tmp_path)
+    check_equal(loaded, values)
+
+
+def test_a_failing_device_is_named_with_the_tensor(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reshard.save({"w": torch.randn(300, 300)}, tmp_path, codec="none")
+
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("no memory on the device")
+
+    monkeypatch.setattr(device, "_new", fail)
+    with pytest.raises(reshard.errors.RankError, match="'w': OutOfMemoryError: no memory on the device"):
+        reshard.load({"w": torch.zeros(300, 300)}, tmp_path)
+    assert len(device.ring._free) * device.ring.nbytes == device.ring.held_bytes
+
+
+def test_bytes_that_were_read_again_are_used(device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first read returns damaged bytes."""
+    values = {"w": torch.randn(300, 300)}
+    reshard.save(values, tmp_path, codec="none")
+
+    class FirstIsDamaged(RequestCheck):
+        damaged = False
+
+        def take(self, data: memoryview, nbytes: int) -> None:
+            if not FirstIsDamaged.damaged:
+                data[nbytes // 2] ^= 1
+                FirstIsDamaged.damaged = True
+            super().take(data, nbytes)
+
+    monkeypatch.setattr(executor, "RequestCheck", FirstIsDamaged)
+    loaded = {"w": torch.zeros(300, 300)}
+    reshard.load(loaded, tmp_path)
+    check_equal(loaded, values)
+    assert FirstIsDamaged.damaged
+
+
+def test_the_ring_lends_each_slot_to_one_thread() -> None:
+    ring, lock, lent = Ring(1000, page_lock=lambda memory: False), threading.Lock(), set[int]()
+
+    def use(ring: Ring) -> None:
+        for _ in range(50):
+            slot = ring.take()
+            with lock:
+                assert id(slot) not in lent
+                lent.add(id(slot))
+            with lock:
+                lent.remove(id(slot))
+            ring.put(slot)
+
+    threads = [threading.Thread(target=use, args=(ring,)) for _ in range(2 * MAX_SLOTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0 < ring.held_bytes <= MAX_SLOTS * 1000
+    ring.release()
+    assert ring.held_bytes == 0
+
+
+def test_slots_whose_copies_run_are_used_last() -> None:
+    class Copy:
+        def __init__(self) -> None:
+            self.done = False
+
+        def query(self) -> bool:
+            return self.done
+
+        def synchronize(self) -> None:
+            self.done = True
+
+    ring = Ring(1000, page_lock=lambda memory: False)
+    slots = [ring.take() for _ in range(MAX_SLOTS)]
+    copies: list[Any] = [Copy() for _ in slots]
+    for slot, copy in zip(slots, copies, strict=True):
+        slot.copies.append(copy)
+        ring.put(slot)
+    copies[3].done = True
+    assert ring.take() is slots[3]
+    assert ring.take() is slots[0], "its copies were started first"
+    assert copies[0].done
+    assert isinstance(slots[0], Slot)
