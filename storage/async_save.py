@@ -22,6 +22,7 @@ from .runtime.background import BackgroundThread
 from .runtime.collector import without_collections
 from .runtime.forks import generation
 from .runtime.logs import logger_of
+from .runtime.pinned import save_buffers
 from .runtime.process_group import (
     Alarm,
     BackgroundExchange,
@@ -490,5 +491,6 @@ def release_memory() -> None:
     """
     read_buffers.clear()
     RING.release()
+    save_buffers.release()
     STAGING.release()
     end_writer_process()

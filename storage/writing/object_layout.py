@@ -87,18 +87,18 @@ def part_of(name: str, values: torch.Tensor, shard: Box, dtype: torch.dtype, box
 
 
 def in_objects(
-    shards: Sequence[ShardToWrite], codec: str, budget_bytes: int, *, several: bool
+    shards: Sequence[ShardToWrite], codec: str, budget_bytes: int, *, streams: int
 ) -> list[list[ShardToWrite]]:
     """Return the shards of each data object to write, cut into parts.
 
     Args:
-        several: whether to write several objects of similar size that are not too small. Otherwise there is one object.
+        streams: the number of objects that the store accepts as streams at the same time. 0 if it holds each object in
+            memory until it is complete: then there are several objects of similar size that are not too small.
     """
-    if not several:
-        pieces = [
-            piece for shard in shards for piece in shard.pieces(min(MAX_DEVICE_COPY_BYTES, budget_bytes // 4), codec)
-        ]
-        return [pieces] if pieces else []
+    if streams:
+        most = min(MAX_DEVICE_COPY_BYTES, budget_bytes // (4 * streams))
+        pieces = [piece for shard in shards for piece in shard.pieces(most, codec)]
+        return _divided(pieces, streams)
     total = sum(shard.nbytes for shard in shards)
     share = max(total // CONCURRENT_OBJECTS, MIN_OBJECT_BYTES)
     most = min(share, MAX_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
@@ -110,4 +110,17 @@ def in_objects(
             room = most
         groups[-1].append(piece)
         room -= piece.nbytes
+    return groups
+
+
+def _divided(pieces: Sequence[ShardToWrite], count: int) -> list[list[ShardToWrite]]:
+    """Return consecutive pieces in at most `count` groups of similar size that are not too small."""
+    share = max(sum(piece.nbytes for piece in pieces) / count, MIN_OBJECT_BYTES)
+    groups: list[list[ShardToWrite]] = []
+    before = 0
+    for piece in pieces:
+        if before >= len(groups) * share:
+            groups.append([])
+        groups[-1].append(piece)
+        before += piece.nbytes
     return groups

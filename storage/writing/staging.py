@@ -23,7 +23,7 @@ from ...planner.entries import Kind
 from ..errors import ArgumentError
 from ..runtime.forks import Lock, generation
 from ..runtime.limits import available_bytes, default_threads, is_positive_integer, local_ranks
-from ..runtime.pinned import pin, unpin
+from ..runtime.pinned import pin, save_buffers, unpin
 from ..runtime.threads import Pool
 from ..tensors.dtypes import as_array, from_bytes
 from .object_layout import ShardToWrite, part_of
@@ -290,6 +290,19 @@ class DeviceCopies:
         assert self._done is not None
         self._done.synchronize()
         self._pairs.clear()
+
+
+def as_host_array(values: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the bits of a tensor as an array on the host. Values of a CUDA device are copied to page-locked memory."""
+    memory = save_buffers.lend(values.nbytes) if values.device.type == "cuda" else None
+    if memory is None:
+        return as_array(values)
+    copied = from_bytes(memory, values.dtype, tuple(values.shape))
+    copies = DeviceCopies(values.device)
+    copies.add(copied, values)
+    copies.start()
+    copies.wait()
+    return as_array(copied)
 
 
 def _pieces(to: npt.NDArray[Any], source: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:

@@ -3,6 +3,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +210,16 @@ def test_cleanup_after_an_error_is_not_retried(monkeypatch: pytest.MonkeyPatch) 
     methods = [call.method for call in store.calls]
     assert methods.count("delete") <= methods.count("create") + 2
     assert methods.count("create") > 2
+
+
+@pytest.mark.parametrize(("threads", "objects"), [(1, 1), (4, 1), (8, 2), (64, 4)])
+def test_many_cores_write_several_files(
+    threads: int, objects: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("reshard.storage.writing.object_writer.default_threads", lambda: threads)
+    values = {f"w{i}": torch.randn(1024, 1024) for i in range(9)}
+    reshard.save(values, tmp_path, codec="none")
+    assert len(list((tmp_path / "data").iterdir())) == objects
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    reshard.load(loaded, tmp_path)
+    assert all(loaded[name].equal(tensor) for name, tensor in values.items())
