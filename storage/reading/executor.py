@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,7 @@ from ..tensors.dtypes import torch_dtype
 from .checks import RequestCheck
 from .destination import Destination
 from .device.frames import MIN_FRAMES
-from .device.placing import assign_device, move, place
+from .device.placing import assign_devices, move, place
 from .device.ring import Slot
 from .fetcher import Fetched, ObjectRanges, read_ranges
 from .schedule import Fetch, Place, Schedule, Verify
@@ -58,6 +58,8 @@ class ReadStats:
     decode_s: float = 0.0
     copy_s: float = 0.0
     """Starting to copy bytes to devices, and waiting for page-locked memory."""
+    decoded_by: dict[str, int] = field(default_factory=dict)
+    """See `RankReport`."""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -123,9 +125,7 @@ class _Execution:
         self._workers = workers
         self._fetcher = workers.fetcher
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
-        for batch in (batch for tensor in self._tensors for batch in tensor.batches):
-            if batch.destination is not None and batch.destination.device is not None:
-                assign_device(batch, batch.destination.device)
+        self._stats.decoded_by = assign_devices([batch for tensor in self._tensors for batch in tensor.batches])
         self._schedule = Schedule(
             self._tensors,
             self._requests,

@@ -428,6 +428,7 @@ class _ReadRun:
             seconds={"plan": plan_s, **stats.seconds},
             bytes_sent=planned.bytes_sent,
             bytes_received=planned.bytes_received,
+            decoded_by=stats.decoded_by,
         )
         self.report = added(self.report, report)
 

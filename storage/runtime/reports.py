@@ -50,6 +50,9 @@ class RankReport:
     """Bytes that a shared load sent to other ranks."""
     bytes_received: int = 0
     """Bytes that a shared load received from other ranks."""
+    decoded_by: Mapping[str, int] = field(default_factory=dict)
+    """Stored bytes by what decoded them: "host", or "cuda:0", "cuda:0 with nvCOMP" and "host and cuda:0" (the host
+    decompresses, the device joins the planes). Empty if nothing was loaded to a device."""
 
     @property
     def amplification(self) -> float:
@@ -82,9 +85,10 @@ class RankReport:
         parts |= {"sent": self.bytes_sent, "received": self.bytes_received}
         moved = ", ".join(f"{nbytes / 1e6:.2f} MB {how}" for how, nbytes in parts.items() if nbytes or self._shows(how))
         stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())
+        decoded = ", ".join(f"{nbytes / 1e6:.2f} MB decoded by {name}" for name, nbytes in self.decoded_by.items())
         return (
             f"{self.bytes_needed / 1e6:.2f} MB needed, {moved} ({self.amplification:.3f} x), "
-            f"{self.requests} requests, {self.chunks} chunks; {stages}"
+            f"{self.requests} requests, {self.chunks} chunks; {decoded + '; ' if decoded else ''}{stages}"
         )
 
     def __str__(self) -> str:
@@ -149,6 +153,7 @@ class Report:
             _longest([report.seconds for report in self.ranks]),
             bytes_sent=sum(report.bytes_sent for report in self.ranks),
             bytes_received=sum(report.bytes_received for report in self.ranks),
+            decoded_by=_summed([report.decoded_by for report in self.ranks]),
         )
 
     def __str__(self) -> str:
@@ -181,7 +186,13 @@ def added(a: RankReport, b: RankReport) -> RankReport:
         },
         bytes_sent=a.bytes_sent + b.bytes_sent,
         bytes_received=a.bytes_received + b.bytes_received,
+        decoded_by=_summed([a.decoded_by, b.decoded_by]),
     )
+
+
+def _summed(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    names = dict.fromkeys(name for found in numbers for name in found)
+    return {name: sum(found.get(name, 0) for found in numbers) for name in names}
 
 
 def _longest(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from benchmarks import (
     codec,
     cooperative,
     coordinator,
+    device,
     foreign,
     fsdp_to_tp,
     lazy_weights,
@@ -98,6 +99,16 @@ def test_async_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("pools")
+def test_device(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    arguments = ["--device", "cpu", "--layers", "1", "--dim", "128", "--rounds", "2", "--folder", str(folder)]
+    found = rows_of(device, tmp_path, *arguments)
+    cases = {row["case"] for row in found}
+    assert {"save reshard, zstd", "load reshard, none", "rank of TP 4, safetensors", "load dcp"} <= cases
+    assert all(row["gb_per_s"] > 0 for row in found)
+    assert not list(folder.iterdir())
+
+
 def test_foreign(tmp_path: Path) -> None:
     few = ("--tables", "seconds", "--stores", "local", "--layers", "1", "--repeat", "1")
     (row,) = rows_of(foreign, tmp_path, *few)

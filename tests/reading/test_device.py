@@ -1,4 +1,7 @@
-"""Loads into tensors of a device, with a device of host memory: everything runs but streams and page-locked memory."""
+"""Loads into tensors of a device.
+
+Where there is no CUDA device, host memory takes its place: then everything runs but streams and page-locked memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import reshard
 from reshard.storage.reading import destination, executor
 from reshard.storage.reading.checks import RequestCheck
 from reshard.storage.reading.device import placing
-from reshard.storage.reading.device.device import Device
+from reshard.storage.reading.device.device import Device, cuda_device
 from reshard.storage.reading.device.frames import HostDecompressor
 from reshard.storage.reading.device.ring import MAX_SLOTS, Ring, Slot
 from reshard.storage.stores.buffer_pool import PAGE_BYTES
@@ -41,12 +44,32 @@ def new_device(decompresses: bool, slot_bytes: int = 1 << 20) -> Device:
     return Device(torch.device("cpu"), ring, CountingDecompressor() if decompresses else None)
 
 
-@pytest.fixture(params=[False, True], ids=["host decompresses", "device decompresses"])
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+DEVICES = [
+    "host decompresses",
+    "device decompresses",
+    pytest.param("cuda", marks=NEEDS_CUDA),
+    pytest.param("cuda without nvCOMP", marks=NEEDS_CUDA),
+]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Decode on this device for all destinations."""
-    device = new_device(request.param)
+    """A device that decodes for all destinations."""
+    if request.param.startswith("cuda"):
+        device = cuda_device(torch.device("cuda", 0))
+        if request.param != "cuda":
+            monkeypatch.setattr(device, "decompressor", None)
+        return device
+    device = new_device(request.param == "device decompresses")
     monkeypatch.setattr(destination, "device_of", lambda tensor: device)
     return device
+
+
+def zeros_for(values: dict[str, torch.Tensor], device: Device) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device.device) for name, tensor in values.items()
+    }
 
 
 def samples() -> dict[str, torch.Tensor]:
@@ -79,7 +102,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name, tensor in expected.items():
-        assert torch.equal(bits(found[name]), bits(tensor)), name
+        assert torch.equal(bits(found[name].cpu()), bits(tensor)), name
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
@@ -87,11 +110,17 @@ def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_loads_restore_all_dtypes(device: Device, codec: str, budget_bytes: int | None, tmp_path: Path) -> None:
     values = samples()
     reshard.save(values, tmp_path, codec=codec)
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    loaded = zeros_for(values, device)
     report = reshard.load(loaded, tmp_path, budget_bytes=budget_bytes)
     check_equal(loaded, values)
     assert device.ring.held_bytes > 0
-    assert "copy" in report.local.seconds or (codec == "zstd" and device.decompressor is None)
+    decoded_by = set(report.total.decoded_by)
+    name = str(device.device)
+    if codec == "none":
+        assert decoded_by == {name}
+    else:
+        assert decoded_by == ({f"host and {name}"} if device.decompressor is None else {f"{name} with nvCOMP"})
+    assert f"MB decoded by {decoded_by.pop()}" in str(report)
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
@@ -102,7 +131,7 @@ def test_ranks_of_other_layouts_get_their_boxes(device: Device, codec: str, tmp_
     for style, dim in (("colwise", 0), ("rowwise", 1)):
         layout = reshard.Layout({"tp": 3}, {"*": style})
         for rank in range(3):
-            found = checkpoint.load_rank(layout, rank)
+            found = checkpoint.load_rank(layout, rank, device=device.device)
             expected = {name: torch.chunk(tensor, 3, dim)[rank] for name, tensor in values.items()}
             check_equal(found, expected)
 
@@ -111,14 +140,14 @@ def test_ranks_of_other_layouts_get_their_boxes(device: Device, codec: str, tmp_
 def test_values_are_cast_and_views_are_filled(device: Device, codec: str, tmp_path: Path) -> None:
     values = {"a": torch.randn(600, 500), "b": torch.randn(600, 500).bfloat16(), "c": torch.randn(90, 80)}
     reshard.save(values, tmp_path, codec=codec)
-    memory = torch.full((600, 1000), 7.0, dtype=torch.bfloat16)
-    transposed = torch.zeros(500, 600, dtype=torch.float64)
-    complex_values = torch.zeros(90, 80, dtype=torch.complex64).conj()
+    memory = torch.full((600, 1000), 7.0, dtype=torch.bfloat16, device=device.device)
+    transposed = torch.zeros(500, 600, dtype=torch.float64, device=device.device)
+    complex_values = torch.zeros(90, 80, dtype=torch.complex64, device=device.device).conj()
     reshard.load({"a": memory[:, ::2], "b": transposed.t(), "c": complex_values}, tmp_path)
-    assert memory[:, ::2].equal(values["a"].bfloat16())
+    assert memory[:, ::2].cpu().equal(values["a"].bfloat16())
     assert (memory[:, 1::2] == 7).all()
-    assert transposed.t().equal(values["b"].double())
-    assert complex_values.equal(values["c"].to(torch.complex64))
+    assert transposed.t().cpu().equal(values["b"].double())
+    assert complex_values.cpu().equal(values["c"].to(torch.complex64))
 
 
 def write_dcp(values: dict[str, torch.Tensor], folder: Path) -> None:
@@ -139,18 +168,20 @@ def write_torch(values: dict[str, torch.Tensor], folder: Path) -> None:
 def test_other_formats_are_loaded(device: Device, write: Callable[..., None], tmp_path: Path) -> None:
     values = samples()
     write(values, tmp_path / "there")
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    loaded = zeros_for(values, device)
     reshard.load(loaded, tmp_path / "there")
     check_equal(loaded, values)
-    columns = reshard.open(tmp_path / "there").load_rank(reshard.Layout({"tp": 4}, {"bfloat16": "rowwise"}), 2)
-    assert columns["bfloat16"].equal(values["bfloat16"].chunk(4, 1)[2])
+    columns = reshard.open(tmp_path / "there").load_rank(
+        reshard.Layout({"tp": 4}, {"bfloat16": "rowwise"}), 2, device=device.device
+    )
+    assert columns["bfloat16"].cpu().equal(values["bfloat16"].chunk(4, 1)[2])
 
 
 def test_files_of_torch_save_with_other_strides_are_loaded(device: Device, tmp_path: Path) -> None:
     values = samples()
     write_torch(values, tmp_path / "there")
     stored = {name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in values.items()}
-    loaded = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
+    loaded = zeros_for(stored, device)
     reshard.load(loaded, tmp_path / "there" / "m.pt")
     check_equal(loaded, stored)
 
@@ -164,7 +195,7 @@ def test_damage_leaves_the_tensor_unchanged(device: Device, codec: str, where: f
     content = bytearray(data.read_bytes())
     content[int(where * len(content))] ^= 1
     data.write_bytes(content)
-    loaded = {"w": torch.full((4096, 512), 3.0, dtype=torch.bfloat16)}
+    loaded = {"w": torch.full((4096, 512), 3.0, dtype=torch.bfloat16, device=device.device)}
     with pytest.raises(reshard.errors.CorruptCheckpointError, match=r"'w': chunk .* damaged"):
         reshard.load(loaded, tmp_path)
     assert (loaded["w"] == 3).all()
@@ -176,7 +207,7 @@ def test_frames_of_many_tensors_are_decompressed_together(monkeypatch: pytest.Mo
     monkeypatch.setattr(destination, "device_of", lambda tensor: device)
     values = {f"w{i}": torch.randn(512, 512).bfloat16() for i in range(40)}
     reshard.save(values, tmp_path)
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    loaded = zeros_for(values, device)
     reshard.load(loaded, tmp_path)
     check_equal(loaded, values)
     assert isinstance(device.decompressor, CountingDecompressor)
@@ -191,7 +222,7 @@ def test_frames_are_decompressed_in_parts_that_fit(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(placing, "MAX_DECOMPRESSED_BYTES", 1 << 20)
     values = {"zeros": torch.zeros(4096, 2048, dtype=torch.int32)}
     reshard.save(values, tmp_path)
-    loaded = {"zeros": torch.ones(4096, 2048, dtype=torch.int32)}
+    loaded = {"zeros": torch.ones(4096, 2048, dtype=torch.int32)}  # on the host, for which the device decodes
     reshard.load(loaded, tmp_path)
     check_equal(loaded, values)
     assert isinstance(device.decompressor, CountingDecompressor)
@@ -203,7 +234,7 @@ def test_requests_larger_than_a_slot_pass_through_the_ring(monkeypatch: pytest.M
     monkeypatch.setattr(destination, "device_of", lambda tensor: device)
     values = samples()
     reshard.save(values, tmp_path, codec="none")
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    loaded = zeros_for(values, device)
     reshard.load(loaded, tmp_path)
     check_equal(loaded, values)
 
@@ -212,7 +243,7 @@ def test_host_and_device_share_requests(monkeypatch: pytest.MonkeyPatch, tmp_pat
     device = new_device(decompresses=True)
     values = {f"w{i}": torch.randn(200, 100) for i in range(10)}
     reshard.save(values, tmp_path)
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    loaded = zeros_for(values, device)
     there = {tensor.data_ptr() for tensor in list(loaded.values())[::2]}
     monkeypatch.setattr(destination, "device_of", lambda tensor: device if tensor.data_ptr() in there else None)
     reshard.load(loaded, tmp_path)
@@ -229,7 +260,7 @@ def test_a_failing_device_is_named_with_the_tensor(
 
     monkeypatch.setattr(device, "_new", fail)
     with pytest.raises(reshard.errors.RankError, match="'w': OutOfMemoryError: no memory on the device"):
-        reshard.load({"w": torch.zeros(300, 300)}, tmp_path)
+        reshard.load({"w": torch.zeros(300, 300, device=device.device)}, tmp_path)
     assert len(device.ring._free) * device.ring.nbytes == device.ring.held_bytes
 
 
@@ -248,7 +279,7 @@ def test_bytes_that_were_read_again_are_used(device: Device, monkeypatch: pytest
             super().take(data, nbytes)
 
     monkeypatch.setattr(executor, "RequestCheck", FirstIsDamaged)
-    loaded = {"w": torch.zeros(300, 300)}
+    loaded = zeros_for(values, device)
     reshard.load(loaded, tmp_path)
     check_equal(loaded, values)
     assert FirstIsDamaged.damaged

@@ -45,21 +45,37 @@ MAX_DECOMPRESSED_BYTES = 128 * 1024 * 1024
 """The most decoded bytes of frames that are decompressed with one call."""
 
 
-def count_frames(batch: ChunkBatch) -> int:
-    """Return the number of planes that the device may have to decompress."""
-    planes = batch.blocks.encodings[batch.block_rows] == Encoding.PLANES
-    chunks = batch.blocks.counts[batch.block_rows].prod(axis=1)
-    return int(chunks[planes].sum()) * len(batch.requests)
+def assign_devices(batches: Sequence[ChunkBatch]) -> dict[str, int]:
+    """Decide where the chunks of each batch are decoded.
+
+    Returns:
+        Their stored bytes by what decodes them. Empty if the host decodes all of them.
+    """
+    if all(batch.destination is None or batch.destination.device is None for batch in batches):
+        return {}
+    decoded_by: dict[str, int] = {}
+    for batch in batches:
+        device = None if batch.destination is None else batch.destination.device
+        path = "host"
+        if device is not None:
+            _assign(batch, device)
+            path = f"{device.device} with nvCOMP" if batch.frames else str(device.device)
+            path = path if batch.device is not None else f"host and {path}"
+        decoded_by[path] = decoded_by.get(path, 0) + int(batch.read.packed_bytes(batch.rows).sum())
+    return decoded_by
 
 
-def assign_device(batch: ChunkBatch, device: Device) -> None:
+def _assign(batch: ChunkBatch, device: Device) -> None:
     """Let a device decode the chunks of a batch from the bytes that are stored, if it can."""
     encodings = batch.blocks.encodings[batch.block_rows]
+    has_planes = encodings == Encoding.PLANES
     able = (encodings == Encoding.RAW) | (encodings == Encoding.PLAIN)
     if device.decompressor is not None:
-        able |= encodings == Encoding.PLANES
+        able |= has_planes
     if bool(able.all()):
-        batch.device, batch.frames = device, count_frames(batch)
+        batch.device = device
+        chunks = batch.blocks.counts[batch.block_rows].prod(axis=1)
+        batch.frames = int(chunks[has_planes].sum()) * len(batch.requests)
 
 
 def move(request: Request, data: memoryview, slot: Slot | None, damage: Damage) -> None:
