@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import shutil
 import time
 import warnings
@@ -170,9 +171,8 @@ class Bench:
         return found
 
     def _load_fastsafetensors(self) -> State:
-        from fastsafetensors import SafeTensorsFileLoader, SingleGroup
-
-        loader = SafeTensorsFileLoader(SingleGroup(), self.device, nogds=True)
+        library = importlib.import_module("fastsafetensors")
+        loader = library.SafeTensorsFileLoader(library.SingleGroup(), self.device, nogds=True)
         loader.add_filenames({0: [str(self.folder / "model.safetensors")]})
         files = loader.copy_files_to_device()
         try:
@@ -182,9 +182,7 @@ class Bench:
             loader.close()
 
     def _load_runai(self) -> State:
-        from runai_model_streamer import SafetensorsStreamer
-
-        with SafetensorsStreamer() as streamer:
+        with importlib.import_module("runai_model_streamer").SafetensorsStreamer() as streamer:
             streamer.stream_files([str(self.folder / "model.safetensors")], device="cpu")
             return {name: tensor.to(self.device, copy=True) for name, tensor in streamer.get_tensors()}
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -41,19 +42,31 @@ def place_chunk_batch(batch: ChunkBatch, damage: Damage) -> None:
         try:
             _place(batch, block, streams)
         except CorruptCheckpointError as error:
-            raise damaged_chunk(batch, block, streams, error, damage) from error
+            raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, damage) from error
 
 
 def damaged_chunk(
-    batch: ChunkBatch, block: Block, streams: list[StreamBytes], error: CorruptCheckpointError, damage: Damage
+    batch: ChunkBatch, block: Block, decode: Callable[[Block], object], error: CorruptCheckpointError, damage: Damage
 ) -> Exception:
-    """Return the error for a block that cannot be decoded. It names the first chunk that cannot be decoded."""
-    return undecodable(batch, *(_first_damaged(batch.read, block, streams) or (block.row, error)), damage)
+    """Return the error for a block that cannot be decoded. It names the first chunk that cannot be decoded.
 
-
-def undecodable(batch: ChunkBatch, row: int, cause: CorruptCheckpointError, damage: Damage) -> Exception:
-    """Return the error for a chunk whose bytes cannot be decoded."""
+    Args:
+        decode: decodes a block of one chunk.
+        error: what was raised for the whole block.
+    """
+    row, cause = block.row, error
+    for chunk in (replace(block, row=at, count=1, counts=(), dims=()) for at in range(row, row + block.count)):
+        try:
+            decode(chunk)
+        except CorruptCheckpointError as of_chunk:
+            row, cause = chunk.row, of_chunk
+            break
     return damage(batch.tensor, f"chunk {batch.chunk_box(row - batch.rows.start)} cannot be decoded: {cause}")
+
+
+def decode_chunk(read: ChunkReads, streams: list[StreamBytes], chunk: Block) -> None:
+    """Decode a block of one chunk, and discard the values."""
+    list(decode_block(read, chunk, streams, [1]))
 
 
 def _place(batch: ChunkBatch, block: Block, streams: list[StreamBytes]) -> None:
@@ -146,19 +159,6 @@ def _decode_planes(
     if read.heads_only:
         return decode_heads(planes[0], counts)
     return decode(planes[0], counts, read.entry.dtype)
-
-
-def _first_damaged(
-    read: ChunkReads, block: Block, streams: list[StreamBytes]
-) -> tuple[int, CorruptCheckpointError] | None:
-    """Return the row of the first chunk that cannot be decoded, and the error. None if all can be decoded."""
-    for row in range(block.row, block.row + block.count):
-        chunk = replace(block, row=row, count=1, counts=(), dims=())
-        try:
-            list(decode_block(read, chunk, streams, [1]))
-        except CorruptCheckpointError as error:
-            return row, error
-    return None
 
 
 def _decode_raw(data: memoryview, nbytes: int, skipped: int) -> Bytes:

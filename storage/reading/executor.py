@@ -263,9 +263,10 @@ class _Execution:
 
     def _free(self, request: Request) -> None:
         """Release the bytes of a request whose values have been written. The caller holds the lock."""
-        if request.data is not None and self._error is None:
-            self._fetcher.release(request.data)
-            request.data = None
+        if self._error is None:
+            if request.data is not None:
+                self._fetcher.release(request.data)
+                request.data = None
             self._placed(request.nbytes)
 
     def _fetch_here(self, step: Fetch) -> None:

@@ -5,6 +5,7 @@ Where there is no CUDA device, host memory takes its place: then everything runs
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from reshard.storage.reading import destination, executor
 from reshard.storage.reading.checks import RequestCheck
 from reshard.storage.reading.device import placing
 from reshard.storage.reading.device.device import Device, cuda_device
-from reshard.storage.reading.device.frames import HostDecompressor
+from reshard.storage.reading.device.frames import HostDecompressor, PackedFrames
 from reshard.storage.reading.device.ring import MAX_SLOTS, Ring, Slot
 from reshard.storage.stores.buffer_pool import PAGE_BYTES
 
@@ -33,10 +34,10 @@ class CountingDecompressor(HostDecompressor):
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def decompress(self, packed: torch.Tensor, starts: Any, sizes: Any, values: Any, to: Any, numels: Any) -> None:
-        self.calls.append(len(starts))
-        assert all(start % 16 == 0 for start in (*starts, *to))
-        super().decompress(packed, starts, sizes, values, to, numels)
+    def decompress(self, frames: PackedFrames) -> None:
+        self.calls.append(len(frames.starts))
+        assert all(start % 16 == 0 for start in (*frames.starts, *frames.value_starts))
+        super().decompress(frames)
 
 
 def new_device(decompresses: bool, slot_bytes: int = 1 << 20) -> Device:
@@ -200,6 +201,23 @@ def test_damage_leaves_the_tensor_unchanged(device: Device, codec: str, where: f
         reshard.load(loaded, tmp_path)
     assert (loaded["w"] == 3).all()
     assert len(device.ring._free) * device.ring.nbytes == device.ring.held_bytes, "all slots are put back"
+
+
+def test_error_names_the_chunk_that_cannot_be_decoded(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The bytes match their checksums, and are wrong nevertheless."""
+    monkeypatch.setattr(RequestCheck, "damages", lambda *arguments: [])
+    reshard.save({"w": torch.randn(1024, 512).bfloat16()}, tmp_path)
+    chunks = reshard.open(tmp_path).plan(reshard.Layout({"tp": 1}))[0].reads[0]
+    (data,) = (tmp_path / "data").iterdir()
+    content = bytearray(data.read_bytes())
+    start = int(chunks.starts[5, 0])
+    content[start : start + 4] = bytes([255] * 4)
+    data.write_bytes(content)
+    where = f"chunk [{chunks.chunk_offsets[5][0]}:{chunks.chunk_offsets[5][0] + chunks.chunk_sizes[5][0]}, "
+    with pytest.raises(reshard.errors.CorruptCheckpointError, match=re.escape(where)):
+        reshard.load({"w": torch.zeros(1024, 512, dtype=torch.bfloat16, device=device.device)}, tmp_path)
 
 
 def test_frames_of_many_tensors_are_decompressed_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

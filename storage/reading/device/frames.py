@@ -41,41 +41,42 @@ class Frames:
         sizes = list(map(len, self.stored))
         device = self.stored[0].device
         padding = torch.empty(FRAME_ALIGNMENT, dtype=torch.uint8, device=device)
-        packed = torch.cat(
-            [
-                part
-                for frame, nbytes in zip(self.stored, sizes, strict=True)
-                for part in (frame, padding[: -nbytes % FRAME_ALIGNMENT])
-            ]
+        parts = (
+            part
+            for frame, nbytes in zip(self.stored, sizes, strict=True)
+            for part in (frame, padding[: -nbytes % FRAME_ALIGNMENT])
         )
+        packed = torch.cat(list(parts))
         values = torch.empty(self.value_bytes, dtype=torch.uint8, device=device)
-        decompressor.decompress(packed, _starts(sizes), sizes, values, _starts(self.numels), self.numels)
+        decompressor.decompress(PackedFrames(packed, _starts(sizes), sizes, values, _starts(self.numels), self.numels))
         return values
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFrames:
+    """Frames in one piece of memory, and the memory to decompress them to."""
+
+    packed: torch.Tensor
+    """uint8, on the device."""
+    starts: Sequence[int]
+    sizes: Sequence[int]
+    """The byte range of each frame."""
+    values: torch.Tensor
+    """uint8, on the device."""
+    value_starts: Sequence[int]
+    numels: Sequence[int]
+    """The byte range of each decompressed frame in `values`."""
 
 
 class Decompressor(Protocol):
     """Decompresses frames on a device."""
 
-    def decompress(
-        self,
-        packed: torch.Tensor,
-        starts: Sequence[int],
-        sizes: Sequence[int],
-        values: torch.Tensor,
-        value_starts: Sequence[int],
-        numels: Sequence[int],
-    ) -> None:
-        """Decompress frames, in the order of the current stream of the device. Any thread may call this.
-
-        Args:
-            packed: the memory with the frames.
-            starts, sizes: the byte range of each frame.
-            values: the memory to write to.
-            value_starts, numels: the byte range of each decompressed frame.
-        """
+    def decompress(self, frames: PackedFrames) -> None:
+        """Decompress frames, in the order of the current stream of the device. Any thread may call this."""
 
 
 def aligned(nbytes: int) -> int:
+    """Return the number of bytes that a frame takes in memory."""
     return -(-nbytes // FRAME_ALIGNMENT) * FRAME_ALIGNMENT
 
 
@@ -86,18 +87,11 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 class HostDecompressor:
     """Decompresses on the host what is on a device. It replaces a decompressor that failed."""
 
-    def decompress(
-        self,
-        packed: torch.Tensor,
-        starts: Sequence[int],
-        sizes: Sequence[int],
-        values: torch.Tensor,
-        value_starts: Sequence[int],
-        numels: Sequence[int],
-    ) -> None:
+    def decompress(self, frames: PackedFrames) -> None:
         """See `Decompressor`."""
-        frames, decompressed = packed.cpu().numpy(), np.empty(len(values), np.uint8)
+        packed, values = frames.packed.cpu().numpy(), np.empty(len(frames.values), np.uint8)
         decompress = zstandard.ZstdDecompressor().decompress
-        for start, nbytes, to, numel in zip(starts, sizes, value_starts, numels, strict=True):
-            decompressed[to : to + numel] = np.frombuffer(decompress(frames[start : start + nbytes].data), np.uint8)
-        values.copy_(torch.from_numpy(decompressed))
+        columns = (frames.starts, frames.sizes, frames.value_starts, frames.numels)
+        for start, nbytes, to, numel in zip(*columns, strict=True):
+            values[to : to + numel] = np.frombuffer(decompress(packed[start : start + nbytes].data), np.uint8)
+        frames.values.copy_(torch.from_numpy(values))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from ...runtime.logs import logger_of
-from .frames import Decompressor, HostDecompressor
+from .frames import Decompressor, HostDecompressor, PackedFrames
 
 logger = logger_of(__name__)
 
@@ -52,37 +51,19 @@ class NvcompDecompressor:
         self._instead: Decompressor | None = None
         """Used after nvCOMP has failed."""
 
-    def decompress(
-        self,
-        packed: torch.Tensor,
-        starts: Sequence[int],
-        sizes: Sequence[int],
-        values: torch.Tensor,
-        value_starts: Sequence[int],
-        numels: Sequence[int],
-    ) -> None:
+    def decompress(self, frames: PackedFrames) -> None:
         """See `Decompressor`."""
         if self._instead is None:
             ready = torch.cuda.current_stream(self._device).record_event()
-            done = self._thread.submit(self._decompress, ready, packed, starts, sizes, values, value_starts, numels)
             try:
-                done.result()
+                self._thread.submit(self._decompress, ready, frames).result()
                 return
             except Exception as error:
                 logger.warning("nvCOMP failed, so the host decompresses instead: %s: %s", type(error).__name__, error)
                 self._instead = HostDecompressor()
-        self._instead.decompress(packed, starts, sizes, values, value_starts, numels)
+        self._instead.decompress(frames)
 
-    def _decompress(
-        self,
-        ready: torch.cuda.Event,
-        packed: torch.Tensor,
-        starts: Sequence[int],
-        sizes: Sequence[int],
-        values: torch.Tensor,
-        value_starts: Sequence[int],
-        numels: Sequence[int],
-    ) -> None:
+    def _decompress(self, ready: torch.cuda.Event, frames: PackedFrames) -> None:
         nvcomp = self._nvcomp
         with torch.cuda.device(self._device):
             if self._stream is None:
@@ -95,7 +76,7 @@ class NvcompDecompressor:
                 )
             self._stream.wait_event(ready)
             stream = self._stream.cuda_stream
-            frames = nvcomp.as_arrays(packed, list(starts), list(sizes), cuda_stream=stream)
-            out = nvcomp.as_arrays(values, list(value_starts), list(numels), cuda_stream=stream)
-            self._codec.decode(frames, out=out)
+            stored = nvcomp.as_arrays(frames.packed, list(frames.starts), list(frames.sizes), cuda_stream=stream)
+            out = nvcomp.as_arrays(frames.values, list(frames.value_starts), list(frames.numels), cuda_stream=stream)
+            self._codec.decode(stored, out=out)
             self._stream.synchronize()

@@ -25,11 +25,11 @@ from ..decode import (
     Damage,
     damaged_chunk,
     decode_block,
+    decode_chunk,
     open_target,
     parts_of,
     place_chunk_batch,
     streams_of,
-    undecodable,
 )
 from ..destination import Target
 from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
@@ -103,21 +103,24 @@ def move(request: Request, data: memoryview, slot: Slot | None, damage: Damage) 
 
 def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Tensor, damage: Damage) -> StreamOnDevice:
     """Read the tables of the planes of a stream on the host."""
-    found, nothing = StreamBytes.of(batch.read, batch.rows, stream, batch.requests[stream].start, data), memoryview(b"")
+    found = StreamBytes.of(batch.read, batch.rows, stream, batch.requests[stream].start, data)
     planes_of: dict[int, Planes] = {}
     exceptions: dict[int, dict[int, Exceptions]] = {}
+
+    def describe(block: Block) -> None:
+        planes = found.planes(batch.read, block)
+        planes.check_frames()
+        if stream == 1:
+            exceptions[block.row] = exceptions_of(planes, found.ends[found.rows(block)])
+        planes_of[block.row] = replace(planes, data=memoryview(b""))
+
     for block in batch.blocks.select(batch.block_rows):
-        if block.encoding != Encoding.PLANES:
-            continue
-        try:
-            planes = found.planes(batch.read, block)
-            planes.check_frames()
-            if stream == 1:
-                exceptions[block.row] = exceptions_of(planes, found.ends[found.rows(block)])
-        except CorruptCheckpointError as error:
-            raise undecodable(batch, block.row, error, damage) from error
-        planes_of[block.row] = replace(planes, data=nothing)
-    return StreamOnDevice(moved, replace(found, data=nothing), planes_of, exceptions)
+        if block.encoding == Encoding.PLANES:
+            try:
+                describe(block)
+            except CorruptCheckpointError as error:
+                raise damaged_chunk(batch, block, describe, error, damage) from error
+    return StreamOnDevice(moved, replace(found, data=memoryview(b"")), planes_of, exceptions)
 
 
 def place(batches: Sequence[ChunkBatch], damage: Damage) -> None:
@@ -171,7 +174,7 @@ def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
                 with device.working():
                     _write(batch, target, index, values())
         except CorruptCheckpointError as error:
-            raise damaged_chunk(batch, block, streams, error, damage) from error
+            raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, damage) from error
 
 
 def _write(batch: ChunkBatch, target: Target, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
