@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...planner.box import IntArray, box_slices
 from ...planner.chunk_reads import ChunkReads
-from ...planner.entries import NATIVE_ENCODINGS
+from ...planner.entries import NATIVE_ENCODINGS, Encoding
 from ...planner.read_plan import BOXES_PER_CALL
 from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
 
@@ -140,7 +140,8 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
     stops = np.concatenate([read.stops[:, 0] for read in reads])
     requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
 
-    whole = (sizes == piece_sizes).all(axis=1) & (encodings <= max(NATIVE_ENCODINGS))
+    whole = (sizes == piece_sizes).all(axis=1)
+    whole &= (encodings <= max(NATIVE_ENCODINGS)) | np.concatenate(list(map(_are_dense, reads)))
     alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
     alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
     between = bounds[1:-1]
@@ -154,6 +155,17 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
     columns += [np.where((counts.prod(axis=1) > 1)[:, None], block_sizes, piece_sizes[firsts])]
     for begin, end in pairwise(ends.tolist()):
         yield Blocks(*(column[begin:end] for column in columns))
+
+
+def _are_dense(read: ChunkReads) -> npt.NDArray[np.bool_]:
+    """(n,) Return which chunks of a read are plain and row-major, without bytes between their runs."""
+    if read.runs is None or read.entry.order is not None:
+        return np.zeros(len(read), np.bool_)
+    runs = read.runs
+    dense: npt.NDArray[np.bool_] = read.encodings == Encoding.PLAIN
+    dense &= ~runs.sparse
+    dense &= runs.packed_bytes == runs.spans
+    return dense
 
 
 def form_boxes(

@@ -28,7 +28,7 @@ MAX_PART_BYTES = 1024 * 1024
 (`benchmarks/overhead.py`)."""
 
 
-_RAW, _PLANES, _OPAQUE = int(Encoding.RAW), int(Encoding.PLANES), int(Encoding.OPAQUE)
+_RAW, _PLANES, _PLAIN, _OPAQUE = map(int, Encoding)
 Damage = Callable[[TensorRead, str], Exception]
 """Returns the error to raise for a tensor and a message."""
 Values = npt.NDArray[Any]
@@ -72,7 +72,7 @@ def decode_chunk(read: ChunkReads, streams: list[StreamBytes], chunk: Block) -> 
 def _place(batch: ChunkBatch, block: Block, streams: list[StreamBytes]) -> None:
     """Write the values of a block in parts that fit the cache. Write raw chunks that are not cast with one copy."""
     read, target = batch.read, open_target(batch, block)
-    in_one_copy = block.encoding == _RAW and not target.casts
+    in_one_copy = block.encoding in (_RAW, _PLAIN) and not target.casts
     most = block.count if in_one_copy else max(1, MAX_PART_BYTES // (block.numel * read.itemsize))
     indexes, counts = parts_of(block.counts, most)
     for index, values in zip(indexes, decode_block(read, block, streams, counts), strict=True):
@@ -138,7 +138,7 @@ def decode_block(read: ChunkReads, block: Block, streams: list[StreamBytes], cou
     if block.encoding == _PLANES:
         return _decode_planes(read, block, streams, counts)
     data = streams[0].data[streams[0].range_of(block)]
-    if block.encoding == _RAW:
+    if block.encoding == _RAW or block.count > 1:
         values = _decode_raw(data, block.count * block.numel * read.itemsize, int(read.skipped[block.row]))
         if len(counts) == 1:
             return iter([values])

@@ -13,6 +13,9 @@ from ..tensors.dtypes import UNSIGNED, cast, from_bytes
 from .blocks import Block, split_shape
 from .device.device import Device, device_of
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Dtypes that torch copies on every device, by bytes per element."""
+
 
 class Destination:
     """A tensor that is written box by box. The values are cast if their dtype differs.
@@ -85,9 +88,12 @@ class Target:
 
     def write_tensor(self, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
         """Write values with torch. They are a flat tensor of the stored dtype, on any device. See `write`."""
-        block = self._block
-        with writing_to(self._tensor):
-            target = self._tensor[block.target]
+        block, tensor = self._block, self._tensor
+        bits = BITS.get(tensor.itemsize)
+        if not self.casts and bits is not None and not tensor.is_conj() and not tensor.is_neg():
+            tensor, values = tensor.view(bits), values.view(bits)  # torch cannot copy all dtypes on every device
+        with writing_to(tensor):
+            target = tensor[block.target]
             if block.counts:
                 target = target.view(self._shape).permute(self._axes)[index]
                 target.copy_(values.view(target.shape))

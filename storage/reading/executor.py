@@ -424,8 +424,5 @@ def _slot_for(request: Request) -> Iterator[Slot | None]:
     if device is None or request.on_host or request.nbytes > device.ring.max_request_bytes:
         yield None
         return
-    slot = device.ring.take()
-    try:
+    with device.slot() as slot:
         yield slot
-    finally:
-        device.ring.put(slot)

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,8 +215,9 @@ class Staging:
     def begin(cls, shards: Sequence[ShardToWrite]) -> Staging:
         """Take an arena for shards, and start the copies from devices."""
         loaded = [(shard, shard.load(shard.box)) for shard in shards if shard.box.numel]
-        pinned = any(values.device.type == "cuda" for _, values in loaded)
-        staging = cls(STAGING.take(staged_bytes(shards), pinned=pinned))
+        devices = [values.device for _, values in loaded if values.device.type == "cuda"]
+        with torch.cuda.device(devices[0]) if devices else nullcontext():  # or CUDA would also use the first device
+            staging = cls(STAGING.take(staged_bytes(shards), pinned=bool(devices)))
         try:
             staging._begin(loaded)
         except BaseException:
@@ -294,7 +296,10 @@ class DeviceCopies:
 
 def as_host_array(values: torch.Tensor) -> npt.NDArray[Any]:
     """Return the bits of a tensor as an array on the host. Values of a CUDA device are copied to page-locked memory."""
-    memory = save_buffers.lend(values.nbytes) if values.device.type == "cuda" else None
+    memory = None
+    if values.device.type == "cuda":
+        with torch.cuda.device(values.device):  # otherwise CUDA would also use the first device
+            memory = save_buffers.lend(values.nbytes)
     if memory is None:
         return as_array(values)
     copied = from_bytes(memory, values.dtype, tuple(values.shape))

@@ -6,9 +6,11 @@ import contextlib
 import functools
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ from reshard.storage.reading.decode import parts_of
 from reshard.storage.reading.destination import Destination
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.tasks import arrange
+from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import MemoryStore
 from reshard.storage.tensors.dtypes import as_array, as_bytes
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
@@ -138,6 +141,21 @@ def test_blocks_are_read_into_the_boxes_of_their_chunks(codec: str, dtype: torch
         out = [torch.full_like(values, 7) for values in expected]
         execute(plan, source.index(wants), store, out)
         assert all(a.equal(b) for a, b in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("into", [torch.bfloat16, torch.float32])
+def test_rows_of_another_format_form_one_block(into: torch.dtype, tmp_path: Path) -> None:
+    values = torch.randn(4096, 1000)
+    safetensors.torch.save_file({"w": values}, tmp_path / "model.safetensors")
+    source = open_source(LocalStore(tmp_path))
+    want = WantedBox("w", Box((1024, 0), (2048, 1000)))
+    plan = plan_reads(source.index([want]), [want])
+    assert len(plan.reads[0]) > 4
+    (found,) = find_blocks(plan.reads, list(plan.requests_of()))
+    assert len(found.counts) <= 2, "the last slab may have fewer rows"
+    out = torch.zeros(2048, 1000, dtype=into)
+    execute(plan, source.index([want]), LocalStore(tmp_path), [out])
+    assert out.equal(values[1024:3072].to(into))
 
 
 def test_batches_contain_every_chunk_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -59,16 +59,22 @@ class Device:
             to = self._new(offset, sum(map(len, arrays)))
         done = 0
         for pieces in _cut(arrays, self.ring.nbytes):
-            slot = self.ring.take()
-            try:
+            with self.slot() as slot:
                 nbytes = sum(map(len, pieces))
                 np.concatenate(pieces, out=slot.memory[:nbytes])
                 with self._copying():
                     self._copy(slot, 0, to[done : done + nbytes])
                 done += nbytes
-            finally:
-                self.ring.put(slot)
         return to
+
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """Lend a slot of the ring."""
+        slot = self.ring.take()
+        try:
+            yield slot
+        finally:
+            self.ring.put(slot)
 
     def _new(self, offset: int, nbytes: int) -> torch.Tensor:
         shift = offset % ALIGNMENT
@@ -100,6 +106,13 @@ class CudaDevice(Device):
         self._idle: list[torch.cuda.Stream] = []
         """Streams to work on. They are used again, because torch keeps memory for each stream."""
 
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        with ExitStack() as stack:
+            with torch.cuda.device(self.device):  # otherwise CUDA would also use the first device
+                slot = stack.enter_context(super().slot())
+            yield slot
+
     def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> None:
         super()._copy(slot, start, to)
         slot.copies.append(self._copies.record_event())
@@ -110,9 +123,7 @@ class CudaDevice(Device):
     @contextmanager
     def working(self) -> Iterator[None]:
         with self._lock:
-            stream = self._idle.pop() if self._idle else None
-        if stream is None:
-            stream = torch.cuda.Stream(self.device)
+            stream = self._idle.pop() if self._idle else torch.cuda.Stream(self.device)
         stream.wait_stream(self._copies)
         try:
             with torch.cuda.stream(stream):

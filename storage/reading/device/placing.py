@@ -264,7 +264,7 @@ def _place_planes(device: Device, parts: Iterable[_PlanesToPlace], frames: Frame
 def _decoded(read: ChunkReads, block: Block, stream: StreamOnDevice) -> torch.Tensor:
     """Return the values of chunks that are raw or of another format."""
     data = stream.data[stream.ranges.range_of(block)]
-    if block.encoding == Encoding.RAW:
+    if block.encoding == Encoding.RAW or block.count > 1:
         nbytes, skipped = block.count * block.numel * read.itemsize, int(read.skipped[block.row])
         if len(data) < nbytes:  # a chunk that was read in part: its other values are not used
             whole = torch.empty(nbytes, dtype=torch.uint8, device=data.device)
