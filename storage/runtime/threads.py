@@ -18,10 +18,11 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from ..errors import StoreError
 from .forks import Lock, generation
@@ -246,15 +247,37 @@ def result_of(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
         Exception: any exception of the coroutine.
     """
     stop = current_stop()
-    future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, timeout_s), loop)
+    future = asyncio.run_coroutine_threadsafe(_outcome(asyncio.wait_for(coroutine, timeout_s)), loop)
     with stop.calling(future.cancel):
         try:
-            return future.result(stop.left_s)
+            outcome = future.result(stop.left_s)
         except CancelledError:
             raise StoreError("the call was stopped") from None
         except BaseException:
             future.cancel()
             raise
+    try:
+        if outcome.error is not None:
+            raise outcome.error
+        return cast("T", outcome.result)
+    finally:
+        del outcome  # the traceback of its error refers to this frame
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """The result or the error of a coroutine."""
+
+    result: Any = None
+    error: Exception | None = None
+
+
+async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> _Outcome:
+    """Wait for a coroutine. If it fails when nobody waits for its error any more, asyncio would print the error."""
+    try:
+        return _Outcome(await coroutine)
+    except Exception as error:
+        return _Outcome(error=error)
 
 
 def run_bounded(call: Callable[[], object]) -> None:
