@@ -10,7 +10,10 @@ Names are imported when they are first used, so that `import reshard` is fast.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 from .storage.version import __version__ as __version__
@@ -132,7 +135,36 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
+_IMPORT_S = 10.0
+_import_lock = threading.RLock()
+"""Held while a name is imported. A fork waits for it: otherwise a module that another thread imports at that moment
+would stay locked in the child, where its next import would wait forever."""
+
+
+def _before_fork() -> None:
+    _import_lock.acquire(timeout=_IMPORT_S)
+
+
+def _after_fork() -> None:
+    with contextlib.suppress(RuntimeError):  # another thread still holds it
+        _import_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _import_lock
+    _import_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
 def __getattr__(name: str) -> Any:
+    with _import_lock:
+        return _imported(name)
+
+
+def _imported(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
     if name == "open":

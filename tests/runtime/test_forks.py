@@ -236,6 +236,32 @@ def test_a_fork_during_loads_of_other_threads(saved: Place, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("store_name", ["local"])
+def test_a_fork_waits_for_an_import_of_another_thread(saved: Place, tmp_path: Path) -> None:
+    """The import of `reshard.load` lasts until after the fork. The child imports it, too."""
+    code = """
+    import builtins
+
+    original, begun = builtins.__import__, threading.Event()
+
+    def slow_import(name, *arguments, **named):
+        if threading.current_thread() is not threading.main_thread() and not begun.is_set():
+            begun.set()
+            time.sleep(1)
+        return original(name, *arguments, **named)
+
+    builtins.__import__ = slow_import
+    assert "reshard.storage.load" not in sys.modules
+    thread = threading.Thread(target=lambda: reshard.load)
+    thread.start()
+    assert begun.wait(30)
+    in_child(lambda: reshard.load(state(), uri, **arguments))
+    thread.join()
+    assert "reshard.storage.load" in sys.modules
+    """
+    run(code, saved, tmp_path)
+
+
+@pytest.mark.parametrize("store_name", ["local"])
 def test_locks_held_by_another_thread_are_free_in_a_child(saved: Place, tmp_path: Path) -> None:
     code = """
     import torch.distributed.checkpoint as dcp
