@@ -16,7 +16,7 @@ ARGS ?=
 BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead lazy_weights many_ranks coordinator
 BIN := $(VENV)/bin
 
-.PHONY: test test-fast test-engines check fix docs demo torture bench env
+.PHONY: test test-fast test-engines check lint mypy pyright fix docs demo torture bench env
 .DELETE_ON_ERROR:
 
 env: $(VENV)/installed
@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 test: env
 	$(BIN)/python -m pytest -n auto -m 'not slow'
-	$(BIN)/python -m pytest -m slow --durations=5
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=5
 
 test-fast: env
 	$(BIN)/python -m pytest -n auto -m 'not slow' --cov --cov-report=term:skip-covered
@@ -46,10 +46,16 @@ fix: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: env docs
+check: lint mypy pyright docs
+
+lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+mypy: env
 	$(BIN)/mypy
+
+pyright: env
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: env

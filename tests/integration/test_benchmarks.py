@@ -101,7 +101,7 @@ def test_async_save(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("pools")
 def test_device(tmp_path: Path) -> None:
     folder = tmp_path / "files"
-    arguments = ["--device", "cpu", "--layers", "1", "--dim", "128", "--rounds", "2", "--folder", str(folder)]
+    arguments = ["--device", "cpu", "--layers", "1", "--dim", "128", "--rounds", "1", "--folder", str(folder)]
     found = rows_of(device, tmp_path, *arguments)
     cases = {row["case"] for row in found}
     assert {"save reshard, zstd", "load reshard, none", "rank of TP 4, safetensors", "load dcp"} <= cases
