@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -24,16 +25,23 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack characters
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except CheckpointError as error:
         if "--debug" in sys.argv:
             sys.excepthook = _print_traceback
             raise
         print(f"reshard: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:  # of the output: the library raises CheckpointErrors
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write at exit
+        if error.errno != errno.EPIPE:  # EPIPE: the reader of the output has closed it
+            print(f"reshard: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1 if error.errno == errno.EPIPE else 2)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:

@@ -572,3 +572,16 @@ def test_weight_files_that_are_not_in_the_index_are_shown(tmp_path: Path) -> Non
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "are not in the index and were not read: consolidated.safetensors" in call("inspect", tmp_path)
     assert as_json("inspect", tmp_path)["unindexed_files"] == ["consolidated.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["inspect", "c"], ["inspect", "c", "--json"], ["ls", "."], ["--help"]])
+def test_a_full_disk_behind_the_output_is_one_error(arguments: list[str], tmp_path: Path) -> None:
+    reshard.save({"w": torch.zeros(3)}, tmp_path / "c")
+    command = [sys.executable, "-c", "from reshard.cli import main; main()", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "reshard: the output cannot be written: No space left on device\n"
