@@ -43,8 +43,8 @@ from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, arrange, separate
 from .workers import Workers
 
 STOPPED = "the read was stopped"
-DEVICE_BUDGET_BYTES = 1024 * 1024 * 1024
-"""The most bytes that a load into tensors on a device needs there, in addition to the tensors, by default."""
+MAX_DEVICE_BUDGET_BYTES = 1024 * 1024 * 1024
+"""The most bytes that a load into tensors on a device needs there, in addition to the tensors."""
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ def execute(
         destinations: one tensor for each of `plan.reads`, with the sizes of its box, on any device. The stored dtype
             can be cast to its dtype. The tensors are written in place.
         budget_bytes: memory for bytes that have been fetched and not been placed yet, on the host and on a device.
-            `default_budget()` by default, and at most DEVICE_BUDGET_BYTES if a device decodes.
+            `default_budget()` by default. At most MAX_DEVICE_BUDGET_BYTES are used if a device decodes.
         interrupt: called regularly by this thread. If it raises an error, the read stops with this error.
         placed: called by any thread, with the number of stored bytes of a request whose values have all been placed.
         workers: threads and buffers that are shared with other calls. By default this call creates its own.
@@ -126,10 +126,14 @@ class _Execution:
         self._fetcher = workers.fetcher
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
         self._stats.decoded_by = assign_devices([batch for tensor in self._tensors for batch in tensor.batches])
+        budget = default_budget() if budget_bytes is None else budget_bytes
+        if self._stats.decoded_by:
+            budget = min(budget, MAX_DEVICE_BUDGET_BYTES)
+        self._max_decompressed_bytes = budget // 4
         self._schedule = Schedule(
             self._tensors,
             self._requests,
-            budget_bytes=_budget(budget_bytes, self._requests),
+            budget_bytes=budget // 2 if self._stats.decoded_by else budget,
             group_bytes=self._fetcher.group_bytes,
             max_fetches=self._fetcher.max_requests,
             min_frames=MIN_FRAMES,
@@ -395,7 +399,7 @@ class _Execution:
         """Write the values of batches."""
         begin = time.perf_counter()
         try:
-            place(batches, self._damage)
+            place(batches, self._damage, self._max_decompressed_bytes)
         except CheckpointError:
             raise
         except Exception as error:  # raised by torch or by the device
@@ -407,14 +411,6 @@ class _Execution:
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:
     return Destination(tensor, torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype))
-
-
-def _budget(budget_bytes: int | None, requests: Sequence[Request]) -> int:
-    """Return how many bytes may wait. A quarter of a device's budget is left for the values that are decoded there."""
-    budget = default_budget() if budget_bytes is None else budget_bytes
-    if all(request.device is None for request in requests):
-        return budget
-    return (min(budget, DEVICE_BUDGET_BYTES) if budget_bytes is None else budget) * 3 // 4
 
 
 @contextmanager

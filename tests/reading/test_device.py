@@ -19,7 +19,6 @@ import torch.distributed.checkpoint as dcp
 import reshard
 from reshard.storage.reading import destination, executor
 from reshard.storage.reading.checks import RequestCheck
-from reshard.storage.reading.device import placing
 from reshard.storage.reading.device.device import Device, cuda_device
 from reshard.storage.reading.device.frames import HostDecompressor, PackedFrames
 from reshard.storage.reading.device.ring import MAX_SLOTS, Ring, Slot
@@ -237,11 +236,10 @@ def test_frames_are_decompressed_in_parts_that_fit(monkeypatch: pytest.MonkeyPat
     """Zeros compress so well that one request would fill the device."""
     device = new_device(decompresses=True)
     monkeypatch.setattr(destination, "device_of", lambda tensor: device)
-    monkeypatch.setattr(placing, "MAX_DECOMPRESSED_BYTES", 1 << 20)
     values = {"zeros": torch.zeros(4096, 2048, dtype=torch.int32)}
     reshard.save(values, tmp_path)
     loaded = {"zeros": torch.ones(4096, 2048, dtype=torch.int32)}  # on the host, for which the device decodes
-    reshard.load(loaded, tmp_path)
+    reshard.load(loaded, tmp_path, budget_bytes=4 << 20)
     check_equal(loaded, values)
     assert isinstance(device.decompressor, CountingDecompressor)
     assert len(device.decompressor.calls) >= 16

@@ -39,10 +39,12 @@ from .frames import Frames
 from .join import join_bfloat16, join_float32, join_planes
 from .ring import Slot
 
-MAX_PART_BYTES = 4 * 1024 * 1024
-"""The most decoded bytes that are copied from the host, joined and written at once."""
-MAX_DECOMPRESSED_BYTES = 128 * 1024 * 1024
-"""The most decoded bytes of frames that are decompressed with one call."""
+MAX_COPIED_BYTES = 4 * 1024 * 1024
+"""The most decoded bytes that a worker copies from the host, joins and writes at once."""
+MAX_JOINED_BYTES = 16 * 1024 * 1024
+"""The most decoded bytes that are joined at once on a device. This needs about four times as much memory there."""
+MAX_DECOMPRESSED_BYTES = 256 * 1024 * 1024
+"""The most bytes of frames that are decompressed with one call. A thousand frames of 256 KiB have as many."""
 
 
 def assign_devices(batches: Sequence[ChunkBatch]) -> dict[str, int]:
@@ -123,12 +125,13 @@ def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Ten
     return StreamOnDevice(moved, replace(found, data=memoryview(b"")), planes_of, exceptions)
 
 
-def place(batches: Sequence[ChunkBatch], damage: Damage) -> None:
+def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int = MAX_DECOMPRESSED_BYTES) -> None:
     """Decode batches whose bytes have arrived, and write them to their destinations.
 
     Args:
         batches: one batch, or several with frames on a device.
         damage: returns the error to raise for a tensor and a message.
+        max_bytes: the most bytes of frames that are decompressed with one call.
     """
     on_device: dict[Device, list[ChunkBatch]] = {}
     for batch in batches:
@@ -140,10 +143,10 @@ def place(batches: Sequence[ChunkBatch], damage: Damage) -> None:
         else:
             place_chunk_batch(batch, damage)
     for device, members in on_device.items():
-        _place_on_device(device, members)
+        _place_on_device(device, members, min(max_bytes, MAX_DECOMPRESSED_BYTES))
 
 
-def _place_on_device(device: Device, batches: Sequence[ChunkBatch]) -> None:
+def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int) -> None:
     """Decode batches whose bytes are on a device, and write them to their destinations. Wait until this is done."""
     with device.working():
         waiting: list[_PlanesToPlace] = []
@@ -154,9 +157,9 @@ def _place_on_device(device: Device, batches: Sequence[ChunkBatch]) -> None:
                 if block.encoding != Encoding.PLANES:
                     _write(batch, target, (), _decoded(batch.read, block, batch.on_device[0]))
                     continue
-                for index, chunks in _parts(batch.read, block, MAX_DECOMPRESSED_BYTES):
+                for index, chunks in _parts(batch.read, block, min(MAX_JOINED_BYTES, max_bytes)):
                     waiting.append(_PlanesToPlace(batch, block, target, index, chunks, frames))
-                    if frames.value_bytes >= MAX_DECOMPRESSED_BYTES:
+                    if frames.value_bytes >= max_bytes:
                         _place_planes(device, waiting, frames)
                         waiting, frames = [], Frames()
         _place_planes(device, waiting, frames)
@@ -196,7 +199,7 @@ def _values_from_host(
     planes = [stream.planes(read, block) for stream in streams]
     exceptions = exceptions_of(planes[1], streams[1].ends[streams[1].rows(block)]) if len(planes) == 2 else {}
     iterators = [found.parts(plane) for found in planes for plane in range(found.starts.shape[1])]
-    for index, chunks in _parts(read, block, MAX_PART_BYTES):
+    for index, chunks in _parts(read, block, MAX_COPIED_BYTES):
         count = chunks.stop - chunks.start
         moved = device.upload([part for iterator in iterators for part in islice(iterator, count)])
         listed = _in_part(exceptions, chunks, planes[0].numel)
