@@ -1,6 +1,6 @@
 """Save from and load into the memory of one device, next to the other libraries that are installed.
 
-    python -m benchmarks.device --folder /dev/shm/reshard [--device cuda] [--layers 8] [--rounds 3] [--cases NAME ...]
+    python -m benchmarks.device --folder /dev/shm/reshard [--device cuda] [--layers 8] [--rounds 4] [--cases NAME ...]
 
 One process holds a bf16 model with Llama's shapes: 4.5 GB with 8 layers. The files are in the page cache if the folder
 is on tmpfs. All cases run once per round, in turns, and loaded values are compared with the saved ones. With
@@ -9,8 +9,9 @@ is on tmpfs. All cases run once per round, in turns, and loaded values are compa
 - s: seconds, median of the rounds. The first round is not counted: it page-locks memory.
 - GB/s: bytes of the values (of one rank for "rank of TP 4") divided by seconds
 - of peer: GB/s divided by that of fastsafetensors (loads), or of DCP with 16 threads (saves)
-- page-locked: MB that reshard has page-locked
-- device: the peak of the device's memory besides the tensors, in MB, measured by torch's allocator
+- page-locked MB: what reshard has page-locked
+- device MB: what torch has reserved on the device at most, beyond what it had before and the loaded tensors. Memory that
+  nvCOMP allocates itself is not counted.
 """
 
 from __future__ import annotations
@@ -131,9 +132,10 @@ class Bench:
         if self.device.type != "cuda":
             return 0
         if peak:
-            return int(torch.cuda.max_memory_allocated(self.device))
+            return int(torch.cuda.max_memory_reserved(self.device))
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        return int(torch.cuda.memory_allocated(self.device))
+        return int(torch.cuda.memory_reserved(self.device))
 
     def _fresh(self) -> State:
         return {name: torch.empty_like(tensor) for name, tensor in self.state.items()}

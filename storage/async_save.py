@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.distributed as dist
 
 from ..planner.errors import CheckpointError
@@ -492,5 +493,7 @@ def release_memory() -> None:
     read_buffers.clear()
     RING.release()
     save_buffers.release()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # torch keeps what was allocated on the streams of reshard for these streams
     STAGING.release()
     end_writer_process()

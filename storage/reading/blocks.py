@@ -158,7 +158,7 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
 
 
 def _are_dense(read: ChunkReads) -> npt.NDArray[np.bool_]:
-    """(n,) Return which chunks of a read are plain and row-major, without bytes between their runs."""
+    """Return which of the n chunks of a read are plain and row-major, without bytes between their runs: (n,) bool."""
     if read.runs is None or read.entry.order is not None:
         return np.zeros(len(read), np.bool_)
     runs = read.runs

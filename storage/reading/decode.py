@@ -61,6 +61,11 @@ def damaged_chunk(
         except CorruptCheckpointError as of_chunk:
             row, cause = chunk.row, of_chunk
             break
+    return undecodable(batch, row, cause, damage)
+
+
+def undecodable(batch: ChunkBatch, row: int, cause: object, damage: Damage) -> Exception:
+    """Return the error for the chunk in a row of a read."""
     return damage(batch.tensor, f"chunk {batch.chunk_box(row - batch.rows.start)} cannot be decoded: {cause}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, nullcontext
@@ -35,7 +36,7 @@ from ..tensors.dtypes import torch_dtype
 from .checks import RequestCheck
 from .destination import Destination
 from .device.frames import MIN_FRAMES
-from .device.placing import assign_devices, move, place
+from .device.placing import MIN_DECOMPRESSED_BYTES, PlacingError, assign_devices, move, place
 from .device.ring import Slot
 from .fetcher import Fetched, ObjectRanges, read_ranges
 from .schedule import Fetch, Place, Schedule, Verify
@@ -125,15 +126,20 @@ class _Execution:
         self._workers = workers
         self._fetcher = workers.fetcher
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
-        self._stats.decoded_by = assign_devices([batch for tensor in self._tensors for batch in tensor.batches])
+        device_budget = MAX_DEVICE_BUDGET_BYTES if budget_bytes is None else min(budget_bytes, MAX_DEVICE_BUDGET_BYTES)
+        self._max_decompressed_bytes = device_budget // 4
+        self._stats.decoded_by = assign_devices(
+            [batch for tensor in self._tensors for batch in tensor.batches],
+            may_decompress=self._max_decompressed_bytes >= MIN_DECOMPRESSED_BYTES,
+        )
         budget = default_budget() if budget_bytes is None else budget_bytes
         if self._stats.decoded_by:
-            budget = min(budget, MAX_DEVICE_BUDGET_BYTES)
-        self._max_decompressed_bytes = budget // 4
+            on_host = any(request.on_host for request in self._requests)
+            budget = min(device_budget // 2, budget) if on_host else device_budget // 2
         self._schedule = Schedule(
             self._tensors,
             self._requests,
-            budget_bytes=budget // 2 if self._stats.decoded_by else budget,
+            budget_bytes=budget,
             group_bytes=self._fetcher.group_bytes,
             max_fetches=self._fetcher.max_requests,
             min_frames=MIN_FRAMES,
@@ -289,6 +295,8 @@ class _Execution:
                 with self._lock:
                     self._stats.fetch_s += time.perf_counter() - begin
                 self._take(request, found, check, slot)
+            with self._lock:  # without the slot: if no thread can be started, the pool runs the worker here
+                self._call_workers()
 
     def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
         """Pass the bytes on to the workers. The thread that read them calls this."""
@@ -311,6 +319,8 @@ class _Execution:
                 data = memoryview(found)
                 check.take(data, len(data))
             self._take(request, found, check)
+            with self._lock:
+                self._call_workers()
         with self._lock:
             self._stats.verify_s += time.perf_counter() - begin
 
@@ -330,7 +340,6 @@ class _Execution:
                 if self._error is None:
                     kept = data is arrived and request.on_host
                     self._schedule.verified(request, data if request.on_host else None)
-                    self._call_workers()
         finally:
             if not isinstance(arrived, StoreError) and not kept:
                 self._fetcher.release(arrived)
@@ -347,7 +356,7 @@ class _Execution:
         except CheckpointError:
             raise
         except Exception as error:  # raised by torch or by the device
-            raise self._failure(RankError, tensor, f"{type(error).__name__}: {error}") from harmless(error)
+            raise self._of_device(tensor, error) from harmless(error)
         with self._lock:
             self._stats.copy_s += time.perf_counter() - begin
 
@@ -402,11 +411,17 @@ class _Execution:
             place(batches, self._damage, self._max_decompressed_bytes)
         except CheckpointError:
             raise
-        except Exception as error:  # raised by torch or by the device
-            message = f"{type(error).__name__}: {error}"
-            raise self._failure(RankError, batches[0].tensor, message) from harmless(error)
+        except PlacingError as failed:
+            error = failed.__cause__
+            assert error is not None
+            raise self._of_device(failed.tensor, error) from harmless(error)
         with self._lock:
             self._stats.decode_s += time.perf_counter() - begin
+
+    def _of_device(self, tensor: TensorRead, error: BaseException) -> Exception:
+        """Return the error for what torch or a device raised. Memory of a device is not kept by the traceback."""
+        traceback.clear_frames(error.__traceback__)
+        return self._failure(RankError, tensor, f"{type(error).__name__}: {error}")
 
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:

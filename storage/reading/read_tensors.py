@@ -21,6 +21,7 @@ from ...planner.index import CheckpointIndex
 from ...planner.read_plan import ReadPlan, plan_reads
 from ..errors import DestinationError
 from ..formats.source import Source
+from ..runtime.devices import synchronize
 from ..runtime.limits import check_budget, default_budget
 from ..runtime.logs import logger_of
 from ..runtime.peers import Peers
@@ -355,7 +356,7 @@ class _ReadRun:
             wanted = narrowed(wants, destinations)
             plan = plan_reads(index, wanted, gap_limits=gap_limits, max_request_bytes=self._max_request_bytes)
         planned = time.perf_counter()
-        stats = self._execute(plan, index, destinations, self._budget, self._options.workers)
+        stats = self._execute(plan, index, destinations, self._options.budget_bytes, self._options.workers)
         source.observe(plan.requests.nbytes, time.perf_counter() - planned)
         self._add(plan, stats, planned - begin)
 
@@ -386,7 +387,7 @@ class _ReadRun:
         plan: ReadPlan,
         index: CheckpointIndex,
         destinations: Sequence[torch.Tensor],
-        budget_bytes: int,
+        budget_bytes: int | None,
         workers: Workers | None,
         check: Interrupt = never,
     ) -> ReadStats:
@@ -397,8 +398,8 @@ class _ReadRun:
         """
         self._meter.expect(plan.requests.nbytes)
         logger.debug("%s: %r", self._source.location, plan)
-        for device in {destination.device for destination in destinations if destination.device.type != "cpu"}:
-            torch.accelerator.synchronize(device)  # other streams may still write to the destinations
+        for device in {destination.device for destination in destinations}:
+            synchronize(device)  # the caller may still compute with the destinations, and reads use other streams
         watching = self._meter.watching(self._options.interrupt)
 
         def interrupt() -> None:

@@ -52,8 +52,8 @@ class Schedule:
             exceed it.
         group_bytes: the number of bytes that one fetch should read. If it is 0, each fetch reads one request.
         max_fetches: the maximum number of fetches at the same time.
-        min_frames: batches with frames that a device decompresses are written together, until they have at least so
-            many frames or until nothing else can be done.
+        min_frames: batches with frames that a device decompresses wait until there are at least this many frames, or
+            until nothing else can be done. Then they are written together.
     """
 
     def __init__(

@@ -162,6 +162,8 @@ def separate(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None
     These cycles would keep the destinations in memory until the garbage collector runs.
     """
     for tensor in tensors:
+        for batch in tensor.batches:
+            batch.on_device.clear()
         tensor.batches.clear()
     for request in requests:
         request.parts.clear()

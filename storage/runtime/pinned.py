@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -22,12 +23,24 @@ STEP_BYTES = 2 * 1024 * 1024
 _PORTABLE = 1
 """cudaHostRegisterPortable: the memory counts as page-locked for all devices."""
 ByteArray = npt.NDArray[np.uint8]
+_refused = False
+"""Whether CUDA has refused to page-lock memory in this process."""
 
 
 def pin(memory: ByteArray) -> bool:
-    """Page-lock memory. If CUDA refuses, log a warning and return False: copies are then slower, but still right."""
+    """Page-lock memory, for the current device and all others.
+
+    If CUDA refuses, log a warning and return False, also for all further calls: copies are then slower, but still
+    right.
+    """
+    global _refused
+    if _refused:
+        return False
     status = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE))
     if status:
+        _refused = True
+        with contextlib.suppress(RuntimeError):  # CUDA reports the error again at the next operation of this thread
+            torch.zeros(1, device="cuda")
         logger.warning(
             "CUDA cannot page-lock %d bytes of host memory (error %d), so copies between host and device are slower",
             memory.nbytes,
@@ -63,11 +76,11 @@ class PinnedBuffers:
         self._begin()
 
     def _begin(self) -> None:
-        self._generation = generation()
         self._free: dict[int, ByteArray] = {}
         """By their `id`. A buffer may be taken back at any moment, by any thread, without the lock."""
         self.held_bytes = 0
         """The bytes of all buffers."""
+        self._generation = generation()
 
     def lend(self, nbytes: int) -> ByteArray | None:
         """Return memory of this size. It counts as in use while an array refers to it.
@@ -89,12 +102,10 @@ class PinnedBuffers:
                     self._drop_one()
                 if self.held_bytes + size > self._max_bytes:
                     return None
+                buffer = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+                if not self._page_lock(buffer):
+                    return None
                 self.held_bytes += size
-        if buffer is None:
-            buffer = np.frombuffer(mmap.mmap(-1, size), np.uint8)
-            if not self._page_lock(buffer):
-                self.held_bytes -= size
-                return None
         lent = (ctypes.c_ubyte * buffer.nbytes).from_buffer(buffer.data)  # all arrays over it refer to this object
         weakref.finalize(lent, self._take_back, buffer, self._generation).atexit = False
         return np.frombuffer(memoryview(lent), np.uint8)[:nbytes]

@@ -11,6 +11,7 @@ from ...planner.box import Box
 from ...planner.entries import Kind
 from ...planner.errors import ShapeMismatchError
 from ...planner.grid import Grid
+from ..runtime.pinned import MAX_BUFFER_BYTES
 
 CONCURRENT_OBJECTS = 8
 """The number of objects that are written concurrently to a store that holds each object in memory
@@ -96,7 +97,7 @@ def in_objects(
             memory until it is complete: then there are several objects of similar size that are not too small.
     """
     if streams:
-        most = min(MAX_DEVICE_COPY_BYTES, budget_bytes // (4 * streams))
+        most = min(MAX_DEVICE_COPY_BYTES, MAX_BUFFER_BYTES // (2 * streams), budget_bytes // (4 * streams))
         pieces = [piece for shard in shards for piece in shard.pieces(most, codec)]
         return _divided(pieces, streams)
     total = sum(shard.nbytes for shard in shards)

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.profiler import record_function
 from typing_extensions import Buffer
 
@@ -36,6 +35,7 @@ from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
 from ..runtime.checksums import checksum, page_checksums
+from ..runtime.devices import synchronize
 from ..runtime.limits import default_budget, default_threads
 from ..runtime.logs import logger_of
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
@@ -55,8 +55,8 @@ WINDOW_BYTES = 16 * 1024 * 1024
 TASK_BYTES = 1024 * 1024
 """The bytes of values that one task encodes, at least. A task ends with the chunk run that reaches this size."""
 THREADS_PER_STREAM = 4
-"""A rank writes one stream for so many threads that encode. On tmpfs, writing 1 GiB runs at 2.9 to 3.3 GB/s with one
-thread and one file, and at 4.1 to 4.6 GB/s with two (two cores of an AMD EPYC)."""
+"""The number of encoding threads for each stream. On tmpfs, writing 1 GiB runs at 2.9 to 3.3 GB/s with one thread and
+one file, and at 4.1 to 4.6 GB/s with two (two cores of an AMD EPYC)."""
 MAX_STREAMS = 4
 LET_END_S = 2.0
 """How long a failed save waits for objects that are being written, to remove them."""
@@ -298,8 +298,7 @@ class _ObjectWriter:
             grid = source.grid(self._codec)
             entry = Entry(source.name, source.kind, dtype, grid)
             streams = streams_of(dtype, self._codec)
-            if values.device.type != "cpu":
-                torch.accelerator.synchronize(values.device)  # another stream may still write the values
+            synchronize(values.device)  # another stream may still write the values
             array = as_host_array(values)
             eighths = grid.eighths(source.box)
             if len(group) == 1 or values.nbytes < EIGHTHS * MIN_EIGHTH_BYTES:

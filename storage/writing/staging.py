@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from ...planner.box import Box
 from ...planner.entries import Kind
 from ..errors import ArgumentError
+from ..runtime.devices import current_device
 from ..runtime.forks import Lock, generation
 from ..runtime.limits import available_bytes, default_threads, is_positive_integer, local_ranks
 from ..runtime.pinned import pin, save_buffers, unpin
@@ -216,7 +216,7 @@ class Staging:
         """Take an arena for shards, and start the copies from devices."""
         loaded = [(shard, shard.load(shard.box)) for shard in shards if shard.box.numel]
         devices = [values.device for _, values in loaded if values.device.type == "cuda"]
-        with torch.cuda.device(devices[0]) if devices else nullcontext():  # or CUDA would also use the first device
+        with current_device(devices[0] if devices else torch.device("cpu")):
             staging = cls(STAGING.take(staged_bytes(shards), pinned=bool(devices)))
         try:
             staging._begin(loaded)
@@ -274,18 +274,19 @@ class DeviceCopies:
 
     def add(self, to: torch.Tensor, values: torch.Tensor) -> None:
         """Add a copy."""
-        self._pairs.append((to, values))
+        self._pairs.append((to, values.resolve_conj().resolve_neg()))  # torch would do that before the copy is done
 
     def start(self) -> None:
         """Start the copies."""
-        stream = self._streams.get(self._device)
-        if stream is None:
-            stream = self._streams[self._device] = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for to, values in self._pairs:
-                to.copy_(values, non_blocking=True)
-            self._done = stream.record_event()
+        with current_device(self._device):
+            stream = self._streams.get(self._device)
+            if stream is None:
+                stream = self._streams[self._device] = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                for to, values in self._pairs:
+                    to.copy_(values, non_blocking=True)
+                self._done = stream.record_event()
 
     def wait(self) -> None:
         """Wait on the host until the copies are done."""
@@ -298,7 +299,7 @@ def as_host_array(values: torch.Tensor) -> npt.NDArray[Any]:
     """Return the bits of a tensor as an array on the host. Values of a CUDA device are copied to page-locked memory."""
     memory = None
     if values.device.type == "cuda":
-        with torch.cuda.device(values.device):  # otherwise CUDA would also use the first device
+        with current_device(values.device):
             memory = save_buffers.lend(values.nbytes)
     if memory is None:
         return as_array(values)

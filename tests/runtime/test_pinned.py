@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import pytest
 import torch
 
 from reshard.storage.runtime.pinned import STEP_BYTES, ByteArray, PinnedBuffers
@@ -69,4 +70,15 @@ def test_release_keeps_what_is_in_use() -> None:
 def test_memory_that_cannot_be_page_locked_is_not_lent() -> None:
     buffers = new_buffers([], locks=False)
     assert buffers.lend(10) is None
+    assert buffers.held_bytes == 0
+
+
+def test_a_failing_page_lock_takes_no_budget() -> None:
+    def fail(memory: ByteArray) -> bool:
+        raise RuntimeError("CUDA failed")
+
+    buffers = PinnedBuffers(4 * STEP_BYTES, fail)
+    for _ in range(10):
+        with pytest.raises(RuntimeError, match="CUDA failed"):
+            buffers.lend(STEP_BYTES)
     assert buffers.held_bytes == 0

@@ -243,8 +243,8 @@ class Planes:
         """Return an iterator over the bytes of one plane of each chunk.
 
         Raises:
-            CorruptCheckpointError: a plane does not declare `numel` bytes.
-            ZstdError: a plane cannot be decompressed. Also raised by the iterator.
+            CorruptCheckpointError: a plane does not declare `numel` bytes. The iterator also raises it if a plane
+                cannot be decompressed.
         """
         stored = self._stored(plane)
         compressed = self.compressed[:, plane]
@@ -252,7 +252,7 @@ class Planes:
             return iter(stored)
         frames = stored if bool(compressed.all()) else list(chosen(stored, compressed))
         _check_sizes(frames, self.numel)
-        decompressed: Iterator[memoryview] = map(memoryview, map(_zstd.decompressor.decompress, frames))
+        decompressed = _decompressed(frames)
         if len(frames) == len(stored):
             return decompressed
         return (next(decompressed) if packed else part for packed, part in zip(compressed, stored, strict=True))
@@ -267,6 +267,14 @@ class Planes:
     def _stored(self, plane: int) -> list[memoryview]:
         slices = map(slice, self.starts[:, plane].tolist(), self.stops[:, plane].tolist())
         return list(map(self.data.__getitem__, slices))
+
+
+def _decompressed(frames: Iterable[memoryview]) -> Iterator[memoryview]:
+    try:
+        for frame in frames:
+            yield memoryview(_zstd.decompressor.decompress(frame))
+    except zstandard.ZstdError as error:
+        raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
 
 
 def _check_sizes(frames: Iterable[memoryview], numel: int) -> None:
@@ -306,26 +314,23 @@ def decode_heads(planes: Planes, counts: Iterable[int]) -> Iterator[npt.NDArray[
     other = _scratch.take(_OPERAND, min(numel, MAX_JOINED_NUMEL))
     pieces = list(pairwise([*range(0, numel, MAX_JOINED_NUMEL), numel]))
     size = 0
-    try:
-        chunks = zip(planes.parts(0), planes.parts(1), strict=True)
-        for count in counts:
-            if size != count * numel:
-                size = count * numel
-                words = _scratch.take(_WORDS, size)
-            for begin, (exponents, rests) in zip(range(0, size, numel), chunks, strict=False):
-                for at, end in pieces:
-                    joined, rest = words[begin + at : begin + end], other[: end - at]
-                    joined[...] = exponents[at:end]
-                    rest[...] = rests[at:end]
-                    joined *= 256
-                    joined |= rest
-                    # Rotate each word right by one bit. The multiplication moves the lowest bit to the highest.
-                    np.multiply(joined, 32768, out=rest)
-                    joined >>= 1
-                    joined |= rest
-            yield words
-    except zstandard.ZstdError as error:
-        raise _undecodable(error) from error
+    chunks = zip(planes.parts(0), planes.parts(1), strict=True)
+    for count in counts:
+        if size != count * numel:
+            size = count * numel
+            words = _scratch.take(_WORDS, size)
+        for begin, (exponents, rests) in zip(range(0, size, numel), chunks, strict=False):
+            for at, end in pieces:
+                joined, rest = words[begin + at : begin + end], other[: end - at]
+                joined[...] = exponents[at:end]
+                rest[...] = rests[at:end]
+                joined *= 256
+                joined |= rest
+                # Rotate each word right by one bit. The multiplication moves the lowest bit to the highest.
+                np.multiply(joined, 32768, out=rest)
+                joined >>= 1
+                joined |= rest
+        yield words
 
 
 def decode_heads_and_tails(
@@ -402,26 +407,23 @@ def _join_bytes(planes: Planes, counts: Iterable[int]) -> Iterator[npt.NDArray[A
     """
     numel, width = planes.numel, planes.starts.shape[1]
     low = _scratch.take(_OPERAND, numel)
-    try:
-        chunks = zip(*(planes.parts(plane) for plane in range(width)), strict=True)
-        for count in counts:
-            if width == 2:
-                words = _scratch.take(_WORDS, count * numel)
-                for begin, (lower, upper) in zip(range(0, count * numel, numel), chunks, strict=False):
-                    joined = words[begin : begin + numel]
-                    joined[...] = upper
-                    low[...] = lower
-                    joined *= 256
-                    joined |= low
-                yield words
-            else:
-                values = np.empty((count, numel, width), np.uint8)
-                for chunk, parts in zip(values, chunks, strict=False):
-                    for plane, part in enumerate(parts):
-                        chunk[:, plane] = part
-                yield values.reshape(-1)
-    except zstandard.ZstdError as error:
-        raise _undecodable(error) from error
+    chunks = zip(*(planes.parts(plane) for plane in range(width)), strict=True)
+    for count in counts:
+        if width == 2:
+            words = _scratch.take(_WORDS, count * numel)
+            for begin, (lower, upper) in zip(range(0, count * numel, numel), chunks, strict=False):
+                joined = words[begin : begin + numel]
+                joined[...] = upper
+                low[...] = lower
+                joined *= 256
+                joined |= low
+            yield words
+        else:
+            values = np.empty((count, numel, width), np.uint8)
+            for chunk, parts in zip(values, chunks, strict=False):
+                for plane, part in enumerate(parts):
+                    chunk[:, plane] = part
+            yield values.reshape(-1)
 
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
@@ -491,10 +493,6 @@ def _may_pay(plane: Bytes, n: int, compress: Callable[[memoryview], bytes]) -> b
     step = (len(plane) - _SAMPLE_BYTES) // (positions - 1)
     sample = np.concatenate([plane[i * step : i * step + _SAMPLE_BYTES] for i in range(positions)])
     return len(compress(sample.data)) < _PAYS_BELOW * len(sample)
-
-
-def _undecodable(error: zstandard.ZstdError) -> CorruptCheckpointError:
-    return CorruptCheckpointError(f"a plane cannot be decompressed: {error}")
 
 
 def _require(condition: bool, message: str) -> None:

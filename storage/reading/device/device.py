@@ -1,30 +1,36 @@
-"""A device that tensors are loaded to: its streams, and how bytes get there."""
+"""A CUDA device that tensors are loaded to: its streams, and how bytes get there."""
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
 from ...formats.native.codec import Bytes
+from ...runtime.devices import current_device
+from ...runtime.forks import Lock
 from .frames import Decompressor
 from .nvcomp import nvcomp_decompressor
 from .ring import RING, Ring, Slot
 
 ALIGNMENT = 64
 """Bytes have the same offset on the device as in their object, modulo this number, so that values are aligned."""
+WORKING_STREAMS = 4
+"""The number of threads whose operations a device runs at the same time. torch keeps memory for each stream."""
 
 
 class Device:
-    """A device without streams: all its operations are done when the call returns.
+    """A CUDA device. Copies have a stream of their own, and the operations that place values have a few.
+
+    The streams do not wait for work that the caller has queued on the device: `read_tensors` waits for it before a read
+    begins.
 
     Args:
         device: the device.
-        ring: the host memory that bytes pass through.
+        ring: the page-locked memory that bytes pass through.
         decompressor: decompresses frames on the device. None if the host does it.
     """
 
@@ -32,6 +38,21 @@ class Device:
         self.device = device
         self.ring = ring
         self.decompressor = decompressor
+        self._copies: torch.cuda.Stream | None = None
+        self._streams: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
+        """Streams to work on; None for one that has not been created."""
+        for _ in range(WORKING_STREAMS):
+            self._streams.put(None)
+
+    @contextmanager
+    def slot(self) -> Iterator[Slot]:
+        """Lend a slot of the ring."""
+        with current_device(self.device):
+            slot = self.ring.take()
+        try:
+            yield slot
+        finally:
+            self.ring.put(slot)
 
     def send(self, slot: Slot, start: int, nbytes: int, offset: int = 0) -> torch.Tensor:
         """Start to copy bytes of a slot to new memory on the device.
@@ -39,6 +60,7 @@ class Device:
         The copy is done before what runs in a `working` block that is entered later.
 
         Args:
+            slot: the slot, which is lent to this thread.
             start, nbytes: the bytes of the slot.
             offset: their position in an object.
         """
@@ -68,13 +90,23 @@ class Device:
         return to
 
     @contextmanager
-    def slot(self) -> Iterator[Slot]:
-        """Lend a slot of the ring."""
-        slot = self.ring.take()
+    def working(self) -> Iterator[None]:
+        """Run the operations of a block after the copies that were started before, and wait until they are done."""
+        stream = self._streams.get()
         try:
-            yield slot
+            with current_device(self.device):
+                stream = torch.cuda.Stream(self.device) if stream is None else stream
+                if self._copies is not None:
+                    stream.wait_stream(self._copies)
+                try:
+                    with torch.cuda.stream(stream):
+                        yield
+                finally:  # also after an error: memory that operations use must not be used again
+                    ended = torch.cuda.Event(blocking=True)
+                    ended.record(stream)
+                    ended.synchronize()
         finally:
-            self.ring.put(slot)
+            self._streams.put(stream)
 
     def _new(self, offset: int, nbytes: int) -> torch.Tensor:
         shift = offset % ALIGNMENT
@@ -82,62 +114,30 @@ class Device:
 
     def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> None:
         to.copy_(torch.from_numpy(slot.memory[start : start + len(to)]), non_blocking=True)
-
-    def _copying(self) -> AbstractContextManager[object]:
-        """Return a block whose operations run on the stream of the copies."""
-        return nullcontext()
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Run the operations of a block after the copies that were started before, and wait until they are done."""
-        yield
-
-
-class CudaDevice(Device):
-    """A CUDA device. Copies have a stream of their own, and each thread that places values has one.
-
-    Other work on the device, such as a forward pass, is not waited for.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device, RING, nvcomp_decompressor(device))
-        self._copies = torch.cuda.Stream(device)
-        self._lock = threading.Lock()
-        self._idle: list[torch.cuda.Stream] = []
-        """Streams to work on. They are used again, because torch keeps memory for each stream."""
+        copied = torch.cuda.Event(blocking=True)
+        copied.record(torch.cuda.current_stream(self.device))
+        slot.copies.append(copied)
 
     @contextmanager
-    def slot(self) -> Iterator[Slot]:
-        with ExitStack() as stack:
-            with torch.cuda.device(self.device):  # otherwise CUDA would also use the first device
-                slot = stack.enter_context(super().slot())
-            yield slot
-
-    def _copy(self, slot: Slot, start: int, to: torch.Tensor) -> None:
-        super()._copy(slot, start, to)
-        slot.copies.append(self._copies.record_event())
-
-    def _copying(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._copies)
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        with self._lock:
-            stream = self._idle.pop() if self._idle else torch.cuda.Stream(self.device)
-        stream.wait_stream(self._copies)
-        try:
-            with torch.cuda.stream(stream):
+    def _copying(self) -> Iterator[None]:
+        """Run the operations of a block on the stream of the copies."""
+        with current_device(self.device):
+            if self._copies is None:
+                self._copies = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(self._copies):
                 yield
-        finally:
-            stream.synchronize()  # also after an error: memory that operations use must not be used again
-            with self._lock:
-                self._idle.append(stream)
 
 
-@functools.cache
+_devices: dict[torch.device, Device] = {}
+_lock = Lock()
+
+
 def cuda_device(device: torch.device) -> Device:
-    """Return the CUDA device. Raises what torch raises if it cannot be used."""
-    return CudaDevice(device)
+    """Return the CUDA device of this process. Raises what torch raises if it cannot be used."""
+    with _lock:
+        if device not in _devices:
+            _devices[device] = Device(device, RING, nvcomp_decompressor(device))
+        return _devices[device]
 
 
 def device_of(tensor: torch.Tensor) -> Device | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,22 @@ import zstandard
 FRAME_ALIGNMENT = 16
 """nvCOMP may require that frames and their values begin at a multiple of this many bytes."""
 MIN_FRAMES = 1024
-"""nvCOMP decompresses 1 GB/s with 32 frames per call, 40 with a thousand and 100 with eight thousand (H200)."""
+"""The number of frames to collect before one call. nvCOMP decompresses 1 GB/s with 32 frames per call, 40 with a
+thousand and 100 with eight thousand (H200)."""
+
+
+class UndecodableFrameError(Exception):
+    """A frame cannot be decompressed.
+
+    Args:
+        number: its position among the frames of the call.
+        cause: why.
+    """
+
+    def __init__(self, number: int, cause: object) -> None:
+        super().__init__(number, cause)
+        self.number = number
+        self.cause = cause
 
 
 @dataclass(slots=True)
@@ -37,7 +52,11 @@ class Frames:
         return start
 
     def decompress(self, decompressor: Decompressor) -> torch.Tensor:
-        """Return the decompressed frames: (value_bytes,) uint8 on the device."""
+        """Return the decompressed frames: (value_bytes,) uint8 on the device.
+
+        Raises:
+            UndecodableFrameError: a frame cannot be decompressed.
+        """
         sizes = list(map(len, self.stored))
         device = self.stored[0].device
         padding = torch.empty(FRAME_ALIGNMENT, dtype=torch.uint8, device=device)
@@ -47,7 +66,7 @@ class Frames:
             for part in (frame, padding[: -nbytes % FRAME_ALIGNMENT])
         )
         packed = torch.cat(list(parts))
-        values = torch.empty(self.value_bytes, dtype=torch.uint8, device=device)
+        values = torch.zeros(self.value_bytes, dtype=torch.uint8, device=device)  # not what was in this memory before
         decompressor.decompress(PackedFrames(packed, _starts(sizes), sizes, values, _starts(self.numels), self.numels))
         return values
 
@@ -72,7 +91,11 @@ class Decompressor(Protocol):
     """Decompresses frames on a device."""
 
     def decompress(self, frames: PackedFrames) -> None:
-        """Decompress frames, in the order of the current stream of the device. Any thread may call this."""
+        """Decompress frames, in the order of the current stream of the device. Any thread may call this.
+
+        Raises:
+            UndecodableFrameError: a frame cannot be decompressed.
+        """
 
 
 def aligned(nbytes: int) -> int:
@@ -85,13 +108,30 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 class HostDecompressor:
-    """Decompresses on the host what is on a device. It replaces a decompressor that failed."""
+    """Decompresses on the host what is on a device. It checks and replaces nvCOMP."""
 
     def decompress(self, frames: PackedFrames) -> None:
         """See `Decompressor`."""
-        packed, values = frames.packed.cpu().numpy(), np.empty(len(frames.values), np.uint8)
-        decompress = zstandard.ZstdDecompressor().decompress
-        columns = (frames.starts, frames.sizes, frames.value_starts, frames.numels)
-        for start, nbytes, to, numel in zip(*columns, strict=True):
-            values[to : to + numel] = np.frombuffer(decompress(packed[start : start + nbytes].data), np.uint8)
+        packed, values = frames.packed.cpu(), np.zeros(len(frames.values), np.uint8)
+        for number, (start, numel) in enumerate(zip(frames.value_starts, frames.numels, strict=True)):
+            values[start : start + numel] = self._decompressed(packed, frames, number)
         frames.values.copy_(torch.from_numpy(values))
+
+    def check_one(self, frames: PackedFrames) -> None:
+        """Compare the result for one frame. Raise RuntimeError if it is another one."""
+        number = len(frames.starts) // 2
+        start, numel = frames.value_starts[number], frames.numels[number]
+        found = frames.values[start : start + numel].cpu().numpy()
+        if not np.array_equal(found, self._decompressed(frames.packed, frames, number)):
+            raise RuntimeError("it decompressed a frame to other values than the host")
+
+    def _decompressed(self, packed: torch.Tensor, frames: PackedFrames, number: int) -> np.ndarray[Any, Any]:
+        start, nbytes, numel = frames.starts[number], frames.sizes[number], frames.numels[number]
+        frame = packed[start : start + nbytes].cpu().numpy()
+        try:
+            found = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame.data), np.uint8)
+        except zstandard.ZstdError as error:
+            raise UndecodableFrameError(number, error) from error
+        if len(found) != numel:
+            raise UndecodableFrameError(number, f"it has {len(found)} bytes, expected {numel}")
+        return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...runtime.logs import logger_of
-from .frames import Decompressor, HostDecompressor, PackedFrames
+from .frames import Decompressor, HostDecompressor, PackedFrames, UndecodableFrameError
 
 logger = logger_of(__name__)
 
@@ -25,8 +25,8 @@ def nvcomp_decompressor(device: torch.device) -> Decompressor | None:
 def _nvcomp() -> Any:
     try:
         nvcomp = importlib.import_module("nvidia.nvcomp")
-    except (ImportError, OSError) as error:
-        logger.debug("nvCOMP is not used: %s", error)
+    except Exception as error:  # it is not installed, or does not find a library or a driver
+        logger.debug("nvCOMP is not used: %s: %s", type(error).__name__, error)
         return None
     if not hasattr(nvcomp, "BatchArray"):  # since version 6: a batch is one buffer with offsets
         logger.warning("nvCOMP %s is too old and not used: install version 6 or later", nvcomp.__version__)
@@ -36,6 +36,9 @@ def _nvcomp() -> Any:
 
 class NvcompDecompressor:
     """Decompresses with nvCOMP. Its codec belongs to one thread, which all calls share.
+
+    nvCOMP reports no error for a frame that it cannot decompress. So the sizes of all results are checked, and one
+    frame of each call is compared with the result of the host.
 
     Args:
         nvcomp: the module `nvidia.nvcomp`.
@@ -48,35 +51,54 @@ class NvcompDecompressor:
         self._thread = ThreadPoolExecutor(1, "reshard-nvcomp")
         self._codec: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._instead: Decompressor | None = None
-        """Used after nvCOMP has failed."""
+        self._host = HostDecompressor()
+        self._failed = False
 
     def decompress(self, frames: PackedFrames) -> None:
         """See `Decompressor`."""
-        if self._instead is None:
+        if not self._failed:
             ready = torch.cuda.current_stream(self._device).record_event()
             try:
                 self._thread.submit(self._decompress, ready, frames).result()
+                self._host.check_one(frames)
                 return
+            except UndecodableFrameError:
+                raise
             except Exception as error:
                 logger.warning("nvCOMP failed, so the host decompresses instead: %s: %s", type(error).__name__, error)
-                self._instead = HostDecompressor()
-        self._instead.decompress(frames)
+                self._failed = not _is_out_of_memory(error)
+        self._host.decompress(frames)
 
     def _decompress(self, ready: torch.cuda.Event, frames: PackedFrames) -> None:
         nvcomp = self._nvcomp
         with torch.cuda.device(self._device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self._device)
-                self._codec = nvcomp.Codec(
-                    algorithm="Zstd",
-                    bitstream_kind=nvcomp.BitstreamKind.RAW,
-                    device_id=self._device.index,
-                    cuda_stream=self._stream.cuda_stream,
-                )
-            self._stream.wait_event(ready)
-            stream = self._stream.cuda_stream
-            stored = nvcomp.as_arrays(frames.packed, list(frames.starts), list(frames.sizes), cuda_stream=stream)
-            out = nvcomp.as_arrays(frames.values, list(frames.value_starts), list(frames.numels), cuda_stream=stream)
-            self._codec.decode(stored, out=out)
-            self._stream.synchronize()
+            with torch.cuda.stream(self._stream):
+                if self._codec is None:
+                    self._codec = nvcomp.Codec(
+                        algorithm="Zstd",
+                        bitstream_kind=nvcomp.BitstreamKind.RAW,
+                        device_id=self._device.index,
+                        cuda_stream=self._stream.cuda_stream,
+                    )
+                self._stream.wait_event(ready)
+                stream = self._stream.cuda_stream
+                try:
+                    stored = nvcomp.as_arrays(
+                        frames.packed, list(frames.starts), list(frames.sizes), cuda_stream=stream
+                    )
+                    out = nvcomp.as_arrays(
+                        frames.values, list(frames.value_starts), list(frames.numels), cuda_stream=stream
+                    )
+                    sizes = list(self._codec.decode(stored, out=out).buffer_sizes)
+                finally:  # also after an error: the memory must not be used by others before
+                    self._stream.synchronize()
+        if sizes != list(frames.numels):
+            raise RuntimeError(f"{sum(a != b for a, b in zip(sizes, frames.numels, strict=True))} frames are too short")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device had too little memory at that moment. Then the next call may succeed."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "memory allocation" in text

@@ -7,8 +7,9 @@ decompresses their planes, and the device joins them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
 
@@ -17,6 +18,7 @@ import torch
 
 from ....planner.chunk_reads import ChunkReads
 from ....planner.entries import Encoding
+from ....planner.errors import CheckpointError
 from ...errors import CorruptCheckpointError
 from ...formats.native.codec import Planes, exceptions_of
 from ...tensors.dtypes import torch_dtype
@@ -30,12 +32,13 @@ from ..decode import (
     parts_of,
     place_chunk_batch,
     streams_of,
+    undecodable,
 )
 from ..destination import Target
 from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
-from ..tasks import ChunkBatch, Request
+from ..tasks import ChunkBatch, Request, TensorRead
 from .device import Device
-from .frames import Frames
+from .frames import Frames, UndecodableFrameError
 from .join import join_bfloat16, join_float32, join_planes
 from .ring import Slot
 
@@ -43,12 +46,25 @@ MAX_COPIED_BYTES = 4 * 1024 * 1024
 """The most decoded bytes that a worker copies from the host, joins and writes at once."""
 MAX_JOINED_BYTES = 16 * 1024 * 1024
 """The most decoded bytes that are joined at once on a device. This needs about four times as much memory there."""
+MIN_DECOMPRESSED_BYTES = 64 * 1024 * 1024
+"""If fewer bytes of frames may be decompressed with one call, the host is faster (see `frames.MIN_FRAMES`)."""
 MAX_DECOMPRESSED_BYTES = 256 * 1024 * 1024
 """The most bytes of frames that are decompressed with one call. A thousand frames of 256 KiB have as many."""
 
 
-def assign_devices(batches: Sequence[ChunkBatch]) -> dict[str, int]:
+class PlacingError(Exception):
+    """The values of a tensor cannot be written. The cause is what torch or the device raised."""
+
+    def __init__(self, tensor: TensorRead) -> None:
+        super().__init__(tensor.name)
+        self.tensor = tensor
+
+
+def assign_devices(batches: Sequence[ChunkBatch], *, may_decompress: bool) -> dict[str, int]:
     """Decide where the chunks of each batch are decoded.
+
+    Args:
+        may_decompress: whether a device may also decompress.
 
     Returns:
         Their stored bytes by what decodes them. Empty if the host decodes all of them.
@@ -60,19 +76,19 @@ def assign_devices(batches: Sequence[ChunkBatch]) -> dict[str, int]:
         device = None if batch.destination is None else batch.destination.device
         path = "host"
         if device is not None:
-            _assign(batch, device)
+            _assign(batch, device, may_decompress=may_decompress)
             path = f"{device.device} with nvCOMP" if batch.frames else str(device.device)
             path = path if batch.device is not None else f"host and {path}"
         decoded_by[path] = decoded_by.get(path, 0) + int(batch.read.packed_bytes(batch.rows).sum())
     return decoded_by
 
 
-def _assign(batch: ChunkBatch, device: Device) -> None:
+def _assign(batch: ChunkBatch, device: Device, *, may_decompress: bool) -> None:
     """Let a device decode the chunks of a batch from the bytes that are stored, if it can."""
     encodings = batch.blocks.encodings[batch.block_rows]
     has_planes = encodings == Encoding.PLANES
     able = (encodings == Encoding.RAW) | (encodings == Encoding.PLAIN)
-    if device.decompressor is not None:
+    if may_decompress and device.decompressor is not None:
         able |= has_planes
     if bool(able.all()):
         batch.device = device
@@ -132,6 +148,10 @@ def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int = MAX_DE
         batches: one batch, or several with frames on a device.
         damage: returns the error to raise for a tensor and a message.
         max_bytes: the most bytes of frames that are decompressed with one call.
+
+    Raises:
+        CorruptCheckpointError: a chunk cannot be decoded.
+        PlacingError: torch or the device failed.
     """
     on_device: dict[Device, list[ChunkBatch]] = {}
     for batch in batches:
@@ -141,28 +161,39 @@ def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int = MAX_DE
         elif batch.destination.device is not None:
             _place_from_host(batch.destination.device, batch, damage)
         else:
-            place_chunk_batch(batch, damage)
+            with _placing(batch):
+                place_chunk_batch(batch, damage)
     for device, members in on_device.items():
-        _place_on_device(device, members, min(max_bytes, MAX_DECOMPRESSED_BYTES))
+        _place_on_device(device, members, min(max_bytes, MAX_DECOMPRESSED_BYTES), damage)
 
 
-def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int) -> None:
+@contextmanager
+def _placing(batch: ChunkBatch) -> Iterator[None]:
+    """Name the tensor of a batch in the errors of torch and of the device."""
+    try:
+        yield
+    except (CheckpointError, PlacingError):
+        raise
+    except Exception as error:
+        raise PlacingError(batch.tensor) from error
+
+
+def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int, damage: Damage) -> None:
     """Decode batches whose bytes are on a device, and write them to their destinations. Wait until this is done."""
     with device.working():
-        waiting: list[_PlanesToPlace] = []
-        frames = Frames()
+        planes = _PlanesToPlace(device, damage)
         for batch in batches:
-            for block in batch.blocks.select(batch.block_rows):
-                target = open_target(batch, block)
-                if block.encoding != Encoding.PLANES:
-                    _write(batch, target, (), _decoded(batch.read, block, batch.on_device[0]))
-                    continue
-                for index, chunks in _parts(batch.read, block, min(MAX_JOINED_BYTES, max_bytes)):
-                    waiting.append(_PlanesToPlace(batch, block, target, index, chunks, frames))
-                    if frames.value_bytes >= max_bytes:
-                        _place_planes(device, waiting, frames)
-                        waiting, frames = [], Frames()
-        _place_planes(device, waiting, frames)
+            with _placing(batch):
+                for block in batch.blocks.select(batch.block_rows):
+                    target = open_target(batch, block)
+                    if block.encoding != Encoding.PLANES:
+                        _write(batch, target, (), _decoded(batch.read, block, batch.on_device[0]))
+                        continue
+                    for index, chunks in _parts(batch.read, block, min(MAX_JOINED_BYTES, max_bytes // 4)):
+                        planes.add(_PartOfBlock(batch, block, target, index, chunks))
+                        if planes.frames.value_bytes >= max_bytes:
+                            planes.place()
+        planes.place()
     for batch in batches:
         batch.on_device.clear()
 
@@ -173,9 +204,10 @@ def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
     for block in batch.blocks.select(batch.block_rows):
         target = open_target(batch, block)
         try:
-            for index, values in _values_from_host(device, batch.read, block, streams):
-                with device.working():
-                    _write(batch, target, index, values())
+            with _placing(batch):
+                for index, values in _values_from_host(device, batch.read, block, streams):
+                    with device.working():
+                        _write(batch, target, index, values())
         except CorruptCheckpointError as error:
             raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, damage) from error
 
@@ -206,62 +238,100 @@ def _values_from_host(
         yield index, partial(_joined, read, moved.view(len(iterators), -1).unbind(), listed)
 
 
-class _PlanesToPlace:
-    """A part of a block whose planes are on a device.
+@dataclass(frozen=True, slots=True)
+class _PartOfBlock:
+    """Some chunks of a block whose planes are on a device."""
 
-    The constructor adds its compressed planes to `frames`.
+    batch: ChunkBatch
+    block: Block
+    target: Target
+    index: tuple[int | slice, ...]
+    """An index into the directions of the block."""
+    chunks: slice
+    """The chunks, counted in the block."""
+
+
+class _PlanesToPlace:
+    """Parts of blocks whose planes are on a device, and the frames among these planes.
+
+    Args:
+        damage: returns the error to raise for a tensor and a message.
     """
 
-    def __init__(
-        self,
-        batch: ChunkBatch,
-        block: Block,
-        target: Target,
-        index: tuple[int | slice, ...],
-        chunks: slice,
-        frames: Frames,
-    ) -> None:
-        self._batch = batch
-        self._target = target
-        self._index = index
-        self._numel = 0
-        self._pieces: list[list[tuple[torch.Tensor | None, int]]] = []
-        """For each plane, the memory and the position of each chunk's bytes. No memory: in what is decompressed."""
-        self._exceptions: list[Exceptions] = []
+    def __init__(self, device: Device, damage: Damage) -> None:
+        self._device = device
+        self._damage = damage
+        self._clear()
+
+    def _clear(self) -> None:
+        self._parts: list[tuple[_PartOfBlock, list[list[tuple[torch.Tensor | None, int]]]]] = []
+        """For each plane of a part, the memory and the position of each chunk's bytes. No memory: in what is
+        decompressed."""
+        self.frames = Frames()
+        self._chunks: list[tuple[ChunkBatch, int]] = []
+        """The chunk of each frame: a batch and a row."""
+
+    def add(self, part: _PartOfBlock) -> None:
+        """Add a part of a block, and its compressed planes to `frames`."""
+        batch, pieces = part.batch, []
+        rows = range(part.block.row + part.chunks.start, part.block.row + part.chunks.stop)
         for stream in map(batch.on_device.__getitem__, range(len(batch.requests))):
-            planes = stream.planes[block.row]
-            self._numel = planes.numel
-            self._exceptions += _in_part(stream.exceptions.get(block.row, {}), chunks, planes.numel)
+            planes = stream.planes[part.block.row]
             for plane in range(planes.starts.shape[1]):
                 columns = (planes.compressed, planes.starts, planes.stops)
-                rows = zip(*(column[chunks, plane].tolist() for column in columns), strict=True)
-                self._pieces.append(
-                    [
-                        (None, frames.add(stream.data[start:stop], planes.numel)) if packed else (stream.data, start)
-                        for packed, start, stop in rows
-                    ]
-                )
+                found = zip(*(column[part.chunks, plane].tolist() for column in columns), rows, strict=True)
+                pieces.append([self._piece(part, stream, planes.numel, *chunk) for chunk in found])
+        self._parts.append((part, pieces))
 
-    def place(self, decompressed: torch.Tensor | None) -> None:
-        """Join the planes and write the values."""
+    def _piece(
+        self, part: _PartOfBlock, stream: StreamOnDevice, numel: int, packed: bool, start: int, stop: int, row: int
+    ) -> tuple[torch.Tensor | None, int]:
+        if not packed:
+            return stream.data, start
+        self._chunks.append((part.batch, row))
+        return None, self.frames.add(stream.data[start:stop], numel)
+
+    def place(self) -> None:
+        """Decompress the frames, join the planes of all parts and write the values."""
+        try:
+            decompressed = self._decompressed() if self._chunks else None
+            for part, pieces in self._parts:
+                with _placing(part.batch):
+                    self._place(part, pieces, decompressed)
+        finally:  # an error would keep the memory of the device
+            self._clear()
+
+    def _decompressed(self) -> torch.Tensor:
+        assert self._device.decompressor is not None
+        try:
+            with _placing(self._chunks[0][0]):
+                return self.frames.decompress(self._device.decompressor)
+        except PlacingError as error:
+            if not isinstance(error.__cause__, UndecodableFrameError):
+                raise
+            batch, row = self._chunks[error.__cause__.number]
+            raise undecodable(batch, row, error.__cause__.cause, self._damage) from error
+
+    @staticmethod
+    def _place(
+        part: _PartOfBlock, pieces: list[list[tuple[torch.Tensor | None, int]]], decompressed: torch.Tensor | None
+    ) -> None:
+        streams = [part.batch.on_device[stream] for stream in range(len(part.batch.requests))]
+        numel = streams[0].planes[part.block.row].numel
+        exceptions = [
+            listed
+            for stream in streams
+            for listed in _in_part(stream.exceptions.get(part.block.row, {}), part.chunks, numel)
+        ]
         planes = []
-        for pieces in self._pieces:
+        for of_plane in pieces:
             slices = []
-            for stored, start in pieces:
+            for stored, start in of_plane:
                 memory = decompressed if stored is None else stored
                 assert memory is not None
-                slices.append(memory[start : start + self._numel])
+                slices.append(memory[start : start + numel])
             planes.append(slices[0] if len(slices) == 1 else torch.cat(slices))
-        _write(self._batch, self._target, self._index, _joined(self._batch.read, planes, self._exceptions))
-
-
-def _place_planes(device: Device, parts: Iterable[_PlanesToPlace], frames: Frames) -> None:
-    decompressed = None
-    if frames.stored:
-        assert device.decompressor is not None
-        decompressed = frames.decompress(device.decompressor)
-    for part in parts:
-        part.place(decompressed)
+        _write(part.batch, part.target, part.index, _joined(part.batch.read, planes, exceptions))
 
 
 def _decoded(read: ChunkReads, block: Block, stream: StreamOnDevice) -> torch.Tensor:

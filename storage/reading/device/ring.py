@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ....planner.coalesce import MAX_REQUEST_BYTES
-from ...runtime.forks import generation
-from ...runtime.pinned import pin, unpin
+from ...runtime.forks import Lock, generation
+from ...runtime.pinned import ByteArray, pin, unpin
 from ...stores.buffer_pool import PAGE_BYTES
 
 SLOT_BYTES = MAX_REQUEST_BYTES + PAGE_BYTES
@@ -30,7 +29,7 @@ MAX_SLOTS = MAX_RING_BYTES // SLOT_BYTES
 class Slot:
     """A part of the ring that one thread fills."""
 
-    memory: npt.NDArray[np.uint8]
+    memory: ByteArray
     pinned: bool
     copies: list[torch.cuda.Event] = field(default_factory=list)
     """Reached when the copies from this memory are done."""
@@ -60,17 +59,18 @@ class Ring:
         page_lock: page-locks memory, and returns whether that succeeded.
     """
 
-    def __init__(self, nbytes: int = SLOT_BYTES, page_lock: Callable[[npt.NDArray[np.uint8]], bool] = pin) -> None:
+    def __init__(self, nbytes: int = SLOT_BYTES, page_lock: Callable[[ByteArray], bool] = pin) -> None:
         self.nbytes = nbytes
         self._page_lock = page_lock
+        self._of_process = Lock()
         self._begin()
 
     def _begin(self) -> None:
-        self._generation = generation()
         self._changed = threading.Condition()
         self._free: deque[Slot] = deque()
         """In the order in which they were put back."""
         self._count = 0
+        self._generation = generation()
 
     @property
     def max_request_bytes(self) -> int:
@@ -104,6 +104,8 @@ class Ring:
             with self._changed:
                 self._count -= 1
                 self._changed.notify()
+            if slot is not None and slot.pinned:
+                unpin(slot.memory)
             raise
         return slot
 
@@ -126,8 +128,9 @@ class Ring:
 
     def _forget_parent(self) -> None:
         """Forget the slots of the parent process. A forked child cannot use its CUDA context."""
-        if self._generation != generation():
-            self._begin()
+        with self._of_process:
+            if self._generation != generation():
+                self._begin()
 
 
 RING = Ring()
