@@ -10,8 +10,8 @@ is on tmpfs. All cases run once per round, in turns, and loaded values are compa
 - GB/s: bytes of the values (of one rank for "rank of TP 4") divided by seconds
 - of peer: GB/s divided by that of fastsafetensors (loads), or of DCP with 16 threads (saves)
 - page-locked MB: what reshard has page-locked
-- device MB: what torch has reserved on the device at most, beyond what it had before and the loaded tensors. Memory that
-  nvCOMP allocates itself is not counted.
+- device MB: what torch has reserved on the device at most, beyond what it had before and the loaded tensors. Memory
+  that nvCOMP allocates itself is not counted.
 """
 
 from __future__ import annotations
