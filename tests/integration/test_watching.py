@@ -113,13 +113,13 @@ class ClosedTerminal(Terminal):
 def test_progress_bar_that_cannot_be_drawn_does_not_stop_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # a long path would be cut
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "400")  # or a long path would be cut
     monkeypatch.setattr("sys.stderr", ClosedTerminal())
-    reshard.save(STATE, "a", progress=True)
+    reshard.save(STATE, tmp_path / "a", progress=True)
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
-    reshard.save(STATE, "a[/b][lr=1]", progress=True)
+    reshard.save(STATE, f"{tmp_path}/a[/b][lr=1]", progress=True)
     assert "a[/b][lr=1]" in shown.getvalue()
 
 
@@ -178,11 +178,10 @@ def test_progress_bar_is_shown_only_on_a_terminal(
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.chdir(tmp_path)  # a long path would be cut
+    monkeypatch.setenv("COLUMNS", "400")  # or a long path would be cut
     shown = out()
     monkeypatch.setattr("sys.stderr", shown)
-    reshard.save(STATE, "a", progress=True)
+    reshard.save(STATE, tmp_path / "a", progress=True)
     if isinstance(shown, Terminal):
         assert "save " in shown.getvalue()
         assert "25.2/25.2 MB" in shown.getvalue()

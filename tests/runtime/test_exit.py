@@ -19,7 +19,7 @@ from tests.torture.faults import CLIENTS, by_client
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-MAX_S = 5.0
+MAX_S = 10.0
 ANSWERS = {"503": 503, "none": 0}
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress as chosen
 from itertools import pairwise
@@ -270,16 +271,25 @@ class Planes:
 
 
 def _decompressed(frames: Iterable[memoryview]) -> Iterator[memoryview]:
-    try:
+    with _decompressing():
         for frame in frames:
             yield memoryview(_zstd.decompressor.decompress(frame))
+
+
+@contextmanager
+def _decompressing() -> Iterator[None]:
+    """Translate the errors of zstd."""
+    try:
+        yield
     except zstandard.ZstdError as error:
         raise CorruptCheckpointError(f"a plane cannot be decompressed: {error}") from error
 
 
 def _check_sizes(frames: Iterable[memoryview], numel: int) -> None:
     """Check that frames declare `numel` bytes: the decompressor allocates as many bytes as a frame declares."""
-    if set(map(zstandard.frame_content_size, frames)) != {numel}:
+    with _decompressing():
+        sizes = set(map(zstandard.frame_content_size, frames))
+    if sizes != {numel}:
         raise CorruptCheckpointError(f"a compressed plane does not hold {numel} bytes")
 
 
