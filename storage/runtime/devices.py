@@ -1,4 +1,4 @@
-"""Wait for a device."""
+"""Choose the device of a thread, and wait for a device."""
 
 from __future__ import annotations
 

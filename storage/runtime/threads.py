@@ -247,7 +247,7 @@ def result_of(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
         Exception: any exception of the coroutine.
     """
     stop = current_stop()
-    future = asyncio.run_coroutine_threadsafe(_outcome(asyncio.wait_for(coroutine, timeout_s)), loop)
+    future = asyncio.run_coroutine_threadsafe(_outcome(coroutine, timeout_s), loop)
     with stop.calling(future.cancel):
         try:
             outcome = future.result(stop.left_s)
@@ -272,10 +272,10 @@ class _Outcome:
     error: Exception | None = None
 
 
-async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> _Outcome:
+async def _outcome(coroutine: Coroutine[Any, Any, Any], timeout_s: float | None) -> _Outcome:
     """Wait for a coroutine. If it fails when nobody waits for its error any more, asyncio would print the error."""
     try:
-        return _Outcome(await coroutine)
+        return _Outcome(await asyncio.wait_for(coroutine, timeout_s))
     except Exception as error:
         return _Outcome(error=error)
 

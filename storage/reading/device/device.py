@@ -38,7 +38,9 @@ class Device:
         self.device = device
         self.ring = ring
         self.decompressor = decompressor
+        self._lock = Lock()
         self._copies: torch.cuda.Stream | None = None
+        """The stream of the copies. The first copy creates it."""
         self._streams: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
         """Streams to work on; None for one that has not been created."""
         for _ in range(WORKING_STREAMS):
@@ -122,8 +124,9 @@ class Device:
     def _copying(self) -> Iterator[None]:
         """Run the operations of a block on the stream of the copies."""
         with current_device(self.device):
-            if self._copies is None:
-                self._copies = torch.cuda.Stream(self.device)
+            with self._lock:  # all copies must be on one stream, or some would not be waited for
+                if self._copies is None:
+                    self._copies = torch.cuda.Stream(self.device)
             with torch.cuda.stream(self._copies):
                 yield
 
