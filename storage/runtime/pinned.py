@@ -36,17 +36,21 @@ def pin(memory: ByteArray) -> bool:
     global _refused
     if _refused:
         return False
-    status = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE))
-    if status:
+    try:
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE))
+        problem = f"error {status}" if status else ""
+    except (AttributeError, RuntimeError, TypeError) as error:  # torch for another kind of device than CUDA
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
         _refused = True
         with contextlib.suppress(RuntimeError):  # CUDA reports the error again at the next operation of this thread
             torch.zeros(1, device="cuda")
         logger.warning(
-            "CUDA cannot page-lock %d bytes of host memory (error %d), so copies between host and device are slower",
+            "%d bytes of host memory cannot be page-locked (%s), so copies between host and device are slower",
             memory.nbytes,
-            status,
+            problem,
         )
-    return status == 0
+    return not problem
 
 
 def unpin(memory: ByteArray) -> None:
