@@ -37,6 +37,7 @@ from benchmarks.common import Row, alternate, arguments_of, header, installed, l
 from benchmarks.shapes import TP_PLAN, transformer
 from reshard.storage.reading.device.device import cuda_device
 from reshard.storage.reading.device.ring import RING
+from reshard.storage.runtime.devices import synchronize
 from reshard.storage.runtime.pinned import save_buffers
 
 COLUMNS = ("case", "s", "GB/s", "of peer", "page-locked MB", "device MB")
@@ -105,7 +106,7 @@ class Bench:
         before = self._memory(peak=False)
         begin = time.perf_counter()
         found = self.cases[name]()
-        self._synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - begin
         peak = self._memory(peak=True)
         loaded = sum(tensor.nbytes for tensor in (found or self.state).values())
@@ -123,10 +124,6 @@ class Bench:
         for key, tensor in expected.items():
             if not torch.equal(found[key].to(self.device), tensor):
                 raise AssertionError(f"{name} loaded other values for {key!r}")
-
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
     def _memory(self, *, peak: bool) -> int:
         if self.device.type != "cuda":

@@ -486,9 +486,10 @@ class _Worker:
 
 
 def release_memory() -> None:
-    """Return the memory that loads and `async_save` keep for their next calls, and end the writer process.
+    """Return the memory that loads and saves keep for their next calls, and end the writer process.
 
-    Memory that a running call uses stays: wait for its `result()` first. Not collective.
+    In a process that uses CUDA, this also calls `torch.cuda.empty_cache`. Memory that a running call uses stays: wait
+    for its `result()` first. Not collective.
     """
     read_buffers.clear()
     RING.release()

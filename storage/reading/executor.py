@@ -127,7 +127,7 @@ class _Execution:
         self._fetcher = workers.fetcher
         self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
         device_budget = MAX_DEVICE_BUDGET_BYTES if budget_bytes is None else min(budget_bytes, MAX_DEVICE_BUDGET_BYTES)
-        self._max_decompressed_bytes = device_budget // 4
+        self._max_decompressed_bytes = device_budget // 4  # of 1 GiB: a thousand frames of 256 KiB
         self._stats.decoded_by = assign_devices(
             [batch for tensor in self._tensors for batch in tensor.batches],
             may_decompress=self._max_decompressed_bytes >= MIN_DECOMPRESSED_BYTES,
@@ -310,19 +310,19 @@ class _Execution:
             self._caller.notify()
 
     def _verify(self, step: Verify) -> None:
-        begin = time.perf_counter()
         for request, found in zip(step.requests, step.found, strict=True):
             if self._error is not None:
                 return
+            begin = time.perf_counter()
             check = RequestCheck(request, self._index)
             if not isinstance(found, StoreError):
                 data = memoryview(found)
                 check.take(data, len(data))
+            verify_s = time.perf_counter() - begin
             self._take(request, found, check)
             with self._lock:
+                self._stats.verify_s += verify_s
                 self._call_workers()
-        with self._lock:
-            self._stats.verify_s += time.perf_counter() - begin
 
     def _take(self, request: Request, found: Fetched, check: RequestCheck, slot: Slot | None = None) -> None:
         """Accept the bytes of a request if they are intact. Release their buffer otherwise.

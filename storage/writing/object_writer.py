@@ -162,8 +162,8 @@ def write_objects(
         ShapeMismatchError: `load` returned values of another shape or dtype.
     """
     budget = default_budget() if budget_bytes is None else budget_bytes
-    streams = 0 if store.capabilities.buffers_objects else max(1, default_threads() // THREADS_PER_STREAM)
-    streams = min(streams, MAX_STREAMS)
+    streams = min(MAX_STREAMS, max(1, default_threads() // THREADS_PER_STREAM))
+    streams = 0 if store.capabilities.buffers_objects else streams
     groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, streams=streams)
     stopped = threading.Event()
     with Pool(default_threads(), "reshard-encode") as encoding:

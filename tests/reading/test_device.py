@@ -322,15 +322,15 @@ def test_host_and_device_share_requests(monkeypatch: pytest.MonkeyPatch, tmp_pat
     check_equal(loaded, values)
 
 
+def run_out_of_memory(*arguments: object) -> None:
+    raise torch.OutOfMemoryError("no memory on the device")
+
+
 def test_a_failing_device_is_named_with_the_tensor(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     reshard.save({"w": torch.randn(300, 300)}, tmp_path, codec="none")
-
-    def fail(*args: object) -> None:
-        raise torch.OutOfMemoryError("no memory on the device")
-
-    monkeypatch.setattr(device, "_new", fail)
+    monkeypatch.setattr(device, "_new", run_out_of_memory)
     with pytest.raises(reshard.errors.RankError, match="'w': OutOfMemoryError: no memory on the device"):
         reshard.load({"w": torch.zeros(300, 300, device=device.device)}, tmp_path)
     assert len(device.ring._free) * device.ring.nbytes == device.ring.held_bytes
@@ -348,7 +348,7 @@ def test_the_error_names_the_tensor_whose_values_cannot_be_written(
 
     def fail(self: destination.Target, index: tuple[int | slice, ...], decoded: torch.Tensor) -> None:
         if self._tensor.data_ptr() == loaded["w7"].data_ptr():
-            raise torch.OutOfMemoryError("no memory on the device")
+            run_out_of_memory()
         write(self, index, decoded)
 
     monkeypatch.setattr(destination.Target, "write_tensor", fail)
@@ -392,11 +392,8 @@ def test_no_memory_of_the_device_is_kept_after_an_error(
         living.append(weakref.ref(found))
         return found
 
-    def fail(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("no memory on the device")
-
     monkeypatch.setattr(device, "_new", counted)
-    monkeypatch.setattr(destination.Target, "write_tensor", fail)
+    monkeypatch.setattr(destination.Target, "write_tensor", run_out_of_memory)
     with pytest.raises(reshard.errors.RankError, match="no memory on the device") as caught:
         reshard.load(zeros_for(values, device), tmp_path)
     assert living

@@ -364,10 +364,9 @@ def decode_heads_and_tails(
         np.copyto(high, next(head_words).view(np.uint16))
         high *= 65536
         high += low
-        for at in range(first, first + count) if listed else ():
-            if at in listed:
-                positions, bits = listed[at]
-                high[(at - first) * numel + positions] = bits
+        for at in listed.keys() & range(first, first + count):
+            positions, bits = listed[at]
+            high[(at - first) * numel + positions] = bits
         first += count
         yield high
 

@@ -25,8 +25,10 @@ def nvcomp_decompressor(device: torch.device) -> Decompressor | None:
 def _nvcomp() -> Any:
     try:
         nvcomp = importlib.import_module("nvidia.nvcomp")
-    except Exception as error:  # it is not installed, or does not find a library or a driver
-        logger.debug("nvCOMP is not used: %s: %s", type(error).__name__, error)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # it does not find a library or a driver
+        logger.warning("nvCOMP is installed but cannot be loaded, so the host decompresses: %s", error)
         return None
     if not hasattr(nvcomp, "BatchArray"):  # since version 6: a batch is one buffer with offsets
         logger.warning("nvCOMP %s is too old and not used: install version 6 or later", nvcomp.__version__)

@@ -48,8 +48,10 @@ MAX_JOINED_BYTES = 16 * 1024 * 1024
 """The most decoded bytes that are joined at once on a device. This needs about four times as much memory there."""
 MIN_DECOMPRESSED_BYTES = 64 * 1024 * 1024
 """If fewer bytes of frames may be decompressed with one call, the host is faster (see `frames.MIN_FRAMES`)."""
-MAX_DECOMPRESSED_BYTES = 256 * 1024 * 1024
-"""The most bytes of frames that are decompressed with one call. A thousand frames of 256 KiB have as many."""
+
+
+_Piece = tuple[torch.Tensor | None, int]
+"""Where one plane of one chunk is: the memory, and the position in it. No memory: in what is decompressed."""
 
 
 class PlacingError(Exception):
@@ -141,7 +143,7 @@ def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Ten
     return StreamOnDevice(moved, replace(found, data=memoryview(b"")), planes_of, exceptions)
 
 
-def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int = MAX_DECOMPRESSED_BYTES) -> None:
+def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int) -> None:
     """Decode batches whose bytes have arrived, and write them to their destinations.
 
     Args:
@@ -164,7 +166,7 @@ def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int = MAX_DE
             with _placing(batch):
                 place_chunk_batch(batch, damage)
     for device, members in on_device.items():
-        _place_on_device(device, members, min(max_bytes, MAX_DECOMPRESSED_BYTES), damage)
+        _place_on_device(device, members, max_bytes, damage)
 
 
 @contextmanager
@@ -264,9 +266,8 @@ class _PlanesToPlace:
         self._clear()
 
     def _clear(self) -> None:
-        self._parts: list[tuple[_PartOfBlock, list[list[tuple[torch.Tensor | None, int]]]]] = []
-        """For each plane of a part, the memory and the position of each chunk's bytes. No memory: in what is
-        decompressed."""
+        self._parts: list[tuple[_PartOfBlock, list[list[_Piece]]]] = []
+        """The parts. For each plane of a part, the pieces of all its chunks."""
         self.frames = Frames()
         self._chunks: list[tuple[ChunkBatch, int]] = []
         """The chunk of each frame: a batch and a row."""
@@ -285,7 +286,7 @@ class _PlanesToPlace:
 
     def _piece(
         self, part: _PartOfBlock, stream: StreamOnDevice, numel: int, packed: bool, start: int, stop: int, row: int
-    ) -> tuple[torch.Tensor | None, int]:
+    ) -> _Piece:
         if not packed:
             return stream.data, start
         self._chunks.append((part.batch, row))
@@ -313,9 +314,7 @@ class _PlanesToPlace:
             raise undecodable(batch, row, error.__cause__.cause, self._damage) from error
 
     @staticmethod
-    def _place(
-        part: _PartOfBlock, pieces: list[list[tuple[torch.Tensor | None, int]]], decompressed: torch.Tensor | None
-    ) -> None:
+    def _place(part: _PartOfBlock, pieces: list[list[_Piece]], decompressed: torch.Tensor | None) -> None:
         streams = [part.batch.on_device[stream] for stream in range(len(part.batch.requests))]
         numel = streams[0].planes[part.block.row].numel
         exceptions = [
