@@ -44,7 +44,9 @@ class ChunkReads:
     skipped: IntArray
     """(n,) the number of bytes of a raw chunk that precede the range."""
     checksums: IntArray
-    """(n, s) the position of the first checksum of the range. A raw range has one checksum per page; chunks of other
+    """(n, s) the position of the first checksum of the range."""
+    checksum_counts: IntArray
+    """(n,) the number of checksums of each range. Several are those of the pages of a raw chunk; chunks of other
     formats have none."""
     chunk_offsets: IntArray
     """(n, ndim) the chunk's box in the global tensor."""

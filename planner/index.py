@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,27 @@ def missing_tensor(name: str, names: Iterable[str]) -> MissingTensorError:
     return MissingTensorError(f"the checkpoint has no {name!r}" + (near and f"; nearest are {near}"))
 
 
+def count_checksums(
+    encodings: npt.NDArray[Any], lengths: npt.NDArray[Any], page_bytes: IntArray, *, whole: bool
+) -> IntArray:
+    """Return the number of checksums of each chunk.
+
+    An encoded chunk has one. A raw chunk has one for each page, and after them one of all its bytes if there are
+    several pages: a part can be verified alone, and the whole with one call. Chunks of other formats have none.
+
+    Args:
+        encodings: (n,) the Encoding of each chunk.
+        lengths: (n,) its stored bytes.
+        page_bytes: (n,) the size of a page of its tensor.
+        whole: whether raw chunks have checksums of all their bytes.
+    """
+    pages: IntArray = np.where(encodings == Encoding.RAW, -(-lengths.astype(np.int64) // page_bytes), 1)
+    if whole:
+        pages += pages > 1
+    pages[encodings > max(NATIVE_ENCODINGS)] = 0
+    return pages
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointIndex:
     """The metadata of a checkpoint that planning needs.
@@ -52,9 +74,11 @@ class CheckpointIndex:
     lengths: npt.NDArray[np.uint32] | IntArray
     """The encoded bytes of each chunk, segment after segment."""
     checksums: npt.NDArray[np.uint64]
-    """One checksum per encoded chunk, one per page of a raw chunk, none for chunks of other formats."""
+    """The checksums of all chunks, segment after segment: see `count_checksums`."""
     held: InitVar[Regions | None] = None
     """The regions of tensors that this index covers. By default, it covers whole tensors."""
+    whole_checksums: bool = True
+    """Whether a raw chunk with several pages also has a checksum of all its bytes. Old checkpoints do not have it."""
 
     regions: Regions = field(init=False)
     first_chunk: IntArray = field(init=False, repr=False)
@@ -155,12 +179,10 @@ class CheckpointIndex:
     def checksum_counts(self, segments: IntArray, lengths: IntArray) -> IntArray:
         """Return the number of checksums of each chunk of some segments, given the lengths of all their chunks."""
         owners, of = np.unique(self.segments.entries[segments], return_inverse=True)
-        pages = np.array([self.entries[owner].page_bytes for owner in owners.tolist()], np.int64)[of]
-        counts = self.first_chunk[segments + 1] - self.first_chunk[segments]
-        encodings = np.repeat(self.segments.encodings[segments], counts)
-        found: IntArray = np.where(encodings == Encoding.RAW, -(-lengths // np.repeat(pages, counts)), 1)
-        found[encodings > max(NATIVE_ENCODINGS)] = 0
-        return found
+        page_bytes = np.array([self.entries[owner].page_bytes for owner in owners.tolist()], np.int64)[of]
+        chunks = self.first_chunk[segments + 1] - self.first_chunk[segments]
+        encodings, pages = np.repeat(self.segments.encodings[segments], chunks), np.repeat(page_bytes, chunks)
+        return count_checksums(encodings, lengths, pages, whole=self.whole_checksums)
 
     def locate(self, segments: IntArray, ordinals: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Return where chunks are stored.

@@ -108,7 +108,7 @@ def partition(index: CheckpointIndex, parts: Sequence[tuple[int, ...]]) -> Check
         np.concatenate([np.arange(len(cut.regions)) for cut in cuts]),
         np.concatenate([cut.regions for cut in cuts]),
     )
-    return CheckpointIndex(index.entries, index.objects, segments, lengths, checksums, regions)
+    return CheckpointIndex(index.entries, index.objects, segments, lengths, checksums, regions, index.whole_checksums)
 
 
 def _moved(

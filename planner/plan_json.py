@@ -109,6 +109,7 @@ def _read_to_json(read: ChunkReads) -> dict[str, Any]:
         "streams": read.objects.shape[1],
         "encodings": read.encodings.tolist(),
         "skipped": read.skipped.tolist(),
+        "checksum_counts": read.checksum_counts.tolist(),
         **{name: getattr(read, name).tolist() for name in _BY_STREAM + _BY_DIMENSION},
         "runs": None
         if runs is None
@@ -133,6 +134,7 @@ def _read_from_json(value: Any) -> ChunkReads:
         entry=entry,
         encodings=np.array(value["encodings"], np.uint8),
         skipped=_column(value["skipped"]).reshape(count),
+        checksum_counts=_column(value["checksum_counts"]).reshape(count),
         **by_stream,
         **by_dimension,
         runs=None

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .box import IntArray, columns_equal, intersect_pairs
 from .chunk_reads import ChunkReads, WantedBox
 from .coalesce import DEFAULT_LIMITS, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
-from .entries import Encoding, Entry, Stream
+from .entries import NATIVE_ENCODINGS, Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
 from .html import table
@@ -265,7 +265,7 @@ def _of_one_grid(
             )
     segments = np.stack([rows, rows + 1], axis=1) if wide else rows[:, None]
     boxed = (chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
-    starts, stops, skipped, checksums = _byte_ranges(index, entries[0], segments, ordinals, *boxed)
+    starts, stops, skipped, checksums, counts = _byte_ranges(index, entries[0], segments, ordinals, *boxed)
     encodings, objects = index.segments.encodings[rows], index.segments.objects[segments]
     bounds = np.searchsorted(owners, np.arange(len(wants) + 1)).tolist()
     for want, entry, (begin, end) in zip(wants, entries, pairwise(bounds), strict=True):
@@ -279,6 +279,7 @@ def _of_one_grid(
             stops[part],
             skipped[part],
             checksums[part],
+            counts[part],
             chunk_offsets[part],
             chunk_sizes[part],
             piece_offsets[part],
@@ -295,8 +296,8 @@ def _byte_ranges(
     chunk_sizes: IntArray,
     piece_offsets: IntArray,
     piece_sizes: IntArray,
-) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Compute `starts`, `stops`, `skipped` and `checksums` of ChunkReads.
+) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """Compute `starts`, `stops`, `skipped`, `checksums` and `checksum_counts` of ChunkReads.
 
     Args:
         index: the index of the checkpoint.
@@ -312,6 +313,7 @@ def _byte_ranges(
     encodings, streams = index.segments.encodings[segments[:, 0]], index.segments.streams[segments[:, 0]]
     raw = encodings == Encoding.RAW
     as_they_are = raw | (encodings == Encoding.PLAIN)
+    counts = (encodings <= max(NATIVE_ENCODINGS)).astype(np.int64)
     if bool(as_they_are.any()):
         nbytes = chunk_sizes.prod(axis=1) * entry.itemsize
         wrong = as_they_are & ((streams == Stream.HEAD) | (lengths[:, 0] != nbytes))
@@ -328,8 +330,11 @@ def _byte_ranges(
         ends = -(-(last + 1) * entry.itemsize // page) * page
         stops[:, 0] = np.where(raw, starts[:, 0] + np.minimum(ends, lengths[:, 0]), stops[:, 0])
         starts[:, 0] += skipped
-        checksums[:, 0] += skipped // page
-    return starts, stops, skipped, checksums
+        pages, of_chunk = (-(-nbytes // page) for nbytes in (stops[:, 0] - starts[:, 0], lengths[:, 0]))
+        whole = index.whole_checksums & raw & (of_chunk > 1) & (pages == of_chunk)
+        counts = np.where(raw & ~whole, pages, counts)
+        checksums[:, 0] += np.where(whole, pages, skipped // page)
+    return starts, stops, skipped, checksums, counts
 
 
 def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
@@ -373,6 +378,7 @@ def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
         stops=stops,
         skipped=read.skipped[rows],
         checksums=read.checksums[rows],
+        checksum_counts=read.checksum_counts[rows],
         chunk_offsets=of_slabs(slab_offsets, read.chunk_offsets),
         chunk_sizes=of_slabs(slab_sizes, read.chunk_sizes),
         piece_offsets=of_slabs(slab_offsets, read.piece_offsets),

@@ -90,7 +90,8 @@ class Reader:
             at += len(encoded)
             if self.columns["encodings"][segment] == 0:
                 page = page_bytes(shape, parts, itemsize)
-                self.check([encoded[i : i + page] for i in range(0, len(encoded), page)])
+                pages = [encoded[i : i + page] for i in range(0, len(encoded), page)]
+                self.check(pages if len(pages) == 1 else [*pages, encoded])
                 values = np.frombuffer(encoded, np.uint8)
             else:
                 self.check([encoded])

@@ -16,9 +16,10 @@ FOLDER = Path(__file__).parent / "checkpoints"
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_format_version_3_is_read(codec: str) -> None:
-    folder = FOLDER / f"v3-{codec}"
-    assert struct.unpack_from("<I", (folder / "manifest.reshard").read_bytes(), 8) == (3,)
+@pytest.mark.parametrize("version", [3, 4])
+def test_an_older_format_version_is_read(version: int, codec: str) -> None:
+    folder = FOLDER / f"v{version}-{codec}"
+    assert struct.unpack_from("<I", (folder / "manifest.reshard").read_bytes(), 8) == (version,)
     expected = {**state.replicated(), "sharded": state.sharded()}
     checkpoint = reshard.open(folder)
     assert checkpoint.verify() == []
@@ -31,6 +32,9 @@ def test_format_version_3_is_read(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
-def test_format_version_3_is_converted(codec: str, tmp_path: Path) -> None:
-    reshard.convert(FOLDER / f"v3-{codec}", tmp_path / "now")
-    check_equal(reshard.open(tmp_path / "now").state_dict(), reshard.open(FOLDER / f"v3-{codec}").state_dict())
+@pytest.mark.parametrize("version", [3, 4])
+def test_an_older_format_version_is_converted_and_compared(version: int, codec: str, tmp_path: Path) -> None:
+    old = FOLDER / f"v{version}-{codec}"
+    reshard.convert(old, tmp_path / "now", codec=codec)
+    check_equal(reshard.open(tmp_path / "now").state_dict(), reshard.open(old).state_dict())
+    assert reshard.diff(old, tmp_path / "now") == []

@@ -9,12 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...planner.box import IntArray, concat_ranges
-from ...planner.entries import NATIVE_ENCODINGS, Encoding
 from ...planner.index import CheckpointIndex
 from ..runtime.checksums import checksum
 from .tasks import ChunkBatch, ChunkRange, Request
-
-_RAW, _LAST_NATIVE = int(Encoding.RAW), int(max(NATIVE_ENCODINGS))
 
 
 class RequestCheck:
@@ -70,7 +67,7 @@ def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Checked:
-    """The byte ranges of one stream of a batch that have a checksum: pages of raw chunks, and whole other chunks."""
+    """The byte ranges of one stream of a batch that have a checksum: chunks, or pages of chunks that are read in part."""
 
     batch: ChunkBatch
     stream: int
@@ -87,18 +84,16 @@ class _Checked:
     @classmethod
     def of(cls, batch: ChunkBatch, stream: int, start: int, index: CheckpointIndex) -> _Checked:
         read, rows = batch.read, batch.rows
-        chunks = np.flatnonzero(read.encodings[rows] <= _LAST_NATIVE)
-        begins = read.starts[rows, stream][chunks] - start
-        ends = read.stops[rows, stream][chunks] - start
-        firsts = read.checksums[rows, stream][chunks]
-        if bool((raw := read.encodings[rows][chunks] == _RAW).any()):
+        counts = read.checksum_counts[rows]
+        begins, ends = read.starts[rows, stream] - start, read.stops[rows, stream] - start
+        chunks, firsts = np.arange(len(counts)), read.checksums[rows, stream]
+        if bool((counts != 1).any()):
             page_bytes = read.entry.page_bytes
-            counts = np.where(raw, -(-(ends - begins) // page_bytes), 1)
-            pages = concat_ranges(0, counts)
-            of = np.arange(len(counts)).repeat(counts)
-            begins, last = begins[of] + pages * page_bytes, ends[of]
-            ends = np.where(raw[of], np.minimum(begins + page_bytes, last), last)
-            chunks, firsts = chunks[of], firsts[of] + pages
+            pages, of_pages = concat_ranges(0, counts), counts.repeat(counts) > 1
+            chunks = chunks.repeat(counts)
+            begins, last = begins[chunks] + pages * page_bytes, ends[chunks]
+            ends = np.where(of_pages, np.minimum(begins + page_bytes, last), last)
+            firsts = firsts[chunks] + pages
         return cls(batch, stream, start, chunks, begins, ends, index.checksums[firsts])
 
     def damages(self, data: memoryview) -> list[ChunkRange]:

@@ -11,7 +11,8 @@ checksum: Callable[[Buffer], int] = xxhash.xxh3_64_intdigest
 """Returns the XXH3-64 checksum of bytes, with seed 0."""
 
 
-def page_checksums(data: Buffer, page_bytes: int) -> list[int]:
-    """Return the checksum of each page of a raw chunk, or of a part of a chunk that begins at the start of a page."""
-    view = memoryview(data)
-    return [xxhash.xxh3_64_intdigest(view[at : at + page_bytes]) for at in range(0, len(view), page_bytes)]
+def raw_checksums(chunk: Buffer, page_bytes: int) -> list[int]:
+    """Return the checksum of each page of a raw chunk and, if it has several pages, of all its bytes."""
+    view = memoryview(chunk)
+    pages = [checksum(view[at : at + page_bytes]) for at in range(0, len(view), page_bytes)]
+    return pages if len(pages) == 1 else [*pages, checksum(view)]

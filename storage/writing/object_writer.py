@@ -34,7 +34,7 @@ from ..formats.native.chunk_runs import MAX_CHUNK_RUN_BYTES, Slices, continued_d
 from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
-from ..runtime.checksums import checksum, page_checksums
+from ..runtime.checksums import checksum, raw_checksums
 from ..runtime.devices import synchronize
 from ..runtime.limits import default_budget, default_threads
 from ..runtime.logs import logger_of
@@ -358,7 +358,7 @@ def _encode_runs(
         if codec == "none":
             checksums: list[int] = []
             for at in range(0, len(plain), nbytes):
-                checksums += page_checksums(plain.data[at : at + nbytes], page_bytes)
+                checksums += raw_checksums(plain.data[at : at + nbytes], page_bytes)
             encoded.append((plain.data, [nbytes] * count, checksums))
         else:
             chunks = encode(plain, entry.dtype, stream, nbytes // entry.itemsize)

@@ -23,7 +23,7 @@ from reshard.storage.errors import (
 )
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native import manifest_blocks
-from reshard.storage.formats.native.manifest import FIRST_MANIFEST_READ_BYTES, MANIFEST_NAME, encode_manifest
+from reshard.storage.formats.native.manifest import FIRST_MANIFEST_READ_BYTES, MANIFEST_NAME, VERSION, encode_manifest
 from reshard.storage.formats.source import Source
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.local import LocalStore
@@ -49,7 +49,7 @@ def opened(data: bytes) -> Source:
 
 def sealed(header: bytes, body: bytes) -> bytes:
     """Return a manifest with a header and blocks, with correct lengths and a correct checksum of the header."""
-    prefix = struct.pack("<8sIIQ", b"RESHARD\n", 3, len(header), 32 + len(header) + len(body))
+    prefix = struct.pack("<8sIIQ", b"RESHARD\n", VERSION, len(header), 32 + len(header) + len(body))
     return prefix + struct.pack("<Q", checksum(prefix + header)) + header + body
 
 
@@ -90,7 +90,7 @@ def test_newer_version_raises_unsupported_version_error() -> None:
     prefix = DATA[:8] + struct.pack("<I", 7) + DATA[12:24]
     (header_bytes,) = struct.unpack_from("<I", DATA, 12)
     newer = prefix + struct.pack("<Q", checksum(prefix + DATA[32 : 32 + header_bytes])) + DATA[32:]
-    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads versions 3 and 4"):
+    with pytest.raises(UnsupportedVersionError, match="format version 7; this reshard reads versions 3 to 5"):
         opened(newer)
 
 

@@ -28,7 +28,7 @@ class Saved:
     """Whether it is stored as in another format: each shard is one chunk without checksums."""
 
 
-def index_of(*tensors: Saved) -> CheckpointIndex:
+def index_of(*tensors: Saved, whole_checksums: bool = True) -> CheckpointIndex:
     """Return the index of tensors. Raw chunks are as long as their values, encoded chunks about a third of it."""
     rows: list[tuple[int, int, int, int, int, Box]] = []
     lengths: list[int] = []
@@ -47,7 +47,8 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
                     nbytes = size * entry.itemsize if saved.raw else 2 + size * entry.itemsize // 3
                     lengths.append(nbytes)
                     if not saved.plain:
-                        checksums += -(-nbytes // entry.page_bytes) if saved.raw else 1
+                        pages = -(-nbytes // entry.page_bytes) if saved.raw else 1
+                        checksums += pages + (whole_checksums and pages > 1)
                     objects[number] += nbytes
     columns = list(zip(*rows, strict=True)) or [()] * 6
     return CheckpointIndex(
@@ -64,6 +65,7 @@ def index_of(*tensors: Saved) -> CheckpointIndex:
         ),
         np.array(lengths, np.uint32),
         np.arange(checksums, dtype=np.uint64),
+        whole_checksums=whole_checksums,
     )
 
 

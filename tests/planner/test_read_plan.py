@@ -72,7 +72,17 @@ def test_raw_chunks_are_read_by_pages() -> None:
     (read,) = plan_reads(index, [WantedBox("t", Box((100, 0), (50, 256)))]).reads
     assert read.skipped.tolist() == [64 * 512]
     assert (read.stops - read.starts).tolist() == [[2 * 64 * 512]]
-    assert read.checksums.tolist() == [[1]]
+    assert (read.checksums.tolist(), read.checksum_counts.tolist()) == ([[1]], [2])
+
+
+def test_whole_raw_chunks_have_one_checksum() -> None:
+    shape = (1024, 256)
+    saved = Saved("t", Grid(shape, (1, 1)), [Box.whole(shape)], "bfloat16", raw=True)
+    want = [WantedBox("t", Box.whole(shape))]
+    (read,) = plan_reads(index_of(saved), want).reads
+    assert (read.checksums.tolist(), read.checksum_counts.tolist()) == ([[16]], [1])
+    (read,) = plan_reads(index_of(saved, whole_checksums=False), want).reads
+    assert (read.checksums.tolist(), read.checksum_counts.tolist()) == ([[0]], [16])
 
 
 def test_adjacent_shards_are_read_with_one_request() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import reshard
+from reshard.storage.formats.native.manifest import VERSION
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.testing import MemoryStore
 
@@ -409,7 +410,7 @@ def read_manifest(manifest: bytes) -> tuple[dict[str, Any], bytes]:
 def written_manifest(header: Any, blocks: bytes) -> bytes:
     """Return a manifest with a right checksum of its header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    prefix = struct.pack("<8sIIQ", b"RESHARD\n", 4, len(text), 32 + len(text) + len(blocks))
+    prefix = struct.pack("<8sIIQ", b"RESHARD\n", VERSION, len(text), 32 + len(text) + len(blocks))
     return prefix + struct.pack("<Q", checksum(prefix + text)) + text + blocks
 
 

@@ -50,9 +50,11 @@ MANIFEST_NAME = "manifest.reshard"
 DATA_FOLDER = "data"
 DATA_SUFFIX = ".shard"
 MAGIC = b"RESHARD\n"
-VERSION = 4
-READABLE_VERSIONS = (3, 4)
+VERSION = 5
+READABLE_VERSIONS = (3, 4, 5)
 """In version 3, all keys in paths are strings, and the JSON of values has fewer type words."""
+WHOLE_CHECKSUMS_SINCE = 5
+"""Older versions have no checksums of whole raw chunks."""
 READ_BYTES = 8 * 1024 * 1024
 """How many bytes of blocks a request reads, or slightly more."""
 MAX_GAP = 0.125
@@ -82,7 +84,7 @@ class Manifest:
     def __init__(self, source: _ManifestBytes) -> None:
         """Read the header. Raise CorruptCheckpointError, UnsupportedVersionError or StoreError."""
         self._source = source
-        header, blocks_start, stop = _read_header(source)
+        self._version, header, blocks_start, stop = _read_header(source)
         try:
             self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
             """The claimed number of chunks and stored bytes of each entry. Reading the blocks checks them."""
@@ -270,8 +272,16 @@ class Manifest:
     def _load(self, blocks: list[int]) -> CheckpointIndex:
         read = self._read(blocks)
         try:
-            first_regions, where = self._first_regions, self._source.where
-            index = decode_blocks(self._blocks, read, self._entries, self._parts, first_regions, self.objects, where)
+            index = decode_blocks(
+                self._blocks,
+                read,
+                self._entries,
+                self._parts,
+                self._first_regions,
+                self.objects,
+                self._source.where,
+                whole_checksums=self._version >= WHOLE_CHECKSUMS_SINCE,
+            )
             index.check_disjoint()
             if int(index.segments.encodings.max(initial=0)) > max(NATIVE_ENCODINGS):
                 raise ValueError("a segment has the encoding of another format")
@@ -324,8 +334,8 @@ def _min_size(first: bytes) -> int:
     return int(total) if first.startswith(MAGIC) else 0
 
 
-def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
-    """Return the header, the position where it ends, and the position where the manifest should end."""
+def _read_header(source: _ManifestBytes) -> tuple[int, dict[str, Any], int, int]:
+    """Return the format version, the header, the position where it ends, and that where the manifest should end."""
     if not source.first.startswith(MAGIC[: len(source.first)]):
         raise CorruptCheckpointError(
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
@@ -342,7 +352,7 @@ def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
                 f"the manifest {source.where} has the version {version}, which does not match its checksum: it is "
                 "damaged"
             )
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = f"{READABLE_VERSIONS[0]} to {VERSION}"
         raise UnsupportedVersionError(
             f"the manifest {source.where} has format version {version}; this reshard reads versions {readable}"
         )
@@ -356,7 +366,7 @@ def _read_header(source: _ManifestBytes) -> tuple[dict[str, Any], int, int]:
     if _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0] != checksum(source.first[: _PREFIX.size] + bytes(text)):
         raise CorruptCheckpointError(f"the header of the manifest {source.where} does not match its checksum")
     try:
-        return json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
+        return version, json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
     except MALFORMED_ERRORS as error:
         raise _contradiction(source.where, error) from error
 

@@ -197,6 +197,8 @@ def decode_blocks(
     first_regions: IntArray,
     objects: tuple[tuple[str, int], ...],
     where: str,
+    *,
+    whole_checksums: bool,
 ) -> CheckpointIndex:
     """Decode blocks to the index of the regions that they contain.
 
@@ -208,6 +210,7 @@ def decode_blocks(
         first_regions: (entries + 1,) the number of each entry's first region.
         objects: name and size of the data objects of the whole checkpoint.
         where: the location of the manifest, for error messages.
+        whole_checksums: see `CheckpointIndex`.
 
     Raises:
         CorruptCheckpointError: a block is damaged.
@@ -264,4 +267,5 @@ def decode_blocks(
             regions - first_regions[owners],
             np.bincount(region_of, minlength=known),
         ),
+        whole_checksums,
     )

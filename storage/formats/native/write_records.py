@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ....planner.box import Box, IntArray, concat_ranges
-from ....planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
+from ....planner.entries import ITEMSIZES, Entry, Kind, Segments
 from ....planner.grid import Grid
-from ....planner.index import CheckpointIndex
+from ....planner.index import CheckpointIndex, count_checksums
 from ...errors import ArgumentError
 
 
@@ -195,7 +194,10 @@ def assemble_index(
     ndims = np.array([len(entry.shape) for entry in entries], np.int64)[owners]
     begins = np.cumsum(2 * ndims) - 2 * ndims
     order = np.lexsort((_first_elements(entries, owners, boxes, begins), owners))
-    of_checksums = _checksum_counts(entries, owners, encodings, counts, lengths)
+    page_bytes = np.array([entry.page_bytes for entry in entries], np.int64)[owners]
+    each, pages = (np.repeat(column, counts) for column in (encodings, page_bytes))
+    checksums_before = np.concatenate(([0], np.cumsum(count_checksums(each, lengths, pages, whole=True))))
+    of_checksums = np.diff(checksums_before[np.concatenate(([0], np.cumsum(counts)))])
     first_lengths, first_checksums = np.cumsum(counts) - counts, np.cumsum(of_checksums) - of_checksums
     segments = Segments(
         entries=owners[order],
@@ -227,18 +229,4 @@ def _first_elements(entries: Sequence[Entry], owners: IntArray, boxes: IntArray,
         mine = np.flatnonzero(np.array([len(entry.shape) == ndim for entry in entries])[owners])
         for d in range(ndim):
             found[mine] = found[mine] * shapes[owners[mine], d] + boxes[begins[mine] + d]
-    return found
-
-
-def _checksum_counts(
-    entries: Sequence[Entry], owners: IntArray, encodings: IntArray, counts: IntArray, lengths: npt.NDArray[np.uint32]
-) -> IntArray:
-    """Return the (n,) number of checksums of each segment: one for each chunk, or for each page of a raw chunk."""
-    pages = np.array([entry.page_bytes for entry in entries], np.int64)[owners]
-    of_chunks = np.where(
-        np.repeat(encodings == Encoding.RAW, counts), -(-lengths.astype(np.int64) // np.repeat(pages, counts)), 1
-    )
-    before = np.concatenate(([0], np.cumsum(of_chunks)))
-    ends = np.cumsum(counts)
-    found: IntArray = before[ends] - before[ends - counts]
     return found
