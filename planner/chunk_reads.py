@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -56,17 +56,20 @@ class ChunkReads:
     piece_sizes: IntArray
     runs: ByteRuns | None = None
     """If there are plain chunks, which are cut into slabs here: the byte runs of each row."""
+    itemsize: int = field(init=False, repr=False)
+    """Bytes per element that is read: 2 if only the heads of float32 values are read."""
+    has_one_checksum_each: bool = field(init=False, repr=False)
+    """Whether all byte ranges have one checksum."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "itemsize", 2 if self.heads_only else self.entry.itemsize)
+        object.__setattr__(self, "has_one_checksum_each", bool((self.checksum_counts == 1).all()))
 
     def __len__(self) -> int:
         return len(self.encodings)
 
     __eq__ = columns_equal
     __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element that is read: 2 if only the heads of float32 values are read."""
-        return 2 if self.heads_only else self.entry.itemsize
 
     @property
     def heads_only(self) -> bool:

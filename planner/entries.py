@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
 
@@ -82,8 +82,11 @@ class Entry:
     """If the plain chunks of this tensor are not row-major: the dimensions from the outermost to the innermost."""
     unknown_itemsize: int = 0
     """Bytes per element of a dtype that is not in ITEMSIZES. Such a tensor can be verified, but not read."""
+    itemsize: int = field(init=False, repr=False)
+    """Bytes per element."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "itemsize", ITEMSIZES.get(self.dtype, self.unknown_itemsize))
         if self.dtype not in ITEMSIZES and self.unknown_itemsize < 1:
             raise InvalidIndexError(
                 f"{self.name!r} has the unknown dtype {self.dtype!r}; known are {', '.join(ITEMSIZES)}"
@@ -115,10 +118,6 @@ class Entry:
     def whole(self) -> Box:
         """The box that covers the whole tensor."""
         return Box.whole(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZES.get(self.dtype, self.unknown_itemsize)
 
     @property
     def numel(self) -> int:

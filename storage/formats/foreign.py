@@ -20,7 +20,7 @@ from ...planner.grid import Grid
 from ...planner.index import CheckpointIndex, missing_tensor
 from ...planner.request_costs import RequestCosts
 from ..errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError
-from ..runtime.forks import Lock
+from ..runtime.forks import fork_safe_lock
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from ..tensors.state_dict import Path
@@ -103,7 +103,7 @@ class ForeignSource:
         self._shards: dict[str, Shards] = {}
         self._unread: set[str] = set()
         """Values whose bytes are in `inline`. An index does not contain them."""
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
 
     def add_tensor(
         self, name: str, dtype: str, shape: tuple[int, ...], shards: Shards, order: tuple[int, ...] | None = None

@@ -10,7 +10,7 @@ from typing import TypeVar
 from ...planner.request_costs import LOCAL_COSTS, REMOTE_COSTS, RequestCosts
 from ..errors import CorruptCheckpointError
 from ..runtime.checksums import checksum
-from ..runtime.forks import Lock
+from ..runtime.forks import fork_safe_lock
 from ..runtime.threads import Pool
 from ..stores.base import Store
 from ..stores.retry import read_whole
@@ -47,7 +47,7 @@ class Reads:
         """The shortest time that a small read took, in seconds. None before the first one."""
         self.bytes_per_s: float | None = None
         """The throughput of the last large reading. None before the first one."""
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Read a byte range once, as `Store.read` does. The result may be shorter than the range."""

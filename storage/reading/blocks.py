@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -87,14 +87,20 @@ class Blocks:
     target_offsets: IntArray
     """(b, ndim) the destination of the block in the wanted box."""
     target_sizes: IntArray
+    _made: list[Block] = field(default_factory=list, init=False)
 
-    def select(self, blocks: slice) -> Iterator[Block]:
-        """Iterate over some of the blocks."""
-        columns = [column[blocks].tolist() for column in (self.firsts, self.encodings, self.numels)]
-        parts = box_slices(self.part_offsets[blocks], self.part_sizes[blocks])
-        targets = box_slices(self.target_offsets[blocks], self.target_sizes[blocks])
-        sizes = map(tuple, self.sizes[blocks].tolist())
-        counts, dims = map(tuple, self.counts[blocks].tolist()), map(tuple, self.dims[blocks].tolist())
+    def select(self, blocks: slice) -> list[Block]:
+        """Return some of the blocks. All of them are made when it is first called."""
+        if not self._made:
+            self._made[:] = self._make()  # one step: another thread may do the same
+        return self._made[blocks]
+
+    def _make(self) -> Iterator[Block]:
+        columns = [column.tolist() for column in (self.firsts, self.encodings, self.numels)]
+        parts = box_slices(self.part_offsets, self.part_sizes)
+        targets = box_slices(self.target_offsets, self.target_sizes)
+        sizes = map(tuple, self.sizes.tolist())
+        counts, dims = map(tuple, self.counts.tolist()), map(tuple, self.dims.tolist())
         directions = zip(*map(_without_ones, counts, dims), strict=True)
         return map(Block, *columns, sizes, parts, targets, *directions)
 

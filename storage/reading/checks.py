@@ -26,8 +26,10 @@ class RequestCheck:
         columns = [(part.begins, part.ends, part.expected) for part in self._parts]
         begins, ends, expected = columns[0] if len(columns) == 1 else map(np.concatenate, zip(*columns, strict=True))
         order = ends.argsort(kind="stable")  # the bytes of a shard may be before those of a shard with a lower offset
-        self._begins, self._ends, self._expected = (column[order].tolist() for column in (begins, ends, expected))
-        """In the order in which the bytes arrive: `_ends` ascends."""
+        # In the order in which the bytes arrive: `_ends` ascends.
+        self._begins: list[int] = begins[order].tolist()
+        self._ends: list[int] = ends[order].tolist()
+        self._expected: list[int] = expected[order].tolist()
         self._found: list[int] = []
         self._done = 0
         """The number of checksums that have been computed."""
@@ -43,13 +45,21 @@ class RequestCheck:
         part = slice(begin, self._done)
         self._found += map(checksum, map(data.__getitem__, map(slice, self._begins[part], self._ends[part])))
 
+    def is_intact(self, data: memoryview) -> bool:
+        """Return whether all bytes have arrived and match their checksums, after `take` has been called with all.
+
+        Args:
+            data: the bytes that have arrived.
+        """
+        return self._found == self._expected and len(data) == self._request.nbytes
+
     def damages(self, data: memoryview) -> list[ChunkRange]:
         """Return the chunks that are damaged or missing, after `take` has been called with all bytes.
 
         Args:
-            data: all bytes that have arrived.
+            data: the bytes that have arrived.
         """
-        if self._found == self._expected and len(data) >= self._request.nbytes:
+        if self.is_intact(data):
             return []
         return [chunk for part in self._parts for chunk in part.damages(data)]
 
@@ -67,7 +77,7 @@ def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Checked:
-    """The byte ranges of one stream of a batch that have a checksum: chunks, or pages of chunks that are read in part."""
+    """The byte ranges of one stream of a batch that have a checksum: chunks, or pages of partly read chunks."""
 
     batch: ChunkBatch
     stream: int
@@ -87,7 +97,7 @@ class _Checked:
         counts = read.checksum_counts[rows]
         begins, ends = read.starts[rows, stream] - start, read.stops[rows, stream] - start
         chunks, firsts = np.arange(len(counts)), read.checksums[rows, stream]
-        if bool((counts != 1).any()):
+        if not read.has_one_checksum_each:
             page_bytes = read.entry.page_bytes
             pages, of_pages = concat_ranges(0, counts), counts.repeat(counts) > 1
             chunks = chunks.repeat(counts)

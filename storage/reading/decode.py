@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
@@ -19,7 +19,6 @@ from ..errors import CorruptCheckpointError
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.safe_load import decode_opaque
 from .blocks import Block
-from .destination import Target
 from .stream_bytes import StreamBytes
 from .tasks import ChunkBatch, TensorRead
 
@@ -76,19 +75,13 @@ def decode_chunk(read: ChunkReads, streams: list[StreamBytes], chunk: Block) -> 
 
 def _place(batch: ChunkBatch, block: Block, streams: list[StreamBytes]) -> None:
     """Write the values of a block in parts that fit the cache. Write raw chunks that are not cast with one copy."""
-    read, target = batch.read, open_target(batch, block)
+    read, target = batch.read, batch.open(block)
     in_one_copy = block.encoding in (_RAW, _PLAIN) and not target.casts
     most = block.count if in_one_copy else max(1, MAX_PART_BYTES // (block.numel * read.itemsize))
     indexes, counts = parts_of(block.counts, most)
     for index, values in zip(indexes, decode_block(read, block, streams, counts), strict=True):
         batch.tensor.overwritten = True
         target.write(index, values)
-
-
-def open_target(batch: ChunkBatch, block: Block) -> Target:
-    """Return the part of the destination that a block is written to."""
-    assert batch.destination is not None
-    return batch.destination.open(block)
 
 
 @functools.lru_cache(maxsize=256)  # the blocks of a model have few shapes
@@ -127,18 +120,18 @@ def streams_of(batch: ChunkBatch) -> list[StreamBytes]:
     return found
 
 
-def decode_block(read: ChunkReads, block: Block, streams: list[StreamBytes], counts: Sequence[int]) -> Iterator[Values]:
+def decode_block(read: ChunkReads, block: Block, streams: list[StreamBytes], counts: Sequence[int]) -> Iterable[Values]:
     """Decode a block.
 
     Args:
         counts: the number of chunks of each part.
 
-    Yields:
+    Returns:
         The values of each part: row-major, one chunk after another. They may be in scratch memory of this thread, which
         is valid until the next part.
 
     Raises:
-        CorruptCheckpointError: the bytes cannot be decoded.
+        CorruptCheckpointError: the bytes cannot be decoded. Iterating over the values also raises it.
     """
     if block.encoding == _PLANES:
         return _decode_planes(read, block, streams, counts)
@@ -146,12 +139,12 @@ def decode_block(read: ChunkReads, block: Block, streams: list[StreamBytes], cou
     if block.encoding == _RAW or block.count > 1:
         values = _decode_raw(data, block.count * block.numel * read.itemsize, int(read.skipped[block.row]))
         if len(counts) == 1:
-            return iter([values])
+            return (values,)
         ends = (np.cumsum(counts) * block.numel * read.itemsize).tolist()
         return (values[begin:end] for begin, end in pairwise([0, *ends]))
     if block.encoding == _OPAQUE:
-        return iter([decode_opaque(data, read.entry.dtype, block.sizes)])
-    return iter([_decode_plain(read, block.row, np.frombuffer(data, np.uint8))])
+        return (decode_opaque(data, read.entry.dtype, block.sizes),)
+    return (_decode_plain(read, block.row, np.frombuffer(data, np.uint8)),)
 
 
 def _decode_planes(

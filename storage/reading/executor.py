@@ -12,9 +12,9 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -43,6 +43,7 @@ from .schedule import Fetch, Place, Schedule, Verify
 from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, arrange, separate
 from .workers import Workers
 
+_Step = Fetch | Verify | Place
 STOPPED = "the read was stopped"
 MAX_DEVICE_BUDGET_BYTES = 1024 * 1024 * 1024
 """The most bytes that a load into tensors on a device needs there, in addition to the tensors."""
@@ -192,7 +193,10 @@ class _Execution:
         return self._stats
 
     def _wanted(self, requests: Sequence[Request]) -> list[ObjectRanges]:
-        return [(self._index.objects[request.object][0], request.ranges) for request in requests]
+        return [(self._name_of(request), request.ranges) for request in requests]
+
+    def _name_of(self, request: Request) -> str:
+        return self._index.objects[request.object][0]
 
     def _pause(self, interrupt: Interrupt) -> None:
         """Release the lock while waiting, and call `interrupt`. The caller holds the lock."""
@@ -214,6 +218,8 @@ class _Execution:
 
     def _call_workers(self) -> None:
         """Start a worker for each step that can begin, up to the maximum. The caller holds the lock."""
+        if self._active == self._workers.count:
+            return
         waiting = self._schedule.work_left + (self._schedule.fetches_left if self._fetcher.reads_here else 0)
         for _ in range(min(self._workers.count - self._active, waiting)):
             self._active += 1  # first: if no thread can be started, the pool runs the worker here
@@ -225,28 +231,35 @@ class _Execution:
 
     def _work(self) -> None:
         """Perform steps until there are none. Each worker runs this."""
+        step: _Step | None = None
         try:
             with record_function("reshard.decode"):
-                while (step := self._next()) is not None:
+                while True:
+                    with self._lock:
+                        if step is not None:
+                            self._end(step)
+                        step = self._begin()
+                        if step is None:
+                            return
+                        self._call_workers()
                     self._perform(step)
         except BaseException as error:
             self._fail(error)
 
-    def _next(self) -> Fetch | Verify | Place | None:
-        """Return the next step, or None if no step can begin now. The thread that adds one starts a worker again."""
-        with self._lock:
-            step: Fetch | Verify | Place | None = None
-            if self._error is None and not self._workers.stopped:
-                step = self._schedule.work()
-                if step is None and self._fetcher.reads_here:
-                    step = self._schedule.fetch() or self._schedule.work()
-            if step is None:
-                self._active -= 1
-            self._placing += isinstance(step, Place)
-            return step
+    def _begin(self) -> _Step | None:
+        """Begin the next step of a worker, which ends if there is none. The caller holds the lock."""
+        step: _Step | None = None
+        if self._error is None and not self._workers.stopped:
+            step = self._schedule.work()
+            if step is None and self._fetcher.reads_here:
+                step = self._schedule.fetch() or self._schedule.work()
+        if step is None:
+            self._active -= 1
+        elif isinstance(step, Place):
+            self._placing += 1
+        return step
 
-    def _perform(self, step: Fetch | Verify | Place) -> None:
-        failed: BaseException | None = None
+    def _perform(self, step: _Step) -> None:
         try:
             if isinstance(step, Fetch):
                 self._fetch_here(step)
@@ -255,21 +268,18 @@ class _Execution:
             else:
                 self._place(step.batches)
         except BaseException as error:
-            failed = error
-        with self._lock:  # under one lock: no thread may see that the step has ended, and not that it failed
-            if failed is not None:
-                self._fail(failed)
+            self._fail(error)
+
+    def _end(self, step: _Step) -> None:
+        """Record that a step has ended. The caller holds the lock."""
+        if isinstance(step, Fetch):
+            self._schedule.fetched(step)
+        else:
             self._placing -= isinstance(step, Place)
-            if isinstance(step, Fetch):
-                self._schedule.fetched(step)
-            else:
-                for request in self._schedule.ended(step):
-                    self._free(request)
-            if self._error is None:
-                self._call_workers()
-            if self._schedule.done or self._error is not None or not self._fetcher.reads_here:
-                self._caller.notify()
-        del failed  # its traceback refers to this frame
+            for request in self._schedule.ended(step):
+                self._free(request)
+        if self._schedule.done or self._error is not None or not self._fetcher.reads_here:
+            self._caller.notify()
 
     def _free(self, request: Request) -> None:
         """Release the bytes of a request whose values have been written. The caller holds the lock."""
@@ -283,20 +293,24 @@ class _Execution:
         """Fetch requests, and compute their checksums while the bytes arrive."""
         with self._lock:
             announced = self._schedule.announcements()
-        for group in announced:
-            self._fetcher.will_read(self._wanted(group))
-        for request, (name, ranges) in zip(step.requests, self._wanted(step.requests), strict=True):
+        self._fetcher.will_read(self._wanted(announced))
+        for request in step.requests:
             if self._error is not None:
                 return
-            begin = time.perf_counter()
-            check = RequestCheck(request, self._index)
-            with _slot_for(request) as slot:
-                found = self._fetcher.read(name, ranges, check.take, None if slot is None else slot.memory)
-                with self._lock:
-                    self._stats.fetch_s += time.perf_counter() - begin
-                self._take(request, found, check, slot)
-            with self._lock:  # without the slot: if no thread can be started, the pool runs the worker here
-                self._call_workers()
+            device = request.device
+            if device is None or request.on_host or request.nbytes > device.ring.max_request_bytes:
+                self._read(request, None)
+            else:
+                with device.slot() as slot:
+                    self._read(request, slot)
+
+    def _read(self, request: Request, slot: Slot | None) -> None:
+        """Fetch a request, into the slot of a ring if only devices need its bytes."""
+        begin = time.perf_counter()
+        check = RequestCheck(request, self._index)
+        memory = None if slot is None else slot.memory
+        found = self._fetcher.read(self._name_of(request), request.ranges, check.take, memory)
+        self._take(request, found, check, slot, fetch_s=time.perf_counter() - begin)
 
     def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
         """Pass the bytes on to the workers. The thread that read them calls this."""
@@ -318,17 +332,23 @@ class _Execution:
             if not isinstance(found, StoreError):
                 data = memoryview(found)
                 check.take(data, len(data))
-            verify_s = time.perf_counter() - begin
-            self._take(request, found, check)
-            with self._lock:
-                self._stats.verify_s += verify_s
-                self._call_workers()
+            self._take(request, found, check, verify_s=time.perf_counter() - begin)
 
-    def _take(self, request: Request, found: Fetched, check: RequestCheck, slot: Slot | None = None) -> None:
+    def _take(
+        self,
+        request: Request,
+        found: Fetched,
+        check: RequestCheck,
+        slot: Slot | None = None,
+        *,
+        fetch_s: float = 0.0,
+        verify_s: float = 0.0,
+    ) -> None:
         """Accept the bytes of a request if they are intact. Release their buffer otherwise.
 
         Args:
             slot: the slot of a ring that they were read into.
+            fetch_s, verify_s: how long it took to fetch them, and to compute their checksums.
         """
         arrived = found if isinstance(found, StoreError) else memoryview(found)
         kept = False
@@ -337,6 +357,8 @@ class _Execution:
             if request.device is not None:
                 self._move(request, data, slot)
             with self._lock:
+                self._stats.fetch_s += fetch_s
+                self._stats.verify_s += verify_s
                 if self._error is None:
                     kept = data is arrived and request.on_host
                     self._schedule.verified(request, data if request.on_host else None)
@@ -365,9 +387,11 @@ class _Execution:
 
         If a chunk is damaged, the request is read once more, because the damage may have happened in transit.
         """
+        if not isinstance(found, StoreError) and check.is_intact(found):
+            return found
         if not request.parts:  # the read has failed in the meantime
             raise StoreError(STOPPED)
-        name = self._index.objects[request.object][0]
+        name = self._name_of(request)
         where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
         tensor = request.parts[0][0].tensor
         try:
@@ -426,14 +450,3 @@ class _Execution:
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:
     return Destination(tensor, torch.bfloat16 if read.heads_only else torch_dtype(read.entry.dtype))
-
-
-@contextmanager
-def _slot_for(request: Request) -> Iterator[Slot | None]:
-    """Lend a slot of a ring for the bytes of a request if only devices need them."""
-    device = request.device
-    if device is None or request.on_host or request.nbytes > device.ring.max_request_bytes:
-        yield None
-        return
-    with device.slot() as slot:
-        yield slot

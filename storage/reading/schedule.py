@@ -22,6 +22,7 @@ class Fetch:
     """Fetch the bytes of some requests with one call."""
 
     requests: Sequence[Request]
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,8 +97,7 @@ class Schedule:
     @property
     def _is_full(self) -> bool:
         """Whether the next fetch would exceed the budget."""
-        nbytes = sum(request.nbytes for request in self._groups[0])
-        return self.held_bytes > 0 and self.held_bytes + nbytes > self._budget_bytes
+        return self.held_bytes > 0 and self.held_bytes + self._groups[0].nbytes > self._budget_bytes
 
     @property
     def _can_free_memory(self) -> bool:
@@ -107,13 +107,13 @@ class Schedule:
     @property
     def work_left(self) -> int:
         """The number of Verify and Place steps that can begin now."""
-        return len(self._fetched) + len(self._verified) + self._has_enough_frames
+        return len(self._fetched) + len(self._verified) + bool(self._with_frames and self._has_enough_frames)
 
     @property
     def _has_enough_frames(self) -> bool:
-        """Whether to write the batches with frames."""
-        if not self._with_frames or sum(batch.frames for batch in self._with_frames) >= self._min_frames:
-            return bool(self._with_frames)
+        """Whether to write the batches with frames now. There are some."""
+        if sum(batch.frames for batch in self._with_frames) >= self._min_frames:
+            return True
         more_may_come = self._fetching or self._working or self._fetched or self._verified
         return not more_may_come and (not self._groups or self._is_full)
 
@@ -131,22 +131,24 @@ class Schedule:
             if self._verified or self._with_frames:
                 return None
             # Nothing else can free memory: this fetch exceeds the budget.
-        group = self._groups.popleft()
+        step = self._groups.popleft()
         self._fetching += 1
-        self.held_bytes += sum(request.nbytes for request in group)
-        return Fetch(group)
+        self.held_bytes += step.nbytes
+        return step
 
-    def announcements(self) -> list[Sequence[Request]]:
-        """Return the groups that will be fetched soon and have not been announced."""
-        count = len(self._unannounced) - len(self._groups) + GROUPS_AHEAD
-        return [self._unannounced.popleft() for _ in range(min(count, len(self._unannounced)))]
+    def announcements(self) -> list[Request]:
+        """Return the requests that will be fetched soon and have not been announced."""
+        coming = list[Request]()
+        while self._unannounced and len(self._unannounced) > len(self._groups) - GROUPS_AHEAD:
+            coming += self._unannounced.popleft().requests
+        return coming
 
     def work(self) -> Verify | Place | None:
         """Begin a Place, or else a Verify, because a Place frees memory. Return None if no step can begin now."""
         step: Verify | Place | None = None
         if self._verified:
             step = Place([self._verified.popleft()])
-        elif self._has_enough_frames:
+        elif self._with_frames and self._has_enough_frames:
             step, self._with_frames = Place(self._with_frames), []
         elif self._fetched:
             step = self._fetched.popleft()
@@ -205,14 +207,14 @@ class Schedule:
                 (self._with_frames if batch.frames else self._verified).append(batch)
 
 
-def _grouped(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
+def _grouped(requests: Sequence[Request], most: int) -> Iterator[Fetch]:
     """Yield groups of requests that are read by one call."""
     group, nbytes = list[Request](), 0
     for request in requests:
         group.append(request)
         nbytes += request.nbytes
         if nbytes >= most:
-            yield group
+            yield Fetch(group, nbytes)
             group, nbytes = [], 0
     if group:
-        yield group
+        yield Fetch(group, nbytes)

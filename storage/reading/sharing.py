@@ -53,6 +53,7 @@ class SharingFetcher(Fetcher):
 
     def __init__(self, store: Store, units: Sequence[Unit], peers: Peers, max_held_bytes: int) -> None:
         super().__init__(store)
+        self.reads_here = False
         can = store.capabilities
         if self._pool is None and can.async_reads is None:
             self._pool = Pool(can.concurrent_reads, "reshard-fetch")
@@ -75,10 +76,6 @@ class SharingFetcher(Fetcher):
             progress = _Progress(unit, len(mine))
             for piece in mine:
                 self._of_piece[(unit.name, piece.start, piece.stop, piece.count)] = progress, piece
-
-    @property
-    def reads_here(self) -> bool:
-        return False
 
     @property
     def max_requests(self) -> int:

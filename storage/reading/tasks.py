@@ -15,8 +15,8 @@ import numpy as np
 from ...planner.box import Box, IntArray
 from ...planner.chunk_reads import ChunkReads
 from ...planner.read_plan import ReadPlan
-from .blocks import Blocks, find_blocks
-from .destination import Destination
+from .blocks import Block, Blocks, find_blocks
+from .destination import Destination, Target
 from .device.device import Device
 from .stream_bytes import StreamOnDevice
 
@@ -32,6 +32,12 @@ class Request:
     stop: int
     sparse: tuple[int, int, int] | None = None
     """The number of byte ranges, the bytes of each, and their stride. None if [start, stop) is read as one range."""
+    nbytes: int = field(init=False)
+    """The number of bytes that are fetched."""
+    on_host: bool = True
+    """Whether a batch is decoded on the host."""
+    device: Device | None = None
+    """The first device that decodes a batch. None if the host decodes all."""
     parts: list[tuple[ChunkBatch, int]] = field(default_factory=list)
     """The batches, each with the number of the stream that the request contains."""
     unplaced: int = 0
@@ -41,6 +47,9 @@ class Request:
     data: memoryview | None = None
     """The bytes, after they have arrived, if a batch is decoded on the host."""
 
+    def __post_init__(self) -> None:
+        self.nbytes = self.stop - self.start if self.sparse is None else self.sparse[0] * self.sparse[1]
+
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The byte ranges [start, stop) to fetch."""
@@ -48,21 +57,6 @@ class Request:
             return [(self.start, self.stop)]
         count, nbytes, stride = self.sparse
         return [(at, at + nbytes) for at in range(self.start, self.start + count * stride, stride)]
-
-    @property
-    def on_host(self) -> bool:
-        """Whether a batch is decoded on the host."""
-        return any(batch.device is None for batch, _ in self.parts)
-
-    @property
-    def device(self) -> Device | None:
-        """The first device that decodes a batch. None if the host decodes all."""
-        return next((batch.device for batch, _ in self.parts if batch.device is not None), None)
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes that are fetched."""
-        return self.stop - self.start if self.sparse is None else self.sparse[0] * self.sparse[1]
 
 
 @dataclass(slots=True)
@@ -88,6 +82,11 @@ class ChunkBatch:
     @property
     def has_arrived(self) -> bool:
         return all(request.arrived for request in self.requests)
+
+    def open(self, block: Block) -> Target:
+        """Return the part of the destination that a block is written to."""
+        assert self.destination is not None
+        return self.destination.open(block)
 
     def chunk_box(self, i: int) -> Box:
         """Return the box of chunk i of the batch, in the global tensor."""
@@ -133,10 +132,8 @@ def arrange(
         destinations: one for each of `plan.reads`. Without them the plan can be verified, but not placed.
     """
     destinations = [None] * len(plan.reads) if destinations is None else destinations
-    columns = (plan.requests.objects, plan.requests.starts, plan.requests.stops)
-    requests = [Request(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-    for at, sparse in plan.requests.sparse.items():
-        requests[at].sparse = sparse
+    columns = [column.tolist() for column in (plan.requests.objects, plan.requests.starts, plan.requests.stops)]
+    requests = list(map(Request, *columns, map(plan.requests.sparse.get, range(len(plan.requests)))))
     tensors: dict[str, TensorRead] = {}
     ordered: dict[int, Request] = {}
     requests_of = list(plan.requests_of())

@@ -6,9 +6,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-from .forks import Lock
+from .forks import fork_safe_lock
 
-_lock = Lock()
+_lock = fork_safe_lock()
 _users = 0
 _was_enabled = False
 

@@ -2,7 +2,7 @@
 
 A child has the memory of its parent, but only the thread that forked. A lock that another thread held would never be
 released in the child, and a client with its own threads would wait for them forever. So objects that outlive a call use
-`Lock`, which is free in a child, and stores open their clients again when `generation()` has changed.
+`fork_safe_lock`, and stores open their clients again when `generation()` has changed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import importlib
 import os
 import threading
 import weakref
-from types import TracebackType
 
 importlib.import_module("numpy.ma")
 """`np.unique` imports this module when it is first called. A fork during that import, in another thread, would leave
 the module locked in the child, where the next `np.unique` would wait forever."""
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+_locks: weakref.WeakSet[threading.Lock] = weakref.WeakSet()
 _generation = 0
 
 
@@ -25,36 +24,21 @@ def generation() -> int:
     return _generation
 
 
-class Lock:
-    """A lock that is free in a forked child process, even if a thread of the parent held it.
+def fork_safe_lock() -> threading.Lock:
+    """Return a lock that is free in a forked child process, even if a thread of the parent held it.
 
     The data that it protects must be valid after every single step of a change, since a fork may happen in between.
     """
-
-    __slots__ = ("__weakref__", "_lock")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        _locks.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.release()
-
-    def renew(self) -> None:
-        """Replace the lock by a free one."""
-        self._lock = threading.Lock()
+    lock = threading.Lock()
+    _locks.add(lock)
+    return lock
 
 
 def _renew_locks() -> None:
     global _generation
     _generation += 1
     for lock in list(_locks):
-        lock.renew()
+        lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does with its own locks
 
 
 if hasattr(os, "register_at_fork"):

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import numbers
 import os
-from pathlib import Path
 
 from ..errors import ArgumentError
 
@@ -76,11 +75,15 @@ def available_bytes() -> int:
     """
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError, IndexError):
-        line = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-        found.append(int(line.split()[0]) * 1024)
+        found.append(int(_read_text("/proc/meminfo").partition("MemAvailable:")[2].split()[0]) * 1024)
     with contextlib.suppress(OSError, ValueError, IndexError):
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
-        found.append(int((group / "memory.max").read_text()) - used + cached)
+        group = "/sys/fs/cgroup"
+        used = int(_read_text(f"{group}/memory.current"))
+        cached = int(_read_text(f"{group}/memory.stat").partition("inactive_file ")[2].split()[0])
+        found.append(int(_read_text(f"{group}/memory.max")) - used + cached)
     return max(0, min(found, default=MAX_BUDGET_BYTES * 10))
+
+
+def _read_text(path: str) -> str:
+    with open(path) as file:
+        return file.read()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .forks import Lock, generation
+from .forks import fork_safe_lock, generation
 from .logs import logger_of
 
 logger = logger_of(__name__)
@@ -76,7 +76,7 @@ class PinnedBuffers:
         self._max_bytes = max_bytes
         self._page_lock = page_lock
         self._unlock = unlock
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
         self._begin()
 
     def _begin(self) -> None:

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from ..errors import StoreError
-from .forks import Lock, generation
+from .forks import fork_safe_lock, generation
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,7 +99,7 @@ _thread_local = threading.local()
 _never_set = Stop()
 """The signal of threads that do not belong to a pool."""
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-_pools_lock = Lock()
+_pools_lock = fork_safe_lock()
 
 
 def current_stop() -> Stop:
@@ -288,7 +288,7 @@ def run_bounded(call: Callable[[], object]) -> None:
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 """The event loop of each generation of forks, since a child process does not have the threads of its parent."""
-_loops_lock = Lock()
+_loops_lock = fork_safe_lock()
 
 
 def event_loop() -> asyncio.AbstractEventLoop:

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.forks import Lock, generation
+from ..runtime.forks import fork_safe_lock, generation
 from .base import ReadInto
 
 ByteArray = npt.NDArray[np.uint8]
@@ -48,7 +48,7 @@ class BufferPool:
 
     def __init__(self, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
         self._max_idle_bytes = max_idle_bytes
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
         self._begin()
 
     def _begin(self) -> None:

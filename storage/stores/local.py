@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 
 from ...planner.errors import CheckpointError
 from ..errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
-from ..runtime.forks import Lock
+from ..runtime.forks import fork_safe_lock
 from ..runtime.threads import Pool
 from .base import Capabilities, ObjectWriter, is_name
 from .buffer_pool import aligned_buffer
@@ -32,7 +32,7 @@ OLD_S = 24 * 3600
 MAX_OPEN_FILES = 64
 MAX_ADVICE_BYTES = 512 * 1024
 """Linux ignores the part of an advice that exceeds what the device accepts at once, usually 100 KiB to 1 MiB."""
-MAX_READ_BYTES = 1024 * 1024
+MAX_READ_BYTES = 2 * 1024 * 1024
 """The most bytes of one read: they should still be in the cache of the core when their checksums are computed
 (`benchmarks/overhead.py`)."""
 MIN_WRITE_BYTES = 1024 * 1024
@@ -117,7 +117,7 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(os.path.abspath(root))
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
         self._open_files: dict[str, _OpenFile] = {}
         """The files that were used last, in the order of use."""
 
@@ -160,13 +160,16 @@ class LocalStore:
     def read_into(
         self, name: str, ranges: Sequence[tuple[int, int]], buffer: memoryview, arrived: Callable[[int], None]
     ) -> int:
-        with self._errors("read", name):
+        try:
             return self._open(name).read_into(ranges, buffer, arrived)
+        except (OSError, ValueError) as error:
+            with self._errors("read", name):
+                raise error
 
     def will_read(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         """Ask the kernel to read byte ranges ahead if they are not in the page cache."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError, StoreError), self._errors("read", name):
+            with contextlib.suppress(OSError, ValueError):
                 file = self._open(name)
                 if _is_in_memory(file.device):
                     return

@@ -23,7 +23,7 @@ def open_store(location: str | os.PathLike[str] | Store, storage_options: Mappin
         StoreError: the store cannot be opened.
     """
     options = checked_options(storage_options)
-    if isinstance(location, Store):
+    if not isinstance(location, str) and isinstance(location, Store):
         if options:
             raise ArgumentError(
                 f"storage_options {', '.join(map(repr, options))} were passed for {location.location}, which is an "

@@ -22,7 +22,7 @@ from ...planner.box import Box
 from ...planner.entries import Kind
 from ..errors import ArgumentError
 from ..runtime.devices import current_device
-from ..runtime.forks import Lock, generation
+from ..runtime.forks import fork_safe_lock, generation
 from ..runtime.limits import available_bytes, default_threads, is_positive_integer, local_ranks
 from ..runtime.pinned import pin, save_buffers, unpin
 from ..runtime.threads import Pool
@@ -88,7 +88,7 @@ class StagingMemory:
     """The staging memory of this process."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
         self._idle: list[Arena] = []
         self._used: list[Arena] = []
         self._generation = generation()

@@ -33,7 +33,7 @@ from ..errors import ArgumentError, RankError, StoppedError, StoreError
 from ..formats.native.write_records import ObjectRecord
 from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
-from ..runtime.forks import Lock, generation
+from ..runtime.forks import fork_safe_lock, generation
 from ..runtime.process_group import Interrupt, never, portable
 from ..runtime.threads import cleaning_up
 from ..stores.base import Store
@@ -334,7 +334,7 @@ class WriteInProcess:
 
 _processes: dict[int, WriterProcess] = {}
 """The writer process of each generation of forks. A child does not use that of its parent, and must not close it."""
-_processes_lock = Lock()
+_processes_lock = fork_safe_lock()
 
 
 def writer_process() -> WriterProcess:

@@ -173,7 +173,7 @@ def test_each_group_is_announced_once_and_before_it_is_fetched() -> None:
     driver = Driver(plan_of("none", 1 << 14), 1 << 30, 0, 1, verifies_here=True)
     announced: list[int] = []
     while (step := driver.schedule.fetch()) is not None:
-        announced += [id(request) for group in driver.schedule.announcements() for request in group]
+        announced += map(id, driver.schedule.announcements())
         assert {id(request) for request in step.requests} <= set(announced)
         driver.verify(step.requests)
         driver.schedule.fetched(step)

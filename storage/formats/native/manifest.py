@@ -35,7 +35,7 @@ from ....planner.request_costs import REMOTE_COSTS, RequestCosts
 from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
 from ...runtime.brief import brief, text_of
 from ...runtime.checksums import checksum
-from ...runtime.forks import Lock
+from ...runtime.forks import fork_safe_lock
 from ...runtime.threads import Pool
 from ...stores.base import Store
 from ...stores.retry import read_whole
@@ -117,7 +117,7 @@ class Manifest:
         except (*MALFORMED_ERRORS, InvalidIndexError) as error:
             raise _contradiction(source.where, error) from error
         self._is_small = stop <= len(source.first)
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
         self._kept: dict[int, memoryview] = {}
         """The blocks that were read and are kept, by their row."""
@@ -306,7 +306,7 @@ class _ManifestBytes:
             self.first = bytes(read_whole(store, MANIFEST_NAME, 0, FIRST_MANIFEST_READ_BYTES))
         self.bytes_read = len(self.first)
         self.requests = 1
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
 
     def read(self, start: int, stop: int) -> memoryview:
         """Return a byte range. Raise CorruptCheckpointError if the manifest ends before `stop`."""

@@ -11,7 +11,7 @@ import torch
 
 from ...formats.native.codec import Bytes
 from ...runtime.devices import current_device
-from ...runtime.forks import Lock
+from ...runtime.forks import fork_safe_lock
 from .frames import Decompressor
 from .nvcomp import nvcomp_decompressor
 from .ring import RING, Ring, Slot
@@ -38,7 +38,7 @@ class Device:
         self.device = device
         self.ring = ring
         self.decompressor = decompressor
-        self._lock = Lock()
+        self._lock = fork_safe_lock()
         self._copies: torch.cuda.Stream | None = None
         """The stream of the copies. The first copy creates it."""
         self._streams: SimpleQueue[torch.cuda.Stream | None] = SimpleQueue()
@@ -132,7 +132,7 @@ class Device:
 
 
 _devices: dict[torch.device, Device] = {}
-_lock = Lock()
+_lock = fork_safe_lock()
 
 
 def cuda_device(device: torch.device) -> Device:

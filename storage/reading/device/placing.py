@@ -8,10 +8,10 @@ decompresses their planes, and the device joins them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from ..decode import (
     damaged_chunk,
     decode_block,
     decode_chunk,
-    open_target,
     parts_of,
     place_chunk_batch,
     streams_of,
@@ -82,6 +81,10 @@ def assign_devices(batches: Sequence[ChunkBatch], *, may_decompress: bool) -> di
             path = f"{device.device} with nvCOMP" if batch.frames else str(device.device)
             path = path if batch.device is not None else f"host and {path}"
         decoded_by[path] = decoded_by.get(path, 0) + int(batch.read.packed_bytes(batch.rows).sum())
+    for request in (request for batch in batches for request in batch.requests):
+        devices = [batch.device for batch, _ in request.parts]
+        request.on_host = None in devices
+        request.device = next((device for device in devices if device is not None), None)
     return decoded_by
 
 
@@ -163,21 +166,26 @@ def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int) -> None
         elif batch.destination.device is not None:
             _place_from_host(batch.destination.device, batch, damage)
         else:
-            with _placing(batch):
+            with _Placing(batch):
                 place_chunk_batch(batch, damage)
     for device, members in on_device.items():
         _place_on_device(device, members, max_bytes, damage)
 
 
-@contextmanager
-def _placing(batch: ChunkBatch) -> Iterator[None]:
-    """Name the tensor of a batch in the errors of torch and of the device."""
-    try:
-        yield
-    except (CheckpointError, PlacingError):
-        raise
-    except Exception as error:
-        raise PlacingError(batch.tensor) from error
+class _Placing:
+    """A `with` block that names the tensor of a batch in the errors of torch and of the device."""
+
+    def __init__(self, batch: ChunkBatch) -> None:
+        self._batch = batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (CheckpointError, PlacingError)):
+            raise PlacingError(self._batch.tensor) from error
 
 
 def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int, damage: Damage) -> None:
@@ -185,9 +193,9 @@ def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: i
     with device.working():
         planes = _PlanesToPlace(device, damage)
         for batch in batches:
-            with _placing(batch):
+            with _Placing(batch):
                 for block in batch.blocks.select(batch.block_rows):
-                    target = open_target(batch, block)
+                    target = batch.open(block)
                     if block.encoding != Encoding.PLANES:
                         _write(batch, target, (), _decoded(batch.read, block, batch.on_device[0]))
                         continue
@@ -204,9 +212,9 @@ def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
     """Decompress the planes of a batch on the host, join them on the device and write them to their destination."""
     streams = streams_of(batch)
     for block in batch.blocks.select(batch.block_rows):
-        target = open_target(batch, block)
+        target = batch.open(block)
         try:
-            with _placing(batch):
+            with _Placing(batch):
                 for index, values in _values_from_host(device, batch.read, block, streams):
                     with device.working():
                         _write(batch, target, index, values())
@@ -297,7 +305,7 @@ class _PlanesToPlace:
         try:
             decompressed = self._decompressed() if self._chunks else None
             for part, pieces in self._parts:
-                with _placing(part.batch):
+                with _Placing(part.batch):
                     self._place(part, pieces, decompressed)
         finally:  # an error would keep the memory of the device
             self._clear()
@@ -305,7 +313,7 @@ class _PlanesToPlace:
     def _decompressed(self) -> torch.Tensor:
         assert self._device.decompressor is not None
         try:
-            with _placing(self._chunks[0][0]):
+            with _Placing(self._chunks[0][0]):
                 return self.frames.decompress(self._device.decompressor)
         except PlacingError as error:
             if not isinstance(error.__cause__, UndecodableFrameError):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ....planner.coalesce import MAX_REQUEST_BYTES
-from ...runtime.forks import Lock, generation
+from ...runtime.forks import fork_safe_lock, generation
 from ...runtime.pinned import ByteArray, pin, unpin
 from ...stores.buffer_pool import PAGE_BYTES
 
@@ -62,7 +62,7 @@ class Ring:
     def __init__(self, nbytes: int = SLOT_BYTES, page_lock: Callable[[ByteArray], bool] = pin) -> None:
         self.nbytes = nbytes
         self._page_lock = page_lock
-        self._of_process = Lock()
+        self._of_process = fork_safe_lock()
         self._begin()
 
     def _begin(self) -> None:
