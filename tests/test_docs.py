@@ -108,6 +108,10 @@ def test_page_runs(
         gcs: servers.Server = request.getfixturevalue("gcs")
         empty_bucket(gcs)
         environment["STORAGE_EMULATOR_HOST"] = gcs.endpoint
+    if any("abfs://" in block.text for block in blocks(page) if block.runs):
+        azurite: servers.Server = request.getfixturevalue("azurite")
+        empty_bucket(azurite)
+        environment["AZURE_STORAGE_CONNECTION_STRING"] = azurite.options["connection_string"]
     replacements = {"https://models.example.org": address, "https://minio.example.org:9000": moto.endpoint}
     folder, log = tmp_path / "here", tmp_path / "log"
     folder.mkdir()

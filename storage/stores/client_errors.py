@@ -1,8 +1,9 @@
 """Translate the exceptions of store clients into reshard's errors. No other module knows the clients' messages.
 
-s3fs raises an OSError whose cause has botocore's answer, gcsfs an error with a number, obstore an error with the
-store's answer in its message. aiohttp and botocore have their own classes for network errors. The translation
-distinguishes: not found, access denied, condition failed, range past the end, and transient failures.
+s3fs raises an OSError whose cause has botocore's answer, gcsfs an error with a number, adlfs an error with a code and a
+status, obstore an error with the store's answer in its message. aiohttp, botocore and azure-core have their own classes
+for network errors. The translation distinguishes: not found, access denied, condition failed, range past the end, and
+transient failures.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _ACCESS_DENIED_CODES = frozenset(
 )
 _ACCESS_DENIED_CLASSES = frozenset(("PermissionDeniedError", "UnauthenticatedError"))
 """Exceptions of obstore."""
-_CONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
+_CONDITION_FAILED = frozenset(("BlobAlreadyExists", "ConditionNotMet", "PreconditionFailed", "412"))
 _CONFLICTS = frozenset(("ConditionalRequestConflict", "OperationAborted", "409"))
 """S3's answers to one of two simultaneous conditional writes. They do not say which write succeeds."""
 _BEYOND_THE_END = frozenset(("InvalidRange", "416"))
+_NO_BUCKET = frozenset(("ContainerNotFound", "NoSuchBucket"))
 _GONE = ("404", "410")
 _TRANSIENT = frozenset(
     [
@@ -56,9 +58,11 @@ _TRANSIENT_CLASSES = frozenset(
         "ResponseParserError",
         "ResponseStreamingError",
         "ServerDisconnectedError",
+        "ServiceRequestError",
+        "ServiceResponseError",
     ]
 )
-"""Exceptions of aiohttp, botocore, urllib3 and requests, by name, since these packages may not be installed."""
+"""Exceptions of aiohttp, azure-core, botocore, urllib3 and requests, by name: these packages may not be installed."""
 _TRANSIENT_ERRNO = frozenset(
     (errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
 )
@@ -100,7 +104,7 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
     kind = type(error).__name__
     reason = f"{kind}: {_message(error)}"
     is_denied = isinstance(error, PermissionError) or "Credential" in kind or kind in _ACCESS_DENIED_CLASSES
-    if is_denied or _code(error) in _ACCESS_DENIED_CODES:
+    if is_denied or not _ACCESS_DENIED_CODES.isdisjoint((_code(error), _status(error))):
         return AccessDeniedError(
             f"{location} refused to {doing} {name!r}: {reason}; "
             "check the credentials in the environment or in storage_options"
@@ -112,7 +116,7 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         return CheckpointExistsError(f"{name!r} exists in {location}")
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         reason = f"storage_options has an option that the client does not know: {error}"
-    if _code(error) == "NoSuchBucket":
+    if _code(error) in _NO_BUCKET:
         reason = "there is no such bucket"
     if "Received redirect without LOCATION" in str(error):
         reason = f"the bucket is in another region; set AWS_DEFAULT_REGION, or region_name in client_kwargs ({reason})"
@@ -146,9 +150,11 @@ def _is_from_obstore(error: BaseException) -> bool:
 def _message(error: BaseException) -> str:
     """Return the message of an error.
 
-    The messages of obstore show the whole request and answer. Only the store's code and message are kept of them.
+    The messages of obstore and azure-core show the whole answer. Only the store's code and message are kept of them.
     """
     text = str(error)
+    if type(error).__module__.startswith("azure."):
+        return text.partition("\n")[0]  # the request's number and the answer follow
     if not _is_from_obstore(error):
         return text
     code, message = _XML_CODE.search(text), _XML_MESSAGE.search(text)
@@ -166,6 +172,9 @@ def _code(error: BaseException) -> str:
     response = _response(error)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))
+    azure = getattr(error, "error_code", None)
+    if isinstance(azure, str):
+        return str(getattr(azure, "value", azure))  # of an enum
     return _status(error) or str(getattr(error, "code", ""))
 
 
@@ -179,7 +188,7 @@ def _status(error: BaseException | None) -> str:
     response = _response(error)
     if isinstance(response, dict):
         return str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    status = getattr(error, "status", None)
+    status = getattr(error, "status", None) or getattr(error, "status_code", None)
     return str(status) if isinstance(status, int) else ""
 
 

@@ -25,7 +25,8 @@ from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store
 from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new, refuse_to_replace
 from .local import LocalStore
-from .obstore import is_lost_in_fork, open_s3
+from .obstore import open_s3
+from .obstore_reads import ReadsOfFilesystem, is_lost_in_fork, open_reads
 from .options import checked_options
 from .retry import RetryingStore, deadline_s
 
@@ -101,7 +102,7 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
         raise UnsupportedURIError(f"cannot open {shown!r}: {error}") from harmless(error)
     except Exception as error:  # some filesystems connect when they are opened
         raise StoreError(f"cannot open a location of {protocol}://: {error}") from harmless(error)
-    return FsspecStore(filesystem, path, open_uploads)
+    return FsspecStore(filesystem, path, open_uploads, open_reads(filesystem, protocol, path, shown))
 
 
 def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
@@ -216,10 +217,18 @@ class FsspecStore:
         path: the root, as a path in the filesystem.
         open_uploads: returns the filesystem and the path for uploads in parts, which the client has to retry. Default:
             the same ones.
+        reads: reads instead of the filesystem, as long as they work. Only for asynchronous filesystems.
     """
 
-    def __init__(self, filesystem: Any, path: str, open_uploads: Callable[[], tuple[Any, str]] | None = None) -> None:
+    def __init__(
+        self,
+        filesystem: Any,
+        path: str,
+        open_uploads: Callable[[], tuple[Any, str]] | None = None,
+        reads: ReadsOfFilesystem | None = None,
+    ) -> None:
         self._fs = filesystem
+        self._reads = reads
         self._open_uploads = open_uploads or (lambda: (filesystem, path))
         path, self._query = _without_query(path.partition("://")[0], path)
         self._root = path.rstrip("/")
@@ -254,6 +263,8 @@ class FsspecStore:
         return f"{self._root}/{name}{self._query}"
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
+        if self._reads is not None:
+            return result_of(_FsspecReads(self).read(name, start, stop), self._fs.loop, 2 * deadline_s(stop - start))
         with self._errors("read", name):
             self._check_regular(name)
             try:
@@ -342,7 +353,8 @@ class FsspecStore:
             except FileNotFoundError:
                 return []
             entries = found.values() if isinstance(found, dict) else found
-            paths = [entry["name"] for entry in entries if entry["type"] == "file"]
+            # If the folder is an object, adlfs returns its name alone.
+            paths = [entry["name"] for entry in entries if not isinstance(entry, str) and entry["type"] == "file"]
             # Remove only one slash: a key may have an empty part.
             return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
 
@@ -394,6 +406,17 @@ class _FsspecReads:
         return loop
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
+        reads = self._store._reads
+        if reads is None or not reads.can_read(name):
+            return await self._read(name, start, stop)
+        found = await reads.read(name, start, stop)
+        if isinstance(found, StoreError):
+            data = await self._read(name, start, stop)
+            reads.give_up(found)
+            return data
+        return found
+
+    async def _read(self, name: str, start: int, stop: int) -> Buffer:
         store = self._store
         with store._errors("read", name):
             try:

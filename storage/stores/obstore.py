@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import datetime
 import os
-import re
-import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,46 +25,26 @@ from ..runtime.logs import logger_of
 from ..runtime.threads import event_loop, result_of
 from . import retry
 from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, buffered_writer, is_name, top_names
-from .client_errors import is_beyond_the_end, translating
+from .client_errors import translating
 from .conditional_put import put_new
+from .obstore_reads import (
+    CREDENTIALS_FOR,
+    DEADLINE_BYTES,
+    ObstoreReads,
+    client_options,
+    is_plain,
+    is_usable,
+)
 from .options import check_endpoint
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import BackoffConfig, ClientConfig, RetryConfig, S3Credential, S3Store
+    from obstore.store import BackoffConfig, RetryConfig, S3Credential, S3Store
 
 T = TypeVar("T")
 logger = logger_of(__name__)
 _IGNORED_OPTIONS = frozenset(("skip_instance_cache", "use_listings_cache", "asynchronous", "default_block_size"))
 """Options of fsspec that have no effect here."""
-_PLAIN_KEY_PART = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*")
-"""A part of a key that obstore and s3fs write alike. obstore encodes some other characters."""
-DEADLINE_BYTES = 64 * 1024**2
-"""Every request has the deadline of a request of this size, which is the largest usual one."""
-CREDENTIALS_FOR = datetime.timedelta(minutes=5)
-"""How long credentials are used before botocore returns them again. botocore renews those that are about to expire."""
-
-
-_lost_in_fork = False
-"""Whether a parent of this process had loaded obstore before the fork."""
-
-
-def is_lost_in_fork() -> bool:
-    """Return whether obstore cannot be used because this process was forked from one that had loaded it.
-
-    obstore starts its threads once per process. A forked child does not have them and cannot start them again, so
-    every call would wait forever.
-    """
-    return _lost_in_fork
-
-
-def _note_fork() -> None:
-    global _lost_in_fork
-    _lost_in_fork = _lost_in_fork or "obstore" in sys.modules
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 def open_s3(
@@ -80,11 +58,8 @@ def open_s3(
         open_lister: opens the same location with s3fs, for listings that obstore returns wrongly or not at all.
     """
     bucket, _, folder = path.rstrip("/").partition("/")
-    if is_lost_in_fork() or find_spec("obstore") is None:
-        return None
-    plain = all(_PLAIN_KEY_PART.fullmatch(part) for part in (bucket, *folder.split("/")) if folder or part)
-    if not plain or bucket.endswith("--x-s3"):  # directory buckets need another protocol
-        return None
+    if not is_usable() or not is_plain(path.rstrip("/")) or bucket.endswith("--x-s3"):
+        return None  # directory buckets, whose names end so, need another protocol
     try:
         given = options.get("key") is not None or bool(options.get("anon"))
         session = _session(options.get("profile"), may_call=not given)
@@ -143,17 +118,11 @@ def _open(
 ) -> ObstoreStore:
     from obstore.store import S3Store
 
-    silence = datetime.timedelta(seconds=retry.REQUEST_DEADLINE_S)
-    writing: ClientConfig = {
-        "allow_http": True,
-        "timeout": datetime.timedelta(seconds=retry.deadline_s(DEADLINE_BYTES)),
-        "connect_timeout": min(silence, datetime.timedelta(seconds=10)),
-    }
+    reading, writing = client_options(reading=True), client_options(reading=False)
     if bundle and not str(config.get("endpoint", "")).startswith("http:"):
-        writing["root_certificate"] = Path(bundle).read_bytes()
-    reading: ClientConfig = {**writing, "read_timeout": silence}  # not for writes: nothing is read during an upload
-    # RetryingStore retries instead: it logs, and it stops when the call is stopped. The parts of an upload are an
-    # exception. The client has no jitter in its first pause, which must differ between processes.
+        reading["root_certificate"] = writing["root_certificate"] = Path(bundle).read_bytes()
+    # The client retries the parts of an upload. Its first pause has no jitter, but must differ between processes.
+    silence = datetime.timedelta(seconds=retry.REQUEST_DEADLINE_S)
     pause: BackoffConfig = {"init_backoff": datetime.timedelta(seconds=retry.jittered(retry.FIRST_WAIT_S))}
     once_more: RetryConfig = {"max_retries": 1, "retry_timeout": silence, "backoff": pause}
     client = partial(S3Store, bucket, **config)
@@ -263,6 +232,7 @@ class ObstoreStore:
         self._prefix = f"{folder}/" if folder else ""
         self._endpoint = endpoint
         self._open_lister = open_lister
+        self._reads = ObstoreReads(reading, self._prefix, self.location)
 
     @property
     def location(self) -> str:
@@ -284,21 +254,7 @@ class ObstoreStore:
         return result_of(coroutine, event_loop(), _call_deadline_s())
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
-        return self._wait(self._read(name, start, stop))
-
-    async def _read(self, name: str, start: int, stop: int) -> Buffer:
-        import obstore
-
-        with self._errors("read", name):
-            try:
-                return await obstore.get_range_async(self._reading, self._prefix + name, start=start, end=stop)
-            except Exception as error:
-                if is_beyond_the_end(error):
-                    return b""
-                if "non-partial response" in str(error):  # some servers answer so if the range is the whole object
-                    whole = await obstore.get_async(self._reading, self._prefix + name)
-                    return memoryview(await whole.bytes_async())[start:stop]
-                raise
+        return self._wait(self._reads.read(name, start, stop))
 
     def size(self, name: str) -> int:
         return self._head(name)["size"]
@@ -435,7 +391,7 @@ class _ObstoreReads:
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._store._errors("read", name):
-            return await asyncio.wait_for(self._store._read(name, start, stop), _call_deadline_s())
+            return await asyncio.wait_for(self._store._reads.read(name, start, stop), _call_deadline_s())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Find the fenced code blocks of a Markdown page, and decide which of them run.
 
 A block runs if its language is Python, or if it has no language or `console` and contains lines that begin with
-`reshard `. A block that must not run says why: ```` ```python no_run="needs Azure" ````.
+`reshard `. A block that must not run says why: ```` ```python no_run="needs GPUs" ````.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 REASONS = frozenset(
     (
-        "needs Azure",
         "needs GPUs",
         "see tests/engines",
         "runs under torchrun: see examples/",

@@ -108,7 +108,7 @@ def test_rank_reads_little_more_than_its_own_rows(ranks: RankPool, tmp_path: Pat
         assert local.bytes_fetched <= 1.25 * local.bytes_needed + slices + metadata
 
 
-@pytest.mark.parametrize("store_name", ["moto", "moto by s3fs", "seaweedfs", "gcs"])
+@pytest.mark.parametrize("store_name", ["moto", "moto by s3fs", "seaweedfs", "gcs", "azurite"])
 def test_dcp_checkpoint_in_a_store_is_loaded(ranks: RankPool, place: Place) -> None:
     uri, options = place
     ranks.run(4, save_to_store, "fsdp", uri, options)
@@ -128,7 +128,7 @@ def whole_model() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body directly")  # raised by the client that uploads
-@pytest.mark.parametrize("store_name", ["local", "moto", "moto by s3fs", "seaweedfs", "gcs"])
+@pytest.mark.parametrize("store_name", ["local", "moto", "moto by s3fs", "seaweedfs", "gcs", "azurite"])
 def test_single_files_in_a_store_are_loaded(ranks: RankPool, place: Place, store_name: str, tmp_path: Path) -> None:
     uri, options = place
     if store_name == "local":

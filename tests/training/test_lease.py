@@ -184,7 +184,7 @@ def test_lease_is_renewed_and_old_ones_are_removed(tmp_path: Path) -> None:
     assert holder_of(tmp_path)["released"]
 
 
-@pytest.mark.parametrize("store_name", ["memory", "moto", "seaweedfs", "gcs"])
+@pytest.mark.parametrize("store_name", ["memory", "moto", "seaweedfs", "gcs", "azurite"])
 def test_lease_works_on_stores(place: Place) -> None:
     uri, options = place
     first = Lease(uri, options, renew_every_s=3600)
