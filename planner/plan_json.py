@@ -13,6 +13,7 @@ from .coalesce import GapLimits, Requests
 from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
+from .index import count_checksums
 from .read_plan import Exchange, ReadPlan
 from .slabs import ByteRuns
 
@@ -127,6 +128,10 @@ def _read_from_json(value: Any) -> ChunkReads:
     by_stream = {name: _column(value[name]).reshape(count, int(value["streams"])) for name in _BY_STREAM}
     by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
     runs = value["runs"]
+    counts = value.get("checksum_counts")  # older versions do not write them: they were those of pages
+    if counts is None:
+        encodings, nbytes = _column(value["encodings"]), by_stream["stops"][:, 0] - by_stream["starts"][:, 0]
+        counts = count_checksums(encodings, nbytes, np.full(count, entry.page_bytes), whole=False)
     if not isinstance(value["encodings"], list):
         raise ValueError(f"encodings must be a list, got {type(value['encodings']).__name__}")
     return ChunkReads(
@@ -134,7 +139,7 @@ def _read_from_json(value: Any) -> ChunkReads:
         entry=entry,
         encodings=np.array(value["encodings"], np.uint8),
         skipped=_column(value["skipped"]).reshape(count),
-        checksum_counts=_column(value["checksum_counts"]).reshape(count),
+        checksum_counts=_column(counts).reshape(count),
         **by_stream,
         **by_dimension,
         runs=None

@@ -63,15 +63,15 @@ def files(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         server.shutdown()
 
 
-def empty_bucket(server: servers.Server) -> None:
+def empty_bucket(server: servers.Server, name: str = "bucket") -> None:
     """Create the bucket of the pages, or remove everything from it."""
     filesystem = fsspec.filesystem(server.protocol, **server.options)
     filesystem.invalidate_cache()
-    if filesystem.exists("bucket"):
-        for path in filesystem.find("bucket"):
+    if filesystem.exists(name):
+        for path in filesystem.find(name):
             filesystem.rm_file(path)
     else:
-        filesystem.mkdir("bucket")
+        filesystem.mkdir(name)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_page_runs(
         environment["STORAGE_EMULATOR_HOST"] = gcs.endpoint
     if any("abfs://" in block.text for block in blocks(page) if block.runs):
         azurite: servers.Server = request.getfixturevalue("azurite")
-        empty_bucket(azurite)
+        empty_bucket(azurite, "container")
         environment["AZURE_STORAGE_CONNECTION_STRING"] = azurite.options["connection_string"]
     replacements = {"https://models.example.org": address, "https://minio.example.org:9000": moto.endpoint}
     folder, log = tmp_path / "here", tmp_path / "log"

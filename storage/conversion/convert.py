@@ -23,6 +23,7 @@ from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
+from ..formats.native.manifest import VERSION
 from ..runtime.brief import reason
 from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
@@ -131,7 +132,7 @@ def convert(
             patterns_of("allow_missing", allow_missing),
             dtype,
             budget_bytes=budget_bytes,
-            arguments=[format, codec, max_file_bytes, __version__],
+            arguments=[format, codec, max_file_bytes, __version__, VERSION],
         )
         store = open_store(dst, dst_options)
         conversions.append(_RankConversion(plan, store, rank, world_size, budget_bytes, meter))

@@ -217,7 +217,10 @@ class _Execution:
             self._caller.notify()
 
     def _call_workers(self) -> None:
-        """Start a worker for each step that can begin, up to the maximum. The caller holds the lock."""
+        """Start a worker for each step that can begin, up to the maximum. The caller holds the lock.
+
+        An error ends the read, but is not raised: the caller may have begun a step, which must end.
+        """
         if self._active == self._workers.count:
             return
         waiting = self._schedule.work_left + (self._schedule.fetches_left if self._fetcher.reads_here else 0)
@@ -225,9 +228,10 @@ class _Execution:
             self._active += 1  # first: if no thread can be started, the pool runs the worker here
             try:
                 self._workers.pool.submit(self._work)
-            except BaseException:
+            except BaseException as error:
                 self._active -= 1
-                raise
+                self._fail(error)
+                return
 
     def _work(self) -> None:
         """Perform steps until there are none. Each worker runs this."""

@@ -26,7 +26,7 @@ from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new, refuse_to_replace
 from .local import LocalStore
 from .obstore import open_s3
-from .obstore_reads import ReadsOfFilesystem, is_lost_in_fork, open_reads
+from .obstore_reads import ReadsOfFilesystem, call_deadline_s, is_lost_in_fork, open_reads
 from .options import checked_options
 from .retry import RetryingStore, deadline_s
 
@@ -263,9 +263,10 @@ class FsspecStore:
         return f"{self._root}/{name}{self._query}"
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
-        if self._reads is not None:
-            return result_of(_FsspecReads(self).read(name, start, stop), self._fs.loop, 2 * deadline_s(stop - start))
         with self._errors("read", name):
+            if self._reads is not None:
+                deadline = call_deadline_s() + 2 * deadline_s(stop - start)
+                return result_of(_FsspecReads(self).read(name, start, stop), self._fs.loop, deadline)
             self._check_regular(name)
             try:
                 data: bytes = self._call("cat_file", self._path(name), nbytes=stop - start, start=start, end=stop)
@@ -407,12 +408,13 @@ class _FsspecReads:
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         reads = self._store._reads
-        if reads is None or not reads.can_read(name):
+        if reads is None or not reads.can_read(name, start, stop):
             return await self._read(name, start, stop)
-        found = await reads.read(name, start, stop)
+        with self._store._errors("read", name):
+            found = await reads.read(name, start, stop)
         if isinstance(found, StoreError):
             data = await self._read(name, start, stop)
-            reads.give_up(found)
+            reads.note_failure(found)
             return data
         return found
 

@@ -29,8 +29,8 @@ from .client_errors import translating
 from .conditional_put import put_new
 from .obstore_reads import (
     CREDENTIALS_FOR,
-    DEADLINE_BYTES,
     ObstoreReads,
+    call_deadline_s,
     client_options,
     is_plain,
     is_usable,
@@ -209,11 +209,6 @@ class _CredentialProvider:
         }
 
 
-def _call_deadline_s() -> float:
-    """Return how many seconds a call may take. The client has its own deadlines, but they need its threads to run."""
-    return 3 * retry.deadline_s(DEADLINE_BYTES)
-
-
 class ObstoreStore:
     """Objects below a folder of an S3 bucket."""
 
@@ -232,7 +227,7 @@ class ObstoreStore:
         self._prefix = f"{folder}/" if folder else ""
         self._endpoint = endpoint
         self._open_lister = open_lister
-        self._reads = ObstoreReads(reading, self._prefix, self.location)
+        self._reads = ObstoreReads(reading, self._prefix, self.location, accepts_whole=True)
 
     @property
     def location(self) -> str:
@@ -251,7 +246,7 @@ class ObstoreStore:
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a call of the client. Its blocking calls cannot be interrupted, and abort a process that exits."""
-        return result_of(coroutine, event_loop(), _call_deadline_s())
+        return result_of(coroutine, event_loop(), call_deadline_s())
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
         return self._wait(self._reads.read(name, start, stop))
@@ -391,7 +386,7 @@ class _ObstoreReads:
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         with self._store._errors("read", name):
-            return await asyncio.wait_for(self._store._reads.read(name, start, stop), _call_deadline_s())
+            return await asyncio.wait_for(self._store._reads.read(name, start, stop), call_deadline_s())
 
 
 @dataclass(frozen=True, slots=True)

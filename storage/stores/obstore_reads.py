@@ -6,6 +6,7 @@ everything else.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import os
 import re
@@ -33,6 +34,8 @@ DEADLINE_BYTES = 64 * 1024**2
 CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before the library that found them returns them again. It renews those that are about
 to expire."""
+MAX_FAILURES = 3
+"""The filesystem reads after so many transient failures of obstore if no read has succeeded before."""
 _PLAIN_PART = r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*"
 _PLAIN_KEY = re.compile(rf"{_PLAIN_PART}(/{_PLAIN_PART})*")
 _lost_in_fork = False
@@ -80,6 +83,11 @@ def client_options(*, reading: bool) -> ClientConfig:
     return options
 
 
+def call_deadline_s() -> float:
+    """Return how many seconds a call may take. The client has its own deadlines, but they need its threads to run."""
+    return 3 * retry.deadline_s(DEADLINE_BYTES)
+
+
 class ObstoreReads:
     """Reads byte ranges of the objects of a bucket.
 
@@ -87,12 +95,15 @@ class ObstoreReads:
         client: the client of the bucket.
         prefix: what all keys begin with: "" or a folder and a slash.
         location: the folder, for error messages.
+        accepts_whole: whether an answer with the whole object is accepted. Some servers of S3 answer so if the range is
+            the whole object.
     """
 
-    def __init__(self, client: ObjectStore, prefix: str, location: str) -> None:
+    def __init__(self, client: ObjectStore, prefix: str, location: str, *, accepts_whole: bool = False) -> None:
         self.client = client
         self.prefix = prefix
         self.location = location
+        self._accepts_whole = accepts_whole
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         """Return bytes [start, stop) of an object, or fewer if it ends before. Raise StoreError or a subclass."""
@@ -106,7 +117,7 @@ class ObstoreReads:
             except Exception as error:
                 if is_beyond_the_end(error):
                     return b""
-                if "non-partial response" in str(error):  # some servers answer so if the range is the whole object
+                if self._accepts_whole and "non-partial response" in str(error):
                     whole = await obstore.get_async(self.client, key)
                     return memoryview(await whole.bytes_async())[start:stop]
                 raise
@@ -115,30 +126,39 @@ class ObstoreReads:
 class ReadsOfFilesystem:
     """Reads for a filesystem of fsspec, until obstore cannot read an object that the filesystem can read.
 
-    Zonal buckets, for example, need another protocol, and an emulator may not have the API that obstore uses: to it, no
-    object seems to exist.
+    Zonal buckets, for example, need another protocol. An emulator may not have the API that obstore uses: to it, no
+    object seems to exist. And only obstore uses the proxies that the environment names.
     """
 
     def __init__(self, reads: ObstoreReads) -> None:
         self._reads: ObstoreReads | None = reads
+        self._has_read = False
+        self._failures = 0
+        """Transient failures before the first success."""
 
-    def can_read(self, name: str) -> bool:
-        return self._reads is not None and is_plain(self._reads.prefix + name)
+    def can_read(self, name: str, start: int, stop: int) -> bool:
+        return self._reads is not None and start < stop and is_plain(self._reads.prefix + name)
 
     async def read(self, name: str, start: int, stop: int) -> Buffer | StoreError:
         """Return bytes as `ObstoreReads.read`, or the error if the filesystem should try the same read."""
         assert self._reads is not None
         try:
-            return await self._reads.read(name, start, stop)
-        except UnavailableError:
-            raise
+            data = await asyncio.wait_for(self._reads.read(name, start, stop), call_deadline_s())
+        except UnavailableError as error:
+            if self._has_read:
+                raise
+            return error
         except StoreError as error:
             return error
+        self._has_read = True
+        return data
 
-    def give_up(self, error: StoreError) -> None:
-        """Use the filesystem from now on."""
-        logger.info("obstore is not used any more, because the filesystem can read what it cannot: %s", error)
-        self._reads = None
+    def note_failure(self, error: StoreError) -> None:
+        """Record that the filesystem could read what obstore could not. Usually it does all further reads."""
+        self._failures += 1
+        if self._reads is not None and (self._failures == MAX_FAILURES or not isinstance(error, UnavailableError)):
+            logger.info("obstore is not used any more, because the filesystem can read what it cannot: %s", error)
+            self._reads = None
 
 
 def open_reads(filesystem: Any, protocol: str | None, path: str, location: str) -> ReadsOfFilesystem | None:
@@ -170,10 +190,10 @@ def _open_google(filesystem: Any, bucket: str) -> ObjectStore | None:
         return None
     if getattr(filesystem, "_use_mtls_endpoint", False):
         return None
-    config: dict[str, Any] = {"base_url": filesystem._location}
-    if filesystem.credentials.credentials is None:
-        config["skip_signature"] = True
-    else:
+    # Everything is passed, so that no variable of the environment that gcsfs does not know replaces it.
+    is_anonymous = filesystem.credentials.credentials is None
+    config: dict[str, Any] = {"base_url": filesystem._location, "skip_signature": is_anonymous}
+    if not is_anonymous:
         config["credential_provider"] = _GoogleCredentials(filesystem.credentials)
     return GCSStore(bucket, **config, client_options=client_options(reading=True), retry_config={"max_retries": 0})
 
@@ -199,17 +219,18 @@ def _open_azure(filesystem: Any, container: str) -> ObjectStore | None:
     config: dict[str, Any] = {"endpoint": f"{url.scheme}://{url.netloc}{url.path}".rstrip("/")}
     if filesystem.version_aware or filesystem.location_mode != "primary" or not client.account_name:
         return None
-    config["account_name"] = client.account_name
+    # Everything is passed, so that no variable of the environment that adlfs does not know replaces it.
+    config |= {"account_name": client.account_name, "use_emulator": False, "skip_signature": False}
     if (key := getattr(client.credential, "account_key", None)) is not None:
-        config["account_key"] = key
+        config["credential_provider"] = _returning({"access_key": key, "expires_at": None})
     elif client.credential is not None:
         return None
     elif url.query:
-        config["credential_provider"] = _signature(parse_qsl(url.query))
+        config["credential_provider"] = _returning({"sas_token": parse_qsl(url.query), "expires_at": None})
     else:
         config["skip_signature"] = True
     return AzureStore(container, **config, client_options=client_options(reading=True), retry_config={"max_retries": 0})
 
 
-def _signature(pairs: list[tuple[str, str]]) -> Callable[[], dict[str, Any]]:
-    return lambda: {"sas_token": pairs, "expires_at": None}
+def _returning(credentials: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    return lambda: credentials

@@ -120,3 +120,11 @@ def test_invalid_json_raises_invalid_plan_error(path: tuple[str | int, ...], to:
     for text in ("", "[]", "{", '{"mesh": 3}'):
         with pytest.raises(InvalidPlanError):
             RankPlans.from_json(text)
+
+
+def test_plans_without_numbers_of_checksums_are_read() -> None:
+    index = index_of(TENSORS["raw"], whole_checksums=False)
+    older = json.loads(plan_ranks(index, Layout(3)).to_json())
+    for read in (read for plan in older["plans"] for read in plan["reads"]):
+        del read["checksum_counts"]
+    assert RankPlans.from_json(json.dumps(older)) == plan_ranks(index, Layout(3))

@@ -22,6 +22,7 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.formats.source import Source
+from reshard.storage.reading import workers as workers_module
 from reshard.storage.reading.decode import place_chunk_batch
 from reshard.storage.reading.device import placing
 from reshard.storage.reading.executor import execute
@@ -376,6 +377,29 @@ def test_execute_raises_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPa
     plan = plan_reads(manifest.index(), [WantedBox("w", Box.whole((512, 256)))])
     with pytest.raises(RuntimeError, match="new thread"):
         execute(plan, manifest.index(), store, [torch.zeros(512, 256)])
+
+
+def test_a_read_ends_whenever_a_thread_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(workers_module, "default_threads", lambda: 4)
+    saved = {f"t{at}": torch.randn(40, 64) for at in range(300)}
+    reshard.save(saved, tmp_path / "c", codec="none")
+    submit, left = Pool.submit, [0]
+
+    def refusing(self: Pool, task: Callable[..., Any], *arguments: Any) -> Any:
+        if self._name == "reshard-read":
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("can't start new thread")
+        return submit(self, task, *arguments)
+
+    monkeypatch.setattr(Pool, "submit", refusing)
+    refused = 0
+    for left[0] in range(1, 20):
+        try:
+            assert reshard.open(tmp_path / "c").state_dict().keys() == saved.keys()
+        except RuntimeError as error:
+            refused += "new thread" in str(error)
+    assert refused > 0
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import logging
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from google.oauth2.credentials import Credentials
 
 import reshard
 from reshard.storage.errors import AccessDeniedError, ObjectNotFoundError, StoreError, UnavailableError
-from reshard.storage.stores import obstore_reads
+from reshard.storage.stores import obstore_reads, retry
 from reshard.storage.stores.base import Store
 from reshard.storage.stores.fsspec import FsspecStore
 from reshard.storage.stores.obstore_reads import ObstoreReads
@@ -136,7 +139,7 @@ def test_the_error_of_the_filesystem_is_raised_if_it_cannot_read_either(
         store.read("a", 0, 1)
     reads = fsspec_store(store)._reads
     assert reads is not None
-    assert reads.can_read("a"), "the filesystem could not read it, so nothing is known about obstore"
+    assert reads.can_read("a", 0, 1), "the filesystem could not read it, so nothing is known about obstore"
 
 
 @pytest.mark.parametrize("store_name", CLOUDS)
@@ -221,3 +224,114 @@ def test_a_busy_azure_is_a_transient_failure() -> None:
     assert isinstance(found, UnavailableError)
     assert str(found) == "cannot read 'a' in abfs://c now: HttpResponseError: The server is busy."
     assert isinstance(translated(ServiceRequestError("lost"), "write", "a", "abfs://c"), UnavailableError)
+
+
+OTHER_VARIABLES = {
+    "AZURE_STORAGE_USE_EMULATOR": "true",
+    "AZURE_STORAGE_TOKEN": "of-another-login",
+    "AZURE_STORAGE_SAS_KEY": "sv=1&sig=x",
+    "AZURE_SKIP_SIGNATURE": "true",
+    "GOOGLE_BEARER_TOKEN": "of-another-login",
+    "GOOGLE_SKIP_SIGNATURE": "true",
+    "GOOGLE_BASE_URL": "http://127.0.0.1:9",
+}
+
+
+@pytest.mark.parametrize("store_name", CLOUDS)
+@pytest.mark.parametrize("variable", OTHER_VARIABLES)
+def test_variables_that_only_obstore_knows_have_no_effect(
+    cloud: servers.Server, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, saved = cloud.place(uuid.uuid4().hex), {"w": torch.arange(10)}
+    monkeypatch.setenv(variable, OTHER_VARIABLES[variable])
+    reshard.save(saved, uri, storage_options=cloud.options)
+    with counted(monkeypatch, ObstoreReads, "read") as by_obstore, reads_by_filesystem(monkeypatch) as by_filesystem:
+        assert reshard.open(uri, storage_options=cloud.options).read("w").equal(saved["w"])
+    assert by_obstore
+    assert not by_filesystem
+
+
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_only_the_credentials_of_gcsfs_are_sent(anonymous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "of-another-login")
+    with answering(lambda path: (404, b"")) as (endpoint, headers):
+        token = "anon" if anonymous else Credentials("of-a-test")  # type: ignore[no-untyped-call]
+        store = open_store("gs://bucket/x", {"token": token, "endpoint_url": endpoint})
+        with pytest.raises(ObjectNotFoundError):
+            store.read("a", 0, 1)
+    assert len(headers) == 2, "of obstore and of gcsfs"
+    assert {header.get("Authorization") for header in headers} == {None if anonymous else "Bearer of-a-test"}
+
+
+@contextmanager
+def answering(answer: Callable[[str], tuple[int, bytes]]) -> Iterator[tuple[str, list[Any]]]:
+    """Serve what a function returns for each path. Yield the endpoint, and a list of the headers of all requests."""
+    headers: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            headers.append(self.headers)
+            status, body = answer(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"1"')
+            self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", headers
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_page_that_is_sent_instead_of_an_object_is_not_read() -> None:
+    """The server has the JSON API that gcsfs uses, and a page for all other paths."""
+
+    def answer(path: str) -> tuple[int, bytes]:
+        return (206, DATA[3:9]) if "/o/" in path and "alt=media" in path else (200, b"<html>please log in</html>")
+
+    with answering(answer) as (endpoint, _):
+        store = open_store("gs://bucket/x", {"token": "anon", "endpoint_url": endpoint})
+        assert bytes(store.read("model.safetensors", 3, 9)) == DATA[3:9]
+        assert bytes(store.read("model.safetensors", 0, 6)) == DATA[3:9]
+
+
+def test_a_proxy_that_only_obstore_uses_is_not_needed(gcs: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, saved = gcs.place(uuid.uuid4().hex), state(1)
+    reshard.save(saved, uri, storage_options=gcs.options)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    loaded = state(0)
+    with reads_by_filesystem(monkeypatch) as by_filesystem:
+        reshard.load(loaded, uri, storage_options={**gcs.options, "skip_instance_cache": True})
+    assert by_filesystem
+    assert all(loaded[name].equal(value) for name, value in saved.items())
+
+
+def test_an_empty_range_does_not_stop_obstore(gcs: servers.Server) -> None:
+    store = open_store(gcs.place(uuid.uuid4().hex), gcs.options)
+    store.put("a", DATA, overwrite=False)
+    assert bytes(store.read("a", 5, 5)) == b""
+    assert fsspec_store(store)._reads is not None
+
+
+@pytest.mark.parametrize("store_name", CLOUDS)
+def test_a_server_that_stops_answering_raises_unavailable_error_in_time(
+    cloud: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "REQUEST_DEADLINE_S", 1.0)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 3.0)
+    with proxied(cloud.endpoint, Faults(hang=1)) as (endpoint, _):
+        begin = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"cannot read 'manifest\.reshard'.* now"):
+            reshard.open(cloud.place("x"), storage_options=through(cloud, endpoint))
+        assert time.monotonic() - begin < 20

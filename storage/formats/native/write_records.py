@@ -32,7 +32,7 @@ class SegmentRecord:
     lengths: bytes
     """The stored bytes of each chunk, as little-endian uint32."""
     checksums: bytes
-    """The checksum of each chunk, or of each page of a raw chunk, as little-endian uint64."""
+    """The checksums of each chunk, as little-endian uint64. See `count_checksums`."""
 
 
 @dataclass(frozen=True, slots=True)
