@@ -56,7 +56,7 @@ _SAMPLE_BYTES = 1024
 _PAYS_BELOW = 0.97
 """A plane is stored compressed if its sample, and then the whole plane, shrinks below this fraction of its size."""
 
-MAX_JOINED_NUMEL = 128 * 1024
+MAX_JOINED_NUMEL = 256 * 1024
 """The most elements that are joined from their planes at once: the arrays should fit the L2 cache of a core
 (`benchmarks/codec.py`)."""
 
