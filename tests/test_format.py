@@ -37,7 +37,7 @@ class Reader:
         self.folder = folder
         data = (folder / "manifest.reshard").read_bytes()
         magic, version, header_bytes, total = struct.unpack_from("<8sIIQ", data)
-        assert (magic, version, total) == (b"RESHARD\n", 4, len(data))
+        assert (magic, version, total) == (b"RESHARD\n", 5, len(data))
         at = 32 + header_bytes
         assert struct.unpack_from("<Q", data, 24)[0] == xxhash.xxh3_64_intdigest(data[:24] + data[32:at])
         self.header = json.loads(data[32:at])

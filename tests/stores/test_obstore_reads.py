@@ -142,17 +142,20 @@ def test_the_error_of_the_filesystem_is_raised_if_it_cannot_read_either(
     assert reads.can_read("a", 0, 1), "the filesystem could not read it, so nothing is known about obstore"
 
 
-@pytest.mark.parametrize("store_name", CLOUDS)
-def test_loads_survive_transient_faults(cloud: servers.Server) -> None:
-    uri, saved = cloud.place(uuid.uuid4().hex), state(1)
-    reshard.save(saved, uri, codec="none", storage_options=cloud.options)
-    with proxied(cloud.endpoint, Faults(reset=0.02, truncate=0.02, slow_down=0.2)) as (endpoint, proxy):
-        options = through(cloud, endpoint)
+def test_loads_survive_transient_faults(azurite: servers.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, saved = azurite.place(uuid.uuid4().hex), state(1)
+    reshard.save(saved, uri, codec="none", storage_options=azurite.options)
+    faults = Faults(reset=0.02, truncate=0.02, slow_down=0.2)
+    with (
+        counted(monkeypatch, ObstoreReads, "read") as by_obstore,
+        proxied(azurite.endpoint, faults) as (endpoint, proxy),
+    ):
         for _ in range(3):
             loaded = state(0)
-            reshard.load(loaded, uri, storage_options=options)
+            reshard.load(loaded, uri, storage_options=through(azurite, endpoint))
             assert all(loaded[name].equal(value) for name, value in saved.items())
     assert sum(proxy.counts.values()) > 0
+    assert by_obstore
 
 
 def by_token(server: servers.Server) -> dict[str, Any]:
