@@ -128,7 +128,7 @@ def _read_from_json(value: Any) -> ChunkReads:
     by_stream = {name: _column(value[name]).reshape(count, int(value["streams"])) for name in _BY_STREAM}
     by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
     runs = value["runs"]
-    counts = value.get("checksum_counts")  # older versions do not write them: they were those of pages
+    counts = value.get("checksum_counts")  # older versions do not write them, and verified pages
     if counts is None:
         encodings, nbytes = _column(value["encodings"]), by_stream["stops"][:, 0] - by_stream["starts"][:, 0]
         counts = count_checksums(encodings, nbytes, np.full(count, entry.page_bytes), whole=False)

@@ -35,7 +35,7 @@ CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before the library that found them returns them again. It renews those that are about
 to expire."""
 MAX_FAILURES = 3
-"""The filesystem reads after so many transient failures of obstore if no read has succeeded before."""
+"""After this many transient failures of obstore without a success, the filesystem does all reads."""
 _PLAIN_PART = r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*"
 _PLAIN_KEY = re.compile(rf"{_PLAIN_PART}(/{_PLAIN_PART})*")
 _lost_in_fork = False
@@ -71,7 +71,7 @@ def is_plain(key: str) -> bool:
 
 
 def client_options(*, reading: bool) -> ClientConfig:
-    """Return the deadlines of a client. RetryingStore retries: it logs, and it stops when the call is stopped."""
+    """Return the options of a client: its deadlines. It does not retry, because RetryingStore does."""
     silence = datetime.timedelta(seconds=retry.REQUEST_DEADLINE_S)
     options: ClientConfig = {
         "allow_http": True,
@@ -134,7 +134,7 @@ class ReadsOfFilesystem:
         self._reads: ObstoreReads | None = reads
         self._has_read = False
         self._failures = 0
-        """Transient failures before the first success."""
+        """How often the filesystem could read what obstore could not."""
 
     def can_read(self, name: str, start: int, stop: int) -> bool:
         return self._reads is not None and start < stop and is_plain(self._reads.prefix + name)
@@ -154,7 +154,10 @@ class ReadsOfFilesystem:
         return data
 
     def note_failure(self, error: StoreError) -> None:
-        """Record that the filesystem could read what obstore could not. Usually it does all further reads."""
+        """Record that the filesystem could read what obstore could not.
+
+        From then on the filesystem does all reads, but only after MAX_FAILURES if the failures are transient.
+        """
         self._failures += 1
         if self._reads is not None and (self._failures == MAX_FAILURES or not isinstance(error, UnavailableError)):
             logger.info("obstore is not used any more, because the filesystem can read what it cannot: %s", error)

@@ -57,8 +57,8 @@ _PAYS_BELOW = 0.97
 """A plane is stored compressed if its sample, and then the whole plane, shrinks below this fraction of its size."""
 
 MAX_JOINED_NUMEL = 256 * 1024
-"""The most elements that are joined from their planes at once: the arrays should fit the L2 cache of a core
-(`benchmarks/codec.py`)."""
+"""The most elements that are joined from their planes at once: the arrays take six times as many bytes, and should fit
+the cache of a core."""
 
 _LITERAL_COMPRESSION_MODE = 1002
 """ZSTD_c_literalCompressionMode of zstd.h. It has no name in Python, and python-zstandard cannot set it."""

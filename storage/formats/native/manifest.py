@@ -335,7 +335,7 @@ def _min_size(first: bytes) -> int:
 
 
 def _read_header(source: _ManifestBytes) -> tuple[int, dict[str, Any], int, int]:
-    """Return the format version, the header, the position where it ends, and that where the manifest should end."""
+    """Return the format version, the header, and the positions where the header and the manifest should end."""
     if not source.first.startswith(MAGIC[: len(source.first)]):
         raise CorruptCheckpointError(
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"

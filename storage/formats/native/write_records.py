@@ -197,8 +197,9 @@ def assemble_index(
     page_bytes = np.array([entry.page_bytes for entry in entries], np.int64)[owners]
     each, pages = (np.repeat(column, counts) for column in (encodings, page_bytes))
     checksums_before = np.concatenate(([0], np.cumsum(count_checksums(each, lengths, pages, whole=True))))
-    of_checksums = np.diff(checksums_before[np.concatenate(([0], np.cumsum(counts)))])
-    first_lengths, first_checksums = np.cumsum(counts) - counts, np.cumsum(of_checksums) - of_checksums
+    first_lengths = np.cumsum(counts) - counts
+    first_checksums = checksums_before[first_lengths]
+    of_checksums = checksums_before[first_lengths + counts] - first_checksums
     segments = Segments(
         entries=owners[order],
         streams=streams[order].astype(np.uint8),

@@ -73,6 +73,8 @@ def assign_devices(batches: Sequence[ChunkBatch], *, may_decompress: bool) -> di
     if all(batch.destination is None or batch.destination.device is None for batch in batches):
         return {}
     decoded_by: dict[str, int] = {}
+    for request in (request for batch in batches for request in batch.requests):
+        request.on_host = False
     for batch in batches:
         device = None if batch.destination is None else batch.destination.device
         path = "host"
@@ -81,10 +83,9 @@ def assign_devices(batches: Sequence[ChunkBatch], *, may_decompress: bool) -> di
             path = f"{device.device} with nvCOMP" if batch.frames else str(device.device)
             path = path if batch.device is not None else f"host and {path}"
         decoded_by[path] = decoded_by.get(path, 0) + int(batch.read.packed_bytes(batch.rows).sum())
-    for request in (request for batch in batches for request in batch.requests):
-        devices = [batch.device for batch, _ in request.parts]
-        request.on_host = None in devices
-        request.device = next((device for device in devices if device is not None), None)
+        for request in batch.requests:
+            request.on_host |= batch.device is None
+            request.device = request.device or batch.device
     return decoded_by
 
 
