@@ -320,27 +320,7 @@ def decode(planes: Planes, counts: Iterable[int], dtype: str) -> Iterator[npt.ND
 
 def decode_heads(planes: Planes, counts: Iterable[int]) -> Iterator[npt.NDArray[np.uint16]]:
     """Decode the bfloat16 values of chunks from their streams of heads. See `decode`."""
-    numel = planes.numel
-    other = _scratch.take(_OPERAND, min(numel, MAX_JOINED_NUMEL))
-    pieces = list(pairwise([*range(0, numel, MAX_JOINED_NUMEL), numel]))
-    size = 0
-    chunks = zip(planes.parts(0), planes.parts(1), strict=True)
-    for count in counts:
-        if size != count * numel:
-            size = count * numel
-            words = _scratch.take(_WORDS, size)
-        for begin, (exponents, rests) in zip(range(0, size, numel), chunks, strict=False):
-            for at, end in pieces:
-                joined, rest = words[begin + at : begin + end], other[: end - at]
-                joined[...] = exponents[at:end]
-                rest[...] = rests[at:end]
-                joined *= 256
-                joined |= rest
-                # Rotate each word right by one bit. The multiplication moves the lowest bit to the highest.
-                np.multiply(joined, 32768, out=rest)
-                joined >>= 1
-                joined |= rest
-        yield words
+    return _join_words(planes, counts, high=0, rotated=True)
 
 
 def decode_heads_and_tails(
@@ -409,30 +389,56 @@ def _split_bytes(values: Bytes, width: int) -> list[Bytes]:
 
 
 def _join_bytes(planes: Planes, counts: Iterable[int]) -> Iterator[npt.NDArray[Any]]:
-    """Join planes with one byte of each element, the least significant first. See `decode`.
-
-    Words of two bytes are joined by a product, because numpy writes to every second byte one byte at a time
-    (`benchmarks/codec.py`).
-    """
+    """Join planes with one byte of each element, the least significant first. See `decode`."""
     numel, width = planes.numel, planes.starts.shape[1]
-    low = _scratch.take(_OPERAND, numel)
+    if width == 2:
+        yield from _join_words(planes, counts, high=1)
+        return
     chunks = zip(*(planes.parts(plane) for plane in range(width)), strict=True)
     for count in counts:
-        if width == 2:
-            words = _scratch.take(_WORDS, count * numel)
-            for begin, (lower, upper) in zip(range(0, count * numel, numel), chunks, strict=False):
-                joined = words[begin : begin + numel]
-                joined[...] = upper
-                low[...] = lower
-                joined *= 256
-                joined |= low
-            yield words
-        else:
-            values = np.empty((count, numel, width), np.uint8)
-            for chunk, parts in zip(values, chunks, strict=False):
-                for plane, part in enumerate(parts):
-                    chunk[:, plane] = part
-            yield values.reshape(-1)
+        values = np.empty((count, numel, width), np.uint8)
+        for chunk, parts in zip(values, chunks, strict=False):
+            for plane, part in enumerate(parts):
+                chunk[:, plane] = part
+        yield values.reshape(-1)
+
+
+def _join_words(
+    planes: Planes, counts: Iterable[int], high: int, *, rotated: bool = False
+) -> Iterator[npt.NDArray[np.uint16]]:
+    """Join two planes to words of two bytes. See `decode`.
+
+    They are joined by a product, because numpy writes to every second byte one byte at a time (`benchmarks/codec.py`).
+
+    Args:
+        high: the plane of the high bytes.
+        rotated: whether each word is rotated right by one bit.
+    """
+    numel = planes.numel
+    together = max(1, MAX_JOINED_NUMEL // numel) * numel
+    chunks = zip(planes.parts(high), planes.parts(1 - high), strict=True)
+    for count in counts:
+        words = _scratch.take(_WORDS, count * numel)
+        for first in range(0, len(words), together):
+            joined = words[first : first + together]
+            low = _scratch.take(_OPERAND, len(joined))
+            for begin, (upper, lower) in zip(range(0, len(joined), numel), chunks, strict=False):
+                joined[begin : begin + numel] = upper
+                low[begin : begin + numel] = lower
+            for begin in range(0, len(joined), MAX_JOINED_NUMEL):
+                part = slice(begin, begin + MAX_JOINED_NUMEL)
+                _join(joined[part], low[part], rotated=rotated)
+        yield words
+
+
+def _join(words: npt.NDArray[np.uint16], low: npt.NDArray[np.uint16], *, rotated: bool) -> None:
+    """Join high bytes, in `words`, with low bytes, which are overwritten."""
+    words *= 256
+    words |= low
+    if rotated:
+        np.multiply(words, 32768, out=low)  # moves the lowest bit to the highest
+        words >>= 1
+        words |= low
 
 
 def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
