@@ -14,7 +14,6 @@ import argparse
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -54,8 +53,7 @@ def train(mesh: DeviceMesh, uri: str) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    weights, moments = get_state_dict(model, optimizer)
-    report = reshard.save({"model": weights, "optimizer": moments, "step": 20}, uri, overwrite=True)
+    report = reshard.save(reshard.training_state(model, optimizer, step=20), uri, overwrite=True)
     print_once(f"saved: {report.total}")
 
 

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .storage.training.policies import best as best
     from .storage.training.policies import every as every
     from .storage.training.policies import latest as latest
+    from .storage.training.training_state import training_state as training_state
 
 __all__ = [
     "AsyncSave",
@@ -108,6 +109,7 @@ __all__ = [
     "save",
     "stores",
     "testing",
+    "training_state",
 ]
 
 _MODULES = ("errors", "formats", "layout", "pictures", "plans", "stores", "testing")
@@ -131,6 +133,7 @@ _HOMES = {
     "storage.stores.base": ("Store",),
     "storage.training.manager": ("CheckpointManager",),
     "storage.training.policies": ("Policy", "SavedStep", "best", "every", "latest"),
+    "storage.training.training_state": ("training_state",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

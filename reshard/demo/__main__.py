@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -100,34 +99,25 @@ class Training:
         shard_for_training(self.model, mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.tokens = corpus()
-        self.step = 0
+        self.state = reshard.training_state(self.model, self.optimizer, step=0)
 
     def run(self, steps: int) -> list[float]:
         """Train for this number of steps, and return the loss of each."""
         rank, world = dist.get_rank(), dist.get_world_size()
         losses = []
         for _ in range(steps):
-            inputs, targets = batch(self.tokens, self.step, BATCH, LENGTH)
+            inputs, targets = batch(self.tokens, self.state["step"], BATCH, LENGTH)
             loss = loss_of(self.model(inputs[rank::world]), targets[rank::world])
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.step += 1
+            self.state["step"] += 1
             mean = loss.detach() / world
             dist.all_reduce(mean)
             losses.append(mean.item())
-            if self.step % 10 == 0:
-                print_once(f"  step {self.step}: loss {losses[-1]:.4f}")
+            if self.state["step"] % 10 == 0:
+                print_once(f"  step {self.state['step']}: loss {losses[-1]:.4f}")
         return losses
-
-    def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        model, optimizer = state["model"], state["optimizer"]
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-        self.step = state["step"]
 
 
 def train(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
@@ -135,12 +125,10 @@ def train(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
     training = Training(mesh, seed=0)
     training.run(steps)
     logits, loss = evaluate(training.model)
-    report = reshard.save(
-        training.state_dict(), checkpoint.uri, storage_options=checkpoint.storage_options, progress=True
-    )
+    report = reshard.save(training.state, checkpoint.uri, storage_options=checkpoint.storage_options, progress=True)
     print_once(f"  saved to {checkpoint.uri}: {report.total}")
     # Save with DCP, too, to compare the bytes that are read.
-    dcp.save(training.state_dict(), storage_writer=FsspecWriter(str(FOLDER / "dcp")))
+    dcp.save(training.state, storage_writer=FsspecWriter(str(FOLDER / "dcp")))
     losses = training.run(MORE_STEPS)
     if dist.get_rank() == 0:
         torch.save({"logits": logits, "loss": loss, "losses": losses}, FOLDER / "expected.pt")
@@ -173,9 +161,7 @@ def serve(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
 def resume(mesh: DeviceMesh, checkpoint: CheckpointLocation, steps: int) -> None:
     print_once(f"\n3. Resume training under FSDP on {mesh.size()} processes")
     training = Training(mesh, seed=2)
-    state = training.state_dict()
-    report = reshard.load(state, checkpoint.uri, storage_options=checkpoint.storage_options)
-    training.load_state_dict(state)
+    report = reshard.load(training.state, checkpoint.uri, storage_options=checkpoint.storage_options)
     print_once(f"  {report.total}")
     expected = torch.load(FOLDER / "expected.pt")
     check("loss", evaluate(training.model)[1], expected["loss"])

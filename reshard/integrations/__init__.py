@@ -1,1 +1,1 @@
-"""Plugins for inference engines. The engines import them; reshard itself does not."""
+"""Plugins for inference engines and trainers. reshard itself does not import them."""

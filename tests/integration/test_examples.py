@@ -75,7 +75,7 @@ def test_training_resumes_on_another_number_of_ranks(run: Run, tmp_path: Path) -
     losses = re.findall(r"step (\d+): loss ([\d.]+)", run(2, "resume_elastic", location, "--steps", "8"))
     assert [int(step) for step, _ in losses] == list(range(1, 9))
     printed = run(3, "resume_elastic", location, "--steps", "8")
-    assert f"resumed from {location}/step-6 at step 6 on 3 ranks" in printed
+    assert f"resumed from {location}/step-00000006 on 3 ranks" in printed
     again = re.findall(r"step (\d+): loss ([\d.]+)", printed)
     assert [step for step, _ in again] == ["7", "8"]
     for (_, before), (_, after) in zip(losses[6:], again, strict=True):

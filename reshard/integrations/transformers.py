@@ -1,0 +1,54 @@
+"""The callback for the Trainer of Hugging Face transformers that restores and saves the checkpoints of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import reshard
+
+
+class CheckpointCallback(TrainerCallback):
+    """Restores the latest checkpoint when training starts, and passes every step to the manager.
+
+    A checkpoint contains the model, the optimizer and the learning-rate scheduler. The metrics are the numbers that
+    the trainer has logged last. Training ends when the manager says so. After a restore, the trainer begins the data
+    and the count of epochs again.
+
+    Args:
+        manager: the manager. Pass `save_strategy="no"` to the trainer, or it saves checkpoints of its own, too.
+    """
+
+    def __init__(self, manager: reshard.CheckpointManager) -> None:
+        self._manager = manager
+        self._state: dict[str, Any] = {}
+        self._metrics: dict[str, float] = {}
+        self._is_loss_wrong = False
+        """Whether the trainer will log a loss that it divides by all steps since step 0."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        optimizer = getattr(parts["optimizer"], "optimizer", parts["optimizer"])  # Accelerate wraps it
+        self._state = reshard.training_state(parts["model"], optimizer, lr_scheduler=parts["lr_scheduler"])
+        state.global_step = self._manager.restore(self._state) or 0
+        self._is_loss_wrong = state.global_step > 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **parts: Any,
+    ) -> None:
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if self._is_loss_wrong and "loss" in numbers:
+            del numbers["loss"]
+            self._is_loss_wrong = False
+        self._metrics |= numbers
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        self._manager.save(state.global_step, self._state, self._metrics)
+        control.should_training_stop |= self._manager.should_stop

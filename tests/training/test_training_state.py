@@ -1,0 +1,280 @@
+"""`training_state`, and the callbacks of trainers that use it: a run that is interrupted ends as one that is not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+
+import reshard
+from reshard.errors import CheckpointError, MissingTensorError
+from tests.ranks import RankPool
+
+X = torch.linspace(-1, 1, 12).reshape(2, 6)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6))
+
+
+class Run:
+    """A model, two optimizers and their schedules."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.model = model
+        first, *rest = model.parameters()
+        self.optimizers = [torch.optim.AdamW([first], lr=0.1 + seed), torch.optim.SGD(rest, lr=0.1, momentum=0.9)]
+        self.schedules = [StepLR(optimizer, 2, gamma=0.5) for optimizer in self.optimizers]
+        self.state = reshard.training_state(
+            model, self.optimizers, first=self.schedules[0], second=self.schedules[1], step=0
+        )
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.model(X).square().mean().backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for schedule in self.schedules:
+                schedule.step()
+            self.model.zero_grad()
+            self.state["step"] += 1
+
+    def values(self) -> list[torch.Tensor]:
+        weights = [parameter.detach() for parameter in self.model.parameters()]
+        rates = [torch.tensor(optimizer.param_groups[0]["lr"]) for optimizer in self.optimizers]
+        whole = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+        return [*whole, *rates, torch.tensor(self.state["step"])]
+
+
+def check_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("has_stepped", [True, False])
+def test_run_continues_as_if_it_had_not_stopped(tmp_path: Path, has_stepped: bool) -> None:
+    whole = Run(net(), 0)
+    whole.train(7)
+    half = Run(net(), 0)
+    half.train(3)
+    reshard.save(half.state, tmp_path / "half")
+    other = Run(net(seed=1), 1)
+    other.train(int(has_stepped))
+    reshard.load(other.state, tmp_path / "half")
+    other.train(4)
+    check_equal(other.values(), whole.values())
+
+
+def test_names_do_not_depend_on_wrappers(tmp_path: Path) -> None:
+    model = net()
+    reshard.save(reshard.training_state(model), tmp_path / "plain")
+    compiled: Any = torch.compile(net(seed=1), backend="eager")
+    reshard.load(reshard.training_state(compiled), tmp_path / "plain")
+    check_equal(list(compiled.parameters()), list(model.parameters()))
+    assert set(reshard.open(tmp_path / "plain").tensors) == {f"model.{name}" for name in model.state_dict()}
+
+
+def test_model_is_unchanged_if_the_optimizer_is_not_in_the_checkpoint(tmp_path: Path) -> None:
+    reshard.save(reshard.training_state(net()), tmp_path / "plain")
+    model = net(seed=1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(MissingTensorError, match="optimizer"):
+        reshard.load(reshard.training_state(model, optimizer), tmp_path / "plain")
+    check_equal(list(model.parameters()), before)
+
+
+def run_of(kind: str, seed: int) -> Run:
+    model: nn.Module = net(seed)
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return Run(model, seed)
+
+
+def train_and_save(uri: str) -> list[torch.Tensor]:
+    run = run_of("fsdp", 0)
+    run.train(3)
+    reshard.save(run.state, uri)
+    run.train(2)
+    return run.values()
+
+
+def load_and_train(kind: str, uri: str) -> list[torch.Tensor]:
+    run = run_of(kind, 1)
+    reshard.load(run.state, uri)
+    run.train(2)
+    return run.values()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_run_continues_under_another_layout(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    expected = ranks.run(3, train_and_save, str(tmp_path))[0]
+    for values in ranks.run(2, load_and_train, kind, str(tmp_path)):
+        check_equal(values, expected)
+
+
+def fit_by_lightning(folder: str, steps: int, kind: str = "auto", accumulated: int = 1) -> dict[str, Any]:
+    """Return the whole model and the rate after a fit, and the steps that are saved."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
+    from reshard.integrations.lightning import CheckpointCallback
+
+    class Lit(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def configure_model(self) -> None:
+            if kind == "fsdp":
+                assert self.device_mesh is not None
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(batch).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            schedule = {"scheduler": StepLR(optimizer, 2, gamma=0.5), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    strategies: dict[str, Any] = {
+        "auto": lambda: "auto",
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+        "fsdp": lambda: ModelParallelStrategy(process_group_backend="gloo"),
+    }
+    module = Lit()
+    rows: Any = [X[0]] * 64
+    with (
+        warnings.catch_warnings(),
+        reshard.CheckpointManager(folder, save_every=2, keep=[reshard.latest(1)]) as manager,
+    ):
+        warnings.simplefilter("ignore")  # Lightning warns of few workers, of no logger, and so on
+        trainer = pl.Trainer(
+            max_steps=steps,
+            callbacks=[CheckpointCallback(manager)],
+            accumulate_grad_batches=accumulated,
+            accelerator="cpu",
+            devices=dist.get_world_size() if dist.is_initialized() else 1,
+            strategy=strategies[kind](),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            logger=False,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
+        manager.wait()
+        assert manager.best_step("loss") == manager.latest_step()
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        weights = [w.full_tensor() if isinstance(w, DTensor) else w for w in module.parameters()]
+        return {"weights": [w.detach() for w in weights], "lr": torch.tensor(rate), "steps": manager.steps()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_lightning_continues_a_fit(tmp_path: Path, accumulated: int) -> None:
+    expected = fit_by_lightning(str(tmp_path / "whole"), 9, accumulated=accumulated)
+    run = str(tmp_path / "run")
+    assert fit_by_lightning(run, 6, accumulated=accumulated)["steps"] == [6]
+    torch.testing.assert_close(fit_by_lightning(run, 9, accumulated=accumulated), expected)
+
+
+def fit_on_ranks(folder: str, steps: int, kind: str) -> dict[str, Any]:
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "0"}
+    before = dict(os.environ)
+    os.environ |= {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    try:
+        return fit_by_lightning(folder, steps, kind)
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_lightning_continues_a_fit_on_another_number_of_ranks(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    expected = ranks.run(2, fit_on_ranks, str(tmp_path / "whole"), 9, kind)[0]
+    ranks.run(3, fit_on_ranks, str(tmp_path / "run"), 6, kind)
+    for found in ranks.run(2, fit_on_ranks, str(tmp_path / "run"), 9, kind):
+        torch.testing.assert_close(found, expected)
+
+
+def fit_by_transformers(folder: Path | None, steps: int, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
+    """Return the model and the rate after a training, and the steps that are saved."""
+    import transformers
+
+    from reshard.integrations.transformers import CheckpointCallback
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.net(x).square().mean()}
+
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = LambdaLR(optimizer, lambda step: 0.5 ** (step // 2))
+    options = {"max_steps": steps, "logging_steps": 1, **arguments}
+    settings = transformers.TrainingArguments(
+        "out",
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    keep = [reshard.latest(1)]
+    with reshard.CheckpointManager(folder or "unused", save_every=2, keep=keep, read_only=folder is None) as manager:
+        callbacks: Any = [] if folder is None else [CheckpointCallback(manager)]
+        data: Any = [{"x": X[0]}] * 8
+        trainer = transformers.Trainer(
+            model, settings, train_dataset=data, callbacks=callbacks, optimizers=(optimizer, schedule)
+        )
+        trainer.train()
+        manager.wait()
+        assert trainer.state.global_step == steps
+        assert manager.best_step("loss") == manager.latest_step()
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])
+        return {**model.state_dict(), "lr": rate}, manager.steps()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+@pytest.mark.parametrize("by_epochs", [False, True])
+def test_transformers_continues_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_epochs: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(steps: int) -> dict[str, Any]:
+        return {"max_steps": -1, "num_train_epochs": steps / 4} if by_epochs else {}
+
+    expected, _ = fit_by_transformers(None, 12, **arguments(12))
+    run = tmp_path / "run"
+    assert fit_by_transformers(run, 6, **arguments(6))[1] == [6]
+    found, steps = fit_by_transformers(run, 12, **arguments(12))
+    assert steps == [12]
+    torch.testing.assert_close(found, expected)
+
+
+def test_value_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="hook"):
+        reshard.save(reshard.training_state(net(), hook=lambda: None), tmp_path / "x")
