@@ -22,6 +22,7 @@ from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, find_chunks, plan_reads
 from .report import REPORT_COLUMNS, WholeShards
 from .request_costs import REMOTE_COSTS
 from .slabs import NO_GAPS
+from .text import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,8 @@ def rank_tensors(entries: Mapping[str, Entry], layout: Layout, rank: int) -> lis
     """
     patterns = [pattern for pattern, _ in layout.rules]
     if entries and patterns and not any(matches(pattern, name) for name in entries for pattern in patterns):
-        shown = ", ".join(map(repr, patterns[:5])) + (", ..." if len(patterns) > 5 else "")
         raise LayoutError(
-            f"no pattern of the layout ({shown}) matches any of the {len(entries)} tensors, such as "
+            f"no pattern of the layout ({quoted(patterns)}) matches any of the {len(entries)} tensors, such as "
             f"{next(iter(entries))!r}: correct the patterns, or pass no rules to replicate all tensors"
         )
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .masking import masked
 
@@ -29,6 +30,17 @@ def shown(value: object, max_characters: int = MAX_SHOWN_CHARACTERS) -> str:
         max_characters: the maximum number of characters.
     """
     return shortened(printable(masked(str(value))), max_characters)
+
+
+def first_few(items: Iterable[object], most: int = 5) -> str:
+    """Return the first items of a list, and how many more there are: `0, 1 and 3 more`."""
+    texts = list(map(str, items))
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def quoted(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names of a list in quotes, and how many more there are: `'a', 'b' and 3 more`."""
+    return first_few(map(repr, names), most)
 
 
 def printable(text: str) -> str:

@@ -24,13 +24,6 @@ def format_age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def format_names(names: Iterable[str], max_names: int = 5) -> str:
-    """Return the first names of a list, and how many more there are: `'a', 'b' and 3 more`."""
-    names = list(names)
-    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-    return ", ".join(map(repr, names[:max_names])) + more
-
-
 def format_ranges(numbers: Iterable[int]) -> str:
     """Return integers as ranges: `0-3,7`."""
     ranges: list[list[int]] = []

@@ -19,6 +19,7 @@ from ..planner.errors import CheckpointError
 from .dcp_writer import Written
 from .errors import ArgumentError, BusyError, nearest
 from .reading.device.ring import RING
+from .runtime.arguments import check_choice, check_nbytes
 from .runtime.background import BackgroundThread
 from .runtime.collector import without_collections
 from .runtime.forks import generation
@@ -26,7 +27,7 @@ from .runtime.logs import logger_of
 from .runtime.pinned import save_buffers
 from .runtime.process_group import (
     Alarm,
-    BackgroundExchange,
+    Exchange,
     check_member,
     check_process_group,
     is_distributed,
@@ -42,7 +43,6 @@ from .tensors.state_dict import check_mapping, has_stateful
 from .writing.staging import (
     STAGING,
     Staging,
-    check_staging_bytes,
     default_staging_bytes,
     split_to_fit,
     staged_bytes,
@@ -68,9 +68,7 @@ class _AsyncOptions:
 
     def __post_init__(self) -> None:
         for option, choices in CHOICES.items():
-            passed = getattr(self, option)
-            if passed not in choices:
-                raise ArgumentError(f"{option} must be one of {', '.join(map(repr, choices))}, got {passed!r}")
+            check_choice(option, getattr(self, option), choices)
 
 
 class AsyncSave:
@@ -198,8 +196,8 @@ class _Ranks:
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         # Two groups, so that planning the next save does not meet the end of the last one.
-        self.planning = BackgroundExchange(process_group)
-        self.writing = BackgroundExchange(process_group)
+        self.planning = Exchange(process_group, background=True)
+        self.writing = Exchange(process_group, background=True)
         self.last: AsyncSave | None = None
         self.agreed: AgreedPlan | None = None
         """The plan of the last save."""
@@ -288,7 +286,7 @@ def async_save(
 
     def checked() -> _AsyncOptions:
         chosen = _AsyncOptions(staging, busy, background)
-        check_staging_bytes(staging_bytes)
+        check_nbytes(staging_bytes=staging_bytes)
         saving.open()
         check_mapping(state_dict)
         if background == "process" and not remote:
@@ -392,9 +390,7 @@ class _Worker:
         remote: the store, if the writer process writes.
     """
 
-    def __init__(
-        self, save: AsyncSave, saving: Saving, exchange: BackgroundExchange, remote: PickledStore | None
-    ) -> None:
+    def __init__(self, save: AsyncSave, saving: Saving, exchange: Exchange, remote: PickledStore | None) -> None:
         self._save = save
         self._saving = saving
         self._exchange = exchange

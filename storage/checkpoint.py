@@ -19,6 +19,7 @@ from ..planner.html import table
 from ..planner.layout import Layout, unused_rules
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.request_costs import REMOTE_COSTS, RequestCosts
+from ..planner.text import quoted
 from .errors import ArgumentError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
@@ -27,8 +28,8 @@ from .maintenance.verify import DamagedChunk, verify
 from .reading.cooperative import check_cooperative, may_share
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .reading.value_reads import ValueRead, check_values, value_wants
+from .runtime.arguments import check_nbytes
 from .runtime.deferred_writes import finish_writes
-from .runtime.limits import check_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import check_member, check_process_group, rank_of
 from .runtime.progress import Meter, OnProgress
@@ -36,7 +37,7 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store, close_store
 from .tensors.casts import check_dtype, loses_bits, weight_dtype
 from .tensors.dtypes import torch_dtype
-from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of, quoted
+from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of
 from .tensors.state_dict import nest
 from .tensors.tensor_classes import missing_memory
 
@@ -257,7 +258,7 @@ class Checkpoint:
         """
         if self._source.entry(name).is_tensor:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
-        check_budget(budget_bytes)
+        check_nbytes(budget_bytes=budget_bytes)
         check_values(self._source, [name], budget_bytes)
         blob = ValueRead(self._source, name)
         read_boxes(self._source, blob.wants, blob.tensors, options=ReadOptions(budget_bytes=budget_bytes))
@@ -448,7 +449,7 @@ class Checkpoint:
         value_names = [entry.name for entry in entries if not entry.is_tensor]
         held = [entry for entry in entries if entry.is_tensor]
         wants = [WantedBox(entry.name, entry.whole) for entry in held]
-        check_budget(budget_bytes)
+        check_nbytes(budget_bytes=budget_bytes)
         check_values(self._source, value_names, budget_bytes)
         # Reads all metadata at once, and checks it before memory is allocated by it.
         self._source.index([*wants, *value_wants(self._source, value_names)])
@@ -492,7 +493,7 @@ class Checkpoint:
         from .lazy.recorder import LazyOptions
         from .lazy.weights import LazyWeights
 
-        check_budget(budget_bytes)
+        check_nbytes(budget_bytes=budget_bytes)
         check_cooperative(cooperative)
         check_process_group(process_group)
         if process_group is not None:

@@ -37,18 +37,15 @@ from .errors import ArgumentError, RankError
 from .formats.detect import open_source
 from .formats.source import Source
 from .formats.value_codec import torch_save
-from .reading.cooperative import Cooperation, Offer, agree_to_share, check_cooperative, may_share
+from .reading.cooperative import Offer, SharedRead, check_cooperative, may_share
 from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
 from .reading.value_reads import ValueRead
-from .runtime.limits import check_budget, default_budget
+from .runtime.arguments import check_nbytes
 from .runtime.logs import logger_of
-from .runtime.peers import Peers
 from .runtime.process_group import (
-    Alarm,
     OpenedCheckpoint,
     check_same_checkpoint,
     is_distributed,
-    on_all_ranks,
     raises_portable,
     rank_of,
 )
@@ -89,7 +86,7 @@ class StorageReader(dcp.StorageReader):
         format: str | None = None,
         cooperative: bool | Literal["auto"] = "auto",
     ) -> None:
-        check_budget(budget_bytes)
+        check_nbytes(budget_bytes=budget_bytes)
         check_cooperative(cooperative)
         self.checkpoint_id: str | os.PathLike[str] | Store = uri
         self._storage_options = storage_options
@@ -211,41 +208,23 @@ class StorageReader(dcp.StorageReader):
 
         If a rank fails, all ranks raise its error.
         """
-        reading: _Reading | None = None
-        cooperation: Cooperation | None = None
+        prepared: list[_Reading] = []
+        sharing = SharedRead(self._cooperative, self._budget_bytes)
 
         def prepare() -> Offer | None:
-            nonlocal reading, cooperation
-            reading = self._prepare(plan, planner)
-            if not may_share(self._open(), self._cooperative):
-                return None
-            wants = [*reading.boxes.direct_wants, *(want for _, read in reading.values for want in read.wants)]
-            budget_bytes = self._budget_bytes or default_budget()
-            cooperation = Cooperation(self._open(), wants, self._cooperative, budget_bytes)
-            return cooperation.offer
+            prepared.append(self._prepare(plan, planner))
+            return sharing.offer(self._open(), prepared[0].wants)
 
         def read() -> RankReport:
-            assert reading is not None
-            with alarm:
-                return self._read(reading, ReadOptions(interrupt=alarm.check, cooperation=cooperation, peers=peers))
+            return self._read(prepared[0], ReadOptions(interrupt=sharing.alarm.check, sharing=sharing))
 
-        alarm = Alarm()
-        peers: Peers | None = None
         try:
-            offers = on_all_ranks(prepare, None)
-            peers = agree_to_share(cooperation, offers, None)
-            cooperation = None if peers is None else cooperation
-            self.report = on_all_ranks(read, None)[self._rank]
-        except BaseException as error:
-            if peers is not None:
-                peers.abort()
-            if isinstance(error, RankError) and error.group_is_broken:
+            self.report = sharing.run(prepare, read)[self._rank]
+        except RankError as error:
+            if error.group_is_broken:
                 logger.error("%s", error)  # DCP's next collective fails, too, with an error that names no rank
             raise
-        finally:
-            alarm.close()
-        assert reading is not None
-        return reading
+        return prepared[0]
 
     def _for_planner(self, read: ValueRead) -> io.BytesIO:
         """Return a value as planners expect it: written by torch.save.
@@ -279,6 +258,10 @@ class _Reading:
     values: list[tuple[ReadItem, ValueRead]]
     commits: list[tuple[ReadItem, torch.Tensor]]
     """The items to commit after the read, and their tensors."""
+
+    def wants(self) -> list[WantedBox]:
+        """Return what this rank may read together with other ranks."""
+        return [*self.boxes.direct_wants, *(want for _, read in self.values for want in read.wants)]
 
 
 def _wants(

@@ -27,6 +27,7 @@ from torch.futures import Future
 from ..planner.box import Box
 from ..planner.entries import Kind
 from ..planner.errors import CheckpointError
+from ..planner.text import quoted
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .formats.native.codec import check_codec
 from .formats.native.commit import commit, refuse_if_there
@@ -34,7 +35,7 @@ from .formats.native.manifest import encode_manifest
 from .formats.native.write_records import ObjectRecord, PackedRecords, assemble_index, entries_of
 from .formats.user_metadata import plain_metadata
 from .formats.value_codec import encode_value, needs_pickle
-from .runtime.limits import check_budget
+from .runtime.arguments import check_nbytes
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, raises_portable, rank_of
 from .runtime.progress import Meter
@@ -46,7 +47,6 @@ from .stores.open import can_open_store, open_store
 from .stores.retry import without_retries
 from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name
-from .tensors.name_patterns import quoted
 from .tensors.state_dict import Path
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
 from .version import __version__
@@ -112,7 +112,7 @@ class StorageWriter(dcp.StorageWriter):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         check_codec(codec)
-        check_budget(budget_bytes)
+        check_nbytes(budget_bytes=budget_bytes)
         self.checkpoint_id: str | os.PathLike[str] | Store = uri
         self.save_id = uuid.uuid4().hex
         self._codec = codec

@@ -17,22 +17,21 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from ..planner.text import quoted
 from .errors import ArgumentError
-from .reading.cooperative import Cooperation, Offer, agree_to_share, check_cooperative, may_share
+from .reading.cooperative import Offer, SharedRead, check_cooperative
 from .reading.name_matching import LoadOptions
 from .reading.opening import BegunOpening, Blocks, Opening, blocks_to_read, keep_blocks, read_blocks
 from .reading.read_tensors import ReadOptions
 from .reading.state_dict_reads import StateDictRead
-from .runtime.limits import check_budget, default_budget
+from .runtime.arguments import check_nbytes
+from .runtime.limits import default_budget
 from .runtime.logs import logger_of
-from .runtime.peers import Peers
 from .runtime.process_group import (
-    Alarm,
     Exchange,
     OpenedCheckpoint,
     are_different,
     check_same_checkpoint,
-    is_distributed,
     on_all_ranks,
     rank_of,
 )
@@ -40,7 +39,7 @@ from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
-from .tensors.name_patterns import Patterns, check_renames, quoted
+from .tensors.name_patterns import Patterns, check_renames
 from .tensors.state_dict import check_mapping, has_stateful, state_to_stateful, stateful_to_state
 
 logger = logger_of(__name__)
@@ -120,16 +119,11 @@ def load(
     """
     check_arguments = partial(_check_arguments, strict, budget_bytes, cooperative, rename)
     options = partial(LoadOptions.of, strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
-    run = _Load(state_dict, process_group, cooperative, ReadOptions(0, budget_bytes, max_over_read), progress)
-    try:
-        offers = run.prepare(check_arguments, partial(Opening, uri, storage_options, format, process_group), options)
-        run.agree(offers)
-        done = run.read()
-    except BaseException:
-        run.stop_sharing()
-        raise
-    finally:
-        run.alarm.close()
+    sharing = SharedRead(cooperative, budget_bytes, process_group)
+    run = _Load(state_dict, process_group, sharing, ReadOptions(0, budget_bytes, max_over_read), progress)
+    with sharing:
+        opening = partial(Opening, uri, storage_options, format, process_group)
+        done = run.read(run.prepare(check_arguments, opening, options))
     return run.report(done)
 
 
@@ -141,7 +135,7 @@ def _check_arguments(
         raise ArgumentError(
             f"strict must be True or False, got {strict!r}; allow_missing= takes patterns of names that may be missing"
         )
-    check_budget(budget_bytes)
+    check_nbytes(budget_bytes=budget_bytes)
     check_cooperative(cooperative)
     check_renames("rename", rename or {})
 
@@ -175,22 +169,20 @@ class _Load:
         self,
         state_dict: MutableMapping[str, Any],
         process_group: dist.ProcessGroup | None,
-        cooperative: object,
+        sharing: SharedRead,
         options: ReadOptions,
         progress: OnProgress,
     ) -> None:
-        self.alarm = Alarm(process_group)
         self._state_dict = state_dict
         self._group = process_group
-        self._cooperative = cooperative
+        self._sharing = sharing
         self._rank = rank_of(process_group)
         self._meter = Meter("load", progress, rank=self._rank)
-        self._options = replace(options, rank=self._rank, interrupt=self.alarm.check, meter=self._meter)
+        interrupt = sharing.alarm.check
+        self._options = replace(options, rank=self._rank, interrupt=interrupt, meter=self._meter, sharing=sharing)
         self._begin = self._prepared = time.perf_counter()
         self._states: Mapping[str, Any] = {}
         self._read: StateDictRead | None = None
-        self._cooperation: Cooperation | None = None
-        self._peers: Peers | None = None
 
     def prepare(
         self,
@@ -267,35 +259,23 @@ class _Load:
         read = self._match()
         if not read.is_planned:
             read.plan()
-            if is_distributed() and may_share(read.source, self._cooperative):
-                budget_bytes = self._options.budget_bytes or default_budget()
-                self._cooperation = read.cooperation(self._cooperative, budget_bytes)
-        return None if self._cooperation is None else self._cooperation.offer
+        return self._sharing.offer(read.source, read.shareable_wants)
 
-    def agree(self, offers: Sequence[Offer | None]) -> None:
-        """Decide with the other ranks whether to share the read. Collective."""
-        self._peers = agree_to_share(self._cooperation, offers, self._group)
+    def read(self, offers: Sequence[Offer | None]) -> list[_Done]:
+        """Decide with the other ranks whether to share the read, and read the tensors and values. Collective."""
+        self._sharing.agree(offers)
         self._prepared = time.perf_counter()
-
-    def read(self) -> list[_Done]:
-        """Read the tensors and values. Collective."""
 
         def run() -> _Done:
             self._meter.location = self._match().source.location
-            cooperation = None if self._peers is None else self._cooperation
-            with self.alarm, self._meter:
-                report = self._match().run(replace(self._options, cooperation=cooperation, peers=self._peers))
+            with self._meter:
+                report = self._match().run(self._options)
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
             match = self._match().match
             return _Done(replace(report, seconds=times), match.unused_patterns, match.is_empty)
 
-        return on_all_ranks(run, self._group)
-
-    def stop_sharing(self) -> None:
-        """End the messages of a shared read that failed. All ranks call it, because all of them raise an error."""
-        if self._peers is not None:
-            self._peers.abort()
+        return self._sharing.read(run)
 
     def report(self, done: Sequence[_Done]) -> Report:
         """Replace the values of the state dict, and return the report."""

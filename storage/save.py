@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from .dcp_writer import Agreed, StorageWriter, WriteObjects, Written
 from .errors import ArgumentError, CommitError, RankError
+from .runtime.arguments import check_flags
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Exchange
@@ -146,9 +147,7 @@ class Saving:
         if self._writer is not None:
             return
         options = self._options
-        for name, passed in (("overwrite", options.overwrite), ("allow_pickle", options.allow_pickle)):
-            if not isinstance(passed, bool):
-                raise ArgumentError(f"{name} must be True or False, got {passed!r}")
+        check_flags(overwrite=options.overwrite, allow_pickle=options.allow_pickle)
         if not (isinstance(self._progress, bool) or callable(self._progress)):
             raise ArgumentError(f"progress must be True, False or a function, got {self._progress!r}")
         self._writer = StorageWriter(

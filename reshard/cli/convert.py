@@ -14,7 +14,8 @@ import typer
 
 import reshard
 
-from ..humanize import format_bytes, format_names
+from ..humanize import format_bytes
+from ..planner.text import quoted
 from .common import options_of, print_line, storage_options
 
 
@@ -88,11 +89,11 @@ def run(
             f"{total.seconds['total']:.1f} s"
         )
         if report.cast:
-            names = format_names([cast.name for cast in report.cast])
+            names = quoted([cast.name for cast in report.cast])
             print_line(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
         if report.dropped:
             why = "; safetensors stores tensors only" if options.to == "safetensors" else ""
-            print_line(f"{len(report.dropped)} names were not converted: {format_names(report.dropped)}{why}")
+            print_line(f"{len(report.dropped)} names were not converted: {quoted(report.dropped)}{why}")
 
 
 @contextmanager

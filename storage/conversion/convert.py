@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 
 from ...planner.errors import CheckpointError
+from ...planner.text import quoted
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import VERSION
+from ..runtime.arguments import check_nbytes
 from ..runtime.brief import reason
-from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
 from ..runtime.progress import Meter, OnProgress
@@ -36,7 +37,7 @@ from ..stores.open import open_store
 from ..stores.retry import retried
 from ..tensors.casts import check_dtype
 from ..tensors.dtypes import is_packed
-from ..tensors.name_patterns import Patterns, Selection, patterns_of, quoted
+from ..tensors.name_patterns import Patterns, Selection, patterns_of
 from ..version import __version__
 from .conversion_plan import ConversionPlan, plan_conversion
 from .journal import Journal, JournalState
@@ -122,7 +123,7 @@ def convert(
     conversions: list[_RankConversion] = []
 
     def prepare() -> tuple[str, str]:
-        check_budget(budget_bytes)
+        check_nbytes(budget_bytes=budget_bytes)
         _check_arguments(format, codec, dtype, max_file_bytes)
         source = open_source(src, src_options, src_format)
         plan = plan_conversion(

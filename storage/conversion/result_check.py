@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing_extensions import Buffer
 
 from ...planner.errors import CheckpointError
+from ...planner.text import quoted
 from ..errors import CorruptCheckpointError, StoreError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
@@ -15,7 +16,6 @@ from ..formats.source import Source
 from ..runtime.brief import reason
 from ..stores.base import Capabilities, Store, top_names
 from ..stores.wrapped import WrappedStore
-from ..tensors.name_patterns import quoted
 from .work_items import Item
 
 

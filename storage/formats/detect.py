@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from ...planner.text import quoted
 from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
@@ -15,7 +16,7 @@ from ..stores.open import open_found_store, open_store
 from .dcp_metadata import METADATA, RANK_METADATA
 from .dcp_source import DcpSource
 from .foreign import ForeignSource
-from .hf_index import WeightMap, check_numbered_files, describe_files, group_numbered_files, read_weight_map
+from .hf_index import WeightMap, check_numbered_files, group_numbered_files, read_weight_map
 from .metadata_reads import Reads
 from .native.manifest import DATA_NAME, MANIFEST_NAME, Manifest
 from .safetensors_source import INDEX_SUFFIX, SUFFIX, SafetensorsSource
@@ -171,7 +172,7 @@ def _index_of(store: Store, indexes: Sequence[str]) -> str:
     found = [name for name in indexes if name in MAIN_INDEXES] or indexes
     if len(found) > 1:
         raise CheckpointNotFoundError(
-            f"{store.location} has {len(found)} indexes, {describe_files(found)}: open one of them, for example "
+            f"{store.location} has {len(found)} indexes, {quoted(found)}: open one of them, for example "
             f"'{store.location}/{found[0]}'"
         )
     return found[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from ...planner.text import quoted
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from ..runtime.brief import reason
 from .foreign import ForeignSource
@@ -84,16 +85,9 @@ def _weights_beside(files: Sequence[str]) -> str:
     if not files:
         return ""
     return (
-        f". The folder also has the weight files {describe_files(files)}: restore the index, or remove it to read all "
-        "of them"
+        f". The folder also has the weight files {quoted(files, MAX_FILES_IN_ERROR)}: restore the index, or remove it "
+        "to read all of them"
     )
-
-
-def describe_files(names: Iterable[str]) -> str:
-    """Return some of the names, and how many more there are, for an error message."""
-    names = list(names)
-    more = f" and {len(names) - MAX_FILES_IN_ERROR} more" if len(names) > MAX_FILES_IN_ERROR else ""
-    return ", ".join(map(repr, names[:MAX_FILES_IN_ERROR])) + more
 
 
 def check_numbered_files(location: str, names: Iterable[str]) -> None:
@@ -159,7 +153,7 @@ def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | N
             said = "names a file that is missing" if len(names) == 1 else "names files that are all missing"
         raise CorruptCheckpointError(
             f"the index {weight_map.index!r} in {reads.store.location} {said}"
-            f"{': ' if names else ''}{describe_files(names)}"
+            f"{': ' if names else ''}{quoted(names, MAX_FILES_IN_ERROR)}"
         )
     return found
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...planner.box import Box
 from ...planner.entries import ITEMSIZES, MAX_TENSOR_DIMENSIONS, MAX_TOTAL_BYTES, Encoding, Kind
+from ...planner.text import first_few
 from ..errors import CorruptCheckpointError, DtypeError
 from ..runtime.brief import brief, reason
 from ..tensors.dtypes import is_packed
@@ -146,8 +147,7 @@ class SafetensorsSource(ForeignSource):
     def _refuse_shards(self, name: str, what: str, boxes: Sequence[Box], files: Sequence[str]) -> None:
         """Make a tensor unreadable because its shards do not form a whole tensor."""
         held = [f"{file!r} holds {box}" for box, file in zip(boxes, files, strict=True)]
-        more = f" and {len(held) - MAX_FILES_IN_ERROR} more" if len(held) > MAX_FILES_IN_ERROR else ""
-        reason = f"{what}: {', '.join(held[:MAX_FILES_IN_ERROR])}{more}, in {self.store.location}; {REMAINS}"
+        reason = f"{what}: {first_few(held, MAX_FILES_IN_ERROR)}, in {self.store.location}; {REMAINS}"
         self.refuse(name, CorruptCheckpointError, reason, files[0])
 
 

@@ -23,13 +23,12 @@ from ...planner.read_plan import ReadPlan, plan_reads
 from ...planner.strided import StridedView
 from ..errors import ArgumentError, DestinationError
 from ..formats.source import Source
-from ..reading.cooperative import Cooperation, Offer, agree_to_share, may_share
+from ..reading.cooperative import Offer, SharedRead
 from ..reading.read_tensors import BoxReads, ReadOptions, execute_reads
 from ..runtime.deferred_writes import executing, finish_writes, register, unregister
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
-from ..runtime.peers import Peers
-from ..runtime.process_group import Alarm, on_all_ranks, portable, rank_of
+from ..runtime.process_group import portable, rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.reports import RankReport, added
 from ..runtime.torch_modes import undisturbed
@@ -339,46 +338,28 @@ class CopyRecorder:
         Args:
             failed: the error of this rank, which then has nothing to read.
         """
-        process_group = self._options.process_group
-        alarm = Alarm(process_group)
         batches: list[_Batch] = []
-        cooperation: Cooperation | None = None
-        peers: Peers | None = None
+        later: list[list[PendingCopy]] = []
+        sharing = SharedRead(self._options.cooperative, self._budget, self._options.process_group)
 
         def prepare() -> Offer | None:
-            nonlocal cooperation
             if failed is not None:
                 raise portable(failed)
             rounds = _rounds(self._take())
             batches.extend(batch for copies in rounds[:1] for batch in self._batches(copies))
             later.extend(rounds[1:])
             source = self._source()
-            if not may_share(source, self._options.cooperative):
-                return None
-            first = batches[0].box_reads(source) if batches else BoxReads.of(source, [], [])
-            cooperation = Cooperation(source, first.direct_wants, self._options.cooperative, self._budget)
-            return cooperation.offer
+            batches.extend([] if batches else [_Batch([])])
+            return sharing.offer(source, lambda: batches[0].box_reads(source).direct_wants)
 
         def run() -> None:
-            options = ReadOptions(rank_of(process_group), interrupt=alarm.check, cooperation=cooperation, peers=peers)
-            with alarm:
-                self._run(batches or [_Batch([])], options)
-                for copies in later:
-                    self._execute(copies)
+            rank = rank_of(self._options.process_group)
+            self._run(batches, ReadOptions(rank, interrupt=sharing.alarm.check, sharing=sharing))
+            for copies in later:
+                self._execute(copies)
 
-        later: list[list[PendingCopy]] = []
         with self._lock, executing():
-            try:
-                offers = on_all_ranks(prepare, process_group)
-                peers = agree_to_share(cooperation, offers, process_group)
-                cooperation = None if peers is None else cooperation
-                on_all_ranks(run, process_group)
-            except BaseException:
-                if peers is not None:
-                    peers.abort()
-                raise
-            finally:
-                alarm.close()
+            sharing.run(prepare, run)
 
     def _execute(self, copies: Sequence[PendingCopy]) -> None:
         """Execute copies to memory that does not overlap."""
@@ -410,7 +391,7 @@ class CopyRecorder:
             for batch in batches:
                 report = execute_reads(source, batch.box_reads(source), (), options)
                 batch.finish()
-                options = replace(options, cooperation=None, peers=None)
+                options = replace(options, sharing=None)
                 with self._lock:
                     self.report = added(self.report, report)
         logger.debug("%d batches took %.3f s", len(batches), time.perf_counter() - begin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -15,9 +16,11 @@ from ...planner.request_costs import REMOTE_COSTS
 from ...planner.slabs import NO_GAPS
 from ..errors import ArgumentError
 from ..formats.source import Source
+from ..runtime.limits import default_budget
 from ..runtime.peers import Peers
-from ..runtime.process_group import on_all_ranks, rank_of
+from ..runtime.process_group import Alarm, is_distributed, on_all_ranks, rank_of
 
+T = TypeVar("T")
 MAX_ROWS = 2_000_000
 """The most byte ranges of all ranks that "auto" compares. It takes about a second."""
 _MODES = (True, False, "auto")
@@ -59,30 +62,6 @@ def check_same_mode(offers: Sequence[Offer | None]) -> None:
             f"rank {demanding.index(True)} passed cooperative=True, and rank {demanding.index(False)} did not: pass "
             "the same value on all ranks"
         )
-
-
-def agree_to_share(
-    cooperation: Cooperation | None, offers: Sequence[Offer | None], process_group: dist.ProcessGroup | None
-) -> Peers | None:
-    """Decide with the other ranks whether to share a read. Collective.
-
-    Args:
-        cooperation: this rank's part of the read. None if it cannot be shared.
-        offers: the offers of all ranks.
-        process_group: the ranks.
-
-    Returns:
-        The ranks to share with, or None if the read is not shared.
-
-    Raises:
-        ArgumentError: some ranks demand a shared read, and others do not.
-    """
-    check_same_mode(offers)
-    known = [offer for offer in offers if offer is not None]
-    if cooperation is None or len(known) < len(offers) or len(known) == 1:
-        return None
-    cooperation.agree(known, rank_of(process_group), lambda data: on_all_ranks(lambda: data, process_group))
-    return None if cooperation.shared is None else Peers.of(process_group)
 
 
 class Cooperation:
@@ -142,3 +121,81 @@ class Cooperation:
         """Plan this rank's part of a shared read."""
         assert self.shared is not None
         return cooperative_plan(self._index, self._reads, self._tensors, self.shared, gap_limits, max_request_bytes)
+
+
+class Agreed(NamedTuple):
+    """A read that the ranks have agreed to share."""
+
+    cooperation: Cooperation
+    """This rank's part of it."""
+    peers: Peers
+
+
+class SharedRead:
+    """A collective read: if it saves time, one rank reads what several need and sends it to them.
+
+    Use it as a context manager. If the block raises, the messages between the ranks end.
+
+    Args:
+        mode: see `reshard.load(cooperative=...)`.
+        budget_bytes: the memory that this rank may use. None is the default budget.
+        process_group: the ranks. None is the default group.
+    """
+
+    def __init__(self, mode: object, budget_bytes: int | None, process_group: dist.ProcessGroup | None = None) -> None:
+        self.alarm = Alarm(process_group)
+        self.agreed: Agreed | None = None
+        """None if each rank reads for itself."""
+        self._cooperation: Cooperation | None = None
+        self._mode = mode
+        self._budget_bytes = budget_bytes
+        self._group = process_group
+
+    def offer(self, source: Source, wants: Callable[[], Sequence[WantedBox]]) -> Offer | None:
+        """Return what this rank needs, or None if it does not share the read."""
+        if self._cooperation is None and is_distributed() and may_share(source, self._mode):
+            self._cooperation = Cooperation(source, wants(), self._mode, self._budget_bytes or default_budget())
+        return None if self._cooperation is None else self._cooperation.offer
+
+    def agree(self, offers: Sequence[Offer | None]) -> None:
+        """Decide with the other ranks whether to share the read. Collective.
+
+        Raises:
+            ArgumentError: some ranks demand a shared read, and others do not.
+        """
+        check_same_mode(offers)
+        known = [offer for offer in offers if offer is not None]
+        cooperation = self._cooperation
+        if cooperation is None or len(known) < len(offers) or len(known) == 1:
+            return
+        cooperation.agree(known, rank_of(self._group), lambda data: on_all_ranks(lambda: data, self._group))
+        if cooperation.shared is not None:
+            self.agreed = Agreed(cooperation, Peers.of(self._group))
+
+    def run(self, prepare: Callable[[], Offer | None], read: Callable[[], T]) -> list[T]:
+        """Prepare on all ranks, agree, and read on all ranks. Return the results of all ranks. Collective.
+
+        Args:
+            prepare: returns the result of `offer`.
+            read: reads with `ReadOptions(sharing=...)`.
+        """
+        with self:
+            self.agree(on_all_ranks(prepare, self._group))
+            return self.read(read)
+
+    def read(self, read: Callable[[], T]) -> list[T]:
+        """Read on all ranks. If one fails, the others stop. Collective."""
+
+        def work() -> T:
+            with self.alarm:
+                return read()
+
+        return on_all_ranks(work, self._group)
+
+    def __enter__(self) -> SharedRead:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and self.agreed is not None:
+            self.agreed.peers.abort()
+        self.alarm.close()

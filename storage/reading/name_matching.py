@@ -13,6 +13,7 @@ import torch
 from ...planner.entries import Entry
 from ...planner.errors import MissingTensorError
 from ...planner.index import nearest_names
+from ...planner.text import quoted
 from ..errors import DestinationError
 from ..formats.source import Source
 from ..tensors.name_patterns import (
@@ -20,7 +21,6 @@ from ..tensors.name_patterns import (
     by_new_name,
     matches_any,
     patterns_of,
-    quoted,
     unused_patterns,
     unused_renames,
 )

@@ -21,8 +21,9 @@ from ...planner.index import CheckpointIndex
 from ...planner.read_plan import ReadPlan, plan_reads
 from ..errors import DestinationError
 from ..formats.source import Source
+from ..runtime.arguments import check_nbytes
 from ..runtime.devices import synchronize
-from ..runtime.limits import check_budget, default_budget
+from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
 from ..runtime.peers import Peers
 from ..runtime.process_group import Interrupt, never
@@ -34,7 +35,7 @@ from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
 from ..tensors.splitting import group_by_bytes, row_boxes
 from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
-from .cooperative import Cooperation
+from .cooperative import Cooperation, SharedRead
 from .executor import ReadStats, execute
 from .same_chunks import same_chunks
 from .sharing import SharingFetcher
@@ -77,10 +78,8 @@ class ReadOptions:
     """Reports the progress."""
     workers: Workers | None = None
     """Threads that several reads share. If it is None, the read starts its own."""
-    cooperation: Cooperation | None = None
-    """What the ranks agreed on, if they share the boxes that are read straight into their destinations."""
-    peers: Peers | None = None
-    """The ranks that share the read."""
+    sharing: SharedRead | None = None
+    """What the ranks agreed on. They may share the boxes that are read straight into their destinations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +286,7 @@ class _ReadRun:
     """One call of `execute_reads`. It consists of several reads, whose reports are added up."""
 
     def __init__(self, source: Source, reads: BoxReads, options: ReadOptions) -> None:
-        check_budget(options.budget_bytes)
+        check_nbytes(budget_bytes=options.budget_bytes)
         self._source = source
         self._reads = reads
         self._options = options
@@ -313,9 +312,9 @@ class _ReadRun:
         wants = [*self._reads.direct_wants, *(want for value in values for want in value.wants)]
         destinations = [self._reads.destinations[at] for at in self._reads.direct]
         destinations += [tensor for value in values for tensor in value.tensors]
-        cooperation = self._options.cooperation
-        if cooperation is not None and cooperation.shared is not None:
-            self._read_shared(wants, destinations, cooperation)
+        sharing = self._options.sharing
+        if sharing is not None and sharing.agreed is not None:
+            self._read_shared(wants, destinations, *sharing.agreed)
         else:
             self._read(wants, destinations)
 
@@ -361,13 +360,12 @@ class _ReadRun:
         self._add(plan, stats, planned - begin)
 
     def _read_shared(
-        self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], cooperation: Cooperation
+        self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], cooperation: Cooperation, peers: Peers
     ) -> None:
         """Execute this rank's part of a read that ranks share, and add its report."""
         begin = time.perf_counter()
-        shared, peers = cooperation.shared, self._options.peers
+        shared = cooperation.shared
         assert shared is not None
-        assert peers is not None
         index = self._source.index(wants)
         gap_limits = self._source.gap_limits(self._options.max_over_read)
         plan = cooperation.plan(gap_limits, self._max_request_bytes)

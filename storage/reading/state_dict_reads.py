@@ -10,6 +10,7 @@ import torch
 
 from ...planner.chunk_reads import WantedBox
 from ...planner.errors import CheckpointError, ShapeMismatchError
+from ...planner.text import quoted
 from ..errors import DestinationError
 from ..formats.source import Source
 from ..runtime.deferred_writes import finish_writes
@@ -17,10 +18,8 @@ from ..runtime.reports import Cast, RankReport
 from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
 from ..tensors.dtypes import LocalShard, torch_dtype
 from ..tensors.local_shards import local_shards
-from ..tensors.name_patterns import quoted
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
-from .cooperative import Cooperation
 from .name_matching import LoadOptions, NameMatch
 from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
 from .value_reads import ValueRead, check_values, value_wants
@@ -93,11 +92,10 @@ class StateDictRead:
             self._new_values.append((leaf, self._assemble(leaf, items)))
         return counting_metadata(replace(report, cast=tuple(self._casts.values())), self.source)
 
-    def cooperation(self, mode: object, budget_bytes: int) -> Cooperation:
-        """Return what this rank needs, for a read that ranks share. See `Cooperation`."""
+    def shareable_wants(self) -> list[WantedBox]:
+        """Return what this rank may read together with other ranks."""
         values = [self.match.stored_names[name] for name in self._value_names]
-        wants = [*self._reads.direct_wants, *value_wants(self.source, values)]
-        return Cooperation(self.source, wants, mode, budget_bytes)
+        return [*self._reads.direct_wants, *value_wants(self.source, values)]
 
     def replace_values(self) -> None:
         """Replace the values of the state dict that are not tensors by those that `run` read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import numbers
 import os
 
 from ..errors import ArgumentError
@@ -30,19 +29,6 @@ def local_ranks() -> int:
     return int(given)
 
 
-def is_positive_integer(value: object) -> bool:
-    """Return whether a value is an integer greater than 0. NumPy's integers are integers, booleans are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
-
-
-def check_budget(budget_bytes: object) -> None:
-    """Raise ArgumentError unless a budget is None or a positive number of bytes."""
-    if budget_bytes is not None and not is_positive_integer(budget_bytes):
-        raise ArgumentError(
-            f"budget_bytes must be a positive integer or None for the default budget, got {budget_bytes!r}"
-        )
-
-
 def default_threads() -> int:
     """Return the number of threads that encode and decode on this rank: its share of the machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -54,18 +40,13 @@ def default_budget() -> int:
 
     The ranks of a machine share 2 GiB, or a tenth of the available memory if that is less. The minimum is 64 MiB.
     """
-    return max(MIN_BUDGET_BYTES, min(MAX_BUDGET_BYTES, _available() // 10) // local_ranks())
+    return max(MIN_BUDGET_BYTES, min(MAX_BUDGET_BYTES, available_bytes() // 10) // local_ranks())
 
 
 def give_back_memory() -> None:
     """Return freed memory to the system. glibc keeps about 60 MB of it per thread."""
     with contextlib.suppress(AttributeError, OSError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _available() -> int:
-    """Return how many bytes of memory are available to this process, or what suffices for the largest budget."""
-    return min(MAX_BUDGET_BYTES * 10, available_bytes())
 
 
 def available_bytes() -> int:

@@ -45,6 +45,10 @@ class Messages:
         self._connections = Connections(group, watch.rank, watch.size)
         watch.connections = self._connections
 
+    def in_call(self) -> contextlib.AbstractContextManager[None]:
+        """See `Watch.in_call`."""
+        return self._watch.in_call()
+
     def gather(self, data: bytes) -> list[memoryview] | None:
         """Send bytes to rank 0. Return those of all ranks on rank 0, and None on the others."""
         heads = self._gather(_head(len(data), 0, data))

@@ -147,31 +147,28 @@ class Exchange:
     Args:
         process_group: The group of the ranks, or None for the default group. Without a process group, this process is
             the only rank. If the group has no gloo, the first exchange creates another group, which is collective.
+        background: Whether to create a group of its own, which is collective. Any thread may then use the exchange
+            while the training uses the process group, and also after `destroy_process_group`.
 
     Raises:
         ArgumentError: This process is not in the group, or the argument is no group.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None, *, background: bool = False) -> None:
         check_process_group(process_group)
         self.is_distributed = is_distributed()
         self.rank, self.size = 0, 1
-        self._group: dist.ProcessGroup | None = None
-        self._watch: Watch | None = None
+        self.process_group = process_group
         self._messages: Messages | None = None
         if self.is_distributed:
             check_member(process_group)
-            self._group = self._group_of_messages(process_group or dist.group.WORLD)
+            group: Any = process_group or dist.group.WORLD
+            if background:
+                group = self.process_group = _create_gloo_group(group)
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+            messages = group if _has_gloo(group) else _gloo_group(group)
             if self.size > 1:
-                self._watch = Watch.of(self._group_to_watch(process_group or dist.group.WORLD))
-                self._messages = Messages(self._group, self._watch)
-
-    def _group_of_messages(self, group: Any) -> dist.ProcessGroup:
-        return group if _has_gloo(group) else _gloo_group(group)
-
-    def _group_to_watch(self, group: Any) -> dist.ProcessGroup:
-        return cast(dist.ProcessGroup, group)
+                self._messages = Messages(messages, Watch.of(group))
 
     def on_all_ranks(self, task: Callable[[], T]) -> list[T]:
         """Run a task on every rank and return the results of all ranks, in the order of ranks.
@@ -179,19 +176,10 @@ class Exchange:
         If the task fails on any rank, all ranks wait for each other, and then raise the error of the lowest rank that
         failed.
         """
-        cause: Exception | None = None
-        with self._in_call():
-            try:
-                value = task()
-                if self._messages is None:
-                    return [value]
-                data = _packed(value, None)
-            except Exception as error:
-                cause = error
-                if self._messages is None:
-                    self._raise((0, self._of_rank(error)), error)
-                data = _packed(None, self._of_rank(error))
-            outcomes = self._messages.gather(data)
+        if self._messages is None:
+            return [self._alone(task, Exception)]
+        with self._messages.in_call():
+            outcomes, cause = self._gather(task, Exception)
             answer: bytes | None = None
             if outcomes is not None:
                 failed = _first_failure(outcomes)
@@ -213,19 +201,10 @@ class Exchange:
             task: Runs on every rank.
             combine: Receives the results in the order of ranks. Returns a list with one item for each rank.
         """
-        cause: BaseException | None = None
-        with self._in_call():
-            try:
-                value = task()
-                if self._messages is None:
-                    return combine([value])[0]
-                data = _packed(value, None)
-            except BaseException as error:
-                cause = error
-                if self._messages is None:
-                    self._raise((0, self._of_rank(error)), error)
-                data = _packed(None, self._of_rank(error))
-            outcomes = self._messages.gather(data)
+        if self._messages is None:
+            return self._alone(lambda: combine([task()])[0], BaseException)
+        with self._messages.in_call():
+            outcomes, cause = self._gather(task, BaseException)
             answers: list[bytes] = []
             if outcomes is not None:
                 failed = _first_failure(outcomes)
@@ -242,8 +221,24 @@ class Exchange:
             self._raise(failed, cause)
         return cast(R, part)
 
-    def _in_call(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._watch is None else self._watch.in_call()
+    def _alone(self, task: Callable[[], T], caught: type[BaseException]) -> T:
+        """Run a task on the only rank."""
+        try:
+            return task()
+        except caught as error:
+            self._raise((0, self._of_rank(error)), error)
+
+    def _gather(
+        self, task: Callable[[], object], caught: type[BaseException]
+    ) -> tuple[list[memoryview] | None, BaseException | None]:
+        """Run a task, and send its result or error to rank 0. Return what rank 0 got, and the error of this rank."""
+        assert self._messages is not None
+        cause: BaseException | None = None
+        try:
+            data = _packed(task(), None)
+        except caught as error:
+            cause, data = error, _packed(None, self._of_rank(error))
+        return self._messages.gather(data), cause
 
     def _raise(self, failed: tuple[int, CheckpointError], cause: BaseException | None) -> NoReturn:
         """Raise the error of a rank, or the exception that interrupted this rank."""
@@ -257,26 +252,6 @@ class Exchange:
         if self.is_distributed:
             found.rank = self.rank
         return found
-
-
-class BackgroundExchange(Exchange):
-    """An exchange over gloo that works in any thread, while the training uses the process group.
-
-    It creates a group of its own. This is collective. It keeps working after `destroy_process_group`, so that a save
-    that was begun before can end.
-    """
-
-    def _group_of_messages(self, group: Any) -> dist.ProcessGroup:
-        self._created = _create_gloo_group(group)
-        return self._created
-
-    def _group_to_watch(self, group: Any) -> dist.ProcessGroup:
-        return self._created
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The group that was created."""
-        return self._group
 
 
 _gloo_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...planner.html import table
 
@@ -143,18 +143,8 @@ class Report:
     @property
     def total(self) -> RankReport:
         """The report of all ranks together."""
-        return RankReport(
-            None,
-            sum(report.bytes_needed for report in self.ranks),
-            sum(report.bytes_fetched for report in self.ranks),
-            sum(report.bytes_written for report in self.ranks),
-            sum(report.requests for report in self.ranks),
-            sum(report.chunks for report in self.ranks),
-            _longest([report.seconds for report in self.ranks]),
-            bytes_sent=sum(report.bytes_sent for report in self.ranks),
-            bytes_received=sum(report.bytes_received for report in self.ranks),
-            decoded_by=_summed([report.decoded_by for report in self.ranks]),
-        )
+        longest = _merged(max, [report.seconds for report in self.ranks])
+        return RankReport(None, **_sums(self.ranks), seconds=longest)
 
     def __str__(self) -> str:
         shown = self.ranks if len(self.ranks) <= 8 else (self.local,)
@@ -172,29 +162,19 @@ class Report:
 
 def added(a: RankReport, b: RankReport) -> RankReport:
     """Return what a rank did in two calls. The seconds of each stage are added, without a total."""
-    return RankReport(
-        a.rank,
-        a.bytes_needed + b.bytes_needed,
-        a.bytes_fetched + b.bytes_fetched,
-        a.bytes_written + b.bytes_written,
-        a.requests + b.requests,
-        a.chunks + b.chunks,
-        {
-            stage: a.seconds.get(stage, 0.0) + b.seconds.get(stage, 0.0)
-            for stage in dict.fromkeys((*a.seconds, *b.seconds))
-            if stage != "total"
-        },
-        bytes_sent=a.bytes_sent + b.bytes_sent,
-        bytes_received=a.bytes_received + b.bytes_received,
-        decoded_by=_summed([a.decoded_by, b.decoded_by]),
-    )
+    seconds = _merged(sum, [a.seconds, b.seconds])
+    seconds.pop("total", None)
+    return RankReport(a.rank, **_sums([a, b]), seconds=seconds)
 
 
-def _summed(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
+_COUNTS = ("bytes_needed", "bytes_fetched", "bytes_written", "requests", "chunks", "bytes_sent", "bytes_received")
+
+
+def _sums(reports: Sequence[RankReport]) -> dict[str, Any]:
+    counts: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in _COUNTS}
+    return {**counts, "decoded_by": _merged(sum, [report.decoded_by for report in reports])}
+
+
+def _merged(merge: Callable[[list[Any]], Any], numbers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = dict.fromkeys(name for found in numbers for name in found)
-    return {name: sum(found.get(name, 0) for found in numbers) for name in names}
-
-
-def _longest(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for seconds in stages for name in seconds)
-    return {name: max(seconds.get(name, 0.0) for seconds in stages) for name in names}
+    return {name: merge([found.get(name, 0) for found in numbers]) for name in names}

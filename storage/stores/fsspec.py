@@ -410,8 +410,7 @@ class _FsspecReads:
         reads = self._store._reads
         if reads is None or not reads.can_read(name, start, stop):
             return await self._read(name, start, stop)
-        with self._store._errors("read", name):
-            found = await reads.read(name, start, stop)
+        found = await reads.read(name, start, stop)
         if isinstance(found, StoreError):
             data = await self._read(name, start, stop)
             reads.note_failure(found)

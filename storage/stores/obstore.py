@@ -6,7 +6,6 @@ and supports all of the storage options; otherwise s3fs is used. botocore finds 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import datetime
 import os
@@ -240,16 +239,14 @@ class ObstoreStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            concurrent_reads=32, buffers_objects=True, async_reads=_ObstoreReads(self), list_top=self.list_top
-        )
+        return Capabilities(concurrent_reads=32, buffers_objects=True, async_reads=self._reads, list_top=self.list_top)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a call of the client. Its blocking calls cannot be interrupted, and abort a process that exits."""
         return result_of(coroutine, event_loop(), call_deadline_s())
 
     def read(self, name: str, start: int, stop: int) -> Buffer:
-        return self._wait(self._reads.read(name, start, stop))
+        return result_of(self._reads.read(name, start, stop), event_loop())
 
     def size(self, name: str) -> int:
         return self._head(name)["size"]
@@ -372,21 +369,6 @@ class ObstoreStore:
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate the client's exceptions. Their text may contain a session token, so they are not kept as causes."""
         return translating(doing, name, self.location, with_cause=False)
-
-
-class _ObstoreReads:
-    """Reads on the event loop of this process."""
-
-    def __init__(self, store: ObstoreStore) -> None:
-        self._store = store
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return event_loop()
-
-    async def read(self, name: str, start: int, stop: int) -> Buffer:
-        with self._store._errors("read", name):
-            return await asyncio.wait_for(self._store._reads.read(name, start, stop), call_deadline_s())
 
 
 @dataclass(frozen=True, slots=True)

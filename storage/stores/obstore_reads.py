@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 
 from ..errors import StoreError, UnavailableError
 from ..runtime.logs import logger_of
+from ..runtime.threads import event_loop
 from . import retry
 from .client_errors import is_beyond_the_end, translating
 
@@ -105,22 +106,29 @@ class ObstoreReads:
         self.location = location
         self._accepts_whole = accepts_whole
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that `read` runs on."""
+        return event_loop()
+
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         """Return bytes [start, stop) of an object, or fewer if it ends before. Raise StoreError or a subclass."""
-        import obstore
-
-        key = self.prefix + name
         # The text of obstore's errors may contain a session token.
         with translating("read", name, self.location, with_cause=False):
-            try:
-                return await obstore.get_range_async(self.client, key, start=start, end=stop)
-            except Exception as error:
-                if is_beyond_the_end(error):
-                    return b""
-                if self._accepts_whole and "non-partial response" in str(error):
-                    whole = await obstore.get_async(self.client, key)
-                    return memoryview(await whole.bytes_async())[start:stop]
-                raise
+            return await asyncio.wait_for(self._read(self.prefix + name, start, stop), call_deadline_s())
+
+    async def _read(self, key: str, start: int, stop: int) -> Buffer:
+        import obstore
+
+        try:
+            return await obstore.get_range_async(self.client, key, start=start, end=stop)
+        except Exception as error:
+            if is_beyond_the_end(error):
+                return b""
+            if self._accepts_whole and "non-partial response" in str(error):
+                whole = await obstore.get_async(self.client, key)
+                return memoryview(await whole.bytes_async())[start:stop]
+            raise
 
 
 class ReadsOfFilesystem:
@@ -143,7 +151,7 @@ class ReadsOfFilesystem:
         """Return bytes as `ObstoreReads.read`, or the error if the filesystem should try the same read."""
         assert self._reads is not None
         try:
-            data = await asyncio.wait_for(self._reads.read(name, start, stop), call_deadline_s())
+            data = await self._reads.read(name, start, stop)
         except UnavailableError as error:
             if self._has_read:
                 raise

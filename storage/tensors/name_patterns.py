@@ -28,11 +28,6 @@ def patterns_of(argument: str, value: Patterns) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def quoted(names: Sequence[str]) -> str:
-    """Return the first five of some names for a message, and how many more there are."""
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def matches_any(patterns: Sequence[str], name: str) -> bool:
     """Return whether one of some patterns matches a name."""
     return any(matches(pattern, name) for pattern in patterns)

@@ -23,11 +23,11 @@ from ..formats.user_metadata import plain_metadata
 from ..load import load
 from ..maintenance.catalog import location_of
 from ..reading.name_matching import LoadOptions
+from ..runtime.arguments import check_choice, check_flags, check_nbytes
 from ..runtime.background import BackgroundThread
 from ..runtime.forks import generation
-from ..runtime.limits import check_budget
 from ..runtime.logs import logger_of
-from ..runtime.process_group import BackgroundExchange, Exchange, is_distributed, on_all_ranks, rank_of
+from ..runtime.process_group import Exchange, is_distributed, on_all_ranks, rank_of
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
@@ -176,9 +176,9 @@ class CheckpointManager:
         stop_signals: list[int] = []
 
         def prepare() -> tuple[str, str, int | None, bool, str, bool]:
-            _check_flags(asynchronous=asynchronous, read_only=read_only, allow_pickle=allow_pickle)
+            check_flags(asynchronous=asynchronous, read_only=read_only, allow_pickle=allow_pickle)
             check_codec(codec)
-            check_budget(budget_bytes)
+            check_nbytes(budget_bytes=budget_bytes)
             self._async_options = _async_options(staging, background) if asynchronous else {}
             self._policies = check_policies(keep)
             self._save_every = None if save_every is None else _whole_number("save_every", save_every, minimum=1)
@@ -684,12 +684,6 @@ def _as_passed(location: str | os.PathLike[str] | None) -> str:
     return "" if location is None else location_of(location)
 
 
-def _check_flags(**flags: object) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise ArgumentError(f"{name} must be True or False, got {flag!r}")
-
-
 def _absolute(location: str) -> str:
     """Return a local path as an absolute one, so that `os.chdir` does not move the run. Other URIs are unchanged."""
     return open_store(location).location if is_local(location) else location
@@ -706,9 +700,8 @@ def _no_such_step(
 
 
 def _async_options(staging: str, background: str) -> dict[str, Any]:
-    for name, passed in ("staging", staging), ("background", background):
-        if passed not in CHOICES[name]:
-            raise ArgumentError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {passed!r}")
+    check_choice("staging", staging, CHOICES["staging"])
+    check_choice("background", background, CHOICES["background"])
     return {"staging": staging, "background": background}
 
 
@@ -729,7 +722,7 @@ def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | N
     """
     if not is_distributed() or dist.get_world_size(process_group) == 1:
         return process_group
-    return BackgroundExchange(process_group).process_group
+    return Exchange(process_group, background=True).process_group
 
 
 def _release_at_exit(lease: weakref.ref[Lease]) -> None:

@@ -12,6 +12,7 @@ from ...planner.entries import Kind
 from ...planner.errors import ShapeMismatchError
 from ...planner.grid import Grid
 from ..runtime.pinned import MAX_BUFFER_BYTES
+from ..tensors.splitting import group_by_bytes
 
 CONCURRENT_OBJECTS = 8
 """The number of objects that are written concurrently to a store that holds each object in memory
@@ -103,15 +104,7 @@ def in_objects(
     total = sum(shard.nbytes for shard in shards)
     share = max(total // CONCURRENT_OBJECTS, MIN_OBJECT_BYTES)
     most = min(share, MAX_OBJECT_BYTES, budget_bytes // (2 * CONCURRENT_OBJECTS))
-    groups: list[list[ShardToWrite]] = []
-    room = 0
-    for piece in (piece for shard in shards for piece in shard.pieces(most, codec)):
-        if not groups or piece.nbytes > room:
-            groups.append([])
-            room = most
-        groups[-1].append(piece)
-        room -= piece.nbytes
-    return groups
+    return list(group_by_bytes((piece for shard in shards for piece in shard.pieces(most, codec)), most))
 
 
 def _divided(pieces: Sequence[ShardToWrite], count: int) -> list[list[ShardToWrite]]:

@@ -7,11 +7,11 @@ which a writer process can map. For tensors on a CUDA device it is page-locked, 
 from __future__ import annotations
 
 import itertools
-import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ import torch
 
 from ...planner.box import Box
 from ...planner.entries import Kind
-from ..errors import ArgumentError
 from ..runtime.devices import current_device
 from ..runtime.forks import fork_safe_lock, generation
-from ..runtime.limits import available_bytes, default_threads, is_positive_integer, local_ranks
+from ..runtime.limits import available_bytes, default_threads, local_ranks
 from ..runtime.pinned import pin, save_buffers, unpin
 from ..runtime.threads import Pool
 from ..tensors.dtypes import as_array, from_bytes
+from ..tensors.splitting import group_by_bytes
 from .object_layout import ShardToWrite, part_of
 
 ALIGNMENT = 64
@@ -38,12 +38,6 @@ PIECE_BYTES = 16 * 1024 * 1024
 """A core copies about this many bytes at once."""
 MAX_PIECES = 8
 """If what a rank writes does not fit its staging memory, shards are cut into pieces of an eighth of that memory."""
-
-
-def check_staging_bytes(staging_bytes: object) -> None:
-    """Raise ArgumentError unless the limit is None or a positive number of bytes."""
-    if staging_bytes is not None and not is_positive_integer(staging_bytes):
-        raise ArgumentError(f"staging_bytes must be a positive integer or None for the default, got {staging_bytes!r}")
 
 
 class Arena:
@@ -198,6 +192,27 @@ def split_to_fit(
     return pieces[:at], pieces[at:]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _HostCopy:
+    """A copy that the host makes."""
+
+    to: npt.NDArray[Any]
+    source: npt.NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return self.to.nbytes
+
+    def pieces(self) -> Iterator[_HostCopy]:
+        """Cut the copy along its first dimension into copies of at most PIECE_BYTES, or of one row."""
+        if not self.to.shape or self.nbytes <= PIECE_BYTES:
+            yield self
+            return
+        rows = max(1, PIECE_BYTES // self.to[0].nbytes)
+        for at in range(0, len(self.to), rows):
+            yield _HostCopy(self.to[at : at + rows], self.source[at : at + rows])
+
+
 @dataclass(slots=True)
 class Staging:
     """Shards that are being copied into an arena.
@@ -207,8 +222,7 @@ class Staging:
 
     arena: Arena
     shards: list[StagedShard] = field(default_factory=list)
-    _host: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=list)
-    """Destinations and sources of the copies that the host makes."""
+    _host: list[_HostCopy] = field(default_factory=list)
     _device: list[DeviceCopies] = field(default_factory=list)
 
     @classmethod
@@ -235,7 +249,7 @@ class Staging:
                 copies.add(from_bytes(to, shard.dtype, shard.box.sizes), values)
             else:
                 source = as_array(values)
-                self._host.append((to.view(source.dtype).reshape(source.shape), source))
+                self._host.append(_HostCopy(to.view(source.dtype).reshape(source.shape), source))
             self.shards.append(
                 StagedShard(shard.name, shard.kind, shard.dtype, shard.shape, shard.box, start, shard.largest_sizes)
             )
@@ -246,13 +260,13 @@ class Staging:
 
     def copy(self) -> None:
         """Copy the values that are on the host, with all cores of this rank, and wait for those from devices."""
-        pieces = [piece for pair in self._host for piece in _pieces(*pair)]
-        threads = min(default_threads(), -(-sum(to.nbytes for to, _ in pieces) // PIECE_BYTES))
+        groups = list(group_by_bytes((piece for copy in self._host for piece in copy.pieces()), PIECE_BYTES))
+        threads = min(default_threads(), len(groups))
         if threads > 1:
             with Pool(threads, "reshard-stage") as pool:
-                list(pool.map(_copy, _grouped(pieces)))
+                list(pool.map(_copy, groups))
         else:
-            _copy(pieces)
+            _copy(chain.from_iterable(groups))
         for copies in self._device:
             copies.wait()
         self._host, self._device = [], []
@@ -311,31 +325,6 @@ def as_host_array(values: torch.Tensor) -> npt.NDArray[Any]:
     return as_array(copied)
 
 
-def _pieces(to: npt.NDArray[Any], source: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Cut a copy along its first dimension into copies of about PIECE_BYTES."""
-    if not to.shape or to.nbytes <= PIECE_BYTES:
-        yield to, source
-        return
-    rows = max(1, PIECE_BYTES // max(1, math.prod(to.shape[1:]) * to.itemsize))
-    for at in range(0, len(to), rows):
-        yield to[at : at + rows], source[at : at + rows]
-
-
-def _grouped(
-    pairs: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]],
-) -> list[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
-    """Return the copies in groups of about PIECE_BYTES."""
-    groups: list[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = []
-    room = 0
-    for pair in pairs:
-        if room <= 0:
-            groups.append([])
-            room = PIECE_BYTES
-        groups[-1].append(pair)
-        room -= pair[0].nbytes
-    return groups
-
-
-def _copy(pairs: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> None:
-    for to, source in pairs:
-        np.copyto(to, source)
+def _copy(copies: Iterable[_HostCopy]) -> None:
+    for copy in copies:
+        np.copyto(copy.to, copy.source)

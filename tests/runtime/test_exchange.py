@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 from reshard.errors import ArgumentError, RankError
-from reshard.storage.runtime.process_group import BackgroundExchange, Exchange
+from reshard.storage.runtime.process_group import Exchange
 from tests.ranks import RankPool
 
-KINDS = {"caller": Exchange, "background": BackgroundExchange}
+KINDS = ("caller", "background")
 
 
 def exchange_all(kind: str) -> list[Any]:
     rank = dist.get_rank()
-    exchange = KINDS[kind]()
+    exchange = Exchange(background=kind == "background")
     assert (exchange.rank, exchange.size) == (rank, dist.get_world_size())
     found: list[Any] = [
         exchange.through_rank_0(lambda: "x" * rank * 1000, lambda all_of: [len(one) for one in all_of]),
@@ -63,7 +63,7 @@ def test_results_and_errors_reach_every_rank(kind: str, ranks: RankPool) -> None
 
 def exchange_while_training() -> list[int]:
     group: Any = dist.new_group([2, 0, 1], sort_ranks=False)
-    exchange = BackgroundExchange(group)
+    exchange = Exchange(group, background=True)
     results: list[int] = []
 
     def work() -> None:
@@ -82,9 +82,9 @@ def test_an_exchange_in_the_background_does_not_disturb_others(ranks: RankPool) 
 
 
 def test_a_process_without_a_group_is_rank_0() -> None:
-    for kind in KINDS.values():
-        assert kind().through_rank_0(lambda: 3, lambda all_of: [all_of]) == [3]
+    for exchange in (Exchange(), Exchange(background=True)):
+        assert exchange.through_rank_0(lambda: 3, lambda all_of: [all_of]) == [3]
         with pytest.raises(RankError, match="ZeroDivisionError") as caught:
-            kind().through_rank_0(lambda: 1 // 0, lambda all_of: all_of)
+            exchange.through_rank_0(lambda: 1 // 0, lambda all_of: all_of)
         assert caught.value.rank is None
         assert isinstance(caught.value.__cause__, ZeroDivisionError)

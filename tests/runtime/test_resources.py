@@ -14,7 +14,7 @@ from reshard.storage.runtime import limits
 
 
 def test_the_ranks_of_a_machine_share_its_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_available", lambda: 64 * 1024**3)
+    monkeypatch.setattr(limits, "available_bytes", lambda: 64 * 1024**3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (limits.default_budget(), limits.default_threads()) == (2 * 1024**3, 16)
@@ -26,13 +26,13 @@ def test_the_ranks_of_a_machine_share_its_cores_and_memory(monkeypatch: pytest.M
 
 def test_the_budget_is_a_tenth_of_the_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(limits, "_available", lambda: 10 * 1024**3)
+    monkeypatch.setattr(limits, "available_bytes", lambda: 10 * 1024**3)
     assert limits.default_budget() == 1024**3
 
 
 def test_available_memory_is_at_most_that_of_the_machine() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < limits._available() <= total
+    assert 0 < limits.available_bytes() <= total
 
 
 @pytest.mark.parametrize("given", ["", " ", "1", " 1 "])

@@ -338,3 +338,14 @@ def test_a_server_that_stops_answering_raises_unavailable_error_in_time(
         with pytest.raises(UnavailableError, match=r"cannot read 'manifest\.reshard'.* now"):
             reshard.open(cloud.place("x"), storage_options=through(cloud, endpoint))
         assert time.monotonic() - begin < 20
+
+
+def test_a_read_that_obstore_does_not_end_raises_unavailable_error(
+    moto: servers.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obstore_reads, "call_deadline_s", lambda: 0.2)
+    with proxied(moto.endpoint, Faults(hang=1)) as (endpoint, _):
+        store = open_store(moto.place("x"), through(moto, endpoint))
+        assert isinstance(store, RetryingStore)
+        with pytest.raises(UnavailableError, match=r"cannot read 'a'.* now: TimeoutError"):
+            store.inner.read("a", 0, 5)

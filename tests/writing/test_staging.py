@@ -14,6 +14,7 @@ import torch
 from reshard.errors import ArgumentError
 from reshard.planner.box import Box
 from reshard.planner.entries import Kind
+from reshard.storage.runtime.arguments import check_nbytes
 from reshard.storage.writing import staging
 from reshard.storage.writing.object_layout import ShardToWrite
 from reshard.storage.writing.staging import (
@@ -21,7 +22,6 @@ from reshard.storage.writing.staging import (
     STAGING,
     Staging,
     StagingMemory,
-    check_staging_bytes,
     default_staging_bytes,
     split_to_fit,
     staged_bytes,
@@ -188,7 +188,7 @@ def test_more_than_half_of_the_memory_that_fits_is_used() -> None:
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "1", True])
 def test_a_wrong_limit_is_refused(wrong: object) -> None:
     with pytest.raises(ArgumentError, match="staging_bytes must be a positive integer or None for the default, got"):
-        check_staging_bytes(wrong)
+        check_nbytes(staging_bytes=wrong)
 
 
 def test_the_default_limit_is_a_share_of_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

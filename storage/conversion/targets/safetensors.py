@@ -12,7 +12,7 @@ from ...errors import ArgumentError, DtypeError
 from ...formats.safetensors_source import INDEX_SUFFIX, SAFETENSORS_DTYPES
 from ...stores.base import Store
 from ...tensors.dtypes import as_array, as_bytes, is_packed
-from ...tensors.splitting import row_boxes
+from ...tensors.splitting import group_by_bytes, row_boxes
 from ..source_stream import SourceStream
 from ..work_items import Item, Piece
 from .target import UnitRecord, WorkUnit
@@ -42,15 +42,10 @@ class SafetensorsTarget:
             ArgumentError: the name of a tensor is reserved.
         """
         _check_dtypes(items)
-        files: list[list[Piece]] = [[]]
-        held = 0
         for item in items:
             _check_item(item)
-            if files[-1] and held + item.nbytes > self._max_file_bytes:
-                files.append([])
-                held = 0
-            files[-1].append(Piece(item, Box.whole(item.shape)))
-            held += item.nbytes
+        pieces = (Piece(item, Box.whole(item.shape)) for item in items)
+        files = list(group_by_bytes(pieces, self._max_file_bytes)) or [[]]
         self._files = len(files)
         return [WorkUnit(number, tuple(sorted(pieces, key=_file_order))) for number, pieces in enumerate(files)]
 

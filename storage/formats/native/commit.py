@@ -6,6 +6,7 @@ import contextlib
 import re
 
 from ....planner.errors import CheckpointError
+from ....planner.text import first_few
 from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError, nearest
 from ...runtime.logs import logger_of
 from ...stores.base import Store, check_delete, top_names
@@ -118,11 +119,10 @@ def _gone(store: Store, gone: set[str], rank: int) -> str:
             f"{len(gone)} data objects that were just written are gone from {store.location}, such as {min(gone)!r}: "
             "something else removes objects there"
         )
-    shown = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
     return (
         f"rank {rank} cannot see {len(gone)} data objects at {store.location} that rank{'s' * (len(others) > 1)} "
-        f"{shown} wrote, such as {min(gone)!r}: all ranks must write to the same shared location, an object store or a "
-        "disk that all of them see. If they do, something else removes objects there"
+        f"{first_few(others, 8)} wrote, such as {min(gone)!r}: all ranks must write to the same shared location, an "
+        "object store or a disk that all of them see. If they do, something else removes objects there"
     )
 
 
