@@ -27,8 +27,8 @@ class WantedBox:
 class ChunkReads:
     """The chunks that one wanted box overlaps, in columns: row i is chunk i.
 
-    A chunk has s byte ranges, one for each stream that is read: s is 2 if both heads and tails are read, and 1
-        otherwise.
+    A chunk has s byte ranges, one for each stream that is read: s is 2 if both heads and tails are read, and
+    1 otherwise.
     """
 
     want: WantedBox

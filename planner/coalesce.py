@@ -28,8 +28,8 @@ class GapLimits:
     max_over_read: float
     """The sum of all gaps that are read over, as a fraction of the bytes wanted."""
     enough_requests: int = 0
-    """If not 0, so many requests are no problem, because they are in flight together. Larger gaps than those of a
-    native checkpoint are read over only if there would be more requests, and only as many gaps as that takes."""
+    """If not 0: up to this many requests are fast enough, because they run concurrently. Larger gaps than usual for a
+    native checkpoint are read over only to get down to this number."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

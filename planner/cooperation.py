@@ -40,7 +40,7 @@ MIN_LARGE_UNIT_BYTES = 256 * 1024
 EXCHANGE_BYTES_PER_S = 1e9
 """An estimate of how fast a rank sends and receives."""
 WORTH_IT = 0.9
-"""The most time, as a fraction of that of separate reads, for which a shared read is chosen by itself."""
+"""With "auto", ranks share a read only if it takes at most this fraction of the time of separate reads."""
 MIN_USED_FRACTION = 0.8
 """The least fraction of a unit that ranks must need. Parts of rows are shared only if most of the row is needed."""
 

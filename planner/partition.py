@@ -1,9 +1,9 @@
 """Partition an index into regions, so that a rank can read a part of the manifest.
 
 A region is a part of a tensor: see `regions.py`. If a segment overlaps several regions, it is cut into several
-    segments. A rank of tensor parallelism needs a range of one dimension, usually the longest. So the regions result
-    from halving the tensor along its longest edge, as long as few segments are added in proportion to the number of
-    chunks. `benchmarks/planner.py` measures what a rank reads of the manifest.
+segments. A rank of tensor parallelism needs a range of one dimension, usually the longest. So the regions result from
+halving the tensor along its longest edge, as long as few segments are added in proportion to the number of chunks.
+`benchmarks/planner.py` measures what a rank reads of the manifest.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ UNBOUNDED_OVER_READ = 1e9
 """A value of `max_over_read` that imposes no limit: the costs alone decide which gaps are read over."""
 
 ROUNDS = 4
-"""A rank may make so many rounds of concurrent requests before gaps of a native checkpoint are read over."""
+"""If a rank needs more rounds of concurrent requests than this, larger gaps of a native checkpoint are read over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ SPAN_BYTES = 4 * SLAB_BYTES
 
 
 NO_GAPS = GapLimits(0, 0.0)
-"""No gap is read over. The number of rows of a slab is then a power of two, so that slabs of ranks that need other
-columns of the same rows begin at the same rows (`cooperation`)."""
+"""No gap is read over. Slabs then have a power of two rows, so ranks that need different columns of the same rows get
+slabs that start at the same rows (`cooperation`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

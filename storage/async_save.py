@@ -345,8 +345,12 @@ def _decide(saving: Saving, found: Sequence[_Found]) -> list[tuple[str, Any]]:
     """Return for each rank what to do, from what all ranks sent. Only rank 0 calls it.
 
     Returns:
-        "failed" and the error of the last save, "busy" if nothing is saved, "ready" if all ranks are to plan, "again"
-        if they must plan without the last plan, or "plan" and what the rank writes.
+        One of these answers for each rank, and what belongs to it:
+        "failed": the error of the last save.
+        "busy": nothing is saved.
+        "ready": all ranks are to plan.
+        "again": all ranks are to plan without the last plan.
+        "plan": what the rank writes.
 
     Raises:
         BusyError: a save is running, and `busy` is "refuse".
@@ -436,7 +440,7 @@ class _Worker:
                 most,
                 nbytes,
             )
-            saving.write(at_once)
+            saving.writer.write(at_once)
         if self._remote is not None:
             writer_process()  # starts while the values are copied
         begin = time.perf_counter()
@@ -477,8 +481,8 @@ class _Worker:
         assert self._staging is not None
         arena, shards = self._staging.arena, self._staging.shards
         if self._remote is not None:
-            return self._saving.write(shards, WriteInProcess(writer_process(), self._remote, arena))
-        return self._saving.write([shard.shard(arena.bytes) for shard in shards])
+            return self._saving.writer.write(shards, WriteInProcess(writer_process(), self._remote, arena))
+        return self._saving.writer.write([shard.shard(arena.bytes) for shard in shards])
 
 
 def release_memory() -> None:

@@ -27,7 +27,7 @@ from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
 from .reading.cooperative import check_cooperative, may_share
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
-from .reading.value_reads import ValueRead, check_values, value_wants
+from .reading.value_reads import ValueRead, check_values, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
@@ -216,7 +216,7 @@ class Checkpoint:
         if out is not None and (reason := missing_memory(out)):
             raise DestinationError(f"{name!r}: out {reason}")
         entry = self._source.entry(name)
-        wanted = Box.whole(entry.shape) if box is None else box
+        wanted = entry.whole if box is None else box
         if not wanted.fits(entry.shape):
             raise ShapeMismatchError(
                 f"{name!r} has shape {entry.shape}, and {wanted} is not inside it: pass a box inside the shape"
@@ -332,7 +332,7 @@ class Checkpoint:
             CorruptCheckpointError, StoreError: the metadata cannot be read.
         """
         entry = self._source.entry(name)
-        index = self._source.index([WantedBox(name, Box.whole(entry.shape))])
+        index = self._source.index([WantedBox(name, entry.whole)])
         return index.shards_of(index.position(name)), entry.grid.parts
 
     @undisturbed()
@@ -452,7 +452,7 @@ class Checkpoint:
         check_nbytes(budget_bytes=budget_bytes)
         check_values(self._source, value_names, budget_bytes)
         # Reads all metadata at once, and checks it before memory is allocated by it.
-        self._source.index([*wants, *value_wants(self._source, value_names)])
+        self._source.index([*wants, *whole_wants(self._source, value_names)])
         stored_values = [ValueRead(self._source, name) for name in value_names]
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]
         with Meter("load", progress, location=self.location) as meter:

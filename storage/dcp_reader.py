@@ -39,7 +39,7 @@ from .formats.source import Source
 from .formats.value_codec import torch_save
 from .reading.cooperative import Offer, SharedRead, check_cooperative, may_share
 from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
-from .reading.value_reads import ValueRead
+from .reading.value_reads import ValueRead, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -189,10 +189,7 @@ class StorageReader(dcp.StorageReader):
         source = self._open()
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         values = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        wanted = {item.storage_index.fqn: None for item in plan.items}
-        source.index(
-            [WantedBox(name, Box.whole(source.entry(name).shape)) for name in wanted if name not in source.inline]
-        )
+        source.index(whole_wants(source, {item.storage_index.fqn: None for item in plan.items}))
         reads = [(item, ValueRead(source, item.storage_index.fqn)) for item in values]
         wants, destinations, commits = _wants(tensors, planner)
         return _Reading(BoxReads.of(source, wants, destinations), reads, commits)

@@ -6,7 +6,6 @@ writes its items to one or more data objects. The coordinator then writes the ma
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
 import os
@@ -31,7 +30,7 @@ from ..planner.text import quoted
 from .errors import ArgumentError, CorruptCheckpointError, UnsupportedValueError
 from .formats.native.codec import check_codec
 from .formats.native.commit import commit, refuse_if_there
-from .formats.native.manifest import encode_manifest
+from .formats.native.manifest import encode_manifest, info_of_save
 from .formats.native.write_records import ObjectRecord, PackedRecords, assemble_index, entries_of
 from .formats.user_metadata import plain_metadata
 from .formats.value_codec import encode_value, needs_pickle
@@ -49,7 +48,6 @@ from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name
 from .tensors.state_dict import Path
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
-from .version import __version__
 from .writing.agreement import (
     ValueDescription,
     agreed_paths,
@@ -157,9 +155,9 @@ class StorageWriter(dcp.StorageWriter):
         return self._opened
 
     @property
-    def user_metadata(self) -> dict[str, Any]:
-        """The metadata of the checkpoint, as the manifest stores it."""
-        return self._metadata
+    def metadata_json(self) -> str:
+        """The metadata of the checkpoint. Equal metadata has the same text."""
+        return json.dumps(self._metadata, sort_keys=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle. The process that unpickles it opens its own store."""
@@ -169,7 +167,7 @@ class StorageWriter(dcp.StorageWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Describe the values, before the planner assigns each replica to one rank."""
         described = pack_descriptions(_described(plan))
-        return replace(plan, storage_data=(described, json.dumps(self._metadata, sort_keys=True)))
+        return replace(plan, storage_data=(described, self.metadata_json))
 
     @raises_portable
     @undisturbed()
@@ -303,14 +301,7 @@ class StorageWriter(dcp.StorageWriter):
             if name not in written and (name not in empty or 0 not in empty[name][1]):
                 raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
         index = assemble_index(packed, empty)
-        info = {
-            "writer": f"reshard {__version__}",
-            "torch": torch.__version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "codec": self._codec,
-            "ranks": len(by_rank),
-            "save_id": self.save_id,
-        }
+        info = info_of_save(self._codec, ranks=len(by_rank), save_id=self.save_id)
         paths = {name: path for name, path in agreed.paths.items() if path is not None}
         manifest = encode_manifest(index, paths, info, self._metadata)
         reports = [written.report for written in by_rank]

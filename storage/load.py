@@ -137,7 +137,7 @@ def _check_arguments(
         )
     check_nbytes(budget_bytes=budget_bytes)
     check_cooperative(cooperative)
-    check_renames("rename", rename or {})
+    check_renames(rename or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class _Load:
         """Open the checkpoint with what rank 0 has read, and compare it with the state dict. Collective."""
 
         def match() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
-            """Return what this rank opened, which blocks of the manifest it needs, and otherwise what it needs."""
+            """Return what this rank opened, the blocks of the manifest that it needs, and without any, its offer."""
             self._finish_opening(begun)
             blocks = blocks_to_read(self._opening.source, self._match().needs)
             return self._opening.opened, blocks, None if blocks else self._compare()

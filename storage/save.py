@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .dcp_writer import Agreed, StorageWriter, WriteObjects, Written
+from .dcp_writer import Agreed, StorageWriter, Written
 from .errors import ArgumentError, CommitError, RankError
 from .runtime.arguments import check_flags
 from .runtime.deferred_writes import finish_writes
@@ -28,7 +27,6 @@ from .tensors.state_dict import check_mapping, flatten, stateful_to_state
 from .writing.agreement import check_same_metadata
 from .writing.held_state import HeldState
 from .writing.object_layout import ShardToWrite
-from .writing.object_writer import write_objects
 from .writing.save_plan import GlobalPlan, HeldShards, plan_save
 
 logger = logger_of(__name__)
@@ -180,7 +178,7 @@ class Saving:
         if self._agreed is not None and not is_repeated and self._agreed.held.holds_the_same_as(self._held):
             held = Unchanged(self._agreed.number, self._held.digests)
         location = None if isinstance(self._uri, Store) else str(self._uri)
-        return LocalPlan(location, self.codec, json.dumps(self.writer.user_metadata, sort_keys=True), held)
+        return LocalPlan(location, self.codec, self.writer.metadata_json, held)
 
     def global_plan(self, plans: Sequence[LocalPlan]) -> list[Assignment | None]:
         """Compare the plans of all ranks, and assign each replica to one of them. Only rank 0 calls it.
@@ -243,10 +241,6 @@ class Saving:
     def release_tensors(self) -> None:
         """Forget the tensors of the state dict, and `shards`, which read them."""
         self._state, self.shards = None, []
-
-    def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
-        """Write shards; see `StorageWriter.write`."""
-        return self.writer.write(shards, writing)
 
     def finish(self, exchange: Exchange, work: Callable[[], Written]) -> Report:
         """Write on every rank, commit on rank 0, and return the report. Collective.
@@ -377,7 +371,7 @@ def save(
     def work() -> Written:
         with saving.writer.alarm, saving.meter:
             saving.accept_plan(assigned)
-            return saving.write(saving.shards)
+            return saving.writer.write(saving.shards)
 
     return saving.finish(exchange, work)
 

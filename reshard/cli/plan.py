@@ -146,7 +146,7 @@ def _planned(checkpoint: Checkpoint, options: PlanOptions, link: Link) -> RankPl
 def _drawn(checkpoint: Checkpoint | None, plans: RankPlans, tensor: str | None, link: Link) -> Figure:
     name = tensor or pictures.most_over_read(plans)
     shards = checkpoint.shards_of(name)[0] if checkpoint and name else ()
-    seconds = [link.seconds_of(plan.report) for plan in plans]
+    seconds = [link.seconds_of(report) for report in _reports(plans)]
     return pictures.overview(plans, name=name, shards=shards, seconds=seconds)
 
 
@@ -161,13 +161,13 @@ def _as_json(plans: RankPlans, link: Link) -> dict[str, object]:
     rows = [
         {
             "rank": rank,
-            **asdict(plan.report),
-            "amplification": plan.report.amplification,
-            "seconds": link.seconds_of(plan.report),
-            "dollars": link.dollars_of(plan.report),
+            **asdict(report),
+            "amplification": report.amplification,
+            "seconds": link.seconds_of(report),
+            "dollars": link.dollars_of(report),
             "whole_shards": asdict(whole),
         }
-        for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True))
+        for rank, (report, whole) in enumerate(zip(_reports(plans), plans.whole_shards, strict=True))
     ]
     mesh = dict(zip(plans.mesh.names, plans.mesh.sizes, strict=True))
     return {"location": plans.location, "mesh": mesh, "ranks": rows}
@@ -178,14 +178,19 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
     is_shared = any(plan.exchange for plan in plans)
     columns = PLAN_COLUMNS[:6] + EXCHANGE_COLUMNS + PLAN_COLUMNS[6:] if is_shared else PLAN_COLUMNS
     alike: dict[tuple[str, ...], list[int]] = {}
-    for rank, (plan, whole) in enumerate(zip(plans, plans.whole_shards, strict=True)):
-        row = _row(plan.report, whole, link)
-        exchanged = format_bytes(plan.report.bytes_sent), format_bytes(plan.report.bytes_received)
+    reports = _reports(plans)
+    for rank, (report, whole) in enumerate(zip(reports, plans.whole_shards, strict=True)):
+        row = _row(report, whole, link)
+        exchanged = format_bytes(report.bytes_sent), format_bytes(report.bytes_received)
         alike.setdefault(row[:5] + exchanged + row[5:] if is_shared else row, []).append(rank)
     print_table(columns, [(format_ranks(of), *row) for row, of in alike.items()], right=columns[1:])
-    most = max(range(len(plans)), key=lambda rank: plans[rank].report.bytes_over_read)
-    if notes := plans[most].report.notes:
+    most = max(range(len(plans)), key=lambda rank: reports[rank].bytes_over_read)
+    if notes := reports[most].notes:
         print_line(f"rank {most}: {'; '.join(notes)}")
+
+
+def _reports(plans: RankPlans) -> list[PlanReport]:
+    return [plan.report for plan in plans]
 
 
 def _row(report: PlanReport, whole: WholeShards, link: Link) -> tuple[str, ...]:

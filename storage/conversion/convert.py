@@ -28,7 +28,7 @@ from ..formats.native.manifest import VERSION
 from ..runtime.arguments import check_nbytes
 from ..runtime.brief import reason
 from ..runtime.logs import logger_of
-from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, rank_of
+from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, on_rank_0, rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.reports import RankReport, Report
 from ..runtime.torch_modes import undisturbed
@@ -149,8 +149,7 @@ def convert(
                 "the ranks passed different sources, destinations or arguments to convert: all ranks must pass the same"
             )
         [conversion] = conversions
-        states = on_all_ranks(lambda: conversion.begin() if rank == 0 else None, process_group)
-        [conversion.state] = [state for state in states if state is not None]
+        conversion.state = on_rank_0(conversion.begin, process_group)
         reports = on_all_ranks(work, process_group)
         committed = on_all_ranks(lambda: conversion.commit() if rank == 0 else 0, process_group)
     finally:

@@ -183,7 +183,7 @@ class Journal:
             )
 
     def _refuse_checkpoint(self, names: Iterable[str]) -> None:
-        found = next(filter(_is_of_a_checkpoint, sorted(names)), None)
+        found = next(filter(_is_of_any_checkpoint, sorted(names)), None)
         if found is not None:
             raise CheckpointExistsError(self._exists_message(found))
 
@@ -241,7 +241,7 @@ class Journal:
         return is_note or final in (CLAIM, self._target.commits)
 
 
-def _is_of_a_checkpoint(name: str) -> bool:
+def _is_of_any_checkpoint(name: str) -> bool:
     """Return whether an object of this name is part of a checkpoint of some format."""
     return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
 

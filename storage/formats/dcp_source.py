@@ -89,7 +89,7 @@ class DcpSource(ForeignSource):
     def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         if wants is None:
             with self._lock:  # the metadata does not have the byte ranges of shards in safetensors files
-                self.locate([WantedBox(name, Box.whole(self._entries[name].shape)) for name in self._in_safetensors()])
+                self.locate([WantedBox(name, self._entries[name].whole) for name in self._in_safetensors()])
         return super().index(wants)
 
     def _in_safetensors(self) -> list[str]:

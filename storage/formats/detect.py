@@ -157,7 +157,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
             return _safetensors(reads, read_weight_map(reads, _index_of(store, indexes), files), files)
         check_numbered_files(store.location, files)
         return SafetensorsSource(reads, files)
-    files = [name for name in top if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    files = [name for name in top if is_torch_file(name)]
     if format in (None, "torch") and (files or torch_indexes):
         if torch_indexes:
             return _torch(reads, read_weight_map(reads, _index_of(store, torch_indexes), files), files)
@@ -194,6 +194,11 @@ def _of_one_model(store: Store, files: list[str]) -> list[str]:
     return numbered if len(groups) == 1 else []
 
 
+def is_torch_file(name: str) -> bool:
+    """Return whether an object has a suffix of torch.save files."""
+    return FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"
+
+
 def is_of_a_checkpoint(name: str) -> bool:
     """Return whether an object at the top of a folder belongs to another format or to an unfinished conversion."""
     known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
@@ -228,7 +233,7 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
         )
     if any(name.endswith(".distcp") for name in names if "/" not in name) and format in (None, "dcp"):
         return NotCommittedError(f"the checkpoint at {store.location} was never finished: it has no {METADATA}")
-    files = [name for name in names if "/" not in name and FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"]
+    files = [name for name in names if "/" not in name and is_torch_file(name)]
     if files and format in (None, "torch"):
         return CheckpointNotFoundError(
             f"{store.location} has {len(files)} torch.save files: open one of them, for example {files[0]!r}"

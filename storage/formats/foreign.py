@@ -242,8 +242,7 @@ class ForeignSource:
         self._reads.observe(nbytes, seconds)
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        bound = None if max_over_read is None else bounded(max_over_read)
-        return (costs or self._reads.costs).gap_limits(bound)
+        return (costs or self._reads.costs).gap_limits(bounded(max_over_read))
 
     def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)

@@ -164,7 +164,7 @@ def select_by_index(
     """Return the contents of the files that the index names.
 
     Names that the index names and that are missing become unreadable. Names that it does not name are noted in the
-    source's `left_out`.
+    source's `unindexed`.
 
     Raises:
         CorruptCheckpointError: the index names nothing, although the files contain tensors.

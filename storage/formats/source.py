@@ -21,8 +21,10 @@ from ..tensors.state_dict import Path
 from .metadata_reads import Speed
 
 
-def bounded(max_over_read: float) -> float:
-    """Return a user's bound on over-reads. Raise ArgumentError if it is negative or not a number."""
+def bounded(max_over_read: float | None) -> float | None:
+    """Return a user's bound on over-reads, if there is one. Raise ArgumentError if it is negative or not a number."""
+    if max_over_read is None:
+        return None
     if not max_over_read >= 0:
         raise ArgumentError(f"max_over_read must be 0 or more, got {max_over_read}")
     return min(max_over_read, UNBOUNDED_OVER_READ)

@@ -25,6 +25,7 @@ from ..errors import ArgumentError, DestinationError
 from ..formats.source import Source
 from ..reading.cooperative import Offer, SharedRead
 from ..reading.read_tensors import BoxReads, ReadOptions, execute_reads
+from ..reading.value_reads import whole_wants
 from ..runtime.deferred_writes import executing, finish_writes, register, unregister
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
@@ -225,10 +226,6 @@ class CopyRecorder:
                 self._pending.append(copy)
                 self._watched.setdefault(copy.storage, []).append(copy)
 
-    def before(self, function: Any, tensors: Sequence[torch.Tensor]) -> None:
-        """Execute the copies of all open recorders if a function uses the memory that they write to."""
-        finish_writes(function, tensors)
-
     def finish(self, function: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Execute the recorded copies if a function uses the memory that they write to."""
         if not self._watched and not self._is_executing:
@@ -317,8 +314,7 @@ class CopyRecorder:
     def _check_metadata(self, origins: Iterable[Origin]) -> None:
         """Read and check the metadata of tensors, before memory is allocated by it."""
         source = self._source()
-        names = dict.fromkeys(name for origin in origins for name in origin.names)
-        source.index([WantedBox(name, source.entry(name).whole) for name in names])
+        source.index(whole_wants(source, {name: None for origin in origins for name in origin.names}))
 
     def execute_all(self) -> None:
         """Execute the recorded copies, together with the other ranks if there are any.

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ...planner.box import Box
 from ...planner.strided import StridedView
 from ..errors import ArgumentError
+from ..runtime.deferred_writes import finish_writes
 from ..tensors.overlaps import overlaps_itself
 from .origins import Assembled, Origin, PlacedView, Stored
 
@@ -44,9 +45,6 @@ class Recorder(Protocol):
             keep: whether to keep the values for the next read of the same view. The caller must not change them.
         """
         raise NotImplementedError
-
-    def before(self, function: Any, tensors: Sequence[torch.Tensor]) -> None:
-        """Run the recorded copies now, also those of other recorders, if a function uses the memory they write to."""
 
 
 class Memory:
@@ -254,7 +252,7 @@ def _copy(destination: torch.Tensor, source: LazyTensor) -> torch.Tensor:
     """Copy a lazy tensor to an ordinary one."""
     values = source.known()
     if values is not None:
-        source._memory.recorder.before(aten.copy_.default, [destination])
+        finish_writes(aten.copy_.default, [destination])
         return destination.copy_(values)
     expanded = source._meta.expand(destination.shape)  # raises torch's error if the shapes do not fit
     source._memory.recorder.copy(destination, LazyTensor(expanded, source._memory, source.device))
@@ -434,7 +432,7 @@ def _select_indexes(tensor: LazyTensor, dim: int, index: torch.Tensor) -> LazyTe
     if index.dtype not in (torch.int64, torch.int32) or index.device.type != "cpu" or isinstance(index, LazyTensor):
         return None
     size = tensor.shape[dim]
-    tensor._memory.recorder.before("indexing", [index])
+    finish_writes("indexing", [index])
     rows = [row + size if row < 0 else row for row in index.reshape(-1).tolist()]
     if any(not 0 <= row < size for row in rows):
         raise IndexError(f"index out of range for dimension {dim} of size {size}")
@@ -509,8 +507,7 @@ def _with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             recorder = tensor._memory.recorder
             values[key] = recorder.read(tensor.origin, tensor.strided_view, tensor.device, str(func), keep=True)
     real = [values.get(id(arg), arg) for arg in flat]
-    recorder = next(iter(lazy.values()))._memory.recorder
-    recorder.before(func, [arg for arg in real if isinstance(arg, torch.Tensor)])
+    finish_writes(func, [arg for arg in real if isinstance(arg, torch.Tensor)])
     restored: Any = tree_unflatten(real, spec)
     args, kwargs = restored
     made = func(*args, **kwargs)

@@ -21,7 +21,7 @@ from ..errors import (
     StoreError,
 )
 from ..formats.dcp_metadata import METADATA, RANK_METADATA
-from ..formats.detect import FILE_SUFFIXES, TORCH_INDEX_SUFFIX, open_source
+from ..formats.detect import TORCH_INDEX_SUFFIX, is_torch_file, open_source
 from ..formats.hf_index import group_numbered_files
 from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME
 from ..formats.source import Source
@@ -95,10 +95,10 @@ def find_checkpoints(
         folders.setdefault(folder, set()).add(base)
     candidates: list[tuple[str, set[str] | None]] = []
     for folder, names in sorted(folders.items()):
-        if any(map(_is_of_checkpoint, names)):
+        if any(map(_marks_a_checkpoint, names)):
             candidates.append((folder, names))
         else:
-            files = (name for name in names if FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch")
+            files = (name for name in names if is_torch_file(name))
             candidates += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
     with Pool(16, "reshard-ls") as pool:
 
@@ -128,7 +128,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder, base
 
 
-def _is_of_checkpoint(name: str) -> bool:
+def _marks_a_checkpoint(name: str) -> bool:
     """Return whether a folder that contains an object of this name may be a checkpoint."""
     known = name in (MANIFEST_NAME, METADATA) or RANK_METADATA.fullmatch(name) or DATA_NAME.fullmatch(name)
     of_many = name.endswith(TORCH_INDEX_SUFFIX) or group_numbered_files([name])
@@ -136,7 +136,7 @@ def _is_of_checkpoint(name: str) -> bool:
 
 
 def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> FoundCheckpoint | None:
-    """Open a candidate. Return None for a file whose name ends like those of torch.save, but which is another file.
+    """Open a candidate. Return None for a file that has a suffix of torch.save files but is not one.
 
     Args:
         names: the names of the objects in the folder; None if the candidate is a file.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
 from ...planner.entries import Entry, Kind
 from ..conversion.source_stream import SourceStream
@@ -106,7 +105,7 @@ def _tensors_to_read(a: Source, b: Source, names: Iterable[str]) -> dict[str, tu
     same_dtype = [name for name, (in_a, in_b) in both.items() if in_a.dtype == in_b.dtype]
     if not same_dtype or (a.format, b.format) != ("reshard", "reshard"):
         return both
-    wants = [WantedBox(name, Box.whole(both[name][0].shape)) for name in same_dtype]
+    wants = [WantedBox(name, both[name][0].whole) for name in same_dtype]
     index_a, index_b = a.index(wants), b.index(wants)
     same = {name for name in same_dtype if same_chunks(index_a, name, index_b, name)}
     return {name: entries for name, entries in both.items() if name not in same}

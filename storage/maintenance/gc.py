@@ -149,20 +149,14 @@ def _is_temporary(name: str) -> bool:
 
 def _remains(store: Store, names: Iterable[str], older_than_s: float) -> dict[str, int]:
     """Return the objects that no manifest lists, and their sizes. Return none if one of them is too young."""
-    kept = _kept(store)
+    kept = Manifest.objects_in(store)
     left = [name for name in names if name not in kept]
     if not left or _is_younger(store, left, older_than_s):
         return {}
     sizes = dict(zip(left, _sizes(store, left), strict=True))
     found = {name: nbytes for name, nbytes in sizes.items() if nbytes is not None and _is_ours(store, name)}
-    kept = _kept(store) if found else set()  # a save may have committed in the meantime
+    kept = Manifest.objects_in(store) if found else set()  # a save may have committed in the meantime
     return {name: nbytes for name, nbytes in found.items() if name not in kept}
-
-
-def _kept(store: Store) -> set[str]:
-    """Return the data objects that the manifest lists."""
-    manifest = Manifest.find(store)
-    return {name for name, _ in manifest.objects} if manifest else set()
 
 
 def _is_ours(store: Store, name: str) -> bool:

@@ -63,7 +63,7 @@ def verify(
     Raises:
         StoreError: The store failed. A missing object is not an error.
     """
-    plan = plan_reads(index, [WantedBox(entry.name, Box.whole(entry.shape)) for entry in index.entries])
+    plan = plan_reads(index, [WantedBox(entry.name, entry.whole) for entry in index.entries])
     _, requests = arrange(plan)
 
     def check(request: Request) -> list[DamagedChunk]:

@@ -33,7 +33,7 @@ from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
 from ..stores.buffer_pool import read_buffers
 from ..tensors.dtypes import torch_dtype
-from .checks import RequestCheck
+from .checks import RequestCheck, damages
 from .destination import Destination
 from .device.frames import MIN_FRAMES
 from .device.placing import MIN_DECOMPRESSED_BYTES, PlacingError, assign_devices, move, place
@@ -177,7 +177,7 @@ class _Execution:
                     self._caller.wait()
             for request in self._requests:
                 if request.data is not None:
-                    self._fetcher.release(request.data)
+                    read_buffers.release(request.data)
         separate(self._tensors, self._requests)
         if self._error is not None:
             # A reference to the error, whose traceback refers to this object, would keep the tensors in memory.
@@ -289,7 +289,7 @@ class _Execution:
         """Release the bytes of a request whose values have been written. The caller holds the lock."""
         if self._error is None:
             if request.data is not None:
-                self._fetcher.release(request.data)
+                read_buffers.release(request.data)
                 request.data = None
             self._placed(request.nbytes)
 
@@ -368,7 +368,7 @@ class _Execution:
                     self._schedule.verified(request, data if request.on_host else None)
         finally:
             if not isinstance(arrived, StoreError) and not kept:
-                self._fetcher.release(arrived)
+                read_buffers.release(arrived)
 
     def _move(self, request: Request, data: memoryview, slot: Slot | None) -> None:
         """Copy the bytes of a request to the devices that decode them."""
@@ -405,9 +405,7 @@ class _Execution:
             damaged = check.damages(data)
             if damaged:
                 data = memoryview(read_ranges(self._store, name, request.ranges))
-                again = RequestCheck(request, self._index)
-                again.take(data, len(data))
-                damaged = again.damages(data)
+                damaged = damages(request, self._index, data)
         except ObjectNotFoundError as error:
             raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
         except StoreError as error:

@@ -83,7 +83,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
         Args:
             arrived: called several times while the bytes arrive, with the buffer and the number of bytes in it.
-            memory: memory to use instead of such a buffer, with one page more than the bytes.
+            memory: read into this memory instead. It must be one page larger than the data.
         """
         into = self._capabilities.read_into
         assert into is not None
@@ -113,10 +113,6 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             except Exception as error:
                 found.append(_of_store(error))
         return found
-
-    def release(self, data: memoryview) -> None:
-        """Return a buffer that `read` returned, so that it can be reused."""
-        read_buffers.release(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

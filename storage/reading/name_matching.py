@@ -27,7 +27,7 @@ from ..tensors.name_patterns import (
 from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
 from .read_tensors import read_boxes
-from .value_reads import ValueRead, check_values, value_wants
+from .value_reads import ValueRead, check_values, whole_wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class NameMatch:
             return []
         stored = [self.stored_names[name] for name in by_value]
         check_values(self._source, stored, self._options.budget_bytes)
-        self._source.index(value_wants(self._source, stored))
+        self._source.index(whole_wants(self._source, stored))
         reads = [ValueRead(self._source, name) for name in stored]
         read_boxes(self._source, [], [], reads)
         missing = []

@@ -30,7 +30,7 @@ from ..stores.recorded import Record, RecordedStore, ReplayedStore
 MAX_SENT_BYTES = 256 * 1024 * 1024
 """Ranks read metadata by themselves if it is larger: each rank would hold all of it."""
 MIN_READERS = 2
-"""Blocks of a manifest are sent if so many ranks need each of them, on average."""
+"""Rank 0 sends blocks of a manifest if, on average, at least this many ranks need each of them."""
 
 Blocks: TypeAlias = dict[int, bytes]
 """Blocks of a manifest, by their number."""

@@ -139,7 +139,7 @@ class SharingFetcher(Fetcher):
         self._receives.submit(self._receive, progress, buffer, received)
 
     def _begin_reads(self, *added: _Progress) -> None:
-        """Begin to read units, in order, as far as the bytes that wait to be sent permit."""
+        """Start to read units in order, until the bytes that wait to be sent reach the limit."""
         begun: list[Unit] = []
         with self._changed:
             self._postponed += added
@@ -264,7 +264,7 @@ def _done_with(found: Fetched) -> Future[list[Fetched]]:
 
 
 def _cut(data: memoryview, unit: Unit, piece: Piece) -> memoryview:
-    """Return the bytes of a piece out of those of the unit, packed."""
+    """Cut a piece out of its unit, and join its byte ranges."""
     begin = piece.start - unit.start
     if piece.count == 1:
         return data[begin : begin + piece.nbytes]

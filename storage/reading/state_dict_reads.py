@@ -22,7 +22,7 @@ from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
 from .name_matching import LoadOptions, NameMatch
 from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
-from .value_reads import ValueRead, check_values, value_wants
+from .value_reads import ValueRead, check_values, whole_wants
 
 
 class StateDictRead:
@@ -60,7 +60,7 @@ class StateDictRead:
         stored = [match.stored_names[name] for name in self._value_names]
         check_values(source, stored, options.budget_bytes)
         self._check_containers()
-        self.needs = [*self._wants, *value_wants(source, stored)]
+        self.needs = [*self._wants, *whole_wants(source, stored)]
         """The boxes that this rank reads."""
         self.is_planned = False
 
@@ -95,7 +95,7 @@ class StateDictRead:
     def shareable_wants(self) -> list[WantedBox]:
         """Return what this rank may read together with other ranks."""
         values = [self.match.stored_names[name] for name in self._value_names]
-        return [*self._reads.direct_wants, *value_wants(self.source, values)]
+        return [*self._reads.direct_wants, *whole_wants(self.source, values)]
 
     def replace_values(self) -> None:
         """Replace the values of the state dict that are not tensors by those that `run` read."""

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.source import Source
@@ -16,15 +15,15 @@ from ..formats.value_codec import MAX_VALUE_BYTES, decode_value
 from ..tensors.dtypes import from_bytes
 
 
-def value_wants(source: Source, names: Iterable[str]) -> list[WantedBox]:
-    """Return what must be read for some values.
+def whole_wants(source: Source, names: Iterable[str]) -> list[WantedBox]:
+    """Return what must be read for whole tensors and values.
 
     The metadata may already contain the bytes of a value. Then there is nothing to read.
 
     Raises:
         MissingTensorError: the checkpoint has no entry of such a name.
     """
-    return [WantedBox(name, Box.whole(source.entry(name).shape)) for name in names if name not in source.inline]
+    return [WantedBox(name, source.entry(name).whole) for name in names if name not in source.inline]
 
 
 def check_values(source: Source, names: Iterable[str], budget_bytes: int | None) -> None:
@@ -60,7 +59,7 @@ class ValueRead:
         entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
-        self.wants = value_wants(source, [name])
+        self.wants = whole_wants(source, [name])
         """What to read: one box, or nothing if the metadata contains the bytes."""
         source.index(self.wants)  # checks the size in the metadata before memory of that size is allocated
         if entry.numel > MAX_VALUE_BYTES:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import weakref
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 _NO_TAG = 2**31 - 1
 """A tag of messages that are never sent."""
 _PING_TAG = 2**31 - 2
 PINGS = 64
 """How many pings a rank can answer while its interpreter is busy."""
+
+
+def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Create a gloo group of the ranks of another group. Collective."""
+    ranks = dist.get_process_group_ranks(group)
+    options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+    created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+    return cast(dist.ProcessGroup, created)
 
 
 class Connections:
@@ -40,7 +49,7 @@ class Connections:
         return self._receive(_byte(), rank, _NO_TAG) is None
 
     def close(self) -> None:
-        """Close the connections of this rank, which ends all its messages, and soon those of the other ranks."""
+        """Close the connections of this rank. Its messages end at once, those of the other ranks soon after."""
         for rank in range(self.size):
             work = None if rank == self.rank else self._receive(_byte(), rank, _NO_TAG)
             if work is not None:

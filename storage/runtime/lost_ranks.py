@@ -20,7 +20,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
@@ -28,19 +29,19 @@ from torch.distributed import distributed_c10d
 
 from ..errors import RankError
 from .connections import PINGS, Connections
-from .threads import Pool
+from .threads import run_bounded
 
 TICK_S = 0.5
 """How often the keys are read."""
 TICKS_PER_BEAT = 2
 SILENT_BEATS = 8
-"""A rank is lost if its pulse has not changed in so many checks. Checks are counted, and not seconds, so that a process
-that was suspended does not accuse others."""
+"""A rank is considered lost if its pulse does not change during this many checks. Checks are counted instead of
+seconds, so that a process that was suspended does not accuse others."""
 PINGED_BEATS = 3
 """In how many of these checks a rank may answer a ping."""
 CLOSED_BEATS = 3
-"""A rank is lost if its connection is closed in so many checks. It may also have ended the call and the process, just
-before this rank ends the call."""
+"""A rank is considered lost if its connection is closed during this many checks. In the first of them, it may have
+ended the call and its process just before this rank ends the call."""
 DIED = "died or left"
 STEP_S = 1.0
 """How long a rank waits for a message before it looks whether a rank is lost."""
@@ -145,18 +146,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Poller.forget_threads)
 
 
+_made_keys: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
+
+
+def new_key(kind: str, group: dist.ProcessGroup) -> str:
+    """Return a new key of the store. It is the same on all ranks of a group that make their n-th key of a kind."""
+    made = _made_keys.setdefault(group, Counter())
+    made[kind] += 1
+    return f"reshard/{kind}/{group.group_name}/{made[kind]}"
+
+
 def client_of(store: Any) -> Any:
     """Return another client of a store, for another thread. A thread that waits for a key blocks its client."""
     try:
         return store.clone()
     except (AttributeError, NotImplementedError):
         return store
-
-
-def _bounded(call: Callable[[], object]) -> None:
-    """Call the store in another thread, and wait for it up to STORE_S."""
-    with Pool(1, "reshard-store") as pool:
-        pool.submit(call).result(STORE_S)
 
 
 class Watch:
@@ -270,7 +275,7 @@ class Watch:
             write()
         else:
             with contextlib.suppress(Exception):  # the store may be lost, too
-                _bounded(write)
+                run_bounded(write, STORE_S)
         self._accept(found[0])
 
     def absent(self) -> list[int]:
@@ -281,7 +286,7 @@ class Watch:
             found.extend(rank for rank in range(self.size) if rank != self.rank and not self._is_in_call(rank))
 
         with contextlib.suppress(Exception):
-            _bounded(read)
+            run_bounded(read, STORE_S)
         return found
 
     def poll(self, store: Any) -> None:
@@ -380,6 +385,6 @@ class _Silence:
 
 
 def _is_of_call(pulse: str, call: int) -> bool:
-    """Return whether a pulse is that of a rank that is in a call."""
+    """Return whether a pulse shows that its rank is in this call."""
     number, _, beat = pulse.partition(" ")
     return number == str(call) and beat != "left"

@@ -50,7 +50,7 @@ class Messages:
         return self._watch.in_call()
 
     def gather(self, data: bytes) -> list[memoryview] | None:
-        """Send bytes to rank 0. Return those of all ranks on rank 0, and None on the others."""
+        """Send bytes to rank 0. Rank 0 gets the bytes of all ranks, the others get None."""
         heads = self._gather(_head(len(data), 0, data))
         longest = torch.zeros(1, dtype=torch.int64, device="cpu")
         lengths = [_lengths(head)[0] for head in heads]

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from .connections import Connections
+from .connections import Connections, new_gloo_group
 
 
 class Peers:
     """Sends and receives bytes between the ranks of a group, over gloo.
 
-    The messages have a gloo group of their own, so that they do not mix with those of the training.
+    The messages use a separate gloo group, so they cannot mix with those of the training.
     """
 
     _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]] = weakref.WeakKeyDictionary()
@@ -31,10 +31,7 @@ class Peers:
         group = process_group or dist.group.WORLD
         assert group is not None
         if group not in cls._made:
-            ranks = dist.get_process_group_ranks(group)
-            options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-            created = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-            cls._made[group] = cls(created, dist.get_rank(process_group), len(ranks))
+            cls._made[group] = cls(new_gloo_group(group), dist.get_rank(process_group), dist.get_world_size(group))
         return cls._made[group]
 
     def send(self, data: torch.Tensor, rank: int, number: int) -> Callable[[], None]:
@@ -48,16 +45,13 @@ class Peers:
         Returns:
             A function that waits until the bytes have been sent.
         """
-        work = self._group.send([data], rank, number)
-        return lambda: self._wait(work)
+        work: Any = self._group.send([data], rank, number)
+        return lambda: work.wait()
 
     def receive(self, data: torch.Tensor, rank: int, number: int) -> Callable[[], None]:
         """Begin to receive bytes from a rank into a tensor. Return a function that waits for them. See `send`."""
-        work = self._group.recv([data], rank, number)
-        return lambda: self._wait(work)
-
-    def _wait(self, work: Any) -> None:
-        work.wait()
+        work: Any = self._group.recv([data], rank, number)
+        return lambda: work.wait()
 
     def abort(self) -> None:
         """End all messages that have not been sent or received, on this rank and soon on the others."""

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -20,7 +20,8 @@ from ...planner.errors import CheckpointError
 from ...planner.masking import harmless
 from ..errors import ArgumentError, RankError, StoppedError, nearest
 from .collector import without_collections
-from .lost_ranks import Poller, Watch
+from .connections import new_gloo_group
+from .lost_ranks import Poller, Watch, new_key
 from .messages import Messages
 
 P = ParamSpec("P")
@@ -77,8 +78,6 @@ class Alarm:
         alone: whether this rank works without the others. Its alarm then does nothing.
     """
 
-    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
-
     def __init__(self, process_group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
         self._watch: Watch | None = None
         self._poller: Poller | None = None
@@ -88,8 +87,7 @@ class Alarm:
         if not alone and is_distributed() and dist.get_world_size(process_group) > 1:
             group = process_group or dist.group.WORLD
             assert group is not None
-            count = self._made[group] = self._made.get(group, 0) + 1
-            self._key = f"reshard/alarm/{group.group_name}/{count}"
+            self._key = new_key("alarm", group)
             self._watch = Watch.of(group)
             self._poller = Poller.add(self, self._watch.store)
 
@@ -139,6 +137,12 @@ class Alarm:
 def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> list[T]:
     """Run a task on every rank; see `Exchange.on_all_ranks`."""
     return Exchange(process_group).on_all_ranks(task)
+
+
+def on_rank_0(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> T:
+    """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
+    is_first = rank_of(process_group) == 0
+    return cast(T, on_all_ranks(lambda: task() if is_first else None, process_group)[0])
 
 
 class Exchange:
@@ -273,10 +277,7 @@ def _has_gloo(group: dist.ProcessGroup) -> bool:
 def _create_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if _has_gloo(group):  # waits until all ranks have called: new_group would not notice one that died before
         Exchange(group).on_all_ranks(lambda: None)
-    ranks = dist.get_process_group_ranks(group)
-    options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-    return cast(dist.ProcessGroup, created)
+    return new_gloo_group(group)
 
 
 def _packed(value: Any, failure: Any) -> bytes:

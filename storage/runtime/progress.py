@@ -103,14 +103,16 @@ class Meter(AbstractContextManager["Meter"]):
     @property
     def progress(self) -> Progress:
         """The progress so far."""
-        return self._progress()
+        with self._lock:
+            done = min(self._done, self._total)
+            return Progress(self._task, self.location, self._rank, done, self._total, time.perf_counter() - self._begun)
 
     def tick(self) -> None:
         """Show the progress, at most every SHOWN_EVERY_S. Only the thread that made the call may call it."""
         if self._show is None or time.perf_counter() - self._shown < SHOWN_EVERY_S:
             return
         self._shown = time.perf_counter()
-        self._show(self._progress())
+        self._show(self.progress)
 
     def watching(self, check: Callable[[], None]) -> Callable[[], None]:
         """Return a function for long work to call from time to time. It calls `check` and shows the progress."""
@@ -121,17 +123,12 @@ class Meter(AbstractContextManager["Meter"]):
 
         return watch
 
-    def _progress(self) -> Progress:
-        with self._lock:
-            done = min(self._done, self._total)
-            return Progress(self._task, self.location, self._rank, done, self._total, time.perf_counter() - self._begun)
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             if error is None and self._show is not None:
-                self._show(self._progress())
+                self._show(self.progress)
         finally:
             if self._bar is not None:
                 self._bar.close()

@@ -280,10 +280,10 @@ async def _outcome(coroutine: Coroutine[Any, Any, Any], timeout_s: float | None)
         return _Outcome(error=error)
 
 
-def run_bounded(call: Callable[[], object]) -> None:
-    """Run a call that cannot be cancelled, and wait for it until the deadline of this thread's `Stop`."""
+def run_bounded(call: Callable[[], object], seconds: float | None = None) -> None:
+    """Run a call that cannot be cancelled, and wait for it. Default: until the deadline of this thread's `Stop`."""
     with Pool(1, "reshard-bounded") as pool:
-        pool.submit(call).result(current_stop().left_s)
+        pool.submit(call).result(current_stop().left_s if seconds is None else seconds)
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}

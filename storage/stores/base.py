@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import Buffer
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ObjectNotFoundError
 from ..runtime.threads import cleaning_up
 
 ReadInto = Callable[[str, Sequence[tuple[int, int]], memoryview, Callable[[int], None]], int]
@@ -153,6 +153,15 @@ def top_names(store: Store) -> list[str]:
     if list_top is not None:
         return list(list_top())
     return [name for name in store.list() if "/" not in name]
+
+
+def exists(store: Store, name: str) -> bool:
+    """Return whether a store has an object."""
+    try:
+        store.size(name)
+    except ObjectNotFoundError:
+        return False
+    return True
 
 
 def check_delete(store: Store, names: Iterable[str]) -> None:

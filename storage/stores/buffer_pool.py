@@ -41,9 +41,8 @@ def _page_aligned(nbytes: int) -> ByteArray:
 class BufferPool:
     """Buffers of a few sizes that are used again.
 
-    While reads run, free and lent buffers together have at most as many bytes as were lent at the same time, or
-    `max_idle_bytes` if that is more. Between reads it keeps at most `max_idle_bytes`. A forked child begins with an
-    empty pool.
+    While reads run, the pool never holds more bytes than the most that were lent at once, or `max_idle_bytes` if that
+    is more. Between reads it keeps at most `max_idle_bytes`. A forked child begins with an empty pool.
     """
 
     def __init__(self, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:

@@ -8,6 +8,7 @@ retry fails because the object exists; the commit then reads the object to find 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -20,7 +21,7 @@ from typing_extensions import Buffer
 from ..errors import UnavailableError
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
-from ..runtime.threads import current_stop
+from ..runtime.threads import cleaning_up, current_stop
 from .base import AsyncReads, Capabilities, Store, check_delete, close_store, top_names
 from .wrapped import WrappedStore
 
@@ -101,18 +102,18 @@ class _Pauses:
     """The time to wait before each retry: it doubles each time, with jitter. None ends the retries."""
 
     def __init__(self, retry_for_s: float | None) -> None:
-        self._retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
+        self.retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
         self._deadline: float | None = None
         self._wait = FIRST_WAIT_S
 
     def next(self, error: UnavailableError) -> float | None:
         if self._deadline is None:  # the time that the first attempt took does not count
-            self._deadline = time.monotonic() + self._retry_for_s
+            self._deadline = time.monotonic() + self.retry_for_s
         pause = jittered(self._wait)
         self._wait = min(2 * self._wait, MAX_WAIT_S)
         if time.monotonic() + pause > self._deadline:
             return None
-        failing_s = self._retry_for_s - (self._deadline - time.monotonic())
+        failing_s = self.retry_for_s - (self._deadline - time.monotonic())
         level = logging.WARNING if failing_s > QUIET_S else logging.INFO
         logger.log(level, "failing for %.0f s, retrying in %.1f s: %s", failing_s, pause, error)
         return pause
@@ -123,14 +124,14 @@ class _RetryingAsyncReads:
 
     def __init__(self, reads: AsyncReads, retry_for_s: float | None) -> None:
         self._reads = reads
-        self._retry_for_s = retry_for_s
+        self.retry_for_s = retry_for_s
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._reads.loop
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
-        pauses = _Pauses(self._retry_for_s)
+        pauses = _Pauses(self.retry_for_s)
         while True:
             try:
                 return await self._reads.read(name, start, stop)
@@ -143,6 +144,12 @@ class _RetryingAsyncReads:
 def without_retries(store: Store) -> Store:
     """Return a store without its retries, for calls that are not worth a wait, such as a clean-up after a failure."""
     return store.inner if isinstance(store, RetryingStore) else store
+
+
+def discard(store: Store, names: Iterable[str]) -> None:
+    """Delete objects after a failure, without retries. Errors are ignored: the failure is the one to raise."""
+    with contextlib.suppress(Exception), cleaning_up():
+        without_retries(store).delete(names)
 
 
 class RetryingStore(WrappedStore):
@@ -159,7 +166,7 @@ class RetryingStore(WrappedStore):
         self, store: Store, *, retry_for_s: float | None = None, reopen: Callable[[], Store] | None = None
     ) -> None:
         super().__init__(store)
-        self._retry_for_s = retry_for_s
+        self.retry_for_s = retry_for_s
         self._reopen = reopen
         self._generation = generation()
 
@@ -170,15 +177,11 @@ class RetryingStore(WrappedStore):
         return self._inner
 
     @property
-    def retry_for_s(self) -> float | None:
-        return self._retry_for_s
-
-    @property
     def capabilities(self) -> Capabilities:
         reads = self.inner.capabilities.async_reads
         return replace(
             super().capabilities,
-            async_reads=None if reads is None else _RetryingAsyncReads(reads, self._retry_for_s),
+            async_reads=None if reads is None else _RetryingAsyncReads(reads, self.retry_for_s),
             list_top=lambda: self._retried(lambda: top_names(self.inner)),
             check_delete=self._check_delete,
             close=lambda: close_store(self.inner),
@@ -208,4 +211,4 @@ class RetryingStore(WrappedStore):
         self._retried(lambda: self.inner.delete(names))
 
     def _retried(self, call: Callable[[], T]) -> T:
-        return retried(call, retry_for_s=self._retry_for_s)
+        return retried(call, retry_for_s=self.retry_for_s)

@@ -51,7 +51,7 @@ class Selection:
         patterns = patterns_of("include", include)
         if not patterns:
             raise ArgumentError('include has no pattern, so no name would be selected: "*" selects all')
-        check_renames("rename", rename or {})
+        check_renames(rename or {})
         return cls(patterns, patterns_of("exclude", exclude), rename or {})
 
     def includes(self, name: str) -> bool:
@@ -128,18 +128,18 @@ def no_match(patterns: Sequence[str], names: Sequence[str], kind: str = "") -> M
     )
 
 
-def check_renames(argument: str, renames: object) -> None:
+def check_renames(renames: object) -> None:
     """Check a mapping of patterns to new names.
 
     Raises:
         ArgumentError: the argument is not such a mapping, or a new name has more stars than its pattern.
     """
     if not isinstance(renames, Mapping) or not all(isinstance(text, str) for pair in renames.items() for text in pair):
-        raise ArgumentError(f'{argument} must map patterns to new names, as {{"model.*": "*"}}, got {renames!r}')
+        raise ArgumentError(f'rename must map patterns to new names, as {{"model.*": "*"}}, got {renames!r}')
     for pattern, new in renames.items():
         stars = pattern.count("*")
         if new.count("*") > stars and stars != 1:
-            raise ArgumentError(f"{argument}: {new!r} has more stars than the pattern {pattern!r}")
+            raise ArgumentError(f"rename: {new!r} has more stars than the pattern {pattern!r}")
 
 
 def new_name(name: str, renames: Mapping[str, str]) -> str:

@@ -6,8 +6,8 @@ calls of `save` that its rank has begun. Rank 0 chooses the call after the large
 answered waits for this choice when it makes its next call, so it cannot pass the chosen call. Without a request, a call
 takes about a microsecond.
 
-The connections of a rank that has died are closed. Rank 0 looks at those of the ranks that have not answered, and these
-look at rank 0.
+The connections of a rank that has died are closed. Rank 0 checks its connections to the ranks that have not answered.
+They check theirs to rank 0.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ import os
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Iterable
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from ..errors import ArgumentError, RankError
 from ..runtime.logs import logger_of
-from ..runtime.lost_ranks import CLOSED_BEATS, DIED, Watch, client_of
+from ..runtime.lost_ranks import CLOSED_BEATS, DIED, Watch, client_of, new_key
 from ..runtime.threads import Pool, current_stop
 
 logger = logger_of(__name__)
@@ -42,7 +40,7 @@ MAX_WAIT_S = 600.0
 LOOK_EVERY_S = 1.0
 """How often a rank that waits looks whether a rank has died."""
 STUCK_S = 10.0
-"""The store is lost if it has not answered for so long, while this rank waited."""
+"""If the store does not answer a waiting rank for this long, it is considered lost."""
 REPEATED_AFTER_S = 5.0
 """A signal that arrives again after this time is handled as without a manager. An earlier one is a duplicate: a
 launcher and the system that it runs on may both send it."""
@@ -50,14 +48,12 @@ SAVE, STOP = "save", "stop"
 
 
 class AgreedSaves:
-    """Determines in which call of `save` all ranks make a save that one of them requested.
+    """Lets all ranks make a save that one of them requested in the same call of `save`.
 
     Args:
         process_group: the ranks, or None without a process group. All ranks must create their instances in the same
             order.
     """
-
-    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self._requests: SimpleQueue[str] = SimpleQueue()
@@ -92,9 +88,8 @@ class AgreedSaves:
             """The ranks whose answers this rank waits for."""
             self._closed_beats = dict.fromkeys(self._awaited, 0)
             self._looked = 0.0
-            count = self._made[process_group] = self._made.get(process_group, 0) + 1
-            self._key = f"reshard/agreed/{process_group.group_name}/{count}"
-            self._store: Any = distributed_c10d._get_default_store()
+            self._key = new_key("agreed", process_group)
+            self._store = self._watch.store
             self._pool = Pool(1, "reshard-agreed")
             self._pool.submit(self._run)
 

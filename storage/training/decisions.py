@@ -216,9 +216,9 @@ class Decisions:
 
     def end_restore(self) -> None:
         """Allow the removal of the candidates again."""
-        reading, self._reading = self._reading, []
         for run in self._runs:
-            run.unprotect(found.folder for found in reading if found.on_mirror == (run is self._mirror))
+            run.unprotect(self._folders_read_from(run))
+        self._reading = []
 
     def rewind(self, step: int) -> None:
         """Continue from a step: abandon the checkpoints of later steps."""

@@ -1,8 +1,8 @@
 """The lease of a run: how two managers that write to one run detect each other.
 
-The manager that holds the lease renews an object in the run's folder every few seconds. The objects are numbered.
-Creating the object with the next number takes the lease over, and a store creates an object only once, so of several
-managers that try this, one succeeds. A manager that sees a higher number than its own has lost the lease.
+The manager that holds the lease renews an object in the run's folder every few seconds. The objects are numbered. A
+manager takes over the lease by creating the object with the next number. If several try, only one succeeds, because a
+store creates an object only once. A manager that sees a higher number than its own has lost the lease.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ...planner.masking import masked
 from ..async_save import CHOICES, AsyncSave, async_save
-from ..errors import ArgumentError, CheckpointNotFoundError, ObjectNotFoundError
+from ..errors import ArgumentError, CheckpointNotFoundError
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import MANIFEST_NAME
 from ..formats.user_metadata import plain_metadata
@@ -27,10 +27,11 @@ from ..runtime.arguments import check_choice, check_flags, check_nbytes
 from ..runtime.background import BackgroundThread
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
-from ..runtime.process_group import Exchange, is_distributed, on_all_ranks, rank_of
+from ..runtime.process_group import Exchange, is_distributed, on_all_ranks, on_rank_0, rank_of
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
+from ..stores.base import exists
 from ..stores.fsspec import is_local
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import open_store
@@ -237,8 +238,6 @@ class CheckpointManager:
             return True
 
         def take() -> str:
-            if self._rank:
-                return ""
             expiry = {} if expires_after_s is None else {"expires_after_s": expires_after_s}
             locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
             for location, options in locations[: 1 if self._mirror is None else 2]:
@@ -249,16 +248,9 @@ class CheckpointManager:
                 atexit.register(_release_at_exit, weakref.ref(lease))
             return self._leases[0].name
 
-        name = on_all_ranks(take, self._group)[0]
+        name = on_rank_0(take, self._group)
 
-        def sees_the_lease() -> bool:
-            try:
-                open_store(self._root, self._storage_options).size(name)
-            except ObjectNotFoundError:
-                return False
-            return True
-
-        sees = on_all_ranks(sees_the_lease, self._group)
+        sees = on_all_ranks(lambda: exists(open_store(self._root, self._storage_options), name), self._group)
         is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
         if not all(sees) and (self._mirror is None or not is_local):
             raise ArgumentError(
@@ -278,8 +270,6 @@ class CheckpointManager:
         """List the checkpoints on rank 0, and return them on every rank."""
 
         def open_run() -> tuple[SavedStep, ...]:
-            if self._rank:
-                return ()
             leases = [*self._leases, None, None]
             run = Run(self._root, self._storage_options, self._policies, leases[0], is_shared=self._is_shared)
             mirror = None
@@ -292,7 +282,7 @@ class CheckpointManager:
             self._decisions.begin()
             return saved
 
-        return on_all_ranks(open_run, self._group)[0]
+        return on_rank_0(open_run, self._group)
 
     @property
     def _rank(self) -> int:
@@ -588,11 +578,7 @@ class CheckpointManager:
             return True
 
         def sees() -> bool:
-            try:
-                open_store(candidate.uri, self._options_of(candidate)).size(MANIFEST_NAME)
-            except ObjectNotFoundError:
-                return False
-            return True
+            return exists(open_store(candidate.uri, self._options_of(candidate)), MANIFEST_NAME)
 
         return all(on_all_ranks(sees, self._group))
 

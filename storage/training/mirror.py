@@ -8,13 +8,12 @@ ranks communicate through torch's key-value store, so training is not interrupte
 from __future__ import annotations
 
 import json
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Condition
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -24,6 +23,7 @@ from ..errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..formats.native.commit import commit, rank_of_object
 from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
 from ..runtime.logs import logger_of
+from ..runtime.lost_ranks import new_key
 from ..runtime.threads import Pool, current_stop
 from ..stores.base import Store
 from ..stores.local import LocalStore
@@ -73,8 +73,6 @@ class Mirror:
             order.
     """
 
-    _made: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()
-
     def __init__(
         self,
         root: str,
@@ -89,8 +87,7 @@ class Mirror:
         self._store: Any = None
         if process_group is not None and dist.get_world_size(process_group) > 1:
             self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
-            count = self._made[process_group] = self._made.get(process_group, 0) + 1
-            self._key = f"reshard/mirror/{process_group.group_name}/{count}"
+            self._key = new_key("mirror", process_group)
             self._store = distributed_c10d._get_default_store()
         self._changed = Condition()
         self._waiting: deque[_Task] = deque()

@@ -8,7 +8,6 @@ of a tensor or shard. The result consists of records, from which the manifest is
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import time
@@ -39,9 +38,9 @@ from ..runtime.devices import synchronize
 from ..runtime.limits import default_budget, default_threads
 from ..runtime.logs import logger_of
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
-from ..runtime.threads import Pool, cleaning_up
+from ..runtime.threads import Pool
 from ..stores.base import Store
-from ..stores.retry import retried, without_retries
+from ..stores.retry import discard, retried
 from ..tensors.dtypes import as_bytes, dtype_name
 from ..tensors.splitting import group_by_bytes
 from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, in_objects
@@ -184,8 +183,7 @@ def write_objects(
             writing.abandon()
             ended, _ = wait([future for future in futures if not future.cancelled()], LET_END_S)
             written = [future.result().name for future in ended if future.exception() is None]
-            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to raise
-                without_retries(store).delete(written)
+            discard(store, written)
             raise
         finally:
             writing.shutdown(wait=False)
@@ -244,8 +242,7 @@ class _ObjectWriter:
             self._check_wanted()
         except BaseException:
             self._wrote(-taken)
-            with contextlib.suppress(Exception), cleaning_up():  # the first error is the one to raise
-                without_retries(self._store).delete([record.name])
+            discard(self._store, [record.name])
             raise
         encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
         record.shards = [shard.record(encoding) for shard in begun]

@@ -35,10 +35,9 @@ from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
 from ..runtime.forks import fork_safe_lock, generation
 from ..runtime.process_group import Interrupt, never, portable
-from ..runtime.threads import cleaning_up
 from ..stores.base import Store
 from ..stores.open import open_store
-from ..stores.retry import without_retries
+from ..stores.retry import discard
 from ..stores.testing import MemoryStore
 from .object_writer import write_objects
 from .staging import STAGING, Arena, StagedShard, mapped
@@ -104,7 +103,7 @@ class PickledStore:
     def open(self) -> Store:
         """Open the store.
 
-        The folder, the environment variables and the umask of this process become those of the process that pickled.
+        This process takes over the working directory, the environment variables and the umask of the trainer.
 
         Raises:
             ArgumentError: it cannot be unpickled.
@@ -322,8 +321,7 @@ class WriteInProcess:
         job = Job(self.store, self.arena.number, label, list(shards), codec, budget_bytes)
 
         def remove(records: list[ObjectRecord]) -> None:
-            with contextlib.suppress(Exception), cleaning_up():  # the error that stopped the job is the one to raise
-                without_retries(store).delete([record.name for record in records])
+            discard(store, [record.name for record in records])
 
         try:
             return self.process.write(job, self.arena, interrupt, wrote, remove)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,12 +11,11 @@ import torch
 
 from ....planner.box import Box
 from ....planner.entries import Kind
-from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest
+from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest, info_of_save
 from ...formats.native.write_records import PackedRecords, assemble_index, record_from_json, record_to_json
 from ...formats.user_metadata import plain_metadata
 from ...stores.base import Store
 from ...tensors.splitting import group_by_bytes
-from ...version import __version__
 from ...writing.object_layout import ShardToWrite
 from ...writing.object_writer import write_objects
 from ..source_stream import SourceStream
@@ -58,13 +56,7 @@ class NativeTarget:
         objects = [record_from_json(found) for record in records for found in record["objects"]]
         empty = {item.name: (item.dtype, item.shape) for item in items if item.is_tensor and not item.nbytes}
         index = assemble_index([PackedRecords.of(objects)], empty)
-        info = {
-            "writer": f"reshard {__version__}",
-            "torch": torch.__version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "codec": self._codec,
-        }
-        return encode_manifest(index, dict(paths), info, self._metadata)
+        return encode_manifest(index, dict(paths), info_of_save(self._codec), self._metadata)
 
     def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
         manifest = Manifest.find(store)

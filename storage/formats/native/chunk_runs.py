@@ -28,7 +28,7 @@ def continued_dims(offsets: IntArray, sizes: IntArray) -> IntArray:
         offsets, sizes: (n, ndim) the boxes.
 
     Returns:
-        (n,) the dimension in which the box adjoins the box before it and has the same size, or -1.
+        (n,) the dimension along which the box continues the previous one, which has the same sizes, or -1.
     """
     dims = np.full(len(sizes), -1)
     steps = np.diff(offsets, axis=0)

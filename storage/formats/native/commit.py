@@ -79,8 +79,7 @@ def commit(
     replaced: set[str] = set()
     if overwrite:
         with contextlib.suppress(CheckpointError):  # a checkpoint whose manifest is damaged
-            there = Manifest.find(store)
-            replaced = {name for name, _ in there.objects} if there else set()
+            replaced = Manifest.objects_in(store)
     expected = objects if store.capabilities.is_shared else {name for name in objects if rank_of_object(name) == rank}
     gone = expected - set(store.list(DATA_FOLDER)) if expected else set()
     if gone:

@@ -10,6 +10,7 @@ There is no pickle in it. docs/FORMAT.md describes it byte by byte.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from typing_extensions import Buffer
 
 from ....planner.chunk_reads import WantedBox
@@ -41,6 +43,7 @@ from ...stores.base import Store
 from ...stores.retry import read_whole
 from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json, path_to_json
+from ...version import __version__
 from ..metadata_reads import MALFORMED_ERRORS, Speed
 from ..source import Unreadable, bounded
 from ..user_metadata import read_metadata
@@ -123,6 +126,12 @@ class Manifest:
         """The blocks that were read and are kept, by their row."""
 
     @classmethod
+    def objects_in(cls, store: Store) -> set[str]:
+        """Return the data objects of the checkpoint in a store. Raises what `find` raises."""
+        found = cls.find(store)
+        return set() if found is None else {name for name, _ in found.objects}
+
+    @classmethod
     def find(cls, store: Store) -> Manifest | None:
         """Return the manifest in a store, or None if there is none. A small manifest takes one request.
 
@@ -152,7 +161,7 @@ class Manifest:
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
         if costs is None and self.store.capabilities.read_into is None:
             costs = REMOTE_COSTS
-        bound = None if max_over_read is None else bounded(max_over_read)
+        bound = bounded(max_over_read)
         if costs is not None:
             return costs.native_gap_limits() if bound is None else costs.gap_limits(bound)
         return NATIVE_GAP_LIMITS if bound is None else replace(NATIVE_GAP_LIMITS, max_over_read=bound)
@@ -442,6 +451,17 @@ def _object_name(name: str) -> str:
     if not DATA_NAME.fullmatch(name):
         raise ValueError(f"{brief(name)} is not the name of a data object")
     return name
+
+
+def info_of_save(codec: str, **more: Any) -> dict[str, Any]:
+    """Return the information about a save that the manifest contains.
+
+    Args:
+        more: further items.
+    """
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    written_by = {"writer": f"reshard {__version__}", "torch": torch.__version__, "created": created}
+    return {**written_by, "codec": codec, **more}
 
 
 def encode_manifest(
