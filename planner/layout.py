@@ -339,10 +339,12 @@ class Layout:
     replicated. `Checkpoint.plan` and `Checkpoint.load_rank` raise LayoutError if no pattern matches any of the tensors,
     and log a warning that names the patterns that match no tensor of the checkpoint.
 
-    A pattern is compared with the name of the tensor and with the names of the modules that contain it. `*` matches any
-    text. A rule is one of: a tensor-parallel word; a placement for the mesh dimension "tp", or for the only one;
-    placements by mesh dimension; a sequence with one placement for each mesh dimension. The tensor is replicated over
-    mesh dimensions that a rule does not name. Placements are those of torch.distributed.tensor."""
+    A pattern is compared with the name of the tensor and with the names of the modules that contain it. `*`, `?` and
+    `[...]` have the meaning of `fnmatch`; `glob.escape` makes a pattern of a name.
+
+    A rule is one of: a tensor-parallel word; a placement for the mesh dimension "tp", or for the only one; placements
+    by mesh dimension; a sequence with one placement for each mesh dimension. The tensor is replicated over mesh
+    dimensions that a rule does not name. Placements are those of torch.distributed.tensor."""
     stages: tuple[tuple[str, int], ...]
     """Names of tensors and the coordinate of the mesh dimension "pp" that holds each. A tensor that is not listed is on
     all stages. `even_stages` distributes layers evenly."""

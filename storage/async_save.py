@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from ..planner.errors import CheckpointError
-from .dcp_writer import Written
 from .errors import ArgumentError, BusyError, nearest
 from .reading.device.ring import RING
 from .runtime.arguments import check_choice, check_nbytes
@@ -36,10 +35,11 @@ from .runtime.process_group import (
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
-from .save import AgreedPlan, Assignment, SaveOptions, Saving
+from .save import AgreedPlan, Assignment, Saving
 from .stores.base import Store
 from .stores.buffer_pool import read_buffers
 from .tensors.state_dict import check_mapping, has_stateful
+from .writing.checkpoint_writer import SaveOptions, Written
 from .writing.staging import (
     STAGING,
     Staging,
@@ -425,6 +425,7 @@ class _Worker:
         self._saving.release_tensors()
         BackgroundThread(self._run, "reshard-save")
         if self._error is not None and not isinstance(self._error, Exception):
+            self._save._asked = True  # the caller learns of it now
             raise self._error
 
     def _stage(self, assigned: Assignment, staging_bytes: int | None) -> None:

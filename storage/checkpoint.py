@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..planner.layout import Layout, unused_rules
 from ..planner.rank_plans import RankPlans, plan_ranks, rank_tensors
 from ..planner.request_costs import REMOTE_COSTS, RequestCosts
 from ..planner.text import quoted
-from .errors import ArgumentError, DestinationError
+from .errors import ArgumentError, CorruptCheckpointError, DestinationError
 from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
@@ -67,15 +68,19 @@ class Checkpoint:
 
     It keeps the metadata in memory and reads tensors when you call one of its methods. Use it as a context manager, or
     call `close`, to close its files. `in`, `len`, `keys` and iteration cover the names of tensors and other values.
+
+    It can be pickled, with its storage options: the process that unpickles it opens it again. If there is another
+    checkpoint then, this raises CorruptCheckpointError.
     """
 
-    def __init__(self, source: Source, *, closes_store: bool = True) -> None:
+    def __init__(self, source: Source, arguments: _Arguments) -> None:
         """
         Args:
-            closes_store: whether `close` also closes the store. Pass False if the caller opened the store.
+            source: the open source.
+            arguments: what it was opened with.
         """
         self._opened: Source | None = source
-        self._closes_store = closes_store
+        self._arguments = arguments
         self._tensors = {
             entry.name: TensorInfo(entry.shape, torch_dtype(entry.dtype), chunks, stored)
             for entry, (chunks, stored) in zip(source.entries, source.sizes, strict=True)
@@ -90,9 +95,12 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files of the checkpoint. Later reads raise ArgumentError. Closing twice has no effect."""
-        if self._opened is not None and self._closes_store:
+        if self._opened is not None and not isinstance(self._arguments.uri, Store):
             close_store(self._opened.store)
         self._opened = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_again, (self._arguments, self._source.fingerprint())
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -212,6 +220,7 @@ class Checkpoint:
                 otherwise.
         """
         check_is_tensor(self._source, name)
+        _check_box(box)
         check_dtype(dtype)
         if out is not None and (reason := missing_memory(out)):
             raise DestinationError(f"{name!r}: out {reason}")
@@ -358,7 +367,8 @@ class Checkpoint:
                 no tensor of the checkpoint.
             rank: the rank whose tensors are read, from 0 to `layout.world_size - 1`.
             include: patterns of the names to read. `*` matches any text, and "model" also matches every name below it,
-                such as "model.w".
+                such as "model.w". `?` and `[...]` are special, too, as in `fnmatch`: `glob.escape(name)` matches a name
+                that contains them.
             exclude: patterns of names that are not read, even if `include` matches them.
             rename: patterns of names and what the tensors are called instead; see `reshard.load`. The rules of the
                 layout apply to the new names.
@@ -565,6 +575,13 @@ def warn_of_unused_rules(layout: Layout, names: Iterable[str], location: str) ->
         )
 
 
+def _check_box(box: object) -> None:
+    if box is not None and not (
+        isinstance(box, Box) and all(isinstance(n, numbers.Integral) for n in (*box.offsets, *box.sizes))
+    ):
+        raise ArgumentError(f"box must be a reshard.Box of integers, got {box!r}")
+
+
 def _check_layout(layout: object) -> None:
     if not isinstance(layout, Layout):
         raise ArgumentError(f"layout must be a reshard.Layout, got {layout!r}")
@@ -588,4 +605,29 @@ def open_checkpoint(
         CorruptCheckpointError, UnsupportedVersionError, UnsupportedFormatError: it cannot be read.
         StoreError, UnsupportedURIError: the location cannot be read.
     """
-    return Checkpoint(open_source(uri, storage_options, format), closes_store=not isinstance(uri, Store))
+    return Checkpoint(open_source(uri, storage_options, format), _Arguments(_absolute(uri), storage_options, format))
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    """What a checkpoint was opened with."""
+
+    uri: str | os.PathLike[str] | Store
+    storage_options: Mapping[str, Any] | None
+    format: str | None
+
+
+def _absolute(uri: str | os.PathLike[str] | Store) -> str | os.PathLike[str] | Store:
+    """Return a relative path as an absolute one, for a process in another folder."""
+    if isinstance(uri, Store):
+        return uri
+    path = os.fspath(uri)
+    return path if "://" in path or "::" in path or path.startswith("~") else os.path.abspath(path)
+
+
+def _opened_again(arguments: _Arguments, fingerprint: str) -> Checkpoint:
+    """Open a checkpoint that was pickled."""
+    checkpoint = open_checkpoint(arguments.uri, storage_options=arguments.storage_options, format=arguments.format)
+    if checkpoint._source.fingerprint() != fingerprint:
+        raise CorruptCheckpointError(f"the checkpoint at {checkpoint.location} was replaced after it had been pickled")
+    return checkpoint

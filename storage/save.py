@@ -13,9 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .dcp_writer import Agreed, StorageWriter, Written
 from .errors import ArgumentError, CommitError, RankError
-from .runtime.arguments import check_flags
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Exchange
@@ -25,23 +23,12 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, flatten, stateful_to_state
 from .writing.agreement import check_same_metadata
+from .writing.checkpoint_writer import Agreed, CheckpointWriter, SaveOptions, Written
 from .writing.held_state import HeldState
 from .writing.object_layout import ShardToWrite
 from .writing.save_plan import GlobalPlan, HeldShards, plan_save
 
 logger = logger_of(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SaveOptions:
-    """The options that `save` and `async_save` share; see `save`."""
-
-    codec: str
-    storage_options: Mapping[str, Any] | None
-    overwrite: bool
-    allow_pickle: bool
-    budget_bytes: int | None
-    metadata: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +106,7 @@ class Saving:
         self._progress = progress
         self._rank = rank
         self.meter = Meter("save", progress, rank=rank)
-        self._writer: StorageWriter | None = None
+        self._writer: CheckpointWriter | None = None
         self._state: HeldState | None = None
         self._held: HeldShards | None = None
         self._plan: GlobalPlan | None = None
@@ -131,7 +118,7 @@ class Saving:
         """The seconds of the stages in which only this rank works, by stage."""
 
     @property
-    def writer(self) -> StorageWriter:
+    def writer(self) -> CheckpointWriter:
         """The writer. `open` creates it."""
         assert self._writer is not None
         return self._writer
@@ -144,19 +131,9 @@ class Saving:
         """Check the options and open the store, unless this has been done. Raises what `save` raises for them."""
         if self._writer is not None:
             return
-        options = self._options
-        check_flags(overwrite=options.overwrite, allow_pickle=options.allow_pickle)
         if not (isinstance(self._progress, bool) or callable(self._progress)):
             raise ArgumentError(f"progress must be True, False or a function, got {self._progress!r}")
-        self._writer = StorageWriter(
-            self._uri,
-            codec=options.codec,
-            storage_options=options.storage_options,
-            overwrite=options.overwrite,
-            budget_bytes=options.budget_bytes,
-            metadata=options.metadata,
-        )
-        self._writer.meter = self.meter
+        self._writer = CheckpointWriter(self._uri, self._options, self._rank, self.meter)
         self.meter.location = self._writer.store.location
 
     def local_plan(self, state_dict: Mapping[str, Any], *, is_repeated: bool = False) -> LocalPlan:
@@ -202,7 +179,7 @@ class Saving:
         unchanged = [plan.held for plan in plans if isinstance(plan.held, Unchanged)]
         if unchanged and not (len(unchanged) == len(plans) and len({one.number for one in unchanged}) == 1):
             return [None] * len(plans)
-        self.writer.set_up_storage_writer(True, rank=0)
+        self.writer.refuse_if_there()
         if unchanged:
             assert self._agreed is not None
             self._plan = self._agreed.plan
@@ -232,7 +209,6 @@ class Saving:
             assert self._agreed is not None
             assigned = self._agreed.assigned
         assert assigned.rows is not None
-        self.writer.set_up_storage_writer(False, rank=self._rank)
         chosen = np.flatnonzero(np.unpackbits(np.frombuffer(assigned.rows, np.uint8)))
         self.shards = self._state.shards_to_write(chosen.tolist(), assigned.largest_sizes)
         self.writer.announce(self.shards)
@@ -319,8 +295,8 @@ def save(
     its objects and the manifest is written. A save that fails before the commit leaves an existing checkpoint
     unchanged. After a CommitError, either the old or the new checkpoint exists.
 
-    Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. If several ranks have
-    a value, or a tensor of 64 KiB or less, the one of the lowest rank is stored. If another rank has a different one,
+    Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. Tensors in tuples and
+    other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a tensor of 64 KiB or less, the one of the lowest rank is stored. If another rank has a different one,
     the report and a warning list its name.
 
     Args:

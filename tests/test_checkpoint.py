@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import glob
 import os
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 import reshard
-from reshard.errors import ArgumentError, DestinationError
+from reshard.errors import ArgumentError, CorruptCheckpointError, DestinationError, StoreError
 from reshard.planner.layout import Layout, Mesh, Shard
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.testing import MemoryStore
@@ -121,3 +125,53 @@ def test_a_budget_that_objects_exceed_is_refused_before_anything_is_read(folder:
         assert checkpoint.read("w", budget_bytes=1000, max_over_read=0.5).equal(STATE["w"])
         assert checkpoint.state_dict(budget_bytes=10_000)["step"] == 3
     assert not (folder.parent / "d").exists()
+
+
+def test_a_pickled_checkpoint_is_opened_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    checkpoint = reshard.open(folder.name)
+    data = pickle.dumps(checkpoint)
+    monkeypatch.chdir("/")
+    for again in (pickle.loads(data), copy.deepcopy(checkpoint)):  # noqa: S301
+        assert again.read("w").equal(STATE["w"])
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    of_file = pickle.loads(pickle.dumps(reshard.open(tmp_path / "m.pt")))  # noqa: S301
+    assert of_file.read("w").equal(torch.ones(2))
+    reshard.save(STATE, folder, overwrite=True)
+    with pytest.raises(CorruptCheckpointError, match="was replaced after it had been pickled"):
+        pickle.loads(data)  # noqa: S301
+
+
+def test_a_box_must_have_integers(folder: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"box must be a reshard\.Box of integers"):
+        reshard.open(folder).read("w", reshard.Box((0.5, 0), (1, 1)))  # type: ignore[arg-type]
+    assert reshard.open(folder).read("w", reshard.Box((cast(int, np.int64(1)), 0), (1, 1))).item() == 4
+
+
+def test_names_with_brackets_can_be_selected() -> None:
+    store = MemoryStore()
+    reshard.save({name: torch.ones(1) for name in ("q[0]", "q0", "q?", "qa")}, store)
+    checkpoint = reshard.open(store)
+    for name in ("q[0]", "q?"):
+        assert list(checkpoint.state_dict(include=glob.escape(name))) == [name]
+    assert set(checkpoint.state_dict(exclude=glob.escape("q[0]"))) == {"q0", "q?", "qa"}
+
+
+def test_find_checkpoints_accepts_a_file(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    (found,) = reshard.find_checkpoints(tmp_path / "m.pt")
+    assert (found.format, found.is_complete) == ("torch", True)
+    assert reshard.find_checkpoints(tmp_path / "none.pt") == []
+
+
+@pytest.mark.parametrize("name", ["link", "link/below"])
+def test_a_save_to_a_link_without_a_target_names_the_link(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(StoreError, match="link is a symbolic link to nowhere, which does not exist"):
+        reshard.save(STATE, tmp_path / name)
+
+
+def test_a_path_with_a_nul_character_is_refused() -> None:
+    for call in (lambda: reshard.open("a\0b"), lambda: reshard.save(STATE, "a\0b")):
+        with pytest.raises(ArgumentError, match="cannot contain a NUL character"):
+            call()

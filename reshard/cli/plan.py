@@ -27,7 +27,7 @@ from .common import print_json, print_line, print_table, storage_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLAN_COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP", "x", "s")
+PLAN_COLUMNS = ("ranks", "needed", "fetched", "x", "GETs", "objects", "s", "$", "DCP", "DCP x", "DCP s")
 EXCHANGE_COLUMNS = ("sent", "received")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,7 @@ from ...planner.entries import Kind
 from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedValueError
 from ..runtime.brief import reason
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain
+from ..tensors.tensor_classes import PART_OF_VALUE, is_whole
 from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked
 from .tree_size import is_repetitive
 
@@ -36,7 +38,9 @@ def encode_value(value: Any) -> tuple[Kind, bytes]:
         The kind of the encoding, and the bytes.
 
     Raises:
-        UnsupportedValueError: the encoded value has more than MAX_VALUE_BYTES bytes.
+        UnsupportedValueError: the encoded value has more than MAX_VALUE_BYTES bytes, or contains a tensor of which this
+            rank only has a shard.
+        Exception: whatever pickle raises.
     """
     kind, data = Kind.TORCH_SAVE, b""
     if not is_repetitive(value):
@@ -94,10 +98,24 @@ def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fal
 
 
 def torch_save(value: Any) -> bytes:
-    """Return the bytes that torch.save writes for a value."""
+    """Return the bytes that torch.save writes for a value. Raises what `encode_value` raises."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer, pickle_module=_PickleModule)
     return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not is_whole(value):
+            raise UnsupportedValueError(PART_OF_VALUE.format(type(value).__name__))
+        return NotImplemented
+
+
+class _PickleModule:
+    """What torch.save needs of the module `pickle`."""
+
+    __name__ = "pickle"
+    Pickler = _Pickler
 
 
 def _refusal(message: str) -> str | None:

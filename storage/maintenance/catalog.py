@@ -21,7 +21,7 @@ from ..errors import (
     StoreError,
 )
 from ..formats.dcp_metadata import METADATA, RANK_METADATA
-from ..formats.detect import TORCH_INDEX_SUFFIX, is_torch_file, open_source
+from ..formats.detect import FILE_SUFFIXES, TORCH_INDEX_SUFFIX, is_torch_file, open_source
 from ..formats.hf_index import group_numbered_files
 from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME
 from ..formats.source import Source
@@ -79,7 +79,7 @@ def find_checkpoints(
 ) -> list[FoundCheckpoint]:
     """Find the checkpoints at and below a location, sorted by name.
 
-    Files of torch.save are only listed for folders without other checkpoints.
+    Files of torch.save are only listed for folders without other checkpoints. The location may be a single file.
 
     Args:
         uri: a path or a URI that fsspec can open.
@@ -100,6 +100,8 @@ def find_checkpoints(
         else:
             files = (name for name in names if is_torch_file(name))
             candidates += [(f"{folder}/{name}".lstrip("/"), None) for name in sorted(files)]
+    if not folders and os.path.splitext(uri)[1] in FILE_SUFFIXES:
+        candidates.append(("", None))
     with Pool(16, "reshard-ls") as pool:
 
         def open_candidate(candidate: tuple[str, set[str] | None]) -> FoundCheckpoint | None:

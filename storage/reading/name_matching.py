@@ -230,6 +230,8 @@ class NameMatch:
         return ""
 
     def _suggest_name(self, missing: str) -> str:
+        if resize := self.describe_resize(missing, "list"):
+            return f"{resize}: {_SAME_ITEMS}"
         names = list(self.stored_names)
         for name in names:
             if name.endswith(f".{missing}"):
@@ -244,13 +246,16 @@ class NameMatch:
                     "pass allow_missing= or exclude= for its items"
                 )
         if resize := self.describe_resize(missing):
-            return f"{resize}: use the same items in the state dict, or pass allow_missing= or exclude= for the others"
+            return f"{resize}: {_SAME_ITEMS}"
         near = nearest_names(missing, names, 5) or names[:5]
         found = f"it has {', '.join(map(repr, near))}" + (", ..." if len(near) < len(names) else "")
         return (
             f"{found if names else 'it is empty'}; pass allow_missing= with patterns of names that may be missing, or "
             "strict=False to skip all missing names"
         )
+
+
+_SAME_ITEMS = "use the same items in the state dict, or pass allow_missing= or exclude= for the others"
 
 
 def _descend(value: Any, path: Path) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 from torch.profiler import record_function
 
 from ...planner.box import Box
@@ -312,6 +313,7 @@ class _ReadRun:
         wants = [*self._reads.direct_wants, *(want for value in values for want in value.wants)]
         destinations = [self._reads.destinations[at] for at in self._reads.direct]
         destinations += [tensor for value in values for tensor in value.tensors]
+        increment_version(destinations)  # autograd does not see what is written through other views of the memory
         sharing = self._options.sharing
         if sharing is not None and sharing.agreed is not None:
             self._read_shared(wants, destinations, *sharing.agreed)

@@ -19,7 +19,7 @@ from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
 from ..tensors.dtypes import LocalShard, torch_dtype
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
-from ..tensors.tensor_classes import is_whole, missing_memory
+from ..tensors.tensor_classes import check_no_shard, is_whole, missing_memory
 from .name_matching import LoadOptions, NameMatch
 from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
 from .value_reads import ValueRead, check_values, whole_wants
@@ -50,6 +50,8 @@ class StateDictRead:
         match = self.match
         items = [name for _, names in match.containers for name in names]
         self._value_leaves = [leaf for name, leaf in match.present.items() if not match.entry(name).is_tensor]
+        for leaf in self._value_leaves:
+            check_no_shard(leaf.name, leaf.value)
         self._value_names = [leaf.name for leaf in self._value_leaves]
         self._value_names += [name for name in items if not match.entry(name).is_tensor]
         self._wants, self._destinations = self._find_destinations()

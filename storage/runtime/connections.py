@@ -5,24 +5,15 @@ from __future__ import annotations
 import contextlib
 import weakref
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 _NO_TAG = 2**31 - 1
 """A tag of messages that are never sent."""
 _PING_TAG = 2**31 - 2
 PINGS = 64
 """How many pings a rank can answer while its interpreter is busy."""
-
-
-def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Create a gloo group of the ranks of another group. Collective."""
-    ranks = dist.get_process_group_ranks(group)
-    options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
-    return cast(dist.ProcessGroup, created)
 
 
 class Connections:

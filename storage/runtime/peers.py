@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from .connections import Connections, new_gloo_group
+from .connections import Connections
+from .process_group import new_gloo_group
 
 
 class Peers:

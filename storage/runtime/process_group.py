@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ...planner.errors import CheckpointError
 from ...planner.masking import harmless
 from ..errors import ArgumentError, RankError, StoppedError, nearest
 from .collector import without_collections
-from .connections import new_gloo_group
 from .lost_ranks import Poller, Watch, new_key
 from .messages import Messages
 
@@ -168,7 +168,7 @@ class Exchange:
             check_member(process_group)
             group: Any = process_group or dist.group.WORLD
             if background:
-                group = self.process_group = _create_gloo_group(group)
+                group = self.process_group = new_gloo_group(group)
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
             messages = group if _has_gloo(group) else _gloo_group(group)
             if self.size > 1:
@@ -261,11 +261,15 @@ class Exchange:
 _gloo_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
+_last_numbers: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
+"""For each default group and some of its ranks: the number of the last group of them. See `new_gloo_group`."""
+
+
 def _gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Return a gloo group of the ranks of another group. The first call for a group is collective."""
     found = _gloo_groups.get(group)
     if found is None:
-        found = _gloo_groups[group] = _create_gloo_group(group)
+        found = _gloo_groups[group] = new_gloo_group(group)
     return found
 
 
@@ -274,10 +278,43 @@ def _has_gloo(group: dist.ProcessGroup) -> bool:
     return "cpu:gloo" in dist.get_backend_config(group)
 
 
-def _create_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    if _has_gloo(group):  # waits until all ranks have called: new_group would not notice one that died before
-        Exchange(group).on_all_ranks(lambda: None)
-    return new_gloo_group(group)
+def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Create a gloo group of the ranks of another group, which only these ranks call. Collective.
+
+    torch names such a group by its ranks and by the number of groups that this process is in. Ranks that are in fewer
+    groups would give it another name, and all ranks would wait forever. So they first create groups of their own.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    count = len(distributed_c10d._world.pg_names)
+    last = _last_numbers.setdefault(dist.group.WORLD, {})
+    number = last[tuple(ranks)] = _largest(max(count, last.get(tuple(ranks), -1) + 1), group)
+    fillers = [_new_gloo_group([dist.get_rank()]) for _ in range(number - count)]
+    try:
+        return _new_gloo_group(ranks)
+    finally:
+        for filler in fillers:
+            dist.destroy_process_group(filler)
+
+
+def _new_gloo_group(ranks: list[int]) -> dist.ProcessGroup:
+    options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+    created: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, **options)
+    return cast(dist.ProcessGroup, created)
+
+
+def _largest(number: int, group: dist.ProcessGroup) -> int:
+    """Return the largest of the numbers that the ranks of a group pass. Collective.
+
+    Messages over gloo notice a rank that has died. Without gloo, the numbers go through the store of the process group.
+    """
+    if _has_gloo(group) or group in _gloo_groups:
+        return max(Exchange(group).on_all_ranks(lambda: number))
+    store, key = distributed_c10d._get_default_store(), new_key("groups", group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    store.set(f"{key}/{rank}", str(number))
+    if rank == 0:
+        store.set(f"{key}/largest", str(max(int(store.get(f"{key}/{other}")) for other in range(size))))
+    return int(store.get(f"{key}/largest"))
 
 
 def _packed(value: Any, failure: Any) -> bytes:

@@ -462,6 +462,8 @@ def _make_folder(path: Path) -> None:
     """Create a folder and its missing parents, and make their names durable."""
     new = []
     while not path.exists():
+        if path.is_symlink():
+            raise StoreError(f"{path} is a symbolic link to {os.readlink(path)}, which does not exist")
         new.append(path)
         path = path.parent
     for folder in reversed(new):

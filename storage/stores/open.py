@@ -38,6 +38,8 @@ def open_store(location: str | os.PathLike[str] | Store, storage_options: Mappin
         raise ArgumentError(f"expected a path, a URI or a Store, got {location!r}")
     if not uri:
         raise ArgumentError('the path or URI is empty; "." is the current folder')
+    if "\0" in uri:
+        raise ArgumentError(f"a path or URI cannot contain a NUL character, got {uri!r}")
     remember_secrets(uri, options)
     return open_fsspec(uri, options)
 

@@ -80,7 +80,10 @@ class HeldState:
         return found
 
     def _add_value(self, name: str, leaf: Leaf) -> None:
-        kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
+        try:
+            kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
+        except UnsupportedValueError as error:
+            raise UnsupportedValueError(f"{name!r} cannot be stored: {error}") from error
         if not self._allow_pickle and needs_pickle(kind, data):
             raise UnsupportedValueError(
                 f"{name!r}, of {type(leaf.value)}, needs pickle, but allow_pickle is False: use plain data instead, "

@@ -226,13 +226,14 @@ class _Shards:
 
 
 def _check_held(entries: Mapping[str, ValueDescription], shards: _Shards) -> None:
-    """Check that each entry is on a rank, and that all shards are inside their tensors.
+    """Check that each entry with elements is on a rank, and that all shards are inside their tensors.
 
     Raises:
         ArgumentError: an entry is on no rank, or a shard is not inside its tensor.
     """
-    absent = np.bincount(shards.ids, minlength=len(entries)) == 0
     names = list(entries)
+    absent = np.bincount(shards.ids, minlength=len(entries)) == 0
+    absent &= [0 not in entry.shape for entry in entries.values()]
     if bool(absent.any()):
         raise ArgumentError(
             f"no rank of the process group holds a part of {names[int(np.argmax(absent))]!r}, so it would not be "

@@ -232,6 +232,9 @@ def test_missing_tensor_error_shows_similar_names() -> None:
         reshard.load({"model": {"fc9.weight": torch.zeros(2)}}, store)
     with pytest.raises(errors.MissingTensorError, match="nested too deeply, remove the outer key 'state'"):
         reshard.load({"state": {"model": {"fc1.weight": torch.zeros(2)}}}, store)
+    reshard.save({"lr": 1, "groups": [{"lr": 1}]}, store, overwrite=True)
+    with pytest.raises(errors.MissingTensorError, match="the list 'groups' has 1 items in the checkpoint and 2 in"):
+        reshard.load({"groups": [{"lr": 0}, {"lr": 0}]}, store)
 
 
 def test_location_that_cannot_be_created_raises() -> None:

@@ -458,3 +458,21 @@ def test_float8_weights_without_scales_are_cast() -> None:
         destination = torch.zeros(4, dtype=torch.bfloat16)
         reshard.load({"m.weight": destination}, store)
         assert destination.eq(1).all()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autograd_notices_a_load(codec: str, dtype: torch.dtype) -> None:
+    store = MemoryStore()
+    reshard.save({"w": torch.ones(30, 20)}, store, codec=codec)
+    for load in (
+        lambda p: reshard.load({"w": p}, store),
+        lambda p: reshard.open(store).read("w", out=p.detach()),
+        lambda p: dcp.load({"w": p}, storage_reader=reshard.StorageReader(store), no_dist=True),
+    ):
+        parameter = torch.nn.Parameter(torch.zeros(30, 20, dtype=dtype))
+        result = (parameter * parameter).sum()
+        load(parameter)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()

@@ -23,6 +23,7 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.writing.checkpoint_writer import CheckpointWriter
 from tests.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.slow
@@ -263,14 +264,13 @@ def test_ranks_with_different_locations_raise_argument_error(ranks: RankPool, tm
 
 
 def save_and_die_after_the_commit(folder: str, asynchronous: bool) -> None:
-    writer = reshard.StorageWriter
-    committing = writer.commit
+    committing = CheckpointWriter.commit
 
-    def commit_and_die(self: reshard.StorageWriter, *args: Any) -> Any:
+    def commit_and_die(self: CheckpointWriter, *args: Any) -> Any:
         committing(self, *args)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    writer.commit = commit_and_die  # type: ignore[method-assign, assignment]
+    CheckpointWriter.commit = commit_and_die  # type: ignore[method-assign, assignment]
     if asynchronous:
         reshard.async_save(state_on_ranks(1), folder, background="thread").result()
     else:

@@ -481,7 +481,9 @@ def test_read_metadata_matches_that_of_dcp(tmp_path: Path) -> None:
     assert found.save_id == expected.storage_meta.save_id
     found = reshard.StorageReader(tmp_path / "written").read_metadata().storage_meta
     assert found is not None
-    assert found.save_id == writer.save_id
+    meta = writer.storage_meta()
+    assert meta is not None
+    assert found.save_id == meta.save_id
 
 
 # Requests for metadata

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import reshard
 from reshard.errors import ArgumentError, RankError
+from reshard.storage.runtime import process_group
 from reshard.storage.runtime.process_group import Exchange
 from tests.ranks import RankPool
 
@@ -88,3 +91,36 @@ def test_a_process_without_a_group_is_rank_0() -> None:
             exchange.through_rank_0(lambda: 1 // 0, lambda all_of: all_of)
         assert caught.value.rank is None
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def create_groups(folder: str, has_gloo: bool) -> list[float]:
+    """Use everything that creates groups, on ranks that are in different numbers of other groups."""
+    if not has_gloo:
+        process_group._has_gloo = lambda group: False
+    rank = dist.get_rank()
+    dist.new_group([0, 1])
+    alone: list[Any] = [dist.new_group([other]) for other in range(3)]
+    for _ in range(rank):
+        dist.new_group([rank], use_local_synchronization=True)
+    state = {"w": torch.arange(6.0)}
+    if rank == 0:
+        reshard.async_save(state, f"{folder}/alone", process_group=alone[0]).result()
+    reshard.async_save(state, f"{folder}/async").result()
+    pair: Any = dist.new_group([2, 0])
+    if rank != 1:
+        reshard.async_save(state, f"{folder}/pair", process_group=pair).result()
+    with reshard.CheckpointManager(f"{folder}/run") as manager:
+        manager.save(1, state, force=True)
+    reshard.load({"w": torch.zeros(6)}, f"{folder}/async", cooperative=True)
+    read = torch.zeros(6)
+    with reshard.open(f"{folder}/pair").lazy(process_group=dist.group.WORLD, cooperative=True) as weights:
+        read.copy_(weights["w"])
+    return read.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_gloo", [True, False])
+def test_ranks_may_be_in_different_numbers_of_groups(tmp_path: Path, has_gloo: bool) -> None:
+    with RankPool() as pool:  # its own, because `create_groups` changes a module
+        assert pool.run(3, create_groups, str(tmp_path), has_gloo) == [list(range(6))] * 3
+    assert reshard.open(tmp_path / "run" / "step-00000001").verify() == []

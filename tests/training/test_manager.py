@@ -516,13 +516,13 @@ def test_failed_save_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyP
                         store.put(MANIFEST_NAME, manifest, overwrite=True)
                     raise errors.CommitError("the manifest may or may not have been written")
 
-                patch.setattr("reshard.storage.dcp_writer.commit", lost)
+                patch.setattr("reshard.storage.writing.checkpoint_writer.commit", lost)
                 with pytest.raises(errors.CommitError):
                     manager.save(1 + committed, state(1))
         assert manager.save(3, state(3))
         assert manager.steps() == [2, 3]
         with monkeypatch.context() as patch:
-            patch.setattr("reshard.storage.dcp_writer.commit", lost)
+            patch.setattr("reshard.storage.writing.checkpoint_writer.commit", lost)
             with pytest.raises(errors.CommitError):
                 manager.save(4, state(0))
         assert not manager.save(4, state(4))

@@ -1,0 +1,81 @@
+"""DTensors inside tuples and other objects, which are one value for all ranks, and DTensors without elements."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections import deque, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+import reshard
+from reshard.errors import DestinationError, UnsupportedValueError
+from tests.ranks import RankPool
+
+Pair = namedtuple("Pair", "a b")
+
+
+@dataclasses.dataclass
+class Record:
+    x: Any
+
+
+CONTAINERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "tuple": lambda tensor: (tensor,),
+    "namedtuple": lambda tensor: Pair(1, tensor),
+    "dataclass": Record,
+    "deque": lambda tensor: deque([tensor]),
+    "tuple in a list": lambda tensor: [(tensor,)],
+    "list in a tuple in a dict": lambda tensor: {"x": (1, [tensor])},
+    "object": lambda tensor: types.SimpleNamespace(x=tensor),
+}
+PLACEMENTS: tuple[Placement, ...] = (Shard(0), Replicate())
+
+
+def distributed(shape: tuple[int, ...], placement: Placement) -> DTensor:
+    return distribute_tensor(torch.ones(shape), init_device_mesh("cpu", (2,)), [placement])
+
+
+def refuse_all(folder: str) -> None:
+    for kind, contain in CONTAINERS.items():
+        for placement in PLACEMENTS:
+            state = {"v": contain(distributed((4, 2), placement))}
+            message = r"'v.*' cannot be stored: .*contains a DTensor in a tuple or another object.*a list or a dict"
+            with pytest.raises(UnsupportedValueError, match=message):
+                reshard.save(state, f"{folder}/{kind}")
+            with pytest.raises(UnsupportedValueError, match=message):
+                reshard.async_save(state, f"{folder}/{kind}").result()
+            with pytest.raises(CheckpointException, match="contains a DTensor in a tuple"):
+                dcp.save(state, storage_writer=reshard.StorageWriter(f"{folder}/{kind}"))
+    reshard.save({"v": (torch.zeros(4, 2),)}, f"{folder}/plain")
+    with pytest.raises(DestinationError, match="'v' cannot be loaded: it contains a DTensor"):
+        reshard.load({"v": (distributed((4, 2), Shard(0)),)}, f"{folder}/plain")
+
+
+def test_a_dtensor_inside_a_value_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, refuse_all, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir() if any(path.rglob("manifest.reshard"))] == ["plain"]
+
+
+def save_empty(folder: str) -> None:
+    meshes = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    for at, shape in enumerate([(0,), (0, 4), (6, 0), (0, 0)]):
+        for mesh in meshes:
+            for dim in range(len(shape)):
+                tensor = distribute_tensor(torch.zeros(shape), mesh, [Shard(dim)] * mesh.ndim)
+                uri = f"{folder}/{at}-{mesh.ndim}-{dim}"
+                reshard.save({"e": tensor, "w": torch.ones(2)}, uri)
+                assert reshard.load({"e": tensor}, uri).missing_keys == ()
+
+
+def test_dtensors_without_elements_are_saved(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_empty, str(tmp_path))
+    assert reshard.open(tmp_path / "2-1-0").read("e").shape == (6, 0)
