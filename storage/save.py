@@ -296,8 +296,9 @@ def save(
     unchanged. After a CommitError, either the old or the new checkpoint exists.
 
     Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. Tensors in tuples and
-    other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a tensor of 64 KiB or less, the one of the lowest rank is stored. If another rank has a different one,
-    the report and a warning list its name.
+    other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a tensor of
+    64 KiB or less, the one of the lowest rank is stored. If another rank has a different one, the report and a warning
+    list its name.
 
     Args:
         state_dict: tensors and values by name. The state of Stateful values is saved.
