@@ -297,8 +297,8 @@ def save(
 
     Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. Tensors in tuples and
     other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a tensor of
-    64 KiB or less, the one of the lowest rank is stored. If another rank has a different one, the report and a warning
-    list its name.
+    64 KiB or less, the one of the lowest rank is stored; a larger tensor is taken from any of them. If ranks have
+    different ones, the report and a warning list the name. Tensors of more than 64 KiB are compared by a sample.
 
     Args:
         state_dict: tensors and values by name. The state of Stateful values is saved.

@@ -127,7 +127,7 @@ class Report:
 
     @property
     def differing(self) -> tuple[str, ...]:
-        """Names of values and small tensors that differ between ranks. A save stores those of the lowest rank."""
+        """Names of values and replicated tensors that differ between ranks. A save stores those of one rank."""
         return tuple(dict.fromkeys(name for report in self.ranks for name in report.differing))
 
     @property

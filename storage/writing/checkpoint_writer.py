@@ -56,7 +56,7 @@ class Agreed:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     """The dtype and shape of each tensor."""
     differing: tuple[str, ...] = ()
-    """The names of small entries that differ between ranks."""
+    """The names of entries that differ between ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class CheckpointWriter:
             )
         if differing:
             logger.warning(
-                "%d values differ between ranks; those of the lowest rank are stored: %s. If a value belongs to one "
+                "%d values differ between ranks, and those of one rank are stored: %s. If a value belongs to one "
                 "rank only, such as a random state, give it another name on each rank",
                 len(differing),
                 quoted(differing),

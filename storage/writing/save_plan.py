@@ -35,8 +35,8 @@ class HeldShards:
     shards: bytes
     """The number of shards of each entry, then the offsets and sizes of all shards, packed."""
     digests: bytes
-    """Of each shard that other ranks may hold too and that is small: the position of its entry, the position of its
-    first element in the tensor, and the checksum of its bytes."""
+    """Of each shard that other ranks may hold too: the position of its entry, the position of its first element in the
+    tensor, and the checksum of its bytes, or of a sample if it is large."""
 
     @classmethod
     def of(
@@ -87,7 +87,7 @@ class GlobalPlan:
     """For each rank, the sizes of the largest shard of each entry that it holds, packed."""
 
     def differing(self, digests: Sequence[bytes]) -> list[str]:
-        """Return the names of small entries that several ranks hold, but not with the same bytes.
+        """Return the names of entries that several ranks hold, but not with the same checksum.
 
         Args:
             digests: for each rank, `HeldShards.digests`.

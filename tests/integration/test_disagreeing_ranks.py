@@ -232,6 +232,8 @@ def save_states(uri: str) -> tuple[str, ...]:
         "dtensor": {str(i): replica for i in range(4)},
         "same": torch.ones(3),
         "large": torch.ones(100_000),
+        "diverged": torch.full((300, 200), float(rank)).bfloat16(),
+        "columns": (torch.arange(60_000.0) + rank).reshape(200, 300).T,
         "sharded": sharded(torch.arange(8.0).reshape(4, 2)),
         "loader": {"epoch": rank, "position": [rank, rank]},
     }
@@ -242,6 +244,7 @@ def test_state_that_belongs_together_comes_from_one_rank(ranks: RankPool, tmp_pa
     differing = ranks.run(4, save_states, str(tmp_path / "c"))
     assert len(set(differing)) == 1
     expected = {"random.torch", "random.python", "random.numpy", "norm.running_mean", "loader.epoch", "loader.position"}
+    expected |= {"diverged", "columns"}
     assert expected <= {*differing[0]}
     assert not {"same", "large", "sharded", "norm.weight", "norm.num_batches_tracked"} & {*differing[0]}
     found = reshard.open(tmp_path / "c").state_dict()
