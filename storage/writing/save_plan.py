@@ -233,7 +233,7 @@ def _check_held(entries: Mapping[str, ValueDescription], shards: _Shards) -> Non
     """
     names = list(entries)
     absent = np.bincount(shards.ids, minlength=len(entries)) == 0
-    absent &= [0 not in entry.shape for entry in entries.values()]
+    absent &= np.fromiter((0 not in entry.shape for entry in entries.values()), np.bool_, len(entries))
     if bool(absent.any()):
         raise ArgumentError(
             f"no rank of the process group holds a part of {names[int(np.argmax(absent))]!r}, so it would not be "
