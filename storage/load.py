@@ -25,6 +25,7 @@ from .reading.opening import BegunOpening, Blocks, Opening, blocks_to_read, keep
 from .reading.read_tensors import ReadOptions
 from .reading.state_dict_reads import StateDictRead
 from .runtime.arguments import check_nbytes
+from .runtime.collector import without_collections
 from .runtime.limits import default_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -123,7 +124,9 @@ def load(
     run = _Load(state_dict, process_group, sharing, ReadOptions(0, budget_bytes, max_over_read), progress)
     with sharing:
         opening = partial(Opening, uri, storage_options, format, process_group)
-        done = run.read(run.prepare(check_arguments, opening, options))
+        with without_collections():
+            offers = run.prepare(check_arguments, opening, options)
+        done = run.read(offers)
     return run.report(done)
 
 

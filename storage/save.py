@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import ArgumentError, CommitError, RankError
+from .runtime.collector import without_collections
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Exchange
@@ -341,7 +342,8 @@ def save(
 
     # All ranks may have to take part in the state_dict() of a value: first make sure that they will.
     exchange.through_rank_0(check, lambda checked: checked)
-    assigned = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
+    with without_collections():
+        assigned = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
     assert assigned is not None
     saving.writer.alarm = Alarm(process_group)
 

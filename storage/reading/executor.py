@@ -28,6 +28,7 @@ from ...planner.index import CheckpointIndex
 from ...planner.masking import harmless
 from ...planner.read_plan import ReadPlan
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
+from ..runtime.collector import rare_collections, without_collections
 from ..runtime.limits import default_budget
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
@@ -100,7 +101,8 @@ def execute(
     """
     if not plan.reads:
         return ReadStats()
-    with Workers(store) if workers is None else nullcontext(workers) as used, read_buffers.reading():
+    shared = Workers(store) if workers is None else nullcontext(workers)
+    with shared as used, read_buffers.reading(), rare_collections():
         execution = _Execution(plan, index, store, destinations, budget_bytes, used)
         return execution.run(interrupt, placed)
 
@@ -126,7 +128,8 @@ class _Execution:
         self._store = store
         self._workers = workers
         self._fetcher = workers.fetcher
-        self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
+        with without_collections():
+            self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
         device_budget = MAX_DEVICE_BUDGET_BYTES if budget_bytes is None else min(budget_bytes, MAX_DEVICE_BUDGET_BYTES)
         self._max_decompressed_bytes = device_budget // 4  # of 1 GiB: a thousand frames of 256 KiB
         self._stats.decoded_by = assign_devices(

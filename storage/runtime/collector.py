@@ -1,35 +1,80 @@
-"""Python's garbage collector, switched off while many objects are created that stay alive."""
+"""Python's garbage collector, switched off or called rarely while many objects are created that stay alive.
+
+A search for cyclic garbage visits all objects, and can take longer than creating them. The blocks below may be nested,
+and run in several threads. After the last one, the collector works as before the first one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
-from .forks import fork_safe_lock
+from .forks import fork_safe_lock, generation
 
+RARE_THRESHOLD = 50_000
+"""How many objects are created between two searches while they are rare. By default it is 700."""
 _lock = fork_safe_lock()
-_users = 0
-_was_enabled = False
 
 
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Do not search for cyclic garbage while the block runs.
+class _Setting:
+    """A change of the collector that several blocks share.
 
-    A plan has many objects and no cycles, and a search can take longer than unpickling it. Blocks may be nested, and
-    run in several threads: the collector is enabled again after the last one, if it was enabled before the first one.
+    Args:
+        change: makes the change, and returns a function that undoes it.
     """
-    global _users, _was_enabled
-    with _lock:
-        if _users == 0:
-            _was_enabled = gc.isenabled()
-            gc.disable()
-        _users += 1
-    try:
-        yield
-    finally:
+
+    def __init__(self, change: Callable[[], Callable[[], object]]) -> None:
+        self._change = change
+        self._undo: Callable[[], object] = lambda: None
+        self._users = 0
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._end)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
         with _lock:
-            _users -= 1
-            if _users == 0 and _was_enabled:
-                gc.enable()
+            if self._users == 0:
+                self._undo = self._change()
+            self._users += 1
+        began_in = generation()
+        try:
+            yield
+        finally:
+            with _lock:
+                self._users -= began_in == generation()
+                if self._users == 0:
+                    self._end()
+
+    def _end(self) -> None:
+        """Undo the change. The blocks of the parent process do not end in a forked child."""
+        undo, self._undo, self._users = self._undo, lambda: None, 0
+        undo()
+
+
+def _switch_off() -> Callable[[], object]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    return gc.enable if was_enabled else lambda: None
+
+
+def _make_rare() -> Callable[[], object]:
+    first, *others = gc.get_threshold()
+    if 0 < first < RARE_THRESHOLD:
+        gc.set_threshold(RARE_THRESHOLD, *others)
+        return lambda: gc.set_threshold(first, *others)
+    return lambda: None
+
+
+_off, _rare = _Setting(_switch_off), _Setting(_make_rare)
+
+
+def without_collections() -> contextlib.AbstractContextManager[None]:
+    """Do not search for garbage while the block runs. Use it for work that takes seconds, such as planning."""
+    return _off.active()
+
+
+def rare_collections() -> contextlib.AbstractContextManager[None]:
+    """Search for garbage less often while the block runs. Use it for work of any length."""
+    return _rare.active()

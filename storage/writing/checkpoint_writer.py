@@ -20,6 +20,7 @@ from ..formats.native.write_records import ObjectRecord, PackedRecords, assemble
 from ..formats.user_metadata import plain_metadata
 from ..formats.value_codec import needs_pickle
 from ..runtime.arguments import check_flags, check_nbytes
+from ..runtime.collector import without_collections
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm
 from ..runtime.progress import Meter
@@ -209,16 +210,8 @@ class CheckpointWriter:
 
         Raises what `commit` of the native format raises. CorruptCheckpointError: an entry was not written.
         """
-        packed = [written.records for written in by_rank]
-        written = {entry.name for entries in entries_of(packed).values() for entry in entries}
-        empty = {name: tensor for name, tensor in agreed.tensors.items() if name not in written}
-        for name in agreed.paths:
-            if name not in written and (name not in empty or 0 not in empty[name][1]):
-                raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
-        index = assemble_index(packed, empty)
-        info = info_of_save(self._options.codec, ranks=len(by_rank), save_id=self.save_id)
-        paths = {name: path for name, path in agreed.paths.items() if path is not None}
-        manifest = encode_manifest(index, paths, info, self._metadata)
+        with without_collections():
+            manifest, objects = self._manifest(agreed, by_rank)
         reports = [written.report for written in by_rank]
         reports[self.rank]["bytes_written"] += len(manifest)
         reports[self.rank]["requests"] += 1
@@ -241,12 +234,25 @@ class CheckpointWriter:
         commit(
             self.store,
             manifest,
-            {name for name, _ in index.objects},
+            objects,
             overwrite=self._options.overwrite,
             rank=self.rank,
             in_writer_process=self.in_writer_process,
         )
         return reports
+
+    def _manifest(self, agreed: Agreed, by_rank: Sequence[Written]) -> tuple[bytes, set[str]]:
+        """Return the manifest, and the names of the data objects that it lists."""
+        packed = [written.records for written in by_rank]
+        written = {entry.name for entries in entries_of(packed).values() for entry in entries}
+        empty = {name: tensor for name, tensor in agreed.tensors.items() if name not in written}
+        for name in agreed.paths:
+            if name not in written and (name not in empty or 0 not in empty[name][1]):
+                raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
+        index = assemble_index(packed, empty)
+        info = info_of_save(self._options.codec, ranks=len(by_rank), save_id=self.save_id)
+        paths = {name: path for name, path in agreed.paths.items() if path is not None}
+        return encode_manifest(index, paths, info, self._metadata), {name for name, _ in index.objects}
 
     def discard(self) -> None:
         """Remove what this rank wrote, after a save that was not committed. Log what cannot be removed."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 
 import pytest
 
-from reshard.storage.runtime.collector import without_collections
+from reshard.storage.runtime.collector import RARE_THRESHOLD, rare_collections, without_collections
 
 
 def test_collector_is_enabled_again_after_success_and_after_an_error() -> None:
@@ -45,3 +46,29 @@ def test_collector_that_was_disabled_stays_disabled() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_collections_are_rare_until_the_last_block_ends() -> None:
+    before = gc.get_threshold()
+    with rare_collections():
+        with rare_collections():
+            assert gc.get_threshold() == (RARE_THRESHOLD, *before[1:])
+        assert gc.get_threshold()[0] == RARE_THRESHOLD
+    assert gc.get_threshold() == before
+    gc.set_threshold(0)
+    try:
+        with rare_collections():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_a_forked_child_has_the_collector_of_the_parent() -> None:
+    before = gc.get_threshold()
+    with without_collections(), rare_collections():
+        child = os.fork()
+        if child == 0:
+            inside = gc.isenabled() and gc.get_threshold() == before
+    if child == 0:
+        os._exit(0 if inside and gc.isenabled() and gc.get_threshold() == before else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -259,7 +259,7 @@ def test_a_store_can_be_pickled(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("x", b"content", overwrite=True)
     writer = pickle.loads(pickle.dumps(StorageWriter(store)))  # noqa: S301
-    assert bytes(writer.store.read("x", 0, 7)) == b"content"
+    assert bytes(writer._writer.store.read("x", 0, 7)) == b"content"
 
 
 @pytest.mark.parametrize("uri", ["nosuchprotocol://x/y", "nosuch+protocol://x"])
