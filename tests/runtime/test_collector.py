@@ -64,7 +64,7 @@ def test_collections_are_rare_until_the_last_block_ends() -> None:
 
 
 def test_a_forked_child_has_the_collector_of_the_parent() -> None:
-    before = gc.get_threshold()
+    before, inside = gc.get_threshold(), False
     with without_collections(), rare_collections():
         child = os.fork()
         if child == 0:
