@@ -20,7 +20,6 @@ from .errors import ArgumentError, BusyError, nearest
 from .reading.device.ring import RING
 from .runtime.arguments import check_choice, check_nbytes
 from .runtime.background import BackgroundThread
-from .runtime.collector import without_collections
 from .runtime.forks import generation
 from .runtime.logs import logger_of
 from .runtime.pinned import save_buffers
@@ -281,7 +280,7 @@ def async_save(
     if busy == "wait" and last is not None:
         last._ended.wait()
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
-    saving = Saving(uri, options, progress, ranks.planning.rank, ranks.agreed)
+    saving = Saving(uri, options, progress, ranks.planning.rank, ranks.planning.size, ranks.agreed)
     remote: list[PickledStore] = []
 
     def checked() -> _AsyncOptions:
@@ -304,10 +303,9 @@ def async_save(
         return checked(), "plan", saving.local_plan(state_dict, is_repeated=is_repeated)
 
     decide = partial(_decide, saving)
-    with without_collections():
-        kind, value = ranks.planning.through_rank_0(begin, decide)
-        while kind in ("ready", "again"):
-            kind, value = ranks.planning.through_rank_0(partial(plan, is_repeated=kind == "again"), decide)
+    kind, value = ranks.planning.through_rank_0(begin, decide)
+    while kind in ("ready", "again"):
+        kind, value = ranks.planning.through_rank_0(partial(plan, is_repeated=kind == "again"), decide)
     if kind == "failed":
         assert last is not None
         last._asked = True
@@ -425,7 +423,6 @@ class _Worker:
         self._saving.release_tensors()
         BackgroundThread(self._run, "reshard-save")
         if self._error is not None and not isinstance(self._error, Exception):
-            self._save._asked = True  # the caller learns of it now
             raise self._error
 
     def _stage(self, assigned: Assignment, staging_bytes: int | None) -> None:

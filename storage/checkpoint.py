@@ -6,7 +6,7 @@ import copy
 import numbers
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,11 +73,11 @@ class Checkpoint:
     checkpoint then, this raises CorruptCheckpointError.
     """
 
-    def __init__(self, source: Source, arguments: _Arguments) -> None:
+    def __init__(self, source: Source, arguments: _Arguments | None = None) -> None:
         """
         Args:
             source: the open source.
-            arguments: what it was opened with.
+            arguments: what it was opened with. By default, the checkpoint cannot be pickled.
         """
         self._opened: Source | None = source
         self._arguments = arguments
@@ -95,11 +95,14 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files of the checkpoint. Later reads raise ArgumentError. Closing twice has no effect."""
-        if self._opened is not None and not isinstance(self._arguments.uri, Store):
+        is_of_caller = self._arguments is not None and isinstance(self._arguments.uri, Store)
+        if self._opened is not None and not is_of_caller:
             close_store(self._opened.store)
         self._opened = None
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._arguments is None:
+            raise ArgumentError("only a checkpoint that reshard.open has opened can be pickled")
         return _opened_again, (self._arguments, self._source.fingerprint())
 
     def __enter__(self) -> Checkpoint:
@@ -612,8 +615,8 @@ def open_checkpoint(
 class _Arguments:
     """What a checkpoint was opened with."""
 
-    uri: str | os.PathLike[str] | Store
-    storage_options: Mapping[str, Any] | None
+    uri: str | os.PathLike[str] | Store = field(repr=False)  # these may contain secrets
+    storage_options: Mapping[str, Any] | None = field(repr=False)
     format: str | None
 
 
@@ -629,5 +632,7 @@ def _opened_again(arguments: _Arguments, fingerprint: str) -> Checkpoint:
     """Open a checkpoint that was pickled."""
     checkpoint = open_checkpoint(arguments.uri, storage_options=arguments.storage_options, format=arguments.format)
     if checkpoint._source.fingerprint() != fingerprint:
-        raise CorruptCheckpointError(f"the checkpoint at {checkpoint.location} was replaced after it had been pickled")
+        location = checkpoint.location
+        checkpoint.close()
+        raise CorruptCheckpointError(f"the checkpoint at {location} was replaced after it had been pickled")
     return checkpoint

@@ -67,13 +67,19 @@ class StorageWriter(dcp.StorageWriter):
         budget_bytes: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.checkpoint_id: str | os.PathLike[str] | Store = uri
         options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
         self._writer = CheckpointWriter(uri, options)
 
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str] | Store:
+        """The location of the checkpoint."""
+        return self._writer.uri
+
+    @checkpoint_id.setter
+    def checkpoint_id(self, uri: str | os.PathLike[str] | Store) -> None:
+        self._writer.reset(uri)
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        if checkpoint_id is not None:
-            self.checkpoint_id = checkpoint_id
         self._writer.reset(checkpoint_id)
 
     @raises_portable

@@ -124,9 +124,7 @@ def load(
     run = _Load(state_dict, process_group, sharing, ReadOptions(0, budget_bytes, max_over_read), progress)
     with sharing:
         opening = partial(Opening, uri, storage_options, format, process_group)
-        with without_collections():
-            offers = run.prepare(check_arguments, opening, options)
-        done = run.read(offers)
+        done = run.read(run.prepare(check_arguments, opening, options))
     return run.report(done)
 
 
@@ -254,14 +252,16 @@ class _Load:
         """Match the names of the state dict, unless this has been done."""
         if self._read is None:
             self._states = stateful_to_state(self._state_dict)
-            self._read = StateDictRead(self._opening.source, self._states, self._load_options)
+            with without_collections():
+                self._read = StateDictRead(self._opening.source, self._states, self._load_options)
         return self._read
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
         read = self._match()
         if not read.is_planned:
-            read.plan()
+            with without_collections():
+                read.plan()
         return self._sharing.offer(read.source, read.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:

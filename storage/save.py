@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import ArgumentError, CommitError, RankError
-from .runtime.collector import without_collections
+from .runtime.collector import rare_collections, without_collections
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Exchange
@@ -87,7 +87,7 @@ class Saving:
     Args:
         uri: as for `save`.
         progress: as for `save`.
-        rank: the rank in the process group of the save.
+        rank, size: the rank in the process group of the save, and the number of ranks.
         agreed: the plan of the last save of these ranks. If all ranks hold the same as then, it is used again.
     """
 
@@ -99,13 +99,14 @@ class Saving:
         options: SaveOptions,
         progress: OnProgress,
         rank: int,
+        size: int,
         agreed: AgreedPlan | None = None,
     ) -> None:
         self._begin = time.perf_counter()
         self._uri = uri
         self._options = options
         self._progress = progress
-        self._rank = rank
+        self._rank, self._size = rank, size
         self.meter = Meter("save", progress, rank=rank)
         self._writer: CheckpointWriter | None = None
         self._state: HeldState | None = None
@@ -146,10 +147,13 @@ class Saving:
                 last one.
         """
         if self._state is None:
-            leaves = flatten(stateful_to_state(state_dict))
-            tensors = [leaf.value for leaf in leaves.values() if isinstance(leaf.value, torch.Tensor)]
-            finish_writes("reshard.save", tensors)
-            self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle)
+            states = stateful_to_state(state_dict)
+            with without_collections():
+                leaves = flatten(states)
+                tensors = [leaf.value for leaf in leaves.values() if isinstance(leaf.value, torch.Tensor)]
+                finish_writes("reshard.save", tensors)
+                may_differ = self._size > 1
+                self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle, may_differ=may_differ)
             self._held = self._state.held
         assert self._held is not None
         held: HeldShards | Unchanged = self._held
@@ -187,7 +191,8 @@ class Saving:
             number = self._agreed.number
         else:
             held = [plan.held for plan in plans if isinstance(plan.held, HeldShards)]
-            self._plan = plan_save(held)
+            with without_collections():
+                self._plan = plan_save(held)
             number = next(self._numbers)
         assert self._plan is not None
         self._differing = self._plan.differing([plan.held.digests for plan in plans])
@@ -334,7 +339,7 @@ def save(
     """
     exchange = Exchange(process_group)
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
-    saving = Saving(uri, options, progress, exchange.rank)
+    saving = Saving(uri, options, progress, exchange.rank, exchange.size)
 
     def check() -> None:
         saving.open()
@@ -342,13 +347,12 @@ def save(
 
     # All ranks may have to take part in the state_dict() of a value: first make sure that they will.
     exchange.through_rank_0(check, lambda checked: checked)
-    with without_collections():
-        assigned = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
+    assigned = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
     assert assigned is not None
     saving.writer.alarm = Alarm(process_group)
 
     def work() -> Written:
-        with saving.writer.alarm, saving.meter:
+        with saving.writer.alarm, saving.meter, rare_collections():
             saving.accept_plan(assigned)
             return saving.writer.write(saving.shards)
 

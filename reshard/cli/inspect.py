@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import sys
 from collections import Counter
 from typing import Any
 
 import reshard
-from reshard.planner.layout import matches
 from reshard.storage.checkpoint import Checkpoint
 
 from ..humanize import format_bytes
@@ -128,15 +128,10 @@ def _ratio(row: dict[str, Any]) -> str:
     return f"{row['stored_bytes'] / row['bytes']:.3f}" if row["bytes"] else ""
 
 
-def _matching(given: str, names: list[str]) -> list[str]:
-    """Return the name that was given, or the names that match it as a pattern."""
-    return [given] if given in names else [name for name in names if matches(given, name)] or [given]
-
-
 def _print_details(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
     details: dict[str, Any] = {}
     all_names = [*checkpoint.tensors, *checkpoint.value_names]
-    for name in (found for given in names for found in _matching(given, all_names)):
+    for name in (found for given in names for found in fnmatch.filter(all_names, given) or [given]):
         if name in checkpoint.value_names:
             details[name] = {"value": checkpoint.read_value(name)}
             continue

@@ -24,7 +24,8 @@ class CheckpointCallback(Callback):
     """Restores the latest checkpoint when a fit starts, and passes every optimizer step to the manager.
 
     A checkpoint contains the model, the optimizers, the learning-rate schedulers, the state of the precision plugin,
-    and the counters of the loops. The metrics are those that were logged. The fit ends when the manager says so.
+    and the counters of the loops. The metrics are those that were logged. The fit ends when the manager says so. As
+    when Lightning resumes by itself, the data of an epoch begins again unless its data loader has a state.
 
     Args:
         manager: the manager. Pass `enable_checkpointing=False` to the Trainer, or it saves checkpoints of its own, too.

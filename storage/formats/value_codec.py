@@ -12,13 +12,15 @@ import re
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...planner.entries import Kind
-from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedValueError
+from ..errors import CorruptCheckpointError, DestinationError, UnsafeValueError, UnsupportedValueError
 from ..runtime.brief import reason
+from ..runtime.process_group import is_distributed
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain
-from ..tensors.tensor_classes import PART_OF_VALUE, is_whole
+from ..tensors.tensor_classes import is_whole
 from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked
 from .tree_size import is_repetitive
 
@@ -57,12 +59,18 @@ def encode_value(value: Any) -> tuple[Kind, bytes]:
     return kind, data
 
 
-def needs_pickle(kind: Kind, data: bytes) -> bool:
-    """Return whether an encoded value can only be read with `allow_pickle=True`."""
+def needs_pickle(name: str, kind: Kind, data: bytes) -> bool:
+    """Return whether an encoded value can only be read with `allow_pickle=True`.
+
+    Raises:
+        UnsupportedValueError: it cannot be read at all.
+    """
     try:
-        decode_value("", kind, data)
+        decode_value(name, kind, data)
     except UnsafeValueError:
         return True
+    except CorruptCheckpointError as error:
+        raise UnsupportedValueError(f"{name!r} cannot be stored, because it could not be read: {error}") from error
     return False
 
 
@@ -104,11 +112,38 @@ def torch_save(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def check_no_shard(name: str, value: Any) -> None:
+    """Check that a value that is to be replaced contains no DTensor or ShardedTensor.
+
+    Raises:
+        DestinationError: it does.
+    """
+    if not is_distributed() or isinstance(value, (int, float, str, bytes, torch.Tensor, type(None))):
+        return
+    try:
+        _Visitor(io.BytesIO()).dump(value)
+    except UnsupportedValueError as error:
+        raise DestinationError(f"{name!r} cannot be loaded: {error}") from error
+    except Exception:
+        return  # it cannot be pickled, so it is not what was saved
+
+
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and not is_whole(value):
-            raise UnsupportedValueError(PART_OF_VALUE.format(type(value).__name__))
+            raise UnsupportedValueError(
+                f"it contains a {type(value).__name__} in a tuple or another object, which is one value for all "
+                "ranks: put the tensor into a list or a dict, so that each rank has its part of it"
+            )
         return NotImplemented
+
+
+class _Visitor(_Pickler):
+    """Visits what a pickler visits, without the content of arrays."""
+
+    def reducer_override(self, value: Any) -> Any:
+        found = super().reducer_override(value)
+        return (int, ()) if isinstance(value, (torch.Tensor, np.ndarray)) else found
 
 
 class _PickleModule:

@@ -13,13 +13,14 @@ from ...planner.errors import CheckpointError, ShapeMismatchError
 from ...planner.text import quoted
 from ..errors import DestinationError
 from ..formats.source import Source
+from ..formats.value_codec import check_no_shard
 from ..runtime.deferred_writes import finish_writes
 from ..runtime.reports import Cast, RankReport
 from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
 from ..tensors.dtypes import LocalShard, torch_dtype
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
-from ..tensors.tensor_classes import check_no_shard, is_whole, missing_memory
+from ..tensors.tensor_classes import is_whole, missing_memory
 from .name_matching import LoadOptions, NameMatch
 from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
 from .value_reads import ValueRead, check_values, whole_wants

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from .forks import fork_safe_lock, generation
 
 RARE_THRESHOLD = 50_000
-"""How many objects are created between two searches while they are rare. By default it is 700."""
+"""How many objects are created between two searches while they are rare. Python's default is 700 to 2,000."""
 _lock = fork_safe_lock()
 
 
@@ -34,12 +34,13 @@ class _Setting:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        with _lock:
-            if self._users == 0:
-                self._undo = self._change()
-            self._users += 1
-        began_in = generation()
+        began_in = -1
         try:
+            with _lock:
+                if self._users == 0:
+                    self._undo = self._change()
+                self._users += 1
+                began_in = generation()
             yield
         finally:
             with _lock:
@@ -60,11 +61,17 @@ def _switch_off() -> Callable[[], object]:
 
 
 def _make_rare() -> Callable[[], object]:
-    first, *others = gc.get_threshold()
-    if 0 < first < RARE_THRESHOLD:
-        gc.set_threshold(RARE_THRESHOLD, *others)
-        return lambda: gc.set_threshold(first, *others)
-    return lambda: None
+    before = gc.get_threshold()
+    if not 0 < before[0] < RARE_THRESHOLD:
+        return lambda: None
+    gc.set_threshold(RARE_THRESHOLD, *before[1:])
+    rare = gc.get_threshold()
+
+    def undo() -> None:
+        if gc.get_threshold() == rare:  # otherwise someone else has changed it
+            gc.set_threshold(*before)
+
+    return undo
 
 
 _off, _rare = _Setting(_switch_off), _Setting(_make_rare)
@@ -76,5 +83,5 @@ def without_collections() -> contextlib.AbstractContextManager[None]:
 
 
 def rare_collections() -> contextlib.AbstractContextManager[None]:
-    """Search for garbage less often while the block runs. Use it for work of any length."""
+    """Search for garbage less often while the block runs. Use it for work that the caller waits for."""
     return _rare.active()

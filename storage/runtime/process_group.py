@@ -259,8 +259,6 @@ class Exchange:
 
 
 _gloo_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
-
-
 _last_numbers: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
 """For each default group and some of its ranks: the number of the last group of them. See `new_gloo_group`."""
 
@@ -281,15 +279,18 @@ def _has_gloo(group: dist.ProcessGroup) -> bool:
 def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Create a gloo group of the ranks of another group, which only these ranks call. Collective.
 
-    torch names such a group by its ranks and by the number of groups that this process is in. Ranks that are in fewer
-    groups would give it another name, and all ranks would wait forever. So they first create groups of their own.
+    torch names such a group by its ranks and by the number of groups that this process is in. Ranks that are in
+    different numbers of groups would give it different names, and wait for each other forever. So ranks that are in
+    fewer groups are in some more of their own while it is created.
     """
     ranks = dist.get_process_group_ranks(group)
     count = len(distributed_c10d._world.pg_names)
     last = _last_numbers.setdefault(dist.group.WORLD, {})
     number = last[tuple(ranks)] = _largest(max(count, last.get(tuple(ranks), -1) + 1), group)
-    fillers = [_new_gloo_group([dist.get_rank()]) for _ in range(number - count)]
+    fillers: list[dist.ProcessGroup] = []
     try:
+        while len(fillers) < number - count:
+            fillers.append(_new_gloo_group([dist.get_rank()]))
         return _new_gloo_group(ranks)
     finally:
         for filler in fillers:

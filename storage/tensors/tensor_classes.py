@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from ..errors import DestinationError, UnsupportedValueError
 from ..runtime.checksums import checksum
@@ -31,24 +30,6 @@ def is_whole(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is not sharded over ranks, whatever its class."""
     shards = "local_shards", "__create_chunk_list__"  # ShardedTensor, and torch's protocol for such classes
     return type(tensor) in _TORCH_CLASSES or not any(hasattr(type(tensor), attribute) for attribute in shards)
-
-
-PART_OF_VALUE = (
-    "it contains a {} in a tuple or another object, which is one value for all ranks: put the tensor into a list or a "
-    "dict, so that each rank has its part of it"
-)
-"""The message for a value that contains a tensor of this class."""
-
-
-def check_no_shard(name: str, value: object) -> None:
-    """Check that a value does not contain a tensor of which this rank only has a shard, such as a DTensor in a tuple.
-
-    Raises:
-        DestinationError: it does.
-    """
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, torch.Tensor) and not is_whole(leaf):
-            raise DestinationError(f"{name!r} cannot be loaded: {PART_OF_VALUE.format(type(leaf).__name__)}")
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:

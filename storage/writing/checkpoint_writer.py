@@ -97,20 +97,20 @@ class CheckpointWriter:
         """Stops all ranks when one has failed. By default this rank works without the others."""
         self.in_writer_process = False
         """Whether a writer process writes the objects."""
-        self._uri = uri
+        self.uri = uri
         self._options = options
         self._metadata = plain_metadata(options.metadata)
         self._opened: Store | None = None
         self.reset()
 
-    def reset(self, uri: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, uri: str | os.PathLike[str] | Store | None = None) -> None:
         """Begin another save.
 
         Args:
             uri: its location. Default: the same.
         """
         if uri is not None:
-            self._uri, self._opened = uri, None
+            self.uri, self._opened = uri, None
         self.save_id = uuid.uuid4().hex
         self._written: list[ObjectRecord] = []
         self._seconds = 0.0
@@ -124,7 +124,7 @@ class CheckpointWriter:
     def store(self) -> Store:
         """The store of the checkpoint, which is opened when it is first needed."""
         if self._opened is None:
-            self._opened = open_store(self._uri, self._options.storage_options)
+            self._opened = open_store(self.uri, self._options.storage_options)
         return self._opened
 
     @property
@@ -189,7 +189,8 @@ class CheckpointWriter:
         names = [
             shard.name
             for shard in shards
-            if shard.kind is Kind.TORCH_SAVE and needs_pickle(shard.kind, bytes(shard.load(shard.box).numpy()))
+            if shard.kind is Kind.TORCH_SAVE
+            and needs_pickle(shard.name, shard.kind, bytes(shard.load(shard.box).numpy()))
         ]
         if names and not self._options.allow_pickle:
             raise UnsupportedValueError(

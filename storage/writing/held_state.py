@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -35,13 +36,15 @@ class HeldState:
     Args:
         leaves: the leaves of the state dict, by name.
         allow_pickle: whether to store values that need pickle. If not, they are an error.
+        may_differ: whether other ranks may have other values, so that checksums are compared.
 
     Raises:
         UnsupportedValueError, DtypeError, LayoutError: a leaf cannot be stored.
     """
 
-    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True) -> None:
+    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True, may_differ: bool = True) -> None:
         self._allow_pickle = allow_pickle
+        self._may_differ = may_differ
         self._shards: list[tuple[str, LocalShard | tuple[Kind, bytes]]] = []
         """The shards that this rank holds: local tensors with their boxes, and encoded values."""
         self._described: dict[str, ValueDescription] = {}
@@ -87,7 +90,7 @@ class HeldState:
             kind, data = encode_value({} if leaf.is_empty_dict else leaf.value)
         except UnsupportedValueError as error:
             raise UnsupportedValueError(f"{name!r} cannot be stored: {error}") from error
-        if not self._allow_pickle and needs_pickle(kind, data):
+        if not self._allow_pickle and needs_pickle(name, kind, data):
             raise UnsupportedValueError(
                 f"{name!r}, of {type(leaf.value)}, needs pickle, but allow_pickle is False: use plain data instead, "
                 "leave it out, or pass allow_pickle=True"
@@ -109,7 +112,7 @@ class HeldState:
         may_repeat = not is_sharded or (
             isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
         )
-        if may_repeat:
+        if may_repeat and self._may_differ:
             self._digests += [
                 (len(self._boxes), box, checksum(as_bytes(as_array(_sample(local))).data))
                 for box, local in shards
@@ -126,8 +129,13 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
     """Return some values of a large tensor, spread evenly over it. They show whether replicas have diverged."""
     if values.nbytes <= SMALL_REPLICA_BYTES:
         return values
-    along = max(2, int(SAMPLED ** (1 / values.ndim)))
-    return values[tuple(slice(None, None, -(-n // along)) for n in values.shape)]
+    steps = [1] * values.ndim
+    left = float(SAMPLED)
+    for done, dim in enumerate(sorted(range(values.ndim), key=lambda d: values.shape[d])):
+        n, along = values.shape[dim], math.ceil(left ** (1 / (values.ndim - done)))
+        steps[dim] = -(-n // along)
+        left = max(1.0, left / -(-n // steps[dim]))
+    return values[tuple(slice(None, None, step) for step in steps)]
 
 
 def _load(name: str, local: torch.Tensor, shard: Box, box: Box) -> torch.Tensor:

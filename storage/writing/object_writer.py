@@ -34,7 +34,6 @@ from ..formats.native.codec import encode, streams_of
 from ..formats.native.manifest import DATA_FOLDER, DATA_SUFFIX
 from ..formats.native.write_records import ObjectRecord, SegmentRecord, ShardRecord
 from ..runtime.checksums import checksum, raw_checksums
-from ..runtime.collector import rare_collections
 from ..runtime.devices import synchronize
 from ..runtime.limits import default_budget, default_threads
 from ..runtime.logs import logger_of
@@ -177,7 +176,7 @@ def write_objects(
     streams = 0 if store.capabilities.buffers_objects else streams
     groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, streams=streams)
     stopped = threading.Event()
-    with rare_collections(), Pool(default_threads(), "reshard-encode") as encoding:
+    with Pool(default_threads(), "reshard-encode") as encoding:
         writing = Pool(CONCURRENT_OBJECTS, "reshard-write")
         writer = _ObjectWriter(store, label, codec, budget, encoding, stopped, wrote)
         futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]

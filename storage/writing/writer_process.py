@@ -33,6 +33,7 @@ from ..errors import ArgumentError, RankError, StoppedError, StoreError
 from ..formats.native.write_records import ObjectRecord
 from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
+from ..runtime.collector import rare_collections
 from ..runtime.forks import fork_safe_lock, generation
 from ..runtime.process_group import Interrupt, never, portable
 from ..stores.base import Store
@@ -413,15 +414,16 @@ class _Server:
     def _write(self, job: Job) -> list[ObjectRecord]:
         self._wrote = 0
         memory = self._arenas[job.arena]
-        return write_objects(
-            job.store.open(),
-            job.label,
-            [shard.shard(memory) for shard in job.shards],
-            job.codec,
-            budget_bytes=job.budget_bytes,
-            interrupt=lambda: self._check(job.number),
-            wrote=self._count,
-        )
+        with rare_collections():
+            return write_objects(
+                job.store.open(),
+                job.label,
+                [shard.shard(memory) for shard in job.shards],
+                job.codec,
+                budget_bytes=job.budget_bytes,
+                interrupt=lambda: self._check(job.number),
+                wrote=self._count,
+            )
 
     def _count(self, nbytes: int) -> None:
         with self._counting:

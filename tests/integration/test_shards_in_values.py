@@ -56,8 +56,16 @@ def refuse_all(folder: str) -> None:
             with pytest.raises(CheckpointException, match="contains a DTensor in a tuple"):
                 dcp.save(state, storage_writer=reshard.StorageWriter(f"{folder}/{kind}"))
     reshard.save({"v": (torch.zeros(4, 2),)}, f"{folder}/plain")
-    with pytest.raises(DestinationError, match="'v' cannot be loaded: it contains a DTensor"):
-        reshard.load({"v": (distributed((4, 2), Shard(0)),)}, f"{folder}/plain")
+    for contain in CONTAINERS.values():
+        value = contain(distributed((4, 2), Shard(0)))
+        if not isinstance(value, (list, dict)):
+            with pytest.raises(DestinationError, match="'v' cannot be loaded: it contains a DTensor"):
+                reshard.load({"v": value}, f"{folder}/plain")
+    itself: list[Any] = []
+    itself.append((itself, lambda: 1))
+    state = {"v": (itself,)}
+    reshard.load(state, f"{folder}/plain")
+    assert state["v"][0].equal(torch.zeros(4, 2))
 
 
 def test_a_dtensor_inside_a_value_is_refused(ranks: RankPool, tmp_path: Path) -> None:

@@ -55,8 +55,11 @@ def test_collections_are_rare_until_the_last_block_ends() -> None:
             assert gc.get_threshold() == (RARE_THRESHOLD, *before[1:])
         assert gc.get_threshold()[0] == RARE_THRESHOLD
     assert gc.get_threshold() == before
-    gc.set_threshold(0)
     try:
+        with rare_collections():
+            gc.set_threshold(5000, 20, 20)
+        assert gc.get_threshold() == (5000, 20, 20)
+        gc.set_threshold(0)
         with rare_collections():
             assert gc.get_threshold()[0] == 0
     finally:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import reshard
-from reshard.errors import CheckpointError, MissingTensorError
+from reshard.errors import CheckpointError, MissingTensorError, UnsupportedValueError
 from tests.ranks import RankPool
 
 X = torch.linspace(-1, 1, 12).reshape(2, 6)
@@ -76,6 +76,69 @@ def test_run_continues_as_if_it_had_not_stopped(tmp_path: Path, has_stepped: boo
     reshard.load(other.state, tmp_path / "half")
     other.train(4)
     check_equal(other.values(), whole.values())
+
+
+def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    if kind == "adam":
+        return torch.optim.AdamW(model.parameters(), lr=0.1)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 * (kind == "momentum"), weight_decay=0.1)
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    for _ in range(3):
+        model(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["adam", "momentum", "sgd"])
+def test_a_run_is_the_same_if_it_is_saved_before_the_first_step(tmp_path: Path, kind: str) -> None:
+    model = net()
+    expected = trained(model, optimizer_of(kind, model))
+    saved = net()
+    optimizer = optimizer_of(kind, saved)
+    saved(X).square().mean().backward()
+    gradients = [parameter.grad for parameter in saved.parameters()]
+    reshard.save(reshard.training_state(saved, optimizer), tmp_path / "start")
+    assert all(parameter.grad is gradient for parameter, gradient in zip(saved.parameters(), gradients, strict=True))
+    assert not optimizer.state
+    saved.zero_grad()
+    check_equal(trained(saved, optimizer), expected)
+    restored = net(seed=1)
+    optimizer = optimizer_of(kind, restored)
+    reshard.load(reshard.training_state(restored, optimizer), tmp_path / "start")
+    check_equal(trained(restored, optimizer), expected)
+
+
+def test_an_optimizer_that_is_excluded_from_a_load_does_not_count_a_step(tmp_path: Path) -> None:
+    model = net()
+    reshard.save(reshard.training_state(model, optimizer_of("adam", model)), tmp_path)
+    expected = trained(model, optimizer_of("adam", model))
+    other = net(seed=1)
+    optimizer = optimizer_of("adam", other)
+    reshard.load(reshard.training_state(other, optimizer), tmp_path, exclude="optimizer")
+    check_equal(trained(other, optimizer), expected)
+
+
+def test_an_optimizer_is_loaded_although_there_are_gradients(tmp_path: Path) -> None:
+    run = Run(net(), 0)
+    run.train(2)
+    reshard.save(run.state, tmp_path)
+    run.train(2)
+    other = Run(net(seed=1), 1)
+    other.model(X).sum().backward()
+    reshard.load(other.state, tmp_path)
+    other.model.zero_grad()
+    other.train(2)
+    check_equal(other.values(), run.values())
+
+
+def test_an_optimizer_that_needs_a_closure_is_named(tmp_path: Path) -> None:
+    model = net()
+    with pytest.raises(UnsupportedValueError, match=r"states of LBFGS cannot be created before its first step"):
+        reshard.save(reshard.training_state(model, torch.optim.LBFGS(model.parameters())), tmp_path / "x")
+    assert reshard.training_state(model, []).keys() == {"model"}
 
 
 def test_names_do_not_depend_on_wrappers(tmp_path: Path) -> None:

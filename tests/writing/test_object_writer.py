@@ -147,6 +147,26 @@ def test_slow_store_slows_down_the_encoding(monkeypatch: pytest.MonkeyPatch) -> 
     assert window / 2 < ahead <= window + 8 + object_writer.TASK_BYTES
 
 
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_small_shards_are_encoded_in_few_tasks(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    encode = object_writer._encode_parts
+
+    def counting(parts: Any, *arguments: Any) -> Any:
+        sizes.append(len(parts))
+        return encode(parts, *arguments)
+
+    monkeypatch.setattr(object_writer, "_encode_parts", counting)
+    state = {f"{i}": torch.randn(1 + i % 7, 5) for i in range(2000)} | {"large": torch.randn(600, 600)}
+    store, done = MemoryStore(), list[int]()
+    report = reshard.save(state, store, codec=codec, progress=lambda progress: done.append(progress.done_bytes))
+    assert len(sizes) < 20
+    assert sum(sizes) >= 2001
+    assert done[-1] == report.local.bytes_needed == sum(tensor.nbytes for tensor in state.values())
+    assert all(reshard.open(store).read(name).equal(tensor) for name, tensor in state.items())
+    assert reshard.open(store).verify() == []
+
+
 def test_several_objects_are_written_concurrently_if_the_store_holds_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large tensors are cut along the grid, small ones share an object, and no object exceeds its share."""
     monkeypatch.setattr(object_layout, "MIN_OBJECT_BYTES", 1 << 18)
