@@ -47,14 +47,14 @@ def distributed(shape: tuple[int, ...], placement: Placement) -> DTensor:
 def refuse_all(folder: str) -> None:
     for kind, contain in CONTAINERS.items():
         for placement in PLACEMENTS:
-            state = {"v": contain(distributed((4, 2), placement))}
+            saved = {"v": contain(distributed((4, 2), placement))}
             message = r"'v.*' cannot be stored: .*contains a DTensor in a tuple or another object.*a list or a dict"
             with pytest.raises(UnsupportedValueError, match=message):
-                reshard.save(state, f"{folder}/{kind}")
+                reshard.save(saved, f"{folder}/{kind}")
             with pytest.raises(UnsupportedValueError, match=message):
-                reshard.async_save(state, f"{folder}/{kind}").result()
+                reshard.async_save(saved, f"{folder}/{kind}").result()
             with pytest.raises(CheckpointException, match="contains a DTensor in a tuple"):
-                dcp.save(state, storage_writer=reshard.StorageWriter(f"{folder}/{kind}"))
+                dcp.save(saved, storage_writer=reshard.StorageWriter(f"{folder}/{kind}"))
     reshard.save({"v": (torch.zeros(4, 2),)}, f"{folder}/plain")
     for contain in CONTAINERS.values():
         value = contain(distributed((4, 2), Shard(0)))
@@ -63,7 +63,7 @@ def refuse_all(folder: str) -> None:
                 reshard.load({"v": value}, f"{folder}/plain")
     itself: list[Any] = []
     itself.append((itself, lambda: 1))
-    state = {"v": (itself,)}
+    state: dict[str, Any] = {"v": (itself,)}
     reshard.load(state, f"{folder}/plain")
     assert state["v"][0].equal(torch.zeros(4, 2))
 
