@@ -121,7 +121,7 @@ def check_no_shard(name: str, value: Any) -> None:
     if not is_distributed() or isinstance(value, (int, float, str, bytes, torch.Tensor, type(None))):
         return
     try:
-        _Visitor(io.BytesIO()).dump(value)
+        _Visitor(_Nowhere()).dump(value)
     except UnsupportedValueError as error:
         raise DestinationError(f"{name!r} cannot be loaded: {error}") from error
     except Exception:
@@ -144,6 +144,11 @@ class _Visitor(_Pickler):
     def reducer_override(self, value: Any) -> Any:
         found = super().reducer_override(value)
         return (int, ()) if isinstance(value, (torch.Tensor, np.ndarray)) else found
+
+
+class _Nowhere:
+    def write(self, data: object) -> None:
+        """Discard what a pickler writes."""
 
 
 class _PickleModule:
