@@ -82,6 +82,8 @@ class AsyncSave:
         self._staged = threading.Event()
         self._ended = threading.Event()
         self._asked = False
+        self._thread = 0
+        """The identifier of the thread that writes."""
         self._report: Report | None = None
         self._error: BaseException | None = None
         self.skipped = skipped
@@ -278,6 +280,11 @@ def async_save(
     ranks = _Ranks.of(process_group)
     last = ranks.last
     if busy == "wait" and last is not None:
+        if last._thread == threading.get_ident():
+            raise BusyError(
+                f"async_save was called from the progress callback of the save to {last.location}, and would wait for "
+                "that save: pass busy='skip' or 'refuse', or save elsewhere"
+            )
         last._ended.wait()
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
     saving = Saving(uri, options, progress, ranks.planning.rank, ranks.planning.size, ranks.agreed)
@@ -455,6 +462,7 @@ class _Worker:
             self._save._staged.set()
 
     def _run(self) -> None:
+        self._save._thread = threading.get_ident()
         report, error = None, None
         try:
             with undisturbed():

@@ -70,6 +70,8 @@ class Decisions:
         self._runs = [run] if mirror is None else [run, mirror]
         self._is_stale = False
         """Whether a save failed, so that it is unknown whether its checkpoint exists."""
+        self._own_steps: set[int] = set()
+        """The steps that this manager has saved or restored."""
         self._changed = threading.Condition()
         self._following = 0
         """How many saves run in the background."""
@@ -111,6 +113,13 @@ class Decisions:
                 f"{current[-1].step}: call restore() before training and continue from the step that it returns, or "
                 "use another location"
             )
+        if is_saved and not force and step not in self._own_steps:
+            logger.warning(
+                "step %d was not saved, because the run at %s already has a checkpoint of it, which this manager did "
+                "not save: call restore() before training, or use another location",
+                step,
+                self.run.root,
+            )
         overwrite = any(entry.step == step for entry in self.run.entries())
         sequence = next_sequence(entry for run in self._runs for entry in run.entries())
         now = datetime.datetime.now(datetime.UTC)
@@ -127,6 +136,7 @@ class Decisions:
         for run in self._runs:
             run.unprotect([folder])
         if is_committed:
+            self._own_steps.add(decision.saved.step)
             self.run.add(RunEntry(decision.saved, decision.sequence, folder, is_partial=not self.run.is_shared))
             self._copy_missing()
             self.run.remove_others()
@@ -222,6 +232,7 @@ class Decisions:
 
     def rewind(self, step: int) -> None:
         """Continue from a step: abandon the checkpoints of later steps."""
+        self._own_steps.add(step)
         for run in self._runs:
             run.rewind(step)
 

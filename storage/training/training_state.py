@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from ..errors import UnsupportedValueError
+from ..errors import ArgumentError, UnsupportedValueError
 
 
 def training_state(
@@ -27,13 +28,14 @@ def training_state(
 
     The model and the optimizer are read when the state dict is saved, and updated when it has been loaded. Their names
     are those of `get_state_dict` of torch.distributed.checkpoint: the wrappers of FSDP, DDP and torch.compile do not
-    change them, and optimizer states have the names of their parameters. So a run can continue under another layout.
+    change them, and optimizer states have the names of their parameters. So a run can continue under another layout,
+    also with other pipeline stages. Only the settings of the optimizer, such as its learning rate, are saved for each
+    parameter instead of each group.
 
     Args:
         model: the model. Its names begin with "model.".
-        optimizer: its optimizer, or several. Their names begin with "optimizer.". If an optimizer has not stepped yet,
-            its states are created as torch does, by a step without gradients, but with step counters of 0. The
-            optimizer itself does not change when it is saved.
+        optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
+            yet have no state, also after a load. A save does not change the optimizer.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
@@ -56,40 +58,102 @@ class _ModelState:
         set_model_state_dict(self.model, state_dict)
 
 
-@dataclass(frozen=True, slots=True)
 class _OptimizerState:
-    model: nn.Module
-    optimizers: tuple[Optimizer, ...]
+    """The states of optimizers, and the settings of each parameter's group.
+
+    A parameter that has not been updated has no state. A load needs tensors to write into, so states are created for
+    it as torch does: by a step with gradients of 0. They are removed afterwards, and `has_state` notes that.
+
+    torch names the groups of parameters by their numbers. Pipeline stages have different parameters under the same
+    numbers, so the settings are saved under the names of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
+        self._model = model
+        self._optimizers = optimizers
+        self._names: list[list[str]] = []
+        """The names of the parameters of each group of all optimizers."""
+        self._is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        """A rank of FSDP1 may hold nothing of a parameter, or one parameter for many names. So `has_state` is True."""
+        self._stateless: list[Optimizer] = []
+        """Optimizers that have no states at all, such as SGD without momentum."""
 
     def state_dict(self) -> dict[str, Any]:
-        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
+        """Return `{"state": {name: state}, "param_groups": {name: (settings of its group, has_state)}}`."""
+        without_state = [_parameters_without_state(optimizer) for optimizer in self._optimizers]
         try:
-            for optimizer in fresh:
-                self._create_states(optimizer)
-            return get_optimizer_state_dict(self.model, self.optimizers)
+            for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
+                if parameters and optimizer not in self._stateless:
+                    _create_states(optimizer, parameters)
+                    if not optimizer.state:
+                        self._stateless.append(optimizer)
+            found: Any = get_optimizer_state_dict(self._model, self._optimizers)
         finally:
-            for optimizer in fresh:
-                optimizer.state.clear()
+            for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
+                for parameter in parameters:
+                    optimizer.state.pop(parameter, None)
+        self._names = [group["params"] for group in found["param_groups"]]
+        lacking = {id(parameter) for parameters in without_state for parameter in parameters}
+        settings: dict[str, tuple[dict[str, Any], bool]] = {}
+        for group, (_, parameters) in zip(found["param_groups"], self._groups(), strict=True):
+            of_group = {key: value for key, value in group.items() if key != "params"}
+            for at, name in enumerate(group["params"]):
+                settings[name] = of_group, self._is_fsdp1 or id(parameters[at]) not in lacking
+        return {"state": found["state"], "param_groups": settings}
 
-    def _create_states(self, optimizer: Optimizer) -> None:
-        """Create the states of an optimizer that has not stepped."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        settings = state_dict["param_groups"]
+        groups: list[dict[str, Any]] = []
+        for names, own in zip(self._names, self._own_settings(), strict=True):
+            for name in names:
+                if settings[name][0] != settings[names[0]][0]:
+                    raise ArgumentError(
+                        f"the optimizer has {names[0]!r} and {name!r} in one group, but they were saved with different "
+                        f"settings, {settings[names[0]][0]} and {settings[name][0]}: use the same groups"
+                    )
+            groups.append({**own, **(settings[names[0]][0] if names else {}), "params": names})
+        with _without_gradients(self._optimizers):
+            loaded: Any = {"state": state_dict["state"], "param_groups": groups}
+            set_optimizer_state_dict(self._model, self._optimizers, loaded)
+        for names, (optimizer, parameters) in zip(self._names, self._groups(), strict=True):
+            for at, parameter in enumerate([] if self._is_fsdp1 else parameters):
+                if not settings[names[at]][1]:
+                    optimizer.state.pop(parameter, None)
+
+    def _groups(self) -> list[tuple[Optimizer, list[nn.Parameter]]]:
+        """Return the optimizer and the parameters of each group."""
+        return [(optimizer, group["params"]) for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def _own_settings(self) -> list[dict[str, Any]]:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in parameters if parameter.requires_grad and not optimizer.state.get(parameter)]
+
+
+def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Create the states of parameters that have not been updated.
+
+    Raises:
+        UnsupportedValueError: the optimizer cannot step without a closure.
+    """
+    # Weight decay would be added to the momentum of SGD.
+    with _without_gradients([optimizer]), _with_zero(optimizer, "lr"), _with_zero(optimizer, "weight_decay"):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
         try:
-            with _without_gradients([optimizer]), _without_weight_decay(optimizer):
-                get_optimizer_state_dict(self.model, optimizer)
+            optimizer.step()
         except Exception as error:
             raise UnsupportedValueError(
                 f"the states of {type(optimizer).__name__} cannot be created before its first step: "
                 f"{type(error).__name__}: {error}. Make a step first, or leave it out"
             ) from error
-        for state in optimizer.state.values():
-            if isinstance(step := state.get("step"), torch.Tensor):
-                step.zero_()
-            elif step is not None:
-                state["step"] = 0
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with _without_gradients(self.optimizers):
-            set_optimizer_state_dict(self.model, self.optimizers, state_dict)
+    for parameter in parameters:
+        if isinstance(step := optimizer.state.get(parameter, {}).get("step"), torch.Tensor):
+            step.zero_()
 
 
 @contextlib.contextmanager
@@ -107,14 +171,14 @@ def _without_gradients(optimizers: Iterable[Optimizer]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_weight_decay(optimizer: Optimizer) -> Iterator[None]:
-    """Hold the weight decay aside, which SGD would add to the momentum that is created."""
-    groups = [group for group in optimizer.param_groups if "weight_decay" in group]
-    decays = [group["weight_decay"] for group in groups]
-    for group in groups:
-        group["weight_decay"] = 0.0
+def _with_zero(optimizer: Optimizer, setting: str) -> Iterator[None]:
+    """Replace a setting of all groups by 0 while the block runs."""
+    groups = [group for group in optimizer.param_groups if setting in group]
+    values = [group[setting] for group in groups]
+    for group, value in zip(groups, values, strict=True):
+        group[setting] = torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0.0
     try:
         yield
     finally:
-        for group, decay in zip(groups, decays, strict=True):
-            group["weight_decay"] = decay
+        for group, value in zip(groups, values, strict=True):
+            group[setting] = value

@@ -827,3 +827,18 @@ def test_an_interrupted_copy_ends_the_save(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(errors.RankError, match="failed, and nothing was saved now: KeyboardInterrupt"):
         reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread")
     reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="thread").result()
+
+
+def test_a_save_from_the_callback_of_the_save_that_it_would_wait_for_is_refused(tmp_path: Path) -> None:
+    raised: list[BaseException] = []
+
+    def save_again(progress: object) -> None:
+        if not raised:
+            try:
+                reshard.async_save({"w": torch.ones(9)}, tmp_path / "b")
+            except errors.BusyError as error:
+                raised.append(error)
+
+    reshard.async_save({"w": torch.ones(1000, 1000)}, tmp_path / "a", progress=save_again).result(60)
+    assert "from the progress callback" in str(raised[0])
+    reshard.async_save({"w": torch.ones(9)}, tmp_path / "b").result(60)

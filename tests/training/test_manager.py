@@ -215,7 +215,7 @@ def test_existing_step_is_skipped_and_replaced_by_force(tmp_path: Path) -> None:
         assert manager.steps() == [1]
 
 
-def test_earlier_step_than_the_last_is_refused(tmp_path: Path) -> None:
+def test_earlier_step_than_the_last_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with manager_of(tmp_path) as manager:
         train(manager, [10, 20])
     with manager_of(tmp_path) as manager:
@@ -224,7 +224,9 @@ def test_earlier_step_than_the_last_is_refused(tmp_path: Path) -> None:
                 errors.ArgumentError, match=r"step 15 cannot be saved.*has a checkpoint of step 20: call"
             ):
                 manager.save(15, state(15), force=force)
-        assert not manager.save(10, state(10))
+        with caplog.at_level(logging.WARNING, "reshard"):
+            assert not manager.save(10, state(10))
+        assert "step 10 was not saved, because the run at" in caplog.text
         with pytest.raises(errors.ArgumentError, match="step 10 cannot be saved"):
             manager.save(10, state(10), force=True)
         assert manager.save(30, state(30))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 import reshard
-from reshard.errors import CheckpointError, MissingTensorError, UnsupportedValueError
+from reshard.errors import ArgumentError, CheckpointError, MissingTensorError, UnsupportedValueError
 from tests.ranks import RankPool
 
 X = torch.linspace(-1, 1, 12).reshape(2, 6)
@@ -78,10 +80,20 @@ def test_run_continues_as_if_it_had_not_stopped(tmp_path: Path, has_stepped: boo
     check_equal(other.values(), whole.values())
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+    "rprop": torch.optim.Rprop,
+    "asgd": torch.optim.ASGD,
+    "adafactor": torch.optim.Adafactor,
+    "sgd": partial(torch.optim.SGD, weight_decay=0.1),
+    "momentum": partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1),
+    "dampening": partial(torch.optim.SGD, momentum=0.9, dampening=0.5),
+}
+
+
 def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
-    if kind == "adam":
-        return torch.optim.AdamW(model.parameters(), lr=0.1)
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 * (kind == "momentum"), weight_decay=0.1)
+    return OPTIMIZERS[kind](model.parameters(), lr=0.1)
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -92,7 +104,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Te
     return [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["adam", "momentum", "sgd"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_run_is_the_same_if_it_is_saved_before_the_first_step(tmp_path: Path, kind: str) -> None:
     model = net()
     expected = trained(model, optimizer_of(kind, model))
@@ -132,6 +144,130 @@ def test_an_optimizer_is_loaded_although_there_are_gradients(tmp_path: Path) -> 
     other.model.zero_grad()
     other.train(2)
     check_equal(other.values(), run.values())
+
+
+class Branches(nn.Module):
+    """A model with a part that gets no gradients at first."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.used, self.later = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.uses_all = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.used(x)
+        return y + self.later(x) if self.uses_all else y
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("has_stepped", [True, False])
+def test_parameters_that_were_never_updated_have_no_state_after_a_load(
+    tmp_path: Path, kind: str, has_stepped: bool
+) -> None:
+    model = Branches(0)
+    optimizer = optimizer_of(kind, model)
+    trained(model, optimizer)
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    other = Branches(1)
+    other_optimizer = optimizer_of(kind, other)
+    if has_stepped:
+        other.uses_all = True
+        trained(other, other_optimizer)
+    reshard.load(reshard.training_state(other, other_optimizer), tmp_path)
+    assert not other_optimizer.state.get(other.later.weight)
+    model.uses_all = other.uses_all = True
+    check_equal(trained(other, other_optimizer), trained(model, optimizer))
+
+
+def groups_of(model: nn.Sequential, *rates: tuple[int, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": [*model[layer].parameters()], "lr": rate} for layer, rate in rates])
+
+
+def test_settings_follow_the_parameters_if_the_groups_are_in_another_order(tmp_path: Path) -> None:
+    model = net()
+    optimizer = groups_of(model, (0, 0.1), (2, 0.01))
+    trained(model, optimizer)
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    other = net(seed=1)
+    other_optimizer = groups_of(other, (2, 0.5), (0, 0.5))
+    reshard.load(reshard.training_state(other, other_optimizer), tmp_path)
+    assert [group["lr"] for group in other_optimizer.param_groups] == [0.01, 0.1]
+    check_equal(trained(other, other_optimizer), trained(model, optimizer))
+    with pytest.raises(ArgumentError, match=r"one group, but they were saved with different settings, .*'lr': 0\.1"):
+        reshard.load(reshard.training_state(other, torch.optim.AdamW(other.parameters())), tmp_path)
+
+
+def stage(seed: int, stages: int) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+    """Return the layers of this rank's pipeline stage, out of four."""
+    rank, each = dist.get_rank(), 4 // stages
+    layers = range(rank * each, (rank + 1) * each)
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({f"layer{at}": nn.Linear(6, 6) for at in layers})
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def train_stage(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    for _ in range(3):
+        sum(layer(X).square().mean() for layer in model.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def save_stages(uri: str, stages: int) -> tuple[tuple[str, ...], dict[str, torch.Tensor]]:
+    model, optimizer = stage(dist.get_rank(), stages)
+    train_stage(model, optimizer)
+    report = reshard.save(reshard.training_state(model, optimizer), uri)
+    return report.differing, train_stage(model, optimizer)
+
+
+def load_stages(uri: str, stages: int) -> dict[str, torch.Tensor]:
+    model, optimizer = stage(9, stages)
+    reshard.load(reshard.training_state(model, optimizer), uri)
+    return train_stage(model, optimizer)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_run_continues_with_other_pipeline_stages(ranks: RankPool, tmp_path: Path, stages: int) -> None:
+    saved = ranks.run(2, save_stages, str(tmp_path), 2)
+    assert [differing for differing, _ in saved] == [(), ()]
+    expected = {name: value for _, values in saved for name, value in values.items()}
+    found = {
+        name: value
+        for values in ranks.run(stages, load_stages, str(tmp_path), stages)
+        for name, value in values.items()
+    }
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected)
+
+
+def of_fsdp1(seed: int, use_orig_params: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = FullyShardedDataParallel(net(seed), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def trained_by_fsdp1(model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    trained(model, optimizer)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def continue_fsdp1(folder: str, use_orig_params: bool) -> None:
+    for steps in (0, 3):
+        model, optimizer = of_fsdp1(0, use_orig_params)
+        if steps:
+            trained(model, optimizer)
+        report = reshard.save(reshard.training_state(model, optimizer), f"{folder}/{steps}")
+        assert report.differing == ()
+        other, other_optimizer = of_fsdp1(1, use_orig_params)
+        reshard.load(reshard.training_state(other, other_optimizer), f"{folder}/{steps}")
+        check_equal(trained_by_fsdp1(other, other_optimizer), trained_by_fsdp1(model, optimizer))
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_a_run_under_fsdp1_continues(ranks: RankPool, tmp_path: Path, use_orig_params: bool) -> None:
+    ranks.run(2, continue_fsdp1, str(tmp_path), use_orig_params)
 
 
 def test_an_optimizer_that_needs_a_closure_is_named(tmp_path: Path) -> None:
