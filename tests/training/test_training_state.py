@@ -209,7 +209,7 @@ def stage(seed: int, stages: int) -> tuple[nn.ModuleDict, torch.optim.Optimizer]
 
 def train_stage(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     for _ in range(3):
-        sum(layer(X).square().mean() for layer in model.values()).backward()
+        torch.stack([layer(X).square().mean() for layer in model.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
