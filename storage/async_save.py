@@ -271,7 +271,7 @@ def async_save(
         The running save.
 
     Raises, on every rank:
-        BusyError: a save is running, and `busy` is "refuse".
+        BusyError: a save is running, and `busy` is "refuse", or this is called from its own progress callback.
         CheckpointExistsError, UnsupportedURIError, StoreError, UnsupportedValueError, DtypeError, LayoutError,
         DestinationError, ArgumentError: as `reshard.save`, if planning finds it.
         CheckpointError: the last save of the group failed, and `result` and `exception` were not called on every rank.

@@ -40,8 +40,8 @@ def encode_value(value: Any) -> tuple[Kind, bytes]:
         The kind of the encoding, and the bytes.
 
     Raises:
-        UnsupportedValueError: the encoded value has more than MAX_VALUE_BYTES bytes, or contains a tensor of which this
-            rank only has a shard.
+        UnsupportedValueError: the encoded value has more than MAX_VALUE_BYTES bytes, or contains a tensor that is
+            sharded over ranks.
         Exception: whatever pickle raises.
     """
     kind, data = Kind.TORCH_SAVE, b""

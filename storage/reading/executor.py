@@ -254,7 +254,7 @@ class _Execution:
             self._fail(error)
 
     def _begin(self) -> _Step | None:
-        """Begin the next step of a worker. Return None if there is none: the worker ends. The caller holds the lock."""
+        """Begin the next step of a worker. Return None if there is none. The caller holds the lock."""
         step: _Step | None = None
         if self._error is None and not self._workers.stopped:
             step = self._schedule.work()

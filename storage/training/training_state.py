@@ -96,7 +96,7 @@ class _OptimizerState:
         lacking = {id(parameter) for parameters in without_state for parameter in parameters}
         settings: dict[str, tuple[dict[str, Any], bool]] = {}
         for group, (_, parameters) in zip(found["param_groups"], self._groups(), strict=True):
-            of_group = {key: value for key, value in group.items() if key != "params"}
+            of_group = _settings(group)
             for at, name in enumerate(group["params"]):
                 settings[name] = of_group, self._is_fsdp1 or id(parameters[at]) not in lacking
         return {"state": found["state"], "param_groups": settings}
@@ -104,14 +104,15 @@ class _OptimizerState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         settings = state_dict["param_groups"]
         groups: list[dict[str, Any]] = []
-        for names, own in zip(self._names, self._own_settings(), strict=True):
+        own_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for names, own in zip(self._names, own_groups, strict=True):
             for name in names:
                 if settings[name][0] != settings[names[0]][0]:
                     raise ArgumentError(
                         f"the optimizer has {names[0]!r} and {name!r} in one group, but they were saved with different "
                         f"settings, {settings[names[0]][0]} and {settings[name][0]}: use the same groups"
                     )
-            groups.append({**own, **(settings[names[0]][0] if names else {}), "params": names})
+            groups.append({**_settings(own), **(settings[names[0]][0] if names else {}), "params": names})
         with _without_gradients(self._optimizers):
             loaded: Any = {"state": state_dict["state"], "param_groups": groups}
             set_optimizer_state_dict(self._model, self._optimizers, loaded)
@@ -124,9 +125,10 @@ class _OptimizerState:
         """Return the optimizer and the parameters of each group."""
         return [(optimizer, group["params"]) for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def _own_settings(self) -> list[dict[str, Any]]:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what a group of parameters has in addition to the parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -158,7 +160,7 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None
 
 @contextlib.contextmanager
 def _without_gradients(optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Hold the gradients aside. While there are some, torch neither creates nor loads states that do not exist yet."""
+    """Hold the gradients aside. While there are some, torch does not create the states that it loads into."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
