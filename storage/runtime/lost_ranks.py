@@ -47,6 +47,8 @@ STEP_S = 1.0
 """How long a rank waits for a message before it looks whether a rank is lost."""
 EXIT_S = 1.0
 """How long the interpreter waits at exit for the thread."""
+LINGER_S = 1.5
+"""How long rank 0, whose process usually has the store, lets the other ranks read there which rank is lost."""
 STORE_S = 3.0
 """How long a rank that has found a broken connection waits for an answer of the store."""
 
@@ -195,6 +197,7 @@ class Watch:
         """How long the poller has been in the same round. The time of a suspended process does not count."""
         self.lost: str | None = None
         """Which ranks are lost, in words."""
+        self._lingers = dist.get_rank() == 0
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Watch:
@@ -253,6 +256,9 @@ class Watch:
 
     def broken(self) -> RankError:
         """Return the error of the group, which is broken."""
+        if self._lingers:
+            self._lingers = False
+            time.sleep(LINGER_S)
         error = RankError(f"the process group broke, {self.lost}")
         error.group_is_broken = True
         return error

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.distributed import distributed_c10d
@@ -14,7 +14,9 @@ from torch.distributed import distributed_c10d
 from ..errors import RankError
 from .connections import Connections
 from .lost_ranks import DIED, STEP_S, Watch
+from .threads import Pool
 
+T = TypeVar("T")
 SETTLE_S = 0.1
 """The connections of processes that were killed together do not close at the same moment."""
 SHORT_BYTES = 1024
@@ -90,6 +92,16 @@ class Messages:
         self._broadcast(received)
         return _bytes(received)
 
+    def wait_for(self, task: Callable[[], T]) -> T:
+        """Run a task in which the ranks wait for each other in C code, in a thread, and return its result.
+
+        A rank that dies ends the wait. The thread then stays until the timeout of the task.
+        """
+        running = _Task(task)
+        with self.in_call():
+            self._finish(lambda: running)
+        return running.future.result()
+
     def _gather(self, data: torch.Tensor) -> list[torch.Tensor]:
         options = distributed_c10d.GatherOptions()
         options.rootRank = 0
@@ -141,6 +153,22 @@ class Messages:
         time.sleep(SETTLE_S)
         lost = self._connections.closed()
         self._watch.announce(lost, DIED if lost else str(error))
+
+
+class _Task(Generic[T]):
+    """A task in a thread, as a work of torch.distributed."""
+
+    def __init__(self, task: Callable[[], T]) -> None:
+        pool = Pool(1, "reshard-group")
+        self.future = pool.submit(task)
+        pool.shutdown(wait=False)
+
+    def is_completed(self) -> bool:
+        return self.future.done()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        with contextlib.suppress(TimeoutError):
+            self.future.result(None if timeout is None else timeout.total_seconds())
 
 
 def _head(length: int, longest: int, data: bytes) -> torch.Tensor:

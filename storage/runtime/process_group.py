@@ -276,6 +276,11 @@ def _has_gloo(group: dist.ProcessGroup) -> bool:
     return "cpu:gloo" in dist.get_backend_config(group)
 
 
+def _can_talk(group: dist.ProcessGroup) -> bool:
+    """Return whether an `Exchange` of a group needs no new group."""
+    return _has_gloo(group) or group in _gloo_groups
+
+
 def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Create a gloo group of the ranks of another group, which only these ranks call. Collective.
 
@@ -291,7 +296,8 @@ def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     try:
         while len(fillers) < number - count:
             fillers.append(_new_gloo_group([dist.get_rank()]))
-        return _new_gloo_group(ranks)
+        messages = Exchange(group)._messages if _can_talk(group) else None
+        return messages.wait_for(lambda: _new_gloo_group(ranks)) if messages else _new_gloo_group(ranks)
     finally:
         for filler in fillers:
             dist.destroy_process_group(filler)
@@ -308,7 +314,7 @@ def _largest(number: int, group: dist.ProcessGroup) -> int:
 
     Messages over gloo notice a rank that has died. Without gloo, the numbers go through the store of the process group.
     """
-    if _has_gloo(group) or group in _gloo_groups:
+    if _can_talk(group):
         return max(Exchange(group).on_all_ranks(lambda: number))
     store, key = distributed_c10d._get_default_store(), new_key("groups", group)
     rank, size = dist.get_rank(group), dist.get_world_size(group)

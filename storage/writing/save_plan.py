@@ -239,7 +239,7 @@ def _check_held(entries: Mapping[str, ValueDescription], shards: _Shards) -> Non
             f"no rank of the process group holds a part of {names[int(np.argmax(absent))]!r}, so it would not be "
             "saved: save from the ranks that hold it, or leave it out"
         )
-    outside = (shards.offsets + shards.sizes > shards.shapes).any(axis=1)
+    outside = (shards.offsets + shards.sizes > shards.shapes).any(axis=1) & (shards.sizes > 0).all(axis=1)
     if bool(outside.any()):
         at = int(np.argmax(outside))
         name = names[int(shards.ids[at])]

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -82,6 +86,28 @@ def save_empty(folder: str) -> None:
                 uri = f"{folder}/{at}-{mesh.ndim}-{dim}"
                 reshard.save({"e": tensor, "w": torch.ones(2)}, uri)
                 assert reshard.load({"e": tensor}, uri).missing_keys == ()
+
+
+def sharded(shape: tuple[int, ...], dim: int) -> ShardedTensor:
+    placements: Any = [f"rank:{rank}/cpu" for rank in range(dist.get_world_size())]
+    return sharded_tensor.zeros(ChunkShardingSpec(dim, placements), *shape)
+
+
+def save_few_rows(folder: str) -> None:
+    """`ShardedTensor` puts the empty shards of the last ranks outside the tensor."""
+    for at, (shape, dim) in enumerate([((2, 4), 0), ((5, 4), 0), ((4, 2), 1), ((0, 4), 0)]):
+        saved, loaded = sharded(shape, dim), sharded(shape, dim)
+        for shard in saved.local_shards():
+            shard.tensor.fill_(dist.get_rank() + 1)
+        reshard.save({"x": saved}, f"{folder}/{at}")
+        reshard.load({"x": loaded}, f"{folder}/{at}")
+        for one, other in zip(saved.local_shards(), loaded.local_shards(), strict=True):
+            assert one.tensor.equal(other.tensor)
+
+
+def test_sharded_tensors_with_fewer_rows_than_ranks_are_saved(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(4, save_few_rows, str(tmp_path))
+    assert reshard.open(tmp_path / "1").read("x")[:, 0].tolist() == [1, 1, 2, 2, 3]
 
 
 def test_dtensors_without_elements_are_saved(ranks: RankPool, tmp_path: Path) -> None:

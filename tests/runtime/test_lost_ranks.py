@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 import reshard
 from reshard.errors import RankError
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
+from reshard.storage.runtime import process_group
 from reshard.storage.runtime.lost_ranks import Watch
 from reshard.storage.runtime.process_group import Exchange, on_all_ranks
 from reshard.storage.stores.local import LocalStore
@@ -64,6 +65,8 @@ def run_call(call: str, state: dict[str, Any], store: reshard.Store, group: Any)
         reshard.load(state, store, process_group=group)
     elif call == "async_save":
         reshard.async_save(state, store, process_group=group, overwrite=True, background="thread").result()
+    elif call == "cooperative_load":
+        reshard.load(state, store, process_group=group, cooperative=True)
     else:
         with reshard.open(store).lazy(process_group=group) as weights:
             torch.empty(64, 8).copy_(weights["w"])
@@ -120,6 +123,28 @@ def test_every_rank_names_the_rank_that_was_killed(tmp_path: Path, call: str, dy
         assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
         assert pool.run(2, ones_everywhere) == [2, 2]
     assert reshard.open(tmp_path).read("w").eq(1).all()
+
+
+def lose_while_a_group_is_created(folder: str, dying: int, call: str) -> None:
+    """Kill a rank that does not join the new group that the call creates, while the others wait for it in C code."""
+    group = long_group()
+    dist.barrier()
+    if dist.get_rank() == dying:
+        process_group._new_gloo_group = lambda _: kill_this_process()  # type: ignore[assignment,return-value]
+    with pytest.raises(RankError) as caught:
+        run_call(call, state_on(group, 5), LocalStore(folder), group)
+    assert caught.value.group_is_broken
+    raise AssertionError(f"found: {caught.value}")
+
+
+@pytest.mark.parametrize(("call", "dying"), [("async_save", 0), ("async_save", 2), ("cooperative_load", 1)])
+def test_every_rank_names_the_rank_that_dies_while_a_group_is_created(tmp_path: Path, call: str, dying: int) -> None:
+    with RankPool() as pool:
+        pool.run(WORLD, save_first, str(tmp_path))
+        with pytest.raises(RankFailed) as failed:
+            pool.run(WORLD, lose_while_a_group_is_created, str(tmp_path), dying, call, timeout_s=60)
+    named = f"found: the process group broke, because rank {dying} died or left"
+    assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
 
 
 def stop_a_rank(folder: str, stopped: int) -> None:
