@@ -86,6 +86,11 @@ class ChunkReads:
         return int((self.stops - self.starts).sum() if self.runs is None else self.runs.packed_bytes.sum())
 
     @property
+    def bytes_compressed(self) -> int:
+        """Stored bytes of the chunks that are compressed."""
+        return int((self.stops - self.starts)[self.encodings == Encoding.PLANES].sum())
+
+    @property
     def bytes_over(self) -> IntArray:
         """(n,) bytes of each chunk that are read but not wanted, measured before encoding.
 

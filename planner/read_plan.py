@@ -106,6 +106,7 @@ class ReadPlan:
             bytes_over_read=max(0, fetched.nbytes - for_all + given - wanted),
             max_gap_bytes=self.gap_limits.max_gap_bytes,
             opaque_chunks=sum(int((read.encodings == Encoding.OPAQUE).sum()) for read in self.reads),
+            bytes_compressed=sum(read.bytes_compressed for read in self.reads),
             bytes_sent=exchange.bytes_sent if exchange else 0,
             bytes_received=exchange.bytes_received if exchange else 0,
         )

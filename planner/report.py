@@ -31,6 +31,9 @@ class PlanReport:
     """The largest gap between byte ranges that a request may read over."""
     opaque_chunks: int = 0
     """The number of opaque chunks (of other formats): they are read and decoded as a whole."""
+    bytes_compressed: int = 0
+    """Stored bytes of compressed chunks. If the destination is on a GPU, it decompresses them with nvCOMP, or the host
+    does so without nvCOMP. The GPU arranges and casts the values of all chunks, except of opaque ones."""
     bytes_sent: int = 0
     """Bytes that the rank sends to other ranks, if they share a read."""
     bytes_received: int = 0
@@ -73,7 +76,8 @@ class PlanReport:
             f"{self.bytes_needed / 1e6:.2f} MB needed, {self.bytes_fetched / 1e6:.2f} MB fetched "
             f"({self.amplification:.3f} x) by {self.requests} requests of {self.objects} objects, {self.chunks} chunks"
         )
-        return "; ".join([read, *notes])
+        compressed = [f"{self.bytes_compressed / 1e6:.2f} MB of it compressed"] if self.bytes_compressed else []
+        return "; ".join([read, *compressed, *notes])
 
 
 @dataclass(frozen=True, slots=True)

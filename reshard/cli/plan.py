@@ -184,6 +184,8 @@ def _print(plans: RankPlans, what: str, link: Link) -> None:
         exchanged = format_bytes(report.bytes_sent), format_bytes(report.bytes_received)
         alike.setdefault(row[:5] + exchanged + row[5:] if is_shared else row, []).append(rank)
     print_table(columns, [(format_ranks(of), *row) for row, of in alike.items()], right=columns[1:])
+    if compressed := sum(report.bytes_compressed for report in reports):
+        print_line(f"{format_bytes(compressed)} of what the ranks fetch is compressed")
     most = max(range(len(plans)), key=lambda rank: reports[rank].bytes_over_read)
     if notes := reports[most].notes:
         print_line(f"rank {most}: {'; '.join(notes)}")

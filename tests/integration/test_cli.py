@@ -348,6 +348,15 @@ def test_plan_shows_what_ranks_send_and_receive(tmp_path: Path) -> None:
     assert "received" not in call("plan", tmp_path / "a", *rules[:-1])
 
 
+def test_plan_shows_how_much_is_compressed(tmp_path: Path) -> None:
+    state = {"w": torch.randn(2048, 1024)}
+    for codec, is_compressed in (("zstd", True), ("none", False)):
+        reshard.save(state, tmp_path / codec, codec=codec)
+        assert ("is compressed" in call("plan", tmp_path / codec)) == is_compressed
+        (row,) = as_json("plan", tmp_path / codec)["ranks"]
+        assert row["bytes_compressed"] == (row["bytes_wanted"] if is_compressed else 0)
+
+
 def test_inspect_shows_metadata(tmp_path: Path) -> None:
     reshard.save({"w": torch.ones(4)}, tmp_path / "c", metadata={"step": 1000, "loss": math.nan})
     assert as_json("inspect", tmp_path / "c")["metadata"] == {"step": 1000, "loss": "nan"}

@@ -167,8 +167,11 @@ def test_loads_restore_all_dtypes(device: Device, codec: str, budget_bytes: int 
     report = reshard.load(loaded, tmp_path, budget_bytes=budget_bytes)
     check_equal(loaded, values)
     assert device.ring.held_bytes > 0
-    decoded_by = set(report.total.decoded_by)
     name = str(device.device)
+    planned = reshard.open(tmp_path).plan(reshard.Layout(1))[0].report
+    on_device = report.total.decoded_by.get(name, 0)
+    assert on_device == planned.bytes_wanted - planned.bytes_compressed
+    decoded_by = set(report.total.decoded_by)
     if codec == "none":
         assert decoded_by == {name}
     elif device.decompressor is None or budget_bytes is not None:
