@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from reshard.planner.box import Box
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 
 METADATA = ".metadata"
 

@@ -17,7 +17,7 @@ import reshard
 from reshard.errors import ArgumentError, CorruptCheckpointError, DestinationError, StoreError
 from reshard.planner.layout import Layout, Mesh, Shard
 from reshard.storage.stores.base import Capabilities
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 
 STATE: dict[str, Any] = {"w": torch.arange(24.0).reshape(6, 4), "step": 3, "text": "x" * 3000}
 

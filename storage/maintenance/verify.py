@@ -25,6 +25,7 @@ from ..runtime.logs import logger_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.threads import Pool
 from ..stores.base import Store
+from ..stores.retry import read_whole
 
 logger = logger_of(__name__)
 
@@ -107,11 +108,14 @@ def _beyond_end(index: CheckpointIndex, request: Request, nbytes: int | None) ->
 def _damaged(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ChunkRange, str]]:
     try:
         data = memoryview(store.read(name, request.start, request.stop))
+        chunks = damages(request, index, data)
+        if chunks:  # perhaps only in transit
+            data = memoryview(read_whole(store, name, request.start, request.stop))
+            chunks = damages(request, index, data)
     except ObjectNotFoundError:
         return [(chunk, "the object is missing") for chunk in damages(request, index, memoryview(b""))]
     damaged = [
-        (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else DAMAGED)
-        for chunk in damages(request, index, data)
+        (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else DAMAGED) for chunk in chunks
     ]
     return damaged or [found for batch, _ in request.parts for found in _wrong_crcs(batch, request, data)]
 

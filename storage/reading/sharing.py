@@ -19,6 +19,7 @@ from ..runtime.peers import Peers
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt
 from ..runtime.threads import Pool
 from ..stores.base import Store
+from ..stores.retry import read_whole
 from .fetcher import Fetched, Fetcher, ObjectRanges
 
 MAX_WAITING = 16
@@ -70,6 +71,8 @@ class SharingFetcher(Fetcher):
         self._reading: dict[int, _Progress] = {}
         self._sending = 0
         self._error: Exception | None = None
+        self._unsent: StoreError | None = None
+        """Why a unit cannot be sent, if the executor has not failed for the same reason."""
         self._of_piece: dict[tuple[str, int, int, int], tuple[_Progress, Piece]] = {}
         for unit in units:
             mine = unit.pieces[peers.rank]
@@ -120,6 +123,8 @@ class SharingFetcher(Fetcher):
         """
         while True:
             self.check()
+            if self._unsent is not None:
+                raise self._unsent
             with self._changed:
                 if not self._sending and not self._postponed:
                     return
@@ -175,14 +180,33 @@ class SharingFetcher(Fetcher):
             self._fail(error)
             return
         unit = progress.unit
-        if isinstance(found, StoreError) or len(memoryview(found)) != unit.stop - unit.start:
-            # The executor finds out what is wrong, and names the tensor.
-            self._arrived(progress, found if isinstance(found, StoreError) else memoryview(b""))
+        if isinstance(found, StoreError):
+            self._arrived(progress, found)  # the executor names the tensor
             return
         data = memoryview(found)
+        is_short = len(data) != unit.stop - unit.start
         with contextlib.suppress(RuntimeError):  # the pool accepts no task if the read has been stopped
-            self._sends.submit(self._send, unit, data)
-        self._arrived(progress, data)
+            self._sends.submit(self._read_again, progress) if is_short else self._sends.submit(self._send, unit, data)
+        if not is_short:
+            self._arrived(progress, data)
+
+    def _read_again(self, progress: _Progress) -> None:
+        """Read a unit for which the answer was too short, and pass it on."""
+        unit = progress.unit
+        try:
+            data = memoryview(read_whole(self._store, unit.name, unit.start, unit.stop))
+        except StoreError as error:
+            self._arrived(progress, error)
+            return
+        except Exception as error:
+            self._fail(error)
+            return
+        if len(data) == unit.stop - unit.start:
+            self._send(unit, data)
+            self._arrived(progress, data)
+            return
+        self._unsent = StoreError(f"{unit.name!r} in {self._store.location} was cut short while ranks shared a read")
+        self._arrived(progress, memoryview(b""))  # the executor reads its part again, and names the tensor
 
     def _send(self, unit: Unit, data: memoryview) -> None:
         """Begin to send the pieces of a unit to the ranks that need them."""

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
@@ -42,6 +42,8 @@ PINGED_BEATS = 3
 CLOSED_BEATS = 3
 """A rank is considered lost if its connection is closed during this many checks. In the first of them, it may have
 ended the call and its process just before this rank ends the call."""
+LOOK_EVERY_S = 1.0
+"""How often `Lookout` looks."""
 DIED = "died or left"
 STEP_S = 1.0
 """How long a rank waits for a message before it looks whether a rank is lost."""
@@ -368,6 +370,40 @@ class Watch:
         else:
             ranks = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
             self.lost = f"because {ranks} {reason}"
+
+
+class Lookout:
+    """Finds ranks that died while this rank waits for them outside a collective call.
+
+    Args:
+        watch: the watch of the group.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._closed: Counter[int] = Counter()
+        """In how many checks the connection of a rank was closed."""
+        self._looked = 0.0
+
+    def check(self, store: Any, awaited: Callable[[], Iterable[int]]) -> None:
+        """Raise RankError if a rank is lost, and tell the other ranks. Once per LOOK_EVERY_S; more calls do nothing.
+
+        Args:
+            store: the client of the store to use.
+            awaited: returns the ranks that this rank waits for.
+        """
+        connections = self._watch.connections
+        if connections is None or time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        self._watch.hear(store)
+        if self._watch.lost is None:
+            closed = {rank: self._closed[rank] + 1 for rank in awaited() if connections.is_closed(rank)}
+            self._closed = Counter(closed)
+            if lost := [rank for rank, count in closed.items() if count >= CLOSED_BEATS]:
+                self._watch.announce(lost, DIED, store)
+        if self._watch.lost is not None:
+            raise self._watch.broken()
 
 
 class _Silence:

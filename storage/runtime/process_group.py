@@ -10,7 +10,7 @@ import functools
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -178,37 +178,41 @@ class Exchange:
         """Run a task on every rank and return the results of all ranks, in the order of ranks.
 
         If the task fails on any rank, all ranks wait for each other, and then raise the error of the lowest rank that
-        failed.
+        failed. A rank that was interrupted raises its own exception, such as KeyboardInterrupt.
         """
         if self._messages is None:
-            return [self._alone(task, Exception)]
+            return [self._alone(task)]
         with self._messages.in_call():
-            outcomes, cause = self._gather(task, Exception)
-            answer: bytes | None = None
-            if outcomes is not None:
-                failed = _first_failure(outcomes)
-                answer = _packed([bytes(one) for one in outcomes], None) if failed is None else _packed(None, failed)
-            found = self._messages.broadcast(answer)
+            data, cause = self._outcome(task)
+            with _after(cause):
+                outcomes = self._messages.gather(data)
+                answer: bytes | None = None
+                if outcomes is not None:
+                    failed = _first_failure(outcomes)
+                    values = None if failed else [bytes(one) for one in outcomes]
+                    answer = _packed(values, failed)
+                found = self._messages.broadcast(answer)
         with without_collections():
-            values, failed = _unpacked(found)
+            parts, failed = _unpacked(found)
             if failed is not None:
                 self._raise(failed, cause)
-            return [_unpacked(memoryview(one))[0] for one in values]
+            return [_unpacked(memoryview(one))[0] for one in parts]
 
     def through_rank_0(self, task: Callable[[], T], combine: Callable[[list[T]], list[R]]) -> R:
         """Run a task on every rank, combine the results on rank 0, and return to each rank its part.
 
-        If the task fails on any rank, or if `combine` fails, all ranks raise the error: that of the lowest rank that
-        failed. A rank that was interrupted raises its own exception, such as KeyboardInterrupt.
+        If the task fails on any rank, or if `combine` fails, all ranks raise the error, as in `on_all_ranks`.
 
         Args:
             task: Runs on every rank.
             combine: Receives the results in the order of ranks. Returns a list with one item for each rank.
         """
         if self._messages is None:
-            return self._alone(lambda: combine([task()])[0], BaseException)
+            return self._alone(lambda: combine([task()])[0])
         with self._messages.in_call():
-            outcomes, cause = self._gather(task, BaseException)
+            data, cause = self._outcome(task)
+            with _after(cause):
+                outcomes = self._messages.gather(data)
             answers: list[bytes] = []
             if outcomes is not None:
                 failed = _first_failure(outcomes)
@@ -220,29 +224,25 @@ class Exchange:
                         failed = 0, self._of_rank(error)
                 if failed is not None:
                     answers = [_packed(None, failed)] * self.size
-            part, failed = _unpacked(self._messages.scatter(answers))
+            with _after(cause):
+                part, failed = _unpacked(self._messages.scatter(answers))
         if failed is not None:
             self._raise(failed, cause)
         return cast(R, part)
 
-    def _alone(self, task: Callable[[], T], caught: type[BaseException]) -> T:
+    def _alone(self, task: Callable[[], T]) -> T:
         """Run a task on the only rank."""
         try:
             return task()
-        except caught as error:
+        except BaseException as error:
             self._raise((0, self._of_rank(error)), error)
 
-    def _gather(
-        self, task: Callable[[], object], caught: type[BaseException]
-    ) -> tuple[list[memoryview] | None, BaseException | None]:
-        """Run a task, and send its result or error to rank 0. Return what rank 0 got, and the error of this rank."""
-        assert self._messages is not None
-        cause: BaseException | None = None
+    def _outcome(self, task: Callable[[], object]) -> tuple[bytes, BaseException | None]:
+        """Run a task. Return its result or error as bytes, and the error."""
         try:
-            data = _packed(task(), None)
-        except caught as error:
-            cause, data = error, _packed(None, self._of_rank(error))
-        return self._messages.gather(data), cause
+            return _packed(task(), None), None
+        except BaseException as error:
+            return _packed(None, self._of_rank(error)), error
 
     def _raise(self, failed: tuple[int, CheckpointError], cause: BaseException | None) -> NoReturn:
         """Raise the error of a rank, or the exception that interrupted this rank."""
@@ -256,6 +256,17 @@ class Exchange:
         if self.is_distributed:
             found.rank = self.rank
         return found
+
+
+@contextlib.contextmanager
+def _after(cause: BaseException | None) -> Iterator[None]:
+    """Exchange the outcome of a task. If this rank was interrupted, this exception is raised, and no RankError."""
+    try:
+        yield
+    except RankError:
+        if cause is None or isinstance(cause, Exception):
+            raise
+        raise cause from None
 
 
 _gloo_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
@@ -397,7 +408,7 @@ def portable(error: BaseException) -> CheckpointError:
     """
     if isinstance(error, CheckpointError):
         return error if type(error) is nearest(error) else nearest(error)(str(error))
-    return RankError(f"{type(error).__name__}: {error}")
+    return RankError(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def raises_portable(method: Callable[P, T]) -> Callable[P, T]:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from ..errors import ArgumentError, RankError
 from ..runtime.logs import logger_of
-from ..runtime.lost_ranks import CLOSED_BEATS, DIED, Watch, client_of, new_key
+from ..runtime.lost_ranks import LOOK_EVERY_S, Lookout, Watch, client_of, new_key
 from ..runtime.threads import Pool, current_stop
 
 logger = logger_of(__name__)
@@ -37,7 +37,6 @@ process serves the requests of all."""
 RANKS_AT_ONCE = 64
 MAX_WAIT_S = 600.0
 """How long a rank waits for the answers of the others. They answer even while they train."""
-LOOK_EVERY_S = 1.0
 """How often a rank that waits looks whether a rank has died."""
 STUCK_S = 10.0
 """If the store does not answer a waiting rank for this long, it is considered lost."""
@@ -83,13 +82,10 @@ class AgreedSaves:
         self._pool: Pool | None = None
         if process_group is not None and self._world > 1:
             self._rank = dist.get_rank(process_group)
-            self._watch = Watch.of(process_group)
-            self._awaited = range(1, self._world) if self._rank == 0 else range(1)
-            """The ranks whose answers this rank waits for."""
-            self._closed_beats = dict.fromkeys(self._awaited, 0)
-            self._looked = 0.0
+            watch = Watch.of(process_group)
+            self._lookout = Lookout(watch)
             self._key = new_key("agreed", process_group)
-            self._store = self._watch.store
+            self._store = watch.store
             self._pool = Pool(1, "reshard-agreed")
             self._pool.submit(self._run)
 
@@ -210,7 +206,7 @@ class AgreedSaves:
                 self._chosen, self._stops = int(call), kind == STOP
                 self._changed.notify_all()
             return False
-        self._look_for_lost(key)
+        self._lookout.check(self._store, lambda: self._silent_ranks(key))
         return True
 
     def _ask(self, method: str, *arguments: object) -> Any:
@@ -219,6 +215,12 @@ class AgreedSaves:
         self._answers += 1
         return found
 
+    def _silent_ranks(self, key: str) -> list[int]:
+        """Return the ranks whose answers this rank waits for."""
+        if self._rank:
+            return [0]
+        return [rank for rank in range(1, self._world) if not self._ask("check", [f"{key}/calls/{rank}"])]
+
     def _choose(self, key: str) -> None:
         """Publish the chosen call, if all ranks have answered."""
         answers = [f"{key}/calls/{rank}" for rank in range(self._world)]
@@ -226,24 +228,6 @@ class AgreedSaves:
             call = 1 + max(map(int, self._ask("multi_get", answers)))
             kind = STOP if self._ask("check", [f"{key}/{STOP}"]) else SAVE
             self._ask("set", f"{key}/choice", f"{call} {kind}")
-
-    def _look_for_lost(self, key: str) -> None:
-        """Raise RankError if a rank that this rank waits for has died, and tell the other ranks."""
-        connections = self._watch.connections
-        if connections is None or time.monotonic() - self._looked < LOOK_EVERY_S:
-            return
-        self._looked = time.monotonic()
-        self._watch.hear(self._store)
-        if self._watch.lost is None:
-            awaited = list(self._awaited)
-            if self._rank == 0:
-                awaited = [at for at in awaited if not self._ask("check", [f"{key}/calls/{at}"])]
-            for rank in awaited:
-                self._closed_beats[rank] = self._closed_beats[rank] + 1 if connections.is_closed(rank) else 0
-            if lost := [rank for rank in awaited if self._closed_beats[rank] >= CLOSED_BEATS]:
-                self._watch.announce(lost, DIED, self._store)
-        if self._watch.lost is not None:
-            raise self._watch.broken()
 
 
 def checked_signals(signals: Iterable[signal.Signals | int]) -> list[int]:

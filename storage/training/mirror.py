@@ -16,18 +16,18 @@ from threading import Condition
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from ...planner.errors import CheckpointError
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..formats.native.commit import commit, rank_of_object
-from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
+from ..formats.native.manifest import DATA_FOLDER, Manifest
 from ..runtime.logs import logger_of
-from ..runtime.lost_ranks import new_key
+from ..runtime.lost_ranks import Lookout, Watch, client_of, new_key
 from ..runtime.threads import Pool, current_stop
 from ..stores.base import Store
 from ..stores.local import LocalStore
 from ..stores.open import open_store
+from ..stores.retry import read_whole
 
 logger = logger_of(__name__)
 POLL_EVERY_S = 0.5
@@ -88,7 +88,8 @@ class Mirror:
         if process_group is not None and dist.get_world_size(process_group) > 1:
             self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
             self._key = new_key("mirror", process_group)
-            self._store = distributed_c10d._get_default_store()
+            watch = Watch.of(process_group)
+            self._lookout, self._store = Lookout(watch), client_of(watch.store)
         self._changed = Condition()
         self._waiting: deque[_Task] = deque()
         self._is_busy = False
@@ -153,8 +154,7 @@ class Mirror:
         manifest = Manifest.find(source)
         if manifest is None:
             return "it was removed"
-        data = bytes(source.read(MANIFEST_NAME, 0, source.size(MANIFEST_NAME)))
-        copy = Copy(folder, list(manifest.objects))
+        data, copy = manifest.contents(), Copy(folder, list(manifest.objects))
         self._count += 1
         if self._store is not None:
             self._store.set(f"{self._key}/{self._count}", copy.to_json())
@@ -166,16 +166,17 @@ class Mirror:
 
     def _others_errors(self) -> list[str]:
         """Wait for the other ranks, and return their error messages."""
-        keys = [f"{self._key}/{self._count}/{rank}" for rank in range(1, self._world)]
+        if self._store is None:
+            return []
+        keys = {rank: f"{self._key}/{self._count}/{rank}" for rank in range(1, self._world)}
         stop = current_stop()
-        while keys and not self._store.check(keys):
+        while not self._store.check(list(keys.values())):
             if stop.wait(POLL_EVERY_S / 5):
                 raise StoreError("the copy was stopped")
-        errors = [self._store.get(key).decode() for key in keys]
-        for key in keys:
+            self._lookout.check(self._store, lambda: [at for at, key in keys.items() if not self._store.check([key])])
+        errors = [self._store.get(key).decode() for key in keys.values()]
+        for key in (*keys.values(), f"{self._key}/{self._count}"):
             self._store.delete_key(key)
-        if self._store is not None:
-            self._store.delete_key(f"{self._key}/{self._count}")
         return errors
 
     def _follow(self) -> None:
@@ -224,7 +225,7 @@ def copy_object(source: Store, target: Store, name: str, nbytes: int) -> None:
     with target.create(name) as out:
         for start in range(0, nbytes, READ_BYTES):
             stop = min(start + READ_BYTES, nbytes)
-            data = source.read(name, start, stop)
+            data = read_whole(source, name, start, stop)
             if memoryview(data).nbytes != stop - start:
                 raise CorruptCheckpointError(f"{name!r} in {source.location} ends before byte {stop}: it is truncated")
             out.write(data)

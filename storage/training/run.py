@@ -202,7 +202,7 @@ class Run:
             return
         logger.info("removed the checkpoint at %s", location)
         with self._changed:
-            self._entries.remove(entry)
+            self._entries = [known for known in self._entries if known != entry]
             self._abandoned.discard((entry.folder, entry.sequence))
             self._removed.append(entry.folder)
 

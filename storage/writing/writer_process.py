@@ -37,9 +37,9 @@ from ..runtime.collector import rare_collections
 from ..runtime.forks import fork_safe_lock, generation
 from ..runtime.process_group import Interrupt, never, portable
 from ..stores.base import Store
+from ..stores.memory import MemoryStore
 from ..stores.open import open_store
 from ..stores.retry import discard
-from ..stores.testing import MemoryStore
 from .object_writer import write_objects
 from .staging import STAGING, Arena, StagedShard, mapped
 

@@ -21,7 +21,8 @@ from reshard.errors import DtypeError, UnavailableError
 from reshard.planner.entries import ITEMSIZES
 from reshard.storage.formats.detect import open_source
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.conversion.samples import (
     KIB,
     SOURCES,

@@ -14,7 +14,8 @@ import torch
 import reshard
 from reshard.errors import CorruptCheckpointError, StoreError
 from reshard.storage.runtime.checksums import checksum
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.conversion.samples import COMMITS, KIB, cut_small, save_native
 
 FORMATS = ("reshard", "dcp", "safetensors")

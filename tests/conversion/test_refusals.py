@@ -25,7 +25,8 @@ from reshard.errors import (
 from reshard.storage.conversion.journal import CLAIM
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore, failing
 from tests.conversion.samples import (
     COMMITS,
     KIB,

@@ -18,7 +18,8 @@ from reshard.storage.formats.native.commit import commit
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores import retry
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 import reshard
 from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError, UnsafeValueError
 from reshard.planner.box import Box
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.dcp_checkpoints import METADATA, put_together, rows, torch_saved
 from tests.samples import Runs, running, same
 

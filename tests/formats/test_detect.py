@@ -32,7 +32,8 @@ from reshard.storage.formats import detect as module
 from reshard.storage.formats.detect import FORMATS, open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.dcp_checkpoints import METADATA, put_together, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -12,8 +12,8 @@ from reshard.cli.app import app
 from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import obstore
 from reshard.storage.stores.base import is_name, top_names
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.open import open_store
-from reshard.storage.stores.testing import MemoryStore
 from tests import servers
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client

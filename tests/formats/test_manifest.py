@@ -27,7 +27,8 @@ from reshard.storage.formats.native.manifest import FIRST_MANIFEST_READ_BYTES, M
 from reshard.storage.formats.source import Source
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.planner.indexes import Saved, chunks_read, index_of
 from tests.samples import sample
 

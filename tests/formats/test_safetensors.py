@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 import reshard
 from reshard.errors import CheckpointError, CorruptCheckpointError, DtypeError
 from reshard.storage.formats.safetensors_source import SAFETENSORS_DTYPES
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.samples import assert_holds, boxes, same, sample
 
 ROW = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

@@ -29,7 +29,8 @@ from reshard.errors import (
 )
 from reshard.planner.entries import ITEMSIZES
 from reshard.storage.formats.torch_save import torch_save_source
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.dcp_checkpoints import torch_saved
 from tests.samples import Runs, assert_holds, boxes, same, sample
 

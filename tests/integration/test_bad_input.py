@@ -14,7 +14,8 @@ import reshard
 from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore, failing
 from tests.ranks import RankPool
 from tests.samples import Custom
 

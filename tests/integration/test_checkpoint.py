@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 import reshard
 from reshard import Box, Checkpoint, Layout, errors
 from reshard.layout import Shard
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.conftest import Place
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import reshard
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.integration.models import Mlp, build, local_values
 from tests.ranks import RankPool
 from tests.samples import Custom

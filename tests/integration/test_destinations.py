@@ -20,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import reshard
 from reshard import errors
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.integration.wrappers import Deaf, Flattened, Logged, Refusing, Scaled, Tagged
 from tests.ranks import RankPool
 

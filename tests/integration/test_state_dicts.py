@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
 from reshard import errors
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from reshard.storage.tensors.plain_json import _READERS
 from tests.samples import Custom, check_equal
 

@@ -15,7 +15,7 @@ from torch import nn
 import reshard
 from reshard.planner.entries import ITEMSIZES
 from reshard.storage.stores.base import Capabilities
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

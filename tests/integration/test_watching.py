@@ -21,7 +21,7 @@ from reshard.storage.conversion.targets.dcp import DcpTarget
 from reshard.storage.errors import UnavailableError
 from reshard.storage.runtime import progress as progress_of
 from reshard.storage.runtime.progress import Meter
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.conftest import Place
 from tests.ranks import RankPool
 

@@ -9,7 +9,8 @@ import torch
 
 import reshard
 from reshard.storage.maintenance.diff import Difference, diff
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from reshard.storage.tensors.splitting import MAX_PIECE_BYTES
 from tests.conversion.samples import cut_small
 

@@ -31,7 +31,7 @@ from reshard.storage.reading.destination import Destination
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.tasks import arrange
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.tensors.dtypes import as_array, as_bytes
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
 from reshard.storage.writing.object_writer import write_objects

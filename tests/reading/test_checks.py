@@ -20,7 +20,7 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manife
 from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.reading.checks import RequestCheck, damages
 from reshard.storage.reading.tasks import Request, arrange
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
 from reshard.storage.writing.object_writer import write_objects
 

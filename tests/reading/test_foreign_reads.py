@@ -16,7 +16,8 @@ from reshard.planner.box import Box
 from reshard.planner.request_costs import LOCAL_COSTS, REMOTE_COSTS
 from reshard.storage.formats.metadata_reads import Reads
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.stores.testing import MemoryStore, RecordingStore
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import RecordingStore
 from tests.dcp_checkpoints import put_together, rows
 
 WEIGHTS = torch.arange(512 * 256, dtype=torch.float32).reshape(512, 256)

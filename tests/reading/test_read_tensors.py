@@ -33,7 +33,8 @@ from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
 from reshard.storage.stores.base import Capabilities, Store
 from reshard.storage.stores.buffer_pool import read_buffers
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing, slow
+from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore, failing, slow
 from reshard.storage.writing.object_layout import ShardToWrite
 from reshard.storage.writing.object_writer import write_objects
 

@@ -46,9 +46,11 @@ def exchange_all(kind: str) -> list[Any]:
         with pytest.raises(expected) as caught:
             exchange.through_rank_0(task, combined)
         found.append((str(caught.value), getattr(caught.value, "rank", None)))
-    with pytest.raises(KeyboardInterrupt if rank == 1 else RankError) as interrupted:
-        exchange.through_rank_0(fail((1,), KeyboardInterrupt()), lambda all_of: all_of)
-    found.append(str(interrupted.value))
+    interrupted = fail((1,), KeyboardInterrupt())
+    for call in (lambda: exchange.through_rank_0(interrupted, list), lambda: exchange.on_all_ranks(interrupted)):
+        with pytest.raises(KeyboardInterrupt if rank == 1 else RankError) as caught:
+            call()
+        found.append(str(caught.value))
     assert exchange.through_rank_0(lambda: rank, lambda all_of: all_of[::-1]) == dist.get_world_size() - 1 - rank
     return found
 
@@ -56,12 +58,12 @@ def exchange_all(kind: str) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_and_errors_reach_every_rank(kind: str, ranks: RankPool) -> None:
     for rank, found in enumerate(ranks.run(3, exchange_all, kind)):
-        size, nothing, first, second, interrupted = found
+        size, nothing, first, second, *interrupted = found
         assert size == rank * 1000
         assert nothing == [None] * 3
         assert first == ("rank 1: ValueError: wrong", 1)
         assert second == ("rank 0: they do not fit", 0)
-        assert interrupted == ("" if rank == 1 else "rank 1: KeyboardInterrupt: ")
+        assert interrupted == ["" if rank == 1 else "rank 1: KeyboardInterrupt"] * 2
 
 
 def exchange_while_training() -> list[int]:

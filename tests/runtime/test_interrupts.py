@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import reshard
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.failing_s3 import failing_s3
 from tests.runtime.test_exit import ANSWERS, MAX_S, check_end, child, content, everything, interrupted, saved
 

@@ -13,8 +13,9 @@ import reshard
 from reshard.errors import StoreError, UnavailableError
 from reshard.storage.runtime.progress import Progress
 from reshard.storage.runtime.threads import Pool, Stop, cleaning_up, current_stop, event_loop, result_of
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.retry import RetryingStore, retried
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, slow
+from reshard.storage.stores.testing import Call, RecordingStore, slow
 
 
 def unavailable() -> None:

@@ -13,8 +13,9 @@ from reshard.storage.runtime.threads import event_loop, result_of
 from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities, Store, check_delete, close_store, top_names
 from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.retry import RetryingStore
-from reshard.storage.stores.testing import MemoryStore, check_store
+from reshard.storage.stores.testing import check_store
 from reshard.storage.stores.wrapped import WrappedStore
 
 

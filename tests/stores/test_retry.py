@@ -6,8 +6,9 @@ import torch
 import reshard
 from reshard.storage.errors import AccessDeniedError, StoreError, UnavailableError
 from reshard.storage.stores import retry
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.retry import RetryingStore, retried
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, check_store, failing
+from reshard.storage.stores.testing import Call, RecordingStore, check_store, failing
 
 
 @pytest.fixture(autouse=True)

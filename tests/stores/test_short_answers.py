@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 import reshard
 from reshard.errors import CorruptCheckpointError, UnavailableError
 from reshard.storage.stores import retry
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.retry import RetryingStore, read_whole
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
 

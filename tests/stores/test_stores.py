@@ -18,9 +18,10 @@ from reshard.storage.stores import base as store_module
 from reshard.storage.stores import conditional_put, obstore
 from reshard.storage.stores import testing as store_testing
 from reshard.storage.stores.local import MIN_SYNC_BYTES, LocalStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.open import open_store
 from reshard.storage.stores.retry import RetryingStore
-from reshard.storage.stores.testing import MemoryStore, RecordingStore, check_store
+from reshard.storage.stores.testing import RecordingStore, check_store
 from tests import servers
 from tests.conftest import STORES, Place
 

@@ -26,7 +26,7 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime.checksums import checksum
 from reshard.storage.stores.base import Capabilities
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.writing import object_layout
 
 Content = dict[str, bytes]

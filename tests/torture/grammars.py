@@ -20,7 +20,7 @@ import torch
 import reshard
 from reshard.storage.formats.native.manifest import VERSION
 from reshard.storage.runtime.checksums import checksum
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 
 Content = dict[str, bytes]
 NUMBERS = (0, 1, -1, 2, 64, 255, 2**31 - 1, 2**31, 2**32, 2**61 - 1, 2**62, 2**63, 2**64, 2**70, 10**30)

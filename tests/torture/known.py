@@ -20,7 +20,7 @@ from reshard.planner.entries import Entry, Kind, Segments
 from reshard.planner.grid import Grid
 from reshard.planner.index import CheckpointIndex
 from reshard.storage.formats.native.manifest import encode_manifest
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.torture.grammars import (
     DCP,
     SLICES,

@@ -19,7 +19,7 @@ from typing import Any
 
 import reshard
 from reshard.errors import CheckpointError, RankError
-from reshard.storage.stores.testing import MemoryStore
+from reshard.storage.stores.memory import MemoryStore
 from tests.torture.grammars import FORMATS, Content
 from tests.torture.known import GROUPS
 

@@ -20,8 +20,9 @@ from reshard.storage.formats.native.write_records import PackedRecords, assemble
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.retry import RetryingStore
-from reshard.storage.stores.testing import Call, MemoryStore, RecordingStore, failing
+from reshard.storage.stores.testing import Call, RecordingStore, failing
 from reshard.storage.writing import object_layout, object_writer
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
 from reshard.storage.writing.object_writer import write_objects

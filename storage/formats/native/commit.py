@@ -78,8 +78,12 @@ def commit(
     """
     replaced: set[str] = set()
     if overwrite:
-        with contextlib.suppress(CheckpointError):  # a checkpoint whose manifest is damaged
+        try:
             replaced = Manifest.objects_in(store)
+        except CheckpointError as error:
+            logger.warning(
+                "data objects of the checkpoint that is replaced will remain in %s: %s", store.location, error
+            )
     expected = objects if store.capabilities.is_shared else {name for name in objects if rank_of_object(name) == rank}
     gone = expected - set(store.list(DATA_FOLDER)) if expected else set()
     if gone:

@@ -231,6 +231,14 @@ class Manifest:
         at = np.asarray(blocks, np.int64)
         return int((self._blocks.starts[at + 1] - self._blocks.starts[at]).sum())
 
+    def contents(self) -> bytes:
+        """Return the bytes of the manifest. Raise CorruptCheckpointError if they are damaged, or StoreError."""
+        starts = self._blocks.starts.tolist()
+        data = self._source.read(0, starts[-1])
+        for at in range(len(self._blocks)):
+            self._blocks.check(at, data[starts[at] : starts[at + 1]], self._source.where)
+        return bytes(data)
+
     def read_blocks(self, blocks: list[int]) -> dict[int, bytes]:
         """Read blocks for other ranks. Raise CorruptCheckpointError or StoreError."""
         return {at: bytes(data) for at, data in self._read(blocks)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 from ....planner.box import IntArray, concat_ranges
 from ....planner.entries import Entry, Segments
@@ -69,6 +70,20 @@ class BlockTable:
         """Return the blocks that contain some regions, which are sorted."""
         blocks: list[int] = np.unique(np.searchsorted(self.firsts, regions, "right") - 1).tolist()
         return blocks
+
+    def check(self, at: int, data: Buffer, where: str) -> None:
+        """Raise CorruptCheckpointError if the bytes of a block are damaged.
+
+        Args:
+            at: the block.
+            data: its bytes.
+            where: the location of the manifest, for the error message.
+        """
+        start, stop = self.starts[at : at + 2].tolist()
+        if memoryview(data).nbytes != stop - start or f"{checksum(data):016x}" != self.checksums[at]:
+            raise CorruptCheckpointError(
+                f"the manifest {where} does not match its checksum: bytes [{start}, {stop}) are damaged"
+            )
 
     @classmethod
     def of(cls, counts: IntArray, checksums: Sequence[str], start: int) -> BlockTable:
@@ -219,11 +234,7 @@ def decode_blocks(
     found: dict[str, list[npt.NDArray[Any]]] = {name: [] for name, _, _ in BLOCK_COLUMNS}
     known = 0
     for at, data in read:
-        start, stop = blocks.starts[at : at + 2].tolist()
-        if len(data) != stop - start or f"{checksum(data):016x}" != blocks.checksums[at]:
-            raise CorruptCheckpointError(
-                f"the manifest {where} does not match its checksum: bytes [{start}, {stop}) are damaged"
-            )
+        blocks.check(at, data, where)
         counts = dict(zip(BLOCK_COUNTS, blocks.counts[at].tolist(), strict=True))
         begin = 0
         for name, dtype, of in BLOCK_COLUMNS:
