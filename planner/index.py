@@ -130,7 +130,7 @@ class CheckpointIndex:
 
     def _check_lengths(self) -> None:
         """Check that no chunk has more bytes than its values plus the maximum overhead of an encoding."""
-        largest = [entry.grid.cell_numel * (entry.itemsize + 8) + 64 for entry in self.entries]
+        largest = [min(entry.grid.cell_numel * (entry.itemsize + 8) + 64, MAX_TOTAL_BYTES) for entry in self.entries]
         most = np.array(largest, np.int64)[self.segments.entries]
         most[self.segments.encodings == Encoding.OPAQUE] = MAX_TOTAL_BYTES
         first = self.first_chunk[:-1]

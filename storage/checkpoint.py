@@ -36,6 +36,7 @@ from .runtime.process_group import check_member, check_process_group, rank_of
 from .runtime.progress import Meter, OnProgress
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store, close_store
+from .stores.open import absolute_location
 from .tensors.casts import check_dtype, loses_bits, weight_dtype
 from .tensors.dtypes import torch_dtype
 from .tensors.name_patterns import Patterns, Selection, matches_any, patterns_of
@@ -608,24 +609,18 @@ def open_checkpoint(
         CorruptCheckpointError, UnsupportedVersionError, UnsupportedFormatError: it cannot be read.
         StoreError, UnsupportedURIError: the location cannot be read.
     """
-    return Checkpoint(open_source(uri, storage_options, format), _Arguments(_absolute(uri), storage_options, format))
+    source = open_source(uri, storage_options, format)
+    location = uri if isinstance(uri, Store) else absolute_location(os.fspath(uri))
+    return Checkpoint(source, _Arguments(location, storage_options, format))
 
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
     """What a checkpoint was opened with."""
 
-    uri: str | os.PathLike[str] | Store = field(repr=False)  # these may contain secrets
+    uri: str | Store = field(repr=False)  # these may contain secrets
     storage_options: Mapping[str, Any] | None = field(repr=False)
     format: str | None
-
-
-def _absolute(uri: str | os.PathLike[str] | Store) -> str | os.PathLike[str] | Store:
-    """Return a relative path as an absolute one, for a process in another folder."""
-    if isinstance(uri, Store):
-        return uri
-    path = os.fspath(uri)
-    return path if "://" in path or "::" in path or path.startswith("~") else os.path.abspath(path)
 
 
 def _opened_again(arguments: _Arguments, fingerprint: str) -> Checkpoint:

@@ -192,12 +192,19 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
             raise
         except Exception as error:
             raise UnsupportedValueError(f"{name!r} cannot be stored: {type(error).__name__}: {error}") from error
-        assert isinstance(values, torch.Tensor)
+        if not isinstance(values, torch.Tensor):
+            raise _of_planner(name, values, "a tensor")
         values = waited(values)
         check_storable(name, values)
         return part_of(name, as_plain(values), box, dtype, part)
 
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
+
+
+def _of_planner(name: str, found: object, expected: str) -> UnsupportedValueError:
+    return UnsupportedValueError(
+        f"{name!r} cannot be stored: the planner's resolve_data returned {type(found).__name__} instead of {expected}"
+    )
 
 
 def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
@@ -219,5 +226,6 @@ def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
                 f"{item.index.fqn!r}, of {type(value)}, cannot be stored: {type(error).__name__}: {error}"
             ) from error
     resolved = planner.resolve_data(item)
-    assert isinstance(resolved, io.BytesIO)
+    if not isinstance(resolved, io.BytesIO):
+        raise _of_planner(item.index.fqn, resolved, "an io.BytesIO")
     return Kind.TORCH_SAVE, resolved.getvalue()

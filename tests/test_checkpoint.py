@@ -135,6 +135,8 @@ def test_a_pickled_checkpoint_is_opened_again(folder: Path, tmp_path: Path, monk
     for again in (pickle.loads(data), copy.deepcopy(checkpoint)):  # noqa: S301
         assert again.read("w").equal(STATE["w"])
     torch.save({"w": torch.ones(2)}, tmp_path / "m.pt")
+    of_uri = pickle.loads(pickle.dumps(reshard.open(f"file:{tmp_path / 'm.pt'}")))  # noqa: S301
+    assert of_uri.read("w").equal(torch.ones(2))
     of_file = pickle.loads(pickle.dumps(reshard.open(tmp_path / "m.pt")))  # noqa: S301
     assert of_file.read("w").equal(torch.ones(2))
     reshard.save(STATE, folder, overwrite=True)

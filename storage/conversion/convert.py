@@ -25,7 +25,7 @@ from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import VERSION
-from ..runtime.arguments import check_nbytes
+from ..runtime.arguments import check_choice, check_nbytes
 from ..runtime.brief import reason
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, on_rank_0, rank_of
@@ -67,7 +67,7 @@ def convert(
     allow_missing: Patterns = (),
     dtype: torch.dtype | None = None,
     codec: str = "zstd",
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int | None = None,
     src_format: str | None = None,
     src_options: Mapping[str, Any] | None = None,
     dst_options: Mapping[str, Any] | None = None,
@@ -96,8 +96,8 @@ def convert(
             in a byte). Casting float32 that was saved with codec "zstd" to bfloat16 reads only the heads: about a third
             of the uncompressed bytes.
         codec: the codec of the format "reshard": "zstd" or "none".
-        max_file_bytes: the maximum size of a file of the format "safetensors". A tensor that is larger gets its own
-            file, which exceeds the maximum.
+        max_file_bytes: the maximum size of a file of the format "safetensors". Default: 5 GB. A tensor that is larger
+            gets its own file, which exceeds the maximum.
         src_format: the format of `src`; see `reshard.open`.
         src_options, dst_options: options for fsspec.
         process_group, budget_bytes, progress: see `reshard.load`.
@@ -123,17 +123,17 @@ def convert(
     conversions: list[_RankConversion] = []
 
     def prepare() -> tuple[str, str]:
-        check_nbytes(budget_bytes=budget_bytes)
-        _check_arguments(format, codec, dtype, max_file_bytes)
+        _check_arguments(format, codec, dtype, max_file_bytes=max_file_bytes, budget_bytes=budget_bytes)
+        file_bytes = MAX_FILE_BYTES if max_file_bytes is None else int(max_file_bytes)
         source = open_source(src, src_options, src_format)
         plan = plan_conversion(
             source,
-            _make_target(format, codec, max_file_bytes, budget_bytes, source.metadata),
+            _make_target(format, codec, file_bytes, budget_bytes, source.metadata),
             Selection.of(include, exclude, rename),
             patterns_of("allow_missing", allow_missing),
             dtype,
             budget_bytes=budget_bytes,
-            arguments=[format, codec, max_file_bytes, __version__, VERSION],
+            arguments=[format, codec, file_bytes, __version__, VERSION],
         )
         store = open_store(dst, dst_options)
         conversions.append(_RankConversion(plan, store, rank, world_size, budget_bytes, meter))
@@ -165,7 +165,7 @@ def convert(
     return Report(rank, ranks, dropped=plan.dropped)
 
 
-def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_file_bytes: int) -> None:
+def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, **limits: int | None) -> None:
     """Check the arguments that do not depend on the source.
 
     Raises:
@@ -173,14 +173,12 @@ def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, max_fil
     """
     check_codec(codec)
     check_dtype(dtype)
-    if format not in TARGETS:
-        raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
+    check_choice("format", format, TARGETS)
+    check_nbytes(**limits)
     if dtype is not None and (not dtype.is_floating_point or is_packed(dtype)):
         raise ArgumentError(
             f"dtype must be a floating-point dtype with one value in each element, such as torch.bfloat16, got {dtype}"
         )
-    if max_file_bytes < 1:
-        raise ArgumentError(f"max_file_bytes must be at least 1, got {max_file_bytes}")
 
 
 def _make_target(

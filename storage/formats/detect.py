@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any
 
 from ...planner.text import quoted
-from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from ..errors import CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from ..runtime.arguments import check_choice
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
@@ -63,8 +64,8 @@ def open_source(
         CorruptCheckpointError, UnsupportedVersionError, UnsafeValueError: the metadata cannot be read.
         UnsupportedURIError, ArgumentError, StoreError: see the messages.
     """
-    if format not in (None, *FORMATS):
-        raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
+    if format is not None:
+        check_choice("format", format, FORMATS)
     opened_store = open_found_store if is_found and isinstance(target, str) else open_store
 
     def opened(location: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> Store:

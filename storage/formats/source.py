@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,9 +26,9 @@ def bounded(max_over_read: float | None) -> float | None:
     """Return a user's bound on over-reads, if there is one. Raise ArgumentError if it is negative or not a number."""
     if max_over_read is None:
         return None
-    if not max_over_read >= 0:
-        raise ArgumentError(f"max_over_read must be 0 or more, got {max_over_read}")
-    return min(max_over_read, UNBOUNDED_OVER_READ)
+    if not isinstance(max_over_read, numbers.Real) or isinstance(max_over_read, bool) or not max_over_read >= 0:
+        raise ArgumentError(f"max_over_read must be a number of 0 or more, or None, got {max_over_read!r}")
+    return min(float(max_over_read), UNBOUNDED_OVER_READ)
 
 
 @dataclass(frozen=True, slots=True)

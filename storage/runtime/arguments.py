@@ -17,7 +17,7 @@ def check_flags(**flags: object) -> None:
 
 def check_choice(name: str, passed: object, choices: Collection[str]) -> None:
     """Check that an argument is one of some strings."""
-    if passed not in choices:
+    if not isinstance(passed, str) or passed not in choices:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {passed!r}")
 
 

@@ -21,10 +21,12 @@ from typing_extensions import Buffer
 from ...planner.errors import CheckpointError
 from ..errors import AccessDeniedError, CheckpointExistsError, ObjectNotFoundError, StoreError
 from ..runtime.forks import fork_safe_lock
+from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
 from .base import Capabilities, ObjectWriter, is_name
 from .buffer_pool import aligned_buffer
 
+logger = logger_of(__name__)
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
 """The name of the file that `put` writes before it renames it. The group is the name of the object."""
 OLD_S = 24 * 3600
@@ -212,9 +214,9 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 if overwrite:
-                    os.replace(temporary, path)
+                    os.replace(temporary.name, base, src_dir_fd=folder, dst_dir_fd=folder)
                 else:
-                    _create(temporary, path)
+                    _create(temporary.name, base, folder)
             except FileExistsError:
                 raise CheckpointExistsError(f"{path} exists") from None
             finally:
@@ -274,8 +276,17 @@ class LocalStore:
         )
 
     def list(self, folder: str = "") -> Iterable[str]:
+        top = self._root / folder
+
+        def failed(error: OSError) -> None:
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                return
+            if error.filename == str(top):
+                raise error
+            logger.warning("a folder in %s cannot be listed, so its objects are left out: %s", self.location, error)
+
         with self._errors("list", folder):
-            for parent, _, files in os.walk(self._root / folder):
+            for parent, _, files in os.walk(top, onerror=failed):
                 yield from ((Path(parent) / file).relative_to(self._root).as_posix() for file in files)
 
     def list_top(self) -> Iterable[str]:
@@ -428,17 +439,26 @@ class _NewFile:
         os.close(self.descriptor)
 
 
-def _create(temporary: Path, path: Path) -> None:
-    """Move a file to its final path atomically. Raise FileExistsError if the path exists."""
+def _create(temporary: str, name: str, folder: int) -> None:
+    """Rename a file in an open folder atomically. Raise FileExistsError if the name exists."""
     try:
-        os.link(temporary, path)
+        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
         # This filesystem has no hard links: the check and the rename are two steps.
-        if os.path.lexists(path):
-            raise FileExistsError(str(path)) from None
-        os.replace(temporary, path)
+        if _exists_in(name, folder):
+            raise FileExistsError(name) from None
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def _exists_in(name: str, folder: int) -> bool:
+    """Return whether an open folder has a file or a link of this name."""
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @functools.cache
@@ -479,8 +499,11 @@ def _make_folder_in(parent: int, name: str) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names of the files in a folder durable."""
-    descriptor = os.open(path, _FOLDER)
+    """Make the names of the files in a folder durable, if this process may read the folder."""
+    try:
+        descriptor = os.open(path, _FOLDER)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

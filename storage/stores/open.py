@@ -10,7 +10,7 @@ from ...planner.errors import CheckpointError
 from ...planner.masking import remember_secrets
 from ..errors import ArgumentError
 from .base import Store
-from .fsspec import open_fsspec
+from .fsspec import is_local, open_fsspec
 from .options import checked_options
 
 
@@ -42,6 +42,11 @@ def open_store(location: str | os.PathLike[str] | Store, storage_options: Mappin
         raise ArgumentError(f"a path or URI cannot contain a NUL character, got {uri!r}")
     remember_secrets(uri, options)
     return open_fsspec(uri, options)
+
+
+def absolute_location(location: str) -> str:
+    """Return a local path or URI as an absolute path, which `os.chdir` does not move. Other URIs are unchanged."""
+    return open_store(location).location if is_local(location) else location
 
 
 def open_found_store(uri: str, storage_options: Mapping[str, Any] | None = None) -> Store:

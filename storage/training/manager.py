@@ -32,9 +32,8 @@ from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
 from ..stores.base import exists
-from ..stores.fsspec import is_local
 from ..stores.local import LocalStore, NodeLocalStore
-from ..stores.open import open_store
+from ..stores.open import absolute_location, open_store
 from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
 from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals, checked_signals
@@ -655,10 +654,10 @@ class CheckpointManager:
 
 def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     """Return the locations of a run and its mirror. Raises ArgumentError if they overlap."""
-    at = _absolute(location_of(root))
+    at = absolute_location(location_of(root))
     if mirror is None:
         return at, None
-    copies = _absolute(location_of(mirror))
+    copies = absolute_location(location_of(mirror))
     if copies == at:
         raise ArgumentError(f"root and mirror are the same location, {masked(at)}")
     if copies.startswith(at.rstrip("/") + "/"):
@@ -668,11 +667,6 @@ def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | No
 
 def _as_passed(location: str | os.PathLike[str] | None) -> str:
     return "" if location is None else location_of(location)
-
-
-def _absolute(location: str) -> str:
-    """Return a local path as an absolute one, so that `os.chdir` does not move the run. Other URIs are unchanged."""
-    return open_store(location).location if is_local(location) else location
 
 
 def _no_such_step(

@@ -21,7 +21,7 @@ import torch
 from ...planner.box import Box
 from ...planner.entries import Kind
 from ..runtime.devices import current_device
-from ..runtime.forks import fork_safe_lock, generation
+from ..runtime.forks import fork_safe_lock
 from ..runtime.limits import available_bytes, default_threads, local_ranks
 from ..runtime.pinned import pin, save_buffers, unpin
 from ..runtime.threads import Pool
@@ -55,7 +55,11 @@ class Arena:
         self.nbytes = max(1, -(-nbytes // PAGE_BYTES)) * PAGE_BYTES
         self.fd = os.memfd_create("reshard-staging", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else -1
         """The file of the memory, which another process can map; -1 if the system has no such files."""
-        self.bytes = mapped(self.fd, self.nbytes)
+        try:
+            self.bytes = mapped(self.fd, self.nbytes)
+        except BaseException:
+            self._close_file()
+            raise
         self.for_device = pinned
         """Whether it was to be page-locked. That may have failed."""
         self.pinned = pinned and pin(self.bytes)
@@ -64,11 +68,18 @@ class Arena:
         """Return the memory to the system."""
         if self.pinned:
             unpin(self.bytes)
-            self.pinned = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Unmap the memory in this process. Another process may use it."""
+        self.pinned = False
         self.bytes = np.empty(0, np.uint8)
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._close_file()
+
+    def _close_file(self) -> None:
+        fd, self.fd = self.fd, -1  # first, so that a forked child does not close another file
+        if fd >= 0:
+            os.close(fd)
 
 
 def mapped(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -85,14 +96,12 @@ class StagingMemory:
         self._lock = fork_safe_lock()
         self._idle: list[Arena] = []
         self._used: list[Arena] = []
-        self._generation = generation()
         self.closing: Callable[[Arena], object] = lambda arena: None
         """Called before the memory of an arena is returned to the system."""
 
     def take(self, nbytes: int, *, pinned: bool) -> Arena:
         """Return memory of at least this size. Idle memory that is too small for it is returned to the system."""
         with self._lock:
-            self._forget_parent()
             fits = [arena for arena in self._idle if arena.nbytes >= nbytes and (arena.for_device or not pinned)]
             if fits:
                 arena = min(fits, key=lambda arena: arena.nbytes)
@@ -113,7 +122,6 @@ class StagingMemory:
     def release(self) -> None:
         """Return idle memory to the system."""
         with self._lock:
-            self._forget_parent()
             self._close_idle()
 
     @property
@@ -127,13 +135,16 @@ class StagingMemory:
             self.closing(arena)
             arena.close()
 
-    def _forget_parent(self) -> None:
-        """Forget the memory of the parent process. The two must not write to it at once, nor must both unlock it."""
-        if self._generation != generation():
-            self._idle, self._used, self._generation = [], [], generation()
+    def forget_parent(self) -> None:
+        """Forget the memory of the parent process, in a forked child. The two must not write to it at once."""
+        for arena in (*self._idle, *self._used):
+            arena.forget()
+        self._idle, self._used = [], []
 
 
 STAGING = StagingMemory()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=STAGING.forget_parent)
 
 
 def default_staging_bytes() -> int:

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...planner.errors import CheckpointError
 from ..errors import ArgumentError, RankError, StoppedError, StoreError
 from ..formats.native.write_records import ObjectRecord
 from ..runtime.background import call_at_exit
@@ -206,13 +205,12 @@ class WriterProcess:
             interrupt()
         try:
             self._jobs += 1
-            self._map(arena)
-            self._send("write", replace(job, number=self._jobs))
+            try:
+                self._map(arena)
+                self._send("write", replace(job, number=self._jobs))
+            except OSError as error:
+                raise self._lost() from error
             return self._await(interrupt, wrote, remove)
-        except (EOFError, OSError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise self._lost() from error
         finally:
             self._lock.release()
 
@@ -229,8 +227,7 @@ class WriterProcess:
             except BaseException:
                 remove(self._stop())
                 raise
-            answer: tuple[str, Any] = self._connection.recv() if self._connection.poll(POLL_S) else ("wrote", 0)
-            kind, value = answer
+            kind, value = self._receive()
             if kind == "failed":
                 raise value
             if kind == "done":
@@ -239,6 +236,13 @@ class WriterProcess:
                 return records
             written += value
             wrote(value)
+
+    def _receive(self) -> tuple[str, Any]:
+        """Return the next message, or that nothing was written if none arrives within POLL_S."""
+        try:
+            return self._connection.recv() if self._connection.poll(POLL_S) else ("wrote", 0)
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
 
     def _stop(self) -> list[ObjectRecord]:
         """Stop the job, and wait until the process has removed what it wrote.

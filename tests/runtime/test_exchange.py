@@ -48,9 +48,9 @@ def exchange_all(kind: str) -> list[Any]:
         found.append((str(caught.value), getattr(caught.value, "rank", None)))
     interrupted = fail((1,), KeyboardInterrupt())
     for call in (lambda: exchange.through_rank_0(interrupted, list), lambda: exchange.on_all_ranks(interrupted)):
-        with pytest.raises(KeyboardInterrupt if rank == 1 else RankError) as caught:
+        with pytest.raises(KeyboardInterrupt if rank == 1 else RankError) as stopped:
             call()
-        found.append(str(caught.value))
+        found.append(str(stopped.value))
     assert exchange.through_rank_0(lambda: rank, lambda all_of: all_of[::-1]) == dist.get_world_size() - 1 - rank
     return found
 

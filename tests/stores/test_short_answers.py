@@ -131,6 +131,14 @@ def test_a_range_past_the_end_is_not_a_short_answer() -> None:
     assert [call.method for call in calls] == ["read", "size", "read", "read", "size"]
 
 
+@pytest.mark.parametrize("make", FORMATS)
+def test_a_short_answer_is_no_damage(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "run")
+    for short in range(1, 6):
+        store = ShortStore(tmp_path / "run", lambda name, count, short=short: count == short)  # type: ignore[misc]
+        assert reshard.open(RetryingStore(store)).verify() == []
+
+
 def test_a_conversion_reads_its_notes_again_after_a_short_answer(tmp_path: Path) -> None:
     native(tmp_path / "run")
     for short in range(1, 4):

@@ -344,6 +344,23 @@ def test_nothing_is_removed_if_the_last_checkpoint_is_gone(tmp_path: Path) -> No
     assert steps_on_disk(tmp_path) == [1]
 
 
+def test_checkpoints_may_be_listed_while_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removing = reshard.remove
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2, 3])
+
+    def remove(uri: str, *options: Any) -> list[str]:
+        removed = removing(uri, *options)
+        manager._decisions.run.refresh()  # type: ignore[union-attr]
+        return removed
+
+    monkeypatch.setattr(run_module, "remove", remove)
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [4])
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [4]
+
+
 def test_failed_removal_is_logged_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import reshard
 from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
+from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import mirror as mirror_module
 from tests.conftest import Place
-from tests.ranks import RankPool
+from tests.ranks import RankFailed, RankPool
 
 
 def state(value: float) -> dict[str, Any]:
@@ -294,6 +297,69 @@ def test_pieces_on_the_disks_are_copied_after_a_restart(ranks: RankPool, tmp_pat
     assert steps_in(tmp_path / "mirror") == []
     results = ranks.run(2, train_on_own_disks, str(tmp_path), False, 0, 0)
     assert [result[1:] for result in results] == [([1, 2], 2)] * 2
+
+
+def die_while_a_copy_is_made(folder: str) -> str:
+    def die(*_: Any) -> None:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    manager = manager_of(Path(folder))
+    if dist.get_rank() == 1:
+        mirror_module.copy_object = die
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    manager.save(1, {"w": distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])})
+    with pytest.raises(errors.RankError) as caught:
+        manager.wait()
+    return str(caught.value)
+
+
+def test_rank_that_dies_while_a_copy_is_made_is_named(tmp_path: Path) -> None:
+    with RankPool() as pool, pytest.raises(RankFailed, match="the process died") as failed:
+        pool.run(3, die_while_a_copy_is_made, str(tmp_path), timeout_s=60)
+    assert "did not answer" not in str(failed.value)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 3])
+def test_manifest_that_is_read_badly_is_not_copied(reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short answer is repeated."""
+    count = 0
+    read = LocalStore.read
+
+    def read_short(store: LocalStore, name: str, start: int, stop: int) -> Any:
+        nonlocal count
+        data = read(store, name, start, stop)
+        if name == MANIFEST_NAME and "root" in store.location:
+            count += 1
+            return bytes(data)[:-8] if count == reads else data
+        return data
+
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        manager.wait()
+        monkeypatch.setattr(LocalStore, "read", read_short)
+        train(manager, [2])
+        manager.wait()
+    assert steps_in(tmp_path / "mirror") == [1, 2]
+    assert reshard.open(tmp_path / "mirror" / "step-00000002").verify() == []
+
+
+def test_damaged_manifest_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying = mirror_module.Manifest.find
+
+    def damage_first(store: Any) -> Any:
+        path = tmp_path / "root" / "step-00000001" / MANIFEST_NAME
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        return copying(store)
+
+    monkeypatch.setattr(mirror_module.Manifest, "find", damage_first)
+    manager = manager_of(tmp_path)
+    train(manager, [1])
+    with pytest.raises(errors.StoreError, match="could not be copied to the mirror: .*does not match its checksum"):
+        manager.wait()
+    with pytest.raises(errors.StoreError):
+        manager.close()
+    assert steps_in(tmp_path / "mirror") == []
 
 
 def save_without_a_mirror(folder: str) -> str:

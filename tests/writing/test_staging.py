@@ -135,6 +135,31 @@ class FakeStream:
         self.calls.append("wait")
 
 
+def test_memory_that_cannot_be_mapped_leaves_no_open_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(staging, "mapped", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="no memory"):
+        StagingMemory().take(PAGE_BYTES, pinned=False)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_forked_child_does_not_keep_the_memory() -> None:
+    arena = STAGING.take(PAGE_BYTES, pinned=False)
+    file = f"/proc/self/fd/{arena.fd}"
+    name = os.readlink(file)
+    child = os.fork()
+    if child == 0:
+        with open("/proc/self/maps") as maps:
+            is_kept = os.path.exists(file) or name.partition(" ")[0] in maps.read()
+        os._exit(int(is_kept))
+    assert os.waitpid(child, 0)[1] == 0
+    assert arena.bytes.size == PAGE_BYTES
+    STAGING.put(arena)
+
+
 def test_copies_from_a_device_use_one_separate_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether CUDA copies correctly is shown by `benchmarks/async_save.py --device cuda`."""
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import reshard
-from reshard.errors import ArgumentError, StoreError
+from reshard.errors import ArgumentError, RankError, StoreError
 from reshard.storage.stores.local import LocalStore, NodeLocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
 from reshard.storage.writing.writer_process import PickledStore, writer_process
@@ -68,6 +69,17 @@ def test_the_writer_process_uses_the_umask_of_the_trainer(tmp_path: Path) -> Non
             assert os.umask(mask) == mask
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("background", ["thread", "process"])
+def test_an_error_of_the_progress_callback_is_not_one_of_the_process(background: Any, tmp_path: Path) -> None:
+    def fail(_: reshard.Progress) -> None:
+        raise BrokenPipeError("nobody reads the progress")
+
+    state = {"w": torch.ones(3)}
+    with pytest.raises(RankError, match="BrokenPipeError: nobody reads the progress"):
+        reshard.async_save(state, tmp_path / "c", background=background, progress=fail).result()
+    reshard.async_save(state, tmp_path / "c", background=background).result()
 
 
 def test_a_working_directory_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
