@@ -355,7 +355,7 @@ def test_damaged_manifest_is_not_copied(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Manifest, "find", damage_first)
     manager = manager_of(tmp_path)
     train(manager, [1])
-    with pytest.raises(errors.StoreError, match="could not be copied to the mirror: .*does not match its checksum"):
+    with pytest.raises(errors.StoreError, match=r"could not be copied to the mirror: .*does not match its checksum"):
         manager.wait()
     with pytest.raises(errors.StoreError, match="could not be copied"):
         manager.close()
