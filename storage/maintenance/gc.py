@@ -154,7 +154,7 @@ def _remains(store: Store, names: Iterable[str], older_than_s: float) -> dict[st
     if not left or _is_younger(store, left, older_than_s):
         return {}
     sizes = dict(zip(left, _sizes(store, left), strict=True))
-    found = {name: nbytes for name, nbytes in sizes.items() if nbytes is not None and _is_ours(store, name)}
+    found = {name: nbytes for name, nbytes in sizes.items() if nbytes is not None}
     kept = Manifest.objects_in(store) if found else set()  # a save may have committed in the meantime
     return {name: nbytes for name, nbytes in found.items() if name not in kept}
 
@@ -184,11 +184,12 @@ def _is_younger(store: Store, names: Iterable[str], seconds: float) -> bool:
 
 
 def _sizes(store: Store, names: Iterable[str]) -> list[int | None]:
-    """Return the sizes of objects; None for an object that no longer exists or is not a file."""
+    """Return the sizes of objects; None for an object that reshard did not write, or that no longer exists."""
 
     def size(name: str) -> int | None:
         try:
-            return store.size(name)
+            nbytes = store.size(name)
+            return nbytes if _is_ours(store, name) else None
         except (ObjectNotFoundError, SpecialFileError):
             return None
 

@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 
 from ...planner.masking import harmless, masked, remember_secrets
 from ..errors import ArgumentError, StoreError, UnsupportedURIError
-from ..runtime.threads import result_of, run_bounded
+from ..runtime.threads import Pool, result_of, run_bounded
 from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, buffered_writer, is_name
 from .client_errors import is_beyond_the_end, translating
 from .conditional_put import put_new, refuse_to_replace
@@ -42,6 +42,7 @@ own, and because some servers answer a range with the checksum of the whole obje
 NO_RETRIES = {"total_max_attempts": 1}
 """botocore's configuration for the calls that RetryingStore retries. Without it, one call makes up to 5 requests."""
 OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
+CONCURRENT_DELETES = 16
 S3_MAX_PUT_BYTES = 5 * 1024**3
 
 
@@ -383,12 +384,18 @@ class FsspecStore:
     def delete(self, names: Iterable[str]) -> None:
         names = list(names)
         self.check_delete(names)
-        for name in names:
-            with self._errors("delete", name):
-                try:
-                    self._call("rm_file", self._path(name))
-                except FileNotFoundError:
-                    continue
+
+        def delete(name: str) -> None:
+            with self._errors("delete", name), contextlib.suppress(FileNotFoundError):
+                self._call("rm_file", self._path(name))
+
+        if self._has_folders or len(names) < 2:
+            for name in names:
+                delete(name)
+            return
+        with Pool(min(CONCURRENT_DELETES, len(names)), "reshard-delete") as pool:
+            for _ in pool.map(delete, names):
+                pass
 
     def _errors(self, doing: str, name: str) -> AbstractContextManager[None]:
         """Translate the exceptions of the filesystem and of its client."""

@@ -214,9 +214,9 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 if overwrite:
-                    os.replace(temporary.name, base, src_dir_fd=folder, dst_dir_fd=folder)
+                    os.replace(temporary, path)
                 else:
-                    _create(temporary.name, base, folder)
+                    _create(temporary, path)
             except FileExistsError:
                 raise CheckpointExistsError(f"{path} exists") from None
             finally:
@@ -439,26 +439,17 @@ class _NewFile:
         os.close(self.descriptor)
 
 
-def _create(temporary: str, name: str, folder: int) -> None:
-    """Rename a file in an open folder atomically. Raise FileExistsError if the name exists."""
+def _create(temporary: Path, path: Path) -> None:
+    """Move a file to its final path atomically. Raise FileExistsError if the path exists."""
     try:
-        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
         # This filesystem has no hard links: the check and the rename are two steps.
-        if _exists_in(name, folder):
-            raise FileExistsError(name) from None
-        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-
-
-def _exists_in(name: str, folder: int) -> bool:
-    """Return whether an open folder has a file or a link of this name."""
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+        if os.path.lexists(path):
+            raise FileExistsError(str(path)) from None
+        os.replace(temporary, path)
 
 
 @functools.cache

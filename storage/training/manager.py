@@ -463,7 +463,7 @@ class CheckpointManager:
                 )
             if wanted is not None and not any(not candidate.reason for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
-            candidates = [found for found in candidates if self._is_visible(found)]
+            candidates = self._visible(candidates)
             found = restore_latest(state_dict, candidates, load_from, options, self._options_of, self._group)
         finally:
             if self._decisions is not None:
@@ -571,15 +571,18 @@ class CheckpointManager:
         if not self._is_shared and self._rank:
             remove_own_objects(self._root, news.removed, self._rank)
 
-    def _is_visible(self, candidate: Candidate) -> bool:
-        """Return whether all ranks see a candidate, which may be on a local disk. Collective with a mirror."""
-        if self._mirror is None or candidate.on_mirror or candidate.reason:
-            return True
+    def _visible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Return the candidates that all ranks see: some may be on a local disk. Collective with a mirror."""
+        if self._mirror is None:
+            return list(candidates)
 
-        def sees() -> bool:
+        def sees(candidate: Candidate) -> bool:
+            if candidate.on_mirror or candidate.reason:
+                return True
             return exists(open_store(candidate.uri, self._options_of(candidate)), MANIFEST_NAME)
 
-        return all(on_all_ranks(sees, self._group))
+        seen = on_all_ranks(lambda: list(map(sees, candidates)), self._group)
+        return [found for found, by_all in zip(candidates, map(all, zip(*seen, strict=True)), strict=True) if by_all]
 
     def _options_of(self, candidate: Candidate) -> Mapping[str, Any] | None:
         return self._mirror_options if candidate.on_mirror else self._storage_options

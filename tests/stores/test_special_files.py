@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import reshard
+from reshard.errors import AccessDeniedError
 from tests.stores.test_deletes import WRITTEN, write_dcp
 
 ROOT = Path(__file__).parents[2]
@@ -235,3 +237,37 @@ def test_gc_ignores_special_files(tmp_path: Path) -> None:
     assert shown.count("shard") == 1, shown
     assert shown.split()[-1] == "5"
     assert not list(tmp_path.glob(f"*/data/{'f' * 32}-00001.shard"))
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
+    """Let a function of `os` refuse a folder, as it would for users without permission. Tests may run as root."""
+    real = getattr(os, method)
+
+    def call(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+        if os.fspath(path) == os.fspath(folder):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, method, call)
+
+
+def test_the_parent_of_a_checkpoint_need_not_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parent" / "c").mkdir(parents=True)
+    refuse(monkeypatch, "open", tmp_path / "parent")
+    reshard.save({"w": torch.ones(3)}, tmp_path / "parent" / "c")
+    assert reshard.open(tmp_path / "parent" / "c").read("w").equal(torch.ones(3))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        reshard.save({"w": torch.ones(3)}, tmp_path / "run" / name)
+    with monkeypatch.context() as patch:
+        refuse(patch, "scandir", tmp_path / "run")
+        with pytest.raises(AccessDeniedError, match="no permission to list"):
+            reshard.find_checkpoints(tmp_path / "run")
+    refuse(monkeypatch, "scandir", tmp_path / "run" / "b")
+    (found,) = reshard.find_checkpoints(tmp_path / "run")
+    assert found.uri.endswith("/a")
+    assert "cannot be listed, so its objects are left out" in caplog.text
