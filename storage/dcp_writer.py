@@ -6,9 +6,10 @@ DCP's planner decides what each rank writes, and its collectives pass plans and 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +24,17 @@ from torch.futures import Future
 from ..planner.box import Box
 from ..planner.entries import Kind
 from ..planner.errors import CheckpointError
-from .errors import ArgumentError, UnsupportedValueError
+from ..planner.text import quoted
+from .errors import ArgumentError, BusyError, UnsupportedValueError
 from .formats.value_codec import encode_value
+from .runtime.logs import logger_of
 from .runtime.process_group import raises_portable, rank_of
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .stores.open import can_open_store
 from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name
+from .tensors.state_dict import check_nesting
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
 from .writing.agreement import (
     ValueDescription,
@@ -41,6 +45,8 @@ from .writing.agreement import (
 )
 from .writing.checkpoint_writer import Agreed, CheckpointWriter, SaveOptions
 from .writing.object_layout import ShardToWrite, part_of
+
+logger = logger_of(__name__)
 
 
 class StorageWriter(dcp.StorageWriter):
@@ -69,6 +75,7 @@ class StorageWriter(dcp.StorageWriter):
     ) -> None:
         options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
         self._writer = CheckpointWriter(uri, options)
+        self._is_writing = False
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str] | Store:
@@ -77,10 +84,26 @@ class StorageWriter(dcp.StorageWriter):
 
     @checkpoint_id.setter
     def checkpoint_id(self, uri: str | os.PathLike[str] | Store) -> None:
-        self._writer.reset(uri)
+        self._reset(uri)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self._writer.reset(checkpoint_id)
+        self._reset(checkpoint_id)
+
+    def _reset(self, uri: str | os.PathLike[str] | Store | None) -> None:
+        if self._is_writing:
+            raise BusyError(
+                f"this StorageWriter still writes the checkpoint at {self.storage_meta().checkpoint_id}: wait for the "
+                "future of that dcp.async_save first, or use another StorageWriter"
+            )
+        self._writer.reset(uri)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._is_writing = True
+        try:
+            yield
+        finally:
+            self._is_writing = False
 
     @raises_portable
     @undisturbed()
@@ -112,7 +135,7 @@ class StorageWriter(dcp.StorageWriter):
     @raises_portable
     @undisturbed()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
-        with self._writer.meter:
+        with self._writing(), self._writer.meter:
             written = self._writer.write(self._shards_to_write(plan, planner))
         # Only `finish` reads the results. DCP sends them to the coordinator, so one for each rank is enough.
         index = plan.items[0].index if plan.items else MetadataIndex("")
@@ -144,14 +167,18 @@ class StorageWriter(dcp.StorageWriter):
             if isinstance(entry, TensorStorageMetadata)
         }
         known = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        if dropped := [name for name, path in known.items() if not isinstance(path, tuple)]:
+            logger.warning("the planner's data %s is not saved: reshard stores paths only", quoted(dropped))
         paths = {name: known.get(name) for name in metadata.state_dict_metadata}
-        metadata.storage_data = self._writer.commit(Agreed(paths, tensors), [rank[0].storage_data for rank in results])
+        written = [rank[0].storage_data for rank in results]
+        with self._writing():
+            metadata.storage_data = self._writer.commit(Agreed(paths, tensors), written)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return can_open_store(checkpoint_id)
 
-    def storage_meta(self) -> StorageMeta | None:
+    def storage_meta(self) -> StorageMeta:
         checkpoint_id = self.checkpoint_id
         location = checkpoint_id.location if isinstance(checkpoint_id, Store) else checkpoint_id
         return StorageMeta(location, save_id=self._writer.save_id)
@@ -165,6 +192,7 @@ def _described(plan: SavePlan) -> dict[str, ValueDescription]:
         name, data = item.index.fqn, item.tensor_data
         path = paths.get(name)
         path = path if isinstance(path, tuple) else (name,)
+        check_nesting(path)
         if data is None:
             described[name] = ValueDescription(path, "value")
         else:
@@ -226,6 +254,6 @@ def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
                 f"{item.index.fqn!r}, of {type(value)}, cannot be stored: {type(error).__name__}: {error}"
             ) from error
     resolved = planner.resolve_data(item)
-    if not isinstance(resolved, io.BytesIO):
-        raise _of_planner(item.index.fqn, resolved, "an io.BytesIO")
+    if not isinstance(resolved, io.BytesIO) or bytes(resolved.getbuffer()[:2]) != b"PK":
+        raise _of_planner(item.index.fqn, resolved, "an io.BytesIO with what torch.save writes")
     return Kind.TORCH_SAVE, resolved.getvalue()

@@ -98,7 +98,7 @@ class UnsupportedValueError(CheckpointError):
 
 
 class BusyError(CheckpointError):
-    """An asynchronous save of the same process group is still running, and `busy` is "refuse"."""
+    """A save is still running: of the same process group with `busy="refuse"`, or with the same StorageWriter."""
 
 
 class ArgumentError(CheckpointError, ValueError):

@@ -25,7 +25,7 @@ from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import VERSION
-from ..runtime.arguments import check_choice, check_nbytes
+from ..runtime.arguments import check_nbytes
 from ..runtime.brief import reason
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, on_rank_0, rank_of
@@ -173,7 +173,8 @@ def _check_arguments(format: str, codec: str, dtype: torch.dtype | None, **limit
     """
     check_codec(codec)
     check_dtype(dtype)
-    check_choice("format", format, TARGETS)
+    if format not in TARGETS:
+        raise ArgumentError(f"format must be one of {TARGETS}, got {format!r}")
     check_nbytes(**limits)
     if dtype is not None and (not dtype.is_floating_point or is_packed(dtype)):
         raise ArgumentError(

@@ -8,11 +8,12 @@ from itertools import islice
 from typing import Any
 
 from ...planner.text import quoted
-from ..errors import CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
-from ..runtime.arguments import check_choice
+from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from ..runtime.logs import logger_of
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.fsspec import split_file
+from ..stores.local import LocalStore
 from ..stores.open import open_found_store, open_store
 from .dcp_metadata import METADATA, RANK_METADATA
 from .dcp_source import DcpSource
@@ -24,6 +25,8 @@ from .safetensors_source import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .source import Source
 from .torch_save.torch_save_source import LEGACY_MAGIC, TorchSaveSource
 
+logger = logger_of(__name__)
+
 FORMATS = ("reshard", "dcp", "safetensors", "torch")
 FILE_SUFFIXES = {SUFFIX: "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch"}
 """The formats of single files, by the suffix of their names."""
@@ -32,6 +35,8 @@ HF_FILE = "pytorch_model.bin"
 TORCH_INDEX_SUFFIX = ".bin.index.json"
 MAIN_INDEXES = (f"model{INDEX_SUFFIX}", f"pytorch_model{TORCH_INDEX_SUFFIX}")
 """The names that transformers gives to the index of a model. Other indexes in the folder are ignored."""
+_MODEL_SUFFIXES = (SUFFIX, INDEX_SUFFIX, TORCH_INDEX_SUFFIX)
+"""The suffixes that show a model in a folder. Single torch.save files often accompany a checkpoint."""
 SIGNATURE_BYTES = 32
 """How many first bytes of a file are read to detect its format."""
 CONVERSION = ".reshard-convert.json"
@@ -64,8 +69,8 @@ def open_source(
         CorruptCheckpointError, UnsupportedVersionError, UnsafeValueError: the metadata cannot be read.
         UnsupportedURIError, ArgumentError, StoreError: see the messages.
     """
-    if format is not None:
-        check_choice("format", format, FORMATS)
+    if format not in (None, *FORMATS):
+        raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
     opened_store = open_found_store if is_found and isinstance(target, str) else open_store
 
     def opened(location: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> Store:
@@ -130,6 +135,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "reshard"):
         manifest = Manifest.find(store)
         if manifest is not None:
+            _warn_of_others(store, "reshard", format)
             return manifest
     reads = Reads(store)
     names = list(islice(store.list(), MAX_OBJECTS_SEARCHED))
@@ -151,6 +157,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
             "give the folder or file of the checkpoint"
         )
     if format in (None, "dcp") and (METADATA in top or ranks):
+        _warn_of_others(store, "dcp", format)
         return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank_of_metadata))
     files = [name for name in top if name.endswith(SUFFIX)]
     if format in (None, "safetensors") and (files or indexes):
@@ -166,6 +173,29 @@ def _in_folder(store: Store, format: str | None) -> Source:
         if files:
             return TorchSaveSource(reads, files)
     raise _not_found(store, names, format)
+
+
+def _warn_of_others(store: Store, found: str, wanted: str | None) -> None:
+    """Log a warning if a local folder also has a checkpoint of another format, which may be the newer one.
+
+    Elsewhere this would cost a request.
+
+    Args:
+        store: the store of the folder.
+        found: the format of the checkpoint that is read.
+        wanted: the format that the caller wants. None: any format.
+    """
+    if wanted is not None or not isinstance(store, LocalStore):
+        return
+    suffixes = _MODEL_SUFFIXES if found == "dcp" else (*_MODEL_SUFFIXES, METADATA)
+    if name := min((name for name in store.list_top() if name.endswith(suffixes)), default=None):
+        logger.warning(
+            "%s has checkpoints of several formats: the one of format %r is read, but there is also %r. Pass format= "
+            "to choose one, and save to another location than other tools",
+            store.location,
+            found,
+            name,
+        )
 
 
 def _index_of(store: Store, indexes: Sequence[str]) -> str:

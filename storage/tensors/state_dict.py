@@ -160,10 +160,15 @@ def _part(path: Path, key: Any) -> str | Key:
     )
 
 
-def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], room: list[float]) -> None:
-    """Add the values at and below a path to `leaves`. See `flatten` for `room`."""
+def check_nesting(path: Path) -> None:
+    """Raise UnsupportedValueError if a value is in too many dicts and lists."""
     if len(path) > MAX_NESTING:
         raise UnsupportedValueError(f"more than {MAX_NESTING} dicts and lists are nested at {name_of(path[:3])!r}")
+
+
+def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], room: list[float]) -> None:
+    """Add the values at and below a path to `leaves`. See `flatten` for `room`."""
+    check_nesting(path)
     if isinstance(value, Mapping) and value:
         for inner, item in type(value).items(value):
             _walk((*path, _part(path, inner)), value, inner, item, leaves, room)

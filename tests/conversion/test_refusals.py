@@ -133,7 +133,7 @@ def test_star_in_a_name_is_not_a_pattern(tmp_path: Path) -> None:
             r"would both be named 'norm'",
         ),
         ({"rename": {"model.norm": ""}}, ArgumentError, r"'model\.norm' would be renamed to an empty name"),
-        ({"format": "DCP"}, ArgumentError, r"format must be one of 'reshard', 'dcp', 'safetensors', got 'DCP'"),
+        ({"format": "DCP"}, ArgumentError, r"format must be one of \('reshard', 'dcp', 'safetensors'\), got 'DCP'"),
         ({"format": "torch"}, ArgumentError, "format must be one of"),
         ({"codec": "lzma"}, ArgumentError, "codec must be 'zstd' or 'none'"),
         ({"src_format": "lzma"}, ArgumentError, "format must be one of"),

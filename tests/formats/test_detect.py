@@ -234,16 +234,24 @@ def test_remains_of_a_failed_dcp_save_raise_not_committed_error(tmp_path: Path) 
         reshard.open(tmp_path / "x", format="torch")
 
 
-def test_native_format_is_preferred(tmp_path: Path) -> None:
+def test_native_format_is_preferred(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     by_dcp(tmp_path / "x")
     save_file({"other": VALUES}, tmp_path / "x" / "model.safetensors")
     torch.save({"other": VALUES}, tmp_path / "x" / "model.pt")
     assert open_source(tmp_path / "x").format == "dcp"
     native(tmp_path / "native")
     shutil.copytree(tmp_path / "native", tmp_path / "x", dirs_exist_ok=True)
+    assert "the one of format 'dcp' is read, but there is also 'model.safetensors'" in caplog.text
+    caplog.clear()
     assert open_source(tmp_path / "x").format == "reshard"
+    assert "the one of format 'reshard' is read, but there is also '.metadata'" in caplog.text
+    caplog.clear()
     for format in FORMATS:
         assert open_source(tmp_path / "x", format=format).format == format
+    native(tmp_path / "alone")
+    torch.save({"beside": VALUES}, tmp_path / "alone" / "rng_state.pth")
+    assert open_source(tmp_path / "alone").format == "reshard"
+    assert not caplog.text
 
 
 def test_native_checkpoint_is_opened_with_one_request(tmp_path: Path) -> None:

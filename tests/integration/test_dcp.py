@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import io
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,8 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import reshard
+from reshard.errors import BusyError, UnsupportedValueError
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
+from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
+from reshard.storage.stores.testing import Call, RecordingStore
 from tests.integration.models import Mlp, build, local_values
 from tests.ranks import RankPool
 from tests.samples import Custom
@@ -351,3 +358,85 @@ def save_without_collectives(uri: str) -> None:
 def test_save_without_collectives_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_without_collectives, str(tmp_path))
     assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+class ChangingPlanner(DefaultSavePlanner):
+    """A planner that passes on other objects than those of the state dict, and data of its own."""
+
+    def __init__(self, change: Callable[[WriteItem, Any], Any] = lambda item, value: value) -> None:
+        super().__init__()
+        self._change = change
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        return self._change(write_item, super().transform_object(write_item, object))
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        return plans, dataclasses.replace(metadata, planner_data={**metadata.planner_data, "mine": "hello"})
+
+
+def raw_bytes(item: WriteItem, value: Any) -> Any:
+    return io.BytesIO(b"raw") if item.type is WriteItemType.BYTE_IO else value
+
+
+def no_tensor(item: WriteItem, value: Any) -> Any:
+    return value if item.type is WriteItemType.BYTE_IO else [1.0]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (raw_bytes, "'n' cannot be stored: the planner's resolve_data returned BytesIO instead of an io.BytesIO with"),
+        (no_tensor, "'t' cannot be stored: the planner's resolve_data returned list instead of a tensor"),
+    ],
+)
+def test_what_a_planner_returns_is_checked(change: Any, message: str, tmp_path: Path) -> None:
+    state = {"t": torch.ones(2), "n": 5}
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save(state, storage_writer=reshard.StorageWriter(tmp_path / "c"), planner=ChangingPlanner(change))
+    (error,) = caught.value.failures.values()
+    assert isinstance(error[0], UnsupportedValueError)
+    assert message in str(error[0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_data_of_a_planner_that_is_not_saved_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dcp.save({"n": {"a": 5}}, storage_writer=reshard.StorageWriter(tmp_path), planner=ChangingPlanner())
+    assert "the planner's data 'mine' is not saved" in caplog.text
+    assert reshard.StorageReader(tmp_path).read_metadata().planner_data == {"n.a": ("n", "a")}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_deep_nesting_is_refused_by_name(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"t": torch.ones(2)}
+    for _ in range(120):
+        state = {"x": state}
+    with pytest.raises(CheckpointException, match=r"more than 100 dicts and lists are nested at 'x\.x\.x'"):
+        dcp.save(state, storage_writer=reshard.StorageWriter(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_writer_that_still_writes_refuses_another_save(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(call: Call) -> None:
+        if call.method == "write":
+            begun.set()
+            go_on.wait(60)
+
+    writer = reshard.StorageWriter(RecordingStore(LocalStore(tmp_path / "first"), wait))
+    first = dcp.async_save({"t": torch.ones(2)}, storage_writer=writer, no_dist=True)
+    assert isinstance(first, Future)
+    assert begun.wait(60)
+    second = dcp.async_save(
+        {"t": torch.zeros(2)}, storage_writer=writer, checkpoint_id=tmp_path / "second", no_dist=True
+    )
+    assert isinstance(second, Future)
+    with pytest.raises(BusyError, match=f"still writes the checkpoint at {tmp_path}/first: wait for the future"):
+        second.result()
+    go_on.set()
+    first.result()
+    dcp.save({"t": torch.zeros(2)}, storage_writer=writer, checkpoint_id=tmp_path / "second", no_dist=True)
+    assert reshard.open(tmp_path / "first").read("t").equal(torch.ones(2))
+    assert reshard.open(tmp_path / "second").read("t").equal(torch.zeros(2))
