@@ -1,7 +1,7 @@
 """Join byte ranges into requests: reading over a small gap is cheaper than another request.
 
 Bytes in a gap are fetched and discarded. So the smallest gaps are read over first, as long as their sum is at most
-`GapLimits.max_over_read` of the bytes wanted. Gaps of at most `free_gap_bytes` are always read over.
+`GapLimits.max_over_read` of the bytes wanted. Gaps of at most `GapLimits.free_gap_bytes` are always read over.
 `benchmarks/coalescing.py` compares the limits.
 """
 
@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from .box import IntArray, columns_equal
 
+FREE_GAP_BYTES = 4096
+"""A request costs more than a gap of this size on every store. Checkpoints with thousands of small tensors have many
+such gaps."""
 MAX_GAP_BYTES = 64 * 1024
 MAX_OVER_READ = 0.005
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
@@ -30,6 +33,8 @@ class GapLimits:
     enough_requests: int = 0
     """If not 0: up to this many requests are fast enough, because they run concurrently. Larger gaps than usual for a
     native checkpoint are read over only to get down to this number."""
+    free_gap_bytes: int = 0
+    """Gaps of at most this size are always read over, whatever their sum."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +98,6 @@ def coalesce(
     limits: GapLimits = DEFAULT_LIMITS,
     *,
     max_request_bytes: int = MAX_REQUEST_BYTES,
-    free_gap_bytes: int = 0,
     sparse: dict[int, tuple[int, int, int]] | None = None,
 ) -> Requests:
     """Join n byte ranges into requests.
@@ -103,7 +107,6 @@ def coalesce(
         limits: which gaps between two ranges one request may read over.
         max_request_bytes: joined ranges are divided into requests at multiples of this many bytes. A range is never
             split, so a request may be longer.
-        free_gap_bytes: gaps of at most this size are always read over, whatever their sum.
         sparse: the ranges that are read only in byte runs, as in `Requests`. Each becomes one request.
     """
     n = len(objects)
@@ -116,7 +119,6 @@ def coalesce(
             stops[dense],
             limits,
             max_request_bytes=max_request_bytes,
-            free_gap_bytes=free_gap_bytes,
         )
         request_of_range = np.empty(n, np.int64)
         request_of_range[dense] = made.request_of_range
@@ -146,7 +148,7 @@ def coalesce(
     candidates = np.flatnonzero(same_object & (gaps > 0) & (gaps <= limits.max_gap_bytes))
     candidates = candidates[np.argsort(gaps[candidates], kind="stable")]
     allowed = int(limits.max_over_read * int((hi - lo).sum()))
-    joined[same_object & (gaps <= free_gap_bytes)] = True
+    joined[same_object & (gaps <= limits.free_gap_bytes)] = True
     if limits.enough_requests:
         candidates = candidates[~joined[candidates]][: max(0, n - int(joined.sum()) - limits.enough_requests)]
     joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True

@@ -54,14 +54,14 @@ def plan_from_json(value: Any) -> ReadPlan:
         columns = {name: _column(requests[name]).reshape(count) for name in ("objects", "starts", "stops")}
         of_range = _column(requests["request_of_range"])
         sparse = {int(at): (int(count), int(nbytes), int(stride)) for at, count, nbytes, stride in requests["sparse"]}
-        max_gap_bytes, max_over_read, *enough = value["gaps"]  # older versions write two numbers
+        max_gap_bytes, max_over_read, *more = value["gaps"]  # older versions write fewer numbers
         reads = tuple(_read_from_json(read) for read in value["reads"])
         if of_range.shape != (sum(read.objects.size for read in reads),) or not _within(of_range, count):
             raise ValueError("request_of_range does not name one request for each byte range")
         if not _within(np.array([*sparse], np.int64), count) or not bool((columns["starts"] >= 0).all()):
             raise ValueError("a request starts before its object, or a sparse request does not exist")
         fetched = Requests(**columns, request_of_range=of_range, sparse=sparse)
-        limits = GapLimits(int(max_gap_bytes), float(max_over_read), *map(int, enough))
+        limits = GapLimits(int(max_gap_bytes), float(max_over_read), *map(int, more))
         order, exchange = value.get("order"), value.get("exchange")  # older versions do not write them
         return ReadPlan(
             reads,

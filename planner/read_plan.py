@@ -17,20 +17,17 @@ import numpy.typing as npt
 
 from .box import IntArray, columns_equal, intersect_pairs
 from .chunk_reads import ChunkReads, WantedBox
-from .coalesce import DEFAULT_LIMITS, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
+from .coalesce import DEFAULT_LIMITS, FREE_GAP_BYTES, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
 from .entries import NATIVE_ENCODINGS, Encoding, Entry, Stream
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
 from .html import table
 from .index import CheckpointIndex
 from .report import PlanReport
-from .slabs import ByteRuns, slabs_of
+from .slabs import SLAB_BYTES, ByteRuns, slabs_of
 
-NATIVE_GAP_LIMITS = DEFAULT_LIMITS
+NATIVE_GAP_LIMITS = replace(DEFAULT_LIMITS, free_gap_bytes=FREE_GAP_BYTES)
 """The limits for native checkpoints. The order of their chunks leaves few gaps (`benchmarks/coalescing.py`)."""
-FREE_GAP_BYTES = 4096
-"""Under NATIVE_GAP_LIMITS, gaps of at most this size are always read over, whatever their sum: a request costs more on
-every store. Checkpoints with thousands of small objects have many such gaps."""
 BOXES_PER_CALL = 64
 """The number of boxes that are planned together: many enough that the overhead of numpy calls is small, few enough that
 the temporary arrays are small (`benchmarks/planner.py`)."""
@@ -183,21 +180,20 @@ def join_ranges(
     # The gaps that are read over inside slabs count toward the limit, too.
     over_read = spanned - wanted
 
-    def joined(limits: GapLimits, free_gap_bytes: int) -> Requests:
+    def joined(limits: GapLimits) -> Requests:
         return coalesce(
             objects[kept],
             starts[kept],
             stops[kept],
             replace(limits, max_over_read=max(0.0, limits.max_over_read * wanted - over_read) / max(spanned, 1)),
             max_request_bytes=max_request_bytes,
-            free_gap_bytes=free_gap_bytes,
             sparse=sparse,
         )
 
     if not gap_limits.enough_requests:
-        return joined(gap_limits, FREE_GAP_BYTES if gap_limits is NATIVE_GAP_LIMITS else 0)
-    requests = joined(NATIVE_GAP_LIMITS, FREE_GAP_BYTES)
-    return requests if len(requests) <= gap_limits.enough_requests else joined(gap_limits, FREE_GAP_BYTES)
+        return joined(gap_limits)
+    requests = joined(NATIVE_GAP_LIMITS)
+    return requests if len(requests) <= gap_limits.enough_requests else joined(gap_limits)
 
 
 def find_chunks(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
@@ -340,6 +336,11 @@ def _byte_ranges(
 
 def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
     """Replace the plain chunks by slabs, which contain only their wanted parts."""
+    whole = read.stops[:, 0] - read.starts[:, 0]
+    is_whole = bool((read.encodings == Encoding.PLAIN).all() and (read.piece_sizes == read.chunk_sizes).all())
+    if is_whole and int(whole.max()) <= SLAB_BYTES:  # most tensors of a model with many small ones
+        once = np.ones(len(read), np.int64)
+        return replace(read, runs=ByteRuns(once, whole, whole, once == 0))
     plain = np.flatnonzero(read.encodings == Encoding.PLAIN)
     order = list(read.entry.order or range(read.chunk_sizes.shape[1]))
     slabs = slabs_of(

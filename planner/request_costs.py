@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .coalesce import GapLimits
+from .coalesce import FREE_GAP_BYTES, GapLimits
 
 UNBOUNDED_OVER_READ = 1e9
 """A value of `max_over_read` that imposes no limit: the costs alone decide which gaps are read over."""
@@ -44,7 +44,8 @@ class RequestCosts:
         If there are many requests nevertheless, because many ranks saved small shards, gaps are read over as in other
         formats. If there are few, this would save nothing: they are in flight together.
         """
-        return replace(self.gap_limits(), enough_requests=ROUNDS * self.concurrent_requests)
+        enough = ROUNDS * self.concurrent_requests
+        return replace(self.gap_limits(), enough_requests=enough, free_gap_bytes=FREE_GAP_BYTES)
 
     def measured(self, latency_s: float | None, bytes_per_s: float | None) -> RequestCosts:
         """Return these costs with the measured latency and bandwidth. None means not measured."""

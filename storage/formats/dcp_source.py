@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ...planner.box import Box, IntArray, intersect_many
 from ...planner.chunk_reads import WantedBox
-from ...planner.coalesce import MAX_REQUEST_BYTES
+from ...planner.coalesce import FREE_GAP_BYTES, MAX_REQUEST_BYTES, GapLimits, coalesce
 from ...planner.entries import Encoding, Entry
 from ...planner.index import CheckpointIndex
 from ...planner.slabs import slabs_of
@@ -26,6 +26,9 @@ from .foreign import ForeignSource, Shards
 from .metadata_reads import Reads
 from .safetensors_source import TensorHeader, read_header
 from .torch_save.zip_layout import MAX_PREAMBLE_BYTES, locate_values
+
+MAX_PREAMBLES_BYTES = 1024 * 1024
+"""The most bytes of one request for the first bytes of several shards."""
 
 
 class DcpSource(ForeignSource):
@@ -121,7 +124,7 @@ class DcpSource(ForeignSource):
         shards_met = [self._serialized(name, row) for name, row in met]
         self._check_ends(shards_met)
         to_locate = [shard for shard, is_worthwhile in zip(shards_met, met.values(), strict=True) if is_worthwhile]
-        preambles = self._reads.many(self._preamble, to_locate)
+        preambles = self._preambles(to_locate)
         files = {
             (shard.object, shard.start)
             for shard, preamble in zip(to_locate, preambles, strict=True)
@@ -188,10 +191,25 @@ class DcpSource(ForeignSource):
             tensor = next(tensor for tensor, shards in self._shards.items() if at in shards.objects)
             raise CorruptCheckpointError(f"{tensor!r}: object {name!r} is missing in {self.store.location}") from error
 
-    def _preamble(self, shard: _ShardRow) -> bytes:
+    def _preambles(self, shards: list[_ShardRow]) -> list[bytes]:
+        """Read the first bytes of serialised shards. Many small shards take few requests."""
+        if not shards:
+            return []
         # The preamble of a safetensors file may be longer than the shard, which has the size of its values.
-        nbytes = min(MAX_PREAMBLE_BYTES, max(shard.nbytes, 9))
-        return self._reads.whole(self.objects[shard.object][0], shard.start, shard.start + nbytes)
+        lengths = [min(MAX_PREAMBLE_BYTES, max(shard.nbytes, 9)) for shard in shards]
+        objects, starts = (np.array([getattr(s, name) for s in shards], np.int64) for name in ("object", "start"))
+        limits = GapLimits(FREE_GAP_BYTES, 0.0, free_gap_bytes=FREE_GAP_BYTES)
+        requests = coalesce(objects, starts, starts + lengths, limits, max_request_bytes=MAX_PREAMBLES_BYTES)
+
+        def read(at: int, start: int, stop: int) -> bytes:
+            return self._reads.whole(self.objects[at][0], start, stop)
+
+        data = self._reads.many(read, *(c.tolist() for c in (requests.objects, requests.starts, requests.stops)))
+        begins = starts - requests.starts[requests.request_of_range]
+        return [
+            data[request][begin : begin + length]
+            for request, begin, length in zip(requests.request_of_range.tolist(), begins.tolist(), lengths, strict=True)
+        ]
 
     def _header(self, file: tuple[int, int]) -> dict[str, TensorHeader]:
         """Read the tensors of a safetensors file that begins at a byte of an object and ends with the object."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ...planner.box import Box, IntArray
 from ...planner.chunk_reads import WantedBox
-from ...planner.coalesce import GapLimits
+from ...planner.coalesce import FREE_GAP_BYTES, GapLimits
 from ...planner.entries import ITEMSIZES, Encoding, Entry, Kind, Segments
 from ...planner.errors import CheckpointError, InvalidIndexError
 from ...planner.grid import Grid
@@ -242,7 +242,9 @@ class ForeignSource:
         self._reads.observe(nbytes, seconds)
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        return (costs or self._reads.costs).gap_limits(bounded(max_over_read))
+        limits = (costs or self._reads.costs).gap_limits(bounded(max_over_read))
+        free_gap_bytes = min(FREE_GAP_BYTES, limits.max_gap_bytes) if max_over_read is None else 0
+        return replace(limits, free_gap_bytes=free_gap_bytes)
 
     def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
         wants = None if wants is None else list(wants)

@@ -16,7 +16,6 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate, chain, compress
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from typing_extensions import Buffer
 
 from ....planner.chunk_reads import WantedBox
-from ....planner.coalesce import GapLimits
+from ....planner.coalesce import MAX_GAP_BYTES, GapLimits
 from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
@@ -164,7 +163,7 @@ class Manifest:
         bound = bounded(max_over_read)
         if costs is not None:
             return costs.native_gap_limits() if bound is None else costs.gap_limits(bound)
-        return NATIVE_GAP_LIMITS if bound is None else replace(NATIVE_GAP_LIMITS, max_over_read=bound)
+        return NATIVE_GAP_LIMITS if bound is None else GapLimits(MAX_GAP_BYTES, bound)
 
     @property
     def metadata(self) -> dict[str, Any]:

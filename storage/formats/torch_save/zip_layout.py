@@ -7,6 +7,7 @@ caffe2/serialize/inline_container.h).
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ def _storage(pid: Any) -> _Storage:
     return _Storage(key, dtype, *checked_sizes((numel,)))
 
 
+@functools.lru_cache(1024)
+def _tensor_of(record: bytes) -> _Tensor | None:
+    """Return the tensor in a record that begins with its pickle. Tensors of the same shape have the same pickle."""
+    try:
+        tensor, _ = load_inert(record, _TENSOR_GLOBALS, "the tensor's pickle", _storage)
+    except (CorruptCheckpointError, UnsafeValueError):
+        return None
+    return tensor if isinstance(tensor, _Tensor) else None
+
+
 def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ...]) -> int | None:
     """Find the row-major values of a tensor in a torch.save file.
 
@@ -95,17 +106,15 @@ def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ..
     name, at = _local_header(preamble, 0)
     if not name.endswith("/data.pkl"):
         return None
-    try:
-        tensor, end = load_inert(preamble[at:], _TENSOR_GLOBALS, "the tensor's pickle", _storage)
-    except (CorruptCheckpointError, UnsafeValueError):
-        return None
-    if not isinstance(tensor, _Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+    end = preamble.find(_LOCAL_MAGIC, at)
+    tensor = _tensor_of(preamble[at:end]) if end > 0 else None
+    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
         return None
     stored = tensor.storage.numel if tensor.storage.dtype else tensor.storage.numel // ITEMSIZES[dtype]
     if not is_row_major(shape, tensor.strides) or tensor.offset + math.prod(shape) > stored:
         return None
     record = f"{name.removesuffix('data.pkl')}data/{tensor.storage.key}"
-    at += end
+    at = end
     while (at := preamble.find(_LOCAL_MAGIC, at)) >= 0:
         found, begin = _local_header(preamble, at)
         if found.endswith("/byteorder") and not preamble.startswith(b"little", begin):
