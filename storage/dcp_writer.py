@@ -224,6 +224,11 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
             raise _of_planner(name, values, "a tensor")
         values = waited(values)
         check_storable(name, values)
+        if values.dtype != dtype:
+            raise UnsupportedValueError(
+                f"{name!r} cannot be stored: the planner's resolve_data returned {values.dtype}, but its plan has "
+                f"{dtype}. A planner that casts must also change tensor_data.properties.dtype of the item"
+            )
         return part_of(name, as_plain(values), box, dtype, part)
 
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import re
 from contextlib import suppress
 from typing import Any
 
@@ -21,14 +20,11 @@ from ..runtime.brief import reason
 from ..runtime.process_group import is_distributed
 from ..tensors.plain_json import NotPlainError, from_plain, to_plain
 from ..tensors.tensor_classes import is_whole
-from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked
+from .torch_save.safe_load import ZSTD_MAGIC, decompress, load_checked, refusal_of
 from .tree_size import is_repetitive
 
 MAX_VALUE_BYTES = 2**31
 """The largest size of an encoded value."""
-_REFUSAL_MESSAGE = re.compile(
-    r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build"
-)
 
 
 def encode_value(value: Any) -> tuple[Kind, bytes]:
@@ -96,12 +92,12 @@ def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fal
             return torch.load(io.BytesIO(data), weights_only=False, map_location="cpu")
         return load_checked(data)
     except Exception as error:
-        refused = None if kind is Kind.JSON or allow_pickle else _refusal(str(error))
+        refused = None if kind is Kind.JSON or allow_pickle else refusal_of(error)
         if refused is None:
             raise CorruptCheckpointError(f"the value {name!r} cannot be decoded: {reason(error)}") from error
         raise UnsafeValueError(
             f"the value {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
-            f"{refused.rstrip(' ./')}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
+            f"{refused}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
         ) from error
 
 
@@ -156,9 +152,3 @@ class _PickleModule:
 
     __name__ = "pickle"
     Pickler = _Pickler
-
-
-def _refusal(message: str) -> str | None:
-    """Return the line of torch's message that names the refused class or function. None if torch refused nothing."""
-    lines = (line.strip() for line in message.splitlines())
-    return next((line for line in lines if _REFUSAL_MESSAGE.search(line)), None)

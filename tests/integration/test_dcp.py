@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import reshard
-from reshard.errors import BusyError, UnsupportedValueError
+from reshard.errors import BusyError, UnsafeValueError, UnsupportedFormatError, UnsupportedValueError
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
@@ -440,3 +440,43 @@ def test_a_writer_that_still_writes_refuses_another_save(tmp_path: Path) -> None
     dcp.save({"t": torch.zeros(2)}, storage_writer=writer, checkpoint_id=tmp_path / "second", no_dist=True)
     assert reshard.open(tmp_path / "first").read("t").equal(torch.ones(2))
     assert reshard.open(tmp_path / "second").read("t").equal(torch.zeros(2))
+
+
+def cast_to(dtype: torch.dtype) -> Any:
+    return lambda item, value: value if item.type is WriteItemType.BYTE_IO else value.to(dtype)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_shards_that_a_planner_has_cast(stored: torch.dtype, tmp_path: Path) -> None:
+    """DCP's metadata has the dtype of the state dict. A shard of another dtype is read if no value changes."""
+    values = torch.tensor([0.1, -3.5, 1e5, float("inf")])
+    dcp.save({"t": values}, checkpoint_id=tmp_path / "dcp", planner=ChangingPlanner(cast_to(stored)))
+    by_dcp, by_reshard = {"t": torch.zeros(4)}, {"t": torch.zeros(4)}
+    dcp.load(by_dcp, checkpoint_id=tmp_path / "dcp")
+    if stored in (torch.float16, torch.bfloat16):
+        reshard.load(by_reshard, tmp_path / "dcp")
+        assert by_reshard["t"].equal(by_dcp["t"])
+        reshard.convert(tmp_path / "dcp", tmp_path / "converted")
+        assert reshard.open(tmp_path / "converted").read("t").equal(by_dcp["t"])
+    else:
+        with pytest.raises(UnsupportedFormatError, match=f"'t' cannot be read: a shard is of {stored}"):
+            reshard.load(by_reshard, tmp_path / "dcp")
+    writer = reshard.StorageWriter(tmp_path / "native")
+    with pytest.raises(CheckpointException, match=f"returned {stored}, but its plan has torch.float32"):
+        dcp.save({"t": values}, storage_writer=writer, planner=ChangingPlanner(cast_to(stored)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_shard_of_a_tensor_subclass_is_unsafe(tmp_path: Path) -> None:
+    dcp.save({"t": torch.ones(2).as_subclass(Subclass)}, checkpoint_id=tmp_path)
+    with pytest.raises(UnsafeValueError, match=r"'t' cannot be read: .*Unsupported global: .*Subclass"):
+        reshard.load({"t": torch.zeros(2)}, tmp_path)
+    with torch.serialization.safe_globals([Subclass]):
+        state = {"t": torch.zeros(2)}
+        reshard.load(state, tmp_path)
+        assert state["t"].equal(torch.ones(2))

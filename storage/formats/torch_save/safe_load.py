@@ -7,6 +7,7 @@ Only torch.load(weights_only=True) unpickles, after a check, and no more bytes a
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 import zlib
 from typing import Any
@@ -16,14 +17,18 @@ import torch
 import zstandard
 
 from ....planner.entries import ITEMSIZES
-from ...errors import CorruptCheckpointError
+from ...errors import CorruptCheckpointError, UnsafeValueError, UnsupportedFormatError
 from ...runtime.brief import reason
-from ...tensors.dtypes import as_array, as_bytes
+from ...tensors.casts import loses_bits
+from ...tensors.dtypes import as_array, as_bytes, torch_dtype
 from ..native.codec import Bytes
 from .pickle_scan import check_pickle
 from .zip_layout import MAX_PREAMBLE_BYTES, locate_values
 from .zip_records import NotATorchZipError, ZipRecord, contents, keys_of
 
+_REFUSAL_MESSAGE = re.compile(
+    r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build"
+)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_OVERHEAD = 64 * 1024
 """How many bytes a torch.save file may have in addition to its values."""
@@ -42,6 +47,8 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
 
     Raises:
         CorruptCheckpointError: the data contains something else, or cannot be read.
+        UnsafeValueError: the tensor is of a class that weights_only=True refuses.
+        UnsupportedFormatError: it has another dtype, and a cast to the expected one would change values.
     """
     begin = locate_values(bytes(data[:MAX_PREAMBLE_BYTES]), len(data), dtype, shape)
     if begin is not None:  # no copy is needed
@@ -53,16 +60,39 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
     try:
         tensor = load_checked(content)
     except Exception as error:
+        if refused := refusal_of(error):
+            raise UnsafeValueError(
+                f"a shard needs more of pickle than torch.load(weights_only=True) allows: {refused}"
+            ) from error
         raise CorruptCheckpointError(f"expected {expected}, which cannot be read: {reason(error)}") from error
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"expected {expected}, got {type(tensor).__name__}")
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if dense and tuple(tensor.shape) == shape and str(tensor.dtype) != f"torch.{dtype}":
+        tensor = _cast_back(tensor, torch_dtype(dtype))
     if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or not dense:
         raise CorruptCheckpointError(
             f"expected {expected}, got a tensor of {tensor.dtype} {tuple(tensor.shape)}"
             + ("" if dense else f", {tensor.layout} on {tensor.device.type}")
         )
     return as_bytes(as_array(tensor))
+
+
+def _cast_back(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast a shard that a planner has cast when it was saved, without an effect on the metadata."""
+    if not (tensor.is_floating_point() and dtype.is_floating_point) or loses_bits(tensor.dtype, dtype):
+        raise UnsupportedFormatError(
+            f"a shard is of {tensor.dtype}, but {dtype} in the metadata: a planner may have cast it when it was saved. "
+            "dcp.load reads such a checkpoint"
+        )
+    return tensor.to(dtype)
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """Return what torch.load(weights_only=True) refused: the line of its message that names a class or function."""
+    lines = (line.strip() for line in str(error).splitlines())
+    found = next((line for line in lines if _REFUSAL_MESSAGE.search(line)), None)
+    return None if found is None else found.rstrip(" ./")
 
 
 def load_checked(content: bytes) -> Any:
