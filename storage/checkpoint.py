@@ -442,7 +442,8 @@ class Checkpoint:
     ) -> dict[Any, Any]:
         """Read whole tensors and values into the nested dicts and lists that they were saved from.
 
-        Names stay flat if the format does not record the nesting (safetensors). DCP turns all keys into strings.
+        Names stay flat if the format does not record the nesting (safetensors). DCP turns all keys into strings. A list
+        of which some items are not read, or were empty dicts when DCP saved it, becomes a dict of its other items.
 
         Args:
             include, exclude: patterns of the names to read; see `load_rank`.
