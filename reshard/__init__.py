@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .planner.layout import Mesh as Mesh
     from .storage.async_save import AsyncSave as AsyncSave
     from .storage.async_save import async_save as async_save
-    from .storage.async_save import release_memory as release_memory
     from .storage.checkpoint import Checkpoint as Checkpoint
     from .storage.checkpoint import TensorInfo as TensorInfo
     from .storage.checkpoint import open_checkpoint as open
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from .storage.maintenance.gc import Remains as Remains
     from .storage.maintenance.gc import gc as gc
     from .storage.maintenance.verify import DamagedChunk as DamagedChunk
+    from .storage.memory import release_memory as release_memory
     from .storage.runtime.progress import Progress as Progress
     from .storage.runtime.reports import Cast as Cast
     from .storage.runtime.reports import RankReport as RankReport
@@ -116,7 +116,8 @@ _MODULES = ("errors", "formats", "layout", "pictures", "plans", "stores", "testi
 _HOMES = {
     "planner.box": ("Box",),
     "planner.layout": ("Layout", "Mesh"),
-    "storage.async_save": ("AsyncSave", "async_save", "release_memory"),
+    "storage.async_save": ("AsyncSave", "async_save"),
+    "storage.memory": ("release_memory",),
     "storage.checkpoint": ("Checkpoint", "TensorInfo"),
     "storage.conversion.convert": ("convert",),
     "storage.dcp_reader": ("StorageReader",),

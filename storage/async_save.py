@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.distributed as dist
 
 from ..planner.errors import CheckpointError
 from .errors import ArgumentError, BusyError, nearest
-from .reading.device.ring import RING
 from .runtime.arguments import check_choice, check_nbytes
 from .runtime.background import BackgroundThread
 from .runtime.forks import generation
 from .runtime.logs import logger_of
-from .runtime.pinned import save_buffers
 from .runtime.process_group import (
     Alarm,
     Exchange,
@@ -36,7 +33,6 @@ from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .save import AgreedPlan, Assignment, Saving
 from .stores.base import Store
-from .stores.buffer_pool import read_buffers
 from .tensors.state_dict import check_mapping, has_stateful
 from .writing.checkpoint_writer import SaveOptions, Written
 from .writing.staging import (
@@ -46,7 +42,7 @@ from .writing.staging import (
     split_to_fit,
     staged_bytes,
 )
-from .writing.writer_process import PickledStore, WriteInProcess, end_writer_process, writer_process
+from .writing.writer_process import PickledStore, WriteInProcess, writer_process
 
 logger = logger_of(__name__)
 
@@ -489,18 +485,3 @@ class _Worker:
         if self._remote is not None:
             return self._saving.writer.write(shards, WriteInProcess(writer_process(), self._remote, arena))
         return self._saving.writer.write([shard.shard(arena.bytes) for shard in shards])
-
-
-def release_memory() -> None:
-    """Return the memory that loads and saves keep for their next calls, and end the writer process.
-
-    In a process that uses CUDA, this also calls `torch.cuda.empty_cache`. Memory that a running call uses stays: wait
-    for its `result()` first. Not collective.
-    """
-    read_buffers.clear()
-    RING.release()
-    save_buffers.release()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # torch keeps what was allocated on the streams of reshard for these streams
-    STAGING.release()
-    end_writer_process()

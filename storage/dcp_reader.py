@@ -38,13 +38,12 @@ from .formats.detect import open_source
 from .formats.source import Source
 from .formats.value_codec import torch_save
 from .reading.cooperative import Offer, SharedRead, check_cooperative, may_share
+from .reading.opening import OpenedCheckpoint, check_same_checkpoint
 from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
 from .reading.value_reads import ValueRead, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.logs import logger_of
 from .runtime.process_group import (
-    OpenedCheckpoint,
-    check_same_checkpoint,
     is_distributed,
     raises_portable,
     rank_of,

@@ -21,7 +21,17 @@ from ..planner.text import quoted
 from .errors import ArgumentError
 from .reading.cooperative import Offer, SharedRead, check_cooperative
 from .reading.name_matching import LoadOptions
-from .reading.opening import BegunOpening, Blocks, Opening, blocks_to_read, keep_blocks, read_blocks
+from .reading.opening import (
+    BegunOpening,
+    Blocks,
+    OpenedCheckpoint,
+    Opening,
+    are_different,
+    blocks_to_read,
+    check_same_checkpoint,
+    keep_blocks,
+    read_blocks,
+)
 from .reading.read_tensors import ReadOptions
 from .reading.state_dict_reads import StateDictRead
 from .runtime.arguments import check_nbytes
@@ -30,9 +40,6 @@ from .runtime.limits import default_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
     Exchange,
-    OpenedCheckpoint,
-    are_different,
-    check_same_checkpoint,
     on_all_ranks,
     rank_of,
 )

@@ -82,7 +82,7 @@ class AgreedPlan:
 
 
 class Saving:
-    """A save on one rank: `open`, `local_plan`, `global_plan` on rank 0, `accept_plan`, `write`, `finish`.
+    """A save on one rank: `open`, `local_plan`, `global_plan` on rank 0, `accept_plan`, `finish`.
 
     Args:
         uri: as for `save`.

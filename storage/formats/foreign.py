@@ -97,12 +97,11 @@ class ForeignSource:
         self.info: dict[str, Any] = {}
         self.paths: dict[str, Path] = {}
         self.inline: dict[str, bytes] = {}
+        """The bytes of values that were read with the metadata. An index does not contain them."""
         self.unreadable: dict[str, Unreadable] = {}
         self.unindexed: tuple[str, ...] = ()
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, Shards] = {}
-        self._unread: set[str] = set()
-        """Values whose bytes are in `inline`. An index does not contain them."""
         self._lock = fork_safe_lock()
 
     def add_tensor(
@@ -146,7 +145,6 @@ class ForeignSource:
         kind, data = encode_value(value)
         self._add_entry(self.check(name, kind, "uint8", (len(data),)), _NO_SHARDS)
         self.inline[name] = data
-        self._unread.add(name)
 
     def _add_entry(self, entry: Entry, shards: Shards) -> None:
         if entry.name in self:
@@ -252,7 +250,7 @@ class ForeignSource:
         with self._lock:
             if wants is not None:
                 self.locate(wants)
-            return self._build([self.entry(name) for name in names if name not in self._unread])
+            return self._build([self.entry(name) for name in names if name not in self.inline])
 
     def locate(self, wants: list[WantedBox]) -> None:
         """Find out where the values for some reads are. Formats override this if their metadata does not contain it."""

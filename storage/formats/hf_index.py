@@ -124,6 +124,27 @@ def group_numbered_files(names: Iterable[str]) -> dict[tuple[str, str], list[str
     return groups
 
 
+class FilesSource(ForeignSource):
+    """The tensors of a file, or of the files of a folder, possibly with an index.
+
+    Args:
+        reads: the store.
+        names: the files.
+        weight_map: the index that says which file contains which tensor, if there is one.
+
+    Raises:
+        ObjectNotFoundError, CorruptCheckpointError: see `existing_files`.
+    """
+
+    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> None:
+        super().__init__(reads, existing_files(reads, names, weight_map))
+        self.is_folder = weight_map is not None or len(self.objects) > 1
+
+    @property
+    def location(self) -> str:
+        return self.store.location if self.is_folder else f"{self.store.location}/{self.objects[0][0]}"
+
+
 def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
     """Return the files that exist, with their sizes.
 

@@ -20,8 +20,8 @@ from ...planner.text import first_few
 from ..errors import CorruptCheckpointError, DtypeError
 from ..runtime.brief import brief, reason
 from ..tensors.dtypes import is_packed
-from .foreign import ForeignSource, Shards
-from .hf_index import MAX_FILES_IN_ERROR, WeightMap, duplicate_tensor_error, existing_files, select_by_index
+from .foreign import Shards
+from .hf_index import MAX_FILES_IN_ERROR, FilesSource, WeightMap, duplicate_tensor_error, select_by_index
 from .metadata_reads import MALFORMED_ERRORS, Reads
 
 SUFFIX = ".safetensors"
@@ -60,7 +60,7 @@ class TensorHeader:
     """The name in the format of its dtype, if it is not in TORCH_DTYPES. `dtype` is then empty."""
 
 
-class SafetensorsSource(ForeignSource):
+class SafetensorsSource(FilesSource):
     """The tensors in safetensors files."""
 
     format = "safetensors"
@@ -78,8 +78,7 @@ class SafetensorsSource(ForeignSource):
             ObjectNotFoundError: a file is missing.
             StoreError: the store cannot be read.
         """
-        super().__init__(reads, existing_files(reads, names, weight_map))
-        self._is_folder = weight_map is not None or len(self.objects) > 1
+        super().__init__(reads, names, weight_map)
         self._has_shards = False
         columns = zip(*self.objects, strict=True) if self.objects else ((), ())
         headers = reads.many(lambda name, size: read_header(reads, name, 0, size), *map(list, columns))
@@ -99,10 +98,6 @@ class SafetensorsSource(ForeignSource):
             found = selected
         for name, parts in sorted(found.items()):
             self._add(name, parts)
-
-    @property
-    def location(self) -> str:
-        return self.store.location if self._is_folder else f"{self.store.location}/{self.objects[0][0]}"
 
     def contradiction(self, what: object) -> CorruptCheckpointError:
         return super().contradiction(f"{what}; {REMAINS}" if self._has_shards else what)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...planner.chunk_reads import ChunkReads
 from ...planner.entries import Encoding
-from ..errors import CorruptCheckpointError, UnsafeValueError, UnsupportedFormatError
+from ..errors import CorruptCheckpointError
 from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and_tails
 from ..formats.torch_save.safe_load import decode_opaque
 from .blocks import Block
@@ -143,10 +143,7 @@ def decode_block(read: ChunkReads, block: Block, streams: list[StreamBytes], cou
         ends = (np.cumsum(counts) * block.numel * read.itemsize).tolist()
         return (values[begin:end] for begin, end in pairwise([0, *ends]))
     if block.encoding == _OPAQUE:
-        try:
-            return (decode_opaque(data, read.entry.dtype, block.sizes),)
-        except (UnsafeValueError, UnsupportedFormatError) as error:
-            raise type(error)(f"{read.entry.name!r} cannot be read: {error}") from error
+        return (decode_opaque(data, read.entry.dtype, block.sizes),)
     return (_decode_plain(read, block.row, np.frombuffer(data, np.uint8)),)
 
 

@@ -8,7 +8,7 @@ another checkpoint at the same path.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,11 +18,12 @@ import numpy as np
 import torch.distributed as dist
 
 from ...planner.chunk_reads import WantedBox
+from ..errors import ArgumentError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Speed
 from ..formats.native.manifest import Manifest
 from ..formats.source import Source
-from ..runtime.process_group import OpenedCheckpoint, is_distributed, rank_of
+from ..runtime.process_group import is_distributed, rank_of
 from ..stores.base import Store
 from ..stores.open import open_store
 from ..stores.recorded import Record, RecordedStore, ReplayedStore
@@ -34,6 +35,40 @@ MIN_READERS = 2
 
 Blocks: TypeAlias = dict[int, bytes]
 """Blocks of a manifest, by their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedCheckpoint:
+    """The checkpoint that a rank opened."""
+
+    location: str
+    fingerprint: str
+
+
+def are_different(opened: Iterable[OpenedCheckpoint]) -> bool:
+    """Return whether ranks opened different checkpoints."""
+    return len({one.fingerprint for one in opened}) > 1
+
+
+def check_same_checkpoint(opened: Sequence[OpenedCheckpoint]) -> None:
+    """Check that all ranks opened the same checkpoint. Their locations may differ.
+
+    Raises:
+        ArgumentError: the fingerprints differ.
+    """
+    if are_different(opened):
+        ranks: dict[str, list[int]] = {}
+        for rank, found in enumerate(opened):
+            ranks.setdefault(found.fingerprint, []).append(rank)
+        opened_by = "; ".join(
+            f"{'rank' if len(some) == 1 else 'ranks'} {', '.join(map(str, some[:8]))}{', …' if len(some) > 8 else ''}: "
+            f"{opened[some[0]].location} ({fingerprint})"
+            for fingerprint, some in ranks.items()
+        )
+        raise ArgumentError(
+            f"the ranks opened {len(ranks)} different checkpoints: {opened_by}. Pass one shared location on all ranks; "
+            "if it is the same location already, it was overwritten in the meantime: load again"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ TICKS_PER_BEAT = 2
 SILENT_BEATS = 8
 """A rank is considered lost if its pulse does not change during this many checks. Checks are counted instead of
 seconds, so that a process that was suspended does not accuse others."""
+SILENT_S = float(SILENT_BEATS)
+"""A store is considered lost if it has not answered for this long."""
 PINGED_BEATS = 3
 """In how many of these checks a rank may answer a ping."""
 CLOSED_BEATS = 3
@@ -251,7 +253,7 @@ class Watch:
         self._checked = now
         if self.lost is None and poller.error is not None:
             self.lost = f"because its store cannot be reached: {poller.error}"
-        if self.lost is None and self._waited_s > SILENT_BEATS:
+        if self.lost is None and self._waited_s > SILENT_S:
             self.lost = "because its store does not answer"
         if self.lost is not None:
             raise self.broken()

@@ -10,8 +10,7 @@ import functools
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch.distributed as dist
@@ -357,40 +356,6 @@ def _combined(outcomes: Sequence[memoryview], combine: Callable[[list[T]], list[
         parts = combine([_unpacked(outcome)[0] for outcome in outcomes])
         packed = {id(part): _packed(part, None) for part in {id(part): part for part in parts}.values()}
         return [packed[id(part)] for part in parts]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedCheckpoint:
-    """The checkpoint that a rank opened."""
-
-    location: str
-    fingerprint: str
-
-
-def are_different(opened: Iterable[OpenedCheckpoint]) -> bool:
-    """Return whether ranks opened different checkpoints."""
-    return len({one.fingerprint for one in opened}) > 1
-
-
-def check_same_checkpoint(opened: Sequence[OpenedCheckpoint]) -> None:
-    """Check that all ranks opened the same checkpoint. Their locations may differ.
-
-    Raises:
-        ArgumentError: the fingerprints differ.
-    """
-    if are_different(opened):
-        ranks: dict[str, list[int]] = {}
-        for rank, found in enumerate(opened):
-            ranks.setdefault(found.fingerprint, []).append(rank)
-        opened_by = "; ".join(
-            f"{'rank' if len(some) == 1 else 'ranks'} {', '.join(map(str, some[:8]))}{', …' if len(some) > 8 else ''}: "
-            f"{opened[some[0]].location} ({fingerprint})"
-            for fingerprint, some in ranks.items()
-        )
-        raise ArgumentError(
-            f"the ranks opened {len(ranks)} different checkpoints: {opened_by}. Pass one shared location on all ranks; "
-            "if it is the same location already, it was overwritten in the meantime: load again"
-        )
 
 
 def first_failure(failures: Mapping[int, E]) -> tuple[int, E]:

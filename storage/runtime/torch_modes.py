@@ -26,9 +26,8 @@ def undisturbed() -> Iterator[None]:
     """Disable the torch modes of this thread, as a context manager or a decorator.
 
     These are the default device, function and dispatch modes (such as fake tensors), inference mode, and gradients.
-    `torch.compile` does not compile the functions that are called. New
-    tensors are then ordinary tensors with memory. The default dtype belongs to the process and stays as it is, so code
-    that creates a tensor must pass a dtype.
+    New tensors are then ordinary tensors with memory. The default dtype belongs to the process and stays as it is, so
+    code that creates a tensor must pass a dtype. `torch.compile` does not compile the functions that are called.
     """
     compile_frame = set_eval_frame(None)
     modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]

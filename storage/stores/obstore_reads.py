@@ -36,7 +36,7 @@ CREDENTIALS_FOR = datetime.timedelta(minutes=5)
 """How long credentials are used before the library that found them returns them again. It renews those that are about
 to expire."""
 MAX_FAILURES = 3
-"""After this many transient failures of obstore without a success, the filesystem does all reads."""
+"""After this many transient failures of obstore, the filesystem does all reads."""
 _PLAIN_PART = r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*"
 _PLAIN_KEY = re.compile(rf"{_PLAIN_PART}(/{_PLAIN_PART})*")
 _lost_in_fork = False

@@ -7,7 +7,7 @@ are empty. Lists are flattened if they contain tensors or mappings. Everything e
 from __future__ import annotations
 
 import json
-import math
+import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -123,23 +123,43 @@ def renamed_path(path: Path, name: str) -> Path | None:
     return None
 
 
-def flatten(state_dict: Mapping[Any, Any], room: list[float] | None = None) -> dict[str, Leaf]:
+class NameLimit:
+    """How many characters the names of a checkpoint may have together. Each takes CHARS_PER_LEAF more than its length.
+
+    Args:
+        chars: the number of characters. More can be added.
+    """
+
+    def __init__(self, chars: int) -> None:
+        self._left = chars
+        self._lock = threading.Lock()
+
+    def add(self, chars: int) -> None:
+        """Allow more characters."""
+        with self._lock:
+            self._left += chars
+
+    def take(self, path: Path) -> bool:
+        """Count the name of a path. Return whether it is within the limit."""
+        self.add(-CHARS_PER_LEAF - sum(len(str(part)) + 1 for part in path))
+        return self._left >= 0
+
+
+def flatten(state_dict: Mapping[Any, Any], limit: NameLimit | None = None) -> dict[str, Leaf]:
     """Return the values of a state dict by name. An empty dict is a value too.
 
     Args:
         state_dict: the state dict.
-        room: a list with one number: how many characters all further names may have together. Each name takes
-            CHARS_PER_LEAF in addition to its length. The number is reduced.
+        limit: limits the names. Default: no limit.
 
     Raises:
         DestinationError: two values have the same name.
         UnsupportedValueError: a key is not plain data, dicts and lists are nested too deeply, or names are too long.
     """
     leaves: dict[str, Leaf] = {}
-    room = [math.inf] if room is None else room
     for key, value in state_dict.items():
         try:
-            _walk((_part((), key),), state_dict, key, value, leaves, room)
+            _walk((_part((), key),), state_dict, key, value, leaves, limit)
         except RecursionError as error:
             raise UnsupportedValueError(f"{str(key)!r} holds itself, or is nested too deeply") from error
     return leaves
@@ -166,20 +186,18 @@ def check_nesting(path: Path) -> None:
         raise UnsupportedValueError(f"more than {MAX_NESTING} dicts and lists are nested at {name_of(path[:3])!r}")
 
 
-def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], room: list[float]) -> None:
-    """Add the values at and below a path to `leaves`. See `flatten` for `room`."""
+def _walk(path: Path, container: Any, key: Any, value: Any, leaves: dict[str, Leaf], limit: NameLimit | None) -> None:
+    """Add the values at and below a path to `leaves`. See `flatten` for `limit`."""
     check_nesting(path)
     if isinstance(value, Mapping) and value:
         for inner, item in type(value).items(value):
-            _walk((*path, _part(path, inner)), value, inner, item, leaves, room)
+            _walk((*path, _part(path, inner)), value, inner, item, leaves, limit)
     elif isinstance(value, list) and _is_walked(value):
         for position, item in enumerate(value):
-            _walk((*path, position), value, position, item, leaves, room)
+            _walk((*path, position), value, position, item, leaves, limit)
     else:
         leaf = Leaf(path, container, key, value)
-        if room[0] < math.inf:
-            room[0] -= CHARS_PER_LEAF + sum(len(str(part)) + 1 for part in path)
-        if room[0] < 0:
+        if limit is not None and not limit.take(path):
             raise UnsupportedValueError("the names of its values take many times more memory than the state dict")
         if leaf.name in leaves:
             raise DestinationError(

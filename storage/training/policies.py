@@ -126,7 +126,7 @@ def check_mode(mode: object) -> None:
 
 
 class CheckedPolicy:
-    """A policy whose result is restricted to the steps of checkpoints. It may be passed a whole list of fixed steps.
+    """A policy whose result is restricted to the steps of checkpoints. Other steps that it returns have no effect.
 
     Args:
         policy: the policy.

@@ -17,7 +17,7 @@ import torch
 import zstandard
 
 from ....planner.entries import ITEMSIZES
-from ...errors import CorruptCheckpointError, UnsafeValueError, UnsupportedFormatError
+from ...errors import CorruptCheckpointError
 from ...runtime.brief import reason
 from ...tensors.casts import loses_bits
 from ...tensors.dtypes import as_array, as_bytes, torch_dtype
@@ -47,8 +47,6 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
 
     Raises:
         CorruptCheckpointError: the data contains something else, or cannot be read.
-        UnsafeValueError: the tensor is of a class that weights_only=True refuses.
-        UnsupportedFormatError: it has another dtype, and a cast to the expected one would change values.
     """
     begin = locate_values(bytes(data[:MAX_PREAMBLE_BYTES]), len(data), dtype, shape)
     if begin is not None:  # no copy is needed
@@ -61,31 +59,36 @@ def decode_opaque(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Bytes
         tensor = load_checked(content)
     except Exception as error:
         if refused := refusal_of(error):
-            raise UnsafeValueError(
-                f"a shard needs more of pickle than torch.load(weights_only=True) allows: {refused}"
+            raise CorruptCheckpointError(
+                f"expected {expected}, got what torch.load(weights_only=True) refuses: {refused}"
             ) from error
         raise CorruptCheckpointError(f"expected {expected}, which cannot be read: {reason(error)}") from error
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(f"expected {expected}, got {type(tensor).__name__}")
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
-    if dense and tuple(tensor.shape) == shape and str(tensor.dtype) != f"torch.{dtype}":
-        tensor = _cast_back(tensor, torch_dtype(dtype))
-    if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != shape or not dense:
+    if not dense or tuple(tensor.shape) != shape:
+        where = "" if dense else f", {tensor.layout} on {tensor.device.type}"
         raise CorruptCheckpointError(
-            f"expected {expected}, got a tensor of {tensor.dtype} {tuple(tensor.shape)}"
-            + ("" if dense else f", {tensor.layout} on {tensor.device.type}")
+            f"expected {expected}, got a tensor of {tensor.dtype} {tuple(tensor.shape)}{where}"
         )
+    if str(tensor.dtype) != f"torch.{dtype}":
+        tensor = _cast_back(tensor, dtype)
     return as_bytes(as_array(tensor))
 
 
-def _cast_back(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast a shard that a planner has cast when it was saved, without an effect on the metadata."""
-    if not (tensor.is_floating_point() and dtype.is_floating_point) or loses_bits(tensor.dtype, dtype):
-        raise UnsupportedFormatError(
-            f"a shard is of {tensor.dtype}, but {dtype} in the metadata: a planner may have cast it when it was saved. "
-            "dcp.load reads such a checkpoint"
-        )
-    return tensor.to(dtype)
+def _cast_back(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Cast a shard to its dtype in the metadata. DCP's metadata does not show what a planner has cast.
+
+    Raises:
+        CorruptCheckpointError: the cast would change values.
+    """
+    to = torch_dtype(dtype)
+    if tensor.is_floating_point() and to.is_floating_point and not loses_bits(tensor.dtype, to):
+        return tensor.to(to)
+    raise CorruptCheckpointError(
+        f"expected a tensor of {dtype}, got a tensor of {tensor.dtype} {tuple(tensor.shape)}. If a planner has cast it "
+        "when it was saved, dcp.load reads it"
+    )
 
 
 def refusal_of(error: BaseException) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,28 +28,27 @@ from ...errors import (
 )
 from ...runtime.brief import MAX_CHARS, brief, reason, text_of
 from ...tensors.dtypes import dtype_name
-from ...tensors.state_dict import Path, flatten
-from ..foreign import ForeignSource, whole_tensor
-from ..hf_index import TensorsByName, WeightMap, duplicate_tensor_error, existing_files, select_by_index
+from ...tensors.state_dict import NameLimit, Path, flatten
+from ..foreign import whole_tensor
+from ..hf_index import FilesSource, TensorsByName, WeightMap, duplicate_tensor_error, select_by_index
 from ..metadata_reads import Reads
 from ..tree_size import is_repetitive
 from .pickle_scan import MAX_PICKLE_BYTES, check_pickle
 from .zip_layout import is_row_major
 from .zip_records import (
     END_BYTES,
-    LOCAL_BYTES,
+    LOCAL_HEADER,
     NotATorchZipError,
     ZipRecord,
     content_begins,
     find_directory,
     keys_of,
+    probable_end,
     read_directory,
 )
 
 TAIL_BYTES = 1024 * 1024
 """How many last bytes of a file the first request reads: the directory of some thousand tensors."""
-_END_RECORD = b"PK\x05\x06"
-_END_RECORD_BYTES = 22
 """Without the comment."""
 LEGACY_SIGNATURE_BYTES = 32
 """How many first bytes of a file show that torch before 1.6 wrote it."""
@@ -64,7 +62,7 @@ LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The signature of files that torch before 1.6 wrote, after the protocol of the pickle."""
 
 
-class TorchSaveSource(ForeignSource):
+class TorchSaveSource(FilesSource):
     """The tensors in torch.save files, by their names in the state dict of their file."""
 
     format = "torch"
@@ -84,12 +82,11 @@ class TorchSaveSource(ForeignSource):
             ObjectNotFoundError: a file is missing.
             StoreError: the store cannot be read.
         """
-        super().__init__(reads, existing_files(reads, names, weight_map))
-        self._is_folder = weight_map is not None or len(self.objects) > 1
-        if self._is_folder:
+        super().__init__(reads, names, weight_map)
+        if self.is_folder:
             self.info |= {"files": len(self.objects)}
-        room: list[float] = [FREE_NAME_CHARS]
-        files = reads.many(lambda at: _File(reads, at, *self.objects[at], room), range(len(self.objects)))
+        limit = NameLimit(FREE_NAME_CHARS)
+        files = reads.many(lambda at: _File(reads, at, *self.objects[at], limit), range(len(self.objects)))
         found: TensorsByName[_Value] = {}
         for file in files:
             for name, value in file.values.items():
@@ -111,10 +108,6 @@ class TorchSaveSource(ForeignSource):
         row_major = order == tuple(range(len(shape)))
         shards = whole_tensor(dtype, shape, at, value.value.start)
         self.add_tensor(name, dtype, shape, shards, None if row_major else order)
-
-    @property
-    def location(self) -> str:
-        return self.store.location if self._is_folder else f"{self.store.location}/{self.objects[0][0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +133,7 @@ class _Value:
 class _File:
     """One torch.save file: its contents, and where they are."""
 
-    def __init__(self, reads: Reads, at: int, name: str, nbytes: int, room: list[float]) -> None:
+    def __init__(self, reads: Reads, at: int, name: str, nbytes: int, limit: NameLimit) -> None:
         """Read the structure of a file.
 
         Args:
@@ -148,7 +141,7 @@ class _File:
             at: the position of the file in the source's `objects`.
             name: the name of the file.
             nbytes: the size of the file.
-            room: how many characters further names may have, in all files. See `flatten`.
+            limit: limits the names in all files.
         """
         self._reads = reads
         self.at = at
@@ -173,9 +166,9 @@ class _File:
         state = self._unpickled(pickled, storages)
         if is_repetitive(state):
             raise self._has_no_names("it contains itself, or the same dicts and lists many times")
-        room[0] += MAX_NAME_CHARS_PER_BYTE * len(pickled)
+        limit.add(MAX_NAME_CHARS_PER_BYTE * len(pickled))
         try:
-            self._add_all(state, storages, records, room)
+            self._add_all(state, storages, records, limit)
         except CheckpointError:
             raise
         except Exception as error:  # attributes of unexpected types can raise anything
@@ -205,25 +198,17 @@ class _File:
                 f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
                 "load it with torch.load and save it again"
             )
-        end = self._end()
+        end = probable_end(self._tail)
         why = str(error)
-        if end is not None and end < self._nbytes:
-            why = f"{self._nbytes - end} bytes too many follow its end at byte {end}"
+        if end is not None and (trailing := len(self._tail) - end) > 0:
+            why = f"{trailing} bytes too many follow its end at byte {self._nbytes - trailing}"
         return CorruptCheckpointError(f"{self._where} is not a zip as torch.save writes it: {why}")
-
-    def _end(self) -> int | None:
-        """Return where the zip seems to end, by its end record. None if the last bytes do not contain it."""
-        at = self._tail.rfind(_END_RECORD)
-        if at < 0 or at + _END_RECORD_BYTES > len(self._tail):
-            return None
-        (comment_bytes,) = struct.unpack_from("<H", self._tail, at + _END_RECORD_BYTES - 2)
-        return self._tail_start + at + _END_RECORD_BYTES + int(comment_bytes)
 
     def _begins(self, records: list[ZipRecord]) -> list[int]:
         """Return where the contents of records begin: after their local headers, which are padded."""
 
         def begin(record: ZipRecord) -> int:
-            stop = record.header + LOCAL_BYTES + record.name_bytes
+            stop = record.header + LOCAL_HEADER.size + record.name_bytes
             header = self._reads.exactly(self._name, record.header, stop)
             try:
                 return content_begins(record, header)
@@ -288,7 +273,7 @@ class _File:
                 ) from error
             raise CorruptCheckpointError(f"{self._where} cannot be read: {reason(error)}") from error
 
-    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, ZipRecord], room: list[float]) -> None:
+    def _add_all(self, state: Any, storages: dict[str, Any], records: dict[str, ZipRecord], limit: NameLimit) -> None:
         if not isinstance(state, dict):
             state = {"value": state}
         keys = {untyped._cdata: key for key, (untyped, _) in storages.items()}
@@ -297,7 +282,7 @@ class _File:
         begins = dict(zip(used, self._begins([records[f"data/{key}"] for key in used]), strict=True))
         ends = {key: begins[key] + sizes[key] for key in used}
         try:
-            for name, leaf in flatten(state, room).items():
+            for name, leaf in flatten(state, limit).items():
                 if isinstance(leaf.value, torch.Tensor):
                     self._add_tensor(name, leaf.path, leaf.value, keys, begins, ends)
                 elif _has_values(leaf.value):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,11 +16,10 @@ from typing import Any
 from ....planner.entries import ITEMSIZES
 from ...errors import CorruptCheckpointError, UnsafeValueError
 from .inert_unpickler import INERT_SIZE, InertDict, InertFunction, checked_sizes, load_inert
+from .zip_records import LOCAL_HEADER, LOCAL_MAGIC
 
 MAX_PREAMBLE_BYTES = 1024
 """The values of a single tensor begin within so many bytes of its torch.save file."""
-_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_LOCAL_MAGIC = b"PK\x03\x04"
 _STORAGES = {
     "BoolStorage": "bool", "ByteStorage": "uint8", "CharStorage": "int8", "ShortStorage": "int16",
     "IntStorage": "int32", "LongStorage": "int64", "HalfStorage": "float16",
@@ -106,7 +104,7 @@ def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ..
     name, at = _local_header(preamble, 0)
     if not name.endswith("/data.pkl"):
         return None
-    end = preamble.find(_LOCAL_MAGIC, at)
+    end = preamble.find(LOCAL_MAGIC, at)
     tensor = _tensor_of(preamble[at:end]) if end > 0 else None
     if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
         return None
@@ -115,7 +113,7 @@ def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ..
         return None
     record = f"{name.removesuffix('data.pkl')}data/{tensor.storage.key}"
     at = end
-    while (at := preamble.find(_LOCAL_MAGIC, at)) >= 0:
+    while (at := preamble.find(LOCAL_MAGIC, at)) >= 0:
         found, begin = _local_header(preamble, at)
         if found.endswith("/byteorder") and not preamble.startswith(b"little", begin):
             return None
@@ -123,17 +121,17 @@ def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ..
             first = begin + tensor.offset * ITEMSIZES[dtype]
             fits = first + math.prod(shape) * ITEMSIZES[dtype] <= nbytes
             return first if fits else None
-        at += len(_LOCAL_MAGIC)
+        at += len(LOCAL_MAGIC)
     return None
 
 
 def _local_header(preamble: bytes, at: int) -> tuple[str, int]:
     """Return the name of the record whose local header is at a byte, and where its content begins. Empty if none is."""
-    if len(preamble) < at + _LOCAL_HEADER.size or not preamble.startswith(_LOCAL_MAGIC, at):
+    if len(preamble) < at + LOCAL_HEADER.size or not preamble.startswith(LOCAL_MAGIC, at):
         return "", at
-    fields = _LOCAL_HEADER.unpack_from(preamble, at)
+    fields = LOCAL_HEADER.unpack_from(preamble, at)
     method, name_bytes, extra_bytes = fields[3], fields[9], fields[10]
-    begin = at + _LOCAL_HEADER.size
+    begin = at + LOCAL_HEADER.size
     name = preamble[begin : begin + name_bytes].decode("utf-8", "replace")
     return ("" if method else name), begin + name_bytes + extra_bytes
 

@@ -18,8 +18,9 @@ _END = struct.Struct("<4sHHHHIIH")
 _LOCATOR = struct.Struct("<4sIQI")
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
 _ENTRY = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
-LOCAL_BYTES = _LOCAL.size
+LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+LOCAL_MAGIC = b"PK\3\4"
+_END_MAGIC = b"PK\5\6"
 _MAX_32 = 2**32 - 1
 _ENCRYPTED = 1
 _DESCRIPTOR_BYTES = 24
@@ -53,6 +54,15 @@ class ZipDirectory:
     records: int
 
 
+def probable_end(tail: bytes) -> int | None:
+    """Return the byte of `tail` where a zip seems to end, by its end record. None if the tail does not contain it."""
+    at = tail.rfind(_END_MAGIC)
+    if at < 0 or at + _END.size > len(tail):
+        return None
+    *_, comment_bytes = _END.unpack_from(tail, at)
+    return at + _END.size + int(comment_bytes)
+
+
 def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
     """Find the directory of a zip.
 
@@ -64,7 +74,7 @@ def find_directory(tail: bytes, nbytes: int) -> ZipDirectory:
         NotATorchZipError: there is no directory, or it is not as torch.save writes it.
     """
     start = nbytes - len(tail)
-    found = tail.rfind(b"PK\5\6", max(0, len(tail) - MAX_TRAILING - _END.size), len(tail) - _END.size + 4)
+    found = tail.rfind(_END_MAGIC, max(0, len(tail) - MAX_TRAILING - _END.size), len(tail) - _END.size + 4)
     if found < 0:
         raise NotATorchZipError("it does not end as a zip does")
     at = start + found
@@ -162,7 +172,7 @@ def _check_positions(records: list[ZipRecord], directory: ZipDirectory) -> None:
         if record.name in names:
             raise NotATorchZipError(f"it has two records {record.name[:100]!r}")
         names.add(record.name)
-        end = record.header + _LOCAL.size + record.name_bytes + record.nbytes
+        end = record.header + LOCAL_HEADER.size + record.name_bytes + record.nbytes
     if not 0 <= directory.start - end <= 2**16 + _DESCRIPTOR_BYTES:
         raise NotATorchZipError("its records do not end where its directory begins")
 
@@ -172,17 +182,17 @@ def content_begins(record: ZipRecord, header: bytes) -> int:
 
     Args:
         record: the record.
-        header: its local header with the name, LOCAL_BYTES + `record.name_bytes` bytes.
+        header: its local header with the name, LOCAL_HEADER.size + `record.name_bytes` bytes.
 
     Raises:
         NotATorchZipError: the header is that of another record.
     """
-    if len(header) < _LOCAL.size:
+    if len(header) < LOCAL_HEADER.size:
         raise NotATorchZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
-    magic, _, _, method, *_, names, extra = _LOCAL.unpack_from(header)
-    if magic != b"PK\3\4" or method or header[_LOCAL.size : _LOCAL.size + names] != record.name.encode():
+    magic, _, _, method, *_, names, extra = LOCAL_HEADER.unpack_from(header)
+    if magic != LOCAL_MAGIC or method or header[LOCAL_HEADER.size : LOCAL_HEADER.size + names] != record.name.encode():
         raise NotATorchZipError(f"it has no record {record.name[:100]!r} at byte {record.header}")
-    return record.header + _LOCAL.size + int(names) + int(extra)
+    return record.header + LOCAL_HEADER.size + int(names) + int(extra)
 
 
 def keys_of(records: list[ZipRecord]) -> list[str]:
@@ -199,7 +209,9 @@ def contents(data: memoryview) -> list[tuple[ZipRecord, memoryview]]:
     ends = [*(record.header for record in records[1:]), directory.start]
     with_contents = []
     for record, end in zip(records, ends, strict=False):
-        begin = content_begins(record, bytes(data[record.header : record.header + LOCAL_BYTES + record.name_bytes]))
+        begin = content_begins(
+            record, bytes(data[record.header : record.header + LOCAL_HEADER.size + record.name_bytes])
+        )
         if begin + record.nbytes > end:
             raise NotATorchZipError(f"the record {record.name[:100]!r} overlaps the next one")
         with_contents.append((record, data[begin : begin + record.nbytes]))
