@@ -41,11 +41,11 @@ LAYERS = (
     ("lazy",),
     ("conversion",),
     ("maintenance",),
-    ("async_save", "checkpoint", "dcp_reader", "dcp_writer", "load", "save"),
+    ("async_save", "checkpoint", "dcp_reader", "dcp_writer", "load", "memory", "save"),
     ("training",),
 )
 """The folders of storage, and the modules beside them, from the lowest to the highest."""
-ENTRY_POINTS = {"async_save", "checkpoint", "dcp_reader", "dcp_writer", "load", "save"}
+ENTRY_POINTS = {"async_save", "checkpoint", "dcp_reader", "dcp_writer", "load", "memory", "save"}
 """Modules of one layer that may import each other."""
 EVERYBODY_IMPORTS = ("errors", "version")
 
