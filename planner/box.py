@@ -7,7 +7,7 @@ on many boxes at once: row i of an (n, ndim) array is box i.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -115,6 +115,11 @@ def intersect_pairs(
     starts = np.maximum(offsets, other_offsets)
     stops = np.minimum(offsets + sizes, other_offsets + other_sizes)
     return starts, stops - starts
+
+
+def concat(columns: Iterable[IntArray]) -> IntArray:
+    """Concatenate columns of integers. There may be none."""
+    return np.concatenate([*columns, np.empty(0, np.int64)])
 
 
 def concat_ranges(begins: IntArray | int, counts: IntArray) -> IntArray:

@@ -136,14 +136,9 @@ def coalesce(
     order = np.lexsort((stops, starts, objects))
     obj, lo, hi = objects[order], starts[order], stops[order]
 
-    # Ranges may overlap, so a gap starts where the furthest earlier range of its object ends. To take the running
-    # maximum over all objects at once, shift each object beyond the one before it.
+    # Ranges may overlap, so a gap starts where the furthest earlier range of its object ends.
     same_object = obj[1:] == obj[:-1]
-    first_of_object = np.flatnonzero(np.concatenate(([True], ~same_object)))
-    extents = np.maximum.reduceat(hi, first_of_object)
-    base = (np.cumsum(extents) - extents)[np.concatenate(([0], np.cumsum(~same_object)))]
-    reach = np.maximum.accumulate(hi + base) - base
-    gaps = lo[1:] - reach[:-1]
+    gaps = lo[1:] - reach(obj, hi)[:-1]
     joined = same_object & (gaps <= 0)
     candidates = np.flatnonzero(same_object & (gaps > 0) & (gaps <= limits.max_gap_bytes))
     candidates = candidates[np.argsort(gaps[candidates], kind="stable")]
@@ -153,11 +148,39 @@ def coalesce(
         candidates = candidates[~joined[candidates]][: max(0, n - int(joined.sum()) - limits.enough_requests)]
     joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True
 
-    runs = np.concatenate(([0], np.cumsum(~joined)))
-    run_start = lo[np.flatnonzero(np.concatenate(([True], ~joined)))][runs]
-    part = (lo - run_start) // max_request_bytes
-    opens = np.concatenate(([True], (runs[1:] != runs[:-1]) | (part[1:] != part[:-1])))
+    opens = cut_runs(lo, joined, max_request_bytes)
     first = np.flatnonzero(opens)
     request_of_range = np.empty(n, np.int64)
     request_of_range[order] = np.cumsum(opens) - 1
     return Requests(obj[first], lo[first], np.maximum.reduceat(hi, first), request_of_range, {})
+
+
+def reach(objects: IntArray, stops: IntArray) -> IntArray:
+    """Return for each byte range the furthest end of it and the ranges of its object before it.
+
+    Args:
+        objects: (n,) the objects, sorted.
+        stops: (n,) the ends of the ranges.
+    """
+    # To take the running maximum over all objects at once, shift each object beyond the one before it.
+    is_other = objects[1:] != objects[:-1]
+    extents = np.maximum.reduceat(stops, np.flatnonzero(np.concatenate(([True], is_other))))
+    base = (np.cumsum(extents) - extents)[np.concatenate(([0], np.cumsum(is_other)))]
+    return np.asarray(np.maximum.accumulate(stops + base) - base)
+
+
+def cut_runs(starts: IntArray, follows: npt.NDArray[np.bool_], max_bytes: int) -> npt.NDArray[np.bool_]:
+    """Cut runs of byte ranges into parts, at multiples of `max_bytes` from the start of a run.
+
+    Args:
+        starts: (n,) the starts of the ranges.
+        follows: (n - 1,) whether a range is in the same run as the one before it.
+        max_bytes: the most bytes of a part. A range is never cut, so a part may be longer.
+
+    Returns:
+        (n,) whether a range is the first one of a part.
+    """
+    runs = np.concatenate(([0], np.cumsum(~follows)))
+    run_starts = starts[np.flatnonzero(np.concatenate(([True], ~follows)))][runs]
+    part = (starts - run_starts) // max_bytes
+    return np.concatenate(([True], ~follows | (part[1:] != part[:-1])))

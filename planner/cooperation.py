@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray
+from .box import IntArray, concat
 from .chunk_reads import ChunkReads
-from .coalesce import MAX_REQUEST_BYTES, GapLimits, Requests
+from .coalesce import MAX_REQUEST_BYTES, GapLimits, Requests, cut_runs, reach
 from .index import CheckpointIndex
 from .read_plan import Exchange, ReadPlan, find_chunks, join_ranges, row_column
 from .request_costs import REMOTE_COSTS
@@ -314,17 +314,13 @@ class _Rows:
         names = tuple(sorted({name for item in needs for name in item.names}))
         at = {name: position for position, name in enumerate(names)}
         known = [np.array([at[name] for name in item.names], np.int64) for item in needs]
-        objects = _joined(of[item.objects] for of, item in zip(known, needs, strict=True))
-        groups = _joined(np.full(len(item), group) for group, item in enumerate(needs))
-        positions = _joined(np.arange(len(item)) for item in needs)
-        columns = {name: _joined(getattr(item, name) for item in needs) for name in _COLUMNS[1:]}
+        objects = concat(of[item.objects] for of, item in zip(known, needs, strict=True))
+        groups = concat(np.full(len(item), group) for group, item in enumerate(needs))
+        positions = concat(np.arange(len(item)) for item in needs)
+        columns = {name: concat(getattr(item, name) for item in needs) for name in _COLUMNS[1:]}
         order = np.lexsort((groups, columns["stops"], columns["starts"], objects))
         sorted_columns = [column[order] for column in (groups, positions, objects, *columns.values())]
         return cls(names, *sorted_columns)
-
-
-def _joined(parts: Iterable[IntArray]) -> IntArray:
-    return np.concatenate([*parts, np.empty(0, np.int64)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -361,11 +357,8 @@ class _Atoms:
     @classmethod
     def of(cls, objects: IntArray, starts: IntArray, stops: IntArray, groups: IntArray, group_count: int) -> _Atoms:
         """Find the atoms of (m,) rows, which are sorted by object and start."""
-        same = objects[1:] == objects[:-1]
-        extents = np.maximum.reduceat(stops, np.flatnonzero(np.concatenate(([True], ~same))))
-        base = (np.cumsum(extents) - extents)[np.concatenate(([0], np.cumsum(~same)))]
-        reach = np.maximum.accumulate(stops + base) - base
-        opens = np.concatenate(([True], ~same | (starts[1:] >= reach[:-1])))
+        is_other = objects[1:] != objects[:-1]
+        opens = np.concatenate(([True], is_other | (starts[1:] >= reach(objects, stops)[:-1])))
         first, of_row = np.flatnonzero(opens), np.cumsum(opens) - 1
         pairs = np.unique(of_row * group_count + groups)
         atoms, of_pairs = pairs // group_count, pairs % group_count
@@ -394,10 +387,7 @@ def _find_units(rows: _Rows, alone: npt.NDArray[np.bool_], group_sizes: IntArray
     is_same = is_near & (keys[1:] == keys[:-1])
     is_small = is_dense & (_spans(begins, ends, is_same) <= REQUEST_COST_BYTES)
     follows = (is_same & is_shared[1:] & is_shared[:-1]) | (is_near & is_small[1:] & is_small[:-1])
-    runs = np.concatenate(([0], np.cumsum(~follows)))
-    run_first = begins[np.flatnonzero(np.concatenate(([True], ~follows)))][runs]
-    part = (begins - run_first) // max_unit_bytes
-    cuts = np.concatenate(([True], ~follows | (part[1:] != part[:-1])))
+    cuts = cut_runs(begins, follows, max_unit_bytes)
     first, unit_of_atom = np.flatnonzero(cuts), np.cumsum(cuts) - 1
     starts, stops = begins[first], np.maximum.reduceat(ends, first)
 

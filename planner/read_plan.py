@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray, columns_equal, intersect_pairs
+from .box import IntArray, columns_equal, concat, intersect_pairs
 from .chunk_reads import ChunkReads, WantedBox
 from .coalesce import DEFAULT_LIMITS, FREE_GAP_BYTES, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
 from .entries import NATIVE_ENCODINGS, Encoding, Entry, Stream
@@ -146,8 +146,7 @@ def plan_reads(
 
 def row_column(reads: Sequence[ChunkReads], name: str) -> IntArray:
     """Return a column of all byte ranges of some reads, one after another, row by row."""
-    parts = [getattr(read, name).reshape(-1) for read in reads]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return concat(getattr(read, name).reshape(-1) for read in reads)
 
 
 def join_ranges(

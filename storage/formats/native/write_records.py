@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ....planner.box import Box, IntArray, concat_ranges
+from ....planner.box import Box, IntArray, concat, concat_ranges
 from ....planner.entries import ITEMSIZES, Entry, Kind, Segments
 from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex, count_checksums
@@ -184,9 +184,9 @@ def assemble_index(
     positions = {key: np.array([position[e.name] for e in table], np.int64) for key, table in tables.items()}
     rows = [np.frombuffer(zlib.decompress(one.columns), "<i8").reshape(6, -1) for one in packed]
     first_objects = np.cumsum([0, *(len(one.objects) for one in packed)]).tolist()
-    owners = _joined([positions[one.entries][columns[0]] for one, columns in zip(packed, rows, strict=True)])
-    objects = _joined([columns[1] + first for columns, first in zip(rows, first_objects, strict=False)])
-    streams, encodings, starts, counts = (_joined([columns[at] for columns in rows]) for at in range(2, 6))
+    owners = concat([positions[one.entries][columns[0]] for one, columns in zip(packed, rows, strict=True)])
+    objects = concat([columns[1] + first for columns, first in zip(rows, first_objects, strict=False)])
+    streams, encodings, starts, counts = (concat([columns[at] for columns in rows]) for at in range(2, 6))
     boxes = np.frombuffer(b"".join(zlib.decompress(one.boxes) for one in packed), "<i8")
     lengths = np.frombuffer(b"".join(one.lengths for one in packed), "<u4")
     checksums = np.frombuffer(b"".join(one.checksums for one in packed), "<u8")
@@ -216,10 +216,6 @@ def assemble_index(
         lengths[concat_ranges(first_lengths[order], counts[order])],
         checksums[concat_ranges(first_checksums[order], of_checksums[order])],
     )
-
-
-def _joined(columns: Sequence[IntArray]) -> IntArray:
-    return np.concatenate([*columns, np.empty(0, np.int64)])
 
 
 def _first_elements(entries: Sequence[Entry], owners: IntArray, boxes: IntArray, begins: IntArray) -> IntArray:
