@@ -35,6 +35,7 @@ from .save import AgreedPlan, Assignment, Saving
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, has_stateful
 from .writing.checkpoint_writer import SaveOptions, Written
+from .writing.object_writer import write_objects
 from .writing.staging import (
     STAGING,
     Staging,
@@ -441,7 +442,7 @@ class _Worker:
                 most,
                 nbytes,
             )
-            saving.writer.write(at_once)
+            saving.writer.write(at_once, write_objects)
         if self._remote is not None:
             writer_process()  # starts while the values are copied
         begin = time.perf_counter()
@@ -484,4 +485,4 @@ class _Worker:
         arena, shards = self._staging.arena, self._staging.shards
         if self._remote is not None:
             return self._saving.writer.write(shards, WriteInProcess(writer_process(), self._remote, arena))
-        return self._saving.writer.write([shard.shard(arena.bytes) for shard in shards])
+        return self._saving.writer.write([shard.shard(arena.bytes) for shard in shards], write_objects)

@@ -45,6 +45,7 @@ from .writing.agreement import (
 )
 from .writing.checkpoint_writer import Agreed, CheckpointWriter, SaveOptions
 from .writing.object_layout import ShardToWrite, part_of
+from .writing.object_writer import write_objects
 
 logger = logger_of(__name__)
 
@@ -136,7 +137,7 @@ class StorageWriter(dcp.StorageWriter):
     @undisturbed()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[dcp.WriteResult]]:
         with self._writing(), self._writer.meter:
-            written = self._writer.write(self._shards_to_write(plan, planner))
+            written = self._writer.write(self._shards_to_write(plan, planner), write_objects)
         # Only `finish` reads the results. DCP sends them to the coordinator, so one for each rank is enough.
         index = plan.items[0].index if plan.items else MetadataIndex("")
         future: Future[list[dcp.WriteResult]] = Future()

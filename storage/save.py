@@ -27,6 +27,7 @@ from .writing.agreement import check_same_metadata
 from .writing.checkpoint_writer import Agreed, CheckpointWriter, SaveOptions, Written
 from .writing.held_state import HeldState
 from .writing.object_layout import ShardToWrite
+from .writing.object_writer import write_objects
 from .writing.save_plan import GlobalPlan, HeldShards, plan_save
 
 logger = logger_of(__name__)
@@ -354,7 +355,7 @@ def save(
     def work() -> Written:
         with saving.writer.alarm, saving.meter, rare_collections():
             saving.accept_plan(assigned)
-            return saving.writer.write(saving.shards)
+            return saving.writer.write(saving.shards, write_objects)
 
     return saving.finish(exchange, work)
 

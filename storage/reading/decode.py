@@ -36,7 +36,7 @@ Values = npt.NDArray[Any]
 
 def place_chunk_batch(batch: ChunkBatch, damage: Damage) -> None:
     """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination."""
-    streams = streams_of(batch)
+    streams = arrived_streams(batch)
     for block in batch.blocks.select(batch.block_rows):
         try:
             _place(batch, block, streams)
@@ -111,7 +111,7 @@ def parts_of(counts: tuple[int, ...], most: int) -> tuple[Sequence[tuple[int | s
     return indexes, numbers
 
 
-def streams_of(batch: ChunkBatch) -> list[StreamBytes]:
+def arrived_streams(batch: ChunkBatch) -> list[StreamBytes]:
     """Return the bytes of each stream of a batch that has arrived."""
     found = []
     for stream, request in enumerate(batch.requests):

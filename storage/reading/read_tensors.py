@@ -299,14 +299,14 @@ class _ReadRun:
         """Read the boxes that need a temporary tensor, check their integers, and copy them to their destinations."""
         reads = self._reads
         integers = self._in_budget(reads.checked)
-        kept = self._staged(integers[0]) if len(integers) == 1 else None
+        kept = self._read_temporaries(integers[0]) if len(integers) == 1 else None
         if kept is None:
             for group in integers:  # too large for the budget: they are checked first, and read again to be written
-                self._staged(group)
+                self._read_temporaries(group)
         for group in self._in_budget(reads.through_class):
-            self._copy_all(group, self._staged(group))
+            self._copy_all(group, self._read_temporaries(group))
         for group in integers:
-            self._copy_all(group, kept or self._staged(group))
+            self._copy_all(group, kept or self._read_temporaries(group))
 
     def read_direct(self, values: Sequence[ValueRead]) -> None:
         """Read the other boxes straight into their destinations, and the bytes of values with them."""
@@ -322,10 +322,10 @@ class _ReadRun:
 
     def _in_budget(self, positions: Sequence[int]) -> list[list[int]]:
         """Split positions into groups whose temporary tensors fit the budget."""
-        groups = group_by_bytes([_Staged(at, self._reads.destinations[at]) for at in positions], self._budget)
+        groups = group_by_bytes([_Temporary(at, self._reads.destinations[at]) for at in positions], self._budget)
         return [[part.at for part in group] for group in groups]
 
-    def _staged(self, positions: Sequence[int]) -> list[torch.Tensor]:
+    def _read_temporaries(self, positions: Sequence[int]) -> list[torch.Tensor]:
         """Read boxes into temporary tensors, and check their integers.
 
         The tensors have the stored dtype if integers have to be checked, and the dtype of the destination otherwise.
@@ -451,7 +451,7 @@ def _copy_values(name: str, values: torch.Tensor, destination: torch.Tensor) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Staged:
+class _Temporary:
     """A destination whose box is first read into a temporary tensor, with its position in `BoxReads`."""
 
     at: int

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ...planner.entries import Kind
 from ...planner.text import quoted
@@ -22,7 +22,7 @@ from ..formats.value_codec import needs_pickle
 from ..runtime.arguments import check_flags, check_nbytes
 from ..runtime.collector import without_collections
 from ..runtime.logs import logger_of
-from ..runtime.process_group import Alarm
+from ..runtime.process_group import Alarm, Interrupt
 from ..runtime.progress import Meter
 from ..runtime.reports import RankReport
 from ..runtime.threads import cleaning_up
@@ -31,12 +31,28 @@ from ..stores.open import open_store
 from ..stores.retry import without_retries
 from ..tensors.state_dict import Path
 from .object_layout import ShardToWrite
-from .object_writer import write_objects
 
 logger = logger_of(__name__)
 
-WriteObjects = Callable[..., list[ObjectRecord]]
-"""A function with the parameters of `write_objects`."""
+S = TypeVar("S")
+S_contra = TypeVar("S_contra", contravariant=True)
+
+
+class WriteObjects(Protocol[S_contra]):
+    """`write_objects`, or a function that lets another process call it, with shards of another type."""
+
+    def __call__(
+        self,
+        store: Store,
+        label: str,
+        shards: Sequence[S_contra],
+        codec: str,
+        *,
+        budget_bytes: int | None,
+        interrupt: Interrupt,
+        failed: Callable[[BaseException], None],
+        wrote: Callable[[int], None],
+    ) -> list[ObjectRecord]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +157,12 @@ class CheckpointWriter:
         self._pickled = self._names_of_pickled(shards)
         self.meter.expect(sum(shard.nbytes for shard in shards))
 
-    def write(self, shards: Sequence[Any], writing: WriteObjects = write_objects) -> Written:
+    def write(self, shards: Sequence[S], writing: WriteObjects[S]) -> Written:
         """Write shards to new objects.
 
         Args:
-            shards: In the form that `writing` takes.
-            writing: Does the work: `write_objects`, or a function that calls it in another process.
+            shards: the shards, in the form that `writing` takes.
+            writing: does the work: usually `write_objects`.
 
         Returns:
             What this rank has written since the save began.

@@ -139,13 +139,13 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
     """
     if stream is Stream.WHOLE:
         if dtype == "bfloat16":
-            return _join_planes(_split_bfloat16(values.view(np.uint16)), numel, exponents_first=True)
+            return _encode_planes(_split_bfloat16(values.view(np.uint16)), numel, exponents_first=True)
         itemsize = ITEMSIZES[dtype]
         width = _COMPONENT_SIZES.get(dtype, itemsize)
         n = numel * (itemsize // width)
-        return _join_planes(_split_bytes(values, width), n, floats=dtype.startswith(_FLOAT_PREFIXES))
+        return _encode_planes(_split_bytes(values, width), n, floats=dtype.startswith(_FLOAT_PREFIXES))
     if stream is Stream.HEAD:
-        return _join_planes(_split_bfloat16(_heads(values)), numel, exponents_first=True)
+        return _encode_planes(_split_bfloat16(_heads(values)), numel, exponents_first=True)
     bits = values.view(np.uint32)
     tails = _scratch.take(_OPERAND, len(bits))
     np.copyto(tails, bits, casting="unsafe")  # the low 16 bits of a head are zero
@@ -153,7 +153,7 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
     exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
     bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
     listed = [exceptions[begin:end].tobytes() for begin, end in pairwise(bounds)]
-    return _join_planes(_split_bytes(tails.view(np.uint8), 2), numel, listed)
+    return _encode_planes(_split_bytes(tails.view(np.uint8), 2), numel, listed)
 
 
 def _heads(values: Bytes) -> npt.NDArray[np.uint16]:
@@ -459,7 +459,7 @@ def _split_bfloat16(bits: npt.NDArray[np.uint16]) -> list[Bytes]:
     return [exponents, rest]
 
 
-def _join_planes(
+def _encode_planes(
     planes: list[Bytes],
     n: int,
     after: Sequence[bytes] = (),

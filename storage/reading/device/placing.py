@@ -25,12 +25,12 @@ from ...tensors.dtypes import torch_dtype
 from ..blocks import Block
 from ..decode import (
     Damage,
+    arrived_streams,
     damaged_chunk,
     decode_block,
     decode_chunk,
     parts_of,
     place_chunk_batch,
-    streams_of,
     undecodable,
 )
 from ..destination import Target
@@ -211,7 +211,7 @@ def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: i
 
 def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
     """Decompress the planes of a batch on the host, join them on the device and write them to their destination."""
-    streams = streams_of(batch)
+    streams = arrived_streams(batch)
     for block in batch.blocks.select(batch.block_rows):
         target = batch.open(block)
         try:
