@@ -26,6 +26,7 @@ from .runtime.process_group import (
     check_member,
     check_process_group,
     is_distributed,
+    is_own_group,
     portable,
 )
 from .runtime.progress import Meter, OnProgress, Progress
@@ -194,7 +195,7 @@ class _Ranks:
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         # Two groups, so that planning the next save does not meet the end of the last one.
-        self.planning = Exchange(process_group, background=True)
+        self.planning = Exchange(process_group, background=not is_own_group(process_group))
         self.writing = Exchange(process_group, background=True)
         self.last: AsyncSave | None = None
         self.agreed: AgreedPlan | None = None

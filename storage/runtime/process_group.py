@@ -168,6 +168,7 @@ class Exchange:
             group: Any = process_group or dist.group.WORLD
             if background:
                 group = self.process_group = new_gloo_group(group)
+                _own_groups.add(group)
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
             messages = group if _has_gloo(group) else _gloo_group(group)
             if self.size > 1:
@@ -266,6 +267,14 @@ def _after(cause: BaseException | None) -> Iterator[None]:
         if cause is None or isinstance(cause, Exception):
             raise
         raise cause from None
+
+
+_own_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+
+def is_own_group(group: dist.ProcessGroup | None) -> bool:
+    """Return whether an exchange in the background has created a group, so that only reshard uses it."""
+    return group is not None and group in _own_groups
 
 
 _gloo_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()

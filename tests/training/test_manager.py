@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import reshard
 from reshard import errors
@@ -713,6 +714,19 @@ def restore_nothing_on_one_rank(folder: str) -> tuple[int | None, float]:
 
 def test_one_rank_may_restore_nothing(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, restore_nothing_on_one_rank, str(tmp_path)) == [(1, 1.0)] * 2
+
+
+def count_new_groups(folder: str) -> int:
+    before = len(distributed_c10d._world.pg_names)
+    with reshard.CheckpointManager(folder, save_every=1, signals=()) as manager:
+        for step in range(3):
+            manager.save(step, {"w": torch.full((3,), float(step))})
+        return len(distributed_c10d._world.pg_names) - before
+
+
+def test_manager_creates_two_process_groups(ranks: RankPool, tmp_path: Path) -> None:
+    """Each of them connects every rank with every other one. One is for calls, the other for saves that are running."""
+    assert ranks.run(3, count_new_groups, str(tmp_path)) == [2, 2, 2]
 
 
 def test_process_group_of_another_type_is_refused(tmp_path: Path) -> None:
