@@ -184,10 +184,10 @@ class SharingFetcher(Fetcher):
             self._arrived(progress, found)  # the executor names the tensor
             return
         data = memoryview(found)
-        is_short = len(data) != unit.stop - unit.start
+        is_whole = len(data) == unit.stop - unit.start
         with contextlib.suppress(RuntimeError):  # the pool accepts no task if the read has been stopped
-            self._sends.submit(self._read_again, progress) if is_short else self._sends.submit(self._send, unit, data)
-        if not is_short:
+            self._sends.submit(partial(self._send, unit, data) if is_whole else partial(self._read_again, progress))
+        if is_whole:
             self._arrived(progress, data)
 
     def _read_again(self, progress: _Progress) -> None:
