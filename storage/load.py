@@ -101,7 +101,7 @@ def load(
             tenth of the available memory, divided by the number of ranks on the machine (LOCAL_WORLD_SIZE, which
             torchrun sets), but at least 64 MiB.
         max_over_read: bytes in gaps that requests may read over, as a fraction of the stored bytes that are wanted, to
-            save requests. Default: 0.005 for a native checkpoint, and every gap of at most 4 KiB; 0.25 for another
+            save requests. Default: every gap of at most 4 KiB, and 0.005 for a native checkpoint; 0.25 for another
             format on a disk; for another format on an object store, and for a native checkpoint there that would need
             hundreds of requests, as much as the latency of the store justifies.
         cooperative: whether ranks that need the same bytes, or parts of the same rows, read them once between them and
@@ -168,6 +168,8 @@ class _Done:
     """Patterns that match no name on this rank."""
     is_empty: bool
     """Whether there was nothing to load."""
+    has_stateful: bool
+    """Whether its state dict has a Stateful value, whose `load_state_dict` may fail."""
 
 
 class _Load:
@@ -283,15 +285,24 @@ class _Load:
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
             match = self._match().match
-            return _Done(replace(report, seconds=times), match.unused_patterns, match.is_empty)
+            return _Done(
+                replace(report, seconds=times), match.unused_patterns, match.is_empty, has_stateful(self._state_dict)
+            )
 
         return self._sharing.read(run)
 
     def report(self, done: Sequence[_Done]) -> Report:
         """Replace the values of the state dict, and return the report."""
         read = self._match()
-        read.replace_values()
-        state_to_stateful(self._state_dict, self._states)
+
+        def replace_values() -> None:
+            read.replace_values()
+            state_to_stateful(self._state_dict, self._states)
+
+        if any(of_rank.has_stateful for of_rank in done):
+            on_all_ranks(replace_values, self._group)
+        else:
+            replace_values()
         unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
         report = Report(
             self._rank,

@@ -12,7 +12,7 @@ import typer
 import reshard
 from reshard.planner.masking import masked
 from reshard.planner.text import shown
-from reshard.storage.maintenance.catalog import find_removal
+from reshard.storage.maintenance.catalog import UNFINISHED_CONVERSION, find_removal
 from reshard.storage.maintenance.gc import MIN_AGE_S, remove_remains
 from reshard.storage.training.run_catalog import METRICS, stored_metrics
 
@@ -72,7 +72,8 @@ def rm(uri: str, yes: bool, options: list[str] | None) -> None:
             print_line(f"  {name!r}")
         if len(names) < len(removal.names):
             print_line(f"  and {len(removal.names) - len(names)} more")
-        what = f"{removal.format} checkpoint of {format_bytes(removal.nbytes)}, {len(removal.names)} objects,"
+        kind = removal.format if removal.format == UNFINISHED_CONVERSION else f"{removal.format} checkpoint"
+        what = f"{kind} of {format_bytes(removal.nbytes)}, {len(removal.names)} objects,"
         if not typer.confirm(shown(f"Remove the {what} at {uri}?")):
             raise typer.Exit(1)
     print_line(f"{len(reshard.remove(uri, given, expected=removal))} objects removed")

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 
 import reshard
+from reshard.errors import CorruptCheckpointError
 
 from ..humanize import format_bytes
 from .common import print_json, print_line, storage_options
@@ -13,7 +14,14 @@ from .common import print_json, print_line, storage_options
 
 def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as_json: bool) -> int:
     """Return the exit code."""
-    checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
+    try:
+        checkpoint = reshard.open(uri, storage_options=storage_options(options), format=format)
+    except CorruptCheckpointError as error:  # of the metadata
+        if as_json:
+            print_json([{"reason": str(error)}])
+        else:
+            print_line(f"the metadata is damaged: {error}")
+        return 1
     damages = checkpoint.verify(quick=quick, progress=not as_json)
     if as_json:
         print_json([{**asdict(damage), "box": str(damage.box)} for damage in damages])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from typing import Any
 from typing_extensions import Buffer
 
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
-from ..formats.detect import CONVERSION, is_of_a_checkpoint
+from ..formats.detect import CONVERSION, CONVERSION_NOTE, is_of_any_checkpoint
 from ..formats.metadata_reads import Reads
 from ..formats.native.commit import put_commit
-from ..formats.native.manifest import DATA_NAME, MANIFEST_NAME
 from ..runtime.checksums import checksum
 from ..runtime.logs import logger_of
 from ..stores.base import Store
@@ -37,7 +35,6 @@ MAX_CLAIM_BYTES = 4096
 """A claim is smaller than this."""
 NOTE_EVERY_S = 1.0
 """The time between two notes of a rank. If it is killed, the units of this time are lost."""
-NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,7 @@ class Journal:
         if claim.get("conversion") != conversion:
             raise CheckpointExistsError(
                 f"another conversion has started at {self._store.location}, with another source or other arguments: "
-                "remove its objects, or choose another location"
+                "remove it with `reshard rm`, or choose another location"
             )
         if self._target.commits in names:
             if claim.get("commit") != _commit_digest(self._read_whole(self._target.commits)):
@@ -183,7 +180,7 @@ class Journal:
             )
 
     def _refuse_checkpoint(self, names: Iterable[str]) -> None:
-        found = next(filter(_is_of_any_checkpoint, sorted(names)), None)
+        found = next(filter(is_of_any_checkpoint, sorted(names)), None)
         if found is not None:
             raise CheckpointExistsError(self._exists_message(found))
 
@@ -227,7 +224,7 @@ class Journal:
                 )
             return dict(units)
 
-        notes = sorted(name for name in names if NOTE.fullmatch(name))
+        notes = sorted(name for name in names if CONVERSION_NOTE.fullmatch(name))
         records: dict[int, UnitRecord] = {}
         for found in Reads(self._store).many(read, notes):
             records |= found
@@ -237,13 +234,8 @@ class Journal:
         """Return whether a name is that of a note, or of a temporary file of this conversion."""
         temporary = TEMPORARY.fullmatch(name)
         final = temporary[1] if temporary else ""
-        is_note = NOTE.fullmatch(name) is not None or NOTE.fullmatch(final) is not None
+        is_note = CONVERSION_NOTE.fullmatch(name) is not None or CONVERSION_NOTE.fullmatch(final) is not None
         return is_note or final in (CLAIM, self._target.commits)
-
-
-def _is_of_any_checkpoint(name: str) -> bool:
-    """Return whether an object of this name is part of a checkpoint of some format."""
-    return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
 
 
 def _is_record(value: Any) -> bool:

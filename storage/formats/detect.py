@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -41,6 +42,8 @@ SIGNATURE_BYTES = 32
 """How many first bytes of a file are read to detect its format."""
 CONVERSION = ".reshard-convert.json"
 """The name of the object that a conversion keeps at its destination until it has finished."""
+CONVERSION_NOTE = re.compile(r"\.reshard-convert-(\d{6,})\.json")
+"""The names of the notes of a conversion: which work units have been written."""
 MAX_OBJECTS_SEARCHED = 10_000
 """How many objects of a folder are listed to find a checkpoint."""
 
@@ -146,7 +149,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
         raise NotCommittedError(
             f"the checkpoint at {store.location} is being converted, or its conversion was interrupted: it has "
-            f"{CONVERSION}. Make the same call of reshard.convert again to resume it"
+            f"{CONVERSION}. Make the same call of reshard.convert again to resume it, or remove it with `reshard rm`"
         )
     ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
     indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
@@ -230,6 +233,11 @@ def is_torch_file(name: str) -> bool:
     return FILE_SUFFIXES.get(os.path.splitext(name)[1]) == "torch"
 
 
+def is_of_any_checkpoint(name: str) -> bool:
+    """Return whether an object belongs to a checkpoint of some format, or to an unfinished conversion."""
+    return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
+
+
 def is_of_a_checkpoint(name: str) -> bool:
     """Return whether an object at the top of a folder belongs to another format or to an unfinished conversion."""
     known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
@@ -269,6 +277,7 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
         return CheckpointNotFoundError(
             f"{store.location} has {len(files)} torch.save files: open one of them, for example {files[0]!r}"
         )
+    parts = [name.rpartition("/") for name in names]
     looked = "checkpoint" if format is None else f"checkpoint of format {format!r}"
     marks = {
         "reshard": MANIFEST_NAME,
@@ -277,4 +286,6 @@ def _not_found(store: Store, names: list[str], format: str | None) -> Checkpoint
         "torch": "single torch.save file",
     }
     lacks = ", no ".join(mark for of, mark in marks.items() if format == of or (format is None and of != "torch"))
-    return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}")
+    inner = min((folder for folder, _, base in parts if folder and base in (MANIFEST_NAME, METADATA)), default=None)
+    hint = "" if inner is None else f". There are some below it, such as {inner!r}; `reshard ls` lists them"
+    return CheckpointNotFoundError(f"there is no {looked} at {store.location}: it has no {lacks}{hint}")

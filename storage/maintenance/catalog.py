@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -21,16 +21,25 @@ from ..errors import (
     StoreError,
 )
 from ..formats.dcp_metadata import METADATA, RANK_METADATA
-from ..formats.detect import FILE_SUFFIXES, TORCH_INDEX_SUFFIX, is_torch_file, open_source
+from ..formats.detect import (
+    CONVERSION,
+    CONVERSION_NOTE,
+    FILE_SUFFIXES,
+    TORCH_INDEX_SUFFIX,
+    is_of_any_checkpoint,
+    is_torch_file,
+    open_source,
+)
 from ..formats.hf_index import group_numbered_files
 from ..formats.native.manifest import DATA_FOLDER, DATA_NAME, MANIFEST_NAME
 from ..formats.source import Source
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
-from ..stores.base import check_delete
+from ..stores.base import Store, check_delete
 from ..stores.local import LocalStore
 from ..stores.open import open_store
 
+UNFINISHED_CONVERSION = "unfinished conversion"
 REMOVABLE = ("reshard", "dcp")
 """Formats whose metadata lists every object of a checkpoint."""
 COMPLETE, NOT_COMMITTED = "complete", "not committed"
@@ -177,8 +186,10 @@ class Removal:
     """The objects that the removal of a checkpoint deletes."""
 
     format: str
+    """The format, or "unfinished conversion"."""
     metadata: tuple[str, ...]
-    """The objects without which it is not a checkpoint. They are deleted first."""
+    """The objects without which it is not a checkpoint. They are deleted first. Those of an unfinished conversion show
+    that it is none, so they are deleted last."""
     data: tuple[tuple[str, int], ...]
     """The names and sizes of the other objects."""
 
@@ -199,7 +210,39 @@ class Removal:
 @undisturbed()
 def find_removal(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Removal:
     """Return what `remove` would delete, and change nothing. It raises the same errors as `remove`."""
-    return _removal(open_source(uri, storage_options))
+    return _find_removal(uri, storage_options)[1]
+
+
+def _find_removal(uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> tuple[Store, Removal]:
+    """Return the store of a checkpoint, and what to remove there."""
+    try:
+        source = open_source(uri, storage_options)
+        return source.store, _removal(source)
+    except (CorruptCheckpointError, NotCommittedError):
+        store = open_store(uri, storage_options)
+        names = list(store.list())
+        removal = _removal_of_remains(store, names)
+        if removal is None:
+            raise
+        check_delete(store, removal.names)
+        return store, removal
+
+
+def _removal_of_remains(store: Store, names: Sequence[str]) -> Removal | None:
+    """Return what belongs to a native checkpoint with a damaged manifest, or to an unfinished conversion."""
+    if MANIFEST_NAME in names and CONVERSION not in names:
+        return Removal("reshard", (MANIFEST_NAME,), _with_sizes(store, filter(DATA_NAME.fullmatch, names)))
+    if CONVERSION in names:
+        notes = [name for name in names if CONVERSION_NOTE.fullmatch(name)]
+        written = (name for name in names if name != CONVERSION and is_of_any_checkpoint(name))
+        return Removal(UNFINISHED_CONVERSION, (*notes, CONVERSION), _with_sizes(store, written))
+    return None
+
+
+def _with_sizes(store: Store, names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    names = list(names)
+    with Pool(16, "reshard-rm") as pool:
+        return tuple(zip(names, pool.map(store.size, names), strict=True))
 
 
 def _removal(source: Source) -> Removal:
@@ -248,9 +291,10 @@ def remove(
     *,
     expected: Removal | None = None,
 ) -> list[str]:
-    """Remove a checkpoint of reshard or DCP. Other objects at the location are not touched.
+    """Remove a checkpoint of reshard or DCP, or an unfinished conversion. Other objects there are not touched.
 
-    The metadata is deleted first, so that a partly removed checkpoint is never mistaken for a complete one.
+    The metadata is deleted first, so that a partly removed checkpoint is never mistaken for a complete one. If the
+    manifest of a native checkpoint is damaged, all data objects at the location are removed.
 
     Args:
         uri: a path or a URI that fsspec can open.
@@ -267,13 +311,13 @@ def remove(
             nothing was removed. Or the store failed during the removal.
         CheckpointError: a checkpoint cannot be opened; see `reshard.open`.
     """
-    source = open_source(uri, storage_options)
-    removal = _removal(source)
+    store, removal = _find_removal(uri, storage_options)
     if expected is not None and removal != expected:
-        raise ArgumentError(f"the checkpoint at {source.location} has changed in the meantime: nothing was removed")
-    source.store.delete(removal.metadata)
-    source.store.delete([name for name, _ in removal.data])
-    if isinstance(source.store, LocalStore):
-        source.store.delete_if_empty(DATA_FOLDER)
-        source.store.delete_if_empty()
+        raise ArgumentError(f"the checkpoint at {store.location} has changed in the meantime: nothing was removed")
+    data = [name for name, _ in removal.data]
+    for names in (data, removal.metadata) if removal.format == UNFINISHED_CONVERSION else (removal.metadata, data):
+        store.delete(names)
+    if isinstance(store, LocalStore):
+        store.delete_if_empty(DATA_FOLDER)
+        store.delete_if_empty()
     return removal.names

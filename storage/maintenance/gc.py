@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...planner.errors import InvalidIndexError
 from ...planner.masking import masked
-from ..errors import ArgumentError, ObjectNotFoundError
+from ..errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from ..formats.detect import CONVERSION
 from ..formats.native.manifest import Manifest
+from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
@@ -21,6 +23,7 @@ from ..stores.open import open_found_store, open_store
 from ..writing.object_writer import OBJECT_MAGIC
 from .catalog import location_of, split_name
 
+logger = logger_of(__name__)
 MIN_AGE_S = 3600
 """No save takes longer from its last write to its commit. Younger data may belong to a save that is running."""
 _DATA_OBJECT = re.compile(r"data/[0-9a-f]{32}-[0-9A-Za-z_-]+\.shard")
@@ -60,7 +63,8 @@ def gc(
     """Remove the data that failed or killed saves left at and below a location. Checkpoints are not touched.
 
     If any data at a location is younger than `older_than_s`, a save may be running there, and nothing is removed from
-    it. Nothing is removed from a location with an unfinished conversion either: calling `convert` again completes it.
+    it. Nothing is removed from a location with an unfinished conversion, which the same call of `convert` completes,
+    nor from a checkpoint with a damaged manifest, which a warning names. `remove` removes both.
 
     Args:
         uri: a path or a URI that fsspec can open.
@@ -74,7 +78,6 @@ def gc(
 
     Raises:
         ArgumentError: `older_than_s` is less than an hour, and neither `dry_run` nor `no_save_running` is True.
-        CorruptCheckpointError: a manifest cannot be read, so it is unknown which objects it lists.
         StoreError: the store failed.
     """
     if not older_than_s >= MIN_AGE_S and not (dry_run or no_save_running):
@@ -99,7 +102,7 @@ def find_remains(
             commit. Otherwise the data of a running save is found, and removing it damages that checkpoint.
 
     Raises:
-        ArgumentError, CorruptCheckpointError, StoreError: see `gc`.
+        ArgumentError, StoreError: see `gc`.
     """
     _check_age(older_than_s)
     folders: dict[str, list[str]] = {}
@@ -113,7 +116,11 @@ def find_remains(
     found = []
     for folder in sorted(folders.keys() - converted):
         location = f"{uri.rstrip('/')}/{folder}".rstrip("/")
-        remains = _remains(open_found_store(location, storage_options), folders[folder], older_than_s)
+        try:
+            remains = _remains(open_found_store(location, storage_options), folders[folder], older_than_s)
+        except (CorruptCheckpointError, InvalidIndexError) as error:
+            logger.warning("the checkpoint at %s is damaged, so nothing is removed there: %s", location, error)
+            continue
         if remains:
             found.append(Remains(location, tuple(remains), sum(remains.values()), uri, folder))
     return found

@@ -25,6 +25,7 @@ from ..runtime.logs import logger_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.threads import Pool
 from ..stores.base import Store
+from ..stores.local import SpecialFileError
 from ..stores.retry import read_whole
 
 logger = logger_of(__name__)
@@ -94,7 +95,7 @@ def verify(
 def _size(store: Store, name: str) -> int | None:
     try:
         return store.size(name)
-    except ObjectNotFoundError:
+    except (ObjectNotFoundError, SpecialFileError):
         return None
 
 
@@ -112,8 +113,9 @@ def _damaged(store: Store, index: CheckpointIndex, name: str, request: Request) 
         if chunks:  # perhaps only in transit
             data = memoryview(read_whole(store, name, request.start, request.stop))
             chunks = damages(request, index, data)
-    except ObjectNotFoundError:
-        return [(chunk, "the object is missing") for chunk in damages(request, index, memoryview(b""))]
+    except (ObjectNotFoundError, SpecialFileError) as error:
+        reason = "the object is missing" if isinstance(error, ObjectNotFoundError) else "the object is not a file"
+        return [(chunk, reason) for chunk in damages(request, index, memoryview(b""))]
     damaged = [
         (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else DAMAGED) for chunk in chunks
     ]

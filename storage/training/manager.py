@@ -606,23 +606,21 @@ class CheckpointManager:
         force: bool,
         metadata: Mapping[str, Any] | None,
     ) -> bool:
-        def prepare() -> tuple[int, bool, _SaveCall | None]:
+        def prepare() -> tuple[int, bool, bool, _SaveCall | None]:
             checked = check_metrics(metrics)
             plain_metadata(metadata)
+            check_mapping(state_dict)
+            has_entries = bool(state_dict)
             if self._decisions is None:
-                return step, force, None
+                return step, force, has_entries, None
             for lease in self._leases:
                 lease.check()
             decision = self._decisions.decide(step, checked, force=force)
             stored = metadata_of(decision.saved, decision.sequence, metadata)
-            return step, force, _SaveCall(decision, _News.of(self._decisions), stored)
+            return step, force, has_entries, _SaveCall(decision, _News.of(self._decisions), stored)
 
         prepared = self._on_all_ranks(f"save({step})", prepare)
-        if len({(of_rank[:2]) for of_rank in prepared}) > 1:
-            steps = ", ".join(f"rank {rank}: {of_rank[:2]}" for rank, of_rank in enumerate(prepared[:8]))
-            raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
-        call = prepared[0][2]
-        assert call is not None
+        call = _agreed_call(prepared)
         self._accept(call.news)
         decision = call.decision
         if decision.is_skipped:
@@ -655,8 +653,31 @@ class CheckpointManager:
         return True
 
 
+def _agreed_call(prepared: Sequence[tuple[int, bool, bool, _SaveCall | None]]) -> _SaveCall:
+    """Return what rank 0 decided about a call of `save`.
+
+    Args:
+        prepared: of each rank: the step, `force`, whether its state dict has entries, and on rank 0 the decision.
+
+    Raises:
+        ArgumentError: the ranks passed different arguments, or nothing to save.
+    """
+    if len({of_rank[:2] for of_rank in prepared}) > 1:
+        steps = ", ".join(f"rank {rank}: {of_rank[:2]}" for rank, of_rank in enumerate(prepared[:8]))
+        raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
+    if not any(has_entries for _, _, has_entries, _ in prepared):
+        raise ArgumentError(
+            "the state dict is empty on every rank: saving nothing could replace the last useful checkpoint of the run"
+        )
+    call = prepared[0][3]
+    assert call is not None
+    return call
+
+
 def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:
-    """Return the locations of a run and its mirror. Raises ArgumentError if they overlap."""
+    """Return the locations of a run and its mirror. Raises ArgumentError if they overlap, or if one is empty."""
+    if "" in (root, mirror):
+        raise ArgumentError('root and mirror must not be empty; "." is the current folder')
     at = absolute_location(location_of(root))
     if mirror is None:
         return at, None

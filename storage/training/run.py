@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ...planner.errors import CheckpointError, InvalidIndexError
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ...planner.errors import CheckpointError
+from ..errors import CheckpointNotFoundError
 from ..formats.native.manifest import MANIFEST_NAME
 from ..maintenance.catalog import remove
 from ..maintenance.gc import gc
@@ -215,7 +215,5 @@ class Run:
                 try:
                     for remains in gc(location, self.storage_options):
                         logger.info("removed %d objects of a killed save at %s", len(remains.names), location)
-                except (CorruptCheckpointError, InvalidIndexError) as error:
-                    logger.warning("the checkpoint at %s is damaged, so nothing is removed there: %s", location, error)
                 except CheckpointError as error:
                     logger.warning("data that a killed save may have left at %s is not removed: %s", location, error)

@@ -39,12 +39,29 @@ def training_state(
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
+
+    Raises:
+        ArgumentError: `model` is no module, or `optimizer` is no optimizer. When the state dict is saved or loaded: the
+            optimizer has parameters that the model does not have.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     state: dict[str, Any] = {"model": _ModelState(model)}
-    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+    optimizers = _optimizers(optimizer)
     if optimizers:
         state["optimizer"] = _OptimizerState(model, optimizers)
     return {**state, **parts}
+
+
+def _optimizers(passed: Any) -> tuple[Optimizer, ...]:
+    """Return one or several optimizers. Raise ArgumentError for anything else."""
+    if passed is None or isinstance(passed, Optimizer):
+        return () if passed is None else (passed,)
+    several = tuple(passed) if isinstance(passed, Iterable) else (passed,)
+    for one in several:
+        if not isinstance(one, Optimizer):
+            raise ArgumentError(f"optimizer must be one or several torch.optim.Optimizer, got {type(one).__name__}")
+    return several
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,7 @@ class _OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return `{"state": {name: state}, "param_groups": {name: (settings of its group, has_state)}}`."""
+        self._check_parameters()
         without_state = [_parameters_without_state(optimizer) for optimizer in self._optimizers]
         try:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
@@ -120,6 +138,17 @@ class _OptimizerState:
             for at, parameter in enumerate([] if self._is_fsdp1 else parameters):
                 if not settings[names[at]][1]:
                     optimizer.state.pop(parameter, None)
+
+    def _check_parameters(self) -> None:
+        """Check that the model has all parameters of the optimizers. torch would raise a KeyError."""
+        known = set(map(id, self._model.parameters()))
+        unknown = [p for _, parameters in self._groups() for p in parameters if id(p) not in known]
+        if unknown:
+            raise ArgumentError(
+                f"the optimizer has {len(unknown)} parameters that are not in the model, the first of shape "
+                f"{tuple(unknown[0].shape)}: create the optimizer after fully_shard, which replaces the parameters of "
+                "the model, and pass a module that contains all of them"
+            )
 
     def _groups(self) -> list[tuple[Optimizer, list[nn.Parameter]]]:
         """Return the optimizer and the parameters of each group."""

@@ -24,6 +24,7 @@ from reshard.cli import main
 from reshard.cli.app import app
 from reshard.cli.common import storage_options
 from reshard.cli.fold import Folded, fold, tree
+from reshard.errors import CheckpointNotFoundError
 from reshard.humanize import format_age, format_bytes
 from reshard.storage.stores.open import open_store
 from tests.conftest import Place
@@ -355,6 +356,44 @@ def test_plan_shows_how_much_is_compressed(tmp_path: Path) -> None:
         assert ("is compressed" in call("plan", tmp_path / codec)) == is_compressed
         (row,) = as_json("plan", tmp_path / codec)["ranks"]
         assert row["bytes_compressed"] == (row["bytes_wanted"] if is_compressed else 0)
+
+
+def test_verify_reports_a_damaged_manifest_as_damage(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "c")
+    (tmp_path / "c" / "manifest.reshard").write_bytes(b"RESHARD")
+    assert "the metadata is damaged: the manifest" in call("verify", tmp_path / "c", code=1)
+    (row,) = as_json("verify", tmp_path / "c", code=1)
+    assert "manifest" in row["reason"]
+
+
+def test_verify_reports_a_folder_instead_of_data(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "c")
+    (data,) = (tmp_path / "c" / "data").iterdir()
+    data.unlink()
+    data.mkdir()
+    for options, reason in (((), "the object is not a file"), (("--quick",), "the object is missing")):
+        assert {row["reason"] for row in as_json("verify", *options, tmp_path / "c", code=1)} == {reason}
+
+
+def test_a_folder_of_checkpoints_is_recognised(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "run" / "step-1")
+    with pytest.raises(CheckpointNotFoundError, match="There are some below it, such as 'step-1'; `reshard ls` lists"):
+        call("inspect", tmp_path / "run")
+
+
+def test_plan_over_tp_without_rules_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "c")
+    with reshard.open(tmp_path / "c") as checkpoint:
+        checkpoint.load_rank(reshard.Layout({"tp": 2}), 0)
+        assert "has no rules, so every rank has all tensors" in caplog.text
+        caplog.clear()
+        checkpoint.load_rank(reshard.Layout({"dp": 2}), 0)
+        assert not caplog.text
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "reshard", "--help"], capture_output=True, text=True, check=True)
+    assert "verify" in done.stdout
 
 
 def test_inspect_shows_metadata(tmp_path: Path) -> None:

@@ -324,3 +324,24 @@ def test_a_rank_that_cannot_load_does_not_leave_the_others_in_a_collective_state
 ) -> None:
     expected = ["CheckpointNotFoundError 1", "ArgumentError 1", "ArgumentError 1", "MissingTensorError 1"]
     assert ranks.run(3, load_collective_state, str(tmp_path)) == [expected] * 3
+
+
+class FailsToLoad:
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if dist.get_rank() == 1:
+            raise RuntimeError("my loader broke")
+
+
+def load_into_what_fails(folder: str) -> str:
+    state = {"w": torch.ones(3), "loader": FailsToLoad()}
+    reshard.save(state, folder)
+    with pytest.raises(errors.RankError) as caught:
+        reshard.load(state, folder)
+    return str(caught.value)
+
+
+def test_an_error_of_load_state_dict_on_one_rank_reaches_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(3, load_into_what_fails, str(tmp_path)) == ["rank 1: RuntimeError: my loader broke"] * 3

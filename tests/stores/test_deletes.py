@@ -7,7 +7,7 @@ import pickle
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import reshard
 from reshard.cli.app import app
-from reshard.errors import ArgumentError, StoreError
+from reshard.errors import ArgumentError, CorruptCheckpointError, StoreError
 from reshard.storage.maintenance.catalog import find_removal
 from reshard.storage.maintenance.gc import find_remains, remove_remains
 from reshard.storage.stores import local
@@ -414,3 +414,56 @@ def test_a_conversion_removes_temporary_files_of_its_killed_commits(tmp_path: Pa
     reshard.convert(tmp_path / "run", tmp_path / "copy", format="dcp")
     left = names_below(tmp_path / "copy").intersection(TEMPORARIES)
     assert left == {TEMPORARIES[0], TEMPORARIES[2]}, "those of commits of other formats"
+
+
+def damaged(folder: Path) -> None:
+    reshard.save({"w": torch.ones(10)}, folder)
+    (folder / "manifest.reshard").write_bytes(b"")
+
+
+def test_gc_leaves_a_damaged_checkpoint_and_cleans_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    damaged(tmp_path / "a")
+    reshard.save({"w": torch.ones(10)}, tmp_path / "b")
+    (tmp_path / "b" / "manifest.reshard").unlink()
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))
+    (removed,) = reshard.gc(tmp_path)
+    assert removed.folder == "b"
+    assert "a is damaged, so nothing is removed there" in caplog.text
+    assert list((tmp_path / "a" / "data").iterdir())
+
+
+def test_a_checkpoint_with_a_damaged_manifest_is_removed(tmp_path: Path) -> None:
+    damaged(tmp_path / "c")
+    reshard.save({"w": torch.ones(10)}, tmp_path / "c" / "below")
+    (tmp_path / "c" / "mine.txt").write_text("x")
+    removed = reshard.remove(tmp_path / "c")
+    assert removed[0] == "manifest.reshard"
+    assert len(removed) == 2
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"below", "mine.txt"}
+    assert reshard.open(tmp_path / "c" / "below").verify() == []
+
+
+@pytest.mark.parametrize("format", ["reshard", "safetensors", "dcp"])
+def test_an_unfinished_conversion_is_removed(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reshard.save({f"w{i}": torch.randn(100, 100) for i in range(9)}, tmp_path / "source")
+    (data,) = (tmp_path / "source" / "data").iterdir()
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError):
+        reshard.convert(tmp_path / "source", tmp_path / "c", format=format)
+    (tmp_path / "c" / "mine.txt").write_text("x")
+    deleted: list[str] = []
+    deleting = LocalStore.delete
+
+    def delete(store: LocalStore, names: Iterable[str]) -> None:
+        deleted.extend(names)
+        deleting(store, names)
+
+    monkeypatch.setattr(LocalStore, "delete", delete)
+    assert find_removal(tmp_path / "c").format == "unfinished conversion"
+    assert CliRunner().invoke(app, ["rm", str(tmp_path / "c"), "-y"]).exit_code == 0
+    assert deleted[-1] == ".reshard-convert.json"
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["mine.txt"]
+    reshard.save({"w": torch.ones(3)}, tmp_path / "c")

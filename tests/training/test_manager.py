@@ -216,6 +216,17 @@ def test_existing_step_is_skipped_and_replaced_by_force(tmp_path: Path) -> None:
         assert manager.steps() == [1]
 
 
+def test_empty_state_dict_is_refused(tmp_path: Path) -> None:
+    """It would be the latest checkpoint, so the policies would remove the others."""
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1])
+        with pytest.raises(errors.ArgumentError, match="the state dict is empty on every rank"):
+            manager.save(2, {})
+        assert manager.steps() == [1]
+    with pytest.raises(errors.ArgumentError, match="root and mirror must not be empty"):
+        reshard.CheckpointManager("")
+
+
 def test_earlier_step_than_the_last_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with manager_of(tmp_path) as manager:
         train(manager, [10, 20])

@@ -477,3 +477,25 @@ def test_transformers_continues_a_training(tmp_path: Path, monkeypatch: pytest.M
 def test_value_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="hook"):
         reshard.save(reshard.training_state(net(), hook=lambda: None), tmp_path / "x")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for wrong in (None, model.state_dict()):
+        with pytest.raises(ArgumentError, match=r"model must be a torch\.nn\.Module, got"):
+            reshard.training_state(wrong)  # type: ignore[arg-type]
+    for passed in (schedule, [optimizer, schedule], 3):
+        with pytest.raises(ArgumentError, match=r"optimizer must be one or several .*, got (StepLR|int)"):
+            reshard.training_state(model, passed)  # type: ignore[arg-type]
+
+
+def test_parameters_that_the_model_lacks_are_named(tmp_path: Path) -> None:
+    model, head = nn.Linear(2, 2), nn.Linear(2, 5)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()])
+    message = r"the optimizer has 2 parameters that are not in the model, the first of shape \(5, 2\): create"
+    with pytest.raises(ArgumentError, match=message):
+        reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    both = nn.ModuleDict({"model": model, "head": head})
+    reshard.save(reshard.training_state(both, optimizer), tmp_path)
