@@ -35,7 +35,8 @@ def training_state(
     Args:
         model: the model. Its names begin with "model.".
         optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
-            yet have no state, also after a load. A save does not change the optimizer.
+            yet have no state, also after a load. A save does not change the optimizer. One whose step needs a closure,
+            such as LBFGS, must have made a step before it is saved or loaded.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
