@@ -568,9 +568,7 @@ class Checkpoint:
 
 
 def warn_of_unused_rules(layout: Layout, names: Iterable[str], location: str) -> None:
-    """Log a warning if rules of a layout match none of the tensors of a checkpoint, or if a layout over TP has none."""
-    if not layout.rules and dict(zip(layout.mesh.names, layout.mesh.sizes, strict=True)).get("tp", 1) > 1:
-        logger.warning("the layout over %s has no rules, so every rank has all tensors of %s", layout.mesh, location)
+    """Log a warning if rules of a layout match none of the tensors of a checkpoint."""
     unused = unused_rules(layout, names)
     if unused:
         logger.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from ...planner.text import quoted
-from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError
+from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, ObjectNotFoundError, StoreError
 from ..runtime.logs import logger_of
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
@@ -191,7 +192,10 @@ def _warn_of_others(store: Store, found: str, wanted: str | None) -> None:
     if wanted is not None or not isinstance(store, LocalStore):
         return
     suffixes = _MODEL_SUFFIXES if found == "dcp" else (*_MODEL_SUFFIXES, METADATA)
-    if name := min((name for name in store.list_top() if name.endswith(suffixes)), default=None):
+    names: list[str] = []
+    with contextlib.suppress(StoreError):  # a folder need not be readable to open a file in it
+        names += store.list_top()
+    if name := min((name for name in names if name.endswith(suffixes)), default=None):
         logger.warning(
             "%s has checkpoints of several formats: the one of format %r is read, but there is also %r. Pass format= "
             "to choose one, and save to another location than other tools",

@@ -18,6 +18,7 @@ from ..errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     NotCommittedError,
+    ObjectNotFoundError,
     StoreError,
 )
 from ..formats.dcp_metadata import METADATA, RANK_METADATA
@@ -26,7 +27,6 @@ from ..formats.detect import (
     CONVERSION_NOTE,
     FILE_SUFFIXES,
     TORCH_INDEX_SUFFIX,
-    is_of_any_checkpoint,
     is_torch_file,
     open_source,
 )
@@ -36,10 +36,15 @@ from ..formats.source import Source
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store, check_delete
-from ..stores.local import LocalStore
+from ..stores.local import LocalStore, SpecialFileError
 from ..stores.open import open_store
 
 UNFINISHED_CONVERSION = "unfinished conversion"
+CONVERTED = re.compile(
+    rf"{DATA_NAME.pattern}|{re.escape(MANIFEST_NAME)}"
+    r"|__\d+_\d+\.distcp|\.metadata|model-\d{5,}-of-\d{5,}\.safetensors|model\.safetensors\.index\.json"
+)
+"""The names of the objects that conversions write."""
 REMOVABLE = ("reshard", "dcp")
 """Formats whose metadata lists every object of a checkpoint."""
 COMPLETE, NOT_COMMITTED = "complete", "not committed"
@@ -234,15 +239,23 @@ def _removal_of_remains(store: Store, names: Sequence[str]) -> Removal | None:
         return Removal("reshard", (MANIFEST_NAME,), _with_sizes(store, filter(DATA_NAME.fullmatch, names)))
     if CONVERSION in names:
         notes = [name for name in names if CONVERSION_NOTE.fullmatch(name)]
-        written = (name for name in names if name != CONVERSION and is_of_any_checkpoint(name))
+        written = filter(CONVERTED.fullmatch, names)
         return Removal(UNFINISHED_CONVERSION, (*notes, CONVERSION), _with_sizes(store, written))
     return None
 
 
 def _with_sizes(store: Store, names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Return names with the sizes of the objects, or 0 for what is no file."""
+
+    def size(name: str) -> int:
+        try:
+            return store.size(name)
+        except (ObjectNotFoundError, SpecialFileError):  # such as a link without a target
+            return 0
+
     names = list(names)
     with Pool(16, "reshard-rm") as pool:
-        return tuple(zip(names, pool.map(store.size, names), strict=True))
+        return tuple(zip(names, pool.map(size, names), strict=True))
 
 
 def _removal(source: Source) -> Removal:

@@ -205,8 +205,13 @@ class SharingFetcher(Fetcher):
             self._send(unit, data)
             self._arrived(progress, data)
             return
-        self._unsent = StoreError(f"{unit.name!r} in {self._store.location} was cut short while ranks shared a read")
-        self._arrived(progress, memoryview(b""))  # the executor reads its part again, and names the tensor
+        self._unsent = StoreError(
+            f"object {unit.name!r} in {self._store.location} was cut short: it ends before byte {unit.stop}"
+        )
+        if all(piece.stop <= unit.start + len(data) for piece in unit.pieces[self._peers.rank]):
+            self._fail(self._unsent)  # the executor would not notice it
+        else:
+            self._arrived(progress, memoryview(b""))  # it reads its part again, and names the tensor
 
     def _send(self, unit: Unit, data: memoryview) -> None:
         """Begin to send the pieces of a unit to the ranks that need them."""

@@ -39,7 +39,7 @@ class Stop:
     """A signal to threads that their work is no longer needed.
 
     Args:
-        parent: another signal. When it is set, this one is set, too.
+        parent: another signal. When it is set, this one is set, too. Its deadline applies to this one.
         seconds: the time after which waits end as if the signal were set. None: no limit.
     """
 
@@ -50,6 +50,8 @@ class Stop:
         self._children: weakref.WeakSet[Stop] = weakref.WeakSet()
         self._deadline = None if seconds is None else time.monotonic() + seconds
         if parent is not None:
+            limits = [limit for limit in (self._deadline, parent._deadline) if limit is not None]
+            self._deadline = min(limits, default=None)
             parent._adopt(self)
 
     def _adopt(self, child: Stop) -> None:

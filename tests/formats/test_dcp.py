@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import itertools
 import pickle
 from pathlib import Path
@@ -24,6 +25,7 @@ from reshard.planner.coalesce import GapLimits
 from reshard.planner.entries import ITEMSIZES
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
+from reshard.storage.formats.torch_save.zip_layout import MAX_PREAMBLE_BYTES, locate_values
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import RecordingStore
@@ -262,3 +264,12 @@ def test_many_tensors_in_few_files_round_trip(tmp_path: Path) -> None:
     assert all(state[name].equal(values) for name, values in tensors.items())
     assert report.local.bytes_needed == 1500 * 24
     assert checkpoint.info["files"] == 1
+
+
+def test_the_pickle_of_a_tensor_may_contain_the_magic_of_a_zip() -> None:
+    shape = (int.from_bytes(b"PK\3\4", "little"),)
+    data = io.BytesIO()
+    torch.save(torch.zeros(1, dtype=torch.uint8).expand(shape).clone(), data)
+    begin = locate_values(data.getvalue()[:MAX_PREAMBLE_BYTES], len(data.getvalue()), "uint8", shape)
+    assert begin is not None
+    assert begin + shape[0] <= len(data.getvalue())

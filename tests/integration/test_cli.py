@@ -381,16 +381,6 @@ def test_a_folder_of_checkpoints_is_recognised(tmp_path: Path) -> None:
         call("inspect", tmp_path / "run")
 
 
-def test_plan_over_tp_without_rules_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    reshard.save({"w": torch.ones(4)}, tmp_path / "c")
-    with reshard.open(tmp_path / "c") as checkpoint:
-        checkpoint.load_rank(reshard.Layout({"tp": 2}), 0)
-        assert "has no rules, so every rank has all tensors" in caplog.text
-        caplog.clear()
-        checkpoint.load_rank(reshard.Layout({"dp": 2}), 0)
-        assert not caplog.text
-
-
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "reshard", "--help"], capture_output=True, text=True, check=True)
     assert "verify" in done.stdout

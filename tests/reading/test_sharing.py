@@ -20,10 +20,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 import reshard
 from reshard.errors import ArgumentError, CorruptCheckpointError, RankError, StoreError
+from reshard.planner.cooperation import Piece, Unit
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.request_costs import RequestCosts
+from reshard.storage.reading.sharing import SharingFetcher
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.testing import Call, RecordingStore
 from tests.conftest import Place
 from tests.ranks import RankFailed, RankPool
@@ -380,3 +383,34 @@ def load_in_order(folder: str, layout: str) -> None:
 def test_slow_ranks_and_small_budgets_do_not_block(ranks: RankPool, folder: Path, layout: str) -> None:
     for format in ("zstd", "dcp"):
         ranks.run(4, load_in_order, str(folder / format), layout)
+
+
+class NoPeers:
+    """The other ranks, which wait."""
+
+    rank = 0
+
+    def send(self, *_: Any) -> Any:
+        return lambda: None
+
+    def abort(self) -> None:
+        pass
+
+
+def test_an_object_that_is_cut_short_behind_the_own_piece_is_an_error() -> None:
+    """Nothing else would end the wait of the other ranks, since this rank has what it needs."""
+    store = MemoryStore()
+    store.content = {"a": bytes(150), "b": bytes(200)}
+    own, others = Piece(0, 1, 100, 100), Piece(100, 1, 100, 100)
+    units = [Unit(at, 0, name, 0, 200, 0, {0: (own,), 1: (others,)}) for at, name in enumerate("ab")]
+    with pytest.raises(StoreError, match="object 'a' in memory was cut short: it ends before byte 200"):
+        read_units(SharingFetcher(store, units, cast(Any, NoPeers()), 250))
+
+
+def read_units(fetcher: SharingFetcher) -> None:
+    with fetcher:
+        for name in "ab":
+            fetcher.start([(name, [(0, 100)])], lambda _: None)
+        for _ in range(1000):
+            fetcher.check()
+            time.sleep(0.01)

@@ -22,9 +22,12 @@ from reshard.cli.app import app
 from reshard.errors import ArgumentError, CorruptCheckpointError, StoreError
 from reshard.storage.maintenance.catalog import find_removal
 from reshard.storage.maintenance.gc import find_remains, remove_remains
+from reshard.storage.runtime.threads import Pool, current_stop
 from reshard.storage.stores import local
 from reshard.storage.stores.local import LocalStore
+from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.open import open_store
+from reshard.storage.stores.retry import discard
 from reshard.storage.stores.testing import Call, RecordingStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -467,3 +470,26 @@ def test_an_unfinished_conversion_is_removed(format: str, tmp_path: Path, monkey
     assert deleted[-1] == ".reshard-convert.json"
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["mine.txt"]
     reshard.save({"w": torch.ones(3)}, tmp_path / "c")
+
+
+def test_files_of_the_user_beside_an_unfinished_conversion_stay(tmp_path: Path) -> None:
+    for name in (".reshard-convert.json", ".reshard-convert-000001.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model-00002-of-00002.safetensors").symlink_to("nowhere")
+    mine = {"optimizer.pt", "training_args.bin", "last.ckpt", "other.safetensors"}
+    for name in mine:
+        (tmp_path / name).write_text("x")
+    reshard.remove(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == mine
+
+
+class SlowStore(MemoryStore):
+    def delete(self, names: Iterable[str]) -> None:
+        with Pool(2, "slow") as pool:
+            list(pool.map(lambda name: current_stop().wait(20), names))
+
+
+def test_a_clean_up_after_a_failure_is_short() -> None:
+    begin = time.monotonic()
+    discard(SlowStore(), ["a", "b"])
+    assert time.monotonic() - begin < 15

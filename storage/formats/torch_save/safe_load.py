@@ -29,6 +29,7 @@ from .zip_records import NotATorchZipError, ZipRecord, contents, keys_of
 _REFUSAL_MESSAGE = re.compile(
     r"Unsupported global|unsupported GLOBAL|Unsupported class|unrecognized function|Can only build"
 )
+_USUAL_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_OVERHEAD = 64 * 1024
 """How many bytes a torch.save file may have in addition to its values."""
@@ -83,7 +84,7 @@ def _cast_back(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
         CorruptCheckpointError: the cast would change values.
     """
     to = torch_dtype(dtype)
-    if tensor.is_floating_point() and to.is_floating_point and not loses_bits(tensor.dtype, to):
+    if {tensor.dtype, to} <= _USUAL_FLOATS and not loses_bits(tensor.dtype, to):
         return tensor.to(to)
     raise CorruptCheckpointError(
         f"expected a tensor of {dtype}, got a tensor of {tensor.dtype} {tuple(tensor.shape)}. If a planner has cast it "

@@ -105,7 +105,8 @@ def locate_values(preamble: bytes, nbytes: int, dtype: str, shape: tuple[int, ..
     if not name.endswith("/data.pkl"):
         return None
     end = preamble.find(LOCAL_MAGIC, at)
-    tensor = _tensor_of(preamble[at:end]) if end > 0 else None
+    while (tensor := _tensor_of(preamble[at:end]) if end > 0 else None) is None and end > 0:
+        end = preamble.find(LOCAL_MAGIC, end + 1)  # the pickle may contain these bytes
     if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
         return None
     stored = tensor.storage.numel if tensor.storage.dtype else tensor.storage.numel // ITEMSIZES[dtype]
