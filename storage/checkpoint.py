@@ -443,7 +443,7 @@ class Checkpoint:
         """Read whole tensors and values into the nested dicts and lists that they were saved from.
 
         Names stay flat if the format does not record the nesting (safetensors). DCP turns all keys into strings. A list
-        of which some items are not read, or were empty dicts when DCP saved it, becomes a dict of its other items.
+        becomes a dict if some of its items are missing: because they are not read, or because DCP saves no empty dicts.
 
         Args:
             include, exclude: patterns of the names to read; see `load_rank`.

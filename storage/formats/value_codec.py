@@ -97,7 +97,7 @@ def decode_value(name: str, kind: Kind, data: bytes, *, allow_pickle: bool = Fal
             raise CorruptCheckpointError(f"the value {name!r} cannot be decoded: {reason(error)}") from error
         raise UnsafeValueError(
             f"the value {name!r} needs more of pickle than torch.load(weights_only=True) allows, which could run code: "
-            f"{refused}. If you trust whoever wrote this checkpoint, load it with allow_pickle=True"
+            f"{refused}. If you trust the author of this checkpoint, load it with allow_pickle=True"
         ) from error
 
 

@@ -193,8 +193,8 @@ class Removal:
     format: str
     """The format, or "unfinished conversion"."""
     metadata: tuple[str, ...]
-    """The objects without which it is not a checkpoint. They are deleted first. Those of an unfinished conversion show
-    that it is none, so they are deleted last."""
+    """The objects without which it is not a checkpoint. They are deleted first. Those of an unfinished conversion are
+    deleted last, because they show that its files are no checkpoint."""
     data: tuple[tuple[str, int], ...]
     """The names and sizes of the other objects."""
 
