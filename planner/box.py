@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +34,11 @@ class Box:
                 f"a box cannot have negative offsets or sizes, got offsets {self.offsets} and sizes {self.sizes}"
             )
 
-    @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Box:
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def whole(shape: tuple[int, ...]) -> Box:
         """Return the box that covers a tensor of this shape."""
-        return cls((0,) * len(shape), tuple(shape))
+        return Box((0,) * len(shape), tuple(shape))
 
     @property
     def ndim(self) -> int:

@@ -217,6 +217,8 @@ def find_chunks(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: 
             named = [WantedBox(wants[at].name, wants[at].box, heads_only) for at in chosen]
             found |= zip(chosen, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))
+    if not bool((index.segments.encodings == Encoding.PLAIN).any()):
+        return tuple(reads)
     return tuple(
         _in_slabs(read, gap_limits) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads
     )

@@ -28,7 +28,7 @@ from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
 from .reading.cooperative import check_cooperative, may_share
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
-from .reading.value_reads import ValueRead, check_values, whole_wants
+from .reading.value_reads import ValueRead, check_values, decode_all, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
@@ -87,6 +87,7 @@ class Checkpoint:
             for entry, (chunks, stored) in zip(source.entries, source.sizes, strict=True)
             if entry.is_tensor
         }
+        self._names = dict.fromkeys(entry.name for entry in source.entries)
 
     @property
     def _source(self) -> Source:
@@ -123,7 +124,8 @@ class Checkpoint:
 
     def keys(self) -> KeysView[str]:
         """Return the names of the tensors and of the other values that can be read."""
-        return dict.fromkeys(entry.name for entry in self._source.entries).keys()
+        assert self._source  # raises an error if the checkpoint is closed
+        return self._names.keys()
 
     @property
     def location(self) -> str:
@@ -273,9 +275,9 @@ class Checkpoint:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         check_nbytes(budget_bytes=budget_bytes)
         check_values(self._source, [name], budget_bytes)
-        blob = ValueRead(self._source, name)
-        read_boxes(self._source, blob.wants, blob.tensors, options=ReadOptions(budget_bytes=budget_bytes))
-        return blob.value(allow_pickle=allow_pickle)
+        [read] = ValueRead.of(self._source, [name])
+        read_boxes(self._source, read.wants, read.tensors, options=ReadOptions(budget_bytes=budget_bytes))
+        return read.value(allow_pickle=allow_pickle)
 
     @undisturbed()
     def plan(
@@ -468,13 +470,13 @@ class Checkpoint:
         check_values(self._source, value_names, budget_bytes)
         # Reads all metadata at once, and checks it before memory is allocated by it.
         self._source.index([*wants, *whole_wants(self._source, value_names)])
-        stored_values = [ValueRead(self._source, name) for name in value_names]
+        stored_values = ValueRead.of(self._source, value_names)
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]
-        with Meter("load", progress, location=self.location) as meter:
+        with Meter("load", progress, location=self.location, rank=rank_of(None)) as meter:
             options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read, meter=meter)
             read_boxes(self._source, wants, tensors, stored_values, options)
         values: dict[str, Any] = {want.name: tensor for want, tensor in zip(wants, tensors, strict=True)}
-        values |= {value.name: value.value(allow_pickle=allow_pickle) for value in stored_values}
+        values |= zip(value_names, decode_all(stored_values, allow_pickle=allow_pickle), strict=True)
         return nest({entry.name: values[entry.name] for entry in entries}, self._source.paths)
 
     def lazy(

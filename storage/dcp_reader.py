@@ -189,7 +189,8 @@ class StorageReader(dcp.StorageReader):
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         values = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         source.index(whole_wants(source, {item.storage_index.fqn: None for item in plan.items}))
-        reads = [(item, ValueRead(source, item.storage_index.fqn)) for item in values]
+        of_values = ValueRead.of(source, [item.storage_index.fqn for item in values])
+        reads = list(zip(values, of_values, strict=True))
         wants, destinations, commits = _wants(tensors, planner)
         return _Reading(BoxReads.of(source, wants, destinations), reads, commits)
 

@@ -20,7 +20,7 @@ from ..formats.source import Source
 from ..formats.torch_save.safe_load import ZSTD_MAGIC, decompress
 from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
 from ..reading.read_tensors import ReadOptions, counting_metadata, read_boxes
-from ..reading.value_reads import ValueRead, whole_wants
+from ..reading.value_reads import ValueRead
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
@@ -142,8 +142,7 @@ class SourceStream:
             CheckpointError: as `read_boxes`.
         """
         for group in group_by_bytes(pieces, self.group_bytes):
-            self._source.index(whole_wants(self._source, [piece.item.source for piece in group]))
-            reads = [ValueRead(self._source, piece.item.source) for piece in group]
+            reads = ValueRead.of(self._source, [piece.item.source for piece in group])
             report = read_boxes(self._source, [], [], reads, self._options(UNBOUNDED_OVER_READ))
             self._add(report, sum(piece.nbytes for piece in group))
             yield from map(_encode_again, reads)

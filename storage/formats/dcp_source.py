@@ -109,10 +109,11 @@ class DcpSource(ForeignSource):
         met: dict[tuple[str, int], bool] = {}
         """The shards that the reads overlap and that are not located; and whether locating each is worthwhile."""
         for want in wants:
-            if want.name in self._is_located:
+            is_located = self._is_located.get(want.name)
+            if is_located is not None and not bool(is_located.all()):
                 shards = self._shards[want.name]
                 offsets, sizes = intersect_many(shards.offsets, shards.sizes, want.box)
-                rows = np.flatnonzero((sizes > 0).all(axis=1) & ~self._is_located[want.name])
+                rows = np.flatnonzero((sizes > 0).all(axis=1) & ~is_located)
                 # If the process was forked while a thread located a shard, its row may be half changed.
                 for column, by_metadata in zip(
                     (shards.starts, shards.lengths, shards.encodings), self._by_metadata[want.name], strict=True
@@ -134,7 +135,8 @@ class DcpSource(ForeignSource):
         self._headers |= dict(zip(new, self._reads.many(self._header, new), strict=True))
         for shard, preamble in zip(to_locate, preambles, strict=True):
             self._locate_values(shard, preamble)
-        for shard in to_locate:
+        # The bytes of a value are read as they are, so only its end had to be checked.
+        for shard in (*to_locate, *(shard for shard in shards_met if not shard.entry.is_tensor)):
             self._is_located[shard.entry.name][shard.row] = True
 
     def _is_worthwhile(self, name: str, rows: IntArray, offsets: IntArray, sizes: IntArray) -> npt.NDArray[np.bool_]:

@@ -168,7 +168,7 @@ def _value_to_compare(source: Source, name: str) -> tuple[Kind, bytes]:
     """Return a value as reshard would store it. A value that needs an unsafe pickle keeps its bytes."""
     if source.entry(name).is_tensor:
         return Kind.TENSOR, b""
-    read = ValueRead(source, name)
+    [read] = ValueRead.of(source, [name])
     read_boxes(source, read.wants, read.tensors)
     try:
         return encode_value(read.value())

@@ -16,6 +16,7 @@ from ...planner.index import nearest_names
 from ...planner.text import quoted
 from ..errors import DestinationError
 from ..formats.source import Source
+from ..runtime.reports import RankReport
 from ..tensors.name_patterns import (
     Patterns,
     by_new_name,
@@ -26,8 +27,8 @@ from ..tensors.name_patterns import (
 )
 from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
-from .read_tensors import read_boxes
-from .value_reads import ValueRead, check_values, whole_wants
+from .read_tensors import ReadOptions, read_boxes
+from .value_reads import ValueRead, check_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class NameMatch:
         """Leaves that are inside a value of the checkpoint, each with the decoded value."""
         self._decoded: dict[Path, Any] = {}
         """All leaves of the checkpoint's values that were decoded for `nested`, by their paths in the state dict."""
+        self.report = RankReport(0)
+        """What was read for `nested`."""
         self.missing_keys = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
         """See `Report`."""
         self.unexpected_keys = self._find_unexpected_keys()
@@ -178,9 +181,8 @@ class NameMatch:
             return []
         stored = [self.stored_names[name] for name in by_value]
         check_values(self._source, stored, self._options.budget_bytes)
-        self._source.index(whole_wants(self._source, stored))
-        reads = [ValueRead(self._source, name) for name in stored]
-        read_boxes(self._source, [], [], reads)
+        reads = ValueRead.of(self._source, stored)
+        self.report = read_boxes(self._source, [], [], reads, ReadOptions(budget_bytes=self._options.budget_bytes))
         missing = []
         for (name, leaves), read in zip(by_value.items(), reads, strict=True):
             value = read.value(allow_pickle=self._options.allow_pickle)

@@ -15,7 +15,7 @@ from ..errors import DestinationError
 from ..formats.source import Source
 from ..formats.value_codec import check_no_shard
 from ..runtime.deferred_writes import finish_writes
-from ..runtime.reports import Cast, RankReport
+from ..runtime.reports import Cast, RankReport, added
 from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
 from ..tensors.dtypes import LocalShard, torch_dtype
 from ..tensors.local_shards import local_shards
@@ -23,7 +23,7 @@ from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
 from .name_matching import LoadOptions, NameMatch
 from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
-from .value_reads import ValueRead, check_values, whole_wants
+from .value_reads import ValueRead, check_values, decode_all, whole_wants
 
 
 class StateDictRead:
@@ -86,14 +86,17 @@ class StateDictRead:
             CorruptCheckpointError, StoreError, DtypeError, UnsafeValueError: see `reshard.load`.
         """
         match = self.match
-        reads = {name: ValueRead(self.source, match.stored_names[name]) for name in self._value_names}
-        report = execute_reads(self.source, self._reads, list(reads.values()), options)
-        values = {name: read.value(allow_pickle=self._options.allow_pickle) for name, read in reads.items()}
+        stored = [match.stored_names[name] for name in self._value_names]
+        reads = ValueRead.of(self.source, stored)
+        report = execute_reads(self.source, self._reads, reads, options)
+        decoded = decode_all(reads, allow_pickle=self._options.allow_pickle)
+        values = dict(zip(self._value_names, decoded, strict=True))
         self._new_values = [(leaf, values[leaf.name]) for leaf in self._value_leaves]
         for leaf, names in match.containers:
             items = {name: self._item_tensors[name] if name in self._item_tensors else values[name] for name in names}
             self._new_values.append((leaf, self._assemble(leaf, items)))
-        return counting_metadata(replace(report, cast=tuple(self._casts.values())), self.source)
+        with_nested = replace(added(report, match.report), seconds=report.seconds, cast=tuple(self._casts.values()))
+        return counting_metadata(with_nested, self.source)
 
     def shareable_wants(self) -> list[WantedBox]:
         """Return what this rank may read together with other ranks."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...planner.chunk_reads import WantedBox
+from ...planner.entries import Kind
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.source import Source
 from ..formats.value_codec import MAX_VALUE_BYTES, decode_value
@@ -55,13 +56,20 @@ class ValueRead:
         CorruptCheckpointError: the value is larger than any value that can be saved.
     """
 
+    @classmethod
+    def of(cls, source: Source, names: Iterable[str]) -> list[ValueRead]:
+        """Return the reads of values. First read their metadata at once, and check their sizes in it."""
+        names = list(names)
+        source.index(whole_wants(source, names))
+        return [cls(source, name) for name in names]
+
     def __init__(self, source: Source, name: str) -> None:
+        """Allocate the buffer. The size of the value in the metadata must have been checked, as `of` does."""
         entry = source.entry(name)
         self.name = name
         self.kind = entry.kind
         self.wants = whole_wants(source, [name])
         """What to read: one box, or nothing if the metadata contains the bytes."""
-        source.index(self.wants)  # checks the size in the metadata before memory of that size is allocated
         if entry.numel > MAX_VALUE_BYTES:
             raise CorruptCheckpointError(
                 f"value {name!r} in {source.location} has {entry.numel} bytes, but a value has {MAX_VALUE_BYTES} bytes "
@@ -89,3 +97,24 @@ class ValueRead:
             CorruptCheckpointError: the bytes cannot be decoded.
         """
         return decode_value(self.name, self.kind, self.data, allow_pickle=allow_pickle)
+
+
+def decode_all(reads: Iterable[ValueRead], *, allow_pickle: bool = False) -> list[Any]:
+    """Decode values. Equal numbers, strings and tuples of them are decoded once: all parameters have a learning rate.
+
+    Raises:
+        UnsafeValueError, CorruptCheckpointError: see `ValueRead.value`.
+    """
+    values = []
+    immutable: dict[tuple[Kind, bytes], Any] = {}
+    for read in reads:
+        key = read.kind, read.data
+        value = immutable[key] if key in immutable else read.value(allow_pickle=allow_pickle)
+        if _is_immutable(value):
+            immutable[key] = value
+        values.append(value)
+    return values
+
+
+def _is_immutable(value: Any) -> bool:
+    return isinstance(value, (int, float, str, type(None))) or (type(value) is tuple and all(map(_is_immutable, value)))

@@ -256,6 +256,22 @@ def test_container_is_loaded_from_one_value(tmp_path: Path) -> None:
     assert t.tolist() == [1, 2]
     assert state["w"].eq(1).all()
     assert report.unexpected_keys == ()
+    stored = sum(file.stat().st_size for file in (tmp_path / "old").iterdir())
+    assert 0.5 * stored < report.ranks[0].bytes_fetched <= stored  # also of the values that contain others
+
+
+def test_equal_values_do_not_share_containers(tmp_path: Path) -> None:
+    parts: list[Any] = [(1, [2]), [3], {"a": 4}, 5.0, (6, "b"), True, 1, 1.0, None]
+    values = {f"v{copy}.{at}": part for copy in range(2) for at, part in enumerate(parts)}
+    dcp.save({**values, "w": torch.ones(1)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    reshard.save(values, tmp_path / "native")
+    for checkpoint in map(reshard.open, (tmp_path / "dcp", tmp_path / "native")):
+        found = checkpoint.state_dict()
+        flat = {name: found[name] for name in values}
+        assert [(value, type(value)) for value in flat.values()] == [(v, type(v)) for v in values.values()]
+        for at in range(3):
+            assert flat[f"v0.{at}"] is not flat[f"v1.{at}"]
+        assert flat["v0.0"][1] is not flat["v1.0"][1]
 
 
 def test_one_value_is_loaded_from_a_container() -> None:

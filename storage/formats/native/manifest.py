@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from typing_extensions import Buffer
 
+from ....planner.box import concat
 from ....planner.chunk_reads import WantedBox
 from ....planner.coalesce import MAX_GAP_BYTES, GapLimits
 from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
@@ -213,7 +214,7 @@ class Manifest:
         if wants is None or self._is_small:
             wanted = frozenset(range(len(self._blocks)))
         else:
-            wanted = frozenset(block for want in wants for block in self._blocks_of(want))
+            wanted = frozenset(self._blocks_of(wants))
         with self._lock:
             if self._loaded is None or not wanted <= self._loaded[0]:
                 self._loaded = wanted, self._load(sorted(wanted))
@@ -223,7 +224,7 @@ class Manifest:
         """Return the blocks that `index` would read for some reads. Raises what `index` raises for missing names."""
         if self._is_small:
             return []
-        return sorted({block for want in wants for block in self._blocks_of(want)}.difference(self._kept))
+        return sorted(set(self._blocks_of(wants)).difference(self._kept))
 
     def block_bytes(self, blocks: Sequence[int]) -> int:
         """Return the size of some blocks."""
@@ -246,11 +247,14 @@ class Manifest:
         """Keep blocks that another rank has read."""
         self._kept |= {at: memoryview(data) for at, data in blocks.items()}
 
-    def _blocks_of(self, want: WantedBox) -> list[int]:
-        """Return the blocks with the regions that a read needs."""
-        position = self._position(want.name)
-        met = regions_met(self._entries[position].shape, self._parts[position], want.box)
-        return self._blocks.holding(met + self._first_regions[position])
+    def _blocks_of(self, wants: Iterable[WantedBox]) -> list[int]:
+        """Return the blocks with the regions that some reads need."""
+        regions = []
+        for want in wants:
+            position = self._position(want.name)
+            met = regions_met(self._entries[position].shape, self._parts[position], want.box)
+            regions.append(met + self._first_regions[position])
+        return self._blocks.holding(concat(regions))
 
     def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
         """Return the bytes of blocks. Blocks that are not kept are read, many with one request."""

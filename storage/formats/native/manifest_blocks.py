@@ -67,7 +67,7 @@ class BlockTable:
         return len(self.counts)
 
     def holding(self, regions: IntArray) -> list[int]:
-        """Return the blocks that contain some regions, which are sorted."""
+        """Return the blocks that contain some regions."""
         blocks: list[int] = np.unique(np.searchsorted(self.firsts, regions, "right") - 1).tolist()
         return blocks
 
