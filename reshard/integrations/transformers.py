@@ -26,6 +26,8 @@ class CheckpointCallback(TrainerCallback):
         self._metrics: dict[str, float] = {}
         self._is_loss_wrong = False
         """Whether the trainer will log a loss that it divides by all steps since step 0."""
+        self._is_finished = False
+        """Whether the restored checkpoint is the last one of the run."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
@@ -34,6 +36,7 @@ class CheckpointCallback(TrainerCallback):
         self._state = reshard.training_state(parts["model"], optimizer, lr_scheduler=parts["lr_scheduler"])
         state.global_step = self._manager.restore(self._state) or 0
         self._is_loss_wrong = state.global_step > 0
+        self._is_finished = 0 < state.max_steps <= state.global_step
 
     def on_log(
         self,
@@ -50,5 +53,9 @@ class CheckpointCallback(TrainerCallback):
         self._metrics |= numbers
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        if self._is_finished:  # the trainer always makes a step, so undo it
+            state.global_step = self._manager.restore(self._state) or 0
+            control.should_training_stop = True
+            return
         self._manager.save(state.global_step, self._state, self._metrics)
         control.should_training_stop |= self._manager.should_stop

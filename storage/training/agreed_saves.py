@@ -260,6 +260,7 @@ class StopSignals:
     def __init__(self, signals: Iterable[signal.Signals | int], received: Any) -> None:
         self._received = received
         self._pid = os.getpid()
+        self._is_closed = False
         self._previous: dict[int, Any] = {}
         self._received_at: dict[int, float] = {}
         """When each signal arrived first."""
@@ -273,14 +274,21 @@ class StopSignals:
         for number in wanted:
             self._previous[number] = signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handler_below(self, number: int) -> Any:
+        """Return the handler that this one replaced. Those of managers that were closed are left out."""
         previous = self._previous.get(number)
-        if os.getpid() != self._pid:
+        owner = getattr(previous, "__self__", None)
+        return owner._handler_below(number) if isinstance(owner, StopSignals) and owner._is_closed else previous
+
+    def _handle(self, number: int, frame: Any) -> None:
+        previous = self._handler_below(number)
+        if os.getpid() != self._pid or (self._is_closed and not callable(previous)):
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         now = time.monotonic()
-        self._received()
+        if not self._is_closed:
+            self._received()
         if callable(previous):
             previous(number, frame)
         elif now - self._received_at.setdefault(number, now) >= REPEATED_AFTER_S:
@@ -288,18 +296,21 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def close(self) -> list[int]:
-        """Restore the previous handlers, unless others were installed since. Only the main thread can do that.
+        """Restore the previous handlers. Only the main thread can do that.
+
+        If another handler was installed since, it may call this one, which then calls the previous one.
 
         Returns:
             The signals that arrived and that the previous handlers, which are now restored, have not seen.
         """
         if threading.current_thread() is not threading.main_thread() or os.getpid() != self._pid:
             return []
+        self._is_closed = True
         unseen = []
-        for number, previous in list(self._previous.items()):
+        for number in self._previous:
             if signal.getsignal(number) == self._handle:
+                previous = self._handler_below(number)
                 signal.signal(number, previous if previous is not None else signal.SIG_DFL)
                 if number in self._received_at:
                     unseen.append(number)
-            del self._previous[number]
         return unseen

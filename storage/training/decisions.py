@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ...planner.errors import CheckpointError
@@ -16,7 +16,7 @@ from ..runtime.process_group import portable
 from ..runtime.threads import Pool
 from .mirror import Mirror
 from .policies import SavedStep
-from .run import Run
+from .run import Rewind, Run
 from .run_catalog import RunEntry, branch, next_sequence, step_folder
 
 logger = logger_of(__name__)
@@ -31,6 +31,8 @@ class SaveDecision:
     overwrite: bool
     saved: SavedStep
     sequence: int
+    parent: int
+    """The sequence number of the checkpoint before it; -1 if it is the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +123,11 @@ class Decisions:
                 self.run.root,
             )
         overwrite = any(entry.step == step for entry in self.run.entries())
-        sequence = next_sequence(entry for run in self._runs for entry in run.entries())
         now = datetime.datetime.now(datetime.UTC)
-        return SaveDecision(is_saved and not force, overwrite, SavedStep(step, now, metrics), sequence)
+        parent = max((entry.sequence for entry in current if entry.step < step), default=-1)
+        return SaveDecision(
+            is_saved and not force, overwrite, SavedStep(step, now, metrics), self._next_sequence(), parent
+        )
 
     def begin_save(self, decision: SaveDecision) -> None:
         """Keep the folder of a step from being removed until `end_save`."""
@@ -137,7 +141,10 @@ class Decisions:
             run.unprotect([folder])
         if is_committed:
             self._own_steps.add(decision.saved.step)
-            self.run.add(RunEntry(decision.saved, decision.sequence, folder, is_partial=not self.run.is_shared))
+            is_partial = not self.run.is_shared
+            self.run.add(
+                RunEntry(decision.saved, decision.sequence, folder, parent=decision.parent, is_partial=is_partial)
+            )
             self._copy_missing()
             self.run.remove_others()
         else:
@@ -155,6 +162,8 @@ class Decisions:
         def follow() -> None:
             try:
                 self.end_save(decision, is_committed=wait() is None)
+            except Exception as error:
+                logger.error("after the save of step %d: %s: %s", decision.saved.step, type(error).__name__, error)
             finally:
                 with self._changed:
                     self._following -= 1
@@ -209,8 +218,8 @@ class Decisions:
             run.rewind(None)
         wanted = {(entry.step, entry.sequence) for entry in self.branch()}
         if step is not None:
-            of_step = [e for run in self._runs for e in run.entries() if e.step == step and not e.state]
-            wanted = {(step, max(entry.sequence for entry in of_step))} if of_step else set()
+            sequence = self._sequence_of(step)
+            wanted = set() if sequence is None else {(step, sequence)}
         last = max((found for found, _ in wanted), default=-1)
         candidates = []
         for run in self._runs:
@@ -231,10 +240,20 @@ class Decisions:
         self._reading = []
 
     def rewind(self, step: int) -> None:
-        """Continue from a step: abandon the checkpoints of later steps."""
+        """Continue from a step: abandon the checkpoints from which training did not come to it."""
         self._own_steps.add(step)
+        sequence = self._sequence_of(step)
+        to = Rewind(step, -1 if sequence is None else sequence, self._next_sequence())
         for run in self._runs:
-            run.rewind(step)
+            run.rewind(to)
+
+    def _next_sequence(self) -> int:
+        return next_sequence(entry for run in self._runs for entry in run.entries())
+
+    def _sequence_of(self, step: int) -> int | None:
+        """Return the sequence number of the last complete checkpoint of a step, or None if there is none."""
+        entries = (entry for run in self._runs for entry in run.entries())
+        return max((entry.sequence for entry in entries if entry.step == step and not entry.state), default=None)
 
     def _folders_read_from(self, run: Run) -> list[str]:
         return [found.folder for found in self._reading if found.on_mirror == (run is self._mirror)]
@@ -248,13 +267,12 @@ class Decisions:
         except Exception as error:
             logger.error("a policy failed, so nothing is copied: %s: %s", type(error).__name__, error)
             return
-        copied = {(entry.folder, entry.sequence) for entry in self._mirror.entries() if not entry.state}
+        copied = {entry.key for entry in self._mirror.entries() if not entry.state}
         for entry in kept:
-            key = entry.folder, entry.sequence
             with self._changed:
-                if not entry.is_native or key in copied or key in self._copying:
+                if not entry.is_native or entry.key in copied or entry.key in self._copying:
                     continue
-                self._copying.add(key)
+                self._copying.add(entry.key)
             self.run.protect([entry.folder])
             overwrite = any(known.folder == entry.folder for known in self._mirror.entries())
             self._copies.submit(
@@ -265,13 +283,13 @@ class Decisions:
             )
 
     def _is_kept(self, entry: RunEntry) -> bool:
-        return entry in self.run.kept()
+        return any(kept.key == entry.key for kept in self.run.kept())
 
     def _end_copy(self, entry: RunEntry, error: str | None) -> None:
         assert self._mirror is not None
         self.run.unprotect([entry.folder])
         with self._changed:
-            self._copying.discard((entry.folder, entry.sequence))
+            self._copying.discard(entry.key)
         self._not_copied.pop(entry.folder, None)
         if error:
             self._not_copied[entry.folder] = error
@@ -282,7 +300,7 @@ class Decisions:
                 error,
             )
         elif error is not None:
-            self._mirror.add(RunEntry(entry.saved, entry.sequence, entry.folder))
+            self._mirror.add(replace(entry, is_partial=False))
             self._mirror.remove_others()
         self.run.remove_others()
 

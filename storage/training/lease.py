@@ -89,7 +89,9 @@ def _has_ended(holder: Holder) -> bool:
 
 
 _held: dict[str, Lease] = {}
-"""The leases that this process holds, by id."""
+"""The leases that this process holds, by id. A forked child holds none of them."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)
 
 
 class Lease:
@@ -139,6 +141,7 @@ class Lease:
             return
         self._is_closing.set()  # a renewal is not cancelled: a store could apply it after the release
         _held.pop(self._holder.id, None)
+        self._pool.shutdown(wait=False)
         with self._lock:
             if self._lost:
                 return
@@ -148,7 +151,6 @@ class Lease:
                     self._write(self._number, replace(self._holder, released=True, time=time.time()), overwrite=True)
             except CheckpointError as error:
                 logger.warning("the lease of %s could not be released: %s", self._store.location, error)
-        self._pool.shutdown(wait=False)
 
     def _lose(self, number: int) -> None:
         if not self._lost:

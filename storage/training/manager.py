@@ -589,14 +589,16 @@ class CheckpointManager:
 
     def _finish_running(self) -> None:
         """Wait for the running save, if there is one. Raises its error."""
-        running, self._running = self._running, None
-        if running is not None:
-            error = running.handle.exception()
-            if self._decisions is not None:
-                self._decisions.wait_for_saves()
-            if error is not None:
-                raise error
-            self._saved = with_step(self._saved, running.decision.saved)
+        running = self._running
+        if running is None:
+            return
+        error = running.handle.exception()
+        if self._decisions is not None:
+            self._decisions.wait_for_saves()
+        self._running = None
+        if error is not None:
+            raise error
+        self._saved = with_step(self._saved, running.decision.saved)
 
     def _save(
         self,
@@ -616,7 +618,7 @@ class CheckpointManager:
             for lease in self._leases:
                 lease.check()
             decision = self._decisions.decide(step, checked, force=force)
-            stored = metadata_of(decision.saved, decision.sequence, metadata)
+            stored = metadata_of(decision.saved, decision.sequence, decision.parent, metadata)
             return step, force, has_entries, _SaveCall(decision, _News.of(self._decisions), stored)
 
         prepared = self._on_all_ranks(f"save({step})", prepare)

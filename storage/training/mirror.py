@@ -143,6 +143,8 @@ class Mirror:
                 error = f"{type(failed).__name__}: {failed}"
             try:
                 task.ended(error)
+            except Exception as failed:
+                logger.error("after the copy of %s: %s: %s", task.folder, type(failed).__name__, failed)
             finally:
                 with self._changed:
                     self._is_busy = False

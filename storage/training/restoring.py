@@ -149,10 +149,10 @@ def _check_nothing_is_left(
     This concerns only entries that may be missing (`strict=False`, `allow_missing`).
     """
     tried = [candidate for candidate, _ in damaged if not candidate.reason]
+    if not tried or not any(on_all_ranks(lambda: bool(report.missing_keys), process_group)):
+        return
 
     def find_left() -> list[str]:
-        if not tried or not report.missing_keys:
-            return []
         states = stateful_to_state(state_dict)
         left: set[str] = set()
         for candidate in tried:

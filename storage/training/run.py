@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from ...planner.errors import CheckpointError
@@ -20,6 +21,23 @@ from .policies import CheckedPolicy, kept_steps
 from .run_catalog import RunEntry, branch, find_entries
 
 logger = logger_of(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """Training continues from an earlier checkpoint. Later ones are abandoned, until they are restored themselves."""
+
+    step: int
+    """The step from which it continues."""
+    sequence: int
+    """The sequence number of its checkpoint; -1 if it has none."""
+    next_sequence: int
+    """The sequence number of the next save."""
+
+    def abandons(self, entry: RunEntry) -> bool:
+        """Return whether training did not come from a checkpoint to this one."""
+        is_later = entry.step > self.step or 0 <= self.sequence < entry.sequence
+        return is_later and entry.sequence < self.next_sequence
 
 
 class Run:
@@ -51,8 +69,7 @@ class Run:
         self._lease = lease
         self._changed = threading.Condition()
         self._entries: list[RunEntry] = []
-        self._abandoned: set[tuple[str, int]] = set()
-        """Folder and sequence number of the checkpoints that `rewind` abandoned."""
+        self._rewind: Rewind | None = None
         self._protected: dict[str, int] = {}
         """How many reads and writes are using each folder."""
         self._removing: str | None = None
@@ -76,18 +93,19 @@ class Run:
     def current(self) -> list[RunEntry]:
         """Return the known checkpoints that were not abandoned by `rewind`."""
         with self._changed:
-            return [entry for entry in self._entries if (entry.folder, entry.sequence) not in self._abandoned]
+            return [entry for entry in self._entries if not self._is_abandoned(entry)]
 
     def location(self, folder: str) -> str:
         """Return the location of a checkpoint."""
         return f"{self.root.rstrip('/')}/{folder}"
 
-    def rewind(self, step: int | None) -> None:
-        """Abandon the checkpoints of later steps than a step. None: abandon none."""
+    def rewind(self, to: Rewind | None) -> None:
+        """Abandon checkpoints, or none. They are kept until a later save is complete."""
         with self._changed:
-            self._abandoned = {
-                (entry.folder, entry.sequence) for entry in self._entries if step is not None and entry.step > step
-            }
+            self._rewind = to
+
+    def _is_abandoned(self, entry: RunEntry) -> bool:
+        return self._rewind is not None and self._rewind.abandons(entry)
 
     def add(self, entry: RunEntry) -> None:
         """Note that a checkpoint was committed. It replaces another one in its folder."""
@@ -165,21 +183,32 @@ class Run:
 
         with self._changed:
             self._pending += 1
-        self._pool.submit(run)
+        try:
+            self._pool.submit(run)
+        except RuntimeError:  # the manager was closed: the next one removes them
+            with self._changed:
+                self._pending -= 1
 
     def _not_kept(self) -> list[RunEntry]:
-        """Return the checkpoints to remove. Only complete ones in reshard's format are removed."""
+        """Return the checkpoints to remove. Only complete ones in reshard's format are removed.
+
+        Those that `rewind` has abandoned are removed when a later save is complete.
+        """
         keeping = self.kept()
         if not keeping:
             return []
         # Other processes may remove checkpoints, too. The last one must exist before another one is removed.
         open_store(self.location(keeping[-1].folder), self.storage_options).size(MANIFEST_NAME)
-        return [entry for entry in self.entries() if entry.is_native and not entry.state and entry not in keeping]
+        with self._changed:
+            last_saved = max(entry.sequence for entry in self.current() if not entry.state)
+            keys = {entry.key for entry in keeping}
+            keys |= {e.key for e in self._entries if self._is_abandoned(e) and e.sequence > last_saved}
+            return [entry for entry in self._entries if entry.is_native and not entry.state and entry.key not in keys]
 
     def _remove_others(self) -> None:
         for entry in self._not_kept():
             with self._changed:
-                if entry.folder in self._protected or entry not in self._entries:
+                if entry.folder in self._protected or all(known.key != entry.key for known in self._entries):
                     continue
                 self._removing = entry.folder
             try:
@@ -202,8 +231,7 @@ class Run:
             return
         logger.info("removed the checkpoint at %s", location)
         with self._changed:
-            self._entries = [known for known in self._entries if known != entry]
-            self._abandoned.discard((entry.folder, entry.sequence))
+            self._entries = [known for known in self._entries if known.key != entry.key]
             self._removed.append(entry.folder)
 
     def _remove_remains(self) -> None:

@@ -26,7 +26,7 @@ MANAGED = "manager"
 """The key of the metadata of a checkpoint under which the manager keeps its own."""
 METRICS = "metrics"
 """The key of the metadata of a checkpoint under which the metrics are."""
-_STEP_FOLDER = re.compile(r"step-([0-9]{1,18})")
+_STEP_FOLDER = re.compile(r"step-([0-9]{1,64})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,19 @@ class RunEntry:
     """Whether it has reshard's format. Others can be loaded, but are never removed."""
     error: CheckpointError | None = field(default=None, compare=False)
     """Why it cannot be opened."""
+    parent: int | None = None
+    """The sequence number of the checkpoint before it; -1 if it is the first, or None if this is not known."""
     is_partial: bool = False
     """Whether some of its objects are on the disks of other machines, which only their ranks see."""
 
     @property
     def step(self) -> int:
         return self.saved.step
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Identifies the save. Two listings of it may differ, for example in metrics that are NaN."""
+        return self.folder, self.sequence
 
 
 def step_folder(step: int) -> str:
@@ -83,17 +90,17 @@ def find_entries(
 def _entry(found: FoundCheckpoint, folder: str, step: int) -> RunEntry:
     managed = found.metadata.get(MANAGED)
     managed = managed if isinstance(managed, Mapping) else {}
-    sequence, time = managed.get("sequence"), found.created or datetime.datetime.fromtimestamp(0, datetime.UTC)
-    with contextlib.suppress(KeyError, TypeError, ValueError):
+    sequence, parent = (number if type(number := managed.get(key)) is int else None for key in ("sequence", "parent"))
+    time = found.created or datetime.datetime.fromtimestamp(0, datetime.UTC)
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
         time = datetime.datetime.fromisoformat(managed["time"]).astimezone(datetime.UTC)
     saved = SavedStep(step, time, stored_metrics(found.metadata.get(METRICS)))
     state = "" if found.is_complete else found.state
-    return RunEntry(
-        saved, sequence if type(sequence) is int else -1, folder, state, found.format == "reshard", found.error
-    )
+    is_native = found.format == "reshard"
+    return RunEntry(saved, -1 if sequence is None else sequence, folder, state, is_native, found.error, parent)
 
 
-def metadata_of(saved: SavedStep, sequence: int, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def metadata_of(saved: SavedStep, sequence: int, parent: int, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the metadata of a checkpoint: the user's, the metrics, and what `find_entries` needs.
 
     Raises:
@@ -102,21 +109,23 @@ def metadata_of(saved: SavedStep, sequence: int, metadata: Mapping[str, Any] | N
     for key in (METRICS, MANAGED):
         if metadata and key in metadata:
             raise ArgumentError(f"metadata has the key {key!r}, which the CheckpointManager uses: use another key")
-    managed = {"sequence": sequence, "time": saved.time.isoformat()}
+    managed = {"sequence": sequence, "parent": parent, "time": saved.time.isoformat()}
     return {**(metadata or {}), **({METRICS: dict(saved.metrics)} if saved.metrics else {}), MANAGED: managed}
 
 
 def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
     """Return the complete checkpoints that are not abandoned, in the order of steps.
 
-    An incomplete checkpoint, too, shows that training went back to an earlier step.
+    The last save is on the branch, and so is each checkpoint from which training continued. An incomplete checkpoint,
+    too, shows that training went back to an earlier step.
     """
     found: list[RunEntry] = []
-    last = math.inf
+    last = before = math.inf
     known = [entry for entry in entries if not entry.state or entry.sequence >= 0]
     for entry in sorted(known, key=lambda e: (e.sequence, e.step, not e.state, e.is_native), reverse=True):
-        if entry.step < last:
+        if entry.step < last and entry.sequence <= before:
             last = entry.step
+            before = before if entry.parent is None else entry.parent
             if not entry.state:
                 found.append(entry)
     return found[::-1]
@@ -131,10 +140,12 @@ def stored_metrics(stored: object) -> dict[str, float]:
     """Return the metrics in the metadata of a checkpoint. Other values in it are ignored."""
     if not isinstance(stored, Mapping):
         return {}
-    is_number = {
-        name: isinstance(value, (int, float)) and not isinstance(value, bool) for name, value in stored.items()
-    }
-    return {name: float(value) for name, value in stored.items() if is_number[name] and isinstance(name, str)}
+    metrics = {}
+    for name, value in stored.items():
+        if isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an integer that no float holds
+                metrics[name] = float(value)
+    return metrics
 
 
 def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:

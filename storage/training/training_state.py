@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,9 @@ def training_state(
     Args:
         model: the model. Its names begin with "model.".
         optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
-            yet have no state, also after a load. A save does not change the optimizer. One whose step needs a closure,
-            such as LBFGS, must have made a step before it is saved or loaded.
+            yet have no state, also after a load; nor do parameters that are frozen when the state dict is loaded. A
+            save does not change the optimizer, and calls none of its hooks. One whose step needs a closure, such as
+            LBFGS, must have made a step before it is saved or loaded.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
@@ -80,7 +82,8 @@ class _OptimizerState:
     """The states of optimizers, and the settings of each parameter's group.
 
     A parameter that has not been updated has no state. A load needs tensors to write into, so states are created for
-    it as torch does: by a step with gradients of 0. They are removed afterwards, and `has_state` notes that.
+    it as torch does: by a step with gradients of 0. They are removed afterwards, and `has_state` notes that. Some
+    parameters have no state even then, such as those of SGD without momentum.
 
     torch names the groups of parameters by their numbers. Pipeline stages have different parameters under the same
     numbers, so the settings are saved under the names of the parameters.
@@ -93,8 +96,8 @@ class _OptimizerState:
         """The names of the parameters of each group of all optimizers."""
         self._is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         """A rank of FSDP1 may hold nothing of a parameter, or one parameter for many names. So `has_state` is True."""
-        self._stateless: list[Optimizer] = []
-        """Optimizers that have no states at all, such as SGD without momentum."""
+        self._stateless: dict[int, nn.Parameter] = {}
+        """The parameters that have no state after a step, by their `id`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return `{"state": {name: state}, "param_groups": {name: (settings of its group, has_state)}}`."""
@@ -102,11 +105,12 @@ class _OptimizerState:
         without_state = [_parameters_without_state(optimizer) for optimizer in self._optimizers]
         try:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
-                if parameters and optimizer not in self._stateless:
-                    _create_states(optimizer, parameters)
-                    if not optimizer.state:
-                        self._stateless.append(optimizer)
-            found: Any = get_optimizer_state_dict(self._model, self._optimizers)
+                new = [parameter for parameter in parameters if id(parameter) not in self._stateless]
+                if new:
+                    _create_states(optimizer, new)
+                    self._stateless |= {id(p): p for p in new if not optimizer.state.get(p)}
+            with _without_steps(self._optimizers):  # torch would make one if an optimizer has no states
+                found: Any = get_optimizer_state_dict(self._model, self._optimizers)
         finally:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
                 for parameter in parameters:
@@ -132,23 +136,48 @@ class _OptimizerState:
                         f"settings, {settings[names[0]][0]} and {settings[name][0]}: use the same groups"
                     )
             groups.append({**_settings(own), **(settings[names[0]][0] if names else {}), "params": names})
-        with _without_gradients(self._optimizers):
-            loaded: Any = {"state": state_dict["state"], "param_groups": groups}
-            set_optimizer_state_dict(self._model, self._optimizers, loaded)
+        self._set(state_dict["state"], groups)
         for names, (optimizer, parameters) in zip(self._names, self._groups(), strict=True):
             for at, parameter in enumerate([] if self._is_fsdp1 else parameters):
                 if not settings[names[at]][1]:
                     optimizer.state.pop(parameter, None)
 
+    def _set(self, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        """Load the states of parameters by name, and the groups of all optimizers.
+
+        torch's `set_optimizer_state_dict` refuses parameters without a state, so it is used only for FSDP1.
+        """
+        if self._is_fsdp1:
+            with _without_gradients(self._optimizers):
+                loaded: Any = {"state": state, "param_groups": groups}
+                set_optimizer_state_dict(self._model, self._optimizers, loaded)
+            return
+        remaining = iter(groups)
+        for optimizer in self._optimizers:
+            own = [next(remaining) for _ in optimizer.param_groups]
+            names = {name for group in own for name in group["params"]}
+            optimizer.load_state_dict(
+                {"state": {name: values for name, values in state.items() if name in names}, "param_groups": own}
+            )
+
     def _check_parameters(self) -> None:
-        """Check that the model has all parameters of the optimizers. torch would raise a KeyError."""
-        known = set(map(id, self._model.parameters()))
-        unknown = [p for _, parameters in self._groups() for p in parameters if id(p) not in known]
+        """Check that the model has all parameters of the optimizers, and that each is in one group.
+
+        torch would raise a KeyError, or keep the state of one of the optimizers.
+        """
+        known = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        own = [parameter for _, parameters in self._groups() for parameter in parameters]
+        unknown = [parameter for parameter in own if id(parameter) not in known]
         if unknown:
             raise ArgumentError(
                 f"the optimizer has {len(unknown)} parameters that are not in the model, the first of shape "
                 f"{tuple(unknown[0].shape)}: create the optimizer after fully_shard, which replaces the parameters of "
                 "the model, and pass a module that contains all of them"
+            )
+        if twice := [parameter for parameter, count in Counter(map(id, own)).items() if count > 1]:
+            raise ArgumentError(
+                f"{known[twice[0]]!r} is in several optimizers or groups, whose states would have the same name: save "
+                "the other optimizers as parts of their own"
             )
 
     def _groups(self) -> list[tuple[Optimizer, list[nn.Parameter]]]:
@@ -167,17 +196,20 @@ def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Create the states of parameters that have not been updated.
+    """Create the states of parameters that have not been updated. No hook is called, and no setting changes.
 
     Raises:
         UnsupportedValueError: the optimizer cannot step without a closure.
     """
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):  # torch wraps the method of the class in one that calls the hooks
+        step = step.__wrapped__
     # Weight decay would be added to the momentum of SGD.
-    with _without_gradients([optimizer]), _with_zero(optimizer, "lr"), _with_zero(optimizer, "weight_decay"):
+    with _without_gradients([optimizer]), _with_settings(optimizer, lr=0.0, weight_decay=0.0):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         try:
-            optimizer.step()
+            step(optimizer)
         except Exception as error:
             raise UnsupportedValueError(
                 f"the states of {type(optimizer).__name__} cannot be created before its first step: "
@@ -203,14 +235,32 @@ def _without_gradients(optimizers: Iterable[Optimizer]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _with_zero(optimizer: Optimizer, setting: str) -> Iterator[None]:
-    """Replace a setting of all groups by 0 while the block runs."""
-    groups = [group for group in optimizer.param_groups if setting in group]
-    values = [group[setting] for group in groups]
-    for group, value in zip(groups, values, strict=True):
-        group[setting] = torch.zeros_like(value) if isinstance(value, torch.Tensor) else 0.0
+def _with_settings(optimizer: Optimizer, **settings: float) -> Iterator[None]:
+    """Replace settings of all groups while the block runs, and restore all settings afterwards."""
+    before = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for name in settings.keys() & group.keys():
+            value = group[name]
+            is_tensor = isinstance(value, torch.Tensor)
+            group[name] = torch.full_like(value, settings[name]) if is_tensor else settings[name]
     try:
         yield
     finally:
-        for group, value in zip(groups, values, strict=True):
-            group[setting] = value
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.clear()
+            group.update(values)
+
+
+@contextlib.contextmanager
+def _without_steps(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Let `step` do nothing while the block runs."""
+    own = [(optimizer, vars(optimizer).get("step")) for optimizer in optimizers]  # of learning-rate schedulers
+    for optimizer, _ in own:
+        vars(optimizer)["step"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for optimizer, step in own:
+            del vars(optimizer)["step"]
+            if step is not None:
+                vars(optimizer)["step"] = step

@@ -259,3 +259,36 @@ def test_rank_that_has_answered_cannot_pass_the_chosen_call() -> None:
     assert agreed.begin_call()
     agreed.end_save()
     assert not agreed.begin_call()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 2, 1), (1, 0, 2)])
+def test_managers_that_are_closed_in_any_order_restore_the_signal_handler(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    original = signal.getsignal(signal.SIGUSR1)
+    try:
+        managers = [reshard.CheckpointManager(tmp_path / str(at), signals=[signal.SIGUSR1]) for at in sorted(order)]
+        for at in order:
+            managers[at].close()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert len(seen) == len(order)
+        assert signal.getsignal(signal.SIGUSR1) is original
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_signal_ends_a_process_whose_managers_are_closed(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys, time, reshard
+        managers = [reshard.CheckpointManager(f"{sys.argv[1]}/{at}") for at in range(2)]
+        between = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *arguments: between(*arguments))  # of another library
+        for manager in managers:
+            manager.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, timeout=50, check=False).returncode == -signal.SIGTERM

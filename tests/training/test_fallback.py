@@ -351,6 +351,39 @@ def test_entry_that_only_the_damaged_checkpoint_has_is_not_left_half_loaded(tmp_
         assert never_saved["w"].eq(1).all()
 
 
+class CollectiveCounter(Counter):
+    """A Stateful value whose `state_dict` is collective, as those of FSDP are."""
+
+    def state_dict(self) -> dict[str, Any]:
+        dist.barrier()
+        return super().state_dict()
+
+
+def restore_what_one_rank_lacks(folder: str) -> str:
+    rank = dist.get_rank()
+    with manager_of(folder, read_only=True) as manager:
+        loaded: dict[str, Any] = {**state(-1), "counter": CollectiveCounter(-1)}
+        if rank == 1:
+            loaded["later"] = torch.zeros(50)
+        with pytest.raises(errors.CorruptCheckpointError) as caught:
+            manager.restore(loaded, allow_missing=["later"])
+    return str(caught.value)
+
+
+def save_with_a_later_entry(folder: str) -> None:
+    with manager_of(folder) as manager:
+        manager.save(1, state(1))
+        manager.save(2, {**state(2), "later": torch.ones(50)})
+
+
+def test_ranks_with_other_missing_entries_find_together_what_is_left(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_with_a_later_entry, str(tmp_path))
+    for path in (tmp_path / "step-00000002" / "data").iterdir():
+        flip(path, 0.5)
+    for message in ranks.run(2, restore_what_one_rank_lacks, str(tmp_path)):
+        assert "does not have 'later'" in message
+
+
 def test_missing_entry_that_no_checkpoint_has_is_no_obstacle(tmp_path: Path) -> None:
     with manager_of(str(tmp_path)) as manager:
         for step in (1, 2):

@@ -222,3 +222,37 @@ def test_dropped_manager_releases_its_lease_at_exit(tmp_path: Path) -> None:
     code = "import sys, reshard; manager = reshard.CheckpointManager(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
     assert holder_of(tmp_path)["released"]
+
+
+@pytest.mark.parametrize("parent", ["keeps", "closes"])
+def test_forked_child_may_have_a_manager_when_its_parent_has_closed_its_own(tmp_path: Path, parent: str) -> None:
+    manager = reshard.CheckpointManager(tmp_path, signals=())
+    go, closed = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        code = 3
+        try:
+            os.read(go, 1)
+            lease_module.EXPIRES_AFTER_S = 2.0
+            Lease(str(tmp_path), expires_after_s=40.0).release()
+            code = 0
+        except errors.RunInUseError as error:
+            code = 1 if "of this process" in str(error) else 2
+        finally:
+            os._exit(code)
+    if parent == "closes":
+        manager.close()
+    os.write(closed, b"x")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    manager.close()
+    assert code == (0 if parent == "closes" else 2)
+
+
+def test_lost_lease_ends_its_thread(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path), renew_every_s=3600)
+    threads = list(lease._pool.threads)
+    lease._lost = "the test ended it"
+    lease.release()
+    for thread in threads:
+        thread.join(30)
+    assert [thread for thread in threads if thread.is_alive()] == []

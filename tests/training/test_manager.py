@@ -783,3 +783,99 @@ def test_data_that_is_a_folder_is_named_by_a_save_over_it(is_empty: bool, tmp_pa
         shutil.rmtree(path)
         manager.save(1, state(2), force=True)
         assert reshard.open(folder).verify() == []
+
+
+@pytest.mark.parametrize("has_mirror", [False, True])
+def test_restore_of_an_earlier_step_removes_nothing_until_a_save_is_complete(tmp_path: Path, has_mirror: bool) -> None:
+    """Removals that began before, and copies to a mirror that end afterwards, keep the later checkpoints."""
+    with manager_of(tmp_path / "run", keep=[reshard.latest(5)]) as manager:
+        train(manager, [10, 20, 30])
+    options: dict[str, Any] = {"mirror": tmp_path / "mirror"} if has_mirror else {}
+    with manager_of(tmp_path / "run", keep=[reshard.latest(5)], **options) as manager:
+        manager.restore(state(0), step=10)
+        assert manager._decisions is not None
+        manager._decisions.run.remove_others()
+        manager.wait()
+        assert manager.steps() == [10]
+        assert steps_on_disk(tmp_path / "run") == [10, 20, 30]
+        train(manager, [15])
+        manager.wait()
+        assert manager.steps() == steps_on_disk(tmp_path / "run") == [10, 15]
+
+
+def test_abandoned_step_that_is_restored_is_continued(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [10, 20, 30])
+        manager.restore(state(0), step=10)
+        manager.save(20, state(-20))
+        assert manager.steps() == [10, 20]
+        assert manager.restore(state(0), step=30) == 30
+        assert manager.steps() == [10, 30]
+        assert manager.latest_step() == 30
+        with pytest.raises(errors.ArgumentError, match="has a checkpoint of step 30"):
+            manager.save(25, state(25))
+        assert manager.save(40, state(40))
+        assert manager.steps() == [10, 30, 40]
+    with manager_of(tmp_path, keep=[reshard.latest(10)]) as manager:  # finds the same branch on the disk
+        assert manager.steps() == [10, 30, 40]
+        loaded = state(0)
+        assert manager.restore(loaded) == 40
+        assert manager.save(50, state(50))
+        manager.wait()
+        assert manager.steps() == steps_on_disk(tmp_path) == [10, 30, 40, 50]
+
+
+def test_checkpoint_with_a_metric_that_is_no_number_is_not_removed_when_the_run_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with manager_of(tmp_path, keep=[reshard.latest(2)]) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, state(step), {"loss": math.nan})
+            manager.wait()
+        assert manager._decisions is not None
+        run = manager._decisions.run
+        keeping = run.kept()
+        run.refresh()
+        monkeypatch.setattr(run, "kept", lambda: keeping)
+        run.remove_others()
+        run.wait()
+        assert steps_on_disk(tmp_path) == [2, 3]
+
+
+def test_metadata_with_impossible_numbers_does_not_hide_the_run(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+    managed = {"sequence": 5, "parent": 0, "time": "0001-01-01T00:00:00+05:00"}
+    metadata = {"metrics": {"loss": 10**400, "acc": 0.5}, "manager": managed}
+    reshard.save(state(2), tmp_path / "step-00000002", metadata=metadata)
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [1, 2]
+        assert manager.best_step("acc") == 2
+        assert manager.best_step("loss") == 1
+
+
+def test_steps_may_have_many_digits(tmp_path: Path) -> None:
+    step = 5 * 10**18
+    with manager_of(tmp_path) as manager:
+        train(manager, [step])
+    with manager_of(tmp_path) as manager:
+        assert manager.steps() == [step]
+
+
+def test_interrupted_wait_for_a_save_does_not_forget_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupts = [KeyboardInterrupt()]
+    waiting = reshard.AsyncSave.exception
+
+    def interrupted(self: Any, timeout: float | None = None) -> BaseException | None:
+        if threading.current_thread() is threading.main_thread() and interrupts:
+            raise interrupts.pop()
+        return waiting(self, timeout)
+
+    monkeypatch.setattr(reshard.AsyncSave, "exception", interrupted)
+    manager = manager_of(tmp_path, asynchronous=True)
+    manager.save(1, state(1))
+    with pytest.raises(KeyboardInterrupt):
+        manager.wait()
+    manager.close()
+    assert manager.steps() == [1]
+    assert reshard.open(tmp_path / "step-00000001").verify() == []

@@ -21,6 +21,8 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, Manifest
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import mirror as mirror_module
+from reshard.storage.training.decisions import Decisions
+from reshard.storage.training.run_catalog import RunEntry
 from tests.conftest import Place
 from tests.ranks import RankFailed, RankPool
 
@@ -400,3 +402,24 @@ def test_mirror_is_read_if_one_rank_does_not_see_the_root(ranks: RankPool, tmp_p
         train(manager, [1, 2])
     (tmp_path / "empty").mkdir()
     assert ranks.run(2, restore_where_one_rank_lost_the_root, str(tmp_path)) == [2, 2]
+
+
+def test_error_after_a_copy_does_not_stop_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = [RuntimeError("a bug")]
+
+    def end_copy(self: Decisions, entry: RunEntry, error: str | None) -> None:
+        if faults:
+            raise faults.pop()
+        ending(self, entry, error)
+
+    ending = Decisions._end_copy
+    monkeypatch.setattr(Decisions, "_end_copy", end_copy)
+    with manager_of(tmp_path) as manager:
+        train(manager, [1])
+        manager.wait()
+        train(manager, [2])
+        manager.wait()
+    assert steps_in(tmp_path / "mirror") == [1, 2]
+    assert "after the copy of step-00000001: RuntimeError: a bug" in caplog.text

@@ -499,3 +499,104 @@ def test_parameters_that_the_model_lacks_are_named(tmp_path: Path) -> None:
         reshard.save(reshard.training_state(model, optimizer), tmp_path)
     both = nn.ModuleDict({"model": model, "head": head})
     reshard.save(reshard.training_state(both, optimizer), tmp_path)
+
+
+def two_optimizers(*kinds: tuple[type[torch.optim.Optimizer], dict[str, Any]]) -> Callable[[nn.Sequential], Any]:
+    return lambda model: [
+        kind(list(model[at].parameters()), lr=0.1, **settings)  # type: ignore[call-arg]
+        for at, (kind, settings) in zip((0, 2), kinds, strict=True)
+    ]
+
+
+def groups_of_sgd(model: nn.Sequential) -> Any:
+    groups: list[dict[str, Any]] = [
+        {"params": list(model[0].parameters()), "momentum": 0.9},
+        {"params": list(model[2].parameters())},
+    ]
+    return [torch.optim.SGD(groups, lr=0.1)]
+
+
+ADAM: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.AdamW, {}
+SGD: tuple[type[torch.optim.Optimizer], dict[str, Any]] = torch.optim.SGD, {}
+PARTLY_STATELESS: dict[str, Callable[[nn.Sequential], Any]] = {
+    "adam and sgd": two_optimizers(ADAM, SGD),
+    "sgd and adam": two_optimizers(SGD, ADAM),
+    "two without states": two_optimizers(SGD, SGD),
+    "a group without momentum": groups_of_sgd,
+}
+
+
+@pytest.mark.parametrize("case", PARTLY_STATELESS)
+@pytest.mark.parametrize("steps_before", [(0, 2), (2, 0), (2, 2)])
+def test_optimizers_of_which_some_parameters_have_no_state_continue(
+    tmp_path: Path, case: str, steps_before: tuple[int, int]
+) -> None:
+    """torch's set_optimizer_state_dict refuses their checkpoints."""
+
+    def train(model: nn.Sequential, optimizers: list[torch.optim.Optimizer], steps: int) -> list[torch.Tensor]:
+        for _ in range(steps):
+            model(X).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    models = [net(), net(seed=1)]
+    optimizers = [PARTLY_STATELESS[case](model) for model in models]
+    for model, own, steps in zip(models, optimizers, steps_before, strict=True):
+        train(model, own, steps)
+    reshard.save(reshard.training_state(models[0], optimizers[0]), tmp_path)
+    reshard.load(reshard.training_state(models[1], optimizers[1]), tmp_path)
+    check_equal(train(models[1], optimizers[1], 3), train(models[0], optimizers[0], 3))
+
+
+class CountsSteps(torch.optim.Optimizer):
+    """Keeps a number in the settings of its groups, as optimizers without a schedule do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "steps": 0})
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter].setdefault("seen", torch.zeros_like(parameter)).add_(1)
+
+
+@pytest.mark.parametrize("kind", [CountsSteps, torch.optim.AdamW, torch.optim.SGD])
+def test_save_calls_no_hook_of_the_optimizer_and_changes_no_setting(tmp_path: Path, kind: Any) -> None:
+    model = Branches(0)
+    optimizer = kind(model.parameters())
+    schedule = StepLR(optimizer, 1)
+    called: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    for _ in range(2):
+        model(X).sum().backward()
+        optimizer.step()
+        schedule.step()
+        settings = dict(optimizer.param_groups[0])
+        reshard.save(reshard.training_state(model, optimizer, schedule=schedule), tmp_path, overwrite=True)
+        assert optimizer.param_groups[0] == settings
+    assert called == ["before", "after"] * 2
+    assert optimizer.param_groups[0].get("steps", 2) == 2
+
+
+def test_parameter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
+    model = net()
+    optimizers = [torch.optim.AdamW(model.parameters()), torch.optim.SGD(model[2].parameters())]
+    with pytest.raises(ArgumentError, match=r"'2\.weight' is in several optimizers or groups"):
+        reshard.save(reshard.training_state(model, optimizers), tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::Warning")  # of transformers
+def test_transformers_does_not_train_beyond_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    expected, _ = fit_by_transformers(run, 4)
+    for _ in range(2):
+        found, steps = fit_by_transformers(run, 4)
+        assert steps == [4]
+        torch.testing.assert_close(found, expected)
