@@ -349,6 +349,8 @@ class Layout:
     """Names of tensors and the coordinate of the mesh dimension "pp" that holds each. A tensor that is not listed is on
     all stages. `even_stages` distributes layers evenly."""
     _stage_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    _found: dict[tuple[str, int], tuple[Placement, ...]] = field(init=False, repr=False, compare=False)
+    """The placements that were looked up, which are the same for all ranks."""
 
     def __init__(
         self,
@@ -362,6 +364,7 @@ class Layout:
         object.__setattr__(self, "rules", tuple((rules or {}).items()))
         object.__setattr__(self, "stages", tuple(sorted((stages or {}).items())))
         object.__setattr__(self, "_stage_of", dict(self.stages))
+        object.__setattr__(self, "_found", {})
         self._check_stages()
         for pattern, rule in self.rules:
             self._placements(pattern, rule, ndim=2)
@@ -393,10 +396,12 @@ class Layout:
 
     def placements(self, name: str, ndim: int) -> tuple[Placement, ...]:
         """Return one placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""
-        for pattern, rule in self.rules:
-            if matches(pattern, name):
-                return self._placements(pattern, rule, ndim)
-        return (REPLICATE,) * len(self.mesh.sizes)
+        found = self._found.get((name, ndim))
+        if found is None:
+            matching = ((pattern, rule) for pattern, rule in self.rules if matches(pattern, name))
+            pattern, rule = next(matching, ("", {}))
+            found = self._found[name, ndim] = self._placements(pattern, rule, ndim)
+        return found
 
     def local(self, name: str, shape: Sequence[int], rank: int) -> LocalTensor:
         """Return what a rank holds of the tensor of this name and global shape. Raises LayoutError."""

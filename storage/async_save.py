@@ -149,11 +149,11 @@ class AsyncSave:
                 f"before() takes a torch.optim.Optimizer, got {type(optimizer)}: call wait_staged() before its step"
             )
 
-        def wait(*args: object) -> None:
-            handle.remove()
-            self.wait_staged()
-
-        handle = optimizer.register_step_pre_hook(wait)
+        saves = _awaited_by.get(optimizer)
+        if saves is None:
+            saves = _awaited_by[optimizer] = []
+            optimizer.register_step_pre_hook(partial(_wait_staged, saves))
+        saves.append(self)
 
     @property
     def progress(self) -> Progress:
@@ -185,6 +185,17 @@ class AsyncSave:
             return f"AsyncSave({self.location!r}, skipped)"
         state = "failed" if self._error else "saved" if self.done() else "running"
         return f"AsyncSave({self.location!r}, {state})"
+
+
+_awaited_by: weakref.WeakKeyDictionary[Any, list[AsyncSave]] = weakref.WeakKeyDictionary()
+"""The saves that the next step of an optimizer waits for. Its hook stays: torch fails if a hook removes itself while it
+calls others."""
+
+
+def _wait_staged(saves: list[AsyncSave], *args: object) -> None:
+    while saves:
+        saves[0].wait_staged()
+        del saves[0]
 
 
 class _Ranks:

@@ -39,6 +39,18 @@ CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
 }
 
 
+WRONG_GROUP = r"process_group must be a torch\.distributed\.ProcessGroup or None, got 3"
+CALLS |= {
+    f"group of {name}": (call, ArgumentError, WRONG_GROUP)
+    for name, call in {
+        "save": lambda _: reshard.save({"w": torch.ones(1)}, MemoryStore(), process_group=3),  # type: ignore[arg-type]
+        "load": lambda store: reshard.load({"w": torch.ones(4, 4)}, store, process_group=3),  # type: ignore[arg-type]
+        "convert": lambda store: reshard.convert(store, "unused", format="torch", process_group=3),  # type: ignore[arg-type]
+        "async_save": lambda _: reshard.async_save({"w": torch.ones(1)}, MemoryStore(), process_group=3),  # type: ignore[arg-type]
+    }.items()
+}
+
+
 @pytest.mark.parametrize("case", CALLS)
 def test_wrong_arguments_raise_an_error_that_says_what_to_pass(case: str) -> None:
     call, error, message = CALLS[case]

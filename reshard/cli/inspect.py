@@ -130,9 +130,10 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def _print_details(checkpoint: Checkpoint, names: list[str], as_json: bool) -> None:
     details: dict[str, Any] = {}
+    value_names = set(checkpoint.value_names)
     all_names = [*checkpoint.tensors, *checkpoint.value_names]
     for name in (found for given in names for found in fnmatch.filter(all_names, given) or [given]):
-        if name in checkpoint.value_names:
+        if name in value_names:
             details[name] = {"value": checkpoint.read_value(name)}
             continue
         shards, grid = checkpoint.shards_of(name)

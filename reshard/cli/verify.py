@@ -28,7 +28,8 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         return int(bool(damages))
     for damage in damages:
         print_line(damage)
-    others = {name: why for name, why in checkpoint.unreadable.items() if name not in checkpoint.damaged}
+    missing = set(checkpoint.damaged)
+    others = {name: why for name, why in checkpoint.unreadable.items() if name not in missing}
     for why in others.values():
         print_line(f"cannot be read: {why}")
     if others and checkpoint.format != "reshard":
@@ -36,8 +37,8 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
     stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
     if damages:
         tensors = sorted({damage.tensor for damage in damages})
-        missing = f"; {len(checkpoint.damaged)} tensors are missing completely" if checkpoint.damaged else ""
-        print_line(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing{missing}", file=sys.stderr)
+        lost = f"; {len(missing)} tensors are missing completely" if missing else ""
+        print_line(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing{lost}", file=sys.stderr)
         return 1
     what = "match their checksums"
     if quick:

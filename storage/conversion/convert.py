@@ -117,7 +117,8 @@ def convert(
         CommitError: the store failed during the commit. Call again to find out whether the commit succeeded.
         Also what `reshard.open` and `reshard.load` raise.
     """
-    rank, alarm = rank_of(process_group), Alarm(process_group)
+    alarm = Alarm(process_group)
+    rank = rank_of(process_group)
     world_size = dist.get_world_size(process_group) if is_distributed() else 1
     meter = Meter("convert", progress, rank=rank)
     conversions: list[_RankConversion] = []

@@ -22,6 +22,7 @@ from ..reading.checks import damages
 from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
+from ..runtime.process_group import rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.threads import Pool
 from ..stores.base import Store
@@ -78,7 +79,7 @@ def verify(
 
     largest = max((request.nbytes for request in requests), default=1)
     concurrent = max(1, min(store.capabilities.concurrent_reads, default_budget() // largest))
-    meter = Meter("verify", progress, location=store.location)
+    meter = Meter("verify", progress, location=store.location, rank=rank_of(None))
     meter.expect(sum(request.nbytes for request in requests))
     found: list[DamagedChunk] = []
     with meter, Pool(concurrent, "reshard-verify") as pool:

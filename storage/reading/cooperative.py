@@ -76,11 +76,11 @@ class Cooperation:
 
     def __init__(self, source: Source, wants: Sequence[WantedBox], mode: object, budget_bytes: int) -> None:
         self._source = source
-        self._index = source.index(wants)
+        self.index = source.index(wants)
         positions = {entry.name: at for at, entry in enumerate(source.entries)}
         self._tensors = [positions[want.name] for want in wants]
-        self._reads = find_chunks(self._index, wants, NO_GAPS)
-        objects = [name for name, _ in self._index.objects]
+        self._reads = find_chunks(self.index, wants, NO_GAPS)
+        objects = [name for name, _ in self.index.objects]
         self._needs = Needs.of(self._reads, objects, self._tensors)
         self._packed = self._needs.pack()
         self._budget_bytes = budget_bytes
@@ -120,7 +120,7 @@ class Cooperation:
     def plan(self, gap_limits: GapLimits, max_request_bytes: int) -> ReadPlan:
         """Plan this rank's part of a shared read."""
         assert self.shared is not None
-        return cooperative_plan(self._index, self._reads, self._tensors, self.shared, gap_limits, max_request_bytes)
+        return cooperative_plan(self.index, self._reads, self._tensors, self.shared, gap_limits, max_request_bytes)
 
 
 class Agreed(NamedTuple):

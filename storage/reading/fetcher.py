@@ -108,10 +108,14 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
         found: list[Fetched] = []
         for name, ranges in wanted:
+            tasks = [asyncio.ensure_future(read(name, start, stop)) for start, stop in ranges]
             try:
-                found.append(_packed(await asyncio.gather(*(read(name, start, stop) for start, stop in ranges))))
+                found.append(_packed(await asyncio.gather(*tasks)))
             except Exception as error:
                 found.append(_of_store(error))
+            finally:
+                for task in tasks:  # one may have failed, and the others would go on
+                    task.cancel()
         return found
 
     def __exit__(

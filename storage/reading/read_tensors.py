@@ -316,7 +316,7 @@ class _ReadRun:
         increment_version(destinations)  # autograd does not see what is written through other views of the memory
         sharing = self._options.sharing
         if sharing is not None and sharing.agreed is not None:
-            self._read_shared(wants, destinations, *sharing.agreed)
+            self._read_shared(destinations, *sharing.agreed)
         else:
             self._read(wants, destinations)
 
@@ -361,20 +361,17 @@ class _ReadRun:
         source.observe(plan.requests.nbytes, time.perf_counter() - planned)
         self._add(plan, stats, planned - begin)
 
-    def _read_shared(
-        self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], cooperation: Cooperation, peers: Peers
-    ) -> None:
+    def _read_shared(self, destinations: Sequence[torch.Tensor], cooperation: Cooperation, peers: Peers) -> None:
         """Execute this rank's part of a read that ranks share, and add its report."""
         begin = time.perf_counter()
         shared = cooperation.shared
         assert shared is not None
-        index = self._source.index(wants)
         gap_limits = self._source.gap_limits(self._options.max_over_read)
         plan = cooperation.plan(gap_limits, self._max_request_bytes)
         planned = time.perf_counter()
         fetcher = SharingFetcher(self._source.store, shared.units, peers, self._budget // 4)
         with Workers(self._source.store, fetcher) as workers:
-            stats = self._execute(plan, index, destinations, self._budget // 2, workers, fetcher.check)
+            stats = self._execute(plan, cooperation.index, destinations, self._budget // 2, workers, fetcher.check)
             fetcher.finish(self._meter.watching(self._options.interrupt))
         self._add(plan, stats, planned - begin)
 

@@ -31,6 +31,10 @@ class Connections:
         self.size = size
         self._pings: list[Any] = []
 
+    def belong_to(self, group: Any) -> bool:
+        """Return whether these are the connections of a group."""
+        return self._group() is group
+
     def closed(self) -> list[int]:
         """Return the ranks that have closed their connection to this rank, or died."""
         return [rank for rank in range(self.size) if rank != self.rank and self.is_closed(rank)]

@@ -211,9 +211,22 @@ class Watch:
             found = cls._made[group] = cls(group)
         return found
 
+    def connect(self, messages: Any) -> Connections:
+        """Return the connections of the gloo group that the ranks send messages through. All calls share them."""
+        if self.connections is None or not self.connections.belong_to(messages):
+            self.connections = Connections(messages, self.rank, self.size)
+            self._beat = 0.0, -1
+        return self.connections
+
     @contextlib.contextmanager
     def in_call(self) -> Iterator[None]:
-        """Show the other ranks that this rank is in a collective call, while the block runs."""
+        """Show the other ranks that this rank is in a collective call, while the block runs.
+
+        Raises:
+            RankError: a rank was lost in an earlier call.
+        """
+        if self.lost is not None:  # the poller may keep the lock, because it waits for a store that does not answer
+            raise self.broken()
         with self._lock:
             self._calls += 1
             self._active += 1

@@ -12,7 +12,6 @@ import torch
 from torch.distributed import distributed_c10d
 
 from ..errors import RankError
-from .connections import Connections
 from .lost_ranks import DIED, STEP_S, Watch
 from .threads import Pool
 
@@ -44,8 +43,7 @@ class Messages:
         self._group = group
         self._watch = watch
         self._rank, self._size = watch.rank, watch.size
-        self._connections = Connections(group, watch.rank, watch.size)
-        watch.connections = self._connections
+        self._connections = watch.connect(group)
 
     def in_call(self) -> contextlib.AbstractContextManager[None]:
         """See `Watch.in_call`."""

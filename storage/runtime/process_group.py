@@ -78,6 +78,7 @@ class Alarm:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+        check_process_group(process_group)
         self._watch: Watch | None = None
         self._poller: Poller | None = None
         self._is_heard = False

@@ -293,6 +293,8 @@ class WriterProcess:
         if not self._lock.acquire(blocking=False):
             return
         try:
+            with contextlib.suppress(OSError):
+                self._send("end", None)  # a child of the trainer may keep the connection open
             self._connection.close()
             try:
                 self._process.wait(LET_EXIT_S)
@@ -387,7 +389,7 @@ class _Server:
         self._counting = threading.Lock()
 
     def receive(self) -> None:
-        """Receive messages until the trainer ends, and then end this process."""
+        """Receive messages until the trainer ends or says so, and then end this process."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 kind, value = self._connection.recv()
@@ -400,6 +402,8 @@ class _Server:
                     self._arenas.pop(value, None)
                 elif kind == "stop":
                     self._stopped = value
+                elif kind == "end":
+                    break
                 else:
                     self._jobs.put(value)
         os._exit(0)

@@ -842,3 +842,35 @@ def test_a_save_from_the_callback_of_the_save_that_it_would_wait_for_is_refused(
     reshard.async_save({"w": torch.ones(1000, 1000)}, tmp_path / "a", progress=save_again).result(60)
     assert "from the progress callback" in str(raised[0])
     reshard.async_save({"w": torch.ones(9)}, tmp_path / "b").result(60)
+
+
+def test_a_step_may_wait_for_several_saves_beside_other_hooks(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    handles = []
+    called = []
+    for at in range(2):
+        handles.append(reshard.async_save({"w": weight}, tmp_path / str(at), background="thread"))
+        handles[-1].before(optimizer)
+        optimizer.register_step_pre_hook(lambda *_, at=at: called.append(at))
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    assert called == [0, 1] * 2
+    for at, handle in enumerate(handles):
+        handle.result()
+        assert reshard.open(tmp_path / str(at)).read("w").eq(1).all()
+
+
+def test_release_memory_ends_the_writer_process_beside_a_forked_child(tmp_path: Path) -> None:
+    reshard.async_save({"w": torch.ones(3)}, tmp_path / "c", background="process").result()
+    process = writer_process()
+    read, write = os.pipe()
+    child = os.fork()  # as a worker of a DataLoader, it keeps the connection to the writer process open
+    if child == 0:  # pragma: no cover
+        os.read(read, 1)
+        os._exit(0)
+    reshard.release_memory()
+    os.write(write, b"x")
+    os.waitpid(child, 0)
+    assert process._process.returncode == 0  # it ended by itself

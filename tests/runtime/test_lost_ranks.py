@@ -179,19 +179,24 @@ def test_every_rank_names_the_rank_that_does_not_respond(tmp_path: Path, stopped
     assert str(failed.value).count(named) == WORLD - 1, str(failed.value)
 
 
-def keep_the_interpreter_busy(seconds: int) -> list[int]:
+def keep_the_interpreter_busy(seconds: int, calls_before: int) -> list[int]:
+    group = long_group()
+    for _ in range(calls_before):
+        on_all_ranks(lambda: time.sleep(2.5), group)
+
     def task() -> int:
         time.sleep(2)
         if dist.get_rank() == 1:
             ctypes.PyDLL(None).sleep(seconds)  # no other thread of Python runs
         return dist.get_rank()
 
-    return on_all_ranks(task, long_group())
+    return on_all_ranks(task, group)
 
 
-def test_rank_whose_interpreter_is_busy_is_not_lost(ranks: RankPool) -> None:
+@pytest.mark.parametrize("calls_before", [0, 2])
+def test_rank_whose_interpreter_is_busy_is_not_lost(ranks: RankPool, calls_before: int) -> None:
     """A pickle of many objects, for example, does not let other threads of Python run."""
-    assert ranks.run(3, keep_the_interpreter_busy, 20) == [[0, 1, 2]] * 3
+    assert ranks.run(3, keep_the_interpreter_busy, 20, calls_before) == [[0, 1, 2]] * 3
 
 
 def interrupt_a_rank() -> str:
