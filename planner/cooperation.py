@@ -21,7 +21,7 @@ from .box import IntArray, concat
 from .chunk_reads import ChunkReads
 from .coalesce import MAX_REQUEST_BYTES, GapLimits, Requests, cut_runs, reach
 from .index import CheckpointIndex
-from .read_plan import Exchange, ReadPlan, find_chunks, join_ranges, row_column
+from .read_plan import ReadPlan, SharedPart, find_chunks, join_ranges, row_column
 from .request_costs import REMOTE_COSTS
 
 MAX_UNIT_BYTES = 8 * 1024 * 1024
@@ -124,7 +124,7 @@ _COLUMNS = [field.name for field in fields(Needs)][1:]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Piece:
+class UnitPart:
     """Bytes of a unit that one rank needs: `count` runs of `nbytes` bytes, `stride` bytes apart."""
 
     start: int
@@ -156,7 +156,7 @@ class Unit:
     start: int
     stop: int
     reader: int
-    pieces: dict[int, tuple[Piece, ...]]
+    pieces: dict[int, tuple[UnitPart, ...]]
     """What ranks need, ascending. The reader knows it for all ranks that need something; others know it for
     themselves."""
 
@@ -188,7 +188,7 @@ class Shared:
         return sum(_size(unit.pieces[self.rank]) for unit in self.units if unit.reader != self.rank)
 
 
-def _size(pieces: Sequence[Piece]) -> int:
+def _size(pieces: Sequence[UnitPart]) -> int:
     return sum(piece.size for piece in pieces)
 
 
@@ -469,18 +469,18 @@ def _bytes_of_ranks(rows: _Rows, ranks_of: Sequence[Sequence[int]], nbytes: IntA
     return found
 
 
-def _pieces(rows: _Rows, members: IntArray, group: int) -> tuple[Piece, ...]:
+def _pieces(rows: _Rows, members: IntArray, group: int) -> tuple[UnitPart, ...]:
     """Return what a group needs of a unit: its rows, with adjacent dense ones joined."""
     mine = members[rows.groups[members] == group]
-    pieces: list[Piece] = []
+    pieces: list[UnitPart] = []
     columns = (rows.starts[mine], rows.counts[mine], rows.nbytes[mine], rows.strides[mine])
     for start, count, nbytes, stride in sorted(set(zip(*(column.tolist() for column in columns), strict=True))):
         last = pieces[-1] if pieces else None
         if count == 1 and last is not None and last.count == 1 and start <= last.stop:
             size = max(last.stop, start + nbytes) - last.start
-            pieces[-1] = Piece(last.start, 1, size, size)
+            pieces[-1] = UnitPart(last.start, 1, size, size)
         else:
-            pieces.append(Piece(start, count, nbytes, stride))
+            pieces.append(UnitPart(start, count, nbytes, stride))
     return tuple(pieces)
 
 
@@ -532,12 +532,12 @@ def cooperative_plan(
     return ReadPlan(tuple(mixed), requests, gap_limits, np.lexsort((numbers, keys)), _exchange(index, shared, numbers))
 
 
-def _exchange(index: CheckpointIndex, shared: Shared, numbers: IntArray) -> Exchange:
+def _exchange(index: CheckpointIndex, shared: Shared, numbers: IntArray) -> SharedPart:
     """Return what a rank reads for several ranks, sends and receives. Request i is part of the unit `numbers[i]`."""
     positions = {name: at for at, (name, _) in enumerate(index.objects)}
     ranges = [(positions[unit.name], unit.start, unit.stop) for unit in shared.units_read]
     table = np.array(ranges, np.int64).reshape(-1, 3)
-    return Exchange(table[:, 0], table[:, 1], table[:, 2], numbers >= 0, shared.bytes_sent, shared.bytes_received)
+    return SharedPart(table[:, 0], table[:, 1], table[:, 2], numbers >= 0, shared.bytes_sent, shared.bytes_received)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -566,7 +566,7 @@ class _Requests:
         counts = np.concatenate([*map(_run_counts, reads), np.empty(0, np.int64)])
         made: list[tuple[int, int, int, int, int]] = []
         sparse: dict[int, tuple[int, int, int]] = {}
-        known: dict[tuple[int, Piece], int] = {}
+        known: dict[tuple[int, UnitPart], int] = {}
         of_row = []
         columns = zip(units[rows].tolist(), objects, starts, stops, counts[rows].tolist(), strict=True)
         for unit_at, of_object, start, stop, count in columns:
@@ -591,7 +591,7 @@ def _run_counts(read: ChunkReads) -> IntArray:
     return counts
 
 
-def _containing(pieces: Sequence[Piece], start: int, stop: int, count: int) -> Piece:
+def _containing(pieces: Sequence[UnitPart], start: int, stop: int, count: int) -> UnitPart:
     """Return the piece that has the bytes of a row."""
     for piece in pieces:
         is_inside = piece.count == count == 1 and piece.start <= start and stop <= piece.stop

@@ -319,7 +319,7 @@ class Checkpoint:
         if costs is None and not may_share(self._source, cooperative):
             cooperative = False
         plans = plan_ranks(index, layout, entries, limits, self.location, cooperative, speed)
-        self._warn_of_unused_rules(layout, selection)
+        self._warn_of_layout(layout, selection)
         return plans
 
     def _selected_tensors(self, selection: Selection, may_miss: Sequence[str] = ()) -> dict[str, Entry]:
@@ -332,11 +332,11 @@ class Checkpoint:
         selection.check([*includable, *self.value_names], may_miss=may_miss, includable=includable)
         return {new: tensors[name] for new, name in selection.select(tensors).items()}
 
-    def _warn_of_unused_rules(self, layout: Layout, selection: Selection) -> None:
-        """Warn on rank 0 of rules that match no tensor of the checkpoint, selected or not."""
+    def _warn_of_layout(self, layout: Layout, selection: Selection) -> None:
+        """Warn on rank 0 if a layout does not fit the tensors of the checkpoint, selected or not."""
         if rank_of(None) == 0:
             names = [*self._tensors, *self._source.unreadable]
-            warn_of_unused_rules(layout, map(selection.new_name, names), self.location)
+            warn_of_layout(layout, map(selection.new_name, names), self.location)
 
     @undisturbed()
     def shards_of(self, name: str) -> tuple[list[Box], tuple[int, ...]]:
@@ -411,7 +411,7 @@ class Checkpoint:
         wants: list[WantedBox] = []
         views: list[torch.Tensor] = []
         held_tensors = rank_tensors(self._selected_tensors(selection, may_miss), layout, rank)
-        self._warn_of_unused_rules(layout, selection)
+        self._warn_of_layout(layout, selection)
         self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:
             stored[held.name] = torch_dtype(held.entry.dtype)
@@ -569,16 +569,29 @@ class Checkpoint:
         return table(repr(self), columns, rows)
 
 
-def warn_of_unused_rules(layout: Layout, names: Iterable[str], location: str) -> None:
-    """Log a warning if rules of a layout match none of the tensors of a checkpoint."""
-    unused = unused_rules(layout, names)
-    if unused:
+def warn_of_layout(layout: Layout, names: Iterable[str], location: str) -> None:
+    """Log warnings if rules or stages of a layout match none of the tensors of a checkpoint, or stages are missing."""
+    names = list(names)
+    if unused := unused_rules(layout, names):
         logger.warning(
             "%d of %d patterns of the layout match no tensor of %s: %s; a tensor that no pattern matches is replicated",
             len(unused),
             len(layout.rules),
             location,
             quoted(unused),
+        )
+    if unknown := sorted({name for name, _ in layout.stages}.difference(names)):
+        logger.warning(
+            "%d of %d names in the stages of the layout are not in %s: %s",
+            len(unknown),
+            len(layout.stages),
+            location,
+            quoted(unknown),
+        )
+    if not layout.stages and dict(zip(layout.mesh.names, layout.mesh.sizes, strict=True)).get("pp", 1) > 1:
+        logger.warning(
+            'the mesh has the dimension "pp", but the layout has no stages, so every rank holds the tensors of all '
+            "stages: pass stages=, for example from reshard.layout.even_stages"
         )
 
 

@@ -43,7 +43,7 @@ from .writing.agreement import (
     pack_descriptions,
     unpack_descriptions,
 )
-from .writing.checkpoint_writer import Agreed, CheckpointWriter, SaveOptions
+from .writing.checkpoint_writer import CheckpointWriter, SaveOptions
 from .writing.object_layout import ShardToWrite, part_of
 from .writing.object_writer import write_objects
 
@@ -173,7 +173,7 @@ class StorageWriter(dcp.StorageWriter):
         paths = {name: known.get(name) for name in metadata.state_dict_metadata}
         written = [rank[0].storage_data for rank in results]
         with self._writing():
-            metadata.storage_data = self._writer.commit(Agreed(paths, tensors), written)
+            metadata.storage_data = self._writer.commit(paths, tensors, written)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -1,8 +1,9 @@
 """`reshard.load`: every rank plans its own reads from the metadata.
 
-The ranks communicate twice. The first exchange checks that all ranks opened the same checkpoint and that it fits their
-state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object store, rank 0
-reads the metadata for all ranks. Then there is one more exchange, and two more for a large manifest.
+The ranks communicate at least twice. The first exchange checks that all ranks opened the same checkpoint and that it
+fits their state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object
+store, rank 0 reads the metadata for all ranks, which takes one more exchange, and two more for a large manifest.
+Stateful values take two more, because their methods may be collective. A shared read takes one to agree on it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from .reading.cooperative import Offer, SharedRead, check_cooperative
 from .reading.name_matching import LoadOptions
 from .reading.opening import (
     BegunOpening,
-    Blocks,
+    ManifestBlocks,
     OpenedCheckpoint,
     Opening,
     are_different,
@@ -125,13 +125,17 @@ def load(
         UnsafeValueError: a value needs `allow_pickle`.
         RankError: any other error.
     """
-    check_arguments = partial(_check_arguments, strict, budget_bytes, cooperative, rename)
-    options = partial(LoadOptions.of, strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
+
+    def begin() -> tuple[LoadOptions, Opening]:
+        _check_arguments(strict, budget_bytes, cooperative, rename)
+        options = LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
+        check_mapping(state_dict)
+        return options, Opening(uri, storage_options, format, process_group)
+
     sharing = SharedRead(cooperative, budget_bytes, process_group)
     run = _Load(state_dict, process_group, sharing, ReadOptions(0, budget_bytes, max_over_read), progress)
     with sharing:
-        opening = partial(Opening, uri, storage_options, format, process_group)
-        done = run.read(run.prepare(check_arguments, opening, options))
+        done = run.read(run.prepare(begin))
     return run.report(done)
 
 
@@ -154,7 +158,7 @@ class _Compared:
 
     opened: list[OpenedCheckpoint]
     offers: list[Offer | None]
-    blocks: Blocks
+    blocks: ManifestBlocks
     is_complete: bool
     """Whether every rank has compared its state dict."""
 
@@ -194,13 +198,11 @@ class _Load:
         self._states: Mapping[str, Any] = {}
         self._read: StateDictRead | None = None
 
-    def prepare(
-        self,
-        check_arguments: Callable[[], None],
-        begin_opening: Callable[[], Opening],
-        load_options: Callable[[], LoadOptions],
-    ) -> list[Offer | None]:
+    def prepare(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> list[Offer | None]:
         """Open the checkpoint, and compare it with the state dict. Nothing is changed. Collective.
+
+        Args:
+            begin: checks the arguments of this rank.
 
         Returns:
             What each rank needs, if the ranks may share the read.
@@ -208,19 +210,16 @@ class _Load:
         Raises what `load` raises before anything is changed.
         """
 
-        def begin() -> tuple[BegunOpening, bool, Offer | None]:
+        def open_checkpoint() -> tuple[BegunOpening, bool, Offer | None]:
             """Return how this rank opens the checkpoint, whether it has a Stateful, and what it needs, if known."""
-            check_arguments()
-            self._load_options = load_options()
-            check_mapping(self._state_dict)
             with record_function("reshard.open"):
-                self._opening = begin_opening()
+                self._load_options, self._opening = begin()
                 begun = self._opening.begin()
             # a state_dict() may be collective: it is called when all ranks have opened the checkpoint
             is_waiting = has_stateful(self._state_dict)
             return begun, is_waiting, self._compare() if begun.is_complete and not is_waiting else None
 
-        found = on_all_ranks(begin, self._group)
+        found = on_all_ranks(open_checkpoint, self._group)
         begun = [one for one, _, _ in found]
         is_waiting = any(waits for _, waits, _ in found)
         if all(one.is_complete for one in begun):

@@ -24,7 +24,7 @@ from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, flatten, stateful_to_state
 from .writing.agreement import check_same_metadata
-from .writing.checkpoint_writer import Agreed, CheckpointWriter, SaveOptions, Written
+from .writing.checkpoint_writer import CheckpointWriter, SaveOptions, Written
 from .writing.held_state import HeldState
 from .writing.object_layout import ShardToWrite
 from .writing.object_writer import write_objects
@@ -249,9 +249,9 @@ class Saving:
             entries = self._plan.entries
             paths = {name: entry.path for name, entry in entries.items()}
             tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if entry.dtype}
-            agreed = Agreed(paths, tensors, tuple(self._differing))
             try:
-                return [self.writer.commit(agreed, by_rank)] * exchange.size
+                reports = self.writer.commit(paths, tensors, by_rank, differing=tuple(self._differing))
+                return [reports] * exchange.size
             except Exception:
                 raise
             except BaseException as error:

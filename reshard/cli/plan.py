@@ -19,7 +19,7 @@ from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
 from reshard.planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from reshard.planner.stages import even_stages
-from reshard.storage.checkpoint import Checkpoint, warn_of_unused_rules
+from reshard.storage.checkpoint import Checkpoint, warn_of_layout
 
 from ..humanize import format_bytes, format_ranks
 from .common import print_json, print_line, print_table, storage_options
@@ -245,7 +245,7 @@ def _rules(checkpoint: Checkpoint, mesh: Mapping[str, int], words: Mapping[str, 
     if "tp" not in mesh:
         words = {}
     over_tp = Layout({"tp": mesh.get("tp", 1)}, words)
-    warn_of_unused_rules(over_tp, checkpoint.tensors, checkpoint.location)
+    warn_of_layout(over_tp, checkpoint.tensors, checkpoint.location)
     rules: dict[str, Rule] = {}
     for name, info in checkpoint.tensors.items():
         (placement,) = over_tp.placements(name, len(info.shape))

@@ -154,7 +154,7 @@ class DcpSource(ForeignSource):
         if name not in self._must_read_whole:
             return worthwhile
         worthwhile[:] = ~self._must_read_whole[name][rows]
-        if self.store.capabilities.read_into is not None:
+        if self.store.capabilities.is_local:
             return worthwhile  # on a disk, a request costs less than decoding
         shards, itemsize, costs = self._shards[name], self._entries[name].itemsize, self._reads.costs
         lengths, values = shards.lengths[rows], shards.sizes[rows].prod(axis=1) * itemsize

@@ -110,7 +110,7 @@ class Reads:
             self.latency_s, self.bytes_per_s = speed.latency_s, speed.bytes_per_s
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        """Learn the throughput from concurrent requests that took some time together. Small readings are ignored."""
+        """Learn the throughput from concurrent requests: their bytes, and the seconds that all of them took."""
         if nbytes >= MIN_THROUGHPUT_READ_BYTES:
             self.bytes_per_s = nbytes / seconds
 
@@ -124,7 +124,7 @@ class Reads:
     @property
     def costs(self) -> RequestCosts:
         """The cost of a request, from the measured latency and throughput."""
-        if self.store.capabilities.read_into is not None:
+        if self.store.capabilities.is_local:
             return LOCAL_COSTS
         concurrent = self.store.capabilities.concurrent_reads
         return replace(REMOTE_COSTS.measured(self.latency_s, self.bytes_per_s), concurrent_requests=concurrent)

@@ -6,7 +6,7 @@ others, only the sizes are checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,12 +55,18 @@ class DamagedChunk:
 
 
 def verify(
-    store: Store, index: CheckpointIndex, *, quick: bool = False, progress: OnProgress = False
+    store: Store,
+    index: CheckpointIndex,
+    *,
+    quick: bool = False,
+    only: Collection[str] | None = None,
+    progress: OnProgress = False,
 ) -> list[DamagedChunk]:
     """Read all chunks of a checkpoint, and return those that are damaged or missing.
 
     Args:
         quick: Check only the sizes of the objects.
+        only: The objects whose chunks are read. Default: all.
         progress: True for a progress bar, or a function that is called with a `Progress`.
 
     Raises:
@@ -68,6 +74,8 @@ def verify(
     """
     plan = plan_reads(index, [WantedBox(entry.name, entry.whole) for entry in index.entries])
     _, requests = arrange(plan)
+    if only is not None:
+        requests = [request for request in requests if index.objects[request.object][0] in only]
 
     def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]

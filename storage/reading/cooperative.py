@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -47,7 +47,7 @@ class Offer:
 
 def may_share(source: Source, mode: object) -> bool:
     """Return whether a read of a checkpoint may be shared. "auto" never shares reads of local files."""
-    return mode is True or (mode == "auto" and source.store.capabilities.read_into is None)
+    return mode is True or (mode == "auto" and not source.store.capabilities.is_local)
 
 
 def check_same_mode(offers: Sequence[Offer | None]) -> None:
@@ -123,14 +123,6 @@ class Cooperation:
         return cooperative_plan(self.index, self._reads, self._tensors, self.shared, gap_limits, max_request_bytes)
 
 
-class Agreed(NamedTuple):
-    """A read that the ranks have agreed to share."""
-
-    cooperation: Cooperation
-    """This rank's part of it."""
-    peers: Peers
-
-
 class SharedRead:
     """A collective read: if it saves time, one rank reads what several need and sends it to them.
 
@@ -144,18 +136,18 @@ class SharedRead:
 
     def __init__(self, mode: object, budget_bytes: int | None, process_group: dist.ProcessGroup | None = None) -> None:
         self.alarm = Alarm(process_group)
-        self.agreed: Agreed | None = None
+        self.cooperation: Cooperation | None = None
+        self.peers: Peers | None = None
         """None if each rank reads for itself."""
-        self._cooperation: Cooperation | None = None
         self._mode = mode
         self._budget_bytes = budget_bytes
         self._group = process_group
 
     def offer(self, source: Source, wants: Callable[[], Sequence[WantedBox]]) -> Offer | None:
         """Return what this rank needs, or None if it does not share the read."""
-        if self._cooperation is None and is_distributed() and may_share(source, self._mode):
-            self._cooperation = Cooperation(source, wants(), self._mode, self._budget_bytes or default_budget())
-        return None if self._cooperation is None else self._cooperation.offer
+        if self.cooperation is None and is_distributed() and may_share(source, self._mode):
+            self.cooperation = Cooperation(source, wants(), self._mode, self._budget_bytes or default_budget())
+        return None if self.cooperation is None else self.cooperation.offer
 
     def agree(self, offers: Sequence[Offer | None]) -> None:
         """Decide with the other ranks whether to share the read. Collective.
@@ -165,12 +157,12 @@ class SharedRead:
         """
         check_same_mode(offers)
         known = [offer for offer in offers if offer is not None]
-        cooperation = self._cooperation
+        cooperation = self.cooperation
         if cooperation is None or len(known) < len(offers) or len(known) == 1:
             return
         cooperation.agree(known, rank_of(self._group), lambda data: on_all_ranks(lambda: data, self._group))
         if cooperation.shared is not None:
-            self.agreed = Agreed(cooperation, Peers.of(self._group))
+            self.peers = Peers.of(self._group)
 
     def run(self, prepare: Callable[[], Offer | None], read: Callable[[], T]) -> list[T]:
         """Prepare on all ranks, agree, and read on all ranks. Return the results of all ranks. Collective.
@@ -196,6 +188,6 @@ class SharedRead:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None and self.agreed is not None:
-            self.agreed.peers.abort()
+        if error is not None and self.peers is not None:
+            self.peers.abort()
         self.alarm.close()

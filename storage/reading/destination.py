@@ -26,44 +26,38 @@ class Destination:
     """
 
     def __init__(self, tensor: torch.Tensor, stored: torch.dtype) -> None:
-        self._tensor = tensor = tensor.detach()
-        self._stored = stored
+        self.tensor = tensor = tensor.detach()
+        self.stored = stored
         self.device: Device | None = device_of(tensor)
         """The device that decodes, or joins planes. None: the host does all of that."""
-        self._array: npt.NDArray[Any] | None = None
+        self.array: npt.NDArray[Any] | None = None
         """The bits of the tensor as an array. None if numpy cannot write them."""
         plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
         if plain and not tensor.dtype.is_complex:
             # torch copies on its thread pool, which the threads that call this would compete for. numpy does not
             # (`benchmarks/overhead.py`).
-            self._array = tensor.view(UNSIGNED[tensor.itemsize]).numpy()
-
-    def open(self, block: Block) -> Target:
-        """Return the part of the tensor that a block is written to."""
-        return Target(block, self._tensor, self._array, self._stored)
+            self.array = tensor.view(UNSIGNED[tensor.itemsize]).numpy()
 
 
-class Target:
+class BlockTarget:
     """The part of a tensor that the chunks of a block are written to, with one axis for each direction of the block.
 
     Args:
+        destination: the tensor.
         block: the block.
-        tensor: the tensor.
-        array: its bits as an array. None if numpy cannot write them.
-        stored: the dtype of the values of the block.
     """
 
-    def __init__(self, block: Block, tensor: torch.Tensor, array: npt.NDArray[Any] | None, stored: torch.dtype) -> None:
+    def __init__(self, destination: Destination, block: Block) -> None:
         self._block = block
-        self._stored = stored
-        self._tensor = tensor
-        self.casts = tensor.dtype != stored
+        self._stored = destination.stored
+        self._tensor = destination.tensor
+        self.casts = self._tensor.dtype != self._stored
         """Whether the values are cast."""
         self._shape, self._axes = split_shape(block.sizes, block.counts, block.dims)
         self._array: npt.NDArray[Any] | None = None
-        if array is not None:
+        if destination.array is not None:
             index: tuple[Any, ...] = (..., *block.target)  # the ellipsis makes it a view, even of a scalar
-            region = array[index]
+            region = destination.array[index]
             self._array = region.reshape(self._shape).transpose(self._axes) if block.counts else region
 
     def write(self, index: tuple[int | slice, ...], values: npt.NDArray[Any]) -> None:

@@ -34,10 +34,10 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._capabilities = can = store.capabilities
-        self.reads_here = can.read_into is not None
+        self.reads_here = can.is_local
         """Whether the worker threads call `read`. Otherwise the thread that executes the plan calls `start`."""
         self._pool: Pool | None = None
-        if can.async_reads is None and can.read_into is None:
+        if can.async_reads is None and not can.is_local:
             self._pool = Pool(can.concurrent_reads, "reshard-fetch")
         self._running: set[Future[list[Fetched]]] = set()
         self._turns = asyncio.Semaphore(can.concurrent_reads)

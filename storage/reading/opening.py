@@ -33,7 +33,7 @@ MAX_SENT_BYTES = 256 * 1024 * 1024
 MIN_READERS = 2
 """Rank 0 sends blocks of a manifest if, on average, at least this many ranks need each of them."""
 
-Blocks: TypeAlias = dict[int, bytes]
+ManifestBlocks: TypeAlias = dict[int, bytes]
 """Blocks of a manifest, by their number."""
 
 
@@ -184,7 +184,7 @@ class Opening:
 
 def _is_remote(store: Store) -> bool:
     """Return whether all ranks see the same objects, and requests are expensive."""
-    return store.capabilities.is_shared and store.capabilities.read_into is None
+    return store.capabilities.is_shared and not store.capabilities.is_local
 
 
 def _inner(store: Store) -> Store:
@@ -199,7 +199,7 @@ def blocks_to_read(source: Source, wants: Sequence[WantedBox]) -> list[int]:
     return []
 
 
-def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: int) -> Blocks:
+def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: int) -> ManifestBlocks:
     """Read on rank 0 the blocks that ranks need. Return none if it is better that each rank reads its own.
 
     Args:
@@ -215,7 +215,7 @@ def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: i
     return source.read_blocks(blocks.tolist())
 
 
-def keep_blocks(source: Source, blocks: Blocks) -> None:
+def keep_blocks(source: Source, blocks: ManifestBlocks) -> None:
     """Keep the blocks that rank 0 has read."""
     if isinstance(source, Manifest):
         source.keep_blocks(blocks)

@@ -315,8 +315,9 @@ class _ReadRun:
         destinations += [tensor for value in values for tensor in value.tensors]
         increment_version(destinations)  # autograd does not see what is written through other views of the memory
         sharing = self._options.sharing
-        if sharing is not None and sharing.agreed is not None:
-            self._read_shared(destinations, *sharing.agreed)
+        if sharing is not None and sharing.peers is not None:
+            assert sharing.cooperation is not None
+            self._read_shared(destinations, sharing.cooperation, sharing.peers)
         else:
             self._read(wants, destinations)
 

@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from ...planner.cooperation import Piece, Unit
+from ...planner.cooperation import Unit, UnitPart
 from ..errors import StoppedError, StoreError
 from ..runtime.peers import Peers
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt
@@ -37,7 +37,7 @@ class _Progress:
     begun: bool = False
     data: memoryview | None = None
     """Its bytes. If another rank is the reader: this rank's pieces, one after another."""
-    waiting: list[tuple[Piece, _Done]] = field(default_factory=list)
+    waiting: list[tuple[UnitPart, _Done]] = field(default_factory=list)
 
 
 class SharingFetcher(Fetcher):
@@ -73,7 +73,7 @@ class SharingFetcher(Fetcher):
         self._error: Exception | None = None
         self._unsent: StoreError | None = None
         """Why a unit cannot be sent, if the executor has not failed for the same reason."""
-        self._of_piece: dict[tuple[str, int, int, int], tuple[_Progress, Piece]] = {}
+        self._of_piece: dict[tuple[str, int, int, int], tuple[_Progress, UnitPart]] = {}
         for unit in units:
             mine = unit.pieces[peers.rank]
             progress = _Progress(unit, len(mine))
@@ -216,7 +216,7 @@ class SharingFetcher(Fetcher):
     def _send(self, unit: Unit, data: memoryview) -> None:
         """Begin to send the pieces of a unit to the ranks that need them."""
         try:
-            payloads: dict[tuple[Piece, ...], torch.Tensor] = {}
+            payloads: dict[tuple[UnitPart, ...], torch.Tensor] = {}
             sent = []
             for rank, pieces in unit.pieces.items():
                 if rank != self._peers.rank:
@@ -253,7 +253,7 @@ class SharingFetcher(Fetcher):
         for done, one in found:  # without the lock: the executor has its own
             done(_done_with(one))
 
-    def _take(self, progress: _Progress, piece: Piece) -> memoryview:
+    def _take(self, progress: _Progress, piece: UnitPart) -> memoryview:
         """Return the bytes of a piece, and forget the unit after its last piece. The caller holds the lock."""
         unit, data = progress.unit, progress.data
         assert data is not None
@@ -292,7 +292,7 @@ def _done_with(found: Fetched) -> Future[list[Fetched]]:
     return future
 
 
-def _cut(data: memoryview, unit: Unit, piece: Piece) -> memoryview:
+def _cut(data: memoryview, unit: Unit, piece: UnitPart) -> memoryview:
     """Cut a piece out of its unit, and join its byte ranges."""
     begin = piece.start - unit.start
     if piece.count == 1:

@@ -50,8 +50,8 @@ class Capabilities:
     async_reads: AsyncReads | None = None
     """Reads on an event loop. If set, they replace `Store.read` for bulk data."""
     read_into: ReadInto | None = None
-    """Reads into memory of the caller. If set, it replaces `Store.read` for data objects, which never change. The
-    store is then treated as a local disk: requests are cheap, and the threads that decode also read."""
+    """Reads into memory of the caller. If set, it replaces `Store.read` for data objects, which never change, and the
+    store is local."""
     will_read: Callable[[str, Sequence[tuple[int, int]]], None] | None = None
     """Starts to fetch byte ranges [start, stop) of the named object, which will be read soon. Raises nothing."""
     list_top: Callable[[], Iterable[str]] | None = None
@@ -59,10 +59,15 @@ class Capabilities:
     check_delete: Callable[[Iterable[str]], None] | None = None
     """Raises StoreError for the first object that `Store.delete` would refuse to delete. Changes nothing."""
     is_shared: bool = True
-    """Whether all ranks see the same objects. If so, and without `read_into`, rank 0 reads the metadata of a load for
-    all ranks. If not, rank 0 commits a checkpoint without checking that it sees what the other ranks wrote."""
+    """Whether all ranks see the same objects. If so, rank 0 reads the metadata of a load for all ranks, unless the
+    store is local. If not, rank 0 commits a checkpoint without checking that it sees what the other ranks wrote."""
     close: Callable[[], None] | None = None
     """Closes files and connections. The store may open them again when it is used."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is treated as a local disk: requests are cheap, and the threads that decode also read."""
+        return self.read_into is not None
 
     def __post_init__(self) -> None:
         if self.concurrent_reads < 1:

@@ -37,7 +37,6 @@ process serves the requests of all."""
 RANKS_AT_ONCE = 64
 MAX_WAIT_S = 600.0
 """How long a rank waits for the answers of the others. They answer even while they train."""
-"""How often a rank that waits looks whether a rank has died."""
 STUCK_S = 10.0
 """If the store does not answer a waiting rank for this long, it is considered lost."""
 REPEATED_AFTER_S = 5.0

@@ -21,6 +21,7 @@ from ...planner.errors import CheckpointError
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..formats.native.commit import commit, rank_of_object
 from ..formats.native.manifest import DATA_FOLDER, Manifest
+from ..maintenance.verify import verify
 from ..runtime.logs import logger_of
 from ..runtime.lost_ranks import Lookout, Watch, client_of, new_key
 from ..runtime.threads import Pool, current_stop
@@ -37,7 +38,7 @@ CONCURRENT_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CheckpointCopy:
     """A checkpoint to copy."""
 
     folder: str
@@ -48,13 +49,13 @@ class Copy:
         return json.dumps([self.folder, list(self.objects)])
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Copy:
+    def from_json(cls, text: str | bytes) -> CheckpointCopy:
         folder, objects = json.loads(text)
         return cls(folder, [(name, nbytes) for name, nbytes in objects])
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class _Submitted:
     """A copy that was submitted; see `Mirror.submit`."""
 
     folder: str
@@ -91,7 +92,7 @@ class Mirror:
             watch = Watch.of(process_group)
             self._lookout, self._store = Lookout(watch), client_of(watch.store)
         self._changed = Condition()
-        self._waiting: deque[_Task] = deque()
+        self._waiting: deque[_Submitted] = deque()
         self._is_busy = False
         self._count = 0
         """How many copies have begun."""
@@ -110,7 +111,7 @@ class Mirror:
             ended: called with an error message, "" if the copy is complete, or None if nothing was copied.
         """
         with self._changed:
-            self._waiting.append(_Task(folder, overwrite, is_needed, ended))
+            self._waiting.append(_Submitted(folder, overwrite, is_needed, ended))
             self._changed.notify_all()
 
     def wait(self) -> None:
@@ -156,7 +157,7 @@ class Mirror:
         manifest = Manifest.find(source)
         if manifest is None:
             return "it was removed"
-        data, copy = manifest.contents(), Copy(folder, list(manifest.objects))
+        data, copy = manifest.contents(), CheckpointCopy(folder, list(manifest.objects))
         self._count += 1
         if self._store is not None:
             self._store.set(f"{self._key}/{self._count}", copy.to_json())
@@ -188,19 +189,20 @@ class Mirror:
             while not stop.wait(POLL_EVERY_S):
                 key = f"{self._key}/{self._count + 1}"
                 if self._store.check([key]):
-                    copy = Copy.from_json(self._store.get(key))
+                    copy = CheckpointCopy.from_json(self._store.get(key))
                     self._count += 1
                     self._store.set(f"{key}/{self._rank}", self._copy_own(copy))
         except RuntimeError as error:
             logger.info("the process group has ended, and this rank copies no more checkpoints: %s", error)
 
-    def _copy_own(self, copy: Copy) -> str:
+    def _copy_own(self, copy: CheckpointCopy) -> str:
         """Copy the objects of this rank. Return an error message, or ""."""
         own = [
             (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
         ]
         try:
             source, target = self._source(copy.folder), self._target(copy.folder)
+            _check_undamaged(source, [name for name, _ in own])
             with Pool(CONCURRENT_COPIES, "reshard-copy") as pool:
                 for _ in pool.map(lambda item: copy_object(source, target, *item), own):
                     pass
@@ -209,6 +211,18 @@ class Mirror:
         except Exception as error:
             return f"rank {self._rank}: {type(error).__name__}: {error}"
         return ""
+
+
+def _check_undamaged(source: Store, names: Sequence[str]) -> None:
+    """Check objects before they are copied, unless this rank does not see the manifest, which has their checksums.
+
+    Raises:
+        CorruptCheckpointError: a chunk is damaged or missing.
+    """
+    manifest = Manifest.find(source)
+    damaged = [] if manifest is None else verify(source, manifest.index(), only=set(names))
+    if damaged:
+        raise CorruptCheckpointError(f"{len(damaged)} chunks in {source.location} are damaged: {damaged[0]}")
 
 
 def copy_object(source: Store, target: Store, name: str, nbytes: int) -> None:

@@ -65,18 +65,6 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreed:
-    """What the ranks agreed on before they wrote."""
-
-    paths: Mapping[str, Path | None]
-    """The path of each entry that is saved. DCP's planner may know no paths."""
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    """The dtype and shape of each tensor."""
-    differing: tuple[str, ...] = ()
-    """The names of entries that differ between ranks."""
-
-
-@dataclass(frozen=True, slots=True)
 class SaveOptions:
     """The options that all kinds of saves share; see `reshard.save`."""
 
@@ -215,12 +203,21 @@ class CheckpointWriter:
             )
         return names
 
-    def commit(self, agreed: Agreed, by_rank: Sequence[Written]) -> list[dict[str, Any]]:
+    def commit(
+        self,
+        paths: Mapping[str, Path | None],
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        by_rank: Sequence[Written],
+        *,
+        differing: tuple[str, ...] = (),
+    ) -> list[dict[str, Any]]:
         """Write the manifest, which commits the checkpoint.
 
         Args:
-            agreed: what the ranks save.
+            paths: the path of each entry that is saved. DCP's planner may know no paths.
+            tensors: the dtype and shape of each tensor.
             by_rank: what each rank wrote.
+            differing: the names of entries that differ between ranks.
 
         Returns:
             The report of each rank, as plain data.
@@ -228,12 +225,11 @@ class CheckpointWriter:
         Raises what `commit` of the native format raises. CorruptCheckpointError: an entry was not written.
         """
         with without_collections():
-            manifest, objects = self._manifest(agreed, by_rank)
+            manifest, objects = self._manifest(paths, tensors, by_rank)
         reports = [written.report for written in by_rank]
         reports[self.rank]["bytes_written"] += len(manifest)
         reports[self.rank]["requests"] += 1
         pickled = sorted(name for report in reports for name in report["pickled"])
-        differing = agreed.differing
         reports[self.rank]["differing"] = differing
         if pickled:
             logger.warning(
@@ -258,18 +254,23 @@ class CheckpointWriter:
         )
         return reports
 
-    def _manifest(self, agreed: Agreed, by_rank: Sequence[Written]) -> tuple[bytes, set[str]]:
+    def _manifest(
+        self,
+        paths: Mapping[str, Path | None],
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        by_rank: Sequence[Written],
+    ) -> tuple[bytes, set[str]]:
         """Return the manifest, and the names of the data objects that it lists."""
         packed = [written.records for written in by_rank]
         written = {entry.name for entries in entries_of(packed).values() for entry in entries}
-        empty = {name: tensor for name, tensor in agreed.tensors.items() if name not in written}
-        for name in agreed.paths:
+        empty = {name: tensor for name, tensor in tensors.items() if name not in written}
+        for name in paths:
             if name not in written and (name not in empty or 0 not in empty[name][1]):
                 raise CorruptCheckpointError(f"no rank wrote {name!r}: the checkpoint was not committed")
         index = assemble_index(packed, empty)
         info = info_of_save(self._options.codec, ranks=len(by_rank), save_id=self.save_id)
-        paths = {name: path for name, path in agreed.paths.items() if path is not None}
-        return encode_manifest(index, paths, info, self._metadata), {name for name, _ in index.objects}
+        known = {name: path for name, path in paths.items() if path is not None}
+        return encode_manifest(index, known, info, self._metadata), {name for name, _ in index.objects}
 
     def discard(self) -> None:
         """Remove what this rank wrote, after a save that was not committed. Log what cannot be removed."""

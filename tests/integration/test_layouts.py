@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import Shard as TorchShard
 
 import reshard
 from reshard.errors import MissingTensorError
+from reshard.testing import MemoryStore
 from tests.conftest import STORES, Place
 from tests.integration.models import build, local_values
 from tests.ranks import RankFailed, RankPool
@@ -172,6 +174,25 @@ def test_one_rank_logs_rules_that_match_no_tensor(ranks: RankPool, tmp_path: Pat
     assert "'*.dwn'" in message
     assert [messages for messages, _ in found[1:]] == [[], []]
     assert len({tuple(shape) for _, shape in found}) == 1, "replicated"
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (reshard.Layout({"pp": 2}), "the layout has no stages, so every rank holds the tensors of all stages"),
+        (reshard.Layout({"pp": 2}, stages={"a": 0, "c": 1}), r"1 of 2 names in the stages of the layout .*: 'c'"),
+        (reshard.Layout({"pp": 2}, stages={"a": 0, "b": 1}), ""),
+        (reshard.Layout({"pp": 1}), ""),
+    ],
+)
+def test_layout_whose_stages_do_not_fit_is_logged(
+    layout: reshard.Layout, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemoryStore()
+    reshard.save({"a": torch.ones(2), "b": torch.ones(2)}, store)
+    caplog.clear()
+    reshard.open(store).load_rank(layout, 0)
+    assert re.search(message, caplog.text) if message else not caplog.records
 
 
 def load_rank_with_a_wrong_pattern(uri: str) -> str:

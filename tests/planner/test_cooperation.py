@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner import cooperation
-from reshard.planner.cooperation import Needs, Piece, Shared, Sharing
+from reshard.planner.cooperation import Needs, Shared, Sharing, UnitPart
 
 Row = tuple[int, int, int, int, int, int, int]
 """object, start, stop, tensor, number of runs, bytes of a run, stride"""
@@ -61,7 +61,7 @@ def random_needs(chunks: list[tuple[int, int, int, int]], random: Random) -> Nee
     return needs_of(rows)
 
 
-def bytes_of(piece: Piece) -> set[int]:
+def bytes_of(piece: UnitPart) -> set[int]:
     starts = range(piece.start, piece.start + piece.count * piece.stride, max(piece.stride, 1))
     return {at for start in starts for at in range(start, start + piece.nbytes)}
 
@@ -76,7 +76,7 @@ def check_rank(shared: Shared, needs: Needs, rank: int) -> None:
             continue
         unit = shared.units[position]
         assert unit.name == needs.names[needs.objects[at]]
-        row = Piece(*(int(column[at]) for column in (needs.starts, needs.counts, needs.nbytes, needs.strides)))
+        row = UnitPart(*(int(column[at]) for column in (needs.starts, needs.counts, needs.nbytes, needs.strides)))
         assert any(bytes_of(row) <= bytes_of(piece) for piece in unit.pieces[rank])
     for unit in shared.units:
         for pieces in unit.pieces.values():

@@ -27,7 +27,7 @@ from reshard.storage.formats.native.write_records import PackedRecords, assemble
 from reshard.storage.reading import executor, workers
 from reshard.storage.reading.blocks import Block, find_blocks, form_boxes, split_shape
 from reshard.storage.reading.decode import parts_of
-from reshard.storage.reading.destination import Destination
+from reshard.storage.reading.destination import BlockTarget, Destination
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.tasks import arrange
 from reshard.storage.stores.local import LocalStore
@@ -77,8 +77,8 @@ def test_blocks_are_written_like_their_chunks(
         for target in tensor, by_torch:
             destination = Destination(target, torch.int64)
             if target is by_torch:
-                destination._array = None
-            opened, begin = destination.open(block), 0
+                destination.array = None
+            opened, begin = BlockTarget(destination, block), 0
             for index, count in zip(*parts_of(block.counts, most), strict=True):
                 assert count <= most
                 opened.write(index, ordered[begin : begin + count * chunk_bytes])

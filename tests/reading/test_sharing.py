@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 import reshard
 from reshard.errors import ArgumentError, CorruptCheckpointError, RankError, StoreError
-from reshard.planner.cooperation import Piece, Unit
+from reshard.planner.cooperation import Unit, UnitPart
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.request_costs import RequestCosts
 from reshard.storage.reading.sharing import SharingFetcher
@@ -401,7 +401,7 @@ def test_an_object_that_is_cut_short_behind_the_own_piece_is_an_error() -> None:
     """Nothing else would end the wait of the other ranks, since this rank has what it needs."""
     store = MemoryStore()
     store.content = {"a": bytes(150), "b": bytes(200)}
-    own, others = Piece(0, 1, 100, 100), Piece(100, 1, 100, 100)
+    own, others = UnitPart(0, 1, 100, 100), UnitPart(100, 1, 100, 100)
     units = [Unit(at, 0, name, 0, 200, 0, {0: (own,), 1: (others,)}) for at, name in enumerate("ab")]
     with pytest.raises(StoreError, match="object 'a' in memory was cut short: it ends before byte 200"):
         read_units(SharingFetcher(store, units, cast(Any, NoPeers()), 250))

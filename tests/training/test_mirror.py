@@ -404,6 +404,20 @@ def test_mirror_is_read_if_one_rank_does_not_see_the_root(ranks: RankPool, tmp_p
     assert ranks.run(2, restore_where_one_rank_lost_the_root, str(tmp_path)) == [2, 2]
 
 
+def test_damaged_object_is_not_copied(tmp_path: Path) -> None:
+    """A mirror with the same damage would be of no use."""
+    with reshard.CheckpointManager(tmp_path / "root", asynchronous=False, signals=()) as manager:
+        train(manager, [1])
+    [path] = (tmp_path / "root" / "step-00000001" / "data").iterdir()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    manager = manager_of(tmp_path)
+    with pytest.raises(errors.StoreError, match=r"could not be copied.* rank 0: 1 chunks in .*root.* are damaged: 'w'"):
+        manager.close()
+    assert steps_in(tmp_path / "mirror") == []
+
+
 def test_error_after_a_copy_does_not_stop_the_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -159,7 +159,7 @@ class Manifest:
         """Ignore the speed of the store."""
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        if costs is None and self.store.capabilities.read_into is None:
+        if costs is None and not self.store.capabilities.is_local:
             costs = REMOTE_COSTS
         bound = bounded(max_over_read)
         if costs is not None:

@@ -33,7 +33,7 @@ from ..decode import (
     place_chunk_batch,
     undecodable,
 )
-from ..destination import Target
+from ..destination import BlockTarget
 from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
 from ..tasks import ChunkBatch, Request, TensorRead
 from .device import Device
@@ -223,7 +223,7 @@ def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
             raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, damage) from error
 
 
-def _write(batch: ChunkBatch, target: Target, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
+def _write(batch: ChunkBatch, target: BlockTarget, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
     batch.tensor.overwritten = True
     target.write_tensor(index, values)
 
@@ -255,7 +255,7 @@ class _PartOfBlock:
 
     batch: ChunkBatch
     block: Block
-    target: Target
+    target: BlockTarget
     index: tuple[int | slice, ...]
     """An index into the directions of the block."""
     chunks: slice
