@@ -338,7 +338,7 @@ class _ReadRun:
             stored = torch_dtype(self._source.entry(want.name).dtype)
             dtype = stored if needs_check(stored, to) else to
             tensors.append(torch.empty(want.box.sizes, dtype=dtype, device="cpu"))
-        self._read([reads.wants[at] for at in positions], tensors)
+        self._read(narrowed([reads.wants[at] for at in positions], tensors), tensors)
         for at, tensor in zip(positions, tensors, strict=True):
             if needs_check(tensor.dtype, reads.destinations[at].dtype):
                 check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
@@ -355,8 +355,7 @@ class _ReadRun:
         index = source.index(wants)
         with record_function("reshard.plan"):
             gap_limits = source.gap_limits(self._options.max_over_read)
-            wanted = narrowed(wants, destinations)
-            plan = plan_reads(index, wanted, gap_limits=gap_limits, max_request_bytes=self._max_request_bytes)
+            plan = plan_reads(index, wants, gap_limits=gap_limits, max_request_bytes=self._max_request_bytes)
         planned = time.perf_counter()
         stats = self._execute(plan, index, destinations, self._options.budget_bytes, self._options.workers)
         source.observe(plan.requests.nbytes, time.perf_counter() - planned)

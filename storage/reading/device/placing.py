@@ -7,11 +7,11 @@ decompresses their planes, and the device joins them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -167,26 +167,21 @@ def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int) -> None
         elif batch.destination.device is not None:
             _place_from_host(batch.destination.device, batch, damage)
         else:
-            with _Placing(batch):
+            with _naming_tensor(batch):
                 place_chunk_batch(batch, damage)
     for device, members in on_device.items():
         _place_on_device(device, members, max_bytes, damage)
 
 
-class _Placing:
-    """A `with` block that names the tensor of a batch in the errors of torch and of the device."""
-
-    def __init__(self, batch: ChunkBatch) -> None:
-        self._batch = batch
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (CheckpointError, PlacingError)):
-            raise PlacingError(self._batch.tensor) from error
+@contextlib.contextmanager
+def _naming_tensor(batch: ChunkBatch) -> Iterator[None]:
+    """Name the tensor of a batch in the errors of torch and of the device that the block raises."""
+    try:
+        yield
+    except (CheckpointError, PlacingError):
+        raise
+    except Exception as error:
+        raise PlacingError(batch.tensor) from error
 
 
 def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int, damage: Damage) -> None:
@@ -194,7 +189,7 @@ def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: i
     with device.working():
         planes = _PlanesToPlace(device, damage)
         for batch in batches:
-            with _Placing(batch):
+            with _naming_tensor(batch):
                 for block in batch.blocks.select(batch.block_rows):
                     target = batch.open(block)
                     if block.encoding != Encoding.PLANES:
@@ -215,7 +210,7 @@ def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
     for block in batch.blocks.select(batch.block_rows):
         target = batch.open(block)
         try:
-            with _Placing(batch):
+            with _naming_tensor(batch):
                 for index, values in _values_from_host(device, batch.read, block, streams):
                     with device.working():
                         _write(batch, target, index, values())
@@ -306,7 +301,7 @@ class _PlanesToPlace:
         try:
             decompressed = self._decompressed() if self._chunks else None
             for part, pieces in self._parts:
-                with _Placing(part.batch):
+                with _naming_tensor(part.batch):
                     self._place(part, pieces, decompressed)
         finally:  # an error would keep the memory of the device
             self._clear()
@@ -314,7 +309,7 @@ class _PlanesToPlace:
     def _decompressed(self) -> torch.Tensor:
         assert self._device.decompressor is not None
         try:
-            with _Placing(self._chunks[0][0]):
+            with _naming_tensor(self._chunks[0][0]):
                 return self.frames.decompress(self._device.decompressor)
         except PlacingError as error:
             if not isinstance(error.__cause__, UndecodableFrameError):
