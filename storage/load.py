@@ -35,6 +35,7 @@ from .reading.opening import (
 from .reading.read_tensors import ReadOptions
 from .reading.state_dict_reads import StateDictRead
 from .runtime.arguments import check_nbytes
+from .runtime.checksums import checksum
 from .runtime.collector import without_collections
 from .runtime.limits import default_budget
 from .runtime.logs import logger_of
@@ -174,6 +175,10 @@ class _Done:
     """Whether there was nothing to load."""
     has_stateful: bool
     """Whether its state dict has a Stateful value, whose `load_state_dict` may fail."""
+    unexpected: int
+    """A checksum of the names of the checkpoint that its state dict lacks."""
+    held: int
+    """A checksum of the names of the checkpoint that its state dict has."""
 
 
 class _Load:
@@ -285,7 +290,12 @@ class _Load:
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
             match = self._match().match
             return _Done(
-                replace(report, seconds=times), match.unused_patterns, match.is_empty, has_stateful(self._state_dict)
+                replace(report, seconds=times),
+                match.unused_patterns,
+                match.is_empty,
+                has_stateful(self._state_dict),
+                _checksum(match.unexpected_keys),
+                _checksum(match.held_keys),
             )
 
         return self._sharing.read(run)
@@ -302,19 +312,41 @@ class _Load:
             on_all_ranks(replace_values, self._group)
         else:
             replace_values()
+        unexpected = self._unexpected_keys(done)
         unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
         report = Report(
             self._rank,
             tuple(of_rank.report for of_rank in done),
             read.match.missing_keys,
-            read.match.unexpected_keys,
+            unexpected,
             unused_patterns=tuple(unused),
         )
         if self._rank == 0:
             if all(of_rank.is_empty for of_rank in done):
                 logger.warning("nothing was loaded: no rank has a name in its state dict that `exclude` does not match")
-            _log(report, read.describe_unexpected_keys())
+            _log(report, read.describe_unexpected_keys(unexpected))
         return report
+
+    def _unexpected_keys(self, done: Sequence[_Done]) -> tuple[str, ...]:
+        """Return the names that a rank lacks and no rank has. Collective, unless all ranks lack the same."""
+        match = self._match().match
+        if len({of_rank.unexpected for of_rank in done}) == 1:
+            return match.unexpected_keys
+        kinds = [(of_rank.unexpected, of_rank.held) for of_rank in done]  # such as one for each pipeline stage
+        is_first = kinds.index(kinds[self._rank]) == self._rank
+
+        def combine(found: list[tuple[tuple[str, ...], tuple[str, ...]] | None]) -> list[tuple[str, ...]]:
+            known = [names for names in found if names is not None]
+            held = {name for _, names in known for name in names}
+            unexpected = dict.fromkeys(name for names, _ in known for name in names if name not in held)
+            return [tuple(unexpected)] * len(found)
+
+        own = (match.unexpected_keys, match.held_keys) if is_first else None
+        return Exchange(self._group).through_rank_0(lambda: own, combine)
+
+
+def _checksum(names: Sequence[str]) -> int:
+    return checksum("\n".join(names).encode(errors="surrogatepass"))
 
 
 def _log(report: Report, unexpected: str) -> None:

@@ -153,8 +153,7 @@ class Saving:
                 leaves = flatten(states)
                 tensors = [leaf.value for leaf in leaves.values() if isinstance(leaf.value, torch.Tensor)]
                 finish_writes("reshard.save", tensors)
-                may_differ = self._size > 1
-                self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle, may_differ=may_differ)
+                self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle, world_size=self._size)
             self._held = self._state.held
         assert self._held is not None
         held: HeldShards | Unchanged = self._held

@@ -103,8 +103,8 @@ class NameMatch:
         """What was read for `nested`."""
         self.missing_keys = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
         """See `Report`."""
-        self.unexpected_keys = self._find_unexpected_keys()
-        """See `Report`."""
+        self.unexpected_keys, self.held_keys = self._divide_keys()
+        """The names of the checkpoint that the state dict lacks, below one of its keys, and those that it has."""
 
     def entry(self, name: str) -> Entry:
         """Return the entry for a name of the state dict."""
@@ -202,18 +202,16 @@ class NameMatch:
                 self.nested.append((leaf, found))
         return missing
 
-    def _find_unexpected_keys(self) -> tuple[str, ...]:
+    def _divide_keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         in_containers = {name for _, names in self.containers for name in names}
         decoded_values = {name_of(path[:length]) for path in self._decoded for length in range(1, len(path))}
-        return tuple(
-            name
-            for name in dict.fromkeys((*self.stored_names, *self.decoded_names))
-            if name not in self._leaves
-            and name.startswith(self._sections)
-            and name not in in_containers
-            and name not in decoded_values
-            and not matches_any(self._options.exclude, name)
-        )
+        unexpected, held = [], []
+        for name in dict.fromkeys((*self.stored_names, *self.decoded_names)):
+            if name in self._leaves or name in in_containers or name in decoded_values:
+                held.append(name)
+            elif name.startswith(self._sections) and not matches_any(self._options.exclude, name):
+                unexpected.append(name)
+        return tuple(unexpected), tuple(held)
 
     def _describe_missing(self, missing: Sequence[Leaf]) -> str:
         """Return a message that names the missing leaves, and suggests what the caller may have meant."""

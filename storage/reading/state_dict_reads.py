@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,9 +109,8 @@ class StateDictRead:
             if not isinstance(leaf.value, torch.Tensor):
                 leaf.replace(value)
 
-    def describe_unexpected_keys(self) -> str:
-        """Return a message about the names of the checkpoint that the state dict does not have; empty if it has all."""
-        unexpected = self.match.unexpected_keys
+    def describe_unexpected_keys(self, unexpected: Sequence[str]) -> str:
+        """Return a message about the names of the checkpoint that no state dict has; empty if there are none."""
         if not unexpected:
             return ""
         message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {quoted(unexpected)}"

@@ -120,6 +120,11 @@ class CheckpointWriter:
         self._seconds = 0.0
         self._pickled: list[str] = []
 
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank has written objects since the save began."""
+        return bool(self._written)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle. The process that unpickles it opens its own store."""
         return {**self.__dict__, "_opened": None}

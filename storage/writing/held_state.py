@@ -36,15 +36,15 @@ class HeldState:
     Args:
         leaves: the leaves of the state dict, by name.
         allow_pickle: whether to store values that need pickle. If not, they are an error.
-        may_differ: whether other ranks may have other values, so that checksums are compared.
+        world_size: the number of ranks that save. Checksums of what several of them may hold are compared.
 
     Raises:
         UnsupportedValueError, DtypeError, LayoutError: a leaf cannot be stored.
     """
 
-    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True, may_differ: bool = True) -> None:
+    def __init__(self, leaves: Mapping[str, Leaf], *, allow_pickle: bool = True, world_size: int = 1) -> None:
         self._allow_pickle = allow_pickle
-        self._may_differ = may_differ
+        self._world_size = world_size
         self._shards: list[tuple[str, LocalShard | tuple[Kind, bytes]]] = []
         """The shards that this rank holds: local tensors with their boxes, and encoded values."""
         self._described: dict[str, ValueDescription] = {}
@@ -109,10 +109,7 @@ class HeldState:
         shards = local_shards(name, tensor)
         for _, local in shards:
             check_storable(name, local)
-        may_repeat = not is_sharded or (
-            isinstance(tensor, DTensor) and any(isinstance(placement, Replicate) for placement in tensor.placements)
-        )
-        if may_repeat and self._may_differ:
+        if self._may_repeat(tensor):
             self._digests += [
                 (len(self._boxes), box, checksum(as_bytes(as_array(_sample(local))).data))
                 for box, local in shards
@@ -123,6 +120,15 @@ class HeldState:
         self._described[name] = ValueDescription(leaf.path, kind, dtype, tuple(tensor.size()))
         self._boxes.append([box for box, _ in shards])
         self._shards += [(name, shard) for shard in shards]
+
+    def _may_repeat(self, tensor: torch.Tensor) -> bool:
+        """Return whether another rank may hold the same part of a tensor, or of another tensor with the same name."""
+        if self._world_size == 1:
+            return False
+        if is_whole(tensor) or not isinstance(tensor, DTensor):
+            return True
+        is_on_all_ranks = tensor.device_mesh.size() == self._world_size
+        return not is_on_all_ranks or any(isinstance(placement, Replicate) for placement in tensor.placements)
 
 
 def _sample(values: torch.Tensor) -> torch.Tensor:

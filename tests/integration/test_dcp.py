@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import reshard
@@ -480,3 +480,42 @@ def test_a_shard_of_a_tensor_subclass_is_refused_by_name(tmp_path: Path) -> None
         state = {"t": torch.zeros(2)}
         reshard.load(state, tmp_path)
         assert state["t"].equal(torch.ones(2))
+
+
+def save_twice(uri: str) -> tuple[list[str], list[float], int]:
+    """Save with one writer, once with an error, without passing a location to DCP."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    writer = reshard.StorageWriter(uri)
+
+    def state(value: float, name: str, **others: Any) -> dict[str, Any]:
+        return {name: distribute_tensor(torch.full((6, 4), value), mesh, [Shard(0)]), "n": value, **others}
+
+    dcp.save(state(1.0, "old"), storage_writer=writer)
+    with pytest.raises(CheckpointException):
+        dcp.save(state(2.0, "failed", **({"bad": lambda: None} if rank == 1 else {})), storage_writer=writer)
+    dcp.save(state(3.0, "w"), storage_writer=writer)
+    cast("Future[Metadata]", dcp.async_save(state(4.0, "w"), storage_writer=writer)).result()
+    checkpoint = reshard.open(uri)
+    return sorted(checkpoint), checkpoint.read("w")[:, 0].tolist(), checkpoint.read_value("n")
+
+
+def test_writer_that_is_used_again_writes_only_the_new_values(ranks: RankPool, tmp_path: Path) -> None:
+    for found in ranks.run(2, save_twice, str(tmp_path)):
+        assert found == (["n", "w"], [4.0] * 6, 4.0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing checkpoint")
+@pytest.mark.parametrize("format", ["reshard", "dcp"])
+def test_reader_that_is_used_again_reads_the_new_checkpoint(format: str, tmp_path: Path) -> None:
+    reader = reshard.StorageReader(tmp_path)
+    for value in (1.0, 2.0, 3.0):
+        state: dict[str, Any] = {"w": torch.full((3000,), value), "n": value}
+        if format == "reshard":
+            reshard.save(state, tmp_path, overwrite=True)
+        else:
+            dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+        loaded: dict[str, Any] = {"w": torch.zeros(3000), "n": 0.0}
+        dcp.load(loaded, storage_reader=reader, no_dist=True)
+        assert loaded["w"].eq(value).all()
+        assert loaded["n"] == value

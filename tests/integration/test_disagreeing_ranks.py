@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 from collections.abc import Callable
@@ -386,3 +387,59 @@ def save_and_load_wrapped(uri: str) -> None:
 
 def test_local_shards_wrapper_is_saved_and_loaded(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, save_and_load_wrapped, str(tmp_path / "c"))
+
+
+def save_on_submeshes(folder: str) -> dict[str, tuple[str, ...]]:
+    """Save tensors whose names mean different tensors on two pipeline stages, each sharded over its own ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "dp"))
+    own = mesh["dp"]
+    stage = mesh.get_local_rank("stage")
+    found = {}
+    for case, value in (("different", float(stage)), ("same", 1.0)):
+        for size in (30, 40_000):
+            state = {
+                "sharded": distribute_tensor(torch.full((size,), value), own, [Shard(0)]),
+                f"own.{stage}": distribute_tensor(torch.full((size,), value), own, [Shard(0)]),
+                "everywhere": sharded(torch.ones(size)),
+            }
+            saved = reshard.save(state, f"{folder}/{case}-{size}")
+            again = reshard.async_save(state, f"{folder}/async-{case}-{size}").result()
+            assert saved.differing == again.differing
+            found[f"{case} {size}"] = saved.differing
+    return found
+
+
+def test_sharded_tensors_that_differ_between_submeshes_are_reported(ranks: RankPool, tmp_path: Path) -> None:
+    for found in ranks.run(4, save_on_submeshes, str(tmp_path)):
+        for case, differing in found.items():
+            assert differing == (("sharded",) if case.startswith("different") else ()), case
+
+
+def load_own_stage(uri: str) -> tuple[list[str], list[str]]:
+    """Load a pipeline stage. Return its unexpected keys, and what rank 0 logs about them."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("reshard.storage.load")
+    logger.addHandler(handler)
+    try:
+        rank = dist.get_rank()
+        state: dict[str, Any] = {"model": {f"s{rank}": {"w": torch.ones(3)}}}
+        if rank == 0:
+            state["optimizer"] = {"a": torch.ones(1), "late": torch.ones(1), "stage1": {}}
+        reshard.save({**state, "optimizer": state.get("optimizer", {"stage1": {"m": torch.ones(1)}})}, uri)
+        if rank == 0:
+            del state["optimizer"]["late"]
+        report = reshard.load(state, uri)
+        return list(report.unexpected_keys), messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_names_of_other_pipeline_stages_are_not_unexpected(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(3, load_own_stage, str(tmp_path))
+    for keys, _ in found:
+        assert keys == ["optimizer.late", "optimizer.stage1.m"]
+    [message] = found[0][1]
+    assert message.startswith("rank 0: 2 names of the checkpoint are not in the state dict: 'optimizer.late'")
+    assert [messages for _, messages in found[1:]] == [[], []]

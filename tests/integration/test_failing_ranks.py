@@ -267,11 +267,11 @@ def test_ranks_with_different_locations_raise_argument_error(ranks: RankPool, tm
 def save_and_die_after_the_commit(folder: str, asynchronous: bool) -> None:
     committing = CheckpointWriter.commit
 
-    def commit_and_die(self: CheckpointWriter, *args: Any) -> Any:
-        committing(self, *args)
+    def commit_and_die(self: CheckpointWriter, *args: Any, **options: Any) -> Any:
+        committing(self, *args, **options)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    CheckpointWriter.commit = commit_and_die  # type: ignore[method-assign, assignment]
+    CheckpointWriter.commit = commit_and_die  # type: ignore[method-assign]
     if asynchronous:
         reshard.async_save(state_on_ranks(1), folder, background="thread").result()
     else:
