@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
@@ -32,14 +33,24 @@ from ..runtime.logs import logger_of
 from ..runtime.process_group import portable, rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.reports import RankReport, added
-from ..runtime.torch_modes import undisturbed
+from ..runtime.torch_modes import leave_mode, undisturbed
 from ..tensors.casts import check_cast, check_is_not_scaled, scale_names
 from ..tensors.local_shards import local_shards
-from ..tensors.overlaps import find_overlaps
+from ..tensors.overlaps import address_range, find_overlaps
 from ..tensors.splitting import group_by_bytes
 from ..tensors.tensor_classes import as_plain, is_whole, memories_of, missing_memory, overrides_dispatch
 from .origins import Origin, Resolution, Stored, Target, resolve
-from .tensor import ONLY_SHAPES, LazyTensor, call_composite, check_is_writable, function_name, is_composite, is_view
+from .tensor import (
+    ONLY_SHAPES,
+    USES_AS_NUMBER,
+    USES_OF_MEMORY,
+    LazyTensor,
+    call_composite,
+    check_is_writable,
+    function_name,
+    is_composite,
+    is_view,
+)
 
 logger = logger_of(__name__)
 aten = torch.ops.aten
@@ -53,10 +64,6 @@ class PendingCopy:
     """A plain tensor."""
     origin: Origin
     view: StridedView
-
-    @property
-    def storage(self) -> int:
-        return self.destination.untyped_storage().data_ptr()
 
     def overlaps(self, other: torch.Tensor) -> bool:
         """Return whether a plain tensor may share memory with the destination."""
@@ -74,6 +81,54 @@ class PendingCopy:
             replace(self, destination=self.destination[box.slices], view=self.view.narrow(box))
             for box in (whole.with_extent(dim, 0, middle), whole.with_extent(dim, middle, sizes[dim]))
         ]
+
+
+@dataclass(slots=True, eq=False)
+class _Written:
+    """A range of addresses, and the pending copies that write to it."""
+
+    begin: int
+    end: int
+    copies: list[PendingCopy]
+
+
+class _Destinations:
+    """The pending copies by the addresses that they write to.
+
+    They are not kept by storage, because several storages may share memory: those of `torch.frombuffer`, numpy arrays
+    and DLPack.
+    """
+
+    def __init__(self, copies: Iterable[PendingCopy] = ()) -> None:
+        self._written: list[_Written] = []
+        """Ranges that do not overlap, in order."""
+        for copy in copies:
+            self.add(copy)
+
+    def add(self, copy: PendingCopy) -> None:
+        begin, end = address_range(copy.destination)
+        near = self._near(begin, end)
+        found = self._written[near]
+        if not found:
+            self._written.insert(near.start, _Written(begin, end, [copy]))
+            return
+        first, *others = found
+        first.begin, first.end = min(begin, first.begin), max(end, found[-1].end)
+        for other in others:
+            first.copies += other.copies
+        first.copies.append(copy)
+        del self._written[near.start + 1 : near.stop]
+
+    def overlap(self, memory: torch.Tensor) -> bool:
+        """Return whether a copy may write to the memory of a plain tensor."""
+        if not self._written or not memory.numel():
+            return False
+        near = self._written[self._near(*address_range(memory))]
+        return any(copy.overlaps(memory) for written in near for copy in written.copies)
+
+    def _near(self, begin: int, end: int) -> slice:
+        first = bisect_right(self._written, begin, key=lambda written: written.end)
+        return slice(first, bisect_left(self._written, end, first, key=lambda written: written.begin))
 
 
 class _Batch:
@@ -128,12 +183,11 @@ class CopyRecorder:
         self._source = source
         self._options = options
         self._budget = options.budget_bytes or default_budget()
-        self._modes: ExitStack | None = None
+        self._modes: tuple[_FunctionMode, _WatchMode] | None = None
         self._thread = 0
         self._lock = threading.RLock()
         self._pending: list[PendingCopy] = []
-        self._watched: dict[int, list[PendingCopy]] = {}
-        """The pending copies by the address of the storage that they write to."""
+        self._destinations = _Destinations()
         self._is_executing = False
         self._kept: OrderedDict[tuple[Origin, StridedView, torch.device], torch.Tensor] = OrderedDict()
         """Values that were read at once, the oldest first."""
@@ -148,9 +202,9 @@ class CopyRecorder:
 
     def open(self) -> None:
         """Begin to record, and to watch this thread."""
-        self._modes = ExitStack()
-        self._modes.enter_context(_FunctionMode())
-        self._modes.enter_context(_WatchMode())  # type: ignore[no-untyped-call]
+        self._modes = _FunctionMode(), _WatchMode()  # type: ignore[no-untyped-call]
+        for mode in self._modes:
+            mode.__enter__()  # type: ignore[no-untyped-call]
         self._thread = threading.get_ident()
         register(self)
 
@@ -158,7 +212,9 @@ class CopyRecorder:
         """End recording. The recorded copies are executed, or forgotten if the block has failed.
 
         Args:
-            failed: the error of the block.
+            failed: the error of the block. GeneratorExit is none: the loop over a generator has stopped early. Then
+                the recorder stays open if the copies fail, because Python prints the error instead of raising it. The
+                next function that uses a destination tries again and raises.
 
         Raises:
             ArgumentError: another thread opened the recorder. It stays open.
@@ -166,13 +222,16 @@ class CopyRecorder:
         """
         if self._modes is not None and self._thread != threading.get_ident():
             raise ArgumentError("the block of these lazy tensors must be left in the thread that entered it")
+        stopped_early = isinstance(failed, GeneratorExit)
+        if stopped_early:
+            self.execute_all()
         modes, self._modes = self._modes, None
         try:
-            if modes is not None:
-                modes.close()
+            for mode in modes or ():
+                leave_mode(mode)
             if failed is None:
                 self.execute_all()
-            elif self._options.process_group is not None:
+            elif self._options.process_group is not None and not stopped_early:
                 with suppress(CheckpointError):  # the error of the block is raised
                     self._execute_together(failed)
         finally:
@@ -224,11 +283,11 @@ class CopyRecorder:
             self.used.update(source.origin.names)
             if copy.view.numel:
                 self._pending.append(copy)
-                self._watched.setdefault(copy.storage, []).append(copy)
+                self._destinations.add(copy)
 
     def finish(self, function: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Execute the recorded copies if a function uses the memory that they write to."""
-        if not self._watched and not self._is_executing:
+        if not self._pending and not self._is_executing:
             return
         with self._lock:  # another thread may be executing the copies
             if any(map(self._is_pending, tensors)):
@@ -236,13 +295,7 @@ class CopyRecorder:
                 self.execute()
 
     def _is_pending(self, tensor: torch.Tensor) -> bool:
-        if isinstance(tensor, LazyTensor):
-            return False
-        return any(
-            copy.overlaps(memory)
-            for memory in memories_of(tensor)
-            for copy in self._watched.get(memory.untyped_storage().data_ptr(), ())
-        )
+        return not isinstance(tensor, LazyTensor) and any(map(self._destinations.overlap, memories_of(tensor)))
 
     @undisturbed()
     def read(self, origin: Origin, view: StridedView, device: torch.device, reason: str, *, keep: bool) -> torch.Tensor:
@@ -292,23 +345,29 @@ class CopyRecorder:
         Raises:
             CheckpointError: see `reshard.load`.
         """
+        with self._taken() as rounds:
+            while rounds:
+                self._execute(rounds[0])
+                rounds.popleft()
+
+    @contextmanager
+    def _taken(self) -> Iterator[deque[list[PendingCopy]]]:
+        """Take the recorded copies to execute them, in rounds. Inside the block, those that are left stay recorded."""
         with self._lock, executing():
             rounds = deque(_rounds(self._take()))
             self._is_executing = True
             try:
-                while rounds:
-                    self._execute(rounds[0])
-                    rounds.popleft()
+                yield rounds
             finally:
                 self._is_executing = False
                 if self.is_open:  # otherwise the caller gets the error, and nothing is left to do
                     self._pending[:0] = [copy for copies in rounds for copy in copies]
-                    self._watched = _by_storage(self._pending)
+                    self._destinations = _Destinations(self._pending)
 
     def _take(self) -> list[PendingCopy]:
         with self._lock:
             pending, self._pending = self._pending, []
-            self._watched = {}
+            self._destinations = _Destinations()
         return pending
 
     def _check_metadata(self, origins: Iterable[Origin]) -> None:
@@ -335,26 +394,23 @@ class CopyRecorder:
             failed: the error of this rank, which then has nothing to read.
         """
         batches: list[_Batch] = []
-        later: list[list[PendingCopy]] = []
         sharing = SharedRead(self._options.cooperative, self._budget, self._options.process_group)
 
         def prepare() -> Offer | None:
             if failed is not None:
                 raise portable(failed)
-            rounds = _rounds(self._take())
-            batches.extend(batch for copies in rounds[:1] for batch in self._batches(copies))
-            later.extend(rounds[1:])
+            batches.extend(self._batches(rounds[0] if rounds else []))
             source = self._source()
-            batches.extend([] if batches else [_Batch([])])
             return sharing.offer(source, lambda: batches[0].box_reads(source).direct_wants)
 
         def run() -> None:
             rank = rank_of(self._options.process_group)
             self._run(batches, ReadOptions(rank, interrupt=sharing.alarm.check, sharing=sharing))
-            for copies in later:
+            for copies in list(rounds)[1:]:
                 self._execute(copies)
+            rounds.clear()
 
-        with self._lock, executing():
+        with self._taken() as rounds:
             sharing.run(prepare, run)
 
     def _execute(self, copies: Sequence[PendingCopy]) -> None:
@@ -404,13 +460,6 @@ class CopyRecorder:
         yield found
 
 
-def _by_storage(copies: Iterable[PendingCopy]) -> dict[int, list[PendingCopy]]:
-    found: dict[int, list[PendingCopy]] = {}
-    for copy in copies:
-        found.setdefault(copy.storage, []).append(copy)
-    return found
-
-
 def _rounds(copies: Sequence[PendingCopy]) -> list[list[PendingCopy]]:
     """Split copies into lists to execute one after another, so that copies to the same memory stay in order.
 
@@ -430,8 +479,7 @@ def _neighbours(copies: Sequence[PendingCopy]) -> Iterator[list[PendingCopy]]:
 
     def span(position: int) -> tuple[str, int, int]:
         to = copies[position].destination
-        reach = sum((size - 1) * stride for size, stride in zip(to.shape, to.stride(), strict=True))
-        return str(to.device), to.data_ptr(), to.data_ptr() + (reach + 1) * to.itemsize
+        return str(to.device), *address_range(to)
 
     positions: list[int] = []
     last_device, last_end = "", 0
@@ -494,22 +542,19 @@ class _WatchMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_USES_OF_MEMORY: set[Any] = {
-    getattr(torch.Tensor, name)
-    for name in ("__array__", "__reduce_ex__", "data_ptr", "numpy", "storage", "tolist", "untyped_storage")
-}
-"""Functions that use the memory of a tensor and do not pass through the dispatcher."""
-
-
 _CONSTRUCTORS: set[Any] = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
+_CONSTRUCTORS |= {torch.Tensor.new, torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_compressed_tensor}
+_CONSTRUCTORS |= {torch.sparse_csc_tensor, torch.sparse_bsr_tensor, torch.sparse_bsc_tensor}
 """Functions that take lists of tensors, and use their memory."""
+
+_NOT_DISPATCHED = USES_OF_MEMORY | USES_AS_NUMBER | _CONSTRUCTORS
 
 
 class _FunctionMode(TorchFunctionMode):
     """Handles what does not pass through the dispatcher.
 
     If a lazy tensor is assigned to the `data` of an ordinary tensor, the values are read into a new tensor. Before a
-    function uses the memory of a destination, the recorded copies are executed. Lazy tensors in lists are read.
+    function uses the memory of a destination, the recorded copies are executed.
     """
 
     def __torch_function__(
@@ -518,13 +563,7 @@ class _FunctionMode(TorchFunctionMode):
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             if isinstance(args[1], LazyTensor) and not isinstance(args[0], LazyTensor):
                 args = (args[0], args[1].filled(), *args[2:])
-        elif func in _USES_OF_MEMORY:
-            finish_writes(func.__name__, args[:1])
-        elif func in _CONSTRUCTORS:
-            finish_writes(func.__name__, [value for value in tree_flatten(args)[0] if isinstance(value, torch.Tensor)])
-            args = tuple(_with_values(arg) if isinstance(arg, (list, tuple)) else arg for arg in args)
+        elif func in _NOT_DISPATCHED:
+            flat = tree_flatten((args, kwargs))[0]
+            finish_writes(func.__name__, [value for value in flat if isinstance(value, torch.Tensor)])
         return func(*args, **kwargs or {})
-
-
-def _with_values(values: Any) -> Any:
-    return tree_map_only(LazyTensor, lambda tensor: tensor.materialized("a list of tensors"), values)

@@ -91,10 +91,9 @@ class LazyTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor, memory: Memory, device: torch.device) -> LazyTensor:
-        # Not a wrapper subclass: if torch replaced the data of a tensor by one, reading it would crash the process.
-        made: LazyTensor = torch.Tensor._make_subclass(
-            cls, meta, False, dispatch_device=True, device_for_backend_keys=device
-        )
+        # Neither a wrapper subclass nor a tensor with the keys of the device (`device_for_backend_keys`): torch would
+        # let `tensor.data = made` pass, and using the tensor could crash the process.
+        made: LazyTensor = torch.Tensor._make_subclass(cls, meta, False, dispatch_device=True)
         made._meta = meta
         made._memory = memory
         made._device = device
@@ -122,12 +121,21 @@ class LazyTensor(torch.Tensor):
 
     def materialized(self, reason: str) -> torch.Tensor:
         """Return an ordinary tensor that shares its memory with all views of this tensor, from now on."""
-        return self._of(self._memory.read_all(self.device, reason))
+        return self._of(self._memory.read_all(self.device, reason), reason)
 
-    def _of(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the part of the values of the memory that this tensor is."""
+    def _of(self, values: torch.Tensor, reason: str) -> torch.Tensor:
+        """Return the part of the values of the memory that this tensor is, after the recorded copies to it."""
         view = self.strided_view
-        return values.as_strided(view.sizes, view.strides, view.offset)
+        part = values.as_strided(view.sizes, view.strides, view.offset)
+        finish_writes(reason, [part])
+        return part
+
+    def read(self, reason: str) -> torch.Tensor:
+        """Return the values as an ordinary tensor, which the caller must not change."""
+        known = self.known()
+        if known is not None:
+            return known
+        return self._memory.recorder.read(self.origin, self.strided_view, self.device, reason, keep=True)
 
     def filled(self, *, at_once: bool = True) -> torch.Tensor:
         """Return a new ordinary tensor, and copy the values to it at the end of the block.
@@ -145,7 +153,7 @@ class LazyTensor(torch.Tensor):
     def known(self) -> torch.Tensor | None:
         """Return the values as an ordinary tensor, if they have been read to be changed in place."""
         values = self._memory.values
-        return None if values is None else self._of(values)
+        return None if values is None else self._of(values, "a use of a lazy tensor")
 
     # Functions that do not pass through the dispatcher.
 
@@ -153,14 +161,20 @@ class LazyTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if str(getattr(func, "__module__", "")).startswith("torch.distributed"):  # collectives use the memory
-            name = func.__name__
+        lazy: dict[int, LazyTensor] = {}
+        if func in USES_AS_NUMBER:
+            args = (args[0].read(func.__name__),)
+        elif func in USES_OF_MEMORY or str(getattr(func, "__module__", "")).startswith("torch.distributed"):
             flat, spec = tree_flatten((args, kwargs))
-            flat = [value.materialized(name) if isinstance(value, LazyTensor) else value for value in flat]
+            for at, value in enumerate(flat):
+                if isinstance(value, LazyTensor):
+                    flat[at] = value.materialized(func.__name__)
+                    lazy[id(flat[at])] = value
             restored: Any = tree_unflatten(flat, spec)
             args, kwargs = restored
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            made = func(*args, **(kwargs or {}))
+        return lazy.get(id(made), made)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         names = list(dict.fromkeys(self.origin.names))
@@ -171,7 +185,7 @@ class LazyTensor(torch.Tensor):
         )
 
     def __format__(self, format_spec: str) -> str:
-        return self.materialized("format").__format__(format_spec) if self.dim() == 0 else repr(self)
+        return self.read("format").__format__(format_spec) if self.dim() == 0 else repr(self)
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self.materialized("numpy").numpy(*args, **kwargs)
@@ -230,16 +244,20 @@ class LazyTensor(torch.Tensor):
         if func is aten.copy_.default and not isinstance(args[0], LazyTensor):
             return _copy(*args[:2])
         rule: Callable[..., Any] = _RULES.get(func, _like if function_name(func) in ONLY_SHAPES else _view)
-        found = rule(func, *args, **kwargs) if _all_unknown(args) else None
+        # torch makes a parameter only of a tensor whose detach returns the same class
+        found = rule(func, *args, **kwargs) if func is aten.detach.default or _all_unknown(args) else None
         return _with_values(func, args, kwargs) if found is None else found
 
 
 def _with_known_values(values: torch.Tensor, recorder: Recorder) -> LazyTensor:
-    """Return a lazy tensor that has been materialized already."""
-    origin = Assembled(tuple(values.shape), values.dtype, ())
-    made = LazyTensor.whole(origin, recorder, values.device)
-    made._memory._values = values.contiguous()
-    return made
+    """Return a lazy tensor that has been materialized already, and shares its memory with an ordinary tensor."""
+    with torch._C.DisableTorchFunction():
+        values = values.detach().resolve_conj().resolve_neg()
+        numel = values.untyped_storage().nbytes() // values.itemsize
+        whole = LazyTensor.whole(Assembled((numel,), values.dtype, ()), recorder, values.device)
+        whole._memory._values = values.as_strided((numel,), (1,), 0)
+        view = whole._meta.as_strided(values.shape, values.stride(), values.storage_offset())
+    return LazyTensor(view, whole._memory, values.device)
 
 
 def _all_unknown(args: tuple[Any, ...]) -> bool:
@@ -252,7 +270,7 @@ def _copy(destination: torch.Tensor, source: LazyTensor) -> torch.Tensor:
     """Copy a lazy tensor to an ordinary one."""
     values = source.known()
     if values is not None:
-        finish_writes(aten.copy_.default, [destination])
+        finish_writes("copy_", [destination])
         return destination.copy_(values)
     expanded = source._meta.expand(destination.shape)  # raises torch's error if the shapes do not fit
     source._memory.recorder.copy(destination, LazyTensor(expanded, source._memory, source.device))
@@ -463,6 +481,18 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def _methods(names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name) for name in names.split()}
+
+
+USES_OF_MEMORY = _methods("__array__ __dlpack__ __format__ __reduce_ex__ __repr__ apply_ data_ptr map_ map2_ new numpy")
+USES_OF_MEMORY |= _methods("share_memory_ storage tolist untyped_storage")
+USES_OF_MEMORY.add(torch.Tensor.__cuda_array_interface__.__get__)
+"""Functions that use the memory of a tensor and do not pass through the dispatcher."""
+
+USES_AS_NUMBER = _methods("__bool__ __complex__ __float__ __index__ __int__")
+"""Functions that return the value of a tensor. For a tensor in a list, they do not pass through the dispatcher."""
+
 ONLY_SHAPES = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 ONLY_SHAPES |= {"new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}
 """Functions that create a tensor like another one. They do not use its values."""
@@ -491,21 +521,16 @@ _RULES: dict[Any, Callable[..., Any]] = {
 
 def _with_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function with the values of the lazy tensors."""
-    if torch.Tag.inplace_view in func.tags:
-        raise ArgumentError(f"{func} changes the shape of a lazy tensor in place: use the function that returns a view")
     flat, spec = tree_flatten((args, kwargs))
     lazy = {id(arg): arg for arg in flat if isinstance(arg, LazyTensor)}
     changed = _written(func, args, kwargs)
+    sets_view = torch.Tag.inplace_view in func.tags
+    if sets_view and changed & lazy.keys():
+        raise ArgumentError(f"{func} changes the shape of a lazy tensor in place: use the function that returns a view")
     values: dict[int, torch.Tensor] = {}
     for key, tensor in lazy.items():
-        known = tensor.known()
-        if known is not None:
-            values[key] = known
-        elif key in changed or is_view(func):
-            values[key] = tensor.materialized(str(func))
-        else:
-            recorder = tensor._memory.recorder
-            values[key] = recorder.read(tensor.origin, tensor.strided_view, tensor.device, str(func), keep=True)
+        is_shared = key in changed or sets_view or is_view(func)
+        values[key] = tensor.materialized(str(func)) if is_shared else tensor.read(str(func))
     real = [values.get(id(arg), arg) for arg in flat]
     finish_writes(func, [arg for arg in real if isinstance(arg, torch.Tensor)])
     restored: Any = tree_unflatten(real, spec)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch.overrides import _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.profiler import record_function
 
 # It imports a module when it is first called. A fork during that import, in another thread, would leave the module
@@ -44,6 +45,26 @@ def undisturbed() -> Iterator[None]:
         for mode in reversed(modes):
             _push_mode(mode)
         set_eval_frame(compile_frame)
+
+
+def leave_mode(mode: Any) -> None:
+    """Leave a function or dispatch mode of this thread that need not be the last one entered.
+
+    `mode.__exit__` would remove the last one. Do nothing if something else has removed the mode.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack  # a slow import
+
+    kind: Any = TorchFunctionMode if isinstance(mode, TorchFunctionMode) else TorchDispatchMode
+    stack = _get_current_function_mode_stack() if kind is TorchFunctionMode else _get_current_dispatch_mode_stack()
+    if all(other is not mode for other in stack):
+        return
+    above: list[Any] = []
+    while stack[-1] is not mode:
+        above.append(stack.pop())
+        kind.__exit__(above[-1], None, None, None)
+    kind.__exit__(mode, None, None, None)
+    for other in reversed(above):
+        kind.__enter__(other)
 
 
 def writing_to(tensor: torch.Tensor) -> torch.inference_mode:

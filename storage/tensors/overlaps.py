@@ -31,6 +31,13 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return len(np.unique(positions)) < tensor.numel()
 
 
+def address_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first address of a strided tensor that has elements, and the address after its last element."""
+    begin = tensor.data_ptr()
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (reach + 1) * tensor.itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """Two tensors that share memory, by their positions in a list."""
@@ -47,12 +54,11 @@ def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[Overlap]:
     Args:
         tensors: strided tensors that have memory, on any devices.
     """
-    spans = []
-    for position, tensor in enumerate(tensors):
-        if tensor.numel():
-            begin = tensor.data_ptr()
-            reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.append((str(tensor.device), begin, begin + (reach + 1) * tensor.itemsize, position))
+    spans = [
+        (str(tensor.device), *address_range(tensor), position)
+        for position, tensor in enumerate(tensors)
+        if tensor.numel()
+    ]
     found: list[Overlap] = []
     active: list[tuple[str, int, int, int]] = []
     for span in sorted(spans):

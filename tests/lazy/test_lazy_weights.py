@@ -217,9 +217,28 @@ def test_without_a_block_each_copy_is_executed_at_once(checkpoint: reshard.Check
     destination.copy_(weights["wide"][32:])
     assert torch.equal(destination, tensors()["wide"][32:])
     parameter = nn.Parameter(torch.zeros(1))
-    parameter.data = weights["wide"]  # torch does not tell tensors without a mode
-    with pytest.raises(RuntimeError, match="meta"):
-        parameter.sum()
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        parameter.data = weights["wide"]
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        nn.utils.vector_to_parameters(weights["wide"][0, :1], [parameter])
+    assert parameter.tolist() == [0]
+
+
+def test_another_thread_cannot_assign_a_lazy_tensor_to_data(checkpoint: reshard.Checkpoint) -> None:
+    parameter, errors = nn.Parameter(torch.zeros(1)), list[Exception]()
+    with checkpoint.lazy() as weights:
+
+        def assign() -> None:
+            try:
+                parameter.data = weights["wide"]
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=assign)
+        thread.start()
+        thread.join()
+    assert "incompatible tensor type" in str(errors)
+    assert parameter.tolist() == [0]
 
 
 def test_a_closed_checkpoint_is_an_error(checkpoint: reshard.Checkpoint) -> None:
@@ -459,6 +478,38 @@ def test_lazy_parameters_can_be_used_before_they_are_filled(checkpoint: reshard.
     layer = nn.Linear(64, 64, bias=False)
     layer.weight = nn.Parameter(checkpoint.lazy()["wide"])
     assert torch.equal(layer(torch.eye(64)).detach(), tensors()["wide"].t())
+
+
+def test_a_changed_lazy_tensor_may_become_a_parameter(checkpoint: reshard.Checkpoint) -> None:
+    module, parameters = nn.Linear(64, 64, bias=False), list[nn.Parameter]()
+    with checkpoint.lazy() as weights:
+        weights["wide"].mul_(2)
+        parameters.append(nn.Parameter(weights["wide"]))
+        module.load_state_dict({"weight": weights["wide"]}, assign=True)
+        weights["wide"].add_(1)
+        assert torch.equal(parameters[0] + 0, tensors()["wide"] * 2 + 1)
+        weights.fill(module)
+    assert type(module.weight) is nn.Parameter
+    assert torch.equal(module.weight, tensors()["wide"] * 2 + 1)
+
+
+def test_a_lazy_parameter_shares_the_memory_of_its_new_data(checkpoint: reshard.Checkpoint) -> None:
+    takes: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda new: new,
+        lambda new: new[3:],
+        lambda new: new.t(),
+        lambda new: new[2:, ::2],
+    ]
+    for take in takes:
+        new = torch.arange(48.0).reshape(8, 6)
+        with checkpoint.lazy() as weights:
+            parameter = nn.Parameter(weights["wide"], requires_grad=False)
+            parameter.data = take(new)
+            assert torch.equal(parameter + 0, take(new))
+            new.add_(1)
+            assert torch.equal(parameter + 0, take(new))
+            parameter.mul_(2)
+            assert take(new)[0, 0] == parameter[0, 0]
 
 
 def test_lazy_modules_can_be_copied_and_pickled(checkpoint: reshard.Checkpoint) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import ctypes
 import io
 import threading
 import time
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import dlpack
 
 import reshard
 from reshard.errors import ArgumentError, CheckpointError
@@ -126,11 +129,29 @@ def _save_with_reshard(tensor: torch.Tensor) -> Any:
     return reshard.open(store).read("w")
 
 
+def _from_capsule(tensor: torch.Tensor) -> Any:
+    return np.from_dlpack(tensor).copy()
+
+
 USES: dict[str, Callable[[torch.Tensor], Any]] = {
     "numpy": lambda tensor: tensor.numpy().copy(),
     "asarray": lambda tensor: np.asarray(tensor).copy(),
     "tolist": lambda tensor: tensor.tolist(),
     "a list": lambda tensor: torch.tensor([tensor[0, 0], tensor[1, 1]]),
+    "data=": lambda tensor: torch.tensor(data=[tensor[0, 0], tensor[1, 1]]),
+    "legacy list": lambda tensor: torch.FloatTensor([tensor[0, 0], 2.0]),
+    "new": lambda tensor: torch.zeros(1).new([tensor[0, 0], tensor[0, 1]]),
+    "sparse": lambda tensor: torch.sparse_coo_tensor(
+        torch.tensor([[0, 1]]), [tensor[0, 0], tensor[0, 1]], check_invariants=True
+    ).to_dense(),
+    "apply_": lambda tensor: tensor.apply_(lambda value: value * 2).clone(),
+    "map_": lambda tensor: tensor.map_(torch.ones(64, 32), lambda one, two: one + two).clone(),
+    "map_ of another": lambda tensor: torch.ones(64, 32).map_(tensor, lambda one, two: one + two),
+    "map2_": lambda tensor: torch.ones(64, 32).map2_(tensor, tensor, lambda one, two, three: one + two + three),
+    "dlpack": _from_capsule,
+    "data_ptr": lambda tensor: ctypes.string_at(tensor.data_ptr(), tensor.nbytes),
+    "share_memory_": lambda tensor: tensor.share_memory_() + 0,
+    "deepcopy": lambda tensor: copy.deepcopy(tensor) + 0,
     "storage": lambda tensor: bytes(tensor.untyped_storage()),
     "torch.save": _save_with_torch,
     "reshard.save": _save_with_reshard,
@@ -143,7 +164,83 @@ def test_uses_that_are_not_dispatched_see_the_copied_values(one: reshard.Checkpo
     with one.lazy() as weights:
         destination.copy_(weights["w"])
         found = USES[name](destination)
-    assert np.array_equal(found, USES[name](ONE["w"]))
+    assert np.array_equal(found, USES[name](ONE["w"].clone()))
+
+
+@pytest.mark.parametrize("name", USES.keys() - {"reshard.save"})
+@pytest.mark.parametrize("in_block", [True, False])
+def test_uses_of_lazy_tensors_that_are_not_dispatched(one: reshard.Checkpoint, name: str, *, in_block: bool) -> None:
+    weights = one.lazy()
+    with weights if in_block else contextlib.nullcontext():
+        found = USES[name](weights["w"])
+    assert np.array_equal(found, USES[name](ONE["w"].clone()))
+
+
+@pytest.mark.parametrize("show", [str, repr, "{}".format, "%s".__mod__, lambda tensor: str(nn.Parameter(tensor))])
+def test_a_printed_destination_has_the_copied_values(one: reshard.Checkpoint, show: Callable[[Any], str]) -> None:
+    destination = zeros()
+    with one.lazy() as weights:
+        destination.copy_(weights["w"])
+        found = show(destination)
+    assert found == show(ONE["w"])
+
+
+OTHER_STORAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "buffer": lambda whole: torch.frombuffer(whole.numpy(), dtype=torch.float32, offset=40 * 32 * 4).view(24, 32),
+    "numpy": lambda whole: torch.from_numpy(whole.numpy()[40:]),
+    "dlpack": lambda whole: dlpack.from_dlpack(whole[40:]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_STORAGES)
+def test_several_storages_may_share_memory(one: reshard.Checkpoint, name: str) -> None:
+    used, cleared, part_first = zeros(), zeros(), zeros()
+    of_used, of_cleared, of_part = (OTHER_STORAGES[name](whole) for whole in (used, cleared, part_first))
+    with one.lazy() as weights:
+        used.copy_(weights["w"])
+        cleared.copy_(weights["w"])
+        of_part.copy_(weights["v"][:24])
+        of_cleared.zero_()
+        assert torch.equal(of_used + 0, ONE["w"][40:])
+        assert torch.equal(part_first[:41].sum(0), ONE["v"][0])
+    assert torch.equal(cleared, torch.cat([ONE["w"][:40], torch.zeros(24, 32)]))
+
+
+def test_a_use_of_other_addresses_reads_nothing_yet(one: reshard.Checkpoint) -> None:
+    rows, columns = zeros(), zeros()
+    with one.lazy() as weights:
+        for at in torch.randperm(32).tolist():
+            rows[2 * at].copy_(weights["w"][2 * at])
+            columns[:, at].copy_(weights["v"][:, at])
+        for at in range(32):
+            rows[2 * at + 1].fill_(at)
+        assert weights.report.bytes_needed == 0
+        assert torch.equal(columns[:, 7] + 0, ONE["v"][:, 7])
+    assert torch.equal(columns, ONE["v"])
+    assert torch.equal(rows[::2], ONE["w"][::2])
+    assert torch.equal(rows[1::2, 0], torch.arange(32.0))
+
+
+def test_copies_into_a_lazy_tensor_come_before_copies_of_it(one: reshard.Checkpoint) -> None:
+    copied, filled = torch.zeros(8, 8, dtype=torch.complex64), nn.Parameter(torch.zeros(1, dtype=torch.complex64))
+    with one.lazy() as weights:
+        values = weights["c"]
+        parts = torch.view_as_real(values)
+        parts[..., 0].copy_(weights["w"][:8, :8])
+        parts[..., 1].copy_(weights["v"][:8, :8])
+        copied.copy_(values)
+        parts[..., 1].copy_(weights["w"][:8, :8])
+        filled.data = values
+    assert torch.equal(copied, torch.complex(ONE["w"][:8, :8], ONE["v"][:8, :8]))
+    assert torch.equal(filled, torch.complex(ONE["w"][:8, :8], ONE["w"][:8, :8]))
+
+
+def test_a_tensor_may_share_the_memory_of_a_lazy_one(one: reshard.Checkpoint) -> None:
+    shared = torch.zeros(1)
+    with one.lazy() as weights:
+        shared.set_(weights["w"])  # type: ignore[call-overload]
+        shared.add_(1)
+        assert torch.equal(weights["w"] + 0, ONE["w"] + 1)
 
 
 def test_a_later_read_into_a_destination_wins() -> None:
