@@ -25,7 +25,8 @@ class LazyWeights(Mapping[str, torch.Tensor]):
 
     Use it as a context manager. Inside the block, copies out of the tensors are recorded. At the end of the block they
     are executed together: only the byte ranges of the copied parts are read, straight into the destinations. If the
-    block ends with an error, nothing is read. Outside the block, each copy is executed at once.
+    block ends with an error, nothing is read. GeneratorExit is no error: a loop over a generator has stopped early.
+    Outside the block, each copy is executed at once.
 
     Views (slices, `narrow`, `chunk`, `transpose`, `view`, ...), `clone`, `contiguous`, `to`, casts, `torch.cat`,
     `torch.stack` and indexing with integers return lazy tensors again. All other functions read the values that they
@@ -34,6 +35,9 @@ class LazyWeights(Mapping[str, torch.Tensor]):
     Inside the block, a function that uses a destination before it has been filled executes the recorded copies first.
     This covers the functions of torch in the thread that entered the block. Code that uses the memory in other threads,
     or without torch, sees the old values until the block ends. A copy that another thread makes is executed at once.
+
+    `parameter.data = lazy` reads into a new tensor if the thread that entered the block executes it. Elsewhere torch
+    raises RuntimeError (incompatible tensor type): use `copy_`.
     """
 
     def __init__(self, source: Callable[[], Source], options: LazyOptions) -> None:
