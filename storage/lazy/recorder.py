@@ -415,7 +415,7 @@ class CopyRecorder:
 
     def _execute(self, copies: Sequence[PendingCopy]) -> None:
         """Execute copies to memory that does not overlap."""
-        self._run(self._batches(copies), ReadOptions())
+        self._run(self._batches(copies), ReadOptions(rank_of(None)))
 
     def _batches(self, copies: Sequence[PendingCopy]) -> list[_Batch]:
         """Resolve copies to memory that does not overlap, in batches whose temporary tensors fit the budget."""
