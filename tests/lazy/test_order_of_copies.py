@@ -167,7 +167,7 @@ def test_uses_that_are_not_dispatched_see_the_copied_values(one: reshard.Checkpo
     assert np.array_equal(found, USES[name](ONE["w"].clone()))
 
 
-@pytest.mark.parametrize("name", USES.keys() - {"reshard.save"})
+@pytest.mark.parametrize("name", [name for name in USES if name != "reshard.save"])
 @pytest.mark.parametrize("in_block", [True, False])
 def test_uses_of_lazy_tensors_that_are_not_dispatched(one: reshard.Checkpoint, name: str, *, in_block: bool) -> None:
     weights = one.lazy()
