@@ -25,7 +25,8 @@ class CheckpointCallback(Callback):
 
     A checkpoint contains the model, the optimizers, the learning-rate schedulers, the state of the precision plugin,
     and the counters of the loops. The metrics are those that were logged. The fit ends when the manager says so. As
-    when Lightning resumes by itself, the data of an epoch begins again unless its data loader has a state.
+    when Lightning resumes by itself, the data of an epoch begins again unless its data loader has a state. Several
+    optimizers make several steps in a batch: if one of them is due, the last one is saved.
 
     Args:
         manager: the manager. Pass `enable_checkpointing=False` to the Trainer, or it saves checkpoints of its own, too.

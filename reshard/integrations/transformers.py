@@ -14,7 +14,8 @@ class CheckpointCallback(TrainerCallback):
 
     A checkpoint contains the model, the optimizer and the learning-rate scheduler. The metrics are the numbers that
     the trainer has logged last. Training ends when the manager says so. After a restore, the trainer begins the data
-    and the count of epochs again, and the first loss that it logs is too small, so it is not used as a metric.
+    and the count of epochs again, and the first loss that it logs is too small, so it is not used as a metric. If the
+    run is finished, the trainer still makes a step, which is undone.
 
     Args:
         manager: the manager. Pass `save_strategy="no"` to the trainer, or it saves checkpoints of its own, too.
