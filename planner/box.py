@@ -35,10 +35,9 @@ class Box:
             )
 
     @staticmethod
-    @lru_cache(maxsize=1024)
-    def whole(shape: tuple[int, ...]) -> Box:
+    def whole(shape: Iterable[int]) -> Box:
         """Return the box that covers a tensor of this shape."""
-        return Box((0,) * len(shape), tuple(shape))
+        return _whole(tuple(map(int, shape)))
 
     @property
     def ndim(self) -> int:
@@ -86,6 +85,11 @@ class Box:
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{s.start}:{s.stop}" for s in self.slices) + "]"
+
+
+@lru_cache(maxsize=1024)
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def columns_equal(a: object, b: object) -> bool:

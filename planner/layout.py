@@ -369,6 +369,9 @@ class Layout:
         for pattern, rule in self.rules:
             self._placements(pattern, rule, ndim=2)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.mesh, dict(self.rules), dict(self.stages))
+
     @property
     def world_size(self) -> int:
         return self.mesh.world_size

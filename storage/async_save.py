@@ -194,7 +194,8 @@ calls others."""
 
 def _wait_staged(saves: list[AsyncSave], *args: object) -> None:
     while saves:
-        saves[0].wait_staged()
+        if saves[0]._generation == generation():  # a forked child has memory of its own
+            saves[0].wait_staged()
         del saves[0]
 
 

@@ -89,10 +89,14 @@ class Checkpoint:
         }
         self._names = dict.fromkeys(entry.name for entry in source.entries)
 
-    @property
-    def _source(self) -> Source:
+    def _check_open(self) -> None:
         if self._opened is None:
             raise ArgumentError("the checkpoint is closed: open it again with reshard.open")
+
+    @property
+    def _source(self) -> Source:
+        self._check_open()
+        assert self._opened is not None
         return self._opened
 
     def close(self) -> None:
@@ -124,7 +128,7 @@ class Checkpoint:
 
     def keys(self) -> KeysView[str]:
         """Return the names of the tensors and of the other values that can be read."""
-        assert self._source  # raises an error if the checkpoint is closed
+        self._check_open()
         return self._names.keys()
 
     @property

@@ -95,8 +95,6 @@ class StorageReader(dcp.StorageReader):
         self._format = format
         self._cooperative = cooperative
         self._opened: Source | None = None
-        self._has_read = False
-        """Whether a load has ended. DCP resets a reader that is used again only if it passes a location."""
         self._rank = 0
         self.load_id = uuid.uuid4().hex
         self.report: RankReport | None = None
@@ -105,7 +103,7 @@ class StorageReader(dcp.StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self.checkpoint_id = checkpoint_id
-        self._opened, self._has_read = None, False
+        self._opened = None
         self.load_id = uuid.uuid4().hex
 
     def _open(self) -> Source:
@@ -118,8 +116,7 @@ class StorageReader(dcp.StorageReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         # A parameter named `kwargs` would tell DCP that ranks have metadata of their own. If one rank fails here, DCP
         # would call this again on that rank, and let it load without the others, which would wait for it.
-        if self._has_read:
-            self.reset()
+        self.reset()  # DCP does so only if it passes a location, and this is the first call of every load
         source = self._open()
         index = source.index()
         # Unreadable names are listed, so that a plan with one of them reaches `read_data`, which raises the reason.
@@ -172,7 +169,6 @@ class StorageReader(dcp.StorageReader):
     @raises_portable
     @undisturbed()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        self._has_read = True
         # A rank whose own `finish_plan` failed is not here, and the others must not wait for it.
         if plan.storage_data is True and type(planner).finish_plan is DefaultLoadPlanner.finish_plan:
             reading = self._read_together(plan, planner)

@@ -111,7 +111,7 @@ class StorageWriter(dcp.StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
             raise ArgumentError("reshard commits a checkpoint once for all ranks: pass use_collectives=True")
-        if self._writer.has_written:  # DCP resets a writer that is used again only if it passes a location
+        if self._writer.has_begun:  # DCP resets a writer that is used again only if it passes a location
             self._reset(None)
         self._writer.rank = kwargs.get("rank", rank_of(None))
         if is_coordinator:

@@ -3,7 +3,8 @@
 The ranks communicate at least twice. The first exchange checks that all ranks opened the same checkpoint and that it
 fits their state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object
 store, rank 0 reads the metadata for all ranks, which takes one more exchange, and two more for a large manifest.
-Stateful values take two more, because their methods may be collective. A shared read takes one to agree on it.
+Stateful values take two more, because their methods may be collective. A shared read takes one to agree on it. If the
+ranks lack different names of the checkpoint, one finds those that all of them lack.
 """
 
 from __future__ import annotations
@@ -303,6 +304,7 @@ class _Load:
     def report(self, done: Sequence[_Done]) -> Report:
         """Replace the values of the state dict, and return the report."""
         read = self._match()
+        unexpected = self._unexpected_keys(done)
 
         def replace_values() -> None:
             read.replace_values()
@@ -312,7 +314,6 @@ class _Load:
             on_all_ranks(replace_values, self._group)
         else:
             replace_values()
-        unexpected = self._unexpected_keys(done)
         unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
         report = Report(
             self._rank,

@@ -52,8 +52,8 @@ class CheckpointCallback(Callback):
     ) -> None:
         if trainer.global_step == self._step:
             return  # gradients are accumulated
-        passed = range(self._step + 1, trainer.global_step + 1)  # several optimizers make several steps in a batch
+        passed = range(self._step + 1, trainer.global_step)  # several optimizers make several steps in a batch
         self._step = trainer.global_step
-        is_due = any(map(self._manager.is_due, passed))
-        self._manager.save(self._step, self._state, trainer.callback_metrics, force=is_due)
+        is_late = any(map(self._manager.is_due, passed))
+        self._manager.save(self._step, self._state, trainer.callback_metrics, force=is_late)
         trainer.should_stop = trainer.should_stop or self._manager.should_stop

@@ -184,6 +184,10 @@ class CopyRecorder:
         self._options = options
         self._budget = options.budget_bytes or default_budget()
         self._modes: tuple[_FunctionMode, _WatchMode] | None = None
+        self._left_modes: tuple[_FunctionMode, _WatchMode] | tuple[()] = ()
+        """The modes of the last block. One that ended it is still on torch's stack, without effect."""
+        self._has_stopped = False
+        """Whether a loop over a generator has stopped early, and its copies have failed."""
         self._thread = 0
         self._lock = threading.RLock()
         self._pending: list[PendingCopy] = []
@@ -202,6 +206,8 @@ class CopyRecorder:
 
     def open(self) -> None:
         """Begin to record, and to watch this thread."""
+        for mode in self._left_modes:
+            leave_mode(mode)
         self._modes = _FunctionMode(), _WatchMode()  # type: ignore[no-untyped-call]
         for mode in self._modes:
             mode.__enter__()  # type: ignore[no-untyped-call]
@@ -213,8 +219,8 @@ class CopyRecorder:
 
         Args:
             failed: the error of the block. GeneratorExit is none: the loop over a generator has stopped early. Then
-                the recorder stays open if the copies fail, because Python prints the error instead of raising it. The
-                next function that uses a destination tries again and raises.
+                the copies stay recorded if they fail, because Python prints the error instead of raising it. The next
+                function that uses a destination tries again and raises.
 
         Raises:
             ArgumentError: another thread opened the recorder. It stays open.
@@ -222,23 +228,36 @@ class CopyRecorder:
         """
         if self._modes is not None and self._thread != threading.get_ident():
             raise ArgumentError("the block of these lazy tensors must be left in the thread that entered it")
-        stopped_early = isinstance(failed, GeneratorExit)
-        if stopped_early:
+        if isinstance(failed, GeneratorExit):
+            self._has_stopped = True
             self.execute_all()
-        modes, self._modes = self._modes, None
+            self._end()
+            return
+        self._leave()
         try:
-            for mode in modes or ():
-                leave_mode(mode)
             if failed is None:
                 self.execute_all()
-            elif self._options.process_group is not None and not stopped_early:
+            elif self._options.process_group is not None:
                 with suppress(CheckpointError):  # the error of the block is raised
                     self._execute_together(failed)
         finally:
-            unregister(self)
-            self._take()
-            self._kept.clear()
-            self._kept_bytes = 0
+            self._end()
+
+    def _leave(self) -> None:
+        """Stop watching the thread."""
+        if self._modes is not None:
+            self._left_modes, self._modes = self._modes, None
+            for mode in self._left_modes:
+                leave_mode(mode)
+
+    def _end(self) -> None:
+        """End the block, and forget what it has recorded."""
+        self._leave()
+        self._has_stopped = False
+        unregister(self)
+        self._take()
+        self._kept.clear()
+        self._kept_bytes = 0
 
     def copy(self, destination: torch.Tensor, source: LazyTensor, *, at_once: bool = True) -> None:
         """Copy a lazy tensor to a tensor of the same shape. See `Recorder.copy`.
@@ -247,9 +266,9 @@ class CopyRecorder:
             CheckpointError: see `record` and `execute`.
         """
         self.record(destination, source)
-        is_watched = self.is_open and self._thread == threading.get_ident()
+        is_watched = self.is_open and not self._has_stopped and self._thread == threading.get_ident()
         if at_once and not is_watched:
-            self.execute()
+            self._execute_now()
 
     def record(self, destination: torch.Tensor, source: LazyTensor) -> None:
         """Record a copy of a lazy tensor to a tensor of the same shape.
@@ -292,7 +311,12 @@ class CopyRecorder:
         with self._lock:  # another thread may be executing the copies
             if any(map(self._is_pending, tensors)):
                 logger.info("the copies recorded so far are executed: %s uses one of the destinations", function)
-                self.execute()
+                self._execute_now()
+
+    def _execute_now(self) -> None:
+        self.execute()
+        if self._has_stopped:  # the block has ended, and only its copies were left
+            self._end()
 
     def _is_pending(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, LazyTensor) and any(map(self._destinations.overlap, memories_of(tensor)))

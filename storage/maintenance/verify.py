@@ -13,7 +13,7 @@ import numpy as np
 
 from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
-from ...planner.entries import NATIVE_ENCODINGS, Encoding, Kind
+from ...planner.entries import NATIVE_ENCODINGS, Encoding, Kind, Stream
 from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
@@ -72,10 +72,9 @@ def verify(
     Raises:
         StoreError: The store failed. A missing object is not an error.
     """
-    plan = plan_reads(index, [WantedBox(entry.name, entry.whole) for entry in index.entries])
+    whole = (WantedBox(entry.name, entry.whole) for entry in index.entries)
+    plan = plan_reads(index, list(whole if only is None else _boxes_in(index, only)))
     _, requests = arrange(plan)
-    if only is not None:
-        requests = [request for request in requests if index.objects[request.object][0] in only]
 
     def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]
@@ -99,6 +98,17 @@ def verify(
             meter.tick()
     logger.info("verified %s: %d chunks are damaged or missing", store.location, len(found))
     return found
+
+
+def _boxes_in(index: CheckpointIndex, objects: Collection[str]) -> Iterator[WantedBox]:
+    """Yield the boxes of the segments in some objects. The chunks of a segment are in one object."""
+    positions = [at for at, (name, _) in enumerate(index.objects) if name in objects]
+    segments = index.segments
+    rows = np.flatnonzero(np.isin(segments.objects, positions) & (segments.streams != Stream.TAIL))
+    for row in rows.tolist():
+        entry = index.entries[int(segments.entries[row])]
+        extents = slice(int(index.first_extent[row]), int(index.first_extent[row]) + len(entry.shape))
+        yield WantedBox(entry.name, Box(*(tuple(of[extents].tolist()) for of in (segments.offsets, segments.sizes))))
 
 
 def _size(store: Store, name: str) -> int | None:

@@ -15,6 +15,9 @@ from ..formats.source import Source
 from ..formats.value_codec import MAX_VALUE_BYTES, decode_value
 from ..tensors.dtypes import from_bytes
 
+MAX_REPEATED_BYTES = 4096
+"""Larger values are decoded even if an equal one was decoded before. A number in a torch.save file takes 1 KiB."""
+
 
 def whole_wants(source: Source, names: Iterable[str]) -> list[WantedBox]:
     """Return what must be read for whole tensors and values.
@@ -85,6 +88,11 @@ class ValueRead:
         """The buffer for each of `wants`."""
 
     @property
+    def nbytes(self) -> int:
+        """The size of the encoded bytes."""
+        return self._tensor.nbytes
+
+    @property
     def data(self) -> bytes:
         """The encoded bytes, after they have been read."""
         return bytes(self._tensor.numpy())
@@ -108,13 +116,18 @@ def decode_all(reads: Iterable[ValueRead], *, allow_pickle: bool = False) -> lis
     values = []
     immutable: dict[tuple[Kind, bytes], Any] = {}
     for read in reads:
-        key = read.kind, read.data
-        value = immutable[key] if key in immutable else read.value(allow_pickle=allow_pickle)
-        if _is_immutable(value):
+        key = (read.kind, read.data) if read.nbytes <= MAX_REPEATED_BYTES else None
+        if key is not None and key in immutable:
+            values.append(immutable[key])
+            continue
+        value = read.value(allow_pickle=allow_pickle)
+        if key is not None and _is_immutable(value):
             immutable[key] = value
         values.append(value)
     return values
 
 
 def _is_immutable(value: Any) -> bool:
-    return isinstance(value, (int, float, str, type(None))) or (type(value) is tuple and all(map(_is_immutable, value)))
+    return type(value) in (bool, int, float, str, type(None)) or (
+        type(value) is tuple and all(map(_is_immutable, value))
+    )

@@ -95,8 +95,8 @@ class Messages:
 
         A rank that dies ends the wait. The thread then stays until the timeout of the task.
         """
-        running = _Task(task)
         with self.in_call():
+            running = _Task(task)
             self._finish(lambda: running)
         return running.future.result()
 

@@ -281,6 +281,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: Any) -> None:
         previous = self._handler_below(number)
+        if self._is_closed and previous is signal.SIG_IGN:
+            return
         if os.getpid() != self._pid or (self._is_closed and not callable(previous)):
             signal.signal(number, previous if previous is not None else signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -295,16 +297,18 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def close(self) -> list[int]:
-        """Restore the previous handlers. Only the main thread can do that.
+        """Restore the previous handlers. Only the main thread can do that; see `signal.signal`.
 
-        If another handler was installed since, it may call this one, which then calls the previous one.
+        If this handler is called all the same, it calls the previous one.
 
         Returns:
             The signals that arrived and that the previous handlers, which are now restored, have not seen.
         """
-        if threading.current_thread() is not threading.main_thread() or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return []
         self._is_closed = True
+        if threading.current_thread() is not threading.main_thread():
+            return []
         unseen = []
         for number in self._previous:
             if signal.getsignal(number) == self._handle:

@@ -42,6 +42,7 @@ class Candidate:
     step: int
     uri: str
     on_mirror: bool = False
+    sequence: int = -1
     reason: str = ""
     """Why it is not loaded. Empty if it can be loaded."""
     is_committed: bool = True
@@ -215,11 +216,12 @@ class Decisions:
             self._copies.wait()  # only the mirror has a complete copy
         for run in self._runs:
             run.refresh()
-            run.rewind(None)
-        wanted = {(entry.step, entry.sequence) for entry in self.branch()}
+        entries = [entry for run in self._runs for entry in run.entries()]
+        wanted = {(entry.step, entry.sequence) for entry in branch(entries)}
         if step is not None:
-            sequence = self._sequence_of(step)
-            wanted = set() if sequence is None else {(step, sequence)}
+            found_of_step = {found for found in wanted if found[0] == step}
+            others = ((step, entry.sequence) for entry in entries if entry.step == step and not entry.state)
+            wanted = found_of_step or set(sorted(others)[-1:])
         last = max((found for found, _ in wanted), default=-1)
         candidates = []
         for run in self._runs:
@@ -239,21 +241,14 @@ class Decisions:
             run.unprotect(self._folders_read_from(run))
         self._reading = []
 
-    def rewind(self, step: int) -> None:
-        """Continue from a step: abandon the checkpoints from which training did not come to it."""
-        self._own_steps.add(step)
-        sequence = self._sequence_of(step)
-        to = Rewind(step, -1 if sequence is None else sequence, self._next_sequence())
+    def rewind(self, to: Candidate) -> None:
+        """Continue from a checkpoint: abandon those from which training did not come to it."""
+        self._own_steps.add(to.step)
         for run in self._runs:
-            run.rewind(to)
+            run.rewind(Rewind(to.step, to.sequence, self._next_sequence()))
 
     def _next_sequence(self) -> int:
         return next_sequence(entry for run in self._runs for entry in run.entries())
-
-    def _sequence_of(self, step: int) -> int | None:
-        """Return the sequence number of the last complete checkpoint of a step, or None if there is none."""
-        entries = (entry for run in self._runs for entry in run.entries())
-        return max((entry.sequence for entry in entries if entry.step == step and not entry.state), default=None)
 
     def _folders_read_from(self, run: Run) -> list[str]:
         return [found.folder for found in self._reading if found.on_mirror == (run is self._mirror)]
@@ -310,6 +305,7 @@ def _candidate(run: Run, entry: RunEntry, *, on_mirror: bool) -> Candidate:
         entry.step,
         run.location(entry.folder),
         on_mirror,
+        entry.sequence,
         entry.state,
         entry.state != NOT_COMMITTED,
         None if entry.error is None else portable(entry.error),

@@ -465,11 +465,11 @@ class CheckpointManager:
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
             candidates = self._visible(candidates)
             found = restore_latest(state_dict, candidates, load_from, options, self._options_of, self._group)
+            if self._decisions is not None and found is not None:
+                self._decisions.rewind(found)
         finally:
             if self._decisions is not None:
                 self._decisions.end_restore()
-        if self._decisions is not None and found is not None:
-            self._decisions.rewind(found.step)
         self._update()
         return None if found is None else found.step
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ...planner.errors import CheckpointError
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..formats.native.commit import commit, rank_of_object
-from ..formats.native.manifest import DATA_FOLDER, Manifest
+from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
 from ..maintenance.verify import verify
 from ..runtime.logs import logger_of
 from ..runtime.lost_ranks import Lookout, Watch, client_of, new_key
@@ -33,6 +33,8 @@ from ..stores.retry import read_whole
 logger = logger_of(__name__)
 POLL_EVERY_S = 0.5
 READ_BYTES = 8 * 1024 * 1024
+MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+"""If a manifest is larger, the ranks do not verify what they copy: each of them would read all of it."""
 CONCURRENT_COPIES = 2
 """How many objects a rank copies at once. A writer holds up to 80 MB of each in memory."""
 
@@ -214,14 +216,17 @@ class Mirror:
 
 
 def _check_undamaged(source: Store, names: Sequence[str]) -> None:
-    """Check objects before they are copied, unless this rank does not see the manifest, which has their checksums.
+    """Check objects before they are copied, with the checksums in the manifest.
+
+    Nothing is checked if this rank does not see the manifest, or if it is so large that reading it takes long.
 
     Raises:
         CorruptCheckpointError: a chunk is damaged or missing.
     """
     manifest = Manifest.find(source)
-    damaged = [] if manifest is None else verify(source, manifest.index(), only=set(names))
-    if damaged:
+    if not names or manifest is None or source.size(MANIFEST_NAME) > MAX_MANIFEST_BYTES:
+        return
+    if damaged := verify(source, manifest.index(), only=set(names)):
         raise CorruptCheckpointError(f"{len(damaged)} chunks in {source.location} are damaged: {damaged[0]}")
 
 

@@ -99,8 +99,8 @@ class Run:
         """Return the location of a checkpoint."""
         return f"{self.root.rstrip('/')}/{folder}"
 
-    def rewind(self, to: Rewind | None) -> None:
-        """Abandon checkpoints, or none. They are kept until a later save is complete."""
+    def rewind(self, to: Rewind) -> None:
+        """Abandon checkpoints. They are kept until a later save is complete."""
         with self._changed:
             self._rewind = to
 
@@ -140,7 +140,10 @@ class Run:
 
     def kept(self) -> list[RunEntry]:
         """Return the checkpoints that are complete, not abandoned, and kept by a policy, in the order of steps."""
-        found = branch(self.current())
+        return self._kept_of(self.current())
+
+    def _kept_of(self, current: Iterable[RunEntry]) -> list[RunEntry]:
+        found = branch(current)
         if self._policies is None:
             return found
         steps = kept_steps(self._policies, [entry.saved for entry in found])
@@ -189,25 +192,31 @@ class Run:
             with self._changed:
                 self._pending -= 1
 
-    def _not_kept(self) -> list[RunEntry]:
-        """Return the checkpoints to remove. Only complete ones in reshard's format are removed.
+    def _not_kept(self) -> tuple[list[RunEntry], Rewind | None]:
+        """Return the checkpoints to remove, and the rewind under which this holds.
 
-        Those that `rewind` has abandoned are removed when a later save is complete.
+        Only complete checkpoints in reshard's format are removed. Those that the rewind has abandoned are removed when
+        a later save is complete.
         """
-        keeping = self.kept()
+        with self._changed:
+            rewind, entries = self._rewind, list(self._entries)
+        abandoned = [entry for entry in entries if rewind is not None and rewind.abandons(entry)]
+        current = [entry for entry in entries if rewind is None or not rewind.abandons(entry)]
+        keeping = self._kept_of(current)
         if not keeping:
-            return []
+            return [], rewind
         # Other processes may remove checkpoints, too. The last one must exist before another one is removed.
         open_store(self.location(keeping[-1].folder), self.storage_options).size(MANIFEST_NAME)
-        with self._changed:
-            last_saved = max(entry.sequence for entry in self.current() if not entry.state)
-            keys = {entry.key for entry in keeping}
-            keys |= {e.key for e in self._entries if self._is_abandoned(e) and e.sequence > last_saved}
-            return [entry for entry in self._entries if entry.is_native and not entry.state and entry.key not in keys]
+        last_saved = max(entry.sequence for entry in current if not entry.state)
+        keys = {entry.key for entry in (*keeping, *(e for e in abandoned if e.sequence > last_saved))}
+        return [entry for entry in entries if entry.is_native and not entry.state and entry.key not in keys], rewind
 
     def _remove_others(self) -> None:
-        for entry in self._not_kept():
+        entries, rewind = self._not_kept()
+        for entry in entries:
             with self._changed:
+                if self._rewind is not rewind:
+                    return  # a restore has decided otherwise, and the next save removes what it does not keep
                 if entry.folder in self._protected or all(known.key != entry.key for known in self._entries):
                     continue
                 self._removing = entry.folder

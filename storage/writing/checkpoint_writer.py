@@ -116,14 +116,11 @@ class CheckpointWriter:
         if uri is not None:
             self.uri, self._opened = uri, None
         self.save_id = uuid.uuid4().hex
+        self.has_begun = False
+        """Whether this rank has begun to write."""
         self._written: list[ObjectRecord] = []
         self._seconds = 0.0
         self._pickled: list[str] = []
-
-    @property
-    def has_written(self) -> bool:
-        """Whether this rank has written objects since the save began."""
-        return bool(self._written)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle. The process that unpickles it opens its own store."""
@@ -163,6 +160,7 @@ class CheckpointWriter:
         Raises what `write_objects` raises.
         """
         begin = time.perf_counter()
+        self.has_begun = True
         with self.alarm:
             records = writing(
                 self.store,

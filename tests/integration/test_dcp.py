@@ -519,3 +519,5 @@ def test_reader_that_is_used_again_reads_the_new_checkpoint(format: str, tmp_pat
         dcp.load(loaded, storage_reader=reader, no_dist=True)
         assert loaded["w"].eq(value).all()
         assert loaded["n"] == value
+        with pytest.raises(CheckpointException, match="missing"):
+            dcp.load({"missing": torch.zeros(1)}, storage_reader=reader, no_dist=True)

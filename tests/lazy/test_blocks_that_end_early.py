@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -86,8 +87,40 @@ def test_copies_that_fail_when_a_loop_stops_early_are_tried_again(store: MemoryS
     assert other.sum() == 4
     store.content[name] = content
     assert torch.equal(destination + 0, VALUES["a"])
-    weights.__exit__(None, None, None)
+    outside = torch.zeros(4)
+    values = outside.numpy()
+    outside.copy_(weights["b"])  # the block has ended, so it is executed at once
+    assert values.tolist() == VALUES["b"].tolist()
+    with weights:
+        outside.copy_(weights["c"])
+        assert not np.array_equal(values, VALUES["c"].numpy())
+    assert torch.equal(outside, VALUES["c"])
     assert _get_current_function_mode_stack() == []
+    assert _get_current_dispatch_mode_stack() == []
+
+
+def test_copies_after_a_loop_that_stopped_early_are_executed_at_once(store: MemoryStore) -> None:
+    name = max((name for name in store.content if "manifest" not in name), key=lambda name: len(store.content[name]))
+    destination, later = torch.zeros(4), torch.zeros(4)
+    lazy = reshard.open(store).lazy()
+    content = store.content.pop(name)
+
+    def iterate() -> Weights:
+        with lazy:
+            yield from lazy.items()
+
+    iterator = iterate()
+    destination.copy_(next(iterator)[1])
+    with pytest.raises(CheckpointError):
+        iterator.close()
+    store.content[name] = content
+    views = destination.numpy(), later.numpy()  # the use of a destination tries again
+    later.copy_(lazy["b"])
+    assert [view.tolist() for view in views] == [VALUES["a"].tolist(), VALUES["b"].tolist()]
+    with lazy:  # removes the modes of the block that a mode has ended
+        pass
+    assert _get_current_function_mode_stack() == []
+    assert _get_current_dispatch_mode_stack() == []
 
 
 class Functions(TorchFunctionMode):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,3 +43,9 @@ def test_fits_is_true_only_inside_the_shape() -> None:
     assert Box((1, 0), (2, 3)).fits((3, 3))
     assert not Box((2, 0), (2, 3)).fits((3, 3))
     assert not Box((0,), (1,)).fits((3, 3))
+
+
+def test_whole_box_has_plain_integers_whatever_was_passed_before() -> None:
+    shape: Any = np.int64(77), True
+    assert Box.whole(shape) == Box.whole([77, 1])
+    assert [type(n) for n in Box.whole((77, 1)).sizes] == [int, int]

@@ -193,3 +193,14 @@ def test_layout_that_does_not_fit_raises_an_error_with_the_tensor_name() -> None
 def test_mesh_with_wrong_types_raises_layout_error(names: Any, sizes: Any) -> None:
     with pytest.raises(LayoutError, match="names that are strings and sizes that are integers"):
         Mesh(names, sizes)
+
+
+def test_layout_can_be_pickled_without_what_was_looked_up() -> None:
+    layout = Layout({"pp": 2, "tp": 2}, {"*.up": "colwise"}, {"a.up": 0})
+    before = pickle.dumps(layout)
+    assert layout.placements("a.up", 2) == layout.placements("a.up", 2)
+    assert pickle.dumps(layout) == before
+    again = pickle.loads(before)  # noqa: S301
+    assert again == layout
+    assert again.placements("a.up", 2) == layout.placements("a.up", 2)
+    assert [again.holds("a.up", rank) for rank in range(4)] == [True, True, False, False]

@@ -292,3 +292,28 @@ def test_signal_ends_a_process_whose_managers_are_closed(tmp_path: Path) -> None
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, timeout=50, check=False).returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("below", [signal.SIG_IGN, None])
+def test_manager_that_another_thread_closed_passes_signals_on(tmp_path: Path, below: Any) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, below or (lambda number, _: seen.append(number)))
+    others: list[int] = []
+    try:
+        manager = reshard.CheckpointManager(tmp_path, signals=[signal.SIGUSR1])
+        between: Any = signal.getsignal(signal.SIGUSR1)
+
+        def of_another_library(*arguments: Any) -> None:
+            others.append(1)
+            between(*arguments)
+
+        signal.signal(signal.SIGUSR1, of_another_library)
+        closing = threading.Thread(target=manager.close)
+        closing.start()
+        closing.join()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert len(others) == 3
+        assert len(seen) == (0 if below else 3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)

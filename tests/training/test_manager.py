@@ -879,3 +879,83 @@ def test_interrupted_wait_for_a_save_does_not_forget_it(tmp_path: Path, monkeypa
     manager.close()
     assert manager.steps() == [1]
     assert reshard.open(tmp_path / "step-00000001").verify() == []
+
+
+def test_removal_that_was_decided_before_a_restore_does_not_remove_what_it_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The removal of step 20 goes on during the restore of step 30, which was to be removed next."""
+    is_removing, may_go_on = threading.Event(), threading.Event()
+    removing: Any = vars(run_module)["remove"]
+
+    def remove_slowly(uri: str, *arguments: Any) -> None:
+        is_removing.set()
+        assert may_go_on.wait(30)
+        removing(uri, *arguments)
+
+    with manager_of(tmp_path, keep=[reshard.latest(5)]) as manager:
+        train(manager, [10, 20, 30])
+        manager.restore(state(0), step=10)
+        monkeypatch.setattr(run_module, "remove", remove_slowly)
+        train(manager, [15])
+        assert is_removing.wait(30)
+        assert manager._decisions is not None
+        ending = manager._decisions.end_restore
+
+        def end_restore() -> None:
+            ending()
+            may_go_on.set()
+
+        monkeypatch.setattr(manager._decisions, "end_restore", end_restore)
+        assert manager.restore(state(0), step=30) == 30
+        manager.wait()
+        assert steps_on_disk(tmp_path) == [10, 15, 30]
+        assert manager.steps() == [10, 30]
+
+
+def test_removal_uses_one_state_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restore may end while a removal that is being decided looks at the store."""
+    with manager_of(tmp_path, keep=[reshard.latest(5)]) as manager:
+        train(manager, [10, 20, 30])
+        manager.wait()
+        manager.restore(state(0), step=10)
+        assert manager._decisions is not None
+        run = manager._decisions.run
+        opening: Any = vars(run_module)["open_store"]
+
+        def restore_meanwhile(*arguments: Any) -> Any:
+            monkeypatch.setattr(run_module, "open_store", opening)
+            assert manager.restore(state(0)) == 30
+            return opening(*arguments)
+
+        monkeypatch.setattr(run_module, "open_store", restore_meanwhile)
+        run._remove_others()
+        assert steps_on_disk(tmp_path) == [10, 20, 30]
+        assert manager.steps() == [10, 20, 30]
+
+
+def test_failed_restore_does_not_change_the_branch(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        train(manager, [10, 20, 30])
+        manager.restore(state(0), step=10)
+        with pytest.raises(errors.CheckpointNotFoundError):
+            manager.restore(state(0), step=999)
+        assert manager.steps() == [10]
+        assert manager.save(15, state(15))
+        assert manager.steps() == [10, 15]
+
+
+def test_restore_of_a_step_prefers_the_current_branch(tmp_path: Path) -> None:
+    """The mirror still has the step 20 of the branch, and the root has one of an abandoned branch."""
+    with manager_of(tmp_path / "root", mirror=tmp_path / "mirror") as manager:
+        train(manager, [10, 20, 30])
+    with manager_of(tmp_path / "root") as manager:
+        manager.restore(state(0), step=10)
+        manager.save(20, state(-20))
+        manager.restore(state(0), step=30)
+        manager.save(40, state(40))
+    with manager_of(tmp_path / "root", mirror=tmp_path / "mirror") as manager:
+        assert manager.steps() == [10, 20, 30, 40]
+        loaded = state(0)
+        assert manager.restore(loaded, step=20) == 20
+        assert value_of(loaded) == 20

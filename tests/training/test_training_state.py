@@ -564,7 +564,12 @@ class CountsSteps(torch.optim.Optimizer):
                     self.state[parameter].setdefault("seen", torch.zeros_like(parameter)).add_(1)
 
 
-@pytest.mark.parametrize("kind", [CountsSteps, torch.optim.AdamW, torch.optim.SGD])
+class OfBaseClass(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [CountsSteps, OfBaseClass, torch.optim.AdamW, torch.optim.SGD])
 def test_save_calls_no_hook_of_the_optimizer_and_changes_no_setting(tmp_path: Path, kind: Any) -> None:
     model = Branches(0)
     optimizer = kind(model.parameters())
@@ -576,10 +581,11 @@ def test_save_calls_no_hook_of_the_optimizer_and_changes_no_setting(tmp_path: Pa
         model(X).sum().backward()
         optimizer.step()
         schedule.step()
-        settings = dict(optimizer.param_groups[0])
+        settings, calls = dict(optimizer.param_groups[0]), len(called)
+        assert calls
         reshard.save(reshard.training_state(model, optimizer, schedule=schedule), tmp_path, overwrite=True)
         assert optimizer.param_groups[0] == settings
-    assert called == ["before", "after"] * 2
+        assert len(called) == calls
     assert optimizer.param_groups[0].get("steps", 2) == 2
 
 
