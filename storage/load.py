@@ -4,7 +4,7 @@ The ranks communicate at least twice. The first exchange checks that all ranks o
 fits their state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object
 store, rank 0 reads the metadata for all ranks, which takes one more exchange, and two more for a large manifest.
 Stateful values take two more, because their methods may be collective. A shared read takes one to agree on it. If the
-ranks lack different names of the checkpoint, one finds those that all of them lack.
+ranks do not lack the same names of the checkpoint, one more finds those that all of them lack.
 """
 
 from __future__ import annotations

@@ -54,6 +54,6 @@ class CheckpointCallback(Callback):
             return  # gradients are accumulated
         passed = range(self._step + 1, trainer.global_step)  # several optimizers make several steps in a batch
         self._step = trainer.global_step
-        is_late = any(map(self._manager.is_due, passed))
-        self._manager.save(self._step, self._state, trainer.callback_metrics, force=is_late)
+        was_due = any(map(self._manager.is_due, passed))
+        self._manager.save(self._step, self._state, trainer.callback_metrics, force=was_due)
         trainer.should_stop = trainer.should_stop or self._manager.should_stop

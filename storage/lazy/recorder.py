@@ -229,9 +229,12 @@ class CopyRecorder:
         if self._modes is not None and self._thread != threading.get_ident():
             raise ArgumentError("the block of these lazy tensors must be left in the thread that entered it")
         if isinstance(failed, GeneratorExit):
-            self._has_stopped = True
-            self.execute_all()
-            self._end()
+            try:
+                self.execute_all()
+            finally:
+                self._has_stopped = bool(self._pending)
+                if not self._has_stopped:
+                    self._end()
             return
         self._leave()
         try:
@@ -268,7 +271,7 @@ class CopyRecorder:
         self.record(destination, source)
         is_watched = self.is_open and not self._has_stopped and self._thread == threading.get_ident()
         if at_once and not is_watched:
-            self._execute_now()
+            self.execute()
 
     def record(self, destination: torch.Tensor, source: LazyTensor) -> None:
         """Record a copy of a lazy tensor to a tensor of the same shape.
@@ -311,12 +314,7 @@ class CopyRecorder:
         with self._lock:  # another thread may be executing the copies
             if any(map(self._is_pending, tensors)):
                 logger.info("the copies recorded so far are executed: %s uses one of the destinations", function)
-                self._execute_now()
-
-    def _execute_now(self) -> None:
-        self.execute()
-        if self._has_stopped:  # the block has ended, and only its copies were left
-            self._end()
+                self.execute()
 
     def _is_pending(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, LazyTensor) and any(map(self._destinations.overlap, memories_of(tensor)))
@@ -373,6 +371,13 @@ class CopyRecorder:
             while rounds:
                 self._execute(rounds[0])
                 rounds.popleft()
+        if self._has_stopped:  # the block has ended, and only its copies were left
+            self._end()
+
+    def execute_stopped(self) -> None:
+        """Execute what a loop that stopped early has left, if its copies have failed. Raises what `execute` raises."""
+        if self._has_stopped:
+            self.execute()
 
     @contextmanager
     def _taken(self) -> Iterator[deque[list[PendingCopy]]]:
@@ -405,7 +410,7 @@ class CopyRecorder:
         Raises:
             CheckpointError: see `reshard.load`. With other ranks, all raise the same error.
         """
-        if self._options.process_group is None:
+        if self._options.process_group is None or self._has_stopped:
             self.execute()
         else:
             self._execute_together(None)

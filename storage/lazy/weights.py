@@ -74,6 +74,7 @@ class LazyWeights(Mapping[str, torch.Tensor]):
         return {name: copy.deepcopy(tensor, memo) for name, tensor in self.items()}
 
     def __enter__(self) -> LazyWeights:
+        self._recorder.execute_stopped()
         if self._recorder.is_open:
             raise ArgumentError("the block of these lazy tensors has already been entered")
         self._recorder.open()

@@ -75,6 +75,8 @@ def verify(
     whole = (WantedBox(entry.name, entry.whole) for entry in index.entries)
     plan = plan_reads(index, list(whole if only is None else _boxes_in(index, only)))
     _, requests = arrange(plan)
+    if only is not None:
+        requests = [request for request in requests if index.objects[request.object][0] in only]
 
     def check(request: Request) -> list[DamagedChunk]:
         name = index.objects[request.object][0]
@@ -101,11 +103,11 @@ def verify(
 
 
 def _boxes_in(index: CheckpointIndex, objects: Collection[str]) -> Iterator[WantedBox]:
-    """Yield the boxes of the segments in some objects. The chunks of a segment are in one object."""
+    """Yield the boxes of the segments in some objects."""
     positions = [at for at, (name, _) in enumerate(index.objects) if name in objects]
     segments = index.segments
-    rows = np.flatnonzero(np.isin(segments.objects, positions) & (segments.streams != Stream.TAIL))
-    for row in rows.tolist():
+    rows = np.flatnonzero(np.isin(segments.objects, positions))
+    for row in np.unique(rows - (segments.streams[rows] == Stream.TAIL)).tolist():  # a tail follows its head
         entry = index.entries[int(segments.entries[row])]
         extents = slice(int(index.first_extent[row]), int(index.first_extent[row]) + len(entry.shape))
         yield WantedBox(entry.name, Box(*(tuple(of[extents].tolist()) for of in (segments.offsets, segments.sizes))))

@@ -108,7 +108,7 @@ class ValueRead:
 
 
 def decode_all(reads: Iterable[ValueRead], *, allow_pickle: bool = False) -> list[Any]:
-    """Decode values. Equal numbers, strings and tuples of them are decoded once: all parameters have a learning rate.
+    """Decode values. Equal small numbers, strings and tuples are decoded once: all parameters have a learning rate.
 
     Raises:
         UnsafeValueError, CorruptCheckpointError: see `ValueRead.value`.

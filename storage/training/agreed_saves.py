@@ -297,23 +297,23 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def close(self) -> list[int]:
-        """Restore the previous handlers. Only the main thread can do that; see `signal.signal`.
+        """Restore the previous handlers, which only the main thread can do.
 
-        If this handler is called all the same, it calls the previous one.
+        Otherwise, or if another handler calls this one, it passes signals on to the previous handler.
 
         Returns:
-            The signals that arrived and that the previous handlers, which are now restored, have not seen.
+            The signals that arrived and that the previous handlers have not seen.
         """
         if os.getpid() != self._pid:
             return []
         self._is_closed = True
-        if threading.current_thread() is not threading.main_thread():
-            return []
+        may_restore = threading.current_thread() is threading.main_thread()
         unseen = []
         for number in self._previous:
             if signal.getsignal(number) == self._handle:
-                previous = self._handler_below(number)
-                signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+                if may_restore:
+                    previous = self._handler_below(number)
+                    signal.signal(number, previous if previous is not None else signal.SIG_DFL)
                 if number in self._received_at:
                     unseen.append(number)
         return unseen

@@ -138,14 +138,15 @@ class Decisions:
     def end_save(self, decision: SaveDecision, *, is_committed: bool) -> None:
         """Note that a save has ended. If it succeeded, copy it, and remove the checkpoints that are not kept."""
         folder = step_folder(decision.saved.step)
-        for run in self._runs:
-            run.unprotect([folder])
         if is_committed:
             self._own_steps.add(decision.saved.step)
             is_partial = not self.run.is_shared
             self.run.add(
                 RunEntry(decision.saved, decision.sequence, folder, parent=decision.parent, is_partial=is_partial)
             )
+        for run in self._runs:  # after `add`: until then, a removal takes the folder for the checkpoint before
+            run.unprotect([folder])
+        if is_committed:
             self._copy_missing()
             self.run.remove_others()
         else:
@@ -268,7 +269,8 @@ class Decisions:
                 if not entry.is_native or entry.key in copied or entry.key in self._copying:
                     continue
                 self._copying.add(entry.key)
-            self.run.protect([entry.folder])
+            for run in self._runs:
+                run.protect([entry.folder])
             overwrite = any(known.folder == entry.folder for known in self._mirror.entries())
             self._copies.submit(
                 entry.folder,
@@ -282,7 +284,10 @@ class Decisions:
 
     def _end_copy(self, entry: RunEntry, error: str | None) -> None:
         assert self._mirror is not None
-        self.run.unprotect([entry.folder])
+        if error == "":
+            self._mirror.add(replace(entry, is_partial=False))
+        for run in self._runs:
+            run.unprotect([entry.folder])
         with self._changed:
             self._copying.discard(entry.key)
         self._not_copied.pop(entry.folder, None)
@@ -295,7 +300,6 @@ class Decisions:
                 error,
             )
         elif error is not None:
-            self._mirror.add(replace(entry, is_partial=False))
             self._mirror.remove_others()
         self.run.remove_others()
 

@@ -73,6 +73,8 @@ class Run:
         self._protected: dict[str, int] = {}
         """How many reads and writes are using each folder."""
         self._removing: str | None = None
+        self._removals = 0
+        """How many removals have ended."""
         self._removed: list[str] = []
         self._pool = Pool(1, "reshard-retention")
         self._pending = 0
@@ -81,9 +83,13 @@ class Run:
 
     def refresh(self) -> None:
         """List the checkpoints again."""
-        found = find_entries(self.root, self.storage_options, is_shared=self.is_shared)
-        with self._changed:
-            self._entries = [entry for entry in found if entry.folder != self._removing]
+        while True:
+            removals = self._removals
+            found = find_entries(self.root, self.storage_options, is_shared=self.is_shared)
+            with self._changed:
+                if self._removals == removals:  # otherwise the list may have a checkpoint that was removed meanwhile
+                    self._entries = [entry for entry in found if entry.folder != self._removing]
+                    return
 
     def entries(self) -> list[RunEntry]:
         """Return all known checkpoints, complete or not."""
@@ -225,6 +231,7 @@ class Run:
             finally:
                 with self._changed:
                     self._removing = None
+                    self._removals += 1
                     self._changed.notify_all()
 
     def _remove(self, entry: RunEntry) -> None:

@@ -37,8 +37,8 @@ def training_state(
         model: the model. Its names begin with "model.".
         optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
             yet have no state, also after a load; nor do parameters that are frozen when the state dict is loaded. A
-            save does not change the optimizer, and calls none of its step hooks. One whose step needs a closure, such
-            as LBFGS, must have made a step before it is saved or loaded.
+            save does not change the optimizer, and calls none of its own step hooks. One whose step needs a closure,
+            such as LBFGS, must have made a step before it is saved or loaded.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
@@ -196,7 +196,7 @@ def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Create the states of parameters that have not been updated. No step hook is called, and no setting changes.
+    """Create the states of parameters that have not been updated, without calling the optimizer's step hooks.
 
     Raises:
         UnsupportedValueError: the optimizer cannot step without a closure.
@@ -237,7 +237,7 @@ def _without_gradients(optimizers: Iterable[Optimizer]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_hooks(optimizer: Optimizer) -> Iterator[None]:
-    """Let no hook of `step` be called, not even if a class calls the `step` of its base class."""
+    """Remove the step hooks of an optimizer while the block runs."""
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     hooks = {name: vars(optimizer)[name] for name in names if name in vars(optimizer)}
     vars(optimizer).update({name: type(found)() for name, found in hooks.items()})

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import reshard
-from reshard.storage.training.agreed_saves import SAVE, AgreedSaves
+from reshard.storage.training.agreed_saves import SAVE, AgreedSaves, StopSignals
 from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -295,12 +295,13 @@ def test_signal_ends_a_process_whose_managers_are_closed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("below", [signal.SIG_IGN, None])
-def test_manager_that_another_thread_closed_passes_signals_on(tmp_path: Path, below: Any) -> None:
+def test_signals_that_another_thread_closed_are_passed_on(below: Any) -> None:
     seen: list[int] = []
-    before = signal.signal(signal.SIGUSR1, below or (lambda number, _: seen.append(number)))
+    received: list[int] = []
     others: list[int] = []
+    before = signal.signal(signal.SIGUSR1, below or (lambda number, _: seen.append(number)))
     try:
-        manager = reshard.CheckpointManager(tmp_path, signals=[signal.SIGUSR1])
+        signals = StopSignals([signal.SIGUSR1], lambda: received.append(1))
         between: Any = signal.getsignal(signal.SIGUSR1)
 
         def of_another_library(*arguments: Any) -> None:
@@ -308,12 +309,29 @@ def test_manager_that_another_thread_closed_passes_signals_on(tmp_path: Path, be
             between(*arguments)
 
         signal.signal(signal.SIGUSR1, of_another_library)
-        closing = threading.Thread(target=manager.close)
+        closing = threading.Thread(target=signals.close)
         closing.start()
         closing.join()
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGUSR1)
-        assert len(others) == 3
-        assert len(seen) == (0 if below else 3)
+        assert (len(others), len(seen), received) == (3, 0 if below else 3, [])
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("order", ["signal first", "close first"])
+def test_signal_ends_a_process_whose_manager_another_thread_closes(tmp_path: Path, order: str) -> None:
+    code = """
+        import os, signal, sys, threading, time, reshard
+        manager = reshard.CheckpointManager(sys.argv[1])
+        closing = threading.Thread(target=manager.close)
+        if sys.argv[2] == "close first":
+            closing.start()
+            closing.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        if sys.argv[2] == "signal first":
+            closing.start()
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), order]
+    assert subprocess.run(command, cwd=ROOT, timeout=50, check=False).returncode == -signal.SIGTERM

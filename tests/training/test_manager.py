@@ -959,3 +959,54 @@ def test_restore_of_a_step_prefers_the_current_branch(tmp_path: Path) -> None:
         loaded = state(0)
         assert manager.restore(loaded, step=20) == 20
         assert value_of(loaded) == 20
+
+
+def test_checkpoint_that_was_just_saved_is_not_removed_for_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal was decided when the folder had an abandoned checkpoint. It comes to it when a save has replaced it."""
+    with manager_of(tmp_path, keep=[reshard.latest(5)]) as manager:
+        train(manager, [10, 20, 30])
+        manager.restore(state(0), step=10)
+        assert manager._decisions is not None
+        run = manager._decisions.run
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "remove_others", lambda: None)
+            train(manager, [15])
+            decided = run._not_kept()
+            assert [entry.step for entry in decided[0]] == [20, 30]
+            unprotect = run.unprotect
+
+            def remove_at_once(folders: Iterable[str]) -> None:
+                unprotect(folders)
+                run._remove_others()
+
+            patch.setattr(run, "_not_kept", lambda: decided)
+            patch.setattr(run, "unprotect", remove_at_once)
+            train(manager, [20])
+        assert steps_on_disk(tmp_path) == manager.steps() == [10, 15, 20]
+        assert reshard.open(tmp_path / "step-00000020").verify() == []
+
+
+def test_checkpoint_that_is_removed_while_the_run_is_listed_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with manager_of(tmp_path, keep=[reshard.latest(2)]) as manager:
+        assert manager._decisions is not None
+        run = manager._decisions.run
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "remove_others", lambda: None)
+            train(manager, [10, 20, 30])
+        finding: Any = vars(run_module)["find_entries"]
+
+        def remove_meanwhile(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(run_module, "find_entries", finding)
+            found = finding(*arguments, **options)
+            run._remove_others()
+            return found
+
+        monkeypatch.setattr(run_module, "find_entries", remove_meanwhile)
+        with pytest.raises(errors.CheckpointNotFoundError):
+            manager.restore(state(0), step=10)
+        manager.wait()
+        assert manager.steps() == steps_on_disk(tmp_path) == [20, 30]
