@@ -218,9 +218,9 @@ class CopyRecorder:
         """End recording. The recorded copies are executed, or forgotten if the block has failed.
 
         Args:
-            failed: the error of the block. GeneratorExit is none: the loop over a generator has stopped early. Then
-                the copies stay recorded if they fail, because Python prints the error instead of raising it. The next
-                function that uses a destination tries again and raises.
+            failed: the error of the block. GeneratorExit is not an error: a loop over a generator has stopped early,
+                so the copies are executed. If they fail, Python only prints the error. So they stay recorded, and the
+                next function that uses a destination tries again and raises.
 
         Raises:
             ArgumentError: another thread opened the recorder. It stays open.

@@ -25,7 +25,7 @@ class LazyWeights(Mapping[str, torch.Tensor]):
 
     Use it as a context manager. Inside the block, copies out of the tensors are recorded. At the end of the block they
     are executed together: only the byte ranges of the copied parts are read, straight into the destinations. If the
-    block ends with an error, nothing is read. GeneratorExit is no error: a loop over a generator has stopped early.
+    block ends with an error, nothing is read. GeneratorExit is not an error: a loop over a generator has stopped early.
     Outside the block, each copy is executed at once.
 
     Views (slices, `narrow`, `chunk`, `transpose`, `view`, ...), `clone`, `contiguous`, `to`, casts, `torch.cat`,

@@ -111,8 +111,8 @@ class Report:
     missing_keys: tuple[str, ...] = ()
     """Names of the state dict that a load did not find in the checkpoint. Their tensors and values are unchanged."""
     unexpected_keys: tuple[str, ...] = ()
-    """Names that the checkpoint has under a key of the state dict, but the state dict does not have on any rank, for
-    example the state of an optimizer that has not been initialized. They were not loaded."""
+    """Names that the checkpoint has under a key of the state dict, but that no rank has in its state dict, for example
+    the state of an optimizer that has not been initialized. They were not loaded."""
     unused_patterns: tuple[str, ...] = ()
     """Patterns of `exclude` that match no name of the state dict on any rank, and of `rename` that match no name of the
     checkpoint. They are probably misspelt."""

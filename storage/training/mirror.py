@@ -218,13 +218,17 @@ class Mirror:
 def _check_undamaged(source: Store, names: Sequence[str]) -> None:
     """Check objects before they are copied, with the checksums in the manifest.
 
-    Nothing is checked if this rank does not see the manifest, or if it is so large that reading it takes long.
+    If this rank does not see the manifest, or if it is so large that reading it takes long, nothing is checked.
 
     Raises:
         CorruptCheckpointError: a chunk is damaged or missing.
     """
+    if not names:
+        return
     manifest = Manifest.find(source)
-    if not names or manifest is None or source.size(MANIFEST_NAME) > MAX_MANIFEST_BYTES:
+    if manifest is None or source.size(MANIFEST_NAME) > MAX_MANIFEST_BYTES:
+        why = "this rank does not see its manifest" if manifest is None else "its manifest is too large"
+        logger.info("%s is copied without being verified, because %s", source.location, why)
         return
     if damaged := verify(source, manifest.index(), only=set(names)):
         raise CorruptCheckpointError(f"{len(damaged)} chunks in {source.location} are damaged: {damaged[0]}")

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import reshard
 from reshard.errors import CheckpointError
+from reshard.storage.lazy.weights import LazyWeights
 from reshard.testing import MemoryStore
 
 Weights = Generator[tuple[str, torch.Tensor], None, None]
@@ -68,11 +69,10 @@ def test_loop_that_stops_early_fills_what_was_copied(
     assert _get_current_dispatch_mode_stack() == []
 
 
-def test_copies_that_fail_when_a_loop_stops_early_are_tried_again(store: MemoryStore) -> None:
-    name = max((name for name in store.content if "manifest" not in name), key=lambda name: len(store.content[name]))
-    destination, other = torch.zeros(4), torch.ones(4)
+def stop_without_data(store: MemoryStore, destination: torch.Tensor) -> tuple[LazyWeights, dict[str, bytes]]:
+    """Stop a loop early after its first copy, which fails. Return the lazy tensors, and the objects that are gone."""
     weights = reshard.open(store).lazy()
-    content = store.content.pop(name)
+    gone = {name: store.content.pop(name) for name in list(store.content) if "manifest" not in name}
 
     def iterate() -> Weights:
         with weights:
@@ -82,10 +82,16 @@ def test_copies_that_fail_when_a_loop_stops_early_are_tried_again(store: MemoryS
     destination.copy_(next(iterator)[1])
     with pytest.raises(CheckpointError):
         iterator.close()
+    return weights, gone
+
+
+def test_copies_that_fail_when_a_loop_stops_early_are_tried_again(store: MemoryStore) -> None:
+    destination, other = torch.zeros(4), torch.ones(4)
+    weights, gone = stop_without_data(store, destination)
     with pytest.raises(CheckpointError):
         destination.sum()
     assert other.sum() == 4
-    store.content[name] = content
+    store.content |= gone
     assert torch.equal(destination + 0, VALUES["a"])
     outside = torch.zeros(4)
     values = outside.numpy()
@@ -100,20 +106,9 @@ def test_copies_that_fail_when_a_loop_stops_early_are_tried_again(store: MemoryS
 
 
 def test_copies_after_a_loop_that_stopped_early_are_executed_at_once(store: MemoryStore) -> None:
-    name = max((name for name in store.content if "manifest" not in name), key=lambda name: len(store.content[name]))
     destination, later = torch.zeros(4), torch.zeros(4)
-    lazy = reshard.open(store).lazy()
-    content = store.content.pop(name)
-
-    def iterate() -> Weights:
-        with lazy:
-            yield from lazy.items()
-
-    iterator = iterate()
-    destination.copy_(next(iterator)[1])
-    with pytest.raises(CheckpointError):
-        iterator.close()
-    store.content[name] = content
+    lazy, gone = stop_without_data(store, destination)
+    store.content |= gone
     views = destination.numpy(), later.numpy()  # the use of a destination tries again
     later.copy_(lazy["b"])
     assert [view.tolist() for view in views] == [VALUES["a"].tolist(), VALUES["b"].tolist()]
