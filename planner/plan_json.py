@@ -14,7 +14,7 @@ from .entries import Entry, Kind
 from .errors import InvalidIndexError, InvalidPlanError
 from .grid import Grid
 from .index import count_checksums
-from .read_plan import ReadPlan, SharedPart
+from .read_plan import Exchange, ReadPlan
 from .slabs import ByteRuns
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
@@ -74,19 +74,19 @@ def plan_from_json(value: Any) -> ReadPlan:
         raise InvalidPlanError(f"this is not a valid read plan: {type(error).__name__}: {error}") from error
 
 
-def _exchange_to_json(exchange: SharedPart) -> dict[str, Any]:
+def _exchange_to_json(exchange: Exchange) -> dict[str, Any]:
     columns = {name: getattr(exchange, name).tolist() for name in ("objects", "starts", "stops", "is_given")}
     return {**columns, "sent": exchange.bytes_sent, "received": exchange.bytes_received}
 
 
-def _exchange_from_json(value: Any, requests: int) -> SharedPart:
+def _exchange_from_json(value: Any, requests: int) -> Exchange:
     count = len(value["objects"])
     columns = {name: _column(value[name]).reshape(count) for name in ("objects", "starts", "stops")}
     is_given = np.array(value["is_given"], np.bool_).reshape(requests)
     sent, received = int(value["sent"]), int(value["received"])
     if not bool(((columns["starts"] >= 0) & (columns["stops"] >= columns["starts"])).all()) or min(sent, received) < 0:
         raise ValueError("a shared byte range or the bytes that are exchanged are negative")
-    return SharedPart(**columns, is_given=is_given, bytes_sent=sent, bytes_received=received)
+    return Exchange(**columns, is_given=is_given, bytes_sent=sent, bytes_received=received)
 
 
 def _permutation(value: Any, count: int) -> IntArray:

@@ -11,7 +11,6 @@ from typing import Literal
 from .box import IntArray, intersect_many
 from .chunk_reads import WantedBox
 from .coalesce import GapLimits
-from .cooperation import Needs, Sharing, cooperative_plan
 from .entries import Entry
 from .errors import InvalidPlanError, LayoutError
 from .html import table
@@ -21,6 +20,7 @@ from .plan_json import plan_from_json, plan_to_json
 from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, find_chunks, plan_reads
 from .report import REPORT_COLUMNS, WholeShards
 from .request_costs import REMOTE_COSTS
+from .shared_reads import Needs, SharedReads, shared_plan
 from .slabs import NO_GAPS
 from .text import quoted
 
@@ -203,11 +203,11 @@ def _plan_together(
     reads = [find_chunks(index, wants, NO_GAPS) for wants in ranks_of]
     tensors = [[index.position(want.name) for want in wants] for wants in ranks_of]
     needs = [Needs.of(of_group, objects, at) for of_group, at in zip(reads, tensors, strict=True)]
-    sharing = Sharing.of(needs, list(ranks_of.values()))
-    if bytes_per_s is not None and not sharing.saves_time(bytes_per_s):
+    divided = SharedReads.of(needs, list(ranks_of.values()))
+    if bytes_per_s is not None and not divided.saves_time(bytes_per_s):
         return None
     plans = {
-        rank: cooperative_plan(index, of_group, at, sharing.part_of(rank), gap_limits)
+        rank: shared_plan(index, of_group, at, divided.share_of(rank), gap_limits)
         for of_group, at, ranks in zip(reads, tensors, ranks_of.values(), strict=True)
         for rank in ranks
     }

@@ -34,7 +34,7 @@ the temporary arrays are small (`benchmarks/planner.py`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SharedPart:
+class Exchange:
     """What a rank reads for several ranks, sends and receives, if ranks share a read."""
 
     objects: IntArray
@@ -64,7 +64,7 @@ class ReadPlan:
     """The limits under which gaps between byte ranges are read over."""
     order: IntArray | None = None
     """The requests in the order in which they must be fetched. By default, the order does not matter."""
-    exchange: SharedPart | None = None
+    exchange: Exchange | None = None
     """What the rank reads for several ranks, sends and receives. None if it reads everything by itself."""
 
     __eq__ = columns_equal

@@ -22,7 +22,7 @@ from .runtime.forks import generation
 from .runtime.logs import logger_of
 from .runtime.process_group import (
     Alarm,
-    Exchange,
+    Collectives,
     check_member,
     check_process_group,
     is_distributed,
@@ -207,8 +207,8 @@ class _Ranks:
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         # Two groups, so that planning the next save does not meet the end of the last one.
-        self.planning = Exchange(process_group, background=not is_own_group(process_group))
-        self.writing = Exchange(process_group, background=True)
+        self.planning = Collectives(process_group, background=not is_own_group(process_group))
+        self.writing = Collectives(process_group, background=True)
         self.last: AsyncSave | None = None
         self.agreed: AgreedPlan | None = None
         """The plan of the last save."""
@@ -405,17 +405,17 @@ class _Worker:
     """Copies and writes for an AsyncSave.
 
     Args:
-        exchange: used in the background.
+        collectives: used in the background.
         remote: the store, if the writer process writes.
     """
 
-    def __init__(self, save: AsyncSave, saving: Saving, exchange: Exchange, remote: PickledStore | None) -> None:
+    def __init__(self, save: AsyncSave, saving: Saving, collectives: Collectives, remote: PickledStore | None) -> None:
         self._save = save
         self._saving = saving
-        self._exchange = exchange
+        self._collectives = collectives
         self._remote = remote
         # All ranks must create their alarms in the same order, so not in the background.
-        self._saving.writer.alarm = Alarm(exchange.process_group)
+        self._saving.writer.alarm = Alarm(collectives.process_group)
         self._saving.writer.in_writer_process = remote is not None
         self._staging: Staging | None = None
         self._error: BaseException | None = None
@@ -476,7 +476,7 @@ class _Worker:
         report, error = None, None
         try:
             with undisturbed():
-                report = self._saving.finish(self._exchange, self._write)
+                report = self._saving.finish(self._collectives, self._write)
         except BaseException as raised:
             error = raised if isinstance(raised, Exception) else portable(raised)
             logger.error("the save to %s failed: %s", self._save.location, error)

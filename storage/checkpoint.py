@@ -26,8 +26,8 @@ from .formats.detect import open_source
 from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
-from .reading.cooperative import check_cooperative, may_share
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
+from .reading.shared_read import check_cooperative, may_share
 from .reading.value_reads import ValueRead, check_values, decode_all, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.deferred_writes import finish_writes

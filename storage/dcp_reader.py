@@ -37,9 +37,9 @@ from .errors import ArgumentError, RankError
 from .formats.detect import open_source
 from .formats.source import Source
 from .formats.value_codec import torch_save
-from .reading.cooperative import Offer, SharedRead, check_cooperative, may_share
 from .reading.opening import OpenedCheckpoint, check_same_checkpoint
 from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
+from .reading.shared_read import Offer, SharedRead, check_cooperative, may_share
 from .reading.value_reads import ValueRead, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.logs import logger_of
@@ -207,17 +207,17 @@ class StorageReader(dcp.StorageReader):
         If a rank fails, all ranks raise its error.
         """
         prepared: list[_Reading] = []
-        sharing = SharedRead(self._cooperative, self._budget_bytes)
+        shared_read = SharedRead(self._cooperative, self._budget_bytes)
 
         def prepare() -> Offer | None:
             prepared.append(self._prepare(plan, planner))
-            return sharing.offer(self._open(), prepared[0].wants)
+            return shared_read.offer(self._open(), prepared[0].wants)
 
         def read() -> RankReport:
-            return self._read(prepared[0], ReadOptions(interrupt=sharing.alarm.check, sharing=sharing))
+            return self._read(prepared[0], ReadOptions(interrupt=shared_read.alarm.check, shared_read=shared_read))
 
         try:
-            self.report = sharing.run(prepare, read)[self._rank]
+            self.report = shared_read.run(prepare, read)[self._rank]
         except RankError as error:
             if error.group_is_broken:
                 logger.error("%s", error)  # DCP's next collective fails, too, with an error that names no rank

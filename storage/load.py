@@ -20,7 +20,6 @@ from torch.profiler import record_function
 
 from ..planner.text import quoted
 from .errors import ArgumentError
-from .reading.cooperative import Offer, SharedRead, check_cooperative
 from .reading.name_matching import LoadOptions
 from .reading.opening import (
     BegunOpening,
@@ -34,6 +33,7 @@ from .reading.opening import (
     read_blocks,
 )
 from .reading.read_tensors import ReadOptions
+from .reading.shared_read import Offer, SharedRead, check_cooperative
 from .reading.state_dict_reads import StateDictRead
 from .runtime.arguments import check_nbytes
 from .runtime.checksums import checksum
@@ -41,7 +41,7 @@ from .runtime.collector import without_collections
 from .runtime.limits import default_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (
-    Exchange,
+    Collectives,
     on_all_ranks,
     rank_of,
 )
@@ -134,9 +134,9 @@ def load(
         check_mapping(state_dict)
         return options, Opening(uri, storage_options, format, process_group)
 
-    sharing = SharedRead(cooperative, budget_bytes, process_group)
-    run = _Load(state_dict, process_group, sharing, ReadOptions(0, budget_bytes, max_over_read), progress)
-    with sharing:
+    shared_read = SharedRead(cooperative, budget_bytes, process_group)
+    run = _Load(state_dict, process_group, shared_read, ReadOptions(0, budget_bytes, max_over_read), progress)
+    with shared_read:
         done = run.read(run.prepare(begin))
     return run.report(done)
 
@@ -189,17 +189,19 @@ class _Load:
         self,
         state_dict: MutableMapping[str, Any],
         process_group: dist.ProcessGroup | None,
-        sharing: SharedRead,
+        shared_read: SharedRead,
         options: ReadOptions,
         progress: OnProgress,
     ) -> None:
         self._state_dict = state_dict
         self._group = process_group
-        self._sharing = sharing
+        self._shared_read = shared_read
         self._rank = rank_of(process_group)
         self._meter = Meter("load", progress, rank=self._rank)
-        interrupt = sharing.alarm.check
-        self._options = replace(options, rank=self._rank, interrupt=interrupt, meter=self._meter, sharing=sharing)
+        interrupt = shared_read.alarm.check
+        self._options = replace(
+            options, rank=self._rank, interrupt=interrupt, meter=self._meter, shared_read=shared_read
+        )
         self._begin = self._prepared = time.perf_counter()
         self._states: Mapping[str, Any] = {}
         self._read: StateDictRead | None = None
@@ -251,7 +253,7 @@ class _Load:
             blocks = {} if are_different(opened) else read_blocks(self._opening.source, wanted, budget_bytes)
             return [_Compared(opened, offers, blocks, is_complete=not any(wanted))] * len(found)
 
-        compared = Exchange(self._group).through_rank_0(match, combine)
+        compared = Collectives(self._group).through_rank_0(match, combine)
         check_same_checkpoint(compared.opened)
         if compared.is_complete:
             return compared.offers
@@ -276,11 +278,11 @@ class _Load:
         if not read.is_planned:
             with without_collections():
                 read.plan()
-        return self._sharing.offer(read.source, read.shareable_wants)
+        return self._shared_read.offer(read.source, read.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:
         """Decide with the other ranks whether to share the read, and read the tensors and values. Collective."""
-        self._sharing.agree(offers)
+        self._shared_read.agree(offers)
         self._prepared = time.perf_counter()
 
         def run() -> _Done:
@@ -299,7 +301,7 @@ class _Load:
                 _checksum(match.held_keys),
             )
 
-        return self._sharing.read(run)
+        return self._shared_read.read(run)
 
     def report(self, done: Sequence[_Done]) -> Report:
         """Replace the values of the state dict, and return the report."""
@@ -343,7 +345,7 @@ class _Load:
             return [tuple(unexpected)] * len(found)
 
         own = (match.unexpected_keys, match.held_keys) if is_first else None
-        return Exchange(self._group).through_rank_0(lambda: own, combine)
+        return Collectives(self._group).through_rank_0(lambda: own, combine)
 
 
 def _checksum(names: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from .errors import ArgumentError, CommitError, RankError
 from .runtime.collector import rare_collections, without_collections
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
-from .runtime.process_group import Alarm, Exchange
+from .runtime.process_group import Alarm, Collectives
 from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
@@ -224,7 +224,7 @@ class Saving:
         """Forget the tensors of the state dict, and `shards`, which read them."""
         self._state, self.shards = None, []
 
-    def finish(self, exchange: Exchange, work: Callable[[], Written]) -> Report:
+    def finish(self, collectives: Collectives, work: Callable[[], Written]) -> Report:
         """Write on every rank, commit on rank 0, and return the report. Collective.
 
         Args:
@@ -250,7 +250,7 @@ class Saving:
             tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if entry.dtype}
             try:
                 reports = self.writer.commit(paths, tensors, by_rank, differing=tuple(self._differing))
-                return [reports] * exchange.size
+                return [reports] * collectives.size
             except Exception:
                 raise
             except BaseException as error:
@@ -260,7 +260,7 @@ class Saving:
                 ) from error
 
         try:
-            plain = exchange.through_rank_0(write, commit)
+            plain = collectives.through_rank_0(write, commit)
         except BaseException as error:
             # A rank that lost the others, or was interrupted while it waited, may not know that rank 0 has committed.
             if not (isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))):
@@ -337,17 +337,17 @@ def save(
             codecs or metadata, or different dtypes, shapes or kinds of values for one name.
         RankError: any other error.
     """
-    exchange = Exchange(process_group)
+    collectives = Collectives(process_group)
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
-    saving = Saving(uri, options, progress, exchange.rank, exchange.size)
+    saving = Saving(uri, options, progress, collectives.rank, collectives.size)
 
     def check() -> None:
         saving.open()
         check_mapping(state_dict)
 
     # All ranks may have to take part in the state_dict() of a value: first make sure that they will.
-    exchange.through_rank_0(check, lambda checked: checked)
-    assigned = exchange.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
+    collectives.through_rank_0(check, lambda checked: checked)
+    assigned = collectives.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
     assert assigned is not None
     saving.writer.alarm = Alarm(process_group)
 
@@ -356,7 +356,7 @@ def save(
             saving.accept_plan(assigned)
             return saving.writer.write(saving.shards, write_objects)
 
-    return saving.finish(exchange, work)
+    return saving.finish(collectives, work)
 
 
 def _is_of_this_rank_only(error: BaseException) -> bool:

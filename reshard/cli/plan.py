@@ -13,11 +13,11 @@ import typer
 
 import reshard
 from reshard import pictures
-from reshard.planner.cooperation import EXCHANGE_BYTES_PER_S
 from reshard.planner.layout import Layout, Rule, Shard, StridedShard
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.report import PlanReport, WholeShards
 from reshard.planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
+from reshard.planner.shared_reads import EXCHANGE_BYTES_PER_S
 from reshard.planner.stages import even_stages
 from reshard.storage.checkpoint import Checkpoint, warn_of_layout
 

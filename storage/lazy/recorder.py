@@ -24,8 +24,8 @@ from ...planner.read_plan import ReadPlan, plan_reads
 from ...planner.strided import StridedView
 from ..errors import ArgumentError, DestinationError
 from ..formats.source import Source
-from ..reading.cooperative import Offer, SharedRead
 from ..reading.read_tensors import BoxReads, ReadOptions, execute_reads
+from ..reading.shared_read import Offer, SharedRead
 from ..reading.value_reads import whole_wants
 from ..runtime.deferred_writes import executing, finish_writes, register, unregister
 from ..runtime.limits import default_budget
@@ -423,24 +423,24 @@ class CopyRecorder:
             failed: the error of this rank, which then has nothing to read.
         """
         batches: list[_Batch] = []
-        sharing = SharedRead(self._options.cooperative, self._budget, self._options.process_group)
+        shared_read = SharedRead(self._options.cooperative, self._budget, self._options.process_group)
 
         def prepare() -> Offer | None:
             if failed is not None:
                 raise portable(failed)
             batches.extend(self._batches(rounds[0] if rounds else []))
             source = self._source()
-            return sharing.offer(source, lambda: batches[0].box_reads(source).direct_wants)
+            return shared_read.offer(source, lambda: batches[0].box_reads(source).direct_wants)
 
         def run() -> None:
             rank = rank_of(self._options.process_group)
-            self._run(batches, ReadOptions(rank, interrupt=sharing.alarm.check, sharing=sharing))
+            self._run(batches, ReadOptions(rank, interrupt=shared_read.alarm.check, shared_read=shared_read))
             for copies in list(rounds)[1:]:
                 self._execute(copies)
             rounds.clear()
 
         with self._taken() as rounds:
-            sharing.run(prepare, run)
+            shared_read.run(prepare, run)
 
     def _execute(self, copies: Sequence[PendingCopy]) -> None:
         """Execute copies to memory that does not overlap."""
@@ -472,7 +472,7 @@ class CopyRecorder:
             for batch in batches:
                 report = execute_reads(source, batch.box_reads(source), (), options)
                 batch.finish()
-                options = replace(options, sharing=None)
+                options = replace(options, shared_read=None)
                 with self._lock:
                     self.report = added(self.report, report)
         logger.debug("%d batches took %.3f s", len(batches), time.perf_counter() - begin)

@@ -26,7 +26,6 @@ from ..runtime.arguments import check_nbytes
 from ..runtime.devices import synchronize
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
-from ..runtime.peers import Peers
 from ..runtime.process_group import Interrupt, never
 from ..runtime.progress import Meter
 from ..runtime.reports import RankReport, added
@@ -36,10 +35,10 @@ from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
 from ..tensors.splitting import group_by_bytes, row_boxes
 from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
-from .cooperative import Cooperation, SharedRead
 from .executor import ReadStats, execute
 from .same_chunks import same_chunks
-from .sharing import SharingFetcher
+from .shared_fetcher import SharedFetcher
+from .shared_read import SharedPart, SharedRead
 from .value_reads import ValueRead
 from .workers import Workers
 
@@ -79,7 +78,7 @@ class ReadOptions:
     """Reports the progress."""
     workers: Workers | None = None
     """Threads that several reads share. If it is None, the read starts its own."""
-    sharing: SharedRead | None = None
+    shared_read: SharedRead | None = None
     """What the ranks agreed on. They may share the boxes that are read straight into their destinations."""
 
 
@@ -314,10 +313,9 @@ class _ReadRun:
         destinations = [self._reads.destinations[at] for at in self._reads.direct]
         destinations += [tensor for value in values for tensor in value.tensors]
         increment_version(destinations)  # autograd does not see what is written through other views of the memory
-        sharing = self._options.sharing
-        if sharing is not None and sharing.peers is not None:
-            assert sharing.cooperation is not None
-            self._read_shared(destinations, sharing.cooperation, sharing.peers)
+        shared_read = self._options.shared_read
+        if shared_read is not None and shared_read.part is not None:
+            self._read_shared(destinations, shared_read.part)
         else:
             self._read(wants, destinations)
 
@@ -361,17 +359,15 @@ class _ReadRun:
         source.observe(plan.requests.nbytes, time.perf_counter() - planned)
         self._add(plan, stats, planned - begin)
 
-    def _read_shared(self, destinations: Sequence[torch.Tensor], cooperation: Cooperation, peers: Peers) -> None:
+    def _read_shared(self, destinations: Sequence[torch.Tensor], part: SharedPart) -> None:
         """Execute this rank's part of a read that ranks share, and add its report."""
         begin = time.perf_counter()
-        shared = cooperation.shared
-        assert shared is not None
         gap_limits = self._source.gap_limits(self._options.max_over_read)
-        plan = cooperation.plan(gap_limits, self._max_request_bytes)
+        plan = part.plan(gap_limits, self._max_request_bytes)
         planned = time.perf_counter()
-        fetcher = SharingFetcher(self._source.store, shared.units, peers, self._budget // 4)
+        fetcher = SharedFetcher(self._source.store, part.share.units, part.peers, self._budget // 4)
         with Workers(self._source.store, fetcher) as workers:
-            stats = self._execute(plan, cooperation.index, destinations, self._budget // 2, workers, fetcher.check)
+            stats = self._execute(plan, part.index, destinations, self._budget // 2, workers, fetcher.check)
             fetcher.finish(self._meter.watching(self._options.interrupt))
         self._add(plan, stats, planned - begin)
 

@@ -135,8 +135,8 @@ class Alarm:
 
 
 def on_all_ranks(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> list[T]:
-    """Run a task on every rank; see `Exchange.on_all_ranks`."""
-    return Exchange(process_group).on_all_ranks(task)
+    """Run a task on every rank; see `Collectives.on_all_ranks`."""
+    return Collectives(process_group).on_all_ranks(task)
 
 
 def on_rank_0(task: Callable[[], T], process_group: dist.ProcessGroup | None) -> T:
@@ -145,14 +145,15 @@ def on_rank_0(task: Callable[[], T], process_group: dist.ProcessGroup | None) ->
     return cast(T, on_all_ranks(lambda: task() if is_first else None, process_group)[0])
 
 
-class Exchange:
-    """Sends objects from all ranks of a group to rank 0, and an answer to each rank.
+class Collectives:
+    """The collective calls of a group: they send objects from all ranks to rank 0, and an answer to each rank.
 
     Args:
         process_group: The group of the ranks, or None for the default group. Without a process group, this process is
-            the only rank. If the group has no gloo, the first exchange creates another group, which is collective.
-        background: Whether to create a group of its own, which is collective. Any thread may then use the exchange
-            while the training uses the process group, and also after `destroy_process_group`.
+            the only rank. If the group has no gloo, its first `Collectives` create another group, which is
+            collective.
+        background: Whether to create a group of its own, which is collective. Any thread may then use it while
+            the training uses the process group, and also after `destroy_process_group`.
 
     Raises:
         ArgumentError: This process is not in the group, or the argument is no group.
@@ -274,7 +275,7 @@ _own_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def is_own_group(group: dist.ProcessGroup | None) -> bool:
-    """Return whether an exchange in the background has created a group, so that only reshard uses it."""
+    """Return whether `Collectives(background=True)` created a group, so that only reshard uses it."""
     return group is not None and group in _own_groups
 
 
@@ -297,7 +298,7 @@ def _has_gloo(group: dist.ProcessGroup) -> bool:
 
 
 def _can_talk(group: dist.ProcessGroup) -> bool:
-    """Return whether an `Exchange` of a group needs no new group."""
+    """Return whether `Collectives` of a group needs no new group."""
     return _has_gloo(group) or group in _gloo_groups
 
 
@@ -305,8 +306,8 @@ def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Create a gloo group of the ranks of another group, which only these ranks call. Collective.
 
     torch names such a group by its ranks and by the number of groups that this process is in. Ranks that are in
-    different numbers of groups would give it different names, and wait for each other forever. So ranks that are in
-    fewer groups are in some more of their own while it is created.
+    different numbers of groups would give it different names, and wait for each other forever. Therefore, ranks in
+    fewer groups create some temporary groups first.
     """
     ranks = dist.get_process_group_ranks(group)
     count = len(distributed_c10d._world.pg_names)
@@ -316,7 +317,7 @@ def new_gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     try:
         while len(fillers) < number - count:
             fillers.append(_new_gloo_group([dist.get_rank()]))
-        messages = Exchange(group)._messages if _can_talk(group) else None
+        messages = Collectives(group)._messages if _can_talk(group) else None
         return messages.wait_for(lambda: _new_gloo_group(ranks)) if messages else _new_gloo_group(ranks)
     finally:
         for filler in fillers:
@@ -335,7 +336,7 @@ def _largest(number: int, group: dist.ProcessGroup) -> int:
     Messages over gloo notice a rank that has died. Without gloo, the numbers go through the store of the process group.
     """
     if _can_talk(group):
-        return max(Exchange(group).on_all_ranks(lambda: number))
+        return max(Collectives(group).on_all_ranks(lambda: number))
     store, key = distributed_c10d._get_default_store(), new_key("groups", group)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     store.set(f"{key}/{rank}", str(number))

@@ -27,7 +27,7 @@ from ..runtime.arguments import check_choice, check_flags, check_nbytes
 from ..runtime.background import BackgroundThread
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
-from ..runtime.process_group import Exchange, is_distributed, on_all_ranks, on_rank_0, rank_of
+from ..runtime.process_group import Collectives, is_distributed, on_all_ranks, on_rank_0, rank_of
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
 from ..save import save
@@ -188,7 +188,7 @@ class CheckpointManager:
             return _as_passed(root), _as_passed(mirror), self._save_every, asynchronous, codec, read_only
 
         self._is_closed = True  # until everything below has succeeded
-        Exchange(process_group)  # raises ArgumentError if this rank is not in the group
+        Collectives(process_group)  # raises ArgumentError if this rank is not in the group
         passed = on_all_ranks(prepare, process_group)
         if len(set(passed)) > 1:
             raise ArgumentError(
@@ -728,7 +728,7 @@ def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | N
     """
     if not is_distributed() or dist.get_world_size(process_group) == 1:
         return process_group
-    return Exchange(process_group, background=True).process_group
+    return Collectives(process_group, background=True).process_group
 
 
 def _release_at_exit(lease: weakref.ref[Lease]) -> None:

@@ -30,7 +30,7 @@ from reshard.errors import RankError
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.runtime import process_group
 from reshard.storage.runtime.lost_ranks import Watch
-from reshard.storage.runtime.process_group import Exchange, on_all_ranks
+from reshard.storage.runtime.process_group import Collectives, on_all_ranks
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call, RecordingStore
 from tests.ranks import RankFailed, RankPool
@@ -244,7 +244,7 @@ def call_without_gloo() -> list[Any]:
     """Use a group that is only for devices: the ranks talk over another one."""
     group: Any = dist.new_group(backend="cuda:gloo")
     found = [on_all_ranks(dist.get_rank, group) for _ in range(2)]
-    return [*found, Exchange(group).through_rank_0(dist.get_rank, lambda ranks: ranks[::-1])]
+    return [*found, Collectives(group).through_rank_0(dist.get_rank, lambda ranks: ranks[::-1])]
 
 
 def test_group_without_gloo_on_the_cpu(ranks: RankPool) -> None:

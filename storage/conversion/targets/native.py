@@ -40,7 +40,7 @@ class NativeTarget:
     def write(
         self, store: Store, label: str, unit: WorkUnit, stream: SourceStream, interrupt: Callable[[], None]
     ) -> UnitRecord:
-        load = _SharedReads(unit, stream).load if store.capabilities.buffers_objects else _load_in_order(unit, stream)
+        load = _GroupedLoads(unit, stream).load if store.capabilities.buffers_objects else _load_in_order(unit, stream)
         values = stream.values(piece for piece in unit.pieces if not piece.item.is_tensor)
         shards = [_shard(piece, values, load) for piece in unit.pieces]
         records = write_objects(store, label, shards, self._codec, budget_bytes=self._budget_bytes, interrupt=interrupt)
@@ -67,7 +67,7 @@ class NativeTarget:
 Load = Callable[[Item, Box], torch.Tensor]
 
 
-class _SharedReads:
+class _GroupedLoads:
     """Loads pieces for objects that are written concurrently. The first load of a piece also reads its neighbours."""
 
     def __init__(self, unit: WorkUnit, stream: SourceStream) -> None:

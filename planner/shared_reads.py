@@ -1,8 +1,12 @@
 """Plan which rank reads which bytes, if several ranks need the same bytes or parts of the same rows.
 
-Each rank describes the byte ranges that it needs (`Needs`). From the descriptions of all ranks, `Sharing` computes
+Each rank describes the byte ranges that it needs (`Needs`). From the descriptions of all ranks, `SharedReads` computes
 which bytes are read once (`Unit`), by which rank, and what that rank sends to the others. Every rank computes the same
 result, so that the ranks need not communicate about it. All ranks read, send and receive units in the same order.
+
+Units are made from atoms. Byte ranges that overlap form an atom, which is never cut. For example, rank 0 needs
+[0, 100) and rank 1 needs [60, 200) and [200, 300) of an object. Its atoms are [0, 200), which both need, and
+[200, 300), which only rank 1 needs. The first becomes a unit. Rank 1 reads the second by itself.
 """
 
 from __future__ import annotations
@@ -21,11 +25,11 @@ from .box import IntArray, concat
 from .chunk_reads import ChunkReads
 from .coalesce import MAX_REQUEST_BYTES, GapLimits, Requests, cut_runs, reach
 from .index import CheckpointIndex
-from .read_plan import ReadPlan, SharedPart, find_chunks, join_ranges, row_column
+from .read_plan import Exchange, ReadPlan, find_chunks, join_ranges, row_column
 from .request_costs import REMOTE_COSTS
 
 MAX_UNIT_BYTES = 8 * 1024 * 1024
-"""The most bytes that are read and sent together. A single chunk may be larger."""
+"""The maximum number of bytes that are read and sent together. A single chunk may be larger."""
 MIN_UNIT_BYTES = 32 * 1024
 """Fewer bytes are read by each rank that needs them: a message would cost more."""
 MAX_UNIT_GAP_BYTES = 16 * 1024
@@ -33,16 +37,16 @@ MAX_UNIT_GAP_BYTES = 16 * 1024
 REQUEST_COST_BYTES = REMOTE_COSTS.gap_bytes
 """The bytes that take as long as another request. Neighbouring byte ranges that different ranks need are read together
 if each has fewer bytes."""
-UNITS_PER_RANK = 16
-"""The least number of units that each rank reads of a large read, so that all read about the same number of bytes."""
+MIN_UNITS_PER_RANK = 16
+"""The minimum number of units that each rank reads in a large read, so that all read about the same number of bytes."""
 MIN_LARGE_UNIT_BYTES = 256 * 1024
-"""The least size of the units of a large read."""
+"""The minimum size of the units of a large read."""
 EXCHANGE_BYTES_PER_S = 1e9
 """An estimate of how fast a rank sends and receives."""
-WORTH_IT = 0.9
-"""With "auto", ranks share a read only if it takes at most this fraction of the time of separate reads."""
+MAX_TIME_FRACTION = 0.9
+"""With "auto", a read is shared only if its estimated time is at most this fraction of the time of separate reads."""
 MIN_USED_FRACTION = 0.8
-"""The least fraction of a unit that ranks must need. Parts of rows are shared only if most of the row is needed."""
+"""The minimum fraction of a unit that ranks must need. Parts of rows are shared only if most of the row is needed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,13 +160,13 @@ class Unit:
     start: int
     stop: int
     reader: int
-    pieces: dict[int, tuple[UnitPart, ...]]
+    parts: dict[int, tuple[UnitPart, ...]]
     """What ranks need, ascending. The reader knows it for all ranks that need something; others know it for
     themselves."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shared:
+class RankShare:
     """What one rank reads, sends and receives."""
 
     units: tuple[Unit, ...]
@@ -179,17 +183,17 @@ class Shared:
     @property
     def bytes_sent(self) -> int:
         """The bytes that the rank sends."""
-        sizes = {unit.number: {rank: _size(pieces) for rank, pieces in unit.pieces.items()} for unit in self.units_read}
+        sizes = {unit.number: {rank: _size(parts) for rank, parts in unit.parts.items()} for unit in self.units_read}
         return sum(size for of_rank in sizes.values() for rank, size in of_rank.items() if rank != self.rank)
 
     @property
     def bytes_received(self) -> int:
         """The bytes that the rank receives."""
-        return sum(_size(unit.pieces[self.rank]) for unit in self.units if unit.reader != self.rank)
+        return sum(_size(unit.parts[self.rank]) for unit in self.units if unit.reader != self.rank)
 
 
-def _size(pieces: Sequence[UnitPart]) -> int:
-    return sum(piece.size for piece in pieces)
+def _size(parts: Sequence[UnitPart]) -> int:
+    return sum(part.size for part in parts)
 
 
 def digest(data: bytes) -> bytes:
@@ -198,7 +202,7 @@ def digest(data: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sharing:
+class SharedReads:
     """How ranks divide the reading of bytes that several of them need."""
 
     loads: IntArray
@@ -217,7 +221,9 @@ class Sharing:
     """The rank that reads each unit."""
 
     @classmethod
-    def of(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], budget_bytes: int | None = None) -> Sharing:
+    def of(
+        cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], budget_bytes: int | None = None
+    ) -> SharedReads:
         """Divide the reading.
 
         Args:
@@ -226,12 +232,12 @@ class Sharing:
             budget_bytes: the memory that each rank may use.
         """
         total, ranks = sum(int(one.bytes_needed.sum()) for one in needs), sum(map(len, ranks_of))
-        most = MAX_UNIT_BYTES if budget_bytes is None else min(MAX_UNIT_BYTES, budget_bytes // 32)
-        part = total // (UNITS_PER_RANK * ranks)
-        return cls.in_units(needs, ranks_of, max(MIN_LARGE_UNIT_BYTES, min(most, part)))
+        max_bytes = MAX_UNIT_BYTES if budget_bytes is None else min(MAX_UNIT_BYTES, budget_bytes // 32)
+        balanced = total // (MIN_UNITS_PER_RANK * ranks)
+        return cls.in_units(needs, ranks_of, max(MIN_LARGE_UNIT_BYTES, min(max_bytes, balanced)))
 
     @classmethod
-    def in_units(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], max_unit_bytes: int) -> Sharing:
+    def in_units(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], max_unit_bytes: int) -> SharedReads:
         """Divide the reading into units of at most so many bytes."""
         rows = _Rows.of(needs)
         alone = np.zeros(len(rows.starts), bool)
@@ -252,7 +258,7 @@ class Sharing:
         return cls(loads, together, separate, exchanged, rows, units, ranks_of, readers)
 
     def saves_time(
-        self, bytes_per_s: float, exchanged_per_s: float = EXCHANGE_BYTES_PER_S, fraction: float = WORTH_IT
+        self, bytes_per_s: float, exchanged_per_s: float = EXCHANGE_BYTES_PER_S, fraction: float = MAX_TIME_FRACTION
     ) -> bool:
         """Return whether sharing is estimated to take at most a fraction of the time of separate reads.
 
@@ -266,7 +272,7 @@ class Sharing:
         together += int(self.exchanged.max(initial=0)) / exchanged_per_s
         return bool((self.exchanged > 0).any()) and together <= fraction * separate
 
-    def part_of(self, rank: int) -> Shared:
+    def share_of(self, rank: int) -> RankShare:
         """Return what one rank reads, sends and receives."""
         rows, units, ranks_of = self._rows, self._units, self._ranks_of
         group = next(at for at, ranks in enumerate(ranks_of) if rank in ranks)
@@ -282,14 +288,14 @@ class Sharing:
             groups, reader = units.group_sets[number].tolist(), self._readers[number]
             if group in groups:
                 wanted = groups if reader == rank else [group]
-                of_group = {at: _pieces(rows, by_unit[begin:end], at) for at in wanted}
-                pieces = {one: of_group[at] for at in wanted for one in ranks_of[at]}
+                of_group = {at: _parts_of(rows, by_unit[begin:end], at) for at in wanted}
+                parts = {one: of_group[at] for at in wanted for one in ranks_of[at]}
                 position[number] = len(found)
-                found.append(Unit(number, tensor, rows.names[of_object], start, stop, reader, pieces))
+                found.append(Unit(number, tensor, rows.names[of_object], start, stop, reader, parts))
         mine = rows.groups == group
         unit_of_row = np.full(int(mine.sum()), -1, np.int64)
         unit_of_row[rows.positions[mine]] = position[units.of_row[mine]]
-        return Shared(tuple(found), unit_of_row, rank)
+        return RankShare(tuple(found), unit_of_row, rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -362,7 +368,7 @@ class _Atoms:
         first, of_row = np.flatnonzero(opens), np.cumsum(opens) - 1
         pairs = np.unique(of_row * group_count + groups)
         atoms, of_pairs = pairs // group_count, pairs % group_count
-        keys = np.add.reduceat(_mixed(group_count)[of_pairs], np.searchsorted(atoms, np.arange(len(first))))
+        keys = np.add.reduceat(_set_hashes(group_count)[of_pairs], np.searchsorted(atoms, np.arange(len(first))))
         return cls(
             objects[first], starts[first], np.maximum.reduceat(stops, first), first, of_row, atoms, of_pairs, keys
         )
@@ -418,8 +424,8 @@ def _spans(begins: IntArray, ends: IntArray, joined: npt.NDArray[np.bool_]) -> I
     return np.repeat(spans, np.diff(np.append(first, len(begins))))
 
 
-def _mixed(count: int) -> npt.NDArray[np.uint64]:
-    """Return random-looking numbers, the same everywhere. A sum of some of them identifies the set."""
+def _set_hashes(count: int) -> npt.NDArray[np.uint64]:
+    """Return a random-looking number for each group, the same on all ranks. A set of groups has a sum of its own."""
     values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -428,7 +434,11 @@ def _mixed(count: int) -> npt.NDArray[np.uint64]:
 
 
 def _choose_readers(units: _Units, ranks_of: Sequence[Sequence[int]], loads: IntArray) -> list[int]:
-    """Choose the reader of each unit so that all ranks read about the same number of bytes. Add them to `loads`."""
+    """Choose the reader of each unit so that all ranks read about the same number of bytes.
+
+    Args:
+        loads: (ranks,) the bytes that each rank reads by itself. The bytes of its units are added in place.
+    """
     sets: dict[bytes, IntArray] = {}
     readers = []
     for groups, nbytes in zip(units.group_sets, (units.stops - units.starts).tolist(), strict=True):
@@ -469,26 +479,26 @@ def _bytes_of_ranks(rows: _Rows, ranks_of: Sequence[Sequence[int]], nbytes: IntA
     return found
 
 
-def _pieces(rows: _Rows, members: IntArray, group: int) -> tuple[UnitPart, ...]:
+def _parts_of(rows: _Rows, members: IntArray, group: int) -> tuple[UnitPart, ...]:
     """Return what a group needs of a unit: its rows, with adjacent dense ones joined."""
     mine = members[rows.groups[members] == group]
-    pieces: list[UnitPart] = []
+    parts: list[UnitPart] = []
     columns = (rows.starts[mine], rows.counts[mine], rows.nbytes[mine], rows.strides[mine])
     for start, count, nbytes, stride in sorted(set(zip(*(column.tolist() for column in columns), strict=True))):
-        last = pieces[-1] if pieces else None
+        last = parts[-1] if parts else None
         if count == 1 and last is not None and last.count == 1 and start <= last.stop:
             size = max(last.stop, start + nbytes) - last.start
-            pieces[-1] = UnitPart(last.start, 1, size, size)
+            parts[-1] = UnitPart(last.start, 1, size, size)
         else:
-            pieces.append(UnitPart(start, count, nbytes, stride))
-    return tuple(pieces)
+            parts.append(UnitPart(start, count, nbytes, stride))
+    return tuple(parts)
 
 
-def cooperative_plan(
+def shared_plan(
     index: CheckpointIndex,
     reads: Sequence[ChunkReads],
     tensors: Sequence[int],
-    shared: Shared,
+    share: RankShare,
     gap_limits: GapLimits,
     max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> ReadPlan:
@@ -498,19 +508,19 @@ def cooperative_plan(
         index: the index of the checkpoint.
         reads: the reads of a plan with the limits NO_GAPS, from which the needs of the rank were made.
         tensors: for each read, the position of its tensor.
-        shared: the part of the rank.
+        share: the part of the rank.
         gap_limits: the limits for what the rank reads by itself.
         max_request_bytes: the most bytes of a request that the rank makes by itself.
     """
     bounds = np.cumsum([0, *(read.objects.size for read in reads)]).tolist()
-    parts = [shared.unit_of_row[begin:end] for begin, end in pairwise(bounds)]
-    alone = [at for at, part in enumerate(parts) if bool((part < 0).all())]
+    unit_columns = [share.unit_of_row[begin:end] for begin, end in pairwise(bounds)]
+    alone = [at for at, column in enumerate(unit_columns) if bool((column < 0).all())]
     again = find_chunks(index, [reads[at].want for at in alone], gap_limits)
     mixed = list(reads)
     for at, read in zip(alone, again, strict=True):
         mixed[at] = read
-        parts[at] = np.full(read.objects.size, -1)
-    units = np.concatenate([*parts, np.empty(0, np.int64)])
+        unit_columns[at] = np.full(read.objects.size, -1)
+    units = np.concatenate([*unit_columns, np.empty(0, np.int64)])
     of_tensor = np.repeat(np.array(tensors, np.int64), [read.objects.size for read in mixed])
     own = join_ranges(mixed, gap_limits, max_request_bytes, units < 0)
 
@@ -518,7 +528,7 @@ def cooperative_plan(
     request_of_range[units < 0] = own.request_of_range
     request_tensors = np.full(len(own), np.iinfo(np.int64).max)
     np.minimum.at(request_tensors, own.request_of_range, of_tensor[units < 0])
-    added = _Requests.of(mixed, np.flatnonzero(units >= 0), units, shared, len(own))
+    added = _Requests.of(mixed, np.flatnonzero(units >= 0), units, share, len(own))
     request_of_range[units >= 0] = added.of_row
     keys = np.concatenate([request_tensors, added.tensors])
     numbers = np.concatenate([np.full(len(own), -1), added.numbers])
@@ -529,20 +539,20 @@ def cooperative_plan(
         request_of_range,
         own.sparse | added.sparse,
     )
-    return ReadPlan(tuple(mixed), requests, gap_limits, np.lexsort((numbers, keys)), _exchange(index, shared, numbers))
+    return ReadPlan(tuple(mixed), requests, gap_limits, np.lexsort((numbers, keys)), _exchange(index, share, numbers))
 
 
-def _exchange(index: CheckpointIndex, shared: Shared, numbers: IntArray) -> SharedPart:
+def _exchange(index: CheckpointIndex, share: RankShare, numbers: IntArray) -> Exchange:
     """Return what a rank reads for several ranks, sends and receives. Request i is part of the unit `numbers[i]`."""
     positions = {name: at for at, (name, _) in enumerate(index.objects)}
-    ranges = [(positions[unit.name], unit.start, unit.stop) for unit in shared.units_read]
+    ranges = [(positions[unit.name], unit.start, unit.stop) for unit in share.units_read]
     table = np.array(ranges, np.int64).reshape(-1, 3)
-    return SharedPart(table[:, 0], table[:, 1], table[:, 2], numbers >= 0, shared.bytes_sent, shared.bytes_received)
+    return Exchange(table[:, 0], table[:, 1], table[:, 2], numbers >= 0, share.bytes_sent, share.bytes_received)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Requests:
-    """One request for each piece that a rank needs of a unit, in columns."""
+    """One request for each part that a rank needs of a unit, in columns."""
 
     objects: IntArray
     starts: IntArray
@@ -555,7 +565,9 @@ class _Requests:
     """(m,) the request of each row."""
 
     @classmethod
-    def of(cls, reads: Sequence[ChunkReads], rows: IntArray, units: IntArray, shared: Shared, first: int) -> _Requests:
+    def of(
+        cls, reads: Sequence[ChunkReads], rows: IntArray, units: IntArray, share: RankShare, first: int
+    ) -> _Requests:
         """Make the requests.
 
         Args:
@@ -570,13 +582,13 @@ class _Requests:
         of_row = []
         columns = zip(units[rows].tolist(), objects, starts, stops, counts[rows].tolist(), strict=True)
         for unit_at, of_object, start, stop, count in columns:
-            unit = shared.units[unit_at]
-            piece = _containing(unit.pieces[shared.rank], start, stop, count)
-            number = known.setdefault((unit_at, piece), first + len(known))
+            unit = share.units[unit_at]
+            part = _containing(unit.parts[share.rank], start, stop, count)
+            number = known.setdefault((unit_at, part), first + len(known))
             if number == first + len(made):
-                made.append((of_object, piece.start, piece.stop, unit.tensor, unit.number))
-                if piece.count > 1:
-                    sparse[number] = piece.count, piece.nbytes, piece.stride
+                made.append((of_object, part.start, part.stop, unit.tensor, unit.number))
+                if part.count > 1:
+                    sparse[number] = part.count, part.nbytes, part.stride
             of_row.append(number)
         table = np.array(made, np.int64).reshape(-1, 5)
         of_requests = (table[:, 0], table[:, 1], table[:, 2], table[:, 3], table[:, 4])
@@ -591,10 +603,10 @@ def _run_counts(read: ChunkReads) -> IntArray:
     return counts
 
 
-def _containing(pieces: Sequence[UnitPart], start: int, stop: int, count: int) -> UnitPart:
-    """Return the piece that has the bytes of a row."""
-    for piece in pieces:
-        is_inside = piece.count == count == 1 and piece.start <= start and stop <= piece.stop
-        if is_inside or (piece.start, piece.stop, piece.count) == (start, stop, count):
-            return piece
-    raise AssertionError(f"no piece has bytes [{start}, {stop})")
+def _containing(parts: Sequence[UnitPart], start: int, stop: int, count: int) -> UnitPart:
+    """Return the part that has the bytes of a row."""
+    for part in parts:
+        is_inside = part.count == count == 1 and part.start <= start and stop <= part.stop
+        if is_inside or (part.start, part.stop, part.count) == (start, stop, count):
+            return part
+    raise AssertionError(f"no part has bytes [{start}, {stop})")

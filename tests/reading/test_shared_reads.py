@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 import reshard
 from reshard.errors import ArgumentError, CorruptCheckpointError, RankError, StoreError
-from reshard.planner.cooperation import Unit, UnitPart
 from reshard.planner.rank_plans import RankPlans
 from reshard.planner.request_costs import RequestCosts
-from reshard.storage.reading.sharing import SharingFetcher
+from reshard.planner.shared_reads import Unit, UnitPart
+from reshard.storage.reading.shared_fetcher import SharedFetcher
 from reshard.storage.stores.base import Capabilities
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
@@ -404,10 +404,10 @@ def test_an_object_that_is_cut_short_behind_the_own_piece_is_an_error() -> None:
     own, others = UnitPart(0, 1, 100, 100), UnitPart(100, 1, 100, 100)
     units = [Unit(at, 0, name, 0, 200, 0, {0: (own,), 1: (others,)}) for at, name in enumerate("ab")]
     with pytest.raises(StoreError, match="object 'a' in memory was cut short: it ends before byte 200"):
-        read_units(SharingFetcher(store, units, cast(Any, NoPeers()), 250))
+        read_units(SharedFetcher(store, units, cast(Any, NoPeers()), 250))
 
 
-def read_units(fetcher: SharingFetcher) -> None:
+def read_units(fetcher: SharedFetcher) -> None:
     with fetcher:
         for name in "ab":
             fetcher.start([(name, [(0, 100)])], lambda _: None)

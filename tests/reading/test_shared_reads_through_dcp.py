@@ -24,7 +24,7 @@ from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.testing import Call
 from tests.conftest import Place
 from tests.ranks import RankFailed, RankPool
-from tests.reading.test_sharing import RemoteStore, check, state_of, tensors
+from tests.reading.test_shared_reads import RemoteStore, check, state_of, tensors
 
 LAYOUTS = ["dp", "hsdp", "dp_tp", "columns"]
 

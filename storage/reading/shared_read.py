@@ -8,11 +8,12 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from ...planner.chunk_reads import WantedBox
+from ...planner.chunk_reads import ChunkReads, WantedBox
 from ...planner.coalesce import GapLimits
-from ...planner.cooperation import Needs, Shared, Sharing, cooperative_plan, digest
+from ...planner.index import CheckpointIndex
 from ...planner.read_plan import ReadPlan, find_chunks
 from ...planner.request_costs import REMOTE_COSTS
+from ...planner.shared_reads import Needs, RankShare, SharedReads, digest, shared_plan
 from ...planner.slabs import NO_GAPS
 from ..errors import ArgumentError
 from ..formats.source import Source
@@ -22,7 +23,7 @@ from ..runtime.process_group import Alarm, is_distributed, on_all_ranks, rank_of
 
 T = TypeVar("T")
 MAX_ROWS = 2_000_000
-"""The most byte ranges of all ranks that "auto" compares. It takes about a second."""
+"""With "auto", a read of more byte ranges than this in total is not shared. To compare as many takes a second."""
 _MODES = (True, False, "auto")
 
 
@@ -64,69 +65,52 @@ def check_same_mode(offers: Sequence[Offer | None]) -> None:
         )
 
 
-class Cooperation:
-    """One rank's part of a read that several ranks share.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wanted:
+    """What one rank needs, whoever reads it."""
 
-    Args:
-        source: the checkpoint.
-        wants: the boxes that the rank reads.
-        mode: True, or "auto" to share the read only if it saves time.
-        budget_bytes: the memory that this rank may use.
-    """
+    index: CheckpointIndex
+    reads: tuple[ChunkReads, ...]
+    tensors: list[int]
+    """For each read, the position of its tensor among those of the checkpoint."""
+    needs: Needs
+    packed: bytes
+    """`needs` as bytes."""
 
-    def __init__(self, source: Source, wants: Sequence[WantedBox], mode: object, budget_bytes: int) -> None:
-        self._source = source
-        self.index = source.index(wants)
+    @classmethod
+    def of(cls, source: Source, wants: Sequence[WantedBox]) -> _Wanted:
+        index = source.index(wants)
         positions = {entry.name: at for at, entry in enumerate(source.entries)}
-        self._tensors = [positions[want.name] for want in wants]
-        self._reads = find_chunks(self.index, wants, NO_GAPS)
-        objects = [name for name, _ in self.index.objects]
-        self._needs = Needs.of(self._reads, objects, self._tensors)
-        self._packed = self._needs.pack()
-        self._budget_bytes = budget_bytes
-        self._mode = mode
-        self.shared: Shared | None = None
-        """What this rank reads, sends and receives. None if the ranks do not share the read."""
+        tensors = [positions[want.name] for want in wants]
+        reads = tuple(find_chunks(index, wants, NO_GAPS))
+        needs = Needs.of(reads, [name for name, _ in index.objects], tensors)
+        return cls(index, reads, tensors, needs, needs.pack())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPart:
+    """One rank's part of a read that the ranks share."""
+
+    wanted: _Wanted
+    share: RankShare
+    """What this rank reads, sends and receives."""
+    peers: Peers
 
     @property
-    def offer(self) -> Offer:
-        return Offer(self._mode, digest(self._packed), len(self._needs), self._budget_bytes)
-
-    def agree(self, offers: Sequence[Offer], rank: int, gather: Callable[[bytes], Sequence[bytes]]) -> None:
-        """Decide whether to share the read, in the same way on all ranks. Collective.
-
-        Args:
-            offers: the offers of all ranks.
-            rank: this rank.
-            gather: returns the bytes that each rank passes.
-        """
-        ranks_of: dict[bytes, list[int]] = {}
-        for other, offer in enumerate(offers):
-            ranks_of.setdefault(offer.digest, []).append(other)
-        groups = list(ranks_of.values())
-        is_demanded = all(offer.mode is True for offer in offers)
-        if not is_demanded and sum(offers[ranks[0]].rows for ranks in groups) > MAX_ROWS:
-            return
-        if len(groups) == 1:
-            needs = [self._needs]
-        else:
-            is_first = any(ranks[0] == rank for ranks in groups)
-            packed = gather(self._packed if is_first else b"")
-            needs = [Needs.unpack(packed[ranks[0]]) for ranks in groups]
-        sharing = Sharing.of(needs, groups, min(offer.budget_bytes for offer in offers))
-        if is_demanded or sharing.saves_time(REMOTE_COSTS.bytes_per_s):
-            self.shared = sharing.part_of(rank)
+    def index(self) -> CheckpointIndex:
+        return self.wanted.index
 
     def plan(self, gap_limits: GapLimits, max_request_bytes: int) -> ReadPlan:
-        """Plan this rank's part of a shared read."""
-        assert self.shared is not None
-        return cooperative_plan(self.index, self._reads, self._tensors, self.shared, gap_limits, max_request_bytes)
+        """Plan what this rank reads, sends and receives."""
+        wanted = self.wanted
+        return shared_plan(wanted.index, wanted.reads, wanted.tensors, self.share, gap_limits, max_request_bytes)
 
 
 class SharedRead:
     """A collective read: if it saves time, one rank reads what several need and sends it to them.
 
-    Use it as a context manager. If the block raises, the messages between the ranks end.
+    All ranks call `agree` and then `read`, or `run`, which calls both. `offer` is not collective. Use it as a context
+    manager. If the block raises, the messages between the ranks end.
 
     Args:
         mode: see `reshard.load(cooperative=...)`.
@@ -136,18 +120,21 @@ class SharedRead:
 
     def __init__(self, mode: object, budget_bytes: int | None, process_group: dist.ProcessGroup | None = None) -> None:
         self.alarm = Alarm(process_group)
-        self.cooperation: Cooperation | None = None
-        self.peers: Peers | None = None
-        """None if each rank reads for itself."""
+        self.part: SharedPart | None = None
+        """This rank's part. None if each rank reads for itself."""
         self._mode = mode
         self._budget_bytes = budget_bytes
         self._group = process_group
+        self._wanted: _Wanted | None = None
 
     def offer(self, source: Source, wants: Callable[[], Sequence[WantedBox]]) -> Offer | None:
         """Return what this rank needs, or None if it does not share the read."""
-        if self.cooperation is None and is_distributed() and may_share(source, self._mode):
-            self.cooperation = Cooperation(source, wants(), self._mode, self._budget_bytes or default_budget())
-        return None if self.cooperation is None else self.cooperation.offer
+        if self._wanted is None:
+            if not (is_distributed() and may_share(source, self._mode)):
+                return None
+            self._wanted = _Wanted.of(source, wants())
+        budget_bytes = self._budget_bytes or default_budget()
+        return Offer(self._mode, digest(self._wanted.packed), len(self._wanted.needs), budget_bytes)
 
     def agree(self, offers: Sequence[Offer | None]) -> None:
         """Decide with the other ranks whether to share the read. Collective.
@@ -157,19 +144,37 @@ class SharedRead:
         """
         check_same_mode(offers)
         known = [offer for offer in offers if offer is not None]
-        cooperation = self.cooperation
-        if cooperation is None or len(known) < len(offers) or len(known) == 1:
+        if self._wanted is None or len(known) < len(offers) or len(known) == 1:
             return
-        cooperation.agree(known, rank_of(self._group), lambda data: on_all_ranks(lambda: data, self._group))
-        if cooperation.shared is not None:
-            self.peers = Peers.of(self._group)
+        share = self._share(self._wanted, known)
+        if share is not None:
+            self.part = SharedPart(self._wanted, share, Peers.of(self._group))
+
+    def _share(self, wanted: _Wanted, offers: Sequence[Offer]) -> RankShare | None:
+        """Divide the read, in the same way on all ranks. Return None if the ranks read separately. Collective."""
+        ranks_of: dict[bytes, list[int]] = {}
+        for other, offer in enumerate(offers):
+            ranks_of.setdefault(offer.digest, []).append(other)
+        groups = list(ranks_of.values())
+        is_demanded = all(offer.mode is True for offer in offers)
+        if not is_demanded and sum(offers[ranks[0]].rows for ranks in groups) > MAX_ROWS:
+            return None
+        rank = rank_of(self._group)
+        if len(groups) == 1:
+            needs = [wanted.needs]
+        else:
+            is_first = any(ranks[0] == rank for ranks in groups)
+            packed = on_all_ranks(lambda: wanted.packed if is_first else b"", self._group)
+            needs = [Needs.unpack(packed[ranks[0]]) for ranks in groups]
+        divided = SharedReads.of(needs, groups, min(offer.budget_bytes for offer in offers))
+        return divided.share_of(rank) if is_demanded or divided.saves_time(REMOTE_COSTS.bytes_per_s) else None
 
     def run(self, prepare: Callable[[], Offer | None], read: Callable[[], T]) -> list[T]:
         """Prepare on all ranks, agree, and read on all ranks. Return the results of all ranks. Collective.
 
         Args:
             prepare: returns the result of `offer`.
-            read: reads with `ReadOptions(sharing=...)`.
+            read: reads with `ReadOptions(shared_read=...)`.
         """
         with self:
             self.agree(on_all_ranks(prepare, self._group))
@@ -188,6 +193,6 @@ class SharedRead:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None and self.peers is not None:
-            self.peers.abort()
+        if error is not None and self.part is not None:
+            self.part.peers.abort()
         self.alarm.close()

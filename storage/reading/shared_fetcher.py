@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from ...planner.cooperation import Unit, UnitPart
+from ...planner.shared_reads import Unit, UnitPart
 from ..errors import StoppedError, StoreError
 from ..runtime.peers import Peers
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt
@@ -33,14 +33,14 @@ class _Progress:
 
     unit: Unit
     left: int
-    """The number of pieces that this rank needs and has not been given."""
+    """The number of parts that this rank needs and has not been given."""
     begun: bool = False
     data: memoryview | None = None
-    """Its bytes. If another rank is the reader: this rank's pieces, one after another."""
+    """Its bytes. If another rank is the reader: this rank's parts, one after another."""
     waiting: list[tuple[UnitPart, _Done]] = field(default_factory=list)
 
 
-class SharingFetcher(Fetcher):
+class SharedFetcher(Fetcher):
     """A fetcher that gets some bytes from other ranks, and sends others to them.
 
     All ranks start their fetches in the order of the units, so the first unit that is incomplete can always proceed.
@@ -49,7 +49,8 @@ class SharingFetcher(Fetcher):
         store: the store.
         units: the units that this rank reads or receives.
         peers: the other ranks.
-        max_held_bytes: the most bytes of units that this rank has read and not sent yet. A single unit may exceed it.
+        max_held_bytes: the maximum number of bytes of units that this rank has read and not sent yet. A single unit may
+            exceed it.
     """
 
     def __init__(self, store: Store, units: Sequence[Unit], peers: Peers, max_held_bytes: int) -> None:
@@ -73,12 +74,12 @@ class SharingFetcher(Fetcher):
         self._error: Exception | None = None
         self._unsent: StoreError | None = None
         """Why a unit cannot be sent, if the executor has not failed for the same reason."""
-        self._of_piece: dict[tuple[str, int, int, int], tuple[_Progress, UnitPart]] = {}
+        self._of_part: dict[tuple[str, int, int, int], tuple[_Progress, UnitPart]] = {}
         for unit in units:
-            mine = unit.pieces[peers.rank]
+            mine = unit.parts[peers.rank]
             progress = _Progress(unit, len(mine))
-            for piece in mine:
-                self._of_piece[(unit.name, piece.start, piece.stop, piece.count)] = progress, piece
+            for part in mine:
+                self._of_part[(unit.name, part.start, part.stop, part.count)] = progress, part
 
     @property
     def max_requests(self) -> int:
@@ -89,19 +90,19 @@ class SharingFetcher(Fetcher):
         return 0
 
     def start(self, wanted: Sequence[ObjectRanges], done: _Done) -> None:
-        ((name, ranges),) = wanted  # group_bytes is 0
-        found = self._of_piece.get((name, ranges[0][0], ranges[-1][1], len(ranges)))
+        ((name, ranges),) = wanted  # `group_bytes` is 0, so each fetch has one request
+        found = self._of_part.get((name, ranges[0][0], ranges[-1][1], len(ranges)))
         if found is None:
             super().start(wanted, done)
             return
-        progress, piece = found
+        progress, part = found
         data: memoryview | None = None
         begins = False
         with self._changed:
             if progress.data is not None:
-                data = self._take(progress, piece)
+                data = self._take(progress, part)
             else:
-                progress.waiting.append((piece, done))
+                progress.waiting.append((part, done))
                 begins, progress.begun = not progress.begun, True
         if data is not None:
             done(_done_with(data))
@@ -133,9 +134,7 @@ class SharingFetcher(Fetcher):
 
     def _begin_to_receive(self, progress: _Progress) -> None:
         unit = progress.unit
-        buffer = torch.empty(
-            sum(piece.size for piece in unit.pieces[self._peers.rank]), dtype=torch.uint8, device="cpu"
-        )
+        buffer = torch.empty(sum(part.size for part in unit.parts[self._peers.rank]), dtype=torch.uint8, device="cpu")
         try:
             received = self._peers.receive(buffer, unit.reader, unit.number)
         except RuntimeError as error:  # another rank has closed the connection
@@ -208,21 +207,21 @@ class SharingFetcher(Fetcher):
         self._unsent = StoreError(
             f"object {unit.name!r} in {self._store.location} was cut short: it ends before byte {unit.stop}"
         )
-        if all(piece.stop <= unit.start + len(data) for piece in unit.pieces[self._peers.rank]):
+        if all(part.stop <= unit.start + len(data) for part in unit.parts[self._peers.rank]):
             self._fail(self._unsent)  # the executor would not notice it
         else:
             self._arrived(progress, memoryview(b""))  # it reads its part again, and names the tensor
 
     def _send(self, unit: Unit, data: memoryview) -> None:
-        """Begin to send the pieces of a unit to the ranks that need them."""
+        """Begin to send the parts of a unit to the ranks that need them."""
         try:
             payloads: dict[tuple[UnitPart, ...], torch.Tensor] = {}
             sent = []
-            for rank, pieces in unit.pieces.items():
+            for rank, parts in unit.parts.items():
                 if rank != self._peers.rank:
-                    if pieces not in payloads:
-                        payloads[pieces] = _joined([_cut(data, unit, piece) for piece in pieces])
-                    sent.append(self._peers.send(payloads[pieces], rank, unit.number))
+                    if parts not in payloads:
+                        payloads[parts] = _joined([_cut(data, unit, part) for part in parts])
+                    sent.append(self._peers.send(payloads[parts], rank, unit.number))
             self._waits.submit(self._wait_until_sent, unit, list(payloads.values()), sent)
         except Exception as error:
             self._lost(error)
@@ -242,29 +241,29 @@ class SharingFetcher(Fetcher):
         self._begin_reads()
 
     def _arrived(self, progress: _Progress, data: memoryview | StoreError) -> None:
-        """Pass the pieces of a unit to the executor."""
+        """Pass the parts of a unit to the executor."""
         found: list[tuple[_Done, Fetched]] = []
         with self._changed:
             waiting, progress.waiting = progress.waiting, []
             if not isinstance(data, StoreError):
                 progress.data = data
-            for piece, done in waiting:
-                found.append((done, data if isinstance(data, StoreError) else self._take(progress, piece)))
+            for part, done in waiting:
+                found.append((done, data if isinstance(data, StoreError) else self._take(progress, part)))
         for done, one in found:  # without the lock: the executor has its own
             done(_done_with(one))
 
-    def _take(self, progress: _Progress, piece: UnitPart) -> memoryview:
-        """Return the bytes of a piece, and forget the unit after its last piece. The caller holds the lock."""
+    def _take(self, progress: _Progress, part: UnitPart) -> memoryview:
+        """Return the bytes of a part, and forget the unit after its last part. The caller holds the lock."""
         unit, data = progress.unit, progress.data
         assert data is not None
         progress.left -= 1
         if progress.left == 0:
             progress.data = None
         if unit.reader == self._peers.rank:
-            return _cut(data, unit, piece)
-        mine = unit.pieces[self._peers.rank]
-        begin = sum(one.size for one in mine[: mine.index(piece)])
-        return data[begin : begin + piece.size]
+            return _cut(data, unit, part)
+        mine = unit.parts[self._peers.rank]
+        begin = sum(one.size for one in mine[: mine.index(part)])
+        return data[begin : begin + part.size]
 
     def _fail(self, error: Exception) -> None:
         """Let `check` and `finish` raise an error."""
@@ -292,15 +291,15 @@ def _done_with(found: Fetched) -> Future[list[Fetched]]:
     return future
 
 
-def _cut(data: memoryview, unit: Unit, piece: UnitPart) -> memoryview:
-    """Cut a piece out of its unit, and join its byte ranges."""
-    begin = piece.start - unit.start
-    if piece.count == 1:
-        return data[begin : begin + piece.nbytes]
+def _cut(data: memoryview, unit: Unit, part: UnitPart) -> memoryview:
+    """Cut a part out of its unit, and join its byte ranges."""
+    begin = part.start - unit.start
+    if part.count == 1:
+        return data[begin : begin + part.nbytes]
     if not len(data):
         return data
     values = np.frombuffer(data, np.uint8)[begin:]
-    shape, strides = (piece.count, piece.nbytes), (piece.stride, 1)
+    shape, strides = (part.count, part.nbytes), (part.stride, 1)
     runs = np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
     return np.ascontiguousarray(runs).reshape(-1).data
 

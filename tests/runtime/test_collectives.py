@@ -13,19 +13,19 @@ import torch.distributed as dist
 import reshard
 from reshard.errors import ArgumentError, RankError
 from reshard.storage.runtime import process_group
-from reshard.storage.runtime.process_group import Exchange
+from reshard.storage.runtime.process_group import Collectives
 from tests.ranks import RankPool
 
 KINDS = ("caller", "background")
 
 
-def exchange_all(kind: str) -> list[Any]:
+def gather_values(kind: str) -> list[Any]:
     rank = dist.get_rank()
-    exchange = Exchange(background=kind == "background")
-    assert (exchange.rank, exchange.size) == (rank, dist.get_world_size())
+    collectives = Collectives(background=kind == "background")
+    assert (collectives.rank, collectives.size) == (rank, dist.get_world_size())
     found: list[Any] = [
-        exchange.through_rank_0(lambda: "x" * rank * 1000, lambda all_of: [len(one) for one in all_of]),
-        exchange.through_rank_0(lambda: None, lambda all_of: [all_of] * len(all_of)),
+        collectives.through_rank_0(lambda: "x" * rank * 1000, lambda all_of: [len(one) for one in all_of]),
+        collectives.through_rank_0(lambda: None, lambda all_of: [all_of] * len(all_of)),
     ]
 
     def fail(ranks: tuple[int, ...], error: BaseException) -> Any:
@@ -44,20 +44,20 @@ def exchange_all(kind: str) -> list[Any]:
         (fail((), ValueError()), combine, ArgumentError),
     ):
         with pytest.raises(expected) as caught:
-            exchange.through_rank_0(task, combined)
+            collectives.through_rank_0(task, combined)
         found.append((str(caught.value), getattr(caught.value, "rank", None)))
     interrupted = fail((1,), KeyboardInterrupt())
-    for call in (lambda: exchange.through_rank_0(interrupted, list), lambda: exchange.on_all_ranks(interrupted)):
+    for call in (lambda: collectives.through_rank_0(interrupted, list), lambda: collectives.on_all_ranks(interrupted)):
         with pytest.raises(KeyboardInterrupt if rank == 1 else RankError) as stopped:
             call()
         found.append(str(stopped.value))
-    assert exchange.through_rank_0(lambda: rank, lambda all_of: all_of[::-1]) == dist.get_world_size() - 1 - rank
+    assert collectives.through_rank_0(lambda: rank, lambda all_of: all_of[::-1]) == dist.get_world_size() - 1 - rank
     return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_and_errors_reach_every_rank(kind: str, ranks: RankPool) -> None:
-    for rank, found in enumerate(ranks.run(3, exchange_all, kind)):
+    for rank, found in enumerate(ranks.run(3, gather_values, kind)):
         size, nothing, first, second, *interrupted = found
         assert size == rank * 1000
         assert nothing == [None] * 3
@@ -66,31 +66,31 @@ def test_results_and_errors_reach_every_rank(kind: str, ranks: RankPool) -> None
         assert interrupted == ["" if rank == 1 else "rank 1: KeyboardInterrupt"] * 2
 
 
-def exchange_while_training() -> list[int]:
+def call_while_training() -> list[int]:
     group: Any = dist.new_group([2, 0, 1], sort_ranks=False)
-    exchange = Exchange(group, background=True)
+    collectives = Collectives(group, background=True)
     results: list[int] = []
 
     def work() -> None:
-        results.extend(exchange.through_rank_0(dist.get_rank, lambda all_of: all_of) for _ in range(20))
+        results.extend(collectives.through_rank_0(dist.get_rank, lambda all_of: all_of) for _ in range(20))
 
     thread = threading.Thread(target=work)
     thread.start()
     for _ in range(20):
         dist.all_reduce(torch.ones(1000))
     thread.join()
-    return [exchange.rank, *set(results)]
+    return [collectives.rank, *set(results)]
 
 
-def test_an_exchange_in_the_background_does_not_disturb_others(ranks: RankPool) -> None:
-    assert ranks.run(3, exchange_while_training) == [[1, 0], [2, 1], [0, 2]]
+def test_collectives_in_the_background_do_not_disturb_others(ranks: RankPool) -> None:
+    assert ranks.run(3, call_while_training) == [[1, 0], [2, 1], [0, 2]]
 
 
 def test_a_process_without_a_group_is_rank_0() -> None:
-    for exchange in (Exchange(), Exchange(background=True)):
-        assert exchange.through_rank_0(lambda: 3, lambda all_of: [all_of]) == [3]
+    for collectives in (Collectives(), Collectives(background=True)):
+        assert collectives.through_rank_0(lambda: 3, lambda all_of: [all_of]) == [3]
         with pytest.raises(RankError, match="ZeroDivisionError") as caught:
-            exchange.through_rank_0(lambda: 1 // 0, lambda all_of: all_of)
+            collectives.through_rank_0(lambda: 1 // 0, lambda all_of: all_of)
         assert caught.value.rank is None
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
