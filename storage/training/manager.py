@@ -9,6 +9,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat, TypeVar
 
@@ -36,14 +37,14 @@ from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import absolute_location, open_store
 from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
-from .agreed_saves import SAVE, STOP, AgreedSaves, StopSignals, checked_signals
-from .decisions import Candidate, Decisions, SaveDecision, with_step
 from .lease import Lease
-from .mirror import Mirror, remove_own_objects
+from .mirror import MirrorCopier, remove_own_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
+from .requested_saves import SAVE, STOP, RequestedSaves, StopSignals, checked_signals
 from .restoring import restore_latest
-from .run import Run
 from .run_catalog import check_metrics, metadata_of, step_folder
+from .run_controller import Candidate, RunController, SaveDecision, with_step
+from .run_location import RunLocation
 
 logger = logger_of(__name__)
 T = TypeVar("T")
@@ -67,12 +68,12 @@ class _News:
     """The folders that were removed since the last news."""
 
     @classmethod
-    def of(cls, decisions: Decisions) -> _News:
-        return cls(decisions.saved(), tuple(decisions.run.take_removed()))
+    def of(cls, controller: RunController) -> _News:
+        return cls(controller.saved(), tuple(controller.root.take_removed()))
 
 
 @dataclass(frozen=True, slots=True)
-class _SaveCall:
+class _SaveOrder:
     """What rank 0 sends to all ranks before a save."""
 
     decision: SaveDecision
@@ -80,31 +81,43 @@ class _SaveCall:
     metadata: dict[str, Any]
 
 
-class _Parts:
-    """The parts of a manager that have threads. They end when the manager is dropped without `close`.
+@dataclass(frozen=True, slots=True)
+class _SaveCall:
+    """What one rank passed to `save`."""
+
+    step: int
+    force: bool
+    has_entries: bool
+    """Whether its state dict has entries."""
+    order: _SaveOrder | None = None
+    """Only from rank 0."""
+
+
+class _BackgroundThreads:
+    """Ends the threads of a manager, also if the manager is dropped without `close`.
 
     Args:
         manager: the manager. Nothing here refers to it, so that it is collected if it has no other references.
-        end: ends the first part.
+        end: ends the first thread.
     """
 
     def __init__(self, manager: object, end: Callable[[], object]) -> None:
         self.waits: list[Callable[[], object]] = []
         """Wait for the work that runs in the background."""
         self.ends = [end]
-        """End the parts."""
+        """End the threads."""
         self._finalizer = weakref.finalize(manager, _end_dropped, self.waits, self.ends, generation())
         self._finalizer.atexit = False
 
     def end(self) -> None:
-        """End the parts, without waiting for saves."""
+        """End the threads, without waiting for saves."""
         self._finalizer.detach()
         for end in self.ends:
             end()
 
 
 def _end_dropped(waits: Sequence[Callable[[], object]], ends: Sequence[Callable[[], object]], created_in: int) -> None:
-    """End the parts of a manager that was dropped.
+    """End the threads of a manager that was dropped.
 
     The garbage collector calls this in any thread, which may hold locks. So a new thread does the work.
     """
@@ -207,16 +220,16 @@ class CheckpointManager:
         self._group = _own_group(process_group)
         self._leases: list[Lease] = []
         """On rank 0: of the root and the mirror."""
-        self._copies: Mirror | None = None
-        self._decisions: Decisions | None = None
+        self._copier: MirrorCopier | None = None
+        self._controller: RunController | None = None
         """On rank 0."""
         self._running: _Running | None = None
-        self._agreed = AgreedSaves(self._group)
-        self._signals = StopSignals((), self._agreed.request_stop)
-        self._parts = _Parts(self, self._agreed.close)
+        self._requested = RequestedSaves(self._group)
+        self._signals = StopSignals((), partial(self._requested.request, STOP))
+        self._threads = _BackgroundThreads(self, self._requested.close)
         try:
             self._is_shared = self._take_leases(_lease_expires_after_s)
-            self._copies = self._open_mirror()
+            self._copier = self._open_mirror()
             self._saved = self._open_run()
             self._signals = self._handle_signals(() if read_only else stop_signals)
         except BaseException:
@@ -226,7 +239,7 @@ class CheckpointManager:
         self._generation = generation()
 
     def _handle_signals(self, signals: Iterable[int]) -> StopSignals:
-        handlers = StopSignals(signals, self._agreed.request_stop)
+        handlers = StopSignals(signals, partial(self._requested.request, STOP))
         # If the manager is dropped without `close`, a signal must not wait for a save that is never made.
         weakref.finalize(self, handlers.close).atexit = False
         return handlers
@@ -243,7 +256,7 @@ class CheckpointManager:
                 assert location is not None
                 lease = Lease(location, options, owner=self, **expiry)
                 self._leases.append(lease)
-                self._parts.ends.append(lease.release)
+                self._threads.ends.append(lease.release)
                 atexit.register(_release_at_exit, weakref.ref(lease))
             return self._leases[0].name
 
@@ -258,27 +271,28 @@ class CheckpointManager:
             )
         return all(sees)
 
-    def _open_mirror(self) -> Mirror | None:
+    def _open_mirror(self) -> MirrorCopier | None:
         if self._mirror is None or self._read_only:
             return None
-        copies = Mirror(self._root, self._storage_options, self._mirror, self._mirror_options, self._group)
-        self._parts.ends.insert(0, copies.close)
-        return copies
+        copier = MirrorCopier(self._root, self._storage_options, self._mirror, self._mirror_options, self._group)
+        self._threads.ends.insert(0, copier.close)
+        return copier
 
     def _open_run(self) -> tuple[SavedStep, ...]:
         """List the checkpoints on rank 0, and return them on every rank."""
 
         def open_run() -> tuple[SavedStep, ...]:
             leases = [*self._leases, None, None]
-            run = Run(self._root, self._storage_options, self._policies, leases[0], is_shared=self._is_shared)
+            options, is_shared = self._storage_options, self._is_shared
+            root = RunLocation(self._root, options, self._policies, leases[0], is_shared=is_shared)
             mirror = None
             if self._mirror is not None:
-                mirror = Run(self._mirror, self._mirror_options, self._policies, leases[1])
-            self._decisions = Decisions(run, mirror, self._copies)
-            self._parts.waits.append(self._decisions.wait_for_removals)
-            self._parts.ends.insert(0, self._decisions.close)
-            saved = self._decisions.saved()
-            self._decisions.begin()
+                mirror = RunLocation(self._mirror, self._mirror_options, self._policies, leases[1])
+            self._controller = RunController(root, mirror, self._copier)
+            self._threads.waits.append(self._controller.wait_for_removals)
+            self._threads.ends.insert(0, self._controller.close)
+            saved = self._controller.saved()
+            self._controller.begin()
             return saved
 
         return on_rank_0(open_run, self._group)
@@ -295,7 +309,7 @@ class CheckpointManager:
     @property
     def should_stop(self) -> bool:
         """Whether the last save after a signal, or after `save_now(stop=True)`, was made. The same on every rank."""
-        return self._agreed.should_stop
+        return self._requested.should_stop
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order. The same on every rank.
@@ -367,14 +381,14 @@ class CheckpointManager:
         """
         self._check_may_save()
         number = _whole_number("step", step)
-        is_requested = self._agreed.begin_call()
+        is_requested = self._requested.begin_call()
         if not (force or is_requested or self.is_due(number)):
             return False
         self._finish_running()
         is_made = self._save(number, state_dict, metrics, force, metadata)
         if is_requested:
             self._finish_running()  # the process may be killed soon
-            self._agreed.end_save()
+            self._requested.end_save()
             if self.should_stop:
                 self._signals.close()
         return is_made
@@ -390,7 +404,7 @@ class CheckpointManager:
                 will be ended soon, for example because the machine is preempted.
         """
         self._check_may_save()
-        self._agreed.request(STOP if stop else SAVE)
+        self._requested.request(STOP if stop else SAVE)
 
     def restore(
         self,
@@ -451,7 +465,7 @@ class CheckpointManager:
 
         def begin() -> tuple[list[Candidate], bool]:
             check_mapping(state_dict)
-            return [] if self._decisions is None else self._decisions.begin_restore(wanted), bool(state_dict)
+            return [] if self._controller is None else self._controller.begin_restore(wanted), bool(state_dict)
 
         try:
             begun = self._on_all_ranks("restore()", begin)
@@ -461,15 +475,15 @@ class CheckpointManager:
                     "the state dict is empty on every rank, so restore() would load nothing: pass the state dict that "
                     "save() gets. latest_step() returns the latest step without loading it"
                 )
-            if wanted is not None and not any(not candidate.reason for candidate in candidates):
+            if wanted is not None and not any(not candidate.problem for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
             candidates = self._visible(candidates)
             found = restore_latest(state_dict, candidates, load_from, options, self._options_of, self._group)
-            if self._decisions is not None and found is not None:
-                self._decisions.rewind(found)
+            if self._controller is not None and found is not None:
+                self._controller.rewind(found)
         finally:
-            if self._decisions is not None:
-                self._decisions.end_restore()
+            if self._controller is not None:
+                self._controller.end_restore()
         self._update()
         return None if found is None else found.step
 
@@ -517,7 +531,7 @@ class CheckpointManager:
     def _end(self, *, deliver_signals: bool = True) -> None:
         self._is_closed = True
         unseen = self._signals.close()
-        self._parts.end()
+        self._threads.end()
         if deliver_signals and not self.should_stop:
             for number in unseen:  # no save has served them, and they may have to end the process
                 logger.warning("signal %d arrived before the manager was closed, and is now handled as before", number)
@@ -539,11 +553,11 @@ class CheckpointManager:
     def _wait(self, call: str) -> None:
         self._check_open()
         self._finish_running()
-        self._on_rank_0(Decisions.wait, None, call=call)
+        self._on_rank_0(RunController.wait, None, call=call)
         self._update()
 
     def _on_all_ranks(self, call: str, task: Callable[[], T]) -> list[T]:
-        """Run a task on every rank, and return the results of all ranks.
+        """RunLocation a task on every rank, and return the results of all ranks.
 
         Args:
             call: the method that the user called. If it is not the same on all ranks, all of them raise ArgumentError.
@@ -558,9 +572,9 @@ class CheckpointManager:
                 )
         return [result for _, result in found]
 
-    def _on_rank_0(self, task: Callable[[Decisions], T], otherwise: T, *, call: str = "") -> T:
-        """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
-        return self._on_all_ranks(call, lambda: otherwise if self._decisions is None else task(self._decisions))[0]
+    def _on_rank_0(self, task: Callable[[RunController], T], otherwise: T, *, call: str = "") -> T:
+        """RunLocation a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
+        return self._on_all_ranks(call, lambda: otherwise if self._controller is None else task(self._controller))[0]
 
     def _update(self) -> None:
         """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
@@ -577,7 +591,7 @@ class CheckpointManager:
             return list(candidates)
 
         def sees(candidate: Candidate) -> bool:
-            if candidate.on_mirror or candidate.reason:
+            if candidate.on_mirror or candidate.problem:
                 return True
             return exists(open_store(candidate.uri, self._options_of(candidate)), MANIFEST_NAME)
 
@@ -593,8 +607,8 @@ class CheckpointManager:
         if running is None:
             return
         error = running.handle.exception()
-        if self._decisions is not None:
-            self._decisions.wait_for_saves()
+        if self._controller is not None:
+            self._controller.wait_for_saves()
         self._running = None
         if error is not None:
             raise error
@@ -608,27 +622,26 @@ class CheckpointManager:
         force: bool,
         metadata: Mapping[str, Any] | None,
     ) -> bool:
-        def prepare() -> tuple[int, bool, bool, _SaveCall | None]:
+        def prepare() -> _SaveCall:
             checked = check_metrics(metrics)
             plain_metadata(metadata)
             check_mapping(state_dict)
             has_entries = bool(state_dict)
-            if self._decisions is None:
-                return step, force, has_entries, None
+            if self._controller is None:
+                return _SaveCall(step, force, has_entries)
             for lease in self._leases:
                 lease.check()
-            decision = self._decisions.decide(step, checked, force=force)
+            decision = self._controller.decide(step, checked, force=force)
             stored = metadata_of(decision.saved, decision.sequence, decision.parent, metadata)
-            return step, force, has_entries, _SaveCall(decision, _News.of(self._decisions), stored)
+            return _SaveCall(step, force, has_entries, _SaveOrder(decision, _News.of(self._controller), stored))
 
-        prepared = self._on_all_ranks(f"save({step})", prepare)
-        call = _agreed_call(prepared)
-        self._accept(call.news)
-        decision = call.decision
+        order = _order_for(self._on_all_ranks(f"save({step})", prepare))
+        self._accept(order.news)
+        decision = order.decision
         if decision.is_skipped:
             return False
-        if self._decisions is not None:
-            self._decisions.begin_save(decision)
+        if self._controller is not None:
+            self._controller.begin_save(decision)
         try:
             begun = (async_save if self._asynchronous else save)(
                 state_dict,
@@ -636,44 +649,42 @@ class CheckpointManager:
                 storage_options=self._storage_options,
                 process_group=self._group,
                 overwrite=decision.overwrite,
-                metadata=call.metadata,
+                metadata=order.metadata,
                 **self._save_options,
                 **self._async_options,
             )
         except BaseException:
-            if self._decisions is not None:
-                self._decisions.end_save(decision, is_committed=False)
+            if self._controller is not None:
+                self._controller.end_save(decision, is_committed=False)
             raise
         if isinstance(begun, AsyncSave):
             self._running = _Running(begun, decision)
-            if self._decisions is not None:
-                self._decisions.follow_save(decision, begun.exception)
+            if self._controller is not None:
+                self._controller.follow_save(decision, begun.exception)
         else:
             self._saved = with_step(self._saved, decision.saved)
-            if self._decisions is not None:
-                self._decisions.end_save(decision, is_committed=True)
+            if self._controller is not None:
+                self._controller.end_save(decision, is_committed=True)
         return True
 
 
-def _agreed_call(prepared: Sequence[tuple[int, bool, bool, _SaveCall | None]]) -> _SaveCall:
-    """Return what rank 0 decided about a call of `save`.
-
-    Args:
-        prepared: of each rank: the step, `force`, whether its state dict has entries, and on rank 0 the decision.
+def _order_for(calls: Sequence[_SaveCall]) -> _SaveOrder:
+    """Return the order of rank 0 for the calls of all ranks.
 
     Raises:
         ArgumentError: the ranks passed different arguments, or nothing to save.
     """
-    if len({of_rank[:2] for of_rank in prepared}) > 1:
-        steps = ", ".join(f"rank {rank}: {of_rank[:2]}" for rank, of_rank in enumerate(prepared[:8]))
+    passed = [(call.step, call.force) for call in calls]
+    if len(set(passed)) > 1:
+        steps = ", ".join(f"rank {rank}: {arguments}" for rank, arguments in enumerate(passed[:8]))
         raise ArgumentError(f"the ranks passed different steps or force to save(): {steps}")
-    if not any(has_entries for _, _, has_entries, _ in prepared):
+    if not any(call.has_entries for call in calls):
         raise ArgumentError(
             "the state dict is empty on every rank: saving nothing could replace the last useful checkpoint of the run"
         )
-    call = prepared[0][3]
-    assert call is not None
-    return call
+    order = calls[0].order
+    assert order is not None
+    return order
 
 
 def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:
@@ -699,7 +710,7 @@ def _no_such_step(
     step: int, candidates: Sequence[Candidate], root: str, saved: Sequence[SavedStep]
 ) -> CheckpointNotFoundError:
     steps = ", ".join(str(found.step) for found in saved[-8:]) or "none"
-    reason = f": {candidates[0].reason}" if candidates else ""
+    reason = f": {candidates[0].problem}" if candidates else ""
     return CheckpointNotFoundError(
         f"there is no complete checkpoint of step {step} at {root}{reason}. Complete checkpoints: {steps}"
     )

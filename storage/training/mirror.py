@@ -1,8 +1,8 @@
 """Copying the checkpoints of a run to another location in the background.
 
-Each rank copies the objects that it wrote, since with disks of its own a machine sees only those. Rank 0 publishes what
-to copy, waits until all ranks have copied their objects, and then writes the manifest, which commits the copy. The
-ranks communicate through torch's key-value store, so training is not interrupted.
+Each rank copies the objects that it wrote, because a machine may see only those that are on its own disks. Rank 0
+publishes what to copy, waits until all ranks have copied their objects, and then writes the manifest, which commits the
+copy. The ranks communicate through torch's key-value store, so training is not interrupted.
 """
 
 from __future__ import annotations
@@ -57,21 +57,32 @@ class CheckpointCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyResult:
+    """How a copy ended. If it is neither complete nor failed, nothing was copied, because it was no longer needed."""
+
+    is_complete: bool = False
+    problem: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Submitted:
-    """A copy that was submitted; see `Mirror.submit`."""
+    """A copy that was submitted; see `MirrorCopier.submit`."""
 
     folder: str
     overwrite: bool
     is_needed: Callable[[], bool]
-    ended: Callable[[str | None], None]
+    ended: Callable[[CopyResult], None]
 
 
-class Mirror:
-    """The part of one rank in the copies.
+class MirrorCopier:
+    """Copies checkpoints to the mirror, with the other ranks.
 
     Args:
         root: the location to copy from.
+        storage_options: its options for fsspec.
         mirror: the location to copy to.
+        mirror_options: its options for fsspec.
         process_group: the ranks, or None without a process group. All ranks must create their instances in the same
             order.
     """
@@ -102,7 +113,7 @@ class Mirror:
         self._pool.submit(self._serve if self._rank == 0 else self._follow)
 
     def submit(
-        self, folder: str, *, overwrite: bool, is_needed: Callable[[], bool], ended: Callable[[str | None], None]
+        self, folder: str, *, overwrite: bool, is_needed: Callable[[], bool], ended: Callable[[CopyResult], None]
     ) -> None:
         """Copy a checkpoint in the background. Only rank 0 calls it.
 
@@ -110,7 +121,7 @@ class Mirror:
             folder: its folder below the root.
             overwrite: whether to replace a checkpoint in this folder of the mirror.
             is_needed: called before the copy begins. If it returns False, nothing is copied.
-            ended: called with an error message, "" if the copy is complete, or None if nothing was copied.
+            ended: called at the end.
         """
         with self._changed:
             self._waiting.append(_Submitted(folder, overwrite, is_needed, ended))
@@ -141,36 +152,36 @@ class Mirror:
                 task = self._waiting.popleft()
                 self._is_busy = True
             try:
-                error = self._copy(task.folder, task.overwrite) if task.is_needed() else None
-            except Exception as failed:
-                error = f"{type(failed).__name__}: {failed}"
+                result = self._copy(task.folder, task.overwrite) if task.is_needed() else CopyResult()
+            except Exception as error:
+                result = CopyResult(problem=f"{type(error).__name__}: {error}")
             try:
-                task.ended(error)
-            except Exception as failed:
-                logger.error("after the copy of %s: %s: %s", task.folder, type(failed).__name__, failed)
+                task.ended(result)
+            except Exception as error:
+                logger.error("after the copy of %s: %s: %s", task.folder, type(error).__name__, error)
             finally:
                 with self._changed:
                     self._is_busy = False
                     self._changed.notify_all()
 
-    def _copy(self, folder: str, overwrite: bool) -> str:
-        """Copy a checkpoint with all ranks, and commit it. Return an error message, or ""."""
+    def _copy(self, folder: str, overwrite: bool) -> CopyResult:
+        """Copy a checkpoint with all ranks, and commit it."""
         source, target = self._source(folder), self._target(folder)
         manifest = Manifest.find(source)
         if manifest is None:
-            return "it was removed"
+            return CopyResult(problem="it was removed")
         data, copy = manifest.contents(), CheckpointCopy(folder, list(manifest.objects))
         self._count += 1
         if self._store is not None:
             self._store.set(f"{self._key}/{self._count}", copy.to_json())
-        errors = [self._copy_own(copy), *self._others_errors()]
-        if any(errors):
-            return "; ".join(filter(None, errors))
+        problems = [self._copy_own(copy), *self._problems_of_others()]
+        if any(problems):
+            return CopyResult(problem="; ".join(filter(None, problems)))
         commit(target, data, {name for name, _ in copy.objects}, overwrite=overwrite)
-        return ""
+        return CopyResult(is_complete=True)
 
-    def _others_errors(self) -> list[str]:
-        """Wait for the other ranks, and return their error messages."""
+    def _problems_of_others(self) -> list[str]:
+        """Wait for the other ranks, and return for each of them what `_copy_own` returned."""
         if self._store is None:
             return []
         keys = {rank: f"{self._key}/{self._count}/{rank}" for rank in range(1, self._world)}
@@ -179,10 +190,10 @@ class Mirror:
             if stop.wait(POLL_EVERY_S / 5):
                 raise StoreError("the copy was stopped")
             self._lookout.check(self._store, lambda: [at for at, key in keys.items() if not self._store.check([key])])
-        errors = [self._store.get(key).decode() for key in keys.values()]
+        problems = [self._store.get(key).decode() for key in keys.values()]
         for key in (*keys.values(), f"{self._key}/{self._count}"):
             self._store.delete_key(key)
-        return errors
+        return problems
 
     def _follow(self) -> None:
         """Copy what rank 0 publishes, on another rank."""
@@ -198,7 +209,7 @@ class Mirror:
             logger.info("the process group has ended, and this rank copies no more checkpoints: %s", error)
 
     def _copy_own(self, copy: CheckpointCopy) -> str:
-        """Copy the objects of this rank. Return an error message, or ""."""
+        """Copy the objects of this rank. Return why this failed, or "" if it did not."""
         own = [
             (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
         ]

@@ -23,7 +23,7 @@ from ..runtime.logs import logger_of
 from ..runtime.process_group import first_failure, on_all_ranks, portable, rank_of
 from ..runtime.reports import Report
 from ..tensors.state_dict import stateful_to_state
-from .decisions import Candidate
+from .run_controller import Candidate
 
 logger = logger_of(__name__)
 DAMAGE = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError, CheckpointNotFoundError)
@@ -59,8 +59,8 @@ def restore_latest(
     for candidate in candidates:
         if candidate.error is not None and not _is_unreadable(candidate.error):
             raise _noting(candidate.error, damaged)
-        if candidate.reason:
-            why = candidate.error or CorruptCheckpointError(candidate.reason)
+        if candidate.problem:
+            why = candidate.error or CorruptCheckpointError(candidate.problem)
             _pass_over(candidate, why, process_group)
             if candidate.is_committed:
                 damaged.append((candidate, why))
@@ -148,7 +148,7 @@ def _check_nothing_is_left(
 
     This concerns only entries that may be missing (`strict=False`, `allow_missing`).
     """
-    tried = [candidate for candidate, _ in damaged if not candidate.reason]
+    tried = [candidate for candidate, _ in damaged if not candidate.problem]
     if not tried or not any(on_all_ranks(lambda: bool(report.missing_keys), process_group)):
         return
 

@@ -38,8 +38,10 @@ class RunEntry:
     """Increases with each save of the run; -1 if another tool saved it."""
     folder: str
     """The folder below the root of the run."""
-    state: str = ""
-    """Empty if the checkpoint is complete; otherwise what is wrong with it."""
+    problem: str = ""
+    """What is wrong with the checkpoint. Empty if it is complete."""
+    is_committed: bool = True
+    """Whether its save finished. If not, `problem` says so."""
     is_native: bool = True
     """Whether it has reshard's format. Others can be loaded, but are never removed."""
     error: CheckpointError | None = field(default=None, compare=False)
@@ -52,6 +54,10 @@ class RunEntry:
     @property
     def step(self) -> int:
         return self.saved.step
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.problem
 
     @property
     def key(self) -> tuple[str, int]:
@@ -82,8 +88,8 @@ def find_entries(
         step = _STEP_FOLDER.fullmatch(folder)
         if step:
             entry = _entry(found, folder, int(step[1]))
-            has_manifest = entry.is_native and entry.error is None and entry.state != NOT_COMMITTED
-            entries.append(entry if is_shared or not has_manifest else replace(entry, state="", is_partial=True))
+            has_manifest = entry.is_native and entry.error is None and entry.is_committed
+            entries.append(entry if is_shared or not has_manifest else replace(entry, problem="", is_partial=True))
     return entries
 
 
@@ -95,9 +101,16 @@ def _entry(found: FoundCheckpoint, folder: str, step: int) -> RunEntry:
     with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
         time = datetime.datetime.fromisoformat(managed["time"]).astimezone(datetime.UTC)
     saved = SavedStep(step, time, stored_metrics(found.metadata.get(METRICS)))
-    state = "" if found.is_complete else found.state
-    is_native = found.format == "reshard"
-    return RunEntry(saved, -1 if sequence is None else sequence, folder, state, is_native, found.error, parent)
+    return RunEntry(
+        saved,
+        -1 if sequence is None else sequence,
+        folder,
+        problem="" if found.is_complete else found.state,
+        is_committed=found.state != NOT_COMMITTED,
+        is_native=found.format == "reshard",
+        error=found.error,
+        parent=parent,
+    )
 
 
 def metadata_of(saved: SavedStep, sequence: int, parent: int, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -121,12 +134,12 @@ def branch(entries: Iterable[RunEntry]) -> list[RunEntry]:
     """
     found: list[RunEntry] = []
     last = before = math.inf
-    known = [entry for entry in entries if not entry.state or entry.sequence >= 0]
-    for entry in sorted(known, key=lambda e: (e.sequence, e.step, not e.state, e.is_native), reverse=True):
+    known = [entry for entry in entries if entry.is_complete or entry.sequence >= 0]
+    for entry in sorted(known, key=lambda e: (e.sequence, e.step, e.is_complete, e.is_native), reverse=True):
         if entry.step < last and entry.sequence <= before:
             last = entry.step
             before = before if entry.parent is None else entry.parent
-            if not entry.state:
+            if entry.is_complete:
                 found.append(entry)
     return found[::-1]
 

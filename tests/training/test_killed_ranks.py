@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 import reshard
 from reshard.errors import RankError
-from reshard.storage.training import agreed_saves
-from reshard.storage.training.agreed_saves import STUCK_S
+from reshard.storage.training import requested_saves
+from reshard.storage.training.requested_saves import STUCK_S
 from tests.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.slow
@@ -105,8 +105,8 @@ class SlowStore:
 
 def save_with_a_slow_store(folder: str) -> str:
     with (
-        patch.object(agreed_saves, "client_of", SlowStore),
-        patch.object(agreed_saves, "STUCK_S", 0.3),
+        patch.object(requested_saves, "client_of", SlowStore),
+        patch.object(requested_saves, "STUCK_S", 0.3),
         reshard.CheckpointManager(folder, save_every=10_000, signals=()) as manager,
     ):
         manager.save_now()

@@ -141,9 +141,9 @@ def test_manager_that_lost_its_lease_neither_saves_nor_removes(
         second.save(2, {"w": torch.ones(3)})
         with pytest.raises(errors.RunInUseError, match="another manager has taken over this run, process"):
             first.save(3, {"w": torch.ones(3)})
-        first._decisions.run.refresh()  # type: ignore[union-attr]
-        first._decisions.run.remove_others()  # type: ignore[union-attr]
-        first._decisions.run.wait()  # type: ignore[union-attr]
+        first._controller.root.refresh()  # type: ignore[union-attr]
+        first._controller.root.remove_not_kept()  # type: ignore[union-attr]
+        first._controller.root.wait()  # type: ignore[union-attr]
         assert "RunInUseError" in caplog.text
         assert second.restore({"w": torch.zeros(3)}, step=1) == 1
         first.close()

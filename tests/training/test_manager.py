@@ -31,7 +31,7 @@ from reshard.storage.formats.native.manifest import MANIFEST_NAME
 from reshard.storage.maintenance import gc
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import manager as manager_module
-from reshard.storage.training import run as run_module
+from reshard.storage.training import run_location
 from tests.ranks import RankFailed, RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -333,11 +333,11 @@ def test_damaged_checkpoint_does_not_stop_the_removal_of_remains(
 def test_checkpoint_that_is_read_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, [1])
-        manager._decisions.run.protect(["step-00000001"])  # type: ignore[union-attr]
+        manager._controller.root.protect(["step-00000001"])  # type: ignore[union-attr]
         train(manager, [2, 3])
         manager.wait()
         assert steps_on_disk(tmp_path) == [1, 3]
-        manager._decisions.run.unprotect(["step-00000001"])  # type: ignore[union-attr]
+        manager._controller.root.unprotect(["step-00000001"])  # type: ignore[union-attr]
         train(manager, [4])
         manager.wait()
         assert steps_on_disk(tmp_path) == [4]
@@ -347,11 +347,11 @@ def test_nothing_is_removed_if_the_last_checkpoint_is_gone(tmp_path: Path) -> No
     """Somebody removed it, so the others may be needed."""
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, [1])
-        manager._decisions.run._policies, policies = None, manager._decisions.run._policies  # type: ignore[union-attr]
+        manager._controller.root._policies, policies = None, manager._controller.root._policies  # type: ignore[union-attr]
         train(manager, [2])
-        manager._decisions.run._policies = policies  # type: ignore[union-attr]
+        manager._controller.root._policies = policies  # type: ignore[union-attr]
         (tmp_path / "step-00000002" / MANIFEST_NAME).unlink()
-        manager._decisions.run.remove_others()  # type: ignore[union-attr]
+        manager._controller.root.remove_not_kept()  # type: ignore[union-attr]
         manager.wait()
     assert steps_on_disk(tmp_path) == [1]
 
@@ -363,10 +363,10 @@ def test_checkpoints_may_be_listed_while_one_is_removed(tmp_path: Path, monkeypa
 
     def remove(uri: str, *options: Any) -> list[str]:
         removed = removing(uri, *options)
-        manager._decisions.run.refresh()  # type: ignore[union-attr]
+        manager._controller.root.refresh()  # type: ignore[union-attr]
         return removed
 
-    monkeypatch.setattr(run_module, "remove", remove)
+    monkeypatch.setattr(run_location, "remove", remove)
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, [4])
         manager.wait()
@@ -382,12 +382,12 @@ def test_failed_removal_is_logged_and_tried_again(
         raise errors.AccessDeniedError(f"no permission to delete {uri}")
 
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
-        monkeypatch.setattr(run_module, "remove", fail)
+        monkeypatch.setattr(run_location, "remove", fail)
         train(manager, [1, 2])
         manager.wait()
         assert "could not be removed: no permission to delete" in caplog.text
         assert manager.steps() == [1, 2]
-        monkeypatch.setattr(run_module, "remove", removing)
+        monkeypatch.setattr(run_location, "remove", removing)
         train(manager, [3])
         manager.wait()
         assert steps_on_disk(tmp_path) == [3]
@@ -793,8 +793,8 @@ def test_restore_of_an_earlier_step_removes_nothing_until_a_save_is_complete(tmp
     options: dict[str, Any] = {"mirror": tmp_path / "mirror"} if has_mirror else {}
     with manager_of(tmp_path / "run", keep=[reshard.latest(5)], **options) as manager:
         manager.restore(state(0), step=10)
-        assert manager._decisions is not None
-        manager._decisions.run.remove_others()
+        assert manager._controller is not None
+        manager._controller.root.remove_not_kept()
         manager.wait()
         assert manager.steps() == [10]
         assert steps_on_disk(tmp_path / "run") == [10, 20, 30]
@@ -832,12 +832,12 @@ def test_checkpoint_with_a_metric_that_is_no_number_is_not_removed_when_the_run_
         for step in (1, 2, 3):
             manager.save(step, state(step), {"loss": math.nan})
             manager.wait()
-        assert manager._decisions is not None
-        run = manager._decisions.run
+        assert manager._controller is not None
+        run = manager._controller.root
         keeping = run.kept()
         run.refresh()
         monkeypatch.setattr(run, "kept", lambda: keeping)
-        run.remove_others()
+        run.remove_not_kept()
         run.wait()
         assert steps_on_disk(tmp_path) == [2, 3]
 
@@ -886,7 +886,7 @@ def test_removal_that_was_decided_before_a_restore_does_not_remove_what_it_resto
 ) -> None:
     """The removal of step 20 goes on during the restore of step 30, which was to be removed next."""
     is_removing, may_go_on = threading.Event(), threading.Event()
-    removing: Any = vars(run_module)["remove"]
+    removing: Any = vars(run_location)["remove"]
 
     def remove_slowly(uri: str, *arguments: Any) -> None:
         is_removing.set()
@@ -896,17 +896,17 @@ def test_removal_that_was_decided_before_a_restore_does_not_remove_what_it_resto
     with manager_of(tmp_path, keep=[reshard.latest(5)]) as manager:
         train(manager, [10, 20, 30])
         manager.restore(state(0), step=10)
-        monkeypatch.setattr(run_module, "remove", remove_slowly)
+        monkeypatch.setattr(run_location, "remove", remove_slowly)
         train(manager, [15])
         assert is_removing.wait(30)
-        assert manager._decisions is not None
-        ending = manager._decisions.end_restore
+        assert manager._controller is not None
+        ending = manager._controller.end_restore
 
         def end_restore() -> None:
             ending()
             may_go_on.set()
 
-        monkeypatch.setattr(manager._decisions, "end_restore", end_restore)
+        monkeypatch.setattr(manager._controller, "end_restore", end_restore)
         assert manager.restore(state(0), step=30) == 30
         manager.wait()
         assert steps_on_disk(tmp_path) == [10, 15, 30]
@@ -919,17 +919,17 @@ def test_removal_uses_one_state_of_the_run(tmp_path: Path, monkeypatch: pytest.M
         train(manager, [10, 20, 30])
         manager.wait()
         manager.restore(state(0), step=10)
-        assert manager._decisions is not None
-        run = manager._decisions.run
-        opening: Any = vars(run_module)["open_store"]
+        assert manager._controller is not None
+        run = manager._controller.root
+        opening: Any = vars(run_location)["open_store"]
 
         def restore_meanwhile(*arguments: Any) -> Any:
-            monkeypatch.setattr(run_module, "open_store", opening)
+            monkeypatch.setattr(run_location, "open_store", opening)
             assert manager.restore(state(0)) == 30
             return opening(*arguments)
 
-        monkeypatch.setattr(run_module, "open_store", restore_meanwhile)
-        run._remove_others()
+        monkeypatch.setattr(run_location, "open_store", restore_meanwhile)
+        run._remove_not_kept()
         assert steps_on_disk(tmp_path) == [10, 20, 30]
         assert manager.steps() == [10, 20, 30]
 
@@ -968,20 +968,20 @@ def test_checkpoint_that_was_just_saved_is_not_removed_for_the_one_before_it(
     with manager_of(tmp_path, keep=[reshard.latest(5)]) as manager:
         train(manager, [10, 20, 30])
         manager.restore(state(0), step=10)
-        assert manager._decisions is not None
-        run = manager._decisions.run
+        assert manager._controller is not None
+        run = manager._controller.root
         with monkeypatch.context() as patch:
-            patch.setattr(run, "remove_others", lambda: None)
+            patch.setattr(run, "remove_not_kept", lambda: None)
             train(manager, [15])
-            decided = run._not_kept()
+            decided = run._to_remove()
             assert [entry.step for entry in decided[0]] == [20, 30]
             unprotect = run.unprotect
 
             def remove_at_once(folders: Iterable[str]) -> None:
                 unprotect(folders)
-                run._remove_others()
+                run._remove_not_kept()
 
-            patch.setattr(run, "_not_kept", lambda: decided)
+            patch.setattr(run, "_to_remove", lambda: decided)
             patch.setattr(run, "unprotect", remove_at_once)
             train(manager, [20])
         assert steps_on_disk(tmp_path) == manager.steps() == [10, 15, 20]
@@ -992,20 +992,20 @@ def test_checkpoint_that_is_removed_while_the_run_is_listed_is_not_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with manager_of(tmp_path, keep=[reshard.latest(2)]) as manager:
-        assert manager._decisions is not None
-        run = manager._decisions.run
+        assert manager._controller is not None
+        run = manager._controller.root
         with monkeypatch.context() as patch:
-            patch.setattr(run, "remove_others", lambda: None)
+            patch.setattr(run, "remove_not_kept", lambda: None)
             train(manager, [10, 20, 30])
-        finding: Any = vars(run_module)["find_entries"]
+        finding: Any = vars(run_location)["find_entries"]
 
         def remove_meanwhile(*arguments: Any, **options: Any) -> Any:
-            monkeypatch.setattr(run_module, "find_entries", finding)
+            monkeypatch.setattr(run_location, "find_entries", finding)
             found = finding(*arguments, **options)
-            run._remove_others()
+            run._remove_not_kept()
             return found
 
-        monkeypatch.setattr(run_module, "find_entries", remove_meanwhile)
+        monkeypatch.setattr(run_location, "find_entries", remove_meanwhile)
         with pytest.raises(errors.CheckpointNotFoundError):
             manager.restore(state(0), step=10)
         manager.wait()

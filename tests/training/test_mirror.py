@@ -21,8 +21,9 @@ from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, Manifest
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import mirror as mirror_module
-from reshard.storage.training.decisions import Decisions
+from reshard.storage.training.mirror import CopyResult
 from reshard.storage.training.run_catalog import RunEntry
+from reshard.storage.training.run_controller import RunController
 from tests.conftest import Place
 from tests.ranks import RankFailed, RankPool
 
@@ -130,7 +131,7 @@ def test_stale_copy_on_the_mirror_is_not_restored(tmp_path: Path, monkeypatch: p
         train(manager, [1, 2])
     with manager_of(tmp_path) as manager:
         assert manager.restore(state(0), step=1) == 1
-        monkeypatch.setattr(mirror_module.Mirror, "_copy", lambda *_: "the mirror is down")
+        monkeypatch.setattr(mirror_module.MirrorCopier, "_copy", lambda *_: CopyResult(problem="the mirror is down"))
         manager.save(2, {"w": torch.full((200, 300), -2.0), "step": -2})
         with pytest.raises(errors.StoreError, match="could not be copied to the mirror: the mirror is down"):
             manager.wait()
@@ -175,7 +176,7 @@ def test_checkpoint_is_not_removed_before_it_is_copied(tmp_path: Path, monkeypat
     monkeypatch.setattr(mirror_module, "copy_object", wait)
     with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
         train(manager, range(1, 6))
-        manager._decisions.run.wait()  # type: ignore[union-attr]
+        manager._controller.root.wait()  # type: ignore[union-attr]
         assert 1 in steps_in(tmp_path / "root")  # its copy has begun
         may_copy.set()
         manager.wait()
@@ -423,13 +424,13 @@ def test_error_after_a_copy_does_not_stop_the_copies(
 ) -> None:
     faults = [RuntimeError("a bug")]
 
-    def end_copy(self: Decisions, entry: RunEntry, error: str | None) -> None:
+    def end_copy(self: RunController, entry: RunEntry, result: CopyResult) -> None:
         if faults:
             raise faults.pop()
-        ending(self, entry, error)
+        ending(self, entry, result)
 
-    ending = Decisions._end_copy
-    monkeypatch.setattr(Decisions, "_end_copy", end_copy)
+    ending = RunController._end_copy
+    monkeypatch.setattr(RunController, "_end_copy", end_copy)
     with manager_of(tmp_path) as manager:
         train(manager, [1])
         manager.wait()

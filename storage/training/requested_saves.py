@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -45,7 +45,7 @@ launcher and the system that it runs on may both send it."""
 SAVE, STOP = "save", "stop"
 
 
-class AgreedSaves:
+class RequestedSaves:
     """Lets all ranks make a save that one of them requested in the same call of `save`.
 
     Args:
@@ -85,16 +85,16 @@ class AgreedSaves:
             self._lookout = Lookout(watch)
             self._key = new_key("agreed", process_group)
             self._store = watch.store
-            self._pool = Pool(1, "reshard-agreed")
+            self._pool = Pool(1, "reshard-requests")
             self._pool.submit(self._run)
 
     def request(self, kind: str) -> None:
-        """Request a save, from any thread and from a signal handler."""
-        self._requests.put(kind)
+        """Request a save, or the last save, from any thread and from a signal handler.
 
-    def request_stop(self) -> None:
-        """Request the last save, from any thread and from a signal handler."""
-        self.request(STOP)
+        Args:
+            kind: SAVE or STOP.
+        """
+        self._requests.put(kind)
 
     def begin_call(self) -> bool:
         """Count a call of `save`, and return whether the requested save is made in this call."""
@@ -256,7 +256,7 @@ class StopSignals:
         received: called in the main thread, possibly while it holds any lock.
     """
 
-    def __init__(self, signals: Iterable[signal.Signals | int], received: Any) -> None:
+    def __init__(self, signals: Iterable[signal.Signals | int], received: Callable[[], object]) -> None:
         self._received = received
         self._pid = os.getpid()
         self._is_closed = False

@@ -1,4 +1,4 @@
-"""What rank 0 decides for a run and its mirror: what to save, what to load, and what to copy."""
+"""What rank 0 does for a run and its mirror: it decides what to save and to load, and starts copies and removals."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from functools import partial
 
 from ...planner.errors import CheckpointError
 from ..errors import ArgumentError, StoreError
-from ..maintenance.catalog import NOT_COMMITTED
 from ..runtime.logs import logger_of
 from ..runtime.process_group import portable
 from ..runtime.threads import Pool
-from .mirror import Mirror
+from .mirror import CopyResult, MirrorCopier
 from .policies import SavedStep
-from .run import Rewind, Run
 from .run_catalog import RunEntry, branch, next_sequence, step_folder
+from .run_location import Rewind, RunLocation
 
 logger = logger_of(__name__)
 
@@ -43,7 +42,7 @@ class Candidate:
     uri: str
     on_mirror: bool = False
     sequence: int = -1
-    reason: str = ""
+    problem: str = ""
     """Why it is not loaded. Empty if it can be loaded."""
     is_committed: bool = True
     error: CheckpointError | None = field(default=None, compare=False)
@@ -57,20 +56,20 @@ class Candidate:
         return self.uri.rpartition("/")[2]
 
 
-class Decisions:
-    """The decisions of rank 0.
+class RunController:
+    """Manages a run and its mirror on rank 0.
 
     Args:
-        run: the checkpoints at the root.
+        root: the checkpoints at the root.
         mirror: the checkpoints at the mirror, if there is one.
-        copies: copies checkpoints to the mirror.
+        copier: copies checkpoints to the mirror.
     """
 
-    def __init__(self, run: Run, mirror: Run | None, copies: Mirror | None) -> None:
-        self.run = run
+    def __init__(self, root: RunLocation, mirror: RunLocation | None, copier: MirrorCopier | None) -> None:
+        self.root = root
         self._mirror = mirror
-        self._copies = copies
-        self._runs = [run] if mirror is None else [run, mirror]
+        self._copier = copier
+        self._locations = [root] if mirror is None else [root, mirror]
         self._is_stale = False
         """Whether a save failed, so that it is unknown whether its checkpoint exists."""
         self._own_steps: set[int] = set()
@@ -87,13 +86,13 @@ class Decisions:
 
     def begin(self) -> None:
         """Remove what killed saves left, and copy what is not on the mirror yet."""
-        for run in self._runs:
-            run.remove_remains()
+        for location in self._locations:
+            location.remove_unfinished_saves()
         self._copy_missing()
 
     def branch(self) -> list[RunEntry]:
         """Return the complete checkpoints of the current branch, at the root or the mirror, in the order of steps."""
-        return branch(entry for run in self._runs for entry in run.current())
+        return branch(entry for location in self._locations for entry in location.current())
 
     def saved(self) -> tuple[SavedStep, ...]:
         """Return the checkpoints of the current branch, in the order of steps."""
@@ -106,13 +105,13 @@ class Decisions:
             ArgumentError: the run has a checkpoint of a later step.
         """
         if self._is_stale:
-            self.run.refresh()
+            self.root.refresh()
             self._is_stale = False
         current = self.branch()
         is_saved = any(entry.step == step for entry in current)
         if current and step < current[-1].step and (force or not is_saved):
             raise ArgumentError(
-                f"step {step} cannot be saved, because the run at {self.run.root} has a checkpoint of step "
+                f"step {step} cannot be saved, because the run at {self.root.uri} has a checkpoint of step "
                 f"{current[-1].step}: call restore() before training and continue from the step that it returns, or "
                 "use another location"
             )
@@ -121,9 +120,9 @@ class Decisions:
                 "step %d was not saved, because the run at %s already has a checkpoint of it, which this manager did "
                 "not save: call restore() before training, or use another location",
                 step,
-                self.run.root,
+                self.root.uri,
             )
-        overwrite = any(entry.step == step for entry in self.run.entries())
+        overwrite = any(entry.step == step for entry in self.root.entries())
         now = datetime.datetime.now(datetime.UTC)
         parent = max((entry.sequence for entry in current if entry.step < step), default=-1)
         return SaveDecision(
@@ -132,23 +131,24 @@ class Decisions:
 
     def begin_save(self, decision: SaveDecision) -> None:
         """Keep the folder of a step from being removed until `end_save`."""
-        for run in self._runs:
-            run.protect([step_folder(decision.saved.step)])
+        for location in self._locations:
+            location.protect([step_folder(decision.saved.step)])
 
     def end_save(self, decision: SaveDecision, *, is_committed: bool) -> None:
         """Note that a save has ended. If it succeeded, copy it, and remove the checkpoints that are not kept."""
         folder = step_folder(decision.saved.step)
         if is_committed:
             self._own_steps.add(decision.saved.step)
-            is_partial = not self.run.is_shared
-            self.run.add(
+            is_partial = not self.root.is_shared
+            self.root.add(
                 RunEntry(decision.saved, decision.sequence, folder, parent=decision.parent, is_partial=is_partial)
             )
-        for run in self._runs:  # after `add`: until then, a removal takes the folder for the checkpoint before
-            run.unprotect([folder])
+        # Before `add`, a removal would take the new data in this folder for the old checkpoint.
+        for location in self._locations:
+            location.unprotect([folder])
         if is_committed:
             self._copy_missing()
-            self.run.remove_others()
+            self.root.remove_not_kept()
         else:
             self._is_stale = True
 
@@ -181,26 +181,26 @@ class Decisions:
     def wait_for_removals(self) -> None:
         """Wait for saves and removals on this rank, but not for copies, in which other ranks take part."""
         self.wait_for_saves()
-        for run in self._runs:
-            run.wait()
+        for location in self._locations:
+            location.wait()
 
     def wait(self) -> None:
         """Wait for copies and removals. Raises StoreError if the last checkpoint could not be copied."""
         self.wait_for_saves()
-        if self._copies is not None:
-            self._copies.wait()
-        for run in self._runs:
-            run.wait()
-        last = branch(self.run.current())[-1:]
+        if self._copier is not None:
+            self._copier.wait()
+        for location in self._locations:
+            location.wait()
+        last = branch(self.root.current())[-1:]
         if last and last[0].folder in self._not_copied:
             raise StoreError(
-                f"the checkpoint at {self.run.location(last[0].folder)} is complete, but could not be copied to the "
+                f"the checkpoint at {self.root.uri_of(last[0].folder)} is complete, but could not be copied to the "
                 f"mirror: {self._not_copied[last[0].folder]}"
             )
 
     def close(self) -> None:
-        for run in self._runs:
-            run.close()
+        for location in self._locations:
+            location.close()
         self._pool.shutdown(wait=False)
 
     def begin_restore(self, step: int | None) -> list[Candidate]:
@@ -213,66 +213,66 @@ class Decisions:
             step: the only step to return, or None for all steps of the current branch.
         """
         self.wait_for_saves()
-        if self._copies is not None and not self.run.is_shared:
-            self._copies.wait()  # only the mirror has a complete copy
-        for run in self._runs:
-            run.refresh()
-        entries = [entry for run in self._runs for entry in run.entries()]
+        if self._copier is not None and not self.root.is_shared:
+            self._copier.wait()  # only the mirror has a complete copy
+        for location in self._locations:
+            location.refresh()
+        entries = [entry for location in self._locations for entry in location.entries()]
         wanted = {(entry.step, entry.sequence) for entry in branch(entries)}
         if step is not None:
             found_of_step = {found for found in wanted if found[0] == step}
-            others = ((step, entry.sequence) for entry in entries if entry.step == step and not entry.state)
+            others = ((step, entry.sequence) for entry in entries if entry.step == step and entry.is_complete)
             wanted = found_of_step or set(sorted(others)[-1:])
         last = max((found for found, _ in wanted), default=-1)
         candidates = []
-        for run in self._runs:
-            for entry in run.entries():
-                is_complete = not entry.state and (entry.step, entry.sequence) in wanted and not entry.is_partial
-                is_broken = entry.state and entry.step > last and step in (None, entry.step)
-                if is_complete or is_broken:
-                    candidates.append(_candidate(run, entry, on_mirror=run is self._mirror))
+        for location in self._locations:
+            for entry in location.entries():
+                is_loadable = entry.is_complete and (entry.step, entry.sequence) in wanted and not entry.is_partial
+                is_broken = not entry.is_complete and entry.step > last and step in (None, entry.step)
+                if is_loadable or is_broken:
+                    candidates.append(_candidate(location, entry, on_mirror=location is self._mirror))
         self._reading = sorted(candidates, key=lambda found: (-found.step, found.on_mirror))
-        for run in self._runs:
-            run.protect(self._folders_read_from(run))
+        for location in self._locations:
+            location.protect(self._folders_read_from(location))
         return self._reading
 
     def end_restore(self) -> None:
         """Allow the removal of the candidates again."""
-        for run in self._runs:
-            run.unprotect(self._folders_read_from(run))
+        for location in self._locations:
+            location.unprotect(self._folders_read_from(location))
         self._reading = []
 
     def rewind(self, to: Candidate) -> None:
-        """Continue from a checkpoint: abandon those from which training did not come to it."""
+        """Continue from a checkpoint: abandon those that were saved after it."""
         self._own_steps.add(to.step)
-        for run in self._runs:
-            run.rewind(Rewind(to.step, to.sequence, self._next_sequence()))
+        for location in self._locations:
+            location.rewind(Rewind(to.step, to.sequence, self._next_sequence()))
 
     def _next_sequence(self) -> int:
-        return next_sequence(entry for run in self._runs for entry in run.entries())
+        return next_sequence(entry for location in self._locations for entry in location.entries())
 
-    def _folders_read_from(self, run: Run) -> list[str]:
-        return [found.folder for found in self._reading if found.on_mirror == (run is self._mirror)]
+    def _folders_read_from(self, location: RunLocation) -> list[str]:
+        return [found.folder for found in self._reading if found.on_mirror == (location is self._mirror)]
 
     def _copy_missing(self) -> None:
         """Copy the checkpoints that are kept and that the mirror does not have, in the background."""
-        if self._mirror is None or self._copies is None:
+        if self._mirror is None or self._copier is None:
             return
         try:
-            kept = self.run.kept()
+            kept = self.root.kept()
         except Exception as error:
             logger.error("a policy failed, so nothing is copied: %s: %s", type(error).__name__, error)
             return
-        copied = {entry.key for entry in self._mirror.entries() if not entry.state}
+        copied = {entry.key for entry in self._mirror.entries() if entry.is_complete}
         for entry in kept:
             with self._changed:
                 if not entry.is_native or entry.key in copied or entry.key in self._copying:
                     continue
                 self._copying.add(entry.key)
-            for run in self._runs:
-                run.protect([entry.folder])
+            for location in self._locations:
+                location.protect([entry.folder])
             overwrite = any(known.folder == entry.folder for known in self._mirror.entries())
-            self._copies.submit(
+            self._copier.submit(
                 entry.folder,
                 overwrite=overwrite,
                 is_needed=partial(self._is_kept, entry),
@@ -280,38 +280,38 @@ class Decisions:
             )
 
     def _is_kept(self, entry: RunEntry) -> bool:
-        return any(kept.key == entry.key for kept in self.run.kept())
+        return any(kept.key == entry.key for kept in self.root.kept())
 
-    def _end_copy(self, entry: RunEntry, error: str | None) -> None:
+    def _end_copy(self, entry: RunEntry, result: CopyResult) -> None:
         assert self._mirror is not None
-        if error == "":
+        if result.is_complete:
             self._mirror.add(replace(entry, is_partial=False))
-        for run in self._runs:
-            run.unprotect([entry.folder])
+        for location in self._locations:
+            location.unprotect([entry.folder])
         with self._changed:
             self._copying.discard(entry.key)
         self._not_copied.pop(entry.folder, None)
-        if error:
-            self._not_copied[entry.folder] = error
+        if result.problem:
+            self._not_copied[entry.folder] = result.problem
             logger.warning(
                 "the checkpoint at %s could not be copied to %s, and is copied again after the next save: %s",
-                self.run.location(entry.folder),
-                self._mirror.root,
-                error,
+                self.root.uri_of(entry.folder),
+                self._mirror.uri,
+                result.problem,
             )
-        elif error is not None:
-            self._mirror.remove_others()
-        self.run.remove_others()
+        if result.is_complete:
+            self._mirror.remove_not_kept()
+        self.root.remove_not_kept()
 
 
-def _candidate(run: Run, entry: RunEntry, *, on_mirror: bool) -> Candidate:
+def _candidate(location: RunLocation, entry: RunEntry, *, on_mirror: bool) -> Candidate:
     return Candidate(
         entry.step,
-        run.location(entry.folder),
+        location.uri_of(entry.folder),
         on_mirror,
         entry.sequence,
-        entry.state,
-        entry.state != NOT_COMMITTED,
+        entry.problem,
+        entry.is_committed,
         None if entry.error is None else portable(entry.error),
     )
 

@@ -1,4 +1,7 @@
-"""The checkpoints below one location, as rank 0 manages them: listing, protecting and removing them."""
+"""The checkpoints at the root of a run or at its mirror, as rank 0 manages them.
+
+Checkpoints that no policy keeps are removed in the background (retention), and so is the data of killed saves.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +38,17 @@ class Rewind:
     """The sequence number of the next save."""
 
     def abandons(self, entry: RunEntry) -> bool:
-        """Return whether training did not come from a checkpoint to this one."""
+        """Return whether this checkpoint is later than the one from which training continues."""
         is_later = entry.step > self.step or 0 <= self.sequence < entry.sequence
         return is_later and entry.sequence < self.next_sequence
 
 
-class Run:
-    """The checkpoints below one location.
+class RunLocation:
+    """The checkpoints of a run at one location.
 
     Args:
-        root: the location.
+        uri: the location.
+        storage_options: its options for fsspec.
         policies: which checkpoints are kept; None keeps all.
         lease: the right to remove checkpoints; None removes nothing.
         is_shared: whether this rank sees the objects of all ranks.
@@ -55,14 +59,14 @@ class Run:
 
     def __init__(
         self,
-        root: str,
+        uri: str,
         storage_options: Mapping[str, Any] | None,
         policies: Sequence[CheckedPolicy] | None,
         lease: Lease | None,
         *,
         is_shared: bool = True,
     ) -> None:
-        self.root = root
+        self.uri = uri
         self.is_shared = is_shared
         self.storage_options = storage_options
         self._policies = policies
@@ -85,7 +89,7 @@ class Run:
         """List the checkpoints again."""
         while True:
             removals = self._removals
-            found = find_entries(self.root, self.storage_options, is_shared=self.is_shared)
+            found = find_entries(self.uri, self.storage_options, is_shared=self.is_shared)
             with self._changed:
                 if self._removals == removals:  # otherwise the list may have a checkpoint that was removed meanwhile
                     self._entries = [entry for entry in found if entry.folder != self._removing]
@@ -101,9 +105,9 @@ class Run:
         with self._changed:
             return [entry for entry in self._entries if not self._is_abandoned(entry)]
 
-    def location(self, folder: str) -> str:
+    def uri_of(self, folder: str) -> str:
         """Return the location of a checkpoint."""
-        return f"{self.root.rstrip('/')}/{folder}"
+        return f"{self.uri.rstrip('/')}/{folder}"
 
     def rewind(self, to: Rewind) -> None:
         """Abandon checkpoints. They are kept until a later save is complete."""
@@ -155,15 +159,15 @@ class Run:
         steps = kept_steps(self._policies, [entry.saved for entry in found])
         return [entry for entry in found if entry.step in steps]
 
-    def remove_others(self) -> None:
+    def remove_not_kept(self) -> None:
         """Remove the checkpoints that no policy keeps, in the background."""
         if self._policies is not None and self._lease is not None:
-            self._submit(self._remove_others)
+            self._submit(self._remove_not_kept)
 
-    def remove_remains(self) -> None:
+    def remove_unfinished_saves(self) -> None:
         """Remove the data that killed saves left, when it is a day old, in the background."""
         if self._lease is not None:
-            self._submit(self._remove_remains)
+            self._submit(self._remove_unfinished_saves)
 
     def take_removed(self) -> list[str]:
         """Return the folders that were removed since the last call."""
@@ -184,7 +188,7 @@ class Run:
             try:
                 task()
             except Exception as error:
-                logger.error("checkpoints of %s could not be removed: %s: %s", self.root, type(error).__name__, error)
+                logger.error("checkpoints of %s could not be removed: %s: %s", self.uri, type(error).__name__, error)
             finally:
                 with self._changed:
                     self._pending -= 1
@@ -198,7 +202,7 @@ class Run:
             with self._changed:
                 self._pending -= 1
 
-    def _not_kept(self) -> tuple[list[RunEntry], Rewind | None]:
+    def _to_remove(self) -> tuple[list[RunEntry], Rewind | None]:
         """Return the checkpoints to remove, and the rewind under which this holds.
 
         Only complete checkpoints in reshard's format are removed. Those that the rewind has abandoned are removed when
@@ -212,13 +216,13 @@ class Run:
         if not keeping:
             return [], rewind
         # Other processes may remove checkpoints, too. The last one must exist before another one is removed.
-        open_store(self.location(keeping[-1].folder), self.storage_options).size(MANIFEST_NAME)
-        last_saved = max(entry.sequence for entry in current if not entry.state)
+        open_store(self.uri_of(keeping[-1].folder), self.storage_options).size(MANIFEST_NAME)
+        last_saved = max(entry.sequence for entry in current if entry.is_complete)
         keys = {entry.key for entry in (*keeping, *(e for e in abandoned if e.sequence > last_saved))}
-        return [entry for entry in entries if entry.is_native and not entry.state and entry.key not in keys], rewind
+        return [entry for entry in entries if entry.is_native and entry.is_complete and entry.key not in keys], rewind
 
-    def _remove_others(self) -> None:
-        entries, rewind = self._not_kept()
+    def _remove_not_kept(self) -> None:
+        entries, rewind = self._to_remove()
         for entry in entries:
             with self._changed:
                 if self._rewind is not rewind:
@@ -237,27 +241,27 @@ class Run:
     def _remove(self, entry: RunEntry) -> None:
         assert self._lease is not None
         self._lease.check()
-        location = self.location(entry.folder)
+        uri = self.uri_of(entry.folder)
         try:
-            remove(location, self.storage_options)
+            remove(uri, self.storage_options)
         except CheckpointNotFoundError:
             pass  # another process removed it
         except CheckpointError as error:
-            logger.warning("the checkpoint at %s could not be removed: %s", location, error)
+            logger.warning("the checkpoint at %s could not be removed: %s", uri, error)
             return
-        logger.info("removed the checkpoint at %s", location)
+        logger.info("removed the checkpoint at %s", uri)
         with self._changed:
             self._entries = [known for known in self._entries if known.key != entry.key]
             self._removed.append(entry.folder)
 
-    def _remove_remains(self) -> None:
+    def _remove_unfinished_saves(self) -> None:
         assert self._lease is not None
         self._lease.check()
         for folder in [entry.folder for entry in self.entries()]:
-            location = self.location(folder)
+            uri = self.uri_of(folder)
             with self.protecting([folder]):
                 try:
-                    for remains in gc(location, self.storage_options):
-                        logger.info("removed %d objects of a killed save at %s", len(remains.names), location)
+                    for remains in gc(uri, self.storage_options):
+                        logger.info("removed %d objects of a killed save at %s", len(remains.names), uri)
                 except CheckpointError as error:
-                    logger.warning("data that a killed save may have left at %s is not removed: %s", location, error)
+                    logger.warning("data that a killed save may have left at %s is not removed: %s", uri, error)

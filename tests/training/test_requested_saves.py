@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import reshard
-from reshard.storage.training.agreed_saves import SAVE, AgreedSaves, StopSignals
+from reshard.storage.training.requested_saves import SAVE, RequestedSaves, StopSignals
 from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -165,12 +165,12 @@ def test_signal_that_no_save_served_ends_the_process_when_the_manager_is_closed(
 def test_signal_that_is_repeated_ends_the_process(tmp_path: Path) -> None:
     code = """
         import os, signal, sys, reshard
-        from reshard.storage.training import agreed_saves
+        from reshard.storage.training import requested_saves
         manager = reshard.CheckpointManager(sys.argv[1], asynchronous=False)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         print("duplicate", flush=True)
-        agreed_saves.REPEATED_AFTER_S = 0
+        requested_saves.REPEATED_AFTER_S = 0
         os.kill(os.getpid(), signal.SIGTERM)
         print("repeated", flush=True)
     """
@@ -253,7 +253,7 @@ def call_alone(folder: str) -> None:
 
 def test_rank_that_has_answered_cannot_pass_the_chosen_call() -> None:
     """Without a group, the next call saves."""
-    agreed = AgreedSaves(None)
+    agreed = RequestedSaves(None)
     assert not agreed.begin_call()
     agreed.request(SAVE)
     assert agreed.begin_call()
