@@ -689,7 +689,7 @@ def drop_on_all_ranks(folder: str) -> tuple[list[str], list[str]]:
 
 def test_dropped_managers_of_several_ranks_end_their_threads(ranks: RankPool, tmp_path: Path) -> None:
     for started, left in ranks.run(2, drop_on_all_ranks, str(tmp_path)):
-        assert "reshard-agreed_0" in started
+        assert "reshard-requests_0" in started
         assert left == []
 
 
