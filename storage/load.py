@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from ..planner.text import quoted
@@ -50,7 +51,7 @@ from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.name_patterns import Patterns, check_renames
-from .tensors.state_dict import check_mapping, has_stateful, state_to_stateful, stateful_to_state
+from .tensors.state_dict import check_mapping, find_stateful, has_stateful, state_to_stateful, stateful_to_state
 
 logger = logger_of(__name__)
 
@@ -86,8 +87,8 @@ def load(
         state_dict: the destination: tensors, DTensors, ShardedTensors and values, in nested dicts and lists. Stateful
             values receive their loaded state.
         uri: a path, a URI that fsspec can open, or a Store.
-        strict: whether every name of the state dict must be in the checkpoint. If False, missing names are skipped and
-            listed in the report.
+        strict: whether every name of the state dict must be in the checkpoint, and optimizers in it must have a state
+            if the checkpoint has one for them. If False, such names are skipped and listed in the report.
         allow_missing: patterns of names that may be missing, such as "optimizer.*". They are skipped and listed in the
             report.
         exclude: patterns of names of the state dict that are not loaded.
@@ -270,6 +271,8 @@ class _Load:
             self._states = stateful_to_state(self._state_dict)
             with without_collections():
                 self._read = StateDictRead(self._opening.source, self._states, self._load_options)
+            if self._load_options.strict:
+                _check_optimizers(self._state_dict, self._read.match.unexpected_keys)
         return self._read
 
     def _compare(self) -> Offer | None:
@@ -346,6 +349,19 @@ class _Load:
 
         own = (match.unexpected_keys, match.held_keys) if is_first else None
         return Collectives(self._group).through_rank_0(lambda: own, combine)
+
+
+def _check_optimizers(state_dict: Mapping[str, Any], unexpected: Sequence[str]) -> None:
+    """Raise ArgumentError if an optimizer has no state yet, so that its state in the checkpoint would be lost."""
+    for name, value in find_stateful(state_dict):
+        if isinstance(value, Optimizer) and not value.state:
+            lost = [key for key in unexpected if key.startswith(f"{name}.state.")]
+            if lost:
+                raise ArgumentError(
+                    f"{name!r} is an optimizer without state, so {len(lost)} names of the checkpoint, such as "
+                    f"{lost[0]!r}, would not be loaded: pass reshard.training_state(model, optimizer) to save and "
+                    f"load, make a step before the load, or pass exclude='{name}.state.*'"
+                )
 
 
 def _checksum(names: Sequence[str]) -> int:

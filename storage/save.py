@@ -307,7 +307,7 @@ def save(
     different ones, the report and a warning list the name. Tensors of more than 64 KiB are compared by a sample.
 
     Args:
-        state_dict: tensors and values by name. The state of Stateful values is saved.
+        state_dict: tensors and values by name, in nested dicts and lists. The state of Stateful values is saved.
         uri: a path, a URI that fsspec can open, or a Store.
         codec: "zstd" compresses. "none" stores tensors uncompressed, so that parts of a chunk can be read.
         storage_options: options for fsspec.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,14 +276,72 @@ def check_mapping(state_dict: object) -> None:
 
 
 def has_stateful(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether a state dict has a Stateful value."""
-    return any(map(_is_stateful, state_dict.values()))
+    """Return whether a state dict has a Stateful value, also in nested dicts and lists."""
+    return _StatefulSearch().has(state_dict)
+
+
+def find_stateful(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return the Stateful values of a state dict, with their names."""
+    return _StatefulSearch().find((), state_dict)
 
 
 def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a shallow copy in which the state dict of every Stateful value replaces it. Raise ArgumentError."""
+    """Return a copy in which the state dict of every Stateful value replaces it. Raise ArgumentError.
+
+    Dicts and lists without such values are not copied.
+    """
     check_mapping(state_dict)
-    return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+    return {key: _with_states(value, _StatefulSearch()) for key, value in state_dict.items()}
+
+
+def _with_states(value: Any, search: _StatefulSearch) -> Any:
+    if _is_stateful(value):
+        return value.state_dict()
+    if not search.has(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _with_states(item, search) for key, item in value.items()}
+    return [_with_states(item, search) for item in value]
+
+
+def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Pass the loaded state to every Stateful value, and put the other values into the state dict."""
+    _put_states(state_dict, states, _StatefulSearch())
+
+
+def _put_states(container: Any, states: Any, search: _StatefulSearch) -> None:
+    for key, state in states.items() if isinstance(states, Mapping) else enumerate(states):
+        if _is_stateful(container[key]):
+            container[key].load_state_dict(state)
+        elif search.has(container[key]):
+            _put_states(container[key], state, search)
+        elif container[key] is not state:
+            container[key] = state
+
+
+class _StatefulSearch:
+    """Finds the Stateful values of nested dicts and lists. Looks into each of them once."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, bool] = {}
+
+    def has(self, container: Any) -> bool:
+        """Return whether a dict or list has a Stateful value. Other values have none."""
+        if not isinstance(container, (Mapping, list)):
+            return False
+        if id(container) not in self._found:
+            self._found[id(container)] = False  # if it contains itself
+            items = container.values() if isinstance(container, Mapping) else container
+            self._found[id(container)] = any(_is_stateful(item) or self.has(item) for item in items)
+        return self._found[id(container)]
+
+    def find(self, path: tuple[Any, ...], container: Any) -> Iterator[tuple[str, Any]]:
+        """Return the Stateful values in a dict or list, with their names."""
+        for key, value in container.items() if isinstance(container, Mapping) else enumerate(container):
+            if _is_stateful(value):
+                yield name_of((*path, key)), value
+            elif self.has(value):
+                yield from self.find((*path, key), value)
 
 
 def _is_stateful(value: Any) -> bool:
@@ -294,12 +352,3 @@ def _is_stateful(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return False
     return all(callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict"))
-
-
-def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Pass the loaded state to every Stateful value, and put the other values into the state dict."""
-    for key, state in states.items():
-        if _is_stateful(state_dict[key]):
-            state_dict[key].load_state_dict(state)
-        elif state_dict[key] is not state:
-            state_dict[key] = state

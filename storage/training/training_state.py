@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -38,7 +40,7 @@ def training_state(
         optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
             yet have no state, also after a load; nor do parameters that are frozen when the state dict is loaded. A
             save does not change the optimizer, and calls none of its own step hooks. One whose step needs a closure,
-            such as LBFGS, must have made a step before it is saved or loaded.
+            such as LBFGS, must have made two steps before it is saved or loaded.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
@@ -95,7 +97,6 @@ class _OptimizerState:
         self._names: list[list[str]] = []
         """The names of the parameters of each group of all optimizers."""
         self._is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-        """A rank of FSDP1 may hold nothing of a parameter, or one parameter for many names. So `has_state` is True."""
         self._stateless: dict[int, nn.Parameter] = {}
         """The parameters that have no state after a step, by their `id`."""
 
@@ -103,14 +104,15 @@ class _OptimizerState:
         """Return `{"state": {name: state}, "param_groups": {name: (settings of its group, has_state)}}`."""
         self._check_parameters()
         without_state = [_parameters_without_state(optimizer) for optimizer in self._optimizers]
+        # For FSDP1, only torch knows which names have a state: a parameter may be empty here, or have many names.
+        known = self._torch_state()["state"].keys() if self._is_fsdp1 and self._any_rank(any(without_state)) else None
         try:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
-                new = [parameter for parameter in parameters if id(parameter) not in self._stateless]
+                new = [p for p in parameters if p.requires_grad and p.numel() and id(p) not in self._stateless]
                 if new:
                     _create_states(optimizer, new)
                     self._stateless |= {id(p): p for p in new if not optimizer.state.get(p)}
-            with _without_steps(self._optimizers):  # torch would make one if an optimizer has no states
-                found: Any = get_optimizer_state_dict(self._model, self._optimizers)
+            found = self._torch_state()
         finally:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
                 for parameter in parameters:
@@ -121,8 +123,25 @@ class _OptimizerState:
         for group, (_, parameters) in zip(found["param_groups"], self._groups(), strict=True):
             of_group = _settings(group)
             for at, name in enumerate(group["params"]):
-                settings[name] = of_group, self._is_fsdp1 or id(parameters[at]) not in lacking
+                if self._is_fsdp1:
+                    settings[name] = of_group, known is None or name in known
+                else:
+                    settings[name] = of_group, id(parameters[at]) not in lacking
         return {"state": found["state"], "param_groups": settings}
+
+    def _any_rank(self, is_true: bool) -> bool:
+        """Return whether an argument is True on any rank of the model's FSDP1 modules. Collective."""
+        modules = FullyShardedDataParallel.fsdp_modules(self._model)
+        for group in dict.fromkeys(module.process_group for module in modules):
+            of_ranks: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(of_ranks, is_true, group)
+            is_true = any(of_ranks)
+        return is_true
+
+    def _torch_state(self) -> Any:
+        """Return torch's state dict of the optimizers, as they are now."""
+        with _without_steps(self._optimizers):  # torch would make one if an optimizer has no states
+            return get_optimizer_state_dict(self._model, self._optimizers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         settings = state_dict["param_groups"]
@@ -136,29 +155,31 @@ class _OptimizerState:
                         f"settings, {settings[names[0]][0]} and {settings[name][0]}: use the same groups"
                     )
             groups.append({**_settings(own), **(settings[names[0]][0] if names else {}), "params": names})
-        self._set(state_dict["state"], groups)
-        for names, (optimizer, parameters) in zip(self._names, self._groups(), strict=True):
-            for at, parameter in enumerate([] if self._is_fsdp1 else parameters):
-                if not settings[names[at]][1]:
-                    optimizer.state.pop(parameter, None)
+        states = {name: state for name, state in state_dict["state"].items() if settings[name][1]}
+        if self._is_fsdp1:
+            with _without_gradients(self._optimizers):
+                loaded: Any = {"state": states, "param_groups": groups}
+                set_optimizer_state_dict(self._model, self._optimizers, loaded, options=StateDictOptions(strict=False))
+        else:
+            self._set(states, groups)
 
     def _set(self, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
         """Load the states of parameters by name, and the groups of all optimizers.
 
-        torch's `set_optimizer_state_dict` refuses parameters without a state, so it is used only for FSDP1.
+        `Optimizer.load_state_dict` casts states to the dtype of their parameter, and replaces strings. Unless the class
+        of the optimizer has a method of its own, or hooks, the states are put back as they were loaded.
         """
-        if self._is_fsdp1:
-            with _without_gradients(self._optimizers):
-                loaded: Any = {"state": state, "param_groups": groups}
-                set_optimizer_state_dict(self._model, self._optimizers, loaded)
-            return
         remaining = iter(groups)
         for optimizer in self._optimizers:
             own = [next(remaining) for _ in optimizer.param_groups]
-            names = {name for group in own for name in group["params"]}
-            optimizer.load_state_dict(
-                {"state": {name: values for name, values in state.items() if name in names}, "param_groups": own}
-            )
+            names = [name for group in own for name in group["params"]]
+            states = {name: state[name] for name in names if name in state}
+            optimizer.load_state_dict({"state": states, "param_groups": own})
+            if _loads_as_torch_does(optimizer):
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                for name, parameter in zip(names, parameters, strict=True):
+                    for key in states.get(name, {}).keys() - {"step"}:  # which torch may have to move to another device
+                        optimizer.state[parameter][key] = states[name][key]
 
     def _check_parameters(self) -> None:
         """Check that the model has all parameters of the optimizers, and that each is in one group.
@@ -185,6 +206,12 @@ class _OptimizerState:
         return [(optimizer, group["params"]) for optimizer in self._optimizers for group in optimizer.param_groups]
 
 
+def _loads_as_torch_does(optimizer: Optimizer) -> bool:
+    """Return whether only torch's own code runs when an optimizer loads a state dict."""
+    hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
+    return type(optimizer).load_state_dict is Optimizer.load_state_dict and not any(hooks)
+
+
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """Return what a group of parameters has in addition to the parameters."""
     return {key: value for key, value in group.items() if key != "params"}
@@ -192,7 +219,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [parameter for parameter in parameters if parameter.requires_grad and not optimizer.state.get(parameter)]
+    return [parameter for parameter in parameters if not optimizer.state.get(parameter)]
 
 
 def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -212,6 +239,8 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None
         try:
             step(optimizer)
         except Exception as error:
+            if optimizer.state:  # LBFGS keeps one state for all parameters
+                return
             raise UnsupportedValueError(
                 f"the states of {type(optimizer).__name__} cannot be created before its first step: "
                 f"{type(error).__name__}: {error}. Make a step first, or leave it out"

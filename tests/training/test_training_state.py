@@ -270,6 +270,195 @@ def test_a_run_under_fsdp1_continues(ranks: RankPool, tmp_path: Path, use_orig_p
     ranks.run(2, continue_fsdp1, str(tmp_path), use_orig_params)
 
 
+class PartlyUsed(nn.Module):
+    """A model whose second layer is used from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        y: torch.Tensor = self.first(x)
+        return self.second(y) if step else y
+
+
+KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, lr=0.01),
+    "rprop": partial(torch.optim.Rprop, lr=0.01),
+    "nadam": partial(torch.optim.NAdam, lr=0.01),
+    "asgd": partial(torch.optim.ASGD, lr=0.01),
+    "dampened": partial(torch.optim.SGD, lr=0.01, momentum=0.9, dampening=0.5),
+    "sgd": partial(torch.optim.SGD, lr=0.01),
+}
+
+
+def train_partly(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        loss = model(X, step).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def continue_partly_used(folder: str, use_orig_params: bool, kind: str) -> None:
+    def create(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = PartlyUsed()
+        for layer in ("first", "second"):
+            wrapped = FullyShardedDataParallel(
+                getattr(model, layer), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+            )
+            setattr(model, layer, wrapped)
+        return model, KINDS[kind](list(model.parameters()))
+
+    expected = train_partly(*create(0), range(4))
+    model, optimizer = create(0)
+    train_partly(model, optimizer, range(1))
+    reshard.save(reshard.training_state(model, optimizer), folder)
+    assert train_partly(model, optimizer, range(1, 4)) == expected[1:]
+    model, optimizer = create(1)
+    train_partly(model, optimizer, range(1, 2))
+    reshard.load(reshard.training_state(model, optimizer), folder)
+    assert train_partly(model, optimizer, range(1, 4)) == expected[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_parameters_of_fsdp1_that_were_not_updated_have_no_state_after_a_load(
+    ranks: RankPool, tmp_path: Path, use_orig_params: bool, kind: str
+) -> None:
+    ranks.run(2, continue_partly_used, str(tmp_path / "run"), use_orig_params, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_are_trained_after_the_load_for_the_first_time(tmp_path: Path, kind: str) -> None:
+    def create() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = PartlyUsed()
+        return model, KINDS[kind](model.parameters())
+
+    model, optimizer = create()
+    model.first.requires_grad_(False)
+    train_partly(model, optimizer, range(1, 3))
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    model.first.requires_grad_(True)
+    expected = train_partly(model, optimizer, range(3, 6))
+    model, optimizer = create()
+    reshard.load(reshard.training_state(model, optimizer), tmp_path, strict=False)
+    assert train_partly(model, optimizer, range(3, 6)) == expected
+
+
+class WithMasterWeights(torch.optim.Optimizer):
+    """Keeps float32 copies of bfloat16 parameters, and states of other kinds."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    if not state:
+                        state["master"], state["codes"] = parameter.float(), torch.zeros(3, dtype=torch.int8)
+                        state["note"], state["several"], state["count"] = "", [torch.zeros(2), 1], 0
+                    state["master"] -= group["lr"] * parameter.grad.float()
+                    state["note"] += "x"
+                    state["count"] += 1
+                    state["codes"] += 1
+                    state["several"][0] += 0.1
+                    parameter.copy_(state["master"])
+
+
+def test_states_are_loaded_in_their_own_dtype(tmp_path: Path) -> None:
+    model = net().bfloat16()
+    optimizer = WithMasterWeights(model.parameters())
+    for _ in range(3):
+        model(X.bfloat16()).square().mean().backward()
+        optimizer.step()
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    other = net(seed=1).bfloat16()
+    other_optimizer = WithMasterWeights(other.parameters())
+    report = reshard.load(reshard.training_state(other, other_optimizer), tmp_path)
+    assert report.cast == ()
+    for saved, loaded in zip(model.parameters(), other.parameters(), strict=True):
+        expected, found = optimizer.state[saved], other_optimizer.state[loaded]
+        assert (found["note"], found["count"], found["several"][1]) == (expected["note"], 3, 1)
+        for one, two in ((found[key], expected[key]) for key in ("master", "codes")):
+            assert one.dtype == two.dtype
+            assert one.equal(two)
+        assert found["several"][0].equal(expected["several"][0])
+
+
+def test_an_optimizer_with_one_state_for_all_parameters_continues(tmp_path: Path) -> None:
+    def create(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], torch.Tensor]]:
+        model = net(seed)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(X).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        return model, optimizer, closure
+
+    model, optimizer, closure = create(0)
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    other, other_optimizer, other_closure = create(1)
+    reshard.load(reshard.training_state(other, other_optimizer), tmp_path)
+    optimizer.step(closure)  # type: ignore[arg-type]
+    other_optimizer.step(other_closure)  # type: ignore[arg-type]
+    check_equal(list(other.parameters()), list(model.parameters()))
+
+
+def test_an_optimizer_without_state_is_refused_if_its_state_would_be_lost(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trained(model, optimizer)
+    reshard.save({"model": model, "parts": [{"optimizer": optimizer}]}, tmp_path)
+    fresh = torch.optim.AdamW(net(seed=1).parameters())
+    for process in ({"strict": False}, {"exclude": "parts.0.optimizer.state.*"}, {}):
+        other = net(seed=1)
+        state = {"model": other, "parts": [{"optimizer": fresh}]}
+        if process:
+            reshard.load(state, tmp_path, **process)
+            continue
+        with pytest.raises(ArgumentError, match=r"'parts.0.optimizer' is an optimizer without state, so 12 names"):
+            reshard.load(state, tmp_path)
+        check_equal(list(other.parameters()), list(net(seed=1).parameters()))
+
+
+def test_parts_in_dicts_and_lists_are_updated(tmp_path: Path) -> None:
+    def create(seed: int) -> tuple[dict[str, Any], list[nn.Module], list[StepLR]]:
+        models: list[nn.Module] = [net(seed), net(seed + 1)]
+        schedules = [StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 2) for model in models]
+        parts = {"models": {"a": models[0], "b": {"c": models[1]}}, "schedules": schedules, "counts": [1, {"n": seed}]}
+        return {"parts": parts}, models, schedules
+
+    state, models, schedules = create(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a schedule steps before its optimizer
+        for _ in range(3):
+            schedules[1].step()
+    reshard.save(state, tmp_path)
+    assert "parts.models.b.c.0.weight" in reshard.open(tmp_path).tensors
+    other, other_models, other_schedules = create(5)
+    counts = other["parts"]["counts"]
+    reshard.load(other, tmp_path)
+    for one, two in zip(models, other_models, strict=True):
+        check_equal(list(two.parameters()), list(one.parameters()))
+    assert [schedule.last_epoch for schedule in other_schedules] == [0, 3]
+    assert other["parts"]["schedules"] is other_schedules
+    assert counts == [1, {"n": 0}]
+
+
 def test_an_optimizer_that_needs_a_closure_is_named(tmp_path: Path) -> None:
     model = net()
     with pytest.raises(UnsupportedValueError, match=r"states of LBFGS cannot be created before its first step"):
