@@ -40,6 +40,9 @@ def nearest(error: CheckpointError) -> type[CheckpointError]:
 class StoreError(CheckpointError, OSError):
     """The store failed to read, write, list or delete."""
 
+    may_have_written: bool = True
+    """Whether the write that raised this may have succeeded, or may still succeed."""
+
 
 class UnavailableError(StoreError):
     """The store timed out, closed the connection or asked to slow down. The same call may succeed later."""
@@ -51,6 +54,8 @@ class ObjectNotFoundError(StoreError, FileNotFoundError):
 
 class AccessDeniedError(StoreError, PermissionError):
     """The store refused the credentials, or they do not permit the operation."""
+
+    may_have_written = False
 
 
 class CommitError(StoreError):

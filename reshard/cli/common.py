@@ -64,7 +64,7 @@ def options_of(uri: str, uris: Sequence[str], options: dict[str, Any]) -> dict[s
 
     A local path takes no options. If all locations are local, the options are returned, so that the call refuses them.
     """
-    from reshard.storage.stores.fsspec import is_local
+    from reshard.storage.stores.uris import is_local
 
     return {} if is_local(uri) and not all(map(is_local, uris)) else options
 

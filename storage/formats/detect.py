@@ -14,9 +14,9 @@ from ..errors import ArgumentError, CheckpointNotFoundError, NotCommittedError, 
 from ..runtime.logs import logger_of
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
-from ..stores.fsspec import split_file
 from ..stores.local import LocalStore
 from ..stores.open import open_found_store, open_store
+from ..stores.uris import split_file
 from .dcp_metadata import METADATA, RANK_METADATA
 from .dcp_source import DcpSource
 from .foreign import ForeignSource

@@ -38,6 +38,7 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store, check_delete
 from ..stores.local import LocalStore, SpecialFileError
 from ..stores.open import open_store
+from ..stores.uris import join_location
 
 UNFINISHED_CONVERSION = "unfinished conversion"
 CONVERTED = re.compile(
@@ -120,7 +121,7 @@ def find_checkpoints(
 
         def open_candidate(candidate: tuple[str, set[str] | None]) -> FoundCheckpoint | None:
             name, names = candidate
-            return _found(f"{uri.rstrip('/')}/{name}".rstrip("/"), names, storage_options)
+            return _found(join_location(uri, name), names, storage_options)
 
         found = pool.map(open_candidate, sorted(candidates, key=itemgetter(0)))
         return [checkpoint for checkpoint in found if checkpoint is not None]

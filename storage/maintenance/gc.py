@@ -20,6 +20,7 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..stores.local import TEMPORARY, SpecialFileError
 from ..stores.open import open_found_store, open_store
+from ..stores.uris import join_location
 from ..writing.object_writer import OBJECT_MAGIC
 from .catalog import location_of, split_name
 
@@ -115,7 +116,7 @@ def find_remains(
             folders.setdefault(folder, []).append(base)
     found = []
     for folder in sorted(folders.keys() - converted):
-        location = f"{uri.rstrip('/')}/{folder}".rstrip("/")
+        location = join_location(uri, folder)
         try:
             remains = _remains(open_found_store(location, storage_options), folders[folder], older_than_s)
         except (CorruptCheckpointError, InvalidIndexError) as error:

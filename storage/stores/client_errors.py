@@ -93,16 +93,20 @@ def translating(doing: str, name: str, location: str, *, with_cause: bool = True
 
 def translated(error: Exception, doing: str, name: str, location: str) -> CheckpointError:
     """Return reshard's error for an exception of a client. The arguments are those of `translating`."""
-    where = f"{name!r} in {location}"
+    where = f"{name!r} in {location}" if name else location
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in ("", *_GONE):
         error = cause  # fsspec raises this for any failed look-up
     if isinstance(error, FileNotFoundError):
         if doing == "write":
-            return StoreError(f"cannot write {where}: there is no such bucket or folder")
+            missing = StoreError(f"cannot write {where}: there is no such bucket or folder")
+            missing.may_have_written = False
+            return missing
         return ObjectNotFoundError(f"{location} has no object {name!r}")
     kind = type(error).__name__
     reason = f"{kind}: {_message(error)}"
+    if isinstance(error, NotImplementedError):
+        reason = "its filesystem does not support that"
     is_denied = isinstance(error, PermissionError) or "Credential" in kind or kind in _ACCESS_DENIED_CLASSES
     if is_denied or not _ACCESS_DENIED_CODES.isdisjoint((_code(error), _status(error))):
         return AccessDeniedError(
@@ -122,12 +126,19 @@ def translated(error: Exception, doing: str, name: str, location: str) -> Checkp
         reason = f"the bucket is in another region; set AWS_DEFAULT_REGION, or region_name in client_kwargs ({reason})"
     if _is_transient(error):
         return UnavailableError(f"cannot {doing} {where} now: {reason}")
-    return StoreError(f"cannot {doing} {where}: {reason}")
+    found = StoreError(f"cannot {doing} {where}: {reason}")
+    found.may_have_written = _status(error)[:1] != "4" and _status(error) != "501"  # the other answers are refusals
+    return found
 
 
 def is_beyond_the_end(error: Exception) -> bool:
     """Return whether an error means that the range begins at or after the end of the object."""
     return _code(error) in _BEYOND_THE_END or "Requested Range Not Satisfiable" in str(error)
+
+
+def is_missing_bucket(error: Exception) -> bool:
+    """Return whether an error means that there is no such bucket."""
+    return _code(error) in _NO_BUCKET
 
 
 def _is_transient(error: Exception) -> bool:
@@ -143,7 +154,7 @@ def _is_transient(error: Exception) -> bool:
 
 def _is_from_obstore(error: BaseException) -> bool:
     """Return whether obstore raised an error. Its files raise plain OSErrors."""
-    is_from_file = type(error) is OSError and str(error).startswith("Generic S3 error: ")
+    is_from_file = type(error) is OSError and "Error performing " in str(error)
     return is_from_file or type(error).__module__.partition(".")[0] == "obstore"
 
 

@@ -6,7 +6,7 @@ import contextlib
 import uuid
 from collections.abc import Callable
 
-from ..errors import CheckpointExistsError, ObjectNotFoundError
+from ..errors import CheckpointExistsError, ObjectNotFoundError, StoreError, nearest
 from ..runtime.logs import logger_of
 from ..runtime.threads import cleaning_up
 from .base import Store
@@ -29,10 +29,20 @@ def put_new(store: Store, bucket: object, put: Callable[[str, bytes], None], nam
 
     Raises:
         CheckpointExistsError: the object exists.
+        StoreError: the bucket refuses conditional writes, or the store failed.
     """
     refuse_to_replace(store, name)  # some stores ignore the condition and overwrite
     if bucket not in _probed:
-        _probe(store, put)
+        try:
+            _probe(store, put)
+        except StoreError as error:
+            found = nearest(error)(
+                f"whether {store.location} respects conditional writes cannot be checked: {error}. A save with "
+                "overwrite=True needs none"
+            )
+            assert isinstance(found, StoreError)
+            found.may_have_written = False
+            raise found from error
         _probed.add(bucket)
     put(name, data)
 

@@ -1,10 +1,9 @@
-"""Open paths and URIs, and a store on any filesystem of fsspec: S3, GCS, ... No other module imports fsspec."""
+"""Open paths and URIs, and a store on any filesystem of fsspec: S3, GCS, ..."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -14,21 +13,22 @@ from typing import Any
 
 import fsspec
 from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import available_protocols
 from typing_extensions import Buffer
 
-from ...planner.masking import harmless, masked, remember_secrets
+from ...planner.masking import harmless, masked
 from ..errors import ArgumentError, StoreError, UnsupportedURIError
 from ..runtime.threads import Pool, result_of, run_bounded
 from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, buffered_writer, is_name
-from .client_errors import is_beyond_the_end, translating
+from .client_errors import is_beyond_the_end, is_missing_bucket, translating
 from .conditional_put import put_new, refuse_to_replace
 from .local import LocalStore
 from .obstore import open_s3
 from .obstore_reads import ReadsOfFilesystem, call_deadline_s, is_lost_in_fork, open_reads
 from .options import checked_options
 from .retry import RetryingStore, deadline_s
+from .uris import OBJECT_STORES, WRAPPERS, is_chain, is_local, without_query
 
 S3_CONFIG = {
     "max_pool_connections": 64,
@@ -41,20 +41,13 @@ S3_CONFIG = {
 own, and because some servers answer a range with the checksum of the whole object, and others refuse checksums."""
 NO_RETRIES = {"total_max_attempts": 1}
 """botocore's configuration for the calls that RetryingStore retries. Without it, one call makes up to 5 requests."""
-OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
 CONCURRENT_DELETES = 16
 S3_MAX_PUT_BYTES = 5 * 1024**3
 
 
-LOCAL_PROTOCOLS = ("file", "local")
-WRAPPERS = frozenset(
-    ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
-)
-"""Filesystems that read from another one. In their chains, the other one may be a plain path: "zip://x::/y.zip"."""
-_NO_PARENT = OBJECT_STORES | {"http", "https"}
-_LOST_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?!//)")
-_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""The beginning of a URI that has lost a slash. A single letter would be a drive."""
+_REPLACED = re.compile(r"manifest\.reshard$|\.reshard-")
+"""The names of objects that reshard replaces. A cache of whole files would return old ones. The names of data objects
+are unique."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
@@ -78,6 +71,8 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
     protocol, path = split_protocol(uri)
     if protocol in OBJECT_STORES and path.partition("/")[2].startswith("/"):
         raise UnsupportedURIError(f"{shown!r} has two slashes after the bucket: remove one")
+    if protocol in OBJECT_STORES and not path.partition("/")[0]:
+        raise UnsupportedURIError(f"{shown!r} has no bucket: pass {protocol}://bucket/folder")
     if protocol in ("s3", "s3a"):
         given = storage_options
         passed = given.get("config_kwargs") or {}
@@ -87,7 +82,7 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
         store = open_s3(path, given, lambda: FsspecStore(*_filesystem(uri, protocol, storage_options)))
         if store is not None:
             return store
-    if _without_query(protocol, path)[1]:
+    if without_query(protocol, path)[1]:
         storage_options = {"encoded": True, **storage_options}  # a signed URL must not be encoded again
     try:
         filesystem, path = _filesystem(uri, protocol, storage_options)
@@ -108,7 +103,7 @@ def _open_remote(uri: str, storage_options: dict[str, Any]) -> Store:
 
 def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tuple[Any, str]:
     """Return fsspec's filesystem for a URI, and the path in it."""
-    if "::" not in uri or _is_chain(uri) or protocol in WRAPPERS:
+    if "::" not in uri or is_chain(uri) or protocol in WRAPPERS:
         filesystem, path = url_to_fs(uri, **options)
     else:
         kind = fsspec.get_filesystem_class(protocol)  # `url_to_fs` would split the URI at a "::" in a name
@@ -117,85 +112,6 @@ def _filesystem(uri: str, protocol: str | None, options: dict[str, Any]) -> tupl
     if protocol in ("s3", "s3a"):
         filesystem.retries = 1  # the pauses of s3fs have no jitter, and it repeats each retry of botocore
     return filesystem, path
-
-
-def is_local(uri: str) -> bool:
-    """Return whether a path or URI is on a local disk.
-
-    Raises:
-        UnsupportedURIError: a URI has lost a slash, as in `Path("s3://bucket")`. It would be a local folder.
-    """
-    parts = uri.split("::")
-    lost = [_lost_slash(part) for part in parts]
-    if lost[0] or (
-        any(lost) and all(is_lost or _is_chain_part(part) for part, is_lost in zip(parts, lost, strict=True))
-    ):
-        whole = "::".join(_with_slashes(p) if is_lost else p for p, is_lost in zip(parts, lost, strict=True))
-        remember_secrets(whole)
-        raise UnsupportedURIError(
-            f"{masked(uri)!r} would be a local folder: pass the URI as a string, {masked(whole)!r}, not as a Path, "
-            f"which drops a slash. For the local folder, pass {'./' + masked(uri)!r}"
-        )
-    return not _is_chain(uri) and split_protocol(uri)[0] in (None, *LOCAL_PROTOCOLS)
-
-
-def _lost_slash(part: str) -> bool:
-    found = _LOST_SLASH.match(part)  # "file:/x" is a valid URI
-    if found is None or found[1] in LOCAL_PROTOCOLS:
-        return False
-    is_unknown = _ONE_SLASH.match(part) is not None and not os.path.lexists(f"{found[1]}:")
-    return found[1].lower() in _known_protocols() or is_unknown
-
-
-def _with_slashes(part: str) -> str:
-    protocol, _, path = part.partition(":")
-    protocol = protocol.lower()
-    return f"{protocol}://{path if protocol in LOCAL_PROTOCOLS else path.lstrip('/')}"
-
-
-def _known_protocols() -> set[str]:
-    return {*available_protocols(), *OBJECT_STORES}
-
-
-def _is_chain(uri: str) -> bool:
-    parts = uri.split("::")
-    return len(parts) > 1 and all(map(_is_chain_part, parts))
-
-
-def _is_chain_part(part: str) -> bool:
-    """Return whether a string between two "::" is a protocol or a URI."""
-    return part.partition("://")[0] in _known_protocols() or part.startswith(("file:", "local:"))
-
-
-def split_file(uri: str) -> tuple[str, str]:
-    """Split the path or URI of a file into its folder and its name.
-
-    The folder keeps the query of the URI. If the URI has no folder, the name is "".
-    """
-    return _split_remote(LocalFileSystem._strip_protocol(uri) if is_local(uri) else uri)
-
-
-def _split_remote(uri: str) -> tuple[str, str]:
-    first, chained, rest = uri.partition("::") if _is_chain(uri) else (uri, "", "")
-    if chained and "://" not in first:
-        folder, name = _split_remote(rest)
-        return f"{first}::{folder}", name
-    protocol, mark, path = first.partition("://")
-    if not mark:
-        protocol, path = "", first
-    path, query = _without_query(protocol, path)
-    folder, slash, name = path.rstrip("/").rpartition("/")
-    if not slash and protocol in _NO_PARENT:
-        return uri, ""
-    return f"{protocol}{mark}{folder or slash}{query}{chained}{rest}", name
-
-
-def _without_query(protocol: str, path: str) -> tuple[str, str]:
-    """Split a path of HTTP at its query, as in "model.safetensors?signature=…". Other protocols have no query."""
-    if protocol not in ("http", "https"):
-        return path, ""
-    path, mark, query = path.partition("?")
-    return path, mark + query
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:
@@ -231,7 +147,7 @@ class FsspecStore:
         self._fs = filesystem
         self._reads = reads
         self._open_uploads = open_uploads or (lambda: (filesystem, path))
-        path, self._query = _without_query(path.partition("://")[0], path)
+        path, self._query = without_query(path.partition("://")[0], path)
         self._root = path.rstrip("/")
         self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
         self._is_on_disk = _is_on_disk(filesystem)
@@ -260,6 +176,16 @@ class FsspecStore:
         coroutine = getattr(self._fs, f"_{method}")
         return result_of(coroutine(*arguments, **options), self._fs.loop, deadline_s(nbytes))
 
+    def _cat(self, name: str, start: int, stop: int) -> Any:
+        """Return the bytes of an object, or a coroutine that does so if the filesystem is asynchronous."""
+        filesystem, options = self._fs, {}
+        if isinstance(filesystem, CachingFileSystem) and _REPLACED.match(name.rpartition("/")[2]):
+            filesystem = filesystem.fs
+        if {"http", "https"}.intersection(_protocols(filesystem)):
+            options["raise_for_status"] = partial(_check_range, start)
+        read = filesystem._cat_file if self._is_async else filesystem.cat_file
+        return read(self._path(name), start=start, end=stop, **options)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}{self._query}"
 
@@ -270,7 +196,8 @@ class FsspecStore:
                 return result_of(_FsspecReads(self).read(name, start, stop), self._fs.loop, deadline)
             self._check_regular(name)
             try:
-                data: bytes = self._call("cat_file", self._path(name), nbytes=stop - start, start=start, end=stop)
+                found = self._cat(name, start, stop)
+                data = result_of(found, self._fs.loop, deadline_s(stop - start)) if self._is_async else found
             except Exception as error:
                 if is_beyond_the_end(error):
                     return b""
@@ -288,6 +215,8 @@ class FsspecStore:
             found = self._call("info", self._path(name))
             if found["type"] != "file":
                 raise FileNotFoundError(name)
+            if found["size"] is None:
+                raise StoreError(f"cannot read {name!r} in {self.location}: the server does not tell its size")
             return int(found["size"])
 
     def modified(self, name: str) -> float:
@@ -352,7 +281,9 @@ class FsspecStore:
             root = self._fs._strip_protocol(self._root)
             try:
                 found = self._call(method, f"{self._root}/{folder}".rstrip("/") + self._query, detail=True)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if is_missing_bucket(error):
+                    raise StoreError(f"cannot list {self.location}: there is no such bucket") from None
                 return []
             entries = found.values() if isinstance(found, dict) else found
             # If the folder is an object, adlfs returns its name alone.
@@ -428,13 +359,19 @@ class _FsspecReads:
         store = self._store
         with store._errors("read", name):
             try:
-                reading = store._fs._cat_file(store._path(name), start=start, end=stop)
-                data: bytes = await asyncio.wait_for(reading, deadline_s(stop - start))
+                data: bytes = await asyncio.wait_for(store._cat(name, start, stop), deadline_s(stop - start))
             except Exception as error:
                 if is_beyond_the_end(error):
                     return b""
                 raise
             return _range_of(data, start, stop, name)
+
+
+async def _check_range(start: int, response: Any) -> None:
+    """Raise StoreError if a server of HTTP has answered with another range than the one that begins at `start`."""
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if response.status == 206 and found and int(found[1]) != start:
+        raise StoreError(f"the server answered with bytes from {found[1]} on instead of {start}")
 
 
 def _range_of(data: bytes, start: int, stop: int, name: str) -> bytes:

@@ -207,24 +207,30 @@ class LocalStore:
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
         path = self._root / name
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        with self._folder("write", name, make=True) as (folder, base), self._errors("write", name):
-            try:
-                with open(os.open(temporary.name, _NEW, 0o666, dir_fd=folder), "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if overwrite:
-                    os.replace(temporary, path)
-                else:
-                    _create(temporary, path)
-            except FileExistsError:
-                raise CheckpointExistsError(f"{path} exists") from None
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary.name, dir_fd=folder)
-            os.fsync(folder)
-            _sync_folder(self._root.parent)
-            _remove_old_temporaries(folder, base)
+        may_have_written = False
+        try:
+            with self._folder("write", name, make=True) as (folder, base), self._errors("write", name):
+                try:
+                    with open(os.open(temporary.name, _NEW, 0o666, dir_fd=folder), "wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    may_have_written = True
+                    if overwrite:
+                        os.replace(temporary, path)
+                    else:
+                        _create(temporary, path)
+                except FileExistsError:
+                    raise CheckpointExistsError(f"{path} exists") from None
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary.name, dir_fd=folder)
+                os.fsync(folder)
+                _sync_folder(self._root.parent)
+                _remove_old_temporaries(folder, base)
+        except StoreError as error:
+            error.may_have_written = may_have_written
+            raise
 
     @contextmanager
     def _folder(self, doing: str, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:

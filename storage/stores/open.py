@@ -10,8 +10,9 @@ from ...planner.errors import CheckpointError
 from ...planner.masking import remember_secrets
 from ..errors import ArgumentError
 from .base import Store
-from .fsspec import is_local, open_fsspec
+from .fsspec import open_fsspec
 from .options import checked_options
+from .uris import is_local
 
 
 def open_store(location: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:

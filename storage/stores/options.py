@@ -42,12 +42,33 @@ def checked_options(options: Mapping[str, Any] | None, protocol: str = "") -> di
                 check_endpoint(shown, where[name])
             elif not where[name].isprintable():
                 raise ArgumentError(f"{shown} contains a line break or another control character")
-    for name in _S3_STRINGS if protocol in ("s3", "s3a") else ():
-        if found.get(name) is not None:
-            _check_string(f"storage_options[{name!r}]", found[name])
-            if not found[name].isprintable():
+    return _checked_s3_options(found) if protocol in ("s3", "s3a") else found
+
+
+def _checked_s3_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Check the options of S3, and return them with one endpoint."""
+    for name in _S3_STRINGS:
+        if options.get(name) is not None:
+            _check_string(f"storage_options[{name!r}]", options[name])
+            if not options[name].isprintable():
                 raise ArgumentError(f"storage_options[{name!r}] contains a line break or another control character")
-    return found
+    if bool(options.get("key")) != bool(options.get("secret")):
+        given, missing = ("key", "secret") if options.get("key") else ("secret", "key")
+        raise ArgumentError(f"storage_options has {given!r} and no {missing!r}: pass both, or neither")
+    if not isinstance(options.get("anon", False), (bool, type(None))):
+        raise ArgumentError(f"storage_options['anon'] must be True or False, got {options['anon']!r}")
+    connections = (options.get("config_kwargs") or {}).get("max_pool_connections", 1)
+    if type(connections) is not int or connections < 1:
+        raise ArgumentError(
+            f"storage_options['config_kwargs']['max_pool_connections'] must be a positive integer, got {connections!r}"
+        )
+    client = dict(options.get("client_kwargs") or {})
+    endpoints = {endpoint for endpoint in (options.get("endpoint_url"), client.get("endpoint_url")) if endpoint}
+    if len(endpoints) > 1:
+        raise ArgumentError("storage_options has two different values of endpoint_url: pass one")
+    if options.get("endpoint_url") and client.pop("endpoint_url", None):
+        options["client_kwargs"] = client
+    return options
 
 
 def _check_mapping(what: str, value: object) -> None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from typing_extensions import Buffer
 
-from ..errors import UnavailableError
+from ..errors import StoreError, UnavailableError
 from ..runtime.forks import generation
 from ..runtime.logs import logger_of
 from ..runtime.threads import cleaning_up, current_stop
@@ -197,7 +197,18 @@ class RetryingStore(WrappedStore):
         return self._retried(lambda: self.inner.modified(name))
 
     def put(self, name: str, data: bytes, *, overwrite: bool) -> None:
-        self._retried(lambda: self.inner.put(name, data, overwrite=overwrite))
+        attempts = 0
+
+        def put() -> None:
+            nonlocal attempts
+            attempts += 1
+            self.inner.put(name, data, overwrite=overwrite)
+
+        try:
+            self._retried(put)
+        except StoreError as error:
+            error.may_have_written = error.may_have_written or attempts > 1  # an earlier attempt may still succeed
+            raise
 
     def list(self, folder: str = "") -> Iterable[str]:
         return self._retried(lambda: list(self.inner.list(folder)))

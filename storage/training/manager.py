@@ -35,6 +35,7 @@ from ..save import save
 from ..stores.base import exists
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import absolute_location, open_store
+from ..stores.uris import join_location
 from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
 from .lease import Lease
@@ -342,7 +343,7 @@ class CheckpointManager:
 
     def location(self, step: int) -> str:
         """Return where the checkpoint of a step is stored, whether or not it exists."""
-        return f"{self._root.rstrip('/')}/{step_folder(_whole_number('step', step))}"
+        return join_location(self._root, step_folder(_whole_number("step", step)))
 
     def is_due(self, step: int) -> bool:
         """Return whether `save` saves a step without being forced or requested to."""

@@ -29,6 +29,7 @@ from ..stores.base import Store
 from ..stores.local import LocalStore
 from ..stores.open import open_store
 from ..stores.retry import read_whole
+from ..stores.uris import join_location
 
 logger = logger_of(__name__)
 POLL_EVERY_S = 0.5
@@ -281,4 +282,4 @@ def remove_own_objects(root: str, folders: Iterable[str], rank: int) -> None:
 
 
 def _open(root: str, storage_options: Mapping[str, Any] | None, folder: str) -> Store:
-    return open_store(f"{root.rstrip('/')}/{folder}", storage_options)
+    return open_store(join_location(root, folder), storage_options)

@@ -20,6 +20,7 @@ import torch
 from ...planner.errors import CheckpointError
 from ..errors import ArgumentError
 from ..maintenance.catalog import NOT_COMMITTED, FoundCheckpoint, find_checkpoints
+from ..stores.uris import folder_below
 from .policies import SavedStep
 
 MANAGED = "manager"
@@ -81,10 +82,9 @@ def find_entries(
     Raises:
         StoreError, UnsupportedURIError: the location cannot be listed.
     """
-    base = root.rstrip("/")
     entries = []
     for found in find_checkpoints(root, storage_options):
-        folder = found.uri[len(base) + 1 :]
+        folder = folder_below(root, found.uri)
         step = _STEP_FOLDER.fullmatch(folder)
         if step:
             entry = _entry(found, folder, int(step[1]))

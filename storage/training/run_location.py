@@ -19,6 +19,7 @@ from ..maintenance.gc import gc
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
 from ..stores.open import open_store
+from ..stores.uris import join_location
 from .lease import Lease
 from .policies import CheckedPolicy, kept_steps
 from .run_catalog import RunEntry, branch, find_entries
@@ -107,7 +108,7 @@ class RunLocation:
 
     def uri_of(self, folder: str) -> str:
         """Return the location of a checkpoint."""
-        return f"{self.uri.rstrip('/')}/{folder}"
+        return join_location(self.uri, folder)
 
     def rewind(self, to: Rewind) -> None:
         """Abandon checkpoints. They are kept until a later save is complete."""

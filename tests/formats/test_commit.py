@@ -1,5 +1,6 @@
 """The commit, and the checks before it: a save hides no other checkpoint, and reports which objects are missing."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,14 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
-from reshard.errors import CheckpointExistsError, CommitError, NotCommittedError, StoreError
+from reshard.errors import (
+    AccessDeniedError,
+    CheckpointExistsError,
+    CommitError,
+    NotCommittedError,
+    StoreError,
+    UnavailableError,
+)
 from reshard.storage.formats.detect import CONVERSION
 from reshard.storage.formats.native.commit import commit
 from reshard.storage.formats.native.manifest import MANIFEST_NAME
@@ -247,6 +255,69 @@ def test_stored_manifest_decides_the_outcome_of_a_conflict(
         there[:] = [b"another's"]
         with pytest.raises(CheckpointExistsError):
             reshard.save(STATE, "s3://bucket/other", storage_options=options)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "ExpiredToken"),
+        (401, "Unauthorized"),
+        (403, "AccessDenied"),
+        (404, "NoSuchBucket"),
+        (501, "NotImplemented"),
+    ],
+)
+def test_a_refused_manifest_is_not_committed_and_its_data_is_removed(status: int, code: str, client: str) -> None:
+    with failing_s3(answers=status, code=code) as server:
+        server.fails = lambda method, key: method == "PUT" and key.endswith(MANIFEST_NAME)
+        with pytest.raises(StoreError, match="the manifest was not written, so nothing was committed") as found:
+            reshard.save(STATE, "s3://bucket/run", storage_options=by_client(client, server.options), overwrite=True)
+        assert not isinstance(found.value, CommitError)
+        assert server.content == {}
+
+
+def test_a_manifest_that_is_refused_after_a_lost_answer_may_have_been_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    answers = iter([UnavailableError("the connection was closed"), AccessDeniedError("the token has expired")])
+
+    def fail(call: Call) -> None:
+        if call.method == "put":
+            raise next(answers)
+
+    inner = MemoryStore()
+    with pytest.raises(CommitError, match=r"may or may not have been written: .*the token has expired"):
+        reshard.save(STATE, retry.RetryingStore(RecordingStore(inner, fail)))
+    assert len(list(inner.list())) == 1
+
+
+def test_a_full_disk_commits_nothing_and_keeps_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if MANIFEST_NAME in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    reshard.save(STATE, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match=r"the manifest was not written, .*No space left on device"):
+            reshard.save({"w": torch.zeros(5)}, tmp_path, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_server_that_refuses_conditional_writes_is_named(client: str) -> None:
+    with failing_s3(refuses=lambda method, key, headers: 501 if "if-none-match" in headers else 0) as server:
+        server.fails = lambda method, key: False
+        options = by_client(client, server.options)
+        with pytest.raises(StoreError, match=r"conditional writes cannot be checked: .* overwrite=True needs none"):
+            reshard.save(STATE, "s3://bucket/run", storage_options=options)
+        assert server.content == {}
+        reshard.save(STATE, "s3://bucket/run", storage_options=options, overwrite=True)
+        assert reshard.open("s3://bucket/run", storage_options=options).read("w").equal(STATE["w"])
 
 
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:

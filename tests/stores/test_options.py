@@ -180,3 +180,29 @@ def test_the_option_asynchronous_is_ignored(s3: Place) -> None:
 def test_an_invalid_host_raises_before_a_client_is_opened(endpoint: str) -> None:
     with pytest.raises(ArgumentError, match="must be the URL of a server"):
         reshard.open("s3://b/x", storage_options={"key": "k", "secret": "s", "endpoint_url": endpoint})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": "k"}, "has 'key' and no 'secret'"),
+        ({"secret": "s"}, "has 'secret' and no 'key'"),
+        ({"anon": "false"}, r"\['anon'\] must be True or False, got 'false'"),
+        ({"config_kwargs": {"max_pool_connections": -1}}, "must be a positive integer, got -1"),
+        ({"config_kwargs": {"max_pool_connections": "8"}}, "must be a positive integer, got '8'"),
+        (
+            {"endpoint_url": "http://127.0.0.1:1", "client_kwargs": {"endpoint_url": "http://127.0.0.1:2"}},
+            "two different values of endpoint_url",
+        ),
+    ],
+)
+def test_options_of_s3_that_contradict_each_other_raise_argument_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        open_store("s3://bucket/run", options)
+
+
+def test_the_same_endpoint_may_be_passed_twice(s3: Place) -> None:
+    uri, options = s3
+    options = {**options, "endpoint_url": options["client_kwargs"]["endpoint_url"]}
+    reshard.save({"w": torch.ones(2)}, f"{uri}/twice", storage_options=options)
+    assert reshard.open(f"{uri}/twice", storage_options=options).read("w").eq(1).all()

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,14 +26,16 @@ from reshard.errors import (
     ArgumentError,
     CheckpointError,
     CheckpointNotFoundError,
+    StoreError,
     UnsupportedURIError,
 )
 from reshard.storage.maintenance.gc import find_remains
-from reshard.storage.stores.fsspec import is_local, split_file
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
+from reshard.storage.stores.uris import folder_below, is_local, join_location, split_file
 from tests.conftest import Place
 from tests.failing_s3 import failing_s3
+from tests.torture.faults import CLIENTS, by_client
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HIDDEN_BY_DCP = "metadata is None"
@@ -252,6 +255,89 @@ def test_a_key_with_colons_is_not_a_chain(s3: Place) -> None:
 def test_split_file_returns_folder_and_name(uri: str, folder: str, name: str) -> None:
     assert split_file(uri) == (folder, name)
     assert is_local(uri) == uri.startswith(("/", "file:"))
+
+
+@pytest.mark.parametrize(
+    ("location", "joined"),
+    [
+        ("/a", "/a/b/c"),
+        ("/a/", "/a/b/c"),
+        ("/", "/b/c"),
+        (".", "./b/c"),
+        ("file:///a", "file:///a/b/c"),
+        ("file:///", "file:///b/c"),
+        ("s3://bucket", "s3://bucket/b/c"),
+        ("s3://bucket/a/", "s3://bucket/a/b/c"),
+        ("memory://", "memory://b/c"),
+        ("memory://a", "memory://a/b/c"),
+        ("https://host/a?sig=x/y", "https://host/a/b/c?sig=x/y"),
+        ("zip://::run.zip", "zip://b/c::run.zip"),
+        ("zip://a::file:///y.zip", "zip://a/b/c::file:///y.zip"),
+        ("zip::s3://bucket/y.zip", "zip://b/c::s3://bucket/y.zip"),
+        ("simplecache::s3://bucket", "simplecache::s3://bucket/b/c"),
+        ("simplecache::zip://::file:///y.zip", "simplecache::zip://b/c::file:///y.zip"),
+    ],
+)
+def test_a_folder_is_joined_to_a_location(location: str, joined: str) -> None:
+    assert join_location(location, "b/c") == joined
+    assert folder_below(location, joined) == "b/c"
+    assert join_location(location, "") == location
+
+
+def test_checkpoints_are_found_and_managed_at_the_root_of_a_filesystem() -> None:
+    fsspec.filesystem("memory").store.clear()
+    with reshard.CheckpointManager("memory://", asynchronous=False, keep=[reshard.latest(1)]) as manager:
+        for step in (1, 2):
+            assert manager.save(step, {"w": torch.full((3,), float(step))})
+    assert [(found.uri, found.state) for found in reshard.find_checkpoints("memory://")] == [
+        ("memory://step-00000002", "complete")
+    ]
+    assert reshard.gc("memory://") == []
+    state = {"w": torch.zeros(3)}
+    with reshard.CheckpointManager("memory://", read_only=True) as manager:
+        assert manager.restore(state) == 2
+    assert state["w"].eq(2).all()
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_checkpoints_in_an_archive_are_found(tmp_path: Path) -> None:
+    import zipfile
+
+    for folder in ("step-1", "step-2"):
+        saved(tmp_path / folder)
+    with zipfile.ZipFile(tmp_path / "run.zip", "w") as file:
+        for path in tmp_path.glob("step-*/**/*"):
+            file.write(path, path.relative_to(tmp_path))
+    uri = f"zip://::file://{tmp_path}/run.zip"
+    found = reshard.find_checkpoints(uri)
+    assert [one.state for one in found] == ["complete", "complete"]
+    for one in found:
+        assert reshard.open(one.uri).read("w").equal(STATE["w"])
+    assert reshard.gc(uri, dry_run=True) == []
+
+
+@pytest.mark.parametrize("cache", ["simplecache", "filecache"])
+def test_a_cache_of_files_does_not_hide_that_a_checkpoint_was_replaced(cache: str, tmp_path: Path) -> None:
+    folder, uri = tmp_path / "run", f"{cache}::file://{tmp_path}/run"
+    saved(folder)
+    assert reshard.open(uri).read("w").equal(STATE["w"])
+    reshard.save({"w": -STATE["w"]}, folder, overwrite=True)
+    assert reshard.open(uri).read("w").equal(-STATE["w"])
+    for path in folder.rglob("*"):
+        os.utime(path, (0, 0))
+    assert reshard.gc(uri) == []
+    assert reshard.open(folder).verify() == []
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_missing_bucket_is_named(client: str, s3: Place) -> None:
+    options = by_client(client, s3[1])
+    for uri in ("s3://no-such-bucket", "s3://no-such-bucket/run"):
+        for call in (reshard.find_checkpoints, reshard.gc):
+            with pytest.raises(StoreError, match="there is no such bucket"):
+                call(uri, options)
+    with pytest.raises(UnsupportedURIError, match="has no bucket"):
+        reshard.open("s3://", storage_options=options)
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}", "file:{}"])

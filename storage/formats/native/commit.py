@@ -73,7 +73,8 @@ def commit(
 
     Raises:
         CheckpointExistsError: another save has committed, and this one certainly has not.
-        StoreError: data objects are missing or cannot be listed, or objects that are replaced cannot be removed.
+        StoreError: data objects are missing or cannot be listed, objects that are replaced cannot be removed, or the
+            store refused to write the manifest. Nothing was committed.
         CommitError: the write failed, and the store does not have the manifest. The manifest may still appear.
     """
     replaced: set[str] = set()
@@ -138,6 +139,8 @@ def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bo
         if found != data:
             if isinstance(error, CheckpointExistsError) and found is not None:
                 raise
+            if isinstance(error, StoreError) and not error.may_have_written:
+                raise nearest(error)(f"{what} was not written, so nothing was committed: {error}") from error
             raise CommitError(f"{what} may or may not have been written: {error}") from error
 
 
