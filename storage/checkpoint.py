@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
@@ -315,6 +316,8 @@ class Checkpoint:
         selection = Selection.of(include, exclude, rename)
         _check_layout(layout)
         check_cooperative(cooperative)
+        if costs is not None and not (math.isfinite(costs.latency_s) and 0 < costs.bytes_per_s < math.inf):
+            raise ArgumentError(f"the latency and the bandwidth of costs must be finite numbers, got {costs}")
         check_readable(self._source, selection.includes)
         entries = self._selected_tensors(selection)
         index = self._source.index(WantedBox(entry.name, entry.whole) for entry in entries.values())
@@ -331,6 +334,8 @@ class Checkpoint:
         tensors = {entry.name: entry for entry in self._source.entries if entry.is_tensor}
         values = [name for name in self.value_names if selection.includes(name)]
         if values and not any(map(selection.includes, tensors)):
+            if not tensors:
+                raise MissingTensorError(f"{self.location} has no tensors, only values such as {values[0]!r}")
             raise MissingTensorError(f"{values[0]!r} is a value, not a tensor: read it with read_value")
         includable = [*tensors, *self._source.unreadable]
         selection.check([*includable, *self.value_names], may_miss=may_miss, includable=includable)

@@ -91,6 +91,9 @@ def run(
         if report.cast:
             names = quoted([cast.name for cast in report.cast])
             print_line(f"{len(report.cast)} tensors were cast to fewer bits: {names}")
+        if report.pickled:
+            names = quoted(report.pickled)
+            print_line(f"{len(report.pickled)} values need allow_pickle=True when they are loaded: {names}")
         if report.dropped:
             why = "; safetensors stores tensors only" if options.to == "safetensors" else ""
             print_line(f"{len(report.dropped)} names were not converted: {quoted(report.dropped)}{why}")

@@ -91,6 +91,8 @@ def run(
             raise typer.BadParameter(
                 "a saved plan is a local file and takes no storage options", param_hint="--storage-option"
             )
+        if format:
+            raise typer.BadParameter("a saved plan has no format to choose: omit it", param_hint="--format")
         plans = _read_back(uri, options)
     else:
         checkpoint = reshard.open(uri, storage_options=storage_options(storage_option), format=format)

@@ -34,11 +34,11 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         print_line(f"cannot be read: {why}")
     if others and checkpoint.format != "reshard":
         print_line(f"{len(others)} names that cannot be read were not checked")
-    stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
     if damages:
-        tensors = sorted({damage.tensor for damage in damages})
+        names = {damage.tensor for damage in damages}
+        tensors = _counted(len(names & checkpoint.tensors.keys()), len(names - checkpoint.tensors.keys() - missing))
         lost = f"; {len(missing)} tensors are missing completely" if missing else ""
-        print_line(f"{len(damages)} chunks of {len(tensors)} tensors are damaged or missing{lost}", file=sys.stderr)
+        print_line(f"{len(damages)} chunks of {tensors} are damaged or missing{lost}", file=sys.stderr)
         return 1
     what = "match their checksums"
     if quick:
@@ -47,5 +47,11 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         what = "exist, and match their CRC-32s if they have any"
     elif checkpoint.format != "reshard":
         what = "exist; this format has no checksums to compare"
+    stored = sum(info.stored_bytes for info in checkpoint.tensors.values())
     print_line(f"{checkpoint.location}: all {format_bytes(stored)} of {len(checkpoint.tensors)} tensors {what}")
     return 0
+
+
+def _counted(tensors: int, values: int) -> str:
+    counts = [f"{count} {what}" for count, what in ((tensors, "tensors"), (values, "values")) if count]
+    return " and ".join(counts) or "0 tensors"

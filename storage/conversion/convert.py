@@ -105,7 +105,8 @@ def convert(
     Returns:
         What each rank did. `dropped` lists the names in `src` that were not converted: those that `include` does not
         match or `exclude` matches, those that the index of `src` does not list, and, if the format is "safetensors",
-        values that are not tensors. `cast` lists the tensors that were rounded to `dtype`.
+        values that are not tensors. `cast` lists the tensors that were rounded to `dtype`. `pickled` lists the values
+        that need `allow_pickle` when they are loaded.
 
     Raises, on every rank and naming the rank that failed:
         CheckpointExistsError: `dst` contains a checkpoint, or a part of one or of another conversion.

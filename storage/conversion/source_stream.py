@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -145,7 +146,12 @@ class SourceStream:
             reads = ValueRead.of(self._source, [piece.item.source for piece in group])
             report = read_boxes(self._source, [], [], reads, self._options(UNBOUNDED_OVER_READ))
             self._add(report, sum(piece.nbytes for piece in group))
-            yield from map(_encode_again, reads)
+            for piece, read in zip(group, reads, strict=True):
+                encoded = _encode_again(read)
+                if not encoded.is_safe:
+                    with self._lock:
+                        self._report = replace(self._report, pickled=(*self._report.pickled, piece.item.name))
+                yield encoded.kind, encoded.data, encoded.value
 
     def _options(self, max_over_read: float | None) -> ReadOptions:
         return ReadOptions(budget_bytes=self.group_bytes, max_over_read=max_over_read, workers=self._workers)
@@ -156,15 +162,25 @@ class SourceStream:
         self._was_read(nbytes)
 
 
-def _encode_again(read: ValueRead) -> tuple[Kind, bytes, Any]:
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    kind: Kind
+    data: bytes
+    value: Any
+    is_safe: bool = True
+    """Whether it can be read without `allow_pickle`. If not, `value` is None."""
+
+
+def _encode_again(read: ValueRead) -> _Encoded:
     """Decode a value and encode it as a save would. A value that needs an unsafe pickle keeps its bytes."""
     try:
         value = read.value()
     except UnsafeValueError:
         data = read.data
-        return read.kind, decompress(data, MAX_VALUE_BYTES) if data.startswith(ZSTD_MAGIC) else data, None
+        whole = decompress(data, MAX_VALUE_BYTES) if data.startswith(ZSTD_MAGIC) else data
+        return _Encoded(read.kind, whole, None, is_safe=False)
     try:
-        return *encode_value(value), value
+        return _Encoded(*encode_value(value), value)
     except Exception as error:  # an attribute of the value may be anything, if reshard did not save it
         raise CorruptCheckpointError(f"value {read.name!r} cannot be encoded again: {reason(error)}") from error
 

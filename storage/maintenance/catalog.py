@@ -121,7 +121,7 @@ def find_checkpoints(
 
         def open_candidate(candidate: tuple[str, set[str] | None]) -> FoundCheckpoint | None:
             name, names = candidate
-            return _found(join_location(uri, name), names, storage_options)
+            return _found(join_location(uri, name), names, storage_options, is_guess=names is None and bool(name))
 
         found = pool.map(open_candidate, sorted(candidates, key=itemgetter(0)))
         return [checkpoint for checkpoint in found if checkpoint is not None]
@@ -152,11 +152,14 @@ def _marks_a_checkpoint(name: str) -> bool:
     return bool(known or of_many) or os.path.splitext(name)[1] in (".safetensors", ".distcp")
 
 
-def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None) -> FoundCheckpoint | None:
+def _found(
+    uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None, *, is_guess: bool
+) -> FoundCheckpoint | None:
     """Open a candidate. Return None for a file that has a suffix of torch.save files but is not one.
 
     Args:
         names: the names of the objects in the folder; None if the candidate is a file.
+        is_guess: whether only the suffix of a file in a folder makes it a candidate.
     """
     number = _LAST_NUMBER.search(uri.rpartition("/")[2])
     step = int(number[1]) if number else None
@@ -166,7 +169,7 @@ def _found(uri: str, names: set[str] | None, storage_options: Mapping[str, Any] 
     except NotCommittedError:
         return FoundCheckpoint(uri, "", NOT_COMMITTED, step, None, None, None)
     except CheckpointError as error:
-        if names is None and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
+        if is_guess and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
             return None
         return FoundCheckpoint(uri, "", str(error), step, None, None, None, error=error)
     nbytes = sum(nbytes for _, nbytes in source.objects)

@@ -86,10 +86,11 @@ def _differences(a: Source, b: Source) -> Iterator[Difference]:
             elif name in to_read:
                 yield from next(compared)
             elif not _is_tensor(a, name) or not _is_tensor(b, name):
-                encoded_a, encoded_b = _value_to_compare(a, name), _value_to_compare(b, name)
-                if encoded_a != encoded_b:
-                    descriptions = _describe(a.entry(name), *encoded_a), _describe(b.entry(name), *encoded_b)
-                    yield Difference(name, "value", *descriptions)
+                value_a, value_b = _value_to_compare(a, name), _value_to_compare(b, name)
+                if value_a.is_safe != value_b.is_safe:
+                    yield Difference(name, "unreadable", value_a.description, value_b.description)
+                elif (value_a.kind, value_a.data) != (value_b.kind, value_b.data):
+                    yield Difference(name, "value", value_a.description, value_b.description)
             elif a.entry(name).shape != b.entry(name).shape:
                 yield Difference(name, "shape", _describe(a.entry(name)), _describe(b.entry(name)))
 
@@ -164,22 +165,36 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _value_to_compare(source: Source, name: str) -> tuple[Kind, bytes]:
-    """Return a value as reshard would store it. A value that needs an unsafe pickle keeps its bytes."""
-    if source.entry(name).is_tensor:
-        return Kind.TENSOR, b""
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A value as reshard would store it. One that needs an unsafe pickle keeps its bytes. A tensor has none."""
+
+    entry: Entry
+    kind: Kind
+    data: bytes
+    is_safe: bool = True
+
+    @property
+    def description(self) -> str:
+        if self.kind is Kind.JSON:
+            text = self.data.decode()
+            return text if len(text) <= MAX_SHOWN_VALUE_CHARACTERS else f"{text[:MAX_SHOWN_VALUE_CHARACTERS]}…"
+        return _describe(self.entry) if self.is_safe else "a pickle that could run code"
+
+
+def _value_to_compare(source: Source, name: str) -> _Value:
+    entry = source.entry(name)
+    if entry.is_tensor:
+        return _Value(entry, Kind.TENSOR, b"")
     [read] = ValueRead.of(source, [name])
     read_boxes(source, read.wants, read.tensors)
     try:
-        return encode_value(read.value())
+        return _Value(entry, *encode_value(read.value()))
     except UnsafeValueError:
-        return read.kind, read.data
+        return _Value(entry, read.kind, read.data, is_safe=False)
 
 
-def _describe(entry: Entry, kind: Kind | None = None, data: bytes = b"") -> str:
-    if kind is Kind.JSON:
-        text = data.decode()
-        return text if len(text) <= MAX_SHOWN_VALUE_CHARACTERS else f"{text[:MAX_SHOWN_VALUE_CHARACTERS]}…"
+def _describe(entry: Entry) -> str:
     if not entry.is_tensor:
         return f"value of {entry.numel} bytes"
     return f"{entry.dtype} {list(entry.shape)}"

@@ -164,7 +164,7 @@ def added(a: RankReport, b: RankReport) -> RankReport:
     """Return what a rank did in two calls. The seconds of each stage are added, without a total."""
     seconds = _merged(sum, [a.seconds, b.seconds])
     seconds.pop("total", None)
-    return RankReport(a.rank, **_sums([a, b]), seconds=seconds)
+    return RankReport(a.rank, **_sums([a, b]), seconds=seconds, pickled=a.pickled + b.pickled)
 
 
 _COUNTS = ("bytes_needed", "bytes_fetched", "bytes_written", "requests", "chunks", "bytes_sent", "bytes_received")

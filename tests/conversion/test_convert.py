@@ -17,7 +17,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import reshard
-from reshard.errors import DtypeError, UnavailableError
+from reshard.errors import DtypeError, UnavailableError, UnsafeValueError
 from reshard.planner.entries import ITEMSIZES
 from reshard.storage.formats.detect import open_source
 from reshard.storage.stores.local import LocalStore
@@ -189,8 +189,15 @@ def test_compressed_value_that_needs_unsafe_pickle_is_kept(format: str, tmp_path
     state = {"w": torch.randn(3, 4), **values_of()}
     writer = FileSystemWriter(tmp_path / "src", sync_files=False, _extensions=[ZStandard()])
     dcp.save(dict(state), storage_writer=writer)
-    reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
+    report = reshard.convert(tmp_path / "src", tmp_path / "dst", format=format)
     assert_converted(tmp_path / "dst", by_name(state), format)
+    refused = set()
+    for name in reshard.open(tmp_path / "dst").value_names:
+        try:
+            reshard.open(tmp_path / "dst").read_value(name)
+        except UnsafeValueError:
+            refused.add(name)
+    assert refused == set(report.pickled) != set()
     if format == "dcp":
         loaded: dict[str, Any] = {"third": None}
         dcp.load(loaded, storage_reader=FileSystemReader(tmp_path / "dst"))

@@ -366,6 +366,41 @@ def test_verify_reports_a_damaged_manifest_as_damage(tmp_path: Path) -> None:
     assert "manifest" in row["reason"]
 
 
+def test_verify_counts_tensors_and_values(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4), "x": torch.ones(3), "step": 3}, tmp_path)
+    (data,) = (tmp_path / "data").iterdir()
+    data.write_bytes(b"")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "3 chunks of 2 tensors and 1 values are damaged or missing" in result.stderr
+
+
+def test_ls_shows_why_a_file_cannot_be_opened(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(400)}, tmp_path / "m.safetensors")
+    torch.save({"w": torch.ones(400)}, tmp_path / "m.pt")
+    for name in ("m.safetensors", "m.pt"):
+        os.truncate(tmp_path / name, 700)
+        (row,) = as_json("ls", tmp_path / name)
+        assert row["state"] != "complete"
+        assert row["uri"] == str(tmp_path / name)
+
+
+def test_plan_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    reshard.save({"w": torch.ones(4)}, tmp_path / "c")
+    reshard.save({"step": 1}, tmp_path / "values")
+    saved_plan = tmp_path / "plan.json"
+    call("plan", tmp_path / "c", "--save", saved_plan)
+    for arguments, message in (
+        ((tmp_path / "c", "--bandwidth", "inf"), "must be finite"),
+        ((tmp_path / "c", "--latency", "inf"), "must be finite"),
+        ((tmp_path / "values",), "has no tensors, only values such as 'step'"),
+        ((saved_plan, "--format", "dcp"), "a saved plan has no format to choose"),
+    ):
+        result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.replace("│", " ").split())
+
+
 def test_verify_reports_a_folder_instead_of_data(tmp_path: Path) -> None:
     reshard.save({"w": torch.ones(4)}, tmp_path / "c")
     (data,) = (tmp_path / "c" / "data").iterdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +55,18 @@ def test_tensors_of_different_dtypes_are_compared_by_value(tmp_path: Path) -> No
     assert found.what == "dtype"
     assert found.largest == (values.double() - narrow.double()).abs().max()
     assert found.changed == int((values != narrow).sum())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_value_that_only_one_checkpoint_can_read_is_not_called_different(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "number": np.float32(1.5), "set": frozenset({1}), "plain": 3}
+    reshard.save(state, tmp_path / "native")
+    reshard.convert(tmp_path / "native", tmp_path / "dcp", format="dcp")
+    found = {difference.name: difference for difference in diff(tmp_path / "native", tmp_path / "dcp")}
+    assert {name: difference.what for name, difference in found.items()} == {
+        "number": "unreadable",
+        "set": "unreadable",
+    }
+    assert found["set"].a == '{"$frozenset":[1]}'
+    assert found["set"].b == "a pickle that could run code"
+    assert diff(tmp_path / "dcp", tmp_path / "dcp") == []
