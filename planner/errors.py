@@ -35,7 +35,7 @@ class LayoutError(CheckpointError):
 
 
 class MissingTensorError(CheckpointError, KeyError):
-    """The checkpoint has no tensor or value of the requested name."""
+    """The checkpoint has no tensor or value of the requested name, or a pattern matches no name."""
 
 
 class ShapeMismatchError(CheckpointError):

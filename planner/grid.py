@@ -117,7 +117,7 @@ class Grid:
             mergeable = [d for d, part in enumerate(parts) if part > 1]
             if not mergeable:
                 break
-            # If two edges are equal, merge the last dimension: colwise cuts the first one, and is more frequent.
+            # If two edges are equal, merge the last dimension: colwise, the more common case, cuts the first one.
             shortest = min(mergeable, key=lambda d: (edges[d], -d))
             parts[shortest] //= 2
             edges[shortest] = shape[shortest] / parts[shortest]

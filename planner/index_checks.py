@@ -206,7 +206,7 @@ def tile(shape: tuple[int, ...], offsets: npt.NDArray[np.int64], sizes: npt.NDAr
 
 
 def _numbers_of_rests(lows: IntArray, highs: IntArray) -> list[IntArray]:
-    """For each dimension, number the boxes so that two have one number if they are equal from that dimension on."""
+    """For each dimension, give boxes the same number if they agree in this and all later dimensions."""
     rests = [np.zeros(len(lows), np.int64)]
     for d in reversed(range(lows.shape[1])):
         rests.append(_pair_numbers(_pair_numbers(lows[:, d], highs[:, d]), rests[-1]))

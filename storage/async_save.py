@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import numbers
 import os
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ from .runtime.process_group import (
 from .runtime.progress import Meter, OnProgress, Progress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
-from .save import AgreedPlan, Assignment, Saving
+from .save import Assignment, RankContents, ReusablePlan, Saving
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, has_stateful
 from .writing.checkpoint_writer import SaveOptions, Written
@@ -57,7 +58,7 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class _AsyncOptions:
-    """The options that only `async_save` has. They must be the same on all ranks, except `staging_bytes`."""
+    """The options that only `async_save` has. They must be the same on all ranks."""
 
     staging: str
     busy: str
@@ -68,10 +69,14 @@ class _AsyncOptions:
             check_choice(option, getattr(self, option), choices)
 
 
+def _words(options: _AsyncOptions) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in asdict(options).items())
+
+
 class AsyncSave:
     """A save that was begun by `reshard.async_save`.
 
-    Its methods are not collective, except that the save ends on all ranks at about the same time.
+    Its methods are not collective. The save ends on all ranks at about the same time.
     """
 
     def __init__(self, meter: Meter, *, skipped: bool = False) -> None:
@@ -125,7 +130,7 @@ class AsyncSave:
         return self._error
 
     def wait_staged(self, timeout: float | None = None) -> None:
-        """Wait until nothing that is done to the tensors changes what is saved.
+        """Wait until the tensors have been copied. They may change afterwards.
 
         With `staging="overlapped"`, call it before the tensors change, for example before `optimizer.step()`. Work that
         is queued on the current stream of a device afterwards begins when the copies from this device are done.
@@ -210,7 +215,7 @@ class _Ranks:
         self.planning = Collectives(process_group, background=not is_own_group(process_group))
         self.writing = Collectives(process_group, background=True)
         self.last: AsyncSave | None = None
-        self.agreed: AgreedPlan | None = None
+        self.plan: ReusablePlan | None = None
         """The plan of the last save."""
         self.generation = generation()
 
@@ -231,8 +236,33 @@ class _Ranks:
         return found
 
 
-_Found = tuple[_AsyncOptions, str, Any]
-"""What a rank sends to rank 0: its options; "plan", "ready", "busy" or "failed"; and its LocalPlan or the error."""
+class _Step(enum.Enum):
+    """How far a call of `async_save` is."""
+
+    FAILED = "the last save failed, and its error has not been raised"
+    BUSY = "the last save is running"
+    READY = "the ranks plan next"
+    AGAIN = "the ranks plan next, without the last plan"
+    PLANNED = "the ranks have planned"
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a rank sends to rank 0."""
+
+    options: _AsyncOptions
+    step: _Step
+    contents: RankContents | None = None
+    error: CheckpointError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What rank 0 sends to a rank."""
+
+    step: _Step
+    assigned: Assignment | None = None
+    error: CheckpointError | None = None
 
 
 @undisturbed()
@@ -297,7 +327,7 @@ def async_save(
             )
         last._ended.wait()
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
-    saving = Saving(uri, options, progress, ranks.planning.rank, ranks.planning.size, ranks.agreed)
+    saving = Saving(uri, options, progress, ranks.planning.rank, ranks.planning.size, ranks.plan)
     remote: list[PickledStore] = []
 
     def checked() -> _AsyncOptions:
@@ -309,82 +339,78 @@ def async_save(
             remote.append(PickledStore.of(uri, storage_options))
         return chosen
 
-    def begin() -> _Found:
+    def begin() -> _Offer:
         """Return what this rank knows, but call no state_dict() of a value: all ranks may have to take part in it."""
         chosen = checked()
         if last is not None and (busy != "wait" or last._error is not None):
-            return _state_of(last, chosen)
-        return (chosen, "ready", None) if has_stateful(state_dict) else plan(is_repeated=False)
+            return _offer_after(last, chosen)
+        return _Offer(chosen, _Step.READY) if has_stateful(state_dict) else plan(is_repeated=False)
 
-    def plan(*, is_repeated: bool) -> _Found:
-        return checked(), "plan", saving.local_plan(state_dict, is_repeated=is_repeated)
+    def plan(*, is_repeated: bool) -> _Offer:
+        return _Offer(checked(), _Step.PLANNED, saving.describe(state_dict, is_repeated=is_repeated))
 
     decide = partial(_decide, saving)
-    kind, value = ranks.planning.through_rank_0(begin, decide)
-    while kind in ("ready", "again"):
-        kind, value = ranks.planning.through_rank_0(partial(plan, is_repeated=kind == "again"), decide)
-    if kind == "failed":
+    answer = ranks.planning.through_rank_0(begin, decide)
+    while answer.step in (_Step.READY, _Step.AGAIN):
+        is_repeated = answer.step is _Step.AGAIN
+        answer = ranks.planning.through_rank_0(partial(plan, is_repeated=is_repeated), decide)
+    if answer.error is not None:
         assert last is not None
         last._asked = True
-        raise value
-    if kind == "busy":
+        raise answer.error
+    if answer.assigned is None:
         return _skipped(saving, ranks)
-    assigned: Assignment = value
-    ranks.agreed = saving.agreed_plan(assigned)
+    ranks.plan = saving.reusable_plan(answer.assigned)
     save = AsyncSave(saving.meter)
-    worker = _Worker(save, saving, ranks.writing, remote[0] if remote else None)
+    running = _BackgroundSave(save, saving, ranks.writing, remote[0] if remote else None)
     ranks.last = save
-    worker.begin(assigned, staging_bytes, overlapped=staging == "overlapped")
+    running.begin(answer.assigned, staging_bytes, overlapped=staging == "overlapped")
     return save
 
 
-def _state_of(last: AsyncSave, options: _AsyncOptions) -> _Found:
+def _offer_after(last: AsyncSave, options: _AsyncOptions) -> _Offer:
     """Return what this rank knows about the last save."""
     if not last.done():
-        return options, "busy", None
-    return (options, "failed", _as_earlier(last)) if last._unreported is not None else (options, "ready", None)
+        return _Offer(options, _Step.BUSY)
+    if last._unreported is not None:
+        return _Offer(options, _Step.FAILED, error=_as_earlier(last))
+    return _Offer(options, _Step.READY)
 
 
-def _check_options(found: Sequence[_Found]) -> _AsyncOptions:
+def _check_options(offers: Sequence[_Offer]) -> _AsyncOptions:
     """Return the options of all ranks. Raise ArgumentError if they differ."""
-    options = [chosen for chosen, _, _ in found]
+    options = [offer.options for offer in offers]
     for rank, other in enumerate(options):
         if other != options[0]:
             raise ArgumentError(
-                f"the ranks of one async_save passed different options: rank 0 {options[0]}, rank {rank} {other}"
+                "the ranks of one async_save passed different options: rank 0 "
+                f"{_words(options[0])}; rank {rank} {_words(other)}"
             )
     return options[0]
 
 
-def _decide(saving: Saving, found: Sequence[_Found]) -> list[tuple[str, Any]]:
-    """Return for each rank what to do, from what all ranks sent. Only rank 0 calls it.
-
-    Returns:
-        One of these answers for each rank, and what belongs to it:
-        "failed": the error of the last save.
-        "busy": nothing is saved.
-        "ready": all ranks are to plan.
-        "again": all ranks are to plan without the last plan.
-        "plan": what the rank writes.
+def _decide(saving: Saving, offers: Sequence[_Offer]) -> list[_Answer]:
+    """Return for each rank what to do next. Only rank 0 calls it.
 
     Raises:
         BusyError: a save is running, and `busy` is "refuse".
         ArgumentError, CheckpointExistsError: as `Saving.global_plan`.
     """
-    options = _check_options(found)
-    kinds = {kind for _, kind, _ in found}
-    if "failed" in kinds:
-        return [("failed", next(value for _, kind, value in found if kind == "failed"))] * len(found)
-    if "busy" in kinds and options.busy == "refuse":
+    options = _check_options(offers)
+    errors = [offer.error for offer in offers if offer.error is not None]
+    if errors:
+        return [_Answer(_Step.FAILED, error=errors[0])] * len(offers)
+    steps = {offer.step for offer in offers}
+    if _Step.BUSY in steps and options.busy == "refuse":
         raise BusyError(
             "the last async_save of these ranks is still running: wait for its result(), or pass busy='wait' or "
             "busy='skip'"
         )
-    for kind in ("busy", "ready"):
-        if kind in kinds:
-            return [(kind, None)] * len(found)
-    assigned = saving.global_plan([plan for _, _, plan in found])
-    return [("again" if one is None else "plan", one) for one in assigned]
+    for step in (_Step.BUSY, _Step.READY):
+        if step in steps:
+            return [_Answer(step)] * len(offers)
+    assigned = saving.global_plan([offer.contents for offer in offers if offer.contents is not None])
+    return [_Answer(_Step.AGAIN if one is None else _Step.PLANNED, one) for one in assigned]
 
 
 def _as_earlier(save: AsyncSave) -> CheckpointError:
@@ -401,7 +427,7 @@ def _skipped(saving: Saving, ranks: _Ranks) -> AsyncSave:
     return save
 
 
-class _Worker:
+class _BackgroundSave:
     """Copies and writes for an AsyncSave.
 
     Args:
@@ -476,7 +502,7 @@ class _Worker:
         report, error = None, None
         try:
             with undisturbed():
-                report = self._saving.finish(self._collectives, self._write)
+                report = self._saving.write_and_commit(self._collectives, self._write)
         except BaseException as raised:
             error = raised if isinstance(raised, Exception) else portable(raised)
             logger.error("the save to %s failed: %s", self._save.location, error)

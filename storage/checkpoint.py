@@ -241,7 +241,7 @@ class Checkpoint:
             raise ShapeMismatchError(
                 f"{name!r} has shape {entry.shape}, and {wanted} is not inside it: pass a box inside the shape"
             )
-        self._source.index([WantedBox(name, wanted)])  # checks the metadata before memory is allocated by it
+        self._source.index([WantedBox(name, wanted)])  # checks the metadata before a tensor of this size is allocated
         if out is None:
             out = torch.empty(wanted.sizes, dtype=dtype or torch_dtype(entry.dtype), device=device or "cpu")
         elif tuple(out.shape) != wanted.sizes:
@@ -477,7 +477,7 @@ class Checkpoint:
         wants = [WantedBox(entry.name, entry.whole) for entry in held]
         check_nbytes(budget_bytes=budget_bytes)
         check_values(self._source, value_names, budget_bytes)
-        # Reads all metadata at once, and checks it before memory is allocated by it.
+        # Reads and checks all metadata before tensors of these sizes are allocated.
         self._source.index([*wants, *whole_wants(self._source, value_names)])
         stored_values = ValueRead.of(self._source, value_names)
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]

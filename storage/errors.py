@@ -67,7 +67,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class NotCommittedError(CheckpointNotFoundError):
-    """A save to this location did not finish: there is data, but no manifest."""
+    """A save or a conversion to this location did not finish: there is data, but nothing that commits it."""
 
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
@@ -95,11 +95,11 @@ class DtypeError(CheckpointError):
 
 
 class DestinationError(CheckpointError):
-    """A destination tensor cannot be written in place."""
+    """A tensor of the state dict cannot be written in place, or two of its values have the same name."""
 
 
 class UnsupportedValueError(CheckpointError):
-    """A value that is not a tensor cannot be stored, not even by pickle."""
+    """A value cannot be stored: pickle refuses it, or a tensor has no dense values (sparse, quantised, on meta)."""
 
 
 class BusyError(CheckpointError):

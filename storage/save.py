@@ -34,8 +34,8 @@ logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Unchanged:
-    """This rank holds what it held when the ranks last agreed on a plan."""
+class UnchangedSinceLastPlan:
+    """The names, shapes and shards of this rank have not changed since the ranks last agreed on a plan."""
 
     number: int
     """The number of that plan."""
@@ -44,15 +44,15 @@ class Unchanged:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalPlan:
-    """What one rank holds, before rank 0 has compared the ranks and assigned the replicas."""
+class RankContents:
+    """What one rank passes to a save. Rank 0 compares the ranks, and assigns the replicas."""
 
     location: str | None
     """None for a Store."""
     codec: str
     metadata: str
     """In JSON with sorted keys."""
-    held: HeldShards | Unchanged
+    held: HeldShards | UnchangedSinceLastPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AgreedPlan:
+class ReusablePlan:
     """The plan of a save, as one rank keeps it for the next one. It refers to no tensors."""
 
     number: int
@@ -83,13 +83,16 @@ class AgreedPlan:
 
 
 class Saving:
-    """A save on one rank: `open`, `local_plan`, `global_plan` on rank 0, `accept_plan`, `finish`.
+    """A save on one rank.
+
+    The caller calls `open`, `describe`, `global_plan` with the results of all ranks (on rank 0), `accept_plan` with its
+    result for this rank, and `write_and_commit`, in this order. Only the last one is collective.
 
     Args:
         uri: as for `save`.
         progress: as for `save`.
         rank, size: the rank in the process group of the save, and the number of ranks.
-        agreed: the plan of the last save of these ranks. If all ranks hold the same as then, it is used again.
+        last_plan: the plan of the last save of these ranks. If all ranks hold the same as then, it is used again.
     """
 
     _numbers = itertools.count()
@@ -101,7 +104,7 @@ class Saving:
         progress: OnProgress,
         rank: int,
         size: int,
-        agreed: AgreedPlan | None = None,
+        last_plan: ReusablePlan | None = None,
     ) -> None:
         self._begin = time.perf_counter()
         self._uri = uri
@@ -114,7 +117,7 @@ class Saving:
         self._held: HeldShards | None = None
         self._plan: GlobalPlan | None = None
         self._differing: list[str] = []
-        self._agreed = agreed
+        self._last_plan = last_plan
         self.shards: list[ShardToWrite] = []
         """What this rank writes. Known after `accept_plan`."""
         self.seconds: dict[str, float] = {}
@@ -139,13 +142,13 @@ class Saving:
         self._writer = CheckpointWriter(self._uri, self._options, self._rank, self.meter)
         self.meter.location = self._writer.store.location
 
-    def local_plan(self, state_dict: Mapping[str, Any], *, is_repeated: bool = False) -> LocalPlan:
-        """Plan what this rank would write alone. Raises what `save` raises for the state dict.
+    def describe(self, state_dict: Mapping[str, Any], *, is_repeated: bool = False) -> RankContents:
+        """Describe what this rank holds. Raises what `save` raises for the state dict.
 
         Args:
             state_dict: the state dict. It is read in the first call only.
-            is_repeated: whether `global_plan` returned None before, so that it needs a plan that does not refer to the
-                last one.
+            is_repeated: whether `global_plan` returned None before, so that it needs a description that does not refer
+                to the last plan.
         """
         if self._state is None:
             states = stateful_to_state(state_dict)
@@ -156,64 +159,65 @@ class Saving:
                 self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle, world_size=self._size)
             self._held = self._state.held
         assert self._held is not None
-        held: HeldShards | Unchanged = self._held
-        if self._agreed is not None and not is_repeated and self._agreed.held.holds_the_same_as(self._held):
-            held = Unchanged(self._agreed.number, self._held.digests)
+        held: HeldShards | UnchangedSinceLastPlan = self._held
+        if self._last_plan is not None and not is_repeated and self._last_plan.held.holds_the_same_as(self._held):
+            held = UnchangedSinceLastPlan(self._last_plan.number, self._held.digests)
         location = None if isinstance(self._uri, Store) else str(self._uri)
-        return LocalPlan(location, self.codec, self.writer.metadata_json, held)
+        return RankContents(location, self.codec, self.writer.metadata_json, held)
 
-    def global_plan(self, plans: Sequence[LocalPlan]) -> list[Assignment | None]:
-        """Compare the plans of all ranks, and assign each replica to one of them. Only rank 0 calls it.
+    def global_plan(self, contents: Sequence[RankContents]) -> list[Assignment | None]:
+        """Compare what the ranks hold, and assign each replica to one of them. Only rank 0 calls it.
 
         Returns:
-            What each rank writes. None for all if the last plan cannot be used again, so that all ranks must plan.
+            What each rank writes. None for all if the last plan cannot be used again, so that all ranks must describe
+            what they hold.
 
         Raises:
             ArgumentError: the ranks disagree.
             CheckpointExistsError: there is a checkpoint that must not be replaced.
         """
         for what, passed in (
-            ("locations", {plan.location for plan in plans} - {None}),
-            ("codecs", {plan.codec for plan in plans}),
+            ("locations", {one.location for one in contents} - {None}),
+            ("codecs", {one.codec for one in contents}),
         ):
             if len(passed) > 1:
                 raise ArgumentError(
                     f"the ranks of one save passed different {what}: {', '.join(sorted(map(str, passed)))}"
                 )
-        check_same_metadata([plan.metadata for plan in plans])
-        unchanged = [plan.held for plan in plans if isinstance(plan.held, Unchanged)]
-        if unchanged and not (len(unchanged) == len(plans) and len({one.number for one in unchanged}) == 1):
-            return [None] * len(plans)
+        check_same_metadata([one.metadata for one in contents])
+        unchanged = [one.held for one in contents if isinstance(one.held, UnchangedSinceLastPlan)]
+        if unchanged and not (len(unchanged) == len(contents) and len({one.number for one in unchanged}) == 1):
+            return [None] * len(contents)
         self.writer.refuse_if_there()
         if unchanged:
-            assert self._agreed is not None
-            self._plan = self._agreed.plan
-            number = self._agreed.number
+            assert self._last_plan is not None
+            self._plan = self._last_plan.plan
+            number = self._last_plan.number
         else:
-            held = [plan.held for plan in plans if isinstance(plan.held, HeldShards)]
+            held = [one.held for one in contents if isinstance(one.held, HeldShards)]
             with without_collections():
                 self._plan = plan_save(held)
             number = next(self._numbers)
         assert self._plan is not None
-        self._differing = self._plan.differing([plan.held.digests for plan in plans])
+        self._differing = self._plan.differing([one.held.digests for one in contents])
         if unchanged:
-            return [Assignment(number, None)] * len(plans)
+            return [Assignment(number, None)] * len(contents)
         assigned = zip(self._plan.masks, self._plan.largest_sizes, strict=True)
         return [Assignment(number, mask, largest) for mask, largest in assigned]
 
-    def agreed_plan(self, assigned: Assignment) -> AgreedPlan | None:
+    def reusable_plan(self, assigned: Assignment) -> ReusablePlan | None:
         """Return the plan for the next save to use again."""
         if assigned.rows is None:
-            return self._agreed
+            return self._last_plan
         assert self._held is not None
-        return AgreedPlan(assigned.number, self._held, assigned, self._plan)
+        return ReusablePlan(assigned.number, self._held, assigned, self._plan)
 
     def accept_plan(self, assigned: Assignment) -> None:
         """Receive what this rank is to write."""
         assert self._state is not None
         if assigned.rows is None:
-            assert self._agreed is not None
-            assigned = self._agreed.assigned
+            assert self._last_plan is not None
+            assigned = self._last_plan.assigned
         assert assigned.rows is not None
         chosen = np.flatnonzero(np.unpackbits(np.frombuffer(assigned.rows, np.uint8)))
         self.shards = self._state.shards_to_write(chosen.tolist(), assigned.largest_sizes)
@@ -224,7 +228,7 @@ class Saving:
         """Forget the tensors of the state dict, and `shards`, which read them."""
         self._state, self.shards = None, []
 
-    def finish(self, collectives: Collectives, work: Callable[[], Written]) -> Report:
+    def write_and_commit(self, collectives: Collectives, work: Callable[[], Written]) -> Report:
         """Write on every rank, commit on rank 0, and return the report. Collective.
 
         Args:
@@ -244,13 +248,8 @@ class Saving:
 
         def commit(by_rank: list[Written]) -> list[list[dict[str, Any]]]:
             nonlocal interrupt
-            assert self._plan is not None
-            entries = self._plan.entries
-            paths = {name: entry.path for name, entry in entries.items()}
-            tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if entry.dtype}
             try:
-                reports = self.writer.commit(paths, tensors, by_rank, differing=tuple(self._differing))
-                return [reports] * collectives.size
+                return [self._commit(by_rank)] * collectives.size
             except Exception:
                 raise
             except BaseException as error:
@@ -263,14 +262,26 @@ class Saving:
             plain = collectives.through_rank_0(write, commit)
         except BaseException as error:
             # A rank that lost the others, or was interrupted while it waited, may not know that rank 0 has committed.
-            if not (isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))):
+            may_be_committed = isinstance(error, CommitError) or (has_written and _is_of_this_rank_only(error))
+            if not may_be_committed:
                 self.writer.discard()
             if interrupt is not None:
                 raise interrupt from None
             raise
         finally:
             self.writer.alarm.close()
-        ranks = [RankReport(**report) for report in plain]
+        return self._report([RankReport(**report) for report in plain])
+
+    def _commit(self, by_rank: list[Written]) -> list[dict[str, Any]]:
+        """Commit on rank 0, and return the reports of all ranks as plain data."""
+        assert self._plan is not None
+        entries = self._plan.entries
+        paths = {name: entry.path for name, entry in entries.items()}
+        tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if entry.dtype}
+        return self.writer.commit(paths, tensors, by_rank, differing=tuple(self._differing))
+
+    def _report(self, ranks: list[RankReport]) -> Report:
+        """Add the stages of this rank to its report, and return the report of all ranks."""
         stages = dict(ranks[self._rank].seconds)
         total_s = time.perf_counter() - self._begin
         commit_s = total_s - stages.pop("total") - sum(self.seconds.values())  # with waiting for the slowest rank
@@ -347,7 +358,7 @@ def save(
 
     # All ranks may have to take part in the state_dict() of a value: first make sure that they will.
     collectives.through_rank_0(check, lambda checked: checked)
-    assigned = collectives.through_rank_0(lambda: saving.local_plan(state_dict), saving.global_plan)
+    assigned = collectives.through_rank_0(lambda: saving.describe(state_dict), saving.global_plan)
     assert assigned is not None
     saving.writer.alarm = Alarm(process_group)
 
@@ -356,7 +367,7 @@ def save(
             saving.accept_plan(assigned)
             return saving.writer.write(saving.shards, write_objects)
 
-    return saving.finish(collectives, work)
+    return saving.write_and_commit(collectives, work)
 
 
 def _is_of_this_rank_only(error: BaseException) -> bool:

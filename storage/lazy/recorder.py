@@ -143,7 +143,7 @@ class _Batch:
         if self._box_reads is None:
             reads = [read for found in self._resolved for read in found.reads]
             wants = [WantedBox(read.name, read.box) for read in reads]
-            source.index(wants)  # checks the metadata before memory is allocated by it
+            source.index(wants)  # checks the metadata before tensors of these sizes are allocated
             self._box_reads = BoxReads.of(source, wants, [read.target.tensor() for read in reads])
         return self._box_reads
 
@@ -400,7 +400,7 @@ class CopyRecorder:
         return pending
 
     def _check_metadata(self, origins: Iterable[Origin]) -> None:
-        """Read and check the metadata of tensors, before memory is allocated by it."""
+        """Read and check the metadata of tensors, before tensors of these sizes are allocated."""
         source = self._source()
         source.index(whole_wants(source, {name: None for origin in origins for name in origin.names}))
 

@@ -15,9 +15,9 @@ from .tasks import ChunkBatch, ChunkRange, Request
 
 
 class RequestCheck:
-    """Computes the checksums of a request while its bytes arrive, as long as they are in the cache.
+    """Computes the checksums of a request while its bytes arrive, so that they are still in the CPU's cache.
 
-    Chunks of other formats have no checksums. Of them, only the length is checked.
+    Chunks of other formats have no checksums. For them, only the length is checked.
     """
 
     def __init__(self, request: Request, index: CheckpointIndex) -> None:

@@ -23,7 +23,7 @@ from .stream_bytes import StreamBytes
 from .tasks import ChunkBatch, TensorRead
 
 MAX_PART_BYTES = 1024 * 1024
-"""The most decoded bytes of a block that are decoded or cast at once. They should fit the cache of a core
+"""The maximum number of decoded bytes that are decoded or cast at once. They should fit the cache of a core
 (`benchmarks/overhead.py`)."""
 
 

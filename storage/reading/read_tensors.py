@@ -171,7 +171,7 @@ class BoxReads:
 def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype, sizes: tuple[int, ...]) -> None:
     reason = missing_memory(destination)
     if reason:
-        raise DestinationError(f"{name!r} {reason}; it cannot be loaded into")
+        raise DestinationError(f"{name!r} {reason}, so nothing can be loaded into it")
     check_cast(name, stored, destination.dtype)
     if not overrides_dispatch(destination) and overlaps_itself(destination):
         is_expanded = 0 in destination.stride()

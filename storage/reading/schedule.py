@@ -144,7 +144,7 @@ class Schedule:
         return coming
 
     def work(self) -> Verify | Place | None:
-        """Begin a Place, or else a Verify, because a Place frees memory. Return None if no step can begin now."""
+        """Return the next step, or None if none can begin. A Place comes before a Verify, because it frees memory."""
         step: Verify | Place | None = None
         if self._verified:
             step = Place([self._verified.popleft()])

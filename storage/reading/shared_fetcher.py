@@ -23,7 +23,7 @@ from ..stores.retry import read_whole
 from .fetcher import Fetched, Fetcher, ObjectRanges
 
 MAX_WAITING = 16
-"""The number of threads that wait for messages. A message may arrive without a thread that waits for it."""
+"""The number of threads that wait for messages. gloo buffers messages that arrive before a thread waits for them."""
 _Done = Callable[["Future[list[Fetched]]"], None]
 
 

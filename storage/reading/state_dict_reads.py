@@ -73,7 +73,7 @@ class StateDictRead:
         Raises:
             CorruptCheckpointError, StoreError, DestinationError: see `reshard.load`.
         """
-        self.source.index(self.needs)  # reads all metadata at once, and checks it before memory is allocated by it
+        self.source.index(self.needs)  # reads and checks all metadata before tensors of these sizes are allocated
         self._item_tensors = {name: _empty(self.match, name) for name in self._item_names}
         destinations = [*self._destinations, *self._item_tensors.values()]
         self._reads = BoxReads.of(self.source, self._wants, destinations, self._decoded)
@@ -194,7 +194,7 @@ def _local_shards(leaf: Leaf, shape: tuple[int, ...]) -> list[LocalShard]:
     try:
         reason = missing_memory(tensor) if is_whole(tensor) else ""
         if reason:
-            raise DestinationError(f"{leaf.name!r} {reason}; it cannot be loaded into")
+            raise DestinationError(f"{leaf.name!r} {reason}, so nothing can be loaded into it")
         if tuple(tensor.size()) != shape:
             raise ShapeMismatchError(
                 f"{leaf.name!r} has shape {shape} in the checkpoint and {tuple(tensor.size())} in the state dict"

@@ -53,7 +53,7 @@ class Connections:
                 return
 
     def allow_pings(self, rank: int, count: int) -> None:
-        """Let a rank ping this one. A thread of gloo answers, which does not need Python's interpreter."""
+        """Let a rank ping this one. A thread of gloo answers, without Python's interpreter."""
         group = self._group()
         if group is None:
             return

@@ -42,8 +42,8 @@ SILENT_S = float(SILENT_BEATS)
 PINGED_BEATS = 3
 """In how many of these checks a rank may answer a ping."""
 CLOSED_BEATS = 3
-"""A rank is considered lost if its connection is closed during this many checks. In the first of them, it may have
-ended the call and its process just before this rank ends the call."""
+"""A rank is considered lost if its connection is closed during this many checks. One is not enough: the rank
+may just have finished the call and ended its process."""
 LOOK_EVERY_S = 1.0
 """How often `Lookout` looks."""
 DIED = "died or left"
@@ -52,7 +52,7 @@ STEP_S = 1.0
 EXIT_S = 1.0
 """How long the interpreter waits at exit for the thread."""
 LINGER_S = 1.5
-"""How long rank 0, whose process usually has the store, lets the other ranks read there which rank is lost."""
+"""How long rank 0, whose process usually serves the store, stays so that the others can read which rank is lost."""
 STORE_S = 3.0
 """How long a rank that has found a broken connection waits for an answer of the store."""
 

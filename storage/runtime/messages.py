@@ -31,8 +31,8 @@ class Messages:
     While a rank waits, it looks once per second whether a rank is lost. It can be interrupted.
 
     Args:
-        group: a group with gloo. Its methods are called, and no functions of torch.distributed, which forget all groups
-            in destroy_process_group.
+        group: a group with gloo. Its methods are called directly, because the functions of torch.distributed stop
+            working after destroy_process_group.
         watch: knows which ranks are lost.
 
     Raises, from all methods:

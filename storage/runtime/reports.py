@@ -39,7 +39,7 @@ class RankReport:
     chunks: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage. "total" is wall time. The other stages are summed over the threads of the rank. A total over
-    ranks contains the longest time of each stage. A save knows "plan" and "commit" of this rank only."""
+    ranks contains the longest time of each stage. A save knows "plan", "stage" and "commit" of this rank only."""
     cast: tuple[Cast, ...] = ()
     """See `Report`; of this rank."""
     differing: tuple[str, ...] = ()

@@ -99,7 +99,7 @@ class Lease:
 
     Args:
         root: the location of the run.
-        expires_after_s: how long to wait for a sign of life of the manager that held the lease before.
+        expires_after_s: how long to wait for the previous holder to renew the lease.
         owner: the object that uses the lease. When it has been collected, another lease of this process may replace it.
     """
 
@@ -157,7 +157,7 @@ class Lease:
             other = self._read(number)
             self._lost = f"another manager has taken over this run, {other or 'an unknown process'}"
         raise RunInUseError(
-            f"this manager may no longer save to {self._store.location}: {self._lost}. End one of the two runs"
+            f"this manager may no longer save to {self._store.location}: {self._lost}. Stop one of the two jobs"
         )
 
     def _keep_renewing(self, every_s: float) -> None:
@@ -230,8 +230,8 @@ class Lease:
 
     def _in_use(self, holder: Holder | None) -> RunInUseError:
         return RunInUseError(
-            f"{self._store.location} is managed by another CheckpointManager, {holder or 'an unknown process'}: end "
-            "that run, use another location, or pass read_only=True to restore without saving"
+            f"{self._store.location} is managed by another CheckpointManager, {holder or 'an unknown process'}: stop "
+            "that job, use another location, or pass read_only=True to restore without saving"
         )
 
     def _numbers(self) -> list[int]:

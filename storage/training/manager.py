@@ -489,7 +489,7 @@ class CheckpointManager:
         return None if found is None else found.step
 
     def wait_staged(self) -> None:
-        """Wait until nothing that is done to the tensors changes the checkpoint that is being saved.
+        """Wait until the tensors that are being saved have been copied. They may change afterwards.
 
         Call it before `optimizer.step()` if `staging` is "overlapped". It returns at once if no save is running.
         """

@@ -140,7 +140,7 @@ class CheckedPolicy:
         """Return the steps that are kept.
 
         Raises:
-            ArgumentError: the policy failed, or returned something else than ints.
+            ArgumentError: the policy failed, or returned values that are not ints.
         """
         name = _name_of(self._policy)
         try:
@@ -196,7 +196,7 @@ def kept_steps(policies: Iterable[CheckedPolicy], saved: Sequence[SavedStep]) ->
     """Return the steps that at least one policy keeps. The last one is always kept.
 
     Raises:
-        ArgumentError: a policy failed, or returned something else than ints.
+        ArgumentError: a policy failed, or returned values that are not ints.
     """
     ordered = sorted(saved, key=lambda found: found.step)
     kept = {ordered[-1].step} if ordered else set()

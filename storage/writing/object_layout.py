@@ -30,7 +30,7 @@ of all of them with one request (`benchmarks/fsdp_to_tp.py`). On a disk a reques
 grouped.
 """
 MIN_EIGHTH_BYTES = 256 * 1024
-"""A shard with smaller eighths is not split, because each part takes about 50 bytes of the manifest."""
+"""A shard whose eighths would be smaller is not split: each part adds about 50 bytes to the manifest."""
 
 
 @dataclass(frozen=True, slots=True)

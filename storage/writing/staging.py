@@ -61,7 +61,7 @@ class Arena:
             self._close_file()
             raise
         self.for_device = pinned
-        """Whether it was to be page-locked. That may have failed."""
+        """Whether page-locked memory was requested. `pinned` is whether it succeeded."""
         self.pinned = pinned and pin(self.bytes)
 
     def close(self) -> None:

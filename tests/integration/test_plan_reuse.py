@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import reshard
 from reshard import errors
 from reshard.storage.async_save import _Ranks
-from reshard.storage.save import LocalPlan, Saving
+from reshard.storage.save import RankContents, Saving
 from reshard.storage.writing.save_plan import HeldShards
 from tests.integration.models import build, local_values
 from tests.ranks import RankPool
@@ -34,16 +34,16 @@ def counted_plans() -> Iterator[list[int]]:
     """Count the saves for which this rank sends what it holds."""
     plans: list[int] = []
     counted: list[Saving] = []
-    create = Saving.local_plan
+    create = Saving.describe
 
-    def counting(self: Saving, state_dict: State, *, is_repeated: bool = False) -> LocalPlan:
+    def counting(self: Saving, state_dict: State, *, is_repeated: bool = False) -> RankContents:
         plan = create(self, state_dict, is_repeated=is_repeated)
         if isinstance(plan.held, HeldShards) and self not in counted:
             counted.append(self)
             plans.append(1)
         return plan
 
-    with patch.object(Saving, "local_plan", counting):
+    with patch.object(Saving, "describe", counting):
         yield plans
 
 
@@ -316,12 +316,12 @@ def lose_the_plan(folder: str, loser: int) -> list[int]:
     ranks = _Ranks.of(None)
     with counted_plans() as plans:
         save(state, f"{folder}/0")
-        old = ranks.agreed
-        ranks.agreed = None if dist.get_rank() == loser else old  # as after an interrupt
+        old = ranks.plan
+        ranks.plan = None if dist.get_rank() == loser else old  # as after an interrupt
         save(state, f"{folder}/1")
         save(other, f"{folder}/2")
         if dist.get_rank() == loser:
-            ranks.agreed = old
+            ranks.plan = old
         save(state, f"{folder}/3")
         save(state, f"{folder}/4")
     return plans

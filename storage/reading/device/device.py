@@ -59,7 +59,7 @@ class Device:
     def send(self, slot: Slot, start: int, nbytes: int, offset: int = 0) -> torch.Tensor:
         """Start to copy bytes of a slot to new memory on the device.
 
-        The copy is done before what runs in a `working` block that is entered later.
+        Operations in a `working` block that is entered later run after the copy.
 
         Args:
             slot: the slot, which is lent to this thread.
