@@ -25,9 +25,9 @@ class WantedBox:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkReads:
-    """The chunks that one wanted box overlaps, in columns: row i is chunk i.
+    """The chunks that one wanted box overlaps, in columns: row i is a chunk, or a slab of a plain chunk.
 
-    A chunk has s byte ranges, one for each stream that is read: s is 2 if both heads and tails are read, and
+    A row has s byte ranges, one for each stream that is read: s is 2 if both heads and tails are read, and
     1 otherwise.
     """
 
@@ -49,11 +49,11 @@ class ChunkReads:
     """(n,) the number of checksums of each range. Several are those of the pages of a raw chunk; chunks of other
     formats have none."""
     chunk_offsets: IntArray
-    """(n, ndim) the chunk's box in the global tensor."""
+    """(n, ndim) the box of the chunk or slab, in the global tensor."""
     chunk_sizes: IntArray
-    piece_offsets: IntArray
-    """(n, ndim) the wanted part of the chunk's box, in the global tensor."""
-    piece_sizes: IntArray
+    wanted_offsets: IntArray
+    """(n, ndim) the wanted part of this box, in the global tensor. All of it if it is a slab."""
+    wanted_sizes: IntArray
     runs: ByteRuns | None = None
     """If there are plain chunks, which are cut into slabs here: the byte runs of each row."""
     itemsize: int = field(init=False, repr=False)
@@ -97,8 +97,8 @@ class ChunkReads:
         If a chunk must be decoded as a whole, these are all its unwanted values. Otherwise they are the rest of the
         pages around the wanted values (raw chunks), or the gaps between the byte runs (plain chunks).
         """
-        whole: IntArray = (self.chunk_sizes.prod(axis=1) - self.piece_sizes.prod(axis=1)) * self.itemsize
-        pages = (self.stops - self.starts).sum(axis=1) - self.piece_sizes.prod(axis=1) * self.itemsize
+        whole: IntArray = (self.chunk_sizes.prod(axis=1) - self.wanted_sizes.prod(axis=1)) * self.itemsize
+        pages = (self.stops - self.starts).sum(axis=1) - self.wanted_sizes.prod(axis=1) * self.itemsize
         over: IntArray = np.where(self.encodings == Encoding.RAW, np.maximum(pages, 0), whole)
         if self.runs is not None:
             between = np.where(self.runs.sparse, 0, self.runs.spans - self.runs.packed_bytes)

@@ -19,8 +19,13 @@ from .slabs import ByteRuns
 
 _BY_STREAM = ("objects", "starts", "stops", "checksums")
 """The columns of shape (n, s)."""
-_BY_DIMENSION = ("chunk_offsets", "chunk_sizes", "piece_offsets", "piece_sizes")
-"""The columns of shape (n, ndim)."""
+_BY_DIMENSION = {
+    "chunk_offsets": "chunk_offsets",
+    "chunk_sizes": "chunk_sizes",
+    "piece_offsets": "wanted_offsets",
+    "piece_sizes": "wanted_sizes",
+}
+"""The names in JSON of the columns of shape (n, ndim), and their names in `ChunkReads`."""
 _OF_RUNS = ("counts", "nbytes", "strides")
 
 
@@ -111,7 +116,8 @@ def _read_to_json(read: ChunkReads) -> dict[str, Any]:
         "encodings": read.encodings.tolist(),
         "skipped": read.skipped.tolist(),
         "checksum_counts": read.checksum_counts.tolist(),
-        **{name: getattr(read, name).tolist() for name in _BY_STREAM + _BY_DIMENSION},
+        **{name: getattr(read, name).tolist() for name in _BY_STREAM},
+        **{name: getattr(read, column).tolist() for name, column in _BY_DIMENSION.items()},
         "runs": None
         if runs is None
         else {**{name: getattr(runs, name).tolist() for name in _OF_RUNS}, "sparse": runs.sparse.tolist()},
@@ -126,7 +132,9 @@ def _read_from_json(value: Any) -> ChunkReads:
     box = Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
     count = len(value["encodings"])
     by_stream = {name: _column(value[name]).reshape(count, int(value["streams"])) for name in _BY_STREAM}
-    by_dimension = {name: _column(value[name]).reshape(count, len(grid.shape)) for name in _BY_DIMENSION}
+    by_dimension = {
+        column: _column(value[name]).reshape(count, len(grid.shape)) for name, column in _BY_DIMENSION.items()
+    }
     runs = value["runs"]
     counts = value.get("checksum_counts")  # older versions do not write them, and verified pages
     if counts is None:

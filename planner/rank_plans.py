@@ -200,7 +200,7 @@ def _plan_together(
             share in any case.
     """
     objects = [name for name, _ in index.objects]
-    reads = [find_chunks(index, wants, NO_GAPS) for wants in ranks_of]
+    reads = [find_chunks(index, wants, NO_GAPS, aligned=True) for wants in ranks_of]
     tensors = [[index.position(want.name) for want in wants] for wants in ranks_of]
     needs = [Needs.of(of_group, objects, at) for of_group, at in zip(reads, tensors, strict=True)]
     divided = SharedReads.of(needs, list(ranks_of.values()))

@@ -24,7 +24,7 @@ from .grid import Grid
 from .html import table
 from .index import CheckpointIndex
 from .report import PlanReport
-from .slabs import SLAB_BYTES, ByteRuns, slabs_of
+from .slabs import MAX_SLAB_BYTES, ByteRuns, slabs_of
 
 NATIVE_GAP_LIMITS = replace(DEFAULT_LIMITS, free_gap_bytes=FREE_GAP_BYTES)
 """The limits for native checkpoints. The order of their chunks leaves few gaps (`benchmarks/coalescing.py`)."""
@@ -195,9 +195,18 @@ def join_ranges(
     return requests if len(requests) <= gap_limits.enough_requests else joined(gap_limits)
 
 
-def find_chunks(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: GapLimits) -> tuple[ChunkReads, ...]:
+def find_chunks(
+    index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: GapLimits, *, aligned: bool = False
+) -> tuple[ChunkReads, ...]:
     """Find the chunks of each wanted box. Tensors with the same grid, such as the layers of a model, are processed
-    together."""
+    together.
+
+    Args:
+        index: the index of the checkpoint.
+        wants: the boxes.
+        gap_limits: which gaps between the byte runs of plain chunks to read over.
+        aligned: see `slabs_of`.
+    """
     groups: dict[tuple[Grid, int, bool, bool], list[tuple[int, int]]] = {}
     for at, want in enumerate(wants):
         position = index.position(want.name)
@@ -220,7 +229,8 @@ def find_chunks(index: CheckpointIndex, wants: Sequence[WantedBox], gap_limits: 
     if not bool((index.segments.encodings == Encoding.PLAIN).any()):
         return tuple(reads)
     return tuple(
-        _in_slabs(read, gap_limits) if bool((read.encodings == Encoding.PLAIN).any()) else read for read in reads
+        _in_slabs(read, gap_limits, aligned=aligned) if bool((read.encodings == Encoding.PLAIN).any()) else read
+        for read in reads
     )
 
 
@@ -241,20 +251,18 @@ def _of_one_grid(
     owners = np.repeat(np.arange(len(wants)), [rows.stop - rows.start for rows in slices])
     boxes = [index.segment_boxes(position) for position in positions]
     offsets, sizes = (np.concatenate(columns) for columns in zip(*boxes, strict=True))
-    wanted_offsets = np.array([want.box.offsets for want in wants], np.int64)
-    wanted_sizes = np.array([want.box.sizes for want in wants], np.int64)
-    _, overlap = intersect_pairs(offsets, sizes, wanted_offsets[owners], wanted_sizes[owners])
+    box_offsets = np.array([want.box.offsets for want in wants], np.int64)
+    box_sizes = np.array([want.box.sizes for want in wants], np.int64)
+    _, overlap = intersect_pairs(offsets, sizes, box_offsets[owners], box_sizes[owners])
     met = np.flatnonzero((overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL))
     rows, owners = rows[met], owners[met]
     shards, ordinals, chunk_offsets, chunk_sizes = entries[0].grid.chunks_of_many(
-        offsets[met], sizes[met], wanted_offsets[owners], wanted_sizes[owners]
+        offsets[met], sizes[met], box_offsets[owners], box_sizes[owners]
     )
     rows, owners = rows[shards], owners[shards]
-    piece_offsets, piece_sizes = intersect_pairs(
-        chunk_offsets, chunk_sizes, wanted_offsets[owners], wanted_sizes[owners]
-    )
+    wanted_offsets, wanted_sizes = intersect_pairs(chunk_offsets, chunk_sizes, box_offsets[owners], box_sizes[owners])
     covered = np.zeros(len(wants), np.int64)
-    np.add.at(covered, owners, piece_sizes.prod(axis=1))
+    np.add.at(covered, owners, wanted_sizes.prod(axis=1))
     for want, numel in zip(wants, covered.tolist(), strict=True):
         if numel != want.box.numel:
             raise InvalidIndexError(
@@ -262,26 +270,26 @@ def _of_one_grid(
                 "the metadata of the checkpoint is damaged, load a copy or an older checkpoint"
             )
     segments = np.stack([rows, rows + 1], axis=1) if wide else rows[:, None]
-    boxed = (chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
+    boxed = (chunk_offsets, chunk_sizes, wanted_offsets, wanted_sizes)
     starts, stops, skipped, checksums, counts = _byte_ranges(index, entries[0], segments, ordinals, *boxed)
     encodings, objects = index.segments.encodings[rows], index.segments.objects[segments]
     bounds = np.searchsorted(owners, np.arange(len(wants) + 1)).tolist()
     for want, entry, (begin, end) in zip(wants, entries, pairwise(bounds), strict=True):
         part = slice(begin, end)
         yield ChunkReads(
-            want,
-            entry,
-            encodings[part],
-            objects[part],
-            starts[part],
-            stops[part],
-            skipped[part],
-            checksums[part],
-            counts[part],
-            chunk_offsets[part],
-            chunk_sizes[part],
-            piece_offsets[part],
-            piece_sizes[part],
+            want=want,
+            entry=entry,
+            encodings=encodings[part],
+            objects=objects[part],
+            starts=starts[part],
+            stops=stops[part],
+            skipped=skipped[part],
+            checksums=checksums[part],
+            checksum_counts=counts[part],
+            chunk_offsets=chunk_offsets[part],
+            chunk_sizes=chunk_sizes[part],
+            wanted_offsets=wanted_offsets[part],
+            wanted_sizes=wanted_sizes[part],
         )
 
 
@@ -292,8 +300,8 @@ def _byte_ranges(
     ordinals: IntArray,
     chunk_offsets: IntArray,
     chunk_sizes: IntArray,
-    piece_offsets: IntArray,
-    piece_sizes: IntArray,
+    wanted_offsets: IntArray,
+    wanted_sizes: IntArray,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
     """Compute `starts`, `stops`, `skipped`, `checksums` and `checksum_counts` of ChunkReads.
 
@@ -303,7 +311,7 @@ def _byte_ranges(
         segments: (n, s) the segments that store the streams of each chunk.
         ordinals: (n,) the position of each chunk in its segment.
         chunk_offsets, chunk_sizes: (n, ndim) the box of each chunk.
-        piece_offsets, piece_sizes: (n, ndim) the wanted part of it.
+        wanted_offsets, wanted_sizes: (n, ndim) the wanted part of it.
     """
     stored = [index.locate(column, ordinals) for column in segments.T]
     starts, lengths, checksums = (np.stack(columns, axis=1) for columns in zip(*stored, strict=True))
@@ -322,7 +330,7 @@ def _byte_ranges(
                 "checkpoint is damaged, load a copy or an older checkpoint"
             )
     if bool(raw.any()):
-        first, last = _row_span(chunk_offsets, chunk_sizes, piece_offsets, piece_sizes)
+        first, last = _row_span(chunk_offsets, chunk_sizes, wanted_offsets, wanted_sizes)
         page = entry.page_bytes
         skipped = np.where(raw, first * entry.itemsize // page * page, 0)
         ends = -(-(last + 1) * entry.itemsize // page) * page
@@ -335,11 +343,11 @@ def _byte_ranges(
     return starts, stops, skipped, checksums, counts
 
 
-def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
+def _in_slabs(read: ChunkReads, gap_limits: GapLimits, *, aligned: bool) -> ChunkReads:
     """Replace the plain chunks by slabs, which contain only their wanted parts."""
     whole = read.stops[:, 0] - read.starts[:, 0]
-    is_whole = bool((read.encodings == Encoding.PLAIN).all() and (read.piece_sizes == read.chunk_sizes).all())
-    if is_whole and int(whole.max()) <= SLAB_BYTES:  # most tensors of a model with many small ones
+    is_whole = bool((read.encodings == Encoding.PLAIN).all() and (read.wanted_sizes == read.chunk_sizes).all())
+    if is_whole and int(whole.max()) <= MAX_SLAB_BYTES:  # most tensors of a model with many small ones
         once = np.ones(len(read), np.int64)
         return replace(read, runs=ByteRuns(once, whole, whole, once == 0))
     plain = np.flatnonzero(read.encodings == Encoding.PLAIN)
@@ -347,10 +355,11 @@ def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
     slabs = slabs_of(
         read.chunk_offsets[plain][:, order],
         read.chunk_sizes[plain][:, order],
-        read.piece_offsets[plain][:, order],
-        read.piece_sizes[plain][:, order],
+        read.wanted_offsets[plain][:, order],
+        read.wanted_sizes[plain][:, order],
         read.entry.itemsize,
         gap_limits,
+        aligned=aligned,
     )
     back = np.argsort(order).astype(int)
     slab_offsets, slab_sizes = slabs.offsets[:, back], slabs.sizes[:, back]
@@ -384,20 +393,20 @@ def _in_slabs(read: ChunkReads, gap_limits: GapLimits) -> ChunkReads:
         checksum_counts=read.checksum_counts[rows],
         chunk_offsets=of_slabs(slab_offsets, read.chunk_offsets),
         chunk_sizes=of_slabs(slab_sizes, read.chunk_sizes),
-        piece_offsets=of_slabs(slab_offsets, read.piece_offsets),
-        piece_sizes=of_slabs(slab_sizes, read.piece_sizes),
+        wanted_offsets=of_slabs(slab_offsets, read.wanted_offsets),
+        wanted_sizes=of_slabs(slab_sizes, read.wanted_sizes),
         runs=runs,
     )
 
 
 def _row_span(
-    chunk_offsets: IntArray, chunk_sizes: IntArray, piece_offsets: IntArray, piece_sizes: IntArray
+    chunk_offsets: IntArray, chunk_sizes: IntArray, wanted_offsets: IntArray, wanted_sizes: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Return the first and the last element of each piece, counted in its row-major chunk."""
+    """Return the first and the last element of each wanted part, counted in its row-major chunk."""
     first = np.zeros(len(chunk_offsets), np.int64)
     last = np.zeros_like(first)
     for d in range(chunk_offsets.shape[1]):
-        low = piece_offsets[:, d] - chunk_offsets[:, d]
+        low = wanted_offsets[:, d] - chunk_offsets[:, d]
         first = first * chunk_sizes[:, d] + low
-        last = last * chunk_sizes[:, d] + low + piece_sizes[:, d] - 1
+        last = last * chunk_sizes[:, d] + low + wanted_sizes[:, d] - 1
     return first, last

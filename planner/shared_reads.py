@@ -74,7 +74,7 @@ class Needs:
         """Return what some reads need.
 
         Args:
-            reads: the reads of a plan with the limits NO_GAPS.
+            reads: the reads of a plan with NO_GAPS and aligned slabs.
             names: the names of the objects of its index.
             tensors: for each read, the position of its tensor among those of the checkpoint.
         """
@@ -506,7 +506,7 @@ def shared_plan(
 
     Args:
         index: the index of the checkpoint.
-        reads: the reads of a plan with the limits NO_GAPS, from which the needs of the rank were made.
+        reads: the reads of a plan with NO_GAPS and aligned slabs, from which the needs of the rank were made.
         tensors: for each read, the position of its tensor.
         share: the part of the rank.
         gap_limits: the limits for what the rank reads by itself.

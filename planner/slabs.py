@@ -1,7 +1,7 @@
 """Slabs: how parts of plain chunks are read, as byte runs with a stride.
 
 A plain chunk was written by another tool. It holds the values of a shard in row-major order, has any size, and has no
-checksums. A part of it is a set of byte runs: whole rows if the part is cut by rows, pieces of rows if it is cut by
+checksums. A part of it is a set of byte runs: whole rows if the part is cut by rows, parts of rows if it is cut by
 columns. A wanted part is split into **slabs** of about 1 MiB (a slab is a box, like a hyperslab of HDF5). All byte runs
 of a slab have the same size and the same stride. If a request costs more than the gaps between the runs, one request
 reads over the gaps. Otherwise only the runs are read and packed. `benchmarks/foreign.py` measures both.
@@ -17,15 +17,14 @@ import numpy.typing as npt
 from .box import IntArray, columns_equal, concat_ranges, unravel
 from .coalesce import GapLimits
 
-SLAB_BYTES = 1024 * 1024
+MAX_SLAB_BYTES = 1024 * 1024
 """The maximum bytes of the values of a slab. Only a slab of a single byte run may have more."""
-SPAN_BYTES = 4 * SLAB_BYTES
+MAX_SPAN_BYTES = 4 * MAX_SLAB_BYTES
 """The maximum bytes from the first to the last byte of a slab whose gaps are read over."""
 
 
 NO_GAPS = GapLimits(0, 0.0)
-"""No gap is read over. Slabs then have a power of two rows, so ranks that need different columns of the same rows get
-slabs that start at the same rows (`cooperation`)."""
+"""No gap is read over."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,23 +70,27 @@ class Slabs:
 def slabs_of(
     chunk_offsets: IntArray,
     chunk_sizes: IntArray,
-    piece_offsets: IntArray,
-    piece_sizes: IntArray,
+    wanted_offsets: IntArray,
+    wanted_sizes: IntArray,
     itemsize: int,
     gap_limits: GapLimits,
+    *,
+    aligned: bool = False,
 ) -> Slabs:
     """Split wanted parts of row-major chunks into slabs.
 
     Args:
         chunk_offsets, chunk_sizes: (n, ndim) the boxes of the chunks, in the tensor.
-        piece_offsets, piece_sizes: (n, ndim) the wanted part of each chunk: inside it and not empty.
+        wanted_offsets, wanted_sizes: (n, ndim) the wanted part of each chunk: inside it and not empty.
         itemsize: bytes per element.
         gap_limits: which gaps between byte runs to read over.
+        aligned: give slabs a power of two rows. Ranks that need different columns of the same rows then get slabs that
+            start at the same rows, so that they can share the read (`shared_reads`).
     """
     n, ndim = chunk_sizes.shape
     if ndim == 0:  # treat a scalar as one row of one element
         one = np.ones((n, 1), np.int64)
-        slabs = slabs_of(0 * one, one, 0 * one, one, itemsize, gap_limits)
+        slabs = slabs_of(0 * one, one, 0 * one, one, itemsize, gap_limits, aligned=aligned)
         return Slabs(slabs.chunks, chunk_offsets, chunk_sizes, slabs.begins, slabs.runs)
     # row_bytes[:, d] is the distance in bytes between neighbours along dimension d.
     row_bytes = np.empty((n, ndim), np.int64)
@@ -97,33 +100,35 @@ def slabs_of(
     at = np.arange(n)
     # A byte run covers a part of dimension `inner` and all dimensions after it. If its rows are too long, cut it along
     # a later dimension.
-    inner = np.where(piece_sizes != chunk_sizes, np.arange(ndim), 0).max(axis=1)
+    inner = np.where(wanted_sizes != chunk_sizes, np.arange(ndim), 0).max(axis=1)
     for _ in range(ndim - 1):
-        inner = np.where((row_bytes[at, inner] > SLAB_BYTES) & (inner < ndim - 1), inner + 1, inner)
-    run_bytes = piece_sizes[at, inner] * row_bytes[at, inner]
+        inner = np.where((row_bytes[at, inner] > MAX_SLAB_BYTES) & (inner < ndim - 1), inner + 1, inner)
+    run_bytes = wanted_sizes[at, inner] * row_bytes[at, inner]
     dims = np.arange(ndim)
-    outer = np.where((dims < inner[:, None]) & (piece_sizes > 1), dims, -1).max(axis=1)
-    several = (outer >= 0) & (run_bytes < SLAB_BYTES)
+    outer = np.where((dims < inner[:, None]) & (wanted_sizes > 1), dims, -1).max(axis=1)
+    several = (outer >= 0) & (run_bytes < MAX_SLAB_BYTES)
     strides = row_bytes[at, outer]
     gap = np.where(several, strides - run_bytes, 0)
     joined = (gap <= gap_limits.max_gap_bytes) & (gap <= gap_limits.max_over_read * run_bytes)
 
-    # A slab is a block of the piece: one index in the dimensions before `axis`, a range of `axis`, and all of the
+    # A slab is a block of the wanted part: one index in the dimensions before `axis`, a range of `axis`, and all of the
     # dimensions after it.
     axis = np.where(several, outer, inner)
-    each = np.where(several, np.where(joined, strides * SLAB_BYTES // SPAN_BYTES, run_bytes), row_bytes[at, inner])
+    each = np.where(
+        several, np.where(joined, strides * MAX_SLAB_BYTES // MAX_SPAN_BYTES, run_bytes), row_bytes[at, inner]
+    )
     each = np.where(several & joined, np.maximum(each, run_bytes), each)
-    block = np.where(dims < axis[:, None], 1, piece_sizes)
-    most = np.maximum(SLAB_BYTES // np.maximum(each, 1), 1)
-    if gap_limits == NO_GAPS:
+    block = np.where(dims < axis[:, None], 1, wanted_sizes)
+    most = np.maximum(MAX_SLAB_BYTES // np.maximum(each, 1), 1)
+    if aligned:
         most = 2 ** np.floor(np.log2(most)).astype(np.int64)
-    block[at, axis] = np.minimum(most, piece_sizes[at, axis])
-    blocks = -(-piece_sizes // block)
+    block[at, axis] = np.minimum(most, wanted_sizes[at, axis])
+    blocks = -(-wanted_sizes // block)
     counts = blocks.prod(axis=1)
     chunks = np.repeat(at, counts)
     position = unravel(concat_ranges(0, counts), blocks, chunks, range(ndim))
-    offsets = piece_offsets[chunks] + position * block[chunks]
-    sizes = np.minimum(block[chunks], (piece_offsets + piece_sizes)[chunks] - offsets)
+    offsets = wanted_offsets[chunks] + position * block[chunks]
+    sizes = np.minimum(block[chunks], (wanted_offsets + wanted_sizes)[chunks] - offsets)
     begins = ((offsets - chunk_offsets[chunks]) * row_bytes[chunks]).sum(axis=1)
     several = several[chunks]
     counts = np.where(several, sizes[np.arange(len(chunks)), axis[chunks]], 1)

@@ -140,13 +140,13 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
         return np.concatenate([getattr(read, name) for read in reads])
 
     sizes, encodings = column("chunk_sizes"), column("encodings")
-    offsets, piece_offsets, piece_sizes = column("chunk_offsets"), column("piece_offsets"), column("piece_sizes")
+    offsets, wanted_offsets, wanted_sizes = column("chunk_offsets"), column("wanted_offsets"), column("wanted_sizes")
     origins = np.repeat(np.array([read.want.box.offsets for read in reads], np.int64), lengths, axis=0)
     starts = np.concatenate([read.starts[:, 0] for read in reads])
     stops = np.concatenate([read.stops[:, 0] for read in reads])
     requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
 
-    whole = (sizes == piece_sizes).all(axis=1)
+    whole = (sizes == wanted_sizes).all(axis=1)
     whole &= (encodings <= max(NATIVE_ENCODINGS)) | np.concatenate(list(map(_are_dense, reads)))
     alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
     alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
@@ -157,8 +157,12 @@ def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -
     ends = np.searchsorted(firsts, bounds)
     rows = firsts - np.repeat(bounds[:-1], np.diff(ends))
     columns = [rows, counts, dims, encodings[firsts], sizes[firsts].prod(axis=1), sizes[firsts]]
-    columns += [piece_offsets[firsts] - offsets[firsts], piece_sizes[firsts], piece_offsets[firsts] - origins[firsts]]
-    columns += [np.where((counts.prod(axis=1) > 1)[:, None], block_sizes, piece_sizes[firsts])]
+    columns += [
+        wanted_offsets[firsts] - offsets[firsts],
+        wanted_sizes[firsts],
+        wanted_offsets[firsts] - origins[firsts],
+    ]
+    columns += [np.where((counts.prod(axis=1) > 1)[:, None], block_sizes, wanted_sizes[firsts])]
     for begin, end in pairwise(ends.tolist()):
         yield Blocks(*(column[begin:end] for column in columns))
 

@@ -82,7 +82,7 @@ class _Wanted:
         index = source.index(wants)
         positions = {entry.name: at for at, entry in enumerate(source.entries)}
         tensors = [positions[want.name] for want in wants]
-        reads = tuple(find_chunks(index, wants, NO_GAPS))
+        reads = tuple(find_chunks(index, wants, NO_GAPS, aligned=True))
         needs = Needs.of(reads, [name for name, _ in index.objects], tensors)
         return cls(index, reads, tensors, needs, needs.pack())
 

@@ -73,7 +73,7 @@ def chunks_read(index: CheckpointIndex, want: WantedBox) -> list[Any]:
     """Return all columns of each chunk that a wanted box reads, with the values of the checksums."""
     (read,) = plan_reads(index, [want]).reads
     columns = (
-        read.chunk_offsets, read.chunk_sizes, read.piece_offsets, read.piece_sizes, read.objects, read.starts,
+        read.chunk_offsets, read.chunk_sizes, read.wanted_offsets, read.wanted_sizes, read.objects, read.starts,
         read.stops, index.checksums[read.checksums], read.skipped, read.encodings,
     )  # fmt: skip
     return sorted(zip(*(column.tolist() for column in columns), strict=True))

@@ -18,7 +18,7 @@ from tests.planner.indexes import Saved, index_of
 
 def pieces(read: ChunkReads) -> list[Box]:
     return [
-        Box(tuple(o), tuple(s)) for o, s in zip(read.piece_offsets.tolist(), read.piece_sizes.tolist(), strict=True)
+        Box(tuple(o), tuple(s)) for o, s in zip(read.wanted_offsets.tolist(), read.wanted_sizes.tolist(), strict=True)
     ]
 
 

@@ -40,7 +40,7 @@ def test_byte_runs_contain_each_wanted_value_exactly_once(
     shards, wanted = data.draw(cuts_of(shape)), data.draw(boxes_in(shape))
     tensor = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
     content = [bytes(8) + tensor[shard.slices].tobytes() for shard in shards]
-    with mock.patch.multiple(slabs, SLAB_BYTES=slab, SPAN_BYTES=4 * slab):
+    with mock.patch.multiple(slabs, MAX_SLAB_BYTES=slab, MAX_SPAN_BYTES=4 * slab):
         plan = plan_of(shape, shards, wanted, GapLimits(gap, over_read))
     (read,) = plan.reads
     boxes = [
