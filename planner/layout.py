@@ -122,10 +122,10 @@ class Mesh:
             raise LayoutError(
                 f'a mesh is a size, sizes by name such as {{"dp": 2, "tp": 4}}, or a DeviceMesh, got {mesh!r}'
             )
-        return cls._of_torch(mesh)
+        return cls._from_torch(mesh)
 
     @classmethod
-    def _of_torch(cls, mesh: TorchMesh) -> Mesh:
+    def _from_torch(cls, mesh: TorchMesh) -> Mesh:
         ranks, sizes = mesh.mesh.flatten().tolist(), tuple(mesh.mesh.shape)
         names = mesh.mesh_dim_names or (("tp",) if len(sizes) == 1 else None)
         if names is None:
@@ -444,7 +444,7 @@ class Layout:
 
 def _placement(pattern: str, rule: str | AnyPlacement, ndim: int) -> Placement:
     if not isinstance(rule, str):
-        return _of_torch(pattern, rule)
+        return _from_torch(pattern, rule)
     if rule not in TP_WORDS:
         raise LayoutError(f"{pattern!r}: unknown tensor-parallel word {rule!r}; known words are {', '.join(TP_WORDS)}")
     weight, bias = TP_WORDS[rule]
@@ -453,7 +453,7 @@ def _placement(pattern: str, rule: str | AnyPlacement, ndim: int) -> Placement:
     return weight if ndim >= 2 else bias
 
 
-def _of_torch(pattern: str, placement: AnyPlacement) -> Placement:
+def _from_torch(pattern: str, placement: AnyPlacement) -> Placement:
     """Return the planner's placement for one of torch. Raises LayoutError."""
     if isinstance(placement, type):
         raise LayoutError(f"{pattern!r}: got the class {placement.__name__}: pass an instance, such as Shard(0)")

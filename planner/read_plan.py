@@ -224,7 +224,7 @@ def find_chunks(
         for first in range(0, len(members), BOXES_PER_CALL):
             positions, chosen = zip(*members[first : first + BOXES_PER_CALL], strict=True)
             named = [WantedBox(wants[at].name, wants[at].box, heads_only) for at in chosen]
-            found |= zip(chosen, _of_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
+            found |= zip(chosen, _find_in_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
     reads = (found[at] for at in range(len(wants)))
     if not bool((index.segments.encodings == Encoding.PLAIN).any()):
         return tuple(reads)
@@ -234,7 +234,7 @@ def find_chunks(
     )
 
 
-def _of_one_grid(
+def _find_in_one_grid(
     index: CheckpointIndex, wants: Sequence[WantedBox], positions: Sequence[int], *, wide: bool
 ) -> Iterator[ChunkReads]:
     """Find the chunks of each wanted box of tensors with the same grid.

@@ -115,7 +115,7 @@ class StorageWriter(dcp.StorageWriter):
             self._reset(None)
         self._writer.rank = kwargs.get("rank", rank_of(None))
         if is_coordinator:
-            self._writer.refuse_if_there()
+            self._writer.check_may_save()
 
     @undisturbed()
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -224,7 +224,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
         except Exception as error:
             raise UnsupportedValueError(f"{name!r} cannot be stored: {type(error).__name__}: {error}") from error
         if not isinstance(values, torch.Tensor):
-            raise _of_planner(name, values, "a tensor")
+            raise _planner_error(name, values, "a tensor")
         values = waited(values)
         check_storable(name, values)
         if values.dtype != dtype:
@@ -237,7 +237,7 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
 
 
-def _of_planner(name: str, found: object, expected: str) -> UnsupportedValueError:
+def _planner_error(name: str, found: object, expected: str) -> UnsupportedValueError:
     return UnsupportedValueError(
         f"{name!r} cannot be stored: the planner's resolve_data returned {type(found).__name__} instead of {expected}"
     )
@@ -263,5 +263,5 @@ def _encoded_value(item: WriteItem, planner: SavePlanner) -> tuple[Kind, bytes]:
             ) from error
     resolved = planner.resolve_data(item)
     if not isinstance(resolved, io.BytesIO) or bytes(resolved.getbuffer()[:2]) != b"PK":
-        raise _of_planner(item.index.fqn, resolved, "an io.BytesIO with what torch.save writes")
+        raise _planner_error(item.index.fqn, resolved, "an io.BytesIO with what torch.save writes")
     return Kind.TORCH_SAVE, resolved.getvalue()

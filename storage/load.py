@@ -38,7 +38,7 @@ from .reading.shared_read import Offer, SharedRead, check_cooperative
 from .reading.state_dict_reads import StateDictRead
 from .runtime.arguments import check_nbytes
 from .runtime.checksums import checksum
-from .runtime.collector import without_collections
+from .runtime.gc_pauses import without_collections
 from .runtime.limits import default_budget
 from .runtime.logs import logger_of
 from .runtime.process_group import (

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from .errors import ArgumentError, CommitError, RankError
-from .runtime.collector import rare_collections, without_collections
 from .runtime.deferred_writes import finish_writes
+from .runtime.gc_pauses import rare_collections, without_collections
 from .runtime.logs import logger_of
 from .runtime.process_group import Alarm, Collectives
 from .runtime.progress import Meter, OnProgress
@@ -188,7 +188,7 @@ class Saving:
         unchanged = [one.held for one in contents if isinstance(one.held, UnchangedSinceLastPlan)]
         if unchanged and not (len(unchanged) == len(contents) and len({one.number for one in unchanged}) == 1):
             return [None] * len(contents)
-        self.writer.refuse_if_there()
+        self.writer.check_may_save()
         if unchanged:
             assert self._last_plan is not None
             self._plan = self._last_plan.plan

@@ -176,12 +176,12 @@ def float32(heads: Array, split: list[Array], exceptions: bytes) -> Array:
     return values
 
 
-@pytest.mark.parametrize("block_bytes", [manifest_blocks.BLOCK_BYTES, 256])
+@pytest.mark.parametrize("block_bytes", [manifest_blocks.MAX_BLOCK_BYTES, 256])
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 def test_a_reader_written_from_format_md_reads_what_was_saved(
     codec: str, block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(manifest_blocks, "MAX_BLOCK_BYTES", block_bytes)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**31), 2**31, (400, 300), generator=generator, dtype=torch.int64).to(torch.int32)
     state: dict[str, Any] = {

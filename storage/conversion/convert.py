@@ -270,7 +270,7 @@ class _RankConversion:
             check_converted(self.store, target.format, self.plan.items, {})
         else:
             data = self._commit_object(self._journal.finished(self.plan.units))
-            check_converted(self.store, target.format, self.plan.items, {target.commits: data})
+            check_converted(self.store, target.format, self.plan.items, {target.commit_name: data})
             self._journal.commit(data)
             nbytes = len(data)
         self._journal.clean()
@@ -283,7 +283,7 @@ class _RankConversion:
             CorruptCheckpointError: the records are not what the target wrote.
         """
         try:
-            return self.plan.target.commit(self.store.location, self.plan.items, records, self.plan.paths())
+            return self.plan.target.commit_bytes(self.store.location, self.plan.items, records, self.plan.paths())
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, CheckpointError) as error:
             raise CorruptCheckpointError(
                 f"the journal of the conversion in {self.store.location} is damaged: {reason(error)}. Remove the "

@@ -87,9 +87,9 @@ class Journal:
                 f"another conversion has started at {self._store.location}, with another source or other arguments: "
                 "remove it with `reshard rm`, or choose another location"
             )
-        if self._target.commits in names:
-            if claim.get("commit") != _commit_digest(self._read_whole(self._target.commits)):
-                raise CheckpointExistsError(self._exists_message(self._target.commits))
+        if self._target.commit_name in names:
+            if claim.get("commit") != _commit_digest(self._read_whole(self._target.commit_name)):
+                raise CheckpointExistsError(self._exists_message(self._target.commit_name))
             return JournalState(conversion, frozenset(), committed=True)
         notes = self._read_notes(conversion, names)
         self._records = {number: record for number, record in notes.items() if names.issuperset(record["files"])}
@@ -160,9 +160,9 @@ class Journal:
         claim = {"conversion": self._conversion, "commit": _commit_digest(data)}
         self._store.put(CLAIM, _encode(claim), overwrite=True)
         try:
-            put_commit(self._store, self._target.commits, data, repr(self._target.commits), overwrite=False)
+            put_commit(self._store, self._target.commit_name, data, repr(self._target.commit_name), overwrite=False)
         except CheckpointExistsError as error:
-            raise CheckpointExistsError(self._exists_message(self._target.commits)) from error
+            raise CheckpointExistsError(self._exists_message(self._target.commit_name)) from error
 
     def clean(self) -> None:
         """After the commit, remove all objects that are not part of the checkpoint. The claim comes last."""
@@ -235,7 +235,7 @@ class Journal:
         temporary = TEMPORARY.fullmatch(name)
         final = temporary[1] if temporary else ""
         is_note = CONVERSION_NOTE.fullmatch(name) is not None or CONVERSION_NOTE.fullmatch(final) is not None
-        return is_note or final in (CLAIM, self._target.commits)
+        return is_note or final in (CLAIM, self._target.commit_name)
 
 
 def _is_record(value: Any) -> bool:

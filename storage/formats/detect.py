@@ -173,7 +173,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "torch") and (files or torch_indexes):
         if torch_indexes:
             return _torch(reads, read_weight_map(reads, _index_of(store, torch_indexes), files), files)
-        files = _of_one_model(store, files)
+        files = _files_of_one_model(store, files)
         if files:
             return TorchSaveSource(reads, files)
     raise _not_found(store, names, format)
@@ -216,7 +216,7 @@ def _index_of(store: Store, indexes: Sequence[str]) -> str:
     return found[0]
 
 
-def _of_one_model(store: Store, files: list[str]) -> list[str]:
+def _files_of_one_model(store: Store, files: list[str]) -> list[str]:
     """Return the torch.save files that form one model: a single file, or numbered files. Empty if that is unclear.
 
     Raises:

@@ -18,8 +18,8 @@ from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
 from ..formats.torch_save.safe_load import damage_of
-from ..reading.checks import damages
-from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, arrange
+from ..reading.request_checksums import damages
+from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, build_tasks
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import rank_of
@@ -74,7 +74,7 @@ def verify(
     """
     whole = (WantedBox(entry.name, entry.whole) for entry in index.entries)
     plan = plan_reads(index, list(whole if only is None else _boxes_in(index, only)))
-    _, requests = arrange(plan)
+    _, requests = build_tasks(plan)
     if only is not None:
         requests = [request for request in requests if index.objects[request.object][0] in only]
 

@@ -126,12 +126,12 @@ def find_blocks(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) ->
     for members in groups.values():
         for first in range(0, len(members), BOXES_PER_CALL):
             positions = members[first : first + BOXES_PER_CALL]
-            blocks = _of_one_ndim([reads[at] for at in positions], [requests_of[at] for at in positions])
+            blocks = _blocks_of_one_ndim([reads[at] for at in positions], [requests_of[at] for at in positions])
             found |= zip(positions, blocks, strict=True)
     return (found[at] for at in range(len(reads)))
 
 
-def _of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Blocks]:
+def _blocks_of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntArray]) -> Iterator[Blocks]:
     """Find the blocks of reads whose tensors have the same number of dimensions."""
     lengths = [len(read) for read in reads]
     bounds = np.cumsum([0, *lengths])

@@ -28,20 +28,20 @@ from ...planner.index import CheckpointIndex
 from ...planner.masking import harmless
 from ...planner.read_plan import ReadPlan
 from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
-from ..runtime.collector import rare_collections, without_collections
+from ..runtime.gc_pauses import rare_collections, without_collections
 from ..runtime.limits import default_budget
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
 from ..stores.base import Store
 from ..stores.buffer_pool import read_buffers
 from ..tensors.dtypes import torch_dtype
-from .checks import RequestCheck, damages
 from .destination import Destination
 from .device.frames import MIN_FRAMES
 from .device.placing import MIN_DECOMPRESSED_BYTES, PlacingError, assign_devices, move, place
 from .device.ring import Slot
 from .fetcher import Fetched, ObjectRanges, read_ranges
+from .request_checksums import RequestChecksums, damages
 from .schedule import Fetch, Place, Schedule, Verify
-from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, arrange, separate
+from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, break_reference_cycles, build_tasks
 from .workers import Workers
 
 _Step = Fetch | Verify | Place
@@ -129,7 +129,7 @@ class _Execution:
         self._workers = workers
         self._fetcher = workers.fetcher
         with without_collections():
-            self._tensors, self._requests = arrange(plan, list(map(_destination, plan.reads, destinations)))
+            self._tensors, self._requests = build_tasks(plan, list(map(_destination, plan.reads, destinations)))
         device_budget = MAX_DEVICE_BUDGET_BYTES if budget_bytes is None else min(budget_bytes, MAX_DEVICE_BUDGET_BYTES)
         self._max_decompressed_bytes = device_budget // 4  # of 1 GiB: a thousand frames of 256 KiB
         self._stats.decoded_by = assign_devices(
@@ -181,7 +181,7 @@ class _Execution:
             for request in self._requests:
                 if request.data is not None:
                     read_buffers.release(request.data)
-        separate(self._tensors, self._requests)
+        break_reference_cycles(self._tensors, self._requests)
         if self._error is not None:
             # A reference to the error, whose traceback refers to this object, would keep the tensors in memory.
             failure, self._error = self._error, StoreError(STOPPED)
@@ -314,9 +314,9 @@ class _Execution:
     def _read(self, request: Request, slot: Slot | None) -> None:
         """Fetch a request, into the slot of a ring if only devices need its bytes."""
         begin = time.perf_counter()
-        check = RequestCheck(request, self._index)
+        check = RequestChecksums(request, self._index)
         memory = None if slot is None else slot.memory
-        found = self._fetcher.read(self._name_of(request), request.ranges, check.take, memory)
+        found = self._fetcher.read(self._name_of(request), request.ranges, check.update, memory)
         self._take(request, found, check, slot, fetch_s=time.perf_counter() - begin)
 
     def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
@@ -335,17 +335,17 @@ class _Execution:
             if self._error is not None:
                 return
             begin = time.perf_counter()
-            check = RequestCheck(request, self._index)
+            check = RequestChecksums(request, self._index)
             if not isinstance(found, StoreError):
                 data = memoryview(found)
-                check.take(data, len(data))
+                check.update(data, len(data))
             self._take(request, found, check, verify_s=time.perf_counter() - begin)
 
     def _take(
         self,
         request: Request,
         found: Fetched,
-        check: RequestCheck,
+        check: RequestChecksums,
         slot: Slot | None = None,
         *,
         fetch_s: float = 0.0,
@@ -385,11 +385,11 @@ class _Execution:
         except CheckpointError:
             raise
         except Exception as error:  # raised by torch or by the device
-            raise self._of_device(tensor, error) from harmless(error)
+            raise self._device_error(tensor, error) from harmless(error)
         with self._lock:
             self._stats.copy_s += time.perf_counter() - begin
 
-    def _intact(self, request: Request, found: memoryview | StoreError, check: RequestCheck) -> memoryview:
+    def _intact(self, request: Request, found: memoryview | StoreError, check: RequestChecksums) -> memoryview:
         """Return the bytes of a request. Raise the error of the read, or the damage.
 
         If a chunk is damaged, the request is read once more, because the damage may have happened in transit.
@@ -443,11 +443,11 @@ class _Execution:
         except PlacingError as failed:
             error = failed.__cause__
             assert error is not None
-            raise self._of_device(failed.tensor, error) from harmless(error)
+            raise self._device_error(failed.tensor, error) from harmless(error)
         with self._lock:
             self._stats.decode_s += time.perf_counter() - begin
 
-    def _of_device(self, tensor: TensorRead, error: BaseException) -> Exception:
+    def _device_error(self, tensor: TensorRead, error: BaseException) -> Exception:
         """Return the error for what torch or a device raised. Memory of a device is not kept by the traceback."""
         traceback.clear_frames(error.__traceback__)
         return self._failure(RankError, tensor, f"{type(error).__name__}: {error}")

@@ -90,7 +90,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         try:
             return read_buffers.read(into, name, ranges, arrived, memory)
         except Exception as error:
-            return _of_store(error)
+            return _as_store_error(error)
 
     def _read(self, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
         found = list[Fetched]()
@@ -98,7 +98,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             try:
                 found.append(read_ranges(self._store, name, ranges))
             except Exception as error:
-                found.append(_of_store(error))
+                found.append(_as_store_error(error))
         return found
 
     async def _read_by(self, reads: AsyncReads, wanted: Sequence[ObjectRanges]) -> list[Fetched]:
@@ -112,7 +112,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             try:
                 found.append(_packed(await asyncio.gather(*tasks)))
             except Exception as error:
-                found.append(_of_store(error))
+                found.append(_as_store_error(error))
             finally:
                 for task in tasks:  # one may have failed, and the others would go on
                     task.cancel()
@@ -127,7 +127,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             future.cancel()
 
 
-def _of_store(error: Exception) -> StoreError:
+def _as_store_error(error: Exception) -> StoreError:
     """Convert an error of a read to a StoreError. Other errors of reshard and MemoryError are raised unchanged."""
     if isinstance(error, StoreError):
         return error

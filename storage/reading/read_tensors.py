@@ -112,7 +112,7 @@ class BoxReads:
     @property
     def direct_wants(self) -> list[WantedBox]:
         """The boxes that are read straight into their destination, with only the heads if these are enough."""
-        return narrowed([self.wants[at] for at in self.direct], [self.destinations[at] for at in self.direct])
+        return with_heads_only([self.wants[at] for at in self.direct], [self.destinations[at] for at in self.direct])
 
     @classmethod
     def of(
@@ -336,7 +336,7 @@ class _ReadRun:
             stored = torch_dtype(self._source.entry(want.name).dtype)
             dtype = stored if needs_check(stored, to) else to
             tensors.append(torch.empty(want.box.sizes, dtype=dtype, device="cpu"))
-        self._read(narrowed([reads.wants[at] for at in positions], tensors), tensors)
+        self._read(with_heads_only([reads.wants[at] for at in positions], tensors), tensors)
         for at, tensor in zip(positions, tensors, strict=True):
             if needs_check(tensor.dtype, reads.destinations[at].dtype):
                 check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
@@ -427,7 +427,7 @@ class _ReadRun:
         self.report = added(self.report, report)
 
 
-def narrowed(wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> list[WantedBox]:
+def with_heads_only(wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> list[WantedBox]:
     """Return the wants, with only the heads of float32 values for destinations of bfloat16."""
     return [
         WantedBox(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)

@@ -48,7 +48,7 @@ class Schedule:
     the batches of incomplete tensors are written as they arrive.
 
     Args:
-        tensors, requests: the result of `tasks.arrange`.
+        tensors, requests: the result of `tasks.build_tasks`.
         budget_bytes: the maximum number of bytes that have been requested and not been written. A single request may
             exceed it.
         group_bytes: the number of bytes that one fetch should read. If it is 0, each fetch reads one request.

@@ -121,7 +121,7 @@ class TensorRead:
     """Whether a part of the destination has been written."""
 
 
-def arrange(
+def build_tasks(
     plan: ReadPlan, destinations: Sequence[Destination | None] | None = None
 ) -> tuple[list[TensorRead], list[Request]]:
     """Return the tensors of a plan, and its requests in the order that completes one tensor after another.
@@ -153,7 +153,7 @@ def arrange(
     return list(tensors.values()), list(ordered.values())
 
 
-def separate(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None:
+def break_reference_cycles(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None:
     """Remove the references between tensors and requests.
 
     These cycles would keep the destinations in memory until the garbage collector runs.

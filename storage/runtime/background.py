@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
-import os
 import threading
 from collections.abc import Callable
 
+from .forks import after_fork_in_child
 from .logs import logger_of
 
 logger = logger_of(__name__)
@@ -79,5 +79,4 @@ def _forget_threads() -> None:
     _running.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+after_fork_in_child(_forget_threads)

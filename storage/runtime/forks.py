@@ -11,6 +11,7 @@ import importlib
 import os
 import threading
 import weakref
+from collections.abc import Callable
 
 importlib.import_module("numpy.ma")
 """`np.unique` imports this module when it is first called. A fork during that import, in another thread, would leave
@@ -22,6 +23,12 @@ _generation = 0
 def generation() -> int:
     """Return the number of forks between this process and the one that imported this module first."""
     return _generation
+
+
+def after_fork_in_child(function: Callable[[], object]) -> None:
+    """Call a function in each child process after a fork, on systems that have forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
 
 
 def fork_safe_lock() -> threading.Lock:
@@ -41,5 +48,4 @@ def _renew_locks() -> None:
         lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does with its own locks
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+after_fork_in_child(_renew_locks)

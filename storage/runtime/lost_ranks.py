@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import os
 import threading
 import time
 import weakref
@@ -29,6 +28,7 @@ from torch.distributed import distributed_c10d
 
 from ..errors import RankError
 from .connections import PINGS, Connections
+from .forks import after_fork_in_child
 from .threads import run_bounded
 
 TICK_S = 0.5
@@ -148,8 +148,7 @@ class Poller:
 
 
 atexit.register(Poller.stop_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=Poller.forget_threads)
+after_fork_in_child(Poller.forget_threads)
 
 
 _made_keys: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()

@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from ...planner.errors import CheckpointError
 from ...planner.masking import harmless
 from ..errors import ArgumentError, RankError, StoppedError, nearest
-from .collector import without_collections
+from .gc_pauses import without_collections
 from .lost_ranks import Poller, Watch, new_key
 from .messages import Messages
 
@@ -223,7 +223,7 @@ class Collectives:
                         answers = _combined(outcomes, combine)
                     except BaseException as error:
                         cause = error
-                        failed = 0, self._of_rank(error)
+                        failed = 0, self._with_rank(error)
                 if failed is not None:
                     answers = [_packed(None, failed)] * self.size
             with _after(cause):
@@ -237,14 +237,14 @@ class Collectives:
         try:
             return task()
         except BaseException as error:
-            self._raise((0, self._of_rank(error)), error)
+            self._raise((0, self._with_rank(error)), error)
 
     def _outcome(self, task: Callable[[], object]) -> tuple[bytes, BaseException | None]:
         """Run a task. Return its result or error as bytes, and the error."""
         try:
             return _packed(task(), None), None
         except BaseException as error:
-            return _packed(None, self._of_rank(error)), error
+            return _packed(None, self._with_rank(error)), error
 
     def _raise(self, failed: tuple[int, CheckpointError], cause: BaseException | None) -> NoReturn:
         """Raise the error of a rank, or the exception that interrupted this rank."""
@@ -253,7 +253,7 @@ class Collectives:
         at, failure = failed
         raise failure from (harmless(cause) if at == self.rank and cause and cause is not failure else None)
 
-    def _of_rank(self, error: BaseException) -> CheckpointError:
+    def _with_rank(self, error: BaseException) -> CheckpointError:
         found = portable(error)
         if self.is_distributed:
             found.rank = self.rank

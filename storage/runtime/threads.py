@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import os
 import threading
 import time
 import weakref
@@ -25,7 +24,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from ..errors import StoreError
-from .forks import fork_safe_lock, generation
+from .forks import after_fork_in_child, fork_safe_lock, generation
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -335,5 +334,4 @@ def _forget_threads() -> None:
     _pools.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+after_fork_in_child(_forget_threads)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 from typing_extensions import Buffer
 
 from ..errors import StoreError, UnavailableError
+from ..runtime.forks import after_fork_in_child
 from ..runtime.logs import logger_of
 from ..runtime.threads import event_loop
 from . import retry
@@ -57,8 +57,7 @@ def _note_fork() -> None:
     _lost_in_fork = _lost_in_fork or "obstore" in sys.modules
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+after_fork_in_child(_note_fork)
 
 
 def is_usable() -> bool:

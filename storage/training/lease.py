@@ -22,6 +22,7 @@ from typing import Any
 
 from ...planner.errors import CheckpointError
 from ..errors import CheckpointExistsError, ObjectNotFoundError, RunInUseError, UnavailableError
+from ..runtime.forks import after_fork_in_child
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool, current_stop
 from ..stores.base import Store
@@ -90,8 +91,7 @@ def _has_ended(holder: Holder) -> bool:
 
 _held: dict[str, Lease] = {}
 """The leases that this process holds, by id. A forked child holds none of them."""
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_held.clear)
+after_fork_in_child(_held.clear)
 
 
 class Lease:
@@ -99,7 +99,7 @@ class Lease:
 
     Args:
         root: the location of the run.
-        expires_after_s: how long to wait for the previous holder to renew the lease.
+        expires_after_s: how long to wait for the previous holder to renew the lease. Default: EXPIRES_AFTER_S.
         owner: the object that uses the lease. When it has been collected, another lease of this process may replace it.
     """
 
@@ -108,7 +108,7 @@ class Lease:
         root: str,
         storage_options: Mapping[str, Any] | None = None,
         *,
-        expires_after_s: float = EXPIRES_AFTER_S,
+        expires_after_s: float | None = None,
         renew_every_s: float = RENEW_EVERY_S,
         owner: object = None,
     ) -> None:
@@ -118,7 +118,7 @@ class Lease:
         self._is_closing = threading.Event()
         self._holder = _myself()
         self._lost = ""
-        self._number = self._acquire(expires_after_s)
+        self._number = self._acquire(EXPIRES_AFTER_S if expires_after_s is None else expires_after_s)
         _held[self._holder.id] = self
         self._pool = Pool(1, "reshard-lease")
         self._pool.submit(self._keep_renewing, renew_every_s)

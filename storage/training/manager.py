@@ -185,7 +185,6 @@ class CheckpointManager:
         budget_bytes: int | None = None,
         signals: Iterable[signal.Signals | int] = (signal.SIGTERM,),
         read_only: bool = False,
-        _lease_expires_after_s: float | None = None,
     ) -> None:
         stop_signals: list[int] = []
 
@@ -229,7 +228,7 @@ class CheckpointManager:
         self._signals = StopSignals((), partial(self._requested.request, STOP))
         self._threads = _BackgroundThreads(self, self._requested.close)
         try:
-            self._is_shared = self._take_leases(_lease_expires_after_s)
+            self._is_shared = self._take_leases()
             self._copier = self._open_mirror()
             self._saved = self._open_run()
             self._signals = self._handle_signals(() if read_only else stop_signals)
@@ -245,17 +244,16 @@ class CheckpointManager:
         weakref.finalize(self, handlers.close).atexit = False
         return handlers
 
-    def _take_leases(self, expires_after_s: float | None) -> bool:
+    def _take_leases(self) -> bool:
         """Take the leases on rank 0. Return whether all ranks see the objects of rank 0 at the root."""
         if self._read_only:
             return True
 
         def take() -> str:
-            expiry = {} if expires_after_s is None else {"expires_after_s": expires_after_s}
             locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
             for location, options in locations[: 1 if self._mirror is None else 2]:
                 assert location is not None
-                lease = Lease(location, options, owner=self, **expiry)
+                lease = Lease(location, options, owner=self)
                 self._leases.append(lease)
                 self._threads.ends.append(lease.release)
                 atexit.register(_release_at_exit, weakref.ref(lease))

@@ -14,13 +14,13 @@ from ...planner.entries import Kind
 from ...planner.text import quoted
 from ..errors import CorruptCheckpointError, UnsupportedValueError
 from ..formats.native.codec import check_codec
-from ..formats.native.commit import commit, refuse_if_there
+from ..formats.native.commit import check_may_save, commit
 from ..formats.native.manifest import encode_manifest, info_of_save
 from ..formats.native.write_records import ObjectRecord, PackedRecords, assemble_index, entries_of
 from ..formats.user_metadata import plain_metadata
 from ..formats.value_codec import needs_pickle
 from ..runtime.arguments import check_flags, check_nbytes
-from ..runtime.collector import without_collections
+from ..runtime.gc_pauses import without_collections
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt
 from ..runtime.progress import Meter
@@ -138,9 +138,9 @@ class CheckpointWriter:
         """The metadata of the checkpoint. Equal metadata has the same text."""
         return json.dumps(self._metadata, sort_keys=True)
 
-    def refuse_if_there(self) -> None:
+    def check_may_save(self) -> None:
         """Raise CheckpointExistsError if there is a checkpoint that must not be replaced."""
-        refuse_if_there(self.store, overwrite=self._options.overwrite)
+        check_may_save(self.store, overwrite=self._options.overwrite)
 
     def announce(self, shards: Sequence[ShardToWrite]) -> None:
         """Prepare to write shards. Raises UnsupportedValueError if one needs pickle and may not use it."""

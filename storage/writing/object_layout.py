@@ -22,7 +22,7 @@ MIN_OBJECT_BYTES = 8 * 1024 * 1024
 MAX_OBJECT_BYTES = 64 * 1024 * 1024
 MAX_DEVICE_COPY_BYTES = 64 * 1024 * 1024
 """The most bytes of values that one copy from a device takes."""
-SHARD_GROUP_BYTES = 16 * 1024 * 1024
+MAX_SHARD_GROUP_BYTES = 16 * 1024 * 1024
 """The most bytes of shards that are stored as one group, if the store holds objects in memory.
 
 The shards of a group are split into eighths, and the first eighths of all shards come first. So a rank reads its part

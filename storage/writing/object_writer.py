@@ -43,15 +43,15 @@ from ..stores.base import Store
 from ..stores.retry import discard, retried
 from ..tensors.dtypes import as_bytes, dtype_name
 from ..tensors.splitting import group_by_bytes
-from .object_layout import CONCURRENT_OBJECTS, MIN_EIGHTH_BYTES, SHARD_GROUP_BYTES, ShardToWrite, in_objects
+from .object_layout import CONCURRENT_OBJECTS, MAX_SHARD_GROUP_BYTES, MIN_EIGHTH_BYTES, ShardToWrite, in_objects
 from .staging import as_host_array
 
 logger = logger_of(__name__)
 
 OBJECT_MAGIC = b"RESHARDD"
-WINDOW_BYTES = 16 * 1024 * 1024
+MAX_WINDOW_BYTES = 16 * 1024 * 1024
 """The most bytes of values that are being encoded, or wait to be written, for one object."""
-TASK_BYTES = 1024 * 1024
+MIN_TASK_BYTES = 1024 * 1024
 """The bytes of values that one task encodes, at least. A task ends with the chunk run that reaches this size."""
 MIN_TASK_BYTES = 128 * 1024
 """Smaller tasks are given to a thread together, until they reach this size. Each task has an overhead of about 0.1 ms,
@@ -216,9 +216,9 @@ class _ObjectWriter:
         self._store = store
         self._label = label
         self._codec = codec
-        self._window = min(WINDOW_BYTES, budget_bytes)
+        self._window = min(MAX_WINDOW_BYTES, budget_bytes)
         self._buffers_objects = store.capabilities.buffers_objects
-        self._together = min(SHARD_GROUP_BYTES, budget_bytes // 4) if self._buffers_objects else 0
+        self._together = min(MAX_SHARD_GROUP_BYTES, budget_bytes // 4) if self._buffers_objects else 0
         self._encoding = encoding
         self._stopped = stopped
         """Set when the save has failed."""
@@ -353,7 +353,7 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _SegmentTasks:
     places = box_slices(starts, run_sizes(sizes[firsts], counts, dims))
     runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
     run_bytes = chunk_bytes[firsts] * counts
-    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
+    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // MIN_TASK_BYTES)) + 1).tolist()
     tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
     return _SegmentTasks(len(offsets), tasks)
 

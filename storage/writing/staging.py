@@ -21,7 +21,7 @@ import torch
 from ...planner.box import Box
 from ...planner.entries import Kind
 from ..runtime.devices import current_device
-from ..runtime.forks import fork_safe_lock
+from ..runtime.forks import after_fork_in_child, fork_safe_lock
 from ..runtime.limits import available_bytes, default_threads, local_ranks
 from ..runtime.pinned import pin, save_buffers, unpin
 from ..runtime.threads import Pool
@@ -143,8 +143,7 @@ class StagingMemory:
 
 
 STAGING = StagingMemory()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=STAGING.forget_parent)
+after_fork_in_child(STAGING.forget_parent)
 
 
 def default_staging_bytes() -> int:

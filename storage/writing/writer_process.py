@@ -32,8 +32,8 @@ from ..errors import ArgumentError, RankError, StoppedError, StoreError
 from ..formats.native.write_records import ObjectRecord
 from ..runtime.background import call_at_exit
 from ..runtime.brief import reason
-from ..runtime.collector import rare_collections
 from ..runtime.forks import fork_safe_lock, generation
+from ..runtime.gc_pauses import rare_collections
 from ..runtime.process_group import Interrupt, never, portable
 from ..stores.base import Store
 from ..stores.memory import MemoryStore

@@ -37,7 +37,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, piece: int = 32 * KIB, unit: int 
     """Make pieces and units of some KiB."""
     for module in (splitting, target, source_stream):
         monkeypatch.setattr(module, "MAX_PIECE_BYTES", piece)
-    monkeypatch.setattr(target, "UNIT_BYTES", unit)
+    monkeypatch.setattr(target, "MIN_WORK_UNIT_BYTES", unit)
 
 
 def tensors_of(dtypes: Any = SAFETENSORS_DTYPES) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_small_manifest_takes_one_request_and_large_header_takes_two() -> None:
 
 
 def test_only_needed_blocks_of_a_large_manifest_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(manifest_blocks, "MAX_BLOCK_BYTES", 300)
     tensors = [Saved(f"t{i:03}", Grid((8, 8), (2, 2)), HALVES, "float32", raw=i % 2 == 0) for i in range(200)]
     store = MemoryStore()
     store.content[MANIFEST_NAME] = encode_manifest(index_of(*tensors), {}, {"padding": "x" * FIRST_MANIFEST_READ_BYTES})
@@ -228,7 +228,7 @@ def test_only_needed_blocks_of_a_large_manifest_are_read(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_only_regions_that_overlap_a_box_are_read(raw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(manifest_blocks, "MAX_BLOCK_BYTES", 4096)
     rows = [Box((at, 0), (4, 512)) for at in range(0, 512, 4)]
     tensors = [Saved(name, Grid((512, 512), (64, 64)), rows, "float32", raw) for name in "abc"]
     store = MemoryStore()
@@ -253,7 +253,7 @@ def test_only_regions_that_overlap_a_box_are_read(raw: bool, monkeypatch: pytest
 
 
 def test_false_region_raises_corrupt_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(manifest_blocks, "MAX_BLOCK_BYTES", 300)
     rows = [Box((at, 0), (1, 64)) for at in range(64)]
     data = encode_manifest(index_of(Saved("t", Grid((64, 64), (16, 16)), rows, raw=False)), {}, {})
     length = struct.unpack_from("<8sIIQ", data)[2]
@@ -314,7 +314,7 @@ def test_missing_and_uncommitted_checkpoints_raise_different_errors() -> None:
 
 
 def test_ranks_load_with_parts_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(manifest_blocks, "MAX_BLOCK_BYTES", 200)
     monkeypatch.setattr("reshard.storage.formats.native.manifest.FIRST_MANIFEST_READ_BYTES", 1000)
     state = {name: torch.randn(shape) for name, shape in (("up", (2048, 512)), ("down", (512, 2048)), ("norm", (512,)))}
     reshard.save(state, tmp_path)

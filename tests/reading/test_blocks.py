@@ -29,7 +29,7 @@ from reshard.storage.reading.blocks import Block, find_blocks, form_boxes, split
 from reshard.storage.reading.decode import parts_of
 from reshard.storage.reading.destination import BlockTarget, Destination
 from reshard.storage.reading.executor import execute
-from reshard.storage.reading.tasks import arrange
+from reshard.storage.reading.tasks import build_tasks
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.tensors.dtypes import as_array, as_bytes
@@ -163,7 +163,7 @@ def test_batches_contain_every_chunk_once() -> None:
     source = open_source(store)
     wants = [WantedBox(name, Box.whole(tuple(values.shape))) for name, values in tensors.items()]
     plan = plan_reads(source.index(wants), wants)
-    arranged, _ = arrange(plan)
+    arranged, _ = build_tasks(plan)
     for tensor, read in zip(arranged, plan.reads, strict=True):
         rows = [row for batch in tensor.batches for row in range(batch.rows.start, batch.rows.stop)]
         found = [block for batch in tensor.batches for block in batch.blocks.select(batch.block_rows)]
@@ -192,7 +192,7 @@ def test_error_names_the_damaged_chunk_of_a_block(last: bool, monkeypatch: pytes
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
     store.content[name] = bytes(content)
-    monkeypatch.setattr("reshard.storage.reading.checks.RequestCheck.damages", lambda *arguments: [])
+    monkeypatch.setattr("reshard.storage.reading.request_checksums.RequestChecksums.damages", lambda *arguments: [])
     chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
     with pytest.raises(
         CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"

@@ -20,10 +20,10 @@ import torch.distributed.checkpoint as dcp
 
 import reshard
 from reshard.storage.reading import destination, executor
-from reshard.storage.reading.checks import RequestCheck
 from reshard.storage.reading.device.device import Device, cuda_device
 from reshard.storage.reading.device.frames import Decompressor, HostDecompressor, PackedFrames
 from reshard.storage.reading.device.ring import MAX_SLOTS, Ring, Slot
+from reshard.storage.reading.request_checksums import RequestChecksums
 from reshard.storage.runtime.pinned import ByteArray
 from reshard.storage.stores.buffer_pool import PAGE_BYTES
 
@@ -264,7 +264,7 @@ def test_error_names_the_chunk_that_cannot_be_decoded(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The bytes match their checksums, and are wrong nevertheless."""
-    monkeypatch.setattr(RequestCheck, "damages", lambda *arguments: [])
+    monkeypatch.setattr(RequestChecksums, "damages", lambda *arguments: [])
     reshard.save({"w": torch.randn(1024, 512).bfloat16()}, tmp_path)
     chunks = reshard.open(tmp_path).plan(reshard.Layout({"tp": 1}))[0].reads[0]
     (data,) = (tmp_path / "data").iterdir()
@@ -364,7 +364,7 @@ def test_a_frame_that_cannot_be_decompressed_is_damage(
 ) -> None:
     if device.device.type == "cuda" and device.decompressor is not None:
         monkeypatch.setattr(device, "decompressor", HostDecompressor())  # nvCOMP reports no single frames
-    monkeypatch.setattr(RequestCheck, "damages", lambda *arguments: [])
+    monkeypatch.setattr(RequestChecksums, "damages", lambda *arguments: [])
     reshard.save({"a": torch.randn(64, 64).bfloat16(), "w": torch.randn(1024, 512).bfloat16()}, tmp_path)
     (chunks,) = (
         read for read in reshard.open(tmp_path).plan(reshard.Layout({"tp": 1}))[0].reads if read.want.name == "w"
@@ -409,16 +409,16 @@ def test_bytes_that_were_read_again_are_used(device: Device, monkeypatch: pytest
     values = {"w": torch.randn(300, 300)}
     reshard.save(values, tmp_path, codec="none")
 
-    class FirstIsDamaged(RequestCheck):
+    class FirstIsDamaged(RequestChecksums):
         damaged = False
 
-        def take(self, data: memoryview, nbytes: int) -> None:
+        def update(self, data: memoryview, nbytes: int) -> None:
             if not FirstIsDamaged.damaged:
                 data[nbytes // 2] ^= 1
                 FirstIsDamaged.damaged = True
-            super().take(data, nbytes)
+            super().update(data, nbytes)
 
-    monkeypatch.setattr(executor, "RequestCheck", FirstIsDamaged)
+    monkeypatch.setattr(executor, "RequestChecksums", FirstIsDamaged)
     loaded = zeros_for(values, device)
     reshard.load(loaded, tmp_path)
     check_equal(loaded, values)

@@ -87,7 +87,10 @@ def check(state: dict[str, Any]) -> None:
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """Treat every manifest as a large one with many blocks."""
-    with patch.object(manifest, "FIRST_MANIFEST_READ_BYTES", 1024), patch.object(manifest_blocks, "BLOCK_BYTES", 512):
+    with (
+        patch.object(manifest, "FIRST_MANIFEST_READ_BYTES", 1024),
+        patch.object(manifest_blocks, "MAX_BLOCK_BYTES", 512),
+    ):
         yield
 
 

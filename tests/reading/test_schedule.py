@@ -19,7 +19,7 @@ from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
 from reshard.storage.reading.schedule import Fetch, Place, Schedule, Verify
-from reshard.storage.reading.tasks import Request, arrange
+from reshard.storage.reading.tasks import Request, build_tasks
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
 from reshard.storage.writing.object_writer import write_objects
@@ -59,7 +59,7 @@ class Driver:
     fetched: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tensors, self.requests = arrange(self.plan)
+        self.tensors, self.requests = build_tasks(self.plan)
         self.schedule = Schedule(
             self.tensors,
             self.requests,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,6 +78,16 @@ def test_second_manager_in_one_process_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def check_taken_over_at_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager_of(root, expires_after_s=3600).close()
+    assert "waiting up to" not in caplog.text
+
+
+def manager_of(root: Path, *, expires_after_s: float, **options: Any) -> reshard.CheckpointManager:
+    with patch.object(lease_module, "EXPIRES_AFTER_S", expires_after_s):
+        return reshard.CheckpointManager(root, **options)
+
+
 def test_manager_of_a_process_that_runs_is_refused(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     with pytest.raises(errors.RunInUseError, match=f"is managed by another CheckpointManager, process {other.pid} on"):
         reshard.CheckpointManager(tmp_path)
@@ -87,7 +98,7 @@ def test_run_of_a_killed_process_is_taken_over_at_once(tmp_path: Path, other: su
     """Also while the killed process is a zombie."""
     other.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-    with reshard.CheckpointManager(tmp_path, _lease_expires_after_s=3600) as manager:
+    with manager_of(tmp_path, expires_after_s=3600) as manager:
         assert manager.restore({"w": torch.zeros(3)}) == 1
 
 
@@ -95,7 +106,7 @@ def test_lease_of_another_machine_is_taken_over_when_it_is_not_renewed(
     abandoned: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     of_another_machine(abandoned)
-    reshard.CheckpointManager(abandoned, _lease_expires_after_s=0.2).close()
+    manager_of(abandoned, expires_after_s=0.2).close()
     assert "ended without closing its manager, or still runs: waiting up to" in caplog.text
 
 
@@ -111,23 +122,23 @@ def test_lease_of_another_machine_is_respected_when_it_is_renewed(
 
     monkeypatch.setattr(Lease, "_read", read)
     with pytest.raises(errors.RunInUseError, match=r"process \d+ on other"):
-        reshard.CheckpointManager(abandoned, _lease_expires_after_s=60)
+        manager_of(abandoned, expires_after_s=60)
 
 
-def test_lease_that_expired_long_ago_is_taken_over_at_once(abandoned: Path) -> None:
+def test_lease_that_expired_long_ago_is_taken_over_at_once(abandoned: Path, caplog: pytest.LogCaptureFixture) -> None:
     change_holder(abandoned, host="other", process="other", time=time.time() - 3600)
-    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+    check_taken_over_at_once(abandoned, caplog)
 
 
-def test_process_id_that_was_reused_does_not_hold_the_lease(abandoned: Path) -> None:
+def test_process_id_that_was_reused_does_not_hold_the_lease(abandoned: Path, caplog: pytest.LogCaptureFixture) -> None:
     *machine, pid, start = holder_of(abandoned)["process"].split(" ")
     change_holder(abandoned, process=" ".join([*machine, pid, f"{int(start) - 1}"]))
-    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+    check_taken_over_at_once(abandoned, caplog)
 
 
-def test_lease_that_cannot_be_understood_is_taken_over(abandoned: Path) -> None:
+def test_lease_that_cannot_be_understood_is_taken_over(abandoned: Path, caplog: pytest.LogCaptureFixture) -> None:
     max((abandoned / FOLDER).iterdir()).write_text("{")
-    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+    check_taken_over_at_once(abandoned, caplog)
 
 
 def test_manager_that_lost_its_lease_neither_saves_nor_removes(
@@ -137,7 +148,7 @@ def test_manager_that_lost_its_lease_neither_saves_nor_removes(
     first.save(1, {"w": torch.ones(3)})
     of_another_machine(tmp_path)  # so that it is not refused as one of this process
     lease_module._held.clear()
-    with reshard.CheckpointManager(tmp_path, asynchronous=False, _lease_expires_after_s=0.1) as second:
+    with manager_of(tmp_path, asynchronous=False, expires_after_s=0.1) as second:
         second.save(2, {"w": torch.ones(3)})
         with pytest.raises(errors.RunInUseError, match="another manager has taken over this run, process"):
             first.save(3, {"w": torch.ones(3)})
@@ -200,8 +211,8 @@ def test_lease_works_on_stores(place: Place) -> None:
     assert reshard.find_checkpoints(uri, options) == []
 
 
-def test_manager_that_was_lost_in_this_process_is_taken_over(abandoned: Path) -> None:
-    reshard.CheckpointManager(abandoned, _lease_expires_after_s=3600).close()
+def test_manager_that_was_lost_in_this_process_is_taken_over(abandoned: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_taken_over_at_once(abandoned, caplog)
 
 
 def test_manager_that_was_dropped_is_taken_over_in_the_same_process(tmp_path: Path) -> None:
@@ -212,7 +223,7 @@ def test_manager_that_was_dropped_is_taken_over_in_the_same_process(tmp_path: Pa
     del manager
     gc.collect()
     assert signal.getsignal(signal.SIGTERM) == before
-    with reshard.CheckpointManager(tmp_path, asynchronous=False, _lease_expires_after_s=3600) as manager:
+    with manager_of(tmp_path, asynchronous=False, expires_after_s=3600) as manager:
         assert manager.save(2, {"w": torch.ones(3)})
         assert manager.steps() == [1, 2]
 

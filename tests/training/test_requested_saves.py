@@ -158,7 +158,7 @@ def test_signal_that_no_save_served_ends_the_process_when_the_manager_is_closed(
     """
     done = run_process(tmp_path, code)
     assert (done.stdout.split(), done.returncode) == (["closing"], -signal.SIGTERM), done.stderr
-    reshard.CheckpointManager(tmp_path, _lease_expires_after_s=3600).close()
+    reshard.CheckpointManager(tmp_path).close()
 
 
 @pytest.mark.slow

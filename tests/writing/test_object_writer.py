@@ -123,7 +123,7 @@ def test_shard_of_the_wrong_shape_raises_shape_mismatch_error() -> None:
 def test_slow_store_slows_down_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 3: the values encoded ahead of the store are at most a window."""
     window = 1 << 22
-    monkeypatch.setattr(object_writer, "WINDOW_BYTES", window)
+    monkeypatch.setattr(object_writer, "MAX_WINDOW_BYTES", window)
     encode = object_writer._encode_runs
     lock = threading.Lock()
     encoded = written = ahead = 0
@@ -149,7 +149,7 @@ def test_slow_store_slows_down_the_encoding(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(object_writer, "_encode_runs", counting)
     write_objects(RecordingStore(MemoryStore(), before), "00000", [shard("a", torch.zeros(1 << 22))], "none")
     assert encoded == 1 << 24
-    assert window / 2 < ahead <= window + 8 + object_writer.TASK_BYTES
+    assert window / 2 < ahead <= window + 8 + object_writer.MIN_TASK_BYTES
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])

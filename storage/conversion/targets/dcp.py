@@ -32,7 +32,7 @@ class DcpTarget:
     """Writes a `.distcp` file for each unit. `.metadata` commits the checkpoint."""
 
     format = "dcp"
-    commits = METADATA
+    commit_name = METADATA
 
     def units(self, items: Sequence[Item]) -> list[WorkUnit]:
         return in_pieces(items)
@@ -61,7 +61,7 @@ class DcpTarget:
                 at += len(data)
         return {"files": [file], "bytes": at, "slices": slices}
 
-    def commit(
+    def commit_bytes(
         self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
         chunks: dict[str, list[ChunkStorageMetadata]] = {}

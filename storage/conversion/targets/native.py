@@ -27,7 +27,7 @@ class NativeTarget:
     """Writes data objects for each unit. The manifest commits the checkpoint."""
 
     format = "reshard"
-    commits = MANIFEST_NAME
+    commit_name = MANIFEST_NAME
 
     def __init__(self, codec: str, budget_bytes: int | None, metadata: Mapping[str, Any] | None = None) -> None:
         self._codec = codec
@@ -50,7 +50,7 @@ class NativeTarget:
             "objects": [record_to_json(record) for record in records],
         }
 
-    def commit(
+    def commit_bytes(
         self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
         objects = [record_from_json(found) for record in records for found in record["objects"]]

@@ -28,7 +28,7 @@ class SafetensorsTarget:
     """Writes a file for each unit. The index commits the checkpoint. There can be only tensors."""
 
     format = "safetensors"
-    commits = INDEX
+    commit_name = INDEX
 
     def __init__(self, max_file_bytes: int) -> None:
         self._max_file_bytes = max_file_bytes
@@ -68,7 +68,7 @@ class SafetensorsTarget:
                 nbytes += len(data)
         return {"files": [name], "bytes": nbytes, "tensors": [piece.item.name for piece in unit.pieces]}
 
-    def commit(
+    def commit_bytes(
         self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
         index = {

@@ -14,7 +14,7 @@ from ...tensors.splitting import MAX_PIECE_BYTES
 from ..source_stream import SourceStream
 from ..work_items import Item, Piece
 
-UNIT_BYTES = 256 * 1024 * 1024
+MIN_WORK_UNIT_BYTES = 256 * 1024 * 1024
 """Bytes of values in a work unit, at least. If a rank is killed, it loses about this many bytes of work."""
 
 
@@ -39,7 +39,7 @@ class ConversionTarget(Protocol):
 
     format: str
     """The name of the format, as in `open_source`."""
-    commits: str
+    commit_name: str
     """The name of the object that commits the checkpoint."""
 
     def units(self, items: Sequence[Item]) -> list[WorkUnit]:
@@ -56,7 +56,7 @@ class ConversionTarget(Protocol):
             interrupt: called regularly. If it raises an error, the writing stops with this error.
         """
 
-    def commit(
+    def commit_bytes(
         self, location: str, items: Sequence[Item], records: Sequence[UnitRecord], paths: Mapping[str, Any]
     ) -> bytes:
         """Return the bytes of the object that commits the checkpoint, after all units have been written.
@@ -89,7 +89,7 @@ def in_pieces(items: Sequence[Item]) -> list[WorkUnit]:
         for box in boxes:
             pieces.append(Piece(item, box))
             held += pieces[-1].nbytes
-            if held >= UNIT_BYTES:
+            if held >= MIN_WORK_UNIT_BYTES:
                 units.append(WorkUnit(len(units), tuple(pieces)))
                 pieces, held = [], 0
     return [*units, WorkUnit(len(units), tuple(pieces))] if pieces else units

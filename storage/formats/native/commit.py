@@ -19,7 +19,7 @@ _RANK = re.compile(r"-(\d+)\.shard$")
 """The end of the name of a data object: the number of the rank that wrote it."""
 
 
-def refuse_if_there(store: Store, *, overwrite: bool) -> None:
+def check_may_save(store: Store, *, overwrite: bool) -> None:
     """Check that a save does not replace or hide a checkpoint unless it should.
 
     A checkpoint of another tool is not replaced even with `overwrite`: its files would stay, but could no longer be

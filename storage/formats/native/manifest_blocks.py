@@ -23,7 +23,7 @@ from ....planner.regions import Regions
 from ...errors import CorruptCheckpointError
 from ...runtime.checksums import checksum
 
-BLOCK_BYTES = 64 * 1024
+MAX_BLOCK_BYTES = 64 * 1024
 """The largest size of a block with several regions. A tensor that takes more is divided into regions."""
 MAX_MANIFEST_BYTES = 2**36
 """The largest size of a manifest."""
@@ -143,7 +143,7 @@ def encode_blocks(index: CheckpointIndex) -> tuple[list[tuple[int, ...]], BlockT
         at byte 0; the bytes of each block.
     """
     sizes = _region_bytes(index)
-    parts = choose_regions(index, [-(-nbytes // BLOCK_BYTES) for nbytes in sizes])
+    parts = choose_regions(index, [-(-nbytes // MAX_BLOCK_BYTES) for nbytes in sizes])
     if max(map(math.prod, parts), default=1) > 1:
         index = partition(index, parts)
         sizes = _region_bytes(index)
@@ -182,7 +182,7 @@ def _firsts(sizes: Sequence[int]) -> list[int]:
     for at, nbytes in enumerate(sizes):
         if not firsts or nbytes > room:
             firsts.append(at)
-            room = BLOCK_BYTES
+            room = MAX_BLOCK_BYTES
         room -= nbytes
     return firsts
 

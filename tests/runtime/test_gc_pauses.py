@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from reshard.storage.runtime.collector import RARE_THRESHOLD, rare_collections, without_collections
+from reshard.storage.runtime.gc_pauses import RARE_THRESHOLD, rare_collections, without_collections
 
 
 def test_collector_is_enabled_again_after_success_and_after_an_error() -> None:

@@ -14,7 +14,7 @@ from ..runtime.checksums import checksum
 from .tasks import ChunkBatch, ChunkRange, Request
 
 
-class RequestCheck:
+class RequestChecksums:
     """Computes the checksums of a request while its bytes arrive, so that they are still in the CPU's cache.
 
     Chunks of other formats have no checksums. For them, only the length is checked.
@@ -34,7 +34,7 @@ class RequestCheck:
         self._done = 0
         """The number of checksums that have been computed."""
 
-    def take(self, data: memoryview, nbytes: int) -> None:
+    def update(self, data: memoryview, nbytes: int) -> None:
         """Compute the checksums of the bytes that have arrived.
 
         Args:
@@ -70,8 +70,8 @@ def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[
     Args:
         data: the bytes of the request. They may be fewer than requested.
     """
-    check = RequestCheck(request, index)
-    check.take(data, len(data))
+    check = RequestChecksums(request, index)
+    check.update(data, len(data))
     return check.damages(data)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator
 
-from .forks import fork_safe_lock, generation
+from .forks import after_fork_in_child, fork_safe_lock, generation
 
 RARE_THRESHOLD = 50_000
 """How many objects are created between two searches while they are rare. Python's default is 700 to 2,000."""
@@ -29,8 +28,7 @@ class _Setting:
         self._change = change
         self._undo: Callable[[], object] = lambda: None
         self._users = 0
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._end)
+        after_fork_in_child(self._end)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

@@ -18,8 +18,8 @@ from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
-from reshard.storage.reading.checks import RequestCheck, damages
-from reshard.storage.reading.tasks import Request, arrange
+from reshard.storage.reading.request_checksums import RequestChecksums, damages
+from reshard.storage.reading.tasks import Request, build_tasks
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
 from reshard.storage.writing.object_writer import write_objects
@@ -42,7 +42,7 @@ def requests_of(codec: str, part: bool) -> tuple[CheckpointIndex, list[tuple[Req
     rows = {name: max(1, shape[0] // 3) if part else shape[0] for name, shape in SHAPES.items()}
     wants = [WantedBox(name, Box((0,) * len(shape), (rows[name], *shape[1:]))) for name, shape in SHAPES.items()]
     index = open_source(store).index(wants)
-    _, requests = arrange(plan_reads(index, wants, max_request_bytes=1 << 18))
+    _, requests = build_tasks(plan_reads(index, wants, max_request_bytes=1 << 18))
     found = [(at, bytes(store.read(index.objects[at.object][0], at.start, at.stop))) for at in requests]
     return index, found
 
@@ -57,12 +57,12 @@ def test_damage_is_found_however_the_bytes_arrive(codec: str, part: bool, data: 
     position = data.draw(st.none() | st.integers(0, len(stored) - 1))
     if position is not None:
         stored[position] ^= data.draw(st.integers(1, 255))
-    check = RequestCheck(request, index)
+    check = RequestChecksums(request, index)
     buffer = bytearray(content)  # a buffer that is reused may contain the intact bytes of an earlier read
     for nbytes in sorted(data.draw(st.sets(st.integers(0, len(stored))))):
         buffer[:nbytes] = stored[:nbytes]
-        check.take(memoryview(buffer), nbytes)
-    check.take(memoryview(stored), len(stored))
+        check.update(memoryview(buffer), nbytes)
+    check.update(memoryview(stored), len(stored))
     found = check.damages(memoryview(stored))
     assert found == damages(request, index, memoryview(stored))
     if position is None:
