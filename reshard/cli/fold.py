@@ -21,8 +21,6 @@ class Folded:
     name: str
     """The name with the ranges of the numbers, such as `layers.[0-31].up.weight`."""
     names: tuple[str, ...]
-    alike: tuple[object, ...]
-    """The properties that the tensors have in common."""
 
     @property
     def count(self) -> int:
@@ -35,7 +33,7 @@ def fold(tensors: Mapping[str, tuple[object, ...]]) -> list[Folded]:
     for name, alike in tensors.items():
         pattern = ".".join("*" if _NUMBER.fullmatch(part) else part for part in name.split("."))
         groups.setdefault((pattern, alike), []).append(name)
-    return [Folded(_numbered(names), tuple(names), alike) for (_, alike), names in groups.items()]
+    return [Folded(_numbered(names), tuple(names)) for names in groups.values()]
 
 
 def _numbered(names: list[str]) -> str:

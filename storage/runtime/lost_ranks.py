@@ -9,6 +9,11 @@ died has closed its connections. A process that was stopped, or whose machine is
 a ping. A process that is in a call of C code for long has no pulse either, but it answers: see `Connections.ping`.
 
 A thread per process reads and writes these keys. No other thread waits for the store, which may be lost, too.
+
+- `Poller`: that thread, one for each store. It serves all objects that are `Polled`.
+- `Watch`: one for each process group. It knows which ranks are lost.
+- `Lookout`: for a thread that waits for other ranks outside a collective call. It asks the `Watch`.
+- `_Silence`: what a rank knows about the next one, such as for how long its pulse has not changed.
 """
 
 from __future__ import annotations
