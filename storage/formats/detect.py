@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -141,42 +142,87 @@ def _in_folder(store: Store, format: str | None) -> Source:
         if manifest is not None:
             _warn_of_others(store, "reshard", format)
             return manifest
-    reads = Reads(store)
-    names = list(islice(store.list(), MAX_OBJECTS_SEARCHED))
-    cut = len(names) == MAX_OBJECTS_SEARCHED
-    if cut:
-        names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
-    top = sorted(name for name in names if "/" not in name)
-    if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
-        raise NotCommittedError(
-            f"the checkpoint at {store.location} is being converted, or its conversion was interrupted: it has "
-            f"{CONVERSION}. Make the same call of reshard.convert again to resume it, or remove it with `reshard rm`"
-        )
-    ranks = [name for name in top if RANK_METADATA.fullmatch(name)]
-    indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
-    torch_indexes = [name for name in top if name.endswith(TORCH_INDEX_SUFFIX)]
-    if cut and METADATA not in top and not indexes and not torch_indexes:
-        raise CheckpointNotFoundError(
-            f"{store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a checkpoint among them: "
-            "give the folder or file of the checkpoint"
-        )
-    if format in (None, "dcp") and (METADATA in top or ranks):
-        _warn_of_others(store, "dcp", format)
-        return DcpSource(reads, [METADATA] if METADATA in top else sorted(ranks, key=_rank_of_metadata))
-    files = [name for name in top if name.endswith(SUFFIX)]
-    if format in (None, "safetensors") and (files or indexes):
-        if indexes:
-            return _safetensors(reads, read_weight_map(reads, _index_of(store, indexes), files), files)
-        check_numbered_files(store.location, files)
-        return SafetensorsSource(reads, files)
-    files = [name for name in top if is_torch_file(name)]
-    if format in (None, "torch") and (files or torch_indexes):
-        if torch_indexes:
-            return _torch(reads, read_weight_map(reads, _index_of(store, torch_indexes), files), files)
-        files = _files_of_one_model(store, files)
-        if files:
-            return TorchSaveSource(reads, files)
-    raise _not_found(store, names, format)
+    listing = _Listing.of(store, format)
+    listing.check()
+    for known, open_if_there in (("dcp", _dcp), ("safetensors", _of_safetensors), ("torch", _of_torch_save)):
+        source = open_if_there(listing) if format in (None, known) else None
+        if source is not None:
+            return source
+    raise _not_found(store, listing.names, format)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The objects of a folder, without a native manifest."""
+
+    store: Store
+    wanted: str | None
+    """The format that the caller wants. None: any format."""
+    reads: Reads
+    names: list[str]
+    """All names, or the first MAX_OBJECTS_SEARCHED and the indexes."""
+    is_cut: bool
+
+    @classmethod
+    def of(cls, store: Store, wanted: str | None) -> _Listing:
+        reads = Reads(store)
+        names = list(islice(store.list(), MAX_OBJECTS_SEARCHED))
+        is_cut = len(names) == MAX_OBJECTS_SEARCHED
+        if is_cut:
+            names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
+        return cls(store, wanted, reads, names, is_cut)
+
+    @property
+    def top(self) -> list[str]:
+        """The names of the objects that are not in folders."""
+        return sorted(name for name in self.names if "/" not in name)
+
+    def check(self) -> None:
+        """Raise NotCommittedError for an unfinished conversion, and CheckpointNotFoundError if there are too many."""
+        top = self.top
+        if CONVERSION in top and not any(name == METADATA or name.endswith(INDEX_SUFFIX) for name in top):
+            raise NotCommittedError(
+                f"the checkpoint at {self.store.location} is being converted, or its conversion was interrupted: it "
+                f"has {CONVERSION}. Make the same call of reshard.convert again to resume it, or remove it with "
+                "`reshard rm`"
+            )
+        if self.is_cut and not any(
+            name == METADATA or name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)) for name in top
+        ):
+            raise CheckpointNotFoundError(
+                f"{self.store.location} has more than {MAX_OBJECTS_SEARCHED} objects, too many to find a checkpoint "
+                "among them: give the folder or file of the checkpoint"
+            )
+
+
+def _dcp(listing: _Listing) -> Source | None:
+    ranks = [name for name in listing.top if RANK_METADATA.fullmatch(name)]
+    files = [METADATA] if METADATA in listing.top else sorted(ranks, key=_rank_of_metadata)
+    if not files:
+        return None
+    _warn_of_others(listing.store, "dcp", listing.wanted)
+    return DcpSource(listing.reads, files)
+
+
+def _of_safetensors(listing: _Listing) -> Source | None:
+    files = [name for name in listing.top if name.endswith(SUFFIX)]
+    indexes = [name for name in listing.top if name.endswith(INDEX_SUFFIX)]
+    if indexes:
+        weights = read_weight_map(listing.reads, _index_of(listing.store, indexes), files)
+        return _safetensors(listing.reads, weights, files)
+    if not files:
+        return None
+    check_numbered_files(listing.store.location, files)
+    return SafetensorsSource(listing.reads, files)
+
+
+def _of_torch_save(listing: _Listing) -> Source | None:
+    files = [name for name in listing.top if is_torch_file(name)]
+    indexes = [name for name in listing.top if name.endswith(TORCH_INDEX_SUFFIX)]
+    if indexes:
+        return _torch(listing.reads, read_weight_map(listing.reads, _index_of(listing.store, indexes), files), files)
+    files = _files_of_one_model(listing.store, files)
+    return TorchSaveSource(listing.reads, files) if files else None
 
 
 def _warn_of_others(store: Store, found: str, wanted: str | None) -> None:

@@ -169,7 +169,10 @@ def _found(
     except NotCommittedError:
         return FoundCheckpoint(uri, "", NOT_COMMITTED, step, None, None, None)
     except CheckpointError as error:
-        if is_guess and isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError)):
+        is_no_checkpoint = isinstance(error, CheckpointNotFoundError) or (
+            is_guess and isinstance(error, CorruptCheckpointError)
+        )
+        if names is None and is_no_checkpoint:
             return None
         return FoundCheckpoint(uri, "", str(error), step, None, None, None, error=error)
     nbytes = sum(nbytes for _, nbytes in source.objects)

@@ -47,7 +47,7 @@ def whole(change: Callable[[Metadata], object] = lambda metadata: None) -> Memor
     return put_together(TENSORS, {"step": 7}, change)
 
 
-def read_all(store: MemoryStore) -> None:
+def check_values(store: MemoryStore) -> None:
     checkpoint = reshard.open(store)
     assert same(checkpoint.read("w"), W)
     assert same(checkpoint.read("v"), V)
@@ -66,7 +66,7 @@ def taking_at_most(nbytes: int) -> Iterator[None]:
 
 
 def test_undamaged_checkpoint_is_read() -> None:
-    read_all(whole())
+    check_values(whole())
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -129,7 +129,7 @@ def test_code_beside_the_metadata_of_tensors_does_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with taking_at_most(32 * 2**20):
-        read_all(whole(lambda metadata: setattr(metadata, attribute, value)))
+        check_values(whole(lambda metadata: setattr(metadata, attribute, value)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,7 +214,7 @@ def test_unknown_classes_beside_the_metadata_of_tensors_are_ignored(case: str, p
 
     store = whole(change)
     store.content[METADATA] = pickle.dumps(made[0], protocol)
-    read_all(store)
+    check_values(store)
     assert set(reshard.open(store).state_dict()) == {"w", "v", "step"}
 
 
@@ -228,7 +228,7 @@ def test_subclass_of_metadata_is_read() -> None:
     store = whole(made.append)
     attributes = {field.name: getattr(made[0], field.name) for field in fields(Metadata)}
     store.content[METADATA] = pickle.dumps(MCoreMetadata(**attributes, mcore_data={"w": Options()}))
-    read_all(store)
+    check_values(store)
 
 
 @pytest.mark.parametrize("state", [None, {}, {"state_dict_metadata": {}}, [1]])
@@ -250,7 +250,7 @@ def test_defaultdict_of_tensors_is_read() -> None:
         metadata.storage_data = collections.defaultdict(dict, metadata.storage_data)
         metadata.planner_data = collections.defaultdict(tuple, {"w": ("w",)})
 
-    read_all(whole(change))
+    check_values(whole(change))
 
 
 def placed(**changes: Any) -> Callable[[Metadata], None]:

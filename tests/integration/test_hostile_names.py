@@ -254,11 +254,13 @@ def test_values_and_files_are_shown_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "info", [{"unindexed_files": 5}, {"unindexed_files": ["\x1b[2J\n"], "created": "\x1b\t", "writer": [1]}]
 )
-def test_info_of_any_kind_is_shown(info: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_with_info_of_any_kind_is_shown(
+    info: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reshard.save({"w": VALUES}, tmp_path / "c")
     monkeypatch.setattr(reshard.Checkpoint, "info", info)
-    call("inspect", tmp_path / "c")
-    call("ls", tmp_path)
+    assert call("inspect", tmp_path / "c").startswith(f"{tmp_path}/c: reshard")
+    assert "complete" in call("ls", tmp_path)
 
 
 def test_deeply_nested_values_are_shown_or_refused(tmp_path: Path) -> None:

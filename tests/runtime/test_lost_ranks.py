@@ -258,6 +258,7 @@ def make_short_calls() -> None:
     for hour in range(20):
         with patch.object(time, "monotonic", lambda hour=hour: 3600.0 * hour), watch.in_call():
             watch.check()
+    assert watch.lost is None
 
 
 def test_many_short_calls_do_not_add_up_to_a_store_that_is_silent(ranks: RankPool) -> None:
