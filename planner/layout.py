@@ -349,6 +349,10 @@ class Layout:
     """Names of tensors and the coordinate of the mesh dimension "pp" that holds each. A tensor that is not listed is on
     all stages. `even_stages` distributes layers evenly."""
     _stage_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    _literals: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    """The positions of the rules whose pattern has no special characters."""
+    _globs: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """The positions of the other rules."""
     _found: dict[tuple[str, int], tuple[Placement, ...]] = field(init=False, repr=False, compare=False)
     """The placements that were looked up, which are the same for all ranks."""
 
@@ -362,6 +366,10 @@ class Layout:
             raise LayoutError(f'rules must map patterns to rules, such as {{"*.up": "colwise"}}, got {rules!r}')
         object.__setattr__(self, "mesh", Mesh.of(mesh))
         object.__setattr__(self, "rules", tuple((rules or {}).items()))
+        literals = {pattern: at for at, (pattern, _) in enumerate(self.rules) if _is_literal(pattern)}
+        object.__setattr__(self, "_literals", MappingProxyType(literals))
+        globs = (at for at, (pattern, _) in enumerate(self.rules) if pattern not in literals)
+        object.__setattr__(self, "_globs", tuple(globs))
         object.__setattr__(self, "stages", tuple(sorted((stages or {}).items())))
         object.__setattr__(self, "_stage_of", dict(self.stages))
         object.__setattr__(self, "_found", {})
@@ -401,10 +409,22 @@ class Layout:
         """Return one placement for each mesh dimension, for the tensor of this name. Raises LayoutError."""
         found = self._found.get((name, ndim))
         if found is None:
-            matching = ((pattern, rule) for pattern, rule in self.rules if matches(pattern, name))
-            pattern, rule = next(matching, ("", {}))
+            at = self._first_match(name)
+            pattern, rule = ("", {}) if at is None else self.rules[at]
             found = self._found[name, ndim] = self._placements(pattern, rule, ndim)
         return found
+
+    def _first_match(self, name: str) -> int | None:
+        """Return the position of the first rule that matches a name. A layout may have a rule for each tensor."""
+        parts = name.split(".")
+        modules = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        first = min((self._literals[module] for module in modules if module in self._literals), default=None)
+        for at in self._globs:
+            if first is not None and at > first:
+                break
+            if matches(self.rules[at][0], name):
+                return at
+        return first
 
     def local(self, name: str, shape: Sequence[int], rank: int) -> LocalTensor:
         """Return what a rank holds of the tensor of this name and global shape. Raises LayoutError."""

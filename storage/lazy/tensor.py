@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ...planner.box import Box
@@ -162,14 +163,23 @@ class LazyTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         lazy: dict[int, LazyTensor] = {}
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
         if func in USES_AS_NUMBER:
             args = (args[0].read(func.__name__),)
-        elif func in USES_OF_MEMORY or str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        elif func is torch.Tensor.new_tensor:  # only the dtype and the device count
+            args = (torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:])
+        elif (
+            func in USES_OF_MEMORY
+            or str(getattr(func, "__module__", "")).startswith("torch.distributed")
+            or any(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms)
+        ):
             flat, spec = tree_flatten((args, kwargs))
-            for at, value in enumerate(flat):
-                if isinstance(value, LazyTensor):
-                    flat[at] = value.materialized(func.__name__)
-                    lazy[id(flat[at])] = value
+            # The transforms of torch.func, except vmap, would take a lazy tensor for an ordinary one without values.
+            with temporarily_clear_interpreter_stack():
+                for at, value in enumerate(flat):
+                    if isinstance(value, LazyTensor):
+                        flat[at] = value.materialized(func.__name__)
+                        lazy[id(flat[at])] = value
             restored: Any = tree_unflatten(flat, spec)
             args, kwargs = restored
         with torch._C.DisableTorchFunctionSubclass():
@@ -443,15 +453,19 @@ def _index(func: Any, tensor: LazyTensor, indexes: Sequence[torch.Tensor | None]
 
 
 def _index_select(func: Any, tensor: LazyTensor, dim: int, index: torch.Tensor) -> LazyTensor | None:
-    return _select_indexes(tensor, dim % max(1, tensor.dim()), index) if tensor.dim() and index.dim() == 1 else None
+    if not tensor.dim() or index.dim() != 1:
+        return None
+    return _select_indexes(tensor, dim % tensor.dim(), index, may_be_negative=False)
 
 
-def _select_indexes(tensor: LazyTensor, dim: int, index: torch.Tensor) -> LazyTensor | None:
+def _select_indexes(
+    tensor: LazyTensor, dim: int, index: torch.Tensor, *, may_be_negative: bool = True
+) -> LazyTensor | None:
     if index.dtype not in (torch.int64, torch.int32) or index.device.type != "cpu" or isinstance(index, LazyTensor):
         return None
     size = tensor.shape[dim]
     finish_writes("indexing", [index])
-    rows = [row + size if row < 0 else row for row in index.reshape(-1).tolist()]
+    rows = [row + size if row < 0 and may_be_negative else row for row in index.reshape(-1).tolist()]
     if any(not 0 <= row < size for row in rows):
         raise IndexError(f"index out of range for dimension {dim} of size {size}")
     runs = _runs(rows) or [(0, 0)]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ..runtime.torch_modes import writing_to
-from ..tensors.dtypes import UNSIGNED, cast, from_bytes
+from ..tensors.dtypes import cast, from_bytes, memory_of_plain
 from .blocks import Block, split_shape
 from .device.device import Device, device_of
 
@@ -36,7 +36,7 @@ class Destination:
         if plain and not tensor.dtype.is_complex:
             # torch copies on its thread pool, which the threads that call this would compete for. numpy does not
             # (`benchmarks/overhead.py`).
-            self.array = tensor.view(UNSIGNED[tensor.itemsize]).numpy()
+            self.array = memory_of_plain(tensor)
 
 
 class BlockTarget:

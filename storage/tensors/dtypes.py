@@ -17,8 +17,14 @@ LocalShard = tuple[Box, torch.Tensor]
 """A box of the global tensor, and the local tensor with its values."""
 SINGLE_THREAD_NUMEL = 32768
 """How many elements torch processes in the calling thread, without using others: ATen's GRAIN_SIZE."""
-UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-"""Dtypes that numpy has too, by bytes per element."""
+_ARRAY_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("u2"),
+    4: np.dtype("u4"),
+    8: np.dtype("u8"),
+    16: np.dtype("c16"),
+}
+"""The dtypes of numpy that stand for the bits of elements, by bytes per element."""
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
@@ -44,9 +50,34 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Return the bits of a tensor as an array of the same shape on the host. A view if the tensor is on the host."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    bits: npt.NDArray[Any] = plain.view(UNSIGNED.get(plain.itemsize, plain.dtype)).numpy()
-    return bits
+    return memory_of_plain(tensor.detach().resolve_conj().resolve_neg().cpu())
+
+
+def memory_of_plain(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the memory of a tensor on the host as an array of unsigned integers, or of complex128.
+
+    After `Tensor.numpy`, the storage of the tensor could never be resized again, but FSDP1 and others free memory so.
+    """
+    if not tensor.numel():
+        return np.empty(tuple(tensor.shape), _ARRAY_DTYPES[tensor.itemsize])
+    array: npt.NDArray[Any] = np.asarray(_Lent(tensor))
+    return array
+
+
+class _Lent:
+    """Lends the memory of a tensor to numpy. The array keeps it alive."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * tensor.itemsize for stride in tensor.stride()),
+            "typestr": _ARRAY_DTYPES[tensor.itemsize].str,
+        }
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -24,6 +24,8 @@ from reshard.storage.stores.memory import MemoryStore
 from tests.integration.wrappers import Deaf, Flattened, Logged, Refusing, Scaled, Tagged
 from tests.ranks import RankPool
 
+COMPLEX = torch.complex(torch.ones(3), torch.arange(3.0))
+
 
 def saved(**tensors: torch.Tensor) -> MemoryStore:
     store = MemoryStore()
@@ -476,3 +478,34 @@ def test_autograd_notices_a_load(codec: str, dtype: torch.dtype) -> None:
         load(parameter)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             result.backward()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_the_memory_of_tensors_can_be_resized_after_a_save_and_a_load(codec: str, tmp_path: Path) -> None:
+    """As FSDP1 does, which frees the memory of its parameters so."""
+    values = {
+        "w": torch.randn(300, 40),
+        "half": torch.randn(7, 5).bfloat16(),
+        "ids": torch.arange(9),
+        "complex": COMPLEX,
+    }
+    saved_state = {name: value.clone() for name, value in values.items()}
+    reshard.save(saved_state, tmp_path / "native", codec=codec)
+    reshard.async_save(saved_state, tmp_path / "later", codec=codec, background="thread").result()
+    dcp.save(saved_state, checkpoint_id=tmp_path / "dcp")
+    states = [saved_state]
+    for folder in ("native", "dcp"):
+        states.append({name: torch.zeros_like(value) for name, value in values.items()})
+        reshard.load(states[-1], tmp_path / folder)
+        states.append({"w": torch.zeros(40, 300).t(), "half": torch.zeros(7, 5), "ids": torch.zeros(9)})
+        reshard.load(states[-1], tmp_path / folder)
+        checkpoint = reshard.open(tmp_path / folder)
+        states += [checkpoint.state_dict(), {"w": checkpoint.read("w")}, checkpoint.load_rank(reshard.Layout(1), 0)]
+        with checkpoint.lazy() as weights:
+            states.append({"w": torch.zeros(300, 40).copy_(weights["w"])})
+    for state in states:
+        for name, tensor in state.items():
+            assert torch.equal(tensor.to(values[name].dtype), values[name]), name
+            tensor.untyped_storage().resize_(0)
+            tensor.untyped_storage().resize_(values[name].nbytes * 4)

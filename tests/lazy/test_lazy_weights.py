@@ -142,6 +142,45 @@ def test_masks_and_arithmetic_have_the_values_of_torch(checkpoint: reshard.Check
         assert torch.equal(torch.cat([wide, torch.zeros(1, 64)])[:64], state["wide"])
 
 
+X = torch.linspace(-1, 1, 64).expand(64, 64).contiguous()
+FUNCTIONAL: dict[str, Callable[[torch.Tensor], Any]] = {
+    "vjp": lambda w: torch.func.vjp(lambda x: x @ w, X)[0],
+    "vjp of views": lambda w: torch.func.vjp(lambda x: (x * w[:, 1:].t()[:64].sum()).sum(), X)[1](torch.tensor(1.0))[0],
+    "jvp": lambda w: torch.stack(torch.func.jvp(lambda x: x @ w, (X,), (X,))),
+    "grad": lambda w: torch.func.grad(lambda x: (x * w).sum())(X),
+    "functionalize": lambda w: torch.func.functionalize(lambda x: x @ w)(X),
+    "hessian": lambda w: torch.func.hessian(lambda x: (x * x * w[0]).sum())(X[0]),
+    "vmap": lambda w: torch.vmap(lambda row: row @ w)(X),
+    "vmap of grad": lambda w: torch.vmap(torch.func.grad(lambda row: (row * w[1]).sum()))(X),
+    "a copy": lambda w: torch.func.vjp(lambda x: torch.zeros(64, 64).copy_(w) @ x, X)[0],
+    "functional_call": lambda w: torch.func.functional_call(nn.Linear(64, 64, bias=False), {"weight": w}, (X,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_transforms_of_functions_have_the_values_of_torch(name: str, checkpoint: reshard.Checkpoint) -> None:
+    expected = FUNCTIONAL[name](tensors()["wide"])
+    with checkpoint.lazy() as weights:
+        found = FUNCTIONAL[name](weights["wide"])
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(weights["wide"].clone(), tensors()["wide"])
+
+
+def test_a_new_tensor_is_on_the_device_of_the_lazy_one(checkpoint: reshard.Checkpoint) -> None:
+    with checkpoint.lazy() as weights:
+        made = weights["wide"].new_tensor([1, 2])
+        assert (made.device.type, made.dtype, made.tolist()) == ("cpu", torch.float32, [1.0, 2.0])
+        assert weights["ids"].new_tensor([3], dtype=torch.int8).tolist() == [3]
+
+
+def test_index_select_refuses_negative_indexes_as_torch_does(checkpoint: reshard.Checkpoint) -> None:
+    with checkpoint.lazy() as weights:
+        with pytest.raises(IndexError, match="out of range"):
+            weights["wide"].index_select(0, torch.tensor([1, -1]))
+        assert torch.equal(weights["wide"][torch.tensor([1, -1])], tensors()["wide"][[1, -1]])
+
+
 def test_changing_a_lazy_tensor_changes_its_views_and_not_its_copies(checkpoint: reshard.Checkpoint) -> None:
     original = tensors()["wide"]
     destination = torch.zeros(64, 64)

@@ -118,6 +118,17 @@ def test_first_matching_pattern_applies() -> None:
     assert layout.placements("a.upper.weight", 2) == (Shard(1),)
 
 
+@given(
+    st.lists(st.sampled_from(["a", "a.b", "b", "*", "a.*", "*.b", "a.b.c", "?.b", "c", "[ab].b.c"]), unique=True),
+    st.sampled_from(["a", "a.b", "a.b.c", "b.b.c", "c", "d.e", "b"]),
+)
+def test_rules_with_and_without_special_characters_apply_in_their_order(patterns: list[str], name: str) -> None:
+    layout = Layout({"tp": 2}, {pattern: Shard(at) for at, pattern in enumerate(patterns)})
+    first = next((at for at, pattern in enumerate(patterns) if matches(pattern, name)), None)
+    expected = Replicate() if first is None else Shard(first)
+    assert layout.placements(name, 10) == (expected,)
+
+
 def test_unused_rules_match_no_name() -> None:
     names = ["model.layers.0.up.weight", "model.layers.1.up.weight", "model.norm", "a[0]"]
     rules = {
