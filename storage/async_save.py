@@ -265,7 +265,6 @@ class _Answer:
     error: CheckpointError | None = None
 
 
-@undisturbed()
 def async_save(
     state_dict: Mapping[str, Any],
     uri: str | os.PathLike[str] | Store,
@@ -317,6 +316,34 @@ def async_save(
         CheckpointError: the last save of the group failed, and `result` and `exception` were not called on every rank.
             Nothing was saved by this call: call it again.
     """
+    options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
+    return async_save_with(
+        state_dict,
+        uri,
+        options,
+        process_group,
+        progress,
+        staging=staging,
+        staging_bytes=staging_bytes,
+        busy=busy,
+        background=background,
+    )
+
+
+@undisturbed()
+def async_save_with(
+    state_dict: Mapping[str, Any],
+    uri: str | os.PathLike[str] | Store,
+    options: SaveOptions,
+    process_group: dist.ProcessGroup | None,
+    progress: OnProgress = False,
+    *,
+    staging: str = "blocking",
+    staging_bytes: int | None = None,
+    busy: str = "wait",
+    background: str = "process",
+) -> AsyncSave:
+    """Save a state dict while training goes on. See `async_save`."""
     ranks = _Ranks.of(process_group)
     last = ranks.last
     if busy == "wait" and last is not None:
@@ -326,7 +353,6 @@ def async_save(
                 "that save: pass busy='skip' or 'refuse', or save elsewhere"
             )
         last._ended.wait()
-    options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
     saving = Saving(uri, options, progress, ranks.planning.rank, ranks.planning.size, ranks.plan)
     remote: list[PickledStore] = []
 
@@ -336,7 +362,7 @@ def async_save(
         saving.open()
         check_mapping(state_dict)
         if background == "process" and not remote:
-            remote.append(PickledStore.of(uri, storage_options))
+            remote.append(PickledStore.of(uri, options.storage_options))
         return chosen
 
     def begin() -> _Offer:

@@ -291,7 +291,6 @@ class Saving:
         return Report(self._rank, tuple(ranks))
 
 
-@undisturbed()
 def save(
     state_dict: Mapping[str, Any],
     uri: str | os.PathLike[str] | Store,
@@ -348,8 +347,20 @@ def save(
             codecs or metadata, or different dtypes, shapes or kinds of values for one name.
         RankError: any other error.
     """
-    collectives = Collectives(process_group)
     options = SaveOptions(codec, storage_options, overwrite, allow_pickle, budget_bytes, metadata)
+    return save_with(state_dict, uri, options, process_group, progress)
+
+
+@undisturbed()
+def save_with(
+    state_dict: Mapping[str, Any],
+    uri: str | os.PathLike[str] | Store,
+    options: SaveOptions,
+    process_group: dist.ProcessGroup | None,
+    progress: OnProgress = False,
+) -> Report:
+    """Save a state dict. See `save`."""
+    collectives = Collectives(process_group)
     saving = Saving(uri, options, progress, collectives.rank, collectives.size)
 
     def check() -> None:

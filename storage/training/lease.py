@@ -24,7 +24,7 @@ from ...planner.errors import CheckpointError
 from ..errors import CheckpointExistsError, ObjectNotFoundError, RunInUseError, UnavailableError
 from ..runtime.forks import after_fork_in_child
 from ..runtime.logs import logger_of
-from ..runtime.threads import Pool, current_stop
+from ..runtime.threads import Pool, cleaning_up, current_stop
 from ..stores.base import Store
 from ..stores.open import open_store
 
@@ -118,6 +118,8 @@ class Lease:
         self._is_closing = threading.Event()
         self._holder = _myself()
         self._lost = ""
+        self.was_taken_over = False
+        """Whether the previous holder has not released it, and may still run."""
         self._number = self._acquire(EXPIRES_AFTER_S if expires_after_s is None else expires_after_s)
         _held[self._holder.id] = self
         self._pool = Pool(1, "reshard-lease")
@@ -147,8 +149,10 @@ class Lease:
                 return
             self._lost = "it was closed"
             try:
-                if max(self._numbers(), default=0) == self._number:
-                    self._write(self._number, replace(self._holder, released=True, time=time.time()), overwrite=True)
+                with cleaning_up():  # a store that does not answer must not keep the process for long
+                    if max(self._numbers(), default=0) == self._number:
+                        released = replace(self._holder, released=True, time=time.time())
+                        self._write(self._number, released, overwrite=True)
             except CheckpointError as error:
                 logger.warning("the lease of %s could not be released: %s", self._store.location, error)
 
@@ -202,6 +206,7 @@ class Lease:
                 expires_after_s,
             )
             self._wait_for_silence(number, holder, expires_after_s)
+        self.was_taken_over = holder is not None and not holder.released
         self._holder = replace(self._holder, time=time.time())
         try:
             self._write(number + 1, self._holder, overwrite=False)

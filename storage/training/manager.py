@@ -8,7 +8,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, Literal, SupportsFloat, TypeVar
 import torch.distributed as dist
 
 from ...planner.masking import masked
-from ..async_save import CHOICES, AsyncSave, async_save
+from ..async_save import CHOICES, AsyncSave, async_save_with
 from ..errors import ArgumentError, CheckpointNotFoundError
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import MANIFEST_NAME
@@ -31,15 +31,16 @@ from ..runtime.logs import logger_of
 from ..runtime.process_group import Collectives, is_distributed, on_all_ranks, on_rank_0, rank_of
 from ..runtime.progress import OnProgress
 from ..runtime.reports import Report
-from ..save import save
+from ..save import save_with
 from ..stores.base import exists
 from ..stores.local import LocalStore, NodeLocalStore
 from ..stores.open import absolute_location, open_store
 from ..stores.uris import join_location
 from ..tensors.name_patterns import Patterns
 from ..tensors.state_dict import check_mapping
+from ..writing.checkpoint_writer import SaveOptions
 from .lease import Lease
-from .mirror import MirrorCopier, remove_own_objects
+from .mirror import MirrorCopier, remove_own_leftovers, remove_own_objects
 from .policies import Policy, SavedStep, by_metric, check_mode, check_policies
 from .requested_saves import SAVE, STOP, RequestedSaves, StopSignals, checked_signals
 from .restoring import restore_latest
@@ -211,11 +212,9 @@ class CheckpointManager:
         self._asynchronous = asynchronous
         self._storage_options = storage_options
         self._mirror_options = mirror_options
-        self._save_options: dict[str, Any] = {
-            "codec": codec,
-            "allow_pickle": allow_pickle,
-            "budget_bytes": budget_bytes,
-        }
+        self._save_options = SaveOptions(
+            codec, storage_options, overwrite=False, allow_pickle=allow_pickle, budget_bytes=budget_bytes, metadata=None
+        )
         self._read_only = read_only
         self._group = _own_group(process_group)
         self._leases: list[Lease] = []
@@ -280,7 +279,7 @@ class CheckpointManager:
     def _open_run(self) -> tuple[SavedStep, ...]:
         """List the checkpoints on rank 0, and return them on every rank."""
 
-        def open_run() -> tuple[SavedStep, ...]:
+        def open_run() -> tuple[tuple[SavedStep, ...], set[str]]:
             leases = [*self._leases, None, None]
             options, is_shared = self._storage_options, self._is_shared
             root = RunLocation(self._root, options, self._policies, leases[0], is_shared=is_shared)
@@ -290,11 +289,14 @@ class CheckpointManager:
             self._controller = RunController(root, mirror, self._copier)
             self._threads.waits.append(self._controller.wait_for_removals)
             self._threads.ends.insert(0, self._controller.close)
-            saved = self._controller.saved()
+            saved, folders = self._controller.saved(), self._controller.folders()
             self._controller.begin()
-            return saved
+            return saved, folders
 
-        return on_rank_0(open_run, self._group)
+        saved, folders = on_rank_0(open_run, self._group)
+        if not self._is_shared and self._rank:
+            remove_own_leftovers(self._root, folders, self._rank)
+        return saved
 
     @property
     def _rank(self) -> int:
@@ -628,7 +630,7 @@ class CheckpointManager:
             has_entries = bool(state_dict)
             if self._controller is None:
                 return _SaveCall(step, force, has_entries)
-            for lease in self._leases:
+            for lease in self._leases[:1]:  # that of the mirror is checked before each copy
                 lease.check()
             decision = self._controller.decide(step, checked, force=force)
             stored = metadata_of(decision.saved, decision.sequence, decision.parent, metadata)
@@ -642,16 +644,7 @@ class CheckpointManager:
         if self._controller is not None:
             self._controller.begin_save(decision)
         try:
-            begun = (async_save if self._asynchronous else save)(
-                state_dict,
-                self.location(step) if self._is_shared else NodeLocalStore(open_store(self.location(step)).location),
-                storage_options=self._storage_options,
-                process_group=self._group,
-                overwrite=decision.overwrite,
-                metadata=order.metadata,
-                **self._save_options,
-                **self._async_options,
-            )
+            begun = self._begin_save(step, state_dict, order)
         except BaseException:
             if self._controller is not None:
                 self._controller.end_save(decision, is_committed=False)
@@ -665,6 +658,15 @@ class CheckpointManager:
             if self._controller is not None:
                 self._controller.end_save(decision, is_committed=True)
         return True
+
+    def _begin_save(self, step: int, state_dict: Mapping[str, Any], order: _SaveOrder) -> AsyncSave | Report:
+        uri = self.location(step) if self._is_shared else NodeLocalStore(open_store(self.location(step)).location)
+        options = replace(self._save_options, overwrite=order.decision.overwrite, metadata=order.metadata)
+        if self._leases:  # another manager may take over the run while this one writes
+            options = replace(options, before_commit=self._leases[0].check)
+        if self._asynchronous:
+            return async_save_with(state_dict, uri, options, self._group, **self._async_options)
+        return save_with(state_dict, uri, options, self._group)
 
 
 def _order_for(calls: Sequence[_SaveCall]) -> _SaveOrder:

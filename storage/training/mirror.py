@@ -8,9 +8,10 @@ copy. The ranks communicate through torch's key-value store, so training is not 
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Condition
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...planner.errors import CheckpointError
-from ..errors import CorruptCheckpointError, ObjectNotFoundError, StoreError
+from ..errors import AccessDeniedError, CorruptCheckpointError, ObjectNotFoundError, StoreError, UnavailableError
 from ..formats.native.commit import commit, rank_of_object
 from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
 from ..maintenance.verify import verify
@@ -28,14 +29,16 @@ from ..runtime.threads import Pool, current_stop
 from ..stores.base import Store
 from ..stores.local import LocalStore
 from ..stores.open import open_store
-from ..stores.retry import read_whole
+from ..stores.retry import read_whole, retried
 from ..stores.uris import join_location
+from .run_catalog import STEP_FOLDER
 
 logger = logger_of(__name__)
 POLL_EVERY_S = 0.5
 READ_BYTES = 8 * 1024 * 1024
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 """If a manifest is larger, the ranks do not verify what they copy: each of them would read all of it."""
+LEFTOVERS_KEPT_S = 24 * 3600
 CONCURRENT_COPIES = 2
 """How many objects a rank copies at once. A writer holds up to 80 MB of each in memory."""
 
@@ -64,6 +67,8 @@ class CopyResult:
     is_complete: bool = False
     problem: str = ""
     """Why it failed."""
+    is_out_of_reach: bool = False
+    """Whether it failed because the mirror does not answer, or refuses access."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +160,20 @@ class MirrorCopier:
             try:
                 result = self._copy(task.folder, task.overwrite) if task.is_needed() else CopyResult()
             except Exception as error:
-                result = CopyResult(problem=f"{type(error).__name__}: {error}")
-            try:
-                task.ended(result)
-            except Exception as error:
-                logger.error("after the copy of %s: %s: %s", task.folder, type(error).__name__, error)
-            finally:
+                result = CopyResult(problem=f"{type(error).__name__}: {error}", is_out_of_reach=_is_out_of_reach(error))
+            ended = [task]
+            if result.is_out_of_reach:  # each of the other copies would wait as long
                 with self._changed:
-                    self._is_busy = False
-                    self._changed.notify_all()
+                    ended += self._waiting
+                    self._waiting.clear()
+            for one in ended:
+                try:
+                    one.ended(result)
+                except Exception as error:
+                    logger.error("after the copy of %s: %s: %s", one.folder, type(error).__name__, error)
+            with self._changed:
+                self._is_busy = False
+                self._changed.notify_all()
 
     def _copy(self, folder: str, overwrite: bool) -> CopyResult:
         """Copy a checkpoint with all ranks, and commit it."""
@@ -175,9 +185,10 @@ class MirrorCopier:
         self._count += 1
         if self._store is not None:
             self._store.set(f"{self._key}/{self._count}", copy.to_json())
-        problems = [self._copy_own(copy), *self._problems_of_others()]
+        own = self._copy_own(copy)
+        problems = [own.problem, *self._problems_of_others()]
         if any(problems):
-            return CopyResult(problem="; ".join(filter(None, problems)))
+            return replace(own, problem="; ".join(filter(None, problems)), is_complete=False)
         commit(target, data, {name for name, _ in copy.objects}, overwrite=overwrite)
         return CopyResult(is_complete=True)
 
@@ -205,12 +216,12 @@ class MirrorCopier:
                 if self._store.check([key]):
                     copy = CheckpointCopy.from_json(self._store.get(key))
                     self._count += 1
-                    self._store.set(f"{key}/{self._rank}", self._copy_own(copy))
+                    self._store.set(f"{key}/{self._rank}", self._copy_own(copy).problem)
         except RuntimeError as error:
             logger.info("the process group has ended, and this rank copies no more checkpoints: %s", error)
 
-    def _copy_own(self, copy: CheckpointCopy) -> str:
-        """Copy the objects of this rank. Return why this failed, or "" if it did not."""
+    def _copy_own(self, copy: CheckpointCopy) -> CopyResult:
+        """Copy the objects of this rank."""
         own = [
             (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
         ]
@@ -221,10 +232,14 @@ class MirrorCopier:
                 for _ in pool.map(lambda item: copy_object(source, target, *item), own):
                     pass
         except CheckpointError as error:
-            return f"rank {self._rank}: {error}"
+            return CopyResult(problem=f"rank {self._rank}: {error}", is_out_of_reach=_is_out_of_reach(error))
         except Exception as error:
-            return f"rank {self._rank}: {type(error).__name__}: {error}"
-        return ""
+            return CopyResult(problem=f"rank {self._rank}: {type(error).__name__}: {error}")
+        return CopyResult(is_complete=True)
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    return isinstance(error, (UnavailableError, AccessDeniedError))
 
 
 def _check_undamaged(source: Store, names: Sequence[str]) -> None:
@@ -259,13 +274,19 @@ def copy_object(source: Store, target: Store, name: str, nbytes: int) -> None:
         target.delete([name])  # a copy that was killed
     except ObjectNotFoundError:
         pass
-    with target.create(name) as out:
-        for start in range(0, nbytes, READ_BYTES):
-            stop = min(start + READ_BYTES, nbytes)
-            data = read_whole(source, name, start, stop)
-            if memoryview(data).nbytes != stop - start:
-                raise CorruptCheckpointError(f"{name!r} in {source.location} ends before byte {stop}: it is truncated")
-            out.write(data)
+
+    def write() -> None:
+        with target.create(name) as out:
+            for start in range(0, nbytes, READ_BYTES):
+                stop = min(start + READ_BYTES, nbytes)
+                data = read_whole(source, name, start, stop)
+                if memoryview(data).nbytes != stop - start:
+                    raise CorruptCheckpointError(
+                        f"{name!r} in {source.location} ends before byte {stop}: it is truncated"
+                    )
+                out.write(data)
+
+    retried(write)  # an object that is being written cannot be continued after a failure
 
 
 def remove_own_objects(root: str, folders: Iterable[str], rank: int) -> None:
@@ -279,6 +300,26 @@ def remove_own_objects(root: str, folders: Iterable[str], rank: int) -> None:
         if isinstance(store, LocalStore):
             store.delete_if_empty(DATA_FOLDER)
             store.delete_if_empty()
+
+
+def remove_own_leftovers(root: str, known: Iterable[str], rank: int) -> None:
+    """Remove what a rank wrote to a disk of its machine a day ago or earlier, in folders that rank 0 does not know.
+
+    Rank 0 may have ended before it could tell this rank what it had removed.
+
+    Args:
+        root: the root of the run.
+        known: the folders of all checkpoints that rank 0 sees.
+    """
+    store = open_store(root)
+    own: dict[str, list[str]] = {}
+    for name in store.list():
+        folder = name.partition("/")[0]
+        if rank_of_object(name) == rank and STEP_FOLDER.fullmatch(folder):
+            own.setdefault(folder, []).append(name)
+    begin = time.time() - LEFTOVERS_KEPT_S
+    old = [folder for folder in own.keys() - set(known) if all(store.modified(name) < begin for name in own[folder])]
+    remove_own_objects(root, sorted(old), rank)
 
 
 def _open(root: str, storage_options: Mapping[str, Any] | None, folder: str) -> Store:

@@ -27,7 +27,7 @@ MANAGED = "manager"
 """The key of the metadata of a checkpoint under which the manager keeps its own."""
 METRICS = "metrics"
 """The key of the metadata of a checkpoint under which the metrics are."""
-_STEP_FOLDER = re.compile(r"step-([0-9]{1,64})")
+STEP_FOLDER = re.compile(r"step-([0-9]{1,64})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def find_entries(
     entries = []
     for found in find_checkpoints(root, storage_options):
         folder = folder_below(root, found.uri)
-        step = _STEP_FOLDER.fullmatch(folder)
+        step = STEP_FOLDER.fullmatch(folder)
         if step:
             entry = _entry(found, folder, int(step[1]))
             has_manifest = entry.is_native and entry.error is None and entry.is_committed

@@ -82,6 +82,9 @@ class RunController:
         self._not_copied: dict[str, str] = {}
         """Folders that could not be copied to the mirror, and why."""
         self._reading: list[Candidate] = []
+        self._first_sequence = 0
+        if root.was_taken_over:  # its manager may have begun a save with the next number
+            self._first_sequence = 1 + self._next_sequence()
         self._pool = Pool(1, "reshard-manager")
 
     def begin(self) -> None:
@@ -97,6 +100,10 @@ class RunController:
     def saved(self) -> tuple[SavedStep, ...]:
         """Return the checkpoints of the current branch, in the order of steps."""
         return tuple(entry.saved for entry in self.branch())
+
+    def folders(self) -> set[str]:
+        """Return the folders of all known checkpoints, complete or not."""
+        return {entry.folder for location in self._locations for entry in location.entries()}
 
     def decide(self, step: int, metrics: Mapping[str, float], *, force: bool) -> SaveDecision:
         """Decide whether a step is saved, and under which number.
@@ -249,7 +256,8 @@ class RunController:
             location.rewind(Rewind(to.step, to.sequence, self._next_sequence()))
 
     def _next_sequence(self) -> int:
-        return next_sequence(entry for location in self._locations for entry in location.entries())
+        known = next_sequence(entry for location in self._locations for entry in location.entries())
+        return max(known, self._first_sequence)
 
     def _folders_read_from(self, location: RunLocation) -> list[str]:
         return [found.folder for found in self._reading if found.on_mirror == (location is self._mirror)]
@@ -275,11 +283,14 @@ class RunController:
             self._copier.submit(
                 entry.folder,
                 overwrite=overwrite,
-                is_needed=partial(self._is_kept, entry),
+                is_needed=partial(self._may_copy, entry),
                 ended=partial(self._end_copy, entry),
             )
 
-    def _is_kept(self, entry: RunEntry) -> bool:
+    def _may_copy(self, entry: RunEntry) -> bool:
+        """Return whether a checkpoint is still kept. Raises RunInUseError if another manager has the mirror."""
+        assert self._mirror is not None
+        self._mirror.check_lease()
         return any(kept.key == entry.key for kept in self.root.kept())
 
     def _end_copy(self, entry: RunEntry, result: CopyResult) -> None:

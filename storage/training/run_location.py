@@ -160,6 +160,16 @@ class RunLocation:
         steps = kept_steps(self._policies, [entry.saved for entry in found])
         return [entry for entry in found if entry.step in steps]
 
+    @property
+    def was_taken_over(self) -> bool:
+        """Whether the previous manager has not released its lease, and may still run."""
+        return self._lease is not None and self._lease.was_taken_over
+
+    def check_lease(self) -> None:
+        """Raise RunInUseError if another manager has taken over this location."""
+        if self._lease is not None:
+            self._lease.check()
+
     def remove_not_kept(self) -> None:
         """Remove the checkpoints that no policy keeps, in the background."""
         if self._policies is not None and self._lease is not None:
@@ -240,8 +250,7 @@ class RunLocation:
                     self._changed.notify_all()
 
     def _remove(self, entry: RunEntry) -> None:
-        assert self._lease is not None
-        self._lease.check()
+        self.check_lease()
         uri = self.uri_of(entry.folder)
         try:
             remove(uri, self.storage_options)
@@ -256,8 +265,7 @@ class RunLocation:
             self._removed.append(entry.folder)
 
     def _remove_unfinished_saves(self) -> None:
-        assert self._lease is not None
-        self._lease.check()
+        self.check_lease()
         for folder in [entry.folder for entry in self.entries()]:
             uri = self.uri_of(folder)
             with self.protecting([folder]):

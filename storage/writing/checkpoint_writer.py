@@ -74,6 +74,8 @@ class SaveOptions:
     allow_pickle: bool
     budget_bytes: int | None
     metadata: Mapping[str, Any] | None
+    before_commit: Callable[[], object] = lambda: None
+    """Called on the rank that commits, just before. If it raises an error, nothing is committed."""
 
 
 class CheckpointWriter:
@@ -247,6 +249,7 @@ class CheckpointWriter:
                 len(differing),
                 quoted(differing),
             )
+        self._options.before_commit()
         commit(
             self.store,
             manifest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -139,6 +140,54 @@ def test_process_id_that_was_reused_does_not_hold_the_lease(abandoned: Path, cap
 def test_lease_that_cannot_be_understood_is_taken_over(abandoned: Path, caplog: pytest.LogCaptureFixture) -> None:
     max((abandoned / FOLDER).iterdir()).write_text("{")
     check_taken_over_at_once(abandoned, caplog)
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_save_that_ends_after_the_lease_was_lost_does_not_hide_those_of_the_new_manager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, is_checked: bool
+) -> None:
+    """Also if the check before the commit comes just before the lease is lost."""
+    options: dict[str, Any] = {"asynchronous": asynchronous, "background": "thread", "keep": [reshard.latest(3)]}
+    first = reshard.CheckpointManager(tmp_path, **options)
+    for step in (10, 20):
+        first.save(step, {"w": torch.full((3,), float(step))})
+    first.wait()
+    checking = Lease.check
+    checks: list[int] = []
+
+    def take_over(lease: Lease) -> None:
+        """Let a new manager take over, restore and save, before the commit of the first one."""
+        checks.append(1)
+        if len(checks) < 2:
+            checking(lease)
+            return
+        monkeypatch.setattr(Lease, "check", checking)
+        of_another_machine(tmp_path)
+        lease_module._held.clear()
+        with manager_of(tmp_path, expires_after_s=0.1, **{**options, "asynchronous": False}) as second:
+            state = {"w": torch.zeros(3)}
+            assert second.restore(state) == 20
+            second.save(22, {"w": torch.full((3,), 22.0)})
+        if is_checked:
+            checking(lease)
+
+    monkeypatch.setattr(Lease, "check", take_over)
+    try:
+        first.save(30, {"w": torch.full((3,), 30.0)})
+        first.wait()
+    except errors.RunInUseError:
+        assert is_checked
+    with contextlib.suppress(errors.RunInUseError):
+        first.close()
+    assert (tmp_path / "step-00000030" / "manifest.reshard").exists() != is_checked
+    with reshard.CheckpointManager(tmp_path, **options) as third:
+        assert third.steps() == [10, 20, 22]
+        state = {"w": torch.zeros(3)}
+        assert third.restore(state) == 22
+        assert state["w"].eq(22).all()
+        third.save(31, state)
+    assert (tmp_path / "step-00000022").exists()
 
 
 def test_manager_that_lost_its_lease_neither_saves_nor_removes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,13 +20,16 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import reshard
 from reshard import errors
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, Manifest
+from reshard.storage.stores import retry
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import mirror as mirror_module
 from reshard.storage.training.mirror import CopyResult
 from reshard.storage.training.run_catalog import RunEntry
 from reshard.storage.training.run_controller import RunController
 from tests.conftest import Place
+from tests.failing_s3 import failing_s3
 from tests.ranks import RankFailed, RankPool
+from tests.torture.faults import CLIENTS, by_client
 
 
 def state(value: float) -> dict[str, Any]:
@@ -282,6 +286,81 @@ def test_disks_of_the_ranks_need_not_be_shared(ranks: RankPool, tmp_path: Path, 
     assert steps_in(tmp_path / "mirror") == [5, 6]
     results = ranks.run(3, train_on_own_disks, str(tmp_path), asynchronous, 7, 8)
     assert [result[2] for result in results] == [6, 6, 6]
+
+
+def test_what_rank_0_removed_before_a_crash_is_removed_from_the_other_disks_a_day_later(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    ranks.run(2, train_on_own_disks, str(tmp_path), False, 1, 3)
+    disk = tmp_path / "disk-1" / "run"
+    left = {}
+    for step, name in ((7, "0" * 32 + "-x-00001.shard"), (8, "1" * 32 + "-x-00001.shard"), (9, "notes.txt")):
+        left[step] = disk / f"step-{step:08}" / "data" / name
+        left[step].parent.mkdir(parents=True)
+        left[step].write_bytes(b"RESHARD")
+    for path in disk.rglob("*"):
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+    os.utime(left[8], (time.time() - 3600,) * 2)
+    assert [result[1] for result in ranks.run(2, train_on_own_disks, str(tmp_path), False, 0, 0)] == [[1, 2]] * 2
+    assert {step for step, path in left.items() if path.exists()} == {8, 9}
+    assert not left[7].parent.parent.exists()
+    assert all(list((disk / f"step-{step:08}" / "data").iterdir()) for step in (1, 2))
+
+
+def test_copies_wait_together_for_a_mirror_that_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    may_fail = threading.Event()
+
+    def fail(source: Any, target: Any, name: str, nbytes: int) -> None:
+        assert may_fail.wait(60)
+        tried.append(target.location)
+        raise errors.UnavailableError("the mirror is down")
+
+    copying = mirror_module.copy_object
+    monkeypatch.setattr(mirror_module, "copy_object", fail)
+    with manager_of(tmp_path) as manager:
+        train(manager, [1, 2, 3, 4])
+        may_fail.set()
+        with pytest.raises(errors.StoreError, match=r"step-00000004 is complete, but could not be copied.*is down"):
+            manager.wait()
+        assert {location[-1] for location in tried} == {"1"}
+        monkeypatch.setattr(mirror_module, "copy_object", copying)
+        train(manager, [5])
+    assert steps_in(tmp_path / "mirror") == steps_in(tmp_path / "root") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_copies_and_saves_survive_a_mirror_that_is_slow_or_refuses(
+    client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    failures: list[str] = []
+
+    def fails(method: str, key: str) -> bool:
+        if method == "PUT" and "data/" in key and len(failures) < 3:
+            failures.append(key)
+            return True
+        return False
+
+    with failing_s3(fails=lambda method, key: False) as server:
+        options: dict[str, Any] = {"mirror": "s3://bucket/run", "mirror_options": by_client(client, server.options)}
+        with reshard.CheckpointManager(tmp_path / "root", asynchronous=False, **options) as manager:
+            server.fails = fails
+            train(manager, [1])
+            manager.wait()
+            assert len(failures) == 3
+            assert (
+                reshard.open("s3://bucket/run/step-00000001", storage_options=options["mirror_options"]).verify() == []
+            )
+            server.fails, server.answers, server.code = (lambda method, key: True), 403, "AccessDenied"
+            train(manager, [2, 3])
+            with pytest.raises(errors.StoreError, match="could not be copied to the mirror"):
+                manager.wait()
+            server.fails = lambda method, key: False
+            train(manager, [4])
+        assert steps_in(tmp_path / "root") == [1, 2, 3, 4]
+        found = reshard.find_checkpoints("s3://bucket/run", options["mirror_options"])
+        assert [one.step for one in found if one.is_complete] == [1, 2, 3, 4]
 
 
 def save_and_leave(folder: str) -> None:
