@@ -108,7 +108,9 @@ class Part:
         strides = tuple(other.strides[dim.view_dim] * dim.view_step for dim in self.dims)
         return StridedView(self._sizes, strides, offset)
 
-    def boxes_in(self, destination: StridedView, min_numel: int) -> list[tuple[Box, StridedView]] | None:
+    def boxes_in(
+        self, destination: StridedView, min_numel: int, min_run: int = 0
+    ) -> list[tuple[Box, StridedView]] | None:
         """Return boxes that together are the part, and for each the part of a destination that it is read into.
 
         Args:
@@ -116,6 +118,7 @@ class Part:
             min_numel: the least number of elements of each box if there are several near each other. Smaller boxes
                 cost more than reading the elements between them. Boxes are near if there are fewer than
                 `min_numel` elements between them.
+            min_run: the same for the number of consecutive elements in each box.
 
         Returns:
             Boxes of the tensor, and views of their sizes. None if there are no such boxes, or too many: then read the
@@ -143,6 +146,8 @@ class Part:
         are_near = self.box.numel - count * math.prod(sizes) < count * min_numel
         if count > 1 and are_near and (count > MAX_PARTS or math.prod(sizes) < min_numel):
             return None
+        if count > 1 and _run_in(self.box.sizes, sizes) < min_run:
+            return None
         if count > MAX_FAR_PARTS:
             return None
         found = []
@@ -153,6 +158,16 @@ class Part:
                 first += i * into.strides[at]
             found.append((Box(tuple(offsets), tuple(sizes)), StridedView(tuple(sizes), tuple(to_strides), first)))
         return found
+
+
+def _run_in(outer: Sequence[int], sizes: Sequence[int]) -> int:
+    """Return how many elements of a box of some sizes are consecutive in a box around it."""
+    run = 1
+    for size, whole in zip(reversed(sizes), reversed(outer), strict=True):
+        run *= size
+        if size < whole:
+            break
+    return run
 
 
 @dataclass(frozen=True, slots=True)

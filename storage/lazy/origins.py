@@ -23,6 +23,8 @@ from ..tensors.dtypes import is_packed
 
 MIN_BOX_BYTES = 64 * 1024
 """If a view consists of several boxes that are smaller, the elements between them are read, too."""
+MIN_RUN_BYTES = 4 * 1024
+"""The same for consecutive bytes, if the user limits the over-read. The planner then decides about all other gaps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,6 +163,10 @@ class Resolution:
     reads: list[Read] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     scratch: list[Scratch] = field(default_factory=list)
+    min_box_bytes: int = MIN_BOX_BYTES
+    """Smaller boxes are read together with the elements between them, if these are few."""
+    min_run_bytes: int = 0
+    """Boxes with fewer consecutive bytes are read together with the elements between them."""
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +180,8 @@ class Resolution:
     def add(self, origin: Origin, view: StridedView, target: Target) -> None:
         """Add what copies a view of an origin to a target of the same sizes."""
         for part in split(origin.shape, view):
-            boxes = part.boxes_in(target.view, MIN_BOX_BYTES // origin.dtype.itemsize)
+            itemsize = origin.dtype.itemsize
+            boxes = part.boxes_in(target.view, self.min_box_bytes // itemsize, self.min_run_bytes // itemsize)
             if boxes is not None:
                 for box, into in boxes:
                     self._add_box(origin, box, replace(target, view=into))
@@ -225,8 +232,10 @@ def _is_read_as(stored: torch.dtype, dtype: torch.dtype) -> bool:
     return floating and stored.itemsize > 1 and not is_packed(stored) and not is_packed(dtype)
 
 
-def resolve(origin: Origin, view: StridedView, target: Target) -> Resolution:
-    """Return the reads that copy a view of an origin to a target of the same sizes."""
-    resolution = Resolution()
+def resolve(
+    origin: Origin, view: StridedView, target: Target, *, min_box_bytes: int = MIN_BOX_BYTES, min_run_bytes: int = 0
+) -> Resolution:
+    """Return the reads that copy a view of an origin to a target of the same sizes. See `Resolution`."""
+    resolution = Resolution(min_box_bytes=min_box_bytes, min_run_bytes=min_run_bytes)
     resolution.add(origin, view, target)
     return resolution

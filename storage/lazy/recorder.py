@@ -39,7 +39,7 @@ from ..tensors.local_shards import local_shards
 from ..tensors.overlaps import address_range, find_overlaps
 from ..tensors.splitting import group_by_bytes
 from ..tensors.tensor_classes import as_plain, is_whole, memories_of, missing_memory, overrides_dispatch
-from .origins import Origin, Resolution, Stored, Target, resolve
+from .origins import MIN_RUN_BYTES, Origin, Resolution, Stored, Target, resolve
 from .tensor import (
     ONLY_SHAPES,
     USES_AS_NUMBER,
@@ -352,9 +352,7 @@ class CopyRecorder:
         with self._lock:
             pending = list(self._pending)
         source = self._source()
-        reads = [
-            read for copy in pending for read in resolve(copy.origin, copy.view, Target.of(copy.destination)).reads
-        ]
+        reads = [read for copy in pending for read in self._resolution(copy).reads]
         heads = torch.bfloat16
         wants = [WantedBox(read.name, read.box, heads_only=read.target.dtype is heads) for read in reads]
         gap_limits = source.gap_limits(self._options.max_over_read)
@@ -477,11 +475,17 @@ class CopyRecorder:
                     self.report = added(self.report, report)
         logger.debug("%d batches took %.3f s", len(batches), time.perf_counter() - begin)
 
+    def _resolution(self, copy: PendingCopy) -> Resolution:
+        target = Target.of(copy.destination)
+        if self._options.max_over_read is None:
+            return resolve(copy.origin, copy.view, target)
+        return resolve(copy.origin, copy.view, target, min_box_bytes=0, min_run_bytes=MIN_RUN_BYTES)
+
     def _resolve(self, copy: PendingCopy) -> Iterator[Resolution]:
         """Resolve a copy, in parts whose temporary tensors fit the budget if possible."""
-        found = resolve(copy.origin, copy.view, Target.of(copy.destination))
+        found = self._resolution(copy)
         if found.nbytes > self._budget:
-            halves = [resolve(half.origin, half.view, Target.of(half.destination)) for half in copy.halves()]
+            halves = [self._resolution(half) for half in copy.halves()]
             if halves and max(half.nbytes for half in halves) <= found.nbytes * 3 // 4:
                 for half in copy.halves():
                     yield from self._resolve(half)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
 from torch import nn
 
 import reshard
@@ -179,6 +180,25 @@ def test_index_select_refuses_negative_indexes_as_torch_does(checkpoint: reshard
         with pytest.raises(IndexError, match="out of range"):
             weights["wide"].index_select(0, torch.tensor([1, -1]))
         assert torch.equal(weights["wide"][torch.tensor([1, -1])], tensors()["wide"][[1, -1]])
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_limit_of_the_over_read_applies_to_the_steps_of_views(step: int) -> None:
+    values = torch.randn(256, 4096)
+    store = MemoryStore()
+    store.content["model.safetensors"] = save_safetensors({"w": values})
+    fetched = {}
+    for limit in (None, 0.0):
+        rows, columns = torch.zeros_like(values[::step]), torch.zeros_like(values[:, ::step])
+        with reshard.open(store).lazy(max_over_read=limit) as weights:
+            rows.copy_(weights["w"][::step])
+        fetched[limit] = weights.report.bytes_fetched
+        with reshard.open(store).lazy(max_over_read=limit) as weights:
+            columns.copy_(weights["w"][:, ::step])
+        assert torch.equal(rows, values[::step])
+        assert torch.equal(columns, values[:, ::step])
+    assert fetched[None] > values.nbytes * 0.9
+    assert fetched[0.0] < rows.nbytes + 70_000  # with the header
 
 
 def test_changing_a_lazy_tensor_changes_its_views_and_not_its_copies(checkpoint: reshard.Checkpoint) -> None:

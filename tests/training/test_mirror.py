@@ -298,9 +298,10 @@ def test_what_rank_0_removed_before_a_crash_is_removed_from_the_other_disks_a_da
         left[step] = disk / f"step-{step:08}" / "data" / name
         left[step].parent.mkdir(parents=True)
         left[step].write_bytes(b"RESHARD")
+    now = time.time()
     for path in disk.rglob("*"):
-        os.utime(path, (time.time() - 25 * 3600,) * 2)
-    os.utime(left[8], (time.time() - 3600,) * 2)
+        os.utime(path, (now - 25 * 3600, now - 25 * 3600))
+    os.utime(left[8], (now - 3600, now - 3600))
     assert [result[1] for result in ranks.run(2, train_on_own_disks, str(tmp_path), False, 0, 0)] == [[1, 2]] * 2
     assert {step for step, path in left.items() if path.exists()} == {8, 9}
     assert not left[7].parent.parent.exists()
