@@ -118,7 +118,7 @@ class Part:
             min_numel: the least number of elements of each box if there are several near each other. Smaller boxes
                 cost more than reading the elements between them. Boxes are near if there are fewer than
                 `min_numel` elements between them.
-            min_run: the same for the number of consecutive elements in each box.
+            min_run: the least number of consecutive elements in each box, if there are fewer than this between two.
 
         Returns:
             Boxes of the tensor, and views of their sizes. None if there are no such boxes, or too many: then read the
@@ -146,7 +146,8 @@ class Part:
         are_near = self.box.numel - count * math.prod(sizes) < count * min_numel
         if count > 1 and are_near and (count > MAX_PARTS or math.prod(sizes) < min_numel):
             return None
-        if count > 1 and _run_in(self.box.sizes, sizes) < min_run:
+        gaps = self.box.numel - count * math.prod(sizes)
+        if count > 1 and _run_in(self.box.sizes, sizes) < min_run and gaps < count * min_run:
             return None
         if count > MAX_FAR_PARTS:
             return None

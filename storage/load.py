@@ -50,7 +50,7 @@ from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
-from .tensors.name_patterns import Patterns, check_renames
+from .tensors.name_patterns import Patterns, check_renames, matches_any
 from .tensors.state_dict import check_mapping, find_stateful, has_stateful, state_to_stateful, stateful_to_state
 
 logger = logger_of(__name__)
@@ -272,7 +272,9 @@ class _Load:
             with without_collections():
                 self._read = StateDictRead(self._opening.source, self._states, self._load_options)
             if self._load_options.strict:
-                _check_optimizers(self._state_dict, self._read.match.unexpected_keys)
+                allowed = self._load_options.allow_missing
+                lost = [name for name in self._read.match.unexpected_keys if not matches_any(allowed, name)]
+                _check_optimizers(self._state_dict, lost)
         return self._read
 
     def _compare(self) -> Offer | None:
@@ -360,7 +362,7 @@ def _check_optimizers(state_dict: Mapping[str, Any], unexpected: Sequence[str]) 
                 raise ArgumentError(
                     f"{name!r} is an optimizer without state, so {len(lost)} names of the checkpoint, such as "
                     f"{lost[0]!r}, would not be loaded: pass reshard.training_state(model, optimizer) to save and "
-                    f"load, make a step before the load, or pass exclude='{name}.state.*'"
+                    f"load, make a step before the load, or pass allow_missing='{name}.state.*'"
                 )
 
 

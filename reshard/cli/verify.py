@@ -53,5 +53,5 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
 
 
 def _counted(tensors: int, values: int) -> str:
-    counts = [f"{count} {what}" for count, what in ((tensors, "tensors"), (values, "values")) if count]
+    counts = [f"{count} {what}{'s' * (count > 1)}" for count, what in ((tensors, "tensor"), (values, "value")) if count]
     return " and ".join(counts) or "0 tensors"

@@ -144,7 +144,7 @@ def _in_folder(store: Store, format: str | None) -> Source:
             return manifest
     listing = _Listing.of(store, format)
     listing.check()
-    for known, open_if_there in (("dcp", _dcp), ("safetensors", _of_safetensors), ("torch", _of_torch_save)):
+    for known, open_if_there in (("dcp", _open_dcp), ("safetensors", _open_safetensors), ("torch", _open_torch_save)):
         source = open_if_there(listing) if format in (None, known) else None
         if source is not None:
             return source
@@ -161,6 +161,8 @@ class _Listing:
     reads: Reads
     names: list[str]
     """All names, or the first MAX_OBJECTS_SEARCHED and the indexes."""
+    top: list[str]
+    """The names of the objects that are not in folders."""
     is_cut: bool
 
     @classmethod
@@ -170,12 +172,8 @@ class _Listing:
         is_cut = len(names) == MAX_OBJECTS_SEARCHED
         if is_cut:
             names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
-        return cls(store, wanted, reads, names, is_cut)
-
-    @property
-    def top(self) -> list[str]:
-        """The names of the objects that are not in folders."""
-        return sorted(name for name in self.names if "/" not in name)
+        top = sorted(name for name in names if "/" not in name)
+        return cls(store, wanted, reads, names, top, is_cut)
 
     def check(self) -> None:
         """Raise NotCommittedError for an unfinished conversion, and CheckpointNotFoundError if there are too many."""
@@ -195,7 +193,7 @@ class _Listing:
             )
 
 
-def _dcp(listing: _Listing) -> Source | None:
+def _open_dcp(listing: _Listing) -> Source | None:
     ranks = [name for name in listing.top if RANK_METADATA.fullmatch(name)]
     files = [METADATA] if METADATA in listing.top else sorted(ranks, key=_rank_of_metadata)
     if not files:
@@ -204,7 +202,7 @@ def _dcp(listing: _Listing) -> Source | None:
     return DcpSource(listing.reads, files)
 
 
-def _of_safetensors(listing: _Listing) -> Source | None:
+def _open_safetensors(listing: _Listing) -> Source | None:
     files = [name for name in listing.top if name.endswith(SUFFIX)]
     indexes = [name for name in listing.top if name.endswith(INDEX_SUFFIX)]
     if indexes:
@@ -216,7 +214,7 @@ def _of_safetensors(listing: _Listing) -> Source | None:
     return SafetensorsSource(listing.reads, files)
 
 
-def _of_torch_save(listing: _Listing) -> Source | None:
+def _open_torch_save(listing: _Listing) -> Source | None:
     files = [name for name in listing.top if is_torch_file(name)]
     indexes = [name for name in listing.top if name.endswith(TORCH_INDEX_SUFFIX)]
     if indexes:

@@ -455,6 +455,8 @@ def _index(func: Any, tensor: LazyTensor, indexes: Sequence[torch.Tensor | None]
 def _index_select(func: Any, tensor: LazyTensor, dim: int, index: torch.Tensor) -> LazyTensor | None:
     if not tensor.dim() or index.dim() != 1:
         return None
+    if not -tensor.dim() <= dim < tensor.dim():
+        return None  # torch raises the error
     return _select_indexes(tensor, dim % tensor.dim(), index, may_be_negative=False)
 
 

@@ -38,7 +38,7 @@ from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store, check_delete
 from ..stores.local import LocalStore, SpecialFileError
 from ..stores.open import open_store
-from ..stores.uris import join_location
+from ..stores.uris import join_location, last_name
 
 UNFINISHED_CONVERSION = "unfinished conversion"
 CONVERTED = re.compile(
@@ -155,13 +155,13 @@ def _marks_a_checkpoint(name: str) -> bool:
 def _found(
     uri: str, names: set[str] | None, storage_options: Mapping[str, Any] | None, *, is_guess: bool
 ) -> FoundCheckpoint | None:
-    """Open a candidate. Return None for a file that has a suffix of torch.save files but is not one.
+    """Open a candidate. Return None for a file that does not exist, or has a suffix of torch.save files but is not one.
 
     Args:
         names: the names of the objects in the folder; None if the candidate is a file.
         is_guess: whether only the suffix of a file in a folder makes it a candidate.
     """
-    number = _LAST_NUMBER.search(uri.rpartition("/")[2])
+    number = _LAST_NUMBER.search(last_name(uri))
     step = int(number[1]) if number else None
     try:
         source = open_source(uri, storage_options, is_found=True)

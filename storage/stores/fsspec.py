@@ -45,9 +45,9 @@ CONCURRENT_DELETES = 16
 S3_MAX_PUT_BYTES = 5 * 1024**3
 
 
-_REPLACED = re.compile(r"manifest\.reshard$|\.reshard-")
-"""The names of objects that reshard replaces. A cache of whole files would return old ones. The names of data objects
-are unique."""
+_REPLACED = re.compile(r"(^|/)(manifest\.reshard$|\.reshard-)")
+"""Matches the names of objects that reshard replaces: manifests, leases, notes of conversions. A cache of whole files
+would return old ones. The names of data objects are unique."""
 
 
 def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
@@ -179,7 +179,7 @@ class FsspecStore:
     def _cat(self, name: str, start: int, stop: int) -> Any:
         """Return the bytes of an object, or a coroutine that does so if the filesystem is asynchronous."""
         filesystem, options = self._fs, {}
-        if isinstance(filesystem, CachingFileSystem) and _REPLACED.match(name.rpartition("/")[2]):
+        if isinstance(filesystem, CachingFileSystem) and _REPLACED.search(name):
             filesystem = filesystem.fs
         if {"http", "https"}.intersection(_protocols(filesystem)):
             options["raise_for_status"] = partial(_check_range, start)

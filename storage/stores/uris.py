@@ -97,6 +97,16 @@ def folder_below(location: str, uri: str) -> str:
     return uri[len(before) : len(uri) - len(after)]
 
 
+def last_name(location: str) -> str:
+    """Return the last part of the path of a location, such as "step-1" of "s3://bucket/run/step-1/"."""
+    first, chained, rest = _first_link(location)
+    if chained and "://" not in first:
+        return last_name(rest)
+    protocol, mark, path = first.partition("://")
+    path = without_query(protocol, path)[0] if mark else first
+    return path.rstrip("/").rpartition("/")[2]
+
+
 def split_file(uri: str) -> tuple[str, str]:
     """Split the path or URI of a file into its folder and its name.
 

@@ -99,8 +99,11 @@ def cast(values: npt.NDArray[np.uint8], dtype: torch.dtype, out: npt.NDArray[np.
     """
     target, source = torch.from_numpy(out).view(to), from_bytes(values, dtype, (-1,))
     most = SINGLE_THREAD_NUMEL if torch.get_num_threads() > 1 else max(1, len(target))
-    for piece, values_of_it in zip(target.split(most), source.split(most), strict=True):
-        piece.copy_(values_of_it)
+    if len(target) <= most:
+        target.copy_(source)
+        return
+    for part, values_of_part in zip(target.split(most), source.split(most), strict=True):
+        part.copy_(values_of_part)
 
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

@@ -180,7 +180,7 @@ def _part(path: Path, key: Any) -> str | Key:
     )
 
 
-def check_nesting(path: Path) -> None:
+def check_nesting(path: tuple[Any, ...]) -> None:
     """Raise UnsupportedValueError if a value is in too many dicts and lists."""
     if len(path) > MAX_NESTING:
         raise UnsupportedValueError(f"more than {MAX_NESTING} dicts and lists are nested at {name_of(path[:3])!r}")
@@ -275,6 +275,10 @@ def check_mapping(state_dict: object) -> None:
         raise ArgumentError(f"expected a state dict, a mapping of names to values, got {type(state_dict).__name__}")
 
 
+_PLAIN_TYPES = frozenset((int, float, bool, str, bytes, type(None)))
+"""Types that are never Stateful, and of which there may be millions."""
+
+
 def has_stateful(state_dict: Mapping[str, Any]) -> bool:
     """Return whether a state dict has a Stateful value, also in nested dicts and lists."""
     return _StatefulSearch().has(state_dict)
@@ -291,17 +295,19 @@ def stateful_to_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Dicts and lists without such values are not copied.
     """
     check_mapping(state_dict)
-    return {key: _with_states(value, _StatefulSearch()) for key, value in state_dict.items()}
+    search = _StatefulSearch()
+    return {key: _with_states((key,), value, search) for key, value in state_dict.items()}
 
 
-def _with_states(value: Any, search: _StatefulSearch) -> Any:
+def _with_states(path: tuple[Any, ...], value: Any, search: _StatefulSearch) -> Any:
     if _is_stateful(value):
         return value.state_dict()
     if not search.has(value):
         return value
+    check_nesting(path)
     if isinstance(value, Mapping):
-        return {key: _with_states(item, search) for key, item in value.items()}
-    return [_with_states(item, search) for item in value]
+        return {key: _with_states((*path, key), item, search) for key, item in value.items()}
+    return [_with_states((*path, at), item, search) for at, item in enumerate(value)]
 
 
 def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:
@@ -325,14 +331,16 @@ class _StatefulSearch:
     def __init__(self) -> None:
         self._found: dict[int, bool] = {}
 
-    def has(self, container: Any) -> bool:
+    def has(self, container: Any, depth: int = 0) -> bool:
         """Return whether a dict or list has a Stateful value. Other values have none."""
-        if not isinstance(container, (Mapping, list)):
+        if not isinstance(container, (Mapping, list)) or depth > MAX_NESTING:
             return False
         if id(container) not in self._found:
             self._found[id(container)] = False  # if it contains itself
             items = container.values() if isinstance(container, Mapping) else container
-            self._found[id(container)] = any(_is_stateful(item) or self.has(item) for item in items)
+            self._found[id(container)] = any(
+                _is_stateful(item) or self.has(item, depth + 1) for item in items if type(item) not in _PLAIN_TYPES
+            )
         return self._found[id(container)]
 
     def find(self, path: tuple[Any, ...], container: Any) -> Iterator[tuple[str, Any]]:
@@ -349,6 +357,6 @@ def _is_stateful(value: Any) -> bool:
 
     `isinstance` with the protocol takes many times longer.
     """
-    if isinstance(value, torch.Tensor):
+    if type(value) in _PLAIN_TYPES or isinstance(value, (torch.Tensor, type)):
         return False
     return all(callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict"))

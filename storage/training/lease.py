@@ -89,6 +89,7 @@ def _has_ended(holder: Holder) -> bool:
     return holder.process != f"{machine} {holder.pid} {_start_of(holder.pid)}"
 
 
+CLOSED = "it was closed"
 _held: dict[str, Lease] = {}
 """The leases that this process holds, by id. A forked child holds none of them."""
 after_fork_in_child(_held.clear)
@@ -147,7 +148,7 @@ class Lease:
         with self._lock:
             if self._lost:
                 return
-            self._lost = "it was closed"
+            self._lost = CLOSED
             try:
                 with cleaning_up():  # a store that does not answer must not keep the process for long
                     if max(self._numbers(), default=0) == self._number:
@@ -157,6 +158,8 @@ class Lease:
                 logger.warning("the lease of %s could not be released: %s", self._store.location, error)
 
     def _lose(self, number: int) -> None:
+        if self._lost == CLOSED:
+            raise RunInUseError(f"the manager of {self._store.location} was closed, so this save is not committed")
         if not self._lost:
             other = self._read(number)
             self._lost = f"another manager has taken over this run, {other or 'an unknown process'}"
@@ -206,7 +209,7 @@ class Lease:
                 expires_after_s,
             )
             self._wait_for_silence(number, holder, expires_after_s)
-        self.was_taken_over = holder is not None and not holder.released
+        self.was_taken_over = number > 0 and (holder is None or not holder.released)
         self._holder = replace(self._holder, time=time.time())
         try:
             self._write(number + 1, self._holder, overwrite=False)

@@ -15,6 +15,7 @@ from typing import Any, Literal, SupportsFloat, TypeVar
 
 import torch.distributed as dist
 
+from ...planner.errors import CheckpointError
 from ...planner.masking import masked
 from ..async_save import CHOICES, AsyncSave, async_save_with
 from ..errors import ArgumentError, CheckpointNotFoundError
@@ -295,7 +296,10 @@ class CheckpointManager:
 
         saved, folders = on_rank_0(open_run, self._group)
         if not self._is_shared and self._rank:
-            remove_own_leftovers(self._root, folders, self._rank)
+            try:
+                remove_own_leftovers(self._root, folders, self._rank)
+            except CheckpointError as error:  # of this rank only
+                logger.warning("old data in %s could not be removed: %s", masked(self._root), error)
         return saved
 
     @property
@@ -558,7 +562,7 @@ class CheckpointManager:
         self._update()
 
     def _on_all_ranks(self, call: str, task: Callable[[], T]) -> list[T]:
-        """RunLocation a task on every rank, and return the results of all ranks.
+        """Run a task on every rank, and return the results of all ranks.
 
         Args:
             call: the method that the user called. If it is not the same on all ranks, all of them raise ArgumentError.
@@ -574,7 +578,7 @@ class CheckpointManager:
         return [result for _, result in found]
 
     def _on_rank_0(self, task: Callable[[RunController], T], otherwise: T, *, call: str = "") -> T:
-        """RunLocation a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
+        """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
         return self._on_all_ranks(call, lambda: otherwise if self._controller is None else task(self._controller))[0]
 
     def _update(self) -> None:

@@ -160,7 +160,8 @@ class MirrorCopier:
             try:
                 result = self._copy(task.folder, task.overwrite) if task.is_needed() else CopyResult()
             except Exception as error:
-                result = CopyResult(problem=f"{type(error).__name__}: {error}", is_out_of_reach=_is_out_of_reach(error))
+                is_out_of_reach = _is_out_of_reach(error, self._target(task.folder))
+                result = CopyResult(problem=f"{type(error).__name__}: {error}", is_out_of_reach=is_out_of_reach)
             ended = [task]
             if result.is_out_of_reach:  # each of the other copies would wait as long
                 with self._changed:
@@ -225,21 +226,22 @@ class MirrorCopier:
         own = [
             (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
         ]
+        source, target = self._source(copy.folder), self._target(copy.folder)
         try:
-            source, target = self._source(copy.folder), self._target(copy.folder)
             _check_undamaged(source, [name for name, _ in own])
             with Pool(CONCURRENT_COPIES, "reshard-copy") as pool:
                 for _ in pool.map(lambda item: copy_object(source, target, *item), own):
                     pass
         except CheckpointError as error:
-            return CopyResult(problem=f"rank {self._rank}: {error}", is_out_of_reach=_is_out_of_reach(error))
+            return CopyResult(problem=f"rank {self._rank}: {error}", is_out_of_reach=_is_out_of_reach(error, target))
         except Exception as error:
             return CopyResult(problem=f"rank {self._rank}: {type(error).__name__}: {error}")
         return CopyResult(is_complete=True)
 
 
-def _is_out_of_reach(error: Exception) -> bool:
-    return isinstance(error, (UnavailableError, AccessDeniedError))
+def _is_out_of_reach(error: Exception, target: Store) -> bool:
+    """Return whether an error says that the mirror, and not the root, does not answer or refuses access."""
+    return isinstance(error, (UnavailableError, AccessDeniedError)) and target.location in str(error)
 
 
 def _check_undamaged(source: Store, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from ..errors import ArgumentError, StoreError
 from ..runtime.logs import logger_of
 from ..runtime.process_group import portable
 from ..runtime.threads import Pool
+from ..stores.uris import last_name
 from .mirror import CopyResult, MirrorCopier
 from .policies import SavedStep
 from .run_catalog import RunEntry, branch, next_sequence, step_folder
@@ -53,7 +54,7 @@ class Candidate:
 
     @property
     def folder(self) -> str:
-        return self.uri.rpartition("/")[2]
+        return last_name(self.uri)
 
 
 class RunController:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ def training_state(
         optimizer: its optimizer, or several. Their names begin with "optimizer.". Parameters that have not been updated
             yet have no state, also after a load; nor do parameters that are frozen when the state dict is loaded. A
             save does not change the optimizer, and calls none of its own step hooks. One whose step needs a closure,
-            such as LBFGS, must have made two steps before it is saved or loaded.
+            such as LBFGS, must have made a step before it is saved, and is loaded only into one with the same entries
+            in its state, which for LBFGS depend on the number of steps.
         parts: other parts by name, such as learning-rate schedulers, the state of the data, or a number. Parts with the
             methods `state_dict` and `load_state_dict` are updated when they have been loaded; other values are replaced
             in the returned dict.
@@ -104,14 +106,17 @@ class _OptimizerState:
         """Return `{"state": {name: state}, "param_groups": {name: (settings of its group, has_state)}}`."""
         self._check_parameters()
         without_state = [_parameters_without_state(optimizer) for optimizer in self._optimizers]
+        new = [
+            [p for p in parameters if p.requires_grad and p.numel() and id(p) not in self._stateless]
+            for parameters in without_state
+        ]
         # For FSDP1, only torch knows which names have a state: a parameter may be empty here, or have many names.
-        known = self._torch_state()["state"].keys() if self._is_fsdp1 and self._any_rank(any(without_state)) else None
+        known = self._torch_state()["state"].keys() if self._is_fsdp1 and self._any_rank(any(new)) else None
         try:
-            for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
-                new = [p for p in parameters if p.requires_grad and p.numel() and id(p) not in self._stateless]
-                if new:
-                    _create_states(optimizer, new)
-                    self._stateless |= {id(p): p for p in new if not optimizer.state.get(p)}
+            for optimizer, parameters in zip(self._optimizers, new, strict=True):
+                if parameters and not (optimizer.state and _needs_closure(optimizer)):  # LBFGS has one state for all
+                    _create_states(optimizer, parameters)
+                    self._stateless |= {id(p): p for p in parameters if not optimizer.state.get(p)}
             found = self._torch_state()
         finally:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
@@ -208,8 +213,15 @@ class _OptimizerState:
 
 def _loads_as_torch_does(optimizer: Optimizer) -> bool:
     """Return whether only torch's own code runs when an optimizer loads a state dict."""
-    hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
-    return type(optimizer).load_state_dict is Optimizer.load_state_dict and not any(hooks)
+    hooks = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+    is_own = type(optimizer).load_state_dict is not Optimizer.load_state_dict
+    return not is_own and not any(getattr(optimizer, name, None) for name in hooks)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether the step of an optimizer cannot be called without a closure."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -239,8 +251,6 @@ def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None
         try:
             step(optimizer)
         except Exception as error:
-            if optimizer.state:  # LBFGS keeps one state for all parameters
-                return
             raise UnsupportedValueError(
                 f"the states of {type(optimizer).__name__} cannot be created before its first step: "
                 f"{type(error).__name__}: {error}. Make a step first, or leave it out"

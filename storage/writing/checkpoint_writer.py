@@ -74,8 +74,8 @@ class SaveOptions:
     allow_pickle: bool
     budget_bytes: int | None
     metadata: Mapping[str, Any] | None
-    before_commit: Callable[[], object] = lambda: None
-    """Called on the rank that commits, just before. If it raises an error, nothing is committed."""
+    before_commit: Callable[[], object] | None = None
+    """Called on the rank that commits, just before the manifest is written. If it raises, nothing is committed."""
 
 
 class CheckpointWriter:
@@ -249,11 +249,11 @@ class CheckpointWriter:
                 len(differing),
                 quoted(differing),
             )
-        self._options.before_commit()
         commit(
             self.store,
             manifest,
             objects,
+            before=self._options.before_commit,
             overwrite=self._options.overwrite,
             rank=self.rank,
             in_writer_process=self.in_writer_process,

@@ -372,7 +372,7 @@ def test_verify_counts_tensors_and_values(tmp_path: Path) -> None:
     data.write_bytes(b"")
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert result.exit_code == 1
-    assert "3 chunks of 2 tensors and 1 values are damaged or missing" in result.stderr
+    assert "3 chunks of 2 tensors and 1 value are damaged or missing" in result.stderr
 
 
 def test_ls_shows_why_a_file_cannot_be_opened(tmp_path: Path) -> None:

@@ -123,6 +123,22 @@ def test_empty_stateful_round_trips() -> None:
     assert empty.loaded == {}
 
 
+def test_classes_in_a_state_dict_are_values() -> None:
+    store = MemoryStore()
+    state = {"hparams": {"optimizer": torch.optim.Adam, "layers": [nn.Linear, {"kind": nn.ReLU}]}, "w": torch.ones(1)}
+    reshard.save(state, store)
+    loaded: dict[str, Any] = {"hparams": {"optimizer": None, "layers": [None, {"kind": None}]}, "w": torch.zeros(1)}
+    reshard.load(loaded, store, allow_pickle=True)
+    assert loaded["hparams"] == state["hparams"]
+
+
+def test_a_state_dict_that_holds_itself_beside_a_stateful_is_refused() -> None:
+    state: dict[str, Any] = {"model": nn.Linear(2, 2)}
+    state["nested"] = {"again": state, "model": nn.Linear(2, 2)}
+    with pytest.raises(reshard.errors.UnsupportedValueError, match="are nested"):
+        reshard.save(state, MemoryStore())
+
+
 def test_empty_dict_in_the_state_dict_needs_no_entry_in_the_checkpoint() -> None:
     store = MemoryStore()
     reshard.save({"optim": {"state": {0: torch.ones(1)}, "lr": 0.1}}, store)

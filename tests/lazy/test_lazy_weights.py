@@ -179,6 +179,8 @@ def test_index_select_refuses_negative_indexes_as_torch_does(checkpoint: reshard
     with checkpoint.lazy() as weights:
         with pytest.raises(IndexError, match="out of range"):
             weights["wide"].index_select(0, torch.tensor([1, -1]))
+        with pytest.raises(IndexError, match="out of range"):
+            weights["wide"].index_select(5, torch.tensor([1]))
         assert torch.equal(weights["wide"][torch.tensor([1, -1])], tensors()["wide"][[1, -1]])
 
 
@@ -186,7 +188,8 @@ def test_index_select_refuses_negative_indexes_as_torch_does(checkpoint: reshard
 def test_a_limit_of_the_over_read_applies_to_the_steps_of_views(step: int) -> None:
     values = torch.randn(256, 4096)
     store = MemoryStore()
-    store.content["model.safetensors"] = save_safetensors({"w": values})
+    narrow = values.view(-1, 16)
+    store.content["model.safetensors"] = save_safetensors({"w": values, "narrow": narrow.clone()})
     fetched = {}
     for limit in (None, 0.0):
         rows, columns = torch.zeros_like(values[::step]), torch.zeros_like(values[:, ::step])
@@ -197,6 +200,10 @@ def test_a_limit_of_the_over_read_applies_to_the_steps_of_views(step: int) -> No
             columns.copy_(weights["w"][:, ::step])
         assert torch.equal(rows, values[::step])
         assert torch.equal(columns, values[:, ::step])
+        with reshard.open(store).lazy(max_over_read=limit) as weights:
+            far = torch.zeros(4, 16).copy_(weights["narrow"][::20_000])
+        assert torch.equal(far, narrow[::20_000])
+        assert weights.report.bytes_fetched < 70_000
     assert fetched[None] > values.nbytes * 0.9
     assert fetched[0.0] < rows.nbytes + 70_000  # with the header
 

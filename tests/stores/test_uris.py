@@ -1,5 +1,6 @@
 """Which location a path or a URI means. Nothing is written to another location than the one that was passed."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from typer.testing import CliRunner
 
 import reshard
+from reshard import errors
 from reshard.cli.app import app
 from reshard.errors import (
     AccessDeniedError,
@@ -32,10 +34,13 @@ from reshard.errors import (
 from reshard.storage.maintenance.gc import find_remains
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.open import open_store
-from reshard.storage.stores.uris import folder_below, is_local, join_location, split_file
+from reshard.storage.stores.uris import folder_below, is_local, join_location, last_name, split_file
+from reshard.storage.training import lease as lease_module
+from reshard.storage.training.lease import Lease
 from tests.conftest import Place
 from tests.failing_s3 import failing_s3
 from tests.torture.faults import CLIENTS, by_client
+from tests.training.test_lease import change_holder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HIDDEN_BY_DCP = "metadata is None"
@@ -327,6 +332,31 @@ def test_a_cache_of_files_does_not_hide_that_a_checkpoint_was_replaced(cache: st
         os.utime(path, (0, 0))
     assert reshard.gc(uri) == []
     assert reshard.open(folder).verify() == []
+
+
+def test_a_cache_of_files_does_not_hide_that_a_lease_is_renewed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lease = Lease(str(tmp_path / "run"), renew_every_s=0.05)
+    lease_module._held.clear()
+    change_holder(tmp_path / "run", host="another machine", process="another process")
+    lease._holder = dataclasses.replace(lease._holder, host="another machine", process="another process")
+    with pytest.raises(errors.RunInUseError):
+        Lease(f"simplecache::file://{tmp_path}/run", expires_after_s=1.0)
+    lease.release()
+
+
+@pytest.mark.parametrize("suffix", ["", "/"])
+def test_the_step_of_a_checkpoint_is_the_last_number_of_its_folder(suffix: str, tmp_path: Path) -> None:
+    saved(tmp_path / "run-7" / "step-00000005")
+    (found,) = reshard.find_checkpoints(f"{tmp_path}/run-7/step-00000005{suffix}")
+    assert found.step == 5
+    for location, name in (
+        ("s3://bucket/run/step-1/", "step-1"),
+        ("zip://step-12::file:///x/run.zip", "step-12"),
+        ("https://host/step-1?sig=a/b", "step-1"),
+        ("simplecache::s3://bucket/step-2", "step-2"),
+    ):
+        assert last_name(location) == name
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -315,7 +315,7 @@ def test_copies_wait_together_for_a_mirror_that_is_down(tmp_path: Path, monkeypa
     def fail(source: Any, target: Any, name: str, nbytes: int) -> None:
         assert may_fail.wait(60)
         tried.append(target.location)
-        raise errors.UnavailableError("the mirror is down")
+        raise errors.UnavailableError(f"cannot write to {target.location}, which is down")
 
     copying = mirror_module.copy_object
     monkeypatch.setattr(mirror_module, "copy_object", fail)

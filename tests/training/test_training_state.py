@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.accelerator import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -430,8 +432,52 @@ def test_an_optimizer_without_state_is_refused_if_its_state_would_be_lost(tmp_pa
         reshard.load(state, tmp_path)
     check_equal(list(other.parameters()), list(net(seed=1).parameters()))
     assert len(reshard.load(state, tmp_path, strict=False).unexpected_keys) == 12
-    reshard.load(state, tmp_path, exclude="parts.0.optimizer.state.*")
+    reshard.load(state, tmp_path, allow_missing="parts.0.optimizer.state.*")
     check_equal(list(other.parameters()), list(model.parameters()))
+
+
+def test_an_optimizer_of_accelerate_continues(tmp_path: Path) -> None:
+    """It wraps another one, and does not call the constructor of torch's class."""
+    accelerator: Any = Accelerator(cpu=True)
+
+    def create(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = net(seed)
+        prepared: Any = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        return prepared[0], prepared[1]
+
+    try:
+        model, optimizer = create(0)
+        trained(model, optimizer)
+        reshard.save(reshard.training_state(model, optimizer), tmp_path)
+        other, other_optimizer = create(1)
+        reshard.load(reshard.training_state(other, other_optimizer), tmp_path)
+        check_equal(trained(other, other_optimizer), trained(model, optimizer))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_an_error_while_states_are_created_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trained(model, optimizer)
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    other = net(seed=1)
+    other[2].requires_grad_(False)
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    trained(other, other_optimizer)
+    other[2].requires_grad_(True)
+    state = reshard.training_state(other, other_optimizer)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(UnsupportedValueError, match="OutOfMemoryError: no memory"):
+            reshard.load(state, tmp_path)
+    reshard.load(state, tmp_path)
+    assert len(other_optimizer.state) == 4
+    check_equal(trained(other, other_optimizer), trained(model, optimizer))
 
 
 def test_parts_in_dicts_and_lists_are_updated(tmp_path: Path) -> None:

@@ -150,9 +150,11 @@ def encode(values: Bytes, dtype: str, stream: Stream, numel: int) -> list[bytes]
     tails = _scratch.take(_OPERAND, len(bits))
     np.copyto(tails, bits, casting="unsafe")  # the low 16 bits of a head are zero
     lost = _lost(values, tails)
-    exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
-    bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
-    listed = [exceptions[begin:end].tobytes() for begin, end in pairwise(bounds)]
+    listed = [b""] * (len(bits) // numel)
+    if len(lost):
+        exceptions = np.stack([(lost % numel).astype(np.uint32), bits[lost]], axis=1).astype("<u4")
+        bounds = np.searchsorted(lost, np.arange(0, len(bits) + 1, numel)).tolist()
+        listed = [exceptions[begin:end].tobytes() for begin, end in pairwise(bounds)]
     return _encode_planes(_split_bytes(tails.view(np.uint8), 2), numel, listed)
 
 
@@ -171,6 +173,8 @@ def _lost(values: Bytes, tails: npt.NDArray[np.uint16]) -> npt.NDArray[np.intp]:
         return np.flatnonzero(again != bits)
     tied = _scratch.take(_WORDS, len(bits)).view(np.bool_)[: len(bits)]
     ties = np.flatnonzero(np.equal(tails, 32768, out=tied))
+    if not len(ties):
+        return ties
     down = (
         bits[ties] & 65536 == 0
     )  # rounded down to an even head, half a step below the value: no tail can express that
@@ -229,7 +233,10 @@ class Planes:
         """
         firsts = begins + 4 * count
         _require(bool((firsts <= ends).all()), "the table of planes is cut short")
-        tables = np.frombuffer(data, np.uint8)[begins[:, None] + np.arange(4 * count)].view("<u4")
+        if len(begins) == 1:  # without indexing, which would hand the interpreter to another thread
+            tables = np.frombuffer(data, "<u4", count, int(begins[0]))[None]
+        else:
+            tables = np.frombuffer(data, np.uint8)[begins[:, None] + np.arange(4 * count)].view("<u4")
         lengths = (tables & ~np.uint32(_COMPRESSED)).astype(np.int64)
         compressed = tables >= _COMPRESSED
         stops = firsts[:, None] + np.cumsum(lengths, axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 
 from ....planner.errors import CheckpointError
 from ....planner.text import first_few
@@ -56,6 +57,7 @@ def commit(
     overwrite: bool,
     rank: int = 0,
     in_writer_process: bool = False,
+    before: Callable[[], object] | None = None,
 ) -> None:
     """Write the manifest, and then remove the data objects of the checkpoint that it replaced.
 
@@ -70,6 +72,7 @@ def commit(
         rank: the rank that commits, for error messages.
         in_writer_process: whether a pickled copy of the store wrote the objects, in another process. For error
             messages.
+        before: called just before the manifest is written. If it raises an error, nothing is committed.
 
     Raises:
         CheckpointExistsError: another save has committed, and this one certainly has not.
@@ -102,6 +105,8 @@ def commit(
             f"the checkpoint at {store.location} cannot be replaced, and is unchanged: {error}; then save again, or "
             "save to another location"
         ) from error
+    if before is not None:
+        before()
     put_commit(store, MANIFEST_NAME, manifest, "the manifest", overwrite=overwrite)
     try:
         store.delete(replaced - objects)
@@ -140,7 +145,10 @@ def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bo
             if isinstance(error, CheckpointExistsError) and found is not None:
                 raise
             if isinstance(error, StoreError) and not error.may_have_written:
-                raise nearest(error)(f"{what} was not written, so nothing was committed: {error}") from error
+                refused = nearest(error)(f"{what} was not written, so nothing was committed: {error}")
+                assert isinstance(refused, StoreError)
+                refused.may_have_written = False
+                raise refused from error
             raise CommitError(f"{what} may or may not have been written: {error}") from error
 
 
