@@ -111,7 +111,7 @@ class _OptimizerState:
             for parameters in without_state
         ]
         # For FSDP1, only torch knows which names have a state: a parameter may be empty here, or have many names.
-        known = self._torch_state()["state"].keys() if self._is_fsdp1 and self._any_rank(any(new)) else None
+        before = self._torch_state() if self._is_fsdp1 and self._any_rank(any(new)) else None
         try:
             for optimizer, parameters in zip(self._optimizers, new, strict=True):
                 if parameters and not (optimizer.state and _needs_closure(optimizer)):  # LBFGS has one state for all
@@ -122,16 +122,15 @@ class _OptimizerState:
             for optimizer, parameters in zip(self._optimizers, without_state, strict=True):
                 for parameter in parameters:
                     optimizer.state.pop(parameter, None)
+        known = (found if before is None else before)["state"].keys()
         self._names = [group["params"] for group in found["param_groups"]]
         lacking = {id(parameter) for parameters in without_state for parameter in parameters}
         settings: dict[str, tuple[dict[str, Any], bool]] = {}
         for group, (_, parameters) in zip(found["param_groups"], self._groups(), strict=True):
             of_group = _settings(group)
             for at, name in enumerate(group["params"]):
-                if self._is_fsdp1:
-                    settings[name] = of_group, known is None or name in known
-                else:
-                    settings[name] = of_group, id(parameters[at]) not in lacking
+                has_state = name in known if self._is_fsdp1 else id(parameters[at]) not in lacking
+                settings[name] = of_group, has_state
         return {"state": found["state"], "param_groups": settings}
 
     def _any_rank(self, is_true: bool) -> bool:
