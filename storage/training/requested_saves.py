@@ -83,7 +83,7 @@ class RequestedSaves:
             self._rank = dist.get_rank(process_group)
             watch = Watch.of(process_group)
             self._lookout = Lookout(watch)
-            self._key = new_key("agreed", process_group)
+            self._key = new_key("requests", process_group)
             self._store = watch.store
             self._pool = Pool(1, "reshard-requests")
             self._pool.submit(self._run)

@@ -253,12 +253,12 @@ def call_alone(folder: str) -> None:
 
 def test_rank_that_has_answered_cannot_pass_the_chosen_call() -> None:
     """Without a group, the next call saves."""
-    agreed = RequestedSaves(None)
-    assert not agreed.begin_call()
-    agreed.request(SAVE)
-    assert agreed.begin_call()
-    agreed.end_save()
-    assert not agreed.begin_call()
+    requested = RequestedSaves(None)
+    assert not requested.begin_call()
+    requested.request(SAVE)
+    assert requested.begin_call()
+    requested.end_save()
+    assert not requested.begin_call()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 2, 1), (1, 0, 2)])
