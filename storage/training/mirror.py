@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...planner.errors import CheckpointError
+from ...planner.masking import masked
 from ..errors import AccessDeniedError, CorruptCheckpointError, ObjectNotFoundError, StoreError, UnavailableError
 from ..formats.native.commit import commit, rank_of_object
 from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
@@ -103,6 +104,8 @@ class MirrorCopier:
     ) -> None:
         self._source = partial(_open, root, storage_options)
         self._target = partial(_open, mirror, mirror_options)
+        self._mirror_path = masked(mirror.partition("://")[2] or mirror)
+        """The location of the mirror without its protocol, as error messages show it."""
         self._rank, self._world = 0, 1
         self._store: Any = None
         if process_group is not None and dist.get_world_size(process_group) > 1:
@@ -160,8 +163,9 @@ class MirrorCopier:
             try:
                 result = self._copy(task.folder, task.overwrite) if task.is_needed() else CopyResult()
             except Exception as error:
-                is_out_of_reach = _is_out_of_reach(error, self._target(task.folder))
-                result = CopyResult(problem=f"{type(error).__name__}: {error}", is_out_of_reach=is_out_of_reach)
+                result = CopyResult(
+                    problem=f"{type(error).__name__}: {error}", is_out_of_reach=self._is_out_of_reach(error)
+                )
             ended = [task]
             if result.is_out_of_reach:  # each of the other copies would wait as long
                 with self._changed:
@@ -226,22 +230,21 @@ class MirrorCopier:
         own = [
             (name, nbytes) for name, nbytes in copy.objects if (rank_of_object(name) or 0) % self._world == self._rank
         ]
-        source, target = self._source(copy.folder), self._target(copy.folder)
         try:
+            source, target = self._source(copy.folder), self._target(copy.folder)
             _check_undamaged(source, [name for name, _ in own])
             with Pool(CONCURRENT_COPIES, "reshard-copy") as pool:
                 for _ in pool.map(lambda item: copy_object(source, target, *item), own):
                     pass
         except CheckpointError as error:
-            return CopyResult(problem=f"rank {self._rank}: {error}", is_out_of_reach=_is_out_of_reach(error, target))
+            return CopyResult(problem=f"rank {self._rank}: {error}", is_out_of_reach=self._is_out_of_reach(error))
         except Exception as error:
             return CopyResult(problem=f"rank {self._rank}: {type(error).__name__}: {error}")
         return CopyResult(is_complete=True)
 
-
-def _is_out_of_reach(error: Exception, target: Store) -> bool:
-    """Return whether an error says that the mirror, and not the root, does not answer or refuses access."""
-    return isinstance(error, (UnavailableError, AccessDeniedError)) and target.location in str(error)
+    def _is_out_of_reach(self, error: Exception) -> bool:
+        """Return whether an error says that the mirror, and not the root, does not answer or refuses access."""
+        return isinstance(error, (UnavailableError, AccessDeniedError)) and self._mirror_path in str(error)
 
 
 def _check_undamaged(source: Store, names: Sequence[str]) -> None:

@@ -330,6 +330,28 @@ def test_copies_wait_together_for_a_mirror_that_is_down(tmp_path: Path, monkeypa
     assert steps_in(tmp_path / "mirror") == steps_in(tmp_path / "root") == [1, 2, 3, 4, 5]
 
 
+def test_a_mirror_that_cannot_be_opened_does_not_stop_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening = mirror_module._open
+    broken = threading.Event()
+
+    def open_or_fail(root: str, options: Any, folder: str) -> Any:
+        if broken.is_set() and root.endswith("mirror"):
+            raise errors.StoreError("cannot open the mirror")
+        return opening(root, options, folder)
+
+    monkeypatch.setattr(mirror_module, "_open", open_or_fail)
+    with manager_of(tmp_path) as manager:
+        broken.set()
+        train(manager, [1])
+        with pytest.raises(errors.StoreError, match="cannot open the mirror"):
+            manager.wait()
+        broken.clear()
+        train(manager, [2])
+    assert steps_in(tmp_path / "mirror") == [1, 2]
+
+
 @pytest.mark.parametrize("client", CLIENTS)
 def test_copies_and_saves_survive_a_mirror_that_is_slow_or_refuses(
     client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
