@@ -143,10 +143,10 @@ class Part:
             sizes.append(size)
             to_strides.append(to_stride)
         count = math.prod(self.dims[at].size for at, _ in stepped)
-        are_near = self.box.numel - count * math.prod(sizes) < count * min_numel
+        gaps = self.box.numel - count * math.prod(sizes)
+        are_near = gaps < count * min_numel
         if count > 1 and are_near and (count > MAX_PARTS or math.prod(sizes) < min_numel):
             return None
-        gaps = self.box.numel - count * math.prod(sizes)
         if count > 1 and _run_in(self.box.sizes, sizes) < min_run and gaps < count * min_run:
             return None
         if count > MAX_FAR_PARTS:

@@ -44,6 +44,14 @@ class StoreError(CheckpointError, OSError):
     """Whether the write that raised this may have succeeded, or may still succeed."""
 
 
+def as_refusal(error: StoreError, message: str) -> StoreError:
+    """Return an error of the class of another one, which says that nothing was written."""
+    found = nearest(error)(message)
+    assert isinstance(found, StoreError)
+    found.may_have_written = False
+    return found
+
+
 class UnavailableError(StoreError):
     """The store timed out, closed the connection or asked to slow down. The same call may succeed later."""
 

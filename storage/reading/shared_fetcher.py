@@ -23,7 +23,7 @@ from ..stores.retry import read_whole
 from .fetcher import Fetched, Fetcher, ObjectRanges
 
 MAX_WAITING = 16
-"""The number of threads that wait for messages. gloo buffers messages that arrive before a thread waits for them."""
+"""The number of threads that wait for messages. A message arrives in its buffer even if no thread waits for it yet."""
 _Done = Callable[["Future[list[Fetched]]"], None]
 
 

@@ -67,7 +67,7 @@ def check_same_mode(offers: Sequence[Offer | None]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wanted:
-    """What one rank needs, whoever reads it."""
+    """What one rank needs. Another rank may read a part of it."""
 
     index: CheckpointIndex
     reads: tuple[ChunkReads, ...]

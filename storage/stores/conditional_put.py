@@ -6,7 +6,7 @@ import contextlib
 import uuid
 from collections.abc import Callable
 
-from ..errors import CheckpointExistsError, ObjectNotFoundError, StoreError, nearest
+from ..errors import CheckpointExistsError, ObjectNotFoundError, StoreError, as_refusal
 from ..runtime.logs import logger_of
 from ..runtime.threads import cleaning_up
 from .base import Store
@@ -36,13 +36,11 @@ def put_new(store: Store, bucket: object, put: Callable[[str, bytes], None], nam
         try:
             _probe(store, put)
         except StoreError as error:
-            found = nearest(error)(
+            raise as_refusal(
+                error,
                 f"whether {store.location} respects conditional writes cannot be checked: {error}. A save with "
-                "overwrite=True needs none"
-            )
-            assert isinstance(found, StoreError)
-            found.may_have_written = False
-            raise found from error
+                "overwrite=True needs none",
+            ) from error
         _probed.add(bucket)
     put(name, data)
 

@@ -24,7 +24,7 @@ _ARRAY_DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("u8"),
     16: np.dtype("c16"),
 }
-"""The dtypes of numpy that stand for the bits of elements, by bytes per element."""
+"""The dtypes with which numpy sees the bits of elements, by bytes per element."""
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:

@@ -276,7 +276,7 @@ def check_mapping(state_dict: object) -> None:
 
 
 _PLAIN_TYPES = frozenset((int, float, bool, str, bytes, type(None)))
-"""Types that are never Stateful, and of which there may be millions."""
+"""Types that are never Stateful. A list may have millions of such items."""
 
 
 def has_stateful(state_dict: Mapping[str, Any]) -> bool:
@@ -357,6 +357,6 @@ def _is_stateful(value: Any) -> bool:
 
     `isinstance` with the protocol takes many times longer.
     """
-    if type(value) in _PLAIN_TYPES or isinstance(value, (torch.Tensor, type)):
+    if isinstance(value, (torch.Tensor, type)):
         return False
     return all(callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ....planner.errors import CheckpointError
 from ....planner.text import first_few
-from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError, nearest
+from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError, as_refusal, nearest
 from ...runtime.logs import logger_of
 from ...stores.base import Store, check_delete, top_names
 from ..detect import CONVERSION, is_of_a_checkpoint
@@ -145,10 +145,7 @@ def put_commit(store: Store, name: str, data: bytes, what: str, *, overwrite: bo
             if isinstance(error, CheckpointExistsError) and found is not None:
                 raise
             if isinstance(error, StoreError) and not error.may_have_written:
-                refused = nearest(error)(f"{what} was not written, so nothing was committed: {error}")
-                assert isinstance(refused, StoreError)
-                refused.may_have_written = False
-                raise refused from error
+                raise as_refusal(error, f"{what} was not written, so nothing was committed: {error}") from error
             raise CommitError(f"{what} may or may not have been written: {error}") from error
 
 

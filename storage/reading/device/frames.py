@@ -66,9 +66,8 @@ class Frames:
             for part in (frame, padding[: -nbytes % FRAME_ALIGNMENT])
         )
         packed = torch.cat(list(parts))
-        values = torch.zeros(
-            self.value_bytes, dtype=torch.uint8, device=device
-        )  # a frame that fails must not expose old memory
+        # Zeros, because a frame that fails must not expose old memory.
+        values = torch.zeros(self.value_bytes, dtype=torch.uint8, device=device)
         decompressor.decompress(PackedFrames(packed, _starts(sizes), sizes, values, _starts(self.numels), self.numels))
         return values
 
