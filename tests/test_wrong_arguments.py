@@ -40,7 +40,7 @@ CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
 
 
 WRONG_GROUP = r"process_group must be a torch\.distributed\.ProcessGroup or None, got 3"
-CALLS |= {
+GROUP_CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
     f"group of {name}": (call, ArgumentError, WRONG_GROUP)
     for name, call in {
         "save": lambda _: reshard.save({"w": torch.ones(1)}, MemoryStore(), process_group=3),  # type: ignore[arg-type]
@@ -51,9 +51,9 @@ CALLS |= {
 }
 
 
-@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("case", [*CALLS, *GROUP_CALLS])
 def test_wrong_arguments_raise_an_error_that_says_what_to_pass(case: str) -> None:
-    call, error, message = CALLS[case]
+    call, error, message = (CALLS | GROUP_CALLS)[case]
     with pytest.raises(error, match=message):
         call(saved())
 

@@ -51,8 +51,9 @@ logger = logger_of(__name__)
 OBJECT_MAGIC = b"RESHARDD"
 MAX_WINDOW_BYTES = 16 * 1024 * 1024
 """The most bytes of values that are being encoded, or wait to be written, for one object."""
-MIN_TASK_BYTES = 1024 * 1024
-"""The bytes of values that one task encodes, at least. A task ends with the chunk run that reaches this size."""
+TASK_BYTES = 1024 * 1024
+"""The bytes of values of the tasks that a large shard is cut into. A task ends with the chunk run that reaches this
+size."""
 MIN_TASK_BYTES = 128 * 1024
 """Smaller tasks are given to a thread together, until they reach this size. Each task has an overhead of about 0.1 ms,
 the time to encode 64 KiB of values."""
@@ -353,7 +354,7 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _SegmentTasks:
     places = box_slices(starts, run_sizes(sizes[firsts], counts, dims))
     runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
     run_bytes = chunk_bytes[firsts] * counts
-    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // MIN_TASK_BYTES)) + 1).tolist()
+    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
     tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
     return _SegmentTasks(len(offsets), tasks)
 
