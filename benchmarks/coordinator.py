@@ -35,7 +35,8 @@ from reshard.planner.entries import Encoding, Kind
 from reshard.planner.grid import Grid
 from reshard.planner.read_plan import plan_reads
 from reshard.planner.request_costs import REMOTE_COSTS
-from reshard.storage.formats.native.manifest import MANIFEST_NAME, Manifest, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
+from reshard.storage.formats.native.native_source import NativeSource
 from reshard.storage.formats.native.write_records import (
     ObjectRecord,
     PackedRecords,
@@ -104,7 +105,7 @@ def coordinate(ranks: int, tensors: int, folder: Path) -> Row:
 def open_as(load: str, ranks: int, folder: Path) -> Row:
     """Open the checkpoint, and plan what one rank reads."""
     begin = time.perf_counter()
-    manifest = Manifest.find(LocalStore(str(folder)))
+    manifest = NativeSource.find(LocalStore(str(folder)))
     assert manifest is not None
     middle = ranks // 2
     box = Box((middle * ROWS, 0), (ROWS, WIDTH))

@@ -23,7 +23,8 @@ from .dcp_source import DcpSource
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_numbered_files, group_numbered_files, read_weight_map
 from .metadata_reads import Reads
-from .native.manifest import DATA_NAME, MANIFEST_NAME, Manifest
+from .native.manifest import DATA_NAME, MANIFEST_NAME
+from .native.native_source import NativeSource
 from .safetensors_source import INDEX_SUFFIX, SUFFIX, SafetensorsSource
 from .source import Source
 from .torch_save.torch_save_source import LEGACY_MAGIC, TorchSaveSource
@@ -138,7 +139,7 @@ def _noting_others(source: ForeignSource, beside: Sequence[str]) -> Source:
 
 def _in_folder(store: Store, format: str | None) -> Source:
     if format in (None, "reshard"):
-        manifest = Manifest.find(store)
+        manifest = NativeSource.find(store)
         if manifest is not None:
             _warn_of_others(store, "reshard", format)
             return manifest

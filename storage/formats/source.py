@@ -1,6 +1,6 @@
 """The protocol of sources: what a checkpoint of any format contains, and where its bytes are.
 
-`native/manifest.py` implements it for reshard's own format, `foreign.py` for other formats.
+`native/native_source.py` implements it for reshard's own format, `foreign.py` for other formats.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ...planner.errors import InvalidIndexError
 from ...planner.masking import masked
 from ..errors import ArgumentError, CorruptCheckpointError, ObjectNotFoundError
 from ..formats.detect import CONVERSION
-from ..formats.native.manifest import Manifest
+from ..formats.native.native_source import NativeSource
 from ..runtime.logs import logger_of
 from ..runtime.threads import Pool
 from ..runtime.torch_modes import undisturbed
@@ -157,13 +157,13 @@ def _is_temporary(name: str) -> bool:
 
 def _remains(store: Store, names: Iterable[str], older_than_s: float) -> dict[str, int]:
     """Return the objects that no manifest lists, and their sizes. Return none if one of them is too young."""
-    kept = Manifest.objects_in(store)
+    kept = NativeSource.objects_in(store)
     left = [name for name in names if name not in kept]
     if not left or _is_younger(store, left, older_than_s):
         return {}
     sizes = dict(zip(left, _sizes(store, left), strict=True))
     found = {name: nbytes for name, nbytes in sizes.items() if nbytes is not None}
-    kept = Manifest.objects_in(store) if found else set()  # a save may have committed in the meantime
+    kept = NativeSource.objects_in(store) if found else set()  # a save may have committed in the meantime
     return {name: nbytes for name, nbytes in found.items() if name not in kept}
 
 

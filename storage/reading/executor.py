@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from ...planner.errors import CheckpointError
 from ...planner.index import CheckpointIndex
 from ...planner.masking import harmless
 from ...planner.read_plan import ReadPlan
-from ..errors import CorruptCheckpointError, ObjectNotFoundError, RankError, StoreError, nearest
+from ..errors import StoreError
 from ..runtime.gc_pauses import rare_collections, without_collections
 from ..runtime.limits import default_budget
 from ..runtime.process_group import CHECK_EVERY_S, Interrupt, never
@@ -38,14 +37,14 @@ from .destination import Destination
 from .device.frames import MIN_FRAMES
 from .device.placing import MIN_DECOMPRESSED_BYTES, PlacingError, assign_devices, move, place
 from .device.ring import Slot
-from .fetcher import Fetched, ObjectRanges, read_ranges
-from .request_checksums import RequestChecksums, damages
+from .fetcher import Fetched, ObjectRanges
+from .request_checksums import RequestChecksums
 from .schedule import Fetch, Place, Schedule, Verify
-from .tasks import DAMAGED, ChunkBatch, Request, TensorRead, break_reference_cycles, build_tasks
+from .tasks import ChunkBatch, Request, break_reference_cycles, build_tasks
+from .verifier import STOPPED, Verifier, name_of
 from .workers import Workers
 
 _Step = Fetch | Verify | Place
-STOPPED = "the read was stopped"
 MAX_DEVICE_BUDGET_BYTES = 1024 * 1024 * 1024
 """The most bytes that a load into tensors on a device needs there, in addition to the tensors."""
 
@@ -125,7 +124,7 @@ class _Execution:
     ) -> None:
         self._stats = ReadStats()
         self._index = index
-        self._store = store
+        self._verifier = Verifier(index, store)
         self._workers = workers
         self._fetcher = workers.fetcher
         with without_collections():
@@ -156,7 +155,6 @@ class _Execution:
         self._placing = 0
         """The number of workers that write to destinations."""
         self._error: BaseException | None = None
-        self._failed_at: dict[BaseException, TensorRead] = {}
         self._placed: Callable[[int], None] = lambda nbytes: None
 
     def run(self, interrupt: Interrupt, placed: Callable[[int], None]) -> ReadStats:
@@ -185,10 +183,7 @@ class _Execution:
         if self._error is not None:
             # A reference to the error, whose traceback refers to this object, would keep the tensors in memory.
             failure, self._error = self._error, StoreError(STOPPED)
-            tensor = self._failed_at.get(failure)
-            self._failed_at.clear()
-            if tensor is not None and tensor.overwritten:
-                failure.args = (f"{failure}; a part of the tensor was overwritten",)
+            self._verifier.add_whether_overwritten(failure)
             try:
                 raise failure
             finally:
@@ -196,10 +191,7 @@ class _Execution:
         return self._stats
 
     def _wanted(self, requests: Sequence[Request]) -> list[ObjectRanges]:
-        return [(self._name_of(request), request.ranges) for request in requests]
-
-    def _name_of(self, request: Request) -> str:
-        return self._index.objects[request.object][0]
+        return [(name_of(request, self._index), request.ranges) for request in requests]
 
     def _pause(self, interrupt: Interrupt) -> None:
         """Release the lock while waiting, and call `interrupt`. The caller holds the lock."""
@@ -316,7 +308,7 @@ class _Execution:
         begin = time.perf_counter()
         check = RequestChecksums(request, self._index)
         memory = None if slot is None else slot.memory
-        found = self._fetcher.read(self._name_of(request), request.ranges, check.update, memory)
+        found = self._fetcher.read(name_of(request, self._index), request.ranges, check.update, memory)
         self._take(request, found, check, slot, fetch_s=time.perf_counter() - begin)
 
     def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
@@ -360,7 +352,7 @@ class _Execution:
         arrived = found if isinstance(found, StoreError) else memoryview(found)
         kept = False
         try:
-            data = self._intact(request, arrived, check)
+            data = self._verifier.intact(request, arrived, check)
             if request.device is not None:
                 self._move(request, data, slot)
             with self._lock:
@@ -381,76 +373,27 @@ class _Execution:
             slot.memory[: len(data)] = np.frombuffer(data, np.uint8)
             data = slot.memory[: len(data)].data
         try:
-            move(request, data, slot, self._damage)
+            move(request, data, slot, self._verifier.damage)
         except CheckpointError:
             raise
         except Exception as error:  # raised by torch or by the device
-            raise self._device_error(tensor, error) from harmless(error)
+            raise self._verifier.device_error(tensor, error) from harmless(error)
         with self._lock:
             self._stats.copy_s += time.perf_counter() - begin
-
-    def _intact(self, request: Request, found: memoryview | StoreError, check: RequestChecksums) -> memoryview:
-        """Return the bytes of a request. Raise the error of the read, or the damage.
-
-        If a chunk is damaged, the request is read once more, because the damage may have happened in transit.
-        """
-        if not isinstance(found, StoreError) and check.is_intact(found):
-            return found
-        if not request.parts:  # the read has failed in the meantime
-            raise StoreError(STOPPED)
-        name = self._name_of(request)
-        where = f"bytes [{request.start}, {request.stop}) of object {name!r} in {self._store.location}"
-        tensor = request.parts[0][0].tensor
-        try:
-            if isinstance(found, StoreError):
-                raise found
-            data = found
-            damaged = check.damages(data)
-            if damaged:
-                data = memoryview(read_ranges(self._store, name, request.ranges))
-                damaged = damages(request, self._index, data)
-        except ObjectNotFoundError as error:
-            raise self._damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
-        except StoreError as error:
-            raise self._failure(nearest(error), tensor, f"{where}: {error}") from error
-        except CheckpointError:
-            raise
-        except Exception as error:  # raised by a store that is not part of reshard, when a read was repeated
-            raise self._failure(StoreError, tensor, f"{where}: {type(error).__name__}: {error}") from harmless(error)
-        if len(data) != request.nbytes:
-            raise self._damage(tensor, f"only {len(data)} bytes are left of {where}: the object was cut short")
-        if damaged:
-            where = f"{damaged[0]} of object {name!r} in {self._store.location}"
-            raise self._damage(damaged[0].tensor, f"{where}: {DAMAGED}")
-        return data
-
-    def _damage(self, tensor: TensorRead, message: str) -> Exception:
-        return self._failure(CorruptCheckpointError, tensor, message)
-
-    def _failure(self, kind: type[Exception], tensor: TensorRead, message: str) -> Exception:
-        """Return an error that names a tensor. `run` adds whether a part of it was overwritten."""
-        error = kind(f"{tensor.name!r}: {message}")
-        self._failed_at[error] = tensor
-        return error
 
     def _place(self, batches: Sequence[ChunkBatch]) -> None:
         """Write the values of batches."""
         begin = time.perf_counter()
         try:
-            place(batches, self._damage, self._max_decompressed_bytes)
+            place(batches, self._verifier.damage, self._max_decompressed_bytes)
         except CheckpointError:
             raise
         except PlacingError as failed:
             error = failed.__cause__
             assert error is not None
-            raise self._device_error(failed.tensor, error) from harmless(error)
+            raise self._verifier.device_error(failed.tensor, error) from harmless(error)
         with self._lock:
             self._stats.decode_s += time.perf_counter() - begin
-
-    def _device_error(self, tensor: TensorRead, error: BaseException) -> Exception:
-        """Return the error for what torch or a device raised. Memory of a device is not kept by the traceback."""
-        traceback.clear_frames(error.__traceback__)
-        return self._failure(RankError, tensor, f"{type(error).__name__}: {error}")
 
 
 def _destination(read: ChunkReads, tensor: torch.Tensor) -> Destination:

@@ -21,7 +21,7 @@ from ...planner.chunk_reads import WantedBox
 from ..errors import ArgumentError
 from ..formats.detect import open_source
 from ..formats.metadata_reads import Speed
-from ..formats.native.manifest import Manifest
+from ..formats.native.native_source import NativeSource
 from ..formats.source import Source
 from ..runtime.process_group import is_distributed, rank_of
 from ..stores.base import Store
@@ -194,7 +194,7 @@ def _inner(store: Store) -> Store:
 
 def blocks_to_read(source: Source, wants: Sequence[WantedBox]) -> list[int]:
     """Return the blocks of a manifest that this rank would have to read, and that rank 0 may read for all ranks."""
-    if isinstance(source, Manifest) and _is_remote(source.store):
+    if isinstance(source, NativeSource) and _is_remote(source.store):
         return source.blocks_to_read(wants)
     return []
 
@@ -209,7 +209,7 @@ def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: i
     blocks = np.unique(np.fromiter(chain.from_iterable(wanted), np.int64))
     if sum(map(len, wanted)) < MIN_READERS * len(blocks) or not len(blocks):
         return {}
-    assert isinstance(source, Manifest)
+    assert isinstance(source, NativeSource)
     if source.block_bytes(blocks.tolist()) > min(MAX_SENT_BYTES, budget_bytes // 2):
         return {}
     return source.read_blocks(blocks.tolist())
@@ -217,5 +217,5 @@ def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: i
 
 def keep_blocks(source: Source, blocks: ManifestBlocks) -> None:
     """Keep the blocks that rank 0 has read."""
-    if isinstance(source, Manifest):
+    if isinstance(source, NativeSource):
         source.keep_blocks(blocks)

@@ -46,7 +46,7 @@ class RequestChecksums:
         self._found += map(checksum, map(data.__getitem__, map(slice, self._begins[part], self._ends[part])))
 
     def is_intact(self, data: memoryview) -> bool:
-        """Return whether all bytes have arrived and match their checksums, after `take` has been called with all.
+        """Return whether all bytes have arrived and match their checksums, after `update` has been called with all.
 
         Args:
             data: the bytes that have arrived.
@@ -54,7 +54,7 @@ class RequestChecksums:
         return self._found == self._expected and len(data) == self._request.nbytes
 
     def damages(self, data: memoryview) -> list[ChunkRange]:
-        """Return the chunks that are damaged or missing, after `take` has been called with all bytes.
+        """Return the chunks that are damaged or missing, after `update` has been called with all bytes.
 
         Args:
             data: the bytes that have arrived.

@@ -22,7 +22,8 @@ from ...planner.errors import CheckpointError
 from ...planner.masking import masked
 from ..errors import AccessDeniedError, CorruptCheckpointError, ObjectNotFoundError, StoreError, UnavailableError
 from ..formats.native.commit import commit, rank_of_object
-from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
+from ..formats.native.manifest import DATA_FOLDER, MANIFEST_NAME
+from ..formats.native.native_source import NativeSource
 from ..maintenance.verify import verify
 from ..runtime.logs import logger_of
 from ..runtime.lost_ranks import Lookout, Watch, client_of, new_key
@@ -183,7 +184,7 @@ class MirrorCopier:
     def _copy(self, folder: str, overwrite: bool) -> CopyResult:
         """Copy a checkpoint with all ranks, and commit it."""
         source, target = self._source(folder), self._target(folder)
-        manifest = Manifest.find(source)
+        manifest = NativeSource.find(source)
         if manifest is None:
             return CopyResult(problem="it was removed")
         data, copy = manifest.contents(), CheckpointCopy(folder, list(manifest.objects))
@@ -257,7 +258,7 @@ def _check_undamaged(source: Store, names: Sequence[str]) -> None:
     """
     if not names:
         return
-    manifest = Manifest.find(source)
+    manifest = NativeSource.find(source)
     if manifest is None or source.size(MANIFEST_NAME) > MAX_MANIFEST_BYTES:
         why = "this rank does not see its manifest" if manifest is None else "its manifest is too large"
         logger.info("%s is copied without being verified, because %s", source.location, why)

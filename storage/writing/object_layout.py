@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ grouped.
 """
 MIN_EIGHTH_BYTES = 256 * 1024
 """A shard whose eighths would be smaller is not split: each part adds about 50 bytes to the manifest."""
+MIN_COMPRESSED_BYTES = 1024
+"""A tensor whose shards are all smaller is stored uncompressed, whatever the codec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,15 @@ class ShardToWrite:
     def nbytes(self) -> int:
         return self.box.numel * self.dtype.itemsize
 
+    def codec(self, codec: str) -> str:
+        """Return the codec of the tensor, in a checkpoint that is saved with this codec."""
+        nbytes = math.prod(self.largest_sizes or self.shape) * self.dtype.itemsize
+        return "none" if nbytes < MIN_COMPRESSED_BYTES else codec
+
     def grid(self, codec: str) -> Grid:
-        """Return the grid of the tensor."""
-        return Grid.choose(self.shape, self.dtype.itemsize, raw=codec == "none", shard=self.largest_sizes)
+        """Return the grid of the tensor, in a checkpoint that is saved with this codec."""
+        raw = self.codec(codec) == "none"
+        return Grid.choose(self.shape, self.dtype.itemsize, raw=raw, shard=self.largest_sizes)
 
     def pieces(self, max_bytes: int, codec: str) -> list[ShardToWrite]:
         """Cut the shard along the grid into shards of at most `max_bytes`. Single chunks may be larger."""

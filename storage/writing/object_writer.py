@@ -85,7 +85,8 @@ class _UnfinishedSegment:
         self.lengths += lengths
         self.checksums += checksums
 
-    def record(self, encoding: Encoding) -> SegmentRecord:
+    def record(self, codec: str) -> SegmentRecord:
+        encoding = Encoding.RAW if codec == "none" else Encoding.PLANES
         lengths, checksums = np.array(self.lengths, "<u4"), np.array(self.checksums, "<u8")
         return SegmentRecord(int(self.stream), int(encoding), self.start, lengths.tobytes(), checksums.tobytes())
 
@@ -97,12 +98,13 @@ class _UnfinishedShard:
     source: ShardToWrite
     dtype: str
     grid: Grid
+    codec: str
     segments: list[_UnfinishedSegment]
     chunks: int
 
-    def record(self, encoding: Encoding) -> ShardRecord:
+    def record(self) -> ShardRecord:
         source = self.source
-        segments = tuple(segment.record(encoding) for segment in self.segments)
+        segments = tuple(segment.record(self.codec) for segment in self.segments)
         return ShardRecord(source.name, int(source.kind), self.dtype, self.grid, source.box, segments)
 
 
@@ -113,6 +115,7 @@ class _SegmentInput:
     eighth: int
     values: npt.NDArray[Any]
     entry: Entry
+    codec: str
     segment: _UnfinishedSegment
     streams: int
     """The number of streams that the values are stored in."""
@@ -257,8 +260,7 @@ class _ObjectWriter:
             self._wrote(-taken)
             discard(self._store, [record.name])
             raise
-        encoding = Encoding.RAW if self._codec == "none" else Encoding.PLANES
-        record.shards = [shard.record(encoding) for shard in begun]
+        record.shards = [shard.record() for shard in begun]
         record.bytes_needed = sum(shard.source.nbytes for shard in begun)
         record.chunks = sum(shard.chunks for shard in begun)
         record.seconds = {"encode": encode_s, "write": write_s}
@@ -280,7 +282,7 @@ class _ObjectWriter:
                 while waiting and held + nbytes > self._window:
                     held -= waiting[0].nbytes
                     yield waiting.popleft()
-                encoding = self._encoding.submit(partial(_encode_parts, parts, self._codec))
+                encoding = self._encoding.submit(partial(_encode_parts, parts))
                 waiting.append(_EncodingTask(parts, nbytes, encoding))
                 held += nbytes
             while waiting:
@@ -316,7 +318,8 @@ class _ObjectWriter:
             dtype = dtype_name(source.name, values.dtype)
             grid = source.grid(self._codec)
             entry = Entry(source.name, source.kind, dtype, grid)
-            streams = streams_of(dtype, self._codec)
+            codec = source.codec(self._codec)
+            streams = streams_of(dtype, codec)
             synchronize(values.device)  # another stream may still write the values
             array = as_host_array(values)
             eighths = grid.eighths(source.box)
@@ -325,10 +328,11 @@ class _ObjectWriter:
                 cuts = _encoding_tasks(grid, box, values.itemsize)
                 segments = [_UnfinishedSegment(stream) for stream in streams]
                 part = replace(source, box=box) if is_split else source
-                begun.append(_UnfinishedShard(part, dtype, grid, segments, cuts.chunks))
+                begun.append(_UnfinishedShard(part, dtype, grid, codec, segments, cuts.chunks))
                 inside = array[box.relative_to(source.box).slices] if is_split else array
                 parts += [
-                    _SegmentInput(eighth, inside, entry, segment, len(streams), cuts.tasks) for segment in segments
+                    _SegmentInput(eighth, inside, entry, codec, segment, len(streams), cuts.tasks)
+                    for segment in segments
                 ]
         return sorted(parts, key=lambda part: (part.segment.stream is Stream.TAIL, part.eighth))
 
@@ -359,31 +363,26 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _SegmentTasks:
     return _SegmentTasks(len(offsets), tasks)
 
 
-def _encode_parts(parts: Sequence[_TaskPart], codec: str) -> list[list[Encoded]]:
-    return [_encode_runs(part.values, runs, part.entry, part.segment.stream, codec) for part, runs, _ in parts]
+def _encode_parts(parts: Sequence[_TaskPart]) -> list[list[Encoded]]:
+    return [_encode_runs(part, runs) for part, runs, _ in parts]
 
 
-def _encode_runs(
-    values: npt.NDArray[Any],
-    runs: Sequence[_Run],
-    entry: Entry,
-    stream: Stream,
-    codec: str,
-) -> list[Encoded]:
-    """Encode chunk runs of a shard. `values` are the values of the whole shard."""
+def _encode_runs(part: _SegmentInput, runs: Sequence[_Run]) -> list[Encoded]:
+    """Encode chunk runs of a segment."""
+    entry = part.entry
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
     for place, sizes, count, dim in runs:
         # Copy the run so that its chunks follow each other, each row-major.
-        split = values[place].reshape(*sizes[:dim], count, *sizes[dim:])
+        split = part.values[place].reshape(*sizes[:dim], count, *sizes[dim:])
         plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))
         nbytes = len(plain) // count
-        if codec == "none":
+        if part.codec == "none":
             checksums: list[int] = []
             for at in range(0, len(plain), nbytes):
                 checksums += raw_checksums(plain.data[at : at + nbytes], page_bytes)
             encoded.append((plain.data, [nbytes] * count, checksums))
         else:
-            chunks = encode(plain, entry.dtype, stream, nbytes // entry.itemsize)
+            chunks = encode(plain, entry.dtype, part.segment.stream, nbytes // entry.itemsize)
             encoded += [(chunk, [len(chunk)], [checksum(chunk)]) for chunk in chunks]
     return encoded

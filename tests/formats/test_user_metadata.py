@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import reshard
 from reshard.errors import ArgumentError, CorruptCheckpointError
-from reshard.storage.formats.native.manifest import MANIFEST_NAME, Manifest, encode_manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
+from reshard.storage.formats.native.native_source import NativeSource
 from reshard.storage.formats.native.write_records import assemble_index
 from reshard.storage.formats.user_metadata import MAX_METADATA_BYTES
 from reshard.testing import MemoryStore
@@ -119,7 +120,7 @@ def test_metadata_that_would_change_is_refused(case: str) -> None:
 def test_malformed_metadata_does_not_affect_the_tensors(stored: Any) -> None:
     store = MemoryStore()
     reshard.save({"w": torch.ones(4)}, store)
-    manifest = Manifest.find(store)
+    manifest = NativeSource.find(store)
     assert manifest is not None
     data = encode_manifest(manifest.index(), manifest.paths, manifest.info, stored or {"$list": 1})
     store.put(MANIFEST_NAME, data, overwrite=True)

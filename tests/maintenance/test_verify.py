@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import reshard
-from reshard.storage.formats.native.manifest import Manifest
+from reshard.storage.formats.native.native_source import NativeSource
 from reshard.storage.maintenance.verify import verify
 from reshard.storage.stores.local import LocalStore
 from tests.ranks import RankPool
@@ -36,7 +36,7 @@ def save(folder: str, codec: str) -> None:
 def test_damage_of_an_object_is_found_if_only_that_one_is_verified(ranks: RankPool, tmp_path: Path, codec: str) -> None:
     ranks.run(3, save, str(tmp_path), codec)
     store = LocalStore(tmp_path)
-    manifest = Manifest.find(store)
+    manifest = NativeSource.find(store)
     assert manifest is not None
     index = manifest.index()
     names = [name for name, nbytes in index.objects if nbytes]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from reshard.planner.box import Box
 from reshard.planner.grid import EIGHTHS, FLOOR_BYTES, MIN_CHUNK_BYTES, RAW_FLOOR_BYTES, TARGET_BYTES, Grid
-from reshard.storage.formats.native.manifest import MAX_CHUNK_BYTES
+from reshard.storage.formats.native.native_source import MAX_CHUNK_BYTES
 from tests.planner.boxes import boxes_in, paint, shapes
 
 

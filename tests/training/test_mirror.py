@@ -19,7 +19,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import reshard
 from reshard import errors
-from reshard.storage.formats.native.manifest import MANIFEST_NAME, Manifest
+from reshard.storage.formats.native.manifest import MANIFEST_NAME
+from reshard.storage.formats.native.native_source import NativeSource
 from reshard.storage.stores import retry
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.training import mirror as mirror_module
@@ -450,14 +451,14 @@ def test_manifest_that_is_read_badly_is_not_copied(reads: int, tmp_path: Path, m
 
 
 def test_damaged_manifest_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copying = Manifest.find
+    copying = NativeSource.find
 
     def damage_first(store: Any) -> Any:
         path = tmp_path / "root" / "step-00000001" / MANIFEST_NAME
         path.write_bytes(path.read_bytes()[:-1] + b"x")
         return copying(store)
 
-    monkeypatch.setattr(Manifest, "find", damage_first)
+    monkeypatch.setattr(NativeSource, "find", damage_first)
     manager = manager_of(tmp_path)
     train(manager, [1])
     with pytest.raises(errors.StoreError, match=r"could not be copied to the mirror: .*does not match its checksum"):

@@ -11,7 +11,8 @@ import torch
 
 from ....planner.box import Box
 from ....planner.entries import Kind
-from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, Manifest, encode_manifest, info_of_save
+from ...formats.native.manifest import DATA_NAME, MANIFEST_NAME, encode_manifest, info_of_save
+from ...formats.native.native_source import NativeSource
 from ...formats.native.write_records import PackedRecords, assemble_index, record_from_json, record_to_json
 from ...formats.user_metadata import plain_metadata
 from ...stores.base import Store
@@ -59,7 +60,7 @@ class NativeTarget:
         return encode_manifest(index, dict(paths), info_of_save(self._codec), self._metadata)
 
     def orphans(self, store: Store, conversion: str, names: Iterable[str]) -> list[str]:
-        manifest = Manifest.find(store)
+        manifest = NativeSource.find(store)
         kept = {name for name, _ in manifest.objects} if manifest else set(names)
         return [name for name in names if DATA_NAME.fullmatch(name) and f"-{conversion}-" in name and name not in kept]
 

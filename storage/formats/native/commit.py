@@ -12,7 +12,8 @@ from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, S
 from ...runtime.logs import logger_of
 from ...stores.base import Store, check_delete, top_names
 from ..detect import CONVERSION, is_of_a_checkpoint
-from .manifest import DATA_FOLDER, MANIFEST_NAME, Manifest
+from .manifest import DATA_FOLDER, MANIFEST_NAME
+from .native_source import NativeSource
 
 logger = logger_of(__name__)
 
@@ -83,7 +84,7 @@ def commit(
     replaced: set[str] = set()
     if overwrite:
         try:
-            replaced = Manifest.objects_in(store)
+            replaced = NativeSource.objects_in(store)
         except CheckpointError as error:
             logger.warning(
                 "data objects of the checkpoint that is replaced will remain in %s: %s", store.location, error

@@ -4,8 +4,7 @@
 
 The header lists the tensors, the objects and the blocks. A block has the columns of CheckpointIndex for consecutive
 tensors, or for consecutive regions of one tensor, so that a rank reads only the blocks of a large manifest that its
-boxes need. Opening a manifest takes memory in proportion to the bytes that are read, whatever the manifest claims.
-There is no pickle in it. docs/FORMAT.md describes it byte by byte.
+boxes need (`native_source.py`). There is no pickle in it. docs/FORMAT.md describes it byte by byte.
 """
 
 from __future__ import annotations
@@ -15,39 +14,23 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, compress
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from typing_extensions import Buffer
 
-from ....planner.box import concat
-from ....planner.chunk_reads import WantedBox
-from ....planner.coalesce import MAX_GAP_BYTES, GapLimits
-from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
-from ....planner.errors import InvalidIndexError
-from ....planner.grid import Grid
-from ....planner.index import CheckpointIndex, missing_tensor
-from ....planner.read_plan import NATIVE_GAP_LIMITS
-from ....planner.regions import check_region_parts, regions_met
-from ....planner.request_costs import REMOTE_COSTS, RequestCosts
-from ...errors import CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsupportedVersionError
-from ...runtime.brief import brief, text_of
+from ....planner.index import CheckpointIndex
+from ...errors import CorruptCheckpointError, UnsupportedVersionError
+from ...runtime.brief import text_of
 from ...runtime.checksums import checksum
 from ...runtime.forks import fork_safe_lock
-from ...runtime.threads import Pool
 from ...stores.base import Store
 from ...stores.retry import read_whole
-from ...tensors.dtypes import torch_dtype
-from ...tensors.state_dict import Path, path_from_json, path_to_json
+from ...tensors.state_dict import Path, path_to_json
 from ...version import __version__
-from ..metadata_reads import MALFORMED_ERRORS, Speed
-from ..source import Unreadable, bounded
-from ..user_metadata import read_metadata
-from .manifest_blocks import MAX_MANIFEST_BYTES, BlockTable, decode_blocks, encode_blocks
+from ..metadata_reads import MALFORMED_ERRORS
+from .manifest_blocks import MAX_MANIFEST_BYTES, encode_blocks
 
 MANIFEST_NAME = "manifest.reshard"
 DATA_FOLDER = "data"
@@ -58,18 +41,10 @@ READABLE_VERSIONS = (3, 4, 5)
 """In version 3, all keys in paths are strings, and the JSON of values has fewer type words."""
 WHOLE_CHECKSUMS_SINCE = 5
 """Older versions have no checksums of whole raw chunks."""
-READ_BYTES = 8 * 1024 * 1024
-"""How many bytes of blocks a request reads, or slightly more."""
-MAX_GAP = 0.125
-"""Unneeded blocks are read to save a request, up to this fraction of the request's bytes (`benchmarks/planner.py`)."""
-MAX_KEPT_BYTES = 64 * 1024 * 1024
-"""How many bytes of blocks are kept for later calls."""
 FIRST_MANIFEST_READ_BYTES = 1024 * 1024
 """How many bytes of the manifest the first request reads. This covers small manifests as a whole."""
 MAX_MANIFEST_HEADER_BYTES = 2**30
 """The largest size of a header. With a million tensors it has a tenth of this."""
-MAX_CHUNK_BYTES = 16 * 1024 * 1024
-"""The largest size of a chunk's values. It bounds the memory for decoding a chunk, whatever the manifest claims."""
 
 DATA_NAME = re.compile(r"data/[0-9A-Za-z_-]+\.shard")
 _PREFIX = struct.Struct("<8sIIQ")
@@ -77,244 +52,7 @@ _CHECKSUM = struct.Struct("<Q")
 _HEADER_START = _PREFIX.size + _CHECKSUM.size
 
 
-class Manifest:
-    """The manifest of a checkpoint, as a source. The blocks of a large manifest are read when they are needed."""
-
-    format = "reshard"
-    inline: Mapping[str, bytes] = MappingProxyType({})
-    unindexed: tuple[str, ...] = ()
-
-    def __init__(self, source: _ManifestBytes) -> None:
-        """Read the header. Raise CorruptCheckpointError, UnsupportedVersionError or StoreError."""
-        self._source = source
-        self._version, header, blocks_start, stop = _read_header(source)
-        try:
-            self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
-            """The claimed number of chunks and stored bytes of each entry. Reading the blocks checks them."""
-            self._entries = tuple(
-                _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
-            )
-            self.unreadable = _unreadable(self._entries, source.where)
-            readable = [entry.name not in self.unreadable for entry in self._entries]
-            self.entries = tuple(compress(self._entries, readable))
-            self.sizes = tuple(compress(self._sizes, readable))
-            self.paths: dict[str, Path] = {
-                str(row[0]): path_from_json(row[5]) for row in header["entries"] if row[5] is not None
-            }
-            """Where entries were in the saved state dict."""
-            self.objects = tuple((_object_name(name), _as_integers([nbytes])[0]) for name, nbytes in header["objects"])
-            """The name and size in bytes of each data object."""
-            self.info: dict[str, Any] = dict(header["info"])
-            """What wrote the checkpoint, and when."""
-            self._metadata: Any = header.get("metadata", {})
-            self._positions = {entry.name: position for position, entry in enumerate(self._entries)}
-            if len(self._entries) != len(self._positions):
-                raise ValueError("two tensors have the same name")
-            self._parts = [_parts(e, *row[8:]) for e, row in zip(self._entries, header["entries"], strict=True)]
-            self._first_regions = np.array(list(accumulate(map(math.prod, self._parts), initial=0)), np.int64)
-            firsts = self._first_regions.tolist()
-            empty = [first for first, e in zip(firsts, self._entries, strict=False) if not e.numel]
-            self._blocks = BlockTable.from_json(header["blocks"], blocks_start, int(self._first_regions[-1]), empty)
-            if int(self._blocks.starts[-1]) != stop:
-                raise ValueError(f"the blocks do not end at byte {stop}")
-        except (*MALFORMED_ERRORS, InvalidIndexError) as error:
-            raise _contradiction(source.where, error) from error
-        self._is_small = stop <= len(source.first)
-        self._lock = fork_safe_lock()
-        self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
-        self._kept: dict[int, memoryview] = {}
-        """The blocks that were read and are kept, by their row."""
-
-    @classmethod
-    def objects_in(cls, store: Store) -> set[str]:
-        """Return the data objects of the checkpoint in a store. Raises what `find` raises."""
-        found = cls.find(store)
-        return set() if found is None else {name for name, _ in found.objects}
-
-    @classmethod
-    def find(cls, store: Store) -> Manifest | None:
-        """Return the manifest in a store, or None if there is none. A small manifest takes one request.
-
-        Raises:
-            CorruptCheckpointError, UnsupportedVersionError, StoreError: the manifest cannot be read.
-        """
-        try:
-            source = _ManifestBytes(store)
-        except ObjectNotFoundError:
-            return None
-        return cls(source)
-
-    @property
-    def store(self) -> Store:
-        return self._source.store
-
-    @property
-    def location(self) -> str:
-        return self.store.location
-
-    def fingerprint(self) -> str:
-        return f"{_CHECKSUM.unpack_from(self._source.first, _PREFIX.size)[0]:016x}"
-
-    def observe(self, nbytes: int, seconds: float) -> None:
-        """Ignore the speed of the store."""
-
-    def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        if costs is None and not self.store.capabilities.is_local:
-            costs = REMOTE_COSTS
-        bound = bounded(max_over_read)
-        if costs is not None:
-            return costs.native_gap_limits() if bound is None else costs.gap_limits(bound)
-        return NATIVE_GAP_LIMITS if bound is None else GapLimits(MAX_GAP_BYTES, bound)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What the user stored with the checkpoint. Raises CorruptCheckpointError if it cannot be decoded."""
-        return read_metadata(self._metadata, self._source.where)
-
-    @property
-    def speed(self) -> Speed:
-        return Speed()
-
-    def use_store(self, store: Store, speed: Speed | None = None) -> None:
-        self._source.store = store
-        if speed is not None:
-            self._source.bytes_read = self._source.requests = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """How many bytes of the manifest have been read."""
-        return self._source.bytes_read
-
-    @property
-    def requests(self) -> int:
-        """How many reads of the manifest there were."""
-        return self._source.requests
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._positions
-
-    def entry(self, name: str) -> Entry:
-        """Return the entry of this name. Raise MissingTensorError, or the error that `unreadable` has for the name."""
-        if name in self.unreadable:
-            raise self.unreadable[name].error()
-        return self._entries[self._position(name)]
-
-    def _position(self, name: str) -> int:
-        if name not in self._positions:
-            raise missing_tensor(name, self._positions)
-        return self._positions[name]
-
-    def index(self, wants: Iterable[WantedBox] | None = None) -> CheckpointIndex:
-        """Return an index with the regions that some reads need, or with all regions. It may contain more.
-
-        Raises:
-            CorruptCheckpointError, StoreError: the blocks cannot be read.
-            MissingTensorError: a name is missing. Only a large manifest checks this here.
-        """
-        if wants is None or self._is_small:
-            wanted = frozenset(range(len(self._blocks)))
-        else:
-            wanted = frozenset(self._blocks_of(wants))
-        with self._lock:
-            if self._loaded is None or not wanted <= self._loaded[0]:
-                self._loaded = wanted, self._load(sorted(wanted))
-            return self._loaded[1]
-
-    def blocks_to_read(self, wants: Iterable[WantedBox]) -> list[int]:
-        """Return the blocks that `index` would read for some reads. Raises what `index` raises for missing names."""
-        if self._is_small:
-            return []
-        return sorted(set(self._blocks_of(wants)).difference(self._kept))
-
-    def block_bytes(self, blocks: Sequence[int]) -> int:
-        """Return the size of some blocks."""
-        at = np.asarray(blocks, np.int64)
-        return int((self._blocks.starts[at + 1] - self._blocks.starts[at]).sum())
-
-    def contents(self) -> bytes:
-        """Return the bytes of the manifest. Raise CorruptCheckpointError if they are damaged, or StoreError."""
-        starts = self._blocks.starts.tolist()
-        data = self._source.read(0, starts[-1])
-        for at in range(len(self._blocks)):
-            self._blocks.check(at, data[starts[at] : starts[at + 1]], self._source.where)
-        return bytes(data)
-
-    def read_blocks(self, blocks: list[int]) -> dict[int, bytes]:
-        """Read blocks for other ranks. Raise CorruptCheckpointError or StoreError."""
-        return {at: bytes(data) for at, data in self._read(blocks)}
-
-    def keep_blocks(self, blocks: Mapping[int, Buffer]) -> None:
-        """Keep blocks that another rank has read."""
-        self._kept |= {at: memoryview(data) for at, data in blocks.items()}
-
-    def _blocks_of(self, wants: Iterable[WantedBox]) -> list[int]:
-        """Return the blocks with the regions that some reads need."""
-        regions = []
-        for want in wants:
-            position = self._position(want.name)
-            met = regions_met(self._entries[position].shape, self._parts[position], want.box)
-            regions.append(met + self._first_regions[position])
-        return self._blocks.holding(concat(regions))
-
-    def _read(self, blocks: list[int]) -> list[tuple[int, memoryview]]:
-        """Return the bytes of blocks. Blocks that are not kept are read, many with one request."""
-        missing = [at for at in blocks if at not in self._kept]
-        runs: list[list[int]] = []
-        starts = self._blocks.starts.tolist()
-        for at in missing:
-            if runs:
-                begin, end = starts[runs[-1][0]], starts[runs[-1][-1] + 1]
-                if starts[at] - end <= MAX_GAP * (end - begin) and starts[at + 1] - begin <= READ_BYTES:
-                    runs[-1].append(at)
-                    continue
-            runs.append([at])
-
-        def read(some: list[list[int]]) -> dict[int, memoryview]:
-            found: dict[int, memoryview] = {}
-            for run in some:
-                first = starts[run[0]]
-                data = self._source.read(first, starts[run[-1] + 1])
-                found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
-            return found
-
-        readers = min(len(runs), self.store.capabilities.concurrent_reads)
-        if readers <= 1:
-            found = read(runs)
-        else:
-            with Pool(readers, "reshard-manifest") as pool:
-                parts = pool.map(read, [runs[at::readers] for at in range(readers)])
-                found = dict(chain.from_iterable(part.items() for part in parts))
-        result = [(at, found[at] if at in found else self._kept[at]) for at in blocks]
-        if sum(map(len, self._kept.values())) + sum(map(len, found.values())) <= MAX_KEPT_BYTES:
-            self._kept |= found
-        return result
-
-    def _load(self, blocks: list[int]) -> CheckpointIndex:
-        read = self._read(blocks)
-        try:
-            index = decode_blocks(
-                self._blocks,
-                read,
-                self._entries,
-                self._parts,
-                self._first_regions,
-                self.objects,
-                self._source.where,
-                whole_checksums=self._version >= WHOLE_CHECKSUMS_SINCE,
-            )
-            index.check_disjoint()
-            if int(index.segments.encodings.max(initial=0)) > max(NATIVE_ENCODINGS):
-                raise ValueError("a segment has the encoding of another format")
-            held = np.bincount(index.regions.entries).tolist()
-            for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):
-                if known == math.prod(parts) and found != self._sizes[self._positions[entry.name]]:
-                    raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
-            return index
-        except (*MALFORMED_ERRORS, InvalidIndexError) as error:
-            raise _contradiction(self._source.where, error) from error
-
-
-class _ManifestBytes:
+class ManifestBytes:
     """The bytes of a manifest. The first FIRST_MANIFEST_READ_BYTES are kept, the others are read when needed."""
 
     def __init__(self, store: Store) -> None:
@@ -327,6 +65,11 @@ class _ManifestBytes:
         self.bytes_read = len(self.first)
         self.requests = 1
         self._lock = fork_safe_lock()
+
+    @property
+    def header_checksum(self) -> int:
+        """The checksum of the prefix and the header that the manifest contains."""
+        return int(_CHECKSUM.unpack_from(self.first, _PREFIX.size)[0])
 
     def read(self, start: int, stop: int) -> memoryview:
         """Return a byte range. Raise CorruptCheckpointError if the manifest ends before `stop`."""
@@ -354,8 +97,20 @@ def _min_size(first: bytes) -> int:
     return int(total) if first.startswith(MAGIC) else 0
 
 
-def _read_header(source: _ManifestBytes) -> tuple[int, dict[str, Any], int, int]:
-    """Return the format version, the header, and the positions where the header and the manifest should end."""
+@dataclass(frozen=True, slots=True)
+class ManifestHeader:
+    """The header of a manifest, whose checksum is right."""
+
+    version: int
+    content: dict[str, Any]
+    blocks_start: int
+    """The byte where the header ends."""
+    stop: int
+    """The byte where the manifest should end."""
+
+
+def read_header(source: ManifestBytes) -> ManifestHeader:
+    """Read the header. Raise CorruptCheckpointError, UnsupportedVersionError or StoreError."""
     if not source.first.startswith(MAGIC[: len(source.first)]):
         raise CorruptCheckpointError(
             f"{source.where} is not a manifest of reshard: it begins with {source.first[:8]!r}"
@@ -383,85 +138,25 @@ def _read_header(source: _ManifestBytes) -> tuple[int, dict[str, Any], int, int]
             f"the manifest {source.where} has {len(source.first)} bytes, but should have {total}"
         )
     text = source.read(_HEADER_START, _HEADER_START + header_bytes)
-    if _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0] != checksum(source.first[: _PREFIX.size] + bytes(text)):
+    if source.header_checksum != checksum(source.first[: _PREFIX.size] + bytes(text)):
         raise CorruptCheckpointError(f"the header of the manifest {source.where} does not match its checksum")
     try:
-        return version, json.loads(bytes(text)), _HEADER_START + header_bytes, int(total)
+        return ManifestHeader(version, json.loads(bytes(text)), _HEADER_START + header_bytes, int(total))
     except MALFORMED_ERRORS as error:
-        raise _contradiction(source.where, error) from error
+        raise contradiction(source.where, error) from error
 
 
-def _is_of_readable_version(source: _ManifestBytes, header_bytes: int, total: int) -> bool:
+def _is_of_readable_version(source: ManifestBytes, header_bytes: int, total: int) -> bool:
     """Return whether only the version field of a manifest is damaged: its checksum is right for another version."""
     if header_bytes > len(source.first):
         return False
     text = source.first[_HEADER_START : _HEADER_START + header_bytes]
-    expected = _CHECKSUM.unpack_from(source.first, _PREFIX.size)[0]
     prefixes = (_PREFIX.pack(MAGIC, readable, header_bytes, total) for readable in READABLE_VERSIONS)
-    return any(checksum(prefix + text) == expected for prefix in prefixes)
+    return any(checksum(prefix + text) == source.header_checksum for prefix in prefixes)
 
 
-def _contradiction(where: str, error: Exception) -> CorruptCheckpointError:
+def contradiction(where: str, error: Exception) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"the manifest {where} contradicts itself: {text_of(error)}")
-
-
-def _checked_sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
-    sizes = _as_integers([chunks, stored_bytes])
-    if min(sizes) < 0:
-        raise ValueError(f"{sizes} chunks and bytes")
-    return sizes[0], sizes[1]
-
-
-def _entry(stored_bytes: int, name: Any, kind: int, dtype: str, shape: list[Any], parts: list[Any]) -> Entry:
-    grid = Grid(_as_integers(shape), _as_integers(parts))
-    if type(name) is not str or type(dtype) is not str:
-        raise ValueError(f"{brief(name)} has the dtype {brief(dtype)}")
-    # The itemsize follows from the stored bytes if all chunks are raw. Otherwise this is only a bound.
-    itemsize = 0 if dtype in ITEMSIZES else max(1, -(-stored_bytes // max(1, math.prod(grid.shape))))
-    entry = Entry(name, Kind(kind), dtype, grid, None, itemsize)
-    if entry.grid.cell_numel * entry.itemsize > MAX_CHUNK_BYTES:
-        raise ValueError(f"the chunks of {name!r} are larger than {MAX_CHUNK_BYTES} bytes")
-    return entry
-
-
-def _unreadable(entries: Iterable[Entry], where: str) -> dict[str, Unreadable]:
-    """Return the tensors whose dtype this version of reshard or torch does not have."""
-    lacking: dict[str, str] = {}
-    for dtype in {entry.dtype for entry in entries}:
-        try:
-            torch_dtype(dtype)
-            if dtype not in ITEMSIZES:
-                lacking[dtype] = "this version of reshard does not know it. Upgrade reshard"
-        except DtypeError as error:
-            lacking[dtype] = f"{error}. Upgrade torch or reshard, whichever is older"
-    return {
-        entry.name: Unreadable(
-            DtypeError, f"{entry.name!r} in {where} has the dtype {entry.dtype!r}: {lacking[entry.dtype]}"
-        )
-        for entry in entries
-        if entry.dtype in lacking
-    }
-
-
-def _parts(entry: Entry, parts: list[Any] | None) -> tuple[int, ...]:
-    """Return into how many parts regions divide each dimension of an entry. Raise ValueError if that is impossible."""
-    if parts is None:
-        return (1,) * len(entry.shape)
-    check_region_parts(entry, _as_integers(parts))
-    return tuple(parts)
-
-
-def _as_integers(values: list[Any]) -> tuple[int, ...]:
-    if any(type(value) is not int for value in values):
-        raise ValueError(f"{brief(values)} should be integers")
-    return tuple(values)
-
-
-def _object_name(name: str) -> str:
-    """Return the name of a data object. Raise ValueError if it could be outside the folder of the checkpoint."""
-    if not DATA_NAME.fullmatch(name):
-        raise ValueError(f"{brief(name)} is not the name of a data object")
-    return name
 
 
 def info_of_save(codec: str, **more: Any) -> dict[str, Any]:
