@@ -12,11 +12,11 @@ import torch
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.chunk_reads import WantedBox
-from reshard.planner.entries import Kind
+from reshard.planner.entries import Encoding, Kind
 from reshard.planner.errors import ShapeMismatchError
 from reshard.planner.read_plan import plan_reads
 from reshard.storage.errors import ArgumentError, DtypeError, StoreError, UnavailableError
-from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
+from reshard.storage.formats.native.write_records import ObjectRecord, PackedRecords, assemble_index
 from reshard.storage.reading.executor import execute
 from reshard.storage.stores import retry
 from reshard.storage.stores.base import Capabilities
@@ -53,6 +53,34 @@ def test_codec_determines_the_grid_and_ranks_must_use_the_same_codec() -> None:
     assert assemble_index([PackedRecords.of(raw)]).entry("t").grid.parts == (8, 4)
     with pytest.raises(ArgumentError, match=r"one rank divided 't' into \(8, 8\) parts, another into \(8, 4\)"):
         assemble_index([PackedRecords.of(encoded), PackedRecords.of(raw)])
+
+
+def encodings(records: list[ObjectRecord], name: str) -> set[int]:
+    """Return the encodings of the segments of a tensor."""
+    shards = [shard for record in records for shard in record.shards if shard.name == name]
+    return {Encoding(segment.encoding) for shard in shards for segment in shard.segments}
+
+
+def test_tensors_whose_shards_are_all_smaller_than_1_kib_are_stored_raw() -> None:
+    store = MemoryStore()
+    values = {"scalar": torch.tensor(3.5), "small": torch.randn(255), "large": torch.randn(256)}
+    records = write_objects(store, "00000", [shard(name, tensor) for name, tensor in values.items()], "zstd")
+    assert {name: encodings(records, name) for name in values} == {
+        "scalar": {Encoding.RAW},
+        "small": {Encoding.RAW},
+        "large": {Encoding.PLANES},
+    }
+
+
+@pytest.mark.parametrize(("largest", "encoding"), [(255, Encoding.RAW), (256, Encoding.PLANES)])
+def test_every_rank_stores_a_tensor_in_the_same_encoding(largest: int, encoding: Encoding) -> None:
+    """The ranks hold shards of different sizes; the largest shard decides."""
+    store, values = MemoryStore(), torch.randn(5 + largest)
+    records = []
+    for box in (Box((0,), (5,)), Box((5,), (largest,))):
+        part = replace(shard("t", values), box=box, largest_sizes=(largest,))
+        records += write_objects(store, "00000", [part], "zstd")
+    assert encodings(records, "t") == {encoding}
 
 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
