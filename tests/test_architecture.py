@@ -133,11 +133,13 @@ def test_plugin_imports_its_engine_when_it_is_registered() -> None:
     assert "ModuleNotFoundError: No module named 'vllm'" in done.stderr
 
 
-def test_plain_tensors_are_loaded_without_what_only_sharded_ones_need(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["save", "load", "async_save"])
+def test_plain_tensors_are_saved_and_loaded_without_what_only_sharded_ones_need(call: str, tmp_path: Path) -> None:
     """It takes longer to import than many a checkpoint to load."""
     reshard.save({"w": torch.arange(4)}, tmp_path / "c")
+    more = "" if call == "load" else ", overwrite=True"
     code = (
-        "import sys, torch, reshard; reshard.load({'w': torch.zeros(4, dtype=torch.int64)}, sys.argv[1]); "
+        f"import sys, torch, reshard; reshard.{call}({{'w': torch.zeros(4, dtype=torch.int64)}}, sys.argv[1]{more}); "
         "heavy = ('torch.distributed.tensor', 'torch.distributed.checkpoint', 's3fs', 'botocore', 'matplotlib'); "
         "print([m for m in heavy if m in sys.modules])"
     )

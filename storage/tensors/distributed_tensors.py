@@ -1,6 +1,7 @@
 """The shards of a DTensor or ShardedTensor that this rank holds.
 
-This is separate from `local_shards`, because torch's modules for distributed tensors take long to import.
+Modules that work on plain tensors import this one only when they meet another: torch's modules for distributed tensors
+take long to import.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ def _checkpointable_shards(name: str, tensor: Any) -> list[LocalShard]:
                 raise LayoutError(f"{name!r} reports that it holds {box}, but its local shape is {tuple(local.shape)}")
             shards.append((box, _local_tensor(local)))
     return shards
+
+
+def may_repeat(tensor: torch.Tensor, world_size: int) -> bool:
+    """Return whether two ranks of a group may hold the same part of a sharded tensor."""
+    if not isinstance(tensor, DTensor):
+        return True
+    is_on_all_ranks = tensor.device_mesh.size() == world_size
+    return not is_on_all_ranks or any(isinstance(placement, TorchReplicate) for placement in tensor.placements)
 
 
 def waited(tensor: torch.Tensor) -> torch.Tensor:

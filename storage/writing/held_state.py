@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
 
 from ...planner.box import Box
 from ...planner.entries import Kind
@@ -125,10 +124,11 @@ class HeldState:
         """Return whether another rank may hold the same part of a tensor, or of another tensor with the same name."""
         if self._world_size == 1:
             return False
-        if is_whole(tensor) or not isinstance(tensor, DTensor):
+        if is_whole(tensor):
             return True
-        is_on_all_ranks = tensor.device_mesh.size() == self._world_size
-        return not is_on_all_ranks or any(isinstance(placement, Replicate) for placement in tensor.placements)
+        from ..tensors import distributed_tensors
+
+        return distributed_tensors.may_repeat(tensor, self._world_size)
 
 
 def _sample(values: torch.Tensor) -> torch.Tensor:
