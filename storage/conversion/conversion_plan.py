@@ -19,7 +19,7 @@ from ..formats.source import Source
 from ..reading.value_reads import check_values
 from ..runtime.checksums import checksum
 from ..runtime.reports import Cast
-from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names, weight_dtype
+from ..tensors.casts import ScaleNames, check_is_not_scaled, loses_bits, weight_dtype
 from ..tensors.dtypes import dtype_name, torch_dtype
 from ..tensors.name_patterns import Selection, matches_any
 from ..tensors.state_dict import Path, renamed_path
@@ -123,7 +123,7 @@ def _select_items(
     for name, unreadable in source.unreadable.items():
         if selection.includes(name) and not matches_any(may_miss, name):
             raise unreadable.kind(f"{unreadable.reason}. To convert the rest, pass exclude={name!r} (--exclude)")
-    scales = scale_names(names)
+    scales = ScaleNames(names)
     selected = selection.select(name for name in names if name not in source.unreadable)
     items = []
     for new, name in sorted(selected.items()):
@@ -132,7 +132,7 @@ def _select_items(
     return items
 
 
-def _written_dtype(entry: Entry, dtype: torch.dtype | None, scales: Sequence[str]) -> str:
+def _written_dtype(entry: Entry, dtype: torch.dtype | None, scales: ScaleNames) -> str:
     """Return the dtype in which an entry is written, by the planner's name."""
     if not entry.is_tensor or dtype is None:
         return entry.dtype

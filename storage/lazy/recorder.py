@@ -34,7 +34,7 @@ from ..runtime.process_group import portable, rank_of
 from ..runtime.progress import Meter, OnProgress
 from ..runtime.reports import RankReport, added
 from ..runtime.torch_modes import leave_mode, undisturbed
-from ..tensors.casts import check_cast, check_is_not_scaled, scale_names
+from ..tensors.casts import ScaleNames, check_cast, check_is_not_scaled
 from ..tensors.local_shards import local_shards
 from ..tensors.overlaps import address_range, find_overlaps
 from ..tensors.splitting import group_by_bytes
@@ -447,13 +447,12 @@ class CopyRecorder:
     def _batches(self, copies: Sequence[PendingCopy]) -> list[_Batch]:
         """Resolve copies to memory that does not overlap, in batches whose temporary tensors fit the budget."""
         source = self._source()
-        scales: list[str] | None = None
+        scales = ScaleNames(entry.name for entry in source.entries)
         for copy in copies:
             to = copy.destination.dtype
             if to != copy.origin.dtype:
                 name = next(copy.origin.names)
                 check_cast(name, copy.origin.dtype, to)
-                scales = scale_names(entry.name for entry in source.entries) if scales is None else scales
                 check_is_not_scaled(name, copy.origin.dtype, to, scales)
         resolved = [found for copy in copies for found in self._resolve(copy)]
         direct = Resolution([read for found in resolved if not found.scratch for read in found.reads])

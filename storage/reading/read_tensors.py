@@ -30,7 +30,7 @@ from ..runtime.process_group import Interrupt, never
 from ..runtime.progress import Meter
 from ..runtime.reports import RankReport, added
 from ..runtime.torch_modes import writing_to
-from ..tensors.casts import check_cast, check_integers, check_is_not_scaled, needs_check, scale_names
+from ..tensors.casts import ScaleNames, check_cast, check_integers, check_is_not_scaled, needs_check
 from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
 from ..tensors.splitting import group_by_bytes, row_boxes
@@ -140,12 +140,10 @@ class BoxReads:
         direct: list[int] = []
         checked: list[int] = []
         through_class: list[int] = []
-        scales: list[str] | None = None
+        scales = ScaleNames(entry.name for entry in source.entries)
         for at, (want, destination) in enumerate(zip(wants, destinations, strict=True)):
             stored = torch_dtype(source.entry(want.name).dtype)
-            if stored.itemsize == 1 and scales is None:
-                scales = scale_names(entry.name for entry in source.entries)
-            check_is_not_scaled(want.name, stored, destination.dtype, scales or ())
+            check_is_not_scaled(want.name, stored, destination.dtype, scales)
             _check_destination(want.name, destination, stored, want.box.sizes)
             if overrides_dispatch(destination):
                 through_class.append(at)

@@ -16,7 +16,7 @@ from ..formats.source import Source
 from ..formats.value_codec import check_no_shard
 from ..runtime.deferred_writes import finish_writes
 from ..runtime.reports import Cast, RankReport, added
-from ..tensors.casts import check_is_not_scaled, loses_bits, scale_names
+from ..tensors.casts import ScaleNames, check_is_not_scaled, loses_bits
 from ..tensors.dtypes import LocalShard, torch_dtype
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
@@ -131,7 +131,7 @@ class StateDictRead:
     def _decoded_tensors(self) -> list[DecodedTensor]:
         """Return the tensors inside values of the checkpoint, and the local tensors to copy them to."""
         decoded: list[DecodedTensor] = []
-        scales = scale_names(self.match.decoded_names)
+        scales = ScaleNames(self.match.decoded_names)
         for leaf, value in self.match.nested:
             if isinstance(value, torch.Tensor):
                 for box, tensor in _local_shards(leaf, tuple(value.shape)):

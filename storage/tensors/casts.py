@@ -13,8 +13,8 @@ import torch
 from ..errors import ArgumentError, DtypeError
 from .dtypes import is_packed
 
-_SCALE = re.compile(r"scale|absmax|amax|quant_state|(?:^|[._])scb$", re.IGNORECASE)
-"""Found in the names of scales of quantised values."""
+_OF_SCALES = ("scale", "absmax", "amax", "quant_state")
+"""Found in the names of scales of quantised values, in any case. Those of bitsandbytes may also end with `SCB`."""
 _OF_ACTIVATIONS = re.compile(r"(?:input|output|act|activation|[qkv])_")
 """The start of the names of scales that belong to activations, not to weights."""
 _OF_MODULE = re.compile(r"(?:q?weight|q?scales?|scb|absmax|amax|quant|zeros)", re.IGNORECASE)
@@ -102,26 +102,43 @@ def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
         )
 
 
-def scale_names(names: Iterable[str]) -> list[str]:
-    """Return the names of a checkpoint that may be scales of quantised values."""
-    return [name for name in names if _SCALE.search(name)]
+class ScaleNames:
+    """The names of a checkpoint that may be scales of quantised values.
+
+    They are searched for when they are first needed: most reads need none, and a checkpoint may have many names.
+
+    Args:
+        names: all names of the checkpoint.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = names
+
+    @functools.cached_property
+    def found(self) -> list[str]:
+        return list(filter(_may_be_scale, self._names))
 
 
-def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales: Iterable[str]) -> None:
+def _may_be_scale(name: str) -> bool:
+    lower = name.lower()
+    return any(word in lower for word in _OF_SCALES) or lower == "scb" or lower.endswith((".scb", "_scb"))
+
+
+def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales: ScaleNames) -> None:
     """Check that a cast does not use quantised values as if they were weights.
 
     Args:
         name: the name of the tensor.
         stored: the stored dtype.
         to: the dtype of the destination.
-        scales: the result of `scale_names` for the checkpoint.
+        scales: those of the checkpoint.
 
     Raises:
         DtypeError: the stored dtype has at most 8 bits, and the checkpoint has a scale for the tensor.
     """
     if stored == to or stored.itemsize > 1 or stored is torch.bool:
         return
-    for other in scales:
+    for other in scales.found:
         if other != name and _is_scale_of(name, other):
             raise DtypeError(
                 f"{name!r} is quantised: it is stored as {stored}, and {other!r} has its scale. reshard does not apply "
@@ -135,7 +152,7 @@ def _is_scale_of(name: str, other: str) -> bool:
     if module and not other.startswith(f"{module}."):
         return False
     rest = other[len(module) + 1 if module else 0 :].lstrip("._")
-    if not _SCALE.search(rest) or _OF_ACTIVATIONS.match(rest):
+    if not _may_be_scale(rest) or _OF_ACTIVATIONS.match(rest):
         return False
     stem = _VALUES.sub("", last).strip("._")
     return rest.startswith((last, stem)) if stem else _OF_MODULE.match(rest) is not None or rest.startswith(last)
