@@ -17,6 +17,9 @@ BENCHMARKS ?= bytes_read foreign fsdp_to_tp codec planner coalescing memory over
 BIN := $(VENV)/bin
 AZURITE := build/azurite/node_modules/azurite/package.json
 
+# Tests start hundreds of processes. Each of them would compile the modules again if their bytecode was not written.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: test test-fast test-engines check lint mypy pyright fix docs demo torture bench env
 .DELETE_ON_ERROR:
 

@@ -25,7 +25,7 @@ from tests.torture.faults import CLIENTS, by_client, through
 
 pytestmark = pytest.mark.slow
 
-PROCESSES = {"obstore": 64, "s3fs": 16}
+PROCESSES = {"obstore": 32, "s3fs": 8}
 """A process that imports s3fs needs a second of a core."""
 NAMES = ("first", "second")
 Found = tuple[list[list[float]], float]
