@@ -33,7 +33,8 @@ grouped.
 MIN_EIGHTH_BYTES = 256 * 1024
 """A shard whose eighths would be smaller is not split: each part adds about 50 bytes to the manifest."""
 MIN_COMPRESSED_BYTES = 1024
-"""A tensor whose shards are all smaller is stored uncompressed, whatever the codec."""
+"""A tensor whose shards are all smaller is stored raw: compressing it takes long and saves nothing
+(`benchmarks/small_tensors.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from benchmarks import (
     many_ranks,
     memory,
     overhead,
+    small_tensors,
 )
 from tests.proxy import Link, linked, traffic
 from tests.ranks import RankPool
@@ -159,6 +160,13 @@ def test_overhead(tmp_path: Path) -> None:
 def test_manager_calls(tmp_path: Path) -> None:
     (row,) = rows_of(manager_calls, tmp_path, "--ranks", "2", "--calls", "20", "--requests", "1")
     assert row["steps"] >= 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_small_tensors(tmp_path: Path) -> None:
+    few = ("--tensors", "100", "--bytes", "48", "--repeat", "1", "--folder", str(tmp_path))
+    stored = {row["contender"]: row["stored"] for row in rows_of(small_tensors, tmp_path, *few)}
+    assert stored["reshard"] < stored["reshard, all compressed"] < stored["dcp"]
 
 
 def test_link_has_the_given_latency_and_bandwidth_and_counts_traffic(seaweedfs: Server) -> None:
