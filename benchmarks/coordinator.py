@@ -45,7 +45,7 @@ from reshard.storage.formats.native.write_records import (
     assemble_index,
 )
 from reshard.storage.stores.local import LocalStore
-from reshard.storage.writing.agreement import ValueDescription
+from reshard.storage.writing.agreement import EntryDescription
 from reshard.storage.writing.save_plan import HeldShards, plan_save
 
 COLUMNS = ("ranks", "shards", "received MB", "plan s", "commit s", "manifest MB", "peak GB")
@@ -55,7 +55,7 @@ CHUNK_BYTES = 5000
 """The stored bytes of a chunk. Only their number matters."""
 
 
-def held_by(rank: int, described: dict[str, ValueDescription]) -> bytes:
+def held_by(rank: int, described: dict[str, EntryDescription]) -> bytes:
     box = Box((rank * ROWS, 0), (ROWS, WIDTH))
     return pickle.dumps(HeldShards.of(described, [[box]] * len(described), []))
 
@@ -80,7 +80,7 @@ def coordinate(ranks: int, tensors: int, folder: Path) -> Row:
     """Do the work of rank 0, and write the manifest."""
     names = [f"model.layers.{at}.weight" for at in range(tensors)]
     shape = (ranks * ROWS, WIDTH)
-    described = {name: ValueDescription(("model", name), "sharded tensor", "bfloat16", shape) for name in names}
+    described = {name: EntryDescription(("model", name), "sharded tensor", "bfloat16", shape) for name in names}
     held = [held_by(rank, described) for rank in range(ranks)]
     begin = time.perf_counter()
     plan = plan_save([pickle.loads(one) for one in held])  # noqa: S301 (made above)

@@ -20,7 +20,7 @@ class WantedBox:
     box: Box
     """The box, in the global tensor."""
     heads_only: bool = False
-    """Read float32 values as bfloat16, from the heads alone. Only for values that were saved as heads and tails."""
+    """Read float32 values as bfloat16, from the heads alone. Ignored for values stored otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -224,7 +224,9 @@ def find_chunks(
         for first in range(0, len(members), BOXES_PER_CALL):
             positions, chosen = zip(*members[first : first + BOXES_PER_CALL], strict=True)
             named = [WantedBox(wants[at].name, wants[at].box, heads_only) for at in chosen]
-            found |= zip(chosen, _find_in_one_grid(index, named, positions, wide=split and not heads_only), strict=True)
+            found |= zip(
+                chosen, _find_in_one_grid(index, named, positions, with_tails=split and not heads_only), strict=True
+            )
     reads = (found[at] for at in range(len(wants)))
     if not bool((index.segments.encodings == Encoding.PLAIN).any()):
         return tuple(reads)
@@ -235,7 +237,7 @@ def find_chunks(
 
 
 def _find_in_one_grid(
-    index: CheckpointIndex, wants: Sequence[WantedBox], positions: Sequence[int], *, wide: bool
+    index: CheckpointIndex, wants: Sequence[WantedBox], positions: Sequence[int], *, with_tails: bool
 ) -> Iterator[ChunkReads]:
     """Find the chunks of each wanted box of tensors with the same grid.
 
@@ -243,7 +245,7 @@ def _find_in_one_grid(
         index: the index of the checkpoint.
         wants: the boxes.
         positions: the positions of their entries in the index.
-        wide: whether both the heads and the tails of each chunk are read.
+        with_tails: whether both the heads and the tails of each chunk are read.
     """
     entries = [index.entries[position] for position in positions]
     slices = [index.segments_of(position) for position in positions]
@@ -269,7 +271,7 @@ def _find_in_one_grid(
                 f"the shards of {want.name!r} cover {numel} of the {want.box.numel} elements of the box {want.box}: "
                 "the metadata of the checkpoint is damaged, load a copy or an older checkpoint"
             )
-    segments = np.stack([rows, rows + 1], axis=1) if wide else rows[:, None]
+    segments = np.stack([rows, rows + 1], axis=1) if with_tails else rows[:, None]
     boxed = (chunk_offsets, chunk_sizes, wanted_offsets, wanted_sizes)
     starts, stops, skipped, checksums, counts = _byte_ranges(index, entries[0], segments, ordinals, *boxed)
     encodings, objects = index.segments.encodings[rows], index.segments.objects[segments]

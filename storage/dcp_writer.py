@@ -37,7 +37,7 @@ from .tensors.dtypes import dtype_name
 from .tensors.state_dict import check_nesting
 from .tensors.tensor_classes import as_plain, check_storable, is_whole
 from .writing.agreement import (
-    ValueDescription,
+    EntryDescription,
     agreed_paths,
     check_same_metadata,
     pack_descriptions,
@@ -187,21 +187,21 @@ class StorageWriter(dcp.StorageWriter):
         return StorageMeta(location, save_id=self._writer.save_id)
 
 
-def _described(plan: SavePlan) -> dict[str, ValueDescription]:
+def _described(plan: SavePlan) -> dict[str, EntryDescription]:
     """Return descriptions of the values of a DCP plan, with their paths if its planner flattened the state dict."""
     paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-    described: dict[str, ValueDescription] = {}
+    described: dict[str, EntryDescription] = {}
     for item in plan.items:
         name, data = item.index.fqn, item.tensor_data
         path = paths.get(name)
         path = path if isinstance(path, tuple) else (name,)
         check_nesting(path)
         if data is None:
-            described[name] = ValueDescription(path, "value")
+            described[name] = EntryDescription(path, "value")
         else:
             kind = "tensor" if item.type is WriteItemType.TENSOR else "sharded tensor"
             dtype = str(data.properties.dtype).removeprefix("torch.")
-            described[name] = ValueDescription(path, kind, dtype, tuple(data.size))
+            described[name] = EntryDescription(path, kind, dtype, tuple(data.size))
     return described
 
 

@@ -284,10 +284,10 @@ def is_torch_file(name: str) -> bool:
 
 def is_of_any_checkpoint(name: str) -> bool:
     """Return whether an object belongs to a checkpoint of some format, or to an unfinished conversion."""
-    return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_a_checkpoint(name)
+    return name == MANIFEST_NAME or DATA_NAME.fullmatch(name) is not None or is_of_other_format(name)
 
 
-def is_of_a_checkpoint(name: str) -> bool:
+def is_of_other_format(name: str) -> bool:
     """Return whether an object at the top of a folder belongs to another format or to an unfinished conversion."""
     known = name in (METADATA, CONVERSION) or RANK_METADATA.fullmatch(name) is not None
     is_top = "/" not in name

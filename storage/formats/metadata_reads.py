@@ -35,7 +35,7 @@ class Speed:
 
 
 class Reads:
-    """A store whose reads are counted and timed."""
+    """Reads the metadata of a checkpoint from its store, and counts and times the requests."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

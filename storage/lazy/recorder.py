@@ -24,7 +24,7 @@ from ...planner.read_plan import ReadPlan, plan_reads
 from ...planner.strided import StridedView
 from ..errors import ArgumentError, DestinationError
 from ..formats.source import Source
-from ..reading.read_tensors import BoxReads, ReadOptions, execute_reads
+from ..reading.read_tensors import BoxReads, ReadOptions, execute_reads, with_heads_only
 from ..reading.shared_read import Offer, SharedRead
 from ..reading.value_reads import whole_wants
 from ..runtime.deferred_writes import executing, finish_writes, register, unregister
@@ -353,8 +353,9 @@ class CopyRecorder:
             pending = list(self._pending)
         source = self._source()
         reads = [read for copy in pending for read in self._resolution(copy).reads]
-        heads = torch.bfloat16
-        wants = [WantedBox(read.name, read.box, heads_only=read.target.dtype is heads) for read in reads]
+        wants = with_heads_only(
+            [WantedBox(read.name, read.box) for read in reads], [read.target.dtype for read in reads]
+        )
         gap_limits = source.gap_limits(self._options.max_over_read)
         return plan_reads(source.index(wants), wants, gap_limits=gap_limits)
 

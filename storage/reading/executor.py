@@ -163,7 +163,7 @@ class _Execution:
             with self._lock:
                 self._call_workers()
                 while self._error is None and not self._schedule.done:
-                    step = None if self._fetcher.reads_here else self._schedule.fetch()
+                    step = None if self._fetcher.workers_fetch else self._schedule.fetch()
                     if step is not None:
                         begun = time.perf_counter()
                         self._fetcher.start(self._wanted(step.requests), partial(self._fetched, step, begun))
@@ -218,7 +218,7 @@ class _Execution:
         """
         if self._active == self._workers.count:
             return
-        waiting = self._schedule.work_left + (self._schedule.fetches_left if self._fetcher.reads_here else 0)
+        waiting = self._schedule.work_left + (self._schedule.fetches_left if self._fetcher.workers_fetch else 0)
         for _ in range(min(self._workers.count - self._active, waiting)):
             self._active += 1  # first: if no thread can be started, the pool runs the worker here
             try:
@@ -250,7 +250,7 @@ class _Execution:
         step: _Step | None = None
         if self._error is None and not self._workers.stopped:
             step = self._schedule.work()
-            if step is None and self._fetcher.reads_here:
+            if step is None and self._fetcher.workers_fetch:
                 step = self._schedule.fetch() or self._schedule.work()
         if step is None:
             self._active -= 1
@@ -277,7 +277,7 @@ class _Execution:
             self._placing -= isinstance(step, Place)
             for request in self._schedule.ended(step):
                 self._free(request)
-        if self._schedule.done or self._error is not None or not self._fetcher.reads_here:
+        if self._schedule.done or self._error is not None or not self._fetcher.workers_fetch:
             self._caller.notify()
 
     def _free(self, request: Request) -> None:

@@ -34,7 +34,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._capabilities = can = store.capabilities
-        self.reads_here = can.is_local
+        self.workers_fetch = can.is_local
         """Whether the worker threads call `read`. Otherwise the thread that executes the plan calls `start`."""
         self._pool: Pool | None = None
         if can.async_reads is None and not can.is_local:
@@ -45,12 +45,12 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     @property
     def max_requests(self) -> int:
         """The maximum number of calls that may run at the same time."""
-        return sys.maxsize if self.reads_here else self._capabilities.concurrent_reads
+        return sys.maxsize if self.workers_fetch else self._capabilities.concurrent_reads
 
     @property
     def group_bytes(self) -> int:
         """The number of bytes that one call should read. If it is 0, each call reads one request."""
-        return FETCH_GROUP_BYTES if self.reads_here else 0
+        return FETCH_GROUP_BYTES if self.workers_fetch else 0
 
     def start(self, wanted: Sequence[ObjectRanges], done: Callable[[Future[list[Fetched]]], None]) -> None:
         """Start to read byte ranges of objects. When all have arrived, `done` is called, from any thread."""

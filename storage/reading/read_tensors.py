@@ -6,7 +6,7 @@ All functions that load tensors end here.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -112,7 +112,9 @@ class BoxReads:
     @property
     def direct_wants(self) -> list[WantedBox]:
         """The boxes that are read straight into their destination, with only the heads if these are enough."""
-        return with_heads_only([self.wants[at] for at in self.direct], [self.destinations[at] for at in self.direct])
+        return with_heads_only(
+            [self.wants[at] for at in self.direct], [self.destinations[at].dtype for at in self.direct]
+        )
 
     @classmethod
     def of(
@@ -123,6 +125,8 @@ class BoxReads:
         decoded: Sequence[DecodedTensor] = (),
     ) -> BoxReads:
         """Check that boxes can be read into tensors. No tensor is changed.
+
+        If two names have one destination and the index does not show that their values are the same, both are read.
 
         Args:
             wants: the boxes, one for each destination.
@@ -334,7 +338,8 @@ class _ReadRun:
             stored = torch_dtype(self._source.entry(want.name).dtype)
             dtype = stored if needs_check(stored, to) else to
             tensors.append(torch.empty(want.box.sizes, dtype=dtype, device="cpu"))
-        self._read(with_heads_only([reads.wants[at] for at in positions], tensors), tensors)
+        dtypes = [tensor.dtype for tensor in tensors]
+        self._read(with_heads_only([reads.wants[at] for at in positions], dtypes), tensors)
         for at, tensor in zip(positions, tensors, strict=True):
             if needs_check(tensor.dtype, reads.destinations[at].dtype):
                 check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
@@ -425,11 +430,15 @@ class _ReadRun:
         self.report = added(self.report, report)
 
 
-def with_heads_only(wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> list[WantedBox]:
-    """Return the wants, with only the heads of float32 values for destinations of bfloat16."""
+def with_heads_only(wants: Iterable[WantedBox], dtypes: Iterable[torch.dtype]) -> list[WantedBox]:
+    """Return the wants, with only the heads of float32 values for destinations of bfloat16.
+
+    Args:
+        dtypes: those of the destinations.
+    """
     return [
-        WantedBox(want.name, want.box, heads_only=destination.dtype is torch.bfloat16)
-        for want, destination in zip(wants, destinations, strict=True)
+        WantedBox(want.name, want.box, heads_only=dtype is torch.bfloat16)
+        for want, dtype in zip(wants, dtypes, strict=True)
     ]
 
 

@@ -72,8 +72,8 @@ class Schedule:
         self._max_fetches = max_fetches
         self._groups = deque(_grouped(requests, min(group_bytes, budget_bytes // 4)))
         self._unannounced = deque(self._groups)
-        self._fetched: deque[Verify] = deque()
-        self._verified: deque[ChunkBatch] = deque()
+        self._to_verify: deque[Verify] = deque()
+        self._to_place: deque[ChunkBatch] = deque()
         self._with_frames: list[ChunkBatch] = []
         """Batches with frames that a device decompresses."""
         self._min_frames = min_frames
@@ -102,19 +102,19 @@ class Schedule:
     @property
     def _can_free_memory(self) -> bool:
         """Whether steps that run or wait may free memory."""
-        return bool(self._fetching or self._working or self._fetched or self._verified or self._with_frames)
+        return bool(self._fetching or self._working or self._to_verify or self._to_place or self._with_frames)
 
     @property
     def work_left(self) -> int:
         """The number of Verify and Place steps that can begin now."""
-        return len(self._fetched) + len(self._verified) + bool(self._with_frames and self._has_enough_frames)
+        return len(self._to_verify) + len(self._to_place) + bool(self._with_frames and self._has_enough_frames)
 
     @property
     def _has_enough_frames(self) -> bool:
         """Whether to write the batches with frames now. There are some."""
         if sum(batch.frames for batch in self._with_frames) >= self._min_frames:
             return True
-        more_may_come = self._fetching or self._working or self._fetched or self._verified
+        more_may_come = self._fetching or self._working or self._to_verify or self._to_place
         return not more_may_come and (not self._groups or self._is_full)
 
     def fetch(self) -> Fetch | None:
@@ -128,7 +128,7 @@ class Schedule:
             if self._can_free_memory:
                 return None
             self._place_incomplete_tensors()
-            if self._verified or self._with_frames:
+            if self._to_place or self._with_frames:
                 return None
             # Nothing else can free memory: this fetch exceeds the budget.
         step = self._groups.popleft()
@@ -146,12 +146,12 @@ class Schedule:
     def work(self) -> Verify | Place | None:
         """Return the next step, or None if none can begin. A Place comes before a Verify, because it frees memory."""
         step: Verify | Place | None = None
-        if self._verified:
-            step = Place([self._verified.popleft()])
+        if self._to_place:
+            step = Place([self._to_place.popleft()])
         elif self._with_frames and self._has_enough_frames:
             step, self._with_frames = Place(self._with_frames), []
-        elif self._fetched:
-            step = self._fetched.popleft()
+        elif self._to_verify:
+            step = self._to_verify.popleft()
         self._working += step is not None
         return step
 
@@ -163,7 +163,7 @@ class Schedule:
         """
         self._fetching -= 1
         if found is not None:
-            self._fetched.append(Verify(step.requests, found))
+            self._to_verify.append(Verify(step.requests, found))
 
     def verified(self, request: Request, data: memoryview | None) -> None:
         """Record that the bytes of a request are intact.
@@ -176,9 +176,9 @@ class Schedule:
         for batch, _ in request.parts:
             batch.tensor.missing -= 1
             if batch.tensor.missing == 0:
-                self._place(batch.tensor.batches)
+                self._queue(batch.tensor.batches)
             elif batch.tensor.piecemeal:
-                self._place([batch])
+                self._queue([batch])
 
     def ended(self, step: Verify | Place) -> list[Request]:
         """Record that a step has ended. Return the requests whose bytes are no longer needed."""
@@ -197,14 +197,14 @@ class Schedule:
         for tensor in self._tensors:
             if tensor.missing and any(batch.has_arrived for batch in tensor.batches):
                 tensor.piecemeal = True
-                self._place(tensor.batches)
+                self._queue(tensor.batches)
 
-    def _place(self, batches: Sequence[ChunkBatch]) -> None:
+    def _queue(self, batches: Sequence[ChunkBatch]) -> None:
         """Queue the batches that have arrived."""
         for batch in batches:
-            if batch.has_arrived and not batch.submitted:
-                batch.submitted = True
-                (self._with_frames if batch.frames else self._verified).append(batch)
+            if batch.has_arrived and not batch.queued:
+                batch.queued = True
+                (self._with_frames if batch.frames else self._to_place).append(batch)
 
 
 def _grouped(requests: Sequence[Request], most: int) -> Iterator[Fetch]:

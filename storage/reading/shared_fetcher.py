@@ -55,7 +55,7 @@ class SharedFetcher(Fetcher):
 
     def __init__(self, store: Store, units: Sequence[Unit], peers: Peers, max_held_bytes: int) -> None:
         super().__init__(store)
-        self.reads_here = False
+        self.workers_fetch = False
         can = store.capabilities
         if self._pool is None and can.async_reads is None:
             self._pool = Pool(can.concurrent_reads, "reshard-fetch")

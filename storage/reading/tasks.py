@@ -77,7 +77,7 @@ class ChunkBatch:
     """The bytes of each stream that have arrived on `device`."""
     frames: int = 0
     """The number of planes that `device` may have to decompress."""
-    submitted: bool = False
+    queued: bool = False
 
     @property
     def has_arrived(self) -> bool:

@@ -52,31 +52,31 @@ def restore_latest(
     Raises:
         CorruptCheckpointError: all candidates are damaged, or the state dict has been partly overwritten by a damaged
             candidate and the one that was loaded does not have these entries.
-        StoreError: no candidate can be loaded, and not only because of damage.
+        StoreError: the same, but not all of these candidates are damaged: some could not be read.
         CheckpointError: what `reshard.load` raises for other reasons than damage.
     """
-    damaged: list[tuple[Candidate, CheckpointError]] = []
+    failed: list[tuple[Candidate, CheckpointError]] = []
     for candidate in candidates:
         if candidate.error is not None and not _is_unreadable(candidate.error):
-            raise _noting(candidate.error, damaged)
+            raise _noting(candidate.error, failed)
         if candidate.problem:
             why = candidate.error or CorruptCheckpointError(candidate.problem)
             _pass_over(candidate, why, process_group)
             if candidate.is_committed:
-                damaged.append((candidate, why))
+                failed.append((candidate, why))
             continue
         report, error = _attempt(lambda candidate=candidate: load(candidate), process_group)  # type: ignore[misc]
         if report is not None:
-            _check_nothing_is_left(state_dict, report, candidate, damaged, options, storage_options, process_group)
+            _check_nothing_is_left(state_dict, report, candidate, failed, options, storage_options, process_group)
             return candidate
         assert error is not None
         if not _is_unreadable(error):
-            raise _noting(error, damaged)
+            raise _noting(error, failed)
         _pass_over(candidate, error, process_group)
-        damaged.append((candidate, error))
-    if damaged:
-        details = "; ".join(f"{candidate}: {error}" for candidate, error in damaged)
-        is_damage = all(isinstance(error, DAMAGE) for _, error in damaged)
+        failed.append((candidate, error))
+    if failed:
+        details = "; ".join(f"{candidate}: {error}" for candidate, error in failed)
+        is_damage = all(isinstance(error, DAMAGE) for _, error in failed)
         raise (CorruptCheckpointError if is_damage else StoreError)(
             f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the "
             f"state dict, so do not continue with it: {details}"
@@ -94,10 +94,10 @@ def _is_unreadable(error: CheckpointError) -> bool:
     return isinstance(error, DAMAGE) or (isinstance(error, StoreError) and not isinstance(error, OF_THE_STORE))
 
 
-def _noting(error: CheckpointError, damaged: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
-    """Return an error with a note about the damaged checkpoints that were tried before."""
-    if damaged:
-        candidate, earlier = damaged[-1]
+def _noting(error: CheckpointError, failed: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
+    """Return an error with a note about the checkpoints that were tried before."""
+    if failed:
+        candidate, earlier = failed[-1]
         state = "was damaged" if isinstance(earlier, DAMAGE) else "could not be read"
         error.add_note(
             shown(f"Before this, {candidate} {state}. Its load may have overwritten a part of the state dict")
@@ -139,23 +139,23 @@ def _check_nothing_is_left(
     state_dict: MutableMapping[str, Any],
     report: Report,
     loaded: Candidate,
-    damaged: Sequence[tuple[Candidate, CheckpointError]],
+    failed: Sequence[tuple[Candidate, CheckpointError]],
     options: LoadOptions,
     storage_options: Callable[[Candidate], Any],
     process_group: dist.ProcessGroup | None,
 ) -> None:
-    """Check that every entry that a damaged checkpoint may have overwritten was loaded from the next one.
+    """Check that every entry that a checkpoint whose load failed may have overwritten was loaded from the next one.
 
     This concerns only entries that may be missing (`strict=False`, `allow_missing`).
     """
-    tried = [candidate for candidate, _ in damaged if not candidate.problem]
+    tried = [(candidate, error) for candidate, error in failed if not candidate.problem]
     if not tried or not any(on_all_ranks(lambda: bool(report.missing_keys), process_group)):
         return
 
     def find_left() -> list[str]:
         states = stateful_to_state(state_dict)
         left: set[str] = set()
-        for candidate in tried:
+        for candidate, _ in tried:
             try:
                 match = NameMatch(open_source(candidate.uri, storage_options(candidate)), states, options)
             except CheckpointError:  # then the load failed before it wrote anything
@@ -165,8 +165,10 @@ def _check_nothing_is_left(
 
     names = [name for found in on_all_ranks(find_left, process_group) for name in found]
     if names:
-        raise CorruptCheckpointError(
-            f"{tried[-1]} is damaged, and {loaded} does not have {names[0]!r}, which the damaged one may have "
-            "overwritten: do not continue with this state dict. Initialize it again, and call "
-            f"restore(state, step={loaded.step})"
+        candidate, error = tried[-1]
+        is_damage = isinstance(error, DAMAGE)
+        raise (CorruptCheckpointError if is_damage else StoreError)(
+            f"{candidate} {'is damaged' if is_damage else 'cannot be read'}, and {loaded} does not have {names[0]!r}, "
+            "which the load of the first may have overwritten: do not continue with this state dict. Initialize it "
+            f"again, and call restore(state, step={loaded.step})"
         )

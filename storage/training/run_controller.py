@@ -30,6 +30,7 @@ class SaveDecision:
     """Whether the checkpoint exists already."""
     overwrite: bool
     saved: SavedStep
+    """The checkpoint as policies see it, once it is complete."""
     sequence: int
     parent: int
     """The sequence number of the checkpoint before it; -1 if it is the first."""

@@ -14,7 +14,7 @@ from ..tensors.state_dict import Key, Path, name_of, path_from_json, path_to_jso
 
 
 @dataclass(frozen=True, slots=True)
-class ValueDescription:
+class EntryDescription:
     """How one rank describes one entry of its state dict, a tensor or a value."""
 
     path: Path
@@ -28,21 +28,21 @@ class ValueDescription:
         return f"{'an' if self.kind[0] == 'e' else 'a'} {self.kind}{what}, at {self.path}"
 
 
-def pack_descriptions(described: Mapping[str, ValueDescription]) -> bytes:
+def pack_descriptions(described: Mapping[str, EntryDescription]) -> bytes:
     """Return descriptions as bytes, which are equal for equal descriptions in the same order."""
     rows = [[name, path_to_json(d.path), d.kind, d.dtype, d.shape] for name, d in described.items()]
     return zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 1)
 
 
-def unpack_descriptions(packed: bytes) -> dict[str, ValueDescription]:
+def unpack_descriptions(packed: bytes) -> dict[str, EntryDescription]:
     """Return the descriptions from the result of `pack_descriptions`."""
     return {
-        name: ValueDescription(path_from_json(path), kind, dtype, tuple(shape))
+        name: EntryDescription(path_from_json(path), kind, dtype, tuple(shape))
         for name, path, kind, dtype, shape in json.loads(zlib.decompress(packed))
     }
 
 
-def agreed_paths(described: Mapping[int, Mapping[str, ValueDescription]]) -> dict[str, Path]:
+def agreed_paths(described: Mapping[int, Mapping[str, EntryDescription]]) -> dict[str, Path]:
     """Return the path of every entry of a save.
 
     A dict that is empty on one rank may have items on another.
@@ -53,7 +53,7 @@ def agreed_paths(described: Mapping[int, Mapping[str, ValueDescription]]) -> dic
     Raises:
         ArgumentError: two ranks disagree about a name.
     """
-    first: dict[str, tuple[int, ValueDescription]] = {}
+    first: dict[str, tuple[int, EntryDescription]] = {}
     containers: dict[Path, tuple[bool, int, Path]] = {}
     """For each dict and list: whether it is a list, a rank that has an entry in it, and the path of that entry."""
     keys: dict[tuple[Path, Any], tuple[Key, int]] = {}
@@ -112,7 +112,7 @@ def _disagreement(name: str, rank: int, value: object, other_rank: int, other: o
     )
 
 
-def _check_key(name: str, rank: int, value: ValueDescription, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
+def _check_key(name: str, rank: int, value: EntryDescription, keys: dict[tuple[Path, Any], tuple[Key, int]]) -> None:
     """Check that the keys in the path of an entry have the same types on all ranks.
 
     Raises:

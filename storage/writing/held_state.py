@@ -18,7 +18,7 @@ from ..tensors.dtypes import LocalShard, as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf
 from ..tensors.tensor_classes import as_plain, check_has_memory, check_storable, is_whole
-from .agreement import ValueDescription
+from .agreement import EntryDescription
 from .object_layout import ShardToWrite, part_of
 from .save_plan import SMALL_REPLICA_BYTES, HeldShards, unpack_largest_sizes
 
@@ -46,7 +46,7 @@ class HeldState:
         self._world_size = world_size
         self._shards: list[tuple[str, LocalShard | tuple[Kind, bytes]]] = []
         """The shards that this rank holds: local tensors with their boxes, and encoded values."""
-        self._described: dict[str, ValueDescription] = {}
+        self._described: dict[str, EntryDescription] = {}
         self._boxes: list[list[Box]] = []
         self._digests: list[tuple[int, Box, int]] = []
         for name, leaf in leaves.items():
@@ -96,7 +96,7 @@ class HeldState:
             )
         box = Box((), ())
         self._digests.append((len(self._boxes), box, checksum(data)))
-        self._described[name] = ValueDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value")
+        self._described[name] = EntryDescription(leaf.path, "empty dict" if leaf.is_empty_dict else "value")
         self._boxes.append([box])
         self._shards.append((name, (kind, data)))
 
@@ -116,7 +116,7 @@ class HeldState:
             ]
         dtype = dtype_name(name, shards[0][1].dtype if shards else tensor.dtype)
         kind = "sharded tensor" if is_sharded else "tensor"
-        self._described[name] = ValueDescription(leaf.path, kind, dtype, tuple(tensor.size()))
+        self._described[name] = EntryDescription(leaf.path, kind, dtype, tuple(tensor.size()))
         self._boxes.append([box for box, _ in shards])
         self._shards += [(name, shard) for shard in shards]
 

@@ -18,7 +18,7 @@ from ...planner.box import Box, IntArray, concat_ranges
 from ...planner.entries import ITEMSIZES
 from ...planner.index_checks import tile
 from ..errors import ArgumentError
-from .agreement import ValueDescription, agreed_paths, pack_descriptions, unpack_descriptions
+from .agreement import EntryDescription, agreed_paths, pack_descriptions, unpack_descriptions
 
 SMALL_REPLICA_BYTES = 64 * 1024
 """Replicas up to this size are written by the lowest rank that has them. So entries that belong together come from one
@@ -41,7 +41,7 @@ class HeldShards:
     @classmethod
     def of(
         cls,
-        described: Mapping[str, ValueDescription],
+        described: Mapping[str, EntryDescription],
         boxes: Sequence[Sequence[Box]],
         digests: Sequence[tuple[int, Box, int]],
     ) -> HeldShards:
@@ -77,7 +77,7 @@ def first_element(box: Box, shape: tuple[int, ...]) -> int:
 class GlobalPlan:
     """What all ranks write together."""
 
-    entries: dict[str, ValueDescription]
+    entries: dict[str, EntryDescription]
     """The entries to save, with their paths."""
     masks: list[bytes]
     """For each rank, one bit for each shard that it holds: whether it writes the shard."""
@@ -134,7 +134,7 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
 
 
 def _pack_largest_sizes(
-    entries: Mapping[str, ValueDescription], shards: _Shards, chosen: IntArray, ids: Mapping[bytes, IntArray]
+    entries: Mapping[str, EntryDescription], shards: _Shards, chosen: IntArray, ids: Mapping[bytes, IntArray]
 ) -> dict[bytes, bytes]:
     """Return the sizes of the largest shard of each entry, packed for ranks that hold the same entries."""
     largest = np.zeros((len(entries), shards.sizes.shape[1]), np.int64)
@@ -185,7 +185,7 @@ class _Shards:
 
     @classmethod
     def of(
-        cls, held: Sequence[HeldShards], ids: Mapping[bytes, IntArray], entries: Sequence[ValueDescription]
+        cls, held: Sequence[HeldShards], ids: Mapping[bytes, IntArray], entries: Sequence[EntryDescription]
     ) -> _Shards:
         """Unpack the shards of all ranks. Leave out those of entries that are not saved."""
         ndims = np.array([len(entry.shape) for entry in entries], np.int64)
@@ -225,7 +225,7 @@ class _Shards:
         return found
 
 
-def _check_held(entries: Mapping[str, ValueDescription], shards: _Shards) -> None:
+def _check_held(entries: Mapping[str, EntryDescription], shards: _Shards) -> None:
     """Check that each entry with elements is on a rank, and that all shards are inside their tensors.
 
     Raises:
@@ -275,7 +275,7 @@ def _choose_writers(shards: _Shards, world_size: int) -> IntArray:
     return np.sort(chosen)
 
 
-def _check_coverage(entries: Mapping[str, ValueDescription], shards: _Shards, chosen: IntArray) -> None:
+def _check_coverage(entries: Mapping[str, EntryDescription], shards: _Shards, chosen: IntArray) -> None:
     """Check that the ranks together write every entry completely.
 
     Raises:

@@ -85,7 +85,7 @@ class Driver:
             assert held == self.schedule.held_bytes
             if held > self.budget_bytes:  # then nothing else could free memory
                 assert not self.running
-                assert all(batch.submitted or not batch.has_arrived for t in self.tensors for batch in t.batches)
+                assert all(batch.queued or not batch.has_arrived for t in self.tensors for batch in t.batches)
         elif isinstance(step, Place):
             frames = [batch.frames for batch in step.batches]
             assert frames == [0] or all(frames)

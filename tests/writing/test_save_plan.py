@@ -14,7 +14,7 @@ from reshard.errors import ArgumentError
 from reshard.planner.box import Box
 from reshard.storage.tensors.state_dict import Path
 from reshard.storage.writing import save_plan
-from reshard.storage.writing.agreement import ValueDescription, pack_descriptions, unpack_descriptions
+from reshard.storage.writing.agreement import EntryDescription, pack_descriptions, unpack_descriptions
 from reshard.storage.writing.save_plan import HeldShards, first_element, plan_save
 
 VALUE = Box((), ())
@@ -24,11 +24,11 @@ class Rank:
     """What one rank holds."""
 
     def __init__(self) -> None:
-        self.described: dict[str, ValueDescription] = {}
+        self.described: dict[str, EntryDescription] = {}
         self.boxes: list[list[Box]] = []
         self.digests: list[tuple[int, Box, int]] = []
 
-    def add(self, name: str, described: ValueDescription, boxes: list[Box], digest: int | None = None) -> None:
+    def add(self, name: str, described: EntryDescription, boxes: list[Box], digest: int | None = None) -> None:
         if digest is not None:
             self.digests += [(len(self.boxes), box, digest) for box in boxes]
         self.described[name] = described
@@ -43,8 +43,8 @@ class Rank:
         return [(name, box) for name, boxes in zip(self.described, self.boxes, strict=True) for box in boxes]
 
 
-def tensor(*shape: int, dtype: str = "float32") -> ValueDescription:
-    return ValueDescription(("t",), "sharded tensor", dtype, shape)
+def tensor(*shape: int, dtype: str = "float32") -> EntryDescription:
+    return EntryDescription(("t",), "sharded tensor", dtype, shape)
 
 
 def written(ranks: list[Rank]) -> list[list[tuple[str, Box]]]:
@@ -76,11 +76,11 @@ def test_each_shard_is_written_once_by_a_rank_that_holds_it(random: Random) -> N
         boxes = rows(shape, parts) if shape else [VALUE]
         for at, rank in enumerate(ranks):
             box = boxes[at % len(boxes)]
-            rank.add(name, ValueDescription((name,), "sharded tensor", "float32", shape), [box])
+            rank.add(name, EntryDescription((name,), "sharded tensor", "float32", shape), [box])
             if box.numel:
                 expected.setdefault((name, box), []).append(at)
         for at in random.sample(range(size), random.randint(0, size)):
-            ranks[at].add(f"{name}.value{at}", ValueDescription((name + "s", at), "value"), [VALUE], 1)
+            ranks[at].add(f"{name}.value{at}", EntryDescription((name + "s", at), "value"), [VALUE], 1)
             expected[f"{name}.value{at}", VALUE] = [at]
     found = written(ranks)
     assert sorted((shard for of_rank in found for shard in of_rank), key=str) == sorted(expected, key=str)
@@ -97,7 +97,7 @@ def test_large_replicas_are_spread_over_the_ranks() -> None:
         for rank in ranks:
             rank.add(
                 f"t{number}",
-                ValueDescription((f"t{number}",), "tensor", "float32", (64, 1024)),
+                EntryDescription((f"t{number}",), "tensor", "float32", (64, 1024)),
                 [Box.whole((64, 1024))],
             )
     assert [len(of_rank) for of_rank in written(ranks)] == [2] * 4
@@ -141,10 +141,10 @@ def test_a_rank_that_disagrees_is_named() -> None:
 
 def test_a_dict_that_is_empty_on_one_rank_is_not_saved_if_another_rank_has_items() -> None:
     ranks = [Rank(), Rank()]
-    ranks[0].add("d", ValueDescription(("d",), "empty dict"), [VALUE], 5)
+    ranks[0].add("d", EntryDescription(("d",), "empty dict"), [VALUE], 5)
     ranks[0].add("t", tensor(4, 4), [TOP])
     ranks[1].add("t", tensor(4, 4), [BOTTOM])
-    ranks[1].add("d.a", ValueDescription(("d", "a"), "value"), [VALUE], 6)
+    ranks[1].add("d.a", EntryDescription(("d", "a"), "value"), [VALUE], 6)
     assert written(ranks) == [[("t", TOP)], [("t", BOTTOM), ("d.a", VALUE)]]
     plan = plan_save([rank.held for rank in ranks])
     assert plan.differing([rank.held.digests for rank in ranks]) == []
@@ -154,8 +154,8 @@ def test_small_entries_that_differ_are_listed() -> None:
     ranks = [Rank() for _ in range(3)]
     for at, rank in enumerate(ranks):
         for name, digest in (("same", 7), ("step", 7 + (at == 2)), ("seed", 2**64 - 1 - at)):
-            rank.add(name, ValueDescription((name,), "value"), [VALUE], digest)
-        rank.add(f"own{at}", ValueDescription((f"own{at}",), "value"), [VALUE], at)
+            rank.add(name, EntryDescription((name,), "value"), [VALUE], digest)
+        rank.add(f"own{at}", EntryDescription((f"own{at}",), "value"), [VALUE], at)
     plan = plan_save([rank.held for rank in ranks])
     assert plan.differing([rank.held.digests for rank in ranks]) == ["step", "seed"]
 
@@ -166,7 +166,7 @@ def test_ranks_without_entries_take_part() -> None:
 
 @pytest.mark.parametrize("path", [("a", 3, "b"), ("\ud800", "é"), ("a" * 500,)])
 def test_descriptions_are_the_same_after_packing(path: Path) -> None:
-    described = {"n": ValueDescription(path, "tensor", "int8", (2, 0)), "v": ValueDescription((*path, "w"), "value")}
+    described = {"n": EntryDescription(path, "tensor", "int8", (2, 0)), "v": EntryDescription((*path, "w"), "value")}
     assert unpack_descriptions(pack_descriptions(described)) == described
     assert pack_descriptions(described) == pack_descriptions(dict(described))
 

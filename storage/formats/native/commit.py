@@ -11,7 +11,7 @@ from ....planner.text import first_few
 from ...errors import CheckpointExistsError, CommitError, ObjectNotFoundError, StoreError, as_refusal, nearest
 from ...runtime.logs import logger_of
 from ...stores.base import Store, check_delete, top_names
-from ..detect import CONVERSION, is_of_a_checkpoint
+from ..detect import CONVERSION, is_of_other_format
 from .manifest import DATA_FOLDER, MANIFEST_NAME
 from .native_source import NativeSource
 
@@ -37,7 +37,7 @@ def check_may_save(store: Store, *, overwrite: bool) -> None:
         raise CheckpointExistsError(
             f"there is a checkpoint at {store.location} already; pass overwrite=True to replace it"
         )
-    there = min(filter(is_of_a_checkpoint, top_names(store)), default=None)
+    there = min(filter(is_of_other_format, top_names(store)), default=None)
     if there == CONVERSION:
         raise CheckpointExistsError(
             f"a conversion to {store.location} has not finished: it has {there!r}. Make the same call of "

@@ -54,10 +54,10 @@ class NativeSource:
     inline: Mapping[str, bytes] = MappingProxyType({})
     unindexed: tuple[str, ...] = ()
 
-    def __init__(self, source: ManifestBytes) -> None:
+    def __init__(self, manifest: ManifestBytes) -> None:
         """Read the header. Raise CorruptCheckpointError, UnsupportedVersionError or StoreError."""
-        self._source = source
-        read = read_header(source)
+        self._manifest = manifest
+        read = read_header(manifest)
         self._version, header = read.version, read.content
         try:
             self._sizes = [_checked_sizes(*row[6:8]) for row in header["entries"]]
@@ -65,7 +65,7 @@ class NativeSource:
             self._entries = tuple(
                 _entry(size[1], *row[:5]) for row, size in zip(header["entries"], self._sizes, strict=True)
             )
-            self.unreadable = _unreadable(self._entries, source.where)
+            self.unreadable = _unreadable(self._entries, manifest.where)
             readable = [entry.name not in self.unreadable for entry in self._entries]
             self.entries = tuple(compress(self._entries, readable))
             self.sizes = tuple(compress(self._sizes, readable))
@@ -91,8 +91,8 @@ class NativeSource:
             if int(self._blocks.starts[-1]) != read.stop:
                 raise ValueError(f"the blocks do not end at byte {read.stop}")
         except (*MALFORMED_ERRORS, InvalidIndexError) as error:
-            raise contradiction(source.where, error) from error
-        self._is_small = read.stop <= len(source.first)
+            raise contradiction(manifest.where, error) from error
+        self._is_small = read.stop <= len(manifest.first)
         self._lock = fork_safe_lock()
         self._loaded: tuple[frozenset[int], CheckpointIndex] | None = None
         self._kept: dict[int, memoryview] = {}
@@ -112,21 +112,21 @@ class NativeSource:
             CorruptCheckpointError, UnsupportedVersionError, StoreError: the manifest cannot be read.
         """
         try:
-            source = ManifestBytes(store)
+            manifest = ManifestBytes(store)
         except ObjectNotFoundError:
             return None
-        return cls(source)
+        return cls(manifest)
 
     @property
     def store(self) -> Store:
-        return self._source.store
+        return self._manifest.store
 
     @property
     def location(self) -> str:
         return self.store.location
 
     def fingerprint(self) -> str:
-        return f"{self._source.header_checksum:016x}"
+        return f"{self._manifest.header_checksum:016x}"
 
     def observe(self, nbytes: int, seconds: float) -> None:
         """Ignore the speed of the store."""
@@ -142,26 +142,26 @@ class NativeSource:
     @property
     def metadata(self) -> dict[str, Any]:
         """What the user stored with the checkpoint. Raises CorruptCheckpointError if it cannot be decoded."""
-        return read_metadata(self._metadata, self._source.where)
+        return read_metadata(self._metadata, self._manifest.where)
 
     @property
     def speed(self) -> Speed:
         return Speed()
 
     def use_store(self, store: Store, speed: Speed | None = None) -> None:
-        self._source.store = store
+        self._manifest.store = store
         if speed is not None:
-            self._source.bytes_read = self._source.requests = 0
+            self._manifest.bytes_read = self._manifest.requests = 0
 
     @property
     def bytes_read(self) -> int:
         """How many bytes of the manifest have been read."""
-        return self._source.bytes_read
+        return self._manifest.bytes_read
 
     @property
     def requests(self) -> int:
         """How many reads of the manifest there were."""
-        return self._source.requests
+        return self._manifest.requests
 
     def __contains__(self, name: str) -> bool:
         return name in self._positions
@@ -207,9 +207,9 @@ class NativeSource:
     def contents(self) -> bytes:
         """Return the bytes of the manifest. Raise CorruptCheckpointError if they are damaged, or StoreError."""
         starts = self._blocks.starts.tolist()
-        data = self._source.read(0, starts[-1])
+        data = self._manifest.read(0, starts[-1])
         for at in range(len(self._blocks)):
-            self._blocks.check(at, data[starts[at] : starts[at + 1]], self._source.where)
+            self._blocks.check(at, data[starts[at] : starts[at + 1]], self._manifest.where)
         return bytes(data)
 
     def read_blocks(self, blocks: list[int]) -> dict[int, bytes]:
@@ -246,7 +246,7 @@ class NativeSource:
             found: dict[int, memoryview] = {}
             for run in some:
                 first = starts[run[0]]
-                data = self._source.read(first, starts[run[-1] + 1])
+                data = self._manifest.read(first, starts[run[-1] + 1])
                 found |= {at: data[starts[at] - first : starts[at + 1] - first] for at in run}
             return found
 
@@ -272,7 +272,7 @@ class NativeSource:
                 self._parts,
                 self._first_regions,
                 self.objects,
-                self._source.where,
+                self._manifest.where,
                 whole_checksums=self._version >= WHOLE_CHECKSUMS_SINCE,
             )
             index.check_disjoint()
@@ -284,7 +284,7 @@ class NativeSource:
                     raise ValueError(f"{entry.name!r} has {found} chunks and bytes, the header says something else")
             return index
         except (*MALFORMED_ERRORS, InvalidIndexError) as error:
-            raise contradiction(self._source.where, error) from error
+            raise contradiction(self._manifest.where, error) from error
 
 
 def _checked_sizes(chunks: int, stored_bytes: int) -> tuple[int, int]:
