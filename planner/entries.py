@@ -134,7 +134,7 @@ class Entry:
 class Segments:
     """Segments in columns, sorted by entry: row i is segment i.
 
-    A segment is the chunks of one shard that one object stores, one after another.
+    A segment is the chunks of one box of a shard, stored one after another in one object.
     """
 
     entries: IntArray

@@ -6,7 +6,8 @@ read alone. A segment consists of the **chunks** of one box, in the order of the
 no boxes of chunks: the position in the segment determines the box.
 
 Everything that grows with the number of shards or chunks is a column, that is, a numpy array. The constructor checks
-the columns against the tensors and the sizes of the objects. `check_disjoint` also checks that no shards overlap.
+the columns against the tensors and the sizes of the objects. `check_disjoint` also checks that no two segments share
+bytes.
 """
 
 from __future__ import annotations

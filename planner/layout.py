@@ -355,6 +355,8 @@ class Layout:
     """The positions of the other rules."""
     _found: dict[tuple[str, int], tuple[Placement, ...]] = field(init=False, repr=False, compare=False)
     """The placements that were looked up, which are the same for all ranks."""
+    has_empty_rules: bool = field(init=False, repr=False, compare=False)
+    """Whether rules were passed, but none: perhaps a plan was expected where there is none."""
 
     def __init__(
         self,
@@ -366,6 +368,7 @@ class Layout:
             raise LayoutError(f'rules must map patterns to rules, such as {{"*.up": "colwise"}}, got {rules!r}')
         object.__setattr__(self, "mesh", Mesh.of(mesh))
         object.__setattr__(self, "rules", tuple((rules or {}).items()))
+        object.__setattr__(self, "has_empty_rules", rules is not None and not rules)
         literals = {pattern: at for at, (pattern, _) in enumerate(self.rules) if _is_literal(pattern)}
         object.__setattr__(self, "_literals", MappingProxyType(literals))
         globs = (at for at, (pattern, _) in enumerate(self.rules) if pattern not in literals)
@@ -378,7 +381,8 @@ class Layout:
             self._placements(pattern, rule, ndim=2)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, (self.mesh, dict(self.rules), dict(self.stages))
+        rules = dict(self.rules) if self.rules or self.has_empty_rules else None
+        return Layout, (self.mesh, rules, dict(self.stages))
 
     @property
     def world_size(self) -> int:

@@ -581,6 +581,13 @@ class Checkpoint:
 def warn_of_layout(layout: Layout, names: Iterable[str], location: str) -> None:
     """Log warnings if rules or stages of a layout match none of the tensors of a checkpoint, or stages are missing."""
     names = list(names)
+    if layout.has_empty_rules and layout.world_size > 1:
+        logger.warning(
+            "the rules of the layout are empty, so each of %d ranks reads every tensor of %s whole: pass rules, which "
+            "tp_plan has only if config.json has a plan",
+            layout.world_size,
+            location,
+        )
     if unused := unused_rules(layout, names):
         logger.warning(
             "%d of %d patterns of the layout match no tensor of %s: %s; a tensor that no pattern matches is replicated",

@@ -1,8 +1,8 @@
 """`reshard.load`: every rank plans its own reads from the metadata.
 
-The ranks communicate at least twice. The first exchange checks that all ranks opened the same checkpoint and that it
+The ranks communicate at least twice. The first collective checks that all ranks opened the same checkpoint and that it
 fits their state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object
-store, rank 0 reads the metadata for all ranks, which takes one more exchange, and two more for a large manifest.
+store, rank 0 reads the metadata for all ranks, which takes one more collective, and two more for a large manifest.
 Stateful values take two more, because their methods may be collective. A shared read takes one to agree on it. If the
 ranks do not lack the same names of the checkpoint, one more finds those that all of them lack.
 """

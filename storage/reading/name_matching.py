@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -216,7 +217,9 @@ class NameMatch:
     def _describe_missing(self, missing: Sequence[Leaf]) -> str:
         """Return a message that names the missing leaves, and suggests what the caller may have meant."""
         message = f"the checkpoint has no {quoted([leaf.name for leaf in missing])}"
-        return f"{message}; {self._suggest_tied(missing) or self._suggest_name(missing[0].name)}"
+        name = missing[0].name
+        suggestion = self._suggest_tied(missing) or self._suggest_training_state(name) or self._suggest_name(name)
+        return f"{message}; {suggestion}"
 
     def _suggest_tied(self, missing: Sequence[Leaf]) -> str:
         """Return a suggestion if a missing leaf shares its memory with one that the checkpoint has."""
@@ -228,6 +231,20 @@ class NameMatch:
                     f"from the state dict, or pass allow_missing={leaf.name!r}"
                 )
         return ""
+
+    def _suggest_training_state(self, missing: str) -> str:
+        """Return a suggestion if the state dict has an optimizer's numbered states, and the checkpoint named ones."""
+        found = _OF_NUMBERED_STATES.match(missing)
+        if found is None:
+            return ""
+        groups = f"{found[1]}param_groups."
+        stored = [name.removeprefix(groups) for name in self.stored_names if name.startswith(groups)]
+        if not stored or any(name[:1].isdigit() for name in stored):
+            return ""
+        return (
+            f"it names the states and settings below {found[1].rstrip('.')!r} by parameters instead of numbers, as "
+            "reshard.training_state does: load into the state dict that training_state returns"
+        )
 
     def _suggest_name(self, missing: str) -> str:
         if resize := self.describe_resize(missing, "list"):
@@ -255,6 +272,8 @@ class NameMatch:
         )
 
 
+_OF_NUMBERED_STATES = re.compile(r"(.*\.|)(?:state|param_groups)\.[0-9]+\.")
+"""Matches the names of the states and settings that `state_dict` of an optimizer returns."""
 _SAME_ITEMS = "use the same items in the state dict, or pass allow_missing= or exclude= for the others"
 
 

@@ -108,12 +108,12 @@ class MirrorCopier:
         self._mirror_path = masked(mirror.partition("://")[2] or mirror)
         """The location of the mirror without its protocol, as error messages show it."""
         self._rank, self._world = 0, 1
-        self._store: Any = None
+        self._key_value_store: Any = None
         if process_group is not None and dist.get_world_size(process_group) > 1:
             self._rank, self._world = dist.get_rank(process_group), dist.get_world_size(process_group)
             self._key = new_key("mirror", process_group)
             watch = Watch.of(process_group)
-            self._lookout, self._store = Lookout(watch), client_of(watch.store)
+            self._lookout, self._key_value_store = Lookout(watch), client_of(watch.store)
         self._changed = Condition()
         self._waiting: deque[_Submitted] = deque()
         self._is_busy = False
@@ -189,8 +189,8 @@ class MirrorCopier:
             return CopyResult(problem="it was removed")
         data, copy = manifest.contents(), CheckpointCopy(folder, list(manifest.objects))
         self._count += 1
-        if self._store is not None:
-            self._store.set(f"{self._key}/{self._count}", copy.to_json())
+        if self._key_value_store is not None:
+            self._key_value_store.set(f"{self._key}/{self._count}", copy.to_json())
         own = self._copy_own(copy)
         problems = [own.problem, *self._problems_of_others()]
         if any(problems):
@@ -200,17 +200,20 @@ class MirrorCopier:
 
     def _problems_of_others(self) -> list[str]:
         """Wait for the other ranks, and return for each of them what `_copy_own` returned."""
-        if self._store is None:
+        if self._key_value_store is None:
             return []
         keys = {rank: f"{self._key}/{self._count}/{rank}" for rank in range(1, self._world)}
         stop = current_stop()
-        while not self._store.check(list(keys.values())):
+        while not self._key_value_store.check(list(keys.values())):
             if stop.wait(POLL_EVERY_S / 5):
                 raise StoreError("the copy was stopped")
-            self._lookout.check(self._store, lambda: [at for at, key in keys.items() if not self._store.check([key])])
-        problems = [self._store.get(key).decode() for key in keys.values()]
+            self._lookout.check(
+                self._key_value_store,
+                lambda: [at for at, key in keys.items() if not self._key_value_store.check([key])],
+            )
+        problems = [self._key_value_store.get(key).decode() for key in keys.values()]
         for key in (*keys.values(), f"{self._key}/{self._count}"):
-            self._store.delete_key(key)
+            self._key_value_store.delete_key(key)
         return problems
 
     def _follow(self) -> None:
@@ -219,10 +222,10 @@ class MirrorCopier:
         try:
             while not stop.wait(POLL_EVERY_S):
                 key = f"{self._key}/{self._count + 1}"
-                if self._store.check([key]):
-                    copy = CheckpointCopy.from_json(self._store.get(key))
+                if self._key_value_store.check([key]):
+                    copy = CheckpointCopy.from_json(self._key_value_store.get(key))
                     self._count += 1
-                    self._store.set(f"{key}/{self._rank}", self._copy_own(copy).problem)
+                    self._key_value_store.set(f"{key}/{self._rank}", self._copy_own(copy).problem)
         except RuntimeError as error:
             logger.info("the process group has ended, and this rank copies no more checkpoints: %s", error)
 

@@ -84,7 +84,7 @@ class RequestedSaves:
             watch = Watch.of(process_group)
             self._lookout = Lookout(watch)
             self._key = new_key("requests", process_group)
-            self._store = watch.store
+            self._key_value_store = watch.store
             self._pool = Pool(1, "reshard-requests")
             self._pool.submit(self._run)
 
@@ -166,7 +166,7 @@ class RequestedSaves:
         pause = POLL_EVERY_S
         pause_while_pending = min(POLL_EVERY_S, POLL_WHILE_PENDING_S * max(1.0, self._world / RANKS_AT_ONCE))
         try:
-            self._store = client_of(self._store)
+            self._key_value_store = client_of(self._key_value_store)
             while not stop.wait(0):
                 with contextlib.suppress(Empty):
                     if kind := self._requests.get(timeout=pause):
@@ -205,12 +205,12 @@ class RequestedSaves:
                 self._chosen, self._stops = int(call), kind == STOP
                 self._changed.notify_all()
             return False
-        self._lookout.check(self._store, lambda: self._silent_ranks(key))
+        self._lookout.check(self._key_value_store, lambda: self._silent_ranks(key))
         return True
 
     def _ask(self, method: str, *arguments: object) -> Any:
         """Call a method of the store, and count the answer."""
-        found = getattr(self._store, method)(*arguments)
+        found = getattr(self._key_value_store, method)(*arguments)
         self._answers += 1
         return found
 

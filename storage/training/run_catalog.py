@@ -1,8 +1,8 @@
 """The checkpoints of one run: where each step is stored, and which of them belong to the current branch of training.
 
 A run that continues from an earlier step leaves checkpoints of later steps behind. They belong to an abandoned branch.
-Each checkpoint has a sequence number, so that this follows from the checkpoints alone: one is abandoned if a later save
-has the same or a smaller step.
+Each checkpoint stores its own sequence number and that of the checkpoint before it. So the checkpoints alone show which
+of them are abandoned: those that cannot be reached from the last save.
 """
 
 from __future__ import annotations

@@ -21,8 +21,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ArgumentError, UnsupportedValueError
+from ..tensors.state_dict import has_stateful
+
+_OF_OBJECTS: dict[type, str] = {
+    DataLoader: "pass a loader that has them, such as StatefulDataLoader of torchdata, or the number of batches read",
+    Dataset: "leave it out",
+    Sampler: "pass a sampler that has them, or the number of samples read",
+    torch.Generator: "pass its get_state(), and pass that to set_state after a load",
+}
+"""Objects that hold a state of the training without being able to return it, and what to pass instead."""
 
 
 def training_state(
@@ -48,8 +58,9 @@ def training_state(
             in the returned dict.
 
     Raises:
-        ArgumentError: `model` is no module, or `optimizer` is no optimizer. When the state dict is saved or loaded: the
-            optimizer has parameters that the model does not have.
+        ArgumentError: `model` is no module, `optimizer` is no optimizer, or a part is a data loader, dataset, sampler
+            or random generator without these methods, so that it could only be pickled. When the state dict is saved or
+            loaded: the optimizer has parameters that the model does not have.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -57,6 +68,13 @@ def training_state(
     optimizers = _optimizers(optimizer)
     if optimizers:
         state["optimizer"] = _OptimizerState(model, optimizers)
+    for name, part in parts.items():
+        for kind, advice in _OF_OBJECTS.items():
+            if isinstance(part, kind) and not has_stateful({name: part}):
+                raise ArgumentError(
+                    f"{name!r} is a {type(part).__name__} without the methods state_dict and load_state_dict, so the "
+                    f"object itself would be pickled, and not restored: {advice}"
+                )
     return {**state, **parts}
 
 

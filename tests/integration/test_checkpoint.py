@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,17 @@ def test_rule_that_matches_no_tensor_is_logged_beside_one_that_does(caplog: pyte
     renamed = Layout(2, {"up": "rowwise", "model.norm": "colwise"})
     checkpoint.load_rank(renamed, 0, include="model", rename={"model.*": "*"})
     assert "'model.norm'" in "".join(warnings_of(caplog)), "rules apply to the new names"
+
+
+def test_empty_rules_are_logged_but_none_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = two_parts()
+    assert checkpoint.tp_plan == {}
+    for layout in (Layout({"tp": 2}, checkpoint.tp_plan), copy.copy(Layout({"tp": 2}, {}))):
+        checkpoint.load_rank(layout, 0)
+        assert "each of 2 ranks reads every tensor of memory whole" in "".join(warnings_of(caplog))
+    for layout in (Layout(2), copy.copy(Layout(2)), Layout(1, {})):
+        checkpoint.load_rank(layout, 0)
+        assert warnings_of(caplog) == []
 
 
 def test_rule_for_a_tensor_that_is_not_selected_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

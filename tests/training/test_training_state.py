@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import reshard
 from reshard.errors import ArgumentError, CheckpointError, MissingTensorError, UnsupportedValueError
@@ -841,3 +842,48 @@ def test_transformers_does_not_train_beyond_the_last_step(tmp_path: Path, monkey
         found, steps = fit_by_transformers(run, 4)
         assert steps == [4]
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "advice"),
+    [
+        (DataLoader(TensorDataset(torch.ones(4)), batch_size=2), "StatefulDataLoader"),
+        (TensorDataset(torch.ones(4)), "leave it out"),
+        (RandomSampler(TensorDataset(torch.ones(4))), "number of samples"),
+        (torch.Generator(), "get_state"),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_parts_that_could_only_be_pickled_are_refused(part: object, advice: str) -> None:
+    with pytest.raises(ArgumentError, match=f"'part' is a {type(part).__name__} without the methods .*{advice}"):
+        reshard.training_state(nn.Linear(2, 2), part=part)
+
+
+def test_parts_may_have_a_state_or_be_plain(tmp_path: Path) -> None:
+    class Loader(DataLoader[tuple[torch.Tensor, ...]]):
+        position = 3
+
+        def state_dict(self) -> dict[str, int]:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.position = state["position"]
+
+    state = reshard.training_state(nn.Linear(2, 2), loader=Loader(TensorDataset(torch.ones(4))), epoch=7)
+    reshard.save(state, tmp_path)
+    loader = Loader(TensorDataset(torch.ones(4)))
+    loader.position = 0
+    state = reshard.training_state(nn.Linear(2, 2), loader=loader, epoch=0)
+    reshard.load(state, tmp_path)
+    assert (loader.position, state["epoch"]) == (3, 7)
+
+
+def test_the_error_for_a_plain_optimizer_state_names_training_state(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    reshard.save(reshard.training_state(model, optimizer), tmp_path)
+    for plain in (optimizer, torch.optim.Adam(model.parameters())):
+        with pytest.raises(MissingTensorError, match=r"'optimizer' by parameters .* that training_state returns"):
+            reshard.load({"model": model.state_dict(), "optimizer": plain.state_dict()}, tmp_path)
