@@ -83,7 +83,7 @@ def plan(
     ] = 0.0004,
     max_over_read: Annotated[
         float | None,
-        typer.Option(min=0, metavar="FRACTION", help="Over-read bytes per needed byte."),
+        typer.Option(min=0, metavar="FRACTION", help="Over-read bytes per wanted byte."),
     ] = None,
     cooperative: Annotated[bool, typer.Option("--cooperative", help="The ranks share the read.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw a .png, .svg or .pdf.")] = None,
@@ -135,7 +135,7 @@ def verify(
 @app.command()
 def convert(
     src: Annotated[str, typer.Argument(help="A checkpoint of any format.", show_default=False)],
-    dst: Annotated[str, typer.Argument(help="A location without a checkpoint.", show_default=False)],
+    dst: Annotated[str, typer.Argument(help="A folder without a checkpoint.", show_default=False)],
     to: Annotated[str, typer.Option(help="reshard, dcp or safetensors.")] = "reshard",
     include: Include = None,
     exclude: Exclude = None,

@@ -15,7 +15,8 @@ import typer
 import reshard
 
 from ..humanize import format_bytes
-from ..planner.text import quoted
+from ..planner.text import first_few, quoted
+from ..storage.conversion.convert import TARGETS
 from .common import options_of, print_line, storage_options
 
 
@@ -32,6 +33,10 @@ class ConvertOptions:
     dtype: str | None
     codec: str
     max_file_gb: float
+
+    def __post_init__(self) -> None:
+        if self.to not in TARGETS:
+            raise typer.BadParameter(f"expected {first_few(TARGETS)}, got {self.to!r}", param_hint="--to")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

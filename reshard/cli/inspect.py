@@ -90,7 +90,7 @@ def _print_summary(checkpoint: Checkpoint) -> None:
         format_bytes(found["stored_bytes"]),
         _ratio(found),
     )
-    columns = ("dtype", "values", "raw", "stored", "ratio")
+    columns = ("dtype", "elements", "size", "stored", "ratio")
     print_table(columns, [*dtypes, total] if len(dtypes) != 1 else dtypes, right=columns[1:])
     print()
     folded = fold({name: (_short(i.dtype), i.shape) for name, i in checkpoint.tensors.items()})
