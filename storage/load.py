@@ -51,7 +51,14 @@ from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.name_patterns import Patterns, check_renames, matches_any
-from .tensors.state_dict import check_mapping, find_stateful, has_stateful, state_to_stateful, stateful_to_state
+from .tensors.state_dict import (
+    check_mapping,
+    find_stateful,
+    has_stateful,
+    separate_scalars,
+    state_to_stateful,
+    stateful_to_state,
+)
 
 logger = logger_of(__name__)
 
@@ -268,9 +275,10 @@ class _Load:
     def _match(self) -> StateDictRead:
         """Match the names of the state dict, unless this has been done."""
         if self._read is None:
-            self._states = stateful_to_state(self._state_dict)
+            stateful = [name for name, _ in find_stateful(self._state_dict)]
+            self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
             with without_collections():
-                self._read = StateDictRead(self._opening.source, self._states, self._load_options)
+                self._read = StateDictRead(self._opening.source, self._states, self._load_options, stateful)
             if self._load_options.strict:
                 allowed = self._load_options.allow_missing
                 lost = [name for name in self._read.match.unexpected_keys if not matches_any(allowed, name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from bisect import bisect_left
@@ -62,10 +63,12 @@ class NameMatch:
     """Where each leaf of a state dict is in a checkpoint.
 
     A leaf may have an entry of the same name. It may be inside a value of the checkpoint (DCP and torch.save store
-    whole dicts as values). Or it may be a dict or list whose items are entries of the checkpoint.
+    whole dicts as values). Or it may be a dict or list whose items are entries of the checkpoint. An empty dict in the
+    state of a Stateful value is such a leaf, because the state of a new object may have no items yet.
 
     Args:
         states: the state dict, with the states of Stateful values.
+        stateful: the names of the Stateful values.
 
     Raises:
         MissingTensorError: a name is not in the checkpoint, and `options` do not allow that.
@@ -74,10 +77,13 @@ class NameMatch:
         CorruptCheckpointError, StoreError: such a value cannot be read.
     """
 
-    def __init__(self, source: Source, states: Mapping[str, Any], options: LoadOptions) -> None:
+    def __init__(
+        self, source: Source, states: Mapping[str, Any], options: LoadOptions, stateful: Sequence[str] = ()
+    ) -> None:
         self._source = source
         self._options = options
         self._leaves = flatten(states)
+        self._stateful = tuple(f"{name}." for name in stateful)
         self._sections = tuple(f"{key}." for key, state in states.items() if isinstance(state, (Mapping, list)))
         """The keys of the state dict that contain other names."""
         names = [*(entry.name for entry in source.entries), *source.unreadable]
@@ -153,11 +159,11 @@ class NameMatch:
             value_name = next(filter(self._is_value, outer_names), None)
             if value_name is not None:
                 by_value.setdefault(value_name, []).append(leaf)
-            elif leaf.is_empty_dict:  # `unexpected_keys` lists what the checkpoint has in it
+            elif leaf.is_empty_dict and not self._is_to_be_filled(leaf):  # `unexpected_keys` lists what it lacks
                 continue
             elif not isinstance(leaf.value, torch.Tensor) and (items := self._names_below(leaf.name)):
                 self.containers.append((leaf, items))
-            else:
+            elif not leaf.is_empty_dict:
                 missing.append(leaf)
         missing += self._match_inside_values(by_value)
         options = self._options
@@ -165,6 +171,19 @@ class NameMatch:
         if fatal:
             raise MissingTensorError(self._describe_missing(fatal))
         return tuple(leaf.name for leaf in missing)
+
+    def _is_to_be_filled(self, leaf: Leaf) -> bool:
+        """Return whether an empty dict belongs to the state of a Stateful value that is not an optimizer's.
+
+        The tensors that an empty optimizer lacks may be sharded: see `_check_optimizers` of `load`.
+        """
+        return leaf.name.startswith(self._stateful) and not leaf.name.startswith(self._optimizers)
+
+    @functools.cached_property
+    def _optimizers(self) -> tuple[str, ...]:
+        """The beginnings of the names in the states of optimizers."""
+        outer = (name.partition(".param_groups.") for name in self._leaves)
+        return tuple({f"{begin}." for begin, found, _ in outer if found})
 
     def _is_value(self, name: str) -> bool:
         return name in self.stored_names and not self.entry(name).is_tensor

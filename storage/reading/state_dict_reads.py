@@ -35,15 +35,18 @@ class StateDictRead:
 
     Args:
         states: the state dict, with the states of Stateful values.
+        stateful: the names of the Stateful values.
 
     Raises:
         ShapeMismatchError, DtypeError, DestinationError, LayoutError: a tensor does not fit the checkpoint.
         Also what `NameMatch` raises.
     """
 
-    def __init__(self, source: Source, states: Mapping[str, Any], options: LoadOptions) -> None:
+    def __init__(
+        self, source: Source, states: Mapping[str, Any], options: LoadOptions, stateful: Sequence[str] = ()
+    ) -> None:
         self.source = source
-        self.match = NameMatch(source, states, options)
+        self.match = NameMatch(source, states, options, stateful)
         self._options = options
         self._casts: dict[str, Cast] = {}
         self._new_values: list[tuple[Leaf, Any]] = []

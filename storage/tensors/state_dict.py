@@ -6,9 +6,10 @@ are empty. Lists are flattened if they contain tensors or mappings. Everything e
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -308,6 +309,41 @@ def _with_states(path: tuple[Any, ...], value: Any, search: _StatefulSearch) -> 
     if isinstance(value, Mapping):
         return {key: _with_states((*path, key), item, search) for key, item in value.items()}
     return [_with_states((*path, at), item, search) for at, item in enumerate(value)]
+
+
+def separate_scalars(states: dict[str, Any], stateful: Sequence[str]) -> dict[str, Any]:
+    """Return states in which the states of Stateful values share no scalar tensors, neither with others.
+
+    A scheduler may refer to the learning rate of its optimizer, if that is a tensor, under several names. They may have
+    different values in a checkpoint. Dicts and lists that change are copied.
+
+    Args:
+        states: the result of `stateful_to_state`.
+        stateful: the names of the Stateful values.
+    """
+    begins = tuple(f"{name}." for name in stateful)
+    scalars = [leaf for leaf in flatten(states).values() if type(leaf.value) is torch.Tensor and not leaf.value.dim()]
+    seen: set[int] = set()
+    repeated: dict[str, torch.Tensor] = {}
+    for leaf in sorted(scalars, key=lambda leaf: leaf.name.startswith(begins)):  # others first: they keep their tensors
+        if leaf.name.startswith(begins) and leaf.value.data_ptr() in seen:
+            repeated[leaf.name] = leaf.value.detach().clone()
+        seen.add(leaf.value.data_ptr())
+    return (
+        {key: _with_others(item, (_part((), key),), repeated) for key, item in states.items()} if repeated else states
+    )
+
+
+def _with_others(value: Any, path: Path, others: Mapping[str, Any]) -> Any:
+    """Return a value in which others replace the values of their names. Dicts and lists are copied."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = _with_others(item, (*path, _part(path, key)), others)
+        return copied
+    if isinstance(value, list):
+        return [_with_others(item, (*path, at), others) for at, item in enumerate(value)]
+    return others.get(name_of(path), value)
 
 
 def state_to_stateful(state_dict: MutableMapping[str, Any], states: Mapping[str, Any]) -> None:

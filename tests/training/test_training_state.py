@@ -887,3 +887,101 @@ def test_the_error_for_a_plain_optimizer_state_names_training_state(tmp_path: Pa
     for plain in (optimizer, torch.optim.Adam(model.parameters())):
         with pytest.raises(MissingTensorError, match=r"'optimizer' by parameters .* that training_state returns"):
             reshard.load({"model": model.state_dict(), "optimizer": plain.state_dict()}, tmp_path)
+
+
+class Offsets:
+    """A data loader whose state has items for what has been read. A new one has none."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"offsets": self.state, "epoch": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state["offsets"]
+
+
+@pytest.mark.parametrize("format", ["reshard", "dcp", "torch"])
+@pytest.mark.parametrize("items", [{"shard-0": 4, "shard-1": 3}, {"a": {"b": torch.arange(3)}, "c": [1, 2]}, {}])
+def test_an_empty_dict_in_the_state_of_an_object_receives_what_was_saved(
+    format: str, items: dict[str, Any], tmp_path: Path
+) -> None:
+    saved = {"loader": Offsets(**items), "nested": [{"loader": Offsets(**items)}]}
+    if format == "torch":
+        states = {"loader": saved["loader"].state_dict(), "nested": [{"loader": saved["loader"].state_dict()}]}  # type: ignore[attr-defined]
+        torch.save(states, tmp_path / "c")
+    else:
+        reshard.save(saved, tmp_path / "native")
+        reshard.convert(tmp_path / "native", tmp_path / "c", format=format)
+    new, inner = Offsets(), Offsets()
+    report = reshard.load({"loader": new, "nested": [{"loader": inner}]}, tmp_path / "c")
+    assert report.unexpected_keys == report.missing_keys == ()
+    assert str(new.state) == str(inner.state) == str(items)
+
+
+def test_an_empty_dict_that_is_no_state_of_an_object_is_not_filled(tmp_path: Path) -> None:
+    reshard.save({"offsets": {"a": 1}, "epoch": 2}, tmp_path)
+    state = {"offsets": {}, "epoch": 0}
+    assert reshard.load(state, tmp_path).unexpected_keys == ("offsets.a",)
+    assert state == {"offsets": {}, "epoch": 2}
+
+
+def test_a_new_optimizer_is_refused_rather_than_filled(tmp_path: Path) -> None:
+    class Parts:
+        def __init__(self, steps: int) -> None:
+            self.model = nn.Linear(2, 2)
+            self.optimizer = torch.optim.Adam(self.model.parameters())
+            for _ in range(steps):
+                self.model(torch.ones(1, 2)).sum().backward()
+                self.optimizer.step()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    reshard.save({"parts": Parts(2)}, tmp_path)
+    report = reshard.load({"parts": Parts(0)}, tmp_path)
+    assert any(name.startswith("parts.optimizer.state.") for name in report.unexpected_keys)
+
+
+@pytest.mark.parametrize("is_loaded_first", [False, True])
+def test_a_scheduler_may_share_the_learning_rate_of_its_optimizer(is_loaded_first: bool, tmp_path: Path) -> None:
+    def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.SequentialLR]:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01))
+        schedulers = [
+            torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        ]
+        return model, optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones=[3])
+
+    def train(
+        model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.SequentialLR, n: int
+    ) -> list[float]:
+        found = []
+        for _ in range(n):
+            loss = model(torch.ones(1, 2)).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            found += [float(loss.detach()), float(optimizer.param_groups[0]["lr"])]
+        return found
+
+    def state_of(
+        model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.SequentialLR
+    ) -> dict[str, Any]:
+        state = reshard.training_state(model, optimizer, scheduler=scheduler)
+        return dict(reversed(state.items())) if is_loaded_first else state
+
+    model, optimizer, scheduler = parts()
+    train(model, optimizer, scheduler, 5)
+    reshard.save(state_of(model, optimizer, scheduler), tmp_path)
+    expected = train(model, optimizer, scheduler, 4)
+    resumed = parts()
+    reshard.load(state_of(*resumed), tmp_path)
+    assert train(*resumed, 4) == expected
