@@ -303,20 +303,34 @@ TP_WORDS: Mapping[str, tuple[Placement, Placement]] = MappingProxyType(
         "local_colwise": _COLWISE,
         "rowwise": _ROWWISE,
         "rowwise_rep": _ROWWISE,
+        "rowwise_split_input": _ROWWISE,
+        "packed_colwise": (StridedShard(-2, 2), Shard(0)),
+        "packed_rowwise": (StridedShard(-1, 2), REPLICATE),
         "local_rowwise": _ROWWISE,
         "embedding_rowwise": _COLWISE,
         "embedding_colwise": (Shard(-1), Shard(0)),
         "replicate": _REPLICATE,
         "replicated": _REPLICATE,
         "sequence_parallel": _REPLICATE,
+        **dict.fromkeys(
+            (
+                "replicated_with_grad_allreduce",
+                "all_reduce",
+                "mla_kv_a_proj",
+                "moe_tp_experts",
+                "moe_identity_expert",
+                "local_params",
+            ),
+            _REPLICATE,
+        ),
     }
 )
 """The placements of a weight (two dimensions or more) and of a bias, by the words of tensor-parallel plans.
 
 The words are those of Hugging Face's tp_plan. They mean what ColwiseParallel and RowwiseParallel of
 torch.distributed.tensor.parallel do to a Linear module. These classes split the other dimension of an Embedding: use
-"embedding_colwise" and "embedding_rowwise" for it. Dimensions count from the last, so that the words also fit stacked
-experts.
+"embedding_colwise" and "embedding_rowwise" for it. Those with "packed" cut each half of a weight, such as the gate and
+the up projection in one. Dimensions count from the last, so that the words also fit stacked experts.
 """
 
 AnyPlacement = Placement | TorchPlacement

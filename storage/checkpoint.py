@@ -28,6 +28,7 @@ from .formats.hf_config import read_tp_plan
 from .formats.source import Source, check_readable
 from .maintenance.verify import DamagedChunk, verify
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
+from .reading.scale_layouts import check_scale_layouts
 from .reading.shared_read import check_cooperative, may_share
 from .reading.value_reads import ValueRead, check_values, decode_all, whole_wants
 from .runtime.arguments import check_nbytes
@@ -419,7 +420,9 @@ class Checkpoint:
         stored: dict[str, torch.dtype] = {}
         wants: list[WantedBox] = []
         views: list[torch.Tensor] = []
-        held_tensors = rank_tensors(self._selected_tensors(selection, may_miss), layout, rank)
+        entries = self._selected_tensors(selection, may_miss)
+        check_scale_layouts(layout, entries)
+        held_tensors = rank_tensors(entries, layout, rank)
         self._warn_of_layout(layout, selection)
         self._source.index(want for held in held_tensors for want in held.wants)
         for held in held_tensors:

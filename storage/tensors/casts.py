@@ -139,7 +139,7 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
     if stored == to or stored.itemsize > 1 or stored is torch.bool:
         return
     for other in scales.found:
-        if other != name and _is_scale_of(name, other):
+        if other != name and is_scale_of(name, other):
             raise DtypeError(
                 f"{name!r} is quantised: it is stored as {stored}, and {other!r} has its scale. reshard does not apply "
                 f"scales: load both as they are stored (a destination of {stored}, no dtype=) and scale the values "
@@ -147,7 +147,8 @@ def check_is_not_scaled(name: str, stored: torch.dtype, to: torch.dtype, scales:
             )
 
 
-def _is_scale_of(name: str, other: str) -> bool:
+def is_scale_of(name: str, other: str) -> bool:
+    """Return whether, judging by their names, a tensor `other` has the scales of the quantised tensor `name`."""
     module, _, last = name.rpartition(".")
     if module and not other.startswith(f"{module}."):
         return False

@@ -34,7 +34,9 @@ RENEW_EVERY_S = 5.0
 EXPIRES_AFTER_S = 30.0
 """A lease that was not renewed for this long is taken over. A pause of the holder must be shorter than this."""
 LONG_AGO_S = 600.0
-"""A lease whose time is older than this is taken over at once. Clocks of two machines differ by less."""
+"""A lease whose time is older than this has probably expired, and a sign of life is awaited for a shorter time."""
+SHORT_WAIT_S = 2.5 * RENEW_EVERY_S
+"""How long a sign of life is awaited then: the clocks of the two machines may differ."""
 _NAME = re.compile(rf"{re.escape(FOLDER)}/(\d{{8,18}})\.json")
 _MAX_BYTES = 64 * 1024
 
@@ -200,7 +202,9 @@ class Lease:
             raise RunInUseError(
                 f"{self._store.location} is managed by another CheckpointManager of this process: close that one first"
             )
-        if holder is not None and not self._may_take_over(holder):
+        if holder is not None and not self._has_released(holder):
+            if time.time() - holder.time > LONG_AGO_S:
+                expires_after_s = min(expires_after_s, SHORT_WAIT_S)
             logger.warning(
                 "%s was managed by %s, which ended without closing its manager, or still runs: waiting up to %.0f s "
                 "for a sign of life",
@@ -219,9 +223,10 @@ class Lease:
             raise self._in_use(None)
         return number + 1
 
-    def _may_take_over(self, holder: Holder) -> bool:
+    def _has_released(self, holder: Holder) -> bool:
+        """Return whether a holder has released the lease, or has certainly ended."""
         is_own = holder.process != "" and holder.process == self._holder.process  # but `_held` does not have it
-        return holder.released or is_own or _has_ended(holder) or time.time() - holder.time > LONG_AGO_S
+        return holder.released or is_own or _has_ended(holder)
 
     def _wait_for_silence(self, number: int, holder: Holder, seconds: float) -> None:
         """Wait until a lease has not been renewed for some seconds. Raises RunInUseError if it is renewed."""
@@ -231,7 +236,7 @@ class Lease:
             if max(self._numbers(), default=0) > number:
                 raise self._in_use(self._read(number + 1))
             now = self._read(number)
-            if now is None or self._may_take_over(now):
+            if now is None or self._has_released(now):
                 return
             if now.renewals != holder.renewals:
                 raise self._in_use(now)

@@ -66,7 +66,8 @@ def every(n: int | datetime.timedelta) -> Policy:
         def keep_by_time(saved: Sequence[SavedStep]) -> Iterable[int]:
             kept: list[SavedStep] = []
             for found in saved:
-                if not kept or found.time - kept[-1].time >= interval:
+                waited = found.time - kept[-1].time if kept else interval
+                if waited >= interval or waited < datetime.timedelta():  # the clock was set back
                     kept.append(found)
             return [found.step for found in kept]
 

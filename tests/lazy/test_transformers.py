@@ -231,3 +231,16 @@ def test_a_training_checkpoint_is_loaded_into_a_hugging_face_model_and_back(
         )
         weights.fill(found)
     compare(found, expected)
+
+
+def test_layouts_know_the_words_of_the_plans_of_transformers() -> None:
+    configs = importlib.import_module("transformers").CONFIG_MAPPING
+    plans = {name: getattr(configs[name], "base_model_tp_plan", None) for name in configs}
+    found = {name: plan for name, plan in plans.items() if isinstance(plan, dict) and plan}
+    assert len(found) > 30
+    for plan in found.values():
+        layout = reshard.Layout({"tp": 2}, plan)
+        for pattern in plan:
+            name = f"{pattern.replace('*', '0')}.weight"
+            boxes = [box for rank in range(2) for box in layout.local(name, (8, 4), rank).boxes]
+            assert sum(box.numel for box in boxes) in (32, 64)

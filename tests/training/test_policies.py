@@ -46,6 +46,21 @@ def test_every_time_keeps_the_same_checkpoints_after_removals() -> None:
     assert list(policy([found for found in saved if found.step in kept])) == kept
 
 
+@pytest.mark.parametrize(
+    ("hours", "kept"),
+    [
+        ([0, 24 * 365, 2, 3, 4, 5], [100, 200, 300, 400, 500, 600]),
+        ([0, 1, 2, 3, 1, 2, 3], [100, 200, 300, 400, 500, 600, 700]),
+        ([0, 0.4, 0.8, 1.2, 0.1, 0.5, 1.2], [100, 400, 500, 700]),
+    ],
+)
+def test_every_time_keeps_checkpoints_after_the_clock_was_set_back(hours: list[float], kept: list[int]) -> None:
+    saved = [
+        reshard.SavedStep(100 * (i + 1), START + datetime.timedelta(hours=hour), {}) for i, hour in enumerate(hours)
+    ]
+    assert list(reshard.every(datetime.timedelta(hours=1))(saved)) == kept
+
+
 def test_best_keeps_the_smallest_or_largest_values() -> None:
     saved = run(3, 1, 2, 5)
     assert set(reshard.best("loss", 2)(saved)) == {200, 300}
