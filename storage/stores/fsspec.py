@@ -23,7 +23,7 @@ from ..runtime.threads import Pool, result_of, run_bounded
 from .base import PART_BYTES, Capabilities, MultipartUpload, ObjectWriter, Store, buffered_writer, is_name
 from .client_errors import is_beyond_the_end, is_missing_bucket, translating
 from .conditional_put import put_new, refuse_to_replace
-from .local import LocalStore
+from .local import LocalStore, naming_working_directory
 from .obstore import open_s3
 from .obstore_reads import ReadsOfFilesystem, call_deadline_s, is_lost_in_fork, open_reads
 from .options import checked_options
@@ -45,6 +45,8 @@ CONCURRENT_DELETES = 16
 S3_MAX_PUT_BYTES = 5 * 1024**3
 
 
+_HIDE_MISSING_BUCKETS = OBJECT_STORES - {"s3", "s3a"}
+"""The protocols whose filesystems find no objects in a bucket that does not exist, instead of raising an error."""
 _REPLACED = re.compile(r"(^|/)(manifest\.reshard$|\.reshard-)")
 """Matches the names of objects that reshard replaces: manifests, leases, notes of conversions. A cache of whole files
 would return old ones. The names of data objects are unique."""
@@ -58,7 +60,9 @@ def open_fsspec(uri: str, storage_options: dict[str, Any]) -> Store:
                 f"{uri!r} is a local path, which takes no storage_options, "
                 f"got {', '.join(map(repr, storage_options))}: omit them, or pass the URI that they are for"
             )
-        return LocalStore(LocalFileSystem._strip_protocol(uri))
+        with naming_working_directory(uri):
+            path = LocalFileSystem._strip_protocol(uri)
+        return LocalStore(path)
     storage_options = checked_options(storage_options, split_protocol(uri)[0] or "")
     return RetryingStore(_open_remote(uri, storage_options), reopen=partial(_open_remote, uri, storage_options))
 
@@ -151,6 +155,8 @@ class FsspecStore:
         self._root = path.rstrip("/")
         self._has_folders = not OBJECT_STORES.intersection(_protocols(filesystem))
         self._is_on_disk = _is_on_disk(filesystem)
+        self._bucket_exists = False
+        """Whether the bucket has been seen. False means not known."""
         self._is_async = filesystem.async_impl and not self._is_on_disk  # DirFileSystem is async for any filesystem
 
     @property
@@ -282,14 +288,32 @@ class FsspecStore:
             try:
                 found = self._call(method, f"{self._root}/{folder}".rstrip("/") + self._query, detail=True)
             except FileNotFoundError as error:
-                if is_missing_bucket(error):
+                if is_missing_bucket(error) or self._lacks_bucket():
                     raise StoreError(f"cannot list {self.location}: there is no such bucket") from None
                 return []
+            if not found and self._lacks_bucket():
+                raise StoreError(f"cannot list {self.location}: there is no such bucket")
             entries = found.values() if isinstance(found, dict) else found
             # If the folder is an object, adlfs returns its name alone.
             paths = [entry["name"] for entry in entries if not isinstance(entry, str) and entry["type"] == "file"]
             # Remove only one slash: a key may have an empty part.
             return [name for path in paths if is_name(name := path[len(root) :].removeprefix("/"))]
+
+    def _lacks_bucket(self) -> bool:
+        """Return whether there is certainly no such bucket. On some stores, listing a missing bucket finds no objects.
+
+        Without the permission to look at the bucket, this is not known.
+        """
+        if self._bucket_exists or _HIDE_MISSING_BUCKETS.isdisjoint(_protocols(self._fs)):
+            return False
+        try:
+            self._call("info", self._fs._strip_protocol(self._root).partition("/")[0])
+        except FileNotFoundError:
+            return True
+        except Exception:  # the listing has succeeded
+            return False
+        self._bucket_exists = True
+        return False
 
     def check_delete(self, names: Iterable[str]) -> None:
         """Check objects on a filesystem that has folders. Symbolic links are recognised only on a local disk."""

@@ -110,6 +110,18 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+@contextmanager
+def naming_working_directory(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise StoreError if a relative path cannot be resolved, because the working directory is gone."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{os.fspath(path)!r} is relative to the working directory of this process, which has been removed: pass "
+            "an absolute path, or change to another folder"
+        ) from error
+
+
 class LocalStore:
     """Objects as files below a folder, which is created when the first object is written.
 
@@ -118,7 +130,8 @@ class LocalStore:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(os.path.abspath(root))
+        with naming_working_directory(root):
+            self._root = Path(os.path.abspath(root))
         self._lock = fork_safe_lock()
         self._open_files: dict[str, _OpenFile] = {}
         """The files that were used last, in the order of use."""

@@ -58,6 +58,7 @@ def training_state(
             in the returned dict.
 
     Raises:
+        UnsupportedValueError: an optimizer is a ZeroRedundancyOptimizer of torch.
         ArgumentError: `model` is no module, `optimizer` is no optimizer, or a part is a data loader, dataset, sampler
             or random generator without these methods, so that it could only be pickled. When the state dict is saved or
             loaded: the optimizer has parameters that the model does not have.
@@ -80,12 +81,17 @@ def training_state(
 
 def _optimizers(passed: Any) -> tuple[Optimizer, ...]:
     """Return one or several optimizers. Raise ArgumentError for anything else."""
-    if passed is None or isinstance(passed, Optimizer):
-        return () if passed is None else (passed,)
-    several = tuple(passed) if isinstance(passed, Iterable) else (passed,)
+    if passed is None:
+        return ()
+    several = tuple(passed) if isinstance(passed, Iterable) and not isinstance(passed, Optimizer) else (passed,)
     for one in several:
         if not isinstance(one, Optimizer):
             raise ArgumentError(f"optimizer must be one or several torch.optim.Optimizer, got {type(one).__name__}")
+        if hasattr(one, "consolidate_state_dict"):  # ZeroRedundancyOptimizer, whose import emits a warning
+            raise UnsupportedValueError(
+                f"{type(one).__name__} holds the states of some parameters on each rank, and returns them only after "
+                "collecting all of them on one rank: use fully_shard, which shards the states of any optimizer"
+            )
     return several
 
 

@@ -20,6 +20,7 @@ import torch
 
 from ...planner.box import Box
 from ...planner.entries import Kind
+from ..errors import RankError
 from ..runtime.devices import current_device
 from ..runtime.forks import after_fork_in_child, fork_safe_lock
 from ..runtime.limits import available_bytes, default_threads, local_ranks
@@ -53,13 +54,19 @@ class Arena:
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         self.number = next(self._numbers)
         self.nbytes = max(1, -(-nbytes // PAGE_BYTES)) * PAGE_BYTES
-        self.fd = os.memfd_create("reshard-staging", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else -1
+        self.fd = -1
         """The file of the memory, which another process can map; -1 if the system has no such files."""
         try:
+            if hasattr(os, "memfd_create"):
+                self.fd = os.memfd_create("reshard-staging", os.MFD_CLOEXEC)
             self.bytes = mapped(self.fd, self.nbytes)
-        except BaseException:
+        except OSError as error:
             self._close_file()
-            raise
+            raise RankError(
+                f"the memory for an asynchronous save, {self.nbytes / 1e6:.1f} MB, cannot be allocated: "
+                f"{error.strerror}. It counts as a file: raise the limits of files (ulimit -f, -n) and of memory, or "
+                "use reshard.save"
+            ) from error
         self.for_device = pinned
         """Whether page-locked memory was requested. `pinned` is whether it succeeded."""
         self.pinned = pinned and pin(self.bytes)

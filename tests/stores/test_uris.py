@@ -370,6 +370,43 @@ def test_a_missing_bucket_is_named(client: str, s3: Place) -> None:
         reshard.open("s3://", storage_options=options)
 
 
+@pytest.mark.parametrize("store_name", ["gcs", "azurite"])
+def test_a_missing_bucket_is_named_by_other_stores(place: Place) -> None:
+    uri, options = place
+    protocol = uri.partition("://")[0]
+    for missing in (f"{protocol}://no-such-bucket", f"{protocol}://no-such-bucket/run"):
+        calls: list[Callable[[], object]] = [
+            lambda: reshard.find_checkpoints(missing, options),  # noqa: B023
+            lambda: reshard.gc(missing, options),  # noqa: B023
+            lambda: reshard.save(dict(STATE), missing, storage_options=options),  # noqa: B023
+            lambda: reshard.open(missing, storage_options=options),  # noqa: B023
+            lambda: reshard.CheckpointManager(missing, storage_options=options, read_only=True).restore({}),  # noqa: B023
+        ]
+        for call in calls:
+            with pytest.raises(StoreError, match="there is no such bucket"):
+                call()
+    assert reshard.find_checkpoints(f"{uri}/nothing", options) == []
+    reshard.save(dict(STATE), f"{uri}/new", storage_options=options)
+
+
+def test_a_relative_path_in_a_folder_that_is_gone_raises_store_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    calls: list[Callable[[], object]] = [
+        lambda: reshard.save(dict(STATE), "c"),
+        lambda: reshard.load(dict(STATE), "c"),
+        lambda: reshard.open("c"),
+        lambda: reshard.find_checkpoints("."),
+        lambda: reshard.CheckpointManager("run"),
+    ]
+    for call in calls:
+        with pytest.raises(StoreError, match="is relative to the working directory of this process, which has been"):
+            call()
+
+
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}", "file:{}"])
 def test_storage_options_for_a_local_path_raise_argument_error(form: str, tmp_path: Path) -> None:
     saved(tmp_path / "c")

@@ -985,3 +985,11 @@ def test_a_scheduler_may_share_the_learning_rate_of_its_optimizer(is_loaded_firs
     resumed = parts()
     reshard.load(state_of(*resumed), tmp_path)
     assert train(*resumed, 4) == expected
+
+
+def test_an_optimizer_that_must_be_consolidated_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.consolidate_state_dict = lambda to: None  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedValueError, match="SGD holds the states of some parameters on each rank"):
+        reshard.training_state(model, optimizer)

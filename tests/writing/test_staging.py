@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from reshard.errors import ArgumentError
+import reshard
+from reshard.errors import ArgumentError, RankError
 from reshard.planner.box import Box
 from reshard.planner.entries import Kind
 from reshard.storage.runtime.arguments import check_nbytes
@@ -236,3 +238,17 @@ def test_the_default_limit_is_a_share_of_half_of_the_memory(monkeypatch: pytest.
     assert default_staging_bytes() == 5 * 2**30
     monkeypatch.setattr(staging, "available_bytes", lambda: 0)
     assert default_staging_bytes() == staging.MIN_STAGING_BYTES
+
+
+@pytest.mark.parametrize("background", ["thread", "process"])
+def test_a_limit_of_file_sizes_is_named(background: Any, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reshard.release_memory()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(RankError, match=r"the memory for an asynchronous save, 4\.\d MB, .*ulimit -f"):
+            reshard.async_save({"w": torch.ones(1 << 20)}, tmp_path, background=background).result()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    reshard.async_save({"w": torch.ones(1 << 20)}, tmp_path, background=background).result()
+    assert reshard.open(tmp_path).read("w").eq(1).all()
