@@ -20,7 +20,7 @@ import torch
 
 from ...planner.box import Box
 from ...planner.entries import Kind
-from ..errors import RankError
+from ..errors import StoreError
 from ..runtime.devices import current_device
 from ..runtime.forks import after_fork_in_child, fork_safe_lock
 from ..runtime.limits import available_bytes, default_threads, local_ranks
@@ -62,9 +62,9 @@ class Arena:
             self.bytes = mapped(self.fd, self.nbytes)
         except OSError as error:
             self._close_file()
-            raise RankError(
+            raise StoreError(
                 f"the memory for an asynchronous save, {self.nbytes / 1e6:.1f} MB, cannot be allocated: "
-                f"{error.strerror}. It counts as a file: raise the limits of files (ulimit -f, -n) and of memory, or "
+                f"{error.strerror or error}. It counts as a file: raise the limits of files (ulimit -f, -n) and of memory, or "
                 "use reshard.save"
             ) from error
         self.for_device = pinned

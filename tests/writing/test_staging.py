@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import reshard
-from reshard.errors import ArgumentError, RankError
+from reshard.errors import ArgumentError, StoreError
 from reshard.planner.box import Box
 from reshard.planner.entries import Kind
 from reshard.storage.runtime.arguments import check_nbytes
@@ -246,7 +246,7 @@ def test_a_limit_of_file_sizes_is_named(background: Any, tmp_path: Path) -> None
     reshard.release_memory()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(RankError, match=r"the memory for an asynchronous save, 4\.\d MB, .*ulimit -f"):
+        with pytest.raises(StoreError, match=r"the memory for an asynchronous save, 4\.\d MB, .*ulimit -f"):
             reshard.async_save({"w": torch.ones(1 << 20)}, tmp_path, background=background).result()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
