@@ -64,8 +64,8 @@ class Arena:
             self._close_file()
             raise StoreError(
                 f"the memory for an asynchronous save, {self.nbytes / 1e6:.1f} MB, cannot be allocated: "
-                f"{error.strerror or error}. It counts as a file: raise the limits of files (ulimit -f, -n) and of memory, or "
-                "use reshard.save"
+                f"{error.strerror or error}. It counts as a file: raise the limits of files (ulimit -f, -n) and of "
+                "memory, or use reshard.save"
             ) from error
         self.for_device = pinned
         """Whether page-locked memory was requested. `pinned` is whether it succeeded."""
