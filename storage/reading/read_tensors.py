@@ -68,7 +68,7 @@ class ReadOptions:
     budget_bytes: int | None = None
     """Memory for data that has been fetched and not been written yet. `default_budget()` if it is None."""
     max_over_read: float | None = None
-    """Bytes that requests may read between the byte ranges that are needed, as a fraction of the needed bytes.
+    """Bytes in gaps that requests may read over, as a fraction of the stored bytes that are wanted.
 
     If it is None, the source decides.
     """

@@ -14,6 +14,7 @@ from .request_checksums import RequestChecksums, damages
 from .tasks import DAMAGED, Request, TensorRead
 
 STOPPED = "the read was stopped"
+_IF_OVERWRITTEN = "; if another process has overwritten the checkpoint since it was opened, open it again"
 
 
 def name_of(request: Request, index: CheckpointIndex) -> str:
@@ -55,7 +56,9 @@ class Verifier:
                 data = memoryview(read_ranges(self._store, name, request.ranges))
                 damaged = damages(request, self._index, data)
         except ObjectNotFoundError as error:
-            raise self.damage(tensor, f"object {name!r} is missing in {self._store.location}") from error
+            raise self.damage(
+                tensor, f"object {name!r} is missing in {self._store.location}{_IF_OVERWRITTEN}"
+            ) from error
         except StoreError as error:
             raise self.failure(nearest(error), tensor, f"{where}: {error}") from error
         except CheckpointError:
