@@ -329,8 +329,9 @@ TP_WORDS: Mapping[str, tuple[Placement, Placement]] = MappingProxyType(
 
 The words are those of Hugging Face's tp_plan. They mean what ColwiseParallel and RowwiseParallel of
 torch.distributed.tensor.parallel do to a Linear module. These classes split the other dimension of an Embedding: use
-"embedding_colwise" and "embedding_rowwise" for it. Those with "packed" cut each half of a weight, such as the gate and
-the up projection in one. Dimensions count from the last, so that the words also fit stacked experts.
+"embedding_colwise" and "embedding_rowwise" for it. Words with "packed" are for a weight that consists of two, such as
+the gate and the up projections: each half is cut. Dimensions count from the last, so that the words also fit stacked
+experts.
 """
 
 AnyPlacement = Placement | TorchPlacement
@@ -370,7 +371,7 @@ class Layout:
     _found: dict[tuple[str, int], tuple[Placement, ...]] = field(init=False, repr=False, compare=False)
     """The placements that were looked up, which are the same for all ranks."""
     has_empty_rules: bool = field(init=False, repr=False, compare=False)
-    """Whether rules were passed, but none: perhaps a plan was expected where there is none."""
+    """Whether an empty mapping of rules was passed, perhaps because a plan was expected that does not exist."""
 
     def __init__(
         self,

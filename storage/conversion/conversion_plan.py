@@ -157,7 +157,7 @@ def _digest(parts: list[Any]) -> str:
 
 
 def _sample_objects(source: Source, reads: Reads) -> list[str]:
-    """Return checksums of samples of all objects, which show most overwrites of the source: not those elsewhere."""
+    """Return checksums of samples of all objects. They show most overwrites of the source, but not all."""
     if source.format == "reshard":
         return []  # every save writes objects with new names
     wanted = [

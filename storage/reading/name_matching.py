@@ -83,7 +83,8 @@ class NameMatch:
         self._source = source
         self._options = options
         self._leaves = flatten(states)
-        self._stateful = tuple(f"{name}." for name in stateful)
+        self._stateful = frozenset(stateful)
+        self._in_stateful = tuple(f"{name}." for name in stateful)
         self._sections = tuple(f"{key}." for key, state in states.items() if isinstance(state, (Mapping, list)))
         """The keys of the state dict that contain other names."""
         names = [*(entry.name for entry in source.entries), *source.unreadable]
@@ -173,11 +174,13 @@ class NameMatch:
         return tuple(leaf.name for leaf in missing)
 
     def _is_to_be_filled(self, leaf: Leaf) -> bool:
-        """Return whether an empty dict belongs to the state of a Stateful value that is not an optimizer's.
+        """Return whether an empty dict is, or belongs to, the state of a Stateful value, but not of an optimizer.
 
-        The tensors that an empty optimizer lacks may be sharded: see `_check_optimizers` of `load`.
+        The tensors that an empty optimizer lacks may be sharded, and so may those of an empty module.
         """
-        return leaf.name.startswith(self._stateful) and not leaf.name.startswith(self._optimizers)
+        is_state = leaf.name in self._stateful and type(leaf.value) is dict  # that of a module is an OrderedDict
+        is_inside = leaf.name.startswith(self._in_stateful) and not leaf.name.startswith(self._optimizers)
+        return is_state or is_inside
 
     @functools.cached_property
     def _optimizers(self) -> tuple[str, ...]:

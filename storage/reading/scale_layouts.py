@@ -30,11 +30,17 @@ def check_scale_layouts(layout: Layout, entries: Mapping[str, Entry]) -> None:
             if size == 1 or isinstance(of_scale, Replicate):
                 continue
             if isinstance(of_weight, Replicate) or not _are_cut_alike(of_weight, of_scale, *shapes, size):
+                rule = f'Put the rule "{scale}": "replicate" before the others'
+                if shapes[1][of_scale.dim] == 1:
+                    raise LayoutError(
+                        f"{scale!r} has the scales of {weight!r}. The layout cuts a dimension of size 1 of the scales, "
+                        f"{shapes[1]}, into {size} parts, so only one rank would hold them. {rule}"
+                    )
                 raise LayoutError(
                     f"{scale!r} has the scales of {weight!r}. The layout cuts the shape {shapes[1]} of the scales and "
-                    f"the shape {shapes[0]} of the weight into {size} parts at different places, so ranks would hold "
-                    f'scales of other parts of the weight. Put the rule "{scale}": "replicate" before the others, and '
-                    "select the scales of each rank's part yourself, or use a number of ranks that divides the scales"
+                    f"the shape {shapes[0]} of the weight into {size} parts, perhaps at different places, so ranks "
+                    f"could hold scales of other parts of the weight. {rule}, and select the scales of each rank's "
+                    "part yourself, or use a number of ranks for which the parts of the weight consist of whole blocks"
                 )
 
 
@@ -49,7 +55,11 @@ def _pairs(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
     for scale in ScaleNames(entries).found:
         parts = scale.split(".")
         for module in (".".join(parts[:n]) for n in range(len(parts))):
-            yield from ((name, scale) for name in weights.get(module, ()) if name != scale and is_scale_of(name, scale))
+            for name in weights.get(module, ()):
+                rest = scale[len(module) + 1 if module else 0 :]
+                is_beside = "." not in rest or scale.startswith(f"{name}.")  # not in a module of that name
+                if name != scale and is_beside and is_scale_of(name, scale):
+                    yield name, scale
 
 
 def _are_cut_alike(
@@ -62,10 +72,14 @@ def _are_cut_alike(
     """Return whether `size` ranks hold the scales of their parts of a weight, given the placements and the shapes."""
     factors = {getattr(placement, "split_factor", 1) for placement in (of_weight, of_scale)}
     n, scales = weight[of_weight.dim], scale[of_scale.dim]
-    if len(factors) > 1 or scales == 0:
+    from_end = of_weight.dim % len(weight) - len(weight), of_scale.dim % len(scale) - len(scale)
+    if len(scale) == 1 < len(weight):
+        from_end = from_end[0], -2  # one scale for each row
+    if len(factors) > 1 or scales == 0 or from_end[0] != from_end[1]:
         return False
     if n == scales:
         return True
     pieces = size * factors.pop()
     of_block = -(-n // scales)
-    return n % pieces == 0 and scales % pieces == 0 and n // pieces == scales // pieces * of_block
+    is_known = of_block.bit_count() == 1  # otherwise the last block may be smaller than the others
+    return is_known and n % pieces == scales % pieces == 0 and n // pieces == scales // pieces * of_block

@@ -312,7 +312,7 @@ def _with_states(path: tuple[Any, ...], value: Any, search: _StatefulSearch) -> 
 
 
 def separate_scalars(states: dict[str, Any], stateful: Sequence[str]) -> dict[str, Any]:
-    """Return states in which the states of Stateful values share no scalar tensors, neither with others.
+    """Return states in which those of Stateful values share no scalar tensors with each other or with other values.
 
     A scheduler may refer to the learning rate of its optimizer, if that is a tensor, under several names. They may have
     different values in a checkpoint. Dicts and lists that change are copied.
@@ -380,7 +380,8 @@ class _StatefulSearch:
         return self._found[id(container)]
 
     def find(self, path: tuple[Any, ...], container: Any) -> Iterator[tuple[str, Any]]:
-        """Return the Stateful values in a dict or list, with their names."""
+        """Return the Stateful values in a dict or list, with their names. Raise UnsupportedValueError."""
+        check_nesting(path)
         for key, value in container.items() if isinstance(container, Mapping) else enumerate(container):
             if _is_stateful(value):
                 yield name_of((*path, key)), value

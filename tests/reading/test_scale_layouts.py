@@ -29,15 +29,15 @@ def by_block(values: torch.Tensor, scales: torch.Tensor, rows: int, columns: int
 @pytest.mark.parametrize("rule", ["colwise", "rowwise"])
 @pytest.mark.parametrize("tp", [2, 3, 6])
 def test_ranks_hold_the_scales_of_their_blocks(rule: str, tp: int) -> None:
-    values, scales = weights(24, 36), torch.rand(6, 6)
+    values, scales = weights(24, 48), torch.rand(6, 6)
     checkpoint = stored(up__weight=values, up__weight_scale_inv=scales)
     layout = reshard.Layout({"tp": tp}, {"up": rule})
     ranks = [checkpoint.load_rank(layout, rank) for rank in range(tp)]
-    parts = [by_block(found["up.weight"], found["up.weight_scale_inv"], 4, 6) for found in ranks]
-    assert torch.cat(parts, 0 if rule == "colwise" else 1).equal(by_block(values, scales, 4, 6))
+    parts = [by_block(found["up.weight"], found["up.weight_scale_inv"], 4, 8) for found in ranks]
+    assert torch.cat(parts, 0 if rule == "colwise" else 1).equal(by_block(values, scales, 4, 8))
 
 
-@pytest.mark.parametrize("shape", [(768, 8), (700, 8), (128, 8)])
+@pytest.mark.parametrize("shape", [(768, 8), (700, 8), (128, 8), (448, 8)])
 def test_cuts_inside_blocks_are_refused(shape: tuple[int, int]) -> None:
     rows = -(-shape[0] // 128)
     checkpoint = stored(up__weight=weights(*shape), up__weight_scale_inv=torch.rand(rows, 1))
@@ -73,6 +73,17 @@ def test_scales_of_rows_and_of_whole_weights(rule: str, scale: tuple[int, ...], 
         found = checkpoint.load_rank(layout, rank)
         rows = found["up.weight"].shape[0]
         assert found["up.weight_scale"].shape[:1] in ((), (rows,), (1,))
+
+
+def test_contradicting_rules_are_refused() -> None:
+    checkpoint = stored(up__weight=weights(8, 8), up__weight_scale=torch.rand(8))
+    with pytest.raises(LayoutError, match="at different places"):
+        checkpoint.load_rank(reshard.Layout({"tp": 2}, {"*.weight": "rowwise", "*.weight_scale": "colwise"}), 0)
+
+
+def test_modules_whose_names_begin_like_scales_hold_no_scales() -> None:
+    checkpoint = stored(m__weight=weights(8, 8), m__scale_norm__weight=torch.rand(5, 3))
+    assert checkpoint.load_rank(reshard.Layout({"tp": 2}, {"m": "colwise"}), 1)["m.scale_norm.weight"].shape == (2, 3)
 
 
 def test_packed_halves_are_cut_between_blocks() -> None:

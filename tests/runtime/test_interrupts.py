@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 __all__ = ["saved"]
 SAVE = "reshard.save(state(), uri, storage_options=options, overwrite=True)"
 BY_DCP = (
-    "torch.distributed.checkpoint.save(state(), storage_writer="
+    "import torch.distributed.checkpoint; torch.distributed.checkpoint.save(state(), storage_writer="
     "reshard.StorageWriter(uri, storage_options=options), no_dist=True)"
 )
 IN_PARTS = "import reshard.storage.stores.base; reshard.storage.stores.base.MAX_HELD_BYTES = 100_000; "

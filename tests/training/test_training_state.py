@@ -993,3 +993,31 @@ def test_an_optimizer_that_must_be_consolidated_is_refused() -> None:
     optimizer.consolidate_state_dict = lambda to: None  # type: ignore[attr-defined]
     with pytest.raises(UnsupportedValueError, match="SGD holds the states of some parameters on each rank"):
         reshard.training_state(model, optimizer)
+
+
+class Whole:
+    """An object whose state as a whole is empty at first."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def test_an_empty_state_receives_what_was_saved(tmp_path: Path) -> None:
+    reshard.save({"e": Whole(a=1, t=torch.arange(3)), "x": 1}, tmp_path)
+    new = Whole()
+    assert reshard.load({"e": new, "x": 0}, tmp_path).unexpected_keys == ()
+    assert str(new.state) == str({"a": 1, "t": torch.arange(3)})
+
+
+def test_a_state_dict_that_contains_itself_and_an_object_is_refused(tmp_path: Path) -> None:
+    reshard.save({"x": 1}, tmp_path)
+    around: dict[str, Any] = {"o": Whole(a=1)}
+    around["self"] = around
+    with pytest.raises(UnsupportedValueError, match="more than 100 dicts and lists are nested"):
+        reshard.load({"x": around}, tmp_path)
