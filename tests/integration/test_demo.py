@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_demo_trains_serves_and_resumes(tmp_path: Path) -> None:
     uri = str(tmp_path / "checkpoint")
     done = subprocess.run(
-        [sys.executable, "-m", "reshard.cli", "demo", f"--uri={uri}", "--steps=10"],
+        [sys.executable, "-m", "reshard.cli", "demo", f"--uri={uri}", "--steps=3"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -29,4 +29,4 @@ def test_demo_trains_serves_and_resumes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for line in ("1. Train", "2. Load", "3. Resume", "logits: agree", "losses of the next 5 steps: agree"):
         assert line in done.stdout
-    assert reshard.open(uri).read_value("step") == 10
+    assert reshard.open(uri).read_value("step") == 3

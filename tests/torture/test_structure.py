@@ -7,7 +7,7 @@ from tests.torture.structure import rounds
 
 pytestmark = pytest.mark.slow
 
-COUNT = 120
+COUNT = 80
 
 
 def test_known_hostile_inputs_are_refused() -> None:
