@@ -402,7 +402,8 @@ class Checkpoint:
         Raises:
             MissingTensorError: a pattern of `include` matches no tensor, one of `exclude` no name, or one of `rename`
                 no selected name.
-            ArgumentError, LayoutError, DtypeError: the arguments do not fit the checkpoint.
+            ArgumentError, LayoutError, DtypeError: the arguments do not fit the checkpoint, or the layout cuts a
+                quantised weight and its scales at different places.
             DtypeError, UnsupportedFormatError, CorruptCheckpointError: a name that the rank would hold is in
                 `unreadable`.
             CorruptCheckpointError, StoreError: the bytes cannot be read.

@@ -60,8 +60,10 @@ class Arena:
             if hasattr(os, "memfd_create"):
                 self.fd = os.memfd_create("reshard-staging", os.MFD_CLOEXEC)
             self.bytes = mapped(self.fd, self.nbytes)
-        except OSError as error:
+        except BaseException as error:
             self._close_file()
+            if not isinstance(error, OSError):
+                raise
             raise StoreError(
                 f"the memory for an asynchronous save, {self.nbytes / 1e6:.1f} MB, cannot be allocated: "
                 f"{error.strerror or error}. It counts as a file: raise the limits of files (ulimit -f, -n) and of "

@@ -111,10 +111,13 @@ def test_lease_of_another_machine_is_taken_over_when_it_is_not_renewed(
     assert "ended without closing its manager, or still runs: waiting up to" in caplog.text
 
 
+@pytest.mark.parametrize("is_behind_s", [0, 3600])
 def test_lease_of_another_machine_is_respected_when_it_is_renewed(
-    abandoned: Path, monkeypatch: pytest.MonkeyPatch
+    is_behind_s: int, abandoned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The clock of the other machine may be behind."""
     of_another_machine(abandoned)
+    change_holder(abandoned, time=time.time() - is_behind_s)
     reading = Lease._read
 
     def read(lease: Lease, number: int) -> Any:
@@ -133,19 +136,6 @@ def test_lease_that_expired_long_ago_is_taken_over_after_a_short_wait(
     change_holder(abandoned, host="other", process="other", time=time.time() - 3600)
     manager_of(abandoned, expires_after_s=3600).close()
     assert "waiting up to 0 s for a sign of life" in caplog.text
-
-
-def test_lease_of_a_machine_whose_clock_is_wrong_is_respected(abandoned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_holder(abandoned, host="other", process="other", time=time.time() - 3600)
-    reading = Lease._read
-
-    def read(lease: Lease, number: int) -> Any:
-        change_holder(abandoned, renewals=holder_of(abandoned)["renewals"] + 1)
-        return reading(lease, number)
-
-    monkeypatch.setattr(Lease, "_read", read)
-    with pytest.raises(errors.RunInUseError, match=r"process \d+ on other"):
-        manager_of(abandoned, expires_after_s=60)
 
 
 def test_process_id_that_was_reused_does_not_hold_the_lease(abandoned: Path, caplog: pytest.LogCaptureFixture) -> None:
