@@ -174,7 +174,7 @@ class StorageReader(dcp.StorageReader):
             reading = self._read_together(plan, planner)
         else:
             reading = self._prepare(plan, planner)
-            self.report = self._read(reading, ReadOptions())
+            self.report = self._read(reading, self._read_options)
         for item, target in reading.commits:
             planner.commit_tensor(item, target)
         for item, read in reading.values:
@@ -193,10 +193,13 @@ class StorageReader(dcp.StorageReader):
         of_values = ValueRead.of(source, [item.storage_index.fqn for item in values])
         reads = list(zip(values, of_values, strict=True))
         wants, destinations, commits = _wants(tensors, planner)
-        return _Reading(BoxReads.of(source, wants, destinations), reads, commits)
+        return _Reading(BoxReads.of(source, wants, destinations, options=self._read_options), reads, commits)
+
+    @property
+    def _read_options(self) -> ReadOptions:
+        return ReadOptions(self._rank, self._budget_bytes, self._max_over_read)
 
     def _read(self, reading: _Reading, options: ReadOptions) -> RankReport:
-        options = replace(options, rank=self._rank, budget_bytes=self._budget_bytes, max_over_read=self._max_over_read)
         values = [read for _, read in reading.values]
         report = execute_reads(self._open(), reading.boxes, values, options)
         return counting_metadata(report, self._open())
@@ -214,7 +217,8 @@ class StorageReader(dcp.StorageReader):
             return shared_read.offer(self._open(), prepared[0].wants)
 
         def read() -> RankReport:
-            return self._read(prepared[0], ReadOptions(interrupt=shared_read.alarm.check, shared_read=shared_read))
+            options = replace(self._read_options, interrupt=shared_read.alarm.check, shared_read=shared_read)
+            return self._read(prepared[0], options)
 
         try:
             self.report = shared_read.run(prepare, read)[self._rank]

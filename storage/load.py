@@ -290,7 +290,7 @@ class _Load:
         read = self._match()
         if not read.is_planned:
             with without_collections():
-                read.plan()
+                read.plan(self._options)
         return self._shared_read.offer(read.source, read.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:

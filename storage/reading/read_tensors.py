@@ -6,7 +6,7 @@ All functions that load tensors end here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +33,7 @@ from ..runtime.torch_modes import writing_to
 from ..tensors.casts import ScaleNames, check_cast, check_integers, check_is_not_scaled, needs_check
 from ..tensors.dtypes import as_array, torch_dtype
 from ..tensors.overlaps import find_overlaps, overlaps_itself
-from ..tensors.splitting import group_by_bytes, row_boxes
+from ..tensors.splitting import MAX_PIECE_BYTES, group_by_bytes, row_boxes
 from ..tensors.tensor_classes import copy_into, memory_of, missing_memory, overrides_dispatch
 from .executor import ReadStats, execute
 from .same_chunks import same_chunks
@@ -87,6 +87,8 @@ class DecodedTensor:
     """A tensor that is already in memory, as a part of a decoded value, and the tensor that it is copied to."""
 
     name: str
+    offsets: tuple[int, ...]
+    """The position of its first element in the tensor of that name."""
     values: torch.Tensor
     destination: torch.Tensor
 
@@ -108,6 +110,8 @@ class BoxReads:
     through_class: tuple[int, ...]
     """Positions of the boxes that are written by the `copy_` of the destination's class."""
     decoded: tuple[DecodedTensor, ...]
+    compared: RankReport
+    """What was read to compare the values of two names that have one destination."""
 
     @property
     def direct_wants(self) -> list[WantedBox]:
@@ -123,6 +127,7 @@ class BoxReads:
         wants: Sequence[WantedBox],
         destinations: Sequence[torch.Tensor],
         decoded: Sequence[DecodedTensor] = (),
+        options: ReadOptions | None = None,
     ) -> BoxReads:
         """Check that boxes can be read into tensors. No tensor is changed.
 
@@ -132,6 +137,7 @@ class BoxReads:
             wants: the boxes, one for each destination.
             destinations: tensors with the sizes of the boxes, on any device.
             decoded: tensors in memory that are copied after the read.
+            options: how values are read to compare them.
 
         Raises:
             DtypeError: a stored dtype cannot be cast to the dtype of its destination, or an integer of `decoded` does
@@ -158,8 +164,9 @@ class BoxReads:
         for value in decoded:
             _check_destination(value.name, value.destination, value.values.dtype, tuple(value.values.shape))
             if needs_check(value.values.dtype, value.destination.dtype):
-                check_integers(value.name, value.values, value.destination.dtype)
-        repeated = _find_repeated(source, wants, destinations, decoded)
+                check_integers(value.name, value.values, value.destination.dtype, value.offsets)
+        comparison = _Comparison(source, options or ReadOptions())
+        repeated = _find_repeated(comparison, wants, destinations, decoded)
         return cls(
             tuple(wants),
             tuple(destinations),
@@ -167,6 +174,7 @@ class BoxReads:
             tuple(at for at in checked if at not in repeated),
             tuple(at for at in through_class if at not in repeated),
             tuple(decoded),
+            comparison.report,
         )
 
 
@@ -188,7 +196,10 @@ def _check_destination(name: str, destination: torch.Tensor, stored: torch.dtype
 
 
 def _find_repeated(
-    source: Source, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor], decoded: Sequence[DecodedTensor]
+    comparison: _Comparison,
+    wants: Sequence[WantedBox],
+    destinations: Sequence[torch.Tensor],
+    decoded: Sequence[DecodedTensor],
 ) -> set[int]:
     """Return the positions of boxes that need not be read, because another box has the same values and destination.
 
@@ -203,7 +214,7 @@ def _find_repeated(
         is_same = overlap.is_same and type(targets[first]) is type(targets[second])
         if second < len(wants):
             names = wants[first].name, wants[second].name
-            if is_same and (names[0] == names[1] or _have_same_values(source, wants[first], wants[second])):
+            if is_same and (names[0] == names[1] or comparison.are_equal(wants[first], wants[second])):
                 repeated.add(second)
                 continue
         elif first < len(wants):
@@ -222,22 +233,47 @@ def _find_repeated(
     return repeated
 
 
-def _have_same_values(source: Source, first: WantedBox, second: WantedBox) -> bool:
-    """Return whether two boxes have the same stored values. If the index does not show it, the values are read."""
-    entries = source.entry(first.name), source.entry(second.name)
-    if first.box != second.box or entries[0].dtype != entries[1].dtype:
-        return False
-    index = source.index([first, second])
-    if same_chunks(index, first.name, index, second.name):
-        return True
-    dtype = torch_dtype(entries[0].dtype)
-    for rows in row_boxes(first.box.sizes, entries[0].dtype):
-        box = Box(tuple(a + b for a, b in zip(rows.offsets, first.box.offsets, strict=True)), rows.sizes)
-        parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
-        read_boxes(source, [WantedBox(first.name, box), WantedBox(second.name, box)], parts)
-        if not _have_same_bits(*parts):
+class _Comparison:
+    """Compares stored values with each other.
+
+    Args:
+        options: how values are read. The progress is not reported, and the read is not shared.
+    """
+
+    def __init__(self, source: Source, options: ReadOptions) -> None:
+        self._source = source
+        self._options = replace(options, meter=None, workers=None, shared_read=None)
+        self.report = RankReport(options.rank)
+        """What was read."""
+
+    def are_equal(self, first: WantedBox, second: WantedBox) -> bool:
+        """Return whether two boxes have the same stored values. If the index does not show it, read the values."""
+        source = self._source
+        entries = source.entry(first.name), source.entry(second.name)
+        if first.box != second.box or entries[0].dtype != entries[1].dtype:
             return False
-    return True
+        index = source.index([first, second])
+        if same_chunks(index, first.name, index, second.name):
+            return True
+        dtype = torch_dtype(entries[0].dtype)
+        max_bytes = min(MAX_PIECE_BYTES, _budget_of(self._options) // 2)
+        for box in _row_boxes_of(first.box, entries[0].dtype, max_bytes):
+            parts = [torch.empty(box.sizes, dtype=dtype, device="cpu") for _ in range(2)]
+            wants = [WantedBox(first.name, box), WantedBox(second.name, box)]
+            self.report = added(self.report, read_boxes(source, wants, parts, options=self._options))
+            if not _have_same_bits(*parts):
+                return False
+        return True
+
+
+def _row_boxes_of(box: Box, dtype: str, max_bytes: int) -> Iterator[Box]:
+    """Split a box of a tensor into boxes of whole rows. See `row_boxes`."""
+    for rows in row_boxes(box.sizes, dtype, max_bytes):
+        yield Box(tuple(a + b for a, b in zip(rows.offsets, box.offsets, strict=True)), rows.sizes)
+
+
+def _budget_of(options: ReadOptions) -> int:
+    return default_budget() if options.budget_bytes is None else options.budget_bytes
 
 
 def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -292,22 +328,22 @@ class _ReadRun:
         self._source = source
         self._reads = reads
         self._options = options
-        self._budget = default_budget() if options.budget_bytes is None else options.budget_bytes
+        self._budget = _budget_of(options)
         self._meter = options.meter or Meter("load")
-        self.report = RankReport(options.rank)
+        self.report = added(RankReport(options.rank), reads.compared)
 
     def read_through_memory(self) -> None:
         """Read the boxes that need a temporary tensor, check their integers, and copy them to their destinations."""
-        reads = self._reads
-        integers = self._in_budget(reads.checked)
-        kept = self._read_temporaries(integers[0]) if len(integers) == 1 else None
+        integers = self._groups_in_budget(part for at in self._reads.checked for part in self._parts(at))
+        others = self._groups_in_budget(map(self._temporary, self._reads.through_class))
+        kept = self._read_temporaries(integers[0]) if len(integers) == 1 and not others else None
         if kept is None:
             for group in integers:  # too large for the budget: they are checked first, and read again to be written
                 self._read_temporaries(group)
-        for group in self._in_budget(reads.through_class):
-            self._copy_all(group, self._read_temporaries(group))
+        for group in others:
+            _copy_all(group, self._read_temporaries(group))
         for group in integers:
-            self._copy_all(group, kept or self._read_temporaries(group))
+            _copy_all(group, kept or self._read_temporaries(group))
 
     def read_direct(self, values: Sequence[ValueRead]) -> None:
         """Read the other boxes straight into their destinations, and the bytes of values with them."""
@@ -321,33 +357,35 @@ class _ReadRun:
         else:
             self._read(wants, destinations)
 
-    def _in_budget(self, positions: Sequence[int]) -> list[list[int]]:
-        """Split positions into groups whose temporary tensors fit the budget."""
-        groups = group_by_bytes([_Temporary(at, self._reads.destinations[at]) for at in positions], self._budget)
-        return [[part.at for part in group] for group in groups]
+    def _temporary(self, at: int) -> _Temporary:
+        """Return what a whole box is read into before it is copied to its destination."""
+        want, destination = self._reads.wants[at], self._reads.destinations[at]
+        stored = torch_dtype(self._source.entry(want.name).dtype)
+        dtype = stored if needs_check(stored, destination.dtype) else destination.dtype
+        return _Temporary(want.name, want.box, dtype, destination)
 
-    def _read_temporaries(self, positions: Sequence[int]) -> list[torch.Tensor]:
-        """Read boxes into temporary tensors, and check their integers.
+    def _parts(self, at: int) -> Iterator[_Temporary]:
+        """Yield the temporary tensors of a box, which is split if it exceeds the budget."""
+        whole = self._temporary(at)
+        if whole.nbytes <= self._budget:
+            yield whole
+            return
+        for box in _row_boxes_of(whole.box, self._source.entry(whole.name).dtype, self._budget):
+            rows = whole.destination.detach()[box.relative_to(whole.box).slices]
+            yield replace(whole, box=box, destination=rows)
 
-        The tensors have the stored dtype if integers have to be checked, and the dtype of the destination otherwise.
-        """
-        reads = self._reads
-        tensors = []
-        for at in positions:
-            want, to = reads.wants[at], reads.destinations[at].dtype
-            stored = torch_dtype(self._source.entry(want.name).dtype)
-            dtype = stored if needs_check(stored, to) else to
-            tensors.append(torch.empty(want.box.sizes, dtype=dtype, device="cpu"))
-        dtypes = [tensor.dtype for tensor in tensors]
-        self._read(with_heads_only([reads.wants[at] for at in positions], dtypes), tensors)
-        for at, tensor in zip(positions, tensors, strict=True):
-            if needs_check(tensor.dtype, reads.destinations[at].dtype):
-                check_integers(reads.wants[at].name, tensor, reads.destinations[at].dtype)
+    def _groups_in_budget(self, temporaries: Iterable[_Temporary]) -> list[list[_Temporary]]:
+        return list(group_by_bytes(temporaries, self._budget))
+
+    def _read_temporaries(self, group: Sequence[_Temporary]) -> list[torch.Tensor]:
+        """Read boxes into temporary tensors, and check their integers."""
+        tensors = [torch.empty(one.box.sizes, dtype=one.dtype, device="cpu") for one in group]
+        wants = [WantedBox(one.name, one.box) for one in group]
+        self._read(with_heads_only(wants, [one.dtype for one in group]), tensors)
+        for one, tensor in zip(group, tensors, strict=True):
+            if needs_check(tensor.dtype, one.destination.dtype):
+                check_integers(one.name, tensor, one.destination.dtype, one.box.offsets)
         return tensors
-
-    def _copy_all(self, positions: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
-        for at, tensor in zip(positions, tensors, strict=True):
-            _copy_values(self._reads.wants[at].name, tensor, self._reads.destinations[at])
 
     def _read(self, wants: Sequence[WantedBox], destinations: Sequence[torch.Tensor]) -> None:
         """Plan one read, execute it, and add its report."""
@@ -450,16 +488,25 @@ def _copy_values(name: str, values: torch.Tensor, destination: torch.Tensor) -> 
             destination.copy_(values)
 
 
+def _copy_all(group: Sequence[_Temporary], tensors: Sequence[torch.Tensor]) -> None:
+    for one, tensor in zip(group, tensors, strict=True):
+        _copy_values(one.name, tensor, one.destination)
+
+
 @dataclass(frozen=True, slots=True)
 class _Temporary:
-    """A destination whose box is first read into a temporary tensor, with its position in `BoxReads`."""
+    """A box that is first read into a temporary tensor, and its destination."""
 
-    at: int
+    name: str
+    box: Box
+    dtype: torch.dtype
+    """The dtype of the temporary tensor: the stored one if integers have to be checked, otherwise the destination's."""
     destination: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        return self.destination.numel() * self.destination.dtype.itemsize
+        """The size of the temporary tensor."""
+        return self.box.numel * self.dtype.itemsize
 
 
 def counting_metadata(report: RankReport, source: Source) -> RankReport:

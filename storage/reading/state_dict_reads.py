@@ -70,8 +70,11 @@ class StateDictRead:
         """The boxes that this rank reads."""
         self.is_planned = False
 
-    def plan(self) -> None:
+    def plan(self, options: ReadOptions) -> None:
         """Read the metadata of all boxes, and create new tensors for the items that the state dict does not have.
+
+        Args:
+            options: how values are read to compare them, if two names have one tensor.
 
         Raises:
             CorruptCheckpointError, StoreError, DestinationError: see `reshard.load`.
@@ -79,7 +82,7 @@ class StateDictRead:
         self.source.index(self.needs)  # reads and checks all metadata before tensors of these sizes are allocated
         self._item_tensors = {name: _empty(self.match, name) for name in self._item_names}
         destinations = [*self._destinations, *self._item_tensors.values()]
-        self._reads = BoxReads.of(self.source, self._wants, destinations, self._decoded)
+        self._reads = BoxReads.of(self.source, self._wants, destinations, self._decoded, options)
         self.is_planned = True
 
     def run(self, options: ReadOptions) -> RankReport:
@@ -140,7 +143,7 @@ class StateDictRead:
                 for box, tensor in _local_shards(leaf, tuple(value.shape)):
                     check_is_not_scaled(leaf.name, value.dtype, tensor.dtype, scales)
                     self._note_cast(leaf.name, value.dtype, tensor.dtype)
-                    decoded.append(DecodedTensor(leaf.name, value.detach()[box.slices], tensor))
+                    decoded.append(DecodedTensor(leaf.name, box.offsets, value.detach()[box.slices], tensor))
         return decoded
 
     def _check_containers(self) -> None:

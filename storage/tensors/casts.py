@@ -6,8 +6,10 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import ArgumentError, DtypeError
@@ -21,6 +23,10 @@ _OF_MODULE = re.compile(r"(?:q?weight|q?scales?|scb|absmax|amax|quant|zeros)", r
 """The start of the names of scales that belong to the only quantised tensor of their module."""
 _VALUES = re.compile(r"[._]*(?:q?weight|(?:int_|q)?data|(?<![^_])q|blocks|packed|quantized)$", re.IGNORECASE)
 """The end of the name of quantised values, after the part that the name of their scale has too."""
+
+
+_CHECKED_TOGETHER = 1 << 18
+"""How many integers are checked at once. The check uses up to six arrays of this length."""
 
 
 def check_dtype(dtype: object) -> None:
@@ -68,38 +74,49 @@ def needs_check(stored: torch.dtype, to: torch.dtype) -> bool:
     return to is not torch.bool and (least < _range(to)[0] or most > _range(to)[1])
 
 
-def check_integers(name: str, values: torch.Tensor, to: torch.dtype) -> None:
+def check_integers(name: str, values: torch.Tensor, to: torch.dtype, offsets: Sequence[int] = ()) -> None:
     """Check that integers keep their values in another dtype.
 
     Args:
         name: the name of the tensor, for the error message.
         values: a tensor of an integer dtype, on any device.
         to: the other dtype.
+        offsets: the position of the first value in the tensor of that name. Default: `values` is the whole tensor.
 
     Raises:
         DtypeError: a value does not fit. The message contains the first such value.
     """
-    array = np.atleast_1d(values.detach().cpu().numpy())
+    array = values.detach().cpu().numpy().reshape(-1)
+    for begin in range(0, array.size, _CHECKED_TOGETHER):
+        some = array[begin : begin + _CHECKED_TOGETHER]
+        wrong = _that_do_not_fit(some, to)
+        if wrong.any():
+            at = begin + int(np.argmax(wrong))
+            position = [int(i) for i in np.unravel_index(at, values.shape)]
+            if offsets:
+                position = [i + offset for i, offset in zip(position, offsets, strict=True)]
+            where = f" at {position}" if values.dim() else ""
+            raise DtypeError(
+                f"{name!r} is stored as {values.dtype}, and the destination is {to}: {int(array[at])}{where} does not "
+                f"fit. Use a destination of {values.dtype}"
+            )
+
+
+def _that_do_not_fit(array: npt.NDArray[Any], to: torch.dtype) -> npt.NDArray[np.bool_]:
+    """Return which integers of an array lose their values in another dtype."""
     if _is_floating(to):
         odd = array // np.where(array == 0, 1, array & (~array + array.dtype.type(1)))  # without trailing zero bits
         most = 2 ** _precision(to)
         wrong = (odd >= most) | ((odd <= -most) if array.dtype.kind == "i" else False)
-        wrong |= array > np.float64(torch.finfo(to).max)
-        wrong |= array < -np.float64(torch.finfo(to).max)
-    else:
-        least, most = _range(to)
-        wrong = np.zeros(array.shape, bool)
-        if array.size and int(array.max()) > most:
-            wrong |= array > most
-        if array.size and int(array.min()) < least:
-            wrong |= array < least
-    if bool(wrong.any()):
-        at = np.unravel_index(int(np.argmax(wrong)), array.shape)
-        where = f" at {[int(i) for i in at]}" if values.dim() else ""
-        raise DtypeError(
-            f"{name!r} is stored as {values.dtype}, and the destination is {to}: {int(array[at])}{where} does not fit. "
-            f"Use a destination of {values.dtype}"
-        )
+        limit = np.float64(torch.finfo(to).max)
+        return np.asarray(wrong | (array > limit) | (array < -limit))
+    least, most = _range(to)
+    wrong = np.zeros(array.shape, bool)
+    if int(array.max()) > most:
+        wrong |= array > most
+    if int(array.min()) < least:
+        wrong |= array < least
+    return wrong
 
 
 class ScaleNames:

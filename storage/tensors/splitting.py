@@ -34,14 +34,14 @@ def group_by_bytes(items: Iterable[_Grouped], max_bytes: int) -> Iterator[list[_
         yield group
 
 
-def row_boxes(shape: tuple[int, ...], dtype: str) -> Iterator[Box]:
-    """Yield boxes that are contiguous in the row-major tensor, of at most MAX_PIECE_BYTES or a single element.
+def row_boxes(shape: tuple[int, ...], dtype: str, max_bytes: int = MAX_PIECE_BYTES) -> Iterator[Box]:
+    """Yield boxes that are contiguous in the row-major tensor, of at most `max_bytes` or a single element.
 
     The boxes end at chunk boundaries of a native checkpoint if possible, so that no chunk is read for two boxes.
     """
     parts = Grid.choose(shape, ITEMSIZES[dtype]).parts[:1]
     lines = [shape[0] * i // parts[0] for i in range(parts[0] + 1)] if parts else []
-    yield from _split_rows(shape, (), lines, max(1, MAX_PIECE_BYTES // ITEMSIZES[dtype]))
+    yield from _split_rows(shape, (), lines, max(1, max_bytes // ITEMSIZES[dtype]))
 
 
 def _split_rows(shape: tuple[int, ...], at: tuple[int, ...], lines: Sequence[int], most: int) -> Iterator[Box]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import reshard
 from reshard import errors
+from reshard.storage.reading import read_tensors
 from reshard.storage.stores.memory import MemoryStore
 from tests.integration.wrappers import Deaf, Flattened, Logged, Refusing, Scaled, Tagged
 from tests.ranks import RankPool
@@ -310,6 +312,51 @@ def test_integer_that_does_not_fit_changes_no_tensor_under_any_budget(budget: in
     with pytest.raises(errors.DtypeError, match=r"'4' .*: 1099511627776 at \[7\] does not fit"):
         reshard.load(bad, saved(**state), budget_bytes=budget)
     assert all(tensor.eq(0).all() for tensor in bad.values())
+
+
+def test_integers_of_a_tensor_that_exceeds_the_budget_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = torch.arange(120_000).reshape(300, 4, 100) % 100
+    allocated: list[int] = []
+    empty = torch.empty
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        allocated.append(made.nbytes if made.dtype is torch.int64 else 0)
+        return made
+
+    for to, budget in ((torch.int8, 200_000), (torch.float16, 10_000), (torch.int32, 1_000)):
+        destination = torch.zeros(stored.shape, dtype=to)
+        store = saved(n=stored)
+        with monkeypatch.context() as context:
+            context.setattr(torch, "empty", record)
+            reshard.load({"n": destination}, store, budget_bytes=budget)
+        assert destination.long().equal(stored)
+        assert 0 < max(allocated) <= budget
+        allocated.clear()
+
+
+@pytest.mark.parametrize("budget", [None, 500])
+def test_integer_that_does_not_fit_is_named_by_its_position_in_the_tensor(budget: int | None) -> None:
+    stored = torch.zeros(50, 40, dtype=torch.int64)
+    stored[33, 7] = 1000
+    store = saved(n=stored)
+    with pytest.raises(errors.DtypeError, match=r"1000 at \[33, 7\] does not fit"):
+        reshard.load({"n": torch.zeros(50, 40, dtype=torch.int8)}, store, budget_bytes=budget)
+    lower = torch.zeros(25, 40, dtype=torch.int8)
+    with pytest.raises(errors.DtypeError, match=r"1000 at \[33, 7\] does not fit"):
+        reshard.open(store).read("n", reshard.Box((25, 0), (25, 40)), out=lower)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_comparison_of_tied_weights_uses_the_options_of_the_load(tmp_path: Path) -> None:
+    weight = torch.randn(500, 100)
+    dcp.save({"emb": weight, "head": weight.clone()}, checkpoint_id=tmp_path / "c", no_dist=True)
+    shared = torch.zeros(500, 100)
+    with patch.object(read_tensors, "execute", wraps=read_tensors.execute) as execute:
+        report = reshard.load({"emb": shared, "head": shared}, tmp_path / "c", budget_bytes=50_000)
+    assert {call.kwargs["budget_bytes"] for call in execute.call_args_list} == {50_000}
+    assert max(sum(tensor.nbytes for tensor in call.args[3]) for call in execute.call_args_list[:-1]) <= 50_000
+    assert report.total.bytes_fetched >= 3 * weight.nbytes, "twice to compare them, and once to load them"
 
 
 # Casts
