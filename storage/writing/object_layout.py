@@ -39,7 +39,7 @@ MIN_COMPRESSED_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class ShardToWrite:
-    """One shard of a tensor, or the bytes of one value."""
+    """A shard of a tensor, a piece of one (see `pieces`), or the bytes of one value."""
 
     name: str
     kind: Kind

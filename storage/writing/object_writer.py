@@ -51,12 +51,12 @@ logger = logger_of(__name__)
 OBJECT_MAGIC = b"RESHARDD"
 MAX_WINDOW_BYTES = 16 * 1024 * 1024
 """The most bytes of values that are being encoded, or wait to be written, for one object."""
-TASK_BYTES = 1024 * 1024
-"""The bytes of values of the tasks that a large shard is cut into. A task ends with the chunk run that reaches this
-size."""
+RUN_GROUP_BYTES = 1024 * 1024
+"""The bytes of values of the groups of chunk runs that a large shard is cut into. A group ends with the run that
+reaches this size."""
 MIN_TASK_BYTES = 128 * 1024
-"""Smaller tasks are given to a thread together, until they reach this size. Each task has an overhead of about 0.1 ms,
-the time to encode 64 KiB of values."""
+"""Smaller groups are given to a thread as one task, until they reach this size. Each task has an overhead of about
+0.1 ms, the time to encode 64 KiB of values."""
 THREADS_PER_STREAM = 4
 """The number of encoding threads for each stream. On tmpfs, writing 1 GiB runs at 2.9 to 3.3 GB/s with one thread and
 one file, and at 4.1 to 4.6 GB/s with two (two cores of an AMD EPYC)."""
@@ -71,8 +71,8 @@ _Run = tuple[Slices, list[int], int, int]
 
 
 @dataclass(slots=True)
-class _UnfinishedSegment:
-    """A segment whose chunks are being written."""
+class _SegmentOutput:
+    """What has been written of a segment."""
 
     stream: Stream
     start: int = -1
@@ -95,17 +95,17 @@ class _UnfinishedSegment:
 class _UnfinishedShard:
     """A shard whose segments are being written."""
 
-    source: ShardToWrite
+    shard: ShardToWrite
     dtype: str
     grid: Grid
     codec: str
-    segments: list[_UnfinishedSegment]
+    segments: list[_SegmentOutput]
     chunks: int
 
     def record(self) -> ShardRecord:
-        source = self.source
+        shard = self.shard
         segments = tuple(segment.record(self.codec) for segment in self.segments)
-        return ShardRecord(source.name, int(source.kind), self.dtype, self.grid, source.box, segments)
+        return ShardRecord(shard.name, int(shard.kind), self.dtype, self.grid, shard.box, segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,31 +116,37 @@ class _SegmentInput:
     values: npt.NDArray[Any]
     entry: Entry
     codec: str
-    segment: _UnfinishedSegment
+    output: _SegmentOutput
     streams: int
     """The number of streams that the values are stored in."""
-    tasks: list[tuple[list[_Run], int]]
-    """As in `_SegmentTasks`."""
+    run_groups: list[_RunGroup]
 
 
-_TaskPart = tuple[_SegmentInput, list[_Run], int]
-"""Chunk runs of one segment, and the bytes of their values."""
+@dataclass(frozen=True, slots=True)
+class _RunGroup:
+    """Chunk runs of a segment that are encoded by one thread."""
+
+    runs: list[_Run]
+    nbytes: int
+    """Bytes of their values."""
 
 
 @dataclass(frozen=True, slots=True)
 class _EncodingTask:
     """Chunk runs of one or more segments that a thread encodes."""
 
-    parts: list[_TaskPart]
+    inputs: list[tuple[_SegmentInput, _RunGroup]]
     nbytes: int
     """Bytes of values that stay in memory for it."""
-    encoded: Future[list[list[Encoded]]]
-    """The chunks of each part."""
 
     @property
     def written_nbytes(self) -> int:
         """Bytes of values that count as written with it. If a shard has heads and tails, each counts half."""
-        return sum(nbytes // part.streams for part, _, nbytes in self.parts)
+        return sum(group.nbytes // segment.streams for segment, group in self.inputs)
+
+    def encode(self) -> list[list[Encoded]]:
+        """Return the chunks of each input."""
+        return [_encode_runs(segment, group.runs) for segment, group in self.inputs]
 
 
 def write_objects(
@@ -180,10 +186,10 @@ def write_objects(
     streams = 0 if store.capabilities.buffers_objects else streams
     groups = in_objects([shard for shard in shards if shard.box.numel > 0], codec, budget, streams=streams)
     stopped = threading.Event()
-    with Pool(default_threads(), "reshard-encode") as encoding:
+    with Pool(default_threads(), "reshard-encode") as encoders:
         writing = Pool(CONCURRENT_OBJECTS, "reshard-write")
-        writer = _ObjectWriter(store, label, codec, budget, encoding, stopped, wrote)
-        futures = [writing.submit(retried, partial(writer.write, group)) for group in groups]
+        save = _Save(store, label, codec, budget, encoders, stopped, wrote)
+        futures = [writing.submit(retried, partial(save.write, group)) for group in groups]
         try:
             pending = set(futures)
             while pending:
@@ -204,151 +210,173 @@ def write_objects(
             writing.shutdown(wait=False)
 
 
-class _ObjectWriter:
-    """Writes objects, several concurrently, that share one pool of threads for encoding."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Save:
+    """What the objects of one save have in common. They share one pool of threads for encoding."""
 
-    def __init__(
-        self,
-        store: Store,
-        label: str,
-        codec: str,
-        budget_bytes: int,
-        encoding: Executor,
-        stopped: threading.Event,
-        wrote: Callable[[int], None],
-    ) -> None:
-        self._store = store
-        self._label = label
-        self._codec = codec
-        self._window = min(MAX_WINDOW_BYTES, budget_bytes)
-        self._buffers_objects = store.capabilities.buffers_objects
-        self._together = min(MAX_SHARD_GROUP_BYTES, budget_bytes // 4) if self._buffers_objects else 0
-        self._encoding = encoding
-        self._stopped = stopped
-        """Set when the save has failed."""
-        self._wrote = wrote
+    store: Store
+    label: str
+    codec: str
+    budget_bytes: int
+    encoders: Executor
+    stopped: threading.Event
+    """Set when the save has failed."""
+    wrote: Callable[[int], None]
+
+    @property
+    def window_bytes(self) -> int:
+        """The most bytes of values that are being encoded, or wait to be written, for one object.
+
+        The encoded bytes need as much again.
+        """
+        return min(MAX_WINDOW_BYTES, self.budget_bytes // (2 * CONCURRENT_OBJECTS))
+
+    @property
+    def group_bytes(self) -> int:
+        """The most bytes of shards that are stored as one group."""
+        buffers = self.store.capabilities.buffers_objects
+        return min(MAX_SHARD_GROUP_BYTES, self.budget_bytes // 4) if buffers else 0
 
     def write(self, shards: Sequence[ShardToWrite]) -> ObjectRecord:
         """Write one object that contains these shards. If this fails, the object is removed."""
+        return _ObjectWriter(self, shards).write()
+
+
+class _ObjectWriter:
+    """Writes one object.
+
+    Args:
+        save: what all objects have in common.
+        shards: what the object contains.
+    """
+
+    def __init__(self, save: _Save, shards: Sequence[ShardToWrite]) -> None:
+        self._save = save
+        self._shards = shards
+        self._unfinished: list[_UnfinishedShard] = []
+        """The shards, or their eighths, that have been begun."""
         # Object names start with random characters, because stores distribute their load by the start of a key.
-        record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{self._label}{DATA_SUFFIX}")
-        begun: list[_UnfinishedShard] = []
-        encode_s = write_s = 0.0
-        taken = 0
+        self._record = ObjectRecord(f"{DATA_FOLDER}/{uuid.uuid4().hex}-{save.label}{DATA_SUFFIX}")
+        self._reported = 0
+        """Bytes of values that have been passed to `wrote`."""
+
+    def write(self) -> ObjectRecord:
+        """Write the object, once. If this fails, the object is removed."""
+        record, store = self._record, self._save.store
         try:
-            with record_function("reshard.write"), self._store.create(record.name) as out:
-                out.write(OBJECT_MAGIC)
-                record.nbytes = len(OBJECT_MAGIC)
-                clock = time.perf_counter()
-                for task in self._encoded(shards, begun):
-                    encoded = task.encoded.result()
-                    encoded_at = time.perf_counter()
-                    for (part, _, _), chunks in zip(task.parts, encoded, strict=True):
-                        for data, lengths, checksums in chunks:
-                            out.write(data)
-                            part.segment.add(record.nbytes, lengths, checksums)
-                            record.nbytes += sum(lengths)
-                    if not self._buffers_objects:
-                        self._wrote(task.written_nbytes)
-                        taken += task.written_nbytes
-                    encode_s += encoded_at - clock
-                    clock = time.perf_counter()
-                    write_s += clock - encoded_at
-            write_s += time.perf_counter() - clock
+            with record_function("reshard.write"):
+                encode_s, write_s = self._write()
             self._check_wanted()
         except BaseException:
-            self._wrote(-taken)
-            discard(self._store, [record.name])
+            self._report(0)
+            discard(store, [record.name])
             raise
-        record.shards = [shard.record() for shard in begun]
-        record.bytes_needed = sum(shard.source.nbytes for shard in begun)
-        record.chunks = sum(shard.chunks for shard in begun)
+        record.shards = [shard.record() for shard in self._unfinished]
+        record.bytes_needed = sum(shard.shard.nbytes for shard in self._unfinished)
+        record.chunks = sum(shard.chunks for shard in self._unfinished)
         record.seconds = {"encode": encode_s, "write": write_s}
-        self._wrote(record.bytes_needed - taken)
-        logger.debug("wrote %s to %s: %d bytes", record.name, self._store.location, record.nbytes)
+        self._report(record.bytes_needed)
+        logger.debug("wrote %s to %s: %d bytes", record.name, store.location, record.nbytes)
         return record
 
+    def _write(self) -> tuple[float, float]:
+        """Write the bytes. Return the seconds of waiting for the encoding and for the store."""
+        record, store = self._record, self._save.store
+        encode_s = write_s = 0.0
+        with store.create(record.name) as out:
+            out.write(OBJECT_MAGIC)
+            record.nbytes = len(OBJECT_MAGIC)
+            clock = time.perf_counter()
+            for task, future in self._encoded_tasks():
+                encoded = future.result()
+                encoded_at = time.perf_counter()
+                for (segment, _), chunks in zip(task.inputs, encoded, strict=True):
+                    for data, lengths, checksums in chunks:
+                        out.write(data)
+                        segment.output.add(record.nbytes, lengths, checksums)
+                        record.nbytes += sum(lengths)
+                if not store.capabilities.buffers_objects:
+                    self._report(self._reported + task.written_nbytes)
+                encode_s += encoded_at - clock
+                clock = time.perf_counter()
+                write_s += clock - encoded_at
+        return encode_s, write_s + time.perf_counter() - clock
+
+    def _report(self, nbytes: int) -> None:
+        """Report how many bytes of values the store has accepted for this object, in total."""
+        self._save.wrote(nbytes - self._reported)
+        self._reported = nbytes
+
     def _check_wanted(self) -> None:
-        if self._stopped.is_set():
+        if self._save.stopped.is_set():
             raise StoreError("the save was stopped")
 
-    def _encoded(self, shards: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> Iterator[_EncodingTask]:
+    def _encoded_tasks(self) -> Iterator[tuple[_EncodingTask, Future[list[list[Encoded]]]]]:
         """Yield tasks in the order in which their chunks are stored. The pool encodes at most a window ahead."""
-        waiting: deque[_EncodingTask] = deque()
+        waiting: deque[tuple[_EncodingTask, Future[list[list[Encoded]]]]] = deque()
         held = 0
         try:
-            for parts, nbytes in self._cut_into_tasks(shards, begun):
+            for task in self._tasks():
                 self._check_wanted()
-                while waiting and held + nbytes > self._window:
-                    held -= waiting[0].nbytes
+                while waiting and held + task.nbytes > self._save.window_bytes:
+                    held -= waiting[0][0].nbytes
                     yield waiting.popleft()
-                encoding = self._encoding.submit(partial(_encode_parts, parts))
-                waiting.append(_EncodingTask(parts, nbytes, encoding))
-                held += nbytes
+                waiting.append((task, self._save.encoders.submit(task.encode)))
+                held += task.nbytes
             while waiting:
                 yield waiting.popleft()
         finally:
-            for left in waiting:
-                left.encoded.cancel()
+            for _, future in waiting:
+                future.cancel()
 
-    def _cut_into_tasks(
-        self, shards: Sequence[ShardToWrite], begun: list[_UnfinishedShard]
-    ) -> Iterator[tuple[list[_TaskPart], int]]:
-        """Yield the parts of each task, and the bytes of their values."""
-        parts, held = list[_TaskPart](), 0
-        for group in group_by_bytes(shards, self._together):
-            for part in self._in_order(group, begun):
-                for runs, nbytes in part.tasks:
-                    parts.append((part, runs, nbytes))
-                    held += nbytes
+    def _tasks(self) -> Iterator[_EncodingTask]:
+        inputs, held = list[tuple[_SegmentInput, _RunGroup]](), 0
+        for together in group_by_bytes(self._shards, self._save.group_bytes):
+            for segment in self._segments(together):
+                for group in segment.run_groups:
+                    inputs.append((segment, group))
+                    held += group.nbytes
                     if held >= MIN_TASK_BYTES:
-                        yield parts, held
-                        parts, held = [], 0
-        if parts:
-            yield parts, held
+                        yield _EncodingTask(inputs, held)
+                        inputs, held = [], 0
+        if inputs:
+            yield _EncodingTask(inputs, held)
 
-    def _in_order(self, group: Sequence[ShardToWrite], begun: list[_UnfinishedShard]) -> list[_SegmentInput]:
+    def _segments(self, together: Sequence[ShardToWrite]) -> list[_SegmentInput]:
         """Return the segments of a group of shards in the order in which they are stored.
 
         Heads come before tails. Each of them is sorted by eighths.
         """
-        parts = []
-        for source in group:
-            values = source.load(source.box)
-            dtype = dtype_name(source.name, values.dtype)
-            grid = source.grid(self._codec)
-            entry = Entry(source.name, source.kind, dtype, grid)
-            codec = source.codec(self._codec)
+        segments: list[_SegmentInput] = []
+        for shard in together:
+            values = shard.load(shard.box)
+            dtype = dtype_name(shard.name, values.dtype)
+            grid = shard.grid(self._save.codec)
+            entry = Entry(shard.name, shard.kind, dtype, grid)
+            codec = shard.codec(self._save.codec)
             streams = streams_of(dtype, codec)
             synchronize(values.device)  # another stream may still write the values
             array = as_host_array(values)
-            eighths = grid.eighths(source.box)
-            is_split = len(group) > 1 and values.nbytes >= EIGHTHS * MIN_EIGHTH_BYTES
-            for eighth, box in eighths if is_split else [(eighths[0][0], source.box)]:
-                cuts = _encoding_tasks(grid, box, values.itemsize)
-                segments = [_UnfinishedSegment(stream) for stream in streams]
-                part = replace(source, box=box) if is_split else source
-                begun.append(_UnfinishedShard(part, dtype, grid, codec, segments, cuts.chunks))
-                inside = array[box.relative_to(source.box).slices] if is_split else array
-                parts += [
-                    _SegmentInput(eighth, inside, entry, codec, segment, len(streams), cuts.tasks)
-                    for segment in segments
+            eighths = grid.eighths(shard.box)
+            is_split = len(together) > 1 and values.nbytes >= EIGHTHS * MIN_EIGHTH_BYTES
+            for eighth, box in eighths if is_split else [(eighths[0][0], shard.box)]:
+                chunks, run_groups = _cut_into_run_groups(grid, box, values.itemsize)
+                outputs = [_SegmentOutput(stream) for stream in streams]
+                piece = replace(shard, box=box) if is_split else shard
+                self._unfinished.append(_UnfinishedShard(piece, dtype, grid, codec, outputs, chunks))
+                inside = array[box.relative_to(shard.box).slices] if is_split else array
+                segments += [
+                    _SegmentInput(eighth, inside, entry, codec, output, len(streams), run_groups) for output in outputs
                 ]
-        return sorted(parts, key=lambda part: (part.segment.stream is Stream.TAIL, part.eighth))
-
-
-@dataclass(frozen=True, slots=True)
-class _SegmentTasks:
-    """The tasks that encode the segments of a shard."""
-
-    chunks: int
-    tasks: list[tuple[list[_Run], int]]
-    """For each task, its chunk runs and the bytes of their values."""
+        return sorted(segments, key=lambda segment: (segment.output.stream is Stream.TAIL, segment.eighth))
 
 
 @functools.lru_cache(maxsize=64)
-def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _SegmentTasks:
-    """Cut a shard into tasks. The result is cached because the layers of a model are cut in the same way."""
+def _cut_into_run_groups(grid: Grid, box: Box, itemsize: int) -> tuple[int, list[_RunGroup]]:
+    """Return the number of a shard's chunks, and its chunk runs in groups of RUN_GROUP_BYTES.
+
+    The result is cached because the layers of a model are cut in the same way.
+    """
     _, offsets, sizes = grid.chunks(box)
     chunk_bytes = sizes.prod(axis=1) * itemsize
     firsts, counts, dims = group_into_runs(
@@ -358,31 +386,27 @@ def _encoding_tasks(grid: Grid, box: Box, itemsize: int) -> _SegmentTasks:
     places = box_slices(starts, run_sizes(sizes[firsts], counts, dims))
     runs = list(zip(places, sizes[firsts].tolist(), counts.tolist(), dims.tolist(), strict=True))
     run_bytes = chunk_bytes[firsts] * counts
-    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // TASK_BYTES)) + 1).tolist()
-    tasks = [(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in pairwise([0, *ends, len(runs)])]
-    return _SegmentTasks(len(offsets), tasks)
+    ends = (np.flatnonzero(np.diff(np.cumsum(run_bytes) // RUN_GROUP_BYTES)) + 1).tolist()
+    bounds = pairwise([0, *ends, len(runs)])
+    return len(offsets), [_RunGroup(runs[begin:end], int(run_bytes[begin:end].sum())) for begin, end in bounds]
 
 
-def _encode_parts(parts: Sequence[_TaskPart]) -> list[list[Encoded]]:
-    return [_encode_runs(part, runs) for part, runs, _ in parts]
-
-
-def _encode_runs(part: _SegmentInput, runs: Sequence[_Run]) -> list[Encoded]:
+def _encode_runs(segment: _SegmentInput, runs: Sequence[_Run]) -> list[Encoded]:
     """Encode chunk runs of a segment."""
-    entry = part.entry
+    entry = segment.entry
     page_bytes = entry.page_bytes
     encoded: list[Encoded] = []
     for place, sizes, count, dim in runs:
         # Copy the run so that its chunks follow each other, each row-major.
-        split = part.values[place].reshape(*sizes[:dim], count, *sizes[dim:])
+        split = segment.values[place].reshape(*sizes[:dim], count, *sizes[dim:])
         plain = as_bytes(split.transpose(dim, *(d for d in range(split.ndim) if d != dim)))
         nbytes = len(plain) // count
-        if part.codec == "none":
+        if segment.codec == "none":
             checksums: list[int] = []
             for at in range(0, len(plain), nbytes):
                 checksums += raw_checksums(plain.data[at : at + nbytes], page_bytes)
             encoded.append((plain.data, [nbytes] * count, checksums))
         else:
-            chunks = encode(plain, entry.dtype, part.segment.stream, nbytes // entry.itemsize)
+            chunks = encode(plain, entry.dtype, segment.output.stream, nbytes // entry.itemsize)
             encoded += [(chunk, [len(chunk)], [checksum(chunk)]) for chunk in chunks]
     return encoded

@@ -22,6 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import reshard
 from reshard import errors
 from reshard.storage.reading import read_tensors
+from reshard.storage.reading.executor import execute
 from reshard.storage.stores.memory import MemoryStore
 from tests.integration.wrappers import Deaf, Flattened, Logged, Refusing, Scaled, Tagged
 from tests.ranks import RankPool
@@ -352,10 +353,10 @@ def test_a_comparison_of_tied_weights_uses_the_options_of_the_load(tmp_path: Pat
     weight = torch.randn(500, 100)
     dcp.save({"emb": weight, "head": weight.clone()}, checkpoint_id=tmp_path / "c", no_dist=True)
     shared = torch.zeros(500, 100)
-    with patch.object(read_tensors, "execute", wraps=read_tensors.execute) as execute:
+    with patch.object(read_tensors, "execute", wraps=execute) as executed:
         report = reshard.load({"emb": shared, "head": shared}, tmp_path / "c", budget_bytes=50_000)
-    assert {call.kwargs["budget_bytes"] for call in execute.call_args_list} == {50_000}
-    assert max(sum(tensor.nbytes for tensor in call.args[3]) for call in execute.call_args_list[:-1]) <= 50_000
+    assert {call.kwargs["budget_bytes"] for call in executed.call_args_list} == {50_000}
+    assert max(sum(tensor.nbytes for tensor in call.args[3]) for call in executed.call_args_list[:-1]) <= 50_000
     assert report.total.bytes_fetched >= 3 * weight.nbytes, "twice to compare them, and once to load them"
 
 

@@ -183,13 +183,13 @@ def test_slow_store_slows_down_the_encoding(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("codec", ["zstd", "none"])
 def test_small_shards_are_encoded_in_few_tasks(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    encode = object_writer._encode_parts
+    encode = object_writer._EncodingTask.encode
 
-    def counting(parts: Any, *arguments: Any) -> Any:
-        sizes.append(len(parts))
-        return encode(parts, *arguments)
+    def counting(task: Any) -> Any:
+        sizes.append(len(task.inputs))
+        return encode(task)
 
-    monkeypatch.setattr(object_writer, "_encode_parts", counting)
+    monkeypatch.setattr(object_writer._EncodingTask, "encode", counting)
     state = {f"{i}": torch.randn(1 + i % 7, 5) for i in range(2000)} | {"large": torch.randn(600, 600)}
     store, done = MemoryStore(), list[int]()
     report = reshard.save(state, store, codec=codec, progress=lambda progress: done.append(progress.done_bytes))
