@@ -97,6 +97,7 @@ def coalesce(
     stops: IntArray,
     limits: GapLimits = DEFAULT_LIMITS,
     *,
+    max_over_read_bytes: int | None = None,
     max_request_bytes: int = MAX_REQUEST_BYTES,
     sparse: dict[int, tuple[int, int, int]] | None = None,
 ) -> Requests:
@@ -105,6 +106,8 @@ def coalesce(
     Args:
         objects, starts, stops: (n,) columns; range i is [starts[i], stops[i]) of object objects[i].
         limits: which gaps between two ranges one request may read over.
+        max_over_read_bytes: the most bytes of these gaps together, except those that are free. Default: the fraction of
+            the ranges' bytes that `limits` allows.
         max_request_bytes: joined ranges are divided into requests at multiples of this many bytes. A range is never
             split, so a request may be longer.
         sparse: the ranges that are read only in byte runs, as in `Requests`. Each becomes one request.
@@ -118,6 +121,7 @@ def coalesce(
             starts[dense],
             stops[dense],
             limits,
+            max_over_read_bytes=max_over_read_bytes,
             max_request_bytes=max_request_bytes,
         )
         request_of_range = np.empty(n, np.int64)
@@ -142,11 +146,12 @@ def coalesce(
     joined = same_object & (gaps <= 0)
     candidates = np.flatnonzero(same_object & (gaps > 0) & (gaps <= limits.max_gap_bytes))
     candidates = candidates[np.argsort(gaps[candidates], kind="stable")]
-    allowed = int(limits.max_over_read * int((hi - lo).sum()))
+    if max_over_read_bytes is None:
+        max_over_read_bytes = int(limits.max_over_read * int((hi - lo).sum()))
     joined[same_object & (gaps <= limits.free_gap_bytes)] = True
     if limits.enough_requests:
         candidates = candidates[~joined[candidates]][: max(0, n - int(joined.sum()) - limits.enough_requests)]
-    joined[candidates[np.cumsum(gaps[candidates]) <= allowed]] = True
+    joined[candidates[np.cumsum(gaps[candidates]) <= max_over_read_bytes]] = True
 
     opens = cut_runs(lo, joined, max_request_bytes)
     first = np.flatnonzero(opens)

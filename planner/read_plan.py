@@ -184,7 +184,8 @@ def join_ranges(
             objects[kept],
             starts[kept],
             stops[kept],
-            replace(limits, max_over_read=max(0.0, limits.max_over_read * wanted - over_read) / max(spanned, 1)),
+            limits,
+            max_over_read_bytes=max(0, int(limits.max_over_read * wanted) - over_read),
             max_request_bytes=max_request_bytes,
             sparse=sparse,
         )

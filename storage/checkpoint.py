@@ -31,7 +31,7 @@ from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .reading.scale_layouts import check_scale_layouts
 from .reading.shared_read import check_cooperative, may_share
 from .reading.value_reads import ValueRead, check_values, decode_all, whole_wants
-from .runtime.arguments import check_nbytes
+from .runtime.arguments import check_nbytes, check_progress
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
 from .runtime.process_group import check_member, check_process_group, rank_of
@@ -410,6 +410,7 @@ class Checkpoint:
         """
         selection, may_miss = Selection.of(include, exclude, rename), patterns_of("allow_missing", allow_missing)
         check_dtype(dtype)
+        check_progress(progress)
         _check_layout(layout)
 
         def is_held(name: str) -> bool:
@@ -480,6 +481,7 @@ class Checkpoint:
         held = [entry for entry in entries if entry.is_tensor]
         wants = [WantedBox(entry.name, entry.whole) for entry in held]
         check_nbytes(budget_bytes=budget_bytes)
+        check_progress(progress)
         check_values(self._source, value_names, budget_bytes)
         # Reads and checks all metadata before tensors of these sizes are allocated.
         self._source.index([*wants, *whole_wants(self._source, value_names)])
@@ -524,6 +526,7 @@ class Checkpoint:
         from .lazy.weights import LazyWeights
 
         check_nbytes(budget_bytes=budget_bytes)
+        check_progress(progress)
         check_cooperative(cooperative)
         check_process_group(process_group)
         if process_group is not None:
@@ -549,6 +552,7 @@ class Checkpoint:
         Raises:
             StoreError: the store failed, other than by not having an object.
         """
+        check_progress(progress)
         missing = [
             DamagedChunk(name, Box((), ()), found.object, 0, 0, found.reason)
             for name, found in self._source.unreadable.items()

@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from ..planner.text import quoted
 from .errors import ArgumentError
+from .formats.source import bounded
 from .reading.name_matching import LoadOptions
 from .reading.opening import (
     BegunOpening,
@@ -36,7 +37,7 @@ from .reading.opening import (
 from .reading.read_tensors import ReadOptions
 from .reading.shared_read import Offer, SharedRead, check_cooperative
 from .reading.state_dict_reads import StateDictRead
-from .runtime.arguments import check_nbytes
+from .runtime.arguments import check_nbytes, check_progress
 from .runtime.checksums import checksum
 from .runtime.gc_pauses import without_collections
 from .runtime.limits import default_budget
@@ -138,6 +139,8 @@ def load(
 
     def begin() -> tuple[LoadOptions, Opening]:
         _check_arguments(strict, budget_bytes, cooperative, rename)
+        bounded(max_over_read)
+        check_progress(progress)
         options = LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
         check_mapping(state_dict)
         return options, Opening(uri, storage_options, format, process_group)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import ArgumentError, CommitError, RankError
+from .runtime.arguments import check_progress
 from .runtime.deferred_writes import finish_writes
 from .runtime.gc_pauses import rare_collections, without_collections
 from .runtime.logs import logger_of
@@ -137,8 +138,7 @@ class Saving:
         """Check the options and open the store, unless this has been done. Raises what `save` raises for them."""
         if self._writer is not None:
             return
-        if not (isinstance(self._progress, bool) or callable(self._progress)):
-            raise ArgumentError(f"progress must be True, False or a function, got {self._progress!r}")
+        check_progress(self._progress)
         self._writer = CheckpointWriter(self._uri, self._options, self._rank, self.meter)
         self.meter.location = self._writer.store.location
 

@@ -51,9 +51,39 @@ GROUP_CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]
 }
 
 
-@pytest.mark.parametrize("case", [*CALLS, *GROUP_CALLS])
+PROGRESS_CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
+    f"progress of {name}": (call, ArgumentError, "progress must be True, False or a function, got 'bar'")
+    for name, call in {
+        "save": lambda _: reshard.save({"w": torch.ones(1)}, MemoryStore(), progress="bar"),  # type: ignore[arg-type]
+        "load": lambda store: reshard.load({"w": torch.ones(4, 4)}, store, progress="bar"),  # type: ignore[arg-type]
+        "convert": lambda store: reshard.convert(store, "unused", progress="bar"),  # type: ignore[arg-type]
+        "load_rank": lambda store: reshard.open(store).load_rank(reshard.Layout(1), 0, progress="bar"),  # type: ignore[arg-type]
+        "state_dict": lambda store: reshard.open(store).state_dict(progress="bar"),  # type: ignore[arg-type]
+        "lazy": lambda store: reshard.open(store).lazy(progress="bar"),  # type: ignore[arg-type]
+        "verify": lambda store: reshard.open(store).verify(progress="bar"),  # type: ignore[arg-type]
+    }.items()
+}
+
+
+OVER_READ_CALLS: dict[str, tuple[Callable[[MemoryStore], Any], type[Exception], str]] = {
+    f"over-read of {name}": (call, ArgumentError, "max_over_read must be a number of 0 or more")
+    for name, call in {
+        "load": lambda store: reshard.load({}, store, max_over_read=-1),
+        "lazy": lambda store: reshard.open(store).lazy(max_over_read=-1),
+        "load_rank": lambda store: reshard.open(store).load_rank(reshard.Layout(1), 0, max_over_read=-1),
+        "state_dict": lambda store: reshard.open(store).state_dict(max_over_read=-1),
+        "read": lambda store: reshard.open(store).read("w", max_over_read=-1),
+        "plan": lambda store: reshard.open(store).plan(reshard.Layout(1), max_over_read=-1),
+    }.items()
+}
+
+
+WRONG_CALLS = CALLS | GROUP_CALLS | PROGRESS_CALLS | OVER_READ_CALLS
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
 def test_wrong_arguments_raise_an_error_that_says_what_to_pass(case: str) -> None:
-    call, error, message = (CALLS | GROUP_CALLS)[case]
+    call, error, message = WRONG_CALLS[case]
     with pytest.raises(error, match=message):
         call(saved())
 

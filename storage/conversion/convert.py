@@ -25,7 +25,7 @@ from ..formats.detect import open_source
 from ..formats.metadata_reads import Reads
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import VERSION
-from ..runtime.arguments import check_nbytes
+from ..runtime.arguments import check_nbytes, check_progress
 from ..runtime.brief import reason
 from ..runtime.logs import logger_of
 from ..runtime.process_group import Alarm, Interrupt, is_distributed, on_all_ranks, on_rank_0, rank_of
@@ -126,6 +126,7 @@ def convert(
 
     def prepare() -> tuple[str, str]:
         _check_arguments(format, codec, dtype, max_file_bytes=max_file_bytes, budget_bytes=budget_bytes)
+        check_progress(progress)
         file_bytes = MAX_FILE_BYTES if max_file_bytes is None else int(max_file_bytes)
         source = open_source(src, src_options, src_format)
         plan = plan_conversion(

@@ -21,6 +21,12 @@ def check_choice(name: str, passed: object, choices: Collection[str]) -> None:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {passed!r}")
 
 
+def check_progress(progress: object) -> None:
+    """Check that an argument is True, False or a function."""
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise ArgumentError(f"progress must be True, False or a function, got {progress!r}")
+
+
 def check_nbytes(**limits: object) -> None:
     """Check that limits are positive numbers of bytes, or None. NumPy's integers are integers, booleans are not."""
     for name, limit in limits.items():

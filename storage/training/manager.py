@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, SupportsFloat, TypeVar
+from typing import Any, Literal, SupportsFloat, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -65,14 +65,14 @@ class _Running:
 class _News:
     """What rank 0 sends to all ranks from time to time."""
 
-    saved: tuple[SavedStep, ...] = ()
+    saved: tuple[SavedStep, ...]
     """The checkpoints of the run."""
-    removed: tuple[str, ...] = ()
+    removed: tuple[str, ...]
     """The folders that were removed since the last news."""
 
     @classmethod
     def of(cls, controller: RunController) -> _News:
-        return cls(controller.saved(), tuple(controller.root.take_removed()))
+        return cls(controller.saved(), controller.root.removed())
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,17 @@ class _SaveCall:
     has_entries: bool
     """Whether its state dict has entries."""
     order: _SaveOrder | None = None
+    """Only from rank 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RestoreCall:
+    """What one rank passed to `restore`."""
+
+    step: int | None
+    has_entries: bool
+    """Whether its state dict has entries."""
+    candidates: list[Candidate]
     """Only from rank 0."""
 
 
@@ -450,8 +461,6 @@ class CheckpointManager:
         """
         self._check_open()
         self._finish_running()
-        wanted = None if step is None else _whole_number("step", step)
-        options = LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
 
         def load_from(candidate: Candidate) -> Report:
             return load(
@@ -468,22 +477,24 @@ class CheckpointManager:
                 progress=progress,
             )
 
-        def begin() -> tuple[list[Candidate], bool]:
+        def options() -> LoadOptions:
+            return LoadOptions.of(strict, allow_missing, exclude, rename, allow_pickle, budget_bytes)
+
+        def begin() -> _RestoreCall:
             check_mapping(state_dict)
-            return [] if self._controller is None else self._controller.begin_restore(wanted), bool(state_dict)
+            options()
+            wanted = None if step is None else _whole_number("step", step)
+            candidates = [] if self._controller is None else self._controller.begin_restore(wanted)
+            return _RestoreCall(wanted, bool(state_dict), candidates)
 
         try:
-            begun = self._on_all_ranks("restore()", begin)
-            candidates = begun[0][0]
-            if not any(has_entries for _, has_entries in begun):
-                raise ArgumentError(
-                    "the state dict is empty on every rank, so restore() would load nothing: pass the state dict that "
-                    "save() gets. latest_step() returns the latest step without loading it"
-                )
+            calls = self._on_all_ranks("restore()", begin)
+            candidates = _candidates_for(calls)
+            wanted = calls[0].step
             if wanted is not None and not any(not candidate.problem for candidate in candidates):
                 raise _no_such_step(wanted, candidates, self._root, self._saved)
             candidates = self._visible(candidates)
-            found = restore_latest(state_dict, candidates, load_from, options, self._options_of, self._group)
+            found = restore_latest(state_dict, candidates, load_from, options(), self._options_of, self._group)
             if self._controller is not None and found is not None:
                 self._controller.rewind(found)
         finally:
@@ -558,7 +569,7 @@ class CheckpointManager:
     def _wait(self, call: str) -> None:
         self._check_open()
         self._finish_running()
-        self._on_rank_0(RunController.wait, None, call=call)
+        self._on_rank_0(RunController.wait, call=call)
         self._update()
 
     def _on_all_ranks(self, call: str, task: Callable[[], T]) -> list[T]:
@@ -577,16 +588,19 @@ class CheckpointManager:
                 )
         return [result for _, result in found]
 
-    def _on_rank_0(self, task: Callable[[RunController], T], otherwise: T, *, call: str = "") -> T:
+    def _on_rank_0(self, task: Callable[[RunController], T], *, call: str = "") -> T:
         """Run a task on rank 0, and return its result on every rank. Its error is raised on every rank."""
-        return self._on_all_ranks(call, lambda: otherwise if self._controller is None else task(self._controller))[0]
+        found = self._on_all_ranks(call, lambda: None if self._controller is None else task(self._controller))
+        return cast(T, found[0])
 
     def _update(self) -> None:
         """Send the checkpoints of the run from rank 0 to all ranks. Collective."""
-        self._accept(self._on_rank_0(_News.of, _News()))
+        self._accept(self._on_rank_0(_News.of))
 
     def _accept(self, news: _News) -> None:
         self._saved = news.saved
+        if self._controller is not None:
+            self._controller.root.forget_removed(news.removed)  # all ranks know of them now
         if not self._is_shared and self._rank:
             remove_own_objects(self._root, news.removed, self._rank)
 
@@ -690,6 +704,24 @@ def _order_for(calls: Sequence[_SaveCall]) -> _SaveOrder:
     order = calls[0].order
     assert order is not None
     return order
+
+
+def _candidates_for(calls: Sequence[_RestoreCall]) -> list[Candidate]:
+    """Return the checkpoints that rank 0 has found for the calls of all ranks.
+
+    Raises:
+        ArgumentError: the ranks passed different steps, or nothing to restore.
+    """
+    passed = [call.step for call in calls]
+    if len(set(passed)) > 1:
+        steps = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(passed[:8]))
+        raise ArgumentError(f"the ranks passed different steps to restore(): {steps}")
+    if not any(call.has_entries for call in calls):
+        raise ArgumentError(
+            "the state dict is empty on every rank, so restore() would load nothing: pass the state dict that save() "
+            "gets. latest_step() returns the latest step without loading it"
+        )
+    return calls[0].candidates
 
 
 def _locations(root: str | os.PathLike[str], mirror: str | os.PathLike[str] | None) -> tuple[str, str | None]:

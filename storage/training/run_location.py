@@ -180,11 +180,15 @@ class RunLocation:
         if self._lease is not None:
             self._submit(self._remove_unfinished_saves)
 
-    def take_removed(self) -> list[str]:
-        """Return the folders that were removed since the last call."""
+    def removed(self) -> tuple[str, ...]:
+        """Return the folders that were removed, in this order, except those that were forgotten."""
         with self._changed:
-            removed, self._removed = self._removed, []
-        return removed
+            return tuple(self._removed)
+
+    def forget_removed(self, folders: Sequence[str]) -> None:
+        """Forget the first of the folders that `removed` returned, when all ranks know of them."""
+        with self._changed:
+            del self._removed[: len(folders)]
 
     def wait(self) -> None:
         """Wait until all removals have finished."""

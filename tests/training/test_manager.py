@@ -451,6 +451,47 @@ def create_with_other_arguments(folder: str) -> str:
     return str(caught.value)
 
 
+def restore_with_other_arguments(folder: str) -> list[str]:
+    rank = dist.get_rank()
+    found: list[str] = []
+    with reshard.CheckpointManager(folder, asynchronous=False, signals=()) as manager:
+        calls: list[dict[str, Any]] = [{"step": None if rank else 1}, {"step": 1 if rank else None}]
+        calls += [{"step": rank + 1}, {"step": "x" if rank else 1}, {"exclude": 5 if rank else ()}]
+        for train_to in (0, 2):  # also in a run without checkpoints
+            train(manager, range(1, train_to + 1))
+            for arguments in calls:
+                loaded = state(0)
+                with pytest.raises(errors.ArgumentError) as caught:
+                    manager.restore(loaded, **arguments)
+                found.append(str(caught.value))
+                assert value_of(loaded) == 0
+        assert manager.restore(state(0), step=1) == 1
+    return found
+
+
+def test_ranks_that_restore_with_other_arguments_raise_an_error(ranks: RankPool, tmp_path: Path) -> None:
+    different = "the ranks passed different steps to restore(): rank 0: "
+    begins = [different, different, different, "rank 1: step must be", "rank 1: exclude"]
+    for messages in ranks.run(2, restore_with_other_arguments, str(tmp_path)):
+        for message, begin in zip(messages, begins * 2, strict=True):
+            assert message.startswith(begin)
+
+
+def test_ranks_learn_of_removals_after_a_save_that_failed_on_one_rank(tmp_path: Path) -> None:
+    with manager_of(tmp_path, keep=[reshard.latest(1)]) as manager:
+        train(manager, [1, 2])
+        controller = manager._controller
+        assert controller is not None
+        controller.wait()
+        removed = controller.root.removed()
+        assert removed
+        with pytest.raises(errors.ArgumentError):
+            manager.save(3, state(3), {"loss": "x"})  # type: ignore[dict-item]
+        assert controller.root.removed() == removed
+        manager.wait()
+        assert controller.root.removed() == ()
+
+
 def test_ranks_that_disagree_raise_an_error(ranks: RankPool, tmp_path: Path) -> None:
     for message in ranks.run(2, create_with_other_arguments, str(tmp_path)):
         assert "the ranks passed different arguments" in message
