@@ -20,7 +20,7 @@ from .plan_json import plan_from_json, plan_to_json
 from .read_plan import NATIVE_GAP_LIMITS, ReadPlan, find_chunks, plan_reads
 from .report import REPORT_COLUMNS, WholeShards
 from .request_costs import REMOTE_COSTS
-from .shared_reads import Needs, SharedReads, shared_plan
+from .shared_reads import Needs, ReadDivision, shared_plan
 from .slabs import NO_GAPS
 from .text import quoted
 
@@ -203,7 +203,7 @@ def _plan_together(
     reads = [find_chunks(index, wants, NO_GAPS, aligned=True) for wants in ranks_of]
     tensors = [[index.position(want.name) for want in wants] for wants in ranks_of]
     needs = [Needs.of(of_group, objects, at) for of_group, at in zip(reads, tensors, strict=True)]
-    divided = SharedReads.of(needs, list(ranks_of.values()))
+    divided = ReadDivision.of(needs, list(ranks_of.values()))
     if bytes_per_s is not None and not divided.saves_time(bytes_per_s):
         return None
     plans = {

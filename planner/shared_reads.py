@@ -1,6 +1,6 @@
 """Plan which rank reads which bytes, if several ranks need the same bytes or parts of the same rows.
 
-Each rank describes the byte ranges that it needs (`Needs`). From the descriptions of all ranks, `SharedReads` computes
+Each rank describes the byte ranges that it needs (`Needs`). From the descriptions of all ranks, `ReadDivision` computes
 which bytes are read once (`Unit`), by which rank, and what that rank sends to the others. Every rank computes the same
 result, so that the ranks need not communicate about it. All ranks read, send and receive units in the same order.
 
@@ -202,7 +202,7 @@ def digest(data: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SharedReads:
+class ReadDivision:
     """How ranks divide the reading of bytes that several of them need."""
 
     loads: IntArray
@@ -223,7 +223,7 @@ class SharedReads:
     @classmethod
     def of(
         cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], budget_bytes: int | None = None
-    ) -> SharedReads:
+    ) -> ReadDivision:
         """Divide the reading.
 
         Args:
@@ -237,7 +237,7 @@ class SharedReads:
         return cls.in_units(needs, ranks_of, max(MIN_LARGE_UNIT_BYTES, min(max_bytes, balanced)))
 
     @classmethod
-    def in_units(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], max_unit_bytes: int) -> SharedReads:
+    def in_units(cls, needs: Sequence[Needs], ranks_of: Sequence[Sequence[int]], max_unit_bytes: int) -> ReadDivision:
         """Divide the reading into units of at most so many bytes."""
         rows = _Rows.of(needs)
         alone = np.zeros(len(rows.starts), bool)

@@ -6,6 +6,6 @@ from .planner.entries import Entry as Entry
 from .storage.formats.foreign import ForeignSource as ForeignSource
 from .storage.formats.foreign import Shards as Shards
 from .storage.formats.foreign import whole_tensor as whole_tensor
-from .storage.formats.metadata_reads import Reads as Reads
+from .storage.formats.metadata_reader import MetadataReader as MetadataReader
 from .storage.formats.source import Source as Source
 from .storage.formats.source import Unreadable as Unreadable

@@ -30,7 +30,7 @@ from .maintenance.verify import DamagedChunk, verify
 from .reading.read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .reading.scale_layouts import check_scale_layouts
 from .reading.shared_read import check_cooperative, may_share
-from .reading.value_reads import ValueRead, check_values, decode_all, whole_wants
+from .reading.value_buffers import ValueBuffer, check_values, decode_all, whole_wants
 from .runtime.arguments import check_nbytes, check_progress
 from .runtime.deferred_writes import finish_writes
 from .runtime.logs import logger_of
@@ -281,7 +281,7 @@ class Checkpoint:
             raise DestinationError(f"{name!r} is a tensor: read it with read()")
         check_nbytes(budget_bytes=budget_bytes)
         check_values(self._source, [name], budget_bytes)
-        [read] = ValueRead.of(self._source, [name])
+        [read] = ValueBuffer.of(self._source, [name])
         read_boxes(self._source, read.wants, read.tensors, options=ReadOptions(budget_bytes=budget_bytes))
         return read.value(allow_pickle=allow_pickle)
 
@@ -485,7 +485,7 @@ class Checkpoint:
         check_values(self._source, value_names, budget_bytes)
         # Reads and checks all metadata before tensors of these sizes are allocated.
         self._source.index([*wants, *whole_wants(self._source, value_names)])
-        stored_values = ValueRead.of(self._source, value_names)
+        stored_values = ValueBuffer.of(self._source, value_names)
         tensors = [torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=device or "cpu") for entry in held]
         with Meter("load", progress, location=self.location, rank=rank_of(None)) as meter:
             options = ReadOptions(budget_bytes=budget_bytes, max_over_read=max_over_read, meter=meter)

@@ -38,9 +38,9 @@ from .formats.detect import open_source
 from .formats.source import Source
 from .formats.value_codec import torch_save
 from .reading.opening import OpenedCheckpoint, check_same_checkpoint
-from .reading.read_tensors import BoxReads, ReadOptions, counting_metadata, execute_reads
+from .reading.read_tensors import CheckedBoxes, ReadOptions, counting_metadata, execute_reads
 from .reading.shared_read import Offer, SharedRead, check_cooperative, may_share
-from .reading.value_reads import ValueRead, whole_wants
+from .reading.value_buffers import ValueBuffer, whole_wants
 from .runtime.arguments import check_nbytes
 from .runtime.logs import logger_of
 from .runtime.process_group import (
@@ -190,10 +190,10 @@ class StorageReader(dcp.StorageReader):
         tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
         values = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
         source.index(whole_wants(source, {item.storage_index.fqn: None for item in plan.items}))
-        of_values = ValueRead.of(source, [item.storage_index.fqn for item in values])
+        of_values = ValueBuffer.of(source, [item.storage_index.fqn for item in values])
         reads = list(zip(values, of_values, strict=True))
         wants, destinations, commits = _wants(tensors, planner)
-        return _Reading(BoxReads.of(source, wants, destinations, options=self._read_options), reads, commits)
+        return _Reading(CheckedBoxes.of(source, wants, destinations, options=self._read_options), reads, commits)
 
     @property
     def _read_options(self) -> ReadOptions:
@@ -228,7 +228,7 @@ class StorageReader(dcp.StorageReader):
             raise
         return prepared[0]
 
-    def _for_planner(self, read: ValueRead) -> io.BytesIO:
+    def _for_planner(self, read: ValueBuffer) -> io.BytesIO:
         """Return a value as planners expect it: written by torch.save.
 
         DCP's planner unpickles without an allow-list. Therefore the value is read with an allow-list and written again.
@@ -256,8 +256,8 @@ class _LocalData:
 class _Reading:
     """What a rank reads."""
 
-    boxes: BoxReads
-    values: list[tuple[ReadItem, ValueRead]]
+    boxes: CheckedBoxes
+    values: list[tuple[ReadItem, ValueBuffer]]
     commits: list[tuple[ReadItem, torch.Tensor]]
     """The items to commit after the read, and their tensors."""
 

@@ -1,10 +1,19 @@
 """`reshard.load`: every rank plans its own reads from the metadata.
 
-The ranks communicate at least twice. The first collective checks that all ranks opened the same checkpoint and that it
-fits their state dicts, before anything is changed. The last one sends errors and reports to all ranks. On an object
-store, rank 0 reads the metadata for all ranks, which takes one more collective, and two more for a large manifest.
-Stateful values take two more, because their methods may be collective. A shared read takes one to agree on it. If the
-ranks do not lack the same names of the checkpoint, one more finds those that all of them lack.
+All collectives of a load, in their order:
+
+1. The ranks open the checkpoint, and compare their state dicts with it, if each of them can do so by itself.
+2. With Stateful values, on an object store: the ranks open the checkpoint with what rank 0 has read. Their
+   `state_dict()` may be collective, so it is called when all ranks have opened the checkpoint.
+3. With Stateful values, or on an object store: the ranks compare their state dicts, unless they need blocks of a large
+   manifest for it. Rank 0 reads these blocks, and sends them.
+4. If they need such blocks: the ranks compare their state dicts.
+5. If ranks with different needs may share the read: they exchange what they need.
+6. The ranks read. They exchange errors and reports.
+7. If ranks lack different names of the checkpoint: they find the names that no rank has.
+8. With Stateful values: `load_state_dict()` of each, which may be collective too.
+
+Nothing is changed before all ranks have compared their state dicts.
 """
 
 from __future__ import annotations
@@ -29,14 +38,14 @@ from .reading.opening import (
     OpenedCheckpoint,
     Opening,
     are_different,
-    blocks_to_read,
     check_same_checkpoint,
-    keep_blocks,
-    read_blocks,
+    keep_manifest_blocks,
+    manifest_blocks_to_read,
+    read_manifest_blocks,
 )
 from .reading.read_tensors import ReadOptions
 from .reading.shared_read import Offer, SharedRead, check_cooperative
-from .reading.state_dict_reads import StateDictRead
+from .reading.state_dict_load import StateDictLoad
 from .runtime.arguments import check_nbytes, check_progress
 from .runtime.checksums import checksum
 from .runtime.gc_pauses import without_collections
@@ -149,7 +158,7 @@ def load(
     run = _Load(state_dict, process_group, shared_read, ReadOptions(0, budget_bytes, max_over_read), progress)
     with shared_read:
         done = run.read(run.prepare(begin))
-    return run.report(done)
+    return run.finish(done)
 
 
 def _check_arguments(
@@ -166,13 +175,24 @@ def _check_arguments(
 
 
 @dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a rank sends to the others after the first step."""
+
+    begun: BegunOpening
+    has_stateful: bool
+    """Whether its state dict has a Stateful value."""
+    offer: Offer | None
+    """What it needs, if it has compared its state dict and may share the read."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Compared:
     """What all ranks know after rank 0 has read metadata for them."""
 
     opened: list[OpenedCheckpoint]
     offers: list[Offer | None]
     blocks: ManifestBlocks
-    is_complete: bool
+    all_compared: bool
     """Whether every rank has compared its state dict."""
 
 
@@ -215,7 +235,7 @@ class _Load:
         )
         self._begin = self._prepared = time.perf_counter()
         self._states: Mapping[str, Any] = {}
-        self._read: StateDictRead | None = None
+        self._matched: StateDictLoad | None = None
 
     def prepare(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> list[Offer | None]:
         """Open the checkpoint, and compare it with the state dict. Nothing is changed. Collective.
@@ -228,73 +248,80 @@ class _Load:
 
         Raises what `load` raises before anything is changed.
         """
-
-        def open_checkpoint() -> tuple[BegunOpening, bool, Offer | None]:
-            """Return how this rank opens the checkpoint, whether it has a Stateful, and what it needs, if known."""
-            with record_function("reshard.open"):
-                self._load_options, self._opening = begin()
-                begun = self._opening.begin()
-            # a state_dict() may be collective: it is called when all ranks have opened the checkpoint
-            is_waiting = has_stateful(self._state_dict)
-            return begun, is_waiting, self._compare() if begun.is_complete and not is_waiting else None
-
-        found = on_all_ranks(open_checkpoint, self._group)
-        begun = [one for one, _, _ in found]
-        is_waiting = any(waits for _, waits, _ in found)
-        if all(one.is_complete for one in begun):
+        ranks = on_all_ranks(lambda: self._open(begin), self._group)
+        begun = [rank.begun for rank in ranks]
+        has_stateful = any(rank.has_stateful for rank in ranks)
+        if all(one.opened_alone for one in begun):
             check_same_checkpoint([one.opened for one in begun])
-            if not is_waiting:
-                return [offer for _, _, offer in found]
-        elif is_waiting:
+            if not has_stateful:
+                return [rank.offer for rank in ranks]
+        elif has_stateful:
             on_all_ranks(lambda: self._finish_opening(begun), self._group)
         return self._compare_together(begun)
+
+    def _open(self, begin: Callable[[], tuple[LoadOptions, Opening]]) -> _Opened:
+        """Open the checkpoint, unless rank 0 does it for all. Compare the state dict if nothing else is needed."""
+        with record_function("reshard.open"):
+            self._load_options, self._opening = begin()
+            begun = self._opening.begin()
+        is_stateful = has_stateful(self._state_dict)
+        if not begun.opened_alone or is_stateful:
+            return _Opened(begun, is_stateful, None)
+        self._match_names()
+        return _Opened(begun, is_stateful, self._compare())
 
     def _compare_together(self, begun: Sequence[BegunOpening]) -> list[Offer | None]:
         """Open the checkpoint with what rank 0 has read, and compare it with the state dict. Collective."""
 
-        def match() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
-            """Return what this rank opened, the blocks of the manifest that it needs, and without any, its offer."""
+        def compare() -> tuple[OpenedCheckpoint, list[int], Offer | None]:
+            """Return what this rank opened, and the manifest blocks that it needs or, if it needs none, its offer."""
             self._finish_opening(begun)
-            blocks = blocks_to_read(self._opening.source, self._match().needs)
+            if (
+                self._matched is None
+            ):  # otherwise another rank has a Stateful value, and this one has compared its state dict
+                self._match_names()
+            blocks = manifest_blocks_to_read(self._opening.source, self._read.needs)
             return self._opening.opened, blocks, None if blocks else self._compare()
 
-        def combine(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
-            opened, wanted, offers = (list(column) for column in zip(*found, strict=True))
+        def read_for_all(found: list[tuple[OpenedCheckpoint, list[int], Offer | None]]) -> list[_Compared]:
+            opened, needed, offers = (list(column) for column in zip(*found, strict=True))
             budget_bytes = self._options.budget_bytes or default_budget()
-            blocks = {} if are_different(opened) else read_blocks(self._opening.source, wanted, budget_bytes)
-            return [_Compared(opened, offers, blocks, is_complete=not any(wanted))] * len(found)
+            blocks = {} if are_different(opened) else read_manifest_blocks(self._opening.source, needed, budget_bytes)
+            return [_Compared(opened, offers, blocks, all_compared=not any(needed))] * len(found)
 
-        compared = Collectives(self._group).through_rank_0(match, combine)
+        compared = Collectives(self._group).through_rank_0(compare, read_for_all)
         check_same_checkpoint(compared.opened)
-        if compared.is_complete:
+        if compared.all_compared:
             return compared.offers
-        keep_blocks(self._opening.source, compared.blocks)
+        keep_manifest_blocks(self._opening.source, compared.blocks)
         return on_all_ranks(self._compare, self._group)
 
     def _finish_opening(self, begun: Sequence[BegunOpening]) -> None:
         with record_function("reshard.open"):
             self._opening.finish(begun)
 
-    def _match(self) -> StateDictRead:
-        """Match the names of the state dict, unless this has been done."""
-        if self._read is None:
-            stateful = [name for name, _ in find_stateful(self._state_dict)]
-            self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
-            with without_collections():
-                self._read = StateDictRead(self._opening.source, self._states, self._load_options, stateful)
-            if self._load_options.strict:
-                allowed = self._load_options.allow_missing
-                lost = [name for name in self._read.match.unexpected_keys if not matches_any(allowed, name)]
-                _check_optimizers(self._state_dict, lost)
-        return self._read
+    @property
+    def _read(self) -> StateDictLoad:
+        assert self._matched is not None
+        return self._matched
+
+    def _match_names(self) -> None:
+        """Match the names of the state dict with those of the checkpoint."""
+        stateful = [name for name, _ in find_stateful(self._state_dict)]
+        self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
+        with without_collections():
+            self._matched = StateDictLoad(self._opening.source, self._states, self._load_options, stateful)
+        if self._load_options.strict:
+            allowed = self._load_options.allow_missing
+            lost = [name for name in self._read.match.unexpected_keys if not matches_any(allowed, name)]
+            _check_optimizers(self._state_dict, lost)
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
-        read = self._match()
-        if not read.is_planned:
+        if not self._read.is_prepared:
             with without_collections():
-                read.plan(self._options)
-        return self._shared_read.offer(read.source, read.shareable_wants)
+                self._read.prepare(self._options)
+        return self._shared_read.offer(self._read.source, self._read.shareable_wants)
 
     def read(self, offers: Sequence[Offer | None]) -> list[_Done]:
         """Decide with the other ranks whether to share the read, and read the tensors and values. Collective."""
@@ -302,12 +329,12 @@ class _Load:
         self._prepared = time.perf_counter()
 
         def run() -> _Done:
-            self._meter.location = self._match().source.location
+            self._meter.location = self._read.source.location
             with self._meter:
-                report = self._match().run(self._options)
+                report = self._read.run(self._options)
             times = {"open": self._prepared - self._begin, **report.seconds, "total": time.perf_counter() - self._begin}
             logger.info("loaded from %s: %s", self._meter.location, replace(report, seconds=times).words)
-            match = self._match().match
+            match = self._read.match
             return _Done(
                 replace(report, seconds=times),
                 match.unused_patterns,
@@ -319,36 +346,35 @@ class _Load:
 
         return self._shared_read.read(run)
 
-    def report(self, done: Sequence[_Done]) -> Report:
-        """Replace the values of the state dict, and return the report."""
-        read = self._match()
+    def finish(self, done: Sequence[_Done]) -> Report:
+        """Put the values that were read into the state dict, and return the report. Collective."""
         unexpected = self._unexpected_keys(done)
+        self._replace_values(done)
+        match = self._read.match
+        unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
+        reports = tuple(of_rank.report for of_rank in done)
+        report = Report(self._rank, reports, match.missing_keys, unexpected, unused_patterns=tuple(unused))
+        if self._rank == 0:
+            if all(of_rank.is_empty for of_rank in done):
+                logger.warning("nothing was loaded: no rank has a name in its state dict that `exclude` does not match")
+            _log(report, self._read.describe_unexpected_keys(unexpected))
+        return report
+
+    def _replace_values(self, done: Sequence[_Done]) -> None:
+        """Replace the values of the state dict, and load the states of Stateful values. Collective if there are any."""
 
         def replace_values() -> None:
-            read.replace_values()
+            self._read.replace_values()
             state_to_stateful(self._state_dict, self._states)
 
         if any(of_rank.has_stateful for of_rank in done):
             on_all_ranks(replace_values, self._group)
         else:
             replace_values()
-        unused = [pattern for pattern in done[0].unused if all(pattern in of_rank.unused for of_rank in done)]
-        report = Report(
-            self._rank,
-            tuple(of_rank.report for of_rank in done),
-            read.match.missing_keys,
-            unexpected,
-            unused_patterns=tuple(unused),
-        )
-        if self._rank == 0:
-            if all(of_rank.is_empty for of_rank in done):
-                logger.warning("nothing was loaded: no rank has a name in its state dict that `exclude` does not match")
-            _log(report, read.describe_unexpected_keys(unexpected))
-        return report
 
     def _unexpected_keys(self, done: Sequence[_Done]) -> tuple[str, ...]:
         """Return the names that a rank lacks and no rank has. Collective, unless all ranks lack the same."""
-        match = self._match().match
+        match = self._read.match
         if len({of_rank.unexpected for of_rank in done}) == 1:
             return match.unexpected_keys
         kinds = [(of_rank.unexpected, of_rank.held) for of_rank in done]  # such as one for each pipeline stage

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from reshard.storage.formats import metadata_reads
+from reshard.storage.formats import metadata_reader
 from tests import servers
 from tests.ranks import RankPool
 from tests.torture.faults import by_client
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def constant_latency(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every small read appear to take a microsecond: which gaps are read over must not depend on the machine."""
     if SLOW_FIXTURES.isdisjoint(request.fixturenames):
-        monkeypatch.setattr(metadata_reads, "time", SimpleNamespace(perf_counter=itertools.count(0, 1e-6).__next__))
+        monkeypatch.setattr(metadata_reader, "time", SimpleNamespace(perf_counter=itertools.count(0, 1e-6).__next__))
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,11 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         else:
             print_line(f"the metadata is damaged: {error}")
         return 1
-    damages = checkpoint.verify(quick=quick, progress=not as_json)
+    damaged_chunks = checkpoint.verify(quick=quick, progress=not as_json)
     if as_json:
-        print_json([{**asdict(damage), "box": str(damage.box)} for damage in damages])
-        return int(bool(damages))
-    for damage in damages:
+        print_json([{**asdict(damage), "box": str(damage.box)} for damage in damaged_chunks])
+        return int(bool(damaged_chunks))
+    for damage in damaged_chunks:
         print_line(damage)
     missing = set(checkpoint.damaged)
     others = {name: why for name, why in checkpoint.unreadable.items() if name not in missing}
@@ -34,11 +34,11 @@ def run(uri: str, quick: bool, format: str | None, options: list[str] | None, as
         print_line(f"cannot be read: {why}")
     if others and checkpoint.format != "reshard":
         print_line(f"{len(others)} names that cannot be read were not checked")
-    if damages:
-        names = {damage.tensor for damage in damages}
+    if damaged_chunks:
+        names = {damage.tensor for damage in damaged_chunks}
         tensors = _counted(len(names & checkpoint.tensors.keys()), len(names - checkpoint.tensors.keys() - missing))
         lost = f"; {len(missing)} tensors are missing completely" if missing else ""
-        print_line(f"{len(damages)} chunks of {tensors} are damaged or missing{lost}", file=sys.stderr)
+        print_line(f"{len(damaged_chunks)} chunks of {tensors} are damaged or missing{lost}", file=sys.stderr)
         return 1
     what = "match their checksums"
     if quick:

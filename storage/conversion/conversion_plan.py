@@ -14,9 +14,9 @@ import torch
 
 from ...planner.entries import Entry
 from ..errors import ObjectNotFoundError
-from ..formats.metadata_reads import Reads
+from ..formats.metadata_reader import MetadataReader
 from ..formats.source import Source
-from ..reading.value_reads import check_values
+from ..reading.value_buffers import check_values
 from ..runtime.checksums import checksum
 from ..runtime.reports import Cast
 from ..tensors.casts import ScaleNames, check_is_not_scaled, loses_bits, weight_dtype
@@ -50,9 +50,9 @@ class ConversionPlan:
     digest: str
     """A checksum of the arguments, the metadata of the source, and the work units."""
 
-    def identify(self, reads: Reads) -> str:
+    def identify(self, reader: MetadataReader) -> str:
         """Return a checksum that identifies the conversion: `digest` and samples of the source's objects."""
-        return _digest([self.digest, *_sample_objects(self.source, reads)])
+        return _digest([self.digest, *_sample_objects(self.source, reader)])
 
     def paths(self) -> dict[str, Path]:
         """Return the paths of items in the state dict that was saved, if their names still match them.
@@ -156,7 +156,7 @@ def _digest(parts: list[Any]) -> str:
     return f"{checksum(json.dumps(parts).encode()):016x}"
 
 
-def _sample_objects(source: Source, reads: Reads) -> list[str]:
+def _sample_objects(source: Source, reader: MetadataReader) -> list[str]:
     """Return checksums of samples of all objects. They show most overwrites of the source, but not all."""
     if source.format == "reshard":
         return []  # every save writes objects with new names
@@ -171,8 +171,8 @@ def _sample_objects(source: Source, reads: Reads) -> list[str]:
 
     def sample(name: str, start: int, stop: int) -> str:
         try:
-            return f"{checksum(reads.read(name, start, stop)):016x}"
+            return f"{checksum(reader.read(name, start, stop)):016x}"
         except ObjectNotFoundError:
             return ""  # reading its values raises the error
 
-    return reads.many(sample, *map(list, zip(*wanted, strict=True)))
+    return reader.many(sample, *map(list, zip(*wanted, strict=True)))

@@ -22,7 +22,7 @@ from ...planner.errors import CheckpointError
 from ...planner.text import quoted
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..formats.detect import open_source
-from ..formats.metadata_reads import Reads
+from ..formats.metadata_reader import MetadataReader
 from ..formats.native.codec import check_codec
 from ..formats.native.manifest import VERSION
 from ..runtime.arguments import check_nbytes, check_progress
@@ -207,7 +207,7 @@ class _RankConversion:
         self.plan = plan
         self.store = store
         self._journal = Journal(store, plan.target)
-        self._reads = Reads(plan.source.store)
+        self._reader = MetadataReader(plan.source.store)
         self._rank = rank
         self._world_size = world_size
         self._budget = budget_bytes
@@ -215,7 +215,7 @@ class _RankConversion:
 
     def begin(self) -> JournalState:
         """Claim the destination, or find out what has been written. Raises the errors of `Journal.begin`."""
-        return self._journal.begin(self.plan.identify(self._reads))
+        return self._journal.begin(self.plan.identify(self._reader))
 
     def work(self, interrupt: Interrupt) -> RankReport:
         """Write this rank's share of the units that have not been written yet."""
@@ -240,9 +240,9 @@ class _RankConversion:
         seconds = {**report.seconds, "total": time.perf_counter() - begin}
         return replace(
             report,
-            bytes_fetched=report.bytes_fetched + self._reads.bytes_read,
+            bytes_fetched=report.bytes_fetched + self._reader.bytes_read,
             bytes_written=written,
-            requests=report.requests + self._reads.requests,
+            requests=report.requests + self._reader.requests,
             seconds=seconds,
             cast=self.plan.cast,
         )

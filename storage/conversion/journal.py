@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from ..errors import CheckpointExistsError, CorruptCheckpointError, ObjectNotFoundError, StoreError
 from ..formats.detect import CONVERSION, CONVERSION_NOTE, is_of_any_checkpoint
-from ..formats.metadata_reads import Reads
+from ..formats.metadata_reader import MetadataReader
 from ..formats.native.commit import put_commit
 from ..runtime.checksums import checksum
 from ..runtime.logs import logger_of
@@ -226,7 +226,7 @@ class Journal:
 
         notes = sorted(name for name in names if CONVERSION_NOTE.fullmatch(name))
         records: dict[int, UnitRecord] = {}
-        for found in Reads(self._store).many(read, notes):
+        for found in MetadataReader(self._store).many(read, notes):
             records |= found
         return records
 

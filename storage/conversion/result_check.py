@@ -11,7 +11,7 @@ from ...planner.errors import CheckpointError
 from ...planner.text import quoted
 from ..errors import CorruptCheckpointError, StoreError
 from ..formats.detect import open_source
-from ..formats.metadata_reads import Reads
+from ..formats.metadata_reader import MetadataReader
 from ..formats.source import Source
 from ..runtime.brief import reason
 from ..stores.base import Capabilities, Store, top_names
@@ -87,7 +87,7 @@ def _find_difference(source: Source, items: Sequence[Item]) -> str:
 def _find_missing_bytes(source: Source) -> str:
     """Describe which object is shorter than the checkpoint needs. Empty if none is."""
     objects = source.objects
-    sizes = Reads(source.store).many(source.store.size, [name for name, _ in objects]) if objects else []
+    sizes = MetadataReader(source.store).many(source.store.size, [name for name, _ in objects]) if objects else []
     for (name, nbytes), size in zip(objects, sizes, strict=True):
         if size < nbytes:
             return f"object {name!r} has {size} bytes, expected {nbytes}"

@@ -21,7 +21,7 @@ from ..formats.source import Source
 from ..formats.torch_save.safe_load import ZSTD_MAGIC, decompress
 from ..formats.value_codec import MAX_VALUE_BYTES, encode_value
 from ..reading.read_tensors import ReadOptions, counting_metadata, read_boxes
-from ..reading.value_reads import ValueRead
+from ..reading.value_buffers import ValueBuffer
 from ..reading.workers import Workers
 from ..runtime.brief import reason
 from ..runtime.limits import default_budget, give_back_memory
@@ -143,7 +143,7 @@ class SourceStream:
             CheckpointError: as `read_boxes`.
         """
         for group in group_by_bytes(pieces, self.group_bytes):
-            reads = ValueRead.of(self._source, [piece.item.source for piece in group])
+            reads = ValueBuffer.of(self._source, [piece.item.source for piece in group])
             report = read_boxes(self._source, [], [], reads, self._options(UNBOUNDED_OVER_READ))
             self._add(report, sum(piece.nbytes for piece in group))
             for piece, read in zip(group, reads, strict=True):
@@ -171,7 +171,7 @@ class _Encoded:
     """Whether it can be read without `allow_pickle`. If not, `value` is None."""
 
 
-def _encode_again(read: ValueRead) -> _Encoded:
+def _encode_again(read: ValueBuffer) -> _Encoded:
     """Decode a value and encode it as a save would. A value that needs an unsafe pickle keeps its bytes."""
     try:
         value = read.value()

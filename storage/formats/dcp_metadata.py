@@ -18,7 +18,7 @@ from ...planner.errors import CheckpointError
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, DtypeError, ObjectNotFoundError, UnsafeValueError
 from ..runtime.brief import brief, text_of
 from ..tensors.state_dict import MAX_NESTING, Path, path_from_json
-from .metadata_reads import MALFORMED_ERRORS, Reads
+from .metadata_reader import MALFORMED_ERRORS, MetadataReader
 from .torch_save.inert_unpickler import (
     INERT_LAYOUT,
     INERT_SIZE,
@@ -112,7 +112,7 @@ class DcpMetadata:
         """What DCP calls its format and the save."""
 
     @classmethod
-    def read(cls, reads: Reads, names: Iterable[str]) -> DcpMetadata:
+    def read(cls, reader: MetadataReader, names: Iterable[str]) -> DcpMetadata:
         """Read and merge the metadata of a checkpoint.
 
         Args:
@@ -125,8 +125,8 @@ class DcpMetadata:
         """
         merged = cls()
         for name in names:
-            metadata = _load(reads, name)
-            where = f"{name!r} in {reads.store.location}"
+            metadata = _load(reader, name)
+            where = f"{name!r} in {reader.store.location}"
             try:
                 merged._add(metadata, where)
             except _UnknownClassError as error:
@@ -306,21 +306,21 @@ def _info(metadata: InertObject) -> dict[str, str]:
     return {key: value for key, value in found.items() if type(value) is str}
 
 
-def _load(reads: Reads, name: str) -> InertObject:
+def _load(reader: MetadataReader, name: str) -> InertObject:
     """Read and unpickle one object with metadata."""
     try:
-        data = reads.whole(name, 0, FIRST_METADATA_READ_BYTES, ending=pickle.STOP)
+        data = reader.whole(name, 0, FIRST_METADATA_READ_BYTES, ending=pickle.STOP)
         if len(data) == FIRST_METADATA_READ_BYTES:
-            nbytes = reads.size(name)
+            nbytes = reader.size(name)
             if nbytes > MAX_PICKLE_BYTES:
                 raise CorruptCheckpointError(
-                    f"{name!r} in {reads.store.location} has {nbytes} bytes; metadata may have {MAX_PICKLE_BYTES}"
+                    f"{name!r} in {reader.store.location} has {nbytes} bytes; metadata may have {MAX_PICKLE_BYTES}"
                 )
-            data += reads.exactly(name, len(data), max(nbytes, len(data) + 1))
+            data += reader.exactly(name, len(data), max(nbytes, len(data) + 1))
     except ObjectNotFoundError:
-        where = reads.store.location
+        where = reader.store.location
         raise CheckpointNotFoundError(f"there is no DCP checkpoint at {where}: it has no {name}") from None
-    where = f"{name!r} in {reads.store.location}"
+    where = f"{name!r} in {reader.store.location}"
     metadata, _ = load_inert(data, _METADATA_GLOBALS, where, allow_unknown=True)
     unknown = unknown_name(metadata)
     if unknown is not None:  # such as Megatron's subclass of Metadata

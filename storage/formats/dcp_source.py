@@ -23,7 +23,7 @@ from ...planner.slabs import slabs_of
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from .dcp_metadata import METADATA, DcpMetadata, SerializedShard
 from .foreign import ForeignSource, Shards
-from .metadata_reads import Reads
+from .metadata_reader import MetadataReader
 from .safetensors_source import TensorHeader, read_header
 from .torch_save.zip_layout import MAX_PREAMBLE_BYTES, locate_values
 
@@ -36,22 +36,22 @@ class DcpSource(ForeignSource):
 
     format = "dcp"
 
-    def __init__(self, reads: Reads, names: Iterable[str] = (METADATA,)) -> None:
+    def __init__(self, reader: MetadataReader, names: Iterable[str] = (METADATA,)) -> None:
         """Read the metadata.
 
         Args:
-            reads: the store.
+            reader: reads the store.
             names: the objects with metadata: one, or one for each rank.
 
         Raises:
             CheckpointNotFoundError, CorruptCheckpointError, UnsafeValueError, StoreError: see `DcpMetadata.read`.
         """
-        metadata = DcpMetadata.read(reads, names)
+        metadata = DcpMetadata.read(reader, names)
         shards = [shard for tensor in metadata.tensors.values() for shard in tensor.shards.values()]
         ends: dict[str, int] = {}
         for shard in [*metadata.values.values(), *shards]:
             ends[shard.object] = max(ends.get(shard.object, 0), shard.start + shard.nbytes)
-        super().__init__(reads, ends.items())
+        super().__init__(reader, ends.items())
         self.paths = metadata.paths
         self.info |= {"files": len(ends)} | metadata.info
         self._add_entries(metadata)
@@ -132,7 +132,7 @@ class DcpSource(ForeignSource):
             if preamble[8:9] == b"{"
         }
         new = sorted(files.difference(self._headers))
-        self._headers |= dict(zip(new, self._reads.many(self._header, new), strict=True))
+        self._headers |= dict(zip(new, self._reader.many(self._header, new), strict=True))
         for shard, preamble in zip(to_locate, preambles, strict=True):
             self._locate_values(shard, preamble)
         # The bytes of a value are read as they are, so only its end had to be checked.
@@ -156,7 +156,7 @@ class DcpSource(ForeignSource):
         worthwhile[:] = ~self._must_read_whole[name][rows]
         if self.store.capabilities.is_local:
             return worthwhile  # on a disk, a request costs less than decoding
-        shards, itemsize, costs = self._shards[name], self._entries[name].itemsize, self._reads.costs
+        shards, itemsize, costs = self._shards[name], self._entries[name].itemsize, self._reader.costs
         lengths, values = shards.lengths[rows], shards.sizes[rows].prod(axis=1) * itemsize
         # A shard that has no more bytes than its values is in a safetensors file, and the header must be read.
         some = np.flatnonzero(worthwhile & (lengths > values) & (lengths <= MAX_REQUEST_BYTES))
@@ -175,7 +175,9 @@ class DcpSource(ForeignSource):
         """Check that the objects have all bytes of some shards, before memory is allocated for them."""
         sizes = dict(enumerate(self.objects))
         new = sorted({shard.object for shard in shards} - self._sized)
-        sizes |= {at: (sizes[at][0], nbytes) for at, nbytes in zip(new, self._reads.many(self._size, new), strict=True)}
+        sizes |= {
+            at: (sizes[at][0], nbytes) for at, nbytes in zip(new, self._reader.many(self._size, new), strict=True)
+        }
         for name, nbytes, shard in ((*sizes[shard.object], shard) for shard in shards):
             if shard.start + shard.nbytes > nbytes:
                 raise CorruptCheckpointError(
@@ -188,7 +190,7 @@ class DcpSource(ForeignSource):
     def _size(self, at: int) -> int:
         name = self.objects[at][0]
         try:
-            return self._reads.size(name)
+            return self._reader.size(name)
         except ObjectNotFoundError as error:
             tensor = next(tensor for tensor, shards in self._shards.items() if at in shards.objects)
             raise CorruptCheckpointError(f"{tensor!r}: object {name!r} is missing in {self.store.location}") from error
@@ -204,9 +206,9 @@ class DcpSource(ForeignSource):
         requests = coalesce(objects, starts, starts + lengths, limits, max_request_bytes=MAX_PREAMBLES_BYTES)
 
         def read(at: int, start: int, stop: int) -> bytes:
-            return self._reads.whole(self.objects[at][0], start, stop)
+            return self._reader.whole(self.objects[at][0], start, stop)
 
-        data = self._reads.many(read, *(c.tolist() for c in (requests.objects, requests.starts, requests.stops)))
+        data = self._reader.many(read, *(c.tolist() for c in (requests.objects, requests.starts, requests.stops)))
         begins = starts - requests.starts[requests.request_of_range]
         return [
             data[request][begin : begin + length]
@@ -216,7 +218,7 @@ class DcpSource(ForeignSource):
     def _header(self, file: tuple[int, int]) -> dict[str, TensorHeader]:
         """Read the tensors of a safetensors file that begins at a byte of an object and ends with the object."""
         name, end = self.objects[file[0]]
-        return read_header(self._reads, name, file[1], end)[0]
+        return read_header(self._reader, name, file[1], end)[0]
 
     def _locate_values(self, shard: _ShardRow, preamble: bytes) -> None:
         """Note where the values of a shard are. If the preamble does not show it, the shard is read as a whole."""

@@ -22,7 +22,7 @@ from .dcp_metadata import METADATA, RANK_METADATA
 from .dcp_source import DcpSource
 from .foreign import ForeignSource
 from .hf_index import WeightMap, check_numbered_files, group_numbered_files, read_weight_map
-from .metadata_reads import Reads
+from .metadata_reader import MetadataReader
 from .native.manifest import DATA_NAME, MANIFEST_NAME
 from .native.native_source import NativeSource
 from .safetensors_source import INDEX_SUFFIX, SUFFIX, SafetensorsSource
@@ -104,29 +104,29 @@ def open_source(
 
 def _file(store: Store, name: str, format: str | None) -> Source | None:
     """Open a single file. Return None if it does not exist, or is not a checkpoint."""
-    reads = Reads(store)
+    reader = MetadataReader(store)
     try:
-        reads.size(name)
+        reader.size(name)
         if name.endswith(INDEX_SUFFIX) and format in (None, "safetensors"):
-            return _safetensors(reads, read_weight_map(reads, name, ()), ())
+            return _safetensors(reader, read_weight_map(reader, name, ()), ())
         if name.endswith(TORCH_INDEX_SUFFIX) and format in (None, "torch"):
-            return _torch(reads, read_weight_map(reads, name, ()), ())
-        begin = b"" if format else reads.whole(name, 0, SIGNATURE_BYTES)
+            return _torch(reader, read_weight_map(reader, name, ()), ())
+        begin = b"" if format else reader.whole(name, 0, SIGNATURE_BYTES)
     except ObjectNotFoundError:
         return None
     if format == "safetensors" or begin[8:9] == b"{":
-        return SafetensorsSource(reads, [name])
+        return SafetensorsSource(reader, [name])
     if format == "torch" or begin.startswith(b"PK") or LEGACY_MAGIC in begin:
-        return TorchSaveSource(reads, [name])
+        return TorchSaveSource(reader, [name])
     return None
 
 
-def _safetensors(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
-    return _noting_others(SafetensorsSource(reads, weight_map.names or beside, weight_map), beside)
+def _safetensors(reader: MetadataReader, weight_map: WeightMap, beside: Sequence[str]) -> Source:
+    return _noting_others(SafetensorsSource(reader, weight_map.names or beside, weight_map), beside)
 
 
-def _torch(reads: Reads, weight_map: WeightMap, beside: Sequence[str]) -> Source:
-    return _noting_others(TorchSaveSource(reads, weight_map.names or beside, weight_map), beside)
+def _torch(reader: MetadataReader, weight_map: WeightMap, beside: Sequence[str]) -> Source:
+    return _noting_others(TorchSaveSource(reader, weight_map.names or beside, weight_map), beside)
 
 
 def _noting_others(source: ForeignSource, beside: Sequence[str]) -> Source:
@@ -159,7 +159,7 @@ class _Listing:
     store: Store
     wanted: str | None
     """The format that the caller wants. None: any format."""
-    reads: Reads
+    reader: MetadataReader
     names: list[str]
     """All names, or the first MAX_OBJECTS_SEARCHED and the indexes."""
     top: list[str]
@@ -168,13 +168,13 @@ class _Listing:
 
     @classmethod
     def of(cls, store: Store, wanted: str | None) -> _Listing:
-        reads = Reads(store)
+        reader = MetadataReader(store)
         names = list(islice(store.list(), MAX_OBJECTS_SEARCHED))
         is_cut = len(names) == MAX_OBJECTS_SEARCHED
         if is_cut:
-            names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reads, name)]
+            names += [name for name in (METADATA, *MAIN_INDEXES) if name not in names and _is_there(reader, name)]
         top = sorted(name for name in names if "/" not in name)
-        return cls(store, wanted, reads, names, top, is_cut)
+        return cls(store, wanted, reader, names, top, is_cut)
 
     def check(self) -> None:
         """Raise NotCommittedError for an unfinished conversion, and CheckpointNotFoundError if there are too many."""
@@ -200,28 +200,28 @@ def _open_dcp(listing: _Listing) -> Source | None:
     if not files:
         return None
     _warn_of_others(listing.store, "dcp", listing.wanted)
-    return DcpSource(listing.reads, files)
+    return DcpSource(listing.reader, files)
 
 
 def _open_safetensors(listing: _Listing) -> Source | None:
     files = [name for name in listing.top if name.endswith(SUFFIX)]
     indexes = [name for name in listing.top if name.endswith(INDEX_SUFFIX)]
     if indexes:
-        weights = read_weight_map(listing.reads, _index_of(listing.store, indexes), files)
-        return _safetensors(listing.reads, weights, files)
+        weights = read_weight_map(listing.reader, _index_of(listing.store, indexes), files)
+        return _safetensors(listing.reader, weights, files)
     if not files:
         return None
     check_numbered_files(listing.store.location, files)
-    return SafetensorsSource(listing.reads, files)
+    return SafetensorsSource(listing.reader, files)
 
 
 def _open_torch_save(listing: _Listing) -> Source | None:
     files = [name for name in listing.top if is_torch_file(name)]
     indexes = [name for name in listing.top if name.endswith(TORCH_INDEX_SUFFIX)]
     if indexes:
-        return _torch(listing.reads, read_weight_map(listing.reads, _index_of(listing.store, indexes), files), files)
+        return _torch(listing.reader, read_weight_map(listing.reader, _index_of(listing.store, indexes), files), files)
     files = _files_of_one_model(listing.store, files)
-    return TorchSaveSource(listing.reads, files) if files else None
+    return TorchSaveSource(listing.reader, files) if files else None
 
 
 def _warn_of_others(store: Store, found: str, wanted: str | None) -> None:
@@ -298,9 +298,9 @@ def is_of_other_format(name: str) -> bool:
     )
 
 
-def _is_there(reads: Reads, name: str) -> bool:
+def _is_there(reader: MetadataReader, name: str) -> bool:
     try:
-        reads.size(name)
+        reader.size(name)
     except ObjectNotFoundError:
         return False
     return True

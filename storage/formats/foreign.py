@@ -24,7 +24,7 @@ from ..runtime.forks import fork_safe_lock
 from ..stores.base import Store
 from ..tensors.dtypes import torch_dtype
 from ..tensors.state_dict import Path
-from .metadata_reads import Reads, Speed
+from .metadata_reader import MetadataReader, Speed
 from .source import Unreadable, bounded
 from .value_codec import encode_value
 
@@ -85,14 +85,14 @@ class ForeignSource:
     """The name of the format, as in `FORMATS`."""
     metadata: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, reads: Reads, objects: Iterable[tuple[str, int]]) -> None:
+    def __init__(self, reader: MetadataReader, objects: Iterable[tuple[str, int]]) -> None:
         """Start without entries.
 
         Args:
-            reads: the store.
+            reader: reads the store.
             objects: name and size in bytes of each object with values.
         """
-        self._reads = reads
+        self._reader = reader
         self.objects = tuple(objects)
         self.info: dict[str, Any] = {}
         self.paths: dict[str, Path] = {}
@@ -184,7 +184,7 @@ class ForeignSource:
 
     @property
     def store(self) -> Store:
-        return self._reads.store
+        return self._reader.store
 
     @property
     def location(self) -> str:
@@ -203,18 +203,18 @@ class ForeignSource:
 
     @property
     def speed(self) -> Speed:
-        return self._reads.speed
+        return self._reader.speed
 
     def use_store(self, store: Store, speed: Speed | None = None) -> None:
-        self._reads.use_store(store, speed)
+        self._reader.use_store(store, speed)
 
     @property
     def bytes_read(self) -> int:
-        return self._reads.bytes_read
+        return self._reader.bytes_read
 
     @property
     def requests(self) -> int:
-        return self._reads.requests
+        return self._reader.requests
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries or name in self.unreadable
@@ -229,18 +229,18 @@ class ForeignSource:
     def fingerprint(self) -> str:
         def sample(name: str, nbytes: int) -> None:
             with suppress(ObjectNotFoundError):  # a read of a tensor in it raises the error
-                self._reads.whole(name, nbytes // 2, min(nbytes // 2 + FINGERPRINT_BYTES, nbytes))
+                self._reader.whole(name, nbytes // 2, min(nbytes // 2 + FINGERPRINT_BYTES, nbytes))
 
         objects = [(name, nbytes) for name, nbytes in self.objects if nbytes][:FINGERPRINT_OBJECTS]
         if objects:
-            self._reads.many(sample, *zip(*objects, strict=True))
-        return f"{self._reads.digest:016x}"
+            self._reader.many(sample, *zip(*objects, strict=True))
+        return f"{self._reader.digest:016x}"
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        self._reads.observe(nbytes, seconds)
+        self._reader.observe(nbytes, seconds)
 
     def gap_limits(self, max_over_read: float | None, costs: RequestCosts | None = None) -> GapLimits:
-        limits = (costs or self._reads.costs).gap_limits(bounded(max_over_read))
+        limits = (costs or self._reader.costs).gap_limits(bounded(max_over_read))
         free_gap_bytes = min(FREE_GAP_BYTES, limits.max_gap_bytes) if max_over_read is None else 0
         return replace(limits, free_gap_bytes=free_gap_bytes)
 

@@ -17,7 +17,7 @@ from ...planner.text import quoted
 from ..errors import CorruptCheckpointError, ObjectNotFoundError
 from ..runtime.brief import reason
 from .foreign import ForeignSource
-from .metadata_reads import MALFORMED_ERRORS, Reads
+from .metadata_reader import MALFORMED_ERRORS, MetadataReader
 
 MAX_INDEX_BYTES = 100_000_000
 """The largest size of an index."""
@@ -47,11 +47,11 @@ class WeightMap:
         return sorted(set(self.files.values()))
 
 
-def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap:
+def read_weight_map(reader: MetadataReader, name: str, beside: Sequence[str]) -> WeightMap:
     """Read an index of Hugging Face.
 
     Args:
-        reads: the store.
+        reader: reads the store.
         name: the name of the index.
         beside: weight files in the same folder, for the error message.
 
@@ -61,10 +61,10 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
         StoreError: the store cannot be read.
     """
     try:
-        nbytes = reads.size(name)
+        nbytes = reader.size(name)
         if nbytes > MAX_INDEX_BYTES:
             raise ValueError(f"it has {nbytes} bytes")
-        weight_map = json.loads(reads.exactly(name, 0, nbytes))["weight_map"]
+        weight_map = json.loads(reader.exactly(name, 0, nbytes))["weight_map"]
         files = {str(tensor): file.removeprefix("./") for tensor, file in weight_map.items()}
         if not all(_is_inside(file) for file in files.values()):
             raise ValueError(f"it names files outside its folder, among {sorted(set(files.values()))}")
@@ -72,7 +72,7 @@ def read_weight_map(reads: Reads, name: str, beside: Sequence[str]) -> WeightMap
     except MALFORMED_ERRORS as error:
         kind = "safetensors" if name.endswith(".safetensors.index.json") else "weights"
         raise CorruptCheckpointError(
-            f"{name!r} in {reads.store.location} is not an index of {kind}: {reason(error)}{_weights_beside(beside)}"
+            f"{name!r} in {reader.store.location} is not an index of {kind}: {reason(error)}{_weights_beside(beside)}"
         ) from error
 
 
@@ -128,7 +128,7 @@ class FilesSource(ForeignSource):
     """The tensors of a file, or of the files of a folder, possibly with an index.
 
     Args:
-        reads: the store.
+        reader: reads the store.
         names: the files.
         weight_map: the index that says which file contains which tensor, if there is one.
 
@@ -136,8 +136,8 @@ class FilesSource(ForeignSource):
         ObjectNotFoundError, CorruptCheckpointError: see `existing_files`.
     """
 
-    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> None:
-        super().__init__(reads, existing_files(reads, names, weight_map))
+    def __init__(self, reader: MetadataReader, names: Sequence[str], weight_map: WeightMap | None) -> None:
+        super().__init__(reader, existing_files(reader, names, weight_map))
         self.is_folder = weight_map is not None or len(self.objects) > 1
 
     @property
@@ -145,11 +145,11 @@ class FilesSource(ForeignSource):
         return self.store.location if self.is_folder else f"{self.store.location}/{self.objects[0][0]}"
 
 
-def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
+def existing_files(reader: MetadataReader, names: Sequence[str], weight_map: WeightMap | None) -> list[tuple[str, int]]:
     """Return the files that exist, with their sizes.
 
     Args:
-        reads: the store.
+        reader: reads the store.
         names: the files of a model.
         weight_map: the index that names them, if there is one.
 
@@ -160,20 +160,20 @@ def existing_files(reads: Reads, names: Sequence[str], weight_map: WeightMap | N
 
     def size(name: str) -> int | None:
         try:
-            return reads.size(name)
+            return reader.size(name)
         except ObjectNotFoundError:
             if weight_map is None:
                 raise
             return None
 
-    sizes = reads.many(size, names)
+    sizes = reader.many(size, names)
     found = [(name, nbytes) for name, nbytes in zip(names, sizes, strict=True) if nbytes is not None]
     if weight_map is not None and not found:
         said = "names no tensors"
         if names:
             said = "names a file that is missing" if len(names) == 1 else "names files that are all missing"
         raise CorruptCheckpointError(
-            f"the index {weight_map.index!r} in {reads.store.location} {said}"
+            f"the index {weight_map.index!r} in {reader.store.location} {said}"
             f"{': ' if names else ''}{quoted(names, MAX_FILES_IN_ERROR)}"
         )
     return found

@@ -22,7 +22,7 @@ from ..runtime.brief import brief, reason
 from ..tensors.dtypes import is_packed
 from .foreign import Shards
 from .hf_index import MAX_FILES_IN_ERROR, FilesSource, WeightMap, duplicate_tensor_error, select_by_index
-from .metadata_reads import MALFORMED_ERRORS, Reads
+from .metadata_reader import MALFORMED_ERRORS, MetadataReader
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -65,11 +65,11 @@ class SafetensorsSource(FilesSource):
 
     format = "safetensors"
 
-    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
+    def __init__(self, reader: MetadataReader, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
         """Read the headers.
 
         Args:
-            reads: the store.
+            reader: reads the store.
             names: the files.
             weight_map: the index that says which file contains which tensor, if there is one.
 
@@ -78,10 +78,10 @@ class SafetensorsSource(FilesSource):
             ObjectNotFoundError: a file is missing.
             StoreError: the store cannot be read.
         """
-        super().__init__(reads, names, weight_map)
+        super().__init__(reader, names, weight_map)
         self._has_shards = False
         columns = zip(*self.objects, strict=True) if self.objects else ((), ())
-        headers = reads.many(lambda name, size: read_header(reads, name, 0, size), *map(list, columns))
+        headers = reader.many(lambda name, size: read_header(reader, name, 0, size), *map(list, columns))
         found: dict[str, list[tuple[int, TensorHeader]]] = {}
         for at, (tensors, notes) in enumerate(headers):
             self.info |= notes
@@ -146,11 +146,13 @@ class SafetensorsSource(FilesSource):
         self.refuse(name, CorruptCheckpointError, reason, files[0])
 
 
-def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[str, TensorHeader], dict[str, Any]]:
+def read_header(
+    reader: MetadataReader, name: str, start: int, stop: int
+) -> tuple[dict[str, TensorHeader], dict[str, Any]]:
     """Read the header of a safetensors file.
 
     Args:
-        reads: the store.
+        reader: reads the store.
         name: the object.
         start, stop: the byte range of the file in the object.
 
@@ -161,15 +163,15 @@ def read_header(reads: Reads, name: str, start: int, stop: int) -> tuple[dict[st
         CorruptCheckpointError: the header is damaged, or does not fit the size of the file.
         StoreError: the store cannot be read.
     """
-    where = f"the safetensors file {name!r} in {reads.store.location}"
-    first = reads.whole(name, start, min(start + FIRST_HEADER_READ_BYTES, stop))
+    where = f"the safetensors file {name!r} in {reader.store.location}"
+    first = reader.whole(name, start, min(start + FIRST_HEADER_READ_BYTES, stop))
     nbytes = int.from_bytes(first[:8], "little")
     if len(first) < 8 or nbytes > min(MAX_SAFETENSORS_HEADER_BYTES, stop - start - 8) or first[8:9] != b"{":
         raise CorruptCheckpointError(
             f"{where} has no header: it begins with {first[:9]!r}, and has {stop - start} bytes"
         )
     if 8 + nbytes > len(first):
-        first += reads.exactly(name, start + len(first), start + 8 + nbytes)
+        first += reader.exactly(name, start + len(first), start + 8 + nbytes)
     try:
         header = json.loads(first[8 : 8 + nbytes], object_pairs_hook=_without_duplicates)
         notes = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}

@@ -19,7 +19,7 @@ from ...planner.request_costs import UNBOUNDED_OVER_READ, RequestCosts
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..stores.base import Store
 from ..tensors.state_dict import Path
-from .metadata_reads import Speed
+from .metadata_reader import Speed
 
 
 def bounded(max_over_read: float | None) -> float | None:

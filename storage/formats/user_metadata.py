@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ArgumentError, CorruptCheckpointError
 from ..runtime.brief import brief, text_of
 from ..tensors.plain_json import from_plain, to_plain
-from .metadata_reads import MALFORMED_ERRORS
+from .metadata_reader import MALFORMED_ERRORS
 
 MAX_METADATA_BYTES = 1024 * 1024
 """The largest size of metadata as JSON. The manifest contains it, so every rank that opens the checkpoint reads it."""

@@ -24,9 +24,9 @@ from ...planner.read_plan import ReadPlan, plan_reads
 from ...planner.strided import StridedView
 from ..errors import ArgumentError, DestinationError
 from ..formats.source import Source
-from ..reading.read_tensors import BoxReads, ReadOptions, execute_reads, with_heads_only
+from ..reading.read_tensors import CheckedBoxes, ReadOptions, execute_reads, with_heads_only
 from ..reading.shared_read import Offer, SharedRead
-from ..reading.value_reads import whole_wants
+from ..reading.value_buffers import whole_wants
 from ..runtime.deferred_writes import executing, finish_writes, register, unregister
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
@@ -136,15 +136,15 @@ class _Batch:
 
     def __init__(self, resolved: list[Resolution]) -> None:
         self._resolved = resolved
-        self._box_reads: BoxReads | None = None
+        self._box_reads: CheckedBoxes | None = None
 
-    def box_reads(self, source: Source) -> BoxReads:
+    def box_reads(self, source: Source) -> CheckedBoxes:
         """Check that the boxes can be read, and return them. This allocates the temporary tensors."""
         if self._box_reads is None:
             reads = [read for found in self._resolved for read in found.reads]
             wants = [WantedBox(read.name, read.box) for read in reads]
             source.index(wants)  # checks the metadata before tensors of these sizes are allocated
-            self._box_reads = BoxReads.of(source, wants, [read.target.tensor() for read in reads])
+            self._box_reads = CheckedBoxes.of(source, wants, [read.target.tensor() for read in reads])
         return self._box_reads
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from ..formats.source import Source
 from ..formats.value_codec import encode_value
 from ..reading.read_tensors import read_boxes
 from ..reading.same_chunks import same_chunks
-from ..reading.value_reads import ValueRead
+from ..reading.value_buffers import ValueBuffer
 from ..runtime.torch_modes import undisturbed
 from ..stores.base import Store
 from ..tensors.splitting import row_boxes
@@ -186,7 +186,7 @@ def _value_to_compare(source: Source, name: str) -> _Value:
     entry = source.entry(name)
     if entry.is_tensor:
         return _Value(entry, Kind.TENSOR, b"")
-    [read] = ValueRead.of(source, [name])
+    [read] = ValueBuffer.of(source, [name])
     read_boxes(source, read.wants, read.tensors)
     try:
         return _Value(entry, *encode_value(read.value()))

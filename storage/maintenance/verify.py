@@ -18,8 +18,8 @@ from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
 from ..formats.torch_save.safe_load import damage_of
-from ..reading.request_checksums import damages
-from ..reading.tasks import DAMAGED, ChunkBatch, ChunkRange, Request, build_tasks
+from ..reading.request_checksums import damaged_chunks
+from ..reading.tasks import CHECKSUM_MISMATCH, ChunkBatch, ChunkRange, Request, build_tasks
 from ..runtime.limits import default_budget
 from ..runtime.logs import logger_of
 from ..runtime.process_group import rank_of
@@ -122,7 +122,7 @@ def _size(store: Store, name: str) -> int | None:
 
 def _beyond_end(index: CheckpointIndex, request: Request, nbytes: int | None) -> list[tuple[ChunkRange, str]]:
     """Return the chunks of a request that are beyond the end of its object, which has `nbytes` or is missing."""
-    chunks = damages(request, index, memoryview(b"")) if nbytes is None or nbytes < request.stop else []
+    chunks = damaged_chunks(request, index, memoryview(b"")) if nbytes is None or nbytes < request.stop else []
     reason = "the object is missing" if nbytes is None else "the object is cut short"
     return [(chunk, reason) for chunk in chunks if nbytes is None or chunk.stop > nbytes]
 
@@ -130,15 +130,16 @@ def _beyond_end(index: CheckpointIndex, request: Request, nbytes: int | None) ->
 def _damaged(store: Store, index: CheckpointIndex, name: str, request: Request) -> Iterable[tuple[ChunkRange, str]]:
     try:
         data = memoryview(store.read(name, request.start, request.stop))
-        chunks = damages(request, index, data)
+        chunks = damaged_chunks(request, index, data)
         if chunks:  # perhaps only in transit
             data = memoryview(read_whole(store, name, request.start, request.stop))
-            chunks = damages(request, index, data)
+            chunks = damaged_chunks(request, index, data)
     except (ObjectNotFoundError, SpecialFileError) as error:
         reason = "the object is missing" if isinstance(error, ObjectNotFoundError) else "the object is not a file"
-        return [(chunk, reason) for chunk in damages(request, index, memoryview(b""))]
+        return [(chunk, reason) for chunk in damaged_chunks(request, index, memoryview(b""))]
     damaged = [
-        (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else DAMAGED) for chunk in chunks
+        (chunk, "the object is cut short" if chunk.stop - request.start > len(data) else CHECKSUM_MISMATCH)
+        for chunk in chunks
     ]
     return damaged or [found for batch, _ in request.parts for found in _wrong_crcs(batch, request, data)]
 

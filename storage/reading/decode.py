@@ -20,7 +20,7 @@ from ..formats.native.codec import Bytes, decode, decode_heads, decode_heads_and
 from ..formats.torch_save.safe_load import decode_opaque
 from .blocks import Block
 from .stream_bytes import StreamBytes
-from .tasks import ChunkBatch, TensorRead
+from .tasks import ChunkBatch, TensorProgress
 
 MAX_PART_BYTES = 1024 * 1024
 """The maximum number of decoded bytes that are decoded or cast at once. They should fit the cache of a core
@@ -28,24 +28,28 @@ MAX_PART_BYTES = 1024 * 1024
 
 
 _RAW, _PLANES, _PLAIN, _OPAQUE = map(int, Encoding)
-Damage = Callable[[TensorRead, str], Exception]
+MakeError = Callable[[TensorProgress, str], Exception]
 """Returns the error to raise for a tensor and a message."""
 Values = npt.NDArray[Any]
 """The values of chunks, as bytes or as unsigned integers."""
 
 
-def place_chunk_batch(batch: ChunkBatch, damage: Damage) -> None:
+def place_chunk_batch(batch: ChunkBatch, make_error: MakeError) -> None:
     """Decode the chunks of a batch, whose bytes have arrived, and write them to its destination."""
     streams = arrived_streams(batch)
     for block in batch.blocks.select(batch.block_rows):
         try:
             _place(batch, block, streams)
         except CorruptCheckpointError as error:
-            raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, damage) from error
+            raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, make_error) from error
 
 
 def damaged_chunk(
-    batch: ChunkBatch, block: Block, decode: Callable[[Block], object], error: CorruptCheckpointError, damage: Damage
+    batch: ChunkBatch,
+    block: Block,
+    decode: Callable[[Block], object],
+    error: CorruptCheckpointError,
+    make_error: MakeError,
 ) -> Exception:
     """Return the error for a block that cannot be decoded. It names the first chunk that cannot be decoded.
 
@@ -60,12 +64,12 @@ def damaged_chunk(
         except CorruptCheckpointError as of_chunk:
             row, cause = chunk.row, of_chunk
             break
-    return undecodable(batch, row, cause, damage)
+    return undecodable(batch, row, cause, make_error)
 
 
-def undecodable(batch: ChunkBatch, row: int, cause: object, damage: Damage) -> Exception:
+def undecodable(batch: ChunkBatch, row: int, cause: object, make_error: MakeError) -> Exception:
     """Return the error for the chunk in a row of a read."""
-    return damage(batch.tensor, f"chunk {batch.chunk_box(row - batch.rows.start)} cannot be decoded: {cause}")
+    return make_error(batch.tensor, f"chunk {batch.chunk_box(row - batch.rows.start)} cannot be decoded: {cause}")
 
 
 def decode_chunk(read: ChunkReads, streams: list[StreamBytes], chunk: Block) -> None:

@@ -41,7 +41,7 @@ from .fetcher import Fetched, ObjectRanges
 from .request_checksums import RequestChecksums
 from .schedule import Fetch, Place, Schedule, Verify
 from .tasks import ChunkBatch, Request, break_reference_cycles, build_tasks
-from .verifier import STOPPED, Verifier, name_of
+from .verifier import STOPPED, Verifier, object_of
 from .workers import Workers
 
 _Step = Fetch | Verify | Place
@@ -191,7 +191,7 @@ class _Execution:
         return self._stats
 
     def _wanted(self, requests: Sequence[Request]) -> list[ObjectRanges]:
-        return [(name_of(request, self._index), request.ranges) for request in requests]
+        return [(object_of(request, self._index), request.ranges) for request in requests]
 
     def _pause(self, interrupt: Interrupt) -> None:
         """Release the lock while waiting, and call `interrupt`. The caller holds the lock."""
@@ -308,7 +308,7 @@ class _Execution:
         begin = time.perf_counter()
         check = RequestChecksums(request, self._index)
         memory = None if slot is None else slot.memory
-        found = self._fetcher.read(name_of(request, self._index), request.ranges, check.update, memory)
+        found = self._fetcher.read(object_of(request, self._index), request.ranges, check.update, memory)
         self._take(request, found, check, slot, fetch_s=time.perf_counter() - begin)
 
     def _fetched(self, step: Fetch, begun: float, future: Future[list[Fetched]]) -> None:
@@ -373,7 +373,7 @@ class _Execution:
             slot.memory[: len(data)] = np.frombuffer(data, np.uint8)
             data = slot.memory[: len(data)].data
         try:
-            move(request, data, slot, self._verifier.damage)
+            move(request, data, slot, self._verifier.make_error)
         except CheckpointError:
             raise
         except Exception as error:  # raised by torch or by the device
@@ -385,7 +385,7 @@ class _Execution:
         """Write the values of batches."""
         begin = time.perf_counter()
         try:
-            place(batches, self._verifier.damage, self._max_decompressed_bytes)
+            place(batches, self._verifier.make_error, self._max_decompressed_bytes)
         except CheckpointError:
             raise
         except PlacingError as failed:

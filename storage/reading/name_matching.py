@@ -30,7 +30,7 @@ from ..tensors.name_patterns import (
 from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
 from .read_tensors import ReadOptions, read_boxes
-from .value_reads import ValueRead, check_values
+from .value_buffers import ValueBuffer, check_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class NameMatch:
             return []
         stored = [self.stored_names[name] for name in by_value]
         check_values(self._source, stored, self._options.budget_bytes)
-        reads = ValueRead.of(self._source, stored)
+        reads = ValueBuffer.of(self._source, stored)
         self.report = read_boxes(self._source, [], [], reads, ReadOptions(budget_bytes=self._options.budget_bytes))
         missing = []
         for (name, leaves), read in zip(by_value.items(), reads, strict=True):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ...planner.chunk_reads import WantedBox
 from ..errors import ArgumentError
 from ..formats.detect import open_source
-from ..formats.metadata_reads import Speed
+from ..formats.metadata_reader import Speed
 from ..formats.native.native_source import NativeSource
 from ..formats.source import Source
 from ..runtime.process_group import is_distributed, rank_of
@@ -85,8 +85,8 @@ class BegunOpening:
     """What a rank sends to the others when it begins to open a checkpoint."""
 
     opened: OpenedCheckpoint
-    is_complete: bool
-    """Whether the rank has opened the checkpoint by itself."""
+    opened_alone: bool
+    """Whether the rank has opened the checkpoint by itself, without rank 0."""
     sent: SentMetadata | None = None
     """What rank 0 has read for all ranks."""
 
@@ -133,9 +133,9 @@ class Opening:
         """Open the checkpoint, unless rank 0 does it for this rank. Raise what `open_source` raises."""
         if not self._is_together:
             self._open_alone()
-            return BegunOpening(self.opened, is_complete=True)
+            return BegunOpening(self.opened, opened_alone=True)
         sent = self._open_for_all() if self._rank == 0 else None
-        return BegunOpening(OpenedCheckpoint(self._location, ""), is_complete=False, sent=sent)
+        return BegunOpening(OpenedCheckpoint(self._location, ""), opened_alone=False, sent=sent)
 
     def finish(self, begun: Sequence[BegunOpening]) -> None:
         """Open the checkpoint with the metadata from rank 0, if this has not been done.
@@ -192,14 +192,14 @@ def _inner(store: Store) -> Store:
     return store.inner
 
 
-def blocks_to_read(source: Source, wants: Sequence[WantedBox]) -> list[int]:
+def manifest_blocks_to_read(source: Source, wants: Sequence[WantedBox]) -> list[int]:
     """Return the blocks of a manifest that this rank would have to read, and that rank 0 may read for all ranks."""
     if isinstance(source, NativeSource) and _is_remote(source.store):
         return source.blocks_to_read(wants)
     return []
 
 
-def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: int) -> ManifestBlocks:
+def read_manifest_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: int) -> ManifestBlocks:
     """Read on rank 0 the blocks that ranks need. Return none if it is better that each rank reads its own.
 
     Args:
@@ -215,7 +215,7 @@ def read_blocks(source: Source, wanted: Sequence[Sequence[int]], budget_bytes: i
     return source.read_blocks(blocks.tolist())
 
 
-def keep_blocks(source: Source, blocks: ManifestBlocks) -> None:
+def keep_manifest_blocks(source: Source, blocks: ManifestBlocks) -> None:
     """Keep the blocks that rank 0 has read."""
     if isinstance(source, NativeSource):
         source.keep_blocks(blocks)

@@ -39,7 +39,7 @@ from .executor import ReadStats, execute
 from .same_chunks import same_chunks
 from .shared_fetcher import SharedFetcher
 from .shared_read import SharedPart, SharedRead
-from .value_reads import ValueRead
+from .value_buffers import ValueBuffer
 from .workers import Workers
 
 logger = logger_of(__name__)
@@ -94,7 +94,7 @@ class DecodedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class BoxReads:
+class CheckedBoxes:
     """Boxes to read and their destinations, after a check that they match.
 
     Most boxes are read straight into their destination. Two kinds are first read into a temporary tensor: integers that
@@ -128,7 +128,7 @@ class BoxReads:
         destinations: Sequence[torch.Tensor],
         decoded: Sequence[DecodedTensor] = (),
         options: ReadOptions | None = None,
-    ) -> BoxReads:
+    ) -> CheckedBoxes:
         """Check that boxes can be read into tensors. No tensor is changed.
 
         If two names have one destination and the index does not show that their values are the same, both are read.
@@ -284,19 +284,19 @@ def read_boxes(
     source: Source,
     wants: Sequence[WantedBox],
     destinations: Sequence[torch.Tensor],
-    values: Sequence[ValueRead] = (),
+    values: Sequence[ValueBuffer] = (),
     options: ReadOptions | None = None,
 ) -> RankReport:
-    """Check that boxes can be read into tensors, and read them. See `BoxReads.of` and `execute_reads`.
+    """Check that boxes can be read into tensors, and read them. See `CheckedBoxes.of` and `execute_reads`.
 
     Raises:
-        CheckpointError: as `BoxReads.of`, before anything is read, and as `execute_reads`.
+        CheckpointError: as `CheckedBoxes.of`, before anything is read, and as `execute_reads`.
     """
-    return execute_reads(source, BoxReads.of(source, wants, destinations), values, options)
+    return execute_reads(source, CheckedBoxes.of(source, wants, destinations), values, options)
 
 
 def execute_reads(
-    source: Source, reads: BoxReads, values: Sequence[ValueRead] = (), options: ReadOptions | None = None
+    source: Source, reads: CheckedBoxes, values: Sequence[ValueBuffer] = (), options: ReadOptions | None = None
 ) -> RankReport:
     """Read boxes into their destinations, in place, and the bytes of values into their buffers.
 
@@ -323,7 +323,7 @@ def execute_reads(
 class _ReadRun:
     """One call of `execute_reads`. It consists of several reads, whose reports are added up."""
 
-    def __init__(self, source: Source, reads: BoxReads, options: ReadOptions) -> None:
+    def __init__(self, source: Source, reads: CheckedBoxes, options: ReadOptions) -> None:
         check_nbytes(budget_bytes=options.budget_bytes)
         self._source = source
         self._reads = reads
@@ -345,7 +345,7 @@ class _ReadRun:
         for group in integers:
             _copy_all(group, kept or self._read_temporaries(group))
 
-    def read_direct(self, values: Sequence[ValueRead]) -> None:
+    def read_direct(self, values: Sequence[ValueBuffer]) -> None:
         """Read the other boxes straight into their destinations, and the bytes of values with them."""
         wants = [*self._reads.direct_wants, *(want for value in values for want in value.wants)]
         destinations = [self._reads.destinations[at] for at in self._reads.direct]

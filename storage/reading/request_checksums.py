@@ -53,7 +53,7 @@ class RequestChecksums:
         """
         return self._found == self._expected and len(data) == self._request.nbytes
 
-    def damages(self, data: memoryview) -> list[ChunkRange]:
+    def damaged_chunks(self, data: memoryview) -> list[ChunkRange]:
         """Return the chunks that are damaged or missing, after `update` has been called with all bytes.
 
         Args:
@@ -61,10 +61,10 @@ class RequestChecksums:
         """
         if self.is_intact(data):
             return []
-        return [chunk for part in self._parts for chunk in part.damages(data)]
+        return [chunk for part in self._parts for chunk in part.damaged_chunks(data)]
 
 
-def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[ChunkRange]:
+def damaged_chunks(request: Request, index: CheckpointIndex, data: memoryview) -> list[ChunkRange]:
     """Return the chunks of a request that are damaged or missing.
 
     Args:
@@ -72,7 +72,7 @@ def damages(request: Request, index: CheckpointIndex, data: memoryview) -> list[
     """
     check = RequestChecksums(request, index)
     check.update(data, len(data))
-    return check.damages(data)
+    return check.damaged_chunks(data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +106,7 @@ class _Checked:
             firsts = firsts[chunks] + pages
         return cls(batch, stream, start, chunks, begins, ends, index.checksums[firsts])
 
-    def damages(self, data: memoryview) -> list[ChunkRange]:
+    def damaged_chunks(self, data: memoryview) -> list[ChunkRange]:
         """Return the chunks that do not match their checksums or are not in `data`."""
         batch = self.batch
         starts = batch.read.starts[batch.rows, self.stream]

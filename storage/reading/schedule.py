@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .fetcher import Fetched
-from .tasks import ChunkBatch, Request, TensorRead
+from .tasks import ChunkBatch, Request, TensorProgress
 
 GROUPS_AHEAD = 4
 """The number of groups of requests that are announced in advance to a store that reads ahead."""
@@ -59,7 +59,7 @@ class Schedule:
 
     def __init__(
         self,
-        tensors: Sequence[TensorRead],
+        tensors: Sequence[TensorProgress],
         requests: Sequence[Request],
         *,
         budget_bytes: int,

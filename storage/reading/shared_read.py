@@ -13,7 +13,7 @@ from ...planner.coalesce import GapLimits
 from ...planner.index import CheckpointIndex
 from ...planner.read_plan import ReadPlan, find_chunks
 from ...planner.request_costs import REMOTE_COSTS
-from ...planner.shared_reads import Needs, RankShare, SharedReads, digest, shared_plan
+from ...planner.shared_reads import Needs, RankShare, ReadDivision, digest, shared_plan
 from ...planner.slabs import NO_GAPS
 from ..errors import ArgumentError
 from ..formats.source import Source
@@ -166,7 +166,7 @@ class SharedRead:
             is_first = any(ranks[0] == rank for ranks in groups)
             packed = on_all_ranks(lambda: wanted.packed if is_first else b"", self._group)
             needs = [Needs.unpack(packed[ranks[0]]) for ranks in groups]
-        divided = SharedReads.of(needs, groups, min(offer.budget_bytes for offer in offers))
+        divided = ReadDivision.of(needs, groups, min(offer.budget_bytes for offer in offers))
         return divided.share_of(rank) if is_demanded or divided.saves_time(REMOTE_COSTS.bytes_per_s) else None
 
     def run(self, prepare: Callable[[], Offer | None], read: Callable[[], T]) -> list[T]:

@@ -20,7 +20,7 @@ from .destination import BlockTarget, Destination
 from .device.device import Device
 from .stream_bytes import StreamOnDevice
 
-DAMAGED = "does not match its checksum: the bytes are damaged"
+CHECKSUM_MISMATCH = "does not match its checksum: the bytes are damaged"
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Request:
 class ChunkBatch:
     """Consecutive chunks of one read. Their bytes are in one request, or in two if heads and tails are read."""
 
-    tensor: TensorRead
+    tensor: TensorProgress
     read: ChunkReads
     rows: slice
     blocks: Blocks
@@ -98,7 +98,7 @@ class ChunkBatch:
 class ChunkRange:
     """The byte range of one stream of one chunk."""
 
-    tensor: TensorRead
+    tensor: TensorProgress
     box: Box
     start: int
     stop: int
@@ -108,7 +108,7 @@ class ChunkRange:
 
 
 @dataclass(slots=True)
-class TensorRead:
+class TensorProgress:
     """All batches of one tensor. They are written together or not at all, unless the tensor exceeds the budget."""
 
     name: str
@@ -123,7 +123,7 @@ class TensorRead:
 
 def build_tasks(
     plan: ReadPlan, destinations: Sequence[Destination | None] | None = None
-) -> tuple[list[TensorRead], list[Request]]:
+) -> tuple[list[TensorProgress], list[Request]]:
     """Return the tensors of a plan, and its requests in the order that completes one tensor after another.
 
     If the plan has an order of requests, they are in this order.
@@ -134,12 +134,12 @@ def build_tasks(
     destinations = [None] * len(plan.reads) if destinations is None else destinations
     columns = [column.tolist() for column in (plan.requests.objects, plan.requests.starts, plan.requests.stops)]
     requests = list(map(Request, *columns, map(plan.requests.sparse.get, range(len(plan.requests)))))
-    tensors: dict[str, TensorRead] = {}
+    tensors: dict[str, TensorProgress] = {}
     ordered: dict[int, Request] = {}
     requests_of = list(plan.requests_of())
     all_blocks = find_blocks(plan.reads, requests_of)
     for read, request_of, blocks, destination in zip(plan.reads, requests_of, all_blocks, destinations, strict=True):
-        tensor = tensors.setdefault(read.want.name, TensorRead(read.want.name))
+        tensor = tensors.setdefault(read.want.name, TensorProgress(read.want.name))
         for rows, block_rows in _batches(request_of, blocks):
             held = [ordered.setdefault(at, requests[at]) for at in request_of[rows.start].tolist()]
             batch = ChunkBatch(tensor, read, rows, blocks, block_rows, destination, held)
@@ -153,7 +153,7 @@ def build_tasks(
     return list(tensors.values()), list(ordered.values())
 
 
-def break_reference_cycles(tensors: Iterable[TensorRead], requests: Iterable[Request]) -> None:
+def break_reference_cycles(tensors: Iterable[TensorProgress], requests: Iterable[Request]) -> None:
     """Remove the references between tensors and requests.
 
     These cycles would keep the destinations in memory until the garbage collector runs.

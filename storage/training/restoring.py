@@ -26,9 +26,9 @@ from ..tensors.state_dict import stateful_to_state
 from .run_controller import Candidate
 
 logger = logger_of(__name__)
-DAMAGE = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError, CheckpointNotFoundError)
+DAMAGE_ERRORS = (CorruptCheckpointError, InvalidIndexError, ObjectNotFoundError, CheckpointNotFoundError)
 """Errors that mean that a checkpoint is damaged or gone."""
-OF_THE_STORE = (UnavailableError, AccessDeniedError)
+STORE_ERRORS = (UnavailableError, AccessDeniedError)
 """Errors that concern the store as a whole. A later restore may not have them."""
 Load = Callable[[Candidate], Report]
 
@@ -76,7 +76,7 @@ def restore_latest(
         failed.append((candidate, error))
     if failed:
         details = "; ".join(f"{candidate}: {error}" for candidate, error in failed)
-        is_damage = all(isinstance(error, DAMAGE) for _, error in failed)
+        is_damage = all(isinstance(error, DAMAGE_ERRORS) for _, error in failed)
         raise (CorruptCheckpointError if is_damage else StoreError)(
             f"none of the checkpoints of this run can be loaded, and the loads may have overwritten a part of the "
             f"state dict, so do not continue with it: {details}"
@@ -91,14 +91,14 @@ def _is_unreadable(error: CheckpointError) -> bool:
     the store is not available, or a newer version is needed. If a store fails in another way, loading the previous
     checkpoint shows whether it fails as a whole.
     """
-    return isinstance(error, DAMAGE) or (isinstance(error, StoreError) and not isinstance(error, OF_THE_STORE))
+    return isinstance(error, DAMAGE_ERRORS) or (isinstance(error, StoreError) and not isinstance(error, STORE_ERRORS))
 
 
 def _noting(error: CheckpointError, failed: Sequence[tuple[Candidate, CheckpointError]]) -> CheckpointError:
     """Return an error with a note about the checkpoints that were tried before."""
     if failed:
         candidate, earlier = failed[-1]
-        state = "was damaged" if isinstance(earlier, DAMAGE) else "could not be read"
+        state = "was damaged" if isinstance(earlier, DAMAGE_ERRORS) else "could not be read"
         error.add_note(
             shown(f"Before this, {candidate} {state}. Its load may have overwritten a part of the state dict")
         )
@@ -129,7 +129,7 @@ def _pass_over(candidate: Candidate, error: CheckpointError, process_group: dist
     if rank_of(process_group):
         return
     if candidate.is_committed:
-        state = "is damaged" if isinstance(error, DAMAGE) else "cannot be read"
+        state = "is damaged" if isinstance(error, DAMAGE_ERRORS) else "cannot be read"
         logger.warning("%s %s and is not restored: %s", candidate, state, error)
     else:
         logger.info("%s is not restored: its save did not finish", candidate)
@@ -166,7 +166,7 @@ def _check_nothing_is_left(
     names = [name for found in on_all_ranks(find_left, process_group) for name in found]
     if names:
         candidate, error = tried[-1]
-        is_damage = isinstance(error, DAMAGE)
+        is_damage = isinstance(error, DAMAGE_ERRORS)
         raise (CorruptCheckpointError if is_damage else StoreError)(
             f"{candidate} {'is damaged' if is_damage else 'cannot be read'}, and {loaded} does not have {names[0]!r}, "
             "which the load of the first may have overwritten: do not continue with this state dict. Initialize it "

@@ -153,7 +153,7 @@ def test_all_reads_work_in_every_mode(format: str, mode: str, locations: dict[st
         as_half = checkpoint.read("w", dtype=torch.bfloat16)
         state = checkpoint.state_dict()
         of_rank = checkpoint.load_rank(reshard.Layout({"tp": 2}, {"w": "rowwise"}), 1)
-        damages = checkpoint.verify()
+        damaged_chunks = checkpoint.verify()
         step = checkpoint.read_value("step") if has_values else 7
         reshard.load(loaded, location)
         reshard.load(cast, location)
@@ -170,7 +170,7 @@ def test_all_reads_work_in_every_mode(format: str, mode: str, locations: dict[st
     check(of_rank["w"], TENSORS["w"][:, 3:])
     check(cast["w"], TENSORS["w"].double())
     check(cast["ids"], TENSORS["ids"].int())
-    assert damages == []
+    assert damaged_chunks == []
     assert step == 7
     assert not has_values or (others == {"step": 7, "betas": (0.9, 0.95)} and state["step"] == 7)
     assert {found.what for found in differing} <= {"only in B"}

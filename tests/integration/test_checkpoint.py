@@ -135,12 +135,12 @@ def test_verify_lists_all_damaged_chunks(codec: str) -> None:
     name = next(name for name in store.content if name.startswith("data/"))
     whole = store.content[name]
     store.content[name] = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:-200]
-    damages = checkpoint.verify()
-    assert {damage.tensor for damage in damages} == {"a", "b", "step"}
-    assert [damage.reason for damage in damages if damage.tensor == "a"] == [
+    damaged_chunks = checkpoint.verify()
+    assert {damage.tensor for damage in damaged_chunks} == {"a", "b", "step"}
+    assert [damage.reason for damage in damaged_chunks if damage.tensor == "a"] == [
         "does not match its checksum: the bytes are damaged"
     ]
-    assert all("cut short" in damage.reason for damage in damages if damage.tensor != "a")
+    assert all("cut short" in damage.reason for damage in damaged_chunks if damage.tensor != "a")
     del store.content[name]
     assert {damage.reason for damage in checkpoint.verify()} == {"the object is missing"}
 

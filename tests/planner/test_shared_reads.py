@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.planner import shared_reads
-from reshard.planner.shared_reads import Needs, RankShare, SharedReads, UnitPart
+from reshard.planner.shared_reads import Needs, RankShare, ReadDivision, UnitPart
 
 Row = tuple[int, int, int, int, int, int, int]
 """object, start, stop, tensor, number of runs, bytes of a run, stride"""
@@ -92,7 +92,7 @@ def test_all_ranks_compute_the_same_and_get_what_they_need(random: Random) -> No
     ranks_of = [[rank] for rank in ranks[: len(needs)]]
     for rank in ranks[len(needs) :]:
         random.choice(ranks_of).append(rank)
-    results = [SharedReads.in_units(needs, ranks_of, 20) for _ in ranks]
+    results = [ReadDivision.in_units(needs, ranks_of, 20) for _ in ranks]
     found = [divided.share_of(rank) for rank, divided in enumerate(results)]
     units: dict[int, set[tuple[str, int, int, int]]] = {}
     members: dict[int, list[int]] = {}
@@ -129,7 +129,7 @@ def test_needs_are_the_same_after_packing(random: Random) -> None:
 
 def test_replicas_divide_the_bytes_evenly() -> None:
     needs = needs_of([(0, at * 10, at * 10 + 10, at, 1, 10, 10) for at in range(80)])
-    divided = SharedReads.in_units([needs], [[0, 1, 2, 3]], 20)
+    divided = ReadDivision.in_units([needs], [[0, 1, 2, 3]], 20)
     shared = [divided.share_of(rank) for rank in range(4)]
     assert divided.loads.tolist() == [200, 200, 200, 200]
     assert {unit.stop - unit.start for unit in shared[0].units} == {20}
@@ -140,7 +140,7 @@ def test_replicas_divide_the_bytes_evenly() -> None:
 
 def test_columns_of_rows_are_read_once() -> None:
     needs = [needs_of([(0, first, first + 9 * 8 + 2, 0, 10, 2, 8)]) for first in (0, 2, 4, 6)]
-    divided = SharedReads.in_units(needs, [[0], [1], [2], [3]], 1000)
+    divided = ReadDivision.in_units(needs, [[0], [1], [2], [3]], 1000)
     shared = [divided.share_of(rank) for rank in range(4)]
     (unit,) = shared[0].units
     assert (unit.start, unit.stop) == (0, 80)
@@ -158,7 +158,7 @@ def test_small_neighbours_that_different_ranks_need_are_read_together() -> None:
         needs_of([(0, at + 8 * rank, at + 8 * rank + 8, at // 32, 1, 8, 8) for at in range(0, 320, 32)])
         for rank in range(4)
     ]
-    divided = SharedReads.in_units(needs, [[0], [1], [2], [3]], 80)
+    divided = ReadDivision.in_units(needs, [[0], [1], [2], [3]], 80)
     shared = [divided.share_of(rank) for rank in range(4)]
     assert [(unit.start, unit.stop) for unit in shared[0].units] == [(at, at + 80) for at in range(0, 320, 80)]
     assert divided.loads.tolist() == [80] * 4
@@ -169,21 +169,21 @@ def test_small_neighbours_that_different_ranks_need_are_read_together() -> None:
 
 def test_large_neighbours_that_different_ranks_need_are_read_separately() -> None:
     needs = [needs_of([(0, 10 * rank, 10 * rank + 10, 0, 1, 10, 10)]) for rank in range(4)]
-    assert not SharedReads.in_units(needs, [[0], [1], [2], [3]], 80).share_of(0).units
+    assert not ReadDivision.in_units(needs, [[0], [1], [2], [3]], 80).share_of(0).units
 
 
 def test_columns_that_nobody_else_needs_are_read_alone() -> None:
     needs = [needs_of([(0, 0, 9 * 8 + 2, 0, 10, 2, 8)]), needs_of([(1, 0, 40, 1, 1, 40, 40)])]
     for rank in range(2):
-        assert not SharedReads.in_units(needs, [[0], [1]], 1000).share_of(rank).units
+        assert not ReadDivision.in_units(needs, [[0], [1]], 1000).share_of(rank).units
 
 
 def test_what_few_of_the_ranks_need_of_a_row_is_not_shared() -> None:
     needs = [needs_of([(0, first, first + 9 * 32 + 2, 0, 10, 2, 32)]) for first in (0, 2)]
-    assert not SharedReads.in_units(needs, [[0], [1]], 1000).share_of(0).units
+    assert not ReadDivision.in_units(needs, [[0], [1]], 1000).share_of(0).units
 
 
 def test_ranks_without_needs_take_no_part() -> None:
     needs = [needs_of([]), needs_of([(0, 0, 100, 0, 1, 100, 100)])]
-    assert SharedReads.in_units(needs, [[0], [1]], 1000).loads.tolist() == [0, 100]
-    assert not SharedReads.in_units([needs_of([])], [[0, 1]], 1000).share_of(1).units
+    assert ReadDivision.in_units(needs, [[0], [1]], 1000).loads.tolist() == [0, 100]
+    assert not ReadDivision.in_units([needs_of([])], [[0, 1]], 1000).share_of(1).units

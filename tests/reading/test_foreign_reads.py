@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 import reshard
 from reshard.planner.box import Box
 from reshard.planner.request_costs import LOCAL_COSTS, REMOTE_COSTS
-from reshard.storage.formats.metadata_reads import Reads
+from reshard.storage.formats.metadata_reader import MetadataReader
 from reshard.storage.stores.local import LocalStore
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.stores.testing import RecordingStore
@@ -33,7 +33,7 @@ def store() -> MemoryStore:
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make stores appear as slow as a remote store in the same region."""
-    monkeypatch.setattr(Reads, "costs", REMOTE_COSTS)
+    monkeypatch.setattr(MetadataReader, "costs", REMOTE_COSTS)
 
 
 @pytest.mark.usefixtures("far")
@@ -65,7 +65,7 @@ def test_plan_reports_over_read_and_opaque_chunks(
     whole = reshard.open(store).plan(LAYOUT)[1].report
     assert whole.opaque_chunks == 4
     assert "4 chunks read as a whole" in str(whole)
-    monkeypatch.setattr(Reads, "costs", LOCAL_COSTS)
+    monkeypatch.setattr(MetadataReader, "costs", LOCAL_COSTS)
     for name, content in store.content.items():
         (tmp_path / name).write_bytes(content)
     generous = reshard.open(tmp_path).plan(LAYOUT, max_over_read=5)[1].report

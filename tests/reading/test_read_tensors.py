@@ -28,7 +28,7 @@ from reshard.storage.reading.device import placing
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.fetcher import Fetcher
 from reshard.storage.reading.schedule import Fetch, Schedule
-from reshard.storage.reading.tasks import ChunkBatch, TensorRead
+from reshard.storage.reading.tasks import ChunkBatch, TensorProgress
 from reshard.storage.reading.workers import Workers
 from reshard.storage.runtime.threads import Pool
 from reshard.storage.stores.base import Capabilities, Store
@@ -191,7 +191,7 @@ def test_corrupt_error_waits_for_chunks_that_are_being_written(monkeypatch: pyte
     store.content[first] = content[:start] + bytes([255] * 4) + content[start + 4 :]
     others, failed = threading.Event(), threading.Event()
 
-    def place(batch: ChunkBatch, damage: Callable[[TensorRead, str], Exception]) -> None:
+    def place(batch: ChunkBatch, damage: Callable[[TensorProgress, str], Exception]) -> None:
         if batch.rows.start == 0:
             try:
                 assert others.wait(20)

@@ -18,7 +18,7 @@ from reshard.planner.read_plan import plan_reads
 from reshard.storage.formats.detect import open_source
 from reshard.storage.formats.native.manifest import MANIFEST_NAME, encode_manifest
 from reshard.storage.formats.native.write_records import PackedRecords, assemble_index
-from reshard.storage.reading.request_checksums import RequestChecksums, damages
+from reshard.storage.reading.request_checksums import RequestChecksums, damaged_chunks
 from reshard.storage.reading.tasks import Request, build_tasks
 from reshard.storage.stores.memory import MemoryStore
 from reshard.storage.writing.object_layout import ShardToWrite, part_of
@@ -63,8 +63,8 @@ def test_damage_is_found_however_the_bytes_arrive(codec: str, part: bool, data: 
         buffer[:nbytes] = stored[:nbytes]
         check.update(memoryview(buffer), nbytes)
     check.update(memoryview(stored), len(stored))
-    found = check.damages(memoryview(stored))
-    assert found == damages(request, index, memoryview(stored))
+    found = check.damaged_chunks(memoryview(stored))
+    assert found == damaged_chunks(request, index, memoryview(stored))
     if position is None:
         assert found == []
         return
@@ -84,7 +84,7 @@ def test_bytes_that_are_cut_off_are_missing_chunks(codec: str) -> None:
     index, requests = requests_of(codec, part=False)
     for request, content in requests:
         for kept in 0, len(content) // 2, len(content) - 1:
-            found = damages(request, index, memoryview(content)[:kept])
+            found = damaged_chunks(request, index, memoryview(content)[:kept])
             assert {chunk.stop > request.start + kept for chunk in found} == {True}
             expected = sum(
                 request.start + kept < stop

@@ -39,8 +39,8 @@ def main() -> None:
     warnings.simplefilter("ignore", ResourceWarning)  # for connections that are broken on purpose
     seed = arguments.seed
     print(f"seed {seed}", flush=True)
-    show("accidental damage", damage.accidents(arguments.damages * 3 // 4, seed))
-    show("false manifests", damage.falsehoods(arguments.damages // 4, seed))
+    show("accidental damage", damage.accidents(arguments.damaged_chunks * 3 // 4, seed))
+    show("false manifests", damage.falsehoods(arguments.damaged_chunks // 4, seed))
     show("known hostile inputs", structure.rounds("known", 1, seed))
     for format in FORMATS:
         show(f"hostile inputs, {format}", structure.rounds(format, arguments.structures, seed))

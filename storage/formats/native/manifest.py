@@ -29,7 +29,7 @@ from ...stores.base import Store
 from ...stores.retry import read_whole
 from ...tensors.state_dict import Path, path_to_json
 from ...version import __version__
-from ..metadata_reads import MALFORMED_ERRORS
+from ..metadata_reader import MALFORMED_ERRORS
 from .manifest_blocks import MAX_MANIFEST_BYTES, encode_blocks
 
 MANIFEST_NAME = "manifest.reshard"

@@ -31,7 +31,7 @@ from ...runtime.threads import Pool
 from ...stores.base import Store
 from ...tensors.dtypes import torch_dtype
 from ...tensors.state_dict import Path, path_from_json
-from ..metadata_reads import MALFORMED_ERRORS, Speed
+from ..metadata_reader import MALFORMED_ERRORS, Speed
 from ..source import Unreadable, bounded
 from ..user_metadata import read_metadata
 from .manifest import DATA_NAME, WHOLE_CHECKSUMS_SINCE, ManifestBytes, contradiction, read_header

@@ -31,7 +31,7 @@ from ...tensors.dtypes import dtype_name
 from ...tensors.state_dict import NameLimit, Path, flatten
 from ..foreign import whole_tensor
 from ..hf_index import FilesSource, TensorsByName, WeightMap, duplicate_tensor_error, select_by_index
-from ..metadata_reads import Reads
+from ..metadata_reader import MetadataReader
 from ..tree_size import is_repetitive
 from .pickle_scan import MAX_PICKLE_BYTES, check_pickle
 from .zip_layout import is_row_major
@@ -67,11 +67,11 @@ class TorchSaveSource(FilesSource):
 
     format = "torch"
 
-    def __init__(self, reads: Reads, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
+    def __init__(self, reader: MetadataReader, names: Sequence[str], weight_map: WeightMap | None = None) -> None:
         """Read the structure of the files.
 
         Args:
-            reads: the store.
+            reader: reads the store.
             names: the files: one, or several that contain parts of one state dict.
             weight_map: the index that says which file contains which tensor, if there is one.
 
@@ -82,11 +82,11 @@ class TorchSaveSource(FilesSource):
             ObjectNotFoundError: a file is missing.
             StoreError: the store cannot be read.
         """
-        super().__init__(reads, names, weight_map)
+        super().__init__(reader, names, weight_map)
         if self.is_folder:
             self.info |= {"files": len(self.objects)}
         limit = NameLimit(FREE_NAME_CHARS)
-        files = reads.many(lambda at: _File(reads, at, *self.objects[at], limit), range(len(self.objects)))
+        files = reader.many(lambda at: _File(reader, at, *self.objects[at], limit), range(len(self.objects)))
         found: TensorsByName[_Value] = {}
         for file in files:
             for name, value in file.values.items():
@@ -133,25 +133,25 @@ class _Value:
 class _File:
     """One torch.save file: its contents, and where they are."""
 
-    def __init__(self, reads: Reads, at: int, name: str, nbytes: int, limit: NameLimit) -> None:
+    def __init__(self, reader: MetadataReader, at: int, name: str, nbytes: int, limit: NameLimit) -> None:
         """Read the structure of a file.
 
         Args:
-            reads: the store.
+            reader: reads the store.
             at: the position of the file in the source's `objects`.
             name: the name of the file.
             nbytes: the size of the file.
             limit: limits the names in all files.
         """
-        self._reads = reads
+        self._reader = reader
         self.at = at
         """The position in the source's `objects`."""
         self._name = name
         self._nbytes = nbytes
-        self._where = f"the torch.save file {name!r} in {reads.store.location}"
+        self._where = f"the torch.save file {name!r} in {reader.store.location}"
         self.values: dict[str, _Value] = {}
         self._tail_start = max(0, nbytes - max(TAIL_BYTES, END_BYTES))
-        self._tail = reads.whole(name, self._tail_start, max(nbytes, 1))
+        self._tail = reader.whole(name, self._tail_start, max(nbytes, 1))
         try:
             directory = self._directory()
             records = dict(zip(keys_of(directory), directory, strict=True))
@@ -184,7 +184,7 @@ class _File:
         """Return the records of the zip. Raise NotATorchZipError."""
         directory = find_directory(self._tail, self._nbytes)
         if directory.start < self._tail_start:
-            self._tail = self._reads.exactly(self._name, directory.start, self._tail_start) + self._tail
+            self._tail = self._reader.exactly(self._name, directory.start, self._tail_start) + self._tail
             self._tail_start = directory.start
         return read_directory(
             self._tail[directory.start - self._tail_start : directory.stop - self._tail_start], directory
@@ -192,7 +192,7 @@ class _File:
 
     def _not_a_zip(self, error: NotATorchZipError) -> CheckpointError:
         """Return the error for a file that is not what torch.save writes."""
-        start = self._reads.whole(self._name, 0, LEGACY_SIGNATURE_BYTES)
+        start = self._reader.whole(self._name, 0, LEGACY_SIGNATURE_BYTES)
         if start[:1] == b"\x80" or LEGACY_MAGIC in start:
             return UnsupportedFormatError(
                 f"{self._where} was written before torch 1.6, or with _use_new_zipfile_serialization=False: "
@@ -209,13 +209,13 @@ class _File:
 
         def begin(record: ZipRecord) -> int:
             stop = record.header + LOCAL_HEADER.size + record.name_bytes
-            header = self._reads.exactly(self._name, record.header, stop)
+            header = self._reader.exactly(self._name, record.header, stop)
             try:
                 return content_begins(record, header)
             except NotATorchZipError as error:
                 raise CorruptCheckpointError(f"{self._where} contradicts itself: {error}") from error
 
-        return self._reads.many(begin, records)
+        return self._reader.many(begin, records)
 
     def _read_contents(self, records: list[ZipRecord]) -> tuple[bytes, bytes]:
         for record, most in zip(records, (MAX_PICKLE_BYTES, MAX_BYTEORDER_BYTES), strict=False):
@@ -224,7 +224,7 @@ class _File:
                     f"{self._where} has a record {record.name!r} of {record.nbytes} bytes; it should have 1 to {most}"
                 )
         pairs = zip(records, self._begins(records), strict=True)
-        first, *rest = [self._reads.exactly(self._name, at, at + record.nbytes) for record, at in pairs]
+        first, *rest = [self._reader.exactly(self._name, at, at + record.nbytes) for record, at in pairs]
         return first, rest[0].strip() if rest else b""
 
     def _unpickled(self, data: bytes, storages: dict[str, Any]) -> Any:

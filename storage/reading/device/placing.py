@@ -24,7 +24,7 @@ from ...formats.native.codec import Planes, exceptions_of
 from ...tensors.dtypes import torch_dtype
 from ..blocks import Block
 from ..decode import (
-    Damage,
+    MakeError,
     arrived_streams,
     damaged_chunk,
     decode_block,
@@ -35,7 +35,7 @@ from ..decode import (
 )
 from ..destination import BlockTarget
 from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
-from ..tasks import ChunkBatch, Request, TensorRead
+from ..tasks import ChunkBatch, Request, TensorProgress
 from .device import Device
 from .frames import Frames, UndecodableFrameError
 from .join import join_bfloat16, join_float32, join_planes
@@ -56,7 +56,7 @@ _Piece = tuple[torch.Tensor | None, int]
 class PlacingError(Exception):
     """The values of a tensor cannot be written. The cause is what torch or the device raised."""
 
-    def __init__(self, tensor: TensorRead) -> None:
+    def __init__(self, tensor: TensorProgress) -> None:
         super().__init__(tensor.name)
         self.tensor = tensor
 
@@ -102,7 +102,7 @@ def _assign(batch: ChunkBatch, device: Device, *, may_decompress: bool) -> None:
         batch.frames = int(chunks[has_planes].sum()) * len(batch.requests)
 
 
-def move(request: Request, data: memoryview, slot: Slot | None, damage: Damage) -> None:
+def move(request: Request, data: memoryview, slot: Slot | None, make_error: MakeError) -> None:
     """Start to copy the bytes of a request to the devices that decode them.
 
     Args:
@@ -122,10 +122,12 @@ def move(request: Request, data: memoryview, slot: Slot | None, damage: Damage) 
         elif device not in moved:
             assert slot is not None
             moved[device] = device.send(slot, slot.position(data), len(data), request.start)
-        batch.on_device[stream] = _describe(batch, stream, data, moved[device], damage)
+        batch.on_device[stream] = _describe(batch, stream, data, moved[device], make_error)
 
 
-def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Tensor, damage: Damage) -> StreamOnDevice:
+def _describe(
+    batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Tensor, make_error: MakeError
+) -> StreamOnDevice:
     """Read the tables of the planes of a stream on the host."""
     found = StreamBytes.of(batch.read, batch.rows, stream, batch.requests[stream].start, data)
     planes_of: dict[int, Planes] = {}
@@ -143,16 +145,16 @@ def _describe(batch: ChunkBatch, stream: int, data: memoryview, moved: torch.Ten
             try:
                 describe(block)
             except CorruptCheckpointError as error:
-                raise damaged_chunk(batch, block, describe, error, damage) from error
+                raise damaged_chunk(batch, block, describe, error, make_error) from error
     return StreamOnDevice(moved, replace(found, data=memoryview(b"")), planes_of, exceptions)
 
 
-def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int) -> None:
+def place(batches: Sequence[ChunkBatch], make_error: MakeError, max_bytes: int) -> None:
     """Decode batches whose bytes have arrived, and write them to their destinations.
 
     Args:
         batches: one batch, or several with frames on a device.
-        damage: returns the error to raise for a tensor and a message.
+        make_error: returns the error to raise for a tensor and a message.
         max_bytes: the most bytes of frames that are decompressed with one call.
 
     Raises:
@@ -165,12 +167,12 @@ def place(batches: Sequence[ChunkBatch], damage: Damage, max_bytes: int) -> None
         if batch.device is not None:
             on_device.setdefault(batch.device, []).append(batch)
         elif batch.destination.device is not None:
-            _place_from_host(batch.destination.device, batch, damage)
+            _place_from_host(batch.destination.device, batch, make_error)
         else:
             with _naming_tensor(batch):
-                place_chunk_batch(batch, damage)
+                place_chunk_batch(batch, make_error)
     for device, members in on_device.items():
-        _place_on_device(device, members, max_bytes, damage)
+        _place_on_device(device, members, max_bytes, make_error)
 
 
 @contextlib.contextmanager
@@ -184,10 +186,10 @@ def _naming_tensor(batch: ChunkBatch) -> Iterator[None]:
         raise PlacingError(batch.tensor) from error
 
 
-def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int, damage: Damage) -> None:
+def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: int, make_error: MakeError) -> None:
     """Decode batches whose bytes are on a device, and write them to their destinations. Wait until this is done."""
     with device.working():
-        planes = _PlanesToPlace(device, damage)
+        planes = _PlanesToPlace(device, make_error)
         for batch in batches:
             with _naming_tensor(batch):
                 for block in batch.blocks.select(batch.block_rows):
@@ -204,7 +206,7 @@ def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: i
         batch.on_device.clear()
 
 
-def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
+def _place_from_host(device: Device, batch: ChunkBatch, make_error: MakeError) -> None:
     """Decompress the planes of a batch on the host, join them on the device and write them to their destination."""
     streams = arrived_streams(batch)
     for block in batch.blocks.select(batch.block_rows):
@@ -215,7 +217,7 @@ def _place_from_host(device: Device, batch: ChunkBatch, damage: Damage) -> None:
                     with device.working():
                         _write(batch, target, index, values())
         except CorruptCheckpointError as error:
-            raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, damage) from error
+            raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, make_error) from error
 
 
 def _write(batch: ChunkBatch, target: BlockTarget, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
@@ -261,12 +263,12 @@ class _PlanesToPlace:
     """Parts of blocks whose planes are on a device, and the frames among these planes.
 
     Args:
-        damage: returns the error to raise for a tensor and a message.
+        make_error: returns the error to raise for a tensor and a message.
     """
 
-    def __init__(self, device: Device, damage: Damage) -> None:
+    def __init__(self, device: Device, make_error: MakeError) -> None:
         self._device = device
-        self._damage = damage
+        self._make_error = make_error
         self._clear()
 
     def _clear(self) -> None:
@@ -315,7 +317,7 @@ class _PlanesToPlace:
             if not isinstance(error.__cause__, UndecodableFrameError):
                 raise
             batch, row = self._chunks[error.__cause__.number]
-            raise undecodable(batch, row, error.__cause__.cause, self._damage) from error
+            raise undecodable(batch, row, error.__cause__.cause, self._make_error) from error
 
     @staticmethod
     def _place(part: _PartOfBlock, pieces: list[list[_Piece]], decompressed: torch.Tensor | None) -> None:

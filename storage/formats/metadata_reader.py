@@ -34,7 +34,7 @@ class Speed:
     bytes_per_s: float | None = None
 
 
-class Reads:
+class MetadataReader:
     """Reads the metadata of a checkpoint from its store, and counts and times the requests."""
 
     def __init__(self, store: Store) -> None:

@@ -51,7 +51,7 @@ def check_values(source: Source, names: Iterable[str], budget_bytes: int | None)
         )
 
 
-class ValueRead:
+class ValueBuffer:
     """The read of one value: the buffer that its bytes are read into, and how to decode them.
 
     Raises:
@@ -60,7 +60,7 @@ class ValueRead:
     """
 
     @classmethod
-    def of(cls, source: Source, names: Iterable[str]) -> list[ValueRead]:
+    def of(cls, source: Source, names: Iterable[str]) -> list[ValueBuffer]:
         """Return the reads of values. First read their metadata at once, and check their sizes in it."""
         names = list(names)
         source.index(whole_wants(source, names))
@@ -107,11 +107,11 @@ class ValueRead:
         return decode_value(self.name, self.kind, self.data, allow_pickle=allow_pickle)
 
 
-def decode_all(reads: Iterable[ValueRead], *, allow_pickle: bool = False) -> list[Any]:
+def decode_all(reads: Iterable[ValueBuffer], *, allow_pickle: bool = False) -> list[Any]:
     """Decode values. Equal small numbers, strings and tuples are decoded once: all parameters have a learning rate.
 
     Raises:
-        UnsafeValueError, CorruptCheckpointError: see `ValueRead.value`.
+        UnsafeValueError, CorruptCheckpointError: see `ValueBuffer.value`.
     """
     values = []
     immutable: dict[tuple[Kind, bytes], Any] = {}

@@ -22,15 +22,15 @@ from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
 from .name_matching import LoadOptions, NameMatch
-from .read_tensors import BoxReads, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
-from .value_reads import ValueRead, check_values, decode_all, whole_wants
+from .read_tensors import CheckedBoxes, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
+from .value_buffers import ValueBuffer, check_values, decode_all, whole_wants
 
 
-class StateDictRead:
+class StateDictLoad:
     """One rank's read of a checkpoint into its state dict.
 
-    Creating it matches names, checks that everything fits, and changes nothing. `plan` reads the metadata of `needs`,
-    and creates the tensors that the state dict does not have. `run` writes to the tensors.
+    Creating it matches names, checks that everything fits, and changes nothing. `prepare` reads the metadata of
+    `needs`, and creates the tensors that the state dict does not have. `run` writes to the tensors.
     `replace_values` replaces the values that are not tensors; call it when all ranks have succeeded.
 
     Args:
@@ -68,9 +68,9 @@ class StateDictRead:
         self._check_containers()
         self.needs = [*self._wants, *whole_wants(source, stored)]
         """The boxes that this rank reads."""
-        self.is_planned = False
+        self.is_prepared = False
 
-    def plan(self, options: ReadOptions) -> None:
+    def prepare(self, options: ReadOptions) -> None:
         """Read the metadata of all boxes, and create new tensors for the items that the state dict does not have.
 
         Args:
@@ -82,8 +82,8 @@ class StateDictRead:
         self.source.index(self.needs)  # reads and checks all metadata before tensors of these sizes are allocated
         self._item_tensors = {name: _empty(self.match, name) for name in self._item_names}
         destinations = [*self._destinations, *self._item_tensors.values()]
-        self._reads = BoxReads.of(self.source, self._wants, destinations, self._decoded, options)
-        self.is_planned = True
+        self._reads = CheckedBoxes.of(self.source, self._wants, destinations, self._decoded, options)
+        self.is_prepared = True
 
     def run(self, options: ReadOptions) -> RankReport:
         """Read the tensors and values, and write the tensors.
@@ -93,7 +93,7 @@ class StateDictRead:
         """
         match = self.match
         stored = [match.stored_names[name] for name in self._value_names]
-        reads = ValueRead.of(self.source, stored)
+        reads = ValueBuffer.of(self.source, stored)
         report = execute_reads(self.source, self._reads, reads, options)
         decoded = decode_all(reads, allow_pickle=self._options.allow_pickle)
         values = dict(zip(self._value_names, decoded, strict=True))
