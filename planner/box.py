@@ -79,6 +79,13 @@ class Box:
         offsets[dim], sizes[dim] = begin, end - begin
         return Box(tuple(offsets), tuple(sizes))
 
+    def first_element(self, shape: tuple[int, ...]) -> int:
+        """Return the position of the first element in a row-major tensor of a shape."""
+        position = 0
+        for offset, n in zip(self.offsets, shape, strict=True):
+            position = position * n + offset
+        return position
+
     def relative_to(self, origin: Box) -> Box:
         """Return the same box, with offsets relative to those of `origin`."""
         return Box(tuple(a - b for a, b in zip(self.offsets, origin.offsets, strict=True)), self.sizes)
@@ -121,6 +128,19 @@ def intersect_pairs(
     starts = np.maximum(offsets, other_offsets)
     stops = np.minimum(offsets + sizes, other_offsets + other_sizes)
     return starts, stops - starts
+
+
+def first_elements(offsets: IntArray, shapes: IntArray) -> IntArray:
+    """Return the position of the first element of each box in its row-major tensor.
+
+    Args:
+        offsets: (n, d) the offsets of the boxes.
+        shapes: (n, d) the shapes of their tensors.
+    """
+    found = np.zeros(len(offsets), np.int64)
+    for d in range(offsets.shape[1]):
+        found = found * shapes[:, d] + offsets[:, d]
+    return found
 
 
 def concat(columns: Iterable[IntArray]) -> IntArray:

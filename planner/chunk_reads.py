@@ -81,7 +81,7 @@ class ChunkReads:
         return self.want.box.numel * self.itemsize
 
     @property
-    def bytes_read(self) -> int:
+    def bytes_wanted(self) -> int:
         """Stored bytes of the ranges, without the gaps between byte runs."""
         return int((self.stops - self.starts).sum() if self.runs is None else self.runs.packed_bytes.sum())
 
@@ -108,9 +108,9 @@ class ChunkReads:
     @property
     def bytes_spanned(self) -> int:
         """Stored bytes of the ranges, with the gaps between byte runs that are read over."""
-        return int(self.packed_bytes(slice(None)).sum())
+        return int(self.fetched_bytes(slice(None)).sum())
 
-    def packed_bytes(self, rows: slice) -> IntArray:
+    def fetched_bytes(self, rows: slice) -> IntArray:
         """Return the (m, s) bytes that are fetched for some rows: only the byte runs if a range is sparse."""
         spans: IntArray = self.stops[rows] - self.starts[rows]
         if self.runs is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +66,13 @@ class Encoding(IntEnum):
     """Written by another tool: serialised values that must be read and decoded as a whole."""
 
 
-NATIVE_ENCODINGS = (Encoding.RAW, Encoding.PLANES)
-"""The encodings that reshard writes."""
+def are_native(encodings: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which encodings are of reshard's own format. Their chunks have checksums.
+
+    Args:
+        encodings: (n,) the Encoding of each chunk.
+    """
+    return np.asarray(encodings < Encoding.PLAIN)
 
 
 @dataclass(frozen=True, slots=True)

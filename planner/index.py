@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .box import Box, IntArray, columns_equal, concat_ranges
-from .entries import MAX_TOTAL_BYTES, NATIVE_ENCODINGS, Encoding, Entry, Segments, Stream
+from .entries import MAX_TOTAL_BYTES, Encoding, Entry, Segments, Stream, are_native
 from .errors import InvalidIndexError, MissingTensorError
 from .index_checks import check_references, count_chunks
 from .regions import Regions
@@ -56,7 +56,7 @@ def count_checksums(
     pages: IntArray = np.where(encodings == Encoding.RAW, -(-lengths.astype(np.int64) // page_bytes), 1)
     if whole:
         pages += pages > 1
-    pages[encodings > max(NATIVE_ENCODINGS)] = 0
+    pages[~are_native(encodings)] = 0
     return pages
 
 
@@ -105,12 +105,12 @@ class CheckpointIndex:
                 f"object {name!r} has the impossible size of {nbytes} bytes; it must be from 0 to {MAX_TOTAL_BYTES}"
             )
         check_references(self.segments, len(self.entries), len(self.objects))
-        owners = self.segments.entries
-        assign(self, "regions", Regions.whole(self.entries, owners) if held is None else held)
+        entry_ids = self.segments.entries
+        assign(self, "regions", Regions.whole(self.entries, entry_ids) if held is None else held)
         if held is not None:
-            held.check(self.entries, owners)
-        assign(self, "_first_segment", np.searchsorted(owners, np.arange(len(self.entries) + 1)))
-        ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[owners]
+            held.check(self.entries, entry_ids)
+        assign(self, "_first_segment", np.searchsorted(entry_ids, np.arange(len(self.entries) + 1)))
+        ndims = np.array([len(entry.shape) for entry in self.entries], np.int64)[entry_ids]
         assign(self, "first_extent", np.concatenate(([0], np.cumsum(ndims))))
         if len(self.segments.offsets) != ndims.sum() or len(self.segments.sizes) != ndims.sum():
             raise InvalidIndexError(
@@ -179,8 +179,8 @@ class CheckpointIndex:
 
     def checksum_counts(self, segments: IntArray, lengths: IntArray) -> IntArray:
         """Return the number of checksums of each chunk of some segments, given the lengths of all their chunks."""
-        owners, of = np.unique(self.segments.entries[segments], return_inverse=True)
-        page_bytes = np.array([self.entries[owner].page_bytes for owner in owners.tolist()], np.int64)[of]
+        entry_ids, of = np.unique(self.segments.entries[segments], return_inverse=True)
+        page_bytes = np.array([self.entries[entry_id].page_bytes for entry_id in entry_ids.tolist()], np.int64)[of]
         chunks = self.first_chunk[segments + 1] - self.first_chunk[segments]
         encodings, pages = np.repeat(self.segments.encodings[segments], chunks), np.repeat(page_bytes, chunks)
         return count_checksums(encodings, lengths, pages, whole=self.whole_checksums)

@@ -15,10 +15,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .box import IntArray, columns_equal, concat, intersect_pairs
+from .box import IntArray, columns_equal, concat, first_elements, intersect_pairs
 from .chunk_reads import ChunkReads, WantedBox
 from .coalesce import DEFAULT_LIMITS, FREE_GAP_BYTES, MAX_REQUEST_BYTES, GapLimits, Requests, coalesce
-from .entries import NATIVE_ENCODINGS, Encoding, Entry, Stream
+from .entries import Encoding, Entry, Stream, are_native
 from .errors import InvalidIndexError, ShapeMismatchError
 from .grid import Grid
 from .html import table
@@ -92,7 +92,7 @@ class ReadPlan:
         fetched, exchange = self.fetched, self.exchange
         for_all = 0 if exchange is None else int((exchange.stops - exchange.starts).sum())
         given = 0 if exchange is None else self.requests.select(exchange.is_given).nbytes
-        wanted = sum(read.bytes_read for read in self.reads)
+        wanted = sum(read.bytes_wanted for read in self.reads)
         return PlanReport(
             bytes_needed=sum(read.bytes_needed for read in self.reads),
             bytes_wanted=wanted,
@@ -113,7 +113,13 @@ class ReadPlan:
 
     def _repr_html_(self) -> str:
         rows = [
-            (read.want.name, read.want.box, len(read), f"{read.bytes_needed / 1e6:.2f}", f"{read.bytes_read / 1e6:.2f}")
+            (
+                read.want.name,
+                read.want.box,
+                len(read),
+                f"{read.bytes_needed / 1e6:.2f}",
+                f"{read.bytes_wanted / 1e6:.2f}",
+            )
             for read in self.reads
         ]
         return table(str(self.report), ("tensor", "box", "chunks", "MB needed", "MB stored"), rows)
@@ -251,21 +257,23 @@ def _find_in_one_grid(
     entries = [index.entries[position] for position in positions]
     slices = [index.segments_of(position) for position in positions]
     rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in slices])
-    owners = np.repeat(np.arange(len(wants)), [rows.stop - rows.start for rows in slices])
+    want_ids = np.repeat(np.arange(len(wants)), [rows.stop - rows.start for rows in slices])
     boxes = [index.segment_boxes(position) for position in positions]
     offsets, sizes = (np.concatenate(columns) for columns in zip(*boxes, strict=True))
     box_offsets = np.array([want.box.offsets for want in wants], np.int64)
     box_sizes = np.array([want.box.sizes for want in wants], np.int64)
-    _, overlap = intersect_pairs(offsets, sizes, box_offsets[owners], box_sizes[owners])
+    _, overlap = intersect_pairs(offsets, sizes, box_offsets[want_ids], box_sizes[want_ids])
     met = np.flatnonzero((overlap > 0).all(axis=1) & (index.segments.streams[rows] != Stream.TAIL))
-    rows, owners = rows[met], owners[met]
+    rows, want_ids = rows[met], want_ids[met]
     shards, ordinals, chunk_offsets, chunk_sizes = entries[0].grid.chunks_of_many(
-        offsets[met], sizes[met], box_offsets[owners], box_sizes[owners]
+        offsets[met], sizes[met], box_offsets[want_ids], box_sizes[want_ids]
     )
-    rows, owners = rows[shards], owners[shards]
-    wanted_offsets, wanted_sizes = intersect_pairs(chunk_offsets, chunk_sizes, box_offsets[owners], box_sizes[owners])
+    rows, want_ids = rows[shards], want_ids[shards]
+    wanted_offsets, wanted_sizes = intersect_pairs(
+        chunk_offsets, chunk_sizes, box_offsets[want_ids], box_sizes[want_ids]
+    )
     covered = np.zeros(len(wants), np.int64)
-    np.add.at(covered, owners, wanted_sizes.prod(axis=1))
+    np.add.at(covered, want_ids, wanted_sizes.prod(axis=1))
     for want, numel in zip(wants, covered.tolist(), strict=True):
         if numel != want.box.numel:
             raise InvalidIndexError(
@@ -276,7 +284,7 @@ def _find_in_one_grid(
     boxed = (chunk_offsets, chunk_sizes, wanted_offsets, wanted_sizes)
     starts, stops, skipped, checksums, counts = _byte_ranges(index, entries[0], segments, ordinals, *boxed)
     encodings, objects = index.segments.encodings[rows], index.segments.objects[segments]
-    bounds = np.searchsorted(owners, np.arange(len(wants) + 1)).tolist()
+    bounds = np.searchsorted(want_ids, np.arange(len(wants) + 1)).tolist()
     for want, entry, (begin, end) in zip(wants, entries, pairwise(bounds), strict=True):
         part = slice(begin, end)
         yield ChunkReads(
@@ -322,7 +330,7 @@ def _byte_ranges(
     encodings, streams = index.segments.encodings[segments[:, 0]], index.segments.streams[segments[:, 0]]
     raw = encodings == Encoding.RAW
     as_they_are = raw | (encodings == Encoding.PLAIN)
-    counts = (encodings <= max(NATIVE_ENCODINGS)).astype(np.int64)
+    counts = are_native(encodings).astype(np.int64)
     if bool(as_they_are.any()):
         nbytes = chunk_sizes.prod(axis=1) * entry.itemsize
         wrong = as_they_are & ((streams == Stream.HEAD) | (lengths[:, 0] != nbytes))
@@ -333,7 +341,8 @@ def _byte_ranges(
                 "checkpoint is damaged, load a copy or an older checkpoint"
             )
     if bool(raw.any()):
-        first, last = _row_span(chunk_offsets, chunk_sizes, wanted_offsets, wanted_sizes)
+        within = wanted_offsets - chunk_offsets
+        first, last = (first_elements(at, chunk_sizes) for at in (within, within + wanted_sizes - 1))
         page = entry.page_bytes
         skipped = np.where(raw, first * entry.itemsize // page * page, 0)
         ends = -(-(last + 1) * entry.itemsize // page) * page
@@ -400,16 +409,3 @@ def _in_slabs(read: ChunkReads, gap_limits: GapLimits, *, aligned: bool) -> Chun
         wanted_sizes=of_slabs(slab_sizes, read.wanted_sizes),
         runs=runs,
     )
-
-
-def _row_span(
-    chunk_offsets: IntArray, chunk_sizes: IntArray, wanted_offsets: IntArray, wanted_sizes: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Return the first and the last element of each wanted part, counted in its row-major chunk."""
-    first = np.zeros(len(chunk_offsets), np.int64)
-    last = np.zeros_like(first)
-    for d in range(chunk_offsets.shape[1]):
-        low = wanted_offsets[:, d] - chunk_offsets[:, d]
-        first = first * chunk_sizes[:, d] + low
-        last = last * chunk_sizes[:, d] + low + wanted_sizes[:, d] - 1
-    return first, last

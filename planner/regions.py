@@ -42,14 +42,14 @@ class Regions:
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def whole(cls, entries: Sequence[Entry], owners: IntArray) -> Regions:
-        """Return one region per entry. `owners` are the entries that the segments belong to."""
+    def whole(cls, entries: Sequence[Entry], entry_ids: IntArray) -> Regions:
+        """Return one region per entry. `entry_ids` are the entries that the segments belong to."""
         n = len(entries)
         parts = tuple((1,) * len(entry.shape) for entry in entries)
-        return cls(parts, np.arange(n), np.zeros(n, np.int64), np.bincount(owners, minlength=n))
+        return cls(parts, np.arange(n), np.zeros(n, np.int64), np.bincount(entry_ids, minlength=n))
 
-    def check(self, entries: Sequence[Entry], owners: IntArray) -> None:
-        """Check the regions against the entries, and against `owners`, the entries that the segments belong to.
+    def check(self, entries: Sequence[Entry], entry_ids: IntArray) -> None:
+        """Check the regions against the entries, and against `entry_ids`, the entries that the segments belong to.
 
         Raises:
             InvalidIndexError: they contradict each other.
@@ -64,7 +64,7 @@ class Regions:
         ascending = (steps > 0) | ((steps == 0) & (further > 0))
         if not bool(ascending.all()) or bool(((self.cells < 0) | (self.cells >= counts)).any()):
             raise InvalidIndexError("the regions of a tensor are not in order")
-        if not np.array_equal(np.repeat(self.entries, self.segments), owners):
+        if not np.array_equal(np.repeat(self.entries, self.segments), entry_ids):
             raise InvalidIndexError("a region has segments that are not those of its tensor")
 
     def boxes(self, entries: Sequence[Entry], ndim: int) -> tuple[IntArray, IntArray, IntArray]:

@@ -62,11 +62,11 @@ class Assignment:
 
     number: int
     """The number of the plan."""
-    rows: bytes | None
+    mask: bytes | None
     """One bit for each shard that the rank holds: whether it writes the shard. None if the plan is the one that all
     ranks have under this number."""
     largest_sizes: bytes = b""
-    """As in `GlobalPlan`, for this rank. Empty if `rows` is None."""
+    """As in `GlobalPlan`, for this rank. Empty if `mask` is None."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,7 +207,7 @@ class Saving:
 
     def reusable_plan(self, assigned: Assignment) -> ReusablePlan | None:
         """Return the plan for the next save to use again."""
-        if assigned.rows is None:
+        if assigned.mask is None:
             return self._last_plan
         assert self._held is not None
         return ReusablePlan(assigned.number, self._held, assigned, self._plan)
@@ -215,11 +215,11 @@ class Saving:
     def accept_plan(self, assigned: Assignment) -> None:
         """Receive what this rank is to write."""
         assert self._state is not None
-        if assigned.rows is None:
+        if assigned.mask is None:
             assert self._last_plan is not None
             assigned = self._last_plan.assigned
-        assert assigned.rows is not None
-        chosen = np.flatnonzero(np.unpackbits(np.frombuffer(assigned.rows, np.uint8)))
+        assert assigned.mask is not None
+        chosen = np.flatnonzero(np.unpackbits(np.frombuffer(assigned.mask, np.uint8)))
         self.shards = self._state.shards_to_write(chosen.tolist(), assigned.largest_sizes)
         self.writer.announce(self.shards)
         self.seconds["plan"] = time.perf_counter() - self._begin

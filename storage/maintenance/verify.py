@@ -13,7 +13,7 @@ import numpy as np
 
 from ...planner.box import Box
 from ...planner.chunk_reads import WantedBox
-from ...planner.entries import NATIVE_ENCODINGS, Encoding, Kind, Stream
+from ...planner.entries import Encoding, Kind, Stream, are_native
 from ...planner.index import CheckpointIndex
 from ...planner.read_plan import plan_reads
 from ..errors import ObjectNotFoundError
@@ -148,7 +148,7 @@ def _wrong_crcs(batch: ChunkBatch, request: Request, data: memoryview) -> Iterat
     """Yield the chunks of a batch that are whole torch.save files and do not match their CRC-32s."""
     read, first = batch.read, batch.rows.start
     whole = read.encodings[batch.rows] == Encoding.OPAQUE
-    if read.entry.kind is Kind.TORCH_SAVE and max(read.encodings[batch.rows]) > max(NATIVE_ENCODINGS):
+    if read.entry.kind is Kind.TORCH_SAVE and not are_native(read.encodings[batch.rows]).all():
         whole |= (read.chunk_sizes[batch.rows] == read.entry.shape).all(axis=1)
     for row in np.flatnonzero(whole).tolist():
         start, stop = int(read.starts[first + row, 0]), int(read.stops[first + row, 0])

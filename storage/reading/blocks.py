@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...planner.box import IntArray, box_slices
 from ...planner.chunk_reads import ChunkReads
-from ...planner.entries import NATIVE_ENCODINGS, Encoding
+from ...planner.entries import Encoding, are_native
 from ...planner.read_plan import BOXES_PER_CALL
 from ..formats.native.chunk_runs import Slices, continued_dims, group_into_runs, run_sizes
 
@@ -147,7 +147,7 @@ def _blocks_of_one_ndim(reads: Sequence[ChunkReads], requests_of: Sequence[IntAr
     requests = np.concatenate([requests[:, [0, -1]] for requests in requests_of])
 
     whole = (sizes == wanted_sizes).all(axis=1)
-    whole &= (encodings <= max(NATIVE_ENCODINGS)) | np.concatenate(list(map(_are_dense, reads)))
+    whole &= are_native(encodings) | np.concatenate(list(map(_are_dense, reads)))
     alike = whole[1:] & whole[:-1] & (encodings[1:] == encodings[:-1])
     alike &= (starts[1:] == stops[:-1]) & (requests[1:] == requests[:-1]).all(axis=1)
     between = bounds[1:-1]

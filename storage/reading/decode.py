@@ -27,7 +27,7 @@ MAX_PART_BYTES = 1024 * 1024
 (`benchmarks/overhead.py`)."""
 
 
-_RAW, _PLANES, _PLAIN, _OPAQUE = map(int, Encoding)
+_RAW, _PLANES, _PLAIN, _OPAQUE = map(int, (Encoding.RAW, Encoding.PLANES, Encoding.PLAIN, Encoding.OPAQUE))
 MakeError = Callable[[TensorProgress, str], Exception]
 """Returns the error to raise for a tensor and a message."""
 Values = npt.NDArray[Any]

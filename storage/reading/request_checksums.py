@@ -110,7 +110,7 @@ class _Checked:
         """Return the chunks that do not match their checksums or are not in `data`."""
         batch = self.batch
         starts = batch.read.starts[batch.rows, self.stream]
-        damaged = starts - self.start + batch.read.packed_bytes(batch.rows)[:, self.stream] > len(data)
+        damaged = starts - self.start + batch.read.fetched_bytes(batch.rows)[:, self.stream] > len(data)
         views = map(data.__getitem__, map(slice, self.begins.tolist(), self.ends.tolist()))
         found = np.fromiter(map(checksum, views), np.uint64, len(self.begins))
         damaged[self.chunks[found != self.expected]] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...planner.entries import NATIVE_ENCODINGS
+from ...planner.entries import are_native
 from ...planner.index import CheckpointIndex
 
 
@@ -29,5 +29,5 @@ def same_chunks(a: CheckpointIndex, name_a: str, b: CheckpointIndex, name_b: str
         byte_ranges.append([segments.objects[rows], segments.starts[rows]])
     if not all(np.array_equal(x, y) for x, y in zip(*contents, strict=True)):
         return False
-    has_checksums = int(contents[0][1].max(initial=0)) <= max(NATIVE_ENCODINGS)
+    has_checksums = bool(are_native(contents[0][1]).all())
     return has_checksums or (a is b and all(np.array_equal(x, y) for x, y in zip(*byte_ranges, strict=True)))

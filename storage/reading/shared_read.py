@@ -22,7 +22,7 @@ from ..runtime.peers import Peers
 from ..runtime.process_group import Alarm, is_distributed, on_all_ranks, rank_of
 
 T = TypeVar("T")
-MAX_ROWS = 2_000_000
+MAX_RANGES = 2_000_000
 """With "auto", a read of more byte ranges than this in total is not shared. To compare as many takes a second."""
 _MODES = (True, False, "auto")
 
@@ -41,7 +41,7 @@ class Offer:
     """True or "auto"."""
     digest: bytes
     """A hash of what the rank needs."""
-    rows: int
+    n_ranges: int
     """The number of byte ranges that the rank needs."""
     budget_bytes: int
 
@@ -157,7 +157,7 @@ class SharedRead:
             ranks_of.setdefault(offer.digest, []).append(other)
         groups = list(ranks_of.values())
         is_demanded = all(offer.mode is True for offer in offers)
-        if not is_demanded and sum(offers[ranks[0]].rows for ranks in groups) > MAX_ROWS:
+        if not is_demanded and sum(offers[ranks[0]].n_ranges for ranks in groups) > MAX_RANGES:
             return None
         rank = rank_of(self._group)
         if len(groups) == 1:

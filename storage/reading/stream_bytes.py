@@ -38,7 +38,7 @@ class StreamBytes:
             start: the position of `data` in its object.
         """
         begins = read.starts[rows, stream] - start
-        return cls(data, stream, rows.start, begins, begins + read.packed_bytes(rows)[:, stream])
+        return cls(data, stream, rows.start, begins, begins + read.fetched_bytes(rows)[:, stream])
 
     def rows(self, block: Block) -> slice:
         """Return the rows of a block, counted in the batch."""

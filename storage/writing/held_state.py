@@ -62,18 +62,18 @@ class HeldState:
         self.held = HeldShards.of(self._described, self._boxes, self._digests)
         """What this rank holds, as it is sent to rank 0."""
 
-    def shards_to_write(self, rows: Iterable[int], largest_sizes: bytes) -> list[ShardToWrite]:
+    def shards_to_write(self, positions: Iterable[int], largest_sizes: bytes) -> list[ShardToWrite]:
         """Return some of the shards that this rank holds.
 
         Args:
-            rows: their positions in `held`.
+            positions: their positions in `held`.
             largest_sizes: as in `GlobalPlan`.
         """
         shapes = [value.shape for value in self._described.values()]
         largest = dict(zip(self._described, unpack_largest_sizes(largest_sizes, shapes), strict=True))
         found: list[ShardToWrite] = []
-        for row in rows:
-            name, (first, second) = self._shards[row]
+        for at in positions:
+            name, (first, second) = self._shards[at]
             if isinstance(first, Box):
                 assert isinstance(second, torch.Tensor)
                 shape = self._described[name].shape

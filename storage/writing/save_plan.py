@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ...planner.box import Box, IntArray, concat_ranges
+from ...planner.box import Box, IntArray, concat_ranges, first_elements
 from ...planner.entries import ITEMSIZES
 from ...planner.index_checks import tile
 from ..errors import ArgumentError
@@ -55,7 +55,7 @@ class HeldShards:
         counts = np.array([len(of_entry) for of_entry in boxes], "<i8")
         extents = [n for of_entry in boxes for box in of_entry for n in (*box.offsets, *box.sizes)]
         shapes = [value.shape for value in described.values()]
-        rows = [(at, first_element(box, shapes[at]), digest) for at, box, digest in digests]
+        rows = [(at, box.first_element(shapes[at]), digest) for at, box, digest in digests]
         table = np.array(rows, np.uint64).reshape(-1, 3)
         packed = zlib.compress(counts.tobytes() + np.array(extents, "<i8").tobytes(), 1)
         return cls(pack_descriptions(described), packed, table.astype("<u8").tobytes())
@@ -63,14 +63,6 @@ class HeldShards:
     def holds_the_same_as(self, other: HeldShards) -> bool:
         """Return whether both are the same shards of the same entries. Their bytes may differ."""
         return (self.entries, self.shards) == (other.entries, other.shards)
-
-
-def first_element(box: Box, shape: tuple[int, ...]) -> int:
-    """Return the position of the first element of a box in a row-major tensor."""
-    position = 0
-    for offset, n in zip(box.offsets, shape, strict=True):
-        position = position * n + offset
-    return position
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +118,7 @@ def plan_save(held: Sequence[HeldShards]) -> GlobalPlan:
     chosen = _choose_writers(shards, len(held))
     _check_coverage(entries, shards, chosen)
     bounds = np.searchsorted(shards.ranks[chosen], np.arange(len(held) + 1)).tolist()
-    masks = [_mask(shards.rows[chosen[begin:end]]) for begin, end in pairwise(bounds)]
+    masks = [_mask(shards.positions[chosen[begin:end]]) for begin, end in pairwise(bounds)]
     largest = _pack_largest_sizes(entries, shards, chosen, ids)
     return GlobalPlan(
         entries, masks, [ids[of_rank.entries] for of_rank in held], [largest[of_rank.entries] for of_rank in held]
@@ -161,10 +153,10 @@ def unpack_largest_sizes(packed: bytes, shapes: Sequence[tuple[int, ...]]) -> li
     return [tuple(values[begin:end]) for begin, end in pairwise(bounds)]
 
 
-def _mask(rows: IntArray) -> bytes:
+def _mask(positions: IntArray) -> bytes:
     """Return bits that are 1 at these positions."""
-    bits = np.zeros(int(rows.max(initial=-1)) + 1, np.uint8)
-    bits[rows] = 1
+    bits = np.zeros(int(positions.max(initial=-1)) + 1, np.uint8)
+    bits[positions] = 1
     return np.packbits(bits).tobytes()
 
 
@@ -175,7 +167,7 @@ class _Shards:
     ids: IntArray
     """(n,) the position of the entry."""
     ranks: IntArray
-    rows: IntArray
+    positions: IntArray
     """(n,) the position among the shards of the rank."""
     shapes: IntArray
     offsets: IntArray
@@ -194,7 +186,7 @@ class _Shards:
         table = np.ones((len(entries), most), np.int64)
         for at, entry in enumerate(entries):
             table[at, : len(entry.shape)] = entry.shape
-        owners, rows, extents = [], [], []
+        owners, positions, extents = [], [], []
         for of_rank in held:
             of_entries = ids[of_rank.entries]
             values = np.frombuffer(zlib.decompress(of_rank.shards), "<i8")
@@ -202,7 +194,7 @@ class _Shards:
             found = values[len(of_entries) :]
             kept = owner >= 0  # an entry that is not saved is a value, and its shards have no extents
             owners.append(owner[kept])
-            rows.append(np.flatnonzero(kept))
+            positions.append(np.flatnonzero(kept))
             extents.append(found)
         counts = [len(owner) for owner in owners]
         owned, flat = np.concatenate(owners), np.concatenate(extents)
@@ -214,15 +206,12 @@ class _Shards:
         sizes[cells] = flat[concat_ranges(begins + ndim, ndim)]
         nbytes = sizes.prod(axis=1) * itemsizes[owned]
         ranks = np.repeat(np.arange(len(held)), counts)
-        return cls(owned, ranks, np.concatenate(rows), table[owned], offsets, sizes, nbytes)
+        return cls(owned, ranks, np.concatenate(positions), table[owned], offsets, sizes, nbytes)
 
     @property
     def starts(self) -> IntArray:
         """(n,) the position of the first element in the tensor."""
-        found = np.zeros(len(self.ids), np.int64)
-        for d in range(self.offsets.shape[1]):
-            found = found * self.shapes[:, d] + self.offsets[:, d]
-        return found
+        return first_elements(self.offsets, self.shapes)
 
 
 def _check_held(entries: Mapping[str, EntryDescription], shards: _Shards) -> None:

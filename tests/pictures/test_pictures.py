@@ -103,9 +103,9 @@ def test_over_read_chunks_are_hatched() -> None:
 def test_bytes_over_is_the_over_read_of_the_byte_ranges() -> None:
     (read,) = plans_of(2, saved("a.down", (256, 512), plain=True), gap_limits=GapLimits(1 << 20, 10.0))[0].reads
     assert read.bytes_over.sum() == 255 * 512, "the other half of all rows but the last"
-    assert read.bytes_spanned == read.bytes_read + 255 * 512
+    assert read.bytes_spanned == read.bytes_wanted + 255 * 512
     (raw,) = plans_of(3, saved("a.up", (100, 512), raw=True))[1].reads
-    assert int(raw.bytes_over.sum()) == raw.bytes_read - raw.bytes_needed
+    assert int(raw.bytes_over.sum()) == raw.bytes_wanted - raw.bytes_needed
 
 
 def test_object_map_computes_the_part_of_each_bin_that_is_read() -> None:

@@ -50,7 +50,7 @@ def test_byte_runs_contain_each_wanted_value_exactly_once(
     for row, box in enumerate(boxes):
         assert values_of(read, row, content) == tensor[box.slices].ravel().tolist()
     needed = wanted.numel * 4
-    assert read.bytes_read == needed
+    assert read.bytes_wanted == needed
     assert needed <= plan.requests.nbytes <= needed * (1 + over_read) + 1
     (requests,) = plan.requests_of()
     assert (plan.requests.starts[requests] <= read.starts).all()

@@ -15,7 +15,7 @@ from reshard.planner.box import Box
 from reshard.storage.tensors.state_dict import Path
 from reshard.storage.writing import save_plan
 from reshard.storage.writing.agreement import EntryDescription, pack_descriptions, unpack_descriptions
-from reshard.storage.writing.save_plan import HeldShards, first_element, plan_save
+from reshard.storage.writing.save_plan import HeldShards, plan_save
 
 VALUE = Box((), ())
 
@@ -173,4 +173,4 @@ def test_descriptions_are_the_same_after_packing(path: Path) -> None:
 
 def test_first_elements_order_boxes() -> None:
     boxes = [Box((i, j), (1, 1)) for i in range(3) for j in range(4)]
-    assert [first_element(box, (3, 4)) for box in boxes] == list(range(12))
+    assert [box.first_element((3, 4)) for box in boxes] == list(range(12))

@@ -17,7 +17,7 @@ from typing_extensions import Buffer
 from ....planner.box import concat
 from ....planner.chunk_reads import WantedBox
 from ....planner.coalesce import MAX_GAP_BYTES, GapLimits
-from ....planner.entries import ITEMSIZES, NATIVE_ENCODINGS, Entry, Kind
+from ....planner.entries import ITEMSIZES, Entry, Kind, are_native
 from ....planner.errors import InvalidIndexError
 from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex, missing_tensor
@@ -276,7 +276,7 @@ class NativeSource:
                 whole_checksums=self._version >= WHOLE_CHECKSUMS_SINCE,
             )
             index.check_disjoint()
-            if int(index.segments.encodings.max(initial=0)) > max(NATIVE_ENCODINGS):
+            if not are_native(index.segments.encodings).all():
                 raise ValueError("a segment has the encoding of another format")
             held = np.bincount(index.regions.entries).tolist()
             for entry, found, known, parts in zip(index.entries, index.sizes, held, index.regions.parts, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ....planner.box import Box, IntArray, concat, concat_ranges
+from ....planner.box import Box, IntArray, concat, concat_ranges, first_elements
 from ....planner.entries import ITEMSIZES, Entry, Kind, Segments
 from ....planner.grid import Grid
 from ....planner.index import CheckpointIndex, count_checksums
@@ -184,24 +184,24 @@ def assemble_index(
     positions = {key: np.array([position[e.name] for e in table], np.int64) for key, table in tables.items()}
     rows = [np.frombuffer(zlib.decompress(one.columns), "<i8").reshape(6, -1) for one in packed]
     first_objects = np.cumsum([0, *(len(one.objects) for one in packed)]).tolist()
-    owners = concat([positions[one.entries][columns[0]] for one, columns in zip(packed, rows, strict=True)])
+    entry_ids = concat([positions[one.entries][columns[0]] for one, columns in zip(packed, rows, strict=True)])
     objects = concat([columns[1] + first for columns, first in zip(rows, first_objects, strict=False)])
     streams, encodings, starts, counts = (concat([columns[at] for columns in rows]) for at in range(2, 6))
     boxes = np.frombuffer(b"".join(zlib.decompress(one.boxes) for one in packed), "<i8")
     lengths = np.frombuffer(b"".join(one.lengths for one in packed), "<u4")
     checksums = np.frombuffer(b"".join(one.checksums for one in packed), "<u8")
 
-    ndims = np.array([len(entry.shape) for entry in entries], np.int64)[owners]
+    ndims = np.array([len(entry.shape) for entry in entries], np.int64)[entry_ids]
     begins = np.cumsum(2 * ndims) - 2 * ndims
-    order = np.lexsort((_first_elements(entries, owners, boxes, begins), owners))
-    page_bytes = np.array([entry.page_bytes for entry in entries], np.int64)[owners]
+    order = np.lexsort((_first_elements(entries, entry_ids, boxes, begins), entry_ids))
+    page_bytes = np.array([entry.page_bytes for entry in entries], np.int64)[entry_ids]
     each, pages = (np.repeat(column, counts) for column in (encodings, page_bytes))
     checksums_before = np.concatenate(([0], np.cumsum(count_checksums(each, lengths, pages, whole=True))))
     first_lengths = np.cumsum(counts) - counts
     first_checksums = checksums_before[first_lengths]
     of_checksums = checksums_before[first_lengths + counts] - first_checksums
     segments = Segments(
-        entries=owners[order],
+        entries=entry_ids[order],
         streams=streams[order].astype(np.uint8),
         encodings=encodings[order].astype(np.uint8),
         objects=objects[order],
@@ -218,12 +218,12 @@ def assemble_index(
     )
 
 
-def _first_elements(entries: Sequence[Entry], owners: IntArray, boxes: IntArray, begins: IntArray) -> IntArray:
+def _first_elements(entries: Sequence[Entry], entry_ids: IntArray, boxes: IntArray, begins: IntArray) -> IntArray:
     """Return the (n,) position of the first element of each box in its row-major tensor."""
-    found = np.zeros(len(owners), np.int64)
+    found = np.zeros(len(entry_ids), np.int64)
     for ndim in {len(entry.shape) for entry in entries}:
         shapes = np.array([e.shape if len(e.shape) == ndim else (1,) * ndim for e in entries], np.int64)
-        mine = np.flatnonzero(np.array([len(entry.shape) == ndim for entry in entries])[owners])
-        for d in range(ndim):
-            found[mine] = found[mine] * shapes[owners[mine], d] + boxes[begins[mine] + d]
+        mine = np.flatnonzero(np.array([len(entry.shape) == ndim for entry in entries])[entry_ids])
+        offsets = boxes[begins[mine][:, None] + np.arange(ndim)]
+        found[mine] = first_elements(offsets, shapes[entry_ids[mine]])
     return found

@@ -82,7 +82,7 @@ def assign_devices(batches: Sequence[ChunkBatch], *, may_decompress: bool) -> di
             _assign(batch, device, may_decompress=may_decompress)
             path = f"{device.device} with nvCOMP" if batch.frames else str(device.device)
             path = path if batch.device is not None else f"host and {path}"
-        decoded_by[path] = decoded_by.get(path, 0) + int(batch.read.packed_bytes(batch.rows).sum())
+        decoded_by[path] = decoded_by.get(path, 0) + int(batch.read.fetched_bytes(batch.rows).sum())
         for request in batch.requests:
             request.on_host |= batch.device is None
             request.device = request.device or batch.device
