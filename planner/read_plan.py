@@ -42,8 +42,8 @@ class Exchange:
     stops: IntArray
     """(n,) the byte ranges that the rank reads for several ranks: the object, and [start, stop)."""
     is_given: npt.NDArray[np.bool_]
-    """(requests,) whether the bytes of a request are part of such a range, of this rank or of another one. The rank
-    reads all other requests for itself."""
+    """(requests,) whether the bytes of a request are in a range that one rank reads for several. The rank reads all
+    other requests for itself."""
     bytes_sent: int
     bytes_received: int
 
@@ -56,7 +56,7 @@ class ReadPlan:
     """What one rank reads: the chunks of every wanted box, and the requests that fetch them."""
 
     reads: tuple[ChunkReads, ...]
-    """One item per wanted box, in the order of `wants`."""
+    """One item per wanted box, in the order in which the boxes were passed to `plan_reads`."""
     requests: Requests
     """The requests. `request_of_range` has the number of the request for each byte range of all `reads`, one after
     another, row by row."""

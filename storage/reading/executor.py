@@ -147,7 +147,9 @@ class _Execution:
             max_fetches=self._fetcher.max_requests,
             min_frames=MIN_FRAMES,
         )
-        self._lock = threading.RLock()  # the thread that starts a read runs its callback if it has already ended
+        self._lock = threading.RLock()
+        """Reentrant: if a read has already ended, `add_done_callback` runs the callback in the thread that holds the
+        lock."""
         self._caller = threading.Condition(self._lock)
         """Notifies the thread that called `run`."""
         self._active = 0

@@ -108,7 +108,8 @@ class ValueBuffer:
 
 
 def decode_all(reads: Iterable[ValueBuffer], *, allow_pickle: bool = False) -> list[Any]:
-    """Decode values. Equal small numbers, strings and tuples are decoded once: all parameters have a learning rate.
+    """Decode values. Equal small numbers, strings and tuples are decoded once, such as the learning rates of parameter
+    groups.
 
     Raises:
         UnsafeValueError, CorruptCheckpointError: see `ValueBuffer.value`.

@@ -144,7 +144,7 @@ def _check_nothing_is_left(
     storage_options: Callable[[Candidate], Any],
     process_group: dist.ProcessGroup | None,
 ) -> None:
-    """Check that every entry that a checkpoint whose load failed may have overwritten was loaded from the next one.
+    """Check that the load that succeeded replaced everything that failed loads may have overwritten.
 
     This concerns only entries that may be missing (`strict=False`, `allow_missing`).
     """

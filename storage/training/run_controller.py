@@ -152,7 +152,7 @@ class RunController:
             self.root.add(
                 RunEntry(decision.saved, decision.sequence, folder, parent=decision.parent, is_partial=is_partial)
             )
-        # Before `add`, a removal would take the new data in this folder for the old checkpoint.
+        # Before `add`, a removal could delete the new data in this folder as if it were the old checkpoint.
         for location in self._locations:
             location.unprotect([folder])
         if is_committed:

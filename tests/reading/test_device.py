@@ -266,7 +266,7 @@ def test_error_names_the_chunk_that_cannot_be_decoded(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The bytes match their checksums, and are wrong nevertheless."""
-    monkeypatch.setattr(RequestChecksums, "damages", lambda *arguments: [])
+    monkeypatch.setattr(RequestChecksums, "damaged_chunks", lambda *arguments: [])
     reshard.save({"w": torch.randn(1024, 512).bfloat16()}, tmp_path)
     chunks = reshard.open(tmp_path).plan(reshard.Layout({"tp": 1}))[0].reads[0]
     (data,) = (tmp_path / "data").iterdir()
@@ -366,7 +366,7 @@ def test_a_frame_that_cannot_be_decompressed_is_damage(
 ) -> None:
     if device.device.type == "cuda" and device.decompressor is not None:
         monkeypatch.setattr(device, "decompressor", HostDecompressor())  # nvCOMP reports no single frames
-    monkeypatch.setattr(RequestChecksums, "damages", lambda *arguments: [])
+    monkeypatch.setattr(RequestChecksums, "damaged_chunks", lambda *arguments: [])
     reshard.save({"a": torch.randn(64, 64).bfloat16(), "w": torch.randn(1024, 512).bfloat16()}, tmp_path)
     (chunks,) = (
         read for read in reshard.open(tmp_path).plan(reshard.Layout({"tp": 1}))[0].reads if read.want.name == "w"

@@ -137,7 +137,7 @@ class PackedRecords:
 
 
 def entries_of(packed: Sequence[PackedRecords]) -> dict[bytes, list[Entry]]:
-    """Return the entries of each set that a rank wrote shards of, by its packed form.
+    """Decode each distinct table of entries once. Return the tables by their packed bytes.
 
     Raises:
         ArgumentError: ranks used different grids for a tensor, because they saved with different codecs.
