@@ -35,7 +35,7 @@ from .stores.open import can_open_store
 from .tensors.distributed_tensors import refuse_misplaced, waited
 from .tensors.dtypes import dtype_name
 from .tensors.state_dict import check_nesting
-from .tensors.tensor_classes import as_plain, check_storable, is_whole
+from .tensors.tensor_classes import as_storable, is_whole
 from .writing.agreement import (
     EntryDescription,
     agreed_paths,
@@ -156,7 +156,7 @@ class StorageWriter(dcp.StorageWriter):
         refuse_misplaced(state)
         for name in {item.index.fqn for item in plan.items}:
             if isinstance(tensor := state.get(name), DTensor) and is_whole(tensor._local_tensor):
-                check_storable(name, tensor._local_tensor)
+                as_storable(name, tensor._local_tensor)
         shards = [_shard_to_write(item, planner) for item in plan.items]
         self._writer.announce(shards)
         return shards
@@ -225,14 +225,13 @@ def _shard_to_write(item: WriteItem, planner: SavePlanner) -> ShardToWrite:
             raise UnsupportedValueError(f"{name!r} cannot be stored: {type(error).__name__}: {error}") from error
         if not isinstance(values, torch.Tensor):
             raise _planner_error(name, values, "a tensor")
-        values = waited(values)
-        check_storable(name, values)
+        values = as_storable(name, waited(values))
         if values.dtype != dtype:
             raise UnsupportedValueError(
                 f"{name!r} cannot be stored: the planner's resolve_data returned {values.dtype}, but its plan has "
                 f"{dtype}. A planner that casts must also change tensor_data.properties.dtype of the item"
             )
-        return part_of(name, as_plain(values), box, dtype, part)
+        return part_of(name, values, box, dtype, part)
 
     return ShardToWrite(name, Kind.TENSOR, dtype, tuple(item.tensor_data.size), box, load)
 

@@ -24,6 +24,7 @@ from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
 from .tensors.state_dict import check_mapping, flatten, stateful_to_state
+from .tensors.wrapper_tensors import with_parts
 from .writing.agreement import check_same_metadata
 from .writing.checkpoint_writer import CheckpointWriter, SaveOptions, Written
 from .writing.held_state import HeldState
@@ -153,7 +154,7 @@ class Saving:
         if self._state is None:
             states = stateful_to_state(state_dict)
             with without_collections():
-                leaves = flatten(states)
+                leaves = with_parts(flatten(states))
                 tensors = [leaf.value for leaf in leaves.values() if isinstance(leaf.value, torch.Tensor)]
                 finish_writes("reshard.save", tensors)
                 self._state = HeldState(leaves, allow_pickle=self._options.allow_pickle, world_size=self._size)
@@ -310,6 +311,10 @@ def save(
     writes its shards to its own objects. Replicas are written once. The checkpoint exists when every rank has written
     its objects and the manifest is written. A save that fails before the commit leaves an existing checkpoint
     unchanged. After a CommitError, either the old or the new checkpoint exists.
+
+    Of a tensor that consists of other tensors, such as a quantised weight of torchao, the tensors inside are stored, each
+    under the name of the tensor and that of its attribute. If a plain tensor inside has all its values, only this one
+    is stored, under the name of the tensor. Sharded tensors of the first kind are refused.
 
     Values that are not tensors are stored as JSON if they are plain data, and pickled otherwise. Tensors in tuples and
     other objects are a part of such a value; a DTensor there is refused. If several ranks have a value, or a tensor of

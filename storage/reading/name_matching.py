@@ -16,9 +16,10 @@ from ...planner.entries import Entry
 from ...planner.errors import MissingTensorError
 from ...planner.index import nearest_names
 from ...planner.text import quoted
-from ..errors import DestinationError
+from ..errors import DestinationError, DtypeError
 from ..formats.source import Source
-from ..runtime.reports import RankReport
+from ..runtime.reports import RankReport, added
+from ..tensors.dtypes import torch_dtype
 from ..tensors.name_patterns import (
     Patterns,
     by_new_name,
@@ -29,7 +30,8 @@ from ..tensors.name_patterns import (
 )
 from ..tensors.state_dict import Key, Leaf, Path, flatten, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
-from .read_tensors import ReadOptions, read_boxes
+from ..tensors.wrapper_tensors import CLASS, check_class, has_parts, parts_of
+from .read_tensors import ReadOptions, check_is_tensor, read_boxes
 from .value_buffers import ValueBuffer, check_values
 
 
@@ -82,7 +84,8 @@ class NameMatch:
     ) -> None:
         self._source = source
         self._options = options
-        self._leaves = flatten(states)
+        self.report = RankReport(0)
+        """What was read to match names."""
         self._stateful = frozenset(stateful)
         self._in_stateful = tuple(f"{name}." for name in stateful)
         self._sections = tuple(f"{key}." for key, state in states.items() if isinstance(state, (Mapping, list)))
@@ -91,6 +94,9 @@ class NameMatch:
         self.stored_names = by_new_name(names, options.rename)
         """The names in the checkpoint, by the names in the state dict."""
         self._sorted_names = sorted(self.stored_names)
+        self._known: set[str] = set()
+        """Names that belong to leaves, and are not leaves themselves."""
+        self._leaves = self._with_parts(flatten(states))
         wanted = {name: leaf for name, leaf in self._leaves.items() if not matches_any(options.exclude, name)}
         self.is_empty = not wanted
         """Whether no name of the state dict is to be loaded."""
@@ -107,12 +113,61 @@ class NameMatch:
         """Leaves that are inside a value of the checkpoint, each with the decoded value."""
         self._decoded: dict[Path, Any] = {}
         """All leaves of the checkpoint's values that were decoded for `nested`, by their paths in the state dict."""
-        self.report = RankReport(0)
-        """What was read for `nested`."""
         self.missing_keys = self._match_others([leaf for name, leaf in wanted.items() if name not in self.present])
         """See `Report`."""
         self.unexpected_keys, self.held_keys = self._divide_keys()
         """The names of the checkpoint that the state dict lacks, below one of its keys, and those that it has."""
+
+    def _with_parts(self, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+        """Return the leaves, with the parts of tensors that consist of others if the checkpoint stores them so.
+
+        Raises:
+            DestinationError, DtypeError, ShapeMismatchError: the checkpoint has a tensor of another class or form.
+        """
+        found: dict[str, Leaf] = {}
+        wrappers: dict[str, Leaf] = {}
+        for name, leaf in leaves.items():
+            parts = parts_of(leaf) if name not in self.stored_names and has_parts(leaf.value) else {}
+            if not parts or not parts.keys() <= self.stored_names.keys():
+                found[name] = leaf
+            elif matches_any(self._options.exclude, name):
+                found[name] = leaf
+                self._known |= parts.keys()
+            else:
+                for part in parts.values():
+                    self._check_part(part, leaf)
+                found |= parts
+            if parts and (described := f"{name}.{CLASS}") in self.stored_names:
+                wrappers[described] = leaf
+        self._known |= wrappers.keys()
+        buffers = self._read_values([name for name, leaf in wrappers.items() if leaf.name not in found])
+        for described, value in buffers.items():
+            leaf = wrappers[described]
+            check_class(leaf.name, leaf.value, value.value())
+        return found
+
+    def _check_part(self, part: Leaf, leaf: Leaf) -> None:
+        """Check that a tensor inside another one has its stored dtype and shape: it cannot be cast by itself."""
+        entry = self.entry(part.name)
+        check_is_tensor(self._source, entry.name)
+        stored, own = torch_dtype(entry.dtype), part.value.dtype
+        if stored != own:
+            raise DtypeError(
+                f"{part.name!r} is stored as {stored}, and is {own} in the state dict, inside a "
+                f"{type(leaf.value).__name__}: create it as it was when it was saved"
+            )
+
+    def _read_values(self, names: Iterable[str]) -> dict[str, ValueBuffer]:
+        """Read the bytes of values of the checkpoint, by their names in the state dict."""
+        names = list(names)
+        if not names:
+            return {}
+        stored = [self.stored_names[name] for name in names]
+        check_values(self._source, stored, self._options.budget_bytes)
+        buffers = ValueBuffer.of(self._source, stored)
+        report = read_boxes(self._source, [], [], buffers, ReadOptions(budget_bytes=self._options.budget_bytes))
+        self.report = added(self.report, report)
+        return dict(zip(names, buffers, strict=True))
 
     def entry(self, name: str) -> Entry:
         """Return the entry for a name of the state dict."""
@@ -200,15 +255,10 @@ class NameMatch:
 
     def _match_inside_values(self, by_value: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Read the values that contain leaves. Return the leaves that are not in them."""
-        if not by_value:
-            return []
-        stored = [self.stored_names[name] for name in by_value]
-        check_values(self._source, stored, self._options.budget_bytes)
-        reads = ValueBuffer.of(self._source, stored)
-        self.report = read_boxes(self._source, [], [], reads, ReadOptions(budget_bytes=self._options.budget_bytes))
         missing = []
-        for (name, leaves), read in zip(by_value.items(), reads, strict=True):
-            value = read.value(allow_pickle=self._options.allow_pickle)
+        for name, buffer in self._read_values(by_value).items():
+            leaves = by_value[name]
+            value = buffer.value(allow_pickle=self._options.allow_pickle)
             path = leaves[0].path[: _path_length(leaves[0].path, name)]
             self._decoded |= {(*path, *leaf.path[1:]): leaf.value for leaf in flatten({name: value}).values()}
             for leaf in leaves:
@@ -230,7 +280,7 @@ class NameMatch:
         decoded_values = {name_of(path[:length]) for path in self._decoded for length in range(1, len(path))}
         unexpected, held = [], []
         for name in dict.fromkeys((*self.stored_names, *self.decoded_names)):
-            if name in self._leaves or name in in_containers or name in decoded_values:
+            if name in self._leaves or name in self._known or name in in_containers or name in decoded_values:
                 held.append(name)
             elif name.startswith(self._sections) and not matches_any(self._options.exclude, name):
                 unexpected.append(name)

@@ -14,6 +14,8 @@ from ..runtime.torch_modes import writing_to
 from .dtypes import as_array, as_bytes
 
 _TORCH_CLASSES = (torch.Tensor, torch.nn.Parameter)
+_COMPARED_BYTES = 16 * 1024 * 1024
+"""How many bytes of two tensors are compared at once."""
 
 
 def overrides_dispatch(tensor: torch.Tensor) -> bool:
@@ -88,18 +90,56 @@ def check_has_memory(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedValueError(f"{name!r} cannot be stored: it {reason}")
 
 
-def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """Check that the values of a local tensor can be stored.
+def as_storable(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a plain view of the values of a local tensor.
 
     Raises:
         UnsupportedValueError: the values are not in dense memory, or the tensor's class decides what they are.
     """
     check_has_memory(name, tensor)
-    if overrides_dispatch(tensor):
+    if not overrides_dispatch(tensor):
+        return as_plain(tensor)
+    values = only_values(tensor)
+    if values is None:
         raise UnsupportedValueError(
             f"{name!r} cannot be stored: its class {_full_name(tensor)} keeps the values in its own form. Save the "
             "tensors inside it, or a plain tensor of its values"
         )
+    return values
+
+
+def only_values(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the plain tensor inside a tensor that has all its values; None if there is none.
+
+    For example, the weights that torchao casts to float8 when FSDP gathers them contain plain tensors.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    alike = [part for part in _inner(tensor) if (part.shape, part.dtype) == (tensor.shape, tensor.dtype)]
+    if len(alike) != 1:
+        return None
+    values = only_values(alike[0]) if overrides_dispatch(alike[0]) else as_plain(alike[0])
+    return values if values is not None and not missing_memory(values) and _presents(tensor, values) else None
+
+
+def _presents(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return whether the values that the class of a tensor presents are those of a plain tensor."""
+    n = len(values) if values.dim() else 1
+    rows = max(1, _COMPARED_BYTES * n // max(values.nbytes, 1))
+    try:
+        with torch.no_grad():
+            for at in range(0, n, rows):
+                some, presented = (of[at : at + rows] if of.dim() else of for of in (values, tensor))
+                found = torch.empty_like(some, memory_format=torch.contiguous_format).copy_(presented)
+                if type(found) is not torch.Tensor or not _bytes_of(found).equal(_bytes_of(some)):
+                    return False
+    except Exception:  # the class may not support slices
+        return False
+    return True
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def copy_into(name: str, destination: torch.Tensor, values: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from ..runtime.checksums import checksum
 from ..tensors.dtypes import LocalShard, as_array, as_bytes, dtype_name
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf
-from ..tensors.tensor_classes import as_plain, check_has_memory, check_storable, is_whole
+from ..tensors.tensor_classes import as_storable, check_has_memory, is_whole
 from .agreement import EntryDescription
 from .object_layout import ShardToWrite, part_of
 from .save_plan import SMALL_REPLICA_BYTES, HeldShards, unpack_largest_sizes
@@ -105,9 +105,7 @@ class HeldState:
         is_sharded = not is_whole(tensor)
         if not is_sharded:
             check_has_memory(name, tensor)
-        shards = local_shards(name, tensor)
-        for _, local in shards:
-            check_storable(name, local)
+        shards = [(box, as_storable(name, local)) for box, local in local_shards(name, tensor)]
         if self._may_repeat(tensor):
             self._digests += [
                 (len(self._boxes), box, checksum(as_bytes(as_array(_sample(local))).data))
@@ -145,5 +143,4 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
 
 
 def _load(name: str, local: torch.Tensor, shard: Box, box: Box) -> torch.Tensor:
-    check_storable(name, local)
-    return part_of(name, as_plain(local), shard, local.dtype, box)
+    return part_of(name, as_storable(name, local), shard, local.dtype, box)

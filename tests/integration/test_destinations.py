@@ -187,13 +187,10 @@ def test_storage_writer_refuses_tensors_without_dense_memory(name: str) -> None:
         dcp.save({"w": tensor}, storage_writer=reshard.StorageWriter(MemoryStore()))
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Scaled.of(4, 4), lambda: Flattened.of(4, 4), lambda: TwoTensor(torch.ones(2), torch.ones(2))]
-)
-def test_save_refuses_subclasses_that_encode_their_values(make: Callable[[], torch.Tensor]) -> None:
+def test_save_refuses_subclasses_that_encode_their_values() -> None:
     store = MemoryStore()
     with pytest.raises(errors.UnsupportedValueError, match=r"'x\.w' cannot be stored: its class"):
-        reshard.save({"x": {"w": make()}, "v": torch.ones(2)}, store)
+        reshard.save({"x": {"w": Scaled.of(4, 4)}, "v": torch.ones(2)}, store)
     assert not store.content
 
 

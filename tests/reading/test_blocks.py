@@ -192,7 +192,9 @@ def test_error_names_the_damaged_chunk_of_a_block(last: bool, monkeypatch: pytes
     content = bytearray(store.content[name])
     content[int(read.starts[row, 0]) : int(read.starts[row, 0]) + 4] = b"\xff\xff\xff\xff"
     store.content[name] = bytes(content)
-    monkeypatch.setattr("reshard.storage.reading.request_checksums.RequestChecksums.damaged_chunks", lambda *arguments: [])
+    monkeypatch.setattr(
+        "reshard.storage.reading.request_checksums.RequestChecksums.damaged_chunks", lambda *arguments: []
+    )
     chunk = Box(tuple(read.chunk_offsets[row].tolist()), tuple(read.chunk_sizes[row].tolist()))
     with pytest.raises(
         CorruptCheckpointError, match=r"'up': chunk .* cannot be decoded: a plane is cut short"

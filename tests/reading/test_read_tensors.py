@@ -182,7 +182,9 @@ def test_corrupt_error_says_if_part_of_a_large_tensor_was_overwritten() -> None:
 def test_corrupt_error_waits_for_chunks_that_are_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk cannot be decoded, although its checksum is right, while other chunks of the tensor are written."""
     monkeypatch.setattr("reshard.storage.reading.workers.default_threads", lambda: 2)
-    monkeypatch.setattr("reshard.storage.reading.request_checksums.RequestChecksums.damaged_chunks", lambda *arguments: [])
+    monkeypatch.setattr(
+        "reshard.storage.reading.request_checksums.RequestChecksums.damaged_chunks", lambda *arguments: []
+    )
     store, manifest = saved("zstd", {"w": torch.randn(4096, 1024)})
     want = WantedBox("w", Box.whole((4096, 1024)))
     plan = plan_reads(manifest.index(), [want])
