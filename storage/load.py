@@ -97,9 +97,9 @@ def load(
     are written in place and cast if their dtype differs. Other values are replaced. Names that are not in the state
     dict are not read.
 
-    A tensor subclass with its own `__torch_dispatch__`, such as a quantised tensor, is written by its own `copy_` if the
-    checkpoint has a tensor of its name. If the checkpoint has the tensors inside it, as `save` stores them, these are
-    loaded in place, without casts. The class and its settings must be the same.
+    A tensor subclass with its own `__torch_dispatch__`, such as a quantised tensor, is written by its own `copy_` if
+    the checkpoint has a tensor of its name. If the checkpoint has the tensors inside it, as `save` stores them, these
+    are loaded in place, without casts. The class and its settings must be the same.
     Floating-point tensors that are cast to fewer bits are listed in the report and logged once.
 
     Args:
