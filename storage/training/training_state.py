@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import ArgumentError, UnsupportedValueError
+from ..runtime.brief import reason
 from ..tensors.state_dict import has_stateful
 
 _OF_OBJECTS: dict[type, str] = {
@@ -139,7 +143,7 @@ class _OptimizerState:
         try:
             for optimizer, parameters in zip(self._optimizers, new, strict=True):
                 if parameters and not (optimizer.state and _needs_closure(optimizer)):  # LBFGS has one state for all
-                    _create_states(optimizer, parameters)
+                    _create_states(optimizer, parameters, self._model)
                     self._stateless |= {id(p): p for p in parameters if not optimizer.state.get(p)}
             found = self._torch_state()
         finally:
@@ -257,30 +261,91 @@ def _parameters_without_state(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if not optimizer.state.get(parameter)]
 
 
-def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Create the states of parameters that have not been updated, without calling the optimizer's step hooks.
+def _create_states(optimizer: Optimizer, parameters: list[nn.Parameter], model: nn.Module) -> None:
+    """Create the states of parameters that have not been updated.
+
+    This makes a step with gradients of 0. Everything else that the step may change is restored: the values of the
+    parameters, the settings and attributes of the optimizer, and the state of random generators. Its hooks are not
+    called.
 
     Raises:
-        UnsupportedValueError: the optimizer cannot step without a closure.
+        UnsupportedValueError: the step fails, for example because it needs a closure.
     """
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):  # torch wraps the method of the class in one that calls the hooks
         step = step.__wrapped__
     # Weight decay would be added to the momentum of SGD.
     settings = _with_settings(optimizer, lr=0.0, weight_decay=0.0)
-    with _without_gradients([optimizer]), _without_hooks(optimizer), settings:
+    kept = contextlib.nullcontext() if step.__module__.startswith("torch.optim.") else _unchanged(optimizer, parameters)
+    with _without_gradients([optimizer]), _without_hooks(optimizer), settings, kept:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         try:
             step(optimizer)
         except Exception as error:
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
             raise UnsupportedValueError(
-                f"the states of {type(optimizer).__name__} cannot be created before its first step: "
-                f"{type(error).__name__}: {error}. Make a step first, or leave it out"
+                f"{type(optimizer).__name__} cannot create the states of {len(parameters)} parameters that have not "
+                f"been updated yet, such as {names[id(parameters[0])]!r}: {reason(error)}. Make a step in which they "
+                "have gradients. If they never have any, freeze them, or leave them out of the optimizer"
             ) from error
     for parameter in parameters:
         if isinstance(step := optimizer.state.get(parameter, {}).get("step"), torch.Tensor):
             step.zero_()
+
+
+@contextlib.contextmanager
+def _unchanged(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Restore what the step of an optimizer changes, except the states of parameters.
+
+    Args:
+        parameters: those that the step updates.
+    """
+    devices = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
+    with contextlib.ExitStack() as stack:
+        for kind in {device.type for device in devices} or {"cpu"}:
+            indexes = [device.index for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(indexes, device_type=kind if indexes else "cuda"))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        for one in _with_inner(optimizer):
+            stack.enter_context(_same_attributes(one))
+        values = [parameter.detach().clone() for parameter in parameters]
+        try:
+            yield
+        finally:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.detach().copy_(value)
+
+
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those in its attributes."""
+    found = [optimizer]
+    for one in found:
+        found += [inner for inner in vars(one).values() if isinstance(inner, Optimizer) and inner not in found]
+    return found
+
+
+@contextlib.contextmanager
+def _same_attributes(optimizer: Optimizer) -> Iterator[None]:
+    """Restore the attributes of an optimizer after the block, except its states. They stay the same objects."""
+    attributes = dict(vars(optimizer))
+    others = [value for name, value in attributes.items() if name not in ("state", "param_groups")]
+    tensors = [(value, value.detach().clone()) for value in others if isinstance(value, torch.Tensor)]
+    containers = [(value, copy.copy(value)) for value in others if isinstance(value, (list, dict, set))]
+    try:
+        yield
+    finally:
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        for tensor, values in tensors:
+            tensor.detach().copy_(values)
+        for container, items in containers:
+            if isinstance(container, list):
+                container[:] = items
+            else:
+                container.clear()
+                container.update(items)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -361,7 +363,7 @@ class WithMasterWeights(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -507,7 +509,8 @@ def test_parts_in_dicts_and_lists_are_updated(tmp_path: Path) -> None:
 
 def test_an_optimizer_that_needs_a_closure_is_named(tmp_path: Path) -> None:
     model = net()
-    with pytest.raises(UnsupportedValueError, match=r"states of LBFGS cannot be created before its first step"):
+    message = r"LBFGS cannot create the states of 4 parameters that have not been updated yet, such as '0\.weight': "
+    with pytest.raises(UnsupportedValueError, match=message):
         reshard.save(reshard.training_state(model, torch.optim.LBFGS(model.parameters())), tmp_path / "x")
     assert reshard.training_state(model, []).keys() == {"model"}
 
@@ -823,6 +826,71 @@ def test_save_calls_no_hook_of_the_optimizer_and_changes_no_setting(tmp_path: Pa
         assert optimizer.param_groups[0] == settings
         assert len(called) == calls
     assert optimizer.param_groups[0].get("steps", 2) == 2
+
+
+class OfItsOwn(torch.optim.Optimizer):
+    """One that counts its steps in many ways, decays weights whatever the learning rate is, and draws numbers."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1, wd: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr, "wd": wd})
+        self.steps = 0
+        self.steps_as_tensor = torch.zeros(())
+        self.lengths: list[int] = []
+        self.by_step: dict[int, float] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        self.steps_as_tensor += 1
+        self.lengths.append(self.steps)
+        self.by_step[self.steps] = random.random() + np.random.random()
+        self.is_begun = True
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.state[parameter]["mean"] = torch.zeros_like(parameter)
+                parameter.mul_(1 - group["wd"]).add_(torch.randn_like(parameter), alpha=0.01)
+                parameter.sub_(self.state[parameter]["mean"].lerp_(parameter.grad, 0.1), alpha=group["lr"] / self.steps)
+
+
+class Around(torch.optim.Optimizer):
+    """One that steps another optimizer."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.inner = OfItsOwn(parameters)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        self.inner.step()
+
+
+@pytest.mark.parametrize("kind", [OfItsOwn, Around])
+def test_a_save_changes_no_parameter_attribute_or_random_number(kind: Any, tmp_path: Path) -> None:
+    def train(folder: Path | None) -> tuple[list[torch.Tensor], list[Any]]:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        model = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(2, 2)})
+        optimizer = kind(model.parameters())
+        for step in range(3):
+            if folder is not None:
+                reshard.save(reshard.training_state(model, optimizer), folder / str(step))
+            model["used"](torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        inner = getattr(optimizer, "inner", optimizer)
+        numbers = [random.random(), np.random.random(), torch.rand(()).item()]
+        attributes = [inner.steps, inner.steps_as_tensor.item(), inner.lengths, inner.by_step, *numbers]
+        return [parameter.detach().clone() for parameter in model.parameters()], attributes
+
+    without, with_saves = train(None), train(tmp_path)
+    check_equal(with_saves[0], without[0])
+    assert with_saves[1] == without[1]
+    first = reshard.open(tmp_path / "0")
+    assert "optimizer.state.unused.weight.mean" in first.tensors
 
 
 def test_parameter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
