@@ -31,7 +31,7 @@ from torch.profiler import record_function
 from ..planner.text import quoted
 from .errors import ArgumentError
 from .formats.source import bounded
-from .reading.name_matching import LoadOptions
+from .reading.load_options import LoadOptions
 from .reading.opening import (
     BegunOpening,
     ManifestBlocks,

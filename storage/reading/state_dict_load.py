@@ -21,7 +21,9 @@ from ..tensors.dtypes import LocalShard, torch_dtype
 from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
-from .name_matching import LoadOptions, NameMatch
+from .load_options import LoadOptions
+from .missing_names import MissingNames, check_missing
+from .name_matching import NameMatch
 from .read_tensors import CheckedBoxes, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
 from .value_buffers import ValueBuffer, check_values, decode_all, whole_wants
 
@@ -39,7 +41,7 @@ class StateDictLoad:
 
     Raises:
         ShapeMismatchError, DtypeError, DestinationError, LayoutError: a tensor does not fit the checkpoint.
-        Also what `NameMatch` raises.
+        Also what `NameMatch` and `check_missing` raise.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class StateDictLoad:
     ) -> None:
         self.source = source
         self.match = NameMatch(source, states, options, stateful)
+        check_missing(self.match, options)
         self._options = options
         self._casts: dict[str, Cast] = {}
         self._new_values: list[tuple[Leaf, Any]] = []
@@ -120,7 +123,7 @@ class StateDictLoad:
         if not unexpected:
             return ""
         message = f"{len(unexpected)} names of the checkpoint are not in the state dict: {quoted(unexpected)}"
-        return "; ".join(filter(None, (message, self.match.describe_resize(unexpected[0], "list"))))
+        return "; ".join(filter(None, (message, MissingNames(self.match).describe_resize(unexpected[0], "list"))))
 
     def _find_destinations(self) -> tuple[list[WantedBox], list[torch.Tensor]]:
         """Return the boxes to read, and the local tensors to read them into."""

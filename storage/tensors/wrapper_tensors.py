@@ -42,8 +42,8 @@ def parts_of(leaf: Leaf) -> dict[str, Leaf]:
 
 
 def _describe(tensor: Any) -> dict[str, Any]:
-    """Return the name of a tensor's class, and its settings that are plain data, encoded by `to_plain`."""
-    _, context = tensor.__tensor_flatten__()
+    """Return a tensor's class, its attributes that are tensors, and its settings that are plain data, by `to_plain`."""
+    attributes, context = tensor.__tensor_flatten__()
     if not isinstance(context, Mapping):
         context = dict(enumerate(context if isinstance(context, (list, tuple)) else [context]))
     settings: dict[str, Any] = {}
@@ -52,11 +52,11 @@ def _describe(tensor: Any) -> dict[str, Any]:
             settings[str(name)] = to_plain(list(value) if isinstance(value, tuple) else value)
         except (NotPlainError, RecursionError):
             continue
-    return {"class": type(tensor).__qualname__, "settings": settings}
+    return {"class": type(tensor).__qualname__, "tensors": sorted(attributes), "settings": settings}
 
 
 def check_class(name: str, tensor: torch.Tensor, stored: Any) -> None:
-    """Check that a tensor has the class and the settings that a checkpoint describes.
+    """Check that a tensor has the class, the tensors inside and the settings that a checkpoint describes.
 
     Settings that only one of them has are not compared: other versions of a library may have other ones.
 
@@ -70,13 +70,18 @@ def check_class(name: str, tensor: torch.Tensor, stored: Any) -> None:
     own = _describe(tensor)
     try:
         described = json.loads(stored)
-        kind, settings = described["class"], dict(described["settings"])
+        kind, tensors, settings = described["class"], described["tensors"], dict(described["settings"])
     except (ValueError, LookupError, TypeError) as error:
         raise CorruptCheckpointError(f"the class of {name!r} is not described: {reason(error)}") from error
     if kind != own["class"]:
         raise DestinationError(
             f"{name!r} is of the class {own['class']} in the state dict and of {kind} in the checkpoint: create it as "
             "it was when it was saved"
+        )
+    if tensors != own["tensors"]:
+        raise DestinationError(
+            f"{name!r}, of the class {kind}, consists of {own['tensors']} in the state dict and of {tensors} in the "
+            "checkpoint: create it as it was when it was saved"
         )
     for setting, value in own["settings"].items():
         if setting in settings and settings[setting] != value:

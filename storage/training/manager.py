@@ -24,7 +24,7 @@ from ..formats.native.manifest import MANIFEST_NAME
 from ..formats.user_metadata import plain_metadata
 from ..load import load
 from ..maintenance.catalog import location_of
-from ..reading.name_matching import LoadOptions
+from ..reading.load_options import LoadOptions
 from ..runtime.arguments import check_choice, check_flags, check_nbytes
 from ..runtime.background import BackgroundThread
 from ..runtime.forks import generation

@@ -18,7 +18,9 @@ from ..errors import (
     UnavailableError,
 )
 from ..formats.detect import open_source
-from ..reading.name_matching import LoadOptions, NameMatch
+from ..reading.load_options import LoadOptions
+from ..reading.missing_names import check_missing
+from ..reading.name_matching import NameMatch
 from ..runtime.logs import logger_of
 from ..runtime.process_group import first_failure, on_all_ranks, portable, rank_of
 from ..runtime.reports import Report
@@ -158,6 +160,7 @@ def _check_nothing_is_left(
         for candidate, _ in tried:
             try:
                 match = NameMatch(open_source(candidate.uri, storage_options(candidate)), states, options)
+                check_missing(match, options)
             except CheckpointError:  # then the load failed before it wrote anything
                 continue
             left |= set(report.missing_keys) - set(match.missing_keys)

@@ -109,7 +109,9 @@ def test_tensors_inside_are_stored_under_their_attributes() -> None:
     reshard.save({"x": {"w": pair}, "v": torch.ones(3)}, store)
     checkpoint = reshard.open(store)
     assert set(checkpoint.tensors) == {"x.w.a", "x.w.b.a", "x.w.b.b", "v"}
-    assert checkpoint.read_value("x.w.__class__") == '{"class": "TwoTensor", "settings": {"0": null}}'
+    assert checkpoint.read_value("x.w.__class__") == (
+        '{"class": "TwoTensor", "tensors": ["a", "b"], "settings": {"0": null}}'
+    )
     found = TwoTensor(torch.zeros(2), TwoTensor(torch.ones(2), torch.ones(2)))
     state = {"x": {"w": found}, "v": torch.zeros(3)}
     reshard.load(state, store)
@@ -146,6 +148,21 @@ class Configured(Flattened):
         return ["q", "s"], {"block": self.block, "kernel": object()}
 
 
+class Shifted(Flattened):
+    """One that may have an offset, too."""
+
+    o: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, *shape: int) -> Shifted:
+        tensor = super().of(*shape[:2])
+        tensor.o = torch.zeros(()) if len(shape) > 2 else None
+        return tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["q", "s"] + ["o"] * (self.o is not None), None
+
+
 def wide(tensor: Scaled) -> Scaled:
     tensor.q = tensor.q.to(torch.int16)
     return tensor
@@ -168,6 +185,8 @@ def with_block(*block: int) -> Configured:
         ),
         (Flattened.of(4, 4), Flattened.of(4, 5), errors.ShapeMismatchError, r"'w\.q' has shape \(4, 4\)"),
         (Flattened.of(4, 4), wide(Flattened.of(4, 4)), errors.DtypeError, r"'w\.q' is stored as torch\.int8"),
+        (Shifted.of(4, 4), Shifted.of(4, 4, 1), errors.DestinationError, r"consists of \['o', 'q', 's'\] in the state"),
+        (Shifted.of(4, 4, 1), Shifted.of(4, 4), errors.DestinationError, r"and of \['o', 'q', 's'\] in the checkpoint"),
         (with_block(1, 4), with_block(2, 2), errors.DestinationError, r"block=\[2, 2\] in the state dict and \[1, 4\]"),
         (Flattened.of(4, 4), torch.zeros(4, 4), errors.MissingTensorError, "the checkpoint has no 'w'"),
     ],
