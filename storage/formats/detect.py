@@ -53,7 +53,7 @@ MAX_OBJECTS_SEARCHED = 10_000
 
 @undisturbed()
 def open_source(
-    target: str | os.PathLike[str] | Store,
+    uri: str | os.PathLike[str] | Store,
     storage_options: Mapping[str, Any] | None = None,
     format: str | None = None,
     *,
@@ -63,7 +63,7 @@ def open_source(
     """Open the checkpoint at a path or URI, or in a store.
 
     Args:
-        target: the location of a folder or file, or the store of a folder.
+        uri: the location of a folder or file, or the store of a folder.
         storage_options: options of the store.
         format: one of FORMATS. By default, the format is detected.
         is_found: whether the URI comes from a listing. Text in it that looks like a password is then not a secret.
@@ -77,15 +77,15 @@ def open_source(
     """
     if format not in (None, *FORMATS):
         raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
-    opened_store = open_found_store if is_found and isinstance(target, str) else open_store
+    opened_store = open_found_store if is_found and isinstance(uri, str) else open_store
 
     def opened(location: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> Store:
         return wrap(opened_store(location, options))  # type: ignore[arg-type]
 
-    store = opened(target, storage_options)
-    if isinstance(target, Store) or format == "reshard":
+    store = opened(uri, storage_options)
+    if isinstance(uri, Store) or format == "reshard":
         return _in_folder(store, format)
-    folder, name = split_file(os.fspath(target))
+    folder, name = split_file(os.fspath(uri))
     suffix = os.path.splitext(name)[1]
     if suffix in FILE_SUFFIXES and format in (None, FILE_SUFFIXES[suffix]):
         source = _file(opened(folder, storage_options), name, FILE_SUFFIXES[suffix])

@@ -36,8 +36,8 @@ class Block:
     """The sizes of each chunk."""
     part: Slices
     """The part of the chunk that is needed. If there are several chunks, the whole of each."""
-    target: Slices
-    """The destination of the block in the wanted box."""
+    position: Slices
+    """The position of the block in the wanted box."""
     count: int = 1
     """The number of chunks."""
     counts: tuple[int, ...] = ()
@@ -84,9 +84,9 @@ class Blocks:
     part_offsets: IntArray
     """(b, ndim) the part of the first chunk that is needed, relative to the chunk."""
     part_sizes: IntArray
-    target_offsets: IntArray
-    """(b, ndim) the destination of the block in the wanted box."""
-    target_sizes: IntArray
+    position_offsets: IntArray
+    """(b, ndim) the position of the block in the wanted box."""
+    position_sizes: IntArray
     _made: list[Block] = field(default_factory=list, init=False)
 
     def select(self, blocks: slice) -> list[Block]:
@@ -98,11 +98,11 @@ class Blocks:
     def _make(self) -> Iterator[Block]:
         columns = [column.tolist() for column in (self.firsts, self.encodings, self.numels)]
         parts = box_slices(self.part_offsets, self.part_sizes)
-        targets = box_slices(self.target_offsets, self.target_sizes)
+        positions = box_slices(self.position_offsets, self.position_sizes)
         sizes = map(tuple, self.sizes.tolist())
         counts, dims = map(tuple, self.counts.tolist()), map(tuple, self.dims.tolist())
         directions = zip(*map(_without_ones, counts, dims), strict=True)
-        return map(Block, *columns, sizes, parts, targets, *directions)
+        return map(Block, *columns, sizes, parts, positions, *directions)
 
 
 @functools.lru_cache(maxsize=256)

@@ -79,13 +79,13 @@ def decode_chunk(read: ChunkReads, streams: list[StreamBytes], chunk: Block) -> 
 
 def _place(batch: ChunkBatch, block: Block, streams: list[StreamBytes]) -> None:
     """Write the values of a block in parts that fit the cache. Write raw chunks that are not cast with one copy."""
-    read, target = batch.read, batch.open(block)
-    in_one_copy = block.encoding in (_RAW, _PLAIN) and not target.casts
+    read, writer = batch.read, batch.open(block)
+    in_one_copy = block.encoding in (_RAW, _PLAIN) and not writer.casts
     most = block.count if in_one_copy else max(1, MAX_PART_BYTES // (block.numel * read.itemsize))
     indexes, counts = parts_of(block.counts, most)
     for index, values in zip(indexes, decode_block(read, block, streams, counts), strict=True):
         batch.tensor.overwritten = True
-        target.write(index, values)
+        writer.write(index, values)
 
 
 @functools.lru_cache(maxsize=256)  # the blocks of a model have few shapes

@@ -39,7 +39,7 @@ class Destination:
             self.array = memory_of_plain(tensor)
 
 
-class BlockTarget:
+class BlockWriter:
     """The part of a tensor that the chunks of a block are written to, with one axis for each direction of the block.
 
     Args:
@@ -56,7 +56,7 @@ class BlockTarget:
         self._shape, self._axes = split_shape(block.sizes, block.counts, block.dims)
         self._array: npt.NDArray[Any] | None = None
         if destination.array is not None:
-            index: tuple[Any, ...] = (..., *block.target)  # the ellipsis makes it a view, even of a scalar
+            index: tuple[Any, ...] = (..., *block.position)  # the ellipsis makes it a view, even of a scalar
             region = destination.array[index]
             self._array = region.reshape(self._shape).transpose(self._axes) if block.counts else region
 
@@ -77,8 +77,8 @@ class BlockTarget:
             cast(values.view(np.uint8), self._stored, as_cast, self._tensor.dtype)
             values = as_cast
         words = values if values.dtype == array.dtype else values.view(array.dtype)
-        target = array[index] if index else array
-        target[...] = words.reshape(target.shape) if block.counts else words.reshape(block.sizes)[block.part]
+        region = array[index] if index else array
+        region[...] = words.reshape(region.shape) if block.counts else words.reshape(block.sizes)[block.part]
 
     def write_tensor(self, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
         """Write values with torch. They are a flat tensor of the stored dtype, on any device. See `write`."""
@@ -87,9 +87,9 @@ class BlockTarget:
         if not self.casts and bits is not None and not tensor.is_conj() and not tensor.is_neg():
             tensor, values = tensor.view(bits), values.view(bits)  # torch cannot copy all dtypes on every device
         with writing_to(tensor):
-            target = tensor[block.target]
+            region = tensor[block.position]
             if block.counts:
-                target = target.view(self._shape).permute(self._axes)[index]
-                target.copy_(values.view(target.shape))
+                region = region.view(self._shape).permute(self._axes)[index]
+                region.copy_(values.view(region.shape))
             else:
-                target.copy_(values.view(block.sizes)[block.part])
+                region.copy_(values.view(block.sizes)[block.part])

@@ -95,7 +95,7 @@ class Opening:
     """One rank's part in opening a checkpoint.
 
     Args:
-        target, storage_options, format: see `open_source`.
+        uri, storage_options, format: see `open_source`.
         group: the ranks that open it, or None for the default group.
 
     Raises:
@@ -104,13 +104,13 @@ class Opening:
 
     def __init__(
         self,
-        target: str | os.PathLike[str] | Store,
+        uri: str | os.PathLike[str] | Store,
         storage_options: Mapping[str, Any] | None,
         format: str | None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._open = partial(open_source, target, storage_options, format)
-        store = open_store(target, storage_options)
+        self._open = partial(open_source, uri, storage_options, format)
+        store = open_store(uri, storage_options)
         self._location = store.location
         self._is_alone = not is_distributed() or dist.get_world_size(group) == 1
         self._is_together = _is_remote(store) and not self._is_alone

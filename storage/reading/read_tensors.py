@@ -206,12 +206,16 @@ def _find_repeated(
     Raises:
         DestinationError: other destinations share memory.
     """
-    targets = [*destinations, *(value.destination for value in decoded)]
-    memories = [(at, memory) for at, target in enumerate(targets) if (memory := memory_of(target)) is not None]
+    all_destinations = [*destinations, *(value.destination for value in decoded)]
+    memories = [
+        (at, memory)
+        for at, destination in enumerate(all_destinations)
+        if (memory := memory_of(destination)) is not None
+    ]
     repeated: set[int] = set()
     for overlap in find_overlaps([memory for _, memory in memories]):
         first, second = memories[overlap.first][0], memories[overlap.second][0]
-        is_same = overlap.is_same and type(targets[first]) is type(targets[second])
+        is_same = overlap.is_same and type(all_destinations[first]) is type(all_destinations[second])
         if second < len(wants):
             names = wants[first].name, wants[second].name
             if is_same and (names[0] == names[1] or comparison.are_equal(wants[first], wants[second])):

@@ -16,7 +16,7 @@ from ...planner.box import Box, IntArray
 from ...planner.chunk_reads import ChunkReads
 from ...planner.read_plan import ReadPlan
 from .blocks import Block, Blocks, find_blocks
-from .destination import BlockTarget, Destination
+from .destination import BlockWriter, Destination
 from .device.device import Device
 from .stream_bytes import StreamOnDevice
 
@@ -83,10 +83,10 @@ class ChunkBatch:
     def has_arrived(self) -> bool:
         return all(request.arrived for request in self.requests)
 
-    def open(self, block: Block) -> BlockTarget:
+    def open(self, block: Block) -> BlockWriter:
         """Return the part of the destination that a block is written to."""
         assert self.destination is not None
-        return BlockTarget(self.destination, block)
+        return BlockWriter(self.destination, block)
 
     def chunk_box(self, i: int) -> Box:
         """Return the box of chunk i of the batch, in the global tensor."""

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reshard
 from reshard.storage.maintenance.diff import diff
 from reshard.storage.reading.blocks import Block
-from reshard.storage.reading.destination import BlockTarget, Destination
+from reshard.storage.reading.destination import BlockWriter, Destination
 
 pytestmark = [
     pytest.mark.slow,
@@ -240,7 +240,7 @@ def test_torch_writes_to_destinations_in_every_mode(dtype: torch.dtype, in_infer
     with undisturbed_mode(mode):
         destination = Destination(tensor, dtype)
         block = Block(0, 0, 24, (4, 6), (slice(4), slice(6)), (slice(0, 4), slice(0, 6)))
-        BlockTarget(destination, block).write_tensor((), values.reshape(-1))
+        BlockWriter(destination, block).write_tensor((), values.reshape(-1))
     check(tensor, values)
 
 

@@ -27,7 +27,7 @@ from reshard.storage.formats.native.write_records import PackedRecords, assemble
 from reshard.storage.reading import executor, workers
 from reshard.storage.reading.blocks import Block, find_blocks, form_boxes, split_shape
 from reshard.storage.reading.decode import parts_of
-from reshard.storage.reading.destination import BlockTarget, Destination
+from reshard.storage.reading.destination import BlockWriter, Destination
 from reshard.storage.reading.executor import execute
 from reshard.storage.reading.tasks import build_tasks
 from reshard.storage.stores.local import LocalStore
@@ -69,7 +69,7 @@ def test_blocks_are_written_like_their_chunks(
     tensor, by_torch = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
     values = torch.arange(math.prod(shape)).reshape(shape)
     for block in found:
-        region = values[block.target]
+        region = values[block.position]
         split, axes = split_shape(block.sizes, block.counts, block.dims)
         ordered = as_bytes(as_array(region.reshape(split).permute(axes)))
         chunk_bytes, begin = block.numel * 8, 0
@@ -78,7 +78,7 @@ def test_blocks_are_written_like_their_chunks(
             destination = Destination(target, torch.int64)
             if target is by_torch:
                 destination.array = None
-            opened, begin = BlockTarget(destination, block), 0
+            opened, begin = BlockWriter(destination, block), 0
             for index, count in zip(*parts_of(block.counts, most), strict=True):
                 assert count <= most
                 opened.write(index, ordered[begin : begin + count * chunk_bytes])
@@ -86,7 +86,7 @@ def test_blocks_are_written_like_their_chunks(
             assert begin == len(ordered)
     expected = torch.zeros(shape, dtype=dtype)
     for block in found:
-        expected[block.target] = values[block.target].to(dtype)
+        expected[block.position] = values[block.position].to(dtype)
     assert tensor.equal(expected)
     assert by_torch.equal(expected)
 

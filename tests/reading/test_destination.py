@@ -6,7 +6,7 @@ import torch
 
 from reshard.storage.formats.native.chunk_runs import Slices
 from reshard.storage.reading.blocks import Block
-from reshard.storage.reading.destination import BlockTarget, Destination
+from reshard.storage.reading.destination import BlockWriter, Destination
 from reshard.storage.tensors.dtypes import SINGLE_THREAD_NUMEL, as_array, as_bytes, cast, from_bytes
 
 
@@ -22,7 +22,7 @@ def test_boxes_are_written_and_cast(stored: torch.dtype, by_torch: bool) -> None
     destination = Destination(tensor, stored)
     for columns in (slice(0, 2), slice(2, 6)):
         part = values[:, columns].to(stored)
-        target = BlockTarget(destination, chunk_at((slice(0, 4), columns), tuple(part.shape)))
+        target = BlockWriter(destination, chunk_at((slice(0, 4), columns), tuple(part.shape)))
         if by_torch:
             target.write_tensor((), part.reshape(-1))
         else:

@@ -349,14 +349,14 @@ def test_the_error_names_the_tensor_whose_values_cannot_be_written(
     values = {f"w{i}": torch.randn(512, 512).bfloat16() for i in range(10)}
     reshard.save(values, tmp_path, codec=codec)
     loaded = zeros_for(values, device)
-    write = destination.BlockTarget.write_tensor
+    write = destination.BlockWriter.write_tensor
 
-    def fail(self: destination.BlockTarget, index: tuple[int | slice, ...], decoded: torch.Tensor) -> None:
+    def fail(self: destination.BlockWriter, index: tuple[int | slice, ...], decoded: torch.Tensor) -> None:
         if self._tensor.data_ptr() == loaded["w7"].data_ptr():
             run_out_of_memory()
         write(self, index, decoded)
 
-    monkeypatch.setattr(destination.BlockTarget, "write_tensor", fail)
+    monkeypatch.setattr(destination.BlockWriter, "write_tensor", fail)
     with pytest.raises(reshard.errors.RankError, match=r"^'w7': OutOfMemoryError: no memory on the device"):
         reshard.load(loaded, tmp_path)
 
@@ -398,7 +398,7 @@ def test_no_memory_of_the_device_is_kept_after_an_error(
         return found
 
     monkeypatch.setattr(device, "_new", counted)
-    monkeypatch.setattr(destination.BlockTarget, "write_tensor", run_out_of_memory)
+    monkeypatch.setattr(destination.BlockWriter, "write_tensor", run_out_of_memory)
     with pytest.raises(reshard.errors.RankError, match="no memory on the device") as caught:
         reshard.load(zeros_for(values, device), tmp_path)
     assert living

@@ -33,7 +33,7 @@ from ..decode import (
     place_chunk_batch,
     undecodable,
 )
-from ..destination import BlockTarget
+from ..destination import BlockWriter
 from ..stream_bytes import Exceptions, StreamBytes, StreamOnDevice
 from ..tasks import ChunkBatch, Request, TensorProgress
 from .device import Device
@@ -193,12 +193,12 @@ def _place_on_device(device: Device, batches: Sequence[ChunkBatch], max_bytes: i
         for batch in batches:
             with _naming_tensor(batch):
                 for block in batch.blocks.select(batch.block_rows):
-                    target = batch.open(block)
+                    writer = batch.open(block)
                     if block.encoding != Encoding.PLANES:
-                        _write(batch, target, (), _decoded(batch.read, block, batch.on_device[0]))
+                        _write(batch, writer, (), _decoded(batch.read, block, batch.on_device[0]))
                         continue
                     for index, chunks in _parts(batch.read, block, min(MAX_JOINED_BYTES, max_bytes // 4)):
-                        planes.add(_PartOfBlock(batch, block, target, index, chunks))
+                        planes.add(_PartOfBlock(batch, block, writer, index, chunks))
                         if planes.frames.value_bytes >= max_bytes:
                             planes.place()
         planes.place()
@@ -210,19 +210,19 @@ def _place_from_host(device: Device, batch: ChunkBatch, make_error: MakeError) -
     """Decompress the planes of a batch on the host, join them on the device and write them to their destination."""
     streams = arrived_streams(batch)
     for block in batch.blocks.select(batch.block_rows):
-        target = batch.open(block)
+        writer = batch.open(block)
         try:
             with _naming_tensor(batch):
                 for index, values in _values_from_host(device, batch.read, block, streams):
                     with device.working():
-                        _write(batch, target, index, values())
+                        _write(batch, writer, index, values())
         except CorruptCheckpointError as error:
             raise damaged_chunk(batch, block, partial(decode_chunk, batch.read, streams), error, make_error) from error
 
 
-def _write(batch: ChunkBatch, target: BlockTarget, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
+def _write(batch: ChunkBatch, writer: BlockWriter, index: tuple[int | slice, ...], values: torch.Tensor) -> None:
     batch.tensor.overwritten = True
-    target.write_tensor(index, values)
+    writer.write_tensor(index, values)
 
 
 def _values_from_host(
@@ -252,7 +252,7 @@ class _PartOfBlock:
 
     batch: ChunkBatch
     block: Block
-    target: BlockTarget
+    writer: BlockWriter
     index: tuple[int | slice, ...]
     """An index into the directions of the block."""
     chunks: slice
@@ -336,7 +336,7 @@ class _PlanesToPlace:
                 assert memory is not None
                 slices.append(memory[start : start + numel])
             planes.append(slices[0] if len(slices) == 1 else torch.cat(slices))
-        _write(part.batch, part.target, part.index, _joined(part.batch.read, planes, exceptions))
+        _write(part.batch, part.writer, part.index, _joined(part.batch.read, planes, exceptions))
 
 
 def _decoded(read: ChunkReads, block: Block, stream: StreamOnDevice) -> torch.Tensor:
