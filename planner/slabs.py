@@ -111,24 +111,25 @@ def slabs_of(
     gap = np.where(several, strides - run_bytes, 0)
     joined = (gap <= gap_limits.max_gap_bytes) & (gap <= gap_limits.max_over_read * run_bytes)
 
-    # A slab is a block of the wanted part: one index in the dimensions before `axis`, a range of `axis`, and all of the
-    # dimensions after it.
+    # A slab has one index in the dimensions before `axis`, a range of `axis`, and all of the dimensions after it. For
+    # example, columns 2 to 4 of rows 0 to 99 of a matrix have 100 byte runs. Their `axis` is 0: a slab is some of these
+    # rows, whether or not the gaps between the runs are read over. `step_bytes` is what one more row adds to it.
     axis = np.where(several, outer, inner)
-    each = np.where(
+    step_bytes = np.where(
         several, np.where(joined, strides * MAX_SLAB_BYTES // MAX_SPAN_BYTES, run_bytes), row_bytes[at, inner]
     )
-    each = np.where(several & joined, np.maximum(each, run_bytes), each)
-    block = np.where(dims < axis[:, None], 1, wanted_sizes)
-    most = np.maximum(MAX_SLAB_BYTES // np.maximum(each, 1), 1)
+    step_bytes = np.where(several & joined, np.maximum(step_bytes, run_bytes), step_bytes)
+    slab_sizes = np.where(dims < axis[:, None], 1, wanted_sizes)
+    steps_per_slab = np.maximum(MAX_SLAB_BYTES // np.maximum(step_bytes, 1), 1)
     if aligned:
-        most = 2 ** np.floor(np.log2(most)).astype(np.int64)
-    block[at, axis] = np.minimum(most, wanted_sizes[at, axis])
-    blocks = -(-wanted_sizes // block)
-    counts = blocks.prod(axis=1)
+        steps_per_slab = 2 ** np.floor(np.log2(steps_per_slab)).astype(np.int64)
+    slab_sizes[at, axis] = np.minimum(steps_per_slab, wanted_sizes[at, axis])
+    slab_counts = -(-wanted_sizes // slab_sizes)
+    counts = slab_counts.prod(axis=1)
     chunks = np.repeat(at, counts)
-    position = unravel(concat_ranges(0, counts), blocks, chunks, range(ndim))
-    offsets = wanted_offsets[chunks] + position * block[chunks]
-    sizes = np.minimum(block[chunks], (wanted_offsets + wanted_sizes)[chunks] - offsets)
+    position = unravel(concat_ranges(0, counts), slab_counts, chunks, range(ndim))
+    offsets = wanted_offsets[chunks] + position * slab_sizes[chunks]
+    sizes = np.minimum(slab_sizes[chunks], (wanted_offsets + wanted_sizes)[chunks] - offsets)
     begins = ((offsets - chunk_offsets[chunks]) * row_bytes[chunks]).sum(axis=1)
     several = several[chunks]
     counts = np.where(several, sizes[np.arange(len(chunks)), axis[chunks]], 1)

@@ -180,6 +180,10 @@ class CheckpointManager:
         StoreError, UnsupportedURIError: the location cannot be listed or written.
     """
 
+    _root_lease: Lease | None = None
+    _mirror_lease: Lease | None = None
+    """Only on rank 0, and not if the manager only restores."""
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -229,8 +233,6 @@ class CheckpointManager:
         )
         self._read_only = read_only
         self._group = _own_group(process_group)
-        self._leases: list[Lease] = []
-        """On rank 0: of the root and the mirror."""
         self._copier: MirrorCopier | None = None
         self._controller: RunController | None = None
         """On rank 0."""
@@ -260,18 +262,19 @@ class CheckpointManager:
         if self._read_only:
             return True
 
-        def take() -> str:
-            locations = [(self._root, self._storage_options), (self._mirror, self._mirror_options)]
-            for location, options in locations[: 1 if self._mirror is None else 2]:
-                assert location is not None
-                lease = Lease(location, options, owner=self)
-                self._leases.append(lease)
-                self._threads.ends.append(lease.release)
-                atexit.register(_release_at_exit, weakref.ref(lease))
-            return self._leases[0].name
+        def take(location: str, options: Mapping[str, Any] | None) -> Lease:
+            lease = Lease(location, options, owner=self)
+            self._threads.ends.append(lease.release)
+            atexit.register(_release_at_exit, weakref.ref(lease))
+            return lease
 
-        name = on_rank_0(take, self._group)
+        def take_both() -> str:
+            self._root_lease = take(self._root, self._storage_options)
+            if self._mirror is not None:
+                self._mirror_lease = take(self._mirror, self._mirror_options)
+            return self._root_lease.name
 
+        name = on_rank_0(take_both, self._group)
         sees = on_all_ranks(lambda: exists(open_store(self._root, self._storage_options), name), self._group)
         is_local = isinstance(open_store(self._root, self._storage_options), LocalStore)
         if not all(sees) and (self._mirror is None or not is_local):
@@ -292,12 +295,11 @@ class CheckpointManager:
         """List the checkpoints on rank 0, and return them on every rank."""
 
         def open_run() -> tuple[tuple[SavedStep, ...], set[str]]:
-            leases = [*self._leases, None, None]
             options, is_shared = self._storage_options, self._is_shared
-            root = RunLocation(self._root, options, self._policies, leases[0], is_shared=is_shared)
+            root = RunLocation(self._root, options, self._policies, self._root_lease, is_shared=is_shared)
             mirror = None
             if self._mirror is not None:
-                mirror = RunLocation(self._mirror, self._mirror_options, self._policies, leases[1])
+                mirror = RunLocation(self._mirror, self._mirror_options, self._policies, self._mirror_lease)
             self._controller = RunController(root, mirror, self._copier)
             self._threads.waits.append(self._controller.wait_for_removals)
             self._threads.ends.insert(0, self._controller.close)
@@ -648,8 +650,8 @@ class CheckpointManager:
             has_entries = bool(state_dict)
             if self._controller is None:
                 return _SaveCall(step, force, has_entries)
-            for lease in self._leases[:1]:  # that of the mirror is checked before each copy
-                lease.check()
+            if self._root_lease is not None:  # that of the mirror is checked before each copy
+                self._root_lease.check()
             decision = self._controller.decide(step, checked, force=force)
             stored = metadata_of(decision.saved, decision.sequence, decision.parent, metadata)
             return _SaveCall(step, force, has_entries, _SaveOrder(decision, _News.of(self._controller), stored))
@@ -680,8 +682,8 @@ class CheckpointManager:
     def _begin_save(self, step: int, state_dict: Mapping[str, Any], order: _SaveOrder) -> AsyncSave | Report:
         uri = self.location(step) if self._is_shared else NodeLocalStore(open_store(self.location(step)).location)
         options = replace(self._save_options, overwrite=order.decision.overwrite, metadata=order.metadata)
-        if self._leases:  # another manager may take over the run while this one writes
-            options = replace(options, before_commit=self._leases[0].check)
+        if self._root_lease is not None:  # another manager may take over the run while this one writes
+            options = replace(options, before_commit=self._root_lease.check)
         if self._asynchronous:
             return async_save_with(state_dict, uri, options, self._group, **self._async_options)
         return save_with(state_dict, uri, options, self._group)

@@ -555,7 +555,7 @@ def test_forked_child_cannot_use_the_manager_and_does_not_release_it(tmp_path: P
             sys.exit(0)
         os.waitpid(child, 0)
         print(manager.save(1, {"step": 1}))
-        manager._leases[0].check()
+        manager._root_lease.check()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
