@@ -100,13 +100,13 @@ def with_parts(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     for name, leaf in leaves.items():
         if not has_parts(leaf.value):
-            new = {name: leaf}
+            found[name] = leaf
         elif (values := only_values(leaf.value)) is not None:
-            new = {name: Leaf(leaf.path, leaf.container, leaf.key, values)}
+            found[name] = Leaf(leaf.path, leaf.container, leaf.key, values)
         else:
             described = Leaf((*leaf.path, CLASS), leaf.container, leaf.key, json.dumps(_describe(leaf.value)))
-            new = {**parts_of(leaf), described.name: described}
-        if repeated := new.keys() & (found.keys() | (leaves.keys() - {name})):
-            raise DestinationError(f"two values of the state dict have the name {min(repeated)!r}")
-        found |= new
+            for part in (*parts_of(leaf).values(), described):
+                if part.name in found or part.name in leaves:
+                    raise DestinationError(f"two values of the state dict have the name {part.name!r}")
+                found[part.name] = part
     return found
