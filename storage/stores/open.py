@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from .base import Store
 from .fsspec import open_fsspec
 from .options import checked_options
-from .uris import is_local
+from .uris import check_names, is_local
 
 
 def open_store(location: str | os.PathLike[str] | Store, storage_options: Mapping[str, Any] | None = None) -> Store:
@@ -42,6 +42,7 @@ def open_store(location: str | os.PathLike[str] | Store, storage_options: Mappin
     if "\0" in uri:
         raise ArgumentError(f"a path or URI cannot contain a NUL character, got {uri!r}")
     remember_secrets(uri, options)
+    check_names(uri)
     return open_fsspec(uri, options)
 
 

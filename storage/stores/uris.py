@@ -12,7 +12,8 @@ from fsspec.registry import available_protocols
 from ...planner.masking import masked, remember_secrets
 from ..errors import UnsupportedURIError
 
-OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"))
+_AZURE = frozenset(("abfs", "abfss", "az"))
+OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "oss", "obs")) | _AZURE
 LOCAL_PROTOCOLS = ("file", "local")
 WRAPPERS = frozenset(
     ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
@@ -72,6 +73,21 @@ def is_chain(uri: str) -> bool:
 def _is_chain_part(part: str) -> bool:
     """Return whether a string between two "::" is a protocol or a URI."""
     return part.partition("://")[0] in _known_protocols() or part.startswith(("file:", "local:"))
+
+
+def check_names(uri: str) -> None:
+    """Check that the store of a URI can hold objects of its names.
+
+    Raises:
+        UnsupportedURIError: the path on Azure has a part that Azure does not keep as it is.
+    """
+    for link in uri.split("::"):
+        protocol, mark, path = link.partition("://")
+        if mark and protocol.lower() in _AZURE and ("\\" in path or {".", ".."} & set(path.split("/"))):
+            raise UnsupportedURIError(
+                f"{masked(uri)!r} has a backslash, or a part that is '.' or '..'. Azure changes such names: pass "
+                "another path"
+            )
 
 
 def join_location(location: str, folder: str) -> str:

@@ -613,6 +613,22 @@ def test_two_slashes_after_the_bucket_are_refused(uri: str) -> None:
         open_store(uri)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "az://bucket/a/../b",
+        "abfs://bucket/../b",
+        "abfss://bucket/a/./b",
+        "az://bucket/a\\b",
+        "filecache::az://bucket/./b",
+    ],
+)
+def test_names_that_azure_does_not_keep_are_refused(uri: str) -> None:
+    for call in (lambda: reshard.save({"w": torch.ones(1)}, uri), lambda: reshard.open(uri)):
+        with pytest.raises(UnsupportedURIError, match="Azure changes such names"):
+            call()
+
+
 def test_an_empty_location_is_refused(empty_folder: Path) -> None:
     for call in (lambda: reshard.save(STATE, ""), lambda: reshard.open("")):
         with pytest.raises(ArgumentError, match="the path or URI is empty"):
