@@ -61,6 +61,8 @@ class NameMatch:
         self.stored_names = by_new_name(names, options.rename)
         """The names in the checkpoint, by the names in the state dict."""
         self._sorted_names = sorted(self.stored_names)
+        self._excluded: set[str] = set()
+        """Names of the checkpoint inside leaves that `exclude` matches."""
         self._known: set[str] = set()
         """Names that belong to leaves, and are not leaves themselves."""
         self.leaves = self._with_parts(flatten(states))
@@ -68,11 +70,6 @@ class NameMatch:
         wanted = {name: leaf for name, leaf in self.leaves.items() if not matches_any(options.exclude, name)}
         self.is_empty = not wanted
         """Whether no name of the state dict is to be loaded."""
-        self.unused_patterns = (
-            *unused_patterns(options.exclude, list(self.leaves)),
-            *unused_renames(options.rename, names),
-        )
-        """See `Report`. Patterns of `exclude` may match a name on another rank."""
         self.present = {name: leaf for name, leaf in wanted.items() if self._is_present(name)}
         """The leaves that are entries of the checkpoint, by name."""
         self.containers: list[tuple[Leaf, list[str]]] = []
@@ -85,6 +82,11 @@ class NameMatch:
         """The leaves that the checkpoint does not have. See `check_missing`."""
         self.missing_keys = tuple(leaf.name for leaf in self.missing)
         """See `Report`."""
+        self.unused_patterns = (
+            *unused_patterns(options.exclude, [*self.leaves, *self._excluded]),
+            *unused_renames(options.rename, names),
+        )
+        """See `Report`. Patterns of `exclude` may match a name on another rank."""
         self.unexpected_keys, self.held_keys = self._divide_keys()
         """The names of the checkpoint that the state dict lacks, below one of its keys, and those that it has."""
 
@@ -194,8 +196,10 @@ class NameMatch:
         """Return the names in the checkpoint that begin with `name.`, except excluded ones."""
         begin = bisect_left(self._sorted_names, f"{name}.")
         following = (self._sorted_names[at] for at in range(begin, len(self._sorted_names)))
-        below = itertools.takewhile(lambda other: other.startswith(f"{name}."), following)
-        return [other for other in below if not matches_any(self._options.exclude, other)]
+        below = list(itertools.takewhile(lambda other: other.startswith(f"{name}."), following))
+        excluded = {other for other in below if matches_any(self._options.exclude, other)}
+        self._excluded |= excluded
+        return [other for other in below if other not in excluded]
 
     def _match_inside_values(self, by_value: Mapping[str, list[Leaf]]) -> list[Leaf]:
         """Read the values that contain leaves. Return the leaves that are not in them."""

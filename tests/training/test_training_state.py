@@ -988,6 +988,15 @@ def test_an_empty_dict_in_the_state_of_an_object_receives_what_was_saved(
     assert str(new.state) == str(inner.state) == str(items)
 
 
+def test_an_excluded_item_of_such_a_dict_is_left_out(tmp_path: Path) -> None:
+    reshard.save({"loader": Offsets(a=4, b={"c": 3})}, tmp_path)
+    for exclude, expected in (("loader.offsets.a", {"b": {"c": 3}}), ("loader.offsets.*", {}), ("*.c", {"a": 4})):
+        new = Offsets()
+        report = reshard.load({"loader": new}, tmp_path, exclude=(exclude, "unknown"))
+        assert new.state == expected
+        assert report.unused_patterns == ("unknown",)
+
+
 def test_an_empty_dict_that_is_no_state_of_an_object_is_not_filled(tmp_path: Path) -> None:
     reshard.save({"offsets": {"a": 1}, "epoch": 2}, tmp_path)
     state = {"offsets": {}, "epoch": 0}
