@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from ..planner.text import quoted
@@ -60,7 +59,7 @@ from .runtime.progress import Meter, OnProgress
 from .runtime.reports import RankReport, Report
 from .runtime.torch_modes import undisturbed
 from .stores.base import Store
-from .tensors.name_patterns import Patterns, check_renames, matches_any
+from .tensors.name_patterns import Patterns, check_renames
 from .tensors.state_dict import (
     check_mapping,
     find_stateful,
@@ -313,10 +312,6 @@ class _Load:
         self._states = separate_scalars(stateful_to_state(self._state_dict), stateful)
         with without_collections():
             self._matched = StateDictLoad(self._opening.source, self._states, self._load_options, stateful)
-        if self._load_options.strict:
-            allowed = self._load_options.allow_missing
-            lost = [name for name in self._read.match.unexpected_keys if not matches_any(allowed, name)]
-            _check_optimizers(self._state_dict, lost)
 
     def _compare(self) -> Offer | None:
         """Compare the state dict with the checkpoint, unless this has been done. Return what this rank needs."""
@@ -390,19 +385,6 @@ class _Load:
 
         own = (match.unexpected_keys, match.held_keys) if is_first else None
         return Collectives(self._group).through_rank_0(lambda: own, combine)
-
-
-def _check_optimizers(state_dict: Mapping[str, Any], unexpected: Sequence[str]) -> None:
-    """Raise ArgumentError if an optimizer has no state yet, so that its state in the checkpoint would be lost."""
-    for name, value in find_stateful(state_dict):
-        if isinstance(value, Optimizer) and not value.state:
-            lost = [key for key in unexpected if key.startswith(f"{name}.state.")]
-            if lost:
-                raise ArgumentError(
-                    f"{name!r} is an optimizer without state, so {len(lost)} names of the checkpoint, such as "
-                    f"{lost[0]!r}, would not be loaded: pass reshard.training_state(model, optimizer) to save and "
-                    f"load, make a step before the load, or pass allow_missing='{name}.state.*'"
-                )
 
 
 def _checksum(names: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import torch
 from ...planner.errors import MissingTensorError
 from ...planner.index import nearest_names
 from ...planner.text import quoted
+from ..errors import ArgumentError
 from ..tensors.name_patterns import matches_any
 from ..tensors.state_dict import Key, Leaf, Path, name_of, renamed_path
 from ..tensors.tensor_classes import missing_memory, overrides_dispatch
@@ -18,6 +19,8 @@ from .name_matching import NameMatch
 
 _OF_NUMBERED_STATES = re.compile(r"(.*\.|)(?:state|param_groups)\.[0-9]+\.")
 """Matches the names of the states and settings that `state_dict` of an optimizer returns."""
+_OF_PARAMETERS = re.compile(r"(.*\.|)param_groups\.[0-9]+\.params")
+"""Matches the names of the lists of an optimizer's parameters."""
 _SAME_ITEMS = "use the same items in the state dict, or pass allow_missing= or exclude= for the others"
 
 
@@ -30,6 +33,31 @@ def check_missing(match: NameMatch, options: LoadOptions) -> None:
     fatal = [leaf for leaf in match.missing if options.strict and not matches_any(options.allow_missing, leaf.name)]
     if fatal:
         raise MissingTensorError(MissingNames(match).describe(fatal))
+
+
+def check_optimizers(match: NameMatch, options: LoadOptions) -> None:
+    """Check that no state of an optimizer is left out because the optimizer has made no step yet.
+
+    Raises:
+        ArgumentError: the state dict has an optimizer without state, and the checkpoint has states of its parameters.
+    """
+    if not options.strict:
+        return
+    for name, leaf in match.leaves.items():
+        found = _OF_PARAMETERS.fullmatch(name)
+        state = match.leaves.get(f"{found[1]}state") if found else None
+        if found is None or state is None or not state.is_empty_dict or not isinstance(leaf.value, list):
+            continue
+        own = tuple(f"{state.name}.{parameter}." for parameter in leaf.value)
+        lost = [key for key in match.unexpected_keys if key.startswith(own)]
+        lost = [key for key in lost if not matches_any(options.allow_missing, key)]
+        if lost:
+            optimizer = found[1].rstrip(".") or "the state dict"
+            raise ArgumentError(
+                f"{optimizer!r} is an optimizer without state, so {len(lost)} names of the checkpoint, such as "
+                f"{lost[0]!r}, would not be loaded: pass reshard.training_state(model, optimizer) to save and load, "
+                f"make a step before the load, or pass allow_missing='{state.name}.*'"
+            )
 
 
 class MissingNames:

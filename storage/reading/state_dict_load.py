@@ -22,7 +22,7 @@ from ..tensors.local_shards import local_shards
 from ..tensors.state_dict import Leaf, Path, name_of, nest, renamed_path
 from ..tensors.tensor_classes import is_whole, missing_memory
 from .load_options import LoadOptions
-from .missing_names import MissingNames, check_missing
+from .missing_names import MissingNames, check_missing, check_optimizers
 from .name_matching import NameMatch
 from .read_tensors import CheckedBoxes, DecodedTensor, ReadOptions, check_is_tensor, counting_metadata, execute_reads
 from .value_buffers import ValueBuffer, check_values, decode_all, whole_wants
@@ -41,7 +41,7 @@ class StateDictLoad:
 
     Raises:
         ShapeMismatchError, DtypeError, DestinationError, LayoutError: a tensor does not fit the checkpoint.
-        Also what `NameMatch` and `check_missing` raise.
+        Also what `NameMatch`, `check_missing` and `check_optimizers` raise.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class StateDictLoad:
         self.source = source
         self.match = NameMatch(source, states, options, stateful)
         check_missing(self.match, options)
+        check_optimizers(self.match, options)
         self._options = options
         self._casts: dict[str, Cast] = {}
         self._new_values: list[tuple[Leaf, Any]] = []

@@ -1019,9 +1019,18 @@ def test_a_new_optimizer_is_refused_rather_than_filled(tmp_path: Path) -> None:
         def load_state_dict(self, state: dict[str, Any]) -> None:
             self.optimizer.load_state_dict(state["optimizer"])
 
-    reshard.save({"parts": Parts(2)}, tmp_path)
-    report = reshard.load({"parts": Parts(0)}, tmp_path)
+    saved = Parts(2)
+    reshard.save({"parts": saved}, tmp_path / "parts")
+    reshard.save(saved.optimizer.state_dict(), tmp_path / "optimizer")
+    new = Parts(0)
+    with pytest.raises(ArgumentError, match=r"'parts\.optimizer' is an optimizer without state, so 6 names"):
+        reshard.load({"parts": new}, tmp_path / "parts")
+    with pytest.raises(ArgumentError, match=r"'the state dict' is an optimizer without state, so 6 names"):
+        reshard.load(new.optimizer.state_dict(), tmp_path / "optimizer")
+    report = reshard.load({"parts": new}, tmp_path / "parts", strict=False)
     assert any(name.startswith("parts.optimizer.state.") for name in report.unexpected_keys)
+    reshard.load({"parts": new}, tmp_path / "parts", allow_missing="parts.optimizer.state.*")
+    reshard.load({"parts": Parts(1)}, tmp_path / "parts")
 
 
 @pytest.mark.parametrize("is_loaded_first", [False, True])
